@@ -1,0 +1,154 @@
+"""The only place that writes files which must be whole: temporary name, sync, rename, sync of the folder.
+
+A directory published here carries `manifest.json` (size and sha256 of each file). The manifest is written last,
+so a directory with a manifest that verifies is complete, whatever happened to the process that wrote it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from xtuner.core.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; on success it takes the name `path` in one step."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    try:
+        os.fchmod(fd, 0o666 & ~_umask())
+        with open(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    with atomic_file(path) as f:
+        json.dump(value, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Raises: CheckpointError if the file is absent or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{Path(path).name} is missing", where=str(path)) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise CheckpointError(f"{Path(path).name} is not JSON: {e}", where=str(path)) from None
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, as the manifest records them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_manifest(folder: Path, entries: dict[str, dict[str, Any]], **facts: Any) -> None:
+    """Seal a directory: `entries` maps relative names to `file_entry`s."""
+    write_json(folder / MANIFEST, {**facts, "files": dict(sorted(entries.items()))})
+
+
+def seal(folder: Path, **facts: Any) -> None:
+    """Sync and hash every file below `folder`, then write its manifest."""
+    entries = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        sync_file(file)
+        entries[file.relative_to(folder).as_posix()] = file_entry(file)
+    write_manifest(folder, entries, **facts)
+
+
+def verify(folder: str | Path) -> dict[str, Any]:
+    """Check every file that the manifest names, size first, then contents.
+
+    Returns the manifest. Raises: CheckpointError naming the first file that is missing, short or altered.
+    """
+    folder = Path(folder)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise CheckpointError(f"the manifest names a file outside its directory: {name}", where=str(folder))
+        if not file.is_file():
+            raise CheckpointError(f"{name} is missing", where=str(file))
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}", where=str(file))
+        if sha256(file) != entry["sha256"]:
+            raise CheckpointError(f"{name} is altered: its sha256 is not the manifest's", where=str(file))
+    return manifest
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a directory so that a crash half-way never leaves something that looks whole: manifest first."""
+    with contextlib.suppress(FileNotFoundError):
+        (folder / MANIFEST).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Give a finished directory its name. An older one of that name is moved aside first, then removed."""
+    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists():
+        os.rename(target, aside)
+    os.rename(temporary, target)
+    sync_folder(target.parent)
+    if aside.exists():
+        remove_tree(aside)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: str | Path, **facts: Any) -> Iterator[Path]:
+    """Yield a temporary directory beside `target`; on success it is sealed and published as `target`."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())
+        yield temporary
+        seal(temporary, **facts)
+        publish(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

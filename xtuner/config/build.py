@@ -1,0 +1,63 @@
+"""`dict(type=Class_or_function, key=value, …)` → the object it describes."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from xtuner.core.errors import ConfigError, did_you_mean
+
+
+def resolve_type(kind: Any, where: str = "") -> Callable[..., Any]:
+    """The callable behind `type=`: itself, or a dotted string `package.module.name`."""
+    if isinstance(kind, str):
+        module, _, name = kind.rpartition(".")
+        try:
+            kind = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as e:
+            raise ConfigError(f"type={kind!r} cannot be imported: {e}", where=where) from None
+    if not callable(kind):
+        raise ConfigError(f"type={kind!r} is neither a class nor a function", where=where)
+    return kind  # type: ignore[no-any-return]
+
+
+def type_name(kind: Any) -> str:
+    """Short name for messages."""
+    return getattr(kind, "__qualname__", str(kind))
+
+
+def build(spec: Mapping[str, Any], where: str = "", **more: Any) -> Any:
+    """Call `spec["type"]` with the other items of `spec` and `more`.
+
+    Raises: ConfigError when `type` is missing or a key does not fit its signature.
+    """
+    if not isinstance(spec, Mapping) or "type" not in spec:
+        raise ConfigError(f"expected dict(type=…, …), found {spec!r}", where=where)
+    kind = resolve_type(spec["type"], where)
+    arguments = {**{k: v for k, v in spec.items() if k != "type"}, **more}
+    check_arguments(kind, arguments, where)
+    return kind(**arguments)
+
+
+def check_arguments(kind: Callable[..., Any], arguments: Mapping[str, Any], where: str = "") -> None:
+    """Raise ConfigError for names that `kind` does not take, and for missing ones."""
+    try:
+        signature = inspect.signature(kind)
+    except ValueError:  # some builtins have none
+        return
+    known = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    for name in arguments:
+        if name not in known and not takes_any:
+            raise ConfigError(
+                f"{type_name(kind)} has no setting {name!r}.{did_you_mean(name, known)}",
+                where=f"{where}.{name}" if where else name,
+                do=f"it takes: {', '.join(known)}",
+            )
+    missing = [
+        p.name
+        for p in signature.parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
+    ]
+    if missing:
+        raise ConfigError(f"{type_name(kind)} needs {', '.join(missing)}", where=where)

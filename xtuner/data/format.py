@@ -1,0 +1,213 @@
+"""One `.bin` / `.bin.meta` pair, InternEvo's tokenized format.
+
+    NAME.bin        one JSON object a line: {"tokens": [1, 320, -15, ...]}
+                    a negative token stands for the id with its sign flipped, and is not learned
+    NAME.bin.meta   npy integer array, one row a document: byte offset of its line, ..., number of tokens
+
+id = abs(token); learned iff token > 0, so id 0 is never learned.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from xtuner.core.errors import DataError
+
+Int64s = npt.NDArray[np.int64]
+FAST_HEAD = b'{"tokens": ['
+_LARGEST_ID = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class BinFile:
+    """A `.bin` file and the documents of it that are used (those of at least `min_length` tokens)."""
+
+    path: Path
+    name: str  # relative to the data folder, POSIX style; what logs and data orders show
+    min_length: int = 0
+
+    @cached_property
+    def table(self) -> tuple[Int64s, Int64s]:
+        """(byte offsets, token counts), one entry a document that is used."""
+        offsets, lengths = read_meta(self.path)
+        keep = lengths >= self.min_length
+        return offsets[keep], lengths[keep]
+
+    @property
+    def offsets(self) -> Int64s:
+        return self.table[0]
+
+    @property
+    def lengths(self) -> Int64s:
+        return self.table[1]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @cached_property
+    def _descriptor(self) -> int:
+        return os.open(self.path, os.O_RDONLY)
+
+    def identity(self) -> bytes:
+        """sha256 over the size, the ends of the text, the whole meta and min_length. Reads 8 KiB of the text."""
+        size = self.path.stat().st_size
+        ends = os.pread(self._descriptor, 4096, 0) + os.pread(self._descriptor, 4096, max(size - 4096, 0))
+        digest = hashlib.sha256(f"{size} {self.min_length}\0".encode() + ends)
+        digest.update(meta_path(self.path).read_bytes())
+        return digest.digest()
+
+    def __getstate__(self) -> dict[str, object]:  # worker processes open the file themselves
+        return {k: v for k, v in self.__dict__.items() if k != "_descriptor"}
+
+    def read_document(self, document: int) -> Int64s:
+        """Signed tokens of one document, int64 [length].
+
+        Raises: DataError if the line is not what the format and the meta say.
+        """
+        offset, length = int(self.offsets[document]), int(self.lengths[document])
+        line = self._read_line(offset, length)
+        tokens = parse_line(line, where=f"{self.path}:{offset}")
+        if len(tokens) != length:
+            raise DataError(
+                f"a document has {len(tokens)} tokens, its meta says {length}",
+                where=f"{self.path}:{offset} (document {document})",
+                why="every pack after it in this file would be shifted",
+                do=f"write the file again, or make a new {self.path.name}.meta from the text",
+            )
+        return tokens
+
+    def _read_line(self, offset: int, length: int) -> bytes:
+        """Bytes from `offset` to the end of that line. Positioned reads: safe for threads and forks."""
+        size = 64 + 8 * length  # most lines fit: 6 digits, a comma and a space a token
+        chunks: list[bytes] = []
+        while True:
+            chunk = os.pread(self._descriptor, size, offset)
+            end = chunk.find(b"\n")
+            if end >= 0:
+                chunks.append(chunk[:end])
+                break
+            chunks.append(chunk)
+            if len(chunk) < size:  # end of file
+                break
+            offset += len(chunk)
+            size *= 2
+        return b"".join(chunks)
+
+
+def parse_line(line: bytes, where: str = "") -> Int64s:
+    """Signed tokens of one line, int64 [n]. Numpy parses the usual form; all else goes to a full JSON parser.
+
+    Raises: DataError.
+    """
+    body = line.strip()
+    if body.startswith(FAST_HEAD) and body.endswith(b"]}"):
+        numbers = body[len(FAST_HEAD) : -2]
+        if _is_plain_list(numbers):
+            tokens = np.fromstring(numbers, dtype=np.int64, sep=",")  # type: ignore[call-overload]
+            if len(tokens) == numbers.count(b",") + 1:
+                return _in_range(tokens, where)
+    return _parse_json(body, where)
+
+
+def _is_plain_list(numbers: bytes) -> bool:
+    """True for `1, -2,3` and the like: the forms on which numpy's parser and JSON agree.
+
+    Numpy alone would read an empty element as 0 and ignore a comma at the end. Signs and spaces inside a number
+    stop it early, which the count of commas then shows.
+    """
+    if numbers.translate(None, b"0123456789-, ") or not numbers[-1:].isdigit():
+        return False
+    tight = numbers.replace(b", ", b",")
+    return b" " not in tight and b",," not in tight and not tight.startswith(b",") and b"-," not in tight
+
+
+def _parse_json(body: bytes, where: str) -> Int64s:
+    again = "write the file again with `xtuner data tokenize`"
+    try:
+        record = json.loads(body)
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        shown = body[:80].decode("utf-8", "replace")
+        raise DataError(f"a line is not JSON: {e}; it begins {shown!r}", where=where, do=again) from None
+    if not isinstance(record, dict) or "tokens" not in record:
+        raise DataError('a line is not an object with the key "tokens"', where=where, do=again)
+    values = record["tokens"]
+    if not isinstance(values, list):
+        raise DataError('"tokens" is not a list', where=where, do=again)
+    wrong = [v for v in values if type(v) is not int]  # bool is an int to isinstance
+    if wrong:
+        raise DataError(f"a token is {wrong[0]!r}, not an integer", where=where, do=again)
+    try:
+        tokens = np.array(values, dtype=np.int64)
+    except OverflowError:
+        raise DataError("a token does not fit into 64 bits", where=where, do=again) from None
+    return _in_range(tokens, where)
+
+
+def _in_range(tokens: Int64s, where: str) -> Int64s:
+    if len(tokens) and max(int(tokens.max()), -int(tokens.min())) > _LARGEST_ID:
+        raise DataError("a token id is beyond 2^31 - 1", where=where, why="no vocabulary is that large")
+    return tokens
+
+
+def meta_path(path: Path) -> Path:
+    return path.with_name(path.name + ".meta")
+
+
+def read_meta(path: Path) -> tuple[Int64s, Int64s]:
+    """(byte offsets, token counts) of all documents of `path`, read from `path`.meta, int64 [n] each.
+
+    The array has at least two columns: the first is the offset, the last the count. Raises: DataError when the meta
+    is missing, is no such array, or cannot belong to this file.
+    """
+    meta = meta_path(path)
+    remedy = f"write {path.name} again, or make a new meta from its text"
+    if not meta.is_file():
+        raise DataError(
+            f"{path.name} has no meta", where=str(meta), why="the meta says where each document begins", do=remedy
+        )
+    try:
+        array = np.load(meta, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as e:
+        raise DataError(f"the meta is not an npy array: {e}", where=str(meta), do=remedy) from None
+    if array.size == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    if array.ndim != 2 or array.shape[1] < 2 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"the meta is {array.dtype} of shape {array.shape}, not integers of shape (documents, 2)",
+            where=str(meta),
+            do=remedy,
+        )
+    offsets, lengths = array[:, 0].astype(np.int64), array[:, -1].astype(np.int64)
+    _check_meta(meta, path.stat().st_size, offsets, lengths, array.dtype, remedy)
+    return offsets, lengths
+
+
+def _check_meta(meta: Path, size: int, offsets: Int64s, lengths: Int64s, dtype: np.dtype, remedy: str) -> None:  # type: ignore[type-arg]
+    if dtype.itemsize == 4 and (offsets.min() < 0 or (np.diff(offsets) < 0).any()):
+        raise DataError(
+            "byte offsets have overflowed 32 bits",
+            where=str(meta),
+            why="an int32 meta cannot describe a file beyond 2 GiB; documents would be read from wrong places",
+            do=remedy,
+        )
+    if lengths.min() < 0:
+        raise DataError(f"document {int(lengths.argmin())} has a negative length", where=str(meta), do=remedy)
+    out = np.flatnonzero((offsets < 0) | (offsets >= size))
+    if len(out):
+        raise DataError(
+            f"document {int(out[0])} begins at byte {int(offsets[out[0]])}, but the .bin has {size} bytes",
+            where=str(meta),
+            why="the .bin is cut short, or the meta belongs to another file",
+            do=remedy,
+        )

@@ -1,0 +1,116 @@
+"""An endless stream of this rank's packs from any position, prepared ahead of the training step."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from xtuner.core.errors import ConfigError
+from xtuner.data.batch import Batch
+from xtuner.data.order import InternRepoSampler, Position
+from xtuner.data.pack import PackedDataset
+
+PREFETCH = 4  # packs prepared ahead; one pack of 32k tokens takes about 1 MB
+
+
+class PackLoader:
+    """Packs of `dataset` in the order of `sampler`, epoch after epoch.
+
+    Args:
+        num_workers: 0 prepares packs in a thread of this process, n > 0 in n processes.
+        reshuffle: a new order each epoch (`DistSamplerSeedHook` sets it); otherwise epoch 0's again.
+    """
+
+    def __init__(self, dataset: PackedDataset, sampler: InternRepoSampler, num_workers: int = 0) -> None:
+        if num_workers < 0:
+            raise ConfigError(f"num_workers is {num_workers}", where="train_dataloader.num_workers")
+        self.dataset = dataset
+        self.sampler = sampler
+        self.num_workers = num_workers
+        self.reshuffle = False
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def dp_size(self) -> int:
+        return self.sampler.world_size
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the order of packs depends on. A resume compares it."""
+        return {
+            "data": self.dataset.fingerprint(),
+            "packed_length": self.dataset.packed_length,
+            "label_rule": self.dataset.label_rule,
+            "num_packs": self.num_packs,
+            "reshuffle": self.reshuffle,
+            **self.sampler.describe(),
+        }
+
+    def iterate_from(self, position: Position) -> Iterator[Batch]:
+        """Yield this rank's batches from `position` on, without end. Nothing before it is read."""
+        if self.num_workers:
+            return self._from_processes(position)
+        return prefetch(lambda: (self._read(i) for i in self._numbers(position)), PREFETCH)
+
+    def _numbers(self, position: Position) -> Iterator[int]:
+        offset = position.offset
+        for epoch in count(position.epoch):
+            self.sampler.set_epoch(epoch if self.reshuffle else 0)
+            yield from self.sampler.share(offset).tolist()
+            offset = 0
+
+    def _read(self, number: int) -> Batch:
+        return Batch.of(self.dataset[number], number)
+
+    def _from_processes(self, position: Position) -> Iterator[Batch]:
+        loader = DataLoader(
+            _Numbered(self.dataset),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=self._numbers(position),  # type: ignore[arg-type]
+            num_workers=self.num_workers,
+            prefetch_factor=PREFETCH,
+        )
+        for item in loader:
+            yield Batch.of(item, item.pop("number"))
+
+
+class _Numbered:
+    """Adds to each pack its number, which a worker process knows and the consumer needs."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self.dataset[number], "number": number}
+
+
+def prefetch(make: Callable[[], Iterator[Batch]], ahead: int) -> Iterator[Batch]:
+    """Run an iterator in a thread, at most `ahead` items in front. Its errors are raised at the consumer."""
+    ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
+    stopped = threading.Event()
+
+    def fill() -> None:
+        try:
+            for item in make():
+                ready.put(item)
+                if stopped.is_set():
+                    return
+        except BaseException as e:
+            ready.put(e)
+
+    threading.Thread(target=fill, name="xtuner-prefetch", daemon=True).start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        while not ready.empty():  # let a thread that waits for room see that we are gone
+            ready.get_nowait()

@@ -1,0 +1,201 @@
+"""The network against the reference implementation's numbers: logits, losses, gradients, training, generation.
+
+Tolerances are those of the reference data's README (fp32): logits 1e-4 absolute, losses 1e-5, gradients 1e-4 relative
+to the norm, training losses 1e-4, grad norms 1e-3 relative, greedy tokens exact.
+"""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import reference
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from xtuner.model import load_pretrained
+from xtuner.model.decoder import CausalLM
+from xtuner.model.families import hf_names, join, read_config, split, write_config
+from xtuner.model.generate import Session, generate
+from xtuner.model.loss import linear_cross_entropy, token_losses
+
+MODELS = ["a_gqa", "b_mha", "c_dynamic_ntk", "d_mqa_bias", "e_linear"]
+
+
+@cache
+def facts(name: str) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
+    folder = reference("models", name)
+    arrays = np.load(folder / "reference.npz")
+    tensors = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
+    tensors = {k: t.long() if t.dtype == torch.int32 else t for k, t in tensors.items()}
+    return folder, json.loads((folder / "reference.json").read_text()), tensors
+
+
+@cache
+def model_of(name: str) -> CausalLM:
+    return load_pretrained(facts(name)[0])
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """Targets of rows [R, T] of unshifted labels, laid end to end."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100).reshape(-1)
+
+
+def rows_as_documents(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return rows.reshape(-1), torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_losses(name: str) -> None:
+    _, _, ref = facts(name)
+    model = model_of(name)
+    ids, cu_seqlens = rows_as_documents(ref["input_ids"])
+    with torch.no_grad():
+        logits = model(ids, cu_seqlens=cu_seqlens)
+        assert (logits - ref["logits"].reshape(logits.shape)).abs().max() < 1e-4
+        for labels, key in ((ref["labels"], "loss"), (ref["input_ids"], "loss_all_tokens")):
+            targets = shifted(labels)
+            loss = model(ids, cu_seqlens=cu_seqlens, targets=targets) / (targets != -100).sum()
+            assert abs(loss - ref[key]) < 1e-5
+        long = model(ref["long_input_ids"][0])
+        assert (long[ref["long_positions"]] - ref["long_logits"]).abs().max() < 1e-4
+        hidden = model.hidden(ref["long_input_ids"][0])
+        losses = token_losses(hidden, model.output.weight, shifted(ref["long_input_ids"]))
+        assert (losses[:-1] - ref["long_per_token_loss"]).abs().max() < 1e-4
+        assert abs(losses.sum() / (len(losses) - 1) - ref["long_loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_documents(name: str) -> None:
+    """A pack gives what each document gives alone, under both label rules."""
+    _, _, ref = facts(name)
+    model = model_of(name)
+    ids, cu_seqlens = ref["packed_input_ids"], ref["packed_cu_seqlens"].int()
+    with torch.no_grad():
+        logits = model(ids, cu_seqlens=cu_seqlens)
+        assert (logits[ref["packed_logits_rows"]] - ref["packed_logits"]).abs().max() < 1e-4
+        for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+            assert (model(ids[begin:end]) - logits[begin:end]).abs().max() < 2e-5
+        hidden = model.hidden(ids, cu_seqlens)
+        within = ref["packed_per_token_loss"]
+        targets = ids.roll(-1).masked_fill(within.isnan(), -100)
+        losses = token_losses(hidden, model.output.weight, targets)
+        assert (losses - within.nan_to_num()).abs().max() < 1e-4
+        assert abs(losses.sum() / (targets != -100).sum() - ref["packed_loss_within_documents"]) < 1e-5
+        losses = token_losses(hidden, model.output.weight, shifted(ids[None]))
+        assert (losses[:-1] - ref["packed_per_token_loss_hf_shift"]).abs().max() < 1e-4
+        assert abs(losses[:-1].mean() - ref["packed_loss_hf_shift"]) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(name: str, recompute: bool) -> None:
+    folder, info, ref = facts(name)
+    model = load_pretrained(folder)
+    model.model.recompute = recompute
+    ids, cu_seqlens = rows_as_documents(ref["input_ids"])
+    targets = shifted(ref["labels"])
+    (model(ids, cu_seqlens=cu_seqlens, targets=targets) / (targets != -100).sum()).backward()
+    parameters = dict(model.named_parameters())
+    for parameter, norm in info["grad_norm"].items():
+        assert parameters[parameter].grad.norm() == pytest.approx(norm, rel=1e-4), parameter
+    for key, value in ref.items():
+        kind, _, parameter = key.partition("/")
+        if kind in ("grad", "grad_rows0_24"):
+            grad = parameters[parameter].grad[: len(value)]
+            assert (grad - value).norm() < 1e-4 * value.norm(), key
+    pad_row = parameters["model.tok_embeddings.weight"].grad[2]
+    assert pad_row.norm() == info["pad_row_grad_norm_reference"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ten_training_steps(name: str) -> None:
+    folder, _, ref = facts(name)
+    model = load_pretrained(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
+    for i in range(10):
+        ids, cu_seqlens = rows_as_documents(ref["train_input_ids"][i])
+        targets = shifted(ref["train_labels"][i])
+        loss = model(ids, cu_seqlens=cu_seqlens, targets=targets) / (targets != -100).sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert abs(loss.item() - ref["train_loss"][i]) < 1e-4
+        assert norm.item() == pytest.approx(ref["train_grad_norm"][i].item(), rel=1e-3)
+        total = torch.stack([p.detach().norm() for p in model.parameters()]).norm()
+        assert total.item() == pytest.approx(ref["train_param_norm_after"][i].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation(name: str) -> None:
+    _, _, ref = facts(name)
+    model = model_of(name)
+    prompt = ref["gen_prompt"][0].tolist()
+    tokens = list(generate(model, prompt, 16))
+    assert tokens == ref["gen_tokens_kv_cache"][0].tolist()
+    session = Session(model)
+    for step, fed in enumerate([prompt, *([t] for t in tokens[:-1])]):
+        assert (session.feed(fed) - ref["gen_step_logits_kv_cache"][step]).abs().max() < 1e-4
+    for row, mask, expected in zip(
+        ref["padgen_input_ids"], ref["padgen_attention_mask"], ref["padgen_tokens_unpadded"], strict=True
+    ):
+        assert list(generate(model, row[mask.bool()].tolist(), 16)) == expected.tolist()
+    in_two = Session(model)  # a prompt in two pieces, as a chat's second turn arrives
+    in_two.feed(prompt[:10])
+    if name != "c_dynamic_ntk":  # whose cached keys keep the rotation they were written with
+        assert (in_two.feed(prompt[10:]) - ref["gen_step_logits_kv_cache"][0]).abs().max() < 1e-4
+
+
+def test_a_long_call_leaves_no_trace() -> None:
+    """The original's dynamic NTK keeps its enlarged base after a long call; ours has no state."""
+    _, _, ref = facts("c_dynamic_ntk")
+    model = model_of("c_dynamic_ntk")
+    with torch.no_grad():
+        model(ref["long_input_ids"][0])
+        logits = model(ref["input_ids"][0])
+    assert (logits - ref["logits"][0]).abs().max() < 1e-4
+    assert (logits - ref["logits_after_long_call_same_instance_row0"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layouts_are_exact_and_reversible(name: str) -> None:
+    folder, info, _ = facts(name)
+    weights = load_file(folder / "model.safetensors")
+    config = read_config(json.loads((folder / "config.json").read_text()))
+    llama = {}
+    for key, tensor in weights.items():
+        parts = split(key, tensor, "llama", config)
+        assert list(parts) == hf_names(key, "llama")
+        assert join(list(parts.values()), config).equal(tensor)
+        llama.update(parts)
+    assert llama.keys() == info["llama_tensors"].keys()
+    for key, expected in info["llama_tensors"].items():
+        assert hashlib.sha256(llama[key].contiguous().numpy().tobytes()).hexdigest() == expected["sha256_fp32_le"], key
+    for layout in ("internlm2", "llama"):
+        assert read_config(write_config(config, layout, torch.float32)) == config
+
+
+def test_the_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunk size changes neither loss nor gradients, and matches autograd through all logits in float64."""
+    torch.manual_seed(0)
+    x = torch.randn(50, 24, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(301, 24, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 301, (50,))
+    targets[::7] = -100
+    expected = F.cross_entropy(x @ w.T, targets, reduction="sum")
+    dx, dw = torch.autograd.grad(expected * 0.3, (x, w))
+    for tokens in (1, 7, 50, 64):
+        monkeypatch.setattr("xtuner.model.loss.CHUNK", tokens * 301)
+        loss = linear_cross_entropy(x, w, targets)
+        gx, gw = torch.autograd.grad(loss * 0.3, (x, w))
+        assert abs(loss.item() - expected.item()) < 1e-3
+        assert (gx - dx).norm() < 1e-6 * dx.norm()
+        assert (gw - dw).norm() < 1e-6 * dw.norm()
+    nothing = linear_cross_entropy(x, w, torch.full((50,), -100))
+    assert nothing.item() == 0
+    assert torch.autograd.grad(nothing, x)[0].abs().max() == 0

@@ -1,0 +1,5 @@
+"""The network, and how to get one. Names here are what configs and users use."""
+
+from xtuner.model.source import from_pretrained, from_scratch, load_pretrained
+
+__all__ = ["from_pretrained", "from_scratch", "load_pretrained"]

@@ -1,0 +1,62 @@
+"""Generation of one continuation with a key/value cache."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from xtuner.model.decoder import CausalLM, LayerCache
+
+
+class Session:
+    """One document that grows. `feed` adds tokens and gives the logits after the last; earlier keys stay as they are."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.caches = [LayerCache() for _ in model.model.layers]
+        self.length = 0
+
+    @torch.inference_mode()
+    def feed(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits after the last of `tokens`, fp32 [V]."""
+        device = self.model.output.weight.device
+        ids = torch.tensor(tokens, dtype=torch.int64, device=device)
+        position_ids = torch.arange(self.length, self.length + len(ids), device=device)
+        self.length += len(ids)
+        # dynamic NTK goes by the document's length so far, which only this sum knows
+        cos_sin_length = torch.tensor([0, self.length], dtype=torch.int32, device=device)
+        hidden = self.model.model(ids, position_ids, cos_sin_length, self.length, self.caches)
+        return self.model.output(hidden[-1:])[0].float()  # type: ignore[no-any-return]
+
+
+def generate(
+    model: CausalLM,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Yield new token ids, one at a time; ends after `max_new_tokens` or before a stop id.
+
+    Args:
+        prompt: at least one token id.
+        temperature: 0 for the most likely token each time.
+        top_p: sample among the fewest tokens whose probability reaches this.
+    """
+    session = Session(model)
+    logits = session.feed(prompt)
+    for _ in range(max_new_tokens):
+        token = pick(logits, temperature, top_p, generator)
+        if token in stop_ids:
+            return
+        yield token
+        logits = session.feed([token])
+
+
+def pick(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probability, ids = (logits_V / temperature).softmax(-1).cpu().sort(descending=True)
+    keep = probability.cumsum(-1) - probability < top_p
+    return int(ids[torch.multinomial(probability * keep, 1, generator=generator)])

@@ -1,0 +1,117 @@
+"""Where a model comes from: described in a config, made only when a strategy asks for it, on the device it names."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.core.errors import ConfigError
+from xtuner.core.files import read_json
+from xtuner.model import attention, families, hub
+from xtuner.model.decoder import CausalLM, DecoderConfig
+from xtuner.model.weights import fill
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is not in memory yet.
+
+    `folder` holds weights in `layout`; None means random weights drawn from `seed`.
+    """
+
+    config: DecoderConfig
+    folder: Path | None
+    layout: str = "internlm2"
+    seed: int = 0
+    recompute: bool = False
+
+    def empty(self, device: torch.device, dtype: torch.dtype) -> CausalLM:
+        """The network with uninitialised weights on `device` ("meta": without memory), attention backend chosen."""
+        with torch.device("meta"):
+            model = CausalLM(self.config).to(dtype)
+        if device.type != "meta":
+            model = model.to_empty(device=device)
+        model.use_attention(attention.choose(device, dtype))
+        model.model.recompute = self.recompute
+        return model
+
+    def load(self, parameters: dict[str, torch.Tensor]) -> None:
+        """Fill `parameters`, ours by name."""
+        assert self.folder is not None
+        fill(parameters, self.folder, self.layout, self.config)
+
+    def build(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CausalLM:
+        """The network with its weights."""
+        model = self.empty(torch.device(device), dtype)
+        if self.folder is None:
+            model.initialize(self.seed)
+        else:
+            self.load(dict(model.named_parameters()))
+        return model
+
+
+def from_pretrained(
+    pretrained_model_name_or_path: str, use_varlen_attn: bool = True, activation_checkpointing: bool = False
+) -> ModelSource:
+    """Start from weights in a folder, in the Hugging Face cache, or on a hub.
+
+    Args:
+        pretrained_model_name_or_path: a folder with config.json and weights, or a hub id such as
+            `internlm/internlm2-7b`. HF_ENDPOINT and HF_HUB_OFFLINE are honoured. No code of the hub is run.
+        use_varlen_attn: must be True; documents of a pack do not see each other.
+        activation_checkpointing: keep only each block's input and compute the rest again in the backward.
+    """
+    _require_varlen(use_varlen_attn)
+    folder = hub.resolve(str(pretrained_model_name_or_path))
+    hf = read_json(folder / "config.json")
+    return ModelSource(
+        families.read_config(hf), folder, families.layout_of(hf), recompute=activation_checkpointing
+    )
+
+
+def from_scratch(
+    use_varlen_attn: bool = True, activation_checkpointing: bool = False, seed: int = 0, **shape: Any
+) -> ModelSource:
+    """Start from random weights of a given shape.
+
+    Args:
+        seed: of the weights.
+        shape: fields of InternLM2's `config.json`: vocab_size, hidden_size, intermediate_size, num_hidden_layers,
+            num_attention_heads, num_key_value_heads, rope_theta, max_position_embeddings, …
+    """
+    _require_varlen(use_varlen_attn)
+    hf = {"model_type": "internlm2", "bias": False, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "pad_token_id": 2}
+    unknown = sorted(set(shape) - _SHAPE_KEYS)
+    if unknown:
+        raise ConfigError(
+            f"from_scratch has no setting {unknown[0]!r}", where="model", do=f"it takes: {', '.join(sorted(_SHAPE_KEYS))}"
+        )
+    config = families.read_config({**hf, **shape})
+    return ModelSource(config, None, seed=seed, recompute=activation_checkpointing)
+
+
+_SHAPE_KEYS = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "initializer_range", "bias", "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+
+def _require_varlen(use_varlen_attn: bool) -> None:
+    if not use_varlen_attn:
+        raise ConfigError(
+            "use_varlen_attn=False is not supported",
+            where="use_varlen_attn",
+            why="without it the documents of a pack see each other, and the model learns from what will not be there",
+            do="set use_varlen_attn = True",
+        )
+
+
+def load_pretrained(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> CausalLM:
+    """A network with the weights of a folder or hub id, ready to call. See `CausalLM.forward`."""
+    return from_pretrained(str(path)).build(device, dtype).eval()

@@ -1,0 +1,124 @@
+"""Weights on disk ↔ the network, one tensor at a time: safetensors, and foreign `.bin` through the restricted reader."""
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from xtuner.core.errors import CheckpointError
+from xtuner.core.files import read_json
+from xtuner.model.decoder import DecoderConfig
+from xtuner.model.families import hf_names, join
+
+INDEX = "model.safetensors.index.json"
+
+
+class WeightFolder:
+    """All tensors of a folder by name, read when asked for.
+
+    Takes `model.safetensors.index.json` with its shards, else `*.safetensors`, else `pytorch_model*.bin`.
+    Raises: CheckpointError if there are none, or the index names files that are not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._open: dict[str, Any] = {}
+        names = self._indexed() or sorted(p.name for p in self.folder.glob("*.safetensors"))
+        self._files = names or sorted(p.name for p in self.folder.glob("pytorch_model*.bin"))
+        if not self._files:
+            raise CheckpointError(
+                "no weights in the folder",
+                where=str(self.folder),
+                do="it should hold model.safetensors, or shards with model.safetensors.index.json",
+            )
+
+    def _indexed(self) -> list[str]:
+        index = self.folder / INDEX
+        if not index.is_file():
+            return []
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        for name in names:
+            if name != Path(name).name:
+                raise CheckpointError(f"the index names a file outside its folder: {name!r}", where=str(index))
+            if not (self.folder / name).is_file():
+                raise CheckpointError(f"the index names {name}, which is missing", where=str(index))
+        return names
+
+    @cached_property
+    def file_of(self) -> dict[str, str]:
+        """Tensor name → file name."""
+        return {tensor: file for file in self._files for tensor in self._handle(file).keys()}  # noqa: SIM118
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        handle = self._handle(self.file_of[name])
+        tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        return tensor  # type: ignore[no-any-return]
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            path = self.folder / file
+            try:
+                if file.endswith(".safetensors"):
+                    self._open[file] = safe_open(path, framework="pt")
+                else:
+                    from xtuner.core.pickles import load_tensors
+
+                    self._open[file] = load_tensors(path)
+            except (SafetensorError, OSError) as e:
+                raise CheckpointError(f"{file} cannot be read as safetensors: {e}", where=str(path)) from None
+        return self._open[file]
+
+
+def ours(weights: WeightFolder, name: str, layout: str, c: DecoderConfig) -> torch.Tensor:
+    """Our tensor `name`, put together from a folder in the given layout."""
+    names = hf_names(name, layout)
+    absent = [n for n in names if n not in weights]
+    if absent:
+        raise CheckpointError(
+            f"tensor {absent[0]} is missing",
+            where=str(weights.folder),
+            why="the model would start with a part at random",
+            do="check that all shards have arrived and that config.json belongs to them",
+        )
+    return join([weights[n] for n in names], c)
+
+
+@torch.no_grad()
+def fill(
+    parameters: dict[str, torch.Tensor],
+    folder: str | Path,
+    layout: str,
+    c: DecoderConfig,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Copy weights into `parameters` (ours by name), casting to their dtype. One tensor more is in memory at a time.
+
+    Raises: CheckpointError for tensors that are missing, of another shape, or that the model has no place for.
+    """
+    weights = WeightFolder(folder)
+    known = {n for name in parameters for n in hf_names(name, layout)}
+    unknown = [n for n in weights if n not in known and not n.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        raise CheckpointError(
+            f"{len(unknown)} tensors have no place in the model; the first is {unknown[0]}",
+            where=str(folder),
+            why="config.json describes another network than the weights",
+        )
+    for name, parameter in parameters.items():
+        tensor = ours(weights, name, layout, c)
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"{name} is {list(tensor.shape)} on disk and {list(parameter.shape)} by config.json",
+                where=str(folder),
+            )
+        parameter.copy_(tensor)
+        on_tensor(name)

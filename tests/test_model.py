@@ -7,6 +7,7 @@ to the norm, training losses 1e-4, grad norms 1e-3 relative, greedy tokens exact
 import hashlib
 import json
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def test_packed_documents(name: str) -> None:
     with torch.no_grad():
         logits = model(ids, cu_seqlens=cu_seqlens)
         assert (logits[ref["packed_logits_rows"]] - ref["packed_logits"]).abs().max() < 1e-4
-        for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        for begin, end in pairwise(cu_seqlens):
             assert (model(ids[begin:end]) - logits[begin:end]).abs().max() < 2e-5
         hidden = model.hidden(ids, cu_seqlens)
         within = ref["packed_per_token_loss"]

@@ -65,9 +65,7 @@ def test_equal_to_the_reference_loader(name: str) -> None:
             assert got[key].dtype == (torch.int32 if key == "cumulative_len" else torch.int64)
     for s in expected["samplers"]:
         for rank, packs in enumerate(s["ranks"]):
-            sampler = InternRepoSampler(
-                dataset, shuffle=s["shuffle"], seed=1024, rank=rank, world_size=s["world_size"]
-            )
+            sampler = InternRepoSampler(dataset, shuffle=s["shuffle"], seed=1024, rank=rank, world_size=s["world_size"])
             sampler.set_epoch(s["epoch"])
             assert list(sampler) == packs
             assert len(sampler) == len(packs)
@@ -125,7 +123,9 @@ def test_meta_that_lies_is_refused(tmp_path: Path) -> None:
     lines = [b'{"tokens": [1, 2, 3]}\n', b'{"tokens": [4, 5]}\n']
     offsets = [0, len(lines[0])]
 
-    def write(lengths: list[int], offs: list[int] = offsets, dtype: Any = np.int64, text: bytes = b"".join(lines)) -> None:
+    def write(
+        lengths: list[int], offs: list[int] = offsets, dtype: Any = np.int64, text: bytes = b"".join(lines)
+    ) -> None:
         (tmp_path / "a.bin").write_bytes(text)
         with open(tmp_path / "a.bin.meta", "wb") as f:
             np.save(f, np.array(list(zip(offs, lengths, strict=True)), dtype=dtype))
@@ -167,4 +167,6 @@ def test_fingerprint_is_of_contents(tmp_path: Path) -> None:
     assert here.fingerprint() == moved.fingerprint()
     assert here.fingerprint() != PackedDataset(moved.documents, 36).fingerprint()
     assert here.fingerprint() != PackedDataset(moved.documents, 37, seed=1).fingerprint()
-    assert here.fingerprint() != PackedDataset(load_intern_repo_tokenized_dataset(tmp_path / "moved", 3), 37).fingerprint()
+    assert (
+        here.fingerprint() != PackedDataset(load_intern_repo_tokenized_dataset(tmp_path / "moved", 3), 37).fingerprint()
+    )

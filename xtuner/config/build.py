@@ -18,7 +18,7 @@ def resolve_type(kind: Any, where: str = "") -> Callable[..., Any]:
             raise ConfigError(f"type={kind!r} cannot be imported: {e}", where=where) from None
     if not callable(kind):
         raise ConfigError(f"type={kind!r} is neither a class nor a function", where=where)
-    return kind  # type: ignore[no-any-return]
+    return kind
 
 
 def type_name(kind: Any) -> str:

@@ -21,7 +21,7 @@ def use_colour(stream: object) -> bool:
     return is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
-class _Terminal(logging.StreamHandler):  # type: ignore[type-arg]
+class _Terminal(logging.StreamHandler):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         colour = _COLOURS.get(record.levelno)

@@ -1,16 +1,16 @@
-"""Reads pickles that other programs wrote with `torch.save`, without running anything that they name.
+"""Reads files of `torch.save` that other programs wrote, without running anything that they name.
 
-A pickle is a program for a stack machine. Python's machine looks up and calls any global that a file names, and its BUILD
-opcode sets attributes or calls `__setstate__` of whatever lies on the stack, tensors included. So this is a machine of our
-own: `pickletools` splits the bytes into opcodes, and those below can only make plain values, tensors and inert
-placeholders. A global is a key into `_GLOBALS`, our own builders; nothing is imported or looked up.
+A pickle is a program for a stack machine. Python's machine looks up and calls any global that a file names, and its
+BUILD opcode sets attributes or calls `__setstate__` of whatever lies on the stack, tensors included. So this is a
+machine of our own: `pickletools` splits the bytes into opcodes, and those below can only make plain values, tensors
+and inert placeholders. A global is a key into `_GLOBALS`, our own builders; nothing is imported or looked up.
 
-Formats: pickletools documents the opcodes. Since torch 1.6 `torch.save` writes an uncompressed zip: `NAME/data.pkl`,
-`NAME/data/KEY` (a storage each), `NAME/byteorder`. In the pickle a tensor is a call of
-`torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`, and a storage is the persistent id
-`('storage', its type, KEY, device, number of elements)`.
+Formats: pickletools documents the opcodes. Since torch 1.6 a file is an uncompressed zip: `NAME/data.pkl`,
+`NAME/data/KEY` (a storage each), `NAME/byteorder`. In the pickle a tensor is a call of `_rebuild_tensor_v2(storage,
+offset, size, stride, requires_grad, hooks)`, a storage is the id `('storage', type, KEY, device, elements)`.
 """
 
+import contextlib
 import pickletools
 import struct
 import sys
@@ -60,15 +60,15 @@ class _Storage:
 
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, grad: Any = False, *rest: Any) -> torch.Tensor:
     """A view of the storage. Raises: ValueError where it would reach outside."""
-    hooks_dtype_bits = [value for value in rest if value]  # hooks are always empty
-    dtype = storage.dtype  # `_rebuild_tensor_v3` brings the dtype (float8, uint16, …), its storage counts bytes
-    if hooks_dtype_bits and isinstance(hooks_dtype_bits[0], torch.dtype):
-        dtype = hooks_dtype_bits.pop(0)
-    if hooks_dtype_bits:
+    # rest: hooks, always empty; in `_rebuild_tensor_v3` the dtype (float8, uint16, …: the storage counts bytes); bits.
+    dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
+    if any(not isinstance(value, torch.dtype) and value for value in rest):
         raise ValueError("a tensor with hooks, or a conjugated or negated view")
     length = storage.length * storage.dtype.itemsize // dtype.itemsize
-    if len(size) != len(stride) or any(type(n) is not int or not 0 <= n < 2**63 for n in (offset, *size, *stride)):
-        raise ValueError(f"a tensor of size {tuple(size)}, strides {tuple(stride)}, offset {offset}")
+    if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)):
+        raise ValueError("a tensor whose size and strides do not match")
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (offset, *size, *stride)):
+        raise ValueError(f"a tensor of size {size}, strides {stride}, offset {offset}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if (offset > length) if 0 in size else (last >= length):
         raise ValueError(f"a tensor that reaches element {max(offset, last)} of a storage of {length}")
@@ -81,7 +81,9 @@ def _parameter(data: torch.Tensor, grad: Any, *hooks_and_attributes: Any) -> tor
 
 def _bytes(text: str = "", encoding: str = "latin1") -> bytes:
     # Before protocol 3 bytes were written as `_codecs.encode(text, 'latin1')`, empty ones as `bytes()`.
-    return text.encode({"latin1": "latin1"}[encoding])
+    if encoding != "latin1":
+        raise ValueError(f"bytes in the encoding {encoding!r}")
+    return text.encode(encoding)
 
 
 def _key(value: Any) -> Any:
@@ -109,52 +111,233 @@ _GLOBALS: dict[str, _Builder | torch.dtype] = {
     "torch._utils._rebuild_tensor_v3": _Builder(_tensor),
     "torch._utils._rebuild_parameter": _Builder(_parameter),
     "torch._utils._rebuild_parameter_with_state": _Builder(_parameter),
-    **{f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    # Not the quantized ones (quint8, …): a tensor of them needs more than a storage.
+    **{f"torch.{k}": v for k, v in vars(torch).items() if isinstance(v, torch.dtype) and not k.startswith("q")},
     **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
     "torch.storage.UntypedStorage": torch.uint8,
 }
 # Opcodes whose argument is the value itself.
-_VALUES = set("INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING".split())
-_VALUES |= set("UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split())
+_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
+_VALUES |= {"BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
 _MAKES: dict[str, Callable[[], Any]] = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
 _MAKES |= {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_SET": set}
 
 
 class _Machine:
-    def __init__(self, storage: Callable[[Any], _Storage], opaque: bool) -> None:
-        self.storage, self.opaque = storage, opaque
+    """Runs the opcodes that make values. `storage` turns a persistent id into a storage."""
+
+    def __init__(self, path: str | Path, storage: Callable[[Any], _Storage], opaque: bool) -> None:
+        self.path, self.storage, self.opaque = path, storage, opaque
         self.at = 0  # byte of the pickle, for messages
 
     def run(self, code: bytes) -> Any:
         stack: list[Any] = []
         marks: list[int] = []  # heights of the stack
-        memo: dict[int, Any] = {}
+        memo: dict[Any, Any] = {}
 
-        def pop(count: int | None = None) -> list[Any]:
-            """The last `count` values, or those above the last mark."""
-            height = marks.pop() if count is None else len(stack) - count
+        def above_mark() -> list[Any]:
+            height = marks.pop()
             values = stack[height:]
             del stack[height:]
             return values
 
         for op, arg, at in pickletools.genops(code):
             self.at = at or 0
-            if op.name in _VALUES:
-                stack.append(arg)
-                continue
-            if op.name in _MAKES:
-                stack.append(_MAKES[op.name]())
-                continue
             match op.name:
+                case name if name in _VALUES:
+                    stack.append(arg)
+                case name if name in _MAKES:
+                    stack.append(_MAKES[name]())
                 case "PROTO" | "FRAME":
                     pass
-                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                case "BINPUT" | "LONG_BINPUT":
                     memo[arg] = stack[-1]
                 case "MEMOIZE":
                     memo[len(memo)] = stack[-1]
-                case "GET" | "BINGET" | "LONG_BINGET":
+                case "BINGET" | "LONG_BINGET":
                     stack.append(memo[arg])
                 case "MARK":
                     marks.append(len(stack))
                 case "TUPLE":
-                    stack.append(tuple(pop()))
+                    stack.append(tuple(above_mark()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    stack[-int(op.name[-1]) :] = [tuple(stack[-int(op.name[-1]) :])]
+                case "FROZENSET":
+                    stack.append(frozenset(map(_key, above_mark())))
+                case "APPENDS" | "SETITEMS" | "ADDITEMS":
+                    values = above_mark()
+                    self.fill(stack[-1], op.name, values)
+                case "APPEND":
+                    self.fill(stack[-2], "APPENDS", [stack.pop()])
+                case "SETITEM":
+                    self.fill(stack[-3], "SETITEMS", stack[-2:])
+                    del stack[-2:]
+                case "GLOBAL":
+                    stack.append(self.look_up(str(arg).replace(" ", ".")))
+                case "STACK_GLOBAL":
+                    stack[-2:] = [self.look_up(".".join(stack[-2:]))]
+                case "BINPERSID":
+                    stack[-1] = self.storage(stack[-1])
+                case "REDUCE" | "NEWOBJ":
+                    stack[-2:] = [self.call(*stack[-2:])]
+                case "NEWOBJ_EX":
+                    stack[-3:] = [self.call(*stack[-3:])]
+                case "BUILD":
+                    self.build(stack[-2], stack.pop())
+                case "STOP":
+                    return stack.pop()
+                case _:  # the extension registry, text ids, classes of Python 2, buffers outside of the file, …
+                    raise ValueError(f"opcode {op.name}, which torch.save does not use")
+
+    def look_up(self, name: str) -> Any:
+        name = name.replace("__builtin__.", "builtins.", 1) if name.startswith("__builtin__.") else name
+        if name in _GLOBALS:
+            return _GLOBALS[name]
+        if self.opaque:
+            return Opaque(name)
+        where = f"{self.path}, byte {self.at} of its data.pkl"
+        raise CheckpointError(f"the pickle asks for {name!r}", where=where, why=_RUNS_CODE, do=_CONVERT)
+
+    @staticmethod
+    def call(function: Any, args: Any, keywords: Any = None) -> Any:
+        if not isinstance(args, tuple):
+            raise TypeError("arguments that are no tuple")
+        if isinstance(function, Opaque):
+            return Opaque(function.name, (*args, keywords) if keywords else args)
+        if isinstance(function, _Builder) and not keywords:
+            return function.make(*args)
+        raise TypeError(f"a call of a {type(function).__name__}")
+
+    @staticmethod
+    def build(target: Any, state: Any) -> None:
+        if isinstance(target, Opaque):
+            target.state = state
+        elif not isinstance(target, OrderedDict):  # its attributes (`_metadata` of a state dict) are left out
+            raise TypeError(f"a state for a {type(target).__name__}")
+
+    @staticmethod
+    def fill(target: Any, how: str, values: list[Any]) -> None:
+        if isinstance(target, Opaque):
+            target.items.extend(values)
+        elif isinstance(target, list) and how == "APPENDS":
+            target.extend(values)
+        elif isinstance(target, dict) and how == "SETITEMS":
+            for key, value in zip(values[::2], values[1::2], strict=True):
+                target[_key(key)] = value
+        elif isinstance(target, set) and how == "ADDITEMS":
+            target.update(map(_key, values))
+        else:
+            raise TypeError(f"{how} on a {type(target).__name__}")
+
+
+class _Archive:
+    """The zip file around the pickle. `zipfile` finds the members; their bytes are mapped or read directly."""
+
+    def __init__(self, file: BinaryIO, mapped: bool) -> None:
+        self.file = file
+        self.zip = zipfile.ZipFile(file)
+        self.length = file.seek(0, 2)
+        roots = [name[: -len("/data.pkl")] for name in self.zip.namelist() if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            raise zipfile.BadZipFile(f"{len(roots)} members named data.pkl instead of one")
+        self.root = roots[0]
+        # Copy on write: a tensor may be changed in memory, the file may not. Alive as long as a tensor uses it.
+        # One map for the file, as each holds a file descriptor. The system may refuse one larger than its memory.
+        self.map: Mapping | None = None
+        with contextlib.suppress(OSError):
+            self.map = Mapping(file.fileno(), 0, access=ACCESS_COPY) if mapped else None
+        self.storages: dict[str, torch.UntypedStorage] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return f"{self.root}/{name}" in self.zip.namelist()
+
+    def span(self, name: str) -> tuple[int, int]:
+        """Where a member's bytes begin in the file, and how many there are."""
+        info = self.zip.getinfo(f"{self.root}/{name}")
+        self.file.seek(info.header_offset)
+        header = self.file.read(30)
+        if header[:4] != b"PK\3\4" or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise zipfile.BadZipFile(f"{info.filename!r} is compressed, encrypted or damaged")
+        begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))  # the name and extra fields
+        if begin + info.file_size > self.length:
+            raise zipfile.BadZipFile(f"{info.filename!r} reaches beyond the end of the file")
+        return begin, info.file_size
+
+    def read(self, name: str) -> bytearray:
+        begin, size = self.span(name)
+        self.file.seek(begin)
+        return bytearray(self.file.read(size))
+
+    def storage(self, persistent_id: Any) -> _Storage:
+        match persistent_id:
+            case ("storage", torch.dtype() as dtype, str() as key, _, int() as length):
+                pass
+            case _:
+                raise ValueError("a persistent id that is not a storage")
+        if key not in self.storages:
+            self.storages[key] = self.bytes_of(f"data/{key}")
+        data = self.storages[key]
+        if not 0 <= length * dtype.itemsize <= data.nbytes():
+            raise ValueError(f"a storage of {length} elements of {dtype} in {data.nbytes()} bytes")
+        return _Storage(data, dtype, length)
+
+    def bytes_of(self, name: str) -> torch.UntypedStorage:
+        begin, size = self.span(name)
+        if size == 0:
+            return torch.UntypedStorage(0)  # frombuffer refuses nothing at all
+        if self.map is not None and begin % 16 == 0:  # torch aligns to 64; others' files may be anywhere
+            return torch.frombuffer(self.map, dtype=torch.uint8, count=size, offset=begin).untyped_storage()
+        return torch.frombuffer(self.read(name), dtype=torch.uint8).untyped_storage()
+
+
+def _check_start(start: bytes, path: str | Path) -> None:
+    if start.startswith(b"PK\3\4"):
+        return
+    if _MAGIC in start:
+        what, do = "the file has torch's format of before 1.6", _CONVERT
+    elif start.startswith(b"\x80"):
+        what, do = "the file is a bare pickle, not a file of torch.save", _CONVERT
+    elif start.startswith(b"version https://git-lfs"):
+        what, do = "the file is a pointer of git-lfs, not the weights", "git lfs pull"
+    else:
+        what, do = f"the file is not one of torch.save: it begins with {start[:8]!r}", "give the checkpoint's own file"
+    raise CheckpointError(what, where=str(path), why="only the zip format of torch 1.6 and later is read", do=do)
+
+
+def load_tensors(path: str | Path, mmap: bool = True, opaque: bool = False) -> Any:
+    """What `torch.load` would give for a file of `torch.save`, of tensors and plain values only.
+
+    Args:
+        mmap: leave tensors on disk until they are used. The file must stay as it is while they live.
+        opaque: objects of unknown classes become inert `Opaque` placeholders instead of an error.
+
+    Returns: tensors on CPU wherever they were saved; attributes of dicts (`_metadata`) are left out. Contents are not
+        checked against the zip's checksums.
+    Raises: CheckpointError for a file that is missing, damaged, of another format, or asks for anything else.
+    """
+    machine = None
+    try:
+        with open(path, "rb") as file:
+            _check_start(file.read(64), path)
+            archive = _Archive(file, mmap)
+            order = archive.read("byteorder").decode() if "byteorder" in archive else "little"
+            if order != sys.byteorder:
+                raise CheckpointError(
+                    f"the tensors are {order!r}-endian, this machine is {sys.byteorder}-endian",
+                    where=str(path),
+                    why="every number would be read wrong",
+                    do="load it with torch on any machine and save it there as .safetensors",
+                )
+            machine = _Machine(path, archive.storage, opaque)
+            return machine.run(bytes(archive.read("data.pkl")))
+    except OSError as e:
+        raise CheckpointError(f"{Path(path).name} cannot be read: {e.strerror or e}", where=str(path)) from None
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as e:  # a damaged or crafted zip or pickle fails in many ways
+        raise CheckpointError(
+            f"{Path(path).name} is cut short, damaged or crafted: {e}",
+            where=f"{path}, byte {machine.at} of its data.pkl" if machine else str(path),
+            why="its tensors may be missing or wrong",
+            do="compare its size and sha256 with the original's and copy it again",
+        ) from e

@@ -114,7 +114,7 @@ def parse_line(line: bytes, where: str = "") -> Int64s:
     if body.startswith(FAST_HEAD) and body.endswith(b"]}"):
         numbers = body[len(FAST_HEAD) : -2]
         if _is_plain_list(numbers):
-            tokens = np.fromstring(numbers, dtype=np.int64, sep=",")  # type: ignore[call-overload]
+            tokens = np.fromstring(numbers, dtype=np.int64, sep=",")
             if len(tokens) == numbers.count(b",") + 1:
                 return _in_range(tokens, where)
     return _parse_json(body, where)
@@ -193,7 +193,7 @@ def read_meta(path: Path) -> tuple[Int64s, Int64s]:
     return offsets, lengths
 
 
-def _check_meta(meta: Path, size: int, offsets: Int64s, lengths: Int64s, dtype: np.dtype, remedy: str) -> None:  # type: ignore[type-arg]
+def _check_meta(meta: Path, size: int, offsets: Int64s, lengths: Int64s, dtype: np.dtype, remedy: str) -> None:
     if dtype.itemsize == 4 and (offsets.min() < 0 or (np.diff(offsets) < 0).any()):
         raise DataError(
             "byte offsets have overflowed 32 bits",

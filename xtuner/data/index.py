@@ -44,7 +44,7 @@ class TokenizedFolder:
         return sum(f.num_tokens for f in self.files)
 
     def fingerprint(self) -> str:
-        """Identity of the contents: size, meta, first and last bytes of the files in their order. No names, no times."""
+        """Identity of the contents: size, meta, first and last bytes of each file in order. No names, no times."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(file.identity())
@@ -139,7 +139,7 @@ def read_data_order(path: str | Path, folder: Path) -> list[str]:
     absent = [n for n, name in names.items() if not (folder / name).is_file()]
     if absent:
         raise ConfigError(
-            f"the data order names {len(absent)} files that are not in the data folder; the first is {names[absent[0]]!r}",
+            f"{len(absent)} files of the data order are not in the data folder; the first is {names[absent[0]]!r}",
             where=f"{path}, line {absent[0]} (folder {folder})",
             do="write the order again with `xtuner data order --data-folder DATA --save-folder DIR`",
         )

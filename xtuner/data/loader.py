@@ -68,10 +68,10 @@ class PackLoader:
         return Batch.of(self.dataset[number], number)
 
     def _from_processes(self, position: Position) -> Iterator[Batch]:
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _Numbered(self.dataset),  # type: ignore[arg-type]
             batch_size=None,
-            sampler=self._numbers(position),  # type: ignore[arg-type]
+            sampler=self._numbers(position),
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH,
         )

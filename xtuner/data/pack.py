@@ -112,7 +112,7 @@ class PackedDataset:
         """(file number, token at which the pack begins on that file's token line)."""
         if not 0 <= pack < len(self):
             raise IndexError(f"pack {pack} of {len(self)}")
-        file_number = bisect.bisect_right(self._first_pack, pack) - 1  # type: ignore[type-var]
+        file_number = bisect.bisect_right(self._first_pack, pack) - 1
         return file_number, (pack - int(self._first_pack[file_number])) * self.packed_length
 
     def __getitem__(self, pack: int) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ once, when the model is built, by device and torch version; each is exact for th
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -65,12 +66,12 @@ def attend_varlen(
     varlen_attn = _varlen_attn()
     assert varlen_attn is not None
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return varlen_attn(  # type: ignore[no-any-return]
+    return varlen_attn(
         q_TND, k_TKD, v_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **grouped
     )
 
 
-def _varlen_attn() -> Callable[..., torch.Tensor] | None:
+def _varlen_attn() -> Callable[..., Any] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -110,7 +110,7 @@ class Attention(nn.Module):
             o_TND = self.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
         else:
             o_TND = attention.attend_cached(q_TND, *cache.extend(k_TKD, v_TKD))
-        return self.wo(o_TND.reshape(T, -1))  # type: ignore[no-any-return]
+        return self.wo(o_TND.reshape(T, -1))
 
 
 class FeedForward(nn.Module):
@@ -123,7 +123,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x_TH)) * self.w3(x_TH))  # type: ignore[no-any-return]
+        return self.w2(F.silu(self.w1(x_TH)) * self.w3(x_TH))
 
 
 class Block(nn.Module):
@@ -136,7 +136,7 @@ class Block(nn.Module):
 
     def forward(self, x_TH: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
         x_TH = x_TH + self.attention(self.attention_norm(x_TH), layout, cache)
-        return x_TH + self.feed_forward(self.ffn_norm(x_TH))  # type: ignore[no-any-return]
+        return x_TH + self.feed_forward(self.ffn_norm(x_TH))
 
 
 class Decoder(nn.Module):
@@ -166,13 +166,13 @@ class Decoder(nn.Module):
                 x_TH = checkpoint(block, x_TH, layout, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TH = block(x_TH, layout, caches[i] if caches else None)
-        return self.norm(x_TH)  # type: ignore[no-any-return]
+        return self.norm(x_TH)
 
 
 class Head(nn.Linear):
     """The output layer: logits, or the summed loss of targets without holding all logits."""
 
-    def forward(self, x_TH: torch.Tensor, targets_T: torch.Tensor | None = None) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x_TH: torch.Tensor, targets_T: torch.Tensor | None = None) -> torch.Tensor:
         if targets_T is None:
             return super().forward(x_TH)
         return linear_cross_entropy(x_TH, self.weight, targets_T)
@@ -204,7 +204,7 @@ class CausalLM(nn.Module):
             position_ids: int64 [T], from 0 in each document; None to derive them.
             max_seqlen: longest document; None to derive it (waits for the GPU).
         """
-        return self.output(self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen), targets)  # type: ignore[no-any-return]
+        return self.output(self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen), targets)
 
     def hidden(
         self,
@@ -220,12 +220,12 @@ class CausalLM(nn.Module):
             position_ids = positions(cu_seqlens, len(input_ids))
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
-        return self.model(input_ids, position_ids, cu_seqlens, max_seqlen)  # type: ignore[no-any-return]
+        return self.model(input_ids, position_ids, cu_seqlens, max_seqlen)
 
     def use_attention(self, name: str) -> None:
         """Choose the attention backend for all layers."""
         for block in self.model.layers:
-            block.attention.attend = attention.backend(name)  # type: ignore[union-attr,assignment]
+            block.attention.attend = attention.backend(name)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

@@ -125,10 +125,10 @@ def _read_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     old = hf.get("rotary") or {}
     theta = float(new.get("rope_theta") or hf.get("rope_theta") or old.get("base") or 10000)
     scaling = hf.get("rope_scaling") or new or old
-    kind = scaling.get("type") or scaling.get("rope_type") or "default"
+    kind: Any = scaling.get("type") or scaling.get("rope_type") or "default"
     if kind in ("default", "origin", "linear") and not scaling.get("factor"):
         return theta, None
-    if kind in ("linear", "dynamic"):
+    if kind == "linear" or kind == "dynamic":
         return theta, RopeScaling(kind, float(scaling.get("factor") or 1.0))
     raise ConfigError(
         f"rope scaling {kind!r} is not supported", where="config.json: rope_scaling", do="known are: linear, dynamic"

@@ -8,7 +8,7 @@ from xtuner.model.decoder import CausalLM, LayerCache
 
 
 class Session:
-    """One document that grows. `feed` adds tokens and gives the logits after the last; earlier keys stay as they are."""
+    """One document that grows. `feed` adds tokens and gives the logits after the last; earlier keys stay."""
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
@@ -25,7 +25,7 @@ class Session:
         # dynamic NTK goes by the document's length so far, which only this sum knows
         cos_sin_length = torch.tensor([0, self.length], dtype=torch.int32, device=device)
         hidden = self.model.model(ids, position_ids, cos_sin_length, self.length, self.caches)
-        return self.model.output(hidden[-1:])[0].float()  # type: ignore[no-any-return]
+        return self.model.output(hidden[-1:])[0].float()
 
 
 def generate(

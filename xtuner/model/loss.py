@@ -68,7 +68,7 @@ def linear_cross_entropy(x_TH: torch.Tensor, w_VH: torch.Tensor, targets_T: torc
         w_VH: output weights, [V, H].
         targets_T: int64 [T], −100 where there is no loss.
     """
-    return _LinearCrossEntropy.apply(x_TH, w_VH, targets_T)  # type: ignore[no-any-return]
+    return _LinearCrossEntropy.apply(x_TH, w_VH, targets_T)
 
 
 @torch.no_grad()

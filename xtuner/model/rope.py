@@ -27,7 +27,7 @@ class Rope:
     scaling: RopeScaling | None = None
 
     def table(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), fp32 [T, D/2], for tokens at `position_ids` [T] of documents with borders `cu_seqlens` [n + 1]."""
+        """(cos, sin), fp32 [T, D/2], of tokens at `position_ids` [T] in documents with borders `cu_seqlens` [n + 1]."""
         position = position_ids.float()
         if self.scaling is None or self.scaling.kind == "linear":
             frequency_D = self._frequencies(torch.tensor(self.theta, device=position.device))

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
-from xtuner.model import attention, families, hub
+from xtuner.model import attention, families
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.weights import fill
 
@@ -19,13 +20,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class ModelSource:
     """A model that is not in memory yet.
 
-    `folder` holds weights in `layout`; None means random weights drawn from `seed`.
+    `folder` holds weights in `layout`; None means random weights drawn from `seed`
+    (the run's own seed if that is None).
     """
 
     config: DecoderConfig
     folder: Path | None
     layout: str = "internlm2"
-    seed: int = 0
+    seed: int | None = None
     recompute: bool = False
 
     def empty(self, device: torch.device, dtype: torch.dtype) -> CausalLM:
@@ -47,7 +49,7 @@ class ModelSource:
         """The network with its weights."""
         model = self.empty(torch.device(device), dtype)
         if self.folder is None:
-            model.initialize(self.seed)
+            model.initialize(self.seed or 0)
         else:
             self.load(dict(model.named_parameters()))
         return model
@@ -67,18 +69,16 @@ def from_pretrained(
     _require_varlen(use_varlen_attn)
     folder = hub.resolve(str(pretrained_model_name_or_path))
     hf = read_json(folder / "config.json")
-    return ModelSource(
-        families.read_config(hf), folder, families.layout_of(hf), recompute=activation_checkpointing
-    )
+    return ModelSource(families.read_config(hf), folder, families.layout_of(hf), recompute=activation_checkpointing)
 
 
 def from_scratch(
-    use_varlen_attn: bool = True, activation_checkpointing: bool = False, seed: int = 0, **shape: Any
+    use_varlen_attn: bool = True, activation_checkpointing: bool = False, seed: int | None = None, **shape: Any
 ) -> ModelSource:
     """Start from random weights of a given shape.
 
     Args:
-        seed: of the weights.
+        seed: of the weights; None for the run's own (`randomness`, --seed).
         shape: fields of InternLM2's `config.json`: vocab_size, hidden_size, intermediate_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, rope_theta, max_position_embeddings, …
     """
@@ -87,7 +87,9 @@ def from_scratch(
     unknown = sorted(set(shape) - _SHAPE_KEYS)
     if unknown:
         raise ConfigError(
-            f"from_scratch has no setting {unknown[0]!r}", where="model", do=f"it takes: {', '.join(sorted(_SHAPE_KEYS))}"
+            f"from_scratch has no setting {unknown[0]!r}",
+            where="model",
+            do=f"it takes: {', '.join(sorted(_SHAPE_KEYS))}",
         )
     config = families.read_config({**hf, **shape})
     return ModelSource(config, None, seed=seed, recompute=activation_checkpointing)

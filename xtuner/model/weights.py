@@ -1,4 +1,4 @@
-"""Weights on disk ↔ the network, one tensor at a time: safetensors, and foreign `.bin` through the restricted reader."""
+"""Weights on disk → the network, one tensor at a time: safetensors, or foreign `.bin` by the restricted reader."""
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -61,7 +61,7 @@ class WeightFolder:
     def __getitem__(self, name: str) -> torch.Tensor:
         handle = self._handle(self.file_of[name])
         tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
-        return tensor  # type: ignore[no-any-return]
+        return tensor
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:

@@ -1,0 +1,32 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu saves several GB where there is no GPU.
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint clean help
+
+help:
+	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
+	@echo "make test   install into .venv, lint, check types, run the tests"
+	@echo "make clean  remove .venv and everything made"
+
+demo: .venv/installed
+	$(BIN)/python demo/run.py
+
+test: .venv/installed lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[plot,test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info demo/out .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,172 @@
+"""make demo: from text to a trained model, with the public commands only, on any laptop in minutes.
+
+The text is what every machine with Python has: the sources of the standard library. Each command is printed before it
+runs, so that it can be repeated by hand. Everything is written below demo/out.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+OUT = Path(__file__).resolve().parent / "out"
+CONFIG = "internlm2_tiny_w_tokenized_dataset_copy"
+WORK_DIR = f"work_dirs/{CONFIG}"
+VOCABULARY = 2048
+CORPUS_BYTES = 2_200_000
+STOP_AT = 40
+MUST_FALL_BY = 2.0  # nats; the tiny model starts near ln 2048 = 7.6
+BOLD, RESET = ("\033[1m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
+
+
+def title(text: str) -> None:
+    print(f"\n{BOLD}── {text}{RESET}", flush=True)
+
+
+def command(*words: str, expect: int = 0, stop_at: int | None = None) -> str:
+    """Run a public command; show and return what it prints. `stop_at`: send SIGTERM when that iteration is done."""
+    print(f"{BOLD}$ {shlex.join(words)}{RESET}", flush=True)
+    xtuner = [sys.executable, "-m", "xtuner.cli.main"] if words[0] == "xtuner" else [sys.executable]
+    process = subprocess.Popen(
+        [*xtuner, *words[1:]], cwd=OUT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        output += line
+        if stop_at and re.search(rf"iter +{stop_at}/", line):
+            print(f"{BOLD}  (the demo sends SIGTERM now){RESET}", flush=True)
+            process.send_signal(signal.SIGTERM)
+    code = process.wait()
+    if code != expect:
+        sys.exit(f"demo: the command ended with {code}, expected was {expect}")
+    return output
+
+
+def corpus() -> list[str]:
+    """Sources of the standard library, the same selection on every run."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(p for p in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(p.parts))
+    texts, size = [], 0
+    for file in files[::2]:
+        text = file.read_text(encoding="utf-8", errors="ignore").replace("\0", "")
+        if len(text) > 500 and size < CORPUS_BYTES:
+            texts.append(text)
+            size += len(text)
+    return texts
+
+
+def prepare() -> None:
+    """A tokenizer trained on the text, and the text as .bin and .bin.meta files of data type `code`."""
+    import sentencepiece
+
+    from xtuner.core.log import progress
+    from xtuner.data.write import write_bin
+
+    texts = corpus()
+    (OUT / "tokenizer").mkdir(parents=True)
+    print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB; training a BPE of {VOCABULARY} pieces", flush=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line + "\n" for text in texts[::4] for line in text.split("\n") if line),
+        model_prefix=str(OUT / "tokenizer" / "tokenizer"),
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        character_coverage=0.9995,
+        num_threads=2,
+        minloglevel=2,
+    )
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(OUT / "tokenizer" / "tokenizer.model"))
+    documents = [[1, *tokenizer.encode(text), 2] for text in progress(texts, "tokenizing")]
+    parts = {"valid": documents[::20], "train": [d for i, d in enumerate(documents) if i % 20]}
+    for part, docs in parts.items():
+        shards = [docs[i : i + 100] for i in range(0, len(docs), 100)]
+        counts = [write_bin(OUT / "data" / part / "code" / f"{i:02d}.bin", shard) for i, shard in enumerate(shards)]
+        print(f"data/{part}/code: {len(counts)} files, {len(docs)} documents, {sum(t for _, t in counts):,} tokens")
+
+
+def losses() -> list[float]:
+    """Loss of every iteration, over all starts of the run."""
+    lines = [
+        json.loads(line)
+        for file in sorted((OUT / WORK_DIR).glob("*/vis_data/scalars.json"))
+        for line in file.read_text().splitlines()
+    ]
+    return [record["loss"] for record in sorted(lines, key=lambda r: r["iter"])]
+
+
+def valid_loss(output: str) -> float:
+    found = re.search(r"^all +[\d,]+ +([\d.]+)", output, re.MULTILINE)
+    assert found, "eval loss printed no line `all`"
+    return float(found[1])
+
+
+def main() -> None:
+    begin = time.monotonic()
+    if OUT.exists():
+        shutil.rmtree(OUT)
+    title("1. Text to tokens")
+    prepare()
+    title("2. A config")
+    command("xtuner", "copy-cfg", "internlm2_tiny_w_tokenized_dataset", ".")
+    config = OUT / f"{CONFIG}.py"
+    text = config.read_text()
+    for old, new in (
+        ("/path/to/your/dataset", "data/train"),
+        ("/path/to/your/tokenizer", "tokenizer"),
+        ("data_order_path = None", "data_order_path = 'order/data_order.txt'"),
+    ):
+        assert old in text, old
+        text = text.replace(old, new)
+    config.write_text(text)
+    print(f"{config.name}: dataset_folder, tokenizer_path and data_order_path set")
+    title("3. The order of files")
+    command("xtuner", "data", "order", "--data-folder", "data/train", "--save-folder", "order", "--file-type", ".bin")
+    title("4. Loss before")
+    before = valid_loss(command("xtuner", "eval", "loss", config.name, "data/valid", "--max-length", "1024"))
+    title("5. Train; stop in the middle")
+    every_10 = ("--cfg-options", "default_hooks.logger.interval=10")
+    command("xtuner", "train", config.name, *every_10, expect=75, stop_at=STOP_AT)
+    title("6. Resume")
+    command("xtuner", "train", config.name, "--resume", *every_10)
+    title("7. To Hugging Face")
+    last = (OUT / WORK_DIR / "last_checkpoint").read_text().strip()
+    command("xtuner", "convert", "pth_to_hf", config.name, f"{WORK_DIR}/{last}", "hf")
+    title("8. Loss after, and a few lines")
+    after = valid_loss(command("xtuner", "eval", "loss", "hf", "data/valid", "--max-length", "1024"))
+    for prompt in ("def __init__(self, ", "import os\n", "    for key in "):
+        sample = ("--max-new-tokens", "60", "--temperature", "0.7", "--template", "plain")
+        command("xtuner", "chat", "hf", "--prompt", prompt, *sample)
+    command("xtuner", "plot-loss", WORK_DIR, "-o", "loss.png")
+
+    curve = losses()
+    title(f"Done in {time.monotonic() - begin:.0f} s")
+    print(f"loss on unseen files   {before:.3f} → {after:.3f} nats a token")
+    print(f"training loss          {curve[0]:.3f} → {sum(curve[-5:]) / 5:.3f}")
+    for what, where in (
+        ("model", "hf"),
+        ("checkpoints, logs", WORK_DIR),
+        ("picture of the loss", "loss.png"),
+        ("config", config.name),
+        ("data, tokenizer", "data, tokenizer"),
+    ):
+        print(f"{what:<22} demo/out/{where}")
+    if not after < before - MUST_FALL_BY:
+        sys.exit(f"demo: the loss fell from {before:.3f} to {after:.3f} only; at least {MUST_FALL_BY} were expected")
+
+
+if __name__ == "__main__":
+    main()

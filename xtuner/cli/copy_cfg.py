@@ -1,0 +1,33 @@
+"""xtuner copy-cfg NAME DIR: a shipped config to edit, as DIR/NAME_copy.py."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config_name", help="as `xtuner list-cfg` lists it")
+    parser.add_argument("save_dir", help="folder for NAME_copy.py")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from xtuner.config.load import SHIPPED, shipped_names
+    from xtuner.core.errors import ConfigError, did_you_mean
+    from xtuner.core.files import atomic_file
+
+    name = args.config_name.removesuffix(".py")
+    if name not in shipped_names():
+        hint = did_you_mean(name, shipped_names())
+        raise ConfigError(f"no shipped config {name!r}.{hint}", do="`xtuner list-cfg` lists them")
+    target = Path(args.save_dir).expanduser() / f"{name}_copy.py"
+    if target.exists():
+        raise ConfigError(
+            "the file is there already",
+            where=str(target),
+            why="your changes in it would be lost",
+            do="move it away first",
+        )
+    with atomic_file(target) as f:
+        f.write((SHIPPED / f"{name}.py").read_text(encoding="utf-8"))
+    print(f"copied to {target}")
+    return 0

@@ -1,0 +1,72 @@
+"""The `xtuner` command: finds the verb, lets it parse its own arguments, turns errors into exit codes.
+
+A verb is a module with `add_arguments(parser)` and `run(args) -> int`; it imports torch inside `run` only, so that
+`xtuner --help` stays fast.
+"""
+
+import argparse
+import importlib
+import sys
+
+from xtuner.core.errors import EXIT_BUG, EXIT_CONFIG, XTunerError
+
+VERBS = {  # words → (module, what it does)
+    "list-cfg": ("xtuner.cli.list_cfg", "list the shipped configs"),
+    "copy-cfg": ("xtuner.cli.copy_cfg", "copy a shipped config here to edit it"),
+    "data order": ("xtuner.tools.get_data_order", "write the order of files for training"),
+    "train": ("xtuner.cli.train", "train by a config"),
+    "plot-loss": ("xtuner.cli.plot_loss", "draw the loss of a run"),
+    "eval loss": ("xtuner.cli.eval_loss", "mean loss of a model on tokenized data"),
+    "chat": ("xtuner.cli.chat", "let a model continue or answer a text"),
+    "convert pth_to_hf": ("xtuner.tools.model_converters.pth_to_hf", "a checkpoint as a Hugging Face folder"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {words:<{width}}  {text}" for words, (_, text) in VERBS.items()]
+    return "usage: xtuner VERB ...\n\n" + "\n".join(lines) + "\n\n`xtuner VERB --help` tells more of one.\n"
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line; returns the exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0 if argv else EXIT_CONFIG
+    if argv[0] in ("-V", "--version"):
+        import xtuner
+
+        print(f"xtuner {xtuner.__version__}")
+        return 0
+    words = next((w for n in (2, 1) if (w := " ".join(argv[:n])) in VERBS), None)
+    if words is None:
+        from xtuner.core.errors import did_you_mean
+
+        near = did_you_mean(" ".join(argv[:2]), list(VERBS)) or did_you_mean(argv[0], list(VERBS))
+        print(f"xtuner: no verb {argv[0]!r}.{near}\n\n{usage()}", end="", file=sys.stderr)
+        return EXIT_CONFIG
+    module_name, text = VERBS[words]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(prog=f"xtuner {words}", description=text, allow_abbrev=False)
+    module.add_arguments(parser)
+    args = parser.parse_args(argv[len(words.split()) :])
+    return int(module.run(args))
+
+
+def console(argv: list[str] | None = None) -> None:
+    """Entry point: runs the command line and exits with its code, which is the truth."""
+    try:
+        code = main(sys.argv[1:] if argv is None else argv)
+    except XTunerError as e:
+        print(f"xtuner: {e}", file=sys.stderr)
+        code = e.exit_code
+    except KeyboardInterrupt:
+        print("xtuner: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        code = EXIT_BUG
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    console()

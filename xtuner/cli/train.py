@@ -1,0 +1,34 @@
+"""xtuner train CONFIG: train by a config."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="config file, or the name of a shipped one")
+    parser.add_argument("--work-dir", help="where checkpoints and logs go (default: ./work_dirs/CONFIG)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="PATH",
+        help="go on from a checkpoint; alone or `auto`: from the newest in the work dir, or start if there is none",
+    )
+    parser.add_argument("--seed", type=int, help="of random weights; overrides randomness.seed")
+    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
+    parser.add_argument("--dry-run", action="store_true", help="check and report everything, train nothing")
+    parser.add_argument("--launcher", default="none", choices=("none", "pytorch", "slurm", "mpi"))
+    parser.add_argument("--deepspeed", metavar="NAME_OR_JSON", help="ZeRO by DeepSpeed (not built yet)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from xtuner.config.load import load
+    from xtuner.engine.launch import setup
+    from xtuner.train.trainer import train
+
+    config = load(args.config, args.cfg_options)
+    device = setup(args.launcher, args.deepspeed)
+    work_dir = args.work_dir or config.get("work_dir") or Path("work_dirs") / config.name
+    return train(config, Path(work_dir), device, args.resume, args.seed, args.dry_run)

@@ -1,0 +1,230 @@
+"""Configs are Python files that are run. An override of a top-level name replaces its assignment before that, so that
+everything derived from it follows; an override with dots changes the result afterwards.
+
+    --cfg-options max_length=4096 train_dataloader.num_workers=2 betas="[0.9, 0.95]"
+"""
+
+import ast
+import inspect
+import re
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xtuner.core.errors import ConfigError, did_you_mean
+
+SHIPPED = Path(__file__).parent.parent / "configs"
+
+
+@dataclass
+class Config:
+    """The values that a config file assigns at its top level, and where each comes from."""
+
+    path: Path
+    source: str
+    values: dict[str, Any]
+    lines: dict[str, int] = field(default_factory=dict)  # "train_dataloader.sampler.seed" → line
+    unread: list[str] = field(default_factory=list)  # names that the file itself makes no use of
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value at a dotted path, or `default`."""
+        value: Any = self.values
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                return default
+            value = value[part]
+        return value
+
+    def where(self, key: str) -> str:
+        """`file:line key` for messages; the nearest part of the path that stands in the file."""
+        parts = key.split(".")
+        for n in range(len(parts), 0, -1):
+            line = self.lines.get(".".join(parts[:n]))
+            if line:
+                return f"{self.path}:{line} {key}"
+        return f"{self.path} {key}"
+
+    def resolved(self) -> dict[str, Any]:
+        """All values as JSON: classes and functions by their dotted names."""
+        return {key: _plain(value) for key, value in self.values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if inspect.isclass(value) or inspect.isroutine(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)
+
+
+def shipped_names() -> list[str]:
+    return sorted(p.stem for p in SHIPPED.glob("*.py") if p.stem != "__init__")
+
+
+def find(name_or_path: str) -> Path:
+    """A config file, or a shipped config's name. Raises: ConfigError with the nearest name."""
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    if name_or_path in shipped_names():
+        return SHIPPED / f"{name_or_path}.py"
+    raise ConfigError(
+        f"no config file and no shipped config {name_or_path!r}." + did_you_mean(name_or_path, shipped_names()),
+        do="`xtuner list-cfg` lists the shipped ones, `xtuner copy-cfg NAME .` copies one here",
+    )
+
+
+def load(name_or_path: str, options: list[str] | None = None) -> Config:
+    """Run a config file with overrides.
+
+    Args:
+        options: `key=value` each, as given to --cfg-options.
+
+    Raises: ConfigError for a file that cannot be run and for overrides that meet nothing.
+    """
+    path = find(name_or_path)
+    source = path.read_text(encoding="utf-8")
+    try:
+        tree = ast.parse(source, str(path))
+    except SyntaxError as e:
+        raise ConfigError(f"the config is not Python: {e.msg}", where=f"{path}:{e.lineno}") from None
+    overrides = dict(parse_option(o) for o in options or [])
+    replacer = _Replace({k: v for k, v in overrides.items() if "." not in k})
+    tree = ast.fix_missing_locations(replacer.visit(tree))
+    values = _run(tree, path)
+    for key, value in overrides.items():
+        if "." in key:
+            _set(values, key, value)
+        elif key not in replacer.met:
+            values[key] = value  # `check` knows whether there is such a key
+    unread = [name for name in values if name not in _names_read(tree)]
+    return Config(path, source, values, _find_lines(tree), unread)
+
+
+def parse_option(option: str) -> tuple[str, Any]:
+    """`a.b=v` → ("a.b", value). Lists: `k=[a, b]` or `k=a,b`; nested: `k=[(a, b), (c, d)]`."""
+    key, equals, text = option.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{option!r} is not of the form key=value", where="--cfg-options")
+    return key.strip(), parse_value(text.strip())
+
+
+def parse_value(text: str) -> Any:
+    """A Python literal if it is one, else true/false/none, else a list of what commas part, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        pass
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    if re.fullmatch(r"\[.*\]|\(.*\)", text, re.DOTALL):
+        items = [parse_value(part) for part in _split(text[1:-1])]
+        return tuple(items) if text.startswith("(") else items
+    parts = _split(text)
+    return [parse_value(p) for p in parts] if len(parts) > 1 else text
+
+
+def _split(text: str) -> list[str]:
+    """At commas outside brackets."""
+    parts, depth = [""], 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += c
+    return [p.strip() for p in parts if p.strip()]
+
+
+class _Replace(ast.NodeTransformer):
+    """Put overriding values in place of what the file assigns to a top-level name."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.met: set[str] = set()
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        for target in node.targets:
+            if isinstance(target, ast.Name) and target.id in self.values:
+                self.met.add(target.id)
+                literal = ast.parse(repr(self.values[target.id]), mode="eval").body
+                node.value = ast.copy_location(literal, node.value)
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        return node  # names in there are its own
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        return node
+
+
+def _run(tree: ast.Module, path: Path) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": "xtuner_config", "__file__": str(path)}
+    try:
+        exec(compile(tree, str(path), "exec"), namespace)
+    except ConfigError:
+        raise
+    except Exception as e:
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
+        line = frames[-1].lineno if frames else 0
+        raise ConfigError(
+            f"the config cannot be run: {type(e).__name__}: {e}",
+            where=f"{path}:{line}",
+            do="a config made for another version? `xtuner copy-cfg` copies a fresh one",
+        ) from None
+    assigned = {t.id for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    return {name: namespace[name] for name in namespace if name in assigned and not name.startswith("_")}
+
+
+def _set(values: dict[str, Any], key: str, new: Any) -> None:
+    """Set a nested value. Everything but the last part of the path must exist."""
+    *parts, last = key.split(".")
+    at: Any = values
+    for part in parts:
+        known = [str(k) for k in at] if isinstance(at, dict) else [str(i) for i in range(len(at))]
+        if part not in known:
+            raise ConfigError(f"no {part!r} in the config.{did_you_mean(part, known)}", where=f"--cfg-options {key}")
+        at = at[part] if isinstance(at, dict) else at[int(part)]
+        if not isinstance(at, dict | list):
+            raise ConfigError(f"{part!r} is {at!r}, which has no parts", where=f"--cfg-options {key}")
+    if isinstance(at, list):
+        if not last.isdigit() or int(last) >= len(at):
+            raise ConfigError(f"no entry {last!r} in a list of {len(at)}", where=f"--cfg-options {key}")
+        at[int(last)] = new
+    else:
+        at[last] = new
+
+
+def _names_read(tree: ast.Module) -> set[str]:
+    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+def _find_lines(tree: ast.Module) -> dict[str, int]:
+    lines: dict[str, int] = {}
+
+    def note(path: str, node: ast.expr, line: int) -> None:
+        lines[path] = line
+        if isinstance(node, ast.Call):
+            for k in node.keywords:
+                if k.arg:
+                    note(f"{path}.{k.arg}", k.value, k.value.lineno)
+        elif isinstance(node, ast.List | ast.Tuple):
+            for i, item in enumerate(node.elts):
+                note(f"{path}.{i}", item, item.lineno)
+
+    for n in tree.body:
+        if isinstance(n, ast.Assign):
+            for target in n.targets:
+                if isinstance(target, ast.Name):
+                    note(target.id, n.value, n.lineno)
+    return lines

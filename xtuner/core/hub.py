@@ -1,0 +1,144 @@
+"""Names of models → folders: a folder as it is, or a snapshot in the Hugging Face cache, downloaded once per node.
+
+huggingface_hub honours HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN. We take weights, configs and tokenizers from
+a hub, never code, and pickles (`.bin`) only of repositories without safetensors.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from xtuner.core.errors import ConfigError
+from xtuner.core.log import logger
+
+_TOKENIZER = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"]
+_TOKENIZER += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+_SMALL = ["config.json", "generation_config.json", *_TOKENIZER]
+_SAFETENSORS = ["*.safetensors", "model.safetensors.index.json"]
+_PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+_NEVER = ["*/*", "consolidated*"]  # other formats in sub-folders; a second copy of the weights (Mistral)
+
+
+def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: bool = False) -> Path:
+    """The folder that holds a model.
+
+    Args:
+        name_or_path: a folder (`~` is expanded), or a hub id such as `internlm/internlm2-7b`. A folder wins. What the
+            cache holds whole is taken from there without touching the network.
+        revision: branch, tag or commit of a hub id; the main branch by default.
+        tokenizer_only: the weights are not needed.
+    Raises: ConfigError if there is no such folder and no such model, or the hub cannot be reached or read.
+    """
+    path = Path(os.path.expanduser(name_or_path))
+    if name_or_path and path.is_dir():
+        return path
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name_or_path) and not path.exists():
+        return _from_hub(name_or_path, revision, tokenizer_only)
+    raise ConfigError(
+        f"the model {name_or_path!r} is " + ("a file" if path.is_file() else "no folder here, and no hub id"),
+        where=str(path.absolute()),
+        why="a model is a folder with config.json and weights, or a hub id of the form organisation/name",
+        do="check the spelling, and that this machine sees the disk the folder is on",
+    )
+
+
+def missing_files(folder: Path, tokenizer_only: bool = False) -> list[str]:
+    """What a folder lacks to be used, judged by its own index of weights; empty if nothing."""
+    if tokenizer_only:
+        return [] if any((folder / name).is_file() for name in _TOKENIZER[:3]) else ["a tokenizer"]
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    for index, pattern in (("model.safetensors.index.json", "*.safetensors"), (_PICKLES[1], _PICKLES[0])):
+        try:
+            names = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
+            return missing + sorted(name for name in names if not (folder / name).is_file())
+        except FileNotFoundError:  # without an index, only files that are not one of many can be all of them
+            if any("-of-" not in file.name for file in folder.glob(pattern) if file.is_file()):
+                return missing
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return [*missing, f"a readable {index}"]
+    return [*missing, "weights"]
+
+
+def _from_hub(name: str, revision: str | None, tokenizer_only: bool) -> Path:
+    from huggingface_hub import constants, snapshot_download  # slow to import; reads the environment then
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.utils import WeakFileLock
+
+    patterns = _SMALL if tokenizer_only else _SMALL + _SAFETENSORS
+    partial: Path | None = None  # a folder of the cache that lacks files
+
+    def get(patterns: list[str], local: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=_NEVER, local_files_only=local
+            )
+        )
+
+    def cached() -> Path | None:
+        nonlocal partial
+        try:
+            partial = get(patterns, local=True)
+            return None if missing_files(partial, tokenizer_only) else partial
+        except LocalEntryNotFoundError as e:
+            partial = Path(e.snapshot_path) if hasattr(e, "snapshot_path") else None
+            return None
+
+    try:
+        if folder := cached():
+            return folder
+        lock = Path(constants.HF_HUB_CACHE).expanduser() / ".locks" / f"xtuner--{name.replace('/', '--')}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):  # the other processes of this node wait here, then find it in the cache
+            if folder := cached():
+                return folder
+            folder = get(patterns, local=False)
+            if not tokenizer_only and not any(folder.glob("*.safetensors*")):
+                get(_SMALL + _PICKLES, local=False)
+    except Exception as e:  # of huggingface_hub, of whichever HTTP library it uses, of the disk
+        if partial is None or missing_files(partial, tokenizer_only):
+            raise _explain(e, name, revision) from None
+        logger.warning(f"{name}: the hub cannot be read; going on with what the cache has, {partial}")
+        return partial
+    if missing := missing_files(folder, tokenizer_only):
+        what = f"the model {name} has no {missing[0]}" + (f" ({len(missing)} missing)" if missing[1:] else "")
+        raise ConfigError(what, where=str(folder), do="take a model with safetensors weights, or convert this one")
+    return folder
+
+
+def _explain(error: Exception, name: str, revision: str | None) -> ConfigError:
+    """The error in plain words. huggingface_hub's text is kept out: it may hold the password of an endpoint."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNotFoundError
+
+    url = urlsplit(constants.ENDPOINT)
+    hub = url._replace(netloc=url.netloc.rpartition("@")[2], query="").geturl()
+    elsewhere = f"or run `hf download {name}` where there is a network, and give the folder that it prints"
+    status, cause = None, error
+    while status is None and cause is not None:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        cause = cause.__cause__  # type: ignore[assignment]
+
+    if isinstance(error, HFValidationError):
+        what, do = f"{name!r} is no folder here, and no hub id", "check the spelling"
+    elif constants.HF_HUB_OFFLINE:
+        what = f"the model {name} is not whole in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
+        do = f"unset HF_HUB_OFFLINE, {elsewhere}"
+    elif isinstance(error, RevisionNotFoundError):
+        what, do = f"the model {name} has no revision {revision!r}", "name a branch, a tag or a commit of it"
+    elif isinstance(error, GatedRepoError) or status == 403:
+        what = f"the hub does not let us read the model {name} (gated or private)"
+        do = "accept its terms on its page, then set HF_TOKEN or run `hf auth login`"
+    elif status in (401, 404):
+        what = f"there is no folder {name} here, and the hub has no model of that name that we may read ({status})"
+        do = "check the spelling; for a private model set HF_TOKEN or run `hf auth login`"
+    elif status is not None:
+        what, do = f"the hub answered {status} when asked for the model {name}", f"try again later, {elsewhere}"
+    elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        what = f"the model {name} cannot be written to the cache {constants.HF_HUB_CACHE}: {error.strerror}"
+        do = "set HF_HOME to a disk with room that you may write to"
+    else:
+        what = f"the model {name} is no folder here, and the hub cannot be reached ({type(error).__name__})"
+        do = f"set HF_ENDPOINT to a mirror that this machine reaches, {elsewhere}"
+    return ConfigError(what, where=f"{hub}/{name}", why="training starts from its weights and tokenizer", do=do)

@@ -1,0 +1,51 @@
+"""The contract between the loop and whatever runs forward, backward and step.
+
+After an iteration's `forward_backward`, gradients are the sum over all learned targets of all ranks and micro-batches,
+divided by their number, whatever an engine averages by itself. Weights have fp32 masters; checkpoints keep those.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from xtuner.data.batch import Batch
+from xtuner.model.decoder import CausalLM
+
+
+class Strategy(Protocol):
+    """One way to train: a single process, DeepSpeed, FSDP."""
+
+    name: str
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @property
+    def model(self) -> CausalLM:
+        """The network as it computes, for sampling and evaluation."""
+
+    def forward_backward(self, batch: Sequence[Batch], num_targets: int) -> float:
+        """One iteration's packs on this rank.
+
+        Args:
+            num_targets: of all ranks; when 0, nothing is computed.
+
+        Returns the mean loss over all targets of all ranks, in nats: the same number on every rank; 0 without targets.
+        """
+
+    def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
+        """Clip to `max_norm` and update the weights.
+
+        Returns (gradient norm before clipping, whether the step was applied). A step with a non-finite norm, or after
+        an iteration without targets, is not applied.
+        """
+
+    def save(self, folder: Path, optimizer: bool) -> None:
+        """Write `weights/` (a Hugging Face folder of fp32 masters) and, if asked, `optimizer/`."""
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save(folder, optimizer=True)` wrote, bit for bit."""
+
+    def load_weights(self, folder: Path) -> None:
+        """Take over the weights of a Hugging Face folder; the optimizer stays new."""

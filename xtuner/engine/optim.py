@@ -1,0 +1,67 @@
+"""The `optim_wrapper` of a config: which optimizer, how gradients are clipped and accumulated, in what precision."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from xtuner.config.build import check_arguments, resolve_type, type_name
+from xtuner.core.errors import ConfigError
+from xtuner.model.source import DTYPES
+
+
+class OptimWrapper:
+    """Described once, used by every strategy.
+
+    Args:
+        optimizer: `dict(type=AdamW, lr=…, betas=…, weight_decay=…)`, any of `torch.optim`. All parameters decay.
+        clip_grad: `dict(max_norm=…)`, the 2-norm over all parameters; None for no clipping.
+        accumulative_counts: packs each rank takes per iteration (one optimizer step).
+        dtype: what matrices are multiplied in: "bf16", "fp32", or "auto" (bf16 on GPUs, fp32 on CPUs).
+    """
+
+    def __init__(
+        self,
+        optimizer: Mapping[str, Any],
+        clip_grad: Mapping[str, Any] | None = None,
+        accumulative_counts: int = 1,
+        dtype: str = "auto",
+    ) -> None:
+        self.kind = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
+        self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
+        check_arguments(self.kind, {"params": None, **self.arguments}, "optim_wrapper.optimizer")
+        if "lr" not in self.arguments:
+            raise ConfigError("the optimizer has no lr", where="optim_wrapper.optimizer.lr")
+        if clip_grad is not None and set(clip_grad) - {"max_norm"}:
+            other = ", ".join(sorted(set(clip_grad) - {"max_norm"}))
+            raise ConfigError(f"clip_grad takes max_norm alone, not {other}", where="optim_wrapper.clip_grad")
+        if dtype not in ("auto", "bf16", "fp32"):
+            raise ConfigError(
+                f"dtype = {dtype!r} is not one of auto, bf16, fp32",
+                where="optim_wrapper.dtype",
+                why="fp16 needs loss scaling, which is not built yet" if dtype in ("fp16", "float16") else "",
+            )
+        self.max_norm = float(clip_grad["max_norm"]) if clip_grad and clip_grad.get("max_norm") is not None else None
+        self.accumulative_counts = accumulative_counts
+        self.dtype = dtype
+
+    @property
+    def lr(self) -> float:
+        return float(self.arguments["lr"])
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return DTYPES[self.dtype]
+
+    def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer; its fused kernel where it has one and nothing else is asked."""
+        choices = {"fused", "foreach"} & set(inspect.signature(self.kind).parameters)
+        fused = {"fused": True} if "fused" in choices and not choices & self.arguments.keys() else {}
+        return self.kind(parameters, **self.arguments, **fused)
+
+    def describe(self) -> str:
+        settings = ", ".join(f"{k}={v}" for k, v in self.arguments.items())
+        clip = f"gradients clipped to norm {self.max_norm:g}" if self.max_norm else "no clipping"
+        return f"{type_name(self.kind)}({settings}), {clip}"

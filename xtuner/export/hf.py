@@ -1,0 +1,179 @@
+"""A checkpoint → a Hugging Face folder, one tensor at a time: shards, index, config, tokenizer, model card.
+
+Memory stays below one shard plus one tensor: tensors are read, cast and collected until a shard is full.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import xtuner
+from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.files import MANIFEST, atomic_folder, read_json, verify, write_json
+from xtuner.core.log import human_bytes, progress
+from xtuner.data.tokenizer import FILES as TOKENIZER_FILES
+from xtuner.model.decoder import CausalLM, DecoderConfig
+from xtuner.model.families import LAYOUTS, read_config, split, write_config
+from xtuner.model.weights import INDEX, WeightFolder
+
+IM_END = "<|im_end|>"
+
+
+def export(
+    checkpoint: str | Path,
+    target: str | Path,
+    tokenizer_folder: Path | None,
+    layout: str = "internlm2",
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = 2 * 10**9,
+) -> Path:
+    """Write `target`, whole or not at all.
+
+    Args:
+        checkpoint: an `iter_N.pth` directory; verified first.
+        tokenizer_folder: whose tokenizer files are copied; None for none.
+        layout: "internlm2" (needs remote code in transformers, LMDeploy's own) or "llama" (loads everywhere).
+        dtype: of the weights written.
+        max_shard_bytes: a shard is at most this large, unless one tensor alone is larger.
+
+    Raises: CheckpointError, ConfigError.
+    """
+    checkpoint, target = Path(checkpoint), Path(target)
+    if layout not in LAYOUTS:
+        raise ConfigError(f"--layout {layout!r} is not one of {', '.join(LAYOUTS)}", where="--layout")
+    if not (checkpoint / MANIFEST).is_file():
+        raise CheckpointError(
+            "there is no checkpoint" if not checkpoint.exists() else "this is not a whole checkpoint",
+            where=str(checkpoint),
+            do="give a work_dirs/CONFIG/iter_N.pth folder; work_dirs/CONFIG/last_checkpoint names the newest",
+        )
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).is_file())):
+        raise ConfigError(
+            "the target exists and is not an earlier export",
+            where=str(target),
+            why="it would be replaced as a whole",
+            do="give another folder, or remove it",
+        )
+    verify(checkpoint)
+    config = read_config(read_json(checkpoint / "weights" / "config.json"))
+    with atomic_folder(target) as folder:
+        _write_shards(checkpoint / "weights", folder, config, layout, dtype, max_shard_bytes)
+        write_json(folder / "config.json", write_config(config, layout, dtype))
+        stops = _copy_tokenizer(tokenizer_folder, folder, config)
+        write_json(folder / "generation_config.json", _generation(config, stops))
+        (folder / "README.md").write_text(_card(checkpoint, config, layout, dtype), encoding="utf-8")
+    return target
+
+
+def _tensors(
+    weights: WeightFolder, config: DecoderConfig, layout: str, dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    with torch.device("meta"):
+        names = [name for name, _ in CausalLM(config).named_parameters()]
+    for name in progress(names, "writing weights"):
+        for hf_name, tensor in split(name, weights[name], layout, config).items():
+            yield hf_name, tensor.to(dtype).contiguous()
+
+
+def _write_shards(source: Path, folder: Path, c: DecoderConfig, layout: str, dtype: torch.dtype, limit: int) -> None:
+    """Fill shards in the order of the network; names get their final count at the end."""
+    shard: dict[str, torch.Tensor] = {}
+    files: list[list[str]] = []
+    sizes: list[int] = []
+    held = 0
+
+    def flush() -> None:
+        nonlocal held
+        save_file(shard, folder / f"shard-{len(files)}.tmp", metadata={"format": "pt"})
+        files.append(list(shard))
+        sizes.append(held)
+        shard.clear()
+        held = 0
+
+    for name, tensor in _tensors(WeightFolder(source), c, layout, dtype):
+        if shard and held + tensor.nbytes > limit:
+            flush()
+        shard[name] = tensor
+        held += tensor.nbytes
+    flush()
+    count = len(files)
+    final = (
+        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    )
+    for i, name in enumerate(final):
+        (folder / f"shard-{i}.tmp").rename(folder / name)
+    if count > 1:
+        weight_map = {name: final[i] for i, names in enumerate(files) for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+
+
+def _copy_tokenizer(source: Path | None, folder: Path, config: DecoderConfig) -> list[int]:
+    """Copy tokenizer files; return the ids at which a chat model stops."""
+    for name in TOKENIZER_FILES if source else ():
+        if source and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    path = folder / "tokenizer_config.json"
+    added = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
+    chat = [int(i) for i, token in added.items() if token.get("content") == IM_END]
+    return [config.eos_token_id, *chat]
+
+
+def _generation(c: DecoderConfig, stops: list[int]) -> dict[str, Any]:
+    ids = {"bos_token_id": c.bos_token_id, "eos_token_id": stops, "pad_token_id": c.pad_token_id}
+    return {**ids, "do_sample": False}
+
+
+def _card(checkpoint: Path, c: DecoderConfig, layout: str, dtype: torch.dtype) -> str:
+    """The model card: where the weights come from, in facts that can be compared."""
+    trainer = read_json(checkpoint / "trainer.json")
+    state, data = trainer["state"], trainer["data"]
+    manifest = read_json(checkpoint / MANIFEST)
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [xtuner, internlm2]",
+            "---",
+            f"# {checkpoint.parent.name}, iteration {state['iteration']}",
+            "",
+            f"Trained with xtuner {xtuner.__version__}, exported in the `{layout}` layout as {str(dtype)[6:]}.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| layers, hidden size, vocabulary | {c.num_layers}, {c.hidden_size}, {c.vocab_size} |",
+            f"| iterations | {state['iteration']} of {trainer['max_iterations']} |",
+            f"| packs | {state['packs']:,} of {data['packed_length']:,} tokens |",
+            f"| tokens learned from | {state['targets']:,} |",
+            f"| label rule | {data['label_rule']} |",
+            f"| fingerprint of the data | `{data['data']}` |",
+            f"| sha256 of the fp32 masters | `{manifest['files']['weights/model.safetensors']['sha256']}` |",
+            "",
+            "The settings of the run:",
+            "",
+            "```json",
+            json.dumps(trainer["config"], indent=2, ensure_ascii=False),
+            "```",
+            "",
+        ]
+    )
+
+
+def parse_size(text: str) -> int:
+    """`2GB` → 2 · 10⁹, `500MB`, `1GiB` → 2³⁰. Raises: ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ConfigError(f"{text!r} is not a size", where="--max-shard-size", do="write it like 2GB or 500MB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def summary(folder: Path) -> str:
+    """One line on what was written."""
+    files = [p for p in folder.iterdir() if p.is_file()]
+    return f"{folder}: {len(files)} files, {human_bytes(sum(p.stat().st_size for p in files))}"

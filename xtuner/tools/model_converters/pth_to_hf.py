@@ -1,0 +1,45 @@
+"""python xtuner/tools/model_converters/pth_to_hf.py CONFIG SRC DST: a checkpoint as a Hugging Face folder.
+
+The same as `xtuner convert pth_to_hf`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="the config of the run (names the tokenizer)")
+    parser.add_argument("pth_model", metavar="SRC", help="checkpoint folder, work_dirs/CONFIG/iter_N.pth")
+    parser.add_argument("save_dir", metavar="DST", help="folder to write")
+    parser.add_argument("--fp32", action="store_true", help="write the fp32 masters instead of bf16")
+    parser.add_argument("--max-shard-size", default="2GB", help="largest weight file (default: 2GB)")
+    parser.add_argument(
+        "--layout", default="internlm2", choices=("internlm2", "llama"), help="weight names (default: internlm2)"
+    )
+    parser.add_argument("--safe-serialization", action="store_true", help="accepted; always safetensors")
+    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from xtuner.config.build import build
+    from xtuner.config.load import load
+    from xtuner.core import log
+    from xtuner.export.hf import export, parse_size, summary
+
+    log.setup()
+    config = load(args.config, args.cfg_options)
+    tokenizer = config.get("tokenizer")
+    folder: Path | None = build(tokenizer, "tokenizer").folder if tokenizer else None
+    dtype = torch.float32 if args.fp32 else torch.bfloat16
+    target = export(args.pth_model, args.save_dir, folder, args.layout, dtype, parse_size(args.max_shard_size))
+    log.logger.info(f"written {summary(target)}")
+    return 0
+
+
+if __name__ == "__main__":
+    from xtuner.cli.main import console
+
+    console(["convert", "pth_to_hf", *sys.argv[1:]])

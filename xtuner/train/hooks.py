@@ -1,0 +1,257 @@
+"""Hooks: what a config may add to the loop. They set up, observe and save; none carries data to the model.
+
+`configure` comes before weights are loaded, the others in the course of the run, in the order of `priority`: hooks
+that measure fill `it.record`, LoggerHook writes it, CheckpointHook comes last.
+"""
+
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from xtuner.config.build import build
+from xtuner.core import dist
+from xtuner.core.errors import ConfigError
+from xtuner.core.log import human_bytes, human_time, logger
+from xtuner.data.chat_template import ChatTemplate
+from xtuner.data.tokenizer import Tokenizer
+from xtuner.engine.schedule import Schedule
+from xtuner.model.flops import peak_flops, training_flops
+from xtuner.model.generate import generate
+from xtuner.train.state import TrainState
+
+if TYPE_CHECKING:
+    from xtuner.train.trainer import Run
+
+
+@dataclass
+class Iteration:
+    """What one iteration did. Hooks add to `record`, which becomes the log line."""
+
+    state: TrainState  # after it
+    lr: float
+    loss: float
+    grad_norm: float
+    applied: bool
+    num_targets: int
+    num_tokens: int  # of this rank
+    attention_pairs: int  # of this rank, Σ len²
+    data_time: float  # s this rank waited for packs
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+class Hook:
+    priority = 50
+
+    def configure(self, run: "Run") -> None: ...
+    def before_run(self, run: "Run") -> None: ...
+    def after_iteration(self, run: "Run", it: Iteration) -> None: ...
+    def after_run(self, run: "Run") -> None: ...
+
+
+class IterTimerHook(Hook):
+    """Seconds an iteration, seconds waited for data, time left."""
+
+    priority = 10
+
+    def before_run(self, run: "Run") -> None:
+        self._last = time.perf_counter()
+        self._times: list[float] = []
+
+    def after_iteration(self, run: "Run", it: Iteration) -> None:
+        now = time.perf_counter()
+        self._times = [*self._times[-49:], now - self._last]
+        self._last = now
+        typical = sorted(self._times)[len(self._times) // 2]  # the first iterations compile, some save
+        left = run.max_iterations - it.state.iteration
+        it.record |= {"time": self._times[-1], "data_time": it.data_time, "eta": round(left * typical)}
+
+
+class ThroughputHook(Hook):
+    """Tokens a second of this process and, on a GPU that we know, model FLOPs utilisation (MFU) as flops.py counts."""
+
+    priority = 20
+
+    def before_run(self, run: "Run") -> None:
+        self._last = time.perf_counter()
+        self._peak = peak_flops(run.strategy.device)
+
+    def after_iteration(self, run: "Run", it: Iteration) -> None:
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        it.record["tokens_per_s"] = it.num_tokens / elapsed
+        if self._peak:
+            flops = training_flops(run.source.config, it.num_tokens, it.attention_pairs)
+            it.record["mfu"] = flops / elapsed / self._peak
+
+
+class ParamSchedulerHook(Hook):
+    """Applies `param_scheduler`. Without this hook the learning rate stays the optimizer's."""
+
+    def configure(self, run: "Run") -> None:
+        per_epoch = run.packs_per_epoch / run.packs_per_iteration
+        run.schedule = Schedule.of(run.optim.lr, run.config.get("param_scheduler"), per_epoch)
+
+
+class DistSamplerSeedHook(Hook):
+    """A new order of packs each epoch. Without this hook every epoch repeats the first one's."""
+
+    def configure(self, run: "Run") -> None:
+        run.loader.reshuffle = True
+
+
+class LoggerHook(Hook):
+    """A line on the terminal, in the log file, in scalars.json and TensorBoard every `interval` iterations."""
+
+    priority = 80
+
+    def __init__(self, interval: int = 10) -> None:
+        if interval < 1:
+            raise ConfigError(f"interval = {interval}", where="default_hooks.logger.interval")
+        self.interval = interval
+
+    def after_iteration(self, run: "Run", it: Iteration) -> None:
+        if it.state.iteration % self.interval and it.state.iteration != run.max_iterations:
+            return
+        if not dist.is_main():
+            return
+        memory = memory_in_use(run.strategy.device)
+        record = {"iter": it.state.iteration, "lr": it.lr, "loss": it.loss, "grad_norm": it.grad_norm}
+        record |= {"targets": it.num_targets, "applied": it.applied, "memory": memory, **it.record}
+        run.metrics.write(record)
+        logger.info(log_line(record, run.max_iterations))
+
+
+def log_line(record: dict[str, Any], last: int) -> str:
+    """One iteration in one line."""
+    parts = [
+        f"iter {record['iter']:>{len(str(last))}}/{last}",
+        f"lr {record['lr']:.3e}",
+        f"loss {record['loss']:.4f}" if record["targets"] else "no targets",
+        f"grad norm {record['grad_norm']:.3f}",
+    ]
+    if "tokens_per_s" in record:
+        parts.append(f"{record['tokens_per_s']:,.0f} tok/s")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.3f}")
+    if "data_time" in record:
+        parts.append(f"data {record['data_time']:.3f} of {record['time']:.2f} s")
+    parts.append(human_bytes(record["memory"]))
+    if "eta" in record:
+        parts.append(f"ETA {human_time(record['eta'])}")
+    if not record["applied"] and record["targets"]:
+        parts.append("NOT APPLIED")
+    return "  ".join(parts)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Peak bytes so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class CheckpointHook(Hook):
+    """Saves every `interval` iterations (or epochs), at the end, and keeps the newest ones.
+
+    Args:
+        interval: iterations, or epochs with by_epoch; -1 for none but the last.
+        max_keep_ckpts: how many stay; -1 for all.
+        save_optimizer: False writes weights only: smaller, but nothing to resume from.
+    """
+
+    priority = 90
+
+    def __init__(
+        self, interval: int = -1, by_epoch: bool = False, max_keep_ckpts: int = -1, save_optimizer: bool = True
+    ) -> None:
+        if interval == 0 or interval < -1:
+            raise ConfigError(f"interval = {interval}", where="default_hooks.checkpoint.interval")
+        self.interval, self.by_epoch = interval, by_epoch
+        self.max_keep_ckpts, self.save_optimizer = max_keep_ckpts, save_optimizer
+
+    def before_run(self, run: "Run") -> None:
+        self._epoch = run.state.position.epoch
+
+    def after_iteration(self, run: "Run", it: Iteration) -> None:
+        epoch, self._epoch = self._epoch, it.state.position.epoch
+        if self.interval == -1:
+            return
+        if self.by_epoch:
+            due = self._epoch // self.interval > epoch // self.interval
+        else:
+            due = it.state.iteration % self.interval == 0
+        if due:
+            run.save(self.save_optimizer, self.max_keep_ckpts)
+
+    def after_run(self, run: "Run") -> None:
+        run.save(self.save_optimizer, self.max_keep_ckpts)
+
+
+class DatasetInfoHook(Hook):
+    """Tells the number of packs and shows the beginning of the first one as text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def before_run(self, run: "Run") -> None:
+        logger.info(f"train dataset: {run.loader.num_packs:,} packs")
+        tokenizer: Tokenizer = build(self.tokenizer, "custom_hooks: DatasetInfoHook.tokenizer")
+        if run.loader.num_packs and dist.is_main():
+            ids = run.loader.dataset[0]["input_ids"][:200].tolist()
+            logger.info("first pack begins:\n" + tokenizer.decode(ids))
+
+
+class EvaluateChatHook(Hook):
+    """Lets the model answer `evaluation_inputs` before the run, every n iterations, and at the end.
+
+    Args:
+        tokenizer: `dict(type=load_tokenizer, name_or_path=…)`.
+        evaluation_inputs: what a user says.
+        every_n_iters: None for before and after only.
+        system: system prompt.
+        prompt_template: of `PROMPT_TEMPLATE`; None completes the text as it is.
+        max_new_tokens: at most so many tokens a reply.
+    """
+
+    priority = 70
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        evaluation_inputs: str | list[str],
+        every_n_iters: int | None = None,
+        system: str = "",
+        prompt_template: ChatTemplate | None = None,
+        max_new_tokens: int = 100,
+    ) -> None:
+        self.tokenizer_spec = tokenizer
+        self.inputs = [evaluation_inputs] if isinstance(evaluation_inputs, str) else evaluation_inputs
+        self.every_n_iters, self.system = every_n_iters, system
+        self.template, self.max_new_tokens = prompt_template, max_new_tokens
+
+    def before_run(self, run: "Run") -> None:
+        self.tokenizer: Tokenizer = build(self.tokenizer_spec, "custom_hooks: EvaluateChatHook.tokenizer")
+        self._sample(run)
+
+    def after_iteration(self, run: "Run", it: Iteration) -> None:
+        if self.every_n_iters and it.state.iteration % self.every_n_iters == 0:
+            self._sample(run)
+
+    def after_run(self, run: "Run") -> None:
+        self._sample(run)
+
+    def _sample(self, run: "Run") -> None:
+        model, config = run.strategy.model, run.source.config
+        stops = [config.eos_token_id]
+        for word in self.template.stop_words if self.template else ():
+            ids = self.tokenizer.encode(word)
+            stops += ids if len(ids) == 1 else []
+        for text in self.inputs:
+            prompt = self.template.prompt(text, self.system) if self.template else text
+            ids = [config.bos_token_id, *self.tokenizer.encode(prompt)]
+            reply = self.tokenizer.decode(list(generate(model, ids, self.max_new_tokens, stops)))
+            logger.info(f"sample at iteration {run.state.iteration}:\n{prompt}{reply}\n")
+            run.metrics.text("sample", f"{prompt}{reply}", run.state.iteration)

@@ -1,0 +1,31 @@
+"""One record an iteration, to JSON lines (all digits) and to TensorBoard."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class MetricWriter:
+    """Writes `scalars.json` (one JSON object a line) and TensorBoard events into `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = open(folder / "scalars.json", "a", encoding="utf-8")  # noqa: SIM115
+        self._board = SummaryWriter(str(folder))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """`record["iter"]` is the step; numbers become curves."""
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+        for key, value in record.items():
+            if isinstance(value, int | float) and key != "iter":
+                self._board.add_scalar(key, value, record["iter"])
+
+    def text(self, tag: str, value: str, iteration: int) -> None:
+        self._board.add_text(tag, value, iteration)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._board.close()

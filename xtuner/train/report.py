@@ -1,0 +1,65 @@
+"""What a run tells before its first step: every derived number with its unit, and the machine it runs on."""
+
+import os
+import platform
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+
+import xtuner
+from xtuner.core.log import human, human_bytes, logger
+from xtuner.model.flops import num_parameters, training_flops
+
+if TYPE_CHECKING:
+    from xtuner.train.trainer import Run
+
+SHOWN_FILES = 20
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command line."""
+    gpu = torch.cuda.is_available()
+    return {
+        "xtuner": xtuner.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def report(run: "Run") -> None:
+    """Print the numbers that follow from config and data."""
+    data, config = run.loader.dataset, run.source.config
+    documents, tails = data.documents, data.tail_tokens_per_file
+    parameters = num_parameters(config)
+    where = str(run.source.folder) if run.source.folder else f"random weights, seed {run.source.seed}"
+    tokens = run.packs_per_iteration * data.packed_length
+    compute = str(run.optim.compute_dtype(run.device)).removeprefix("torch.")
+    flops = training_flops(config, tokens, 0)
+    rows = [
+        ("model", f"{parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, from {where}"),
+        ("optimizer", run.optim.describe()),
+        ("precision", f"fp32 masters, compute in {compute} on {run.device}"),
+        ("state", f"{human_bytes(parameters * 16)} for fp32 weights, gradients and two moments"),
+        ("data", f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {documents.folder}"),
+        ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {sum(tails):,} tokens of file tails fill none"),
+    ]
+    for file, packs, tail in list(zip(documents, data.packs_per_file, tails, strict=True))[:SHOWN_FILES]:
+        rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
+    if len(documents) > SHOWN_FILES:
+        rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))
+    left_over = run.total_packs - run.max_iterations * run.packs_per_iteration
+    rows += [
+        ("iteration", f"{tokens:,} tokens in packs: {run.packs_per_iteration}; {human(flops)}FLOPs without attention"),
+        ("run", f"{run.max_iterations:,} iterations; epochs: {run.max_epochs}; packs left over: {left_over}"),
+        ("work dir", str(run.work_dir)),
+    ]
+    logger.info("what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows))

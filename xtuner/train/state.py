@@ -1,0 +1,31 @@
+"""What a run has done so far: everything a resume needs beside weights and optimizer."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from xtuner.data.order import Position
+
+
+@dataclass(frozen=True)
+class TrainState:
+    iteration: int = 0  # optimizer steps done, those that were not applied included
+    position: Position = field(default_factory=Position)
+    packs: int = 0  # by all ranks
+    targets: int = 0  # tokens learned from, by all ranks
+
+    def advance(self, position: Position, packs: int, targets: int) -> "TrainState":
+        """The state after one more iteration."""
+        return replace(
+            self,
+            iteration=self.iteration + 1,
+            position=position,
+            packs=self.packs + packs,
+            targets=self.targets + targets,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "TrainState":
+        return cls(**{**value, "position": Position(**value["position"])})

@@ -1,0 +1,277 @@
+"""The loop, and what it needs put together from a config."""
+
+import dataclasses
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.config.build import build
+from xtuner.config.check import check
+from xtuner.config.load import Config
+from xtuner.core import dist, log
+from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError
+from xtuner.core.files import write_json
+from xtuner.core.log import logger
+from xtuner.data.index import TokenizedFolder
+from xtuner.data.loader import PackLoader
+from xtuner.data.order import Position
+from xtuner.data.pack import PackedDataset
+from xtuner.engine.base import Strategy
+from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.schedule import Schedule
+from xtuner.engine.single import SingleStrategy
+from xtuner.model.source import ModelSource
+from xtuner.train import checkpoint
+from xtuner.train.hooks import Hook, Iteration
+from xtuner.train.metrics import MetricWriter
+from xtuner.train.report import environment, report
+from xtuner.train.state import TrainState
+from xtuner.train.stop import Stop
+
+
+@dataclass
+class Run:
+    """Everything of one run; what hooks see."""
+
+    config: Config
+    work_dir: Path
+    device: torch.device
+    source: ModelSource
+    optim: OptimWrapper
+    loader: PackLoader
+    hooks: list[Hook]
+    max_epochs: int
+    max_iterations: int
+    schedule: Schedule
+    state: TrainState = dataclasses.field(default_factory=TrainState)
+    saved_at: int = -1
+
+    strategy: Strategy = dataclasses.field(init=False)
+    metrics: MetricWriter = dataclasses.field(init=False)
+
+    @property
+    def packs_per_iteration(self) -> int:
+        return self.optim.accumulative_counts * self.loader.dp_size
+
+    @property
+    def packs_per_epoch(self) -> int:
+        return Position().packs_until(1, self.loader.num_packs, self.loader.dp_size)
+
+    @property
+    def total_packs(self) -> int:
+        return self.packs_per_epoch * self.max_epochs
+
+    def facts(self) -> dict[str, Any]:
+        """What the run depends on, kept with every checkpoint."""
+        return {
+            "data": self.loader.fingerprint(),
+            "packs_per_iteration": self.packs_per_iteration,
+            "max_iterations": self.max_iterations,
+            "strategy": self.strategy.name,
+            "config": self.config.resolved(),
+        }
+
+    def save(self, optimizer: bool = True, keep: int = -1) -> None:
+        """Write a checkpoint of the present state, once."""
+        if self.saved_at == self.state.iteration:
+            return
+        begin = time.perf_counter()
+        folder = checkpoint.save(self.work_dir, self.state, self.strategy, self.facts(), optimizer, keep)
+        self.saved_at = self.state.iteration
+        logger.info(f"saved {folder} in {time.perf_counter() - begin:.1f} s")
+
+
+def assemble(config: Config, work_dir: Path, device: torch.device, seed: int | None) -> Run:
+    """Check a config and build everything from it but the weights.
+
+    Raises: ConfigError, DataError.
+    """
+    check(config)
+    seed = seed if seed is not None else (config.get("randomness.seed") or 0)
+    source: ModelSource = build(config.values["model"], "model")
+    if source.seed is None:
+        source = dataclasses.replace(source, seed=seed)
+    optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
+    dataloader = config.values["train_dataloader"]
+    dataset: PackedDataset = build(dataloader["dataset"], "train_dataloader.dataset")
+    sampler = build(dataloader["sampler"], "train_dataloader.sampler", dataset=dataset)
+    loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0))
+    max_epochs = config.values["train_cfg"]["max_epochs"]
+    per_iteration = optim.accumulative_counts * loader.dp_size
+    total = Position().packs_until(max_epochs, loader.num_packs, loader.dp_size)
+    max_iterations = total // per_iteration
+    _enough(dataset.documents, dataset, max_iterations, per_iteration)
+    hooks = [build(spec, f"default_hooks.{k}") for k, spec in (config.get("default_hooks") or {}).items()]
+    hooks += [build(spec, f"custom_hooks.{i}") for i, spec in enumerate(config.get("custom_hooks") or [])]
+    hooks.sort(key=lambda h: h.priority)
+    constant = Schedule(optim.lr, [], 1)
+    run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs, max_iterations, constant)
+    for hook in hooks:
+        hook.configure(run)
+    return run
+
+
+def _enough(documents: TokenizedFolder, data: PackedDataset, max_iterations: int, per_iteration: int) -> None:
+    if max_iterations:
+        return
+    raise DataError(
+        f"{len(data)} packs, and one iteration takes {per_iteration}",
+        where=f"{documents.folder}: {documents.num_tokens:,} tokens in {len(documents)} files",
+        why=f"a file's tokens that do not fill a pack of {data.packed_length:,} are dropped",
+        do="lower max_length or accumulative_counts, or give more data",
+    )
+
+
+def train(
+    config: Config,
+    work_dir: Path,
+    device: torch.device,
+    resume: str | bool | None = None,
+    seed: int | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Run a config to its end.
+
+    Args:
+        resume: a checkpoint, "auto" for the newest in `work_dir`, None to begin.
+        dry_run: stop before weights are loaded.
+
+    Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
+    """
+    log.setup(config.get("log_level", "INFO"))
+    run = assemble(config, work_dir, device, seed)
+    if dry_run:
+        report(run)
+        logger.info("dry run: nothing was trained")
+        return EXIT_DONE
+    stop = Stop()
+    _open_work_dir(run)
+    report(run)
+    if config.get("randomness.deterministic"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    run.strategy = SingleStrategy(run.source, run.optim, device)
+    _resume_or_fresh(run, resume if resume is not None else config.get("resume"))
+    for hook in run.hooks:
+        hook.before_run(run)
+    try:
+        return loop(run, stop)
+    finally:
+        run.metrics.close()
+
+
+def _open_work_dir(run: Run) -> None:
+    """A folder for this start: log, metrics, environment, the config as written and as resolved."""
+    folder = run.work_dir / time.strftime("%Y%m%d_%H%M%S")
+    try:
+        (folder / "vis_data").mkdir(parents=True, exist_ok=True)
+        log.setup(run.config.get("log_level", "INFO"), folder / f"{folder.name}.log")
+        write_json(folder / "environment.json", environment())
+        write_json(folder / "config.json", run.config.resolved())
+        shutil.copyfile(run.config.path, run.work_dir / run.config.path.name)
+    except shutil.SameFileError:
+        pass  # the config lies in the work dir
+    except OSError as e:
+        raise ConfigError(
+            f"the work dir cannot be written: {e.strerror}",
+            where=str(e.filename),
+            do="give another one with --work-dir",
+        ) from None
+    run.metrics = MetricWriter(folder / "vis_data")
+
+
+def _resume_or_fresh(run: Run, resume: str | bool | None) -> None:
+    folder = checkpoint.to_resume(run.work_dir, resume)
+    if folder is None:
+        if run.config.get("load_from"):
+            _start_from(run, Path(run.config.values["load_from"]))
+        if resume:
+            logger.info("no checkpoint in the work dir: starting afresh")
+    else:
+        state, facts = checkpoint.read_trainer(folder)
+        _same_run(run, folder, facts)
+        run.strategy.load(folder)
+        run.state, run.saved_at = state, state.iteration
+        logger.info(f"resumed from {folder} at iteration {state.iteration}, {state.position}")
+
+
+def _start_from(run: Run, folder: Path) -> None:
+    weights = folder / "weights" if (folder / checkpoint.TRAINER).is_file() else folder
+    run.strategy.load_weights(weights)
+    logger.info(f"weights taken from {weights} (load_from); optimizer and data position are new")
+
+
+def _same_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
+    """Refuse to go on with other data or another iteration size."""
+    now = run.facts()
+    for key, before in facts["data"].items():
+        if now["data"][key] != before:
+            raise DataError(
+                f"the data is not what the checkpoint was trained on: {key} was {before!r}, is {now['data'][key]!r}",
+                where=str(folder / checkpoint.TRAINER),
+                why="the run would see some documents twice and others never",
+                do="restore the data and its settings, or start a new run from the weights with load_from",
+            )
+    for key in ("packs_per_iteration", "max_iterations"):
+        if now[key] != facts[key]:
+            raise ConfigError(
+                f"{key} was {facts[key]} and is now {now[key]}",
+                where=str(folder / checkpoint.TRAINER),
+                why="the schedule and the gradient noise would be another run's",
+                do="set accumulative_counts and max_epochs as they were",
+            )
+
+
+def loop(run: Run, stop: Stop) -> int:
+    """Train until the end or a request to stop."""
+    packs = run.loader.iterate_from(run.state.position)
+    while run.state.iteration < run.max_iterations:
+        begin = time.perf_counter()
+        batch = [next(packs) for _ in range(run.optim.accumulative_counts)]
+        data_time = time.perf_counter() - begin
+        num_targets = dist.all_sum(sum(b.num_targets for b in batch))
+        lr = run.schedule(run.state.iteration)
+        loss = run.strategy.forward_backward(batch, num_targets)
+        grad_norm, applied = run.strategy.step(lr, run.optim.max_norm)
+        run.state = _advance(run, num_targets)
+        it = Iteration(
+            state=run.state,
+            lr=lr,
+            loss=loss,
+            grad_norm=grad_norm,
+            applied=applied,
+            num_targets=num_targets,
+            num_tokens=sum(b.num_tokens for b in batch),
+            attention_pairs=sum(b.attention_pairs for b in batch),
+            data_time=data_time,
+        )
+        if not applied:
+            why = f"its gradient norm is {grad_norm}" if num_targets else "it has no token to learn from"
+            logger.warning(f"iteration {it.state.iteration} changed no weight: {why} (packs {[b.pack for b in batch]})")
+        for hook in run.hooks:
+            hook.after_iteration(run, it)
+        if stop.agreed() and run.state.iteration < run.max_iterations:
+            run.save()
+            logger.warning(
+                f"stopped at iteration {run.state.iteration} on {stop.reason}; run again with --resume to go on"
+            )
+            return EXIT_STOPPED
+    for hook in run.hooks:
+        hook.after_run(run)
+    left = run.total_packs - run.state.packs
+    logger.info(
+        f"done: {run.state.iteration} iterations, {run.state.packs:,} packs, {run.state.targets:,} tokens learned from"
+        + (f"; {left} packs at the end filled no iteration" if left else "")
+    )
+    return EXIT_DONE
+
+
+def _advance(run: Run, num_targets: int) -> TrainState:
+    packs = run.packs_per_iteration
+    position = run.state.position.advance(packs, run.loader.num_packs, run.loader.dp_size)
+    return run.state.advance(position, packs, num_targets)

@@ -1,12 +1,17 @@
-"""Where the reference data lie. The packing cases and two small models are also copied into tests/data."""
+"""Reference data, and a small world to train in: a tokenizer, a data folder, a config."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / "shared" / "reference"
-COPIED = HERE / "data"
+COPIED = HERE / "data"  # the packing cases and two small models, so that a bare clone tests itself
+VOCABULARY = 400
 
 
 def reference(*parts: str) -> Path:
@@ -15,3 +20,74 @@ def reference(*parts: str) -> Path:
         if root.joinpath(*parts).exists():
             return root.joinpath(*parts)
     pytest.skip(f"reference data {'/'.join(parts)} is not here")
+
+
+def write_corpus(folder: Path, documents: int, seed: int = 0, types: tuple[str, ...] = ("en", "code")) -> Path:
+    """Random documents of 3 to 40 tokens in two files a type; some runs of tokens are not learned."""
+    from xtuner.data.write import write_bin
+
+    draw = np.random.RandomState(seed)
+    for kind in types:
+        for name in ("a", "b"):
+            texts = []
+            for _ in range(documents):
+                tokens = draw.randint(3, VOCABULARY, size=draw.randint(3, 40))
+                learned = draw.rand(len(tokens)) < 0.8
+                texts.append(np.where(learned, tokens, -tokens).tolist())
+            write_bin(folder / kind / f"{name}.bin", texts)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-fallback BPE of 400 pieces."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter((HERE / "conftest.py").read_text().split("\n") * 3),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"), 10)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> Path:
+    """The shipped tiny config with paths set and everything small: 25 packs of 32 tokens, 2 an iteration."""
+    from xtuner.config.load import SHIPPED
+
+    text = (SHIPPED / "internlm2_tiny_w_tokenized_dataset.py").read_text()
+    for old, new in (
+        ("/path/to/your/dataset", str(corpus)),
+        ("/path/to/your/tokenizer", str(tokenizer_folder)),
+        ("vocab_size = 2048", f"vocab_size = {VOCABULARY}"),
+        ("hidden_size = 256", "hidden_size = 128"),
+        ("num_layers = 4", "num_layers = 1"),
+        ("max_length = 1024", "max_length = 32"),
+        ("accumulative_counts = 1 ", "accumulative_counts = 2 "),
+        ("max_new_tokens=40", "max_new_tokens=4"),
+    ):
+        assert old in text, old
+        text = text.replace(old, new)
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def xtuner() -> Callable[..., int]:
+    """Run a command line in this process; returns the exit code. Errors for users are raised."""
+    from xtuner.cli.main import main
+
+    return lambda *words: main([str(w) for w in words])

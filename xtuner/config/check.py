@@ -43,11 +43,11 @@ def _names(config: Config) -> list[ConfigError]:
         for name in REQUIRED
         if name not in config.values
     ]
-    unknown = [
-        ConfigError(f"nothing reads the setting {name!r}." + did_you_mean(name, known), where=config.where(name))
-        for name in config.unread
-        if name not in known
-    ]
+    unknown = []
+    for name in config.unread:
+        if name not in known:
+            hint = did_you_mean(name, [*known, *(n for n in config.values if n != name)])
+            unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=config.where(name)))
     return missing + unknown
 
 

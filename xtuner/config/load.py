@@ -97,6 +97,7 @@ def load(name_or_path: str, options: list[str] | None = None) -> Config:
         tree = ast.parse(source, str(path))
     except SyntaxError as e:
         raise ConfigError(f"the config is not Python: {e.msg}", where=f"{path}:{e.lineno}") from None
+    read, lines = _names_read(tree), _find_lines(tree)
     overrides = dict(parse_option(o) for o in options or [])
     replacer = _Replace({k: v for k, v in overrides.items() if "." not in k})
     tree = ast.fix_missing_locations(replacer.visit(tree))
@@ -106,8 +107,7 @@ def load(name_or_path: str, options: list[str] | None = None) -> Config:
             _set(values, key, value)
         elif key not in replacer.met:
             values[key] = value  # `check` knows whether there is such a key
-    unread = [name for name in values if name not in _names_read(tree)]
-    return Config(path, source, values, _find_lines(tree), unread)
+    return Config(path, source, values, lines, [name for name in values if name not in read])
 
 
 def parse_option(option: str) -> tuple[str, Any]:

@@ -237,7 +237,7 @@ class CausalLM(nn.Module):
             if weight.dim() == 1:
                 weight.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                generator = torch.Generator(weight.device).manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+                generator = torch.Generator(weight.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
                 weight.normal_(0.0, self.config.initializer_range, generator=generator)
         if self.config.pad_token_id is not None:
             self.model.tok_embeddings.weight[self.config.pad_token_id].zero_()

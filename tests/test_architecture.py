@@ -1,0 +1,62 @@
+"""Imports run strictly downwards, as docs/architecture.md shows, and commands that need no torch import none."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent / "xtuner"
+LEVELS = ["core", "config", "data", "model", "engine", "export", "train", "tools", "cli"]  # bottom to top
+
+
+def imports(file: Path) -> list[str]:
+    """Rooms of the package that a file imports from, also inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module == "xtuner":
+            modules = [f"xtuner.{a.name}" for a in node.names]
+        found += [m.split(".")[1] for m in modules if m.startswith("xtuner.")]
+    return found
+
+
+def test_imports_run_downwards() -> None:
+    for file in ROOT.rglob("*.py"):
+        room = file.relative_to(ROOT).parts[0]
+        if room in ("configs", "__init__.py"):
+            continue
+        for other in imports(file):
+            assert LEVELS.index(other) <= LEVELS.index(room), f"{file} imports from xtuner.{other}, which lies above"
+            if other == "train":
+                assert room in ("train", "cli")
+
+
+def test_files_are_small() -> None:
+    for file in ROOT.rglob("*.py"):
+        assert len(file.read_text().splitlines()) <= 400, file
+
+
+def test_the_map_names_every_room() -> None:
+    text = (ROOT.parent / "docs" / "architecture.md").read_text()
+    for room in LEVELS:
+        assert f"`xtuner/{room}/`" in text, room
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list-cfg"], ["train", "--help"], ["copy-cfg", "NAME", "DIR"]])
+def test_light_commands_import_no_torch(words: list[str], tmp_path: Path) -> None:
+    if words[0] == "copy-cfg":
+        words = ["copy-cfg", "internlm2_tiny_w_tokenized_dataset", str(tmp_path)]
+    code = f"""
+import sys
+from xtuner.cli.main import main
+try:
+    main({words!r})
+except SystemExit:
+    pass
+heavy = {{"torch", "numpy", "rich", "transformers"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

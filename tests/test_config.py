@@ -1,0 +1,138 @@
+"""Configs: overrides, all mistakes at once, shipped templates, learning rates."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xtuner.config.check import check
+from xtuner.config.load import load, parse_option, shipped_names
+from xtuner.core.errors import ConfigError
+from xtuner.engine import CosineAnnealingLR, LinearLR
+from xtuner.engine.schedule import Schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a=1", 1),
+        ("a=1e-4", 1e-4),
+        ("a=True", True),
+        ("a=false", False),
+        ("a=None", None),
+        ("a=some/path", "some/path"),
+        ("a=", ""),
+        ("a=[x,y]", ["x", "y"]),
+        ("a=x,y", ["x", "y"]),
+        ("a=1,2", (1, 2)),
+        ("a=[(1,x),(2,y)]", [(1, "x"), (2, "y")]),
+        ("a='1'", "1"),
+        ("a=x=y", "x=y"),
+    ],
+)
+def test_option_values(text: str, value: Any) -> None:
+    assert parse_option(text) == ("a", value)
+
+
+def test_overrides_reach_what_is_derived(tiny: Path) -> None:
+    c = load(str(tiny), ["max_length=64", "lr=0.1", "train_dataloader.num_workers=3", "param_scheduler.0.begin=0.5"])
+    assert c.get("train_dataset.packed_length") == 64
+    assert c.get("train_dataloader.dataset.packed_length") == 64
+    assert c.get("model.max_position_embeddings") == 64
+    assert c.get("optim_wrapper.optimizer.lr") == 0.1
+    assert c.values["param_scheduler"][1]["eta_min"] == pytest.approx(0.015)
+    assert c.values["param_scheduler"][0]["begin"] == 0.5
+    assert c.get("train_dataloader.num_workers") == 3
+    check(c)
+    assert c.resolved()["model"]["type"] == "xtuner.model.source.from_scratch"
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_shipped_configs_are_right(name: str) -> None:
+    c = load(name)
+    check(c)
+    assert [line for line in c.source.splitlines() if line.startswith("#   ") and "PART" in line] == [
+        line for line in load("internlm2_7b_w_tokenized_dataset").source.splitlines() if "PART" in line
+    ]
+
+
+def test_the_7b_template_says_what_the_documentation_says() -> None:
+    c = load("internlm2_7b_w_tokenized_dataset")
+    for key, value in {
+        "pretrained_model_name_or_path": "internlm/internlm2-7b",
+        "use_varlen_attn": True,
+        "max_length": 32768,
+        "pack_to_max_length": True,
+        "sequence_parallel_size": 1,
+        "batch_size": 1,
+        "max_epochs": 1,
+        "save_steps": 500,
+        "save_total_limit": 2,
+        "optim_wrapper.optimizer.lr": 4e-5,
+        "optim_wrapper.optimizer.betas": (0.9, 0.95),
+        "optim_wrapper.optimizer.weight_decay": 0.01,
+        "optim_wrapper.clip_grad.max_norm": 1,
+        "train_dataset.packed_length": 32768,
+        "train_dataset.seed": 1024,
+        "train_dataset.dataset_cfg.min_length": 0,
+        "train_dataset.dataset_cfg.file_type": ".bin",
+        "train_dataloader.sampler.shuffle": True,
+        "train_dataloader.sampler.seed": 1024,
+        "default_hooks.checkpoint.interval": 500,
+        "default_hooks.checkpoint.max_keep_ckpts": 2,
+        "default_hooks.logger.interval": 1,
+    }.items():
+        assert c.get(key) == value, key
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["max_lenght=3"], ["max_lenght", "Did you mean 'max_length'"]),
+        (["use_varlen_attn=False"], ["use_varlen_attn = False is not supported", "see each other", "tiny.py:"]),
+        (["pack_to_max_length=False"], ["pack_to_max_length = False"]),
+        (["sequence_parallel_size=2"], ["sequence_parallel_size = 2"]),
+        (["batch_size=4"], ["batch_size = 4"]),
+        (["train_dataloader.batch_size=4"], ["batch_size = 4"]),
+        (["train_dataloader.sampler.shufle=1"], ["no setting 'shufle'", "Did you mean 'shuffle'"]),
+        (["default_hooks.logger.intervall=1"], ["LoggerHook has no setting", "Did you mean 'interval'"]),
+        (["train_dataloader.collate=1"], ["no setting 'collate'"]),
+        (["max_epochs=0"], ["max_epochs = 0"]),
+        (["accumulative_counts=1.5"], ["accumulative_counts = 1.5"]),
+        (["train_dataloaders.seed=1"], ["Did you mean 'train_dataloader'"]),
+        (["lr.x=1"], ["has no parts"]),
+        (["max_lenght=3", "batch_size=4", "max_epochs=0"], ["3 mistakes", "max_lenght", "batch_size", "max_epochs"]),
+        (["nonsense"], ["key=value"]),
+    ],
+)
+def test_mistakes_are_explained(tiny: Path, options: list[str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(load(str(tiny), options))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_config_that_cannot_run_names_the_line(tmp_path: Path) -> None:
+    for text, words in (
+        ("a = 1\nb = a +\n", "bad.py:2"),
+        ("a = 1\nimport nothing_there\n", "bad.py:2"),
+        ("a = 1\nb = [][0]\n", "IndexError"),
+        ("", "no 'model'"),
+    ):
+        (tmp_path / "bad.py").write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            check(load(str(tmp_path / "bad.py")))
+    with pytest.raises(ConfigError, match="Did you mean 'internlm2_7b_w_tokenized_dataset'"):
+        load("internlm2_7b_w_tokenised_dataset")
+
+
+def test_rates_equal_mmengines() -> None:
+    """Values of mmengine 0.10.7's LinearLR and CosineAnnealingLR with convert_to_iter_based, 20 iterations an epoch."""
+    warm = LinearLR(start_factor=1 / 40, begin=0, end=0.25, convert_to_iter_based=True)
+    cosine = CosineAnnealingLR(eta_min=0.15, begin=0.25, end=1, convert_to_iter_based=True)
+    schedule = Schedule(1.0, [warm, cosine], 20)
+    expected = [0.025, 0.26875, 0.5125, 0.75625, 1.0, 1.0, 0.990713, 0.963257, 0.918832, 0.859381, 0.7875]
+    expected += [0.706332, 0.619425, 0.530575, 0.443668, 0.3625, 0.290619, 0.231168, 0.186743, 0.159287]
+    assert [schedule(i) for i in range(20)] == pytest.approx(expected, abs=1e-6)
+    assert schedule(20) == pytest.approx(0.15)
+    assert Schedule(3.0, [], 1)(7) == 3.0

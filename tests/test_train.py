@@ -1,0 +1,272 @@
+"""Training: resume is exact wherever a run was killed; every hook and setting has its effect; stops and refusals."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_corpus
+from safetensors.torch import load_file
+
+from xtuner.cli.main import main
+from xtuner.core.errors import CheckpointError, ConfigError, DataError
+
+Command = Callable[..., int]
+PLAIN = ["custom_hooks=[]"]
+
+
+def records(work_dir: Path) -> dict[int, dict[str, Any]]:
+    """Log lines by iteration; where starts overlap they must agree."""
+    found: dict[int, dict[str, Any]] = {}
+    for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            kept = {k: record[k] for k in ("lr", "loss", "grad_norm", "targets", "applied")}
+            assert found.setdefault(record["iter"], kept) == kept
+    return found
+
+
+def contents(checkpoint: Path) -> dict[str, Any]:
+    """Sizes and hashes of a checkpoint's tensors, and its state."""
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    state = json.loads((checkpoint / "trainer.json").read_text())["state"]
+    return {**{k: v for k, v in files.items() if k.endswith(".safetensors")}, "state": state}
+
+
+def with_hook(config: Path, target: Path, at: int, action: str) -> Path:
+    """The config with one more hook, which does `action` after iteration `at`, when all other hooks are through."""
+    hook = f"""
+from xtuner.train.hooks import Hook
+class Act(Hook):
+    priority = 95
+    def after_iteration(self, run, it):
+        import os, signal
+        if it.state.iteration == {at}:
+            {action}
+"""
+    first = "from torch.optim import AdamW\n"
+    text = config.read_text().replace(first, first + hook)
+    target.write_text(text.replace("custom_hooks = [\n", "custom_hooks = [\n    dict(type=Act),\n"))
+    return target
+
+
+def killed_after(iterations: int, config: Path, work_dir: Path, options: list[str]) -> None:
+    """Run in a forked process that stands still after `iterations`, and SIGKILL it there."""
+    read, write = os.pipe()
+    paused = with_hook(config, work_dir.with_suffix(".py"), iterations, f"os.write({write}, b'x'), signal.pause()")
+    words = ["train", str(paused), "--work-dir", str(work_dir), "--cfg-options", *options]
+    child = multiprocessing.get_context("fork").Process(target=main, args=(words,))
+    child.start()
+    os.close(write)
+    assert os.read(read, 1) == b"x", "the run ended before it could be killed"
+    os.close(read)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+def test_resume_is_exact_wherever_it_was_killed(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    """For every N: N iterations, SIGKILL, resume. Accumulation 2, 25 packs an epoch: iterations cross epoch borders."""
+    options = ["max_epochs=3", "save_steps=2", "save_total_limit=2", "max_length=64", "evaluation_inputs=[]"]
+    straight = tmp_path / "straight"
+    assert xtuner("train", tiny, "--work-dir", straight, "--cfg-options", *options) == 0
+    lines = records(straight)
+    last = max(lines)
+    per_epoch = json.loads((straight / f"iter_{last}.pth" / "trainer.json").read_text())["data"]["num_packs"]
+    assert per_epoch % 2 == 1, "no iteration crosses an epoch border"
+    assert last == 3 * per_epoch // 2
+    for n in range(1, last):
+        work_dir = tmp_path / f"killed_{n}"
+        killed_after(n, tiny, work_dir, options)
+        assert max(records(work_dir)) == n
+        assert xtuner("train", tiny, "--work-dir", work_dir, "--resume", "--cfg-options", *options) == 0
+        assert records(work_dir) == lines, n
+        assert contents(work_dir / f"iter_{last}.pth") == contents(straight / f"iter_{last}.pth"), n
+        shutil.rmtree(work_dir)
+
+
+def test_sigterm_stops_cleanly(tiny: Path, tmp_path: Path) -> None:
+    """Exit code 75 with a checkpoint at the iteration that was reached, although none was due."""
+    work_dir = tmp_path / "stopped"
+    config = with_hook(tiny, tmp_path / "stopped.py", 3, "os.kill(os.getpid(), signal.SIGTERM)")
+    assert main(["train", str(config), "--work-dir", str(work_dir)]) == 75
+    assert (work_dir / "last_checkpoint").read_text() == "iter_3.pth\n"
+    assert max(records(work_dir)) == 3
+
+
+def final(work_dir: Path) -> dict[str, torch.Tensor]:
+    name = (work_dir / "last_checkpoint").read_text().strip()
+    return load_file(work_dir / name / "weights" / "model.safetensors")
+
+
+def test_every_setting_has_its_effect(tiny: Path, tmp_path: Path, xtuner: Command, caplog: Any) -> None:
+    """Each shipped hook and setting, changed alone, changes what it should."""
+
+    def run(name: str, *options: str, words: tuple[str, ...] = ()) -> Path:
+        work_dir = tmp_path / name
+        assert xtuner("train", tiny, "--work-dir", work_dir, *words, "--cfg-options", *PLAIN, *options) == 0
+        return work_dir
+
+    base = records(run("base", "max_epochs=2"))
+    weights = final(tmp_path / "base")
+    total = len(base)
+    assert records(run("again", "max_epochs=2")) == base
+    # hooks
+    no_schedule = records(
+        run("no_schedule", "max_epochs=2", "default_hooks.param_scheduler.type=xtuner.train.hooks.Hook")
+    )
+    assert {r["lr"] for r in no_schedule.values()} == {2e-3}
+    assert len({r["lr"] for r in base.values()}) > total // 2
+    no_seed = records(run("no_seed", "max_epochs=2", "default_hooks.sampler_seed.type=xtuner.train.hooks.Hook"))
+    assert no_seed[2] == base[2]
+    assert no_seed[total] != base[total]
+    assert list(records(run("interval", "default_hooks.logger.interval=5"))) == [5, 10, total // 2]
+    timer = (tmp_path / "base").glob("*/vis_data/scalars.json")
+    record = json.loads(next(timer).read_text().splitlines()[-1])
+    assert {"time", "data_time", "eta", "memory"} <= record.keys()
+    assert "tokens_per_s" not in record
+    # checkpoints
+    kept = run("kept", "save_steps=2", "save_total_limit=2")
+    one_epoch = total // 2
+    expected = {f"iter_{one_epoch}.pth", f"iter_{(one_epoch - 1) // 2 * 2}.pth"}
+    assert {p.name for p in kept.glob("iter_*")} == expected
+    epochs = run(
+        "epochs", "max_epochs=2", "default_hooks.checkpoint.by_epoch=True", "save_steps=1", "save_total_limit=-1"
+    )
+    assert len(list(epochs.glob("iter_*"))) == 2
+    lean = run("lean", "save_optimizer=False")
+    assert not (lean / f"iter_{total // 2}.pth" / "optimizer").exists()
+    with pytest.raises(CheckpointError, match="save_optimizer=False"):
+        run("lean", "save_optimizer=False", words=("--resume",))
+    # optimizer and data
+    for name, options in {
+        "lr": ["lr=0.001"],
+        "betas": ["betas=(0.5, 0.5)"],
+        "weight_decay": ["weight_decay=0.5"],
+        "max_norm": ["max_norm=0.01"],
+        "warm_up_ratio": ["warm_up_ratio=0.5"],
+        "sampler": ["train_dataloader.sampler.shuffle=False"],
+        "sampler_seed": ["train_dataloader.sampler.seed=7"],
+        "seed": ["train_dataset.seed=7"],
+        "min_length": ["train_dataset.dataset_cfg.min_length=20"],
+        "label_rule": ["train_dataset.label_rule=xtuner"],
+        "order": [f"data_order_path={tmp_path / 'order' / 'data_order.txt'}"],
+        "random": ["randomness.seed=5"],
+        "load_from": [f"load_from={tmp_path / 'base' / f'iter_{total}.pth'}"],
+        "optim_type": ["optim_wrapper.optimizer.type=torch.optim.NAdam"],
+    }.items():
+        if name == "order":
+            xtuner("data", "order", "--data-folder", tiny_corpus(tiny), "--save-folder", tmp_path / "order")
+            order = tmp_path / "order" / "data_order.txt"
+            order.write_text("\n".join(reversed(order.read_text().split())))
+        changed = final(run(name, "max_epochs=2", *options))
+        assert any(not changed[k].equal(weights[k]) for k in weights), name
+    for name, options, words in (
+        ("workers", ["dataloader_num_workers=2"], ()),
+        ("recompute", ["model.activation_checkpointing=True"], ()),
+        ("deterministic", ["randomness.deterministic=True"], ()),
+        ("level", ["log_level=WARNING"], ()),
+        ("accumulate", [], ("--seed", "0")),
+    ):
+        same = final(run(name, "max_epochs=2", *options, words=words))
+        torch.use_deterministic_algorithms(False)
+        assert all(same[k].equal(weights[k]) for k in weights), name
+    assert len(records(run("counts", "accumulative_counts=1"))) > len(records(run("more", "accumulative_counts=4")))
+
+
+def tiny_corpus(tiny: Path) -> str:
+    from xtuner.config.load import load
+
+    return str(load(str(tiny)).values["dataset_folder"])
+
+
+def test_custom_hooks_speak(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    options = ["evaluation_freq=5", "evaluation_inputs=['import os', 'x = ']"]
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
+    log = next((tmp_path / "w").glob("*/*.log")).read_text()
+    total = len(records(tmp_path / "w"))
+    assert log.count("sample at iteration") == 2 * (2 + total // 5)
+    assert "import os" in log
+    assert "first pack begins" in log
+    assert "tok/s" in log
+    assert "ETA" in log
+    assert capsys.readouterr().err.count("sample at iteration") == log.count("sample at iteration")
+    environment = json.loads(next((tmp_path / "w").glob("*/environment.json")).read_text())
+    assert environment["torch"] == torch.__version__
+    assert list((tmp_path / "w").glob("*/vis_data/events.out.tfevents.*"))
+    assert json.loads(next((tmp_path / "w").glob("*/config.json")).read_text())["evaluation_freq"] == 5
+
+
+def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--dry-run") == 0
+    assert not (tmp_path / "w").exists()
+    shown = capsys.readouterr().err
+    for word in ("parameters", "documents", "tail of", "iterations", "epochs", "FLOPs without attention"):
+        assert word in shown
+
+
+def test_an_iteration_without_targets_changes_no_weight(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    from xtuner.data.write import write_bin
+
+    for i in range(3):
+        learned = i == 1
+        write_bin(tmp_path / "data" / f"{i}.bin", [[5 if learned else -5] * 70])
+    options = [f"dataset_folder={tmp_path / 'data'}", "accumulative_counts=1", "save_steps=1", "save_total_limit=-1"]
+    options += ["train_dataloader.sampler.shuffle=False", *PLAIN]
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
+    lines = records(tmp_path / "w")
+    assert [r["targets"] > 0 for r in lines.values()] == [False, False, True, True, False, False]
+    assert [r["applied"] for r in lines.values()] == [r["targets"] > 0 for r in lines.values()]
+    weights = [load_file(tmp_path / "w" / f"iter_{i}.pth" / "weights" / "model.safetensors") for i in range(1, 7)]
+    same = [all(a[k].equal(b[k]) for k in a) for a, b in pairwise(weights)]
+    assert same == [True, False, False, True, True]
+
+
+def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> None:
+    work_dir = tmp_path / "w"
+    train = ("train", tiny, "--work-dir", work_dir)
+    assert xtuner(*train, "--cfg-options", *PLAIN) == 0
+    other = write_corpus(tmp_path / "other", 10, seed=1)
+    for error, words, message in (
+        (DataError, ["--resume", "--cfg-options", f"dataset_folder={other}"], "data is not what the checkpoint"),
+        (DataError, ["--resume", "--cfg-options", "max_length=16"], "not what the checkpoint"),
+        (ConfigError, ["--resume", "--cfg-options", "accumulative_counts=1"], "packs_per_iteration was 2 and is now 1"),
+        (ConfigError, ["--resume", "--cfg-options", "max_epochs=5"], "max_iterations was"),
+        (ConfigError, ["--resume", str(tmp_path / "nowhere")], "no such folder"),
+        (ConfigError, ["--resume", str(corpus)], "no checkpoint there"),
+        (ConfigError, ["--cfg-options", "dataset_folder=/nowhere"], "data folder is not there"),
+        (DataError, ["--cfg-options", "max_length=100000"], "0 packs, and one iteration takes 2"),
+        (DataError, ["--cfg-options", f"dataset_folder={tmp_path / 'w'}"], "no .bin file"),
+        (ConfigError, ["--launcher", "slurm"], "not built yet"),
+        (ConfigError, ["--deepspeed", "deepspeed_zero1"], "not built yet"),
+    ):
+        with pytest.raises(error, match=message):
+            xtuner(*train, *words)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    """One flipped byte in the newest: it is named, and the run goes on from the one before, to the same end."""
+    options = ["--cfg-options", *PLAIN, "save_steps=4", "save_total_limit=-1"]
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", *options) == 0
+    names = sorted((p.name for p in (tmp_path / "w").glob("iter_*")), key=lambda n: int(n[5:-4]))
+    good = contents(tmp_path / "w" / names[-1])
+    file = tmp_path / "w" / names[-1] / "optimizer" / "rank_00000.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--resume", *options) == 0
+    assert contents(tmp_path / "w" / names[-1]) == good
+    log = sorted((tmp_path / "w").glob("*/*.log"))[-1].read_text()
+    assert f"{names[-1]} is damaged" in log
+    assert f"resumed from {tmp_path / 'w' / names[-2]}" in log
+    file = tmp_path / "w" / names[0] / "trainer.json"
+    file.write_text(file.read_text().replace("{", "[", 1))
+    with pytest.raises(CheckpointError, match="altered"):
+        xtuner("train", tiny, "--work-dir", tmp_path / "w", "--resume", tmp_path / "w" / names[0], *options)

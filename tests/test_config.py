@@ -122,6 +122,13 @@ def test_a_config_that_cannot_run_names_the_line(tmp_path: Path) -> None:
         (tmp_path / "bad.py").write_text(text)
         with pytest.raises(ConfigError, match=words):
             check(load(str(tmp_path / "bad.py")))
+    text = load("internlm2_7b_w_tokenized_dataset").source
+    (tmp_path / "bad.py").write_text(text.replace("load_from = None", "lod_from = None"))
+    with pytest.raises(ConfigError, match=r"bad\.py:[0-9]+ lod_from"):
+        check(load(str(tmp_path / "bad.py")))
+    begin = text.index("custom_hooks = [")
+    (tmp_path / "good.py").write_text(text[:begin] + "custom_hooks = []\n" + text[text.index("log_level") :])
+    check(load(str(tmp_path / "good.py")))  # settings left over when hooks are removed are told, not refused
     with pytest.raises(ConfigError, match="Did you mean 'internlm2_7b_w_tokenized_dataset'"):
         load("internlm2_7b_w_tokenised_dataset")
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import reference
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.model import load_pretrained
 from xtuner.model.decoder import CausalLM
 from xtuner.model.families import hf_names, join, read_config, split, write_config
@@ -179,6 +180,101 @@ def test_layouts_are_exact_and_reversible(name: str) -> None:
         assert hashlib.sha256(llama[key].contiguous().numpy().tobytes()).hexdigest() == expected["sha256_fp32_le"], key
     for layout in ("internlm2", "llama"):
         assert read_config(write_config(config, layout, torch.float32)) == config
+
+
+def test_foreign_pickles_give_the_same_model(tmp_path: Path) -> None:
+    """`pytorch_model.bin` through the restricted reader: the same weights; one that would run code is refused."""
+    folder = facts("a_gqa")[0]
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    model = model_of("a_gqa")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    loaded = load_pretrained(tmp_path)
+    assert all(p.equal(loaded.state_dict()[n]) for n, p in model.state_dict().items())
+    marker = tmp_path / "marker"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (marker,)
+
+    torch.save({**model.state_dict(), "bomb": Bomb()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="the pickle asks for"):
+        load_pretrained(tmp_path)
+    assert not marker.exists()
+
+
+def test_wrong_weights_are_refused(tmp_path: Path) -> None:
+    folder = facts("a_gqa")[0]
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    lacking = {k: v for k, v in weights.items() if k != "model.norm.weight"}
+    for change, tensors, error, message in (
+        ({}, lacking, CheckpointError, "model.norm.weight is missing"),
+        ({}, {**weights, "extra": torch.zeros(1)}, CheckpointError, "no place in the model"),
+        ({"vocab_size": 99}, weights, CheckpointError, "by config.json"),
+        ({"model_type": "gpt2"}, weights, ConfigError, "'gpt2' cannot be read"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, weights, ConfigError, "'yarn' is not supported"),
+        ({"hidden_act": "gelu"}, weights, ConfigError, "hidden_act = 'gelu'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(error, match=message):
+            load_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x.safetensors"}}')
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_single_strategy_keeps_the_contract(dtype: str, tmp_path: Path) -> None:
+    """Gradients are Σ over targets ÷ their number however packs are cut; masters are fp32; save and load are exact."""
+    from xtuner.data.batch import Batch
+    from xtuner.engine.optim import OptimWrapper
+    from xtuner.engine.single import SingleStrategy
+    from xtuner.model import from_pretrained
+
+    _, _, ref = facts("a_gqa")
+    ids, targets = ref["input_ids"], shifted(ref["labels"]).view(2, 48)
+    source = from_pretrained(str(facts("a_gqa")[0]))
+    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3), dtype=dtype)
+
+    def batch(rows: slice) -> Batch:
+        row, cu_seqlens = rows_as_documents(ids[rows])
+        pack = dict(input_ids=row, targets=targets[rows].reshape(-1), cumulative_len=cu_seqlens)
+        return Batch.of({**pack, "position_ids": torch.arange(48).repeat(len(ids[rows]))})
+
+    total = int((targets != -100).sum())
+    whole, cut = (SingleStrategy(source, optim, torch.device("cpu")) for _ in range(2))
+    assert whole.compute_dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    losses = [whole.forward_backward([batch(slice(0, 2))], total)]
+    losses += [cut.forward_backward([batch(slice(0, 1)), batch(slice(1, 2))], total)]
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2}[dtype]
+    assert losses[0] == pytest.approx(losses[1], abs=tolerance)
+    assert losses[0] == pytest.approx(float(ref["loss"]), abs=tolerance)
+    for name, master in whole.masters.items():
+        assert master.dtype == master.grad.dtype == torch.float32
+        assert (master.grad - cut.masters[name].grad).norm() <= tolerance * master.grad.norm(), name
+    norm, applied = whole.step(1e-3, 1.0)
+    assert applied
+    assert norm == pytest.approx(facts("a_gqa")[1]["grad_norm_total"], rel=tolerance)
+    for name, weight in whole.model.named_parameters():
+        assert weight.equal(whole.masters[name].to(weight.dtype))
+    whole.save(tmp_path, optimizer=True)
+    cut.load(tmp_path)
+    for strategy in (whole, cut):
+        strategy.forward_backward([batch(slice(0, 2))], total)
+        strategy.step(1e-3, 1.0)
+    assert all(m.equal(cut.masters[n]) for n, m in whole.masters.items())
+    before = {n: m.clone() for n, m in whole.masters.items()}
+    whole.forward_backward([batch(slice(0, 2))], total)
+    whole.masters["output.weight"].grad.fill_(torch.inf)
+    assert whole.step(1e-3, 1.0)[1] is False
+    assert whole.forward_backward([batch(slice(0, 2))], 0) == 0.0
+    assert whole.step(1e-3, 1.0) == (0.0, False)
+    assert all(m.equal(before[n]) for n, m in whole.masters.items())
 
 
 def test_the_loss_in_chunks_is_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:

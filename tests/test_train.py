@@ -160,12 +160,20 @@ def test_every_setting_has_its_effect(tiny: Path, tmp_path: Path, xtuner: Comman
         "order": [f"data_order_path={tmp_path / 'order' / 'data_order.txt'}"],
         "random": ["randomness.seed=5"],
         "load_from": [f"load_from={tmp_path / 'base' / f'iter_{total}.pth'}"],
+        "resume": ["resume=True", f"work_dir={tmp_path / 'of_config'}"],
+        "file_type": ["train_dataset.dataset_cfg.file_type=b.bin"],
         "optim_type": ["optim_wrapper.optimizer.type=torch.optim.NAdam"],
     }.items():
         if name == "order":
             xtuner("data", "order", "--data-folder", tiny_corpus(tiny), "--save-folder", tmp_path / "order")
             order = tmp_path / "order" / "data_order.txt"
             order.write_text("\n".join(reversed(order.read_text().split())))
+        if name == "resume":  # the config alone names work dir and resume; the copied run is over, nothing is trained
+            shutil.copytree(tmp_path / "lr", tmp_path / "of_config")
+            assert xtuner("train", tiny, "--cfg-options", *PLAIN, "max_epochs=2", "lr=0.001", *options) == 0
+            assert final(tmp_path / "of_config")["output.weight"].equal(final(tmp_path / "lr")["output.weight"])
+            assert len(records(tmp_path / "of_config")) == total
+            continue
         changed = final(run(name, "max_epochs=2", *options))
         assert any(not changed[k].equal(weights[k]) for k in weights), name
     for name, options, words in (
@@ -188,12 +196,12 @@ def tiny_corpus(tiny: Path) -> str:
 
 
 def test_custom_hooks_speak(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
-    options = ["evaluation_freq=5", "evaluation_inputs=['import os', 'x = ']"]
+    options = ["evaluation_freq=5", "evaluation_inputs=['import os', 'x = ']", "SYSTEM='be brief'"]
     assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
     log = next((tmp_path / "w").glob("*/*.log")).read_text()
     total = len(records(tmp_path / "w"))
     assert log.count("sample at iteration") == 2 * (2 + total // 5)
-    assert "import os" in log
+    assert log.count("be brief\nimport os") == 2 + total // 5
     assert "first pack begins" in log
     assert "tok/s" in log
     assert "ETA" in log

@@ -6,6 +6,7 @@ from typing import Any
 from xtuner.config.build import check_arguments, resolve_type
 from xtuner.config.load import Config
 from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.core.log import logger
 
 # What `xtuner train` reads. Other top-level names are a file's own helpers.
 REQUIRED = ("model", "train_dataloader", "optim_wrapper", "train_cfg")
@@ -44,10 +45,18 @@ def _names(config: Config) -> list[ConfigError]:
         if name not in config.values
     ]
     unknown = []
-    for name in config.unread:
+    for name in config.unmet:
         if name not in known:
             hint = did_you_mean(name, [*known, *(n for n in config.values if n != name)])
+            unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=f"--cfg-options {name}"))
+    used = [n for n in config.values if n not in config.unread]
+    for name in config.unread:
+        if name in known:
+            continue
+        if hint := did_you_mean(name, [*known, *used]):
             unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=config.where(name)))
+        else:  # left over when a hook was removed
+            logger.warning(f"nothing reads the setting {config.where(name)}")
     return missing + unknown
 
 

@@ -26,6 +26,7 @@ class Config:
     values: dict[str, Any]
     lines: dict[str, int] = field(default_factory=dict)  # "train_dataloader.sampler.seed" → line
     unread: list[str] = field(default_factory=list)  # names that the file itself makes no use of
+    unmet: list[str] = field(default_factory=list)  # overridden names that the file does not assign
 
     @property
     def name(self) -> str:
@@ -107,7 +108,9 @@ def load(name_or_path: str, options: list[str] | None = None) -> Config:
             _set(values, key, value)
         elif key not in replacer.met:
             values[key] = value  # `check` knows whether there is such a key
-    return Config(path, source, values, lines, [name for name in values if name not in read])
+    unmet = [key for key in overrides if "." not in key and key not in replacer.met]
+    unread = [name for name in values if name not in read and name not in unmet]
+    return Config(path, source, values, lines, unread, unmet)
 
 
 def parse_option(option: str) -> tuple[str, Any]:

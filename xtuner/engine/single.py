@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from xtuner.core.errors import CheckpointError
-from xtuner.core.files import write_json
+from xtuner.core.files import read_json, write_json
 from xtuner.data.batch import Batch
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.decoder import CausalLM
-from xtuner.model.families import write_config
+from xtuner.model.families import layout_of, write_config
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import fill
 
@@ -116,11 +116,9 @@ class SingleStrategy:
                 key, _, name = full_name.partition("/")
                 state.setdefault(numbers[name], {})[key] = tensors.get_tensor(full_name)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        self.optimizer.zero_grad(set_to_none=True)
 
     def load_weights(self, folder: Path) -> None:
-        from xtuner.core.files import read_json
-        from xtuner.model.families import layout_of
-
         layout = layout_of(read_json(folder / "config.json"))
         fill({n: p.data for n, p in self.masters.items()}, folder, layout, self._config)
         self._copy_to_model()

@@ -1,6 +1,6 @@
 """Weights on disk → the network, one tensor at a time: safetensors, or foreign `.bin` by the restricted reader."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from xtuner.core.errors import CheckpointError
 from xtuner.core.files import read_json
+from xtuner.core.log import progress
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import hf_names, join
 
@@ -93,13 +94,7 @@ def ours(weights: WeightFolder, name: str, layout: str, c: DecoderConfig) -> tor
 
 
 @torch.no_grad()
-def fill(
-    parameters: dict[str, torch.Tensor],
-    folder: str | Path,
-    layout: str,
-    c: DecoderConfig,
-    on_tensor: Callable[[str], None] = lambda name: None,
-) -> None:
+def fill(parameters: dict[str, torch.Tensor], folder: str | Path, layout: str, c: DecoderConfig) -> None:
     """Copy weights into `parameters` (ours by name), casting to their dtype. One tensor more is in memory at a time.
 
     Raises: CheckpointError for tensors that are missing, of another shape, or that the model has no place for.
@@ -113,7 +108,7 @@ def fill(
             where=str(folder),
             why="config.json describes another network than the weights",
         )
-    for name, parameter in parameters.items():
+    for name, parameter in progress(parameters.items(), "reading weights", total=len(parameters)):
         tensor = ours(weights, name, layout, c)
         if tensor.shape != parameter.shape:
             raise CheckpointError(
@@ -121,4 +116,3 @@ def fill(
                 where=str(folder),
             )
         parameter.copy_(tensor)
-        on_tensor(name)

@@ -96,6 +96,8 @@ def seal(folder: Path, **facts: Any) -> None:
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         sync_file(file)
         entries[file.relative_to(folder).as_posix()] = file_entry(file)
+    for inner in (p for p in folder.rglob("*") if p.is_dir()):
+        sync_folder(inner)
     write_manifest(folder, entries, **facts)
 
 
@@ -136,6 +138,22 @@ def publish(temporary: Path, target: Path) -> None:
     sync_folder(target.parent)
     if aside.exists():
         remove_tree(aside)
+
+
+def recover(parent: Path) -> None:
+    """Tidy up after a process that died while it published a directory below `parent`.
+
+    What was moved aside gets its name back if nothing took it; unfinished directories are removed. Only for the one
+    job that owns `parent`.
+    """
+    for aside in parent.glob(".*.old-*"):
+        target = parent / aside.name[1:].rpartition(".old-")[0]
+        if (aside / MANIFEST).is_file() and not target.exists():
+            os.rename(aside, target)
+        else:
+            remove_tree(aside)
+    for unfinished in parent.glob(".*.tmp-*"):
+        remove_tree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from xtuner.config.check import check
 from xtuner.config.load import Config
 from xtuner.core import dist, log
 from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError
-from xtuner.core.files import write_json
+from xtuner.core.files import recover, write_json
 from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
@@ -182,6 +182,7 @@ def _open_work_dir(run: Run) -> None:
             where=str(e.filename),
             do="give another one with --work-dir",
         ) from None
+    recover(run.work_dir)
     run.metrics = MetricWriter(folder / "vis_data")
 
 

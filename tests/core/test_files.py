@@ -1,0 +1,59 @@
+"""The writer of whole files and directories: what a dead process leaves is never taken for whole."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from xtuner.core import files
+from xtuner.core.errors import CheckpointError
+
+
+def make(target: Path, text: str) -> None:
+    with files.atomic_folder(target) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").write_text(text)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    make(target, "one")
+    make(target, "two")
+    assert (target / "inner" / "a").read_text() == "two"
+    files.verify(target)
+    with pytest.raises(ZeroDivisionError), files.atomic_folder(target) as folder:
+        (folder / "b").write_text("half")
+        raise ZeroDivisionError
+    files.verify(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+    for damage, message in (
+        (lambda p: p.write_text("onf"), "altered"),
+        (lambda p: p.write_text("on"), "2 bytes instead of 3"),
+        (lambda p: p.unlink(), "missing"),
+    ):
+        make(target, "one")
+        damage(target / "inner" / "a")
+        with pytest.raises(CheckpointError, match=message):
+            files.verify(target)
+    files.write_manifest(target, {"../outside": {"bytes": 1, "sha256": ""}})
+    with pytest.raises(CheckpointError, match="outside its directory"):
+        files.verify(target)
+
+
+def test_recover(tmp_path: Path) -> None:
+    """A process died between moving the old directory aside and naming the new one, or after it, or while writing."""
+    make(tmp_path / "x", "old")
+    os.rename(tmp_path / "x", tmp_path / ".x.old-7")
+    make(tmp_path / "y", "new")
+    make(tmp_path / "z", "old")
+    os.rename(tmp_path / "z", tmp_path / ".y.old-7")
+    (tmp_path / ".w.tmp-abc").mkdir()
+    (tmp_path / ".last_checkpoint.tmp-abc").write_text("")
+    files.recover(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
+    assert (tmp_path / "x" / "inner" / "a").read_text() == "old"
+    assert (tmp_path / "y" / "inner" / "a").read_text() == "new"

@@ -15,15 +15,20 @@ def make(target: Path, text: str) -> None:
         (folder / "inner" / "a").write_text(text)
 
 
+def make_wrongly(target: Path) -> None:
+    with files.atomic_folder(target) as folder:
+        (folder / "b").write_text("half")
+        folder.write_text("no")
+
+
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     target = tmp_path / "x"
     make(target, "one")
     make(target, "two")
     assert (target / "inner" / "a").read_text() == "two"
     files.verify(target)
-    with pytest.raises(ZeroDivisionError), files.atomic_folder(target) as folder:
-        (folder / "b").write_text("half")
-        raise ZeroDivisionError
+    with pytest.raises(IsADirectoryError):
+        make_wrongly(target)
     files.verify(target)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 

@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -55,20 +56,24 @@ class BinFile:
     def num_tokens(self) -> int:
         return int(self.lengths.sum())
 
-    @cached_property
-    def _descriptor(self) -> int:
-        return os.open(self.path, os.O_RDONLY)
-
     def identity(self) -> bytes:
         """sha256 over the size, the ends of the text, the whole meta and min_length. Reads 8 KiB of the text."""
-        size = self.path.stat().st_size
-        ends = os.pread(self._descriptor, 4096, 0) + os.pread(self._descriptor, 4096, max(size - 4096, 0))
+        with self.open() as f:
+            size = f.seek(0, os.SEEK_END)
+            ends = os.pread(f.fileno(), 4096, 0) + os.pread(f.fileno(), 4096, max(size - 4096, 0))
         digest = hashlib.sha256(f"{size} {self.min_length}\0".encode() + ends)
         digest.update(meta_path(self.path).read_bytes())
         return digest.digest()
 
-    def __getstate__(self) -> dict[str, object]:  # worker processes open the file themselves
-        return {k: v for k, v in self.__dict__.items() if k != "_descriptor"}
+    def open(self) -> BinaryIO:
+        """The text, unbuffered. Opened for each use: folders of more files than a process may hold open are common.
+
+        Raises: DataError: a dangling link, no permission.
+        """
+        try:
+            return open(self.path, "rb", buffering=0)
+        except OSError as e:
+            raise DataError(f"{self.name} cannot be opened: {e.strerror}", where=str(self.path)) from None
 
     def read_document(self, document: int) -> Int64s:
         """Signed tokens of one document, int64 [length].
@@ -88,21 +93,16 @@ class BinFile:
         return tokens
 
     def _read_line(self, offset: int, length: int) -> bytes:
-        """Bytes from `offset` to the end of that line. Positioned reads: safe for threads and forks."""
+        """Bytes from `offset` to the end of that line, or of the file."""
         size = 64 + 8 * length  # most lines fit: 6 digits, a comma and a space a token
-        chunks: list[bytes] = []
-        while True:
-            chunk = os.pread(self._descriptor, size, offset)
-            end = chunk.find(b"\n")
-            if end >= 0:
-                chunks.append(chunk[:end])
-                break
-            chunks.append(chunk)
-            if len(chunk) < size:  # end of file
-                break
-            offset += len(chunk)
-            size *= 2
-        return b"".join(chunks)
+        line = b""
+        with self.open() as f:
+            f.seek(offset)
+            while chunk := f.read(size):
+                line += chunk
+                if b"\n" in chunk:
+                    return line[: line.index(b"\n")]
+        return line
 
 
 def parse_line(line: bytes, where: str = "") -> Int64s:

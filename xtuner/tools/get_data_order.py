@@ -16,20 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from xtuner.core.errors import ConfigError, DataError
-    from xtuner.core.files import atomic_file
-    from xtuner.data.index import walk
+    from xtuner.data.walk import write_order
 
-    root = Path(args.data_folder).expanduser()
-    if not root.is_dir():
-        raise ConfigError("the data folder is not there", where=f"--data-folder {args.data_folder}")
-    names = list(walk(root, args.file_type))
-    if not names:
-        raise DataError(f"no {args.file_type} file in the data folder", where=str(root))
-    target = Path(args.save_folder).expanduser() / "data_order.txt"
-    with atomic_file(target) as f:
-        f.writelines(name + "\n" for name in names)
-    print(f"{target}: {len(names)} files in order")
+    folder, save = (Path(p).expanduser() for p in (args.data_folder, args.save_folder))
+    target, count = write_order(folder, save, args.file_type)
+    print(f"{target}: {count} files in order")
     return 0
 
 

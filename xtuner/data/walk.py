@@ -1,0 +1,136 @@
+"""Which token files a folder holds, in the loader's order, and what a data-order file makes of that order."""
+
+import os
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+
+from xtuner.core.errors import ConfigError, DataError
+from xtuner.core.log import logger
+
+ORDER_FILE = "data_order.txt"
+
+
+def walk(folder: Path, file_type: str = ".bin") -> Iterator[str]:
+    """Relative POSIX paths of all token files below `folder`: a folder's files by code point, then its sub-folders.
+
+    The same on every file system. Links are followed; a link to a folder above itself is skipped, so loops end.
+    """
+    above = [p.stat() for p in folder.resolve().parents]
+    yield from _walk(folder, "", file_type, tuple((s.st_dev, s.st_ino) for s in above))
+
+
+def _walk(folder: Path, prefix: str, file_type: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    try:
+        stat = folder.stat()
+        with os.scandir(folder) as entries:
+            found = sorted(entries, key=lambda e: e.name)
+    except OSError as e:
+        raise DataError(f"a folder cannot be read: {e.strerror}", where=str(folder)) from None
+    identity = (stat.st_dev, stat.st_ino)
+    if identity in above:
+        logger.warning(f"{folder} is a link to a folder above it: not followed")
+        return
+    folders = []
+    for entry in found:
+        if entry.is_dir():
+            folders.append(entry.name)
+        elif entry.name.endswith(file_type):
+            yield prefix + entry.name
+    for name in folders:
+        yield from _walk(folder / name, f"{prefix}{name}/", file_type, (*above, identity))
+
+
+def write_order(folder: Path, save_folder: Path, file_type: str = ".bin") -> tuple[Path, int]:
+    """Write `save_folder/data_order.txt`. Returns (the file, number of names). Raises: ConfigError, DataError."""
+    from xtuner.core.files import atomic_file
+
+    if not folder.is_dir():
+        raise ConfigError("the data folder is not there", where=str(folder))
+    names = list(walk(folder, file_type))
+    if not names:
+        raise DataError(f"no {file_type} file in the data folder", where=str(folder))
+    broken = [n for n in names if "\n" in n or "\r" in n]
+    if broken:
+        raise DataError("a file name holds a line break", where=repr(broken[0]), do="rename the file")
+    with atomic_file(save_folder / ORDER_FILE) as f:
+        f.writelines(name + "\n" for name in names)
+    return save_folder / ORDER_FILE, len(names)
+
+
+def read_order(path: str | Path, folder: Path, file_type: str = ".bin") -> list[str]:
+    """Files of `folder` in the order that a data-order file gives, as paths relative to `folder`.
+
+    The order may have been written for a folder above `folder`: entries are looked up from the nearest folder P,
+    `folder` itself first, under which one of them is a file of `folder`. Entries that lie elsewhere below P are counted
+    and left out; entries that should lie in `folder` must exist. Files that no entry names are told: they are not
+    trained on.
+
+    Raises: ConfigError with the lines that are wrong.
+    """
+    path = Path(path).expanduser()
+    path = path / ORDER_FILE if path.is_dir() else path
+    entries = _read_entries(path)
+    roots = dict.fromkeys((Path(os.path.abspath(folder)), folder.resolve()))  # as it is called, and where links lead
+    for root, base in ((r, b) for r in roots for b in (r, *r.parents)):
+        prefix = "" if base == root else root.relative_to(base).as_posix() + "/"
+        inside = {n: e.removeprefix(prefix) for n, e in entries.items() if e.startswith(prefix)}
+        if any((folder / name).is_file() for name in inside.values()):
+            break
+    else:
+        raise ConfigError(
+            "no entry of the data order is a file of the data folder, or lies below a folder above it",
+            where=f"{path}, line {next(iter(entries))}: {next(iter(entries.values()))} (folder {folder})",
+            why="it was written for another folder",
+            do=f"xtuner data order --data-folder {folder} --save-folder DIR",
+        )
+    absent = [n for n, name in inside.items() if not (folder / name).is_file()]
+    if absent:
+        lines = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
+        raise ConfigError(
+            f"{len(absent)} files of the data order are not there; the first is {inside[absent[0]]!r}",
+            where=f"{path}, lines {lines} (folder {folder})",
+            why="the packs after a missing file would be numbered differently from what the order promises",
+            do="write the order again, or bring the files back",
+        )
+    if len(entries) > len(inside):
+        logger.info(f"{len(entries) - len(inside)} entries of {path} lie outside {folder}: left out")
+    named = set(inside.values())
+    unnamed = [name for name in walk(folder, file_type) if name not in named]
+    if unnamed:
+        logger.warning(
+            f"{len(unnamed)} files of {folder} are not in {path} and not trained on; the first is {unnamed[0]}"
+        )
+    return list(inside.values())
+
+
+def _read_entries(path: Path) -> dict[int, str]:
+    """Line number → relative path, each once and none leaving its folder."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(
+            f"the data order cannot be read: {getattr(e, 'strerror', None) or e}",
+            where=f"data_order_path = {str(path)!r}",
+            do="write one with `xtuner data order --data-folder DATA --save-folder DIR`",
+        ) from None
+    entries: dict[int, str] = {}
+    first: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line.strip():
+            continue
+        entry = posixpath.normpath(line)
+        if entry.startswith(("/", "../")):
+            raise ConfigError(f"the entry {line!r} leaves its folder", where=f"{path}, line {number}")
+        if entry in first:
+            raise ConfigError(
+                f"the entry {line!r} is there twice",
+                where=f"{path}, lines {first[entry]} and {number}",
+                why="its documents would be trained on twice",
+            )
+        first[entry] = number
+        entries[number] = entry
+    if not entries:
+        raise ConfigError("the data order is empty", where=str(path))
+    return entries

@@ -1,14 +1,15 @@
-"""The `xtuner` command: finds the verb, lets it parse its own arguments, turns errors into exit codes.
+"""The `xtuner` command: finds the verb and lets it parse its own arguments.
 
 A verb is a module with `add_arguments(parser)` and `run(args) -> int`; it imports torch inside `run` only, so that
 `xtuner --help` stays fast.
 """
 
-import argparse
 import importlib
 import sys
+from typing import NoReturn
 
-from xtuner.core.errors import EXIT_BUG, EXIT_CONFIG, XTunerError
+from xtuner.core.command import exit_with, run_command
+from xtuner.core.errors import EXIT_CONFIG
 
 VERBS = {  # words → (module, what it does)
     "list-cfg": ("xtuner.cli.list_cfg", "list the shipped configs"),
@@ -47,25 +48,13 @@ def main(argv: list[str]) -> int:
         return EXIT_CONFIG
     module_name, text = VERBS[words]
     module = importlib.import_module(module_name)
-    parser = argparse.ArgumentParser(prog=f"xtuner {words}", description=text, allow_abbrev=False)
-    module.add_arguments(parser)
-    args = parser.parse_args(argv[len(words.split()) :])
-    return int(module.run(args))
+    rest = argv[len(words.split()) :]
+    return run_command(f"xtuner {words}", text, module.add_arguments, module.run, rest)
 
 
-def console(argv: list[str] | None = None) -> None:
-    """Entry point: runs the command line and exits with its code, which is the truth."""
-    try:
-        code = main(sys.argv[1:] if argv is None else argv)
-    except XTunerError as e:
-        print(f"xtuner: {e}", file=sys.stderr)
-        code = e.exit_code
-    except KeyboardInterrupt:
-        print("xtuner: interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        code = EXIT_BUG
-    sys.exit(code)
+def console() -> NoReturn:
+    """Entry point."""
+    exit_with(lambda: main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The same as `xtuner data order`.
 """
 
 import argparse
-import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +24,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from xtuner.cli.main import console
+    from xtuner.core.command import script
 
-    console(["data", "order", *sys.argv[1:]])
+    script("write the order of files for training", add_arguments, run)

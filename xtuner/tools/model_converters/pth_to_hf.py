@@ -4,7 +4,6 @@ The same as `xtuner convert pth_to_hf`.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 
@@ -40,6 +39,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from xtuner.cli.main import console
+    from xtuner.core.command import script
 
-    console(["convert", "pth_to_hf", *sys.argv[1:]])
+    script("a checkpoint as a Hugging Face folder", add_arguments, run)

@@ -75,10 +75,10 @@ class BinFile:
         except OSError as e:
             raise DataError(f"{self.name} cannot be opened: {e.strerror}", where=str(self.path)) from None
 
-    def read_document(self, document: int) -> Int64s:
+    def read_document(self, document: int, vocab_size: int | None = None) -> Int64s:
         """Signed tokens of one document, int64 [length].
 
-        Raises: DataError if the line is not what the format and the meta say.
+        Raises: DataError if the line is not what the format and the meta say, or an id is not below `vocab_size`.
         """
         offset, length = int(self.offsets[document]), int(self.lengths[document])
         line = self._read_line(offset, length)
@@ -89,6 +89,13 @@ class BinFile:
                 where=f"{self.path}:{offset} (document {document})",
                 why="every pack after it in this file would be shifted",
                 do=f"write the file again, or make a new {self.path.name}.meta from the text",
+            )
+        if vocab_size is not None and length and (largest := int(np.abs(tokens).max())) >= vocab_size:
+            raise DataError(
+                f"token id {largest} is outside the vocabulary of {vocab_size}",
+                where=f"{self.path}:{offset} (document {document})",
+                why="the data were made with another tokenizer than the model's",
+                do="tokenize the text again with the model's tokenizer, or take the model that belongs to the data",
             )
         return tokens
 

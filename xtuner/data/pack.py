@@ -42,7 +42,9 @@ class FilePacks:
         np.random.RandomState(seed).shuffle(order)
         return cls(file, order, np.cumsum(file.lengths[order]))
 
-    def read(self, start: int, stop: int) -> tuple[Int64s, npt.NDArray[np.int32], int | None]:
+    def read(
+        self, start: int, stop: int, vocab_size: int | None = None
+    ) -> tuple[Int64s, npt.NDArray[np.int32], int | None]:
         """Tokens `start` to `stop` of the file's token line.
 
         Returns: signed tokens [stop - start], fragment borders [n + 1] from 0, and the signed token that follows
@@ -59,7 +61,7 @@ class FilePacks:
             begin, end = self._begin(i), int(self.ends[i])
             if begin == end:
                 continue
-            tokens = self.file.read_document(int(self.order[i]))
+            tokens = self.file.read_document(int(self.order[i]), vocab_size)
             parts.append(tokens[max(start - begin, 0) : min(stop, end) - begin])
             if end > stop:
                 following = int(tokens[stop - begin])
@@ -85,6 +87,7 @@ class PackedDataset:
         self.packed_length = packed_length
         self.seed = seed
         self.label_rule = label_rule
+        self.vocab_size: int | None = None  # set by who knows the model: larger ids are refused
         self.packs_per_file = [file.num_tokens // packed_length for file in documents]
         self._first_pack = np.concatenate(([0], np.cumsum(self.packs_per_file, dtype=np.int64)))
         self._tables: dict[int, FilePacks] = {}
@@ -122,7 +125,8 @@ class PackedDataset:
         `position_ids` [T], and int32 `cumulative_len` [n + 1]. -100 marks no loss.
         """
         file_number, start = self.locate(pack)
-        signed, borders, following = self.file_packs(file_number).read(start, start + self.packed_length)
+        table = self.file_packs(file_number)
+        signed, borders, following = table.read(start, start + self.packed_length, self.vocab_size)
         labels = np.where(signed > 0, signed, IGNORE)
         lengths = np.diff(borders)
         positions = np.arange(len(signed)) - np.repeat(borders[:-1], lengths)

@@ -66,7 +66,7 @@ def evaluate(model: CausalLM, folder: str | Path, max_length: int) -> list[Resul
     for file in progress(list(documents), "evaluating"):
         kind = file.name.split("/")[0] if "/" in file.name else "."
         result = by_type.setdefault(kind, Result(kind))
-        for parts in _groups(file, max_length):
+        for parts in _groups(file, max_length, model.config.vocab_size):
             total, count = _loss(model, parts)
             result.total += total
             result.tokens += count
@@ -74,12 +74,12 @@ def evaluate(model: CausalLM, folder: str | Path, max_length: int) -> list[Resul
     return [*by_type.values(), everything]
 
 
-def _groups(file: BinFile, max_length: int) -> list[list[torch.Tensor]]:
+def _groups(file: BinFile, max_length: int, vocab_size: int) -> list[list[torch.Tensor]]:
     """Signed tokens of documents, grouped up to BATCH_TOKENS."""
     groups: list[list[torch.Tensor]] = [[]]
     held = 0
     for document in range(file.num_documents):
-        for part in torch.from_numpy(file.read_document(document)).split(max_length):
+        for part in torch.from_numpy(file.read_document(document, vocab_size)).split(max_length):
             if held and held + len(part) > BATCH_TOKENS:
                 groups.append([])
                 held = 0

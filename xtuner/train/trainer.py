@@ -99,6 +99,7 @@ def assemble(config: Config, work_dir: Path, device: torch.device, seed: int | N
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
     dataloader = config.values["train_dataloader"]
     dataset: PackedDataset = build(dataloader["dataset"], "train_dataloader.dataset")
+    dataset.vocab_size = source.config.vocab_size
     sampler = build(dataloader["sampler"], "train_dataloader.sampler", dataset=dataset)
     loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0))
     max_epochs = config.values["train_cfg"]["max_epochs"]

@@ -1,14 +1,25 @@
-"""xtuner chat MODEL --prompt TEXT: let a model continue or answer a text."""
+"""xtuner chat MODEL: talk with a model on the terminal, or let it continue a text."""
 
 import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xtuner.data.tokenizer import Tokenizer
+
+HELP = "an empty line is ignored; /reset begins a new conversation, /exit or Ctrl-D ends"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hugging Face folder")
-    parser.add_argument("--prompt", required=True, help="what to answer, or to continue with --template plain")
-    parser.add_argument("--template", default="internlm2_chat", help="internlm2_chat (default) or plain")
+    parser.add_argument("model", help="Hugging Face folder, checkpoint")
+    parser.add_argument("--prompt", help="answer this one text and end; without it: a conversation")
+    parser.add_argument(
+        "--template", default="internlm2_chat", help="internlm2_chat (default), or plain to continue texts"
+    )
+    parser.add_argument("--tokenizer", help="folder of the tokenizer, where the model's own has none")
     parser.add_argument("--system", default="", help="system prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--stop-words", nargs="+", default=[], help="further words to stop at")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most likely token each time")
     parser.add_argument("--top-p", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
@@ -21,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.data.chat_template import PROMPT_TEMPLATE
     from xtuner.data.tokenizer import load_tokenizer
     from xtuner.engine.launch import setup
-    from xtuner.model.generate import generate
+    from xtuner.model.generate import Session, sample
     from xtuner.train.evaluate import open_model
 
     templates = vars(PROMPT_TEMPLATE)
@@ -31,21 +42,72 @@ def run(args: argparse.Namespace) -> int:
             f"no template {args.template!r}.{hint}", where="--template", do=f"one of {', '.join(templates)}"
         )
     template = templates[args.template]
-    model = open_model(args.model, [], setup("none", None))
-    tokenizer = load_tokenizer(args.model)
-    stops = [model.config.eos_token_id]
-    for word in template.stop_words:
-        ids = tokenizer.encode(word)
-        stops += ids if len(ids) == 1 else []
-    prompt = [model.config.bos_token_id, *tokenizer.encode(template.prompt(args.prompt, args.system))]
+    model, _ = open_model(args.model, [], setup("none", None))
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    stop_words = [*template.stop_words, *args.stop_words]
+    stop_ids = [model.config.eos_token_id, *single_tokens(tokenizer, stop_words)]
     generator = torch.Generator().manual_seed(args.seed)
-    tokens: list[int] = []
-    shown = ""
-    for token in generate(model, prompt, args.max_new_tokens, stops, args.temperature, args.top_p, generator):
-        tokens.append(token)
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):  # half a character
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
+
+    session = Session(model)
+    fresh = True
+    for text in [args.prompt] if args.prompt is not None else asked():
+        if text is None:  # /reset
+            session, fresh = Session(model), True
+            continue
+        prompt = template.prompt(text, args.system if fresh else "")
+        ids = tokenizer.encode(prompt)
+        logits = session.feed([model.config.bos_token_id, *ids] if fresh else ids)
+        tokens = sample(session, logits, args.max_new_tokens, stop_ids, args.temperature, args.top_p, generator)
+        for piece in spoken(tokens, tokenizer, stop_words):
+            print(piece, end="", flush=True)
+        print()
+        if template.assistant_begin:
+            session.feed(tokenizer.encode(template.assistant_end))
+            fresh = False
+        else:  # a continued text is no turn of a conversation
+            session, fresh = Session(model), True
     return 0
+
+
+def asked() -> Iterator[str | None]:
+    """What the user types, line by line; None for a new conversation."""
+    import sys
+
+    print(HELP, file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip() == "/exit":
+            return
+        if line.strip() == "/reset":
+            yield None
+        elif line.strip():
+            yield line
+
+
+def single_tokens(tokenizer: "Tokenizer", words: list[str]) -> list[int]:
+    """Ids of the words that are one token; longer ones are found in the text."""
+    encoded = [tokenizer.encode(word) for word in words]
+    return [ids[0] for ids in encoded if len(ids) == 1]
+
+
+def spoken(tokens: Iterator[int], tokenizer: "Tokenizer", stop_words: list[str]) -> Iterator[str]:
+    """Text as it grows, whole characters only; ends before a stop word, of which no beginning is shown early."""
+    held: list[int] = []
+    shown = 0
+    longest = max(map(len, stop_words), default=1)
+    text = ""
+    for token in tokens:
+        held.append(token)
+        text = tokenizer.decode(held)
+        cut = min((i for w in stop_words if (i := text.find(w)) >= 0), default=-1)
+        if cut >= 0:
+            yield text[shown:cut]
+            return
+        safe = len(text) - longest + 1 if stop_words else len(text)
+        if not text.endswith("\ufffd") and safe > shown:
+            yield text[shown:safe]
+            shown = safe
+    yield text[shown:]

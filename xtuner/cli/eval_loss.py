@@ -7,18 +7,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face folder, checkpoint, or config (its starting weights)")
     parser.add_argument("data_folder", help="folder of .bin and .bin.meta files")
     parser.add_argument("--max-length", type=int, default=32768, help="longer documents are cut into such parts")
+    parser.add_argument("--save", metavar="FILE.json", help="keep results by file; run again to go on after a stop")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
 
 
 def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
     from xtuner.core import log
+    from xtuner.core.errors import ConfigError
+    from xtuner.data import load_intern_repo_tokenized_dataset
     from xtuner.engine.launch import setup
-    from xtuner.train.evaluate import evaluate, open_model
+    from xtuner.train.evaluate import Record, evaluate, open_model
 
     log.setup()
-    device = setup("none", None)
-    model = open_model(args.model, args.cfg_options, device)
-    results = evaluate(model, args.data_folder, args.max_length)
+    if args.max_length < 2:
+        raise ConfigError("a part needs at least 2 tokens", where=f"--max-length {args.max_length}")
+    documents = load_intern_repo_tokenized_dataset(args.data_folder)
+    model, identity = open_model(args.model, args.cfg_options, setup("none", None))
+    record = Record(Path(args.save) if args.save else None, identity, args.max_length)
+    results = evaluate(model, documents, args.max_length, record)
     width = max(len(r.name) for r in results)
     print(f"{'':<{width}}  {'tokens':>12}  {'loss':>8}  {'perplexity':>10}")
     for r in results:

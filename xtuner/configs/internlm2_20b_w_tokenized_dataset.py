@@ -27,6 +27,7 @@ use_varlen_attn = True  # documents of a pack do not see each other
 
 # Data: a folder of .bin and .bin.meta files, at any depth
 dataset_folder = "/path/to/your/dataset"
+val_folder = None  # held-out data of the same form; None: no validation
 data_order_path = None  # written by get_data_order.py; None: files sorted by path
 prompt_template = PROMPT_TEMPLATE.internlm2_chat  # for the samples below
 max_length = 32768  # tokens of a pack
@@ -53,6 +54,7 @@ save_total_limit = 2  # checkpoints to keep, -1 for all
 save_optimizer = True  # False: weights only, smaller, cannot be resumed
 
 # Samples while training
+val_interval = 500  # iterations between losses on val_folder
 evaluation_freq = 500  # iterations
 SYSTEM = ""
 evaluation_inputs = ["请介绍一下上海的历史。", "What makes a good scientific question?"]
@@ -91,6 +93,8 @@ train_dataloader = dict(
     dataset=train_dataset,
     sampler=dict(type=InternRepoSampler, shuffle=True, seed=1024),
 )
+
+val_dataset = dict(type=load_intern_repo_tokenized_dataset, folder=val_folder) if val_folder else None
 
 #######################################################################
 #                    PART 4  Scheduler & Optimizer                    #

@@ -75,6 +75,31 @@ class BinFile:
         except OSError as e:
             raise DataError(f"{self.name} cannot be opened: {e.strerror}", where=str(self.path)) from None
 
+    def check(self) -> None:
+        """Raise DataError unless the text can be opened and ends where the meta says its last document ends."""
+        with self.open() as f:
+            offsets, _ = read_meta(self.path)
+            if not len(offsets):
+                return
+            last = int(offsets.max())
+            line = self._read_line(last, 0)
+            end = f.seek(last + len(line))
+            rest = f.read(4096)
+        if not line.rstrip().endswith(b"}"):
+            raise DataError(
+                "the last line is not complete",
+                where=f"{self.path}:{last}",
+                why="the .bin is cut short",
+                do="write the file again",
+            )
+        if rest.strip():
+            raise DataError(
+                "the .bin goes on after the last document of its meta",
+                where=f"{self.path}:{end + len(rest) - len(rest.lstrip())}",
+                why="the meta is older than the text, or belongs to another file",
+                do=f"make a new {self.path.name}.meta from the text, or write the file again",
+            )
+
     def read_document(self, document: int, vocab_size: int | None = None) -> Int64s:
         """Signed tokens of one document, int64 [length].
 

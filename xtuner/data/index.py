@@ -92,7 +92,7 @@ def _check_all(files: list[BinFile]) -> None:
     problems = []
     for file in files:
         try:
-            file.open().close()
+            file.check()
             _ = file.table
         except DataError as e:
             problems.append(e)

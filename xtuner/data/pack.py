@@ -50,25 +50,42 @@ class FilePacks:
         Returns: signed tokens [stop - start], fragment borders [n + 1] from 0, and the signed token that follows
         `stop` in the same document (None when a document ends there).
         """
+        parts, borders, following = [], [0], None
+        for span in self.spans(start, stop):
+            borders.append(borders[-1] + span.stop - span.start)
+            if span.start == span.stop:
+                continue
+            tokens = self.file.read_document(span.document, vocab_size)
+            parts.append(tokens[span.start : span.stop])
+            following = int(tokens[span.stop]) if span.stop < len(tokens) else None
+        return np.concatenate(parts), np.array(borders, dtype=np.int32), following
+
+    def spans(self, start: int, stop: int) -> list["Span"]:
+        """The parts of documents that lie between tokens `start` and `stop` of the file's token line.
+
+        Empty documents count to the pack in which they stand; those at its very end open the next one.
+        """
         first = int(np.searchsorted(self.ends, start, side="left"))
         if self.ends[first] == start and self._begin(first) < start:
-            first += 1  # it ends where we begin; empty documents after it are ours
+            first += 1  # it ends where we begin
         last = int(np.searchsorted(self.ends, stop, side="left"))
-        borders = np.minimum(self.ends[first : last + 1], stop) - start
-        parts = []
-        following = None
+        spans = []
         for i in range(first, last + 1):
             begin, end = self._begin(i), int(self.ends[i])
-            if begin == end:
-                continue
-            tokens = self.file.read_document(int(self.order[i]), vocab_size)
-            parts.append(tokens[max(start - begin, 0) : min(stop, end) - begin])
-            if end > stop:
-                following = int(tokens[stop - begin])
-        return np.concatenate(parts), np.concatenate(([0], borders)).astype(np.int32), following
+            spans.append(Span(int(self.order[i]), max(start - begin, 0), min(stop, end) - begin))
+        return spans
 
     def _begin(self, i: int) -> int:
         return int(self.ends[i - 1]) if i else 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `stop` of a document (by its number in the file)."""
+
+    document: int
+    start: int
+    stop: int
 
 
 class PackedDataset:

@@ -45,13 +45,25 @@ def generate(
         top_p: sample among the fewest tokens whose probability reaches this.
     """
     session = Session(model)
-    logits = session.feed(prompt)
+    yield from sample(session, session.feed(prompt), max_new_tokens, stop_ids, temperature, top_p, generator)
+
+
+def sample(
+    session: Session,
+    logits: torch.Tensor,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Iterator[int]:
+    """Go on from `logits`, those after the session's last token; see `generate`. Tokens that are yielded are fed."""
     for _ in range(max_new_tokens):
         token = pick(logits, temperature, top_p, generator)
         if token in stop_ids:
             return
-        yield token
         logits = session.feed([token])
+        yield token
 
 
 def pick(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:

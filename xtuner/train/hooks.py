@@ -16,10 +16,12 @@ from xtuner.core import dist
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, human_time, logger
 from xtuner.data.chat_template import ChatTemplate
+from xtuner.data.index import TokenizedFolder
 from xtuner.data.tokenizer import Tokenizer
 from xtuner.engine.schedule import Schedule
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.generate import generate
+from xtuner.train.evaluate import evaluate
 from xtuner.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -188,6 +190,31 @@ class CheckpointHook(Hook):
 
     def after_run(self, run: "Run") -> None:
         run.save(self.save_optimizer, self.max_keep_ckpts)
+
+
+class ValidationHook(Hook):
+    """Loss on held-out data every `interval` iterations and at the end; the trainer adds it for `val_dataset`."""
+
+    priority = 60
+
+    def __init__(self, documents: TokenizedFolder, interval: int, max_length: int) -> None:
+        self.documents, self.interval, self.max_length = documents, interval, max_length
+        self._last = -1
+
+    def after_iteration(self, run: "Run", it: Iteration) -> None:
+        if it.state.iteration % self.interval == 0:
+            it.record["val_loss"] = self._evaluate(run)
+
+    def after_run(self, run: "Run") -> None:
+        if self._last != run.state.iteration:
+            run.metrics.write({"iter": run.state.iteration, "val_loss": self._evaluate(run)})
+
+    def _evaluate(self, run: "Run") -> float:
+        self._last = run.state.iteration
+        results = evaluate(run.strategy.model, self.documents, self.max_length, quiet=True)
+        shown = ", ".join(f"{r.name} {r.loss:.4f}" for r in results)
+        logger.info(f"validation at iteration {run.state.iteration}: {shown}")
+        return results[-1].loss
 
 
 class DatasetInfoHook(Hook):

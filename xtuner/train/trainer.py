@@ -1,5 +1,6 @@
 """The loop, and what it needs put together from a config."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -27,7 +28,8 @@ from xtuner.engine.schedule import Schedule
 from xtuner.engine.single import SingleStrategy
 from xtuner.model.source import ModelSource
 from xtuner.train import checkpoint
-from xtuner.train.hooks import Hook, Iteration
+from xtuner.train.hooks import Hook, Iteration, ValidationHook
+from xtuner.train.lock import WorkDirLock
 from xtuner.train.metrics import MetricWriter
 from xtuner.train.report import environment, report
 from xtuner.train.state import TrainState
@@ -91,7 +93,7 @@ def assemble(config: Config, work_dir: Path, device: torch.device, seed: int | N
 
     Raises: ConfigError, DataError.
     """
-    check(config)
+    check(config, paths=True)
     seed = seed if seed is not None else (config.get("randomness.seed") or 0)
     source: ModelSource = build(config.values["model"], "model")
     if source.seed is None:
@@ -109,6 +111,9 @@ def assemble(config: Config, work_dir: Path, device: torch.device, seed: int | N
     _enough(dataset.documents, dataset, max_iterations, per_iteration)
     hooks = [build(spec, f"default_hooks.{k}") for k, spec in (config.get("default_hooks") or {}).items()]
     hooks += [build(spec, f"custom_hooks.{i}") for i, spec in enumerate(config.get("custom_hooks") or [])]
+    if config.get("val_dataset"):
+        held_out: TokenizedFolder = build(config.values["val_dataset"], "val_dataset")
+        hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
     hooks.sort(key=lambda h: h.priority)
     constant = Schedule(optim.lr, [], 1)
     run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs, max_iterations, constant)
@@ -151,40 +156,48 @@ def train(
         logger.info("dry run: nothing was trained")
         return EXIT_DONE
     stop = Stop()
-    _open_work_dir(run)
-    report(run)
-    if config.get("randomness.deterministic"):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    run.strategy = SingleStrategy(run.source, run.optim, device)
-    _resume_or_fresh(run, resume if resume is not None else config.get("resume"))
-    for hook in run.hooks:
-        hook.before_run(run)
+    lock = _open_work_dir(run)
     try:
+        _start(run, resume if resume is not None else config.get("resume"))
         return loop(run, stop)
     finally:
         run.metrics.close()
+        lock.release()
 
 
-def _open_work_dir(run: Run) -> None:
-    """A folder for this start: log, metrics, environment, the config as written and as resolved."""
+def _start(run: Run, resume: str | bool | None) -> None:
+    """Everything between the work dir and the first iteration."""
+    report(run)
+    if run.config.get("randomness.deterministic"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    run.strategy = SingleStrategy(run.source, run.optim, run.device)
+    _resume_or_fresh(run, resume)
+    for hook in run.hooks:
+        hook.before_run(run)
+
+
+def _open_work_dir(run: Run) -> WorkDirLock:
+    """Take the work dir; in it a folder for this start: log, metrics, environment, config as written and resolved."""
     folder = run.work_dir / time.strftime("%Y%m%d_%H%M%S")
     try:
+        run.work_dir.mkdir(parents=True, exist_ok=True)
+        lock = WorkDirLock(run.work_dir)
         (folder / "vis_data").mkdir(parents=True, exist_ok=True)
         log.setup(run.config.get("log_level", "INFO"), folder / f"{folder.name}.log")
         write_json(folder / "environment.json", environment())
         write_json(folder / "config.json", run.config.resolved())
-        shutil.copyfile(run.config.path, run.work_dir / run.config.path.name)
-    except shutil.SameFileError:
-        pass  # the config lies in the work dir
+        with contextlib.suppress(shutil.SameFileError):  # the config lies in the work dir
+            shutil.copyfile(run.config.path, run.work_dir / run.config.path.name)
+        recover(run.work_dir)
     except OSError as e:
         raise ConfigError(
             f"the work dir cannot be written: {e.strerror}",
             where=str(e.filename),
             do="give another one with --work-dir",
         ) from None
-    recover(run.work_dir)
     run.metrics = MetricWriter(folder / "vis_data")
+    return lock
 
 
 def _resume_or_fresh(run: Run, resume: str | bool | None) -> None:

@@ -6,8 +6,7 @@ that measure fill `it.record`, LoggerHook writes it, CheckpointHook comes last.
 
 import resource
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,35 +21,7 @@ from xtuner.engine.schedule import Schedule
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.generate import generate
 from xtuner.train.evaluate import evaluate
-from xtuner.train.state import TrainState
-
-if TYPE_CHECKING:
-    from xtuner.train.trainer import Run
-
-
-@dataclass
-class Iteration:
-    """What one iteration did. Hooks add to `record`, which becomes the log line."""
-
-    state: TrainState  # after it
-    lr: float
-    loss: float
-    grad_norm: float
-    applied: bool
-    num_targets: int
-    num_tokens: int  # of this rank
-    attention_pairs: int  # of this rank, Σ len²
-    data_time: float  # s this rank waited for packs
-    record: dict[str, Any] = field(default_factory=dict)
-
-
-class Hook:
-    priority = 50
-
-    def configure(self, run: "Run") -> None: ...
-    def before_run(self, run: "Run") -> None: ...
-    def after_iteration(self, run: "Run", it: Iteration) -> None: ...
-    def after_run(self, run: "Run") -> None: ...
+from xtuner.train.run import Hook, Iteration, Run
 
 
 class IterTimerHook(Hook):
@@ -58,11 +29,11 @@ class IterTimerHook(Hook):
 
     priority = 10
 
-    def before_run(self, run: "Run") -> None:
+    def before_run(self, run: Run) -> None:
         self._last = time.perf_counter()
         self._times: list[float] = []
 
-    def after_iteration(self, run: "Run", it: Iteration) -> None:
+    def after_iteration(self, run: Run, it: Iteration) -> None:
         now = time.perf_counter()
         self._times = [*self._times[-49:], now - self._last]
         self._last = now
@@ -76,11 +47,11 @@ class ThroughputHook(Hook):
 
     priority = 20
 
-    def before_run(self, run: "Run") -> None:
+    def before_run(self, run: Run) -> None:
         self._last = time.perf_counter()
         self._peak = peak_flops(run.strategy.device)
 
-    def after_iteration(self, run: "Run", it: Iteration) -> None:
+    def after_iteration(self, run: Run, it: Iteration) -> None:
         now = time.perf_counter()
         elapsed, self._last = now - self._last, now
         it.record["tokens_per_s"] = it.num_tokens / elapsed
@@ -92,7 +63,7 @@ class ThroughputHook(Hook):
 class ParamSchedulerHook(Hook):
     """Applies `param_scheduler`. Without this hook the learning rate stays the optimizer's."""
 
-    def configure(self, run: "Run") -> None:
+    def configure(self, run: Run) -> None:
         per_epoch = run.packs_per_epoch / run.packs_per_iteration
         run.schedule = Schedule.of(run.optim.lr, run.config.get("param_scheduler"), per_epoch)
 
@@ -100,7 +71,7 @@ class ParamSchedulerHook(Hook):
 class DistSamplerSeedHook(Hook):
     """A new order of packs each epoch. Without this hook every epoch repeats the first one's."""
 
-    def configure(self, run: "Run") -> None:
+    def configure(self, run: Run) -> None:
         run.loader.reshuffle = True
 
 
@@ -114,7 +85,7 @@ class LoggerHook(Hook):
             raise ConfigError(f"interval = {interval}", where="default_hooks.logger.interval")
         self.interval = interval
 
-    def after_iteration(self, run: "Run", it: Iteration) -> None:
+    def after_iteration(self, run: Run, it: Iteration) -> None:
         if it.state.iteration % self.interval and it.state.iteration != run.max_iterations:
             return
         if not dist.is_main():
@@ -174,10 +145,10 @@ class CheckpointHook(Hook):
         self.interval, self.by_epoch = interval, by_epoch
         self.max_keep_ckpts, self.save_optimizer = max_keep_ckpts, save_optimizer
 
-    def before_run(self, run: "Run") -> None:
+    def before_run(self, run: Run) -> None:
         self._epoch = run.state.position.epoch
 
-    def after_iteration(self, run: "Run", it: Iteration) -> None:
+    def after_iteration(self, run: Run, it: Iteration) -> None:
         epoch, self._epoch = self._epoch, it.state.position.epoch
         if self.interval == -1:
             return
@@ -188,7 +159,7 @@ class CheckpointHook(Hook):
         if due:
             run.save(self.save_optimizer, self.max_keep_ckpts)
 
-    def after_run(self, run: "Run") -> None:
+    def after_run(self, run: Run) -> None:
         run.save(self.save_optimizer, self.max_keep_ckpts)
 
 
@@ -201,15 +172,15 @@ class ValidationHook(Hook):
         self.documents, self.interval, self.max_length = documents, interval, max_length
         self._last = -1
 
-    def after_iteration(self, run: "Run", it: Iteration) -> None:
+    def after_iteration(self, run: Run, it: Iteration) -> None:
         if it.state.iteration % self.interval == 0:
             it.record["val_loss"] = self._evaluate(run)
 
-    def after_run(self, run: "Run") -> None:
+    def after_run(self, run: Run) -> None:
         if self._last != run.state.iteration:
             run.metrics.write({"iter": run.state.iteration, "val_loss": self._evaluate(run)})
 
-    def _evaluate(self, run: "Run") -> float:
+    def _evaluate(self, run: Run) -> float:
         self._last = run.state.iteration
         results = evaluate(run.strategy.model, self.documents, self.max_length, quiet=True)
         shown = ", ".join(f"{r.name} {r.loss:.4f}" for r in results)
@@ -223,7 +194,7 @@ class DatasetInfoHook(Hook):
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def before_run(self, run: "Run") -> None:
+    def before_run(self, run: Run) -> None:
         logger.info(f"train dataset: {run.loader.num_packs:,} packs")
         tokenizer: Tokenizer = build(self.tokenizer, "custom_hooks: DatasetInfoHook.tokenizer")
         if run.loader.num_packs and dist.is_main():
@@ -259,18 +230,18 @@ class EvaluateChatHook(Hook):
         self.every_n_iters, self.system = every_n_iters, system
         self.template, self.max_new_tokens = prompt_template, max_new_tokens
 
-    def before_run(self, run: "Run") -> None:
+    def before_run(self, run: Run) -> None:
         self.tokenizer: Tokenizer = build(self.tokenizer_spec, "custom_hooks: EvaluateChatHook.tokenizer")
         self._sample(run)
 
-    def after_iteration(self, run: "Run", it: Iteration) -> None:
+    def after_iteration(self, run: Run, it: Iteration) -> None:
         if self.every_n_iters and it.state.iteration % self.every_n_iters == 0:
             self._sample(run)
 
-    def after_run(self, run: "Run") -> None:
+    def after_run(self, run: Run) -> None:
         self._sample(run)
 
-    def _sample(self, run: "Run") -> None:
+    def _sample(self, run: Run) -> None:
         model, config = run.strategy.model, run.source.config
         stops = [config.eos_token_id]
         for word in self.template.stop_words if self.template else ():

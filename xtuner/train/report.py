@@ -3,7 +3,7 @@
 import os
 import platform
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 import torch
@@ -11,9 +11,7 @@ import torch
 import xtuner
 from xtuner.core.log import human, human_bytes, logger
 from xtuner.model.flops import num_parameters, training_flops
-
-if TYPE_CHECKING:
-    from xtuner.train.trainer import Run
+from xtuner.train.run import Run
 
 SHOWN_FILES = 20
 
@@ -35,7 +33,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def report(run: "Run") -> None:
+def report(run: Run) -> None:
     """Print the numbers that follow from config and data."""
     data, config = run.loader.dataset, run.source.config
     documents, tails = data.documents, data.tail_tokens_per_file

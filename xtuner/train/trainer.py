@@ -5,7 +5,6 @@ import dataclasses
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,70 +21,18 @@ from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
 from xtuner.data.order import Position
 from xtuner.data.pack import PackedDataset
-from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.schedule import Schedule
 from xtuner.engine.single import SingleStrategy
 from xtuner.model.source import ModelSource
 from xtuner.train import checkpoint
-from xtuner.train.hooks import Hook, Iteration, ValidationHook
+from xtuner.train.hooks import ValidationHook
 from xtuner.train.lock import WorkDirLock
 from xtuner.train.metrics import MetricWriter
 from xtuner.train.report import environment, report
+from xtuner.train.run import Iteration, Run
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
-
-
-@dataclass
-class Run:
-    """Everything of one run; what hooks see."""
-
-    config: Config
-    work_dir: Path
-    device: torch.device
-    source: ModelSource
-    optim: OptimWrapper
-    loader: PackLoader
-    hooks: list[Hook]
-    max_epochs: int
-    max_iterations: int
-    schedule: Schedule
-    state: TrainState = dataclasses.field(default_factory=TrainState)
-    saved_at: int = -1
-
-    strategy: Strategy = dataclasses.field(init=False)
-    metrics: MetricWriter = dataclasses.field(init=False)
-
-    @property
-    def packs_per_iteration(self) -> int:
-        return self.optim.accumulative_counts * self.loader.dp_size
-
-    @property
-    def packs_per_epoch(self) -> int:
-        return Position().packs_until(1, self.loader.num_packs, self.loader.dp_size)
-
-    @property
-    def total_packs(self) -> int:
-        return self.packs_per_epoch * self.max_epochs
-
-    def facts(self) -> dict[str, Any]:
-        """What the run depends on, kept with every checkpoint."""
-        return {
-            "data": self.loader.fingerprint(),
-            "packs_per_iteration": self.packs_per_iteration,
-            "max_iterations": self.max_iterations,
-            "strategy": self.strategy.name,
-            "config": self.config.resolved(),
-        }
-
-    def save(self, optimizer: bool = True, keep: int = -1) -> None:
-        """Write a checkpoint of the present state, once."""
-        if self.saved_at == self.state.iteration:
-            return
-        begin = time.perf_counter()
-        folder = checkpoint.save(self.work_dir, self.state, self.strategy, self.facts(), optimizer, keep)
-        self.saved_at = self.state.iteration
-        logger.info(f"saved {folder} in {time.perf_counter() - begin:.1f} s")
 
 
 def assemble(config: Config, work_dir: Path, device: torch.device, seed: int | None) -> Run:

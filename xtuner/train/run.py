@@ -1,0 +1,97 @@
+"""A run as hooks see it: everything it is made of, what an iteration did, and what a hook may do about it."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.config.load import Config
+from xtuner.core.log import logger
+from xtuner.data.loader import PackLoader
+from xtuner.data.order import Position
+from xtuner.engine.base import Strategy
+from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.schedule import Schedule
+from xtuner.model.source import ModelSource
+from xtuner.train import checkpoint
+from xtuner.train.metrics import MetricWriter
+from xtuner.train.state import TrainState
+
+
+@dataclass
+class Run:
+    """Everything of one run; what hooks see."""
+
+    config: Config
+    work_dir: Path
+    device: torch.device
+    source: ModelSource
+    optim: OptimWrapper
+    loader: PackLoader
+    hooks: list["Hook"]
+    max_epochs: int
+    max_iterations: int
+    schedule: Schedule
+    state: TrainState = field(default_factory=TrainState)
+    saved_at: int = -1
+
+    strategy: Strategy = field(init=False)
+    metrics: MetricWriter = field(init=False)
+
+    @property
+    def packs_per_iteration(self) -> int:
+        return self.optim.accumulative_counts * self.loader.dp_size
+
+    @property
+    def packs_per_epoch(self) -> int:
+        return Position().packs_until(1, self.loader.num_packs, self.loader.dp_size)
+
+    @property
+    def total_packs(self) -> int:
+        return self.packs_per_epoch * self.max_epochs
+
+    def facts(self) -> dict[str, Any]:
+        """What the run depends on, kept with every checkpoint."""
+        return {
+            "data": self.loader.fingerprint(),
+            "packs_per_iteration": self.packs_per_iteration,
+            "max_iterations": self.max_iterations,
+            "strategy": self.strategy.name,
+            "config": self.config.resolved(),
+        }
+
+    def save(self, optimizer: bool = True, keep: int = -1) -> None:
+        """Write a checkpoint of the present state, once."""
+        if self.saved_at == self.state.iteration:
+            return
+        begin = time.perf_counter()
+        folder = checkpoint.save(self.work_dir, self.state, self.strategy, self.facts(), optimizer, keep)
+        self.saved_at = self.state.iteration
+        logger.info(f"saved {folder} in {time.perf_counter() - begin:.1f} s")
+
+
+@dataclass
+class Iteration:
+    """What one iteration did. Hooks add to `record`, which becomes the log line."""
+
+    state: TrainState  # after it
+    lr: float
+    loss: float
+    grad_norm: float
+    applied: bool
+    num_targets: int
+    num_tokens: int  # of this rank
+    attention_pairs: int  # of this rank, Σ len²
+    data_time: float  # s this rank waited for packs
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+class Hook:
+    priority = 50
+
+    def configure(self, run: Run) -> None: ...
+    def before_run(self, run: Run) -> None: ...
+    def after_iteration(self, run: Run, it: Iteration) -> None: ...
+    def after_run(self, run: Run) -> None: ...

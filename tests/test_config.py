@@ -35,13 +35,13 @@ def test_option_values(text: str, value: Any) -> None:
 
 
 def test_overrides_reach_what_is_derived(tiny: Path) -> None:
-    c = load(str(tiny), ["max_length=64", "lr=0.1", "train_dataloader.num_workers=3", "param_scheduler.0.begin=0.5"])
+    c = load(str(tiny), ["max_length=64", "lr=0.1", "train_dataloader.num_workers=3", "param_scheduler.0.begin=0.05"])
     assert c.get("train_dataset.packed_length") == 64
     assert c.get("train_dataloader.dataset.packed_length") == 64
     assert c.get("model.max_position_embeddings") == 64
     assert c.get("optim_wrapper.optimizer.lr") == 0.1
     assert c.values["param_scheduler"][1]["eta_min"] == pytest.approx(0.015)
-    assert c.values["param_scheduler"][0]["begin"] == 0.5
+    assert c.values["param_scheduler"][0]["begin"] == 0.05
     assert c.get("train_dataloader.num_workers") == 3
     check(c)
     assert c.resolved()["model"]["type"] == "xtuner.model.source.from_scratch"
@@ -110,6 +110,115 @@ def test_mistakes_are_explained(tiny: Path, options: list[str], words: list[str]
         check(load(str(tiny), options))
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        # wrong types: what stands there, what is asked for, and the line where it is written
+        (
+            ["accumulative_counts=two"],
+            ["accumulative_counts = 'two' is not a whole number", "accumulative_counts (opt"],
+        ),
+        (["weight_decay=much"], ["weight_decay = 'much' is not a number", "weight_decay (optim_wrapper.optimizer"]),
+        (["betas=0.9"], ["betas = 0.9 is not a list of a number"]),
+        (["betas=[0.9,x]"], ["betas = [0.9, 'x']"]),
+        (["dataset_folder=3"], ["folder = 3 is not a text"]),
+        (["train_dataloader.sampler.shuffle=maybe"], ["shuffle = 'maybe' is not True or False"]),
+        (
+            ["save_steps=1.5"],
+            ["interval = 1.5 is not a whole number", "save_steps (default_hooks.checkpoint.interval)"],
+        ),
+        (["evaluation_freq=x"], ["every_n_iters = 'x' is not a whole number or None"]),
+        (["evaluation_inputs=3"], ["evaluation_inputs = 3 is not a text or a list of a text"]),
+        (["prompt_template=plain"], ["prompt_template = 'plain' is not ChatTemplate or None"]),
+        (["train_dataloader.dataset.label_rule=old"], ["label_rule = 'old' is not one of 'internevo', 'xtuner'"]),
+        (["dataloader_num_workers=x"], ["num_workers = 'x' is not a whole number"]),
+        (["max_norm=x"], ["max_norm = 'x' is not a number or None"]),
+        (["resume=3"], ["resume = 3"]),
+        (["load_from=3"], ["load_from = 3"]),
+        (["log_level=LOUD"], ["log_level = 'LOUD' is not one of CRITICAL"]),
+        (["randomness.seed=x"], ["randomness.seed = 'x'"]),
+        (["max_epochs=x", "warm_up_ratio=1"], ["max_epochs = 'x' is not an integer"]),
+        (["lr=fast"], ["cannot be run: TypeError", "lr = 'fast'"]),
+        # values out of range
+        (["max_length=0"], ["packed_length = 0 is not at least 1", "max_length (train_dataloader"]),
+        (["train_dataloader.sampler.seed=-1"], ["seed = -1 is not in 0 … 2^32 - 1"]),
+        (["dataloader_num_workers=-1"], ["num_workers = -1"]),
+        (["accumulative_counts=0"], ["accumulative_counts = 0 is not at least 1"]),
+        (["save_steps=0"], ["interval = 0", "save_steps (default_hooks.checkpoint.interval)"]),
+        (["save_total_limit=0"], ["max_keep_ckpts = 0 is not -1 (all) or at least 1"]),
+        (["evaluation_freq=0"], ["every_n_iters = 0"]),
+        (["optim_wrapper.optimizer.lr=-1"], ["lr = -1 is not at least 0"]),
+        (["max_norm=0"], ["max_norm = 0 is not above 0"]),
+        (["betas=(0.9,1.5)"], ["AdamW does not take these values", "beta"]),
+        (["optim_wrapper.dtype=fp8"], ["dtype = 'fp8' is not one of"]),
+        (["optim_wrapper.optimizer.type=torch.optim.Adamm"], ["cannot be imported"]),
+        (["optim_wrapper.clip_grad.value=1"], ["clip_grad takes max_norm alone"]),
+        # rules between fields
+        (["warm_up_ratio=1.5"], ["ends (end = 1) before it begins (begin = 1.5 epochs)", "param_scheduler.1.begin"]),
+        (["warm_up_ratio=-0.5"], ["begin = -0.5 lies before the run"]),
+        (["param_scheduler.0.convert_to_iter_based=False"], ["whole epochs", "param_scheduler.0"]),
+        (["hidden_size=250"], ["hidden_size = 250 is no multiple of num_attention_heads = 3"]),
+        (["model.num_key_value_heads=3"], ["num_attention_heads = 2 is no multiple of num_key_value_heads = 3"]),
+        (["num_layers=0"], ["num_hidden_layers = 0 is not a whole number above 0", "num_layers (model"]),
+        (["vocab_size=many"], ["vocab_size = 'many'"]),
+        (["model.color=red"], ["from_scratch has no setting 'color'"]),
+        (["model.rope_scaling={'type': 'yarn'}"], ["yarn"]),
+        (["train_cfg.epochs=3"], ["train_cfg has no setting 'epochs'", "Did you mean 'max_epochs'"]),
+        (["train_cfg=3"], ["expected dict(max_epochs=…), found 3"]),
+        (["train_dataloader=3"], ["expected dict(dataset=…, …), found 3"]),
+        (["custom_hooks=3"], ["custom_hooks = 3 is not a list"]),
+        (["default_hooks.logger=None"], ["expected dict(type=…, …), found None"]),
+        (["default_hooks.logger=3"], ["expected dict(type=…, …), found 3"]),
+        # paths
+        (["dataset_folder=/nowhere"], ["data folder is not there: '/nowhere'", "tiny.py:", "dataset_folder (train"]),
+        (["data_order_path=/nowhere.txt"], ["no file '/nowhere.txt'", "xtuner data order"]),
+        (["tokenizer_path=/nowhere"], ["the tokenizer '/nowhere' is no folder here", "tokenizer_path (tokenizer"]),
+        (["load_from=/nowhere"], ["no folder '/nowhere' to take weights from"]),
+        (["dataset_folder=/a", "hidden_size=250", "lr=1", "betas=x"], ["3 mistakes", "'/a'", "250", "betas"]),
+    ],
+)
+def test_check_cfg_finds(
+    tiny: Path, options: list[str], words: list[str], xtuner: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        xtuner("check-cfg", tiny, "--cfg-options", *options)
+    for word in words:
+        assert word in str(error.value)
+    assert "is right" not in capsys.readouterr().out
+
+
+def test_check_cfg_of_a_right_config(tiny: Path, xtuner: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert xtuner("check-cfg", tiny) == 0
+    assert capsys.readouterr().out == f"{tiny} is right\n"
+    assert xtuner("check-cfg", tiny, "--cfg-options", "betas=[0.9,0.95]", "lr=1", "param_scheduler=[]") == 0
+
+
+def test_train_finds_the_same_before_anything_starts(tiny: Path, tmp_path: Path, xtuner: Any) -> None:
+    options = ["dataset_folder=/nowhere", "tokenizer_path=/nowhere", "save_steps=x"]
+    with pytest.raises(ConfigError, match="3 mistakes"):
+        xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options)
+    assert not (tmp_path / "w").exists()
+
+
+def test_models_are_folders_or_hub_ids(tiny: Path, tmp_path: Path) -> None:
+    from xtuner.config.check import problems
+
+    text = tiny.read_text().replace("import from_scratch", "import from_pretrained")
+    begin = text.index("model = dict(")
+    model = 'model = dict(type=from_pretrained, pretrained_model_name_or_path="NAME")\n'
+    text = text[:begin] + model + text[text.index("####", begin) :]
+    for name, words in (
+        ("internlm/internlm2-7b", None),
+        ("internlm2-7b", "the model 'internlm2-7b' is no folder here, and no hub id"),
+        ("/nowhere/a", "the model '/nowhere/a' is no folder"),
+        (str(tmp_path), "has no config.json"),
+    ):
+        (tmp_path / "c.py").write_text(text.replace("NAME", name))
+        found = [str(p) for p in problems(load(str(tmp_path / "c.py")), paths=True)]
+        assert len(found) == (words is not None)
+        assert words is None or words in found[0]
 
 
 def test_a_config_that_cannot_run_names_the_line(tmp_path: Path) -> None:

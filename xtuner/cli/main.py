@@ -14,12 +14,17 @@ from xtuner.core.errors import EXIT_CONFIG
 VERBS = {  # words → (module, what it does)
     "list-cfg": ("xtuner.cli.list_cfg", "list the shipped configs"),
     "copy-cfg": ("xtuner.cli.copy_cfg", "copy a shipped config here to edit it"),
+    "check-cfg": ("xtuner.cli.check_cfg", "find all mistakes of a config"),
     "data order": ("xtuner.tools.get_data_order", "write the order of files for training"),
+    "data tokenize": ("xtuner.cli.data_tokenize", "text → .bin and .bin.meta files for training"),
+    "data show": ("xtuner.cli.data_show", "show a pack: text, learned and masked parts, document borders"),
+    "log-dataset": ("xtuner.cli.log_dataset", "show the first packs that a config trains on"),
     "train": ("xtuner.cli.train", "train by a config"),
     "plot-loss": ("xtuner.cli.plot_loss", "draw the loss of a run"),
     "eval loss": ("xtuner.cli.eval_loss", "mean loss of a model on tokenized data"),
-    "chat": ("xtuner.cli.chat", "let a model continue or answer a text"),
+    "chat": ("xtuner.cli.chat", "talk with a model, or let it continue a text"),
     "convert pth_to_hf": ("xtuner.tools.model_converters.pth_to_hf", "a checkpoint as a Hugging Face folder"),
+    "completion": ("xtuner.cli.completion", "a script that completes words for bash, zsh or fish"),
 }
 
 

@@ -9,11 +9,15 @@ from xtuner.core.errors import ConfigError, did_you_mean
 
 
 def resolve_type(kind: Any, where: str = "") -> Callable[..., Any]:
-    """The callable behind `type=`: itself, or a dotted string `package.module.name`."""
+    """The callable behind `type=`: itself, or a dotted string `package.module.name` or `….Class.name`."""
     if isinstance(kind, str):
         module, _, name = kind.rpartition(".")
+        owner, _, last = module.rpartition(".")
         try:
-            kind = getattr(importlib.import_module(module), name)
+            if last[:1].isupper():  # package.module.Class.method
+                kind = getattr(getattr(importlib.import_module(owner), last), name)
+            else:
+                kind = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as e:
             raise ConfigError(f"type={kind!r} cannot be imported: {e}", where=where) from None
     if not callable(kind):

@@ -1,44 +1,75 @@
 """Rules that a config must keep, all checked at once, before any data, model or process is touched."""
 
-from collections.abc import Mapping
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from xtuner.config.build import check_arguments, resolve_type
+from xtuner.config import paths as path_checks
+from xtuner.config import rules, types
+from xtuner.config.adapter import adapter_of
+from xtuner.config.build import build, check_arguments, resolve_type, type_name
 from xtuner.config.load import Config
+from xtuner.config.mistakes import together
+from xtuner.config.settings import (
+    DATALOADER,
+    NO_WORK,
+    NO_WORK_IN_DATALOADER,
+    NO_WORK_IN_TRAIN_CFG,
+    OLD,
+    ONLY,
+    OPTIONAL,
+    REQUIRED,
+    TRAIN_CFG,
+)
+from xtuner.config.told import tell
+from xtuner.config.walk import Spec, specs
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.core.log import logger
 
-# What `xtuner train` reads. Other top-level names are a file's own helpers.
-REQUIRED = ("model", "train_dataloader", "optim_wrapper", "train_cfg")
-OPTIONAL = (
-    "custom_hooks", "default_hooks", "load_from", "log_level", "param_scheduler", "randomness", "resume", "tokenizer",
-    "work_dir",
-)  # fmt: skip
-# Settings of which only some values are built or make sense: (name, allowed, why, what to do).
-ONLY = (
-    ("use_varlen_attn", True, "without it the documents of a pack see each other", "set it to True"),
-    ("pack_to_max_length", True, "tokenized data are always trained in packs", "set it to True"),
-    ("sequence_parallel_size", 1, "sequence parallelism is not built", "set it to 1; long packs fit by recompute"),
-    ("batch_size", 1, "a batch is one pack; a longer max_length or accumulative_counts does the same", "set it to 1"),
-)
+# These must be dict(type=…)
 BUILT = (
     "model", "tokenizer", "optim_wrapper", "optim_wrapper.optimizer", "train_dataloader.dataset",
     "train_dataloader.dataset.dataset_cfg", "train_dataloader.sampler",
 )  # fmt: skip
-GIVEN = {"train_dataloader.sampler": {"dataset": None}, "optim_wrapper.optimizer": {"params": None}}
+# What the trainer gives to them besides
+GIVEN = {
+    "train_dataloader.sampler": {"dataset": None},
+    "train_dataloader.batch_sampler": {"sampler": None},
+    "optim_wrapper.optimizer": {"params": None},
+}
 
 
-def check(config: Config) -> None:
-    """Raise one ConfigError that lists every mistake found, each with its file and line."""
-    problems = [*_names(config), *_only(config), *_shapes(config), *_signatures(config)]
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        raise ConfigError(f"{len(problems)} mistakes in the config\n" + "\n".join(f"* {p}" for p in problems))
+def check(config: Config, paths: bool = False) -> None:
+    """Raise one ConfigError that lists every mistake found, each with its file and line; else tell what an older
+    config is run as.
+
+    Args:
+        paths: look, too, whether the folders and files that it names are there.
+    """
+    if found := problems(config, paths):
+        raise together(found)
+    tell(config)
+
+
+def problems(config: Config, paths: bool = False) -> list[ConfigError]:
+    """All mistakes, each with its file and line."""
+    found = [*_names(config), *_only(config), *_dataloader(config), *_train_cfg(config)]
+    inside = [*_not_specs(config), *(e for spec in specs(config) for e in _spec(spec)), *rules.of_runtime(config)]
+    wrong = [e.where for e in inside]
+    for spec in specs(config):
+        if not any(f"{where}.".startswith(f"{spec.key}.") for where in wrong):
+            inside += _trial(spec)
+    found += [ConfigError(e.what, where=config.where(e.where), why=e.why, do=e.do) for e in inside]
+    if paths:
+        found += path_checks.problems(config)
+    once = {(p.what, p.where.partition(" (")[0]): p for p in reversed(found)}  # one line may set several values
+    return list(reversed(once.values()))
 
 
 def _names(config: Config) -> list[ConfigError]:
-    known = [*REQUIRED, *OPTIONAL, *(name for name, *_ in ONLY)]
+    known = [*REQUIRED, *OPTIONAL, *ONLY]
+    accepted = [*known, *NO_WORK, *OLD]
     missing = [
         ConfigError(f"the config has no {name!r}", where=str(config.path), do="compare with a shipped config")
         for name in REQUIRED
@@ -46,67 +77,150 @@ def _names(config: Config) -> list[ConfigError]:
     ]
     unknown = []
     for name in config.unmet:
-        if name not in known:
+        if name not in accepted:
             hint = did_you_mean(name, [*known, *(n for n in config.values if n != name)])
             unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=f"--cfg-options {name}"))
     used = [n for n in config.values if n not in config.unread]
     for name in config.unread:
-        if name in known:
+        if name in accepted:
             continue
-        if hint := did_you_mean(name, [*known, *used]):
+        near = difflib.get_close_matches(name, [*known, *used], n=1, cutoff=0.8)
+        if near:  # a slip of the pen: lod_from
+            hint = f" Did you mean {near[0]!r}?"
             unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=config.where(name)))
-        else:  # left over when a hook was removed
+        else:  # left over, as when a hook is removed
             logger.warning(f"nothing reads the setting {config.where(name)}")
     return missing + unknown
 
 
-def _only(config: Config) -> list[ConfigError]:
-    return [
-        ConfigError(f"{name} = {config.values[name]!r} is not supported", where=config.where(name), why=why, do=do)
-        for name, allowed, why, do in ONLY
-        if config.values.get(name, allowed) != allowed
-    ]
+def _only(config: Config) -> Iterator[ConfigError]:
+    for name, only in (ONLY | OLD).items():
+        if name in config.values and (problem := only.problem(name, config.values[name])):
+            yield ConfigError(problem.what, where=config.where(name), why=problem.why, do=problem.do)
 
 
-def _shapes(config: Config) -> list[ConfigError]:
-    problems = []
-    batch_size = config.get("train_dataloader.batch_size", 1)
-    if batch_size != 1 and config.values.get("batch_size", 1) == 1:
-        _, _, why, do = ONLY[-1]
-        where = config.where("train_dataloader.batch_size")
-        problems.append(ConfigError(f"batch_size = {batch_size!r} is not supported", where=where, why=why, do=do))
-    unknown = set(config.get("train_dataloader", {})) - {"batch_size", "dataset", "num_workers", "sampler"}
-    for name in sorted(unknown):
-        hint = did_you_mean(name, ["batch_size", "dataset", "num_workers", "sampler"])
+def _dataloader(config: Config) -> Iterator[ConfigError]:
+    loader = config.get("train_dataloader", {})
+    if not isinstance(loader, Mapping):
+        yield ConfigError(f"expected dict(dataset=…, …), found {loader!r}", where=config.where("train_dataloader"))
+        return
+    known = [*DATALOADER, *NO_WORK_IN_DATALOADER]
+    for name in sorted(set(loader) - set(known)):
         where = config.where(f"train_dataloader.{name}")
-        problems.append(ConfigError(f"train_dataloader has no setting {name!r}.{hint}", where=where))
-    for key, least in (("train_cfg.max_epochs", 1), ("optim_wrapper.accumulative_counts", 1)):
-        value = config.get(key, least)
-        if type(value) is not int or value < least:
-            problems.append(
-                ConfigError(f"{key} = {value!r} is not an integer of at least {least}", where=config.where(key))
+        yield ConfigError(f"train_dataloader has no setting {name!r}.{did_you_mean(name, known)}", where=where)
+    for key in ("batch_size", "batch_sampler.batch_size"):
+        size = config.get(f"train_dataloader.{key}", 1)
+        told = config.values.get("batch_size", 1) != 1  # as a setting of the file
+        if not told and (p := ONLY["batch_size"].problem(key, size)):
+            yield ConfigError(p.what, where=config.where(f"train_dataloader.{key}"), why=p.why, do=p.do)
+    for name, right in (("collate_fn", _is_idle), ("batch_sampler", _is_batch_sampler)):
+        spec = loader.get(name)
+        if spec is not None and not (isinstance(spec, Mapping) and right(spec.get("type"))):
+            yield ConfigError(
+                f"this {name} would not be called",
+                where=config.where(f"train_dataloader.{name}"),
+                why="the loader makes batches of packs itself",
+                do="leave it out; to change batches, give a dataset of your own",
             )
-    return problems
 
 
-def _signatures(config: Config) -> list[ConfigError]:
-    specs = {key: config.get(key) for key in BUILT}
-    specs |= {f"default_hooks.{k}": v for k, v in (config.get("default_hooks") or {}).items()}
-    specs |= {f"custom_hooks.{i}": v for i, v in enumerate(config.get("custom_hooks") or [])}
-    specs |= {f"param_scheduler.{i}": v for i, v in enumerate(config.get("param_scheduler") or [])}
-    problems = []
-    for key, spec in specs.items():
-        if spec is None:
+def _is_idle(kind: Any) -> bool:
+    facts = adapter_of(resolve_type(kind)) if kind else None
+    return bool(facts and facts.idle)
+
+
+def _is_batch_sampler(kind: Any) -> bool:
+    return type_name(kind).rpartition(".")[2] == "BatchSampler"
+
+
+def _train_cfg(config: Config) -> Iterator[ConfigError]:
+    values = config.get("train_cfg", {})
+    if not isinstance(values, Mapping):
+        yield ConfigError(f"expected dict(max_epochs=…), found {values!r}", where=config.where("train_cfg"))
+        return
+    where = config.where("train_cfg.max_epochs")
+    if values.get("max_epochs") is None:
+        yield ConfigError("train_cfg has no max_epochs", where=where, do="give max_epochs: a run's length is in epochs")
+    elif type(values["max_epochs"]) is not int or values["max_epochs"] < 1:
+        what = f"train_cfg.max_epochs = {values['max_epochs']!r} is not an integer of at least 1"
+        yield ConfigError(what, where=where)
+    known = ["max_epochs", *TRAIN_CFG, *NO_WORK_IN_TRAIN_CFG]
+    for name, value in values.items():
+        where = config.where(f"train_cfg.{name}")
+        if name == "type":
+            if adapter_of(resolve_type(value, "train_cfg")) is None:
+                yield ConfigError("a loop of your own would not be called", where=where, do="leave type out")
+        elif name not in known:
+            yield ConfigError(f"train_cfg has no setting {name!r}.{did_you_mean(name, known)}", where=where)
+        elif name in TRAIN_CFG and (p := TRAIN_CFG[name].problem(name, value)):
+            yield ConfigError(p.what, where=where, why=p.why, do=p.do)
+
+
+def _not_specs(config: Config) -> Iterator[ConfigError]:
+    wanted = {key: config.get(key) for key in BUILT}
+    for name in ("default_hooks", "custom_hooks", "param_scheduler"):
+        parts = config.get(name)
+        if not parts:
             continue
-        try:
-            _signature(key, spec)
-        except ConfigError as e:
-            problems.append(ConfigError(e.what, where=config.where(e.where or key), why=e.why, do=e.do))
-    return problems
+        if name == "param_scheduler" and isinstance(parts, Mapping):
+            parts = [parts]
+        if not isinstance(parts, Mapping if name == "default_hooks" else list | tuple):
+            yield ConfigError(f"{name} = {parts!r} is not a {'dict' if name[0] == 'd' else 'list'}", where=name)
+            continue
+        items = parts.items() if isinstance(parts, Mapping) else enumerate(parts)
+        wanted |= {f"{name}.{key}": spec for key, spec in items}
+    for key, spec in wanted.items():
+        absent = spec is None and key in BUILT
+        if not absent and not (isinstance(spec, Mapping) and "type" in spec):
+            yield ConfigError(f"expected dict(type=…, …), found {spec!r}", where=key)
 
 
-def _signature(key: str, spec: Any) -> None:
-    if not isinstance(spec, Mapping) or "type" not in spec:
-        raise ConfigError(f"expected dict(type=…, …), found {spec!r}", where=key)
-    arguments = {k: v for k, v in spec.items() if k != "type"} | GIVEN.get(key, {})
-    check_arguments(resolve_type(spec["type"], key), arguments, key)
+def _spec(spec: Spec) -> Iterator[ConfigError]:
+    """Mistakes in one dict(type=…): settings that its type does not take or lacks, values of other types or out of
+    range, what an adapter refuses."""
+    try:
+        kind = resolve_type(spec.kind, spec.key)
+    except ConfigError as e:
+        yield e
+        return
+    try:
+        check_arguments(kind, spec.arguments | GIVEN.get(spec.key, {}), spec.key)
+    except ConfigError as e:
+        yield e
+    wrong = set()
+    if spec.key != "train_cfg":
+        hints = types.parameter_types(kind)
+        for name in spec.arguments.keys() & hints.keys():
+            value = spec.arguments[name]
+            if not types.fits(value, hints[name]):
+                wrong.add(name)
+                words = types.words(hints[name])
+                yield ConfigError(f"{name} = {value!r} is not {words}", where=f"{spec.key}.{name}")
+        facts = adapter_of(kind)
+        for problem in facts.refused(spec.arguments) if facts else ():
+            name = problem.where
+            yield ConfigError(problem.what, where=f"{spec.key}.{name}", why=problem.why, do=problem.do)
+    yield from rules.of_spec(spec, kind)
+
+
+def _trial(spec: Spec) -> Iterator[ConfigError]:
+    """What a constructor of ours that touches nothing has to say itself."""
+    kind = resolve_type(spec.kind, spec.key)
+    root, _, rest = spec.key.partition(".")
+    own = inspect.unwrap(kind).__module__.startswith("xtuner.") if hasattr(kind, "__module__") else False
+    hook = root in ("default_hooks", "custom_hooks") and "." not in rest
+    scheduler = root == "param_scheduler" and "." not in rest
+    try:
+        if spec.key == "optim_wrapper.optimizer":
+            import torch
+
+            kind([torch.nn.Parameter(torch.zeros(1))], **spec.arguments)
+        elif own and (hook or scheduler or spec.key == "optim_wrapper" or type_name(kind) == "from_scratch"):
+            build({"type": kind, **spec.arguments}, spec.key)
+    except ConfigError as e:
+        inside = e.where == spec.key or e.where.startswith(f"{spec.key}.")
+        yield ConfigError(e.what, where=e.where if inside else spec.key, why=e.why, do=e.do)
+    except (TypeError, ValueError) as e:
+        yield ConfigError(f"{type_name(kind)} does not take these values: {e}", where=spec.key)
+    except Exception:
+        return  # an optimizer that needs a GPU, say: it is told when it is built for the run

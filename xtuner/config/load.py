@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xtuner.config import legacy
 from xtuner.core.errors import ConfigError, did_you_mean
 
 SHIPPED = Path(__file__).parent.parent / "configs"
@@ -27,6 +28,8 @@ class Config:
     lines: dict[str, int] = field(default_factory=dict)  # "train_dataloader.sampler.seed" → line
     unread: list[str] = field(default_factory=list)  # names that the file itself makes no use of
     unmet: list[str] = field(default_factory=list)  # overridden names that the file does not assign
+    names: dict[str, str] = field(default_factory=dict)  # "train_dataloader.dataset" → "train_dataset", as written
+    replaced: list[legacy.Replacement] = field(default_factory=list)  # imports of older tools
 
     @property
     def name(self) -> str:
@@ -42,13 +45,25 @@ class Config:
         return value
 
     def where(self, key: str) -> str:
-        """`file:line key` for messages; the nearest part of the path that stands in the file."""
-        parts = key.split(".")
-        for n in range(len(parts), 0, -1):
-            line = self.lines.get(".".join(parts[:n]))
-            if line:
-                return f"{self.path}:{line} {key}"
-        return f"{self.path} {key}"
+        """`file:line key` for messages: where the value is written, or the nearest part of the path that is.
+
+        `lr` in `optimizer=dict(lr=lr)` is written where `lr` is assigned: `file:40 lr (optim_wrapper.optimizer.lr)`.
+        """
+        written = self._written(key)
+        known = [".".join(written.split(".")[:n]) for n in range(written.count(".") + 1, 0, -1)]
+        line = next((f":{self.lines[part]}" for part in known if part in self.lines), "")
+        return f"{self.path}{line} {written}" + (f" ({key})" if written != key else "")
+
+    def _written(self, key: str) -> str:
+        """The path by which the file itself writes the value at `key`."""
+        for _ in range(10):  # a = b, b = c, …
+            parts = key.split(".")
+            heads = ((".".join(parts[:n]), parts[n:]) for n in range(len(parts), 0, -1))
+            found = next(((self.names[head], rest) for head, rest in heads if head in self.names), None)
+            if found is None:
+                break
+            key = ".".join((found[0], *found[1]))
+        return key
 
     def resolved(self) -> dict[str, Any]:
         """All values as JSON: classes and functions by their dotted names."""
@@ -98,11 +113,13 @@ def load(name_or_path: str, options: list[str] | None = None) -> Config:
         tree = ast.parse(source, str(path))
     except SyntaxError as e:
         raise ConfigError(f"the config is not Python: {e.msg}", where=f"{path}:{e.lineno}") from None
-    read, lines = _names_read(tree), _find_lines(tree)
+    read, (lines, names) = _names_read(tree), _find_lines(tree)
+    tree, replaced = legacy.rewrite(tree, str(path))
     overrides = dict(parse_option(o) for o in options or [])
     replacer = _Replace({k: v for k, v in overrides.items() if "." not in k})
     tree = ast.fix_missing_locations(replacer.visit(tree))
     values = _run(tree, path)
+    legacy.complete_hooks(values, replaced)
     for key, value in overrides.items():
         if "." in key:
             _set(values, key, value)
@@ -110,7 +127,7 @@ def load(name_or_path: str, options: list[str] | None = None) -> Config:
             values[key] = value  # `check` knows whether there is such a key
     unmet = [key for key in overrides if "." not in key and key not in replacer.met]
     unread = [name for name in values if name not in read and name not in unmet]
-    return Config(path, source, values, lines, unread, unmet)
+    return Config(path, source, values, lines, unread, unmet, names, replaced)
 
 
 def parse_option(option: str) -> tuple[str, Any]:
@@ -183,10 +200,18 @@ def _run(tree: ast.Module, path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"the config cannot be run: {type(e).__name__}: {e}",
             where=f"{path}:{line}",
+            why=_values_at(tree, line, namespace),
             do="a config made for another version? `xtuner copy-cfg` copies a fresh one",
         ) from None
     assigned = {t.id for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
     return {name: namespace[name] for name in namespace if name in assigned and not name.startswith("_")}
+
+
+def _values_at(tree: ast.Module, line: int | None, namespace: dict[str, Any]) -> str:
+    """`there, lr = 'abc' and max_epochs = 1`: what a line that failed reads."""
+    names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and n.lineno == line and n.id in namespace]
+    plain = [n for n in dict.fromkeys(names) if isinstance(namespace[n], str | int | float | list | tuple | None)]
+    return "there, " + " and ".join(f"{n} = {namespace[n]!r}" for n in plain) if plain else ""
 
 
 def _set(values: dict[str, Any], key: str, new: Any) -> None:
@@ -212,15 +237,24 @@ def _names_read(tree: ast.Module) -> set[str]:
     return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
 
 
-def _find_lines(tree: ast.Module) -> dict[str, int]:
+def _find_lines(tree: ast.Module) -> tuple[dict[str, int], dict[str, str]]:
+    """Dotted path → line where it is written, and dotted path → top-level name that stands there as its value."""
     lines: dict[str, int] = {}
+    names: dict[str, str] = {}
+    assigned = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
 
     def note(path: str, node: ast.expr, line: int) -> None:
         lines[path] = line
-        if isinstance(node, ast.Call):
+        if isinstance(node, ast.Name) and node.id in assigned and node.id != path:
+            names[path] = node.id
+        elif isinstance(node, ast.Call):
             for k in node.keywords:
                 if k.arg:
                     note(f"{path}.{k.arg}", k.value, k.value.lineno)
+        elif isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                    note(f"{path}.{key.value}", value, value.lineno)
         elif isinstance(node, ast.List | ast.Tuple):
             for i, item in enumerate(node.elts):
                 note(f"{path}.{i}", item, item.lineno)
@@ -230,4 +264,4 @@ def _find_lines(tree: ast.Module) -> dict[str, int]:
             for target in n.targets:
                 if isinstance(target, ast.Name):
                     note(target.id, n.value, n.lineno)
-    return lines
+    return lines, names

@@ -1,0 +1,409 @@
+"""Configs of XTuner 0.1 and 0.2: run as they are, to the weights of their equals of ours; told; refused in words."""
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from safetensors.torch import load_file, save_file
+
+from xtuner.config.check import check, problems
+from xtuner.config.legacy import REPLACED
+from xtuner.config.load import load
+from xtuner.config.told import paragraphs
+from xtuner.core.errors import ConfigError
+
+Command = Callable[..., int]
+
+# The shape of the old tool's configs for tokenized data; paths are filled in.
+LEGACY = """
+from mmengine.hooks import (CheckpointHook, DistSamplerSeedHook, IterTimerHook,
+                            LoggerHook, ParamSchedulerHook)
+from mmengine.optim import AmpOptimWrapper, CosineAnnealingLR, LinearLR
+from torch.optim import AdamW
+from torch.utils.data import BatchSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from xtuner.dataset.collate_fns import intern_repo_collate_fn
+from xtuner.dataset.intern_repo import (build_packed_dataset,
+                                        load_intern_repo_tokenized_dataset)
+from xtuner.dataset.samplers import InternRepoSampler
+from xtuner.engine import (DatasetInfoHook, EvaluateChatHook, ThroughputHook,
+                           VarlenAttnArgsToMessageHubHook)
+from xtuner.engine.runner import TrainLoop
+from xtuner.model import SupervisedFinetune
+from xtuner.utils import PROMPT_TEMPLATE
+
+pretrained_model_name_or_path = 'MODEL'
+use_varlen_attn = True
+dataset_folder = 'DATA'
+prompt_template = PROMPT_TEMPLATE.internlm2_chat
+max_length = 32
+pack_to_max_length = True
+sequence_parallel_size = 1
+batch_size = 1
+accumulative_counts = 2
+accumulative_counts *= sequence_parallel_size
+dataloader_num_workers = 0
+max_epochs = 2
+optim_type = AdamW
+lr = 1e-3
+betas = (0.9, 0.95)
+weight_decay = 0.01
+max_norm = 1
+warm_up_ratio = 0.1
+save_steps = 10
+save_total_limit = -1
+evaluation_freq = 10
+SYSTEM = ''
+evaluation_inputs = ['def main(']
+
+tokenizer = dict(
+    type=AutoTokenizer.from_pretrained,
+    pretrained_model_name_or_path='TOKENIZER',
+    trust_remote_code=True,
+    padding_side='right')
+model = dict(
+    type=SupervisedFinetune,
+    use_varlen_attn=use_varlen_attn,
+    llm=dict(
+        type=AutoModelForCausalLM.from_pretrained,
+        pretrained_model_name_or_path=pretrained_model_name_or_path,
+        trust_remote_code=True))
+
+train_dataset = dict(
+    type=build_packed_dataset,
+    dataset_cfg=dict(
+        type=load_intern_repo_tokenized_dataset,
+        data_order_path=None,
+        folder=dataset_folder,
+        min_length=0,
+        file_type='.bin'),
+    packed_length=max_length,
+    seed=1024)
+train_dataloader = dict(
+    batch_size=batch_size,
+    num_workers=dataloader_num_workers,
+    dataset=train_dataset,
+    sampler=dict(type=InternRepoSampler, shuffle=True, seed=1024),
+    batch_sampler=dict(type=BatchSampler, drop_last=True, batch_size=batch_size),
+    collate_fn=dict(type=intern_repo_collate_fn, use_varlen_attn=use_varlen_attn))
+
+optim_wrapper = dict(
+    type=AmpOptimWrapper,
+    optimizer=dict(type=optim_type, lr=lr, betas=betas, weight_decay=weight_decay),
+    clip_grad=dict(max_norm=max_norm, error_if_nonfinite=False),
+    accumulative_counts=accumulative_counts,
+    loss_scale='dynamic')
+param_scheduler = [
+    dict(type=LinearLR, start_factor=1 / 40, by_epoch=True, begin=0,
+         end=warm_up_ratio * max_epochs, convert_to_iter_based=True),
+    dict(type=CosineAnnealingLR, eta_min=lr * 0.15, by_epoch=True,
+         begin=warm_up_ratio * max_epochs, end=max_epochs, convert_to_iter_based=True),
+]
+train_cfg = dict(type=TrainLoop, max_epochs=max_epochs)
+
+custom_hooks = [
+    dict(type=DatasetInfoHook, tokenizer=tokenizer, is_intern_repo_dataset=True),
+    dict(type=EvaluateChatHook, tokenizer=tokenizer, every_n_iters=evaluation_freq, max_new_tokens=4,
+         stop_word='<|im_end|>', evaluation_inputs=evaluation_inputs, system=SYSTEM,
+         prompt_template=prompt_template),
+    dict(type=ThroughputHook),
+]
+if use_varlen_attn:
+    custom_hooks += [dict(type=VarlenAttnArgsToMessageHubHook)]
+
+default_hooks = dict(
+    timer=dict(type=IterTimerHook),
+    logger=dict(type=LoggerHook, log_metric_by_epoch=False, interval=1),
+    param_scheduler=dict(type=ParamSchedulerHook),
+    checkpoint=dict(type=CheckpointHook, by_epoch=False, interval=save_steps, max_keep_ckpts=save_total_limit),
+    sampler_seed=dict(type=DistSamplerSeedHook))
+env_cfg = dict(
+    cudnn_benchmark=False,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'))
+visualizer = None
+log_level = 'INFO'
+load_from = None
+resume = False
+randomness = dict(seed=None, deterministic=False)
+log_processor = dict(by_epoch=False, window_size=1, mean_pattern=r'.*(loss|time|data_time|grad_norm|tflops).*')
+launcher = 'none'
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a tiny InternLM2."""
+    from xtuner.core.files import write_json
+    from xtuner.model import families, from_scratch
+
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    source = from_scratch(seed=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, **sizes)
+    folder = tmp_path_factory.mktemp("weights")
+    save_file({n: p.detach() for n, p in source.build().named_parameters()}, folder / "model.safetensors")
+    write_json(folder / "config.json", families.write_config(source.config, "internlm2", torch.float32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def legacy_text(weights: Path, corpus: Path, tokenizer_folder: Path) -> str:
+    filled = LEGACY.replace("MODEL'", f"{weights}'").replace("DATA'", f"{corpus}'")
+    return filled.replace("'TOKENIZER'", repr(str(tokenizer_folder)))
+
+
+@pytest.fixture(scope="module")
+def legacy(legacy_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("legacy") / "legacy.py"
+    path.write_text(legacy_text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory, weights: Path, corpus: Path, tokenizer_folder: Path) -> Path:
+    """The same run as a config of ours: the shipped 7B one with other settings."""
+    text = load("internlm2_7b_w_tokenized_dataset").source
+    for old, new in (
+        ('pretrained_model_name_or_path = "internlm/internlm2-7b"', f'pretrained_model_name_or_path = "{weights}"'),
+        ("name_or_path=pretrained_model_name_or_path)", f'name_or_path="{tokenizer_folder}")'),
+        ("/path/to/your/dataset", str(corpus)),
+        ("max_length = 32768", "max_length = 32"),
+        ("accumulative_counts = 1 ", "accumulative_counts = 2 "),
+        ("max_epochs = 1\n", "max_epochs = 2\n"),
+        ("lr = 4e-5", "lr = 1e-3"),
+        ("warm_up_ratio = 0.025", "warm_up_ratio = 0.1"),
+        ("save_steps = 500", "save_steps = 10"),
+        ("save_total_limit = 2", "save_total_limit = -1"),
+    ):
+        assert old in text, old
+        text = text.replace(old, new)
+    path = tmp_path_factory.mktemp("own") / "own.py"
+    path.write_text(text)
+    return path
+
+
+def checkpoints(work_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
+    files = sorted(work_dir.glob("iter_*.pth/**/*.safetensors"))
+    return {str(f.relative_to(work_dir)): load_file(f) for f in files}
+
+
+def test_a_legacy_config_trains_to_the_weights_of_its_equal(
+    legacy: Path, own: Path, tmp_path: Path, xtuner: Command
+) -> None:
+    for config in (legacy, own):
+        assert xtuner("train", config, "--work-dir", tmp_path / config.stem) == 0
+    old, new = checkpoints(tmp_path / "legacy"), checkpoints(tmp_path / "own")
+    assert len({name.split("/")[0] for name in old}) > 2
+    assert old.keys() == new.keys()
+    for file, tensors in new.items():
+        assert tensors.keys() == old[file].keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, old[file][name]), f"{file}: {name}"
+    moved = old[max(old, key=lambda n: int(n.split("_")[1].split(".")[0]) * ("weights" in n))]
+    start = load_file(Path(load(str(legacy)).values["pretrained_model_name_or_path"]) / "model.safetensors")
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in moved.items())
+    assert xtuner("convert", "pth_to_hf", legacy, next(tmp_path.glob("legacy/iter_*.pth")), tmp_path / "hf") == 0
+
+
+def test_what_is_told(legacy: Path, own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="xtuner"):
+        check(load(str(legacy)))
+    told = "\n".join(r.getMessage() for r in caplog.records)
+    for line in (
+        "mmengine.hooks.IterTimerHook → xtuner.train.hooks.IterTimerHook",
+        "mmengine.hooks.CheckpointHook → xtuner.train.legacy.CheckpointHook",
+        "xtuner.model.SupervisedFinetune → xtuner.model.legacy.SupervisedFinetune",
+        "xtuner.utils.PROMPT_TEMPLATE → xtuner.data.legacy.PROMPT_TEMPLATE",
+        "train_dataloader.collate_fn (intern_repo_collate_fn): because",
+        "train_dataloader.batch_sampler: because",
+        "optim_wrapper.loss_scale: because bf16 on GPUs",
+        "optim_wrapper.clip_grad.error_if_nonfinite: because",
+        "env_cfg: because",
+        "visualizer: because",
+        "log_processor: because",
+        "launcher: because",
+        "custom_hooks.3 (VarlenAttnArgsToMessageHubHook): because the borders of documents",
+        "custom_hooks.0.is_intern_repo_dataset: because",
+        "tokenizer.padding_side: because",
+        "tokenizer.trust_remote_code: because",
+        "model.llm.trust_remote_code: because",
+        "default_hooks.logger.log_metric_by_epoch: because",
+        "count optimizer steps, not packs: 1 of them is 2 packs",
+        "label_rule='xtuner'",
+        "never in fp16",
+    ):
+        assert told.count(line) == 1, line
+    assert "nothing reads" not in told
+    assert list(paragraphs(load(str(own)))) == []
+
+
+def test_neither_mmengine_nor_transformers_is_imported(legacy: Path) -> None:
+    code = f"""
+import sys
+for name in ("mmengine", "transformers", "peft"):
+    sys.modules[name] = None  # an import of it would fail
+from xtuner.cli.main import main
+sys.exit(main(["check-cfg", {str(legacy)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("legacy.py is right\n")
+    assert "mmengine.hooks.CheckpointHook → " in done.stdout
+
+
+def test_what_stands_in_the_table_exists() -> None:
+    from xtuner.config.build import resolve_type
+
+    for new in set(REPLACED.values()):
+        if not new.endswith("PROMPT_TEMPLATE"):
+            resolve_type(new)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("from mmengine.hooks import SyncBuffersHook", ["no mmengine.hooks.SyncBuffersHook", "CheckpointHook"]),
+        ("from mmengine.hooks import CheckpontHook", ["Did you mean 'CheckpointHook'"]),
+        ("from mmengine.optim import OptimWrapper", ["nearest: mmengine.optim.AmpOptimWrapper"]),
+        ("from mmengine.runner import TrainLoop", ["import it from xtuner.engine.runner"]),
+        ("from mmengine.config import read_base", ["one whole file"]),
+        ("import mmengine.hooks", ["`import mmengine.hooks`", "from mmengine.hooks import NAME"]),
+        ("import transformers as t", ["from transformers import NAME"]),
+        ("from transformers import BitsAndBytesConfig", ["all weights are trained"]),
+        ("from peft import LoraConfig", ["all weights are trained"]),
+        ("from xtuner.dataset import process_hf_dataset", ["load_intern_repo_tokenized_dataset"]),
+        ("from xtuner.engine import HFCheckpointHook", ["pth_to_hf"]),
+        ("from xtuner.parallel.sequence import SequenceParallelSampler", ["InternRepoSampler"]),
+        ("from xtuner.utils import *", ["no xtuner.utils.*", "PROMPT_TEMPLATE"]),
+        ("t = PROMPT_TEMPLATE.llama3_chat", ["PROMPT_TEMPLATE.llama3_chat", "There are internlm2_chat, plain"]),
+    ],
+)
+def test_what_there_is_nothing_for(legacy_text: str, tmp_path: Path, line: str, words: list[str]) -> None:
+    path = tmp_path / "more.py"
+    path.write_text(f"{legacy_text}\n{line}\n")
+    with pytest.raises(ConfigError) as error:
+        load(str(path))
+    for word in (*words, f"more.py:{legacy_text.count(chr(10)) + 2}"):
+        assert word in str(error.value)
+
+
+def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text("from mmengine.hooks import LoggerHook, NoHook\nfrom peft import LoraConfig\n")
+    with pytest.raises(ConfigError, match="2 imports of the config") as error:
+        load(str(path))
+    assert "bad.py:1" in str(error.value)
+    assert "bad.py:2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (
+            "    llm=dict(",
+            "    lora=dict(type='LoraConfig', r=64),\n    llm=dict(",
+            ["lora = ", "all weights are trained"],
+        ),
+        ("    llm=dict(", "    tokenizer=tokenizer,\n    llm=dict(", ["the vocabulary stays"]),
+        ("    llm=dict(", "    max_position_embeddings=64,\n    llm=dict(", ["rotary frequencies"]),
+        ("trust_remote_code=True))", "quantization_config=dict(load_in_4bit=True)))", ["quantized weights"]),
+        (
+            "use_varlen_attn = True",
+            "use_varlen_attn = False",
+            ["use_varlen_attn = False is not supported\n  where", "see each other"],
+        ),
+        ("batch_size = 1\n", "batch_size = 2\n", ["batch_size = 2", "legacy.py:"]),
+        ("drop_last=True, batch_size=batch_size", "drop_last=True, batch_size=4", ["batch_sampler.batch_size = 4"]),
+        ("dict(type=intern_repo_collate_fn, use_varlen_attn=use_varlen_attn)", "dict(type=print)", ["not be called"]),
+        ("error_if_nonfinite=False", "error_if_nonfinite=True", ["error_if_nonfinite = True"]),
+        ("loss_scale='dynamic'", "dtype='fp8'", ["no such type to compute in"]),
+        ("loss_scale='dynamic'", "paramwise_cfg=dict(bias_decay_mult=0)", ["share one rate"]),
+        ("dict(type=TrainLoop, max_epochs=max_epochs)", "dict(type=TrainLoop, max_iters=9)", ["no max_epochs"]),
+        ("train_cfg = dict(type=TrainLoop", "train_cfg = dict(type=print", ["loop of your own"]),
+        ("launcher = 'none'", "val_cfg = dict(type='ValLoop')", ["val_cfg", "val_dataset"]),
+        ("launcher = 'none'", "strategy = dict(type='DeepSpeedStrategy')", ["--deepspeed"]),
+        ("end=max_epochs, conv", "T_max=9, end=max_epochs, conv", ["T_max = 9 is not end - begin"]),
+        ("by_epoch=False, interval=save_steps", "save_best='loss', interval=1", ["save_best"]),
+    ],
+)
+def test_what_would_mean_something_else_is_refused(
+    legacy_text: str, tmp_path: Path, old: str, new: str, words: list[str]
+) -> None:
+    assert old in legacy_text
+    path = tmp_path / "legacy.py"
+    path.write_text(legacy_text.replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        check(load(str(path)))
+    for word in (*words, "legacy.py:"):
+        assert word in str(error.value)
+
+
+def test_adapters_refuse_where_nothing_was_checked(legacy: Path) -> None:
+    from xtuner.config.build import build
+
+    spec = load(str(legacy), ["model.lora=1"]).values["model"]
+    with pytest.raises(ConfigError, match="lora = 1 is not supported"):
+        build(spec)
+
+
+def test_other_ways_of_writing_the_same(legacy_text: str, tmp_path: Path) -> None:
+    """Names as strings, as the old tool dumped them; float16; one scheduler; mmengine's own default hooks."""
+    text = legacy_text.replace(
+        "type=AutoTokenizer.from_pretrained", "type='transformers.AutoTokenizer.from_pretrained'"
+    )
+    text = text.replace("dict(type=IterTimerHook)", "{'type': 'mmengine.hooks.IterTimerHook'}")
+    text = text.replace("loss_scale='dynamic'", "dtype='float16'").replace("LoggerHook)", "LoggerHook as Log)")
+    text = text.replace("train_cfg = dict(type=TrainLoop, ", "train_cfg = dict(by_epoch=True, val_interval=1, ")
+    text = text[: text.index("param_scheduler = [")] + (
+        "param_scheduler = dict(type=CosineAnnealingLR, eta_min=0.0, by_epoch=True, T_max=max_epochs,\n"
+        "                       convert_to_iter_based=True)\n"
+    ) + text[text.index("train_cfg = ") :]  # fmt: skip
+    begin = text.index("default_hooks = ")
+    text = text[:begin] + "default_hooks = dict(logger=None)\n" + text[text.index("env_cfg = ") :]
+    path = tmp_path / "other.py"
+    path.write_text(text)
+    c = load(str(path))
+    check(c)
+    assert list(c.values["default_hooks"]) == ["timer", "sampler_seed", "param_scheduler", "checkpoint"]
+    assert c.get("tokenizer.type") == "xtuner.data.legacy.AutoTokenizer.from_pretrained"
+    told = "\n".join(paragraphs(c))
+    assert "optim_wrapper.dtype: because bf16 on GPUs and fp32 on CPUs" in told
+    assert "train_cfg.val_interval: because" in told
+    assert "default_hooks.checkpoint" not in told
+
+
+def test_adapters_give_what_their_names_say() -> None:
+    from xtuner.data.chat_template import PROMPT_TEMPLATE
+    from xtuner.data.legacy import DefaultSampler, InternRepoSampler
+    from xtuner.engine.legacy import AmpOptimWrapper, CosineAnnealingLR, LinearLR
+    from xtuner.engine.schedule import Schedule
+    from xtuner.train.legacy import CheckpointHook, EvaluateChatHook
+
+    assert InternRepoSampler(range(9), seed=7).seed == 1024
+    assert DefaultSampler(range(9), seed=7).seed == 7
+    optimizer = dict(type=torch.optim.AdamW, lr=1.0)
+    wrapper = AmpOptimWrapper(optimizer, dict(max_norm=2, error_if_nonfinite=False), dtype="bfloat16")
+    assert (wrapper.max_norm, wrapper.dtype) == (2.0, "bf16")
+    assert AmpOptimWrapper(optimizer, dtype="float16").dtype == "auto"
+    assert CheckpointHook(interval=1).by_epoch  # mmengine's default
+    cosine = CosineAnnealingLR(eta_min=0.0, begin=1, T_max=2, convert_to_iter_based=True)
+    warm = LinearLR(start_factor=0.5, end=1, convert_to_iter_based=True)
+    assert [Schedule(1.0, [warm, cosine], 2)(i) for i in (0, 2, 4, 6)] == pytest.approx([0.5, 1.0, 0.5, 0.0])
+    hook = EvaluateChatHook({}, ["x"], prompt_template=PROMPT_TEMPLATE.internlm2_chat, stop_word="</s>")
+    assert hook.template is not None
+    assert hook.template.stop_words == ("<|im_end|>", "</s>")
+
+
+def test_check_of_paths_in_a_legacy_config(legacy_text: str, tmp_path: Path, corpus: Path) -> None:
+    path = tmp_path / "legacy.py"
+    path.write_text(legacy_text.replace(f"'{corpus}'", "'/nowhere'"))
+    (problem,) = problems(load(str(path)), paths=True)
+    line = legacy_text[: legacy_text.index("dataset_folder = ")].count("\n") + 1
+    where: Any = f"legacy.py:{line} dataset_folder (train_dataloader.dataset.dataset_cfg.folder)"
+    assert where in str(problem)

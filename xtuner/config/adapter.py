@@ -1,0 +1,93 @@
+"""Adapters: functions that take the settings of an older tool's object and return ours.
+
+    @adapter(no_work={"padding_side": "packs have no padding"}, only={"lora": Only((None,), "…", "…")})
+    def AutoTokenizer(name, padding_side="right", lora=None): …
+
+`no_work` settings are accepted and told; of `only` settings other values are refused, by `check` before a run and by
+the adapter itself when it is called. Names may have dots, `clip_grad.error_if_nonfinite`, and `no_work` may be meant
+for one value, `dtype=float16`.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from xtuner.core.errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
+ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Only:
+    """The values of a setting that mean the same here as there."""
+
+    allowed: tuple[Any, ...]
+    why: str
+    do: str
+
+    def problem(self, name: str, value: Any) -> ConfigError | None:
+        # 1 == True, but batch_size=True is no batch size
+        if any(type(value) is type(a) and value == a for a in self.allowed):
+            return None
+        return ConfigError(f"{name} = {value!r} is not supported", where=name, why=self.why, do=self.do)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What `check` must know of an adapter. `idle`: why the whole object has no work to do here."""
+
+    idle: str = ""
+    no_work: Mapping[str, str] = field(default_factory=dict)
+    only: Mapping[str, Only] = field(default_factory=dict)
+
+    def refused(self, arguments: Mapping[str, Any]) -> Iterator[ConfigError]:
+        for name, only in self.only.items():
+            value = value_at(arguments, name)
+            if value is not ABSENT and (problem := only.problem(name, value)):
+                yield problem
+
+    def without_work(self, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """(setting, why) of those given."""
+        if self.idle:
+            yield "", self.idle
+        for setting, why in self.no_work.items():
+            name, _, only = setting.partition("=")
+            value = value_at(arguments, name)
+            if value is not ABSENT and only in ("", str(value)):
+                yield name, why
+
+
+def adapter(
+    idle: str = "", no_work: Mapping[str, str] | None = None, only: Mapping[str, Only] | None = None
+) -> Callable[[F], F]:
+    """Mark a function as an adapter; see above."""
+    facts = Adapter(idle, no_work or {}, only or {})
+
+    def mark(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for problem in facts.refused(kwargs):
+                raise problem
+            return function(*args, **kwargs)
+
+        call.__dict__["xtuner_adapter"] = facts
+        return call  # type: ignore[return-value]
+
+    return mark
+
+
+def adapter_of(kind: Any) -> Adapter | None:
+    found = getattr(kind, "xtuner_adapter", None)
+    return found if isinstance(found, Adapter) else None
+
+
+def value_at(arguments: Mapping[str, Any], name: str) -> Any:
+    """The value at a dotted path, or ABSENT."""
+    value: Any = arguments
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return ABSENT
+        value = value[part]
+    return value

@@ -1,0 +1,123 @@
+"""Rules about values and between fields, which types alone do not tell."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from xtuner.config.adapter import ABSENT
+from xtuner.config.load import Config
+from xtuner.config.walk import Spec
+from xtuner.core.errors import ConfigError
+
+
+def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:
+    return lambda v: v >= least, f"at least {least:g}"
+
+
+_POSITIVE: tuple[Callable[[Any], bool], str] = (lambda v: v > 0, "above 0")
+_COUNT: tuple[Callable[[Any], bool], str] = (lambda v: v == -1 or v >= 1, "-1 (all) or at least 1")
+_SEED: tuple[Callable[[Any], bool], str] = (lambda v: 0 <= v < 2**32, "in 0 … 2^32 - 1")
+_LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
+# the last part of a path → the range of its number; under any parent
+_RANGES = {
+    "accumulative_counts": _at_least(1),
+    "eta_min": _at_least(0),
+    "every_n_iters": _at_least(1),
+    "lr": _at_least(0),
+    "max_keep_ckpts": _COUNT,
+    "max_new_tokens": _at_least(1),
+    "max_norm": _POSITIVE,
+    "min_length": _at_least(0),
+    "num_workers": _at_least(0),
+    "packed_length": _at_least(1),
+    "seed": _SEED,
+    "start_factor": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "val_interval": _at_least(1),
+    "weight_decay": _at_least(0),
+}
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+
+
+def of_spec(spec: Spec, kind: Any) -> Iterator[ConfigError]:
+    """Mistakes inside one `dict(type=…)`."""
+    yield from _ranges(spec.key, spec.arguments)
+    if spec.key.startswith("param_scheduler"):
+        yield from _span(spec, kind)
+    if spec.key == "model":
+        yield from _shape(spec)
+
+
+def of_runtime(config: Config) -> Iterator[ConfigError]:
+    """Mistakes in settings that are no `dict(type=…)`."""
+    yield from _ranges("train_dataloader", config.get("train_dataloader") or {})
+    yield from _ranges("optim_wrapper.clip_grad", config.get("optim_wrapper.clip_grad") or {})
+    yield from _ranges("", {"val_interval": config.get("val_interval")})
+    yield from _ranges("randomness", config.get("randomness") or {})
+    for key, wanted, words in (
+        ("resume", (bool, str, type(None)), "True, False or a checkpoint"),
+        ("load_from", (str, type(None)), "a folder or None"),
+        ("work_dir", (str, type(None)), "a folder or None"),
+        ("train_dataloader.num_workers", (int,), "a whole number"),
+        ("randomness.seed", (int, type(None)), "a whole number or None"),
+        ("randomness.deterministic", (bool,), "True or False"),
+        ("val_interval", (int,), "a whole number"),
+        ("optim_wrapper.clip_grad.max_norm", (int, float, type(None)), "a number or None"),
+    ):
+        value = config.get(key, ABSENT)
+        if value is not ABSENT and type(value) not in wanted:
+            yield ConfigError(f"{key} = {value!r} is not {words}", where=key)
+    level = config.get("log_level", "INFO")
+    if not isinstance(level, str) or level.upper() not in _LEVELS:
+        yield ConfigError(f"log_level = {level!r} is not one of {', '.join(_LEVELS)}", where="log_level")
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _ranges(key: str, values: Any) -> Iterator[ConfigError]:
+    for name, value in values.items() if isinstance(values, Mapping) else ():
+        if name in _RANGES and _number(value):
+            right, words = _RANGES[name]
+            if not right(value):
+                yield ConfigError(f"{name} = {value!r} is not {words}", where=f"{key}.{name}".lstrip("."))
+
+
+def _span(spec: Spec, kind: Any) -> Iterator[ConfigError]:
+    begin, end = spec.value("begin", kind), spec.value("end", kind)
+    if not (_number(begin) and _number(end)):
+        return
+    if begin < 0:
+        yield ConfigError(f"begin = {begin:g} lies before the run", where=f"{spec.key}.begin")
+    elif end < begin:
+        epochs = "epochs" if spec.value("by_epoch", kind) else "iterations"
+        yield ConfigError(
+            f"the schedule ends (end = {end:g}) before it begins (begin = {begin:g} {epochs})",
+            where=f"{spec.key}.begin" if begin else f"{spec.key}.end",
+            do="keep 0 <= begin <= end; a warm_up_ratio lies between 0 and 1",
+        )
+
+
+def _shape(spec: Spec) -> Iterator[ConfigError]:
+    """Sizes of a model that starts from random weights."""
+    sizes = {name: spec.arguments[name] for name in _SIZES if spec.arguments.get(name) is not None}
+    wrong = {name for name, size in sizes.items() if type(size) is not int or size < 1}
+    for name in wrong:
+        yield ConfigError(f"{name} = {sizes[name]!r} is not a whole number above 0", where=f"model.{name}")
+    if wrong:
+        return
+    heads, groups, hidden = (sizes.get(n) for n in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    if heads and hidden and "head_dim" not in sizes and hidden % heads:
+        yield ConfigError(
+            f"hidden_size = {hidden} is no multiple of num_attention_heads = {heads}",
+            where="model.hidden_size",
+            why="each head takes an equal part of the hidden state",
+        )
+    if heads and groups and heads % groups:
+        yield ConfigError(
+            f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}",
+            where="model.num_key_value_heads",
+            why="each key-value head serves an equal number of heads",
+        )

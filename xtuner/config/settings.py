@@ -1,0 +1,56 @@
+"""The settings of a config that are no `dict(type=…)`: which are read, and which are accepted without effect."""
+
+from xtuner.config.adapter import Only
+
+# What `xtuner train` reads. Other top-level names are a file's own helpers.
+REQUIRED = ("model", "train_dataloader", "optim_wrapper", "train_cfg")
+OPTIONAL = (
+    "custom_hooks", "default_hooks", "load_from", "log_level", "param_scheduler", "randomness", "resume", "tokenizer",
+    "val_dataset", "val_interval", "work_dir",
+)  # fmt: skip
+# Settings of which only some values are built or make sense
+ONLY = {
+    "use_varlen_attn": Only((True,), "without it the documents of a pack see each other", "set it to True"),
+    "pack_to_max_length": Only((True,), "tokenized data are always trained in packs", "set it to True"),
+    "sequence_parallel_size": Only(
+        (1,), "sequence parallelism is not built", "set it to 1; long packs fit by recompute"
+    ),
+    "batch_size": Only(
+        (1,), "a batch is one pack; a longer max_length or accumulative_counts does the same", "set it to 1"
+    ),
+}
+_NO_VALIDATION = Only(
+    (None,), "it would not be called", "set it to None; val_dataset and val_interval measure the loss"
+)
+_ENGINE = Only((None,), "the engine is chosen on the command line", "leave it out, and give --deepspeed")
+# Of mmengine's runner
+OLD = {
+    **{f"{part}_{what}": _NO_VALIDATION for part in ("val", "test") for what in ("cfg", "dataloader", "evaluator")},
+    "strategy": _ENGINE,
+    "model_wrapper_cfg": _ENGINE,
+    "auto_scale_lr": Only((None,), "the rate is what the config says", "set lr itself"),
+    "runner_type": Only((None, "Runner"), "the engine is chosen on the command line", "leave it out"),
+}
+NO_WORK = {
+    "default_scope": "names are imported, not registered",
+    "env_cfg": "how processes start and talk is chosen by the launcher and the device",
+    "experiment_name": "a run is named after its config and its start",
+    "find_unused_parameters": "every parameter is used",
+    "launcher": "it is given as --launcher",
+    "log_processor": "lines show the values of one iteration",
+    "visualizer": "every run writes scalars.json and TensorBoard files",
+}
+DATALOADER = ("batch_size", "batch_sampler", "collate_fn", "dataset", "num_workers", "sampler")
+NO_WORK_IN_DATALOADER = {
+    "batch_sampler": "a batch is one pack, and the sampler gives its number",
+    "persistent_workers": "workers live as long as the run",
+    "pin_memory": "a pack is about 1 MB, and copied while the device computes",
+}
+TRAIN_CFG = {
+    "by_epoch": Only((True,), "a run's length is given in epochs", "give max_epochs"),
+    "max_iters": Only((None,), "a run's length is given in epochs", "give max_epochs"),
+}
+NO_WORK_IN_TRAIN_CFG = {
+    "val_begin": "val_interval at the top level says how often val_dataset is measured",
+    "val_interval": "val_interval at the top level says how often val_dataset is measured",
+}

@@ -1,0 +1,55 @@
+"""Every `dict(type=…)` of a config that `xtuner train` builds."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from xtuner.config.load import Config
+
+ROOTS = (
+    "tokenizer", "model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "default_hooks",
+    "custom_hooks", "val_dataset", "visualizer",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spec:
+    """`dict(type=kind, …)` at a dotted path of the config."""
+
+    key: str
+    kind: Any  # as written: a callable, or its dotted name
+    arguments: dict[str, Any]
+
+    def value(self, name: str, kind: Any) -> Any:
+        """An argument, or what `kind` takes in its place."""
+        if name in self.arguments:
+            return self.arguments[name]
+        parameter = inspect.signature(kind).parameters.get(name)
+        return parameter.default if parameter and parameter.default is not parameter.empty else None
+
+
+def specs(config: Config) -> Iterator[Spec]:
+    """Each dict once, under the path where it is met first."""
+    seen: set[int] = set()
+
+    def walk(key: str, value: Any) -> Iterator[Spec]:
+        if isinstance(value, Mapping):
+            if id(value) in seen:
+                return
+            seen.add(id(value))
+            if "type" in value and _is_kind(value["type"]):
+                yield Spec(key, value["type"], {str(k): v for k, v in value.items() if k != "type"})
+            for name, part in value.items():
+                yield from walk(f"{key}.{name}", part)
+        elif isinstance(value, list | tuple):
+            for i, part in enumerate(value):
+                yield from walk(f"{key}.{i}", part)
+
+    for root in ROOTS:
+        yield from walk(root, config.values.get(root))
+
+
+def _is_kind(value: Any) -> bool:
+    """clip_grad=dict(type="norm") and rope_scaling=dict(type="dynamic") are values, not objects to build."""
+    return callable(value) or (isinstance(value, str) and "." in value)

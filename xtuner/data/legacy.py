@@ -1,0 +1,76 @@
+"""What configs of XTuner 0.1 and 0.2 name of tokenizers, samplers, collate functions and templates, as ours.
+
+`config/legacy.py` puts these in place of the old names.
+"""
+
+from collections.abc import Sized
+from typing import Any
+
+from xtuner.config.adapter import Only, adapter
+from xtuner.core.errors import did_you_mean
+from xtuner.data import chat_template, order, tokenizer
+from xtuner.data.chat_template import ChatTemplate
+
+_SEED = 1024  # what the old sampler draws from, whatever it is told
+_VARLEN = Only((True,), "without it the documents of a pack see each other", "set use_varlen_attn = True")
+_ITSELF = "the loader makes batches of packs itself"
+
+
+class AutoTokenizer:
+    """Stands for transformers' class of this name in a config."""
+
+    @staticmethod
+    @adapter(
+        no_work={
+            "trust_remote_code": "no code of a hub is run; tokenizer.model or tokenizer.json is read",
+            "padding_side": "packs have no padding",
+            "use_fast": "tokenizer.model is read if there is one, else tokenizer.json",
+        }
+    )
+    def from_pretrained(
+        pretrained_model_name_or_path: str,
+        trust_remote_code: bool = False,
+        padding_side: str = "right",
+        use_fast: bool = True,
+    ) -> tokenizer.Tokenizer:
+        return tokenizer.load_tokenizer(pretrained_model_name_or_path)
+
+
+@adapter(no_work={"seed": "the old sampler draws from 1024 whatever it is told, and so it is drawn here"})
+def InternRepoSampler(dataset: Sized, shuffle: bool = True, seed: int | None = None) -> order.InternRepoSampler:
+    return order.InternRepoSampler(dataset, shuffle, _SEED)
+
+
+@adapter(no_work={"round_up": "no pack is given twice; the last ones that do not go round are left out of an epoch"})
+def DefaultSampler(
+    dataset: Sized, shuffle: bool = True, seed: int | None = None, round_up: bool = True
+) -> order.InternRepoSampler:
+    """mmengine's: also a permutation an epoch, though another one (and a random one without a seed)."""
+    return order.InternRepoSampler(dataset, shuffle, _SEED if seed is None else seed)
+
+
+@adapter(idle=_ITSELF, only={"use_varlen_attn": _VARLEN})
+def intern_repo_collate_fn(instances: Any = None, use_varlen_attn: bool = True) -> Any:
+    return instances
+
+
+@adapter(idle=_ITSELF, only={"use_varlen_attn": _VARLEN})
+def default_collate_fn(
+    instances: Any = None, use_varlen_attn: bool = True, pad_index: int = 0, return_hf_format: bool = False
+) -> Any:
+    return instances
+
+
+class _Templates:
+    """`PROMPT_TEMPLATE.internlm2_chat`, with words for what is not there."""
+
+    def __getattr__(self, name: str) -> ChatTemplate:
+        known = vars(chat_template.PROMPT_TEMPLATE)
+        if name not in known:
+            hint = did_you_mean(name, list(known))
+            raise AttributeError(f"no template PROMPT_TEMPLATE.{name}.{hint} There are {', '.join(known)}")
+        template: ChatTemplate = known[name]
+        return template
+
+
+PROMPT_TEMPLATE = _Templates()

@@ -1,0 +1,91 @@
+"""What configs of XTuner 0.1 and 0.2 name of mmengine's optimizer wrapper and schedulers, as ours.
+
+`config/legacy.py` puts these in place of the old names. Defaults are mmengine's.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from xtuner.config.adapter import Only, adapter
+from xtuner.core.errors import ConfigError
+from xtuner.engine import schedule
+from xtuner.engine.optim import OptimWrapper
+
+_DTYPES = {None: "auto", "float16": "auto", "bfloat16": "bf16", "float32": "fp32"}
+_FRESH = {
+    "last_step": Only((-1,), "a resumed run finds its place by itself", "leave it out"),
+}
+_QUIET = {"verbose": "the rate stands in every log line"}
+
+
+@adapter(
+    no_work={
+        "loss_scale": "bf16 on GPUs and fp32 on CPUs are computed in, and need no scale",
+        "dtype=float16": "bf16 on GPUs and fp32 on CPUs are computed in instead",
+        "clip_grad.error_if_nonfinite": "a step whose gradient is not finite is not applied, and told",
+    },
+    only={
+        "clip_grad.error_if_nonfinite": Only((False,), "such a step is left out; the run goes on", "set it to False"),
+        "clip_grad.norm_type": Only((2, 2.0), "gradients are clipped by their 2-norm", "set it to 2"),
+        "clip_grad.type": Only(("norm",), "gradients are clipped by their norm", "leave it out"),
+        "dtype": Only(
+            tuple(_DTYPES), "there is no such type to compute in", "leave it out: bf16 on GPUs, fp32 on CPUs"
+        ),
+        "paramwise_cfg": Only((None,), "all parameters share one rate and one decay", "leave it out"),
+        "constructor": Only((None,), "all parameters share one rate and one decay", "leave it out"),
+    },
+)
+def AmpOptimWrapper(
+    optimizer: Mapping[str, Any],
+    clip_grad: Mapping[str, Any] | None = None,
+    accumulative_counts: int = 1,
+    dtype: str | None = None,
+    loss_scale: Any = "dynamic",
+    paramwise_cfg: Any = None,
+    constructor: Any = None,
+) -> OptimWrapper:
+    norm = {k: v for k, v in (clip_grad or {}).items() if k not in ("error_if_nonfinite", "norm_type", "type")}
+    return OptimWrapper(optimizer, norm or None, accumulative_counts, _DTYPES[dtype])
+
+
+@adapter(no_work=_QUIET, only=_FRESH)
+def LinearLR(
+    start_factor: float = 1 / 3,
+    end_factor: float = 1.0,
+    begin: float = 0,
+    end: float = math.inf,
+    by_epoch: bool = True,
+    convert_to_iter_based: bool = False,
+    last_step: int = -1,
+    verbose: bool = False,
+) -> schedule.LinearLR:
+    return schedule.LinearLR(begin, end, by_epoch, convert_to_iter_based, start_factor, end_factor)
+
+
+@adapter(
+    no_work=_QUIET,
+    only={**_FRESH, "eta_min_ratio": Only((None,), "the lowest rate is given as eta_min", "set eta_min = ratio * lr")},
+)
+def CosineAnnealingLR(
+    eta_min: float = 0.0,
+    begin: float = 0,
+    end: float = math.inf,
+    by_epoch: bool = True,
+    convert_to_iter_based: bool = False,
+    T_max: float | None = None,
+    eta_min_ratio: float | None = None,
+    last_step: int = -1,
+    verbose: bool = False,
+) -> schedule.CosineAnnealingLR:
+    """T_max: length of the half cosine, in the unit of begin and end; `end - begin` if it is not given."""
+    if T_max is not None:
+        end = begin + T_max if math.isinf(end) else end
+        if not math.isclose(begin + T_max, end):
+            raise ConfigError(
+                f"T_max = {T_max} is not end - begin = {end - begin}",
+                where="param_scheduler.T_max",
+                why="half a cosine goes from begin to end, and neither stops before nor rises again",
+                do="leave T_max out",
+            )
+    return schedule.CosineAnnealingLR(begin, end, by_epoch, convert_to_iter_based, eta_min)

@@ -1,0 +1,83 @@
+"""What configs of XTuner 0.1 and 0.2 name of models, as ours.
+
+`config/legacy.py` puts these in place of the old names.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from xtuner.config.adapter import Only, adapter
+from xtuner.config.build import build
+from xtuner.model import source
+from xtuner.model.source import ModelSource
+
+_FULL = Only((None,), "all weights are trained, in full precision: there are no adapters", "leave it out")
+_DTYPE = "weights are kept in fp32 and computed with in bf16 on GPUs, in fp32 on CPUs"
+
+
+class AutoModelForCausalLM:
+    """Stands for transformers' class of this name in a config."""
+
+    @staticmethod
+    @adapter(
+        no_work={
+            "trust_remote_code": "no code of a hub is run",
+            "torch_dtype": _DTYPE,
+            "dtype": _DTYPE,
+            "attn_implementation": "the fastest attention that there is for the device is taken",
+            "low_cpu_mem_usage": "weights are read a tensor at a time",
+            "use_cache": "training keeps no cache",
+            "use_safetensors": "safetensors are taken where there are any",
+        },
+        only={
+            "quantization_config": Only((None,), "quantized weights are not trained", "leave it out"),
+            "device_map": Only((None,), "every process holds the model on its own device", "leave it out"),
+            "revision": Only(
+                (None, "main"), "the main branch is read", "download the revision, and give its folder as the model"
+            ),
+        },
+    )
+    def from_pretrained(
+        pretrained_model_name_or_path: str,
+        trust_remote_code: bool = False,
+        torch_dtype: Any = None,
+        dtype: Any = None,
+        attn_implementation: str | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        use_cache: bool | None = None,
+        use_safetensors: bool | None = None,
+        quantization_config: Any = None,
+        device_map: Any = None,
+        revision: str | None = None,
+    ) -> ModelSource:
+        return source.from_pretrained(pretrained_model_name_or_path)
+
+
+@adapter(
+    only={
+        "use_varlen_attn": Only(
+            (True,), "without it the documents of a pack see each other", "set use_varlen_attn = True"
+        ),
+        "lora": _FULL,
+        "peft_model": _FULL,
+        "tokenizer": Only((None,), "the vocabulary stays as long as it is", "leave it out"),
+        "max_position_embeddings": Only(
+            (None,),
+            "the old tool scales the rotary frequencies then: another network",
+            "write rope_scaling and max_position_embeddings in the model's config.json",
+        ),
+    }
+)
+def SupervisedFinetune(
+    llm: Mapping[str, Any],
+    use_varlen_attn: bool = True,
+    lora: Any = None,
+    peft_model: Any = None,
+    tokenizer: Any = None,
+    max_position_embeddings: int | None = None,
+    use_activation_checkpointing: bool = True,
+) -> ModelSource:
+    """The model that `llm` describes; activation checkpointing is on unless it is switched off."""
+    model: ModelSource = build(llm, "model.llm")
+    return dataclasses.replace(model, recompute=use_activation_checkpointing)

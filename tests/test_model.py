@@ -262,7 +262,7 @@ def test_the_single_strategy_keeps_the_contract(dtype: str, tmp_path: Path) -> N
     assert norm == pytest.approx(facts("a_gqa")[1]["grad_norm_total"], rel=tolerance)
     for name, weight in whole.model.named_parameters():
         assert weight.equal(whole.masters[name].to(weight.dtype))
-    whole.save(tmp_path, optimizer=True)
+    whole.snapshot(optimizer=True).write(tmp_path)
     cut.load(tmp_path)
     for strategy in (whole, cut):
         strategy.forward_backward([batch(slice(0, 2))], total)

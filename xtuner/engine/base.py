@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from xtuner.data.batch import Batch
+from xtuner.engine.snapshot import Snapshot
 from xtuner.model.decoder import CausalLM
 
 
@@ -41,11 +42,12 @@ class Strategy(Protocol):
         an iteration without targets, is not applied.
         """
 
-    def save(self, folder: Path, optimizer: bool) -> None:
-        """Write `weights/` (a Hugging Face folder of fp32 masters) and, if asked, `optimizer/`."""
+    def snapshot(self, optimizer: bool) -> Snapshot:
+        """This rank's part of a checkpoint, copied to host memory: `weights/` (a Hugging Face folder of fp32 masters)
+        and, if asked, `optimizer/`. The copy of an earlier snapshot may be overwritten."""
 
     def load(self, folder: Path) -> None:
-        """Restore what `save(folder, optimizer=True)` wrote, bit for bit."""
+        """Restore what a snapshot with the optimizer has written, bit for bit."""
 
     def load_weights(self, folder: Path) -> None:
         """Take over the weights of a Hugging Face folder; the optimizer stays new."""

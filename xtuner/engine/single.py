@@ -9,18 +9,16 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from xtuner.core.errors import CheckpointError
-from xtuner.core.files import read_json, write_json
+from xtuner.core.files import read_json
 from xtuner.data.batch import Batch
 from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.snapshot import HostCopy, Snapshot, in_shards
 from xtuner.model.decoder import CausalLM
 from xtuner.model.families import layout_of, write_config
 from xtuner.model.source import ModelSource
-from xtuner.model.weights import fill
-
-WEIGHTS, OPTIMIZER = "weights/model.safetensors", "optimizer/rank_00000.safetensors"
+from xtuner.model.weights import INDEX, fill
 
 
 class SingleStrategy:
@@ -42,6 +40,7 @@ class SingleStrategy:
         self._model.train()
         self.optimizer = optim.build(self.masters.values())
         self._has_targets = False
+        self._host = HostCopy()
 
     @property
     def model(self) -> CausalLM:
@@ -83,13 +82,17 @@ class SingleStrategy:
             targets = [p.data for p in self._model.parameters()]
             torch._foreach_copy_(targets, [p.data for p in self.masters.values()])
 
-    def save(self, folder: Path, optimizer: bool) -> None:
-        for file in (WEIGHTS, OPTIMIZER) if optimizer else (WEIGHTS,):
-            (folder / file).parent.mkdir(parents=True)
-        save_file({n: p.data for n, p in self.masters.items()}, folder / WEIGHTS, metadata={"format": "pt"})
-        write_json((folder / WEIGHTS).with_name("config.json"), write_config(self._config, "internlm2", torch.float32))
+    def snapshot(self, optimizer: bool) -> Snapshot:
+        weights = self._host.of({n: p.data for n, p in self.masters.items()})
+        shards = in_shards("weights/model", weights)
+        json = {"weights/config.json": write_config(self._config, "internlm2", torch.float32)}
+        if len(shards) > 1:
+            weight_map = {name: file.split("/")[1] for file, names in shards.items() for name in names}
+            total = sum(t.nbytes for t in weights.values())
+            json[f"weights/{INDEX}"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
         if optimizer:
-            save_file(self._optimizer_tensors(), folder / OPTIMIZER)
+            shards |= in_shards("optimizer/rank_00000", self._host.of(self._optimizer_tensors()))
+        return Snapshot(shards, json)
 
     def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """`exp_avg/model.norm.weight` → tensor; every optimizer of torch keeps its state in tensors by parameter."""
@@ -101,8 +104,8 @@ class SingleStrategy:
 
     def load(self, folder: Path) -> None:
         self.load_weights(folder / "weights")
-        path = folder / OPTIMIZER
-        if not path.is_file():
+        files = sorted((folder / "optimizer").glob("rank_00000*.safetensors"))
+        if not files:
             raise CheckpointError(
                 "the checkpoint has no optimizer state: it was saved with save_optimizer=False",
                 where=str(folder),
@@ -111,10 +114,11 @@ class SingleStrategy:
             )
         state: dict[int, dict[str, torch.Tensor]] = {}
         numbers = {name: i for i, name in enumerate(self.masters)}
-        with safe_open(path, framework="pt", device=str(self.device)) as tensors:
-            for full_name in tensors.keys():  # noqa: SIM118
-                key, _, name = full_name.partition("/")
-                state.setdefault(numbers[name], {})[key] = tensors.get_tensor(full_name)
+        for file in files:
+            with safe_open(file, framework="pt", device=str(self.device)) as tensors:
+                for full_name in tensors.keys():  # noqa: SIM118
+                    key, _, name = full_name.partition("/")
+                    state.setdefault(numbers[name], {})[key] = tensors.get_tensor(full_name)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.optimizer.zero_grad(set_to_none=True)
 

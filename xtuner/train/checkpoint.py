@@ -9,38 +9,105 @@
 """
 
 import re
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from xtuner.core.dist import Ranks
 from xtuner.core.errors import CheckpointError, ConfigError
-from xtuner.core.files import MANIFEST, atomic_file, atomic_folder, read_json, remove_tree, verify, write_json
-from xtuner.core.log import logger
-from xtuner.engine.base import Strategy
+from xtuner.core.files import (
+    MANIFEST,
+    atomic_file,
+    publish,
+    read_json,
+    remove_tree,
+    sync_folder,
+    verify,
+    write_manifest,
+)
+from xtuner.core.log import human_bytes, logger
+from xtuner.engine.snapshot import Snapshot
 from xtuner.train.state import TrainState
 
 TRAINER = "trainer.json"
 
 
-def save(
-    work_dir: Path, state: TrainState, strategy: Strategy, facts: dict[str, Any], optimizer: bool = True, keep: int = -1
+def write(
+    work_dir: Path, state: TrainState, snapshot: Snapshot, facts: dict[str, Any], ranks: Ranks, keep: int = -1
 ) -> Path:
-    """Write the checkpoint of `state`, then remove all but the newest `keep` (all are kept if not positive).
+    """Write the checkpoint of `state` together with all ranks, then remove all but the newest `keep` (if positive).
 
-    Raises: CheckpointError when the disk does not take it; older checkpoints stay.
+    Rank 0 chooses a temporary name; every rank writes, syncs and hashes its own files there; when all have, rank 0
+    alone writes the manifest and gives the directory its name. A failure of any rank is raised on all; older
+    checkpoints stay.
+
+    Raises: CheckpointError.
     """
     target = work_dir / f"iter_{state.iteration}.pth"
+    _room(work_dir, ranks.sum(snapshot.nbytes))
+    began = ranks.from_main(_try(lambda: tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=work_dir)))
+    _together([began], target)
+    folder = Path(began["value"])
+    if ranks.is_main:
+        snapshot.json[TRAINER] = {"state": state.to_json(), **facts}
+    reports = ranks.gather(_try(lambda: snapshot.write(folder)))
     try:
-        with atomic_folder(target, iteration=state.iteration) as folder:
-            strategy.save(folder, optimizer)
-            write_json(folder / TRAINER, {"state": state.to_json(), **facts})
-        with atomic_file(work_dir / "last_checkpoint") as f:
-            f.write(target.name + "\n")
-    except OSError as e:
-        raise CheckpointError(f"the checkpoint cannot be written: {e.strerror}", where=str(target)) from e
-    if keep > 0:
-        for _, old in _found(work_dir)[:-keep]:
-            remove_tree(old)
+        _together(reports, target)
+        entries = {name: entry for report in reports for name, entry in report["value"].items()}
+        done = _try(lambda: _publish(folder, target, entries, state.iteration, keep)) if ranks.is_main else None
+        _together([ranks.from_main(done)], target)
+    except CheckpointError:
+        if ranks.is_main:
+            remove_tree(folder)
+        raise
     return target
+
+
+def _publish(folder: Path, target: Path, entries: dict[str, Any], iteration: int, keep: int) -> None:
+    for inner in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
+        inner.chmod(0o755)
+        sync_folder(inner)
+    write_manifest(folder, entries, iteration=iteration)
+    publish(folder, target)
+    with atomic_file(target.parent / "last_checkpoint") as f:
+        f.write(target.name + "\n")
+    for _, old in _found(target.parent)[:-keep] if keep > 0 else ():
+        remove_tree(old)
+
+
+def _room(work_dir: Path, needed: int) -> None:
+    """Raise CheckpointError if the disk has no room for `needed` bytes and a little more."""
+    free = shutil.disk_usage(work_dir).free
+    if free < needed * 1.01 + 2**20:
+        raise CheckpointError(
+            f"a checkpoint needs {human_bytes(needed)} ({needed:,} bytes), the disk has {human_bytes(free)} ({free:,})",
+            where=str(work_dir),
+            why="nothing was written; the older checkpoints are untouched",
+            do="free some space, keep fewer checkpoints (save_total_limit), or save_optimizer = False",
+        )
+
+
+def _try(action: Callable[[], Any]) -> dict[str, Any]:
+    """{"value": …} or {"error": …}: an outcome that can be told to other ranks."""
+    try:
+        return {"value": action()}
+    except (OSError, CheckpointError) as e:
+        return {"error": str(e)}
+
+
+def _together(outcomes: list[dict[str, Any]], target: Path) -> None:
+    """Raise on every rank what failed on any."""
+    errors = {rank: o["error"] for rank, o in enumerate(outcomes) if "error" in o}
+    if errors:
+        told = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
+        raise CheckpointError(
+            f"the checkpoint cannot be written: {told}",
+            where=str(target),
+            why="the older checkpoints are untouched",
+            do="look at the disk: space, quota, permissions",
+        )
 
 
 def _found(work_dir: Path) -> list[tuple[int, Path]]:

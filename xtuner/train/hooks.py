@@ -160,7 +160,7 @@ class CheckpointHook(Hook):
             run.save(self.save_optimizer, self.max_keep_ckpts)
 
     def after_run(self, run: Run) -> None:
-        run.save(self.save_optimizer, self.max_keep_ckpts)
+        run.save(self.save_optimizer, self.max_keep_ckpts, last=True)
 
 
 class ValidationHook(Hook):

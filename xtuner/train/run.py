@@ -1,6 +1,5 @@
 """A run as hooks see it: everything it is made of, what an iteration did, and what a hook may do about it."""
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,14 @@ from typing import Any
 import torch
 
 from xtuner.config.load import Config
-from xtuner.core.log import logger
 from xtuner.data.loader import PackLoader
 from xtuner.data.order import Position
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.schedule import Schedule
 from xtuner.model.source import ModelSource
-from xtuner.train import checkpoint
 from xtuner.train.metrics import MetricWriter
+from xtuner.train.saver import Saver
 from xtuner.train.state import TrainState
 
 
@@ -39,6 +37,7 @@ class Run:
 
     strategy: Strategy = field(init=False)
     metrics: MetricWriter = field(init=False)
+    saver: Saver = field(init=False)
 
     @property
     def packs_per_iteration(self) -> int:
@@ -62,14 +61,13 @@ class Run:
             "config": self.config.resolved(),
         }
 
-    def save(self, optimizer: bool = True, keep: int = -1) -> None:
-        """Write a checkpoint of the present state, once."""
-        if self.saved_at == self.state.iteration:
-            return
-        begin = time.perf_counter()
-        folder = checkpoint.save(self.work_dir, self.state, self.strategy, self.facts(), optimizer, keep)
-        self.saved_at = self.state.iteration
-        logger.info(f"saved {folder} in {time.perf_counter() - begin:.1f} s")
+    def save(self, optimizer: bool = True, keep: int = -1, last: bool = False) -> None:
+        """Save the present state, unless that has been done; with `last`, wait until it is on the disk."""
+        if self.saved_at != self.state.iteration:
+            self.saver.save(self.state, self.strategy, self.facts(), optimizer, keep)
+            self.saved_at = self.state.iteration
+        if last:
+            self.saver.finish(last=True)
 
 
 @dataclass

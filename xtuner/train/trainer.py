@@ -31,16 +31,13 @@ from xtuner.train.lock import WorkDirLock
 from xtuner.train.metrics import MetricWriter
 from xtuner.train.report import environment, report
 from xtuner.train.run import Iteration, Run
+from xtuner.train.saver import Saver
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 
 
 def assemble(config: Config, work_dir: Path, device: torch.device, seed: int | None) -> Run:
-    """Check a config and build everything from it but the weights.
-
-    Raises: ConfigError, DataError.
-    """
-    check(config, paths=True)
+    """Build everything from a checked config but the weights. Raises: ConfigError, DataError."""
     seed = seed if seed is not None else (config.get("randomness.seed") or 0)
     source: ModelSource = build(config.values["model"], "model")
     if source.seed is None:
@@ -96,6 +93,8 @@ def train(
 
     Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
     """
+    log.setup()
+    check(config, paths=True)
     log.setup(config.get("log_level", "INFO"))
     run = assemble(config, work_dir, device, seed)
     if dry_run:
@@ -108,6 +107,7 @@ def train(
         _start(run, resume if resume is not None else config.get("resume"))
         return loop(run, stop)
     finally:
+        run.saver.close()
         run.metrics.close()
         lock.release()
 
@@ -144,6 +144,7 @@ def _open_work_dir(run: Run) -> WorkDirLock:
             do="give another one with --work-dir",
         ) from None
     run.metrics = MetricWriter(folder / "vis_data")
+    run.saver = Saver(run.work_dir, dist.ALL)
     return lock
 
 
@@ -218,7 +219,7 @@ def loop(run: Run, stop: Stop) -> int:
         for hook in run.hooks:
             hook.after_iteration(run, it)
         if stop.agreed() and run.state.iteration < run.max_iterations:
-            run.save()
+            run.save(last=True)
             logger.warning(
                 f"stopped at iteration {run.state.iteration} on {stop.reason}; run again with --resume to go on"
             )

@@ -45,10 +45,15 @@ def test_the_map_names_every_room() -> None:
         assert f"`xtuner/{room}/`" in text, room
 
 
-@pytest.mark.parametrize("words", [["--help"], ["list-cfg"], ["train", "--help"], ["copy-cfg", "NAME", "DIR"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["list-cfg"], ["train", "--help"], ["copy-cfg", "NAME", "DIR"], ["data", "order", "DIR"]]
+)
 def test_light_commands_import_no_torch(words: list[str], tmp_path: Path) -> None:
     if words[0] == "copy-cfg":
         words = ["copy-cfg", "internlm2_tiny_w_tokenized_dataset", str(tmp_path)]
+    if words[0] == "data":
+        (tmp_path / "a.bin").write_text("")
+        words = ["data", "order", "--data-folder", str(tmp_path), "--save-folder", str(tmp_path)]
     code = f"""
 import sys
 from xtuner.cli.main import main

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of random weights; overrides randomness.seed")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
     parser.add_argument("--dry-run", action="store_true", help="check and report everything, train nothing")
+    parser.add_argument("--max-minutes", type=float, metavar="M", help="save and stop (exit 75) within so many minutes")
     parser.add_argument("--launcher", default="none", choices=("none", "pytorch", "slurm", "mpi"))
     parser.add_argument("--deepspeed", metavar="NAME_OR_JSON", help="ZeRO by DeepSpeed (not built yet)")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -31,4 +32,4 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.cfg_options)
     device = setup(args.launcher, args.deepspeed)
     work_dir = args.work_dir or config.get("work_dir") or Path("work_dirs") / config.name
-    return train(config, Path(work_dir), device, args.resume, args.seed, args.dry_run)
+    return train(config, Path(work_dir), device, args.resume, args.seed, args.dry_run, args.max_minutes)

@@ -144,7 +144,7 @@ def _train_cfg(config: Config) -> Iterator[ConfigError]:
     elif type(values["max_epochs"]) is not int or values["max_epochs"] < 1:
         what = f"train_cfg.max_epochs = {values['max_epochs']!r} is not an integer of at least 1"
         yield ConfigError(what, where=where)
-    known = ["max_epochs", *TRAIN_CFG, *NO_WORK_IN_TRAIN_CFG]
+    known = ["max_epochs", "max_skipped", *TRAIN_CFG, *NO_WORK_IN_TRAIN_CFG]
     for name, value in values.items():
         where = config.where(f"train_cfg.{name}")
         if name == "type":

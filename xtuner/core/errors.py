@@ -44,6 +44,12 @@ class DataError(XTunerError):
     exit_code = EXIT_DATA
 
 
+class DivergedError(XTunerError):
+    """A loss or a gradient that is no finite number."""
+
+    exit_code = EXIT_DATA
+
+
 class BusyError(XTunerError):
     """Another job uses the work directory."""
 

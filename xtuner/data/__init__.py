@@ -1,7 +1,26 @@
-"""The data path: tokenized files → packs → batches. Names here are what configs use."""
+"""The data path: tokenized files → packs → batches. Names here are what configs use.
 
-from xtuner.data.index import load_intern_repo_tokenized_dataset
-from xtuner.data.order import InternRepoSampler
-from xtuner.data.pack import build_packed_dataset
+They are loaded when asked for: packs need torch, walking a folder and tokenizing text do not.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xtuner.data.index import load_intern_repo_tokenized_dataset
+    from xtuner.data.order import InternRepoSampler
+    from xtuner.data.pack import build_packed_dataset
 
 __all__ = ["InternRepoSampler", "build_packed_dataset", "load_intern_repo_tokenized_dataset"]
+
+_HOME = {
+    "InternRepoSampler": "order",
+    "build_packed_dataset": "pack",
+    "load_intern_repo_tokenized_dataset": "index",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

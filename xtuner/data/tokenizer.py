@@ -1,8 +1,11 @@
 """Text ↔ token ids by the tokenizer files of a model folder: `tokenizer.model` (SentencePiece) or `tokenizer.json`."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
@@ -13,19 +16,43 @@ FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 
+# InternLM2's tokenizer.model holds its chat tokens as unused pieces; their names are only in its tokenizer_config.json.
+_INTERNLM2_PIECES = {f"[UNUSED_TOKEN_{141 + i}]": 92538 + i for i in range(6)}
+_INTERNLM2_NAMES = {
+    "<|plugin|>": 92538,
+    "<|interpreter|>": 92539,
+    "<|action_end|>": 92540,
+    "<|action_start|>": 92541,
+    "<|im_end|>": 92542,
+    "<|im_start|>": 92543,
+}
+
 
 class Tokenizer(Protocol):
     """What the toolkit needs of a tokenizer. `folder` holds its files, which an export copies."""
 
     folder: Path
+    special: Mapping[str, int]  # names of special tokens → ids
+    bos_id: int | None
+    eos_id: int | None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin and end tokens. Names of special tokens in it become those tokens."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def encode_plain(self, text: str, allowed: Collection[str] = ()) -> list[int]:
+        """Ids of a text in which no name of a special token is one, but for those in `allowed`.
+
+        For text that others wrote: a page that spells `<|im_end|>` must not end a turn.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special tokens are shown by name."""
 
     @property
     def vocab_size(self) -> int: ...
+
+    def identity(self) -> str:
+        """sha256 over all that decides the ids: the vocabulary file, and names and ids of special tokens."""
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -44,33 +71,72 @@ class _SentencePiece:
     def __init__(self, folder: Path) -> None:
         import sentencepiece
 
+        if hasattr(sentencepiece, "set_min_log_level"):  # errors only; InternLM2's model warns of its NUL piece
+            sentencepiece.set_min_log_level(2)
         self.folder = folder
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-        self._special = _named_tokens(folder)
-        self._by_id = {i: name for name, i in self._special.items()}
+        path = folder / "tokenizer.model"
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as e:
+            raise ConfigError(
+                f"tokenizer.model cannot be read: {e}", where=str(path), do="copy the model's file there again"
+            ) from None
+        self.bos_id, self.eos_id = _id(self._model.bos_id()), _id(self._model.eos_id())
+        self.special: Mapping[str, int] = self._names()
+        self._by_id = {i: name for name, i in self.special.items()}
+        spelt = [*self.special, *(self._model.id_to_piece(i) for i in self._by_id if i < self._model.vocab_size())]
+        # pieces that SentencePiece itself takes out of any text, and whose ids are those of special tokens
+        self._dangerous = [p for p in dict.fromkeys(spelt) if not self._by_id.keys().isdisjoint(self._model.encode(p))]
+
+    def _names(self) -> dict[str, int]:
+        """The model's control pieces, what InternLM2 leaves unsaid, and `tokenizer_config.json`, which wins."""
+        model = self._model
+        names = {model.id_to_piece(i): i for i in (model.unk_id(), model.bos_id(), model.eos_id()) if i >= 0}
+        if model.vocab_size() == 92544 and all(model.id_to_piece(i) == p for p, i in _INTERNLM2_PIECES.items()):
+            names |= _INTERNLM2_NAMES
+        listed = _named_tokens(self.folder)
+        taken = set(listed.values())
+        return {name: i for name, i in names.items() if i not in taken} | listed
 
     @property
     def vocab_size(self) -> int:
-        return int(self._model.vocab_size())
+        return max(int(self._model.vocab_size()), *(i + 1 for i in self.special.values()))
 
     def encode(self, text: str) -> list[int]:
+        return self.encode_plain(text, self.special)
+
+    def encode_plain(self, text: str, allowed: Collection[str] = ()) -> list[int]:
+        if not allowed:
+            return self._plain(text)
         ids: list[int] = []
-        for piece in _split_at(text, list(self._special)):
-            ids += [self._special[piece]] if piece in self._special else self._model.encode(piece)
+        for piece in _split_at(text, allowed):
+            ids += [self.special[piece]] if piece in allowed else self._plain(piece)
+        return ids
+
+    def _plain(self, text: str) -> list[int]:
+        if not any(piece in text for piece in self._dangerous):
+            return list(self._model.encode(text))
+        ids: list[int] = []
+        for part in _break_up(text, self._dangerous):
+            ids += self._model.encode(part)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         parts: list[str] = []
         plain: list[int] = []
+        pieces = self._model.vocab_size()  # a model may have more ids than its tokenizer has pieces
         for i in [*ids, None]:
-            if i is not None and i not in self._by_id:
+            if i is not None and i not in self._by_id and i < pieces:
                 plain.append(int(i))
                 continue
             parts.append(self._model.decode(plain))
             plain = []
             if i is not None:
-                parts.append(self._by_id[int(i)])
+                parts.append(self._by_id.get(int(i), "\ufffd"))
         return "".join(parts)
+
+    def identity(self) -> str:
+        return _identity(self.folder / "tokenizer.model", self.special)
 
 
 class _Fast:
@@ -78,7 +144,24 @@ class _Fast:
         import tokenizers
 
         self.folder = folder
-        self._model = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        path = folder / "tokenizer.json"
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path))
+            self._without_names = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as e:  # the library raises bare Exception
+            raise ConfigError(
+                f"tokenizer.json cannot be read: {e}", where=str(path), do="copy the model's file there again"
+            ) from None
+        self._without_names.encode_special_tokens = True
+        self.special: Mapping[str, int] = {
+            t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special
+        }
+        config = _config(folder)
+        self.bos_id, self.eos_id = self._named(config.get("bos_token")), self._named(config.get("eos_token"))
+
+    def _named(self, token: Any) -> int | None:
+        name = token.get("content") if isinstance(token, dict) else token
+        return self._model.token_to_id(name) if isinstance(name, str) else None
 
     @property
     def vocab_size(self) -> int:
@@ -87,21 +170,58 @@ class _Fast:
     def encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, add_special_tokens=False).ids)
 
+    def encode_plain(self, text: str, allowed: Collection[str] = ()) -> list[int]:
+        ids: list[int] = []
+        for piece in _split_at(text, allowed):
+            if piece in allowed:
+                ids.append(self.special[piece])
+            else:
+                ids += self._without_names.encode(piece, add_special_tokens=False).ids
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._model.decode(list(ids), skip_special_tokens=False))
+
+    def identity(self) -> str:
+        return _identity(self.folder / "tokenizer.json", {**self.special, "bos": self.bos_id, "eos": self.eos_id})
+
+
+def _id(i: int) -> int | None:
+    return int(i) if i >= 0 else None  # SentencePiece says -1 for "none"
+
+
+def _identity(vocabulary: Path, names: Mapping[str, int | None]) -> str:
+    listed = json.dumps(sorted(names.items())).encode()
+    return hashlib.sha256(vocabulary.read_bytes() + b"\0" + listed).hexdigest()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _named_tokens(folder: Path) -> dict[str, int]:
     """Special tokens by name, as `tokenizer_config.json` lists them: `<|im_start|>` → 92543."""
-    path = folder / "tokenizer_config.json"
-    listed = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
-    return {entry["content"]: int(i) for i, entry in listed.items()}
+    return {entry["content"]: int(i) for i, entry in _config(folder).get("added_tokens_decoder", {}).items()}
 
 
-def _split_at(text: str, names: list[str]) -> list[str]:
-    import re
-
-    if not names:
-        return [text]
+def _split_at(text: str, names: Collection[str]) -> list[str]:
+    """The text cut before and after each of `names` in it; empty parts are left out."""
+    if not any(name in text for name in names):
+        return [text] if text else []
     longest_first = "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True))
     return [p for p in re.split(f"({longest_first})", text) if p]
+
+
+def _break_up(text: str, pieces: Collection[str]) -> Iterator[str]:
+    """The text cut behind the first character of each of `pieces` in it, so that none of them is left whole."""
+    rest = ""
+    for part in _split_at(text, pieces):
+        if part in pieces:
+            yield rest + part[0]
+            rest = part[1:]
+        else:
+            rest += part
+    if rest:
+        yield rest

@@ -1,30 +1,126 @@
-"""Writing one `.bin` and its `.bin.meta`, whole or not at all."""
+"""Writing `.bin` and `.bin.meta`: the two appear together or not at all, the meta last.
 
+A `.bin` without a meta is one that was not finished; nothing takes it for whole.
+"""
+
+import contextlib
+import hashlib
+import time
+from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
 
-import numpy as np
-
-from xtuner.core.files import atomic_file
+from xtuner.core.files import atomic_file, file_entry
 from xtuner.data.format import meta_path
+
+_DAY_S = 86400.0
+
+
+def line_of(tokens: Sequence[int]) -> bytes:
+    """A document of signed tokens as a line of a `.bin`."""
+    return b'{"tokens": [' + ", ".join(map(str, tokens)).encode() + b"]}\n"
 
 
 def write_bin(path: str | Path, documents: Iterable[Sequence[int]]) -> tuple[int, int]:
-    """Write documents of signed tokens (a negative one is not learned); the meta is int64.
-
-    The meta takes its name after the text: a `.bin` without a meta is one that was not finished. An older pair of the
-    name is replaced. Returns (documents, tokens).
-    """
-    path = Path(path)
-    rows: list[tuple[int, int]] = []
-    offset = 0
-    meta_path(path).unlink(missing_ok=True)
-    with atomic_file(path, "wb") as f:
+    """Write documents of signed tokens (a negative one is not learned). Returns (documents, tokens)."""
+    with PairWriter(Path(path)) as writer:
         for tokens in documents:
-            line = b'{"tokens": [' + ", ".join(map(str, tokens)).encode() + b"]}\n"
-            f.write(line)
-            rows.append((offset, len(tokens)))
-            offset += len(line)
-    with atomic_file(meta_path(path), "wb") as f:
-        np.save(f, np.array(rows, dtype=np.int64).reshape(-1, 2))
-    return len(rows), sum(n for _, n in rows)
+            block = Block()
+            block.add(line_of(tokens), len(tokens))
+            writer.write(block)
+        writer.commit()
+    return writer.documents, writer.tokens
+
+
+@dataclass
+class Block:
+    """Lines of a `.bin` one after the other; the bytes and the tokens of each."""
+
+    data: bytearray = field(default_factory=bytearray)
+    sizes: "array[int]" = field(default_factory=lambda: array("q"))
+    counts: "array[int]" = field(default_factory=lambda: array("q"))
+
+    def add(self, line: bytes, count: int) -> None:
+        self.data += line
+        self.sizes.append(len(line))
+        self.counts.append(count)
+
+
+class PairWriter:
+    """`with PairWriter(path) as w: w.write(block); …; w.commit()`. Without `commit`, nothing is left behind.
+
+    A pair without documents is not written; an older one of its name is gone then, too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stack = contextlib.ExitStack()
+        self._file: IO[Any] | None = None
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+        self._rows = array("q")  # offset, count, offset, count, …
+
+    def __enter__(self) -> "PairWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:  # not committed: take the temporary file away
+            self._stack.__exit__(_NotCommitted, _NotCommitted(), None)
+
+    @property
+    def documents(self) -> int:
+        return len(self._rows) // 2
+
+    @property
+    def tokens(self) -> int:
+        return sum(self._rows[1::2])
+
+    def write(self, block: Block) -> None:
+        if not block.sizes:
+            return
+        if self._file is None:
+            self._file = self._stack.enter_context(atomic_file(self.path, "wb"))
+        self._file.write(block.data)
+        self._digest.update(block.data)
+        for size, count in zip(block.sizes, block.counts, strict=True):
+            self._rows.extend((self._bytes, count))
+            self._bytes += size
+
+    def commit(self) -> dict[str, dict[str, Any]]:
+        """Give the files their names, the meta last: a `.bin` without a meta is not finished. An older pair is gone.
+
+        Returns size and sha256 of each file written, by name.
+        """
+        import numpy as np
+
+        meta = meta_path(self.path)
+        meta.unlink(missing_ok=True)
+        if self._file is None:
+            self.path.unlink(missing_ok=True)
+            return {}
+        self._file = None
+        self._stack.close()
+        with atomic_file(meta, "wb") as f:
+            np.save(f, np.array(self._rows, dtype=np.int64).reshape(-1, 2))
+        entry = {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+        return {self.path.name: entry, meta.name: file_entry(meta)}
+
+
+class _NotCommitted(Exception):
+    pass
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Take away temporary files that a killed process left; a living one has written to its own today."""
+    if not folder.is_dir():
+        return
+    for file in folder.iterdir():
+        if file.name.startswith(".") and any(f"{ending}.tmp-" in file.name for ending in (".bin", ".meta", ".json")):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime > _DAY_S:
+                    file.unlink()

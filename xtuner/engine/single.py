@@ -4,6 +4,7 @@ Memory a parameter on a GPU: master 4 B, gradient sum 4 B, two moments 8 B, bf16
 compute themselves: 16 B.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class SingleStrategy:
                 weight.register_post_accumulate_grad_hook(_Into(self.masters[name]))
         self._model.train()
         self.optimizer = optim.build(self.masters.values())
-        self._has_targets = False
+        self._may_step = False
         self._host = HostCopy()
 
     @property
@@ -47,7 +48,7 @@ class SingleStrategy:
         return self._model
 
     def forward_backward(self, batch: Sequence[Batch], num_targets: int) -> float:
-        self._has_targets = num_targets > 0
+        self._may_step = False
         if not num_targets:
             return 0.0
         total = torch.zeros((), device=self.device)
@@ -58,14 +59,13 @@ class SingleStrategy:
             loss = self._model(b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen) / num_targets
             loss.backward()
             total += loss.detach()
-        return total.item()
+        self._may_step = math.isfinite(loss_sum := total.item())
+        return loss_sum
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
-        if not self._has_targets:
-            return 0.0, False
         grads = [p.grad for p in self.masters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        applied = bool(norm.isfinite())
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        applied = self._may_step and bool(norm.isfinite())
         if applied:
             if max_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.masters.values(), max_norm, norm)

@@ -28,6 +28,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, "xtuner-save")
         self._flying: Future[None] | None = None
         self._failures = 0
+        self.save_time = 0.0  # s that the last save took
 
     def save(
         self, state: TrainState, strategy: Strategy, facts: dict[str, Any], optimizer: bool = True, keep: int = -1
@@ -45,7 +46,8 @@ class Saver:
             except CheckpointError as e:
                 logger.error(str(e))
                 raise
-            size, took = snapshot.nbytes, time.perf_counter() - begin
+            size = snapshot.nbytes
+            self.save_time = took = time.perf_counter() - begin
             logger.info(
                 f"saved {folder}: {human_bytes(size)} in {took:.1f} s ({human_bytes(size / took)}/s); "
                 f"training waited {copied:.2f} s"

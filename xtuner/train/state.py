@@ -12,6 +12,7 @@ class TrainState:
     position: Position = field(default_factory=Position)
     packs: int = 0  # by all ranks
     targets: int = 0  # tokens learned from, by all ranks
+    skipped: int = 0  # iterations whose loss or gradient was not finite
 
     def advance(self, position: Position, packs: int, targets: int) -> "TrainState":
         """The state after one more iteration."""

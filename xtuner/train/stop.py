@@ -1,26 +1,75 @@
-"""Requests to stop: finish the iteration, save, exit 75. A second Ctrl-C ends at once."""
+"""Requests to stop: finish the iteration, save, exit 75. A second signal changes nothing, a second Ctrl-C ends at once.
 
+Asked for by SIGTERM, SIGUSR1 or Ctrl-C, by a file `STOP` in the work dir, by `--max-minutes`, or because the Slurm job
+is about to end. Any rank's request is all ranks' request, at the same iteration.
+"""
+
+import os
 import signal
+import time
+from pathlib import Path
 from types import FrameType
 
+from xtuner.core.dist import Ranks
 from xtuner.core.log import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FILE = "STOP"
+SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
+LOOK_EVERY = 2.0  # s between looks at the file
+SLACK = {"--max-minutes": 0.0}  # s kept for the unforeseen; 60 before a limit that kills
 
 
 class Stop:
-    """Listens for signals from its making on."""
+    """Listens from its making on.
 
-    def __init__(self) -> None:
+    Args:
+        max_minutes: stop in time to have saved when so many have passed; None for no limit.
+    """
+
+    def __init__(self, work_dir: Path, ranks: Ranks, max_minutes: float | None = None) -> None:
         self.reason = ""
+        self._file = work_dir / FILE
+        self._ranks = ranks
+        self._looked = self._last = time.time()
+        self._longest = 0.0
+        limits = {"--max-minutes": time.time() + 60 * max_minutes} if max_minutes is not None else {}
+        if SLURM_END in os.environ:
+            limits["the end of the Slurm job"] = float(os.environ[SLURM_END])
+        self._limits = limits
+        if self._file.exists() and ranks.is_main:
+            logger.warning(f"{self._file} was there already: removed")
+            self._file.unlink(missing_ok=True)
         for number in SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
-        logger.warning(f"{self.reason}: stopping after this iteration")
+        if not self.reason:
+            self.reason = signal.Signals(number).name
+            logger.warning(f"{self.reason}: stopping after this iteration")
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self) -> bool:
-        return bool(self.reason)
+    def agreed(self, save_time: float = 0.0) -> bool:
+        """True on all ranks once any of them is asked to stop; `reason` says by what. Called once an iteration.
+
+        Args:
+            save_time: s that a save has taken, which must fit before a time limit.
+        """
+        self.reason = self.reason or self._asked(save_time)
+        told = [reason for reason in self._ranks.gather(self.reason) if reason]
+        self.reason = told[0] if told else ""
+        return bool(told)
+
+    def _asked(self, save_time: float) -> str:
+        now = time.time()
+        self._longest, self._last = max(self._longest, now - self._last), now
+        for what, end in self._limits.items():
+            if now + 2 * self._longest + 2 * save_time + SLACK.get(what, 60.0) > end:
+                return what
+        if self._ranks.is_main and now - self._looked >= LOOK_EVERY:
+            self._looked = now
+            if self._file.exists():
+                self._file.unlink(missing_ok=True)
+                return f"the file {FILE}"
+        return ""

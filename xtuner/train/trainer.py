@@ -14,7 +14,7 @@ from xtuner.config.build import build
 from xtuner.config.check import check
 from xtuner.config.load import Config
 from xtuner.core import dist, log
-from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError
+from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError
 from xtuner.core.files import recover, write_json
 from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
@@ -84,12 +84,14 @@ def train(
     resume: str | bool | None = None,
     seed: int | None = None,
     dry_run: bool = False,
+    max_minutes: float | None = None,
 ) -> int:
     """Run a config to its end.
 
     Args:
         resume: a checkpoint, "auto" for the newest in `work_dir`, None to begin.
         dry_run: stop before weights are loaded.
+        max_minutes: stop in time to have saved by then.
 
     Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
     """
@@ -101,9 +103,9 @@ def train(
         report(run)
         logger.info("dry run: nothing was trained")
         return EXIT_DONE
-    stop = Stop()
     lock = _open_work_dir(run)
     try:
+        stop = Stop(work_dir, dist.ALL, max_minutes)
         _start(run, resume if resume is not None else config.get("resume"))
         return loop(run, stop)
     finally:
@@ -214,11 +216,10 @@ def loop(run: Run, stop: Stop) -> int:
             data_time=data_time,
         )
         if not applied:
-            why = f"its gradient norm is {grad_norm}" if num_targets else "it has no token to learn from"
-            logger.warning(f"iteration {it.state.iteration} changed no weight: {why} (packs {[b.pack for b in batch]})")
+            _not_applied(run, it, [b.pack for b in batch])
         for hook in run.hooks:
             hook.after_iteration(run, it)
-        if stop.agreed() and run.state.iteration < run.max_iterations:
+        if stop.agreed(run.saver.save_time) and run.state.iteration < run.max_iterations:
             run.save(last=True)
             logger.warning(
                 f"stopped at iteration {run.state.iteration} on {stop.reason}; run again with --resume to go on"
@@ -232,6 +233,33 @@ def loop(run: Run, stop: Stop) -> int:
         + (f"; {left} packs at the end filled no iteration" if left else "")
     )
     return EXIT_DONE
+
+
+def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
+    """Tell why an iteration changed no weight. Raises: DivergedError beyond the budget `train_cfg.max_skipped`."""
+    number = it.state.iteration
+    if not it.num_targets:
+        logger.warning(f"iteration {number} changed no weight: it has no token to learn from (packs {packs})")
+        return
+    run.state = dataclasses.replace(run.state, skipped=run.state.skipped + 1)
+    what = f"iteration {number}: loss {it.loss}, gradient norm {it.grad_norm}; the step was not applied"
+    budget = run.config.get("train_cfg.max_skipped", 0)
+    data = run.loader.dataset
+    files = {data.documents[data.locate(p)[0]].name for p in packs}
+    if run.state.skipped <= budget:
+        logger.warning(f"{what} (packs {packs}; {run.state.skipped} of at most {budget} such iterations)")
+        return
+    last = checkpoint.latest(run.work_dir)
+    again = f"xtuner train {run.config.path} --work-dir {run.work_dir}" + (f" --resume {last}" if last else "")
+    raise DivergedError(
+        what,
+        where=f"packs {packs} of {', '.join(sorted(files))}",
+        why="weights that met a NaN would be lost; these are as they were before the iteration",
+        do=f"run the same iterations again: {again}\n"
+        f"        look at a pack: xtuner data show {data.documents.folder} --pack {packs[0]} "
+        f"--max-length {data.packed_length} --seed {data.seed} --tokenizer DIR\n"
+        f"        or go on without such iterations: --cfg-options train_cfg.max_skipped=10",
+    )
 
 
 def _advance(run: Run, num_targets: int) -> TrainState:

@@ -1,0 +1,62 @@
+"""xtuner data tokenize INPUT... --tokenizer FOLDER --output DIR: text → .bin and .bin.meta files."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    both = argparse.BooleanOptionalAction
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or folders (walked in sorted order)")
+    parser.add_argument("--tokenizer", required=True, help="model folder or hub id with tokenizer.model or .json")
+    parser.add_argument("--output", required=True, metavar="DIR", help="gets train/TYPE/NAME.bin, and valid/ if asked")
+    parser.add_argument(
+        "--type", metavar="TYPE", help="folder name, e.g. cn, en, code, ja, ar, kaoshi (default: en; ftdp: cn/DATASET)"
+    )
+    parser.add_argument(
+        "--format", default="auto", help="txt, json, jsonl, alpaca, chat, ftdp; auto (default): by ending and record 1"
+    )
+    parser.add_argument("--text-key", default="text", help="where a json record has its text (default: text)")
+    parser.add_argument(
+        "--whole-record", action="store_true", help="tokenize a record's JSON, as InternEvo's tool does"
+    )
+    parser.add_argument(
+        "--template", default="internlm2_chat", help="for alpaca: internlm2_chat (default), or internevo, bit by bit"
+    )
+    parser.add_argument("--add-bos", action=both, help="begin each document with the begin token (default: yes)")
+    parser.add_argument("--add-eos", action=both, help="end each with the end token (default: text yes, chat no)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="cut conversations there (default: 32768 for ftdp, else no cut)"
+    )
+    parser.add_argument(
+        "--allow-special",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a special token that a text may spell, e.g. '<s>'; may be given again",
+    )
+    parser.add_argument("--valid-fraction", type=float, default=0.0, metavar="F", help="share of documents for valid/")
+    parser.add_argument("--seed", type=int, default=0, help="of the division into train and valid (default: 0)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that are there")
+
+
+def run(args: argparse.Namespace) -> int:
+    from xtuner.core import log
+    from xtuner.data.tokenize.run import tokenize
+    from xtuner.data.tokenize.settings import Settings
+
+    log.setup()
+    settings = Settings(
+        tokenizer=args.tokenizer,
+        format=args.format,
+        text_key=args.text_key,
+        whole_record=args.whole_record,
+        template=args.template,
+        add_bos=args.add_bos,
+        add_eos=args.add_eos,
+        max_length=args.max_length,
+        allow_special=tuple(args.allow_special),
+        valid_fraction=args.valid_fraction,
+        seed=args.seed,
+    )
+    tokenize(args.inputs, args.output, settings, args.type, args.workers, args.overwrite)
+    return 0

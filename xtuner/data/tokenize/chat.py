@@ -1,0 +1,77 @@
+"""Chat records: `{"messages": [{"role": …, "content": …}, …]}`, or the bare list."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from xtuner.core.errors import did_you_mean
+from xtuner.data.chat_template import ROLES, Message, Piece
+from xtuner.data.tokenize.read import Mistake
+from xtuner.data.tokenizer import Tokenizer
+
+# Keys of another format, in which a tool message is the tool's answer. Taken for ours it would be learned.
+_OPENAI_KEYS = ("tool_calls", "tool_call_id", "function_call")
+
+
+def messages(record: Any) -> list[Message]:
+    """Raises: Mistake."""
+    if isinstance(record, dict):
+        if "messages" not in record:
+            raise Mistake(f"no key 'messages'; the record has {', '.join(map(repr, list(record)[:8])) or 'none'}")
+        record = record["messages"]
+    if not isinstance(record, list):
+        raise Mistake(f"the messages are a {type(record).__name__}, not a list")
+    if not record:
+        raise Mistake("a conversation without messages")
+    return [_message(n, value) for n, value in enumerate(record, 1)]
+
+
+def _message(n: int, value: Any) -> Message:
+    if not isinstance(value, dict):
+        raise Mistake(f"message {n} is a {type(value).__name__}, not an object")
+    for key in ("role", "content"):
+        if key not in value:
+            raise Mistake(f"message {n} has no {key!r}")
+        if not isinstance(value[key], str):
+            raise Mistake(f"message {n}: {key!r} is a {type(value[key]).__name__}, not a text")
+    role, name, loss = value["role"], value.get("name"), value.get("loss")
+    if role not in ROLES:
+        known = ", ".join(ROLES)
+        raise Mistake(f"message {n} has the unknown role {role!r}.{did_you_mean(role, list(ROLES))} Known: {known}")
+    foreign = [key for key in _OPENAI_KEYS if value.get(key)]
+    if foreign:
+        raise Mistake(
+            f"message {n} has {foreign[0]!r}, OpenAI's form of tool use: write each call as a message of role tool, "
+            "and what the tool answers as one of role environment"
+        )
+    if not isinstance(name, str | None):
+        raise Mistake(f"message {n}: 'name' is a {type(name).__name__}, not a text")
+    if not isinstance(loss, bool | None):
+        raise Mistake(f"message {n}: 'loss' is {loss!r}, neither true nor false")
+    return Message(role, value["content"], name or "", loss)
+
+
+def encode(pieces: Iterable[Piece], tokenizer: Tokenizer, allowed: Collection[str] = ()) -> list[int]:
+    """Signed ids of a conversation.
+
+    Text is encoded run by run. A run ends at a mark and where learning begins or ends, because a server, too, has
+    the ids of the prompt before it generates the first one of the answer.
+    """
+    tokens: list[int] = []
+    run, is_learned = "", False
+
+    def flush() -> None:
+        nonlocal run
+        ids = tokenizer.encode_plain(run, allowed) if run else []
+        tokens.extend(ids if is_learned else [-i for i in ids])
+        run = ""
+
+    for text, learned, is_mark in pieces:
+        if is_mark or learned != is_learned:
+            flush()
+            is_learned = learned
+        if is_mark and text in tokenizer.special:
+            tokens.append(tokenizer.special[text] if learned else -tokenizer.special[text])
+        else:
+            run += text  # also the mark of a tool that the tokenizer has no name for
+    flush()
+    return tokens

@@ -1,0 +1,186 @@
+"""Which input goes to which output, and which outputs are there already.
+
+Beside the data lies a record of what each output was made from, `made_from/TYPE/NAME.json`. It says `"done": true`
+only when both parts have their names, so that an unfinished output is known and simply made again.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xtuner.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from xtuner.core.files import file_entry, read_json, sha256, write_json
+from xtuner.core.log import logger
+from xtuner.data.format import meta_path
+from xtuner.data.index import walk
+from xtuner.data.tokenize.read import first_record, is_list
+from xtuner.data.tokenize.settings import Settings
+
+SUFFIXES = {
+    "auto": (".txt", ".json", ".jsonl"),
+    "txt": (".txt",),
+    "json": (".json",),
+    "jsonl": (".jsonl",),
+    "alpaca": (".json", ".jsonl"),
+    "chat": (".json", ".jsonl"),
+    "ftdp": (".jsonl",),
+}
+PARTS = ("train", "valid")
+FTDP_FOLDER = "chatml_llamav13_32k"
+SHOWN = 10
+
+
+@dataclass
+class Job:
+    """One input file. `name` is TYPE/NAME, without `.bin`; `folder` holds train/ and valid/."""
+
+    source: Path
+    name: str
+    folder: Path
+    settings: Settings
+    sha256: str = ""  # of the source, known when it was read
+
+    def part(self, part: str) -> Path:
+        return self.folder / part / f"{self.name}.bin"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "made_from" / f"{self.name}.json"
+
+    def existing(self) -> list[Path]:
+        files = [p for part in PARTS for p in (self.part(part), meta_path(self.part(part)))]
+        return [p for p in files if p.exists()]
+
+    def write_record(self, recipe: dict[str, Any], **facts: Any) -> None:
+        write_json(self.record, {"input": self.source.name, "settings": recipe, **facts})
+
+
+def jobs(inputs: list[str], output: str, settings: Settings, kind: str | None) -> list[Job]:
+    """One job an input file, in order. `kind` is TYPE; None for `en`, and for `cn/DATASET` of ftdp data.
+
+    Raises: ConfigError, DataError.
+    """
+    root = Path(output).expanduser()
+    if kind is not None and (not kind or kind != Path(kind).name):
+        raise ConfigError(f"{kind!r} is no folder name", where="--type", do="a name such as en, cn or code")
+    try:
+        found = [job for name in inputs for job in _jobs_of(Path(name).expanduser(), root, settings, kind)]
+    except OSError as e:
+        raise DataError(f"the input cannot be read: {e.strerror}", where=str(e.filename)) from None
+    by_name: dict[str, Job] = {}
+    for job in found:
+        other = by_name.setdefault(job.name, job)
+        if other is not job:
+            raise ConfigError(
+                f"two inputs would be written as {job.name}.bin",
+                where=f"{other.source} and {job.source}",
+                do="rename one, or give them another --type in a run of its own",
+            )
+    return found
+
+
+def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None) -> list[Job]:
+    if not path.exists():
+        raise ConfigError("the input is not there", where=str(path))
+    wanted = SUFFIXES[settings.format]
+    if path.is_file():
+        files = [(path, path.stem)]
+    else:
+        names = [Path(name) for name in walk(path, "")]
+        names = [n for n in names if not any(part.startswith(".") for part in n.parts)]
+        names = [n for n in names if not (path / n).resolve().is_relative_to(root.resolve())]
+        files = [(path / n, n.with_suffix("").as_posix()) for n in names if n.suffix in wanted]
+        if settings.format == "ftdp":
+            files = [(file, name) for file, name in files if "processed" in Path(name).parent.parts]
+        if left_out := len(names) - len(files):
+            logger.info(f"{path}: {left_out} files are none of {', '.join(wanted)}: left out")
+    if not files:
+        layout = "DATASET/processed/FILE.jsonl" if settings.format == "ftdp" else " or ".join(wanted)
+        raise DataError(f"no {layout} in the input folder", where=str(path))
+    if settings.format == "ftdp":
+        named = [(file, f"{kind or 'cn'}/{_dataset(file)}/{file.stem}") for file, _ in files]
+        return [Job(file, name, root / FTDP_FOLDER, settings.resolved("ftdp")) for file, name in named]
+    return [Job(f, f"{kind or 'en'}/{name}", root, settings.resolved(_format(f, settings))) for f, name in files]
+
+
+def _dataset(file: Path) -> str:
+    """DATASET of …/DATASET/processed/…/FILE.jsonl: the folder above the innermost `processed`."""
+    above = file.absolute().parent.parts
+    if "processed" not in above:
+        raise ConfigError(
+            "the file is in no folder `processed`",
+            where=str(file),
+            why="the data set's name is the folder above it",
+            do="--format chat for files that lie elsewhere",
+        )
+    at = len(above) - 1 - above[::-1].index("processed")
+    return above[at - 1]
+
+
+def _format(file: Path, settings: Settings) -> str:
+    """`auto` goes by the ending and the first record."""
+    if settings.format != "auto":
+        return settings.format
+    if file.suffix not in SUFFIXES["auto"]:
+        hint = did_you_mean(file.suffix, list(SUFFIXES["auto"]))
+        raise ConfigError(f"the ending {file.suffix!r} tells no format.{hint}", where=str(file), do="give --format")
+    if file.suffix == ".txt":
+        return "txt"
+    texts = "json" if is_list(file, "auto") else "jsonl"
+    if settings.whole_record or settings.text_key != Settings.text_key:
+        return texts
+    try:
+        record = json.loads(first_record(file))
+    except (ValueError, RecursionError):
+        record = None  # tokenizing will say what is wrong, and where
+    head = record[0] if isinstance(record, list) and record else None
+    if isinstance(head, dict) and "role" in head:
+        return "chat"
+    if isinstance(record, dict) and "messages" in record:
+        return "chat"
+    if isinstance(record, dict) and {"instruction", "output"} <= record.keys():
+        return "alpaca"
+    return texts
+
+
+def is_done(job: Job, recipe: dict[str, Any]) -> bool:
+    """Whether the output is complete and made from this input with these settings. Reads input and output.
+
+    Raises: DataError if there is another output of that name.
+    """
+    existing = job.existing()
+    if not existing:
+        return False
+    try:
+        found = read_json(job.record)
+    except CheckpointError:
+        found = None
+    record = found if isinstance(found, dict) else {}
+    if record.get("done") is False:
+        return False
+    reason = _difference(job, record, recipe, existing)
+    if reason:
+        raise DataError(
+            f"there is an output already, and {reason}",
+            where=str(existing[0]),
+            why="tokenizing never appends, and never replaces unasked",
+            do="--overwrite replaces it; or give another --output or --type",
+        )
+    return True
+
+
+def _difference(job: Job, record: dict[str, Any], recipe: dict[str, Any], existing: list[Path]) -> str:
+    if not record:
+        return "nothing says what it was made from"
+    before = record.get("settings", {})
+    if changed := [key for key in recipe if before.get(key) != json.loads(json.dumps(recipe[key]))]:
+        return f"it was made with other settings: {', '.join(changed)}"
+    if record.get("bytes") != job.source.stat().st_size or record.get("sha256") != sha256(job.source):
+        return f"it was made from other contents of {job.source.name}"
+    outputs = record.get("outputs", {})
+    if {str(p.relative_to(job.folder)) for p in existing} != set(outputs):
+        return "a file of it is missing or was added"
+    if altered := [name for name, entry in outputs.items() if file_entry(job.folder / name) != entry]:
+        return f"{altered[0]} is altered"
+    return ""

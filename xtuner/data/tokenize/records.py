@@ -1,0 +1,137 @@
+"""One record → signed tokens, by format."""
+
+import json
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+from xtuner.core.errors import ConfigError
+from xtuner.data.chat_template import INTERNLM2_MARKS, internlm2_chat
+from xtuner.data.tokenize import alpaca, chat
+from xtuner.data.tokenize.read import Mistake
+from xtuner.data.tokenize.settings import CHATS, Settings
+from xtuner.data.tokenizer import Tokenizer, load_tokenizer
+
+
+class Document(NamedTuple):
+    """Signed tokens; `cut` if `max_length` took some away."""
+
+    tokens: list[int]
+    cut: bool = False
+
+
+Encoder = Callable[[str], Document | None]  # None for a record without text; raises Mistake
+
+
+@lru_cache
+def encoder(settings: Settings) -> Encoder:
+    """What turns the text of a record into a document. Raises: ConfigError if the tokenizer lacks what it takes."""
+    tokenizer = _tokenizer(settings.tokenizer)
+    _check(tokenizer, settings)
+    encode = _chat_document if settings.format in CHATS else _text_document
+    return partial(encode, tokenizer=tokenizer, settings=settings)
+
+
+def forget() -> None:
+    """Load tokenizers anew: their files may have changed since."""
+    encoder.cache_clear()
+    _tokenizer.cache_clear()
+
+
+@lru_cache
+def _tokenizer(name: str) -> Tokenizer:
+    return load_tokenizer(name)
+
+
+def _check(tokenizer: Tokenizer, settings: Settings) -> None:
+    for option, needed, has in (
+        ("--add-bos", settings.add_bos, tokenizer.bos_id),
+        ("--add-eos", settings.add_eos, tokenizer.eos_id),
+    ):
+        if needed and has is None:
+            kind = option[-3:]
+            do = f"leave it out with --no-add-{kind}, or set {kind}_token in tokenizer_config.json"
+            raise ConfigError(f"the tokenizer has no {kind} token", where=str(tokenizer.folder), do=do)
+    needs = INTERNLM2_MARKS[:4] if settings.template == "internlm2_chat" else ()
+    missing = [name for name in (*needs, *settings.allow_special) if name not in tokenizer.special]
+    if missing:
+        raise ConfigError(
+            f"the tokenizer has no special token {', '.join(missing)}",
+            where=str(tokenizer.folder),
+            why="spelt in ordinary pieces it would not be what the model and its servers look for",
+            do="use a chat model's tokenizer, or list it in added_tokens_decoder of tokenizer_config.json",
+        )
+    if settings.template == "internevo" and tokenizer.vocab_size <= alpaca.INTERNEVO_END:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids; the internevo template uses {alpaca.INTERNEVO_END}",
+            where=str(tokenizer.folder),
+            do="use InternLM2's tokenizer, or --template internlm2_chat",
+        )
+
+
+def _text_document(record: str, tokenizer: Tokenizer, settings: Settings) -> Document | None:
+    text = _text(record, settings)
+    if not text.strip():
+        return None
+    ids = _encoded(partial(tokenizer.encode_plain, text, settings.allow_special))
+    return Document([*_begin(tokenizer, settings), *ids, *_end(tokenizer, settings)])
+
+
+def _text(record: str, settings: Settings) -> str:
+    if settings.format == "txt":
+        return record.strip()
+    value = parse(record)
+    if settings.whole_record:
+        return record if settings.format == "jsonl" else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    key = settings.text_key
+    if not isinstance(value, dict):
+        raise Mistake(f"a record is a {type(value).__name__}, neither an object with the key {key!r} nor a text")
+    if key not in value:
+        has = ", ".join(map(repr, list(value)[:8])) or "none"
+        raise Mistake(f"no key {key!r} (--text-key names another); the record has {has}")
+    if not isinstance(value[key], str):
+        raise Mistake(f"the value of {key!r} is a {type(value[key]).__name__}, not a text")
+    return str(value[key])
+
+
+def _chat_document(record: str, tokenizer: Tokenizer, settings: Settings) -> Document | None:
+    value = parse(record)
+    limit = settings.max_length
+    begin, end = _begin(tokenizer, settings), _end(tokenizer, settings)
+    if settings.template == "internevo":
+        body = _encoded(partial(alpaca.internevo, value, tokenizer, settings.allow_special))
+        keep = len(body) if limit is None else limit - len(begin) - len(end)  # the end token is never cut off
+        return Document([*begin, *body[:keep], *end], cut=keep < len(body))
+    messages = alpaca.messages(value) if settings.format == "alpaca" else chat.messages(value)
+    body = _encoded(partial(chat.encode, internlm2_chat(messages), tokenizer, settings.allow_special))
+    tokens = [*begin, *body, *end]
+    return Document(tokens[:limit], cut=limit is not None and len(tokens) > limit)
+
+
+def _begin(tokenizer: Tokenizer, settings: Settings) -> list[int]:
+    return [tokenizer.bos_id] if settings.add_bos and tokenizer.bos_id is not None else []
+
+
+def _end(tokenizer: Tokenizer, settings: Settings) -> list[int]:
+    return [tokenizer.eos_id] if settings.add_eos and tokenizer.eos_id is not None else []
+
+
+def parse(record: str) -> Any:
+    try:
+        return json.loads(record)
+    except json.JSONDecodeError as e:
+        raise Mistake(f"not JSON: {e.msg}, character {e.pos}") from None
+    except RecursionError:
+        raise Mistake("nested too deeply") from None
+    except ValueError as e:  # a number with thousands of digits
+        raise Mistake(f"not readable: {e}") from None
+
+
+def _encoded(encode: Callable[[], list[int]]) -> list[int]:
+    """The ids; half a surrogate pair, which JSON can spell and UTF-8 cannot, is a mistake of the input."""
+    try:
+        return encode()
+    except (RuntimeError, UnicodeError, TypeError) as e:
+        raise Mistake(f"the text cannot be encoded, perhaps for half a surrogate pair such as \\ud800: {e}") from None

@@ -1,0 +1,180 @@
+"""Tokenize files: the one way in, for the command and for scripts."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from xtuner.core.errors import CheckpointError, ConfigError, DataError
+from xtuner.core.log import logger, progress
+from xtuner.data.tokenize.plan import PARTS, SHOWN, Job, is_done, jobs
+from xtuner.data.tokenize.read import CHUNK, Chunk, chunks
+from xtuner.data.tokenize.records import encoder, forget
+from xtuner.data.tokenize.settings import Settings
+from xtuner.data.tokenize.work import MISTAKES, Result, ordered
+from xtuner.data.tokenizer import load_tokenizer
+from xtuner.data.write import PairWriter, remove_leftovers
+
+
+@dataclass
+class Report:
+    files: int = 0
+    skipped: int = 0
+    documents: int = 0
+    tokens: int = 0
+
+
+def tokenize(
+    inputs: list[str],
+    output: str,
+    settings: Settings,
+    kind: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Write `output`/{train,valid}/TYPE/NAME.bin and .bin.meta for each input file.
+
+    Args:
+        inputs: files, or folders that are walked in sorted order.
+        kind: TYPE; None for `en` (ftdp data: `cn`).
+        workers: processes; None for one a core. The bytes do not depend on it.
+        overwrite: replace outputs that are there. Otherwise those made from the same input and settings are left as
+            they are, and others are refused.
+    Raises: ConfigError; DataError with file and line of up to 20 mistakes: files without mistakes are written
+        nevertheless, of files with mistakes nothing is.
+    """
+    settings.check()
+    workers = _workers(workers)
+    forget()
+    identity = load_tokenizer(settings.tokenizer).identity()
+    todo, report = [], Report()
+    refused: list[DataError] = []
+    for job in jobs(inputs, output, settings, kind):
+        encoder(job.settings)  # a tokenizer that lacks something is known before anything is written
+        try:
+            if not overwrite and is_done(job, job.settings.recipe(identity)):
+                logger.info(f"{job.name}: complete, made from the same input and settings: skipped")
+                report.skipped += 1
+                continue
+        except DataError as e:
+            refused.append(e)
+        todo.append(job)
+    if refused:
+        raise _refusal(refused)
+    for folder in {path.parent for job in todo for path in (job.record, *map(job.part, PARTS))}:
+        remove_leftovers(folder)
+    try:
+        _run(todo, identity, workers, report)
+    except OSError as e:
+        raise CheckpointError(
+            f"the output cannot be written: {e.strerror or e}",
+            where=str(e.filename or output),
+            do="make room or give another --output, and run the same command again",
+        ) from None
+    logger.info(
+        f"{report.files} files tokenized, {report.skipped} skipped: {report.documents:,} documents, "
+        f"{report.tokens:,} tokens"
+    )
+    return report
+
+
+def _workers(workers: int | None) -> int:
+    if workers is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers < 1:
+        raise ConfigError(f"{workers} processes do no work", where="--workers", do="1 or more")
+    return workers
+
+
+def _refusal(refused: list[DataError]) -> DataError:
+    if len(refused) == 1:
+        return refused[0]
+    first = refused[0]
+    listed = "".join(f"\n  {e.where}: {e.what.partition(', and ')[2]}" for e in refused[:SHOWN])
+    return DataError(f"{len(refused)} outputs are there already:{listed}", why=first.why, do=first.do)
+
+
+def _run(todo: list[Job], identity: str, workers: int, report: Report) -> None:
+    sizes = [-(-job.source.stat().st_size // CHUNK) + 1 for job in todo]
+    if sum(sizes) - len(sizes) <= 1:
+        workers = 1  # a worker takes longer to start than this takes
+    results = progress(ordered(_chunks(todo), workers), "tokenizing (MiB)", total=sum(sizes))
+    mistakes: list[str] = []
+    for number, group in groupby(results, key=lambda result: result.job):
+        job = todo[number]
+        found = _write(job, group, identity, report)
+        mistakes += [
+            f"{job.source}:{line}: {message}" if line else f"{job.source}: {message}" for line, message in found
+        ]
+        if len(mistakes) >= MISTAKES:
+            break
+    if mistakes:
+        shown = mistakes[:MISTAKES]
+        more = ", and perhaps more" if len(mistakes) >= MISTAKES else ""
+        raise DataError(
+            f"{len(shown)} mistake{'s' * (len(shown) > 1)} in the input{more}:\n  " + "\n  ".join(shown),
+            why="nothing is written of a file with a mistake",
+            do="correct them and run the same command again; finished files are not made twice",
+        )
+
+
+def _chunks(todo: list[Job]) -> Iterator[Chunk]:
+    for number, job in enumerate(todo):
+
+        def done(sha256: str, job: Job = job) -> None:
+            job.sha256 = sha256
+
+        try:
+            yield from chunks(job.source, number, job.settings, done)
+        except OSError as e:
+            raise DataError(f"the input cannot be read: {e.strerror}", where=str(job.source)) from None
+
+
+def _write(job: Job, results: Iterator[Result], identity: str, report: Report) -> list[tuple[int, str]]:
+    """Write both parts of one file, or nothing. Returns its mistakes."""
+    mistakes: list[tuple[int, str]] = []
+    stats: Counter[str] = Counter()
+    with PairWriter(job.part("train")) as train, PairWriter(job.part("valid")) as valid:
+        for result in results:
+            mistakes += result.mistakes
+            stats += result.stats
+            if len(mistakes) >= MISTAKES:
+                return mistakes
+            if not mistakes:
+                train.write(result.train)
+                valid.write(result.valid)
+        documents = train.documents + valid.documents
+        if not documents and not mistakes:
+            mistakes = [(0, "no document in it: " + ("it is empty" if not stats["records"] else "all texts are empty"))]
+        if mistakes:
+            return mistakes
+        recipe = job.settings.recipe(identity)
+        job.write_record(recipe, done=False)  # from here to the next record the output may be half old, half new
+        outputs: dict[str, Any] = {}
+        for writer in (train, valid):
+            folder = writer.path.parent.relative_to(job.folder)
+            outputs |= {(folder / name).as_posix(): entry for name, entry in writer.commit().items()}
+        facts = {"bytes": job.source.stat().st_size, "sha256": job.sha256, "outputs": outputs}
+        job.write_record(recipe, done=True, **facts, documents=documents, tokens=train.tokens + valid.tokens)
+    _tell(job, stats, train, valid)
+    report.files += 1
+    report.documents += documents
+    report.tokens += train.tokens + valid.tokens
+    return []
+
+
+def _tell(job: Job, stats: Counter[str], train: PairWriter, valid: PairWriter) -> None:
+    parts = f"{train.documents:,} documents, {train.tokens:,} tokens"
+    if job.settings.valid_fraction:
+        parts += f"; valid: {valid.documents:,} documents, {valid.tokens:,} tokens"
+    logger.info(f"{job.name}.bin: {job.settings.format}, {parts}")
+    for key, text in (
+        ("empty", "records have no text: left out"),
+        ("cut", f"documents were longer than {job.settings.max_length} tokens: cut there"),
+        ("unlearned", "documents have nothing to learn"),
+        ("zeros", "tokens have id 0, which this format cannot mark as learned"),
+    ):
+        if stats[key]:
+            logger.warning(f"{job.name}.bin: {stats[key]:,} {text}")

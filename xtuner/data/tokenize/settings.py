@@ -1,0 +1,81 @@
+"""What decides the bytes of an output."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from xtuner.core.errors import ConfigError, did_you_mean
+
+TEXTS = ("txt", "json", "jsonl")
+CHATS = ("alpaca", "chat", "ftdp")
+FORMATS = TEXTS + CHATS
+TEMPLATES = ("internlm2_chat", "internevo")
+RULES = 1  # raise it when the same input and settings give other bytes than before: old outputs are then made again
+FTDP_LENGTH = 32768
+INTERNEVO_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Settings:
+    """None: what suits the format. `tokenizer` is a folder or hub id."""
+
+    tokenizer: str
+    format: str = "auto"
+    text_key: str = "text"
+    whole_record: bool = False  # tokenize a record's JSON, as InternEvo's tool does, instead of its text
+    template: str = "internlm2_chat"
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    max_length: int | None = None
+    allow_special: tuple[str, ...] = ()
+    valid_fraction: float = 0.0
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises: ConfigError."""
+        for option, value, known in (
+            ("--format", self.format, ("auto", *FORMATS)),
+            ("--template", self.template, TEMPLATES),
+        ):
+            if value not in known:
+                hint = did_you_mean(value, list(known))
+                raise ConfigError(f"unknown {value!r}.{hint}", where=option, do=f"one of {', '.join(known)}")
+        if not 0 <= self.valid_fraction <= 1:
+            raise ConfigError(f"{self.valid_fraction} is no fraction", where="--valid-fraction", do="from 0 to 1")
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"{self.max_length} tokens hold no document", where="--max-length", do="2 or more")
+        if self.template == "internevo" and self.format not in ("auto", "alpaca"):
+            raise ConfigError(
+                f"the internevo template writes alpaca records only, not {self.format}",
+                where="--template internevo",
+                do="--format alpaca, or --template internlm2_chat",
+            )
+
+    def resolved(self, kind: str) -> "Settings":
+        """The settings for one file of format `kind`, with nothing left open and nothing in it that has no effect."""
+        is_text = kind in TEXTS
+        if is_text and self.max_length is not None:
+            raise ConfigError(
+                f"{kind} documents are not cut",
+                where=f"--max-length {self.max_length}",
+                why="the rest of each would be lost; packing cuts them without loss",
+                do="leave --max-length out",
+            )
+        internevo = kind == "alpaca" and self.template == "internevo"
+        default_length = INTERNEVO_LENGTH if internevo else FTDP_LENGTH if kind == "ftdp" else None
+        keyed = kind in ("json", "jsonl")
+        return replace(
+            self,
+            format=kind,
+            text_key=self.text_key if keyed and not self.whole_record else "",
+            whole_record=self.whole_record and keyed,
+            template="" if is_text else "internevo" if internevo else "internlm2_chat",
+            add_bos=True if self.add_bos is None else self.add_bos,
+            add_eos=(is_text or internevo) if self.add_eos is None else self.add_eos,
+            max_length=self.max_length or default_length,
+            allow_special=tuple(sorted(set(self.allow_special))),
+            seed=self.seed if self.valid_fraction else 0,
+        )
+
+    def recipe(self, tokenizer_identity: str) -> dict[str, Any]:
+        """As the record beside an output keeps it: no paths, so that a moved tokenizer is the same tokenizer."""
+        return {"rules": RULES, **asdict(self), "tokenizer": tokenizer_identity}

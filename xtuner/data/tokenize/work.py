@@ -1,0 +1,121 @@
+"""Chunks → lines of a `.bin`, in this process or in several; results come in the order of the chunks."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.context import BaseContext
+
+from xtuner.core.errors import CheckpointError
+from xtuner.data.tokenize.read import Chunk, Mistake
+from xtuner.data.tokenize.records import Document, encoder
+from xtuner.data.tokenize.settings import CHATS, Settings
+from xtuner.data.write import Block, line_of
+
+MISTAKES = 20  # as many are shown; then we stop
+
+
+@dataclass
+class Result:
+    job: int
+    train: Block = field(default_factory=Block)
+    valid: Block = field(default_factory=Block)
+    mistakes: list[tuple[int, str]] = field(default_factory=list)  # (line, message)
+    stats: Counter[str] = field(default_factory=Counter)
+
+
+def encode_chunk(chunk: Chunk) -> Result:
+    """Mistakes are collected, not raised; at most `MISTAKES` of them."""
+    result = Result(chunk.job)
+    settings = chunk.settings
+    encode = encoder(settings)
+
+    def complain(line: int, message: str) -> None:
+        result.mistakes.append((line, message))
+
+    for line, text in chunk.records(complain):
+        if len(result.mistakes) >= MISTAKES:
+            break
+        try:
+            document = encode(text)
+        except Mistake as e:
+            complain(line + max(e.line - 1, 0), e.message)
+            continue
+        result.stats["records"] += 1
+        if document is None:
+            result.stats["empty"] += 1
+            continue
+        _count(document, settings, result.stats)
+        written = line_of(document.tokens)
+        part = result.valid if is_valid(written, settings) else result.train
+        part.add(written, len(document.tokens))
+    return result
+
+
+def is_valid(line: bytes, settings: Settings) -> bool:
+    """Whether a document goes to the valid part. Its contents and the seed decide, so equal ones stay together."""
+    if not settings.valid_fraction:
+        return False
+    digest = hashlib.blake2b(line, digest_size=8, key=str(settings.seed).encode()).digest()
+    return int.from_bytes(digest, "big") < settings.valid_fraction * 2**64
+
+
+def _count(document: Document, settings: Settings, stats: Counter[str]) -> None:
+    stats["cut"] += document.cut
+    stats["zeros"] += document.tokens.count(0)
+    if settings.format in CHATS and max(document.tokens[1:], default=0) <= 0:
+        stats["unlearned"] += 1
+
+
+def ordered(chunks: Iterable[Chunk], workers: int) -> Iterator[Result]:
+    """Results in the order of the chunks. At most `2 * workers + 2` chunks are under way, whatever the input's size.
+
+    Workers are never forked from this process, which may have threads: a server of their own imports once and forks
+    them. They end when this process does, however it ends.
+    """
+    if workers == 1:
+        yield from map(encode_chunk, chunks)
+        return
+    pool = ProcessPoolExecutor(workers, _context(), initializer=_start_worker)
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append(pool.submit(encode_chunk, chunk))
+            if len(waiting) > 2 * workers + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise CheckpointError(
+            "a worker process ended by itself",
+            why="its part of the text is lost; the system may have killed it for memory",
+            do="run the same command again, with fewer --workers if it happens again",
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _context() -> BaseContext:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()  # returns when the parent is gone, also by SIGKILL
+        os._exit(1)

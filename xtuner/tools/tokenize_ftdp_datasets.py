@@ -1,0 +1,41 @@
+"""python xtuner/tools/tokenize_ftdp_datasets.py --processed-dir P --tokenized-dir T --tokenizer-path M
+
+DATASET/processed/**.jsonl below P → T/chatml_llamav13_32k/{train,valid}/cn/DATASET/FILE.bin. The same as
+`xtuner data tokenize P --tokenizer M --output T --format ftdp`.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processed-dir", required=True, help="holds DATASET/processed/**.jsonl")
+    parser.add_argument("--tokenized-dir", required=True, help="gets chatml_llamav13_32k/train/cn/DATASET/FILE.bin")
+    parser.add_argument("--tokenizer-path", required=True, help="model folder or hub id")
+    parser.add_argument("--max-length", type=int, metavar="N", help="cut conversations there (default: 32768)")
+    parser.add_argument("--valid-fraction", type=float, default=0.0, metavar="F", help="share of documents for valid/")
+    parser.add_argument("--seed", type=int, default=0, help="of the division into train and valid (default: 0)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--overwrite", action="store_true", help="replace outputs that are there")
+
+
+def run(args: argparse.Namespace) -> int:
+    from xtuner.core import log
+    from xtuner.data.tokenize.run import tokenize
+    from xtuner.data.tokenize.settings import Settings
+
+    log.setup()
+    settings = Settings(
+        tokenizer=args.tokenizer_path,
+        format="ftdp",
+        max_length=args.max_length,
+        valid_fraction=args.valid_fraction,
+        seed=args.seed,
+    )
+    tokenize([args.processed_dir], args.tokenized_dir, settings, None, args.workers, args.overwrite)
+    return 0
+
+
+if __name__ == "__main__":
+    from xtuner.core.command import script
+
+    script("ftdp data sets → .bin and .bin.meta files", add_arguments, run)

@@ -13,6 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="go on from a checkpoint; alone or `auto`: from the newest in the work dir, or start if there is none",
     )
+    parser.add_argument(
+        "--strict-resume", action="store_true", help="a damaged checkpoint is an error, none before it is used"
+    )
     parser.add_argument("--seed", type=int, help="of random weights; overrides randomness.seed")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
     parser.add_argument("--dry-run", action="store_true", help="check and report everything, train nothing")
@@ -32,4 +35,6 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.cfg_options)
     device = setup(args.launcher, args.deepspeed)
     work_dir = args.work_dir or config.get("work_dir") or Path("work_dirs") / config.name
-    return train(config, Path(work_dir), device, args.resume, args.seed, args.dry_run, args.max_minutes)
+    return train(
+        config, Path(work_dir), device, args.resume, args.seed, args.dry_run, args.max_minutes, args.strict_resume
+    )

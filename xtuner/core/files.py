@@ -107,8 +107,13 @@ def verify(folder: str | Path) -> dict[str, Any]:
     Returns the manifest. Raises: CheckpointError naming the first file that is missing, short or altered.
     """
     folder = Path(folder)
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    for name, entry in manifest["files"].items():
+    manifest = read_json(folder / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()
+    ):
+        raise CheckpointError("the manifest is no manifest", where=str(folder / MANIFEST))
+    for name, entry in files.items():
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise CheckpointError(f"the manifest names a file outside its directory: {name}", where=str(folder))
@@ -119,7 +124,10 @@ def verify(folder: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}", where=str(file))
         if sha256(file) != entry["sha256"]:
             raise CheckpointError(f"{name} is altered: its sha256 is not the manifest's", where=str(file))
-    return manifest
+    unknown = [n for p in folder.rglob("*") if p.is_file() and (n := p.relative_to(folder).as_posix()) not in files]
+    if set(unknown) - {MANIFEST}:
+        raise CheckpointError(f"{min(set(unknown) - {MANIFEST})} is not in the manifest", where=str(folder))
+    return dict(manifest)
 
 
 def remove_tree(folder: Path) -> None:

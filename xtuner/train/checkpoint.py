@@ -116,18 +116,27 @@ def _found(work_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), p) for m, p in found if m and (p / MANIFEST).is_file())
 
 
-def latest(work_dir: Path) -> Path | None:
-    """The newest checkpoint whose every file is as it was written. Damaged ones are named and passed over."""
+def latest(work_dir: Path, strict: bool = False) -> Path | None:
+    """The newest checkpoint whose every file is as it was written.
+
+    A damaged one is named and set aside as `iter_N.pth.damaged`, so that nothing takes it for whole and a person can
+    look at it; the one before is used. With `strict` it is an error instead.
+    """
     for _, folder in reversed(_found(work_dir)):
         try:
             verify(folder)
             return folder
         except CheckpointError as e:
-            logger.warning(f"{folder.name} is damaged, the one before it is used: {e.what}")
+            if strict:
+                raise
+            aside = folder.with_name(f"{folder.name}.damaged")
+            remove_tree(aside)
+            folder.rename(aside)
+            logger.warning(f"{folder.name} is damaged, the one before it is used; it is kept as {aside.name}: {e}")
     return None
 
 
-def to_resume(work_dir: Path, resume: str | bool | None) -> Path | None:
+def to_resume(work_dir: Path, resume: str | bool | None, strict: bool = False) -> Path | None:
     """What `--resume` means: None for a fresh start, or a checkpoint that verifies.
 
     "auto" and True take the newest in `work_dir`, or None if there is none: safe in scripts that start and restart.
@@ -135,10 +144,10 @@ def to_resume(work_dir: Path, resume: str | bool | None) -> Path | None:
     if not resume:
         return None
     if resume is True or resume == "auto":
-        return latest(work_dir)
+        return latest(work_dir, strict)
     folder = Path(resume)
     if folder.is_dir() and _found(folder):
-        found = latest(folder)
+        found = latest(folder, strict)
         if found:
             return found
     if not (folder / TRAINER).is_file():

@@ -85,6 +85,7 @@ def train(
     seed: int | None = None,
     dry_run: bool = False,
     max_minutes: float | None = None,
+    strict_resume: bool = False,
 ) -> int:
     """Run a config to its end.
 
@@ -92,6 +93,7 @@ def train(
         resume: a checkpoint, "auto" for the newest in `work_dir`, None to begin.
         dry_run: stop before weights are loaded.
         max_minutes: stop in time to have saved by then.
+        strict_resume: a damaged checkpoint is an error, not a reason to take the one before it.
 
     Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
     """
@@ -106,7 +108,7 @@ def train(
     lock = _open_work_dir(run)
     try:
         stop = Stop(work_dir, dist.ALL, max_minutes)
-        _start(run, resume if resume is not None else config.get("resume"))
+        _start(run, resume if resume is not None else config.get("resume"), strict_resume)
         return loop(run, stop)
     finally:
         run.saver.close()
@@ -114,14 +116,14 @@ def train(
         lock.release()
 
 
-def _start(run: Run, resume: str | bool | None) -> None:
+def _start(run: Run, resume: str | bool | None, strict: bool) -> None:
     """Everything between the work dir and the first iteration."""
     report(run)
     if run.config.get("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     run.strategy = SingleStrategy(run.source, run.optim, run.device)
-    _resume_or_fresh(run, resume)
+    _resume_or_fresh(run, resume, strict)
     for hook in run.hooks:
         hook.before_run(run)
 
@@ -150,8 +152,8 @@ def _open_work_dir(run: Run) -> WorkDirLock:
     return lock
 
 
-def _resume_or_fresh(run: Run, resume: str | bool | None) -> None:
-    folder = checkpoint.to_resume(run.work_dir, resume)
+def _resume_or_fresh(run: Run, resume: str | bool | None, strict: bool) -> None:
+    folder = checkpoint.to_resume(run.work_dir, resume, strict)
     if folder is None:
         if run.config.get("load_from"):
             _start_from(run, Path(run.config.values["load_from"]))

@@ -1,0 +1,241 @@
+"""A run survives: killed at every write of a save, damaged files, full disks, requests to stop, NaNs.
+
+Real processes, SIGKILL from outside. After each fault what was resumed equals an uninterrupted run bit for bit, or the
+refusal says why. docs/reliability.md lists promise, test and result.
+"""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_train import contents, records, with_hook
+
+from xtuner.cli.main import main
+from xtuner.core import files
+from xtuner.core.errors import CheckpointError, DivergedError
+from xtuner.train.saver import TOLERATED
+
+Command = Callable[..., int]
+SHORT = ["custom_hooks=[]", "max_length=128", "save_steps=1", "save_total_limit=2"]  # 3 iterations
+POINTS = ("fsync", "rename", "replace", "unlink", "rmdir")  # every system call that makes a write last, or undoes one
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The end of a run that nothing disturbed."""
+    work_dir = tmp_path_factory.mktemp("straight")
+    assert main(["train", str(tiny), "--work-dir", str(work_dir), "--cfg-options", *SHORT]) == 0
+    return work_dir / (work_dir / "last_checkpoint").read_text().strip()
+
+
+def resumed(tiny: Path, work_dir: Path, straight: Path, *words: str) -> None:
+    """Resume to the end; the end is the undisturbed run's."""
+    assert main(["train", str(tiny), "--work-dir", str(work_dir), "--resume", *words, "--cfg-options", *SHORT]) == 0
+    assert contents(work_dir / straight.name) == contents(straight)
+    assert records(work_dir) == records(straight.parent)
+    left = {p.name for p in work_dir.iterdir() if ".tmp-" in p.name or ".old-" in p.name}
+    assert not left
+
+
+def stand_still_at(point: int, pipe: int, words: list[str]) -> None:
+    """Run a command in this (forked) process; at the `point`-th write point tell the parent and stand still."""
+    seen = 0
+
+    def pausing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == point:
+                os.write(pipe, b"x")
+                time.sleep(3600)
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for name in POINTS:
+        setattr(os, name, pausing(getattr(os, name)))
+    main(words)
+    os.write(pipe, b"e")  # the run has fewer points
+    os._exit(0)
+
+
+def killed_at(point: int, words: list[str]) -> bool:
+    """Kill a run at a write point. False if the run ended before."""
+    read, write = os.pipe()
+    child = multiprocessing.get_context("fork").Process(target=stand_still_at, args=(point, write, words))
+    child.start()
+    os.close(write)
+    reached = os.read(read, 1) == b"x"
+    os.close(read)
+    child.kill()
+    child.join()
+    return reached
+
+
+def test_killed_at_every_write_point_of_every_save(tiny: Path, tmp_path: Path, straight: Path) -> None:
+    """Also between publishing and pruning: three saves, of which two are kept. After each kill, resume is exact."""
+    point, saved = 1, 0
+    while True:
+        work_dir = tmp_path / "w"
+        words = ["train", str(tiny), "--work-dir", str(work_dir), "--cfg-options", *SHORT]
+        if not killed_at(point, words):
+            break
+        saved += any(work_dir.glob("iter_*.pth"))
+        resumed(tiny, work_dir, straight)
+        shutil.rmtree(work_dir)
+        point += 1
+    assert point > 30
+    assert saved > 20
+
+
+def test_killed_at_write_points_of_a_resume_and_an_export(tiny: Path, tmp_path: Path, straight: Path) -> None:
+    begun = tmp_path / "begun"
+    shutil.copytree(straight.parent, begun)
+    shutil.rmtree(begun / straight.name)
+    for point in (1, 4, 7):
+        work_dir = tmp_path / f"w{point}"
+        shutil.copytree(begun, work_dir)
+        assert killed_at(point, ["train", str(tiny), "--work-dir", str(work_dir), "--resume", "--cfg-options", *SHORT])
+        resumed(tiny, work_dir, straight)
+    point = 1
+    export = ["convert", "pth_to_hf", str(tiny), str(straight), str(tmp_path / "hf")]
+    while killed_at(point, export):
+        if (tmp_path / "hf").exists():
+            files.verify(tmp_path / "hf")  # whole, or not there
+        point += 1
+    assert point > 5
+    assert main(export) == 0
+    files.verify(tmp_path / "hf")
+
+
+def flip(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    file.write_bytes(raw)
+
+
+def append(file: Path) -> None:
+    with open(file, "ab") as f:
+        f.write(b"\0")
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "flipped byte": flip,
+    "truncated": lambda f: os.truncate(f, f.stat().st_size // 2),
+    "appended byte": append,
+    "gone": lambda f: f.unlink(),
+    "empty": lambda f: f.write_bytes(b""),
+}
+
+
+def test_every_damage_of_every_file(tiny: Path, tmp_path: Path, straight: Path) -> None:
+    """The damaged checkpoint is set aside, the one before is used; `--strict-resume` refuses."""
+    names = sorted(p.relative_to(straight).as_posix() for p in straight.rglob("*") if p.is_file())
+    assert len(names) == 5
+    for name in names:
+        for damage, harm in DAMAGES.items():
+            work_dir = tmp_path / "w"
+            shutil.copytree(straight.parent, work_dir)
+            harm(work_dir / straight.name / name)
+            if not (name == files.MANIFEST and damage == "gone"):  # without a manifest it is none
+                train = ["train", str(tiny), "--work-dir", str(work_dir), "--resume", "--strict-resume"]
+                with pytest.raises(CheckpointError):
+                    main([*train, "--cfg-options", *SHORT])
+                assert not (work_dir / f"{straight.name}.damaged").exists()
+            resumed(tiny, work_dir, straight)
+            if name != files.MANIFEST or damage != "gone":
+                assert (work_dir / f"{straight.name}.damaged").is_dir(), (name, damage)
+            shutil.rmtree(work_dir)
+
+
+def limited(bytes_a_file: int, words: list[str]) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_a_file, bytes_a_file))
+    try:
+        code = main(words)
+    except CheckpointError as e:
+        code = e.exit_code
+    os._exit(code)
+
+
+def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path, straight: Path, xtuner: Command) -> None:
+    """Writes fail with the system's own error: the old checkpoint stays, training goes on, a third failure ends it."""
+    work_dir = tmp_path / "w"
+    shutil.copytree(straight.parent, work_dir)
+    shutil.rmtree(work_dir / straight.name)
+    (before,) = work_dir.glob("iter_*.pth")
+    words = ["train", str(tiny), "--work-dir", str(work_dir), "--cfg-options", *SHORT]
+    child = multiprocessing.get_context("fork").Process(target=limited, args=(400_000, words))
+    child.start()
+    child.join()
+    assert child.exitcode == 74
+    files.verify(before)
+    log = sorted(work_dir.glob("*/*.log"))[-1].read_text()
+    assert "the checkpoint cannot be written: rank 0: " in log
+    assert log.count("training goes on") == TOLERATED
+    assert [p.name for p in work_dir.glob(".iter*")] == []
+    resumed(tiny, work_dir, straight)
+
+
+def test_no_room_is_known_before(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    if os.system(f"mount -t tmpfs -o size=3m none {room} 2>/dev/null") != 0:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        with pytest.raises(CheckpointError, match=r"a checkpoint needs 3\.43 MiB .*, the disk has"):
+            main(["train", str(tiny), "--work-dir", str(room / "w"), "--cfg-options", *SHORT])
+        assert not list((room / "w").glob("*iter*"))
+    finally:
+        os.system(f"umount {room}")
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGTERM twice", "STOP file", "--max-minutes", "Slurm"])
+def test_stopped_on_request(
+    how: str, tiny: Path, tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 75 with a whole checkpoint although none was due, and a resume that ends like an undisturbed run."""
+    work_dir = tmp_path / "w"
+    actions = {
+        "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
+        "SIGUSR1": "os.kill(os.getpid(), signal.SIGUSR1)",
+        "SIGTERM twice": "os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGTERM)",
+        "STOP file": f"open({str(work_dir / 'STOP')!r}, 'w').close()",
+    }
+    config = with_hook(tiny, tmp_path / "act.py", 1, actions.get(how, "None"))
+    monkeypatch.setattr("xtuner.train.stop.LOOK_EVERY", 0.0)
+    words = ["train", str(config), "--work-dir", str(work_dir)]
+    words += ["--max-minutes", "0"] if how == "--max-minutes" else []
+    if how == "Slurm":
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 50))  # within the slack
+    options = [o for o in SHORT if o not in ("custom_hooks=[]", "save_steps=1")]
+    assert main([*words, "--cfg-options", *options, "save_steps=-1", "evaluation_inputs=[]"]) == 75
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    files.verify(work_dir / "iter_1.pth")
+    resumed(tiny, work_dir, straight)
+
+
+def test_a_nan_is_not_applied(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    """The run ends with the packs and a command to see it again; with a budget it goes on without that iteration."""
+    weight = "run.strategy.masters['output.weight'].data"
+    config = with_hook(tiny, tmp_path / "poison.py", 1, f"run.keep = {weight}.clone(); {weight}.fill_(float('nan'))")
+    heal = f"        if it.state.iteration == 2:\n            {weight}.copy_(run.keep)\n"
+    config.write_text(config.read_text().replace("\n\nfrom xtuner.data", f"\n{heal}\nfrom xtuner.data", 1))
+    options = ["evaluation_inputs=[]", *SHORT[1:]]
+    train = ("train", config, "--work-dir")
+    with pytest.raises(DivergedError) as error:
+        xtuner(*train, tmp_path / "w", "--cfg-options", *options)
+    text = str(error.value)
+    for word in ("iteration 2: loss nan", "packs [", "xtuner train", "--resume", "iter_1.pth", "xtuner data show"):
+        assert word in text
+    assert error.value.exit_code == 65
+    assert xtuner(*train, tmp_path / "v", "--cfg-options", *options, "train_cfg.max_skipped=1") == 0
+    applied = [r["applied"] for r in records(tmp_path / "v").values()]
+    assert applied == [True, False, *[True] * (len(applied) - 2)]

@@ -99,13 +99,14 @@ def prepare() -> None:
 
 
 def losses() -> list[float]:
-    """Loss of every iteration, over all starts of the run."""
+    """Training loss of every iteration, over all starts of the run."""
     lines = [
         json.loads(line)
         for file in sorted((OUT / WORK_DIR).glob("*/vis_data/scalars.json"))
         for line in file.read_text().splitlines()
     ]
-    return [record["loss"] for record in sorted(lines, key=lambda r: r["iter"])]
+    training = [record for record in lines if "loss" in record]  # others are of validation
+    return [record["loss"] for record in sorted(training, key=lambda r: r["iter"])]
 
 
 def valid_loss(output: str) -> float:

@@ -52,6 +52,7 @@ def test_good_forms(tmp_path: Path) -> None:
     assert read_all(put(tmp_path / "end", [*LINES[:2], LINES[2].rstrip()])) == 1
     assert read_all(put(tmp_path / "keys", ['{"text": "é\u2028", "tokens": [1, 2, 3]}\n'.encode(), *LINES[1:]])) == 1
     put(tmp_path / "plain", [], [], "empty.bin")
+    put(tmp_path / "plain", [b" \r\n\n"], [], "blank.bin")
     put(tmp_path / "plain", [b'{"tokens": []}\n'], [0], "nothing.bin")
     assert read_all(tmp_path / "plain") == 1
 
@@ -72,6 +73,7 @@ WRONG: list[tuple[str, Callable[[Path], Any], str, str]] = [
     ("pickled_meta", lambda f: (put(f, LINES), save(f, np.array([{}]))), "npy", ".meta"),
     ("overflow", lambda f: _overflow(f), "overflowed 32 bits", "beyond 2 GiB"),
     ("stale_meta", lambda f: put(f, LINES, (3, 2)), "goes on after the last document of its meta", "a.bin:41"),
+    ("no_rows", lambda f: put(f, LINES, ()), "goes on after the last document of its meta", "a.bin:0"),
     ("cut_bin", lambda f: (put(f, LINES), os.truncate(f / "a.bin", 30)), "the .bin has 30 bytes", "cut short"),
     ("cut_line", lambda f: (put(f, LINES), os.truncate(f / "a.bin", 50)), "last line is not complete", "a.bin:41"),
     ("zero_bin", lambda f: (put(f, LINES), os.truncate(f / "a.bin", 0)), "the .bin has 0 bytes", ".meta"),
@@ -119,6 +121,33 @@ def test_wrong_data(tmp_path: Path, name: str, make: Callable[[Path], Any], what
     assert more in str(error.value)
     assert error.value.exit_code == (2 if name == "not_there" else 65)
     assert error.value.where or error.value.do
+
+
+def test_a_meta_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path / "d", LINES)
+    loads, true_load = [], np.load
+    monkeypatch.setattr(np, "load", lambda *a, **k: loads.append(a) or true_load(*a, **k))  # type: ignore[func-returns-value]
+    folder = load_intern_repo_tokenized_dataset(tmp_path / "d", min_length=2)
+    assert (folder.num_documents, folder.num_tokens, len(loads)) == (2, 5, 1)
+
+
+def test_identity_is_read_once_and_says_what_it_cannot_read(tmp_path: Path) -> None:
+    known, unknown = (load_intern_repo_tokenized_dataset(put(tmp_path / "d", LINES))[0] for _ in range(2))
+    identity = known.identity()
+    (tmp_path / "d" / "a.bin.meta").unlink()
+    assert known.identity() == identity
+    with pytest.raises(DataError, match=r"a\.bin or its meta cannot be read: No such file"):
+        unknown.identity()
+
+
+def test_a_long_last_line(tmp_path: Path) -> None:
+    """Checked in time linear in its length, also where the meta says that it is short."""
+    line = b'{"tokens": [1, 2, 3], "text": "' + b"x" * 2**25 + b'"}\n'
+    began = time.monotonic()
+    assert read_all(put(tmp_path / "good", [line, line], (3, 3))) == 1
+    with pytest.raises(DataError, match="goes on after"):
+        read_all(put(tmp_path / "bad", [line, line], (3,)))
+    assert time.monotonic() - began < 20
 
 
 def test_all_faulty_files_in_one_message(tmp_path: Path) -> None:

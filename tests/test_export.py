@@ -1,6 +1,7 @@
 """Checkpoint → Hugging Face: bit-exact, loads in transformers, shards, atomic, small memory."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,6 +118,73 @@ def test_wrong_sources_and_targets(trained: Path, tiny: Path, tmp_path: Path, xt
     for wrong in ("2 apples", "", "0GB", "-1GB"):
         with pytest.raises(ConfigError, match="is not a size"):
             parse_size(wrong)
+
+
+def test_only_an_export_is_replaced(
+    trained: Path, tiny: Path, tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never a checkpoint, the source or what is around it; a target that cannot be written is said at once."""
+    work_dir = tmp_path / "w"
+    source = work_dir / "iter_2.pth"
+    shutil.copytree(trained, source)
+    shutil.copytree(trained, work_dir / "iter_1.pth")
+    shutil.copytree(trained, tmp_path / "posing")
+    manifest = json.loads((tmp_path / "posing" / "manifest.json").read_text())
+    (tmp_path / "posing" / "manifest.json").write_text(json.dumps({**manifest, "kind": "export"}))
+    (tmp_path / "no manifest").mkdir()
+    (tmp_path / "no manifest" / "manifest.json").write_text("[]")
+    (tmp_path / "link").symlink_to(source)
+    before = sorted(tmp_path.rglob("*"))
+    wrong = [
+        source,
+        source / "hf",
+        source / "weights",
+        work_dir,
+        tmp_path / "link",
+        work_dir / "x" / ".." / "iter_2.pth",
+    ]
+    for target in (*wrong, work_dir / "iter_1.pth", tmp_path / "posing", tmp_path / "no manifest", tiny):
+        with pytest.raises(ConfigError, match="the target"):
+            xtuner("convert", "pth_to_hf", tiny, source, target)
+    for target in ("/proc/hf", tiny / "hf"):
+        with pytest.raises(CheckpointError, match=f"(?s)cannot be written.*{target}"):
+            xtuner("convert", "pth_to_hf", tiny, source, target)
+    assert sorted(tmp_path.rglob("*")) == before
+    verify(source)
+    verify(work_dir / "iter_1.pth")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert xtuner("convert", "pth_to_hf", tiny, source, ".") == 0
+    monkeypatch.chdir(tmp_path)
+    assert verify(tmp_path / "empty")["kind"] == "export"
+    assert "auto_map" not in json.loads((tmp_path / "empty" / "config.json").read_text())
+    assert xtuner("convert", "pth_to_hf", tiny, source, "empty", "--layout", "llama") == 0
+    assert json.loads((tmp_path / "empty" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_full_disk(
+    trained: Path, tiny: Path, tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*words: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("xtuner.export.hf.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        xtuner("convert", "pth_to_hf", tiny, trained, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_not_loaded(
+    trained: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path, xtuner: Command
+) -> None:
+    source = tmp_path / "iter_2.pth"
+    shutil.copytree(trained, source)
+    weights = bytearray((source / "weights" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (source / "weights" / "model.safetensors").write_bytes(weights)
+    for words in (("eval", "loss", source, corpus), ("chat", source, "--tokenizer", tokenizer_folder, "--prompt", "x")):
+        with pytest.raises(CheckpointError, match="is altered"):
+            xtuner(*words)
 
 
 MEMORY = """

@@ -1,6 +1,7 @@
 """Packs, labels and orders are bit-equal to the reference loader's."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from conftest import COPIED, SHARED, reference
 
 from xtuner.core.errors import DataError, XTunerError
-from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
+from xtuner.data import InternRepoSampler, build_packed_dataset, format, load_intern_repo_tokenized_dataset
+from xtuner.data.format import BinFile
 from xtuner.data.order import Position
-from xtuner.data.pack import PackedDataset
+from xtuner.data.pack import LongDocuments, PackedDataset
+from xtuner.data.write import write_bin
 
 ROOT = next(r for r in (SHARED, COPIED) if (r / "packing").is_dir())
 CASES = sorted(p.name for p in (ROOT / "packing").iterdir() if p.is_dir())
@@ -95,6 +98,40 @@ def test_targets(name: str) -> None:
             following = None if last else line[start + t + 1][1]
             assert target == (following if following is not None and following > 0 else -100)
         assert plain[i]["targets"].tolist() == [*dataset[i]["labels"].tolist()[1:], -100]
+
+
+def test_a_document_of_many_packs_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the text is opened once a pack, however many documents it has."""
+    documents = [list(range(1, 100)), [1, 2], [3], [4, 5, 6], [7] * 25]
+    write_bin(tmp_path / "a.bin", documents)
+    folder = load_intern_repo_tokenized_dataset(tmp_path)
+    opened, parsed = [], []
+    true_open, true_parse = BinFile.open, format.parse_line
+    monkeypatch.setattr(BinFile, "open", lambda self: opened.append(self) or true_open(self))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(format, "parse_line", lambda *a, **k: parsed.append(a) or true_parse(*a, **k))  # type: ignore[func-returns-value]
+    dataset = PackedDataset(folder, 10)
+    packs = [dataset[i] for i in (*range(13), *range(13))]
+    assert len(packs) == 26 == len(opened)
+    line = [token for d in dataset.file_packs(0).order for token in documents[d]]
+    assert torch.cat([p["input_ids"] for p in packs[:13]]).tolist() == line[:130]
+    assert len(parsed) <= 2 + 2 * 3  # the two long ones once, the three short ones once a round
+    dataset.vocab_size = 50
+    with pytest.raises(DataError, match="outside the vocabulary"):  # what is kept was not checked against it
+        [dataset[i] for i in range(13)]
+    assert len(pickle.loads(pickle.dumps(dataset))) == 13
+
+
+def test_long_documents_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = LongDocuments()
+    for i in range(40):
+        long.keep(i, np.arange(8))
+    assert [k for k, _ in long.held] == list(range(39, 23, -1))
+    monkeypatch.setattr(LongDocuments, "MOST_BYTES", 3 * 64)
+    long.keep(40, np.arange(8))
+    assert [k for k, _ in long.held] == [40, 39, 38]
+    long.keep(41, np.arange(100))
+    assert [k for k, _ in long.held] == [41]
+    assert long.find(40) is None
 
 
 def test_rank_shares_follow_the_position() -> None:

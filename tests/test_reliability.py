@@ -19,7 +19,7 @@ from test_train import contents, records, with_hook
 
 from xtuner.cli.main import main
 from xtuner.core import files
-from xtuner.core.errors import CheckpointError, DivergedError
+from xtuner.core.errors import CheckpointError, DivergedError, XTunerError
 from xtuner.train.saver import TOLERATED
 
 Command = Callable[..., int]
@@ -170,13 +170,13 @@ def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path, straight: Path, x
     work_dir = tmp_path / "w"
     shutil.copytree(straight.parent, work_dir)
     shutil.rmtree(work_dir / straight.name)
-    (before,) = work_dir.glob("iter_*.pth")
     words = ["train", str(tiny), "--work-dir", str(work_dir), "--cfg-options", *SHORT]
     child = multiprocessing.get_context("fork").Process(target=limited, args=(400_000, words))
     child.start()
     child.join()
     assert child.exitcode == 74
-    files.verify(before)
+    (aside,) = work_dir.glob("before_*/iter_*.pth")  # a fresh start has moved it out of its way
+    files.verify(aside)
     log = sorted(work_dir.glob("*/*.log"))[-1].read_text()
     assert "the checkpoint cannot be written: rank 0: " in log
     assert log.count("training goes on") == TOLERATED
@@ -194,7 +194,7 @@ def test_no_room_is_known_before(tiny: Path, tmp_path: Path, monkeypatch: pytest
             main(["train", str(tiny), "--work-dir", str(room / "w"), "--cfg-options", *SHORT])
         assert not list((room / "w").glob("*iter*"))
     finally:
-        os.system(f"umount {room}")
+        os.system(f"umount -l {room}")
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGTERM twice", "STOP file", "--max-minutes", "Slurm"])
@@ -239,3 +239,56 @@ def test_a_nan_is_not_applied(tiny: Path, tmp_path: Path, xtuner: Command) -> No
     assert xtuner(*train, tmp_path / "v", "--cfg-options", *options, "train_cfg.max_skipped=1") == 0
     applied = [r["applied"] for r in records(tmp_path / "v").values()]
     assert applied == [True, False, *[True] * (len(applied) - 2)]
+
+
+def test_another_runs_checkpoints_are_moved_aside(tiny: Path, tmp_path: Path, straight: Path, xtuner: Command) -> None:
+    """A fresh start, or one from an older checkpoint, neither prunes nor resumes what another run has left."""
+    work_dir = tmp_path / "w"
+    shutil.copytree(straight.parent, work_dir)
+    names = sorted(p.name for p in work_dir.glob("iter_*.pth"))
+    train = ("train", tiny, "--work-dir", work_dir, "--cfg-options", *SHORT)
+    assert xtuner(*train, "randomness.seed=7") == 0
+    (aside,) = work_dir.glob("before_*")
+    assert sorted(p.name for p in aside.iterdir()) == names
+    assert contents(aside / straight.name) == contents(straight)
+    assert contents(work_dir / straight.name) != contents(straight)
+    shutil.rmtree(work_dir)
+    shutil.copytree(straight.parent, work_dir)
+    (earlier,) = set(names) - {straight.name}
+    assert xtuner("train", tiny, "--work-dir", work_dir, "--resume", work_dir / earlier, "--cfg-options", *SHORT) == 0
+    assert contents(work_dir / straight.name) == contents(straight)
+    assert [p.name for p in next(work_dir.glob("before_*")).iterdir()] == [straight.name]
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    [
+        ("default_hooks.logger.interval=7", "harmless"),
+        ("dataloader_num_workers=1", "harmless"),
+        ("lr=0.1", "changes the result"),
+        ("max_norm=3", "changes the result"),
+        ("train_dataset.label_rule=xtuner", "data"),
+        ("optim_wrapper.optimizer.type=torch.optim.NAdam", "impossible"),
+        ("hidden_size=256", "impossible"),
+    ],
+)
+def test_a_changed_config(option: str, kind: str, tiny: Path, tmp_path: Path, straight: Path, xtuner: Command) -> None:
+    work_dir = tmp_path / "w"
+    shutil.copytree(straight.parent, work_dir)
+    shutil.rmtree(work_dir / straight.name)
+    train = ("train", tiny, "--work-dir", work_dir, "--resume")
+    options = ("--cfg-options", *SHORT, option)
+    if kind == "harmless":
+        assert xtuner(*train, *options) == 0
+        assert "harmless: " in sorted(work_dir.glob("*/*.log"))[-1].read_text()
+        assert contents(work_dir / straight.name) == contents(straight)
+        return
+    words = {"impossible": "another model's", "data": "not what the checkpoint", "changes the result": "changed since"}
+    with pytest.raises(XTunerError, match=words[kind]):
+        xtuner(*train, *options)
+    if kind == "impossible":
+        with pytest.raises(XTunerError, match="another model's"):
+            xtuner(*train, "--allow-change", *options)
+    else:
+        assert xtuner(*train, "--allow-change", *options) == 0
+        assert contents(work_dir / straight.name) != contents(straight)

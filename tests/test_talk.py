@@ -1,7 +1,12 @@
 """What people read: chat, packs shown, validation, evaluation that goes on after a stop."""
 
+import importlib
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,7 @@ import pytest
 from conftest import write_corpus
 
 from xtuner.cli.chat import spoken
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.chat_template import PROMPT_TEMPLATE
 from xtuner.data.pack import PackedDataset
@@ -132,15 +137,22 @@ def test_evaluation_goes_on_by_file(model: Path, corpus: Path, tmp_path: Path, x
     capsys.readouterr()
     assert xtuner(*words) == 0
     table = capsys.readouterr().out
-    record = json.loads((tmp_path / "r.json").read_text())
-    assert sorted(record["files"]) == ["code/a.bin", "code/b.bin", "en/a.bin", "en/b.bin"]
-    del record["files"]["en/b.bin"]
-    (tmp_path / "r.json").write_text(json.dumps(record))
+    save = tmp_path / "r.json"
+    head, *entries = save.read_text().splitlines(keepends=True)
+    assert sorted(json.loads(e)["file"] for e in entries) == ["code/a.bin", "code/b.bin", "en/a.bin", "en/b.bin"]
+    for cut in (len(entries[-1]), 3, 1):  # without the last entry, and with it torn by a kill
+        save.write_text("".join((head, *entries))[:-cut])
+        assert xtuner(*words) == 0
+        assert capsys.readouterr().out == table
+        assert save.read_text() == "".join((head, *entries))
+    save.write_text(head[:7])
     assert xtuner(*words) == 0
-    assert capsys.readouterr().out == table
-    record["files"]["en/a.bin"]["total"] += 1e6
-    record["files"]["code/a.bin"] |= {"identity": "another", "total": 1e6}
-    (tmp_path / "r.json").write_text(json.dumps(record))
+    assert sorted(save.read_text().splitlines()) == sorted("".join((head, *entries)).splitlines())
+    capsys.readouterr()
+    record = {e["file"]: e for e in map(json.loads, entries)}
+    record["en/a.bin"]["total"] += 1e6
+    record["code/a.bin"] |= {"identity": "another", "total": 1e6}
+    save.write_text(head + "".join(json.dumps(e) + "\n" for e in record.values()))
     assert xtuner(*words) == 0
     rows = {r.split()[0]: r.split()[1:] for r in capsys.readouterr().out.splitlines()[1:]}
     before = {r.split()[0]: r.split()[1:] for r in table.splitlines()[1:]}
@@ -148,3 +160,107 @@ def test_evaluation_goes_on_by_file(model: Path, corpus: Path, tmp_path: Path, x
     assert float(rows["en"][1]) > float(before["en"][1]) + 100
     with pytest.raises(ConfigError, match="another model"):
         xtuner(*words, "--max-length", "7")
+    for mine in ("my notes", "my\nnotes\n", "{}\n", '{"a": 1}\n{"b": 2}\nno'):
+        save.write_text(mine)
+        with pytest.raises(ConfigError, match="no record"):
+            xtuner(*words)
+        assert save.read_text() == mine
+
+
+def test_the_record_may_lie_beside_the_weights(
+    model: Path, corpus: Path, tmp_path: Path, xtuner: Command, capsys: Any
+) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(model, folder)
+    words = ("eval", "loss", folder, corpus, "--save", folder / "losses.json")
+    assert xtuner(*words) == 0
+    kept = (folder / "losses.json").read_text()
+    assert xtuner(*words) == 0
+    assert (folder / "losses.json").read_text() == kept
+    os.utime(folder / "model.safetensors", (1, 1))
+    with pytest.raises(ConfigError, match="another model"):
+        xtuner(*words)
+
+
+def test_records_that_cannot_be_written(
+    model: Path, corpus: Path, tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before the model is read, naming the path; and if the disk fills up later."""
+    from xtuner.train import evaluate
+
+    (tmp_path / "file").write_text("")
+    (tmp_path / "iter_1.pth").mkdir()
+    (tmp_path / "iter_1.pth" / "trainer.json").write_text("{}")
+    for place in ("/proc/x.json", tmp_path, tmp_path / "file" / "x.json", "/dev/null"):
+        with pytest.raises(CheckpointError, match=f"(?s)cannot be written.*{place}"):
+            xtuner("eval", "loss", "no model", corpus, "--save", place)
+    with pytest.raises(ConfigError, match="in a checkpoint"):
+        xtuner("eval", "loss", "no model", corpus, "--save", tmp_path / "iter_1.pth" / "x.json")
+    with pytest.raises(ConfigError, match="no model"):
+        xtuner("eval", "loss", "no model", corpus, "--save", tmp_path / "new" / "x.json")
+    assert not list((tmp_path / "new").iterdir())
+    monkeypatch.setattr(evaluate, "_line", lambda value: b"x" if "file" in value else b"{}\n")
+    record = evaluate.Record(tmp_path / "x.json", "m", 8)
+    (tmp_path / "x.json").unlink()
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        record.keep(load_intern_repo_tokenized_dataset(corpus)[0], 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-p", "0"),
+        ("--top-p", "1.1"),
+        ("--max-new-tokens", "0"),
+    ],
+)
+def test_chat_options(words: tuple[str, str], xtuner: Command) -> None:
+    with pytest.raises(ConfigError, match=words[0]):
+        xtuner("chat", "no model", *words)
+
+
+def test_a_plot_of_validation_and_nan(tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "demo")
+    demo: Any = importlib.import_module("run")
+    shown = []
+    legend = Axes.legend
+
+    def spy(axes: Axes, **words: Any) -> Any:
+        shown.append({line.get_label(): [float(y) for y in line.get_ydata()] for line in axes.get_lines()})
+        return legend(axes, **words)
+
+    monkeypatch.setattr(Axes, "legend", spy)
+    file = tmp_path / demo.WORK_DIR / "1" / "vis_data" / "scalars.json"
+    file.parent.mkdir(parents=True)
+    lines = [{"iter": 1, "loss": 2.5, "lr": 0.1}, {"iter": 2, "loss": float("nan"), "lr": 0.1}]
+    lines += [{"iter": 3, "loss": float("inf"), "lr": 0.1}, {"iter": 3, "val_loss": 2.0}, {"iter": 4, "loss": 1.5}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iter": 5, "lo')
+    assert xtuner("plot-loss", tmp_path / demo.WORK_DIR) == 0
+    assert (tmp_path / demo.WORK_DIR / "loss.png").stat().st_size > 0
+    (curves,) = shown
+    assert repr(curves) == "{'training': [2.5, nan, nan, 1.5], 'validation': [2.0]}"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(demo, "OUT", tmp_path)
+    assert repr(demo.losses()) == "[2.5, nan, inf, 1.5]"
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("[print('x' * 999) for _ in range(999)]; return 0", 141),
+        ("print('x'); return 0", 141),  # fails only when flushed
+        ("raise KeyboardInterrupt", 130),
+    ],
+)
+def test_ends_of_commands(body: str, code: int) -> None:
+    script = f"from xtuner.core.command import exit_with\ndef f():\n    {body}\nexit_with(f)"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (code, "xtuner: interrupted\n" if code == 130 else "")

@@ -51,14 +51,15 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 def test_recover(tmp_path: Path) -> None:
     """A process died between moving the old directory aside and naming the new one, or after it, or while writing."""
-    make(tmp_path / "x", "old")
-    os.rename(tmp_path / "x", tmp_path / ".x.old-7")
-    make(tmp_path / "y", "new")
-    make(tmp_path / "z", "old")
-    os.rename(tmp_path / "z", tmp_path / ".y.old-7")
-    (tmp_path / ".w.tmp-abc").mkdir()
-    (tmp_path / ".last_checkpoint.tmp-abc").write_text("")
-    files.recover(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y"]
-    assert (tmp_path / "x" / "inner" / "a").read_text() == "old"
-    assert (tmp_path / "y" / "inner" / "a").read_text() == "new"
+    make(tmp_path / "x.pth", "old")
+    os.rename(tmp_path / "x.pth", tmp_path / ".x.pth.old-7")
+    make(tmp_path / "y.pth", "new")
+    make(tmp_path / "z.pth", "old")
+    os.rename(tmp_path / "z.pth", tmp_path / ".y.pth.old-7")
+    (tmp_path / ".w.pth.tmp-abc").mkdir()
+    (tmp_path / ".last.pth.tmp-abc").write_text("")
+    (tmp_path / ".venv.old-2024").mkdir()  # somebody's own
+    files.recover(tmp_path, "*.pth")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".venv.old-2024", "x.pth", "y.pth"]
+    assert (tmp_path / "x.pth" / "inner" / "a").read_text() == "old"
+    assert (tmp_path / "y.pth" / "inner" / "a").read_text() == "new"

@@ -41,6 +41,14 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"no template {args.template!r}.{hint}", where="--template", do=f"one of {', '.join(templates)}"
         )
+    for option, ok, range_ in (
+        ("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
+        ("top-p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+        ("max-new-tokens", args.max_new_tokens >= 1, "1 or more"),
+    ):
+        if not ok:
+            value = getattr(args, option.replace("-", "_"))
+            raise ConfigError(f"--{option} {value} cannot be", where=f"--{option}", do=f"give {range_}")
     template = templates[args.template]
     model, _ = open_model(args.model, [], setup("none", None))
     tokenizer = load_tokenizer(args.tokenizer or args.model)

@@ -1,6 +1,8 @@
 """xtuner plot-loss WORK_DIR: the loss of a run, all its starts together, as a picture."""
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -9,9 +11,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-    from pathlib import Path
-
     from xtuner.core.errors import ConfigError
 
     work_dir = Path(args.work_dir)
@@ -27,18 +26,37 @@ def run(args: argparse.Namespace) -> int:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for start in starts:
-        records = [json.loads(line) for line in start.read_text().splitlines()]
-        iterations = [r["iter"] for r in records]
-        left.plot(iterations, [r["loss"] for r in records], label=start.parent.parent.name, linewidth=1)
-        right.plot(iterations, [r["lr"] for r in records], linewidth=1)
-    left.set(title="Training loss", xlabel="iteration", ylabel="nats a token")
+        records = read_records(start)
+        name = f"{start.parent.parent.name} " if len(starts) > 1 else ""
+        (line,) = left.plot(*curve(records, "loss"), label=f"{name}training", linewidth=1)
+        iterations, losses = curve(records, "val_loss")
+        if losses:
+            style: dict[str, Any] = {"color": line.get_color(), "linewidth": 1, "markersize": 4}
+            left.plot(iterations, losses, "o--", label=f"{name}validation", **style)
+        right.plot(*curve(records, "lr"), linewidth=1)
+    left.set(title="Loss", xlabel="iteration", ylabel="nats a token")
     right.set(title="Learning rate", xlabel="iteration")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    if len(starts) > 1:
-        left.legend(title="start", frameon=False)
+    left.legend(frameon=False)
     target = Path(args.output) if args.output else work_dir / "loss.png"
     figure.savefig(target, dpi=120)
     print(f"written {target}")
     return 0
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The records of one start; a last line that is still being written, or was torn by a kill, is left out."""
+    import json
+
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+
+
+def curve(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Iterations and values of the records that have `key`. What is no finite number is a gap in the line."""
+    import math
+
+    found = [(r["iter"], r[key]) for r in records if r.get(key) is not None]
+    return [i for i, _ in found], [v if math.isfinite(v) else math.nan for _, v in found]

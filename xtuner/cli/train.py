@@ -16,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict-resume", action="store_true", help="a damaged checkpoint is an error, none before it is used"
     )
+    parser.add_argument(
+        "--allow-change",
+        action="store_true",
+        help="resume although settings or data that change the result have changed",
+    )
     parser.add_argument("--seed", type=int, help="of random weights; overrides randomness.seed")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
     parser.add_argument("--dry-run", action="store_true", help="check and report everything, train nothing")
@@ -30,11 +35,17 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.config.load import load
     from xtuner.engine.launch import setup
-    from xtuner.train.trainer import train
+    from xtuner.train.trainer import Options, train
 
     config = load(args.config, args.cfg_options)
     device = setup(args.launcher, args.deepspeed)
     work_dir = args.work_dir or config.get("work_dir") or Path("work_dirs") / config.name
-    return train(
-        config, Path(work_dir), device, args.resume, args.seed, args.dry_run, args.max_minutes, args.strict_resume
+    options = Options(
+        resume=args.resume,
+        strict_resume=args.strict_resume,
+        allow_change=args.allow_change,
+        seed=args.seed,
+        dry_run=args.dry_run,
+        max_minutes=args.max_minutes,
     )
+    return train(config, Path(work_dir).expanduser(), device, options)

@@ -1,11 +1,15 @@
 """Running one command: arguments parsed, errors for users shown without a traceback, exit codes that are the truth."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from xtuner.core.errors import EXIT_BUG, XTunerError
+from xtuner.core.errors import XTunerError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_PIPE = 141  # 128 + SIGPIPE: the reader of our output has gone, as in `xtuner ... | head`
 
 Arguments = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], int]
@@ -21,16 +25,28 @@ def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: 
 def exit_with(command: Callable[[], int]) -> NoReturn:
     """Run `command` and end the process with its exit code, or with that of the error it raises."""
     try:
-        code = command()
+        code = _code(command)
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        code = EXIT_PIPE
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for fd in (1, 2):  # what is left in buffers is flushed at exit, and would fail again
+            os.dup2(nowhere, fd)
+    sys.exit(code)
+
+
+def _code(command: Callable[[], int]) -> int | str | None:
+    try:
+        return command()
     except XTunerError as e:
         print(f"xtuner: {e}", file=sys.stderr)
-        code = e.exit_code
+        return e.exit_code
     except KeyboardInterrupt:
         print("xtuner: interrupted", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        code = EXIT_BUG
-    sys.exit(code)
+        return EXIT_INTERRUPTED
+    except SystemExit as e:  # argparse, after --help or a mistake
+        return e.code
 
 
 def script(text: str, add_arguments: Arguments, run: Run) -> NoReturn:

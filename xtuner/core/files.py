@@ -94,6 +94,7 @@ def seal(folder: Path, **facts: Any) -> None:
     """Sync and hash every file below `folder`, then write its manifest."""
     entries = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        usual_permissions(file)
         sync_file(file)
         entries[file.relative_to(folder).as_posix()] = file_entry(file)
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
@@ -148,20 +149,25 @@ def publish(temporary: Path, target: Path) -> None:
         remove_tree(aside)
 
 
-def recover(parent: Path) -> None:
-    """Tidy up after a process that died while it published a directory below `parent`.
+def recover(parent: Path, pattern: str) -> None:
+    """Tidy up after a process that died while it published a directory named like `pattern` (a glob) in `parent`.
 
-    What was moved aside gets its name back if nothing took it; unfinished directories are removed. Only for the one
-    job that owns `parent`.
+    What was moved aside gets its name back if nothing took it; unfinished ones are removed. Only for the one job that
+    owns `parent`; names that do not fit the pattern are nobody's business.
     """
-    for aside in parent.glob(".*.old-*"):
+    for aside in parent.glob(f".{pattern}.old-*"):
         target = parent / aside.name[1:].rpartition(".old-")[0]
         if (aside / MANIFEST).is_file() and not target.exists():
             os.rename(aside, target)
         else:
             remove_tree(aside)
-    for unfinished in parent.glob(".*.tmp-*"):
+    for unfinished in parent.glob(f".{pattern}.tmp-*"):
         remove_tree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+
+
+def usual_permissions(path: Path) -> None:
+    """Those of an ordinarily made file or folder; temporary ones, and safetensors' files, are their owner's alone."""
+    os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
 @contextlib.contextmanager
@@ -171,7 +177,7 @@ def atomic_folder(target: str | Path, **facts: Any) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
     try:
-        os.chmod(temporary, 0o777 & ~_umask())
+        usual_permissions(temporary)
         yield temporary
         seal(temporary, **facts)
         publish(temporary, target)

@@ -10,6 +10,7 @@ id = abs(token); learned iff token > 0, so id 0 is never learned.
 import hashlib
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from xtuner.core.errors import DataError
 Int64s = npt.NDArray[np.int64]
 FAST_HEAD = b'{"tokens": ['
 _LARGEST_ID = 2**31 - 1
+_CHUNK = 2**20  # bytes a read, where the length of what is sought is not known
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,16 @@ class BinFile:
     min_length: int = 0
 
     @cached_property
+    def whole_table(self) -> tuple[Int64s, Int64s]:
+        """(byte offsets, token counts), one entry a document of the file, used or not."""
+        return read_meta(self.path)
+
+    @cached_property
     def table(self) -> tuple[Int64s, Int64s]:
         """(byte offsets, token counts), one entry a document that is used."""
-        offsets, lengths = read_meta(self.path)
+        offsets, lengths = self.whole_table
         keep = lengths >= self.min_length
-        return offsets[keep], lengths[keep]
+        return (offsets, lengths) if keep.all() else (offsets[keep], lengths[keep])
 
     @property
     def offsets(self) -> Int64s:
@@ -57,13 +64,22 @@ class BinFile:
         return int(self.lengths.sum())
 
     def identity(self) -> bytes:
-        """sha256 over the size, the ends of the text, the whole meta and min_length. Reads 8 KiB of the text."""
-        with self.open() as f:
-            size = f.seek(0, os.SEEK_END)
-            ends = os.pread(f.fileno(), 4096, 0) + os.pread(f.fileno(), 4096, max(size - 4096, 0))
-        digest = hashlib.sha256(f"{size} {self.min_length}\0".encode() + ends)
-        digest.update(meta_path(self.path).read_bytes())
-        return digest.digest()
+        """sha256 over the size, the ends of the text, the whole meta and min_length. Reads 8 KiB of the text.
+
+        Raises: DataError: the text or the meta cannot be read.
+        """
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> bytes:
+        try:
+            with self.open() as f:
+                size = f.seek(0, os.SEEK_END)
+                ends = os.pread(f.fileno(), 4096, 0) + os.pread(f.fileno(), 4096, max(size - 4096, 0))
+            meta = meta_path(self.path).read_bytes()
+        except OSError as e:
+            raise DataError(f"{self.name} or its meta cannot be read: {e.strerror}", where=str(self.path)) from None
+        return hashlib.sha256(f"{size} {self.min_length}\0".encode() + ends + meta).digest()
 
     def open(self) -> BinaryIO:
         """The text, unbuffered. Opened for each use: folders of more files than a process may hold open are common.
@@ -78,35 +94,36 @@ class BinFile:
     def check(self) -> None:
         """Raise DataError unless the text can be opened and ends where the meta says its last document ends."""
         with self.open() as f:
-            offsets, _ = read_meta(self.path)
-            if not len(offsets):
-                return
-            last = int(offsets.max())
-            line = self._read_line(last, 0)
-            end = f.seek(last + len(line))
-            rest = f.read(4096)
-        if not line.rstrip().endswith(b"}"):
+            offsets, lengths = self.whole_table
+            last, line = 0, b""
+            if len(offsets):
+                i = int(offsets.argmax())
+                last = int(offsets[i])
+                line = _read_line(f, last, int(lengths[i]))
+            beyond = _find_text(f, last + len(line))
+        if len(offsets) and not line.rstrip().endswith(b"}"):
             raise DataError(
                 "the last line is not complete",
                 where=f"{self.path}:{last}",
                 why="the .bin is cut short",
                 do="write the file again",
             )
-        if rest.strip():
+        if beyond is not None:
             raise DataError(
                 "the .bin goes on after the last document of its meta",
-                where=f"{self.path}:{end + len(rest) - len(rest.lstrip())}",
+                where=f"{self.path}:{beyond}",
                 why="the meta is older than the text, or belongs to another file",
                 do=f"make a new {self.path.name}.meta from the text, or write the file again",
             )
 
-    def read_document(self, document: int, vocab_size: int | None = None) -> Int64s:
-        """Signed tokens of one document, int64 [length].
+    def read_document(self, document: int, vocab_size: int | None = None, text: BinaryIO | None = None) -> Int64s:
+        """Signed tokens of one document, int64 [length]. `text`: what `open` gave, to read many from.
 
         Raises: DataError if the line is not what the format and the meta say, or an id is not below `vocab_size`.
         """
         offset, length = int(self.offsets[document]), int(self.lengths[document])
-        line = self._read_line(offset, length)
+        with nullcontext(text) if text else self.open() as f:
+            line = _read_line(f, offset, length)
         tokens = parse_line(line, where=f"{self.path}:{offset}")
         if len(tokens) != length:
             raise DataError(
@@ -124,17 +141,30 @@ class BinFile:
             )
         return tokens
 
-    def _read_line(self, offset: int, length: int) -> bytes:
-        """Bytes from `offset` to the end of that line, or of the file."""
-        size = 64 + 8 * length  # most lines fit: 6 digits, a comma and a space a token
-        line = b""
-        with self.open() as f:
-            f.seek(offset)
-            while chunk := f.read(size):
-                line += chunk
-                if b"\n" in chunk:
-                    return line[: line.index(b"\n")]
-        return line
+
+def _read_line(f: BinaryIO, offset: int, length: int) -> bytes:
+    """Bytes from `offset` to the end of that line, or of the file. `length`: tokens it should hold."""
+    f.seek(offset)
+    size = 64 + 8 * length  # most lines fit: 6 digits, a comma and a space a token
+    parts: list[bytes] = []
+    while chunk := f.read(size):
+        end = chunk.find(b"\n")
+        if end >= 0:
+            parts.append(chunk[:end])
+            break
+        parts.append(chunk)
+        size = max(size, _CHUNK)
+    return b"".join(parts)
+
+
+def _find_text(f: BinaryIO, offset: int) -> int | None:
+    """Where the first byte that is no white space stands, from `offset` on."""
+    f.seek(offset)
+    while chunk := f.read(_CHUNK):
+        if text := chunk.lstrip():
+            return offset + len(chunk) - len(text)
+        offset += len(chunk)
+    return None
 
 
 def parse_line(line: bytes, where: str = "") -> Int64s:

@@ -1,6 +1,8 @@
 """An endless stream of this rank's packs from any position, prepared ahead of the training step."""
 
+import atexit
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -8,12 +10,13 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.data.batch import Batch
 from xtuner.data.order import InternRepoSampler, Position
 from xtuner.data.pack import PackedDataset
 
 PREFETCH = 4  # packs prepared ahead; one pack of 32k tokens takes about 1 MB
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the trainer's to handle; see `_ignore_stops`
 
 
 class PackLoader:
@@ -74,19 +77,46 @@ class PackLoader:
             sampler=self._numbers(position),
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH,
+            worker_init_fn=_ignore_stops,
         )
-        for item in loader:
-            yield Batch.of(item, item.pop("number"))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # workers inherit it until they ignore them
+        try:
+            items: Any = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        # Python's own exit would send the workers a SIGTERM, and wait for ever.
+        atexit.register(items._shutdown_workers)
+        try:
+            for item in items:
+                if isinstance(item, XTunerError):
+                    raise item
+                yield Batch.of(item, item.pop("number"))
+        finally:
+            atexit.unregister(items._shutdown_workers)
+            items._shutdown_workers()
+
+
+def _ignore_stops(worker: int) -> None:
+    """For a worker process: Slurm, Kubernetes and Ctrl-C signal all processes of a job, and the iteration in progress
+    still needs its packs. A worker ends when the loader tells it to, or when its parent is gone."""
+    for number in _STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Numbered:
-    """Adds to each pack its number, which a worker process knows and the consumer needs."""
+    """Adds to each pack its number, which a worker process knows and the consumer needs.
+
+    An error for users is a value: raised here, torch would put this process's traceback into its message.
+    """
 
     def __init__(self, dataset: PackedDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return {**self.dataset[number], "number": number}
+    def __getitem__(self, number: int) -> dict[str, Any] | XTunerError:
+        try:
+            return {**self.dataset[number], "number": number}
+        except XTunerError as e:
+            return e
 
 
 def prefetch(make: Callable[[], Iterator[Batch]], ahead: int) -> Iterator[Batch]:

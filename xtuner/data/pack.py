@@ -28,6 +28,31 @@ LabelRule = Literal["internevo", "xtuner"]
 IGNORE = -100  # no loss at this position
 
 
+class LongDocuments:
+    """The last documents read that are longer than a pack: each pack they reach into would parse them again.
+
+    `held` is replaced, never changed: threads need no lock, and at worst forget an entry. Bounded, since a corpus of
+    books has a long document in every file.
+    """
+
+    MOST = 16
+    MOST_BYTES = 2**28  # together; a single document may be larger
+
+    def __init__(self) -> None:
+        self.held: tuple[tuple[Any, Int64s], ...] = ()
+
+    def find(self, key: Any) -> Int64s | None:
+        return next((tokens for k, tokens in self.held if k == key), None)
+
+    def keep(self, key: Any, tokens: Int64s) -> None:
+        held, size = [(key, tokens)], tokens.nbytes
+        for entry in self.held[: self.MOST - 1]:
+            size += entry[1].nbytes
+            if size <= self.MOST_BYTES:
+                held.append(entry)
+        self.held = tuple(held)
+
+
 @dataclass(frozen=True)
 class FilePacks:
     """The pack table of one file: documents in packing order and where each ends on the file's token line."""
@@ -35,12 +60,13 @@ class FilePacks:
     file: BinFile
     order: npt.NDArray[np.uint32]  # document numbers
     ends: Int64s  # [documents] tokens up to and with each document
+    long: LongDocuments
 
     @classmethod
-    def of(cls, file: BinFile, seed: int) -> "FilePacks":
+    def of(cls, file: BinFile, seed: int, long: LongDocuments) -> "FilePacks":
         order = np.arange(file.num_documents, dtype=np.uint32)  # the draws do not depend on the item type
         np.random.RandomState(seed).shuffle(order)
-        return cls(file, order, np.cumsum(file.lengths[order]))
+        return cls(file, order, np.cumsum(file.lengths[order]), long)
 
     def read(
         self, start: int, stop: int, vocab_size: int | None = None
@@ -51,13 +77,19 @@ class FilePacks:
         `stop` in the same document (None when a document ends there).
         """
         parts, borders, following = [], [0], None
-        for span in self.spans(start, stop):
-            borders.append(borders[-1] + span.stop - span.start)
-            if span.start == span.stop:
-                continue
-            tokens = self.file.read_document(span.document, vocab_size)
-            parts.append(tokens[span.start : span.stop])
-            following = int(tokens[span.stop]) if span.stop < len(tokens) else None
+        with self.file.open() as text:
+            for span in self.spans(start, stop):
+                borders.append(borders[-1] + span.stop - span.start)
+                if span.start == span.stop:
+                    continue
+                key = (self.file, span.document, vocab_size)
+                tokens = self.long.find(key)
+                if tokens is None:
+                    tokens = self.file.read_document(span.document, vocab_size, text)
+                    if len(tokens) >= stop - start:
+                        self.long.keep(key, tokens)
+                parts.append(tokens[span.start : span.stop])
+                following = int(tokens[span.stop]) if span.stop < len(tokens) else None
         return np.concatenate(parts), np.array(borders, dtype=np.int32), following
 
     def spans(self, start: int, stop: int) -> list["Span"]:
@@ -108,6 +140,7 @@ class PackedDataset:
         self.packs_per_file = [file.num_tokens // packed_length for file in documents]
         self._first_pack = np.concatenate(([0], np.cumsum(self.packs_per_file, dtype=np.int64)))
         self._tables: dict[int, FilePacks] = {}
+        self._long = LongDocuments()
 
     def __len__(self) -> int:
         return int(self._first_pack[-1])
@@ -125,7 +158,7 @@ class PackedDataset:
     def file_packs(self, file_number: int) -> FilePacks:
         """Pack table of one file; made when first asked for, since its shuffle takes time."""
         if file_number not in self._tables:
-            self._tables[file_number] = FilePacks.of(self.documents[file_number], self.seed)
+            self._tables[file_number] = FilePacks.of(self.documents[file_number], self.seed, self._long)
         return self._tables[file_number]
 
     def locate(self, pack: int) -> tuple[int, int]:

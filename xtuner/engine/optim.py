@@ -31,6 +31,13 @@ class OptimWrapper:
         self.kind = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
         check_arguments(self.kind, {"params": None, **self.arguments}, "optim_wrapper.optimizer")
+        closure = inspect.signature(getattr(self.kind, "step", dict)).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ConfigError(
+                f"{type_name(self.kind)} is not supported",
+                where="optim_wrapper.optimizer.type",
+                why="it computes losses of its own between the steps",
+            )
         if "lr" not in self.arguments:
             raise ConfigError("the optimizer has no lr", where="optim_wrapper.optimizer.lr")
         if clip_grad is not None and set(clip_grad) - {"max_norm"}:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from xtuner.core.files import file_entry, sync_file, write_json
+from xtuner.core.files import file_entry, sync_file, usual_permissions, write_json
 
 SHARD = 2**30  # bytes a file; files are written and hashed side by side
 WRITERS = 4
@@ -41,6 +41,7 @@ class Snapshot:
             save_file(self.tensors[name], path, metadata={"format": "pt"})
         except Exception as e:  # safetensors wraps the system's error in one of its own
             raise OSError(getattr(e, "errno", None) or 5, str(e), str(path)) from e
+        usual_permissions(path)
         sync_file(path)
         return file_entry(path)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import xtuner
@@ -24,6 +25,7 @@ from xtuner.model.families import LAYOUTS, read_config, split, write_config
 from xtuner.model.weights import INDEX, WeightFolder
 
 IM_END = "<|im_end|>"
+KIND = "export"  # in the manifest: what may be replaced by the next export
 
 
 def export(
@@ -34,18 +36,18 @@ def export(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 2 * 10**9,
 ) -> Path:
-    """Write `target`, whole or not at all.
+    """Write `target`, whole or not at all. An earlier export there is replaced, anything else is not.
 
     Args:
         checkpoint: an `iter_N.pth` directory; verified first.
         tokenizer_folder: whose tokenizer files are copied; None for none.
-        layout: "internlm2" (needs remote code in transformers, LMDeploy's own) or "llama" (loads everywhere).
+        layout: "internlm2" (LMDeploy's and llama.cpp's own; not known to transformers) or "llama" (loads everywhere).
         dtype: of the weights written.
         max_shard_bytes: a shard is at most this large, unless one tensor alone is larger.
 
     Raises: CheckpointError, ConfigError.
     """
-    checkpoint, target = Path(checkpoint), Path(target)
+    checkpoint, target = Path(checkpoint), Path(target).expanduser().resolve()
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout {layout!r} is not one of {', '.join(LAYOUTS)}", where="--layout")
     if not (checkpoint / MANIFEST).is_file():
@@ -54,22 +56,50 @@ def export(
             where=str(checkpoint),
             do="give a work_dirs/CONFIG/iter_N.pth folder; work_dirs/CONFIG/last_checkpoint names the newest",
         )
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST).is_file())):
-        raise ConfigError(
-            "the target exists and is not an earlier export",
-            where=str(target),
-            why="it would be replaced as a whole",
-            do="give another folder, or remove it",
-        )
-    verify(checkpoint)
-    config = read_config(read_json(checkpoint / "weights" / "config.json"))
-    with atomic_folder(target) as folder:
-        _write_shards(checkpoint / "weights", folder, config, layout, dtype, max_shard_bytes)
-        write_json(folder / "config.json", write_config(config, layout, dtype))
-        stops = _copy_tokenizer(tokenizer_folder, folder, config)
-        write_json(folder / "generation_config.json", _generation(config, stops))
-        (folder / "README.md").write_text(_card(checkpoint, config, layout, dtype), encoding="utf-8")
+    try:
+        _refuse_to_replace(target, checkpoint.resolve())
+        with atomic_folder(target, kind=KIND) as folder:  # first of all: fails at once if nothing can be written there
+            verify(checkpoint)
+            config = read_config(read_json(checkpoint / "weights" / "config.json"))
+            _write_shards(checkpoint / "weights", folder, config, layout, dtype, max_shard_bytes)
+            write_json(folder / "config.json", write_config(config, layout, dtype))
+            stops = _copy_tokenizer(tokenizer_folder, folder, config)
+            write_json(folder / "generation_config.json", _generation(config, stops))
+            (folder / "README.md").write_text(_card(checkpoint, config, layout, dtype), encoding="utf-8")
+    except BrokenPipeError:  # of the terminal, not of the disk
+        raise
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(
+            f"the export cannot be written: {e}", where=str(target), do="look at the disk: space, quota, permissions"
+        ) from None
     return target
+
+
+def _refuse_to_replace(target: Path, checkpoint: Path) -> None:
+    """Raise ConfigError unless `target` is new, empty, or an earlier export. Both paths are resolved."""
+    if target == checkpoint or target in checkpoint.parents or checkpoint in target.parents:
+        raise ConfigError(
+            "the target is the checkpoint itself, inside it, or a folder around it",
+            where=str(target),
+            why="the checkpoint would be replaced or damaged",
+            do="give another folder",
+        )
+    if not target.exists() or (target.is_dir() and (not any(target.iterdir()) or _is_export(target))):
+        return
+    raise ConfigError(
+        "the target exists and is not an earlier export",
+        where=str(target),
+        why="it would be replaced as a whole",
+        do="give another folder, or remove it",
+    )
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except CheckpointError:
+        return False
+    return isinstance(manifest, dict) and manifest.get("kind") == KIND and not (folder / "trainer.json").exists()
 
 
 def _tensors(

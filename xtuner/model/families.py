@@ -159,14 +159,9 @@ def write_config(c: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[str,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     family: dict[str, Callable[[], dict[str, Any]]] = {
-        "internlm2": lambda: {
+        "internlm2": lambda: {  # no auto_map: the .py files it would name are not there
             "architectures": ["InternLM2ForCausalLM"],
             "model_type": "internlm2",
-            "auto_map": {
-                "AutoConfig": "configuration_internlm2.InternLM2Config",
-                "AutoModel": "modeling_internlm2.InternLM2ForCausalLM",
-                "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
-            },
             "bias": c.attention_bias,
             "attn_implementation": "eager",
         },

@@ -20,7 +20,7 @@ def chunk_tokens(vocabulary: int) -> int:
 class _LinearCrossEntropy(torch.autograd.Function):
     """Σ −log softmax(x W^T)[target]. Gradients are made chunk by chunk in the forward, while the logits are there.
 
-    Memory beyond inputs: one chunk of logits in fp32, dx [T, H] and, in fp32, dW [V, H].
+    Memory beyond inputs: one chunk of logits in fp32 and twice in x's dtype, dx [T, H] and, in fp32, dW [V, H].
     """
 
     @staticmethod
@@ -33,16 +33,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(x_TH), step):
             chunk = slice(begin, begin + step)
             x, targets = x_TH[chunk], targets_T[chunk]
-            logits = (x @ w_VH.T).float()
-            total += F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+            unlearned, target_column = targets == IGNORE, targets.clamp(min=0)[:, None]
+            scores = (x @ w_VH.T).float()  # becomes exp(logits − largest), then the gradient, in place
+            target_logit = scores.gather(1, target_column)
+            largest = scores.amax(1, keepdim=True)
+            total_weight = scores.sub_(largest).exp_().sum(1, keepdim=True)
+            losses = (total_weight.log() + largest - target_logit)[:, 0]
+            total += losses.masked_fill(unlearned, 0.0).sum()
             if not (need_x or need_w):
                 continue
             # d loss / d logits = softmax − onehot(target), and nothing where there is no target
-            learned = targets != IGNORE
-            d_logits = logits.softmax(-1)
-            rows = torch.arange(len(targets), device=targets.device)
-            d_logits[rows, targets.clamp(min=0)] -= 1.0
-            d = (d_logits * learned[:, None]).to(x.dtype)
+            scores.div_(total_weight).scatter_add_(1, target_column, -torch.ones_like(target_logit))
+            d = scores.masked_fill_(unlearned[:, None], 0.0).to(x.dtype)
             if dx_TH is not None:
                 dx_TH[chunk] = d @ w_VH
             if dw_VH is not None:
@@ -68,6 +70,8 @@ def linear_cross_entropy(x_TH: torch.Tensor, w_VH: torch.Tensor, targets_T: torc
         w_VH: output weights, [V, H].
         targets_T: int64 [T], −100 where there is no loss.
     """
+    if not torch.is_grad_enabled():  # autograd asks for the gradient of a parameter all the same
+        x_TH, w_VH = x_TH.detach(), w_VH.detach()
     return _LinearCrossEntropy.apply(x_TH, w_VH, targets_T)
 
 

@@ -11,6 +11,7 @@
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from xtuner.core.files import (
     read_json,
     remove_tree,
     sync_folder,
+    usual_permissions,
     verify,
     write_manifest,
 )
@@ -67,9 +69,9 @@ def write(
 
 def _publish(folder: Path, target: Path, entries: dict[str, Any], iteration: int, keep: int) -> None:
     for inner in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        inner.chmod(0o755)
+        usual_permissions(inner)
         sync_folder(inner)
-    write_manifest(folder, entries, iteration=iteration)
+    write_manifest(folder, entries, kind="checkpoint", iteration=iteration)
     publish(folder, target)
     with atomic_file(target.parent / "last_checkpoint") as f:
         f.write(target.name + "\n")
@@ -113,7 +115,32 @@ def _together(outcomes: list[dict[str, Any]], target: Path) -> None:
 def _found(work_dir: Path) -> list[tuple[int, Path]]:
     """Published checkpoints by iteration, oldest first."""
     found = [(re.fullmatch(r"iter_(\d+)\.pth", p.name), p) for p in work_dir.glob("iter_*.pth")]
-    return sorted((int(m[1]), p) for m, p in found if m and (p / MANIFEST).is_file())
+    return sorted((int(m[1]), p) for m, p in found if m and (p / MANIFEST).is_file() and not _is_export(p))
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        return bool(read_json(folder / MANIFEST).get("kind") == "export")
+    except (CheckpointError, AttributeError):
+        return False  # damaged, which whoever reads it will say
+
+
+def set_aside(work_dir: Path, resumed: Path | None) -> None:
+    """Move checkpoints that do not lead to this run out of its way, into `work_dir/before_TIME/`.
+
+    That is all of them for a fresh start or a start from elsewhere, else those newer than the one resumed from.
+    Otherwise pruning and a later `--resume` would take them for this run's.
+    """
+    ours = resumed is not None and resumed.resolve().parent == work_dir.resolve()
+    last = int(resumed.stem.removeprefix("iter_")) if ours and resumed else -1
+    others = [folder for iteration, folder in _found(work_dir) if iteration > last]
+    if not others:
+        return
+    aside = work_dir / time.strftime("before_%Y%m%d_%H%M%S")
+    aside.mkdir(exist_ok=True)
+    for folder in others:
+        folder.rename(aside / folder.name)
+    logger.warning(f"{len(others)} checkpoints of another run were here; they are now in {aside}")
 
 
 def latest(work_dir: Path, strict: bool = False) -> Path | None:
@@ -145,7 +172,7 @@ def to_resume(work_dir: Path, resume: str | bool | None, strict: bool = False) -
         return None
     if resume is True or resume == "auto":
         return latest(work_dir, strict)
-    folder = Path(resume)
+    folder = Path(resume).expanduser()
     if folder.is_dir() and _found(folder):
         found = latest(folder, strict)
         if found:

@@ -1,7 +1,11 @@
 """Mean loss on tokenized data, per data type (the first folder below the data folder) and in all."""
 
+import contextlib
 import hashlib
+import json
 import math
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +15,8 @@ import torch
 
 from xtuner.config.build import build
 from xtuner.config.load import load
-from xtuner.core.errors import ConfigError
-from xtuner.core.files import read_json, write_json
+from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.files import verify
 from xtuner.core.log import logger, progress
 from xtuner.data.format import BinFile
 from xtuner.data.index import TokenizedFolder
@@ -23,6 +27,7 @@ from xtuner.model.source import ModelSource
 from xtuner.train.checkpoint import TRAINER
 
 BATCH_TOKENS = 16384
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")  # what tells models apart
 
 
 @dataclass
@@ -49,25 +54,54 @@ class Result:
 class Record:
     """Results by file, kept on disk so that an evaluation that was stopped goes on with the next file.
 
-    The record belongs to one model and one `max_length`; files that have changed are evaluated again.
+    JSON lines: first the model and `max_length` that the record belongs to, then one line a file, appended when that
+    file is done. Files that have changed are evaluated again; their later line holds.
+
+    Raises: ConfigError for another model's record or a file that is none, CheckpointError if it cannot be written.
     """
 
     def __init__(self, path: Path | None, model: str, max_length: int) -> None:
         self.path = path
-        self.facts: dict[str, Any] = {"model": model, "max_length": max_length, "files": {}}
-        if path is not None and path.is_file():
-            found = read_json(path)
-            if {k: found.get(k) for k in ("model", "max_length")} != {"model": model, "max_length": max_length}:
-                raise ConfigError(
-                    "the record is of another model or another --max-length",
-                    where=str(path),
-                    do="remove it, or give another --save",
-                )
-            self.facts = found
-            logger.info(f"{len(found['files'])} files are in {path} already")
+        self.entries: dict[str, dict[str, Any]] = {}
+        if path is None:
+            return
+        facts = {"model": model, "max_length": max_length}
+        head = _line(facts)
+        with _writing(path):
+            data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]  # a kill may have torn the line after it
+        if whole:
+            self._read(path, whole, facts)
+        elif not head.startswith(data):
+            raise _no_record(path)
+        if len(whole) < len(data):
+            with _writing(path):
+                os.truncate(path, len(whole))
+        if not whole:
+            self._append(head)
+
+    def _read(self, path: Path, whole: bytes, facts: dict[str, Any]) -> None:
+        try:
+            found, *entries = map(json.loads, whole.splitlines())
+            self.entries = {
+                e["file"]: {"identity": e["identity"], "total": float(e["total"]), "tokens": int(e["tokens"])}
+                for e in entries
+            }
+            ours = found.keys() == facts.keys()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _no_record(path) from None
+        if not ours:
+            raise _no_record(path)
+        if found != facts:
+            raise ConfigError(
+                "the record is of another model or another --max-length",
+                where=str(path),
+                do="remove it, or give another --save",
+            )
+        logger.info(f"{len(self.entries)} files are in {path} already")
 
     def find(self, file: BinFile) -> tuple[float, int] | None:
-        entry = self.facts["files"].get(file.name)
+        entry = self.entries.get(file.name)
         if not entry or entry["identity"] != file.identity().hex():
             return None
         return entry["total"], entry["tokens"]
@@ -75,8 +109,57 @@ class Record:
     def keep(self, file: BinFile, total: float, tokens: int) -> None:
         if self.path is not None:
             entry = {"identity": file.identity().hex(), "total": total, "tokens": tokens}
-            self.facts["files"][file.name] = entry
-            write_json(self.path, self.facts)
+            self.entries[file.name] = entry
+            self._append(_line({"file": file.name, **entry}))
+
+    def _append(self, line: bytes) -> None:
+        assert self.path is not None
+        with _writing(self.path), open(self.path, "ab") as f:
+            f.write(line)
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
+def _no_record(path: Path) -> ConfigError:
+    return ConfigError(
+        "the file is no record of `eval loss`",
+        where=str(path),
+        why="it is left as it is",
+        do="give another --save",
+    )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """OSErrors as CheckpointError."""
+    try:
+        yield
+    except OSError as e:
+        raise CheckpointError(
+            f"the record cannot be written: {e}", where=str(path), do="give another --save, or look at the disk"
+        ) from None
+
+
+def check_place(path: Path) -> None:
+    """Whether a record can be kept at `path`, asked before the long work. Raises: CheckpointError, ConfigError."""
+    with _writing(path):
+        if any((folder / TRAINER).is_file() for folder in path.resolve().parents):
+            raise ConfigError(
+                "the record would lie in a checkpoint",
+                where=str(path),
+                why="with a file that is not in its manifest, the checkpoint counts as damaged",
+                do="give another --save",
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with tempfile.TemporaryFile(dir=path.parent):
+                return
+        if not path.is_file():
+            raise CheckpointError("the record cannot be written: this is no file", where=str(path))
+        with open(path, "ab"):
+            pass
 
 
 def open_model(name: str, options: list[str], device: torch.device) -> tuple[CausalLM, str]:
@@ -85,6 +168,8 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
     Args:
         name: a Hugging Face folder, a checkpoint, or a config (for what it would start from).
         options: overrides of a config.
+
+    Raises: ConfigError, CheckpointError; a checkpoint is verified first.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     path = Path(name).expanduser()
@@ -93,12 +178,14 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
         source: ModelSource = build(config.values["model"], "model")
         return source.build(device, dtype).eval(), f"{config.resolved()['model']}"
     if (path / TRAINER).is_file():
+        verify(path)
         path = path / "weights"
     if not (path / "config.json").is_file():
         raise ConfigError(
             "this is no model", where=name, do="give a Hugging Face folder, an iter_N.pth checkpoint, or a config file"
         )
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.iterdir())]
+    files = [path / "config.json", *(p for pattern in WEIGHTS for p in sorted(path.glob(pattern)))]
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return load_pretrained(path, dtype, device), hashlib.sha256(repr(stats).encode()).hexdigest()
 
 

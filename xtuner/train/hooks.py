@@ -166,7 +166,7 @@ class CheckpointHook(Hook):
 class ValidationHook(Hook):
     """Loss on held-out data every `interval` iterations and at the end; the trainer adds it for `val_dataset`."""
 
-    priority = 60
+    priority = 85
 
     def __init__(self, documents: TokenizedFolder, interval: int, max_length: int) -> None:
         self.documents, self.interval, self.max_length = documents, interval, max_length
@@ -174,18 +174,18 @@ class ValidationHook(Hook):
 
     def after_iteration(self, run: Run, it: Iteration) -> None:
         if it.state.iteration % self.interval == 0:
-            it.record["val_loss"] = self._evaluate(run)
+            self._evaluate(run)
 
     def after_run(self, run: Run) -> None:
         if self._last != run.state.iteration:
-            run.metrics.write({"iter": run.state.iteration, "val_loss": self._evaluate(run)})
+            self._evaluate(run)
 
-    def _evaluate(self, run: Run) -> float:
+    def _evaluate(self, run: Run) -> None:
         self._last = run.state.iteration
         results = evaluate(run.strategy.model, self.documents, self.max_length, quiet=True)
         shown = ", ".join(f"{r.name} {r.loss:.4f}" for r in results)
         logger.info(f"validation at iteration {run.state.iteration}: {shown}")
-        return results[-1].loss
+        run.metrics.write({"iter": run.state.iteration, "val_loss": results[-1].loss})
 
 
 class DatasetInfoHook(Hook):

@@ -1,14 +1,14 @@
 """One job to a work dir.
 
-`work_dir/.lock` names its owner and is touched every few seconds. A lock is dead if its process is gone from this host,
-or if nothing has touched it for a while (another host's job that was killed).
+`work_dir/.lock` names its owner and is touched every few seconds. A lock is dead if its process is gone (judged on the
+machine and in the process namespace where it was made), or else if nothing has touched it for a while.
 """
 
 import json
 import os
 import platform
 import threading
-import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -26,57 +26,80 @@ class WorkDirLock:
 
     def __init__(self, work_dir: Path) -> None:
         self.path = work_dir / NAME
+        self._me = json.dumps(_myself())
         self._take()
         self._released = threading.Event()
         threading.Thread(target=self._beat, name="xtuner-lock", daemon=True).start()
 
     def _take(self) -> None:
-        for _ in range(3):
-            try:
-                fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                self._remove_if_dead()
-                continue
-            with open(fd, "w", encoding="utf-8") as f:
-                json.dump(_myself(), f)
-            return
+        mine = self.path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        mine.write_text(self._me, encoding="utf-8")
+        try:
+            for _ in range(3):
+                try:
+                    os.link(mine, self.path)  # appears with its contents, or not at all
+                    return
+                except FileExistsError:
+                    self._remove_if_dead(now=mine.stat().st_mtime)  # the file server's clock, not ours
+        finally:
+            mine.unlink()
         raise BusyError("the work dir's lock changes hands again and again", where=str(self.path), do="try again")
 
-    def _remove_if_dead(self) -> None:
+    def _remove_if_dead(self, now: float) -> None:
         try:
-            age = time.time() - self.path.stat().st_mtime
-            owner: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8") or "{}")
+            text = self.path.read_text(encoding="utf-8")
+            age = now - self.path.stat().st_mtime
         except FileNotFoundError:
             return  # just released
+        try:
+            owner: dict[str, Any] = json.loads(text)
         except json.JSONDecodeError:
-            owner = {}  # being written this moment, or torn
-        here = owner.get("host") == platform.node()
-        if (here and not _alive(owner)) or age > DEAD_AFTER:
-            logger.warning(f"taking over the work dir from a dead job: {_describe(owner)}, silent for {age:.0f} s")
-            self.path.unlink(missing_ok=True)
+            owner = {}
+        alive = _alive(owner)
+        if alive or (alive is None and age < DEAD_AFTER):
+            raise BusyError(
+                f"another job uses this work dir: {_describe(owner)}",
+                where=str(self.path),
+                why="two runs would overwrite each other's checkpoints",
+                do=f"stop it, or give another --work-dir; a dead job's lock is taken over after {DEAD_AFTER:.0f} s",
+            )
+        # Only one of several that judge so at once moves this very lock away; the others find it gone, or a new one.
+        aside = self.path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
             return
-        raise BusyError(
-            f"another job uses this work dir: {_describe(owner)}",
-            where=str(self.path),
-            why="two runs would overwrite each other's checkpoints",
-            do=f"stop it, or give another --work-dir; a dead job's lock is taken over after {DEAD_AFTER:.0f} s",
-        )
+        if aside.read_text(encoding="utf-8") != text:  # a living one, made since we looked: back with it
+            os.rename(aside, self.path)
+            return
+        aside.unlink()
+        logger.warning(f"taking over the work dir from a dead job: {_describe(owner)}, silent for {age:.0f} s")
+
+    def _mine(self) -> bool:
+        try:
+            return self.path.read_text(encoding="utf-8") == self._me
+        except OSError:
+            return False
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
-            try:
+            if self._mine():
                 os.utime(self.path)
-            except OSError as e:
-                logger.warning(f"the lock of the work dir cannot be touched: {e.strerror}")
+            else:
+                logger.error(f"{self.path} is no longer this job's: another one may write here, too")
+                return
 
     def release(self) -> None:
         self._released.set()
-        self.path.unlink(missing_ok=True)
+        if self._mine():
+            self.path.unlink(missing_ok=True)
 
 
 def _myself() -> dict[str, Any]:
     job = next((f"{name}={os.environ[name]}" for name in JOB_VARIABLES if name in os.environ), "")
-    return {"host": platform.node(), "pid": os.getpid(), "born": _born(os.getpid()), "job": job}
+    pid = os.getpid()
+    token = uuid.uuid4().hex
+    return {"host": platform.node(), "pid": pid, "born": _born(pid), "where": _where(), "job": job, "token": token}
 
 
 def _describe(owner: dict[str, Any]) -> str:
@@ -86,16 +109,30 @@ def _describe(owner: dict[str, Any]) -> str:
     return f"process {owner.get('pid')} on {owner.get('host')}{job}"
 
 
-def _alive(owner: dict[str, Any]) -> bool:
-    """True if the very process that wrote the lock runs: process numbers are used again, start times are not."""
+def _alive(owner: dict[str, Any]) -> bool | None:
+    """True if the very process that wrote the lock runs, False if it is gone, None if that cannot be seen from here.
+
+    Process numbers are used again, start times are not; containers of one host have numbers of their own.
+    """
+    if not owner.get("where") or owner["where"] != _where():
+        return None
     return _born(owner.get("pid", 0)) == owner.get("born")
 
 
+def _where() -> str:
+    """This boot of this machine and this process namespace; empty where there is no /proc."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def _born(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; None if there is none (or no /proc: then locks only age)."""
+    """Start time of a process in clock ticks since boot; None if there is none."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
             fields = f.read().rpartition(")")[2].split()
     except OSError:
-        return None if Path("/proc").is_dir() else "unknown"
+        return None
     return None if fields[0] == "Z" else fields[19]

@@ -1,6 +1,7 @@
 """A run as hooks see it: everything it is made of, what an iteration did, and what a hook may do about it."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Run:
     max_iterations: int
     schedule: Schedule
     state: TrainState = field(default_factory=TrainState)
-    saved_at: int = -1
+    saved: tuple[int, bool] = (-1, False)  # iteration of the newest save, and whether it can be resumed
 
     strategy: Strategy = field(init=False)
     metrics: MetricWriter = field(init=False)
@@ -51,10 +52,15 @@ class Run:
     def total_packs(self) -> int:
         return self.packs_per_epoch * self.max_epochs
 
+    @cached_property
+    def data_facts(self) -> dict[str, Any]:
+        """Identity of the data as they were when the run began; reading it again at each save could fail, and lie."""
+        return self.loader.fingerprint()
+
     def facts(self) -> dict[str, Any]:
         """What the run depends on, kept with every checkpoint."""
         return {
-            "data": self.loader.fingerprint(),
+            "data": self.data_facts,
             "packs_per_iteration": self.packs_per_iteration,
             "max_iterations": self.max_iterations,
             "strategy": self.strategy.name,
@@ -63,9 +69,10 @@ class Run:
 
     def save(self, optimizer: bool = True, keep: int = -1, last: bool = False) -> None:
         """Save the present state, unless that has been done; with `last`, wait until it is on the disk."""
-        if self.saved_at != self.state.iteration:
+        iteration, resumable = self.saved
+        if iteration != self.state.iteration or (optimizer and not resumable):
             self.saver.save(self.state, self.strategy, self.facts(), optimizer, keep)
-            self.saved_at = self.state.iteration
+            self.saved = self.state.iteration, optimizer
         if last:
             self.saver.finish(last=True)
 

@@ -44,9 +44,7 @@ class Stop:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.reason:
-            self.reason = signal.Signals(number).name
-            logger.warning(f"{self.reason}: stopping after this iteration")
+        self.reason = self.reason or signal.Signals(number).name  # a handler must not log: it may interrupt logging
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

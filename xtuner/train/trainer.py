@@ -15,7 +15,7 @@ from xtuner.config.check import check
 from xtuner.config.load import Config
 from xtuner.core import dist, log
 from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError
-from xtuner.core.files import recover, write_json
+from xtuner.core.files import recover, verify, write_json
 from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
@@ -26,6 +26,7 @@ from xtuner.engine.schedule import Schedule
 from xtuner.engine.single import SingleStrategy
 from xtuner.model.source import ModelSource
 from xtuner.train import checkpoint
+from xtuner.train.changes import changes
 from xtuner.train.hooks import ValidationHook
 from xtuner.train.lock import WorkDirLock
 from xtuner.train.metrics import MetricWriter
@@ -77,38 +78,35 @@ def _enough(documents: TokenizedFolder, data: PackedDataset, max_iterations: int
     )
 
 
-def train(
-    config: Config,
-    work_dir: Path,
-    device: torch.device,
-    resume: str | bool | None = None,
-    seed: int | None = None,
-    dry_run: bool = False,
-    max_minutes: float | None = None,
-    strict_resume: bool = False,
-) -> int:
-    """Run a config to its end.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run is started, beside what its config says."""
 
-    Args:
-        resume: a checkpoint, "auto" for the newest in `work_dir`, None to begin.
-        dry_run: stop before weights are loaded.
-        max_minutes: stop in time to have saved by then.
-        strict_resume: a damaged checkpoint is an error, not a reason to take the one before it.
+    resume: str | None = None  # a checkpoint, "auto" for the newest in the work dir, None for what the config says
+    strict_resume: bool = False  # a damaged checkpoint is an error, not a reason to take the one before it
+    allow_change: bool = False  # resume although settings or data that change the result have changed
+    seed: int | None = None  # of random weights; None for the config's
+    dry_run: bool = False  # report everything, load no weights, train nothing
+    max_minutes: float | None = None  # stop in time to have saved by then
+
+
+def train(config: Config, work_dir: Path, device: torch.device, options: Options) -> int:
+    """Run a config to its end.
 
     Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
     """
     log.setup()
     check(config, paths=True)
     log.setup(config.get("log_level", "INFO"))
-    run = assemble(config, work_dir, device, seed)
-    if dry_run:
+    run = assemble(config, work_dir, device, options.seed)
+    if options.dry_run:
         report(run)
         logger.info("dry run: nothing was trained")
         return EXIT_DONE
     lock = _open_work_dir(run)
     try:
-        stop = Stop(work_dir, dist.ALL, max_minutes)
-        _start(run, resume if resume is not None else config.get("resume"), strict_resume)
+        stop = Stop(work_dir, dist.ALL, options.max_minutes)
+        _start(run, options)
         return loop(run, stop)
     finally:
         run.saver.close()
@@ -116,14 +114,14 @@ def train(
         lock.release()
 
 
-def _start(run: Run, resume: str | bool | None, strict: bool) -> None:
+def _start(run: Run, options: Options) -> None:
     """Everything between the work dir and the first iteration."""
     report(run)
     if run.config.get("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     run.strategy = SingleStrategy(run.source, run.optim, run.device)
-    _resume_or_fresh(run, resume, strict)
+    _resume_or_fresh(run, options)
     for hook in run.hooks:
         hook.before_run(run)
 
@@ -140,7 +138,8 @@ def _open_work_dir(run: Run) -> WorkDirLock:
         write_json(folder / "config.json", run.config.resolved())
         with contextlib.suppress(shutil.SameFileError):  # the config lies in the work dir
             shutil.copyfile(run.config.path, run.work_dir / run.config.path.name)
-        recover(run.work_dir)
+        recover(run.work_dir, "iter_*.pth")
+        recover(run.work_dir, "last_checkpoint")
     except OSError as e:
         raise ConfigError(
             f"the work dir cannot be written: {e.strerror}",
@@ -152,46 +151,70 @@ def _open_work_dir(run: Run) -> WorkDirLock:
     return lock
 
 
-def _resume_or_fresh(run: Run, resume: str | bool | None, strict: bool) -> None:
-    folder = checkpoint.to_resume(run.work_dir, resume, strict)
+def _resume_or_fresh(run: Run, options: Options) -> None:
+    resume = options.resume if options.resume is not None else run.config.get("resume")
+    folder = checkpoint.to_resume(run.work_dir, resume, options.strict_resume)
+    if dist.is_main():
+        checkpoint.set_aside(run.work_dir, folder)
     if folder is None:
         if run.config.get("load_from"):
-            _start_from(run, Path(run.config.values["load_from"]))
+            _start_from(run, Path(run.config.values["load_from"]).expanduser())
         if resume:
             logger.info("no checkpoint in the work dir: starting afresh")
     else:
         state, facts = checkpoint.read_trainer(folder)
-        _same_run(run, folder, facts)
+        _same_run(run, folder, facts, options.allow_change)
         run.strategy.load(folder)
-        run.state, run.saved_at = state, state.iteration
+        run.state, run.saved = state, (state.iteration, True)
         logger.info(f"resumed from {folder} at iteration {state.iteration}, {state.position}")
 
 
 def _start_from(run: Run, folder: Path) -> None:
-    weights = folder / "weights" if (folder / checkpoint.TRAINER).is_file() else folder
+    weights = folder
+    if (folder / checkpoint.TRAINER).is_file():
+        verify(folder)
+        weights = folder / "weights"
     run.strategy.load_weights(weights)
     logger.info(f"weights taken from {weights} (load_from); optimizer and data position are new")
 
 
-def _same_run(run: Run, folder: Path, facts: dict[str, Any]) -> None:
-    """Refuse to go on with other data or another iteration size."""
+def _same_run(run: Run, folder: Path, facts: dict[str, Any], allow_change: bool) -> None:
+    """Tell what has changed since the checkpoint; refuse what would make another run of it."""
+    where = str(folder / checkpoint.TRAINER)
     now = run.facts()
     for key, before in facts["data"].items():
-        if now["data"][key] != before:
+        if now["data"][key] != before and not allow_change:
             raise DataError(
                 f"the data is not what the checkpoint was trained on: {key} was {before!r}, is {now['data'][key]!r}",
-                where=str(folder / checkpoint.TRAINER),
+                where=where,
                 why="the run would see some documents twice and others never",
-                do="restore the data and its settings, or start a new run from the weights with load_from",
+                do="restore the data and its settings, go on with --allow-change, or start anew with load_from",
             )
     for key in ("packs_per_iteration", "max_iterations"):
-        if now[key] != facts[key]:
+        if now[key] != facts[key] and not allow_change:
             raise ConfigError(
                 f"{key} was {facts[key]} and is now {now[key]}",
-                where=str(folder / checkpoint.TRAINER),
+                where=where,
                 why="the schedule and the gradient noise would be another run's",
-                do="set accumulative_counts and max_epochs as they were",
+                do="set accumulative_counts and max_epochs as they were, or go on with --allow-change",
             )
+    found = changes(facts["config"], now["config"])
+    by_kind = {kind: [c for c in found if c.kind == kind] for kind in ("impossible", "changes the result", "harmless")}
+    if by_kind["impossible"]:
+        told = "; ".join(map(str, by_kind["impossible"]))
+        why = "its weights or its optimizer state would not fit"
+        raise ConfigError(f"the checkpoint is another model's or optimizer's: {told}", where=where, why=why)
+    for change in by_kind["harmless"]:
+        logger.info(f"changed since the checkpoint, harmless: {change}")
+    if by_kind["changes the result"] and not allow_change:
+        raise ConfigError(
+            "changed since the checkpoint: " + "; ".join(map(str, by_kind["changes the result"])),
+            where=where,
+            why="the run would end differently from the one that was begun",
+            do="take the changes back, or go on with --allow-change",
+        )
+    for change in by_kind["changes the result"]:
+        logger.warning(f"changed since the checkpoint, allowed: {change}")
 
 
 def loop(run: Run, stop: Stop) -> int:
@@ -251,6 +274,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
     if run.state.skipped <= budget:
         logger.warning(f"{what} (packs {packs}; {run.state.skipped} of at most {budget} such iterations)")
         return
+    run.saver.finish()
     last = checkpoint.latest(run.work_dir)
     again = f"xtuner train {run.config.path} --work-dir {run.work_dir}" + (f" --resume {last}" if last else "")
     raise DivergedError(

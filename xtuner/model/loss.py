@@ -73,14 +73,3 @@ def linear_cross_entropy(x_TH: torch.Tensor, w_VH: torch.Tensor, targets_T: torc
     if not torch.is_grad_enabled():  # autograd asks for the gradient of a parameter all the same
         x_TH, w_VH = x_TH.detach(), w_VH.detach()
     return _LinearCrossEntropy.apply(x_TH, w_VH, targets_T)
-
-
-@torch.no_grad()
-def token_losses(x_TH: torch.Tensor, w_VH: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each position, fp32 [T], 0 where there is no target. No gradient."""
-    step = chunk_tokens(len(w_VH))
-    losses = [
-        F.cross_entropy((x @ w_VH.T).float(), targets, ignore_index=IGNORE, reduction="none")
-        for x, targets in zip(x_TH.split(step), targets_T.split(step), strict=True)
-    ]
-    return torch.cat(losses)

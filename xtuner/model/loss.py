@@ -7,7 +7,6 @@ micro-batches, which no single call knows.
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 IGNORE = -100
 CHUNK = 2**27  # logits a chunk: 512 MiB in fp32; 1450 tokens at InternLM2's vocabulary

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.core.errors import ConfigError, did_you_mean
     from xtuner.data.chat_template import PROMPT_TEMPLATE
-    from xtuner.data.tokenizer import load_tokenizer
+    from xtuner.data.tokenizer import load_tokenizer, single_tokens
     from xtuner.engine.launch import setup
     from xtuner.model.generate import Session, sample
     from xtuner.train.evaluate import open_model
@@ -93,12 +93,6 @@ def asked() -> Iterator[str | None]:
             yield None
         elif line.strip():
             yield line
-
-
-def single_tokens(tokenizer: "Tokenizer", words: list[str]) -> list[int]:
-    """Ids of the words that are one token; longer ones are found in the text."""
-    encoded = [tokenizer.encode(word) for word in words]
-    return [ids[0] for ids in encoded if len(ids) == 1]
 
 
 def spoken(tokens: Iterator[int], tokenizer: "Tokenizer", stop_words: list[str]) -> Iterator[str]:

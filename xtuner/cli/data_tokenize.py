@@ -2,6 +2,8 @@
 
 import argparse
 
+from xtuner.tools.tokenize_ftdp_datasets import add_run_options
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     both = argparse.BooleanOptionalAction
@@ -33,10 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a special token that a text may spell, e.g. '<s>'; may be given again",
     )
-    parser.add_argument("--valid-fraction", type=float, default=0.0, metavar="F", help="share of documents for valid/")
-    parser.add_argument("--seed", type=int, default=0, help="of the division into train and valid (default: 0)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
-    parser.add_argument("--overwrite", action="store_true", help="replace outputs that are there")
+    add_run_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

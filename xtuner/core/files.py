@@ -17,6 +17,8 @@ from typing import IO, Any
 from xtuner.core.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+_UMASK = os.umask(0)  # can only be read by setting it; later, with threads that write, one could keep the other's 0
+os.umask(_UMASK)
 
 
 def sync_folder(folder: Path) -> None:
@@ -40,7 +42,7 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
     try:
-        os.fchmod(fd, 0o666 & ~_umask())
+        os.fchmod(fd, 0o666 & ~_UMASK)
         with open(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
@@ -51,12 +53,6 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -167,7 +163,7 @@ def recover(parent: Path, pattern: str) -> None:
 
 def usual_permissions(path: Path) -> None:
     """Those of an ordinarily made file or folder; temporary ones, and safetensors' files, are their owner's alone."""
-    os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_umask())
+    os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_UMASK)
 
 
 @contextlib.contextmanager

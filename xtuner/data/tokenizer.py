@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,12 @@ class Tokenizer(Protocol):
 
     def identity(self) -> str:
         """sha256 over all that decides the ids: the vocabulary file, and names and ids of special tokens."""
+
+
+def single_tokens(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:
+    """Ids of the words that are one token: those a generation can stop at without looking at the text."""
+    encoded = [tokenizer.encode(word) for word in words]
+    return [ids[0] for ids in encoded if len(ids) == 1]
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:

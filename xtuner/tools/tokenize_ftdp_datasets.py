@@ -12,6 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenized-dir", required=True, help="gets chatml_llamav13_32k/train/cn/DATASET/FILE.bin")
     parser.add_argument("--tokenizer-path", required=True, help="model folder or hub id")
     parser.add_argument("--max-length", type=int, metavar="N", help="cut conversations there (default: 32768)")
+    add_run_options(parser)
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every way to tokenize; `xtuner data tokenize` has them, too."""
     parser.add_argument("--valid-fraction", type=float, default=0.0, metavar="F", help="share of documents for valid/")
     parser.add_argument("--seed", type=int, default=0, help="of the division into train and valid (default: 0)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")

@@ -16,7 +16,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, human_time, logger
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.data.index import TokenizedFolder
-from xtuner.data.tokenizer import Tokenizer
+from xtuner.data.tokenizer import Tokenizer, single_tokens
 from xtuner.engine.schedule import Schedule
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.generate import generate
@@ -243,10 +243,8 @@ class EvaluateChatHook(Hook):
 
     def _sample(self, run: Run) -> None:
         model, config = run.strategy.model, run.source.config
-        stops = [config.eos_token_id]
-        for word in self.template.stop_words if self.template else ():
-            ids = self.tokenizer.encode(word)
-            stops += ids if len(ids) == 1 else []
+        words = self.template.stop_words if self.template else ()
+        stops = [config.eos_token_id, *single_tokens(self.tokenizer, words)]
         for text in self.inputs:
             prompt = self.template.prompt(text, self.system) if self.template else text
             ids = [config.bos_token_id, *self.tokenizer.encode(prompt)]

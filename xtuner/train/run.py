@@ -1,7 +1,6 @@
 """A run as hooks see it: everything it is made of, what an iteration did, and what a hook may do about it."""
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ class Run:
     state: TrainState = field(default_factory=TrainState)
     saved: tuple[int, bool] = (-1, False)  # iteration of the newest save, and whether it can be resumed
 
+    data_facts: dict[str, Any] = field(init=False)  # identity of the data as they were when the run began
     strategy: Strategy = field(init=False)
     metrics: MetricWriter = field(init=False)
     saver: Saver = field(init=False)
@@ -51,11 +51,6 @@ class Run:
     @property
     def total_packs(self) -> int:
         return self.packs_per_epoch * self.max_epochs
-
-    @cached_property
-    def data_facts(self) -> dict[str, Any]:
-        """Identity of the data as they were when the run began; reading it again at each save could fail, and lie."""
-        return self.loader.fingerprint()
 
     def facts(self) -> dict[str, Any]:
         """What the run depends on, kept with every checkpoint."""

@@ -64,6 +64,7 @@ def assemble(config: Config, work_dir: Path, device: torch.device, seed: int | N
     run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs, max_iterations, constant)
     for hook in hooks:
         hook.configure(run)
+    run.data_facts = loader.fingerprint()
     return run
 
 
@@ -103,15 +104,11 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
         report(run)
         logger.info("dry run: nothing was trained")
         return EXIT_DONE
-    lock = _open_work_dir(run)
-    try:
+    with contextlib.ExitStack() as at_the_end:
+        _open_work_dir(run, at_the_end)
         stop = Stop(work_dir, dist.ALL, options.max_minutes)
         _start(run, options)
         return loop(run, stop)
-    finally:
-        run.saver.close()
-        run.metrics.close()
-        lock.release()
 
 
 def _start(run: Run, options: Options) -> None:
@@ -126,12 +123,12 @@ def _start(run: Run, options: Options) -> None:
         hook.before_run(run)
 
 
-def _open_work_dir(run: Run) -> WorkDirLock:
+def _open_work_dir(run: Run, at_the_end: contextlib.ExitStack) -> None:
     """Take the work dir; in it a folder for this start: log, metrics, environment, config as written and resolved."""
     folder = run.work_dir / time.strftime("%Y%m%d_%H%M%S")
     try:
         run.work_dir.mkdir(parents=True, exist_ok=True)
-        lock = WorkDirLock(run.work_dir)
+        at_the_end.callback(WorkDirLock(run.work_dir).release)
         (folder / "vis_data").mkdir(parents=True, exist_ok=True)
         log.setup(run.config.get("log_level", "INFO"), folder / f"{folder.name}.log")
         write_json(folder / "environment.json", environment())
@@ -147,8 +144,9 @@ def _open_work_dir(run: Run) -> WorkDirLock:
             do="give another one with --work-dir",
         ) from None
     run.metrics = MetricWriter(folder / "vis_data")
+    at_the_end.callback(run.metrics.close)
     run.saver = Saver(run.work_dir, dist.ALL)
-    return lock
+    at_the_end.callback(run.saver.close)
 
 
 def _resume_or_fresh(run: Run, options: Options) -> None:

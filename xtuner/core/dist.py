@@ -61,9 +61,22 @@ class Ranks:
         """Rank 0's JSON value, on every rank."""
         return self.gather(value if self.is_main else None)[0]
 
-    def sum(self, value: int) -> int:
-        """Sum of an integer over all ranks."""
-        return value if self.size == 1 else sum(self.gather(value))
+    def sum(self, value: float) -> float:
+        """Sum of a number over all ranks, exact for integers below 2**53."""
+        if self.size == 1:
+            return value
+        import torch
+        from torch import distributed
+
+        total = torch.tensor([value], dtype=torch.float64)
+        distributed.all_reduce(total, group=self._group)
+        return float(total)
+
+    def reduce(self, tensor: Any, to: int) -> None:
+        """Sum a tensor over all ranks into that of rank `to`; the others' become undefined."""
+        from torch import distributed
+
+        distributed.reduce(tensor, to, group=self._group)
 
 
 ALL = Ranks()
@@ -82,7 +95,7 @@ def is_main() -> bool:
 
 
 def all_sum(value: int) -> int:
-    return ALL.sum(value)
+    return int(ALL.sum(value))
 
 
 def _started() -> bool:

@@ -42,9 +42,12 @@ class Strategy(Protocol):
         an iteration without targets, is not applied.
         """
 
+    def reserve(self, optimizer: bool) -> None:
+        """Begin to take the host memory that snapshots need, beside training. To be called after the first step."""
+
     def snapshot(self, optimizer: bool) -> Snapshot:
         """This rank's part of a checkpoint, copied to host memory: `weights/` (a Hugging Face folder of fp32 masters)
-        and, if asked, `optimizer/`. The copy of an earlier snapshot may be overwritten."""
+        and, if asked, `optimizer/`. The copy of an earlier snapshot may be overwritten. All ranks call it together."""
 
     def load(self, folder: Path) -> None:
         """Restore what a snapshot with the optimizer has written, bit for bit."""

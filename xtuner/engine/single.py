@@ -6,42 +6,35 @@ compute themselves: 16 B.
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from xtuner.core.errors import CheckpointError
-from xtuner.core.files import read_json
 from xtuner.data.batch import Batch
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.snapshot import HostCopy, Snapshot, in_shards
+from xtuner.engine.shard import Shard, ShardedStrategy, beside
 from xtuner.model.decoder import CausalLM
-from xtuner.model.families import layout_of, write_config
 from xtuner.model.source import ModelSource
-from xtuner.model.weights import INDEX, fill
+from xtuner.model.weights import Part
 
 
-class SingleStrategy:
+class SingleStrategy(ShardedStrategy):
     name = "single"
 
     def __init__(self, source: ModelSource, optim: OptimWrapper, device: torch.device) -> None:
-        self.device = device
         self.compute_dtype = optim.compute_dtype(device)
-        self._config = source.config
         masters = source.build(device, torch.float32)
         self.masters: dict[str, torch.nn.Parameter] = dict(masters.named_parameters())
+        super().__init__(source.config, {n: p.shape for n, p in self.masters.items()}, device)
+        self.optimizer = optim.build(self.masters.values())
         if self.compute_dtype == torch.float32:
             self._model = masters
         else:
             self._model = source.empty(device, self.compute_dtype)
-            self._copy_to_model()
+            self._refresh()
             for name, weight in self._model.named_parameters():
                 weight.register_post_accumulate_grad_hook(_Into(self.masters[name]))
         self._model.train()
-        self.optimizer = optim.build(self.masters.values())
         self._may_step = False
-        self._host = HostCopy()
 
     @property
     def model(self) -> CausalLM:
@@ -72,60 +65,29 @@ class SingleStrategy:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            self._copy_to_model()
-        self.optimizer.zero_grad(set_to_none=True)
+            self._refresh()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         return norm.item(), applied
 
+    def _shards(self) -> dict[str, Shard]:
+        state = self.optimizer.state
+        return {
+            name: Shard(Part.whole(p), {k: v.view(-1) if v.dim() else v for k, v in state.get(p, {}).items()})
+            for name, p in self.masters.items()
+        }
+
+    def _place(self, name: str, key: str, value: torch.Tensor) -> None:
+        master = self.masters[name]
+        value = value.view(master.shape) if value.dim() else beside(value, master, self.optimizer)
+        self.optimizer.state[master][key] = value
+
     @torch.no_grad()
-    def _copy_to_model(self) -> None:
+    def _refresh(self) -> None:
         if self.compute_dtype != torch.float32:
             targets = [p.data for p in self._model.parameters()]
             torch._foreach_copy_(targets, [p.data for p in self.masters.values()])
-
-    def snapshot(self, optimizer: bool) -> Snapshot:
-        weights = self._host.of({n: p.data for n, p in self.masters.items()})
-        shards = in_shards("weights/model", weights)
-        json = {"weights/config.json": write_config(self._config, "internlm2", torch.float32)}
-        if len(shards) > 1:
-            weight_map = {name: file.split("/")[1] for file, names in shards.items() for name in names}
-            total = sum(t.nbytes for t in weights.values())
-            json[f"weights/{INDEX}"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        if optimizer:
-            shards |= in_shards("optimizer/rank_00000", self._host.of(self._optimizer_tensors()))
-        return Snapshot(shards, json)
-
-    def _optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """`exp_avg/model.norm.weight` → tensor; every optimizer of torch keeps its state in tensors by parameter."""
-        return {
-            f"{key}/{name}": value
-            for name, master in self.masters.items()
-            for key, value in self.optimizer.state.get(master, {}).items()
-        }
-
-    def load(self, folder: Path) -> None:
-        self.load_weights(folder / "weights")
-        files = sorted((folder / "optimizer").glob("rank_00000*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                "the checkpoint has no optimizer state: it was saved with save_optimizer=False",
-                where=str(folder),
-                why="a resume would start AdamW's moments anew, and the run would not be the same",
-                do=f"start a new run from its weights: load_from = {str(folder)!r}, in another work_dir",
-            )
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        numbers = {name: i for i, name in enumerate(self.masters)}
-        for file in files:
-            with safe_open(file, framework="pt", device=str(self.device)) as tensors:
-                for full_name in tensors.keys():  # noqa: SIM118
-                    key, _, name = full_name.partition("/")
-                    state.setdefault(numbers[name], {})[key] = tensors.get_tensor(full_name)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.optimizer.zero_grad(set_to_none=True)
-
-    def load_weights(self, folder: Path) -> None:
-        layout = layout_of(read_json(folder / "config.json"))
-        fill({n: p.data for n, p in self.masters.items()}, folder, layout, self._config)
-        self._copy_to_model()
 
 
 class _Into:

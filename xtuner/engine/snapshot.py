@@ -21,6 +21,9 @@ class Snapshot:
 
     tensors: dict[str, dict[str, torch.Tensor]]
     json: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # of tensor files; one entry, as their order is random
 
     @property
     def nbytes(self) -> int:
@@ -38,7 +41,7 @@ class Snapshot:
 
     def _write(self, path: Path, name: str) -> dict[str, Any]:
         try:
-            save_file(self.tensors[name], path, metadata={"format": "pt"})
+            save_file(self.tensors[name], path, metadata=self.metadata.get(name, {"format": "pt"}))
         except Exception as e:  # safetensors wraps the system's error in one of its own
             raise OSError(getattr(e, "errno", None) or 5, str(e), str(path)) from e
         usual_permissions(path)
@@ -46,34 +49,21 @@ class Snapshot:
         return file_entry(path)
 
 
-def in_shards(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """Divide tensors over files of at most SHARD bytes, or one tensor: `PREFIX.safetensors`, or `PREFIX-00001-of-…`."""
-    groups: list[dict[str, torch.Tensor]] = [{}]
+def divide(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in their order, divided over files of at most SHARD bytes, or of one tensor."""
+    groups: list[list[str]] = [[]]
     held = 0
-    for name, tensor in tensors.items():
-        if groups[-1] and held + tensor.nbytes > SHARD:
-            groups.append({})
+    for name, size in sizes.items():
+        if groups[-1] and held + size > SHARD:
+            groups.append([])
             held = 0
-        groups[-1][name] = tensor
-        held += tensor.nbytes
-    if len(groups) == 1:
-        return {f"{prefix}.safetensors": groups[0]}
-    return {f"{prefix}-{i + 1:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups)}
+        groups[-1].append(name)
+        held += size
+    return groups
 
 
-class HostCopy:
-    """Host memory for snapshots, taken once and used again: pinned for GPUs, so that copies run at the link's speed."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of `tensors`, complete when this returns. The copies of the last call are overwritten."""
-        pinned = any(t.is_cuda for t in tensors.values())
-        for name, tensor in tensors.items():
-            if name not in self._buffers:
-                self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self._buffers[name].copy_(tensor.detach(), non_blocking=True)
-        if pinned:
-            torch.cuda.synchronize()
-        return {name: self._buffers[name] for name in tensors}
+def file_names(prefix: str, count: int) -> list[str]:
+    """`PREFIX.safetensors`, or `PREFIX-00001-of-00007.safetensors` and so on."""
+    if count == 1:
+        return [f"{prefix}.safetensors"]
+    return [f"{prefix}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

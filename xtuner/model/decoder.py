@@ -227,20 +227,20 @@ class CausalLM(nn.Module):
         for block in self.model.layers:
             block.attention.attend = attention.backend(name)  # type: ignore[union-attr]
 
-    @torch.no_grad()
-    def initialize(self, seed: int) -> None:
-        """Random weights: normal(0, initializer_range), norms one, biases and the padding row zero.
 
-        Each tensor has a generator of its own, seeded by `seed` and its name, so that shards can be made in any order.
-        """
-        for name, weight in self.named_parameters():
-            if weight.dim() == 1:
-                weight.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                generator = torch.Generator(weight.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-                weight.normal_(0.0, self.config.initializer_range, generator=generator)
-        if self.config.pad_token_id is not None:
-            self.model.tok_embeddings.weight[self.config.pad_token_id].zero_()
+@torch.no_grad()
+def initialize(name: str, weight: torch.Tensor, c: DecoderConfig, seed: int) -> None:
+    """Random values for one parameter: normal(0, initializer_range), norms one, biases and the padding row zero.
+
+    Each has a generator of its own, seeded by `seed` and its name, so that parts can be made in any order.
+    """
+    if weight.dim() == 1:
+        weight.fill_(0.0 if name.endswith("bias") else 1.0)
+    else:
+        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        weight.normal_(0.0, c.initializer_range, generator=generator)
+    if c.pad_token_id is not None and name == "model.tok_embeddings.weight":
+        weight[c.pad_token_id].zero_()
 
 
 def positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:

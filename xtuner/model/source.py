@@ -1,5 +1,6 @@
 """Where a model comes from: described in a config, made only when a strategy asks for it, on the device it names."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.model import attention, families
-from xtuner.model.decoder import CausalLM, DecoderConfig
-from xtuner.model.weights import fill
+from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
+from xtuner.model.weights import Part, fill
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -40,18 +41,27 @@ class ModelSource:
         model.model.recompute = self.recompute
         return model
 
-    def load(self, parameters: dict[str, torch.Tensor]) -> None:
-        """Fill `parameters`, ours by name."""
-        assert self.folder is not None
-        fill(parameters, self.folder, self.layout, self.config)
+    def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size]) -> None:
+        """Give this process's `parts` their first values. One full parameter more is in memory at a time.
+
+        Args:
+            shapes: of all parameters, by name.
+        """
+        if self.folder is not None:
+            fill(parts, shapes, self.folder, self.layout, self.config)
+            return
+        for name, part in parts.items():
+            whole = len(part.values) == shapes[name].numel()
+            full = part.values.view(shapes[name]) if whole else torch.empty(shapes[name], device=part.values.device)
+            initialize(name, full, self.config, self.seed or 0)
+            if not whole:
+                part.take(full)
 
     def build(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CausalLM:
         """The network with its weights."""
         model = self.empty(torch.device(device), dtype)
-        if self.folder is None:
-            model.initialize(self.seed or 0)
-        else:
-            self.load(dict(model.named_parameters()))
+        parameters = dict(model.named_parameters())
+        self.fill({n: Part.whole(p) for n, p in parameters.items()}, {n: p.shape for n, p in parameters.items()})
         return model
 
 

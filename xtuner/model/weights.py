@@ -1,6 +1,7 @@
 """Weights on disk → the network, one tensor at a time: safetensors, or foreign `.bin` by the restricted reader."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,23 @@ class WeightFolder:
         return self._open[file]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Elements [begin, begin + len(values)) of a flattened parameter: what one process holds of it."""
+
+    values: torch.Tensor  # [n], a view: writing to it changes the parameter
+    begin: int = 0
+
+    @classmethod
+    def whole(cls, parameter: torch.Tensor) -> "Part":
+        return cls(parameter.data.view(-1))
+
+    @torch.no_grad()
+    def take(self, full: torch.Tensor) -> None:
+        """Copy this part out of the full parameter, casting to its dtype."""
+        self.values.copy_(full.reshape(-1)[self.begin : self.begin + len(self.values)])
+
+
 def ours(weights: WeightFolder, name: str, layout: str, c: DecoderConfig) -> torch.Tensor:
     """Our tensor `name`, put together from a folder in the given layout."""
     names = hf_names(name, layout)
@@ -93,14 +111,18 @@ def ours(weights: WeightFolder, name: str, layout: str, c: DecoderConfig) -> tor
     return join([weights[n] for n in names], c)
 
 
-@torch.no_grad()
-def fill(parameters: dict[str, torch.Tensor], folder: str | Path, layout: str, c: DecoderConfig) -> None:
-    """Copy weights into `parameters` (ours by name), casting to their dtype. One tensor more is in memory at a time.
+def fill(
+    parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], folder: str | Path, layout: str, c: DecoderConfig
+) -> None:
+    """Copy weights into this process's `parts` (ours by name). One tensor more is in memory at a time.
+
+    Args:
+        shapes: of all parameters of the model, also those of which nothing is held here.
 
     Raises: CheckpointError for tensors that are missing, of another shape, or that the model has no place for.
     """
     weights = WeightFolder(folder)
-    known = {n for name in parameters for n in hf_names(name, layout)}
+    known = {n for name in shapes for n in hf_names(name, layout)}
     unknown = [n for n in weights if n not in known and not n.endswith("rotary_emb.inv_freq")]
     if unknown:
         raise CheckpointError(
@@ -108,11 +130,11 @@ def fill(parameters: dict[str, torch.Tensor], folder: str | Path, layout: str, c
             where=str(folder),
             why="config.json describes another network than the weights",
         )
-    for name, parameter in progress(parameters.items(), "reading weights", total=len(parameters)):
+    for name, part in progress(parts.items(), "reading weights", total=len(parts)):
         tensor = ours(weights, name, layout, c)
-        if tensor.shape != parameter.shape:
+        if tensor.shape != shapes[name]:
             raise CheckpointError(
-                f"{name} is {list(tensor.shape)} on disk and {list(parameter.shape)} by config.json",
+                f"{name} is {list(tensor.shape)} on disk and {list(shapes[name])} by config.json",
                 where=str(folder),
             )
-        parameter.copy_(tensor)
+        part.take(tensor)

@@ -48,7 +48,7 @@ def write(
     Raises: CheckpointError.
     """
     target = work_dir / f"iter_{state.iteration}.pth"
-    _room(work_dir, ranks.sum(snapshot.nbytes))
+    _room(work_dir, int(ranks.sum(snapshot.nbytes)))
     began = ranks.from_main(_try(lambda: tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=work_dir)))
     _together([began], target)
     folder = Path(began["value"])

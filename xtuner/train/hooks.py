@@ -147,8 +147,12 @@ class CheckpointHook(Hook):
 
     def before_run(self, run: Run) -> None:
         self._epoch = run.state.position.epoch
+        self._reserved = False
 
     def after_iteration(self, run: Run, it: Iteration) -> None:
+        if it.applied and not self._reserved:
+            run.strategy.reserve(self.save_optimizer)
+            self._reserved = True
         epoch, self._epoch = self._epoch, it.state.position.epoch
         if self.interval == -1:
             return

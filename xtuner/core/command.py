@@ -40,7 +40,8 @@ def _code(command: Callable[[], int]) -> int | str | None:
     try:
         return command()
     except XTunerError as e:
-        print(f"xtuner: {e}", file=sys.stderr)
+        if not e.quiet:
+            print(f"xtuner: {e}", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:
         print("xtuner: interrupted", file=sys.stderr)

@@ -4,9 +4,13 @@ Messages are JSON, not pickles: what another rank sends is data, never code.
 """
 
 import json
-import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from xtuner.core.errors import CheckpointError, XTunerError
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -21,11 +25,11 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        return int(os.environ.get("RANK", "0")) if _started() else 0
+        return _distributed().get_rank() if _started() else 0
 
     @property
     def size(self) -> int:
-        return int(os.environ.get("WORLD_SIZE", "1")) if _started() else 1
+        return _distributed().get_world_size() if _started() else 1
 
     @property
     def is_main(self) -> bool:
@@ -34,19 +38,15 @@ class Ranks:
 
     def fresh(self) -> "Ranks":
         """A gloo group of its own for collectives of another thread."""
-        if self.size == 1:
-            return Ranks()
-        import torch
-
-        return Ranks(torch.distributed.new_group(backend="gloo"))
+        return Ranks(_distributed().new_group(backend="gloo")) if self.size > 1 else Ranks()
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's JSON value, by rank, on every rank."""
         if self.size == 1:
             return [value]
         import torch
-        from torch import distributed
 
+        distributed = _distributed()
         raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         distributed.all_gather(lengths, torch.tensor([len(raw)]), group=self._group)
@@ -61,22 +61,59 @@ class Ranks:
         """Rank 0's JSON value, on every rank."""
         return self.gather(value if self.is_main else None)[0]
 
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action`, which must not talk to other ranks, on every rank. Returns this rank's result.
+
+        If it fails on any rank with an error for users, the first of these errors is raised on all.
+        """
+        if self.size == 1:
+            return action()
+        outcome, failure = attempt(action)
+        failures = self.gather(failure)
+        for rank, error in enumerate(failures):
+            if error is not None:
+                raise revived(error, quiet=rank != self.rank)
+        assert outcome is not None
+        return outcome[0]
+
+    def on_main(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 alone. Returns its JSON result, or raises its error for users, on all ranks."""
+        value = self.together(lambda: action() if self.is_main else None)
+        return value if self.size == 1 else self.from_main(value)
+
     def sum(self, value: float) -> float:
         """Sum of a number over all ranks, exact for integers below 2**53."""
         if self.size == 1:
             return value
         import torch
-        from torch import distributed
 
         total = torch.tensor([value], dtype=torch.float64)
-        distributed.all_reduce(total, group=self._group)
+        _distributed().all_reduce(total, group=self._group)
         return float(total)
 
     def reduce(self, tensor: Any, to: int) -> None:
         """Sum a tensor over all ranks into that of rank `to`; the others' become undefined."""
-        from torch import distributed
+        _distributed().reduce(tensor, to, group=self._group)
 
-        distributed.reduce(tensor, to, group=self._group)
+
+def attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, dict[str, str] | None]:
+    """((result,), None), or (None, the error for users as JSON). The system's errors are such errors, too."""
+    try:
+        return (action(),), None
+    except XTunerError as e:
+        kind, error = type(e).__name__, e
+    except OSError as e:
+        kind, error = "CheckpointError", CheckpointError(str(e))
+    return None, {"kind": kind, "what": error.what, "where": error.where, "why": error.why, "do": error.do}
+
+
+def revived(failure: dict[str, str], quiet: bool) -> XTunerError:
+    """The error that `attempt` has met, on another rank: `quiet` there, as its own rank tells it."""
+    kinds = {kind.__name__: kind for kind in XTunerError.__subclasses__()}
+    kind, what = failure["kind"], failure["what"]
+    error = kinds[kind](what, where=failure["where"], why=failure["why"], do=failure["do"])
+    error.quiet = quiet
+    return error
 
 
 ALL = Ranks()
@@ -96,6 +133,12 @@ def is_main() -> bool:
 
 def all_sum(value: int) -> int:
     return int(ALL.sum(value))
+
+
+def _distributed() -> Any:
+    from torch import distributed
+
+    return distributed
 
 
 def _started() -> bool:

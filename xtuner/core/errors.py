@@ -24,6 +24,7 @@ class XTunerError(Exception):
     """
 
     exit_code = EXIT_BUG
+    quiet = False  # another rank tells it
 
     def __init__(self, what: str, *, where: str = "", why: str = "", do: str = "") -> None:
         self.what, self.where, self.why, self.do = what, where, why, do

@@ -11,12 +11,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 from xtuner.core.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+HASHERS = 4  # files hashed side by side; one core hashes about 1.5 GB/s
 _UMASK = os.umask(0)  # can only be read by setting it; later, with threads that write, one could keep the other's 0
 os.umask(_UMASK)
 
@@ -98,8 +100,10 @@ def seal(folder: Path, **facts: Any) -> None:
     write_manifest(folder, entries, **facts)
 
 
-def verify(folder: str | Path) -> dict[str, Any]:
+def verify(folder: str | Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     """Check every file that the manifest names, size first, then contents.
+
+    Of several `ranks` each compares the contents of its share of the files only.
 
     Returns the manifest. Raises: CheckpointError naming the first file that is missing, short or altered.
     """
@@ -107,9 +111,10 @@ def verify(folder: str | Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(
-        isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()
+        isinstance(e, dict) and isinstance(e.get("bytes"), int) and "sha256" in e for e in files.values()
     ):
         raise CheckpointError("the manifest is no manifest", where=str(folder / MANIFEST))
+    contents = sorted(files, key=lambda name: -files[name]["bytes"])[rank::ranks]
     for name, entry in files.items():
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
@@ -119,8 +124,10 @@ def verify(folder: str | Path) -> dict[str, Any]:
         size = file.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}", where=str(file))
-        if sha256(file) != entry["sha256"]:
-            raise CheckpointError(f"{name} is altered: its sha256 is not the manifest's", where=str(file))
+    with ThreadPoolExecutor(HASHERS) as pool:
+        for name, found in zip(contents, pool.map(lambda name: sha256(folder / name), contents), strict=True):
+            if found != files[name]["sha256"]:
+                raise CheckpointError(f"{name} is altered: its sha256 is not the manifest's", where=str(folder / name))
     unknown = [n for p in folder.rglob("*") if p.is_file() and (n := p.relative_to(folder).as_posix()) not in files]
     if set(unknown) - {MANIFEST}:
         raise CheckpointError(f"{min(set(unknown) - {MANIFEST})} is not in the manifest", where=str(folder))

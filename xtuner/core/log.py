@@ -28,15 +28,20 @@ class _Terminal(logging.StreamHandler):
         return f"{colour}{text}{_RESET}" if colour and use_colour(self.stream) else text
 
 
-def setup(level: str = "INFO", file: Path | None = None) -> None:
-    """(Re)configure the logger. Raises: ValueError for an unknown level."""
+def setup(level: str = "INFO", file: Path | None = None, rank: int = 0) -> None:
+    """(Re)configure the logger. Of ranks other than 0 only errors reach the terminal.
+
+    Raises: ValueError for an unknown level.
+    """
     logger.setLevel(level.upper())
     logger.propagate = False
     for old in list(logger.handlers):
         logger.removeHandler(old)
         old.close()
     terminal = _Terminal(sys.stderr)
-    terminal.setFormatter(logging.Formatter("%(asctime)s  %(message)s", datefmt="%H:%M:%S"))
+    who = f"rank {rank}: " if rank else ""
+    terminal.setFormatter(logging.Formatter(f"%(asctime)s  {who}%(message)s", datefmt="%H:%M:%S"))
+    terminal.setLevel(logging.ERROR if rank else logging.NOTSET)
     logger.addHandler(terminal)
     if file is not None:
         to_file = logging.FileHandler(file, encoding="utf-8")
@@ -48,7 +53,7 @@ def progress(items: Iterable[T], what: str, total: int | None = None, every_s: f
     """Iterate with a progress bar on a terminal, or a line every few seconds in a log."""
     if total is None:
         total = len(items)  # type: ignore[arg-type]
-    if use_colour(sys.stderr):
+    if use_colour(sys.stderr) and logger.handlers and logger.handlers[0].level < logging.ERROR:
         from rich.console import Console
         from rich.progress import track
 

@@ -9,6 +9,7 @@ READ = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_
 # Changes that no weight feels. Data are compared by their contents, not by where they lie.
 HARMLESS = (
     "model.activation_checkpointing", "model.pretrained_model_name_or_path", "model.path", "model.llm",
+    "optim_wrapper.accumulative_counts",  # packs an iteration of all ranks are compared themselves
     "train_dataloader.num_workers", "train_dataloader.dataset.dataset_cfg.folder",
     "train_dataloader.dataset.dataset_cfg.data_order_path", "default_hooks.logger", "default_hooks.timer",
     "default_hooks.checkpoint", "train_cfg.max_skipped", "randomness.deterministic",

@@ -13,10 +13,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from xtuner.core.dist import Ranks
+from xtuner.core.dist import Ranks, attempt
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import (
     MANIFEST,
@@ -48,23 +49,48 @@ def write(
     Raises: CheckpointError.
     """
     target = work_dir / f"iter_{state.iteration}.pth"
-    _room(work_dir, int(ranks.sum(snapshot.nbytes)))
-    began = ranks.from_main(_try(lambda: tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=work_dir)))
-    _together([began], target)
-    folder = Path(began["value"])
+    needed = int(ranks.sum(snapshot.nbytes))
     if ranks.is_main:
         snapshot.json[TRAINER] = {"state": state.to_json(), **facts}
-    reports = ranks.gather(_try(lambda: snapshot.write(folder)))
+    folder = _agreed(ranks, target, lambda: _begin(target, needed) if ranks.is_main else "")[0]
     try:
-        _together(reports, target)
-        entries = {name: entry for report in reports for name, entry in report["value"].items()}
-        done = _try(lambda: _publish(folder, target, entries, state.iteration, keep)) if ranks.is_main else None
-        _together([ranks.from_main(done)], target)
+        reports = _agreed(ranks, target, lambda: snapshot.write(Path(folder)))
+        entries = {name: entry for report in reports for name, entry in report.items()}
+        if ranks.is_main:
+            _agreed(ranks, target, lambda: _publish(Path(folder), target, entries, state.iteration, keep))
+        else:
+            _agreed(ranks, target, lambda: None)
     except CheckpointError:
         if ranks.is_main:
-            remove_tree(folder)
+            remove_tree(Path(folder))
         raise
     return target
+
+
+def _begin(target: Path, needed: int) -> str:
+    """Make the temporary folder if the disk has room."""
+    _room(target.parent, needed)
+    return tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent)
+
+
+def _agreed(ranks: Ranks, target: Path, action: Callable[[], Any]) -> list[Any]:
+    """Run `action` on every rank. Returns all JSON results, by rank, or raises on every rank what failed on any."""
+    try:
+        outcome, failure = attempt(action)
+    except Exception as e:  # a bug in one rank's writing must not leave the others waiting
+        outcome, failure = None, {"what": f"{type(e).__name__}: {e}"}
+    outcomes = ranks.gather({"value": outcome[0]} if outcome else {"failure": failure})
+    failures = {rank: o["failure"] for rank, o in enumerate(outcomes) if "failure" in o}
+    if failures:
+        told = "; ".join(f"rank {rank}: {failure['what']}" for rank, failure in failures.items())
+        first = next(iter(failures.values()))
+        raise CheckpointError(
+            f"the checkpoint cannot be written: {told}",
+            where=first.get("where") or str(target),
+            why="the older checkpoints are untouched",
+            do=first.get("do") or "look at the disk: space, quota, permissions",
+        )
+    return [o["value"] for o in outcomes]
 
 
 def _publish(folder: Path, target: Path, entries: dict[str, Any], iteration: int, keep: int) -> None:
@@ -88,27 +114,6 @@ def _room(work_dir: Path, needed: int) -> None:
             where=str(work_dir),
             why="nothing was written; the older checkpoints are untouched",
             do="free some space, keep fewer checkpoints (save_total_limit), or save_optimizer = False",
-        )
-
-
-def _try(action: Callable[[], Any]) -> dict[str, Any]:
-    """{"value": …} or {"error": …}: an outcome that can be told to other ranks."""
-    try:
-        return {"value": action()}
-    except (OSError, CheckpointError) as e:
-        return {"error": str(e)}
-
-
-def _together(outcomes: list[dict[str, Any]], target: Path) -> None:
-    """Raise on every rank what failed on any."""
-    errors = {rank: o["error"] for rank, o in enumerate(outcomes) if "error" in o}
-    if errors:
-        told = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items())
-        raise CheckpointError(
-            f"the checkpoint cannot be written: {told}",
-            where=str(target),
-            why="the older checkpoints are untouched",
-            do="look at the disk: space, quota, permissions",
         )
 
 
@@ -143,40 +148,57 @@ def set_aside(work_dir: Path, resumed: Path | None) -> None:
     logger.warning(f"{len(others)} checkpoints of another run were here; they are now in {aside}")
 
 
-def latest(work_dir: Path, strict: bool = False) -> Path | None:
-    """The newest checkpoint whose every file is as it was written.
+def latest(work_dir: Path, ranks: Ranks, strict: bool = False) -> Path | None:
+    """The newest checkpoint whose every file is as it was written; each rank reads its share of the files.
 
     A damaged one is named and set aside as `iter_N.pth.damaged`, so that nothing takes it for whole and a person can
     look at it; the one before is used. With `strict` it is an error instead.
     """
-    for _, folder in reversed(_found(work_dir)):
+    for name in ranks.from_main([p.name for _, p in reversed(_found(work_dir))] if ranks.is_main else None):
+        folder = work_dir / name
         try:
-            verify(folder)
+            check(folder, ranks)
             return folder
         except CheckpointError as e:
             if strict:
                 raise
-            aside = folder.with_name(f"{folder.name}.damaged")
-            remove_tree(aside)
-            folder.rename(aside)
-            logger.warning(f"{folder.name} is damaged, the one before it is used; it is kept as {aside.name}: {e}")
+            damage = e.what
+        ranks.on_main(partial(_set_aside_damaged, folder))
+        logger.warning(f"{name} is damaged, the one before it is used; it is kept as {name}.damaged: {damage}")
     return None
 
 
-def to_resume(work_dir: Path, resume: str | bool | None, strict: bool = False) -> Path | None:
-    """What `--resume` means: None for a fresh start, or a checkpoint that verifies.
+def check(folder: Path, ranks: Ranks) -> None:
+    """Raise CheckpointError on all ranks if a file is not as the manifest says."""
+    ranks.together(lambda: verify(folder, ranks.rank, ranks.size))
+
+
+def _set_aside_damaged(folder: Path) -> None:
+    aside = folder.with_name(f"{folder.name}.damaged")
+    remove_tree(aside)
+    folder.rename(aside)
+
+
+def to_resume(work_dir: Path, resume: str | bool | None, ranks: Ranks, strict: bool = False) -> Path | None:
+    """What `--resume` means: None for a fresh start, or a checkpoint that verifies. All ranks call it together.
 
     "auto" and True take the newest in `work_dir`, or None if there is none: safe in scripts that start and restart.
     """
     if not resume:
         return None
     if resume is True or resume == "auto":
-        return latest(work_dir, strict)
+        return latest(work_dir, ranks, strict)
     folder = Path(resume).expanduser()
-    if folder.is_dir() and _found(folder):
-        found = latest(folder, strict)
+    if ranks.on_main(lambda: folder.is_dir() and bool(_found(folder))):
+        found = latest(folder, ranks, strict)
         if found:
             return found
+    ranks.on_main(lambda: _there(folder, resume))
+    check(folder, ranks)
+    return folder
+
+
+def _there(folder: Path, resume: str) -> None:
     if not (folder / TRAINER).is_file():
         raise ConfigError(
             f"--resume {resume}: " + ("no checkpoint there" if folder.exists() else "there is no such folder"),
@@ -184,8 +206,6 @@ def to_resume(work_dir: Path, resume: str | bool | None, strict: bool = False) -
             why="starting afresh instead would throw the run away unnoticed",
             do="give an iter_N.pth folder, or `--resume auto` for the newest one of the work dir",
         )
-    verify(folder)
-    return folder
 
 
 def read_trainer(folder: Path) -> tuple[TrainState, dict[str, Any]]:

@@ -43,7 +43,7 @@ class IterTimerHook(Hook):
 
 
 class ThroughputHook(Hook):
-    """Tokens a second of this process and, on a GPU that we know, model FLOPs utilisation (MFU) as flops.py counts."""
+    """Tokens a second of all ranks and, on a GPU that we know, model FLOPs utilisation (MFU) as flops.py counts."""
 
     priority = 20
 
@@ -54,7 +54,10 @@ class ThroughputHook(Hook):
     def after_iteration(self, run: Run, it: Iteration) -> None:
         now = time.perf_counter()
         elapsed, self._last = now - self._last, now
-        it.record["tokens_per_s"] = it.num_tokens / elapsed
+        each = it.num_tokens / elapsed
+        it.record["tokens_per_s"] = each * dist.world_size()  # packs are equally long on all ranks
+        if dist.world_size() > 1:
+            it.record["tokens_per_s_a_rank"] = each
         if self._peak:
             flops = training_flops(run.source.config, it.num_tokens, it.attention_pairs)
             it.record["mfu"] = flops / elapsed / self._peak

@@ -6,17 +6,21 @@ from typing import Any
 
 
 class MetricWriter:
-    """Writes `scalars.json` (one JSON object a line) and TensorBoard events into `folder`."""
+    """Writes `scalars.json` (one JSON object a line) and TensorBoard events into `folder`; nothing if that is None."""
 
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, folder: Path | None) -> None:
+        self._lines = self._board = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lines = open(folder / "scalars.json", "a", encoding="utf-8")  # noqa: SIM115
-        self._board = SummaryWriter(str(folder))
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lines = open(folder / "scalars.json", "a", encoding="utf-8")  # noqa: SIM115
+            self._board = SummaryWriter(str(folder))
 
     def write(self, record: dict[str, Any]) -> None:
         """`record["iter"]` is the step; numbers become curves."""
+        if self._lines is None or self._board is None:
+            return
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
         for key, value in record.items():
@@ -24,8 +28,10 @@ class MetricWriter:
                 self._board.add_scalar(key, value, record["iter"])
 
     def text(self, tag: str, value: str, iteration: int) -> None:
-        self._board.add_text(tag, value, iteration)
+        if self._board is not None:
+            self._board.add_text(tag, value, iteration)
 
     def close(self) -> None:
-        self._lines.close()
-        self._board.close()
+        for sink in (self._lines, self._board):
+            if sink is not None:
+                sink.close()

@@ -30,15 +30,23 @@ class Run:
     loader: PackLoader
     hooks: list["Hook"]
     max_epochs: int
-    max_iterations: int
-    schedule: Schedule
+    begun_on: int  # ranks that the run was begun on: what an epoch is does not change with their number
     state: TrainState = field(default_factory=TrainState)
     saved: tuple[int, bool] = (-1, False)  # iteration of the newest save, and whether it can be resumed
 
     data_facts: dict[str, Any] = field(init=False)  # identity of the data as they were when the run began
+    max_iterations: int = field(init=False)
+    schedule: Schedule = field(init=False)
     strategy: Strategy = field(init=False)
     metrics: MetricWriter = field(init=False)
     saver: Saver = field(init=False)
+
+    def plan(self) -> None:
+        """Work out what follows from the packs an iteration takes."""
+        self.max_iterations = self.total_packs // self.packs_per_iteration
+        self.schedule = Schedule(self.optim.lr, [], 1)
+        for hook in self.hooks:
+            hook.configure(self)
 
     @property
     def packs_per_iteration(self) -> int:
@@ -46,7 +54,7 @@ class Run:
 
     @property
     def packs_per_epoch(self) -> int:
-        return Position().packs_until(1, self.loader.num_packs, self.loader.dp_size)
+        return Position().packs_until(1, self.loader.num_packs, self.begun_on)
 
     @property
     def total_packs(self) -> int:
@@ -58,7 +66,8 @@ class Run:
             "data": self.data_facts,
             "packs_per_iteration": self.packs_per_iteration,
             "max_iterations": self.max_iterations,
-            "strategy": self.strategy.name,
+            "ranks": self.loader.dp_size,
+            "begun_on": self.begun_on,
             "config": self.config.resolved(),
         }
 
@@ -66,7 +75,8 @@ class Run:
         """Save the present state, unless that has been done; with `last`, wait until it is on the disk."""
         iteration, resumable = self.saved
         if iteration != self.state.iteration or (optimizer and not resumable):
-            self.saver.save(self.state, self.strategy, self.facts(), optimizer, keep)
+            facts = {**self.facts(), "strategy": self.strategy.name}
+            self.saver.save(self.state, self.strategy, facts, optimizer, keep)
             self.saved = self.state.iteration, optimizer
         if last:
             self.saver.finish(last=True)

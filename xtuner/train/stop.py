@@ -55,9 +55,10 @@ class Stop:
             save_time: s that a save has taken, which must fit before a time limit.
         """
         self.reason = self.reason or self._asked(save_time)
-        told = [reason for reason in self._ranks.gather(self.reason) if reason]
-        self.reason = told[0] if told else ""
-        return bool(told)
+        if not self._ranks.sum(bool(self.reason)):
+            return False
+        self.reason = next(filter(None, self._ranks.gather(self.reason)))
+        return True
 
     def _asked(self, save_time: float) -> str:
         now = time.time()

@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import os
+import platform
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,22 +15,20 @@ from xtuner.config.check import check
 from xtuner.config.load import Config
 from xtuner.core import dist, log
 from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError
-from xtuner.core.files import recover, verify, write_json
+from xtuner.core.files import recover, write_json
 from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
-from xtuner.data.order import Position
 from xtuner.data.pack import PackedDataset
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.schedule import Schedule
 from xtuner.engine.single import SingleStrategy
 from xtuner.model.source import ModelSource
 from xtuner.train import checkpoint
-from xtuner.train.changes import changes
 from xtuner.train.hooks import ValidationHook
 from xtuner.train.lock import WorkDirLock
 from xtuner.train.metrics import MetricWriter
 from xtuner.train.report import environment, report
+from xtuner.train.resume import find, take
 from xtuner.train.run import Iteration, Run
 from xtuner.train.saver import Saver
 from xtuner.train.state import TrainState
@@ -49,33 +47,31 @@ def assemble(config: Config, work_dir: Path, device: torch.device, seed: int | N
     dataset.vocab_size = source.config.vocab_size
     sampler = build(dataloader["sampler"], "train_dataloader.sampler", dataset=dataset)
     loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0))
-    max_epochs = config.values["train_cfg"]["max_epochs"]
-    per_iteration = optim.accumulative_counts * loader.dp_size
-    total = Position().packs_until(max_epochs, loader.num_packs, loader.dp_size)
-    max_iterations = total // per_iteration
-    _enough(dataset.documents, dataset, max_iterations, per_iteration)
     hooks = [build(spec, f"default_hooks.{k}") for k, spec in (config.get("default_hooks") or {}).items()]
     hooks += [build(spec, f"custom_hooks.{i}") for i, spec in enumerate(config.get("custom_hooks") or [])]
     if config.get("val_dataset"):
         held_out: TokenizedFolder = build(config.values["val_dataset"], "val_dataset")
         hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
     hooks.sort(key=lambda h: h.priority)
-    constant = Schedule(optim.lr, [], 1)
-    run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs, max_iterations, constant)
-    for hook in hooks:
-        hook.configure(run)
+    max_epochs = config.values["train_cfg"]["max_epochs"]
+    run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs, loader.dp_size)
+    run.plan()
     run.data_facts = loader.fingerprint()
+    _enough(run)
     return run
 
 
-def _enough(documents: TokenizedFolder, data: PackedDataset, max_iterations: int, per_iteration: int) -> None:
-    if max_iterations:
+def _enough(run: Run) -> None:
+    if run.max_iterations:
         return
+    data = run.loader.dataset
+    documents, ranks = data.documents, run.loader.dp_size
+    takes = f"one iteration takes {run.packs_per_iteration}" + (f" on {ranks} ranks" if ranks > 1 else "")
     raise DataError(
-        f"{len(data)} packs, and one iteration takes {per_iteration}",
+        f"{len(data)} packs, and {takes}",
         where=f"{documents.folder}: {documents.num_tokens:,} tokens in {len(documents)} files",
         why=f"a file's tokens that do not fill a pack of {data.packed_length:,} are dropped",
-        do="lower max_length or accumulative_counts, or give more data",
+        do="lower max_length or accumulative_counts, or give more data" + (", or take fewer ranks" * (ranks > 1)),
     )
 
 
@@ -96,10 +92,11 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
 
     Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
     """
-    log.setup()
-    check(config, paths=True)
-    log.setup(config.get("log_level", "INFO"))
-    run = assemble(config, work_dir, device, options.seed)
+    ranks = dist.ALL
+    log.setup(rank=ranks.rank)
+    ranks.together(lambda: check(config, paths=True))
+    log.setup(config.get("log_level", "INFO"), rank=ranks.rank)
+    run = ranks.together(lambda: assemble(config, work_dir, device, options.seed))
     if options.dry_run:
         report(run)
         logger.info("dry run: nothing was trained")
@@ -113,24 +110,37 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
 
 def _start(run: Run, options: Options) -> None:
     """Everything between the work dir and the first iteration."""
+    resume = options.resume if options.resume is not None else run.config.get("resume")
+    found = find(run, resume, options.strict_resume, options.allow_change)
     report(run)
     if run.config.get("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     run.strategy = SingleStrategy(run.source, run.optim, run.device)
-    _resume_or_fresh(run, options)
+    take(run, found)
     for hook in run.hooks:
         hook.before_run(run)
 
 
 def _open_work_dir(run: Run, at_the_end: contextlib.ExitStack) -> None:
-    """Take the work dir; in it a folder for this start: log, metrics, environment, config as written and resolved."""
+    """Take the work dir; in it a folder for this start: logs, metrics, environment, config as written and resolved."""
+    ranks = dist.ALL
+    folder = Path(ranks.on_main(lambda: str(_make_folder(run, at_the_end))))
+    ranks.together(lambda: _see(folder))
+    name = f"{folder.name}.log" if ranks.is_main else f"rank_{ranks.rank:05d}.log"
+    log.setup(run.config.get("log_level", "INFO"), folder / name, ranks.rank)
+    run.metrics = MetricWriter(folder / "vis_data" if ranks.is_main else None)
+    at_the_end.callback(run.metrics.close)
+    run.saver = Saver(run.work_dir, ranks)
+    at_the_end.callback(run.saver.close)
+
+
+def _make_folder(run: Run, at_the_end: contextlib.ExitStack) -> Path:
     folder = run.work_dir / time.strftime("%Y%m%d_%H%M%S")
     try:
         run.work_dir.mkdir(parents=True, exist_ok=True)
         at_the_end.callback(WorkDirLock(run.work_dir).release)
-        (folder / "vis_data").mkdir(parents=True, exist_ok=True)
-        log.setup(run.config.get("log_level", "INFO"), folder / f"{folder.name}.log")
+        folder.mkdir(exist_ok=True)
         write_json(folder / "environment.json", environment())
         write_json(folder / "config.json", run.config.resolved())
         with contextlib.suppress(shutil.SameFileError):  # the config lies in the work dir
@@ -143,76 +153,17 @@ def _open_work_dir(run: Run, at_the_end: contextlib.ExitStack) -> None:
             where=str(e.filename),
             do="give another one with --work-dir",
         ) from None
-    run.metrics = MetricWriter(folder / "vis_data")
-    at_the_end.callback(run.metrics.close)
-    run.saver = Saver(run.work_dir, dist.ALL)
-    at_the_end.callback(run.saver.close)
+    return folder
 
 
-def _resume_or_fresh(run: Run, options: Options) -> None:
-    resume = options.resume if options.resume is not None else run.config.get("resume")
-    folder = checkpoint.to_resume(run.work_dir, resume, options.strict_resume)
-    if dist.is_main():
-        checkpoint.set_aside(run.work_dir, folder)
-    if folder is None:
-        if run.config.get("load_from"):
-            _start_from(run, Path(run.config.values["load_from"]).expanduser())
-        if resume:
-            logger.info("no checkpoint in the work dir: starting afresh")
-    else:
-        state, facts = checkpoint.read_trainer(folder)
-        _same_run(run, folder, facts, options.allow_change)
-        run.strategy.load(folder)
-        run.state, run.saved = state, (state.iteration, True)
-        logger.info(f"resumed from {folder} at iteration {state.iteration}, {state.position}")
-
-
-def _start_from(run: Run, folder: Path) -> None:
-    weights = folder
-    if (folder / checkpoint.TRAINER).is_file():
-        verify(folder)
-        weights = folder / "weights"
-    run.strategy.load_weights(weights)
-    logger.info(f"weights taken from {weights} (load_from); optimizer and data position are new")
-
-
-def _same_run(run: Run, folder: Path, facts: dict[str, Any], allow_change: bool) -> None:
-    """Tell what has changed since the checkpoint; refuse what would make another run of it."""
-    where = str(folder / checkpoint.TRAINER)
-    now = run.facts()
-    for key, before in facts["data"].items():
-        if now["data"][key] != before and not allow_change:
-            raise DataError(
-                f"the data is not what the checkpoint was trained on: {key} was {before!r}, is {now['data'][key]!r}",
-                where=where,
-                why="the run would see some documents twice and others never",
-                do="restore the data and its settings, go on with --allow-change, or start anew with load_from",
-            )
-    for key in ("packs_per_iteration", "max_iterations"):
-        if now[key] != facts[key] and not allow_change:
-            raise ConfigError(
-                f"{key} was {facts[key]} and is now {now[key]}",
-                where=where,
-                why="the schedule and the gradient noise would be another run's",
-                do="set accumulative_counts and max_epochs as they were, or go on with --allow-change",
-            )
-    found = changes(facts["config"], now["config"])
-    by_kind = {kind: [c for c in found if c.kind == kind] for kind in ("impossible", "changes the result", "harmless")}
-    if by_kind["impossible"]:
-        told = "; ".join(map(str, by_kind["impossible"]))
-        why = "its weights or its optimizer state would not fit"
-        raise ConfigError(f"the checkpoint is another model's or optimizer's: {told}", where=where, why=why)
-    for change in by_kind["harmless"]:
-        logger.info(f"changed since the checkpoint, harmless: {change}")
-    if by_kind["changes the result"] and not allow_change:
+def _see(folder: Path) -> None:
+    if not folder.is_dir():
         raise ConfigError(
-            "changed since the checkpoint: " + "; ".join(map(str, by_kind["changes the result"])),
-            where=where,
-            why="the run would end differently from the one that was begun",
-            do="take the changes back, or go on with --allow-change",
+            f"rank {dist.rank()} on {platform.node()} does not see the work dir that rank 0 has made",
+            where=str(folder),
+            why="all ranks write their parts of a checkpoint there",
+            do="give a --work-dir on a file system that all nodes share, as an absolute path",
         )
-    for change in by_kind["changes the result"]:
-        logger.warning(f"changed since the checkpoint, allowed: {change}")
 
 
 def loop(run: Run, stop: Stop) -> int:
@@ -261,6 +212,7 @@ def loop(run: Run, stop: Stop) -> int:
 def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
     """Tell why an iteration changed no weight. Raises: DivergedError beyond the budget `train_cfg.max_skipped`."""
     number = it.state.iteration
+    packs = [p for rank in dist.ALL.gather(packs) for p in rank]
     if not it.num_targets:
         logger.warning(f"iteration {number} changed no weight: it has no token to learn from (packs {packs})")
         return
@@ -273,9 +225,9 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         logger.warning(f"{what} (packs {packs}; {run.state.skipped} of at most {budget} such iterations)")
         return
     run.saver.finish()
-    last = checkpoint.latest(run.work_dir)
+    last = checkpoint.latest(run.work_dir, dist.ALL)
     again = f"xtuner train {run.config.path} --work-dir {run.work_dir}" + (f" --resume {last}" if last else "")
-    raise DivergedError(
+    error = DivergedError(
         what,
         where=f"packs {packs} of {', '.join(sorted(files))}",
         why="weights that met a NaN would be lost; these are as they were before the iteration",
@@ -284,6 +236,8 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         f"--max-length {data.packed_length} --seed {data.seed} --tokenizer DIR\n"
         f"        or go on without such iterations: --cfg-options train_cfg.max_skipped=10",
     )
+    error.quiet = not dist.is_main()
+    raise error
 
 
 def _advance(run: Run, num_targets: int) -> TrainState:

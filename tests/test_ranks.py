@@ -1,0 +1,162 @@
+"""The protocol between ranks, with real processes over gloo: what happens to one is known to all."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from xtuner.core import files
+from xtuner.core.dist import ALL, Ranks
+from xtuner.core.errors import CheckpointError, ConfigError, DataError
+from xtuner.engine.snapshot import Snapshot
+from xtuner.train import checkpoint
+from xtuner.train.state import TrainState
+from xtuner.train.stop import Stop
+
+
+def on_ranks(size: int, body: Callable[[Ranks, Path], None], folder: Path) -> list[int | None]:
+    """Run `body(ranks, folder)` in `size` processes; returns their exit codes, negative for signals."""
+    folder.mkdir(exist_ok=True)
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=_rank, args=(rank, size, body, folder)) for rank in range(size)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [child.exitcode for child in children]
+
+
+def _rank(rank: int, size: int, body: Callable[[Ranks, Path], None], folder: Path) -> None:
+    try:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+        body(ALL, folder)
+        ALL.gather(None)  # nobody leaves while others still talk
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def part(rank: int, value: float = 1.0) -> Snapshot:
+    """A rank's files: 400 kB."""
+    name = f"optimizer/rank_{rank:05d}.safetensors"
+    return Snapshot({name: {"exp_avg/a": torch.full((100_000,), value)}})
+
+
+def save(ranks: Ranks, folder: Path, iteration: int, keep: int = -1) -> Path:
+    return checkpoint.write(folder, TrainState(iteration=iteration), part(ranks.rank), {}, ranks, keep)
+
+
+def messages_and_errors(ranks: Ranks, folder: Path) -> None:
+    me = ranks.rank
+    assert ranks.gather({"rank": me}) == [{"rank": r} for r in range(3)]
+    assert ranks.from_main(["ä", me]) == ["ä", 0]
+    assert ranks.sum(2**40 + me) == 3 * 2**40 + 3
+    assert ranks.together(lambda: me * 10) == me * 10
+    assert ranks.on_main(lambda: [me]) == [0]
+
+    def fails_on_two() -> None:
+        if me == 2:
+            raise DataError("a torn line", where="file:7", why="w", do="d")
+
+    with pytest.raises(DataError, match="a torn line") as error:
+        ranks.together(fails_on_two)
+    assert (error.value.where, error.value.quiet) == ("file:7", me != 2)
+    with pytest.raises(ConfigError, match="main alone"):
+        ranks.on_main(lambda: (_ for _ in ()).throw(ConfigError("main alone")))
+    with pytest.raises(CheckpointError, match="No such file"):  # the system's errors are told, too
+        ranks.together(lambda: open(folder / "nothing").close() if me == 1 else None)
+    other = ranks.fresh()  # a group of its own, for another thread
+    assert other.gather(me) == [0, 1, 2]
+    for whole in (torch.tensor([-0.0, 1.5, float("nan")]), torch.randn(3)):
+        bits = torch.zeros(3, dtype=torch.int32)
+        bits[me : me + 1] = whole.view(torch.int32)[me : me + 1] if ranks.is_main else 0
+        everyone = ranks.gather(whole.view(torch.int32).tolist())[0]
+        bits[me] = everyone[me]
+        ranks.reduce(bits, 1)
+        assert me != 1 or bits.tolist() == everyone  # bit for bit, the sign of zero and NaNs too
+
+
+def test_messages_and_errors_reach_all(tmp_path: Path) -> None:
+    assert on_ranks(3, messages_and_errors, tmp_path) == [0, 0, 0]
+
+
+def saves(ranks: Ranks, folder: Path) -> None:
+    """A failing rank, a good save, damage in one rank's file, a stop asked of one rank."""
+    me = ranks.rank
+    first = save(ranks, folder, 1)
+    ranks.together(lambda: files.verify(first))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if me == 1:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    with pytest.raises(CheckpointError, match="rank 1: ") as error:
+        save(ranks, folder, 2)
+    assert "rank 0: " not in error.value.what
+    if me == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    ranks.gather(None)
+    assert [p.name for p in folder.glob("*iter_*")] == ["iter_1.pth"]  # nothing half-written, the older one untouched
+    ranks.gather(None)
+    for n in (3, 4):
+        save(ranks, folder, n, keep=2)
+    assert sorted(p.name for p in folder.glob("iter_*")) == ["iter_3.pth", "iter_4.pth"]
+    ranks.gather(None)
+    if me == 0:
+        damaged = folder / "iter_4.pth" / "optimizer" / "rank_00002.safetensors"
+        raw = bytearray(damaged.read_bytes())
+        raw[-9] ^= 1
+        damaged.write_bytes(raw)
+    ranks.gather(None)
+    with pytest.raises(CheckpointError, match=r"rank_00002\.safetensors is altered"):
+        checkpoint.latest(folder, ranks, strict=True)
+    assert checkpoint.latest(folder, ranks) == folder / "iter_3.pth"
+    assert (folder / "iter_4.pth.damaged").is_dir()
+    stop = Stop(folder, ranks)
+    assert not stop.agreed()
+    if me == 2:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.agreed()
+    assert stop.reason == "SIGUSR1"
+    ranks.gather(None)
+    if me == 0:
+        (folder / "iter_3.pth" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="no checkpoint there"):
+        checkpoint.to_resume(folder, str(folder), ranks)
+    assert checkpoint.to_resume(folder, "auto", ranks) is None
+
+
+def test_a_checkpoint_is_saved_and_found_by_all(tmp_path: Path) -> None:
+    assert on_ranks(3, saves, tmp_path) == [0, 0, 0]
+    assert list(json.loads((tmp_path / "iter_3.pth" / "trainer.json").read_text())) == ["state"]
+
+
+def killed_in_its_part(ranks: Ranks, folder: Path) -> None:
+    save(ranks, folder, 1)
+    if ranks.rank == 1:
+        real = os.fsync
+
+        def fsync(fd: int) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+            real(fd)
+
+        os.fsync = fsync  # type: ignore[assignment]
+    with pytest.raises(Exception) as error:  # noqa: PT011  the connection is lost: gloo's own error
+        save(ranks, folder, 2)
+    assert not isinstance(error.value, AssertionError)
+    os._exit(7)
+
+
+def test_a_rank_that_dies_in_a_save_publishes_nothing(tmp_path: Path) -> None:
+    assert on_ranks(3, killed_in_its_part, tmp_path) == [7, -signal.SIGKILL, 7]
+    assert [p.name for p in tmp_path.glob("iter_*")] == ["iter_1.pth"]
+    files.verify(tmp_path / "iter_1.pth")
+    files.recover(tmp_path, "iter_*.pth")
+    assert [p for p in tmp_path.iterdir() if ".tmp-" in p.name] == []

@@ -44,8 +44,8 @@ def resumed(tiny: Path, work_dir: Path, straight: Path, *words: str) -> None:
     assert not left
 
 
-def stand_still_at(point: int, pipe: int, words: list[str]) -> None:
-    """Run a command in this (forked) process; at the `point`-th write point tell the parent and stand still."""
+def stand_still_at(point: int, pipe: int, go: int, words: list[str]) -> None:
+    """Run a command in this (forked) process; at the `point`-th write point tell the parent and wait for it."""
     seen = 0
 
     def pausing(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,29 +54,44 @@ def stand_still_at(point: int, pipe: int, words: list[str]) -> None:
             seen += 1
             if seen == point:
                 os.write(pipe, b"x")
-                time.sleep(3600)
+                os.read(go, 1)
             return call(*args, **kwargs)
 
         return wrapped
 
     for name in POINTS:
         setattr(os, name, pausing(getattr(os, name)))
-    main(words)
+    code = main(words)
     os.write(pipe, b"e")  # the run has fewer points
-    os._exit(0)
+    os._exit(code)
 
 
-def killed_at(point: int, words: list[str]) -> bool:
-    """Kill a run at a write point. False if the run ended before."""
+def killed_at(
+    point: int,
+    words: list[str],
+    meanwhile: Callable[[], None] = lambda: None,
+    signalled: Callable[[int], None] | None = None,
+) -> int:
+    """Kill a run at a write point; 0 if it ended before. With `signalled` signal it there, let it go on, and return
+    its exit code. `meanwhile` is called while it stands still."""
     read, write = os.pipe()
-    child = multiprocessing.get_context("fork").Process(target=stand_still_at, args=(point, write, words))
+    wait, go = os.pipe()
+    child = multiprocessing.get_context("fork").Process(target=stand_still_at, args=(point, write, wait, words))
     child.start()
     os.close(write)
+    os.close(wait)
     reached = os.read(read, 1) == b"x"
-    os.close(read)
-    child.kill()
+    if reached:
+        meanwhile()
+    if reached and signalled and child.pid:
+        signalled(child.pid)
+        os.write(go, b"x")
+    else:
+        child.kill()
     child.join()
-    return reached
+    os.close(read)
+    os.close(go)
+    return (child.exitcode or 0) if signalled else int(reached)
 
 
 def test_killed_at_every_write_point_of_every_save(tiny: Path, tmp_path: Path, straight: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from xtuner.core.dist import ALL, Ranks
 from xtuner.core.errors import CheckpointError
@@ -141,10 +141,13 @@ class SavedStates:
         self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # name → (begin, elements, open file)
         self._scalars: dict[str, torch.Tensor] = {}  # name → value
         for file in sorted(folder.glob("optimizer/rank_*.safetensors")):
-            tensors = safe_open(file, framework="pt")
-            begins = json.loads((tensors.metadata() or {}).get("begins", "{}"))
-            for name in tensors.keys():  # noqa: SIM118
-                shape = tensors.get_slice(name).get_shape()
+            try:
+                tensors = safe_open(file, framework="pt")
+                begins = json.loads((tensors.metadata() or {})["begins"])
+                shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError, KeyError, ValueError) as e:
+                raise CheckpointError(f"{file.name} is no optimizer state of ours: {e}", where=str(file)) from None
+            for name, shape in shapes.items():
                 if name not in self._pieces and name not in self._scalars:
                     self.keys.setdefault(_parameter(name), []).append(name.partition("/")[0])
                 if shape:

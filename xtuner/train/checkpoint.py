@@ -211,4 +211,7 @@ def _there(folder: Path, resume: str) -> None:
 def read_trainer(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     """(state, facts) of a checkpoint."""
     facts = read_json(folder / TRAINER)
-    return TrainState.from_json(facts.pop("state")), facts
+    try:
+        return TrainState.from_json(facts.pop("state")), facts
+    except (AttributeError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{TRAINER} is not of this version: {e!r}", where=str(folder / TRAINER)) from None

@@ -63,6 +63,10 @@ class CheckpointError(XTunerError):
     exit_code = EXIT_IO
 
 
+class LostRankError(XTunerError):
+    """Another process of the run has gone or does not answer."""
+
+
 def did_you_mean(name: str, known: list[str]) -> str:
     """`" Did you mean 'x'?"` for the nearest known name, or an empty string."""
     import difflib

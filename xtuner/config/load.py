@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.config import legacy
+from xtuner.config.literals import secret_literals
+from xtuner.core import secrets
 from xtuner.core.errors import ConfigError, did_you_mean
 
 SHIPPED = Path(__file__).parent.parent / "configs"
@@ -66,8 +68,8 @@ class Config:
         return key
 
     def resolved(self) -> dict[str, Any]:
-        """All values as JSON: classes and functions by their dotted names."""
-        return {key: _plain(value) for key, value in self.values.items()}
+        """All values as JSON: classes and functions by their dotted names, `***` for secrets."""
+        return {key: secrets.mask(_plain(value), key) for key, value in self.values.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -116,6 +118,9 @@ def load(name_or_path: str, options: list[str] | None = None) -> Config:
     read, (lines, names) = _names_read(tree), _find_lines(tree)
     tree, replaced = legacy.rewrite(tree, str(path))
     overrides = dict(parse_option(o) for o in options or [])
+    secrets.learn(overrides)
+    for node, name in secret_literals(tree):
+        secrets.learn(getattr(node, "value", None), name)
     replacer = _Replace({k: v for k, v in overrides.items() if "." not in k})
     tree = ast.fix_missing_locations(replacer.visit(tree))
     values = _run(tree, path)
@@ -125,6 +130,7 @@ def load(name_or_path: str, options: list[str] | None = None) -> Config:
             _set(values, key, value)
         elif key not in replacer.met:
             values[key] = value  # `check` knows whether there is such a key
+    secrets.learn(values)  # also those that were computed
     unmet = [key for key in overrides if "." not in key and key not in replacer.met]
     unread = [name for name in values if name not in read and name not in unmet]
     return Config(path, source, values, lines, unread, unmet, names, replaced)

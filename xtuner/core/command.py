@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from xtuner.core.errors import XTunerError
+from xtuner.core.errors import EXIT_BUG, XTunerError
+from xtuner.core.secrets import mask_text
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_PIPE = 141  # 128 + SIGPIPE: the reader of our output has gone, as in `xtuner ... | head`
@@ -15,9 +16,14 @@ Arguments = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], int]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(mask_text(message))  # it repeats what was given
+
+
 def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: list[str]) -> int:
     """Parse `argv` and run; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=prog, description=text, allow_abbrev=False)
+    parser = _Parser(prog=prog, description=text, allow_abbrev=False)
     add_arguments(parser)
     return run(parser.parse_args(argv))
 
@@ -48,6 +54,13 @@ def _code(command: Callable[[], int]) -> int | str | None:
         return EXIT_INTERRUPTED
     except SystemExit as e:  # argparse, after --help or a mistake
         return e.code
+    except BrokenPipeError:
+        raise
+    except Exception:  # a bug; its message may show a value of the config
+        import traceback
+
+        print(mask_text(traceback.format_exc()), end="", file=sys.stderr)
+        return EXIT_BUG
 
 
 def script(text: str, add_arguments: Arguments, run: Run) -> NoReturn:

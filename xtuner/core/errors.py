@@ -4,6 +4,8 @@ Every message answers four questions: what happened, where (file and byte, or co
 and what to do next. A bug in xtuner itself is never one of these: it ends in a traceback and exit code 1.
 """
 
+from xtuner.core.secrets import mask_text
+
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_CONFIG = 2
@@ -14,7 +16,7 @@ EXIT_STOPPED = 75
 
 
 class XTunerError(Exception):
-    """Base of all errors meant for users.
+    """Base of all errors meant for users. Secrets in its texts, such as values of a config, are masked.
 
     Args:
         what: one sentence, what happened.
@@ -27,9 +29,9 @@ class XTunerError(Exception):
     quiet = False  # another rank tells it
 
     def __init__(self, what: str, *, where: str = "", why: str = "", do: str = "") -> None:
-        self.what, self.where, self.why, self.do = what, where, why, do
-        lines = [what]
-        lines += [f"  {label}: {text}" for label, text in (("where", where), ("why", why), ("next", do)) if text]
+        self.what, self.where, self.why, self.do = map(mask_text, (what, where, why, do))
+        rest = (("where", self.where), ("why", self.why), ("next", self.do))
+        lines = [self.what, *(f"  {label}: {text}" for label, text in rest if text)]
         super().__init__("\n".join(lines))
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from xtuner.core.secrets import mask_text
+
 T = TypeVar("T")
 logger = logging.getLogger("xtuner")
 
@@ -19,6 +21,13 @@ def use_colour(stream: object) -> bool:
     """Colours only for people: a terminal, and neither NO_COLOR nor TERM=dumb."""
     is_terminal = bool(getattr(stream, "isatty", lambda: False)())
     return is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+class _Lines(logging.Formatter):
+    """Lines without secrets: message, traceback and all."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_text(super().format(record))
 
 
 class _Terminal(logging.StreamHandler):
@@ -40,12 +49,12 @@ def setup(level: str = "INFO", file: Path | None = None, rank: int = 0) -> None:
         old.close()
     terminal = _Terminal(sys.stderr)
     who = f"rank {rank}: " if rank else ""
-    terminal.setFormatter(logging.Formatter(f"%(asctime)s  {who}%(message)s", datefmt="%H:%M:%S"))
+    terminal.setFormatter(_Lines(f"%(asctime)s  {who}%(message)s", datefmt="%H:%M:%S"))
     terminal.setLevel(logging.ERROR if rank else logging.NOTSET)
     logger.addHandler(terminal)
     if file is not None:
         to_file = logging.FileHandler(file, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        to_file.setFormatter(_Lines("%(asctime)s %(levelname)-7s %(message)s"))
         logger.addHandler(to_file)
 
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from xtuner.core.secrets import mask, mask_text
+
 
 class MetricWriter:
     """Writes `scalars.json` (one JSON object a line) and TensorBoard events into `folder`; nothing if that is None."""
@@ -21,7 +23,7 @@ class MetricWriter:
         """`record["iter"]` is the step; numbers become curves."""
         if self._lines is None or self._board is None:
             return
-        self._lines.write(json.dumps(record) + "\n")
+        self._lines.write(json.dumps(mask(record)) + "\n")
         self._lines.flush()
         for key, value in record.items():
             if isinstance(value, int | float) and key != "iter":
@@ -29,7 +31,7 @@ class MetricWriter:
 
     def text(self, tag: str, value: str, iteration: int) -> None:
         if self._board is not None:
-            self._board.add_text(tag, value, iteration)
+            self._board.add_text(tag, mask_text(value), iteration)
 
     def close(self) -> None:
         for sink in (self._lines, self._board):

@@ -1,0 +1,176 @@
+"""Tokens, passwords and keys, kept out of logs, dumps and messages: where one would stand, `***` stands.
+
+A text is secret if its name says so (`hub_token`, not `pad_token`), if it has the form of a known kind (`hf_…`,
+`user:password@host`), or if it is a value already met: of an environment variable with such a name, or `learn`ed from
+a config. Names and forms are ours to guess: what neither gives away, and what a hook prints itself, stays visible.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+MASK = "***"
+SHORTEST = 8  # characters; a shorter value is hidden under its name, but not searched for in other texts
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_ALONE = {
+    "accesskey", "accesstoken", "apikey", "apitoken", "auth", "authorization", "authtoken", "bearer", "cookie",
+    "cookies", "credential", "credentials", "dsn", "hftoken", "jwt", "passcode", "passphrase", "passwd", "passwds",
+    "password", "passwords", "secret", "secretkey", "secrets", "webhook",
+}  # fmt: skip
+_KEYS = {"access", "account", "api", "auth", "encryption", "private", "secret", "service", "signing", "ssh", "storage"}
+_PASS = {"admin", "db", "ftp", "http", "mail", "mysql", "pg", "postgres", "redis", "root", "smtp", "user"}
+# A token of text, as in `pad_token`; any other is taken for one that opens doors, as in `hub_token`.
+_OF_TEXT = {
+    "additional", "assistant", "audio", "begin", "bos", "call", "cls", "context", "current", "each", "end", "eod",
+    "eos", "eot", "extra", "fim", "first", "forced", "image", "img", "input", "last", "mask", "max", "min", "new",
+    "next", "num", "output", "pad", "per", "placeholder", "plugin", "previous", "prompt", "response", "sep",
+    "special", "start", "stop", "system", "target", "text", "think", "tool", "unk", "video", "vision", "word",
+}  # fmt: skip
+_NO_SECRETS = {"GOOGLE_APPLICATION_CREDENTIALS", "PWD", "OLDPWD"}  # paths
+_FORMS = (
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|gh[opsru]_[A-Za-z0-9]{16,}|github_pat_\w{20,}"
+    r"|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|AKIA[0-9A-Z]{12,}|ASIA[0-9A-Z]{12,}|LTAI[0-9A-Za-z]{12,}|AIza[\w-]{30,})",
+    r"(?<![\w-])(?:sk-(?:[A-Za-z0-9]{16,}|(?=[\w-]*\d)[\w-]{16,})|eyJ[\w-]{8,}+\.[\w-]{8,}+\.[\w-]{8,})",
+    r"(?<=[Bb]earer )[\w.~+/=-]{8,}|(?<=Basic )[A-Za-z0-9+/=]{12,}",
+    r"(?<=PRIVATE KEY-----)[^-]+",
+    r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+(?=@)",  # user:password of a URL
+)
+# `name = value`, `"name": "value"`; the value quoted, quoted inside quotes, or up to what ends a word
+_NAME = re.compile(r"""(?<![\w.-])([A-Za-z_-][\w.-]*+)\\?["']?\s*((?<![=!<>])=(?!=)|:)\s*""")
+_QUOTES = ('\\"', '"', "'")
+_VALUE = re.compile(r"""\\"[^"\n]*?\\"|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|[^\s,;&"'()\[\]{}\\]+""")
+_learnt: set[str] = set()
+
+
+@lru_cache(4096)
+def _kind(name: str) -> str:
+    """ "secret", "token" (where numbers, and `<pad>`, are none), or "" for an open name. Whole words decide."""
+    if name in _NO_SECRETS:
+        return ""
+    words = [w.lower() for w in _WORD.findall(name.rpartition(".")[2])]
+    while words and (words[-1].isdigit() or words[-1] in ("header", "headers", "value")):
+        words.pop()
+    if not words:
+        return ""
+    last, before = words[-1], words[-2] if words[1:] else ""
+    if last == "token":
+        return "" if before in _OF_TEXT else "token"
+    secret = (
+        last in _ALONE
+        or (last in ("key", "keys") and before in _KEYS)
+        or (last == "pass" and before in _PASS)
+        or (last == "pwd" and before not in ("", "old"))
+        or words[-3:] == ["access", "key", "id"]
+        or words[-2:] in (["connection", "string"], ["webhook", "url"])
+    )
+    return "secret" if secret else ""
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether what stands under this name (the last part of a dotted one) is to be hidden."""
+    return bool(_kind(name))
+
+
+def mask(value: Any, key: str = "") -> Any:
+    """`value` with every secret replaced: all texts below secret names, and what `mask_text` finds in the others.
+
+    Dicts, lists and tuples are copied; other objects are given back as they are. Masking twice changes nothing.
+    """
+    return _mask(value, _kind(key))
+
+
+def _mask(value: Any, kind: str) -> Any:
+    if isinstance(value, Mapping):
+        return {_text(k): v if k == "type" else _mask(v, _kind(str(k)) or kind) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_mask(v, kind) for v in value)
+    if isinstance(value, list | set | frozenset):
+        return [_mask(v, kind) for v in value]
+    if kind and isinstance(value, str | bytes) and not _is_open(value, kind):
+        return MASK if isinstance(value, str) else MASK.encode()
+    if kind == "secret" and isinstance(value, int | float) and not isinstance(value, bool):
+        return MASK
+    return _text(value)
+
+
+def _text(value: Any) -> Any:
+    return mask_text(value) if isinstance(value, str) else value
+
+
+def _is_open(value: str | bytes, kind: str) -> bool:
+    """No secret in spite of its name: nothing, a switch, or a token of text (`<pad>`, `[SEP]`)."""
+    text = value if isinstance(value, str) else value.decode("latin-1")
+    switch = text.lower() in ("", "true", "false", "none", "null", MASK)
+    return switch or (kind == "token" and bool(re.fullmatch(r"<[^<>]*>|\[[A-Z_]+\]|\d+", text)))
+
+
+def mask_text(text: str) -> str:
+    """`text` with what is known, what has the form of a secret, and values behind secret names replaced."""
+    text = mask_forms(text)
+    parts, done = [], 0
+    for name in _NAME.finditer(text):
+        kind = _kind(name[1])
+        value = _VALUE.match(text, name.end()) if kind and name.end() >= done else None
+        if value is None:
+            continue
+        quote = next((q for q in _QUOTES if value[0].startswith(q)), "")
+        annotation = kind == "token" and name[2] == ":" and not quote  # `token: str`
+        if not annotation and not _is_open(value[0][len(quote) : len(value[0]) - len(quote)], kind):
+            parts += [text[done : name.end()], quote, MASK, quote]
+            done = value.end()
+    return "".join((*parts, text[done:]))
+
+
+def mask_forms(text: str) -> str:
+    """As `mask_text`, whatever stands behind a name."""
+    for known in sorted(_known(), key=len, reverse=True):
+        text = text.replace(known, MASK)
+    for form in _FORMS:
+        text = re.sub(form, _keep_user, text)
+    return text
+
+
+def _keep_user(found: re.Match[str]) -> str:
+    user, colon, _ = found[0].partition(":")
+    return f"{user}{colon}{MASK}" if colon else MASK
+
+
+def learn(value: Any, key: str = "") -> None:
+    """Remember texts below secret names, so that they are recognised wherever they turn up later."""
+    _learnt.update(s for s in _secrets_in(value, _kind(key)) if len(s) >= SHORTEST)
+
+
+def _secrets_in(value: Any, kind: str) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for k, v in value.items():
+            if k != "type":
+                yield from _secrets_in(v, _kind(str(k)) or kind)
+    elif isinstance(value, list | tuple | set | frozenset):
+        for v in value:
+            yield from _secrets_in(v, kind)
+    elif kind and isinstance(value, str) and not _is_open(value, kind):
+        yield value
+
+
+def _known() -> set[str]:
+    values = {v for k, v in os.environ.items() if len(v) >= SHORTEST and (kind := _kind(k)) and not _is_open(v, kind)}
+    values |= _learnt
+    return values | {repr(v)[1:-1] for v in values}
+
+
+def mask_command(words: Sequence[str]) -> list[str]:
+    """A command line: values of `name=value`, `--name=value` and `--name value`."""
+    masked, kind = [], ""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if kind and not word.startswith("-"):
+            masked.append(_mask(word, kind))
+        elif equals and _kind(name.lstrip("-")):
+            masked.append(f"{name}={_mask(value, _kind(name.lstrip('-')))}")
+        else:
+            masked.append(mask_text(word))
+        kind = _kind(word.lstrip("-")) if word.startswith("-") and not equals else ""
+    return masked

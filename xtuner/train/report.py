@@ -1,14 +1,9 @@
 """What a run tells before its first step: every derived number with its unit, and the machine it runs on."""
 
-import os
-import platform
-import sys
+from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-
-import xtuner
+from xtuner.core import machine
 from xtuner.core.log import human, human_bytes, logger
 from xtuner.model.flops import num_parameters, training_flops
 from xtuner.train.run import Run
@@ -16,21 +11,9 @@ from xtuner.train.run import Run
 SHOWN_FILES = 20
 
 
-def environment() -> dict[str, Any]:
-    """Versions, machine and command line."""
-    gpu = torch.cuda.is_available()
-    return {
-        "xtuner": xtuner.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name() if gpu else None,
-        "host": platform.node(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "command": sys.argv,
-    }
+def environment(config: Path) -> dict[str, Any]:
+    """Versions, machine, command line, and the git state of the folder that the config lies in; secrets masked."""
+    return machine.facts(config.resolve().parent)
 
 
 def report(run: Run) -> None:

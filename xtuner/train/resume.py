@@ -6,6 +6,7 @@ from typing import Any
 from xtuner.core import dist
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.core.log import logger
+from xtuner.core.secrets import mask
 from xtuner.train import checkpoint
 from xtuner.train.changes import changes
 from xtuner.train.run import Run
@@ -93,7 +94,7 @@ def _same_run(run: Run, folder: Path, facts: dict[str, Any], allow_change: bool)
                 why="the schedule and the gradient noise would be another run's",
                 do="set accumulative_counts and max_epochs as they were, or go on with --allow-change",
             )
-    found = changes(facts["config"], now["config"])
+    found = changes(mask(facts["config"]), now["config"])  # older checkpoints hold a config that is not masked
     by_kind = {kind: [c for c in found if c.kind == kind] for kind in ("impossible", "changes the result", "harmless")}
     if by_kind["impossible"]:
         told = "; ".join(map(str, by_kind["impossible"]))

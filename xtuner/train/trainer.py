@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import os
 import platform
-import shutil
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from xtuner.config.build import build
 from xtuner.config.check import check
+from xtuner.config.literals import without_secrets
 from xtuner.config.load import Config
 from xtuner.core import dist, log
 from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError
@@ -141,10 +141,9 @@ def _make_folder(run: Run, at_the_end: contextlib.ExitStack) -> Path:
         run.work_dir.mkdir(parents=True, exist_ok=True)
         at_the_end.callback(WorkDirLock(run.work_dir).release)
         folder.mkdir(exist_ok=True)
-        write_json(folder / "environment.json", environment())
+        write_json(folder / "environment.json", environment(run.config.path))
         write_json(folder / "config.json", run.config.resolved())
-        with contextlib.suppress(shutil.SameFileError):  # the config lies in the work dir
-            shutil.copyfile(run.config.path, run.work_dir / run.config.path.name)
+        _copy_config(run.config.path, run.work_dir)
         recover(run.work_dir, "iter_*.pth")
         recover(run.work_dir, "last_checkpoint")
     except OSError as e:
@@ -154,6 +153,13 @@ def _make_folder(run: Run, at_the_end: contextlib.ExitStack) -> Path:
             do="give another one with --work-dir",
         ) from None
     return folder
+
+
+def _copy_config(config: Path, folder: Path) -> None:
+    copy = folder / config.name
+    if copy.exists() and copy.samefile(config):  # the config lies in the work dir
+        return
+    copy.write_bytes(without_secrets(config.read_bytes()))
 
 
 def _see(folder: Path) -> None:

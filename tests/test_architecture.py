@@ -46,7 +46,15 @@ def test_the_map_names_every_room() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["list-cfg"], ["train", "--help"], ["copy-cfg", "NAME", "DIR"], ["data", "order", "DIR"]]
+    "words",
+    [
+        ["--help"],
+        ["list-cfg"],
+        ["train", "--help"],
+        ["doctor", "--help"],
+        ["copy-cfg", "NAME", "DIR"],
+        ["data", "order", "DIR"],
+    ],
 )
 def test_light_commands_import_no_torch(words: list[str], tmp_path: Path) -> None:
     if words[0] == "copy-cfg":

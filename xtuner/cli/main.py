@@ -19,6 +19,7 @@ VERBS = {  # words → (module, what it does)
     "data tokenize": ("xtuner.cli.data_tokenize", "text → .bin and .bin.meta files for training"),
     "data show": ("xtuner.cli.data_show", "show a pack: text, learned and masked parts, document borders"),
     "log-dataset": ("xtuner.cli.log_dataset", "show the first packs that a config trains on"),
+    "doctor": ("xtuner.cli.doctor", "examine this machine: will training work here?"),
     "train": ("xtuner.cli.train", "train by a config"),
     "plot-loss": ("xtuner.cli.plot_loss", "draw the loss of a run"),
     "eval loss": ("xtuner.cli.eval_loss", "mean loss of a model on tokenized data"),

@@ -1,0 +1,236 @@
+"""Will training work on this machine? One row a check, in words; the checks need neither a config nor a GPU.
+
+What is installed is held against pyproject.toml's floors, hardware and limits against what training needs, and each
+device computes a little. A check that fails in a way nobody foresaw is a problem, too, and the next one follows.
+"""
+
+import importlib
+import os
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from xtuner.core import disk, machine
+from xtuner.core.log import human_bytes
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+PYTHON = (3, 11)
+SAFE_TORCH = (2, 10)  # older ones run code from files (CVE-2025-32434, CVE-2026-24747)
+GIB = 2**30
+CHECKPOINT = 21.1 * GIB  # of the 1.8B model with its optimizer
+ENOUGH = {"memory": 8 * GIB, "shm": GIB, "files": 4096, "speed": 100e6}  # below: a note
+SPEED_BYTES = 256 * 2**20
+USES = {  # optional packages
+    "deepspeed": "training by ZeRO over several GPUs",
+    "matplotlib": "the pictures of `xtuner plot-loss`",
+    "transformers": "trying exported models; training does without",
+}
+WITH_TORCH = {"gpu", "cuda", "nccl", "cpu", "self-test"}
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    state: str
+    found: str
+    do: str = ""
+
+
+def examine(work_dir: Path, step: Callable[[int], object] = lambda done: None) -> Iterator[Row]:
+    """All checks, one after the other; `step` is told the bytes that the measuring of the disk has done."""
+    checks: list[tuple[str, Callable[[], Iterator[Row]]]] = [
+        ("python", _python), ("packages", _packages), ("gpu", _gpus), ("cuda", _cuda), ("nccl", _nccl),
+        ("cpu", _cpus), ("memory", _memory), ("/dev/shm", _shared_memory), ("open files", _open_files),
+        ("work dir", lambda: _work_dir(work_dir, step)), ("variables", _variables), ("self-test", _self_test),
+    ]  # fmt: skip
+    for name, check in checks:
+        if name in WITH_TORCH and "torch" not in sys.modules:  # absent or broken, as its row has said
+            continue
+        try:
+            yield from check()
+        except Exception as e:
+            yield Row(name, PROBLEM, f"cannot be examined: {type(e).__name__}: {e}")
+
+
+def _python() -> Iterator[Row]:
+    version = sys.version.split()[0]
+    enough = sys.version_info >= PYTHON
+    do = "" if enough else f"install Python {PYTHON[0]}.{PYTHON[1]} or newer"
+    yield Row("python", OK if enough else PROBLEM, version, do)
+
+
+def _packages() -> Iterator[Row]:
+    for name, floor in machine.requirements().items():
+        version = machine.installed(name)
+        do = f"pip install '{name}>={floor}'"
+        if version is None:
+            yield Row(name, PROBLEM, "not installed", do)
+        elif name == "torch" and machine.release(version) < SAFE_TORCH:
+            yield Row(name, PROBLEM, f"{version} runs code that is hidden in files (CVE-2025-32434)", do)
+        elif machine.release(version) < machine.release(floor):
+            yield Row(name, PROBLEM, f"{version} is older than {floor}", do)
+        else:
+            try:
+                importlib.import_module(name)
+                yield Row(name, OK, version)
+            except Exception as e:
+                found = f"{version} cannot be imported: {type(e).__name__}: {e}"
+                yield Row(name, PROBLEM, found, f"pip install --force-reinstall '{name}>={floor}'")
+    for name, use in USES.items():
+        version = machine.installed(name)
+        do = "" if version else f"if you want it: pip install {name}"
+        yield Row(name, OK if version else NOTE, f"{version or 'not installed'}, for {use}", do)
+
+
+def _gpus() -> Iterator[Row]:
+    import torch
+
+    driver = machine.driver_version()
+    found = machine.gpus()
+    for i, gpu in enumerate(found):
+        facts = f"{gpu['name']}, {human_bytes(gpu['memory'])}, capability {gpu['capability']}"
+        facts += f", driver {driver}" if driver else ""
+        able = gpu["bf16"]
+        do = "" if able else "train in fp32: --cfg-options optim_wrapper.dtype=fp32"
+        told = "bf16" if able else "no bf16 (that needs capability 8.0)"
+        yield Row(f"gpu {i}", OK if able else PROBLEM, f"{facts}, {told}", do)
+    if found:
+        return
+    if driver is None:
+        yield Row("gpu", NOTE, "none: training runs on the CPU, which is enough for tiny models")
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield Row(
+            "gpu", NOTE, f"driver {driver}, but CUDA_VISIBLE_DEVICES hides every GPU", "unset it to train on them"
+        )
+    elif torch.version.cuda is None:
+        built = f"torch {torch.__version__} is a build without CUDA"
+        yield Row(
+            "gpu", PROBLEM, f"driver {driver}, but {built}", "install torch from PyPI, not from the index for CPUs"
+        )
+    else:
+        try:
+            torch.cuda.init()
+            why = "it counts none"
+        except Exception as e:
+            why = str(e)
+        yield Row("gpu", PROBLEM, f"driver {driver}, but torch sees no GPU: {why}", "look at nvidia-smi")
+
+
+def _cuda() -> Iterator[Row]:
+    import torch
+
+    built, served = torch.version.cuda, machine.driver_cuda()
+    if built is None:
+        yield Row("cuda", NOTE, f"torch {torch.__version__} is built without CUDA")
+    elif served is None:
+        yield Row("cuda", NOTE, f"torch is built for {built}; there is no driver to serve it")
+    else:
+        both = f"torch is built for {built}, the driver serves up to {served[0]}.{served[1]}"
+        wanted = machine.release(built)
+        if wanted[0] > served[0]:
+            yield Row("cuda", PROBLEM, both, f"update the driver, or install a torch built for CUDA {served[0]}")
+        else:
+            older = wanted > served  # within a major version older drivers serve what needs nothing new
+            yield Row("cuda", NOTE if older else OK, both, "update the driver if kernels fail" if older else "")
+
+
+def _nccl() -> Iterator[Row]:
+    version = machine.nccl_version()
+    yield Row("nccl", OK if version else NOTE, version or "none in this torch: one GPU, or none, does without")
+
+
+def _cpus() -> Iterator[Row]:
+    import torch
+
+    usable, threads = machine.usable_cpus(), torch.get_num_threads()
+    told = os.environ.get("OMP_NUM_THREADS")
+    found = f"{usable} usable of {os.cpu_count()}, torch uses {threads} threads"
+    found += f" (OMP_NUM_THREADS={told})" if told else ""
+    many = threads > usable
+    yield Row("cpu", NOTE if many else OK, found, f"export OMP_NUM_THREADS={usable}" if many else "")
+
+
+def _memory() -> Iterator[Row]:
+    total, free = machine.memory().values()
+    if total is None or free is None:
+        yield Row("memory", NOTE, "unknown")
+        return
+    little = total < ENOUGH["memory"]
+    found = f"{human_bytes(total)}, {human_bytes(free)} free"
+    yield Row("memory", NOTE if little else OK, found, "enough for tiny models alone" if little else "")
+
+
+def _shared_memory() -> Iterator[Row]:
+    if not Path("/dev/shm").is_dir():
+        yield Row("/dev/shm", NOTE, "none: num_workers = 0 must stay")
+        return
+    total, _, free = shutil.disk_usage("/dev/shm")
+    little = total < ENOUGH["shm"]
+    do = "workers and NCCL use it: start the container with --shm-size=8g or --ipc=host" if little else ""
+    yield Row("/dev/shm", NOTE if little else OK, f"{human_bytes(total)}, {human_bytes(free)} free", do)
+
+
+def _open_files() -> Iterator[Row]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    little = 0 <= soft < ENOUGH["files"]
+    told = [("without limit" if n == resource.RLIM_INFINITY else f"{n:,}") for n in (soft, hard)]
+    do = f"with many workers: ulimit -n {hard if 0 <= hard < 65536 else 65536}" if little else ""
+    yield Row("open files", NOTE if little else OK, f"{told[0]} (at most {told[1]})", do)
+
+
+def _work_dir(wanted: Path, step: Callable[[int], object]) -> Iterator[Row]:
+    place = disk.nearest(wanted)
+    free = shutil.disk_usage(place).free
+    little = free < CHECKPOINT
+    do = f"a checkpoint of the 1.8B model takes {human_bytes(CHECKPOINT)}: give --work-dir on a larger disk"
+    found = f"{human_bytes(free)} free in {place}"
+    yield Row("work dir", PROBLEM if free < GIB / 4 else NOTE if little else OK, found, do if little else "")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".xtuner-doctor-", dir=place) as folder:
+            broken = list(disk.broken_promises(Path(folder)))
+            yield Row(
+                "locks",
+                PROBLEM if broken else OK,
+                "; ".join(broken) or "hard links, rename and fsync work",
+                "give --work-dir on another file system" if broken else "",
+            )
+            write, read = disk.speed(Path(folder), min(SPEED_BYTES, free // 10), step)
+    except OSError as e:
+        yield Row("work dir", PROBLEM, f"{place} cannot be written: {e.strerror}", "give another --work-dir")
+        return
+    slow = write < ENOUGH["speed"]
+    do = f"a checkpoint of the 1.8B model takes {CHECKPOINT / max(write, 1) / 60:.0f} minutes: give a faster disk"
+    found = f"writes {write / 1e6:,.0f} MB/s (with fsync), reads {read / 1e6:,.0f} MB/s"
+    yield Row("disk speed", NOTE if slow else OK, found, do if slow else "")
+
+
+def _variables() -> Iterator[Row]:
+    given = machine.variables()
+    offline = given.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    do = "HF_HUB_OFFLINE: models come from the cache or a folder alone" if offline else ""
+    found = ", ".join(f"{name}={value}" for name, value in given.items())
+    yield Row("variables", NOTE if offline else OK, found or "none that matter", do)
+
+
+def _self_test() -> Iterator[Row]:
+    import torch
+
+    from xtuner.model.selftest import TOLERANCE, matmul_error, packed_error
+
+    for name in ["cpu", *(f"cuda:{i}" for i in range(len(machine.gpus())))]:
+        device = torch.device(name)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        backend, error = packed_error(device, dtype)
+        right = error < TOLERANCE[dtype]
+        precision = str(dtype).removeprefix("torch.")
+        found = f"{precision} gradients by {backend} attention differ from documents one by one by {error:.1e}"
+        do = "" if right else "do not train on it: reinstall torch, or look at the hardware"
+        yield Row(f"test {name}", OK if right else PROBLEM, found, do)
+        product = matmul_error(device)
+        right = product < TOLERANCE[torch.bfloat16]
+        do = "" if right else "do not train in bf16 on it"
+        yield Row(f"bf16 {name}", OK if right else PROBLEM, f"a matrix product is right to {product:.1e}", do)

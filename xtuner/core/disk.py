@@ -9,7 +9,7 @@ from pathlib import Path
 from xtuner.core.files import sync_folder
 
 CHUNK = 16 * 2**20  # bytes
-SECONDS = 1.5  # at most, for writing and for reading each, but for the chunk that is under way then
+SECONDS = 1.0  # at most, for writing and for reading each, but for the chunk that is under way then
 
 
 def nearest(folder: Path) -> Path:

@@ -23,7 +23,7 @@ SAFE_TORCH = (2, 10)  # older ones run code from files (CVE-2025-32434, CVE-2026
 GIB = 2**30
 CHECKPOINT = 21.1 * GIB  # of the 1.8B model with its optimizer
 ENOUGH = {"memory": 8 * GIB, "shm": GIB, "files": 4096, "speed": 100e6}  # below: a note
-SPEED_BYTES = 256 * 2**20
+SPEED_BYTES = 128 * 2**20
 USES = {  # optional packages
     "deepspeed": "training by ZeRO over several GPUs",
     "matplotlib": "the pictures of `xtuner plot-loss`",

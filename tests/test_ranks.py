@@ -34,6 +34,8 @@ def on_ranks(size: int, body: Callable[[Ranks, Path], None], folder: Path) -> li
 
 
 def _rank(rank: int, size: int, body: Callable[[Ranks, Path], None], folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # DeepSpeed looks; nobody connects
     try:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         body(ALL, folder)
@@ -51,7 +53,7 @@ def part(rank: int, value: float = 1.0) -> Snapshot:
 
 
 def save(ranks: Ranks, folder: Path, iteration: int, keep: int = -1) -> Path:
-    return checkpoint.write(folder, TrainState(iteration=iteration), part(ranks.rank), {}, ranks, keep)
+    return checkpoint.write(folder, TrainState(iteration=iteration), part(ranks.rank), {}, ranks, keep)[0]
 
 
 def messages_and_errors(ranks: Ranks, folder: Path) -> None:

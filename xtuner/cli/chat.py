@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core.errors import ConfigError, did_you_mean
     from xtuner.data.chat_template import PROMPT_TEMPLATE
     from xtuner.data.tokenizer import load_tokenizer, single_tokens
-    from xtuner.engine.launch import setup
+    from xtuner.engine.join import device
     from xtuner.model.generate import Session, sample
     from xtuner.train.evaluate import open_model
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             value = getattr(args, option.replace("-", "_"))
             raise ConfigError(f"--{option} {value} cannot be", where=f"--{option}", do=f"give {range_}")
     template = templates[args.template]
-    model, _ = open_model(args.model, [], setup("none", None))
+    model, _ = open_model(args.model, [], device())
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     stop_words = [*template.stop_words, *args.stop_words]
     stop_ids = [model.config.eos_token_id, *single_tokens(tokenizer, stop_words)]

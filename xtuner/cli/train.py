@@ -26,20 +26,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check and report everything, train nothing")
     parser.add_argument("--max-minutes", type=float, metavar="M", help="save and stop (exit 75) within so many minutes")
     parser.add_argument("--launcher", default="none", choices=("none", "pytorch", "slurm", "mpi"))
-    parser.add_argument("--deepspeed", metavar="NAME_OR_JSON", help="ZeRO by DeepSpeed (not built yet)")
+    parser.add_argument(
+        "--deepspeed",
+        metavar="NAME_OR_JSON",
+        help="ZeRO by DeepSpeed: deepspeed_zero1, _zero2, _zero3, …, or a JSON file",
+    )
+    parser.add_argument(
+        "--fsdp",
+        nargs="?",
+        const="full",
+        choices=("full", "hybrid"),
+        help="PyTorch's FSDP2: what several GPUs do anyway",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
+    import os
+    import sys
     from pathlib import Path
 
     from xtuner.config.load import load
-    from xtuner.engine.launch import setup
-    from xtuner.train.trainer import Options, train
+    from xtuner.core import log
+    from xtuner.engine import launch, workers
 
     config = load(args.config, args.cfg_options)
-    device = setup(args.launcher, args.deepspeed)
+    if args.launcher in ("none", "pytorch"):
+        from torch.cuda import device_count
+
+        asked = launch.nodes(os.environ, device_count())
+        if asked and asked.workers * asked.nodes > 1:
+            log.setup()
+            return workers.start(asked, [sys.executable, "-m", "xtuner", "train", *args.words])
+    workers.end_with_parent()
+    place = launch.place(args.launcher, os.environ)
     work_dir = args.work_dir or config.get("work_dir") or Path("work_dirs") / config.name
+
+    from xtuner.engine.join import taking_part
+    from xtuner.train.trainer import Options, train
+
     options = Options(
         resume=args.resume,
         strict_resume=args.strict_resume,
@@ -47,5 +72,8 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         dry_run=args.dry_run,
         max_minutes=args.max_minutes,
+        deepspeed=args.deepspeed,
+        fsdp=args.fsdp,
     )
-    return train(config, Path(work_dir).expanduser(), device, options)
+    with taking_part(place, group=bool(args.deepspeed or args.fsdp)) as (device, watch):
+        return train(config, Path(work_dir).expanduser(), device, options, watch)

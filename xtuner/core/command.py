@@ -25,7 +25,9 @@ def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: 
     """Parse `argv` and run; returns the exit code."""
     parser = _Parser(prog=prog, description=text, allow_abbrev=False)
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    args.words = argv  # as they were given, for who starts the same again
+    return run(args)
 
 
 def exit_with(command: Callable[[], int]) -> NoReturn:

@@ -80,7 +80,7 @@ class ShardedStrategy(ABC):
         weights = self._copy_weights(shards)
         files = {file: {n: weights[n] for n in names} for file, names in self._mine.items()}
         snapshot = Snapshot(files, self._texts() if self._ranks.is_main else {})
-        if optimizer:
+        if optimizer and shards:
             states = self._host.of(_states(shards))
             groups = divide({n: t.nbytes for n, t in states.items()})
             names = file_names(f"optimizer/rank_{self._ranks.rank:05d}", len(groups))

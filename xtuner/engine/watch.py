@@ -5,6 +5,7 @@ closes nothing. So every rank tells a store of its own, once a second, how far i
 at rank 0.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -44,7 +45,7 @@ def store(place: Place) -> Any:
             why="all processes of a run meet there" + ("" if taken else f"; waited {MEET:.0f} s"),
             do="another run, or the rest of one, may hold it: end it, or give another port (PORT, MASTER_PORT)"
             if taken
-            else "check that rank 0 runs, that the address can be resolved and reached, and that no firewall is between",
+            else "check that rank 0 runs, and that the address can be resolved and reached from here",
         ) from None
 
 
@@ -138,8 +139,9 @@ class Watch:
         time.sleep(2 * BEAT)  # the others read the verdict from rank 0
         if self._closed.is_set():
             return
-        logger.error(f"this run cannot go on: {trouble}")
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        logger.error(f"this run cannot go on: {trouble}\nwhere this rank stood: {self.log or 'below'}")
+        with open(self.log, "a") if self.log else contextlib.nullcontext(sys.stderr) as f:
+            faulthandler.dump_traceback(f, all_threads=True)
         os._exit(1)
 
     def explain(self, error: BaseException) -> LostRankError | None:
@@ -172,19 +174,15 @@ class Watch:
 
     def failed(self, error: BaseException) -> None:
         """Tell the others why this rank ends."""
-        try:
-            text = (str(error).splitlines() or [""])[0]
+        text = (str(error).splitlines() or [""])[0]
+        with contextlib.suppress(torch_dist.DistError, RuntimeError):
             self._mine.set(f"failure/{self.place.rank}", f"{type(error).__name__}: {text}")
-        except (torch_dist.DistError, RuntimeError):
-            pass  # the store has gone first
 
     def close(self) -> None:
         """No longer expected to beat."""
         self._closed.set()
-        try:
+        with contextlib.suppress(torch_dist.DistError, RuntimeError):
             self._mine.set(f"beat/{self.place.rank}", "bye")
-        except (torch_dist.DistError, RuntimeError):
-            pass
 
 
 def _last_lines(log: str) -> list[str]:

@@ -14,8 +14,8 @@ from xtuner.core.log import logger
 from xtuner.engine.launch import LOOPBACK, Nodes, environment_of_workers
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GRACE = 20.0  # s that the others have, after one has ended badly, to say what they saw
-KILL_AFTER = 10.0  # s between SIGTERM and SIGKILL
+GRACE = 12.0  # s that the others have, after one has ended badly, to say what they saw
+KILL_AFTER = 5.0  # s between SIGTERM and SIGKILL
 _PARENT = "XTUNER_PARENT"
 
 

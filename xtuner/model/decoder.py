@@ -194,6 +194,7 @@ class CausalLM(nn.Module):
         targets: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         max_seqlen: int | None = None,
+        caches: list[LayerCache] | None = None,
     ) -> torch.Tensor:
         """Logits [T, V], or with `targets` the summed cross entropy (fp32 scalar, nats).
 
@@ -203,7 +204,11 @@ class CausalLM(nn.Module):
             targets: int64 [T], already shifted, −100 where there is no loss.
             position_ids: int64 [T], from 0 in each document; None to derive them.
             max_seqlen: longest document; None to derive it (waits for the GPU).
+            caches: of the layers, for one document that grows: `input_ids` are its next tokens, the logits those
+                after the last, [1, V].
         """
+        if caches is not None:
+            return self.output(self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen, caches)[-1:])
         return self.output(self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen), targets)
 
     def hidden(
@@ -212,6 +217,7 @@ class CausalLM(nn.Module):
         cu_seqlens: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         max_seqlen: int | None = None,
+        caches: list[LayerCache] | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm, [T, H]."""
         if cu_seqlens is None:
@@ -220,7 +226,7 @@ class CausalLM(nn.Module):
             position_ids = positions(cu_seqlens, len(input_ids))
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
-        return self.model(input_ids, position_ids, cu_seqlens, max_seqlen)
+        return self.model(input_ids, position_ids, cu_seqlens, max_seqlen, caches)
 
     def use_attention(self, name: str) -> None:
         """Choose the attention backend for all layers."""

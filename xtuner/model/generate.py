@@ -15,7 +15,7 @@ class Session:
         self.caches = [LayerCache() for _ in model.model.layers]
         self.length = 0
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def feed(self, tokens: Sequence[int]) -> torch.Tensor:
         """Logits after the last of `tokens`, fp32 [V]."""
         device = self.model.output.weight.device
@@ -24,8 +24,7 @@ class Session:
         self.length += len(ids)
         # dynamic NTK goes by the document's length so far, which only this sum knows
         cos_sin_length = torch.tensor([0, self.length], dtype=torch.int32, device=device)
-        hidden = self.model.model(ids, position_ids, cos_sin_length, self.length, self.caches)
-        return self.model.output(hidden[-1:])[0].float()
+        return self.model(ids, cos_sin_length, None, position_ids, self.length, self.caches)[0].float()
 
 
 def generate(

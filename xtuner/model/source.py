@@ -37,9 +37,13 @@ class ModelSource:
             model = CausalLM(self.config).to(dtype)
         if device.type != "meta":
             model = model.to_empty(device=device)
+        self.configure(model, device, dtype)
+        return model
+
+    def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose the attention backend, and what the backward keeps."""
         model.use_attention(attention.choose(device, dtype))
         model.model.recompute = self.recompute
-        return model
 
     def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size]) -> None:
         """Give this process's `parts` their first values. One full parameter more is in memory at a time.

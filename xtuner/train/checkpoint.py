@@ -39,14 +39,14 @@ TRAINER = "trainer.json"
 
 def write(
     work_dir: Path, state: TrainState, snapshot: Snapshot, facts: dict[str, Any], ranks: Ranks, keep: int = -1
-) -> Path:
+) -> tuple[Path, int]:
     """Write the checkpoint of `state` together with all ranks, then remove all but the newest `keep` (if positive).
 
     Rank 0 chooses a temporary name; every rank writes, syncs and hashes its own files there; when all have, rank 0
     alone writes the manifest and gives the directory its name. A failure of any rank is raised on all; older
     checkpoints stay.
 
-    Raises: CheckpointError.
+    Returns the checkpoint and its bytes of tensors. Raises: CheckpointError.
     """
     target = work_dir / f"iter_{state.iteration}.pth"
     needed = int(ranks.sum(snapshot.nbytes))
@@ -64,7 +64,7 @@ def write(
         if ranks.is_main:
             remove_tree(Path(folder))
         raise
-    return target
+    return target, needed
 
 
 def _begin(target: Path, needed: int) -> str:

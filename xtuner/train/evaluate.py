@@ -189,7 +189,7 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
     return load_pretrained(path, dtype, device), hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: CausalLM, documents: TokenizedFolder, max_length: int, record: Record | None = None, quiet: bool = False
 ) -> list[Result]:

@@ -40,6 +40,7 @@ class Run:
     strategy: Strategy = field(init=False)
     metrics: MetricWriter = field(init=False)
     saver: Saver = field(init=False)
+    log: Path = field(init=False)  # of this rank
 
     def plan(self) -> None:
         """Work out what follows from the packs an iteration takes."""

@@ -42,11 +42,10 @@ class Saver:
         def write() -> None:
             begin = time.perf_counter()
             try:
-                folder = checkpoint.write(self.work_dir, state, snapshot, facts, self._ranks, keep)
+                folder, size = checkpoint.write(self.work_dir, state, snapshot, facts, self._ranks, keep)
             except CheckpointError as e:
                 logger.error(str(e))
                 raise
-            size = snapshot.nbytes
             self.save_time = took = time.perf_counter() - begin
             logger.info(
                 f"saved {folder}: {human_bytes(size)} in {took:.1f} s ({human_bytes(size / took)}/s); "

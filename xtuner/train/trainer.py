@@ -20,8 +20,9 @@ from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
 from xtuner.data.pack import PackedDataset
+from xtuner.engine.choose import strategy
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.single import SingleStrategy
+from xtuner.engine.watch import Watch
 from xtuner.model.source import ModelSource
 from xtuner.train import checkpoint
 from xtuner.train.hooks import ValidationHook
@@ -85,10 +86,15 @@ class Options:
     seed: int | None = None  # of random weights; None for the config's
     dry_run: bool = False  # report everything, load no weights, train nothing
     max_minutes: float | None = None  # stop in time to have saved by then
+    deepspeed: str | None = None  # a shipped name or a JSON file
+    fsdp: str | None = None  # "full" or "hybrid"
 
 
-def train(config: Config, work_dir: Path, device: torch.device, options: Options) -> int:
+def train(config: Config, work_dir: Path, device: torch.device, options: Options, watch: Watch | None = None) -> int:
     """Run a config to its end.
+
+    Args:
+        watch: what is told how far this rank is, if there are others.
 
     Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
     """
@@ -104,8 +110,10 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
     with contextlib.ExitStack() as at_the_end:
         _open_work_dir(run, at_the_end)
         stop = Stop(work_dir, dist.ALL, options.max_minutes)
+        if watch:
+            watch.log = run.log
         _start(run, options)
-        return loop(run, stop)
+        return loop(run, stop, watch)
 
 
 def _start(run: Run, options: Options) -> None:
@@ -116,7 +124,7 @@ def _start(run: Run, options: Options) -> None:
     if run.config.get("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    run.strategy = SingleStrategy(run.source, run.optim, run.device)
+    run.strategy = strategy(run.source, run.optim, run.device, options.deepspeed, options.fsdp)
     take(run, found)
     for hook in run.hooks:
         hook.before_run(run)
@@ -128,7 +136,8 @@ def _open_work_dir(run: Run, at_the_end: contextlib.ExitStack) -> None:
     folder = Path(ranks.on_main(lambda: str(_make_folder(run, at_the_end))))
     ranks.together(lambda: _see(folder))
     name = f"{folder.name}.log" if ranks.is_main else f"rank_{ranks.rank:05d}.log"
-    log.setup(run.config.get("log_level", "INFO"), folder / name, ranks.rank)
+    run.log = folder / name
+    log.setup(run.config.get("log_level", "INFO"), run.log, ranks.rank)
     run.metrics = MetricWriter(folder / "vis_data" if ranks.is_main else None)
     at_the_end.callback(run.metrics.close)
     run.saver = Saver(run.work_dir, ranks)
@@ -172,11 +181,13 @@ def _see(folder: Path) -> None:
         )
 
 
-def loop(run: Run, stop: Stop) -> int:
+def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
     """Train until the end or a request to stop."""
     packs = run.loader.iterate_from(run.state.position)
     while run.state.iteration < run.max_iterations:
         begin = time.perf_counter()
+        if watch:
+            watch.iteration = run.state.iteration
         batch = [next(packs) for _ in range(run.optim.accumulative_counts)]
         data_time = time.perf_counter() - begin
         num_targets = dist.all_sum(sum(b.num_targets for b in batch))

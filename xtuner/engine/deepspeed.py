@@ -1,0 +1,174 @@
+"""ZeRO 1, 2 and 3 by DeepSpeed, with and without offload.
+
+DeepSpeed flattens parameters into groups and cuts each group over the ranks; what a rank holds of a parameter is a
+range of its elements, which is all that our checkpoints need to know (shard.py). Its own checkpoint files, pickles cut
+for one number of ranks, are never written.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from xtuner.core import dist
+from xtuner.core.errors import ConfigError
+from xtuner.data.batch import Batch
+from xtuner.engine import zero_config
+from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.shard import Shard, ShardedStrategy, beside
+from xtuner.model.decoder import CausalLM
+from xtuner.model.source import ModelSource
+from xtuner.model.weights import Part
+
+
+class _Piece(NamedTuple):
+    """Where this rank keeps elements [begin, begin + length) of a parameter: flat[at : at + length]."""
+
+    flat: torch.Tensor  # fp32, the optimizer's parameter
+    at: int
+    begin: int
+    length: int
+
+
+class DeepSpeedStrategy(ShardedStrategy):
+    """
+    Args:
+        settings: a shipped name or a JSON file, as `--deepspeed` takes it.
+    """
+
+    def __init__(self, source: ModelSource, optim: OptimWrapper, device: torch.device, settings: str) -> None:
+        deepspeed = _import(device)
+        config = zero_config.resolve(zero_config.read(settings), optim, device, dist.world_size(), settings)
+        self.stage = int(config["zero_optimization"].get("stage", 0))
+        self.name = f"zero{self.stage}"
+        self.compute_dtype = optim.compute_dtype(device)
+        shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
+        super().__init__(source.config, shapes, device, gives=bool(self.stage) or dist.is_main())
+        if self.stage == 3:
+            with deepspeed.zero.Init(config_dict_or_path=config):
+                model = CausalLM(source.config)  # each module is cut as soon as it is made
+            source.configure(model, device, self.compute_dtype)
+        else:
+            model = source.empty(device, self.compute_dtype)
+        optimizer = optim.build(model.parameters())
+        self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        self._zero = self._engine.optimizer
+        self.optimizer: torch.optim.Optimizer = self._zero.optimizer if self.stage else optimizer
+        self._parameters = dict(model.named_parameters())
+        self._model = model.train()
+        source.fill({n: s.master for n, s in self._shards().items()}, shapes)
+        self._refresh()
+        self._to_step = False
+
+    @property
+    def model(self) -> CausalLM:
+        return self._model
+
+    def forward_backward(self, batch: Sequence[Batch], num_targets: int) -> float:
+        self._to_step = bool(num_targets)
+        if not num_targets:
+            return 0.0
+        total = torch.zeros((), device=self.device)
+        ranks = dist.world_size()
+        for i, pack in enumerate(batch):  # also without targets: other ranks wait for the collectives
+            self._engine.set_gradient_accumulation_boundary(i == len(batch) - 1)
+            b = pack.to(self.device)
+            loss = self._engine(b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen) / num_targets
+            total += loss.detach()
+            # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
+            scale = torch.where(loss.detach().isfinite(), float(ranks), math.nan)
+            self._engine.backward(loss * scale, scale_wrt_gas=False)
+        return dist.ALL.sum(total.item())
+
+    def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
+        if not self._to_step:
+            return 0.0, False
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if not self.stage:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+            if not norm.isfinite():
+                self._engine.zero_grad()
+                return norm.item(), False
+            self._engine.step()
+            return norm.item(), True
+        self._engine.step()
+        applied = not self._zero.overflow
+        return float(self._engine.get_global_grad_norm()) if applied else math.inf, applied
+
+    def _piece(self, name: str) -> _Piece | None:
+        parameter: Any = self._parameters[name]
+        if self.stage == 0:
+            return _Piece(parameter.data.view(-1), 0, 0, parameter.numel())
+        if self.stage == 3:
+            group, at, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            begin = parameter.ds_tensor.ds_numel * dist.rank()
+            count = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - begin))
+            return _Piece(self._zero.fp32_partitioned_groups_flat[group], at, begin, count)
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        group, place = mapping.param_group_index, mapping.hp_fragment_address
+        flat = self._zero.single_partition_of_fp32_groups[group]
+        return _Piece(flat, place.start, mapping.lp_fragment_address.start, place.numel)
+
+    def _key(self, name: str, piece: _Piece) -> Any:
+        """The tensor by which the optimizer knows its state."""
+        return piece.flat if self.stage else self._parameters[name]
+
+    def _shards(self) -> dict[str, Shard]:
+        shards = {}
+        for name in self._parameters:
+            piece = self._piece(name)
+            if piece is None or not piece.length:
+                continue
+            state = self.optimizer.state.get(self._key(name, piece), {})
+            views = {
+                key: value.reshape(-1)[piece.at : piece.at + piece.length] if value.dim() else value
+                for key, value in state.items()
+                if torch.is_tensor(value)
+            }
+            shards[name] = Shard(Part(piece.flat.data[piece.at : piece.at + piece.length], piece.begin), views)
+        return shards
+
+    def _place(self, name: str, key: str, value: torch.Tensor) -> None:
+        piece = self._piece(name)
+        assert piece is not None
+        state = self.optimizer.state[self._key(name, piece)]
+        if not value.dim():
+            state[key] = beside(value, piece.flat, self.optimizer)
+            return
+        if key not in state:
+            state[key] = torch.zeros_like(self._key(name, piece).data, dtype=value.dtype)
+        state[key].view(-1)[piece.at : piece.at + piece.length] = value
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        if self.stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self.stage == 3:
+            self._zero._partition_all_parameters()
+            for i in range(len(self._zero.fp16_groups)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(i)
+            if self._zero.persistent_parameters:  # small ones, which stay whole on every rank
+                self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+        self._engine.zero_grad()
+
+
+def _import(device: torch.device) -> Any:
+    try:
+        import deepspeed
+    except ImportError:
+        raise ConfigError(
+            "DeepSpeed is not installed",
+            where="--deepspeed",
+            do="pip install 'xtuner[deepspeed]', or train without it: --fsdp needs nothing more",
+        ) from None
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # or it compiles a kernel for minutes that nothing here needs
+    deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
+    return deepspeed

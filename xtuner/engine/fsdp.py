@@ -1,0 +1,137 @@
+"""Parameters, gradients and optimizer state cut over all ranks by PyTorch's FSDP2: the same numbers, less memory.
+
+Each block is gathered in bf16 just before it computes, and its gradients are summed in fp32. Memory a parameter and
+rank on n GPUs: (master 4 B + gradient 4 B + two moments 8 B) / n, and a block or two in bf16.
+
+"full" cuts over all ranks; "hybrid" over those of a node, with a copy of everything on every node: less traffic
+between nodes for more memory.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from xtuner.core import dist
+from xtuner.core.errors import ConfigError
+from xtuner.data.batch import Batch
+from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.shard import Shard, ShardedStrategy, beside
+from xtuner.model.decoder import CausalLM
+from xtuner.model.source import ModelSource
+from xtuner.model.weights import Part
+
+MODES = ("full", "hybrid")
+
+
+class FSDPStrategy(ShardedStrategy):
+    name = "fsdp"
+
+    def __init__(self, source: ModelSource, optim: OptimWrapper, device: torch.device, mode: str = "full") -> None:
+        self.compute_dtype = optim.compute_dtype(device)
+        mesh = _mesh(device, mode)
+        model = source.empty(torch.device("meta"), torch.float32)
+        first_copy = mesh.ndim == 1 or mesh.get_local_rank("copies") == 0
+        super().__init__(source.config, {n: p.shape for n, p in model.named_parameters()}, device, gives=first_copy)
+        policy = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        self._root: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=policy)
+        model.to_empty(device=device)
+        source.configure(model, device, self.compute_dtype)
+        for module in (self._root, *model.model.layers):
+            cut = cast(FSDPModule, module)
+            cut.set_gradient_divide_factor(1.0)  # we divide by targets, not by ranks
+            cut.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        self._model = model.train()
+        self._cut_rank, self._cut_size = mesh.get_local_rank("cut"), mesh["cut"].size()
+        self.parameters = cast(dict[str, DTensor], dict(model.named_parameters()))
+        self.optimizer = optim.build(model.parameters())
+        source.fill({n: s.master for n, s in self._shards().items()}, self._shapes)
+        self._may_step = False
+
+    @property
+    def model(self) -> CausalLM:
+        return self._model
+
+    def forward_backward(self, batch: Sequence[Batch], num_targets: int) -> float:
+        self._may_step = False
+        if not num_targets:
+            return 0.0
+        total = torch.zeros((), device=self.device)
+        for i, pack in enumerate(batch):  # also without targets: other ranks wait for the collectives
+            self._root.set_requires_gradient_sync(i == len(batch) - 1)
+            b = pack.to(self.device)
+            loss = self._model(b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen) / num_targets
+            loss.backward()
+            total += loss.detach()
+        mean = dist.ALL.sum(total.item())
+        self._may_step = math.isfinite(mean)
+        return mean
+
+    def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
+        grads = [p.grad for p in self._model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        applied = self._may_step and bool(norm.isfinite())
+        if applied:
+            if max_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), max_norm, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self._refresh()
+        return norm.item(), applied
+
+    def _shards(self) -> dict[str, Shard]:
+        shards = {}
+        for name, parameter in self.parameters.items():
+            values = parameter.to_local().detach()
+            if values.numel():
+                state = self.optimizer.state.get(parameter, {})
+                local = {k: v.to_local().view(-1) if isinstance(v, DTensor) else v for k, v in state.items()}
+                shards[name] = Shard(Part(values.view(-1), self._begin(name)), local)
+        return shards
+
+    def _begin(self, name: str) -> int:
+        """FSDP cuts the first dimension into equal numbers of rows, the last ranks taking fewer or none."""
+        rows = self._shapes[name][0]
+        return self._cut_rank * -(-rows // self._cut_size) * (self._shapes[name].numel() // rows)
+
+    def _place(self, name: str, key: str, value: torch.Tensor) -> None:
+        parameter = self.parameters[name]
+        if value.dim():
+            value = DTensor.from_local(
+                value.view(parameter.to_local().shape),
+                parameter.device_mesh,
+                parameter.placements,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+        else:
+            value = beside(value, parameter, self.optimizer)
+        self.optimizer.state[parameter][key] = value
+
+    def _refresh(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _mesh(device: torch.device, mode: str) -> DeviceMesh:
+    """Ranks in a row, or in rows of a node each."""
+    size = dist.world_size()
+    if mode == "full":
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("cut",))
+    within = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or torch.cuda.device_count() or 1
+    if size % within:
+        raise ConfigError(
+            f"{size} ranks do not divide into nodes of {within}",
+            where="--fsdp hybrid",
+            why="every node is to hold one whole copy of the model",
+            do="start equally many processes on every node, or use --fsdp full",
+        )
+    return init_device_mesh(device.type, (size // within, within), mesh_dim_names=("copies", "cut"))

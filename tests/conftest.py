@@ -1,11 +1,12 @@
 """Reference data, and a small world to train in: a tokenizer, a data folder, a config."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import slurm as own_slurm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
@@ -83,6 +84,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folde
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(text)
     return path
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[own_slurm.Slurm]:
+    """A real Slurm of two nodes, where the machine has one and we are root."""
+    yield from own_slurm.start()
 
 
 @pytest.fixture

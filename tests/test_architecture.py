@@ -52,6 +52,7 @@ def test_the_map_names_every_room() -> None:
         ["list-cfg"],
         ["train", "--help"],
         ["doctor", "--help"],
+        ["launch", "--help"],
         ["copy-cfg", "NAME", "DIR"],
         ["data", "order", "DIR"],
     ],

@@ -73,6 +73,7 @@ def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
     code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
     code += "import xtuner, runpy; assert xtuner.__file__.startswith(sys.path[0])\nfrom xtuner.cli.main import main\n"
+    code += "main(['launch', '--scheduler', 'slurm', 'internlm2_7b_w_tokenized_dataset'])\n"
     code += f"main(['list-cfg']); main(['copy-cfg', 'internlm2_7b_w_tokenized_dataset', {str(tmp_path)!r}])\n"
     code += (
         f"from xtuner.config.load import load; load({str(tmp_path)!r} + '/internlm2_7b_w_tokenized_dataset_copy.py')"
@@ -80,4 +81,5 @@ def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "internlm2_tiny_w_tokenized_dataset" in done.stdout
+    assert "#SBATCH --signal=USR1@300\n" in done.stdout
     assert (tmp_path / "site" / "xtuner" / "py.typed").is_file()

@@ -23,6 +23,8 @@ CASES = [
     (["train", "my"], {"my config.py"}),
     (["train", "x.py", "--la"], {"--launcher"}),
     (["train", "x.py", "--launcher", ""], {"none", "pytorch", "slurm", "mpi"}),
+    (["launch", "internlm2_t"], {"internlm2_tiny_w_tokenized_dataset"}),
+    (["launch", "x.py", "--scheduler", ""], {"slurm", "k8s", "dlc"}),
     (["data", "order", "--"], {"--help", "--data-folder", "--save-folder", "--file-type"}),
     (["completion", ""], set(SHELLS)),
     (["train", "x.py", "my"], set()),  # files, by bash itself

@@ -21,6 +21,7 @@ VERBS = {  # words → (module, what it does)
     "log-dataset": ("xtuner.cli.log_dataset", "show the first packs that a config trains on"),
     "doctor": ("xtuner.cli.doctor", "examine this machine: will training work here?"),
     "train": ("xtuner.cli.train", "train by a config"),
+    "launch": ("xtuner.cli.launch", "a job script for Slurm, Kubernetes or Aliyun DLC"),
     "plot-loss": ("xtuner.cli.plot_loss", "draw the loss of a run"),
     "eval loss": ("xtuner.cli.eval_loss", "mean loss of a model on tokenized data"),
     "chat": ("xtuner.cli.chat", "talk with a model, or let it continue a text"),

@@ -1,0 +1,154 @@
+"""xtuner launch --scheduler slurm|k8s|dlc CONFIG: a job script for a cluster. It submits nothing."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xtuner.config.load import Config
+    from xtuner.tools.jobs import Job
+
+ONLY_FOR = {  # option → schedulers that have a use for it
+    "partition": ("slurm",),
+    "time": ("slurm",),
+    "image": ("k8s", "dlc"),
+    "namespace": ("k8s",),
+    "pvc": ("k8s",),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="config file, or the name of a shipped one")
+    parser.add_argument("--scheduler", required=True, choices=("slurm", "k8s", "dlc"))
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
+    parser.add_argument("--partition", metavar="P", help="Slurm: of the site")
+    parser.add_argument("--time", metavar="T", help="Slurm: limit, e.g. 24:00:00 or 2-00; the job is requeued after it")
+    parser.add_argument("--image", metavar="I", help="k8s, dlc: container image with xtuner in it")
+    parser.add_argument("--namespace", metavar="NS", help="k8s (default: default)")
+    parser.add_argument(
+        "--pvc", action="append", metavar="NAME:PATH", help="k8s: mount a volume claim; may be given again"
+    )
+    engine = parser.add_mutually_exclusive_group()
+    engine.add_argument("--deepspeed", metavar="NAME_OR_JSON", help="ZeRO stage (default: deepspeed_zero1)")
+    engine.add_argument("--fsdp", action="store_true", help="PyTorch's FSDP instead of DeepSpeed")
+    parser.add_argument("--work-dir", metavar="D", help="checkpoints and logs, on a disk that all nodes share")
+    parser.add_argument("--name", metavar="JOB", help="of the job (default: the config's)")
+    parser.add_argument("--output", metavar="FILE", help="write it there instead of to the terminal")
+
+
+def run(args: argparse.Namespace) -> int:
+    import sys
+
+    from xtuner.config.check import check
+    from xtuner.config.load import load
+    from xtuner.core import log
+    from xtuner.core.errors import ConfigError
+    from xtuner.tools import jobs
+
+    log.setup()
+    for option, schedulers in ONLY_FOR.items():
+        if getattr(args, option) and args.scheduler not in schedulers:
+            what = f"--{option} means nothing to --scheduler {args.scheduler}"
+            raise ConfigError(what, where=f"--{option}", do=f"leave it out; it is for {' and '.join(schedulers)}")
+    config = load(args.config)
+    check(config)
+    job = _job(args, config)
+    text = jobs.RENDER[args.scheduler](job)
+    if args.output:
+        _write(args.output, text)
+    else:
+        sys.stdout.write(text)
+    print(f"submit it with: {_submit(args.scheduler, job, args.output)}", file=sys.stderr)
+    return 0
+
+
+def _job(args: argparse.Namespace, config: "Config") -> "Job":
+    from dataclasses import replace
+    from pathlib import Path
+
+    from xtuner.tools import jobs
+
+    work_dir = args.work_dir or config.get("work_dir")
+    job = jobs.Job(
+        config=jobs.path(str(config.path.resolve()), "CONFIG"),
+        work_dir=jobs.path(
+            str(Path(work_dir or Path("work_dirs") / config.name).expanduser().absolute()), "--work-dir"
+        ),
+        name=jobs.name(args.name, args.scheduler) if args.name else jobs.name_from(config.name, args.scheduler),
+        nodes=jobs.count(args.nodes, "--nodes"),
+        gpus=jobs.count(args.gpus_per_node, "--gpus-per-node"),
+        engine=jobs.engine(args.deepspeed, args.fsdp),
+        partition=jobs.slurm_word(args.partition, "--partition") if args.partition else None,
+        time=jobs.duration(args.time) if args.time else None,
+        image=jobs.image(args.image) if args.image else None,
+    )
+    if args.scheduler != "k8s":
+        return job
+    job = replace(job, namespace=jobs.namespace(args.namespace or "default"))
+    return _in_containers(job, config, work_dir, args.pvc or [])
+
+
+def _in_containers(job: "Job", config: "Config", work_dir: str | None, claims: list[str]) -> "Job":
+    """The job with paths as its containers see them, and the files of this machine that it brings along."""
+    import re
+    from dataclasses import replace
+    from pathlib import Path, PurePosixPath
+
+    from xtuner.core.errors import ConfigError
+    from xtuner.tools import jobs
+
+    if not job.image:
+        raise ConfigError("no image is given", where="--image", do="build one with xtuner/templates/Dockerfile")
+    volumes = tuple(map(jobs.volume, claims))
+    if len({mounted.rstrip("/") for _, mounted in volumes}) < len(volumes):
+        raise ConfigError("two volumes at one path", where="--pvc")
+    target = work_dir or (f"{volumes[0][1].rstrip('/')}/work_dirs/{config.name}" if volumes else "")
+    inside = PurePosixPath(target)
+    if ".." in inside.parts or not any(inside.is_relative_to(mounted) for _, mounted in volumes):
+        raise ConfigError(
+            f"the work dir {target!r} lies on no volume" if volumes else "no volume is given",
+            where="--work-dir" if volumes else "--pvc",
+            why="checkpoints would be gone with their container, and nothing could be resumed",
+            do="mount one that all nodes can write: --pvc NAME:/PATH" + (", and a work dir below it" if target else ""),
+        )
+    name = re.sub(r"[^-._a-zA-Z0-9]", "_", config.path.name)
+    files, engine = {name: config.source}, job.engine
+    if engine[-1].endswith(".json"):
+        files["deepspeed.json"] = Path(engine[-1]).read_text(encoding="utf-8")
+        engine = ("--deepspeed", f"{jobs.MOUNTED}/deepspeed.json")
+    if sum(len(text.encode()) for text in files.values()) > jobs.CONFIG_MAP_BYTES:
+        raise ConfigError("the config is larger than a ConfigMap may be (1 MiB)", where=str(config.path))
+    work = jobs.path(target, "--work-dir")
+    return replace(job, config=f"{jobs.MOUNTED}/{name}", work_dir=work, volumes=volumes, files=files, engine=engine)
+
+
+def _write(output: str, text: str) -> None:
+    from pathlib import Path
+
+    from xtuner.core.errors import ConfigError
+    from xtuner.core.files import atomic_file
+    from xtuner.tools.jobs import MARK
+
+    target = Path(output).expanduser()
+    if target.exists():
+        head = target.read_bytes()[:500] if target.is_file() else b""
+        if MARK.encode() not in head:
+            raise ConfigError("this is not a script of `xtuner launch`", where=output, do="choose another --output")
+    with atomic_file(target) as f:
+        f.write(text)
+
+
+def _submit(scheduler: str, job: "Job", output: str | None) -> str:
+    import shlex
+    from pathlib import Path
+
+    file = shlex.quote(str(Path(output).expanduser())) if output else ""
+    if scheduler == "dlc":
+        start = f"bash {shlex.quote(str(Path(output).expanduser().resolve()))}" if output else "bash FILE"
+        words = ["dlc", "submit", "pytorchjob", f"--name={job.name}", f"--workers={job.nodes}"]
+        words += [f"--worker_gpu={job.gpus}", *([f"--worker_image={job.image}"] if job.image else [])]
+        return shlex.join([*words, f"--command={start}"])
+    program = {"slurm": "sbatch", "k8s": "kubectl apply -f"}[scheduler]
+    if file:
+        return f"{program} {file}"
+    return f"the same command with | {program}{' -' if scheduler == 'k8s' else ''} behind it"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Written by `xtuner launch --scheduler dlc`. The start command of a PyTorch job: every node runs it once, and
+# `xtuner train` starts a process a GPU. The disks must be mounted where they are on the machine that wrote this.
+set -eu
+
+config=@{config}
+work_dir=@{work_dir}
+
+export NPROC_PER_NODE="${KUBERNETES_CONTAINER_RESOURCE_GPU}"
+export PORT="${MASTER_PORT}"
+export NNODES="${WORLD_SIZE}"
+export NODE_RANK="${RANK}"
+export ADDR="${MASTER_ADDR}"
+
+# exec: signals reach the training, and its exit code is the node's
+exec xtuner train "$config" @{engine} --work-dir "$work_dir" --resume auto

@@ -97,13 +97,16 @@ class Slurm:
             time.sleep(0.05)
 
     def wait(self, job: int, seconds: float = 120.0) -> dict[str, str]:
-        """Until the job is over; a requeued one starts at once instead of after two minutes. Returns its facts."""
+        """Until the job is over; a requeued one starts in seconds instead of after two minutes. Returns its facts."""
         facts: dict[str, str] = {}
+        hurried: set[str] = set()
 
         def over() -> bool:
             facts.update(self.facts(job))
-            if facts["JobState"] == "PENDING" and facts["Reason"] == "BeginTime":
-                self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+            if facts["Reason"] == "BeginTime" and facts["Restarts"] not in hurried:
+                # not at once: within the second of its end, nodes take the new start for the old one and refuse it
+                done = self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2seconds")
+                hurried.update([facts["Restarts"]] if done.returncode == 0 else [])
             return facts["JobState"] in OVER
 
         self.until(over, f"the end of job {job}; its output: {self.output(job)[-2000:]}", seconds)

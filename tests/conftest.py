@@ -39,23 +39,28 @@ def write_corpus(folder: Path, documents: int, seed: int = 0, types: tuple[str, 
     return folder
 
 
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-fallback BPE of 400 pieces."""
+def train_tokenizer(folder: Path, **options: object) -> Path:
+    """A byte-fallback BPE of 400 pieces that takes text as it is, like InternLM2's."""
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("tokenizer")
+    folder.mkdir(exist_ok=True)
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter((HERE / "conftest.py").read_text().split("\n") * 3),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
         vocab_size=VOCABULARY,
         byte_fallback=True,
-        add_dummy_prefix=False,
         hard_vocab_limit=False,
         minloglevel=2,
+        **{**plain, **options},
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,7 @@ def test_round_trip_is_bit_exact(trained: Path, tiny: Path, tmp_path: Path, xtun
                 tensors = load_file(target / file)
                 assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 200_000
             assert (target / "tokenizer.model").is_file()
+            assert (target / "tokenizer.json").is_file()
             assert json.loads((target / "generation_config.json").read_text())["eos_token_id"] == [2]
             facts = json.loads((trained / "trainer.json").read_text())
             assert facts["data"]["data"] in (target / "README.md").read_text()

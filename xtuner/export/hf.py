@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import xtuner
 from xtuner.core.errors import CheckpointError, ConfigError
-from xtuner.core.files import MANIFEST, atomic_folder, read_json, verify, write_json
+from xtuner.core.files import MANIFEST, read_json, verify, write_json
 from xtuner.core.log import human_bytes, progress
 from xtuner.data.tokenizer import FILES as TOKENIZER_FILES
+from xtuner.export.place import export_folder
+from xtuner.export.tokenizer_json import complete
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.families import LAYOUTS, read_config, split, write_config
 from xtuner.model.weights import INDEX, WeightFolder
@@ -56,50 +57,15 @@ def export(
             where=str(checkpoint),
             do="give a work_dirs/CONFIG/iter_N.pth folder; work_dirs/CONFIG/last_checkpoint names the newest",
         )
-    try:
-        _refuse_to_replace(target, checkpoint.resolve())
-        with atomic_folder(target, kind=KIND) as folder:  # first of all: fails at once if nothing can be written there
-            verify(checkpoint)
-            config = read_config(read_json(checkpoint / "weights" / "config.json"))
-            _write_shards(checkpoint / "weights", folder, config, layout, dtype, max_shard_bytes)
-            write_json(folder / "config.json", write_config(config, layout, dtype))
-            stops = _copy_tokenizer(tokenizer_folder, folder, config)
-            write_json(folder / "generation_config.json", _generation(config, stops))
-            (folder / "README.md").write_text(_card(checkpoint, config, layout, dtype), encoding="utf-8")
-    except BrokenPipeError:  # of the terminal, not of the disk
-        raise
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(
-            f"the export cannot be written: {e}", where=str(target), do="look at the disk: space, quota, permissions"
-        ) from None
+    with export_folder(target, checkpoint.resolve(), KIND) as folder:  # fails at once if nothing can be written there
+        verify(checkpoint)
+        config = read_config(read_json(checkpoint / "weights" / "config.json"))
+        _write_shards(checkpoint / "weights", folder, config, layout, dtype, max_shard_bytes)
+        write_json(folder / "config.json", write_config(config, layout, dtype))
+        stops = _copy_tokenizer(tokenizer_folder, folder, config)
+        write_json(folder / "generation_config.json", _generation(config, stops))
+        (folder / "README.md").write_text(_card(checkpoint, config, layout, dtype), encoding="utf-8")
     return target
-
-
-def _refuse_to_replace(target: Path, checkpoint: Path) -> None:
-    """Raise ConfigError unless `target` is new, empty, or an earlier export. Both paths are resolved."""
-    if target == checkpoint or target in checkpoint.parents or checkpoint in target.parents:
-        raise ConfigError(
-            "the target is the checkpoint itself, inside it, or a folder around it",
-            where=str(target),
-            why="the checkpoint would be replaced or damaged",
-            do="give another folder",
-        )
-    if not target.exists() or (target.is_dir() and (not any(target.iterdir()) or _is_export(target))):
-        return
-    raise ConfigError(
-        "the target exists and is not an earlier export",
-        where=str(target),
-        why="it would be replaced as a whole",
-        do="give another folder, or remove it",
-    )
-
-
-def _is_export(folder: Path) -> bool:
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except CheckpointError:
-        return False
-    return isinstance(manifest, dict) and manifest.get("kind") == KIND and not (folder / "trainer.json").exists()
 
 
 def _tensors(
@@ -145,10 +111,11 @@ def _write_shards(source: Path, folder: Path, c: DecoderConfig, layout: str, dty
 
 
 def _copy_tokenizer(source: Path | None, folder: Path, config: DecoderConfig) -> list[int]:
-    """Copy tokenizer files; return the ids at which a chat model stops."""
+    """Copy tokenizer files, and add what loading needs; return the ids at which a chat model stops."""
     for name in TOKENIZER_FILES if source else ():
         if source and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    complete(folder)
     path = folder / "tokenizer_config.json"
     added = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
     chat = [int(i) for i, token in added.items() if token.get("content") == IM_END]
@@ -208,5 +175,5 @@ def parse_size(text: str) -> int:
 
 def summary(folder: Path) -> str:
     """One line on what was written."""
-    files = [p for p in folder.iterdir() if p.is_file()]
+    files = [p for p in folder.rglob("*") if p.is_file()]
     return f"{folder}: {len(files)} files, {human_bytes(sum(p.stat().st_size for p in files))}"

@@ -1,0 +1,136 @@
+"""`tokenizer.json` of a SentencePiece `tokenizer.model`, so that servers and transformers read it without remote code.
+
+The same BPE in the form of the `tokenizers` library: pieces with their ids, and every way to put a piece together out
+of two others, the better piece first. Special tokens take the place of the unused pieces whose ids they have.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from xtuner.core.files import read_json, write_json
+from xtuner.core.log import logger
+from xtuner.data.tokenizer import load_tokenizer
+
+NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # types of pieces
+BPE = 2  # type of model
+SPACE = "▁"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_LIBRARY = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_input_names": ["input_ids", "attention_mask"],  # without it, `generate` is given token_type_ids
+}
+
+
+def complete(folder: Path) -> None:
+    """Make a folder's tokenizer load without remote code.
+
+    A `tokenizer.model` that is alone gets a `tokenizer.json` and a `tokenizer_config.json` that goes with it. A
+    `tokenizer_config.json` that names remote code, which is not there, names the library's class instead; its other
+    settings stay. Models that the library cannot follow exactly (not BPE, or rewriting text before) are left, and told.
+    """
+    path = folder / "tokenizer_config.json"
+    found = read_json(path) if path.is_file() else {}
+    settings = {k: v for k, v in found.items() if k != "auto_map"} | _LIBRARY
+    if (folder / "tokenizer.json").is_file():
+        if "auto_map" in found:
+            write_json(path, settings)
+        return
+    if not (folder / "tokenizer.model").is_file():
+        return
+    from sentencepiece import sentencepiece_model_pb2  # its protobuf comes with tensorboard
+
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made while it is imported
+    model.ParseFromString((folder / "tokenizer.model").read_bytes())
+    normalizer = model.normalizer_spec
+    if model.trainer_spec.model_type != BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        logger.warning("tokenizer.model is no plain BPE, so no tokenizer.json is made: servers may not read the former")
+        return
+    special = {i: name for name, i in load_tokenizer(folder).special.items()}
+    text = json.dumps(_library_form(model, special), ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    write_json(path, {**_defaults(model, special), **settings})
+
+
+def _library_form(model: Any, special: dict[int, str]) -> dict[str, Any]:
+    pieces = {special.get(i, p.piece): i for i, p in enumerate(model.pieces)}
+    pieces |= {name: i for i, name in special.items()}
+    prefix = model.normalizer_spec.add_dummy_prefix
+    before = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+    after = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    bos = special.get(model.trainer_spec.bos_id, "")
+    begin: list[dict[str, Any]] = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
+    replace = {"pattern": {"String": " "}, "content": SPACE}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_added(name) | {"id": i} for i, name in sorted(special.items())],
+        "normalizer": {"type": "Sequence", "normalizers": [*before, {"type": "Replace", **replace}]},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [*begin, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [*begin, {"Sequence": {"id": "A", "type_id": 0}}, *begin, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {bos: {"id": bos, "ids": [pieces[bos]], "tokens": [bos]}} if bos else {},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *after,
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": special.get(model.trainer_spec.unk_id),
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": bool(model.trainer_spec.byte_fallback),
+            "ignore_merges": False,
+            "vocab": pieces,
+            "merges": _merges(model),
+        },
+    }
+
+
+def _merges(model: Any) -> list[list[str]]:
+    """Every pair of pieces that is a piece, in the order in which SentencePiece would join them: by score, then id."""
+    score = {p.piece: p.score for p in model.pieces if p.type == NORMAL}
+    found = []
+    for i, p in enumerate(model.pieces):
+        if p.type == NORMAL:
+            text = p.piece
+            splits = [(text[:at], text[at:]) for at in range(1, len(text))]
+            found += [(-p.score, i, list(pair)) for pair in splits if pair[0] in score and pair[1] in score]
+    return [pair for _, _, pair in sorted(found, key=lambda f: f[:2])]
+
+
+def _added(name: str) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"content": name, **flags}
+
+
+def _defaults(model: Any, special: dict[int, str]) -> dict[str, Any]:
+    """tokenizer_config.json where none says otherwise."""
+    trainer = model.trainer_spec
+    bos, eos, unk = (special.get(i) for i in (trainer.bos_id, trainer.eos_id, trainer.unk_id))
+    chat = {"chat_template": CHAT_TEMPLATE} if {"<|im_start|>", "<|im_end|>"} <= set(special.values()) else {}
+    return {
+        "bos_token": bos,
+        "eos_token": eos,
+        "unk_token": unk,
+        "pad_token": eos,
+        "clean_up_tokenization_spaces": False,
+        **chat,
+        "added_tokens_decoder": {str(i): _added(name) for i, name in sorted(special.items())},
+    }

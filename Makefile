@@ -5,11 +5,14 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean help
+LMDEPLOY := $(or $(XTUNER_TEST_CACHE),$(HOME)/.cache/xtuner-tests)/lmdeploy-0.9.2.post1
+
+.PHONY: demo test lint lmdeploy clean help
 
 help:
 	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
 	@echo "make test   install into .venv, lint, check types, run the tests"
+	@echo "make lmdeploy  fetch LMDeploy's last converter (76 MB), which a test compares ours with; skipped without"
 	@echo "make clean  remove .venv and everything made"
 
 demo: .venv/installed
@@ -22,6 +25,14 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lmdeploy: $(LMDEPLOY)/installed
+
+$(LMDEPLOY)/installed: tests/lmdeploy.txt | .venv/installed
+	rm -rf "$(LMDEPLOY)"
+	$(BIN)/python -m pip install -q --no-deps --target "$(LMDEPLOY)" -r tests/lmdeploy.txt
+	rm -rf "$(LMDEPLOY)/lmdeploy/lib"  # 300 MB of compiled code, which the converter only imports
+	touch "$@"
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

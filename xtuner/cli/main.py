@@ -26,6 +26,7 @@ VERBS = {  # words → (module, what it does)
     "eval loss": ("xtuner.cli.eval_loss", "mean loss of a model on tokenized data"),
     "chat": ("xtuner.cli.chat", "talk with a model, or let it continue a text"),
     "convert pth_to_hf": ("xtuner.tools.model_converters.pth_to_hf", "a checkpoint as a Hugging Face folder"),
+    "convert turbomind": ("xtuner.cli.convert_turbomind", "a Hugging Face folder for LMDeploy up to 0.9"),
     "completion": ("xtuner.cli.completion", "a script that completes words for bash, zsh or fish"),
 }
 

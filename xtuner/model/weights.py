@@ -1,6 +1,6 @@
 """Weights on disk → the network, one tensor at a time: safetensors, or foreign `.bin` by the restricted reader."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -111,13 +111,19 @@ def ours(weights: WeightFolder, name: str, layout: str, c: DecoderConfig) -> tor
     return join([weights[n] for n in names], c)
 
 
-def fill(
-    parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], folder: str | Path, layout: str, c: DecoderConfig
-) -> None:
-    """Copy weights into this process's `parts` (ours by name). One tensor more is in memory at a time.
+def stream(
+    folder: str | Path,
+    shapes: Mapping[str, torch.Size],
+    layout: str,
+    c: DecoderConfig,
+    what: str = "reading weights",
+    only: Collection[str] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Our tensors by name, in the order of `shapes`, one at a time.
 
     Args:
-        shapes: of all parameters of the model, also those of which nothing is held here.
+        shapes: of all parameters of the model.
+        only: which of them to read; None for all.
 
     Raises: CheckpointError for tensors that are missing, of another shape, or that the model has no place for.
     """
@@ -130,11 +136,20 @@ def fill(
             where=str(folder),
             why="config.json describes another network than the weights",
         )
-    for name, part in progress(parts.items(), "reading weights", total=len(parts)):
+    wanted = {n: s for n, s in shapes.items() if only is None or n in only}
+    for name, shape in progress(wanted.items(), what, total=len(wanted)):
         tensor = ours(weights, name, layout, c)
-        if tensor.shape != shapes[name]:
+        if tensor.shape != shape:
             raise CheckpointError(
-                f"{name} is {list(tensor.shape)} on disk and {list(shapes[name])} by config.json",
+                f"{name} is {list(tensor.shape)} on disk and {list(shape)} by config.json",
                 where=str(folder),
             )
-        part.take(tensor)
+        yield name, tensor
+
+
+def fill(
+    parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], folder: str | Path, layout: str, c: DecoderConfig
+) -> None:
+    """Copy weights into this process's `parts` (ours by name), as `stream` reads them."""
+    for name, tensor in stream(folder, shapes, layout, c, only=parts):
+        parts[name].take(tensor)

@@ -1,0 +1,43 @@
+"""xtuner convert turbomind [NAME] HF_DIR: the directory that LMDeploy up to 0.9 serves; --check compares one."""
+
+import argparse
+
+_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "bfloat16": "bfloat16", "float16": "float16"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model_name", nargs="?", default="", help="as of `lmdeploy convert`, e.g. internlm2-chat-7b")
+    parser.add_argument("model_path", metavar="HF_DIR", help="Hugging Face folder (internlm2 or llama layout), hub id")
+    parser.add_argument("--dst-path", default="workspace", metavar="DST", help="folder to write (default: workspace)")
+    parser.add_argument("--check", metavar="DST", help="write nothing: compare DST with HF_DIR, bit for bit")
+    parser.add_argument("--tp", type=int, default=1, help="GPUs that will share the model (default: 1)")
+    parser.add_argument(
+        "--dtype", choices=list(_DTYPES), default="auto", help="auto (default): bf16 stays, all else becomes fp16"
+    )
+    parser.add_argument(
+        "--chat-template", choices=("base", "internlm2"), help="default, as LMDeploy: internlm2 if HF_DIR says so"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from xtuner.core import hub, log
+    from xtuner.export.hf import summary
+    from xtuner.export.turbomind import check, convert, read_source
+    from xtuner.export.turbomind_config import template_by_path
+
+    log.setup()
+    source = read_source(hub.resolve(args.model_path))
+    if args.check:
+        files = check(source, Path(args.check).expanduser())
+        print(f"{args.check} holds the weights of {args.model_path}: {files} files, equal bit for bit")
+        return 0
+    if args.model_name:
+        log.logger.info(f"the name {args.model_name} is only noted in config.yaml; LMDeploy does not use it")
+        if "internlm2" not in args.model_name.lower():
+            log.logger.warning(f"{args.model_name} is no name of an InternLM2 model; what is converted is HF_DIR")
+    template = args.chat_template or template_by_path(args.model_path)
+    target = convert(source, Path(args.dst_path), args.tp, _DTYPES[args.dtype], args.model_name, template)
+    log.logger.info(f"written {summary(target)}")
+    return 0

@@ -1,0 +1,127 @@
+"""`config.yaml` of a converted directory: its text, key for key as lmdeploy 0.9.2.post1 writes it, and its reading.
+
+A small YAML of our own serves: maps in maps, lists of numbers, plain values, keys sorted.
+"""
+
+import re
+from typing import Any
+
+from xtuner.model.decoder import DecoderConfig
+
+CHAT, BASE = "internlm2", "base"  # LMDeploy's names of chat templates: InternLM2's, and none
+ARCHITECTURES = {"internlm2": "InternLM2ForCausalLM", "llama": "LlamaForCausalLM"}
+
+_ROPE = {
+    "attention_factor": 1.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "high_freq_factor": None,
+    "low_freq_factor": None, "max_position_embeddings": None, "mrope_section": None,
+    "original_max_position_embeddings": None, "type": "default",
+}  # fmt: skip
+_ATTENTION = {"cache_block_seq_len": 64, "softmax_scale": 0.0, "use_logn_attn": 0}
+_LORA = {
+    "lora_max_wo_r": 0, "lora_policy": "", "lora_r": 0, "lora_rank_pattern": "", "lora_scale": 0.0,
+    "lora_scale_pattern": "",
+}  # fmt: skip
+_MODEL = {  # of features that these models do not have
+    "attn_bias": 0, "expert_inter_size": 0, "expert_num": [], "experts_per_token": 0, "group_size": 0,
+    "kv_lora_rank": 0, "model_format": "hf", "moe_group_num": 1, "moe_shared_gate": False, "norm_topk_prob": False,
+    "q_lora_rank": 0, "qk_norm": False, "qk_rope_dim": 0, "routed_scale": 1.0, "topk_group": 1,
+    "topk_method": "greedy", "tune_layer_num": 1, "v_head_dim": 0,
+}  # fmt: skip
+
+
+def template_by_path(path: str) -> str:
+    """The chat template that LMDeploy takes for a model of this path, which is all that it looks at."""
+    path = path.lower()
+    return CHAT if "internlm2" in path and ("chat" in path or "math" in path) else BASE
+
+
+def config_text(
+    hf: dict[str, Any],
+    c: DecoderConfig,
+    layout: str,
+    tokenizer_size: int,
+    tp: int,
+    dtype: str,
+    model_name: str,
+    chat_template: str,
+) -> str:
+    """The file's text. `hf` is the source's config.json, from which `c` was read."""
+    rope: dict[str, Any] = {**_ROPE, "base": c.rope_theta, "dim": c.head_dim}
+    if c.rope_scaling:
+        factor = (hf.get("rope_scaling") or {}).get("factor", c.rope_scaling.factor)  # as it is written there, 2 or 2.0
+        rope |= {"type": c.rope_scaling.kind, "factor": factor}
+        if c.rope_scaling.kind == "dynamic":
+            rope["max_position_embeddings"] = c.max_position_embeddings
+    model = {
+        **_MODEL,
+        "attn_tp_size": tp,
+        "mlp_tp_size": tp,
+        "chat_template": chat_template,
+        "model_name": model_name,
+        "model_arch": ARCHITECTURES[layout],
+        "vocab_size": c.vocab_size,
+        "embedding_size": c.vocab_size,
+        "tokenizer_size": min(tokenizer_size, c.vocab_size),
+        "num_layer": c.num_layers,
+        "hidden_units": c.hidden_size,
+        "inter_size": [c.intermediate_size + -c.intermediate_size % tp] * c.num_layers,
+        "head_num": c.num_heads,
+        "kv_head_num": max(c.num_kv_heads, tp),
+        "size_per_head": c.head_dim,
+        "norm_eps": c.rms_norm_eps,
+        "session_len": c.max_position_embeddings,
+        "weight_type": dtype,
+    }
+    attention = {**_ATTENTION, "max_position_embeddings": c.max_position_embeddings, "rope_param": rope}
+    return _yaml({"attention_config": attention, "lora_config": _LORA, "model_config": model})
+
+
+def _yaml(values: dict[str, Any], indent: str = "") -> str:
+    text = ""
+    for key, value in sorted(values.items()):
+        text += f"{indent}{key}:"
+        if isinstance(value, dict):
+            text += "\n" + _yaml(value, indent + "  ")
+        elif isinstance(value, list) and value:
+            text += "\n" + "".join(f"{indent}- {_scalar(v)}\n" for v in value)
+        else:
+            text += f" {_scalar(value)}\n"
+    return text
+
+
+def _scalar(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        digits = repr(value)
+        return digits if "." in digits else digits.replace("e", ".0e")  # YAML 1.1 reads 1e-05 as a string
+    if isinstance(value, str):
+        words = value.lower() in ("yes", "no", "on", "off", "true", "false", "null")
+        return value if re.fullmatch(r"[A-Za-z][\w./-]*", value) and not words else "'" + value.replace("'", "''") + "'"
+    return str(value)
+
+
+def flat(text: str) -> dict[str, str]:
+    """`model_config.head_num` → `32`, a list as its values joined by spaces: of a file of this kind, ours or older."""
+    found: dict[str, str] = {}
+    path: list[str] = []
+    for line in text.splitlines():
+        words = line.strip()
+        if words.startswith("- "):
+            found[".".join(path)] += words[1:]
+            continue
+        key, _, value = words.partition(":")
+        path = [*path[: (len(line) - len(line.lstrip())) // 2], key]
+        value = value.strip()
+        found[".".join(path)] = value[1:-1].replace("''", "'") if value.startswith("'") else value
+    return found
+
+
+def shared_difference(found: dict[str, str], wanted: dict[str, str]) -> str:
+    """What differs in the first key that both have, or "". Another LMDeploy writes other keys, too."""
+    for key, value in wanted.items():
+        if found.get(key, value) != value:
+            return f"config.yaml says {key}: {found[key]} where the source gives {value}"
+    return ""

@@ -77,6 +77,54 @@ def test_the_llama_layout_in_transformers(trained: Path, tiny: Path, tmp_path: P
         assert (theirs.eval()(ids[None]).logits[0] - ours(ids)).abs().max() < 1e-4
 
 
+def test_our_own_remote_code(
+    trained: Path, tiny: Path, tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--with-code, and the reference models: transformers 5 gives our logits, generates with its cache, learns."""
+    from conftest import SHARED, reference
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from xtuner.export.hf import _copy_code
+    from xtuner.model.families import write_config
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    words = (tiny, trained, tmp_path / "exported", "--fp32", "--with-code")
+    with pytest.raises(ConfigError, match="belongs to the internlm2 layout"):
+        xtuner("convert", "pth_to_hf", *words, "--layout", "llama")
+    assert xtuner("convert", "pth_to_hf", *words) == 0
+    folders = [tmp_path / "exported"]
+    for name in ["a_gqa", "c_dynamic_ntk", *(["b_mha", "d_mqa_bias", "e_linear"] if SHARED.is_dir() else [])]:
+        model = load_pretrained(reference("models", name))
+        folders.append(tmp_path / name)
+        folders[-1].mkdir()
+        save_file(model.state_dict(), folders[-1] / "model.safetensors", metadata={"format": "pt"})
+        config = {**_copy_code(folders[-1]), **write_config(model.config, "internlm2", torch.float32)}
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+    for folder in folders:
+        ours = load_pretrained(folder)
+        theirs, report = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+        assert not any(report.values())
+        ids = torch.randint(3, ours.config.vocab_size, (150,), generator=torch.Generator().manual_seed(0))
+        for part in (ids, ids[:40]):  # c: beyond the longest position it was trained for, and then not
+            with torch.no_grad():
+                assert (theirs(part[None]).logits[0] - ours(part)).abs().max() < 1e-4, folder
+        prompts = torch.stack((ids[:20], torch.cat((torch.full((5,), 2), ids[:15]))))
+        mask = torch.ones_like(prompts)
+        mask[1, :5] = 0  # one is filled up on its left
+        options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
+        cached = theirs.generate(prompts, attention_mask=mask, **options)
+        assert cached.equal(theirs.generate(prompts, attention_mask=mask, use_cache=False, **options))
+        assert cached[1, 5:].equal(theirs.generate(ids[None, :15], **options)[0])
+        theirs.save_pretrained(tmp_path / "again")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+        assert again.config._attn_implementation == "sdpa"  # config.json said eager, as the original does
+        with torch.no_grad():
+            assert (again(ids[None]).logits - theirs(ids[None]).logits).abs().max() < 1e-4
+        theirs.train()(ids[None, :30], labels=ids[None, :30]).loss.backward()
+        assert theirs.model.layers[0].attention.wqkv.weight.grad.abs().sum() > 0
+
+
 def test_the_reference_models_in_transformers(tmp_path: Path) -> None:
     """Biases, linear and dynamic rope, grouped heads: our llama layout means the same to transformers."""
     from conftest import SHARED, reference

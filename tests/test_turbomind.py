@@ -38,7 +38,8 @@ def make(
     from xtuner.model.families import split, write_config
 
     shape = {"vocab_size": 400, "intermediate_size": 320, "num_hidden_layers": 2, **D128}
-    source = from_scratch(**{**shape, **{k: v for k, v in hf.items() if k in shape}}, rope_theta=1e6)
+    given = {k: v for k, v in hf.items() if k in (*shape, "head_dim")}
+    source = from_scratch(**{**shape, **given}, rope_theta=1e6)
     model = source.build()
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -113,8 +114,8 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
 
 def test_any_head_dim(tmp_path: Path, xtuner: Command, caplog: Any) -> None:
     """What the old converter could not: the internlm2 layout, of which the llama layout says the same numbers."""
-    for heads, kv_heads, tp in ((4, 2, 2), (8, 2, 4), (64, 4, 8)):
-        shape = {"hidden_size": 384, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    for heads, kv_heads, tp, more in ((4, 2, 2, {}), (8, 2, 4, {"head_dim": 20}), (64, 4, 8, {})):
+        shape = {"hidden_size": 384, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
         made = []
         for layout in ("internlm2", "llama"):
             source = make(tmp_path / f"{layout}-{heads}", layout, **shape)

@@ -36,6 +36,7 @@ def export(
     layout: str = "internlm2",
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 2 * 10**9,
+    with_code: bool = False,
 ) -> Path:
     """Write `target`, whole or not at all. An earlier export there is replaced, anything else is not.
 
@@ -45,12 +46,18 @@ def export(
         layout: "internlm2" (LMDeploy's and llama.cpp's own; not known to transformers) or "llama" (loads everywhere).
         dtype: of the weights written.
         max_shard_bytes: a shard is at most this large, unless one tensor alone is larger.
+        with_code: also write our two .py files, with which transformers 5 loads the internlm2 layout
+            (`trust_remote_code=True`).
 
     Raises: CheckpointError, ConfigError.
     """
     checkpoint, target = Path(checkpoint), Path(target).expanduser().resolve()
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout {layout!r} is not one of {', '.join(LAYOUTS)}", where="--layout")
+    if with_code and layout != "internlm2":
+        raise ConfigError(
+            "--with-code belongs to the internlm2 layout", where="--with-code", do="leave it out: llama needs no code"
+        )
     if not (checkpoint / MANIFEST).is_file():
         raise CheckpointError(
             "there is no checkpoint" if not checkpoint.exists() else "this is not a whole checkpoint",
@@ -61,7 +68,8 @@ def export(
         verify(checkpoint)
         config = read_config(read_json(checkpoint / "weights" / "config.json"))
         _write_shards(checkpoint / "weights", folder, config, layout, dtype, max_shard_bytes)
-        write_json(folder / "config.json", write_config(config, layout, dtype))
+        code = _copy_code(folder) if with_code else {}
+        write_json(folder / "config.json", {**code, **write_config(config, layout, dtype)})
         stops = _copy_tokenizer(tokenizer_folder, folder, config)
         write_json(folder / "generation_config.json", _generation(config, stops))
         (folder / "README.md").write_text(_card(checkpoint, config, layout, dtype), encoding="utf-8")
@@ -108,6 +116,15 @@ def _write_shards(source: Path, folder: Path, c: DecoderConfig, layout: str, dty
     if count > 1:
         weight_map = {name: final[i] for i, names in enumerate(files) for name in names}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+
+
+def _copy_code(folder: Path) -> dict[str, Any]:
+    """Write the .py files; returns what `config.json` says of them."""
+    for name in ("configuration_internlm2.py", "modeling_internlm2.py"):
+        shutil.copyfile(Path(__file__).parent / "remote" / name, folder / name)
+    model = "modeling_internlm2.InternLM2"
+    config, causal = "configuration_internlm2.InternLM2Config", f"{model}ForCausalLM"
+    return {"auto_map": {"AutoConfig": config, "AutoModel": f"{model}Model", "AutoModelForCausalLM": causal}}
 
 
 def _copy_tokenizer(source: Path | None, folder: Path, config: DecoderConfig) -> list[int]:

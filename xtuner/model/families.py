@@ -164,6 +164,7 @@ def write_config(c: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[str,
             "model_type": "internlm2",
             "bias": c.attention_bias,
             "attn_implementation": "eager",
+            **({} if c.head_dim * c.num_heads == c.hidden_size else {"head_dim": c.head_dim}),  # not in the originals
         },
         "llama": lambda: {
             "architectures": ["LlamaForCausalLM"],

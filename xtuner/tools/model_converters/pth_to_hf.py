@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout", default="internlm2", choices=("internlm2", "llama"), help="weight names (default: internlm2)"
     )
+    parser.add_argument(
+        "--with-code", action="store_true", help="add .py files, for transformers with trust_remote_code=True"
+    )
     parser.add_argument("--safe-serialization", action="store_true", help="accepted; always safetensors")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
 
@@ -33,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = config.get("tokenizer")
     folder: Path | None = build(tokenizer, "tokenizer").folder if tokenizer else None
     dtype = torch.float32 if args.fp32 else torch.bfloat16
-    target = export(args.pth_model, args.save_dir, folder, args.layout, dtype, parse_size(args.max_shard_size))
+    limit = parse_size(args.max_shard_size)
+    target = export(args.pth_model, args.save_dir, folder, args.layout, dtype, limit, args.with_code)
     log.logger.info(f"written {summary(target)}")
     return 0
 

@@ -252,6 +252,10 @@ def test_what_is_told(tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     told = capsys.readouterr().err
     for words in ("llama-7b is no name of an InternLM2", "head_dim is 10", "--chat-template internlm2", "has 5 ids"):
         assert words in told
+    words = ("turbomind", source, "--dst-path", tmp_path / "tm", "--chat-template", "base")
+    assert xtuner("convert", *words) == 0  # it was asked for
+    assert "chat template" not in capsys.readouterr().err
+    assert xtuner("convert", "turbomind", "llama-7b", source, "--dst-path", tmp_path / "tm") == 0
     values = flat((tmp_path / "tm" / WEIGHTS / "config.yaml").read_text())
     names = ("tokenizer_size", "model_name", "chat_template", "weight_type")
     assert [values[f"model_config.{n}"] for n in names] == ["3", "llama-7b", "base", "bfloat16"]

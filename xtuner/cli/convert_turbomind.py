@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core import hub, log
     from xtuner.export.hf import summary
     from xtuner.export.turbomind import check, convert, read_source
-    from xtuner.export.turbomind_config import template_by_path
+    from xtuner.export.turbomind_config import BASE, CHAT, template_by_path
 
     log.setup()
     source = read_source(hub.resolve(args.model_path))
@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         if "internlm2" not in args.model_name.lower():
             log.logger.warning(f"{args.model_name} is no name of an InternLM2 model; what is converted is HF_DIR")
     template = args.chat_template or template_by_path(args.model_path)
+    if not args.chat_template and template == BASE and source.speaks_chat:
+        log.logger.warning(f"chat template: {BASE}, none, as the path says; for chats give --chat-template {CHAT}")
     target = convert(source, Path(args.dst_path), args.tp, _DTYPES[args.dtype], args.model_name, template)
     log.logger.info(f"written {summary(target)}")
     return 0

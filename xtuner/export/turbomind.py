@@ -26,7 +26,7 @@ from xtuner.core.files import MANIFEST, read_json
 from xtuner.core.log import logger
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.place import export_folder
-from xtuner.export.turbomind_config import BASE, CHAT, config_text, flat, shared_difference
+from xtuner.export.turbomind_config import BASE, config_text, flat, shared_difference
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.families import layout_of, read_config
 from xtuner.model.weights import stream
@@ -82,7 +82,7 @@ def convert(
         tp: GPUs that share the model, a power of two.
         dtype: "auto", "float16" or "bfloat16".
         model_name: noted in config.yaml; LMDeploy does not use it.
-        chat_template: LMDeploy's name of it; used whenever the directory is served.
+        chat_template: LMDeploy's name of it, used whenever the directory is served; BASE is none.
 
     Raises: ConfigError, CheckpointError.
     """
@@ -93,8 +93,6 @@ def convert(
     if source.tokenizer_size > c.vocab_size:
         excess = f"the tokenizer has {source.tokenizer_size} ids, the embedding {c.vocab_size} rows"
         logger.warning(f"{excess}: a text that gives one of the ids above cannot be served")
-    if chat_template == BASE and source.speaks_chat:
-        logger.warning(f"chat_template: {BASE} (no chat), as the path says; --chat-template {CHAT} if it is for chats")
     with export_folder(target.expanduser().resolve(), source.folder.resolve(), KIND) as folder:
         (folder / WEIGHTS).mkdir(parents=True)
         for name in _companions(source.folder):

@@ -57,7 +57,7 @@ class DeepSpeedStrategy(ShardedStrategy):
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer if self.stage else optimizer
         self._parameters = dict(model.named_parameters())
         self._model = model.train()
-        source.fill({n: s.master for n, s in self._shards().items()}, shapes)
+        source.fill({n: s.master for n, s in self._shards().items()}, shapes, device)
         self._refresh()
         self._to_step = False
 

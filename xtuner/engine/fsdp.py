@@ -38,7 +38,8 @@ class FSDPStrategy(ShardedStrategy):
         model = source.empty(torch.device("meta"), torch.float32)
         first_copy = mesh.ndim == 1 or mesh.get_local_rank("copies") == 0
         super().__init__(source.config, {n: p.shape for n, p in model.named_parameters()}, device, gives=first_copy)
-        policy = MixedPrecisionPolicy(param_dtype=self.compute_dtype, reduce_dtype=torch.float32)
+        # inputs are not cast: rope angles stay fp32
+        policy = MixedPrecisionPolicy(self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.model.layers:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         self._root: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -52,7 +53,7 @@ class FSDPStrategy(ShardedStrategy):
         self._cut_rank, self._cut_size = mesh.get_local_rank("cut"), mesh["cut"].size()
         self.parameters = cast(dict[str, DTensor], dict(model.named_parameters()))
         self.optimizer = optim.build(model.parameters())
-        source.fill({n: s.master for n, s in self._shards().items()}, self._shapes)
+        source.fill({n: s.master for n, s in self._shards().items()}, self._shapes, device)
         self._may_step = False
 
     @property

@@ -45,27 +45,31 @@ class ModelSource:
         model.use_attention(attention.choose(device, dtype))
         model.model.recompute = self.recompute
 
-    def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size]) -> None:
+    def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         """Give this process's `parts` their first values. One full parameter more is in memory at a time.
 
         Args:
             shapes: of all parameters, by name.
+            device: where random values are drawn: the one that trains, wherever the parts lie, as each kind of
+                device draws its own.
         """
         if self.folder is not None:
             fill(parts, shapes, self.folder, self.layout, self.config)
             return
         for name, part in parts.items():
-            whole = len(part.values) == shapes[name].numel()
-            full = part.values.view(shapes[name]) if whole else torch.empty(shapes[name], device=part.values.device)
+            in_place = len(part.values) == shapes[name].numel() and part.values.device == device
+            full = part.values.view(shapes[name]) if in_place else torch.empty(shapes[name], device=device)
             initialize(name, full, self.config, self.seed or 0)
-            if not whole:
+            if not in_place:
                 part.take(full)
 
     def build(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CausalLM:
         """The network with its weights."""
-        model = self.empty(torch.device(device), dtype)
+        device = torch.device(device)
+        model = self.empty(device, dtype)
         parameters = dict(model.named_parameters())
-        self.fill({n: Part.whole(p) for n, p in parameters.items()}, {n: p.shape for n, p in parameters.items()})
+        parts = {n: Part.whole(p) for n, p in parameters.items()}
+        self.fill(parts, {n: p.shape for n, p in parameters.items()}, parts["model.norm.weight"].values.device)
         return model
 
 

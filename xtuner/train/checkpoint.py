@@ -170,7 +170,10 @@ def latest(work_dir: Path, ranks: Ranks, strict: bool = False) -> Path | None:
 
 def check(folder: Path, ranks: Ranks) -> None:
     """Raise CheckpointError on all ranks if a file is not as the manifest says."""
-    ranks.together(lambda: verify(folder, ranks.rank, ranks.size))
+    begin = time.perf_counter()
+    manifest = ranks.together(lambda: verify(folder, ranks.rank, ranks.size))
+    size, took = sum(entry["bytes"] for entry in manifest["files"].values()), time.perf_counter() - begin
+    logger.info(f"{folder} is whole: {human_bytes(size)} read in {took:.1f} s ({human_bytes(size / took)}/s)")
 
 
 def _set_aside_damaged(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """How a run begins: from a checkpoint of its own, from weights of another model, or from nothing."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ def take(run: Run, found: Found | None) -> None:
             _start_from(run, Path(run.config.values["load_from"]).expanduser())
         return
     folder, state, _ = found
+    begin = time.perf_counter()
     run.strategy.load(folder)
     run.state, run.saved = state, (state.iteration, True)
-    logger.info(f"resumed from {folder} at iteration {state.iteration}, {state.position}")
+    took = time.perf_counter() - begin
+    logger.info(f"resumed from {folder} at iteration {state.iteration}, {state.position}; loaded in {took:.1f} s")
 
 
 def _start_from(run: Run, folder: Path) -> None:

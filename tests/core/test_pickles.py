@@ -161,6 +161,34 @@ def test_parameters(tmp_path):
     assert not hasattr(ours[2], "note")
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_tensors_with_attributes(tmp_path):
+    """As DeepSpeed's ZeRO-3 gives them; the attributes are left out, and nothing else can be made that way."""
+    odd = torch.arange(6.0).reshape(2, 3)
+    odd.ds_id = "0_16"
+    round_trip(tmp_path / "a.pt", [odd, odd[1]])
+    assert not hasattr(load_tensors(tmp_path / "a.pt")[0], "ds_id")
+    make, arguments = tensor_call((6,), (1,)).reduced
+    typed = torch._tensor._rebuild_from_type_v2
+    for call, words in (
+        (Calls(typed, make, Subclass, arguments, {}), "asks for|of the class"),
+        (Calls(typed, make, torch.Size, arguments, {}), "of the class"),
+        (Calls(typed, make, "torch.Tensor", arguments, {}), "of the class"),
+        (Calls(typed, typed, torch.Tensor, (make, torch.Tensor, arguments, {}), {}), "unknown way"),
+        (Calls(typed, os.system, torch.Tensor, ("true",), {}), "system|unknown way"),
+        (Calls(typed, make, torch.Tensor, list(arguments), {}), "unknown way"),
+        (Calls(typed, make, torch.Tensor, (arguments[0], 0, (7,), (1,)), {}), "element 6 of a storage of 6"),
+        (Calls(typed, make, torch.Tensor, arguments), "argument"),
+        (Calls(torch.Tensor, 3), "a call of a _Class"),
+    ):
+        for opaque in (False, True):
+            with pytest.raises(CheckpointError, match=words):
+                load_tensors(write(tmp_path / "b.pt", dumps(call), [SIX]), opaque=opaque)
+
+
 def test_views_share_their_storage(tmp_path):
     whole = torch.arange(24.0).reshape(4, 6)
     value = {"whole": whole, "row": whole[2], "column": whole[:, 1], "turned": whole.t(), "some": whole[::2, ::3]}
@@ -194,6 +222,25 @@ def test_the_file_is_mapped_as_long_as_a_tensor_lives_and_never_changed(tmp_path
     assert not is_mapped()
     value["a"] += 1  # memory of its own
     assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how Linux counts memory")
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    overcommit = Path("/proc/sys/vm/overcommit_memory").read_text().strip()
+    if overcommit == "2":
+        pytest.skip("this machine maps no more than it has memory")
+    torch.save({"a": torch.arange(1000.0)}, tmp_path / "small.pt")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open(tmp_path / "large.pt", "wb") as file:  # a hole in front of a zip file is part of none
+            file.write(b"PK\3\4")
+            file.seek(2 * memory // 4096 * 4096)
+            file.write((tmp_path / "small.pt").read_bytes())
+    except OSError:
+        pytest.skip("this file system keeps no holes")
+    value = load_tensors(tmp_path / "large.pt")
+    assert value["a"].equal(torch.arange(1000.0))
+    assert str(tmp_path / "large.pt") in Path("/proc/self/maps").read_text()
 
 
 def test_other_layouts_of_the_zip(tmp_path):

@@ -7,7 +7,8 @@ and inert placeholders. A global is a key into `_GLOBALS`, our own builders; not
 
 Formats: pickletools documents the opcodes. Since torch 1.6 a file is an uncompressed zip: `NAME/data.pkl`,
 `NAME/data/KEY` (a storage each), `NAME/byteorder`. In the pickle a tensor is a call of `_rebuild_tensor_v2(storage,
-offset, size, stride, requires_grad, hooks)`, a storage is the id `('storage', type, KEY, device, elements)`.
+offset, size, stride, requires_grad, hooks)`, a storage is the id `('storage', type, KEY, device, elements)`. One
+with attributes of its own (DeepSpeed's ZeRO-3 gives some) is `_rebuild_from_type_v2(function, class, arguments, them)`.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from mmap import ACCESS_COPY
+from mmap import MAP_PRIVATE, PROT_READ, PROT_WRITE
 from mmap import mmap as Mapping
 from pathlib import Path
 from types import NoneType
@@ -30,6 +31,7 @@ from xtuner.core.errors import CheckpointError
 
 _RUNS_CODE = "a pickle can run any program of whoever wrote it, so only tensors and plain values are read"
 _CONVERT = "if you trust whoever wrote it, load it where that is safe and save the weights as .safetensors"
+_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which Python names from 3.13 on
 _MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # the integer 0x1950a86a20f9469cfc6c, pickled
 
 
@@ -49,6 +51,16 @@ class Opaque:
 @dataclass(frozen=True, slots=True)
 class _Builder:
     make: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Class:
+    """Stands for a class that a file may name, but not call."""
+
+    name: str
+
+
+_TENSOR = _Class("torch.Tensor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,15 @@ def _parameter(data: torch.Tensor, grad: Any, *hooks_and_attributes: Any) -> tor
     return torch.nn.Parameter(data.detach(), grad is True)
 
 
+def _typed(make: Any, cls: Any, args: Any, attributes: Any) -> torch.Tensor:
+    """A tensor that was saved with attributes, without them."""
+    if not (isinstance(make, _Builder) and make.make is _tensor and isinstance(args, tuple)):
+        raise ValueError("a tensor that is made in an unknown way")
+    if cls != _TENSOR:
+        raise ValueError(f"a tensor of the class {getattr(cls, 'name', cls)}")
+    return _tensor(*args)
+
+
 def _bytes(text: str = "", encoding: str = "latin1") -> bytes:
     # Before protocol 3 bytes were written as `_codecs.encode(text, 'latin1')`, empty ones as `bytes()`.
     if encoding != "latin1":
@@ -99,7 +120,7 @@ _STORAGES |= {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Ch
 _STORAGES |= {"Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}
 _STORAGES |= {"Untyped": torch.uint8}
 
-_GLOBALS: dict[str, _Builder | torch.dtype] = {
+_GLOBALS: dict[str, _Builder | _Class | torch.dtype] = {
     "collections.OrderedDict": _Builder(lambda pairs=(): OrderedDict((_key(k), v) for k, v in pairs)),
     "builtins.set": _Builder(lambda items=(): {_key(v) for v in items}),
     "builtins.frozenset": _Builder(lambda items=(): frozenset(_key(v) for v in items)),
@@ -111,6 +132,8 @@ _GLOBALS: dict[str, _Builder | torch.dtype] = {
     "torch._utils._rebuild_tensor_v3": _Builder(_tensor),
     "torch._utils._rebuild_parameter": _Builder(_parameter),
     "torch._utils._rebuild_parameter_with_state": _Builder(_parameter),
+    "torch._tensor._rebuild_from_type_v2": _Builder(_typed),
+    "torch.Tensor": _TENSOR,
     # Not the quantized ones (quint8, …): a tensor of them needs more than a storage.
     **{f"torch.{k}": v for k, v in vars(torch).items() if isinstance(v, torch.dtype) and not k.startswith("q")},
     **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
@@ -242,10 +265,12 @@ class _Archive:
             raise zipfile.BadZipFile(f"{len(roots)} members named data.pkl instead of one")
         self.root = roots[0]
         # Copy on write: a tensor may be changed in memory, the file may not. Alive as long as a tensor uses it.
-        # One map for the file, as each holds a file descriptor. The system may refuse one larger than its memory.
+        # One map for the file, as each holds a file descriptor. Nothing is reserved for pages that might be changed:
+        # Linux would refuse files larger than the machine's memory.
         self.map: Mapping | None = None
         with contextlib.suppress(OSError):
-            self.map = Mapping(file.fileno(), 0, access=ACCESS_COPY) if mapped else None
+            flags, protection = MAP_PRIVATE | _NORESERVE, PROT_READ | PROT_WRITE
+            self.map = Mapping(file.fileno(), 0, flags=flags, prot=protection) if mapped else None
         self.storages: dict[str, torch.UntypedStorage] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -311,8 +336,8 @@ def load_tensors(path: str | Path, mmap: bool = True, opaque: bool = False) -> A
         mmap: leave tensors on disk until they are used. The file must stay as it is while they live.
         opaque: objects of unknown classes become inert `Opaque` placeholders instead of an error.
 
-    Returns: tensors on CPU wherever they were saved; attributes of dicts (`_metadata`) are left out. Contents are not
-        checked against the zip's checksums.
+    Returns: tensors on CPU wherever they were saved; attributes of dicts (`_metadata`) and of tensors are left
+        out. Contents are not checked against the zip's checksums.
     Raises: CheckpointError for a file that is missing, damaged, of another format, or asks for anything else.
     """
     machine = None

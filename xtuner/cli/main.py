@@ -27,6 +27,7 @@ VERBS = {  # words → (module, what it does)
     "chat": ("xtuner.cli.chat", "talk with a model, or let it continue a text"),
     "convert pth_to_hf": ("xtuner.tools.model_converters.pth_to_hf", "a checkpoint as a Hugging Face folder"),
     "convert turbomind": ("xtuner.cli.convert_turbomind", "a Hugging Face folder for LMDeploy up to 0.9"),
+    "convert weights": ("xtuner.cli.convert_weights", "all weights of a checkpoint as fp32 in one file"),
     "completion": ("xtuner.cli.completion", "a script that completes words for bash, zsh or fish"),
 }
 

@@ -117,7 +117,7 @@ class ShardedStrategy(ABC):
 
     def load_weights(self, folder: Path) -> None:
         layout = layout_of(read_json(folder / "config.json"))
-        fill({n: s.master for n, s in self._shards().items()}, self._shapes, folder, layout, self._config)
+        fill({n: s.master for n, s in self._shards().items()}, folder, layout, self._config)
         self._refresh()
 
     def load(self, folder: Path) -> None:

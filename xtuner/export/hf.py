@@ -1,29 +1,29 @@
-"""A checkpoint → a Hugging Face folder, one tensor at a time: shards, index, config, tokenizer, model card.
+"""Any checkpoint → a Hugging Face folder, one tensor at a time: shards, index, config, tokenizer, model card.
 
 Memory stays below one shard plus one tensor: tensors are read, cast and collected until a shard is full.
 """
 
-import hashlib
-import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-import xtuner
-from xtuner.core.errors import CheckpointError, ConfigError
-from xtuner.core.files import MANIFEST, read_json, verify, write_json
-from xtuner.core.log import human_bytes, progress
+from xtuner.core.errors import ConfigError
+from xtuner.core.files import read_json, write_json
+from xtuner.core.log import human_bytes, logger, progress
 from xtuner.data.tokenizer import FILES as TOKENIZER_FILES
+from xtuner.export.card import card
 from xtuner.export.place import export_folder
+from xtuner.export.sources import Opened, read_tensor, recognise
 from xtuner.export.tokenizer_json import complete
-from xtuner.model.decoder import CausalLM, DecoderConfig
-from xtuner.model.families import LAYOUTS, read_config, split, write_config
-from xtuner.model.weights import INDEX, WeightFolder
+from xtuner.model.decoder import DecoderConfig
+from xtuner.model.families import LAYOUTS, split, write_config
+from xtuner.model.weights import INDEX, check, hf_shapes
 
 IM_END = "<|im_end|>"
 KIND = "export"  # in the manifest: what may be replaced by the next export
@@ -37,56 +37,80 @@ def export(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 2 * 10**9,
     with_code: bool = False,
+    network: Callable[[], DecoderConfig] | None = None,
 ) -> Path:
     """Write `target`, whole or not at all. An earlier export there is replaced, anything else is not.
 
     Args:
-        checkpoint: an `iter_N.pth` directory; verified first.
+        checkpoint: an `iter_N.pth` directory, which is verified first, or whatever else `sources.recognise` knows.
         tokenizer_folder: whose tokenizer files are copied; None for none.
         layout: "internlm2" (LMDeploy's and llama.cpp's own; not known to transformers) or "llama" (loads everywhere).
         dtype: of the weights written.
         max_shard_bytes: a shard is at most this large, unless one tensor alone is larger.
         with_code: also write our two .py files, with which transformers 5 loads the internlm2 layout
             (`trust_remote_code=True`).
+        network: of the model that the config describes; asked for if the checkpoint does not describe its own.
 
     Raises: CheckpointError, ConfigError.
     """
-    checkpoint, target = Path(checkpoint), Path(target).expanduser().resolve()
+    target = Path(target).expanduser().resolve()
     if layout not in LAYOUTS:
         raise ConfigError(f"--layout {layout!r} is not one of {', '.join(LAYOUTS)}", where="--layout")
     if with_code and layout != "internlm2":
         raise ConfigError(
             "--with-code belongs to the internlm2 layout", where="--with-code", do="leave it out: llama needs no code"
         )
-    if not (checkpoint / MANIFEST).is_file():
-        raise CheckpointError(
-            "there is no checkpoint" if not checkpoint.exists() else "this is not a whole checkpoint",
-            where=str(checkpoint),
-            do="give a work_dirs/CONFIG/iter_N.pth folder; work_dirs/CONFIG/last_checkpoint names the newest",
-        )
-    with export_folder(target, checkpoint.resolve(), KIND) as folder:  # fails at once if nothing can be written there
-        verify(checkpoint)
-        config = read_config(read_json(checkpoint / "weights" / "config.json"))
-        _write_shards(checkpoint / "weights", folder, config, layout, dtype, max_shard_bytes)
+    kind = recognise(checkpoint)
+    with export_folder(target, kind.path.resolve(), KIND) as folder:  # fails at once if nothing can be written there
+        opened = with_network(kind.open(), network)
+        logger.info(f"{kind.path}: {opened.what}")
+        config = opened.config
+        assert config
+        _write_shards(opened, folder, config, layout, dtype, max_shard_bytes)
         code = _copy_code(folder) if with_code else {}
         write_json(folder / "config.json", {**code, **write_config(config, layout, dtype)})
         stops = _copy_tokenizer(tokenizer_folder, folder, config)
         write_json(folder / "generation_config.json", _generation(config, stops))
-        (folder / "README.md").write_text(_card(checkpoint, config, layout, dtype), encoding="utf-8")
+        (folder / "README.md").write_text(card(kind.path, opened, config, layout, dtype), encoding="utf-8")
     return target
 
 
+def with_network(opened: Opened, network: Callable[[], DecoderConfig] | None) -> Opened:
+    """`opened` with the network that it, or else the config, describes; names and shapes of all weights fit it.
+
+    Raises: CheckpointError, ConfigError.
+    """
+    if opened.config:
+        check(opened.source, hf_shapes(opened.config, opened.layout))
+        return opened
+    if network is None:
+        raise ConfigError(
+            "the checkpoint does not describe its network",
+            where=str(opened.source.path),
+            do="give a config whose `model` is the one that was trained",
+        )
+    config = network()
+    for key, value in opened.network.items():
+        if getattr(config, key) != value:
+            raise ConfigError(
+                f"the config's model has {key} = {getattr(config, key)}, the checkpoint says {value}",
+                where="model",
+                why="the network would differ from the one that was trained",
+                do="correct the config.json that `model` names",
+            )
+    check(opened.source, hf_shapes(config, opened.layout), "the config's model")
+    return replace(opened, config=config)
+
+
 def _tensors(
-    weights: WeightFolder, config: DecoderConfig, layout: str, dtype: torch.dtype
+    opened: Opened, config: DecoderConfig, layout: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    with torch.device("meta"):
-        names = [name for name, _ in CausalLM(config).named_parameters()]
-    for name in progress(names, "writing weights"):
-        for hf_name, tensor in split(name, weights[name], layout, config).items():
+    for name in progress(list(hf_shapes(config, "internlm2")), "writing weights"):
+        for hf_name, tensor in split(name, read_tensor(opened, name), layout, config).items():
             yield hf_name, tensor.to(dtype).contiguous()
 
 
-def _write_shards(source: Path, folder: Path, c: DecoderConfig, layout: str, dtype: torch.dtype, limit: int) -> None:
+def _write_shards(opened: Opened, folder: Path, c: DecoderConfig, layout: str, dtype: torch.dtype, limit: int) -> None:
     """Fill shards in the order of the network; names get their final count at the end."""
     shard: dict[str, torch.Tensor] = {}
     files: list[list[str]] = []
@@ -101,10 +125,11 @@ def _write_shards(source: Path, folder: Path, c: DecoderConfig, layout: str, dty
         shard.clear()
         held = 0
 
-    for name, tensor in _tensors(WeightFolder(source), c, layout, dtype):
+    for name, tensor in _tensors(opened, c, layout, dtype):
         if shard and held + tensor.nbytes > limit:
             flush()
-        shard[name] = tensor
+        shared = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
+        shard[name] = tensor.clone() if shared else tensor  # two names of one tensor: safetensors keeps no such thing
         held += tensor.nbytes
     flush()
     count = len(files)
@@ -142,43 +167,6 @@ def _copy_tokenizer(source: Path | None, folder: Path, config: DecoderConfig) ->
 def _generation(c: DecoderConfig, stops: list[int]) -> dict[str, Any]:
     ids = {"bos_token_id": c.bos_token_id, "eos_token_id": stops, "pad_token_id": c.pad_token_id}
     return {**ids, "do_sample": False}
-
-
-def _card(checkpoint: Path, c: DecoderConfig, layout: str, dtype: torch.dtype) -> str:
-    """The model card: where the weights come from, in facts that can be compared."""
-    trainer = read_json(checkpoint / "trainer.json")
-    state, data = trainer["state"], trainer["data"]
-    files = read_json(checkpoint / MANIFEST)["files"]
-    weights = "".join(entry["sha256"] for name, entry in sorted(files.items()) if name.startswith("weights/"))
-    fingerprint = hashlib.sha256(weights.encode()).hexdigest()
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "tags: [xtuner, internlm2]",
-            "---",
-            f"# {checkpoint.parent.name}, iteration {state['iteration']}",
-            "",
-            f"Trained with xtuner {xtuner.__version__}, exported in the `{layout}` layout as {str(dtype)[6:]}.",
-            "",
-            "| | |",
-            "|---|---|",
-            f"| layers, hidden size, vocabulary | {c.num_layers}, {c.hidden_size}, {c.vocab_size} |",
-            f"| iterations | {state['iteration']} of {trainer['max_iterations']} |",
-            f"| packs | {state['packs']:,} of {data['packed_length']:,} tokens |",
-            f"| tokens learned from | {state['targets']:,} |",
-            f"| label rule | {data['label_rule']} |",
-            f"| fingerprint of the data | `{data['data']}` |",
-            f"| fingerprint of the fp32 masters | `{fingerprint}` |",
-            "",
-            "The settings of the run:",
-            "",
-            "```json",
-            json.dumps(trainer["config"], indent=2, ensure_ascii=False),
-            "```",
-            "",
-        ]
-    )
 
 
 def parse_size(text: str) -> int:

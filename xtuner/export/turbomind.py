@@ -27,7 +27,7 @@ from xtuner.core.log import logger
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.place import export_folder
 from xtuner.export.turbomind_config import BASE, config_text, flat, shared_difference
-from xtuner.model.decoder import CausalLM, DecoderConfig
+from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import layout_of, read_config
 from xtuner.model.weights import stream
 
@@ -168,9 +168,7 @@ def _companions(folder: Path) -> list[str]:
 def _files(source: Source, tp: int, dtype: torch.dtype, what: str) -> Iterator[tuple[str, Blocks]]:
     """Every weight file and its contents, one tensor of the source after the other."""
     c = source.config
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in CausalLM(c).named_parameters()}
-    for name, tensor in stream(source.folder, shapes, source.layout, c, what):
+    for name, tensor in stream(source.folder, source.layout, c, what):
         base = name.removeprefix("model.").replace(".wqkv.", ".w_qkv.")
         if name.endswith("norm.weight"):
             yield base, _blocks(base, tensor, dtype)

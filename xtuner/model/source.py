@@ -54,7 +54,7 @@ class ModelSource:
                 device draws its own.
         """
         if self.folder is not None:
-            fill(parts, shapes, self.folder, self.layout, self.config)
+            fill(parts, self.folder, self.layout, self.config)
             return
         for name, part in parts.items():
             in_place = len(part.values) == shapes[name].numel() and part.values.device == device

@@ -1,5 +1,9 @@
-"""Weights on disk → the network, one tensor at a time: safetensors, or foreign `.bin` by the restricted reader."""
+"""Weights on disk → the network, one tensor at a time: safetensors, or foreign `.bin` by the restricted reader.
 
+`Source` is what every reader of weights looks like, those of other tools' checkpoints in `export/sources` included.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +16,35 @@ from safetensors import SafetensorError, safe_open
 from xtuner.core.errors import CheckpointError
 from xtuner.core.files import read_json
 from xtuner.core.log import progress
-from xtuner.model.decoder import DecoderConfig
-from xtuner.model.families import hf_names, join
+from xtuner.model.decoder import CausalLM, DecoderConfig
+from xtuner.model.families import hf_names, join, split
 
 INDEX = "model.safetensors.index.json"
+Shape = tuple[int, ...]
 
 
-class WeightFolder:
+class Source(ABC):
+    """Named tensors that lie on disk. Their shapes are known at once, their contents are read when asked for."""
+
+    path: Path  # for messages
+
+    @property
+    @abstractmethod
+    def shapes(self) -> Mapping[str, Shape]:
+        """Tensor name → shape, in the order of the files."""
+
+    @abstractmethod
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """A tensor, to be read and not to be changed: it may be a view of the file."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+
+class WeightFolder(Source):
     """All tensors of a folder by name, read when asked for.
 
     Takes `model.safetensors.index.json` with its shards, else `*.safetensors`, else `pytorch_model*.bin`.
@@ -26,26 +52,26 @@ class WeightFolder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.path = Path(folder)
         self._open: dict[str, Any] = {}
-        names = self._indexed() or sorted(p.name for p in self.folder.glob("*.safetensors"))
-        self._files = names or sorted(p.name for p in self.folder.glob("pytorch_model*.bin"))
+        names = self._indexed() or sorted(p.name for p in self.path.glob("*.safetensors"))
+        self._files = names or sorted(p.name for p in self.path.glob("pytorch_model*.bin"))
         if not self._files:
             raise CheckpointError(
                 "no weights in the folder",
-                where=str(self.folder),
+                where=str(self.path),
                 do="it should hold model.safetensors, or shards with model.safetensors.index.json",
             )
 
     def _indexed(self) -> list[str]:
-        index = self.folder / INDEX
+        index = self.path / INDEX
         if not index.is_file():
             return []
         names = sorted(set(read_json(index)["weight_map"].values()))
         for name in names:
             if name != Path(name).name:
                 raise CheckpointError(f"the index names a file outside its folder: {name!r}", where=str(index))
-            if not (self.folder / name).is_file():
+            if not (self.path / name).is_file():
                 raise CheckpointError(f"the index names {name}, which is missing", where=str(index))
         return names
 
@@ -54,20 +80,22 @@ class WeightFolder:
         """Tensor name → file name."""
         return {tensor: file for file in self._files for tensor in self._handle(file).keys()}  # noqa: SIM118
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.file_of
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        return {name: self._shape(self._handle(file), name) for name, file in self.file_of.items()}
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.file_of)
+    @staticmethod
+    def _shape(handle: Any, name: str) -> Shape:
+        return tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         handle = self._handle(self.file_of[name])
-        tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        tensor: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         return tensor
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
-            path = self.folder / file
+            path = self.path / file
             try:
                 if file.endswith(".safetensors"):
                     self._open[file] = safe_open(path, framework="pt")
@@ -97,59 +125,70 @@ class Part:
         self.values.copy_(full.reshape(-1)[self.begin : self.begin + len(self.values)])
 
 
-def ours(weights: WeightFolder, name: str, layout: str, c: DecoderConfig) -> torch.Tensor:
-    """Our tensor `name`, put together from a folder in the given layout."""
-    names = hf_names(name, layout)
-    absent = [n for n in names if n not in weights]
-    if absent:
+def hf_shapes(c: DecoderConfig, layout: str) -> dict[str, Shape]:
+    """The tensors of the network `c` in a layout: name → shape."""
+    with torch.device("meta"):
+        parameters = dict(CausalLM(c).named_parameters())
+    parts = [split(name, p, layout, c) for name, p in parameters.items()]
+    return {name: tuple(tensor.shape) for part in parts for name, tensor in part.items()}
+
+
+def check(source: Source, wanted: Mapping[str, Shape], by: str = "config.json") -> None:
+    """Compare names and shapes with those that `by` asks for; reads no contents.
+
+    Raises: CheckpointError for tensors that are missing, of another shape, or that the model has no place for.
+    """
+    unknown = [n for n in source if n not in wanted and not n.endswith("rotary_emb.inv_freq")]
+    if unknown:
         raise CheckpointError(
-            f"tensor {absent[0]} is missing",
-            where=str(weights.folder),
-            why="the model would start with a part at random",
-            do="check that all shards have arrived and that config.json belongs to them",
+            f"{len(unknown)} tensors have no place in the model; the first is {unknown[0]}",
+            where=str(source.path),
+            why=f"{by} describes another network than the weights",
         )
-    return join([weights[n] for n in names], c)
+    for name, shape in wanted.items():
+        if name not in source:
+            raise CheckpointError(
+                f"tensor {name} is missing",
+                where=str(source.path),
+                why="the model would start with a part at random",
+                do=f"check that all files have arrived and that {by} belongs to them",
+            )
+        if source.shapes[name] != shape:
+            raise CheckpointError(
+                f"{name} is {list(source.shapes[name])} on disk and {list(shape)} by {by}",
+                where=str(source.path),
+                why=f"{by} describes another network than the weights",
+            )
+
+
+def ours(source: Source, name: str, layout: str, c: DecoderConfig) -> torch.Tensor:
+    """Our tensor `name`, put together from a source in the given layout that `check` has passed."""
+    return join([source[n] for n in hf_names(name, layout)], c)
 
 
 def stream(
     folder: str | Path,
-    shapes: Mapping[str, torch.Size],
     layout: str,
     c: DecoderConfig,
     what: str = "reading weights",
     only: Collection[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Our tensors by name, in the order of `shapes`, one at a time.
+    """The network's tensors by our names, in its order, one at a time.
 
     Args:
-        shapes: of all parameters of the model.
+        what: shown as progress.
         only: which of them to read; None for all.
 
-    Raises: CheckpointError for tensors that are missing, of another shape, or that the model has no place for.
+    Raises: CheckpointError as `check`.
     """
     weights = WeightFolder(folder)
-    known = {n for name in shapes for n in hf_names(name, layout)}
-    unknown = [n for n in weights if n not in known and not n.endswith("rotary_emb.inv_freq")]
-    if unknown:
-        raise CheckpointError(
-            f"{len(unknown)} tensors have no place in the model; the first is {unknown[0]}",
-            where=str(folder),
-            why="config.json describes another network than the weights",
-        )
-    wanted = {n: s for n, s in shapes.items() if only is None or n in only}
-    for name, shape in progress(wanted.items(), what, total=len(wanted)):
-        tensor = ours(weights, name, layout, c)
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{name} is {list(tensor.shape)} on disk and {list(shape)} by config.json",
-                where=str(folder),
-            )
-        yield name, tensor
+    check(weights, hf_shapes(c, layout))
+    names = [n for n in hf_shapes(c, "internlm2") if only is None or n in only]
+    for name in progress(names, what):
+        yield name, ours(weights, name, layout, c)
 
 
-def fill(
-    parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], folder: str | Path, layout: str, c: DecoderConfig
-) -> None:
+def fill(parts: Mapping[str, Part], folder: str | Path, layout: str, c: DecoderConfig) -> None:
     """Copy weights into this process's `parts` (ours by name), as `stream` reads them."""
-    for name, tensor in stream(folder, shapes, layout, c, only=parts):
+    for name, tensor in stream(folder, layout, c, only=parts):
         parts[name].take(tensor)

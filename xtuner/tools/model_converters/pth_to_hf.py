@@ -8,8 +8,12 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="the config of the run (names the tokenizer)")
-    parser.add_argument("pth_model", metavar="SRC", help="checkpoint folder, work_dirs/CONFIG/iter_N.pth")
+    parser.add_argument("config", help="the config of the run (names the tokenizer and the model)")
+    parser.add_argument(
+        "pth_model",
+        metavar="SRC",
+        help="checkpoint: work_dirs/CONFIG/iter_N.pth, or what `xtuner convert weights` takes",
+    )
     parser.add_argument("save_dir", metavar="DST", help="folder to write")
     parser.add_argument("--fp32", action="store_true", help="write the fp32 masters instead of bf16")
     parser.add_argument("--max-shard-size", default="2GB", help="largest weight file (default: 2GB)")
@@ -30,14 +34,21 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.config.load import load
     from xtuner.core import log
     from xtuner.export.hf import export, parse_size, summary
+    from xtuner.model.decoder import DecoderConfig
+    from xtuner.model.source import ModelSource
 
     log.setup()
     config = load(args.config, args.cfg_options)
     tokenizer = config.get("tokenizer")
     folder: Path | None = build(tokenizer, "tokenizer").folder if tokenizer else None
     dtype = torch.float32 if args.fp32 else torch.bfloat16
-    limit = parse_size(args.max_shard_size)
-    target = export(args.pth_model, args.save_dir, folder, args.layout, dtype, limit, args.with_code)
+    size = parse_size(args.max_shard_size)
+
+    def network() -> DecoderConfig:
+        model: ModelSource = build(config.get("model") or {}, "model")
+        return model.config
+
+    target = export(args.pth_model, args.save_dir, folder, args.layout, dtype, size, args.with_code, network)
     log.logger.info(f"written {summary(target)}")
     return 0
 

@@ -1,0 +1,163 @@
+"""Any checkpoint → one `.safetensors` file of fp32 weights under InternLM2's names, a tensor at a time.
+
+Memory stays below the largest tensor in fp32 plus 32 MiB (two chunks): the header needs shapes only, and contents are
+read, widened and written behind it one by one. Format: 8 bytes little-endian length of the header, the header (JSON;
+name → dtype, shape, begin and end behind the header), the numbers.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.files import atomic_file
+from xtuner.core.log import human_bytes, logger, progress
+from xtuner.export.sources import Opened, read_tensor, recognise
+from xtuner.model.weights import Shape, Source, check, hf_shapes
+
+CHUNK = 4 * 2**20  # elements that are widened and written at once: 16 MiB
+_MARK = "xtuner convert weights"  # in the metadata: what may be replaced by the next conversion
+_LARGEST_HEADER = 100 * 10**6  # bytes; safetensors' own limit
+
+
+def consolidate(checkpoint: str | Path, target: str | Path) -> Path:
+    """Write `target`, whole or not at all. An earlier file of this function is replaced, anything else is not.
+
+    Args:
+        checkpoint: whatever `sources.recognise` knows.
+        target: a name that ends in `.safetensors`.
+
+    Raises: CheckpointError, ConfigError.
+    """
+    kind, target = recognise(checkpoint), Path(target).expanduser().resolve()
+    _refuse_to_replace(target, kind.path.resolve())
+    opened = kind.open()
+    logger.info(f"{kind.path}: {opened.what}")
+    shapes = _checked_shapes(opened)
+    try:
+        with atomic_file(target, "wb") as file:
+            _write(file, shapes, opened)
+    except OSError as e:
+        raise CheckpointError(
+            f"the weights cannot be written: {e.strerror or e}",
+            where=str(target),
+            why=f"they take {human_bytes(sum(4 * math.prod(s) for s in shapes.values()))}",
+            do="look at the disk: space, quota, permissions",
+        ) from None
+    return target
+
+
+def _checked_shapes(opened: Opened) -> dict[str, Shape]:
+    """Our tensors, name → shape, compared with the network that the checkpoint describes, or else with layer 0."""
+    if opened.config:
+        check(opened.source, hf_shapes(opened.config, opened.layout))
+        return hf_shapes(opened.config, "internlm2")
+    if opened.layout != "internlm2":
+        raise CheckpointError(
+            f"the names are those of the {opened.layout} layout, and how many heads there are is not said",
+            where=str(opened.source.path),
+            why="q, k and v cannot be put together without it",
+            do="xtuner convert pth_to_hf CONFIG SRC DST --fp32: the config describes the network",
+        )
+    wanted = expected_shapes(opened.source)
+    check(opened.source, wanted, "layer 0")
+    return wanted
+
+
+def expected_shapes(source: Source) -> dict[str, Shape]:
+    """The tensors of an InternLM2 network of as many layers, shaped as layer 0. Raises: CheckpointError."""
+    found = source.shapes
+    layers = 1 + max((int(m[1]) for n in found if (m := re.match(r"model\.layers\.(\d{1,4})\.", n))), default=0)
+    first = {n: s for n, s in found.items() if n.startswith("model.layers.0.")}
+    ends = ("model.tok_embeddings.weight", "model.norm.weight", "output.weight")
+    matrices = [f"attention.{n}" for n in ("wqkv", "wo")] + [f"feed_forward.{n}" for n in ("w1", "w3", "w2")]
+    needed = [f"model.layers.0.{n}.weight" for n in (*matrices, "attention_norm", "ffn_norm")]
+    absent = [n for n in (*ends, *needed) if n not in found]
+    if absent:
+        raise CheckpointError(
+            f"tensor {absent[0]} is missing",
+            where=str(source.path),
+            why=f"these are no weights of InternLM2, or not all; found were {', '.join(list(found)[:3]) or 'none'}",
+            do="give a checkpoint of all weights",
+        )
+    hidden = found[ends[0]][-1:]
+    inner = {n: found[f"model.layers.0.{n}.weight"] for n in matrices}
+    widths = {n: s[:1] if n in ("attention.wqkv", "feed_forward.w1") else s[1:] for n, s in inner.items()}
+    widths["feed_forward.w3"] = widths["feed_forward.w2"] = widths["feed_forward.w1"]
+    layer: dict[str, Shape] = {}
+    for name in first:
+        rest = name.removeprefix("model.layers.0.")
+        matrix = rest.rpartition(".")[0]
+        down = matrix in ("attention.wo", "feed_forward.w2")
+        if rest.endswith(".weight") and matrix in widths:
+            layer[rest] = (*hidden, *widths[matrix]) if down else (*widths[matrix], *hidden)
+        elif rest.endswith("norm.weight") or rest == "attention.wo.bias":
+            layer[rest] = hidden
+        elif rest == "attention.wqkv.bias":
+            layer[rest] = widths[matrix]
+    wanted: dict[str, Shape] = {ends[0]: found[ends[0]]}
+    wanted |= {f"model.layers.{i}.{rest}": shape for i in range(layers) for rest, shape in layer.items()}
+    return wanted | {ends[1]: hidden, ends[2]: found[ends[0]]}
+
+
+def _write(file: IO[bytes], shapes: Mapping[str, Shape], opened: Opened) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt", "writer": _MARK}}
+    at = 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + 4 * math.prod(shape)]}
+        at += 4 * math.prod(shape)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    narrow = set()
+    for name in progress(shapes, "writing weights", total=len(shapes)):
+        tensor = read_tensor(opened, name)
+        narrow.add(tensor.dtype)
+        _write_numbers(file, tensor.reshape(-1).split(CHUNK))
+        del tensor  # before the next is read
+    narrow -= {torch.float32}
+    if narrow:
+        names = ", ".join(sorted(str(dtype)[6:] for dtype in narrow))
+        logger.info(f"the checkpoint keeps {names} weights, no fp32 masters: their values are written as fp32")
+
+
+def _write_numbers(file: IO[bytes], parts: Iterable[torch.Tensor]) -> None:
+    for part in parts:
+        file.write(part.to(torch.float32).contiguous().numpy().data)
+
+
+def _refuse_to_replace(target: Path, checkpoint: Path) -> None:
+    """Raise ConfigError unless `target` is new or an earlier file of ours. Both paths are resolved."""
+    if target.suffix != ".safetensors":
+        raise ConfigError("the target's name must end in .safetensors", where=str(target))
+    if checkpoint in target.parents:
+        raise ConfigError(
+            "the target lies inside the checkpoint",
+            where=str(target),
+            why="the checkpoint would be altered",
+            do="give another place",
+        )
+    if target.exists() and not _is_ours(target):
+        raise ConfigError(
+            "the target exists and is not an earlier output of this command",
+            where=str(target),
+            why="it would be replaced",
+            do="give another name, or remove it",
+        )
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with open(file, "rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            header = json.loads(f.read(length)) if length <= _LARGEST_HEADER else {}
+    except (OSError, struct.error, ValueError):
+        return False
+    facts = header.get("__metadata__") if isinstance(header, dict) else None
+    return isinstance(facts, dict) and facts.get("writer") == _MARK

@@ -1,0 +1,152 @@
+"""Where weights come from: every kind of checkpoint that can be converted, and how each is recognised.
+
+recognise(path)            what it is, in words, by the names of files alone; refuses what is none of these
+recognise(path).open()     its tensors, by name; nothing but shapes has been read
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.core.errors import CheckpointError
+from xtuner.core.files import MANIFEST, read_json, verify
+from xtuner.export.sources.internevo import CONFIG, InternEvoFolder
+from xtuner.export.sources.single_file import SingleFile
+from xtuner.export.sources.zero import ZeroFolder
+from xtuner.model.decoder import DecoderConfig
+from xtuner.model.families import layout_of, read_config
+from xtuner.model.weights import Shape, Source, WeightFolder, ours
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source, and what is known of the network whose weights it holds."""
+
+    source: Source
+    what: str  # for people
+    layout: str  # of its names
+    config: DecoderConfig | None = None  # None: the checkpoint does not describe its network
+    network: Mapping[str, Any] = field(default_factory=dict)  # or only these fields of it
+    trainer: Mapping[str, Any] | None = None  # `trainer.json` of our own checkpoints
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A recognised checkpoint that nothing has been read of."""
+
+    path: Path
+    opener: Callable[[Path], Opened]
+
+    def open(self) -> Opened:
+        """Raises: CheckpointError if it is not whole."""
+        return self.opener(self.path)
+
+
+class Renamed(Source):
+    """A source under other names: without the wrapper's `llm.` that XTuner puts before each."""
+
+    def __init__(self, source: Source, prefix: str) -> None:
+        self.path, self._source = source.path, source
+        self._names = {name.removeprefix(prefix): name for name in source}
+        self._shapes = {name: source.shapes[old] for name, old in self._names.items()}
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return self._shapes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._source[self._names[name]]
+
+
+def recognise(path: str | Path) -> Kind:
+    """What lies at `path`. Raises: CheckpointError if nothing, or nothing that is known."""
+    path = Path(path).expanduser()
+    if path.is_file():
+        return Kind(path, _open_single)
+    if not path.is_dir():
+        raise CheckpointError(
+            "there is no checkpoint",
+            where=str(path),
+            do="give a work_dirs/CONFIG/iter_N.pth; work_dirs/CONFIG/last_checkpoint names the newest",
+        )
+    names = {p.name for p in path.iterdir()}
+    if MANIFEST in names and "weights" in names:
+        return Kind(path, _open_checkpoint)
+    if "weights" in names and "config.json" not in names:
+        raise CheckpointError("this is not a whole checkpoint", where=str(path), why="it has no manifest.json")
+    if any(name.endswith(("_optim_states.pt", "_model_states.pt")) for name in names):
+        return Kind(path, _open_zero)
+    if CONFIG in names or any(n.startswith(("model_tp", "model_wp")) and n.endswith(".pt") for n in names):
+        return Kind(path, _open_internevo)
+    if "config.json" in names:
+        return Kind(path, _open_hf)
+    raise CheckpointError(
+        "no kind of checkpoint is recognised here",
+        where=str(path),
+        why="looked for: manifest.json with weights/ (xtuner's own), config.json (Hugging Face), *_optim_states.pt "
+        "with *_model_states.pt (DeepSpeed), model_tp*_pp*.pt with model_config.pt (InternEvo), or a single .pth file",
+        do="give the folder that holds these files itself, such as iter_N.pth, or global_stepN of DeepSpeed's own",
+    )
+
+
+def read_tensor(opened: Opened, name: str) -> torch.Tensor:
+    """Tensor `name` (ours) of an opened source, as stored. Raises: CheckpointError for integers (quantized weights)."""
+    c = opened.config
+    tensor = ours(opened.source, name, opened.layout, c) if c else opened.source[name]
+    if not tensor.is_floating_point():
+        raise CheckpointError(
+            f"{name} is {tensor.dtype}", where=str(opened.source.path), why="quantized weights are not read"
+        )
+    return tensor.detach()
+
+
+def _open_checkpoint(path: Path) -> Opened:
+    verify(path)
+    config = read_json(path / "weights" / "config.json")
+    trainer = read_json(path / "trainer.json")
+    source = WeightFolder(path / "weights")
+    return Opened(source, "a checkpoint of xtuner", layout_of(config), read_config(config), trainer=trainer)
+
+
+def _open_hf(path: Path) -> Opened:
+    if (path / MANIFEST).is_file():
+        verify(path)
+    config = read_json(path / "config.json")
+    layout = layout_of(config)
+    return Opened(WeightFolder(path), f"a Hugging Face folder ({layout} layout)", layout, read_config(config))
+
+
+def _open_single(path: Path) -> Opened:
+    source = _without_wrapper(SingleFile(path))
+    return Opened(source, "a single file of torch.save", _layout(source))
+
+
+def _open_zero(path: Path) -> Opened:
+    zero = ZeroFolder(path)
+    source = _without_wrapper(zero)
+    return Opened(source, f"a DeepSpeed checkpoint, ZeRO-{zero.stage}, {zero.ranks} ranks", _layout(source))
+
+
+def _open_internevo(path: Path) -> Opened:
+    source = InternEvoFolder(path)
+    what = f"an InternEvo checkpoint, {source.tp} tensor × {source.pp} pipeline ranks"
+    return Opened(source, what, "internlm2", network=source.network)
+
+
+def _without_wrapper(source: Source) -> Source:
+    names = list(source)
+    adapters = [name for name in names if "lora_" in name]
+    if adapters:
+        raise CheckpointError(
+            f"these are adapters (LoRA), no whole weights: {adapters[0]}",
+            where=str(source.path),
+            do="merge them into their model with the tool that trained them, and give that",
+        )
+    return Renamed(source, "llm.") if names and all(name.startswith("llm.") for name in names) else source
+
+
+def _layout(source: Source) -> str:
+    return "llama" if "model.embed_tokens.weight" in source else "internlm2"

@@ -1,0 +1,177 @@
+"""InternEvo's native checkpoints of InternLM2, cut by tensor (T) and pipeline (P) parallelism.
+
+    model_config.pt            number of heads, layers, …; a dict
+    model_tpT_ppP.pt           rank (T, P)'s part of the weights; layers are counted from 0 in every pipeline stage
+
+InternEvo cuts `wqkv` (between groups of heads), `w1`, `w3` and `output` by rows, `wo` and `w2` by columns, the
+embedding by rows, or by columns with `embed_split_hidden`; norms are whole everywhere. Without `adapt_hf` (its
+default), the numbers that are rotated together lie side by side in q and k; here and at Hugging Face half a head apart.
+The optimizer's files beside them are not read: the weights are what was computed with, most often bf16.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.core.errors import CheckpointError
+from xtuner.core.pickles import Opaque, load_tensors
+from xtuner.export.sources.single_file import tensors_of
+from xtuner.model.weights import Shape, Source
+
+CONFIG = "model_config.pt"
+_PART = re.compile(r"model_tp(\d+)_pp(\d+)\.pt")
+_OTHERS = {  # other ways to cut a model, by the names of their files
+    re.compile(r"model_wp\d+_pp\d+\.pt"): "weight parallelism (isp)",
+    re.compile(r"model_tp\d+_pp\d+_dp\d+\.pt"): "FSDP",
+    re.compile(r"model_moe_layer.*\.pt"): "experts",
+}
+_CUT = {"attention.wqkv": 0, "attention.wo": 1, "feed_forward.w1": 0, "feed_forward.w3": 0, "feed_forward.w2": 1}
+_CUT |= {"tok_embeddings": 0, "output": 0}  # dimension; what is not here is whole everywhere
+_COPY = "copy all model_tp*_pp*.pt files and model_config.pt of one checkpoint here"
+
+
+class InternEvoFolder(Source):
+    """Weights by InternLM2's names, whole. All files stay on disk.
+
+    `network` is what the checkpoint says of the network beside shapes, by the names of `DecoderConfig`.
+    Raises: CheckpointError for missing files, other kinds of parallelism, parts that do not fit together.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self._read_config(folder / CONFIG)
+        parts = self._files()
+        self.tp, self.pp = (1 + max(at[i] for at in parts) for i in (0, 1))
+        missing = [(t, p) for t in range(self.tp) for p in range(self.pp) if (t, p) not in parts]
+        if missing:
+            name = "model_tp{}_pp{}.pt".format(*missing[0])
+            raise CheckpointError(f"{name} is missing", where=str(folder), why="it holds a part of weights", do=_COPY)
+        self._pieces: dict[str, list[torch.Tensor]] = {}  # one for each tensor-parallel rank, or a whole one
+        first_layer = 0
+        for p in range(self.pp):
+            first_layer += self._add_stage([parts[t, p] for t in range(self.tp)], first_layer)
+        self._shapes = {name: self._whole(name) for name in self._pieces}
+        if first_layer != self._layers:
+            raise self._contradiction(f"{self._layers} layers", f"{first_layer}")
+        self._check_rows()
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return self._shapes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        pieces, dim = self._pieces[name], self._dim(name)
+        whole = pieces[0] if dim is None or len(pieces) == 1 else torch.cat(pieces, dim)
+        return whole if self._halves or ".wqkv." not in name else self._to_halves(whole)
+
+    def _read_config(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{CONFIG} is missing", where=str(path), why="heads cannot be counted", do=_COPY)
+        config = load_tensors(path, opaque=True)
+        if isinstance(config, Opaque):  # InternEvo's own class of dict
+            pairs = zip(config.items[::2], config.items[1::2], strict=False)
+            config = {key: value for key, value in pairs if isinstance(key, str)}
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{CONFIG} is no dict", where=str(path), do="give InternEvo's own file")
+
+        def number(key: str, default: Any = None) -> int:
+            value = config.get(key, default)
+            if type(value) is not int or value < 1:
+                raise CheckpointError(f"{key} = {value!r} is no size", where=str(path), do="give InternEvo's own file")
+            return value
+
+        for key, plain in (("no_bias", True), ("norm_head", False), ("num_chunks", 1)):
+            if config.get(key, plain) != plain:
+                raise CheckpointError(
+                    f"{key} = {config[key]!r} is not supported",
+                    where=str(path),
+                    why="InternLM2 has no such network, or its parts lie in an order that is not known here",
+                )
+        self._layers, self._hidden, self._vocabulary = map(number, ("num_layers", "hidden_size", "vocab_size"))
+        heads = number("num_attention_heads")
+        network: dict[str, Any] = {"num_heads": heads, "num_kv_heads": number("num_kv_attention_heads", heads)}
+        network |= {"rms_norm_eps": config.get("layer_norm_epsilon"), "rope_theta": config.get("rope_base")}
+        self.network = {key: value for key, value in network.items() if value is not None}
+        self._halves = config.get("adapt_hf", False) is True
+        self._by_columns = config.get("embed_split_hidden", False) is True
+
+    def _files(self) -> dict[tuple[int, int], Path]:
+        """(tensor, pipeline) rank → file."""
+        names = sorted(p.name for p in self.path.iterdir())
+        for pattern, way in _OTHERS.items():
+            found = next((name for name in names if pattern.fullmatch(name)), None)
+            if found:
+                raise CheckpointError(
+                    f"{found} is of a model cut by {way}",
+                    where=str(self.path / found),
+                    why="only tensor and pipeline parallelism (model_tp*_pp*.pt) are put together here",
+                    do="convert it to a Hugging Face folder with InternEvo's tools",
+                )
+        parts = {(int(m[1]), int(m[2])): self.path / name for name in names if (m := _PART.fullmatch(name))}
+        if not parts:
+            raise CheckpointError("there is no model_tp*_pp*.pt", where=str(self.path), do=_COPY)
+        return parts
+
+    def _add_stage(self, files: list[Path], first_layer: int) -> int:
+        """Name the tensors of a pipeline stage; returns how many layers it has."""
+        states = [tensors_of(load_tensors(file, opaque=True), file) for file in files]
+        layers = 0
+        for key in states[0]:
+            if key.endswith(".inv_freq"):
+                continue
+            absent = next((file for file, state in zip(files, states, strict=True) if key not in state), None)
+            if absent:
+                raise CheckpointError(f"{absent.name} lacks {key}, {files[0].name} has it", where=str(absent), do=_COPY)
+            name = key.removeprefix("model.").replace("word_embeddings.", "")
+            if match := re.fullmatch(r"layers\.(\d{1,4})\.(.+)", name):
+                layers = max(layers, 1 + int(match[1]))
+                name = f"layers.{first_layer + int(match[1])}.{match[2]}"
+            name = name if name.startswith("output.") else f"model.{name}"
+            pieces = [state[key].detach() for state in states]
+            self._pieces[name] = pieces if self._dim(name) is not None else pieces[:1]
+        return layers
+
+    def _dim(self, name: str) -> int | None:
+        """Along which dimension a tensor is cut; None for those that every rank has whole."""
+        middle = re.sub(r"^(model\.)?(layers\.\d+\.)?|\.weight$", "", name)
+        return 1 if middle == "tok_embeddings" and self._by_columns else _CUT.get(middle)
+
+    def _whole(self, name: str) -> Shape:
+        shapes = [tuple(piece.shape) for piece in self._pieces[name]]
+        dim = self._dim(name)
+        if dim is None:
+            return shapes[0]
+        rest = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
+        if len(rest) > 1 or len(shapes[0]) != 2:
+            raise self._contradiction(f"parts of {name} that fit together", ", ".join(str(list(s)) for s in shapes))
+        total = sum(shape[dim] for shape in shapes)
+        return (*shapes[0][:dim], total, *shapes[0][dim + 1 :])
+
+    def _check_rows(self) -> None:
+        """A missing last rank leaves no gap in the files' names, but in the tensors."""
+        heads, kv_heads = self.network["num_heads"], self.network["num_kv_heads"]
+        wanted = {name: (self._vocabulary, self._hidden) for name in ("model.tok_embeddings.weight", "output.weight")}
+        rows = (heads + 2 * kv_heads) * self._hidden // heads
+        wanted |= {name: (rows, self._hidden) for name in self._shapes if name.endswith(".wqkv.weight")}
+        for name, shape in wanted.items():
+            if name not in self._shapes or self._shapes[name] != shape:
+                raise self._contradiction(f"{list(shape)} for {name}", f"{list(self._shapes.get(name, ()))}")
+
+    def _to_halves(self, wqkv: torch.Tensor) -> torch.Tensor:
+        """q and k from pairs (0, 1), (2, 3), … to the order 0, 2, … 1, 3, … in every head. wqkv: (rows, H)."""
+        kv_heads = self.network["num_kv_heads"]
+        in_group = self.network["num_heads"] // kv_heads + 2
+        rows = torch.arange(wqkv.shape[0]).view(kv_heads, in_group, -1)
+        rows[:, :-1] = torch.cat((rows[:, :-1, 0::2], rows[:, :-1, 1::2]), dim=-1)
+        return wqkv[rows.flatten()]
+
+    def _contradiction(self, wanted: str, have: str) -> CheckpointError:
+        return CheckpointError(
+            f"{CONFIG} asks for {wanted}, the model_tp*_pp*.pt files hold {have}",
+            where=str(self.path),
+            why="the last parts are missing, or the files are of different checkpoints",
+            do=_COPY,
+        )

@@ -1,0 +1,49 @@
+"""A file of torch.save that holds the whole model: XTuner's `iter_N.pth` with `save_optimizer=False`, and the like."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.core.errors import CheckpointError
+from xtuner.core.pickles import load_tensors
+from xtuner.model.weights import Shape, Source
+
+
+class SingleFile(Source):
+    """The tensors of `state_dict`, or of the file itself if it is nothing but tensors. They stay on disk until used.
+
+    Raises: CheckpointError for files of another kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        content = load_tensors(path, opaque=True)
+        inner = content.get("state_dict", content) if isinstance(content, dict) else content
+        self._tensors = tensors_of(inner, path)
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        return self._shapes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+def tensors_of(value: Any, path: Path) -> dict[str, torch.Tensor]:
+    """`value`, if it is tensors by their names. Raises: CheckpointError."""
+    if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
+        other = next((name for name, tensor in value.items() if not isinstance(tensor, torch.Tensor)), None)
+        if other is None:
+            return value
+        what = f"{path.name} holds no weights alone: {other!r} is no tensor"
+    else:
+        what = f"{path.name} holds no tensors by name"
+    raise CheckpointError(
+        what,
+        where=str(path),
+        why="a checkpoint in one file is {'state_dict': {name: tensor}} or {name: tensor}",
+        do="give the file of the weights",
+    )

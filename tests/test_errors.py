@@ -208,7 +208,7 @@ def test_wrong_places(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command)
         (ConfigError, ("eval", "loss", tmp_path, corpus), "this is no model"),
         (ConfigError, ("chat", tmp_path, "--prompt", "x"), "this is no model"),
         (ConfigError, ("plot-loss", tmp_path), "no run has left metrics"),
-        (CheckpointError, ("convert", "pth_to_hf", tiny, tmp_path / "half", tmp_path / "hf"), "not a whole checkpoint"),
+        (CheckpointError, ("convert", "pth_to_hf", tiny, tmp_path / "half", tmp_path / "hf"), "no kind of checkpoint"),
     ]
     for kind, words, message in cases:
         with pytest.raises(kind, match=message):

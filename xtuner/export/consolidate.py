@@ -43,6 +43,8 @@ def consolidate(checkpoint: str | Path, target: str | Path) -> Path:
     try:
         with atomic_file(target, "wb") as file:
             _write(file, shapes, opened)
+    except BrokenPipeError:  # of the terminal, not of the disk
+        raise
     except OSError as e:
         raise CheckpointError(
             f"the weights cannot be written: {e.strerror or e}",

@@ -16,7 +16,7 @@ CASES = [
     (["c"], {"copy-cfg", "check-cfg", "completion", "convert", "chat"}),
     (["data", "o"], {"order"}),
     (["eval", "l"], {"loss"}),
-    (["convert", ""], {"pth_to_hf", "weights"}),
+    (["convert", ""], {"pth_to_hf", "turbomind", "weights"}),
     (["train", "internlm2_"], set(shipped_names())),
     (["check-cfg", "internlm2_7"], {"internlm2_7b_w_tokenized_dataset"}),
     (["copy-cfg", "internlm2_t"], {"internlm2_tiny_w_tokenized_dataset"}),

@@ -252,8 +252,7 @@ def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> 
         (ConfigError, ["--cfg-options", "dataset_folder=/nowhere"], "data folder is not there"),
         (DataError, ["--cfg-options", "max_length=100000"], "0 packs, and one iteration takes 2"),
         (DataError, ["--cfg-options", f"dataset_folder={tmp_path / 'w'}"], "no .bin file"),
-        (ConfigError, ["--launcher", "slurm"], "not built yet"),
-        (ConfigError, ["--deepspeed", "deepspeed_zero1"], "not built yet"),
+        (ConfigError, ["--launcher", "slurm"], "needs SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID"),
     ):
         with pytest.raises(error, match=message):
             xtuner(*train, *words)

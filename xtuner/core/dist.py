@@ -12,7 +12,7 @@ from xtuner.core.errors import CheckpointError, XTunerError
 
 T = TypeVar("T")
 doing = ""  # the last collective of this process, for who watches it
-talks = 0  # collectives so far
+talks = 0  # how many so far
 
 
 class Ranks:
@@ -48,7 +48,7 @@ class Ranks:
             return [value]
         import torch
 
-        _note("a message to all")
+        note("a message to all")
         distributed = _distributed()
         raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
@@ -90,14 +90,14 @@ class Ranks:
             return value
         import torch
 
-        _note("a sum over all")
+        note("a sum over all")
         total = torch.tensor([value], dtype=torch.float64)
         _distributed().all_reduce(total, group=self._group)
         return float(total)
 
     def reduce(self, tensor: Any, to: int) -> None:
         """Sum a tensor over all ranks into that of rank `to`; the others' become undefined."""
-        _note(f"a tensor of {tensor.numel():,} elements to rank {to}")
+        note(f"a tensor of {tensor.numel():,} elements to rank {to}")
         _distributed().reduce(tensor, to, group=self._group)
 
 
@@ -140,7 +140,8 @@ def all_sum(value: int) -> int:
     return int(ALL.sum(value))
 
 
-def _note(what: str) -> None:
+def note(what: str) -> None:
+    """Say that this process gets on, and what it does: for who watches it."""
     global doing, talks
     doing, talks = what, talks + 1
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from xtuner.core.dist import note
 from xtuner.core.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -126,6 +127,7 @@ def verify(folder: str | Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
             raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}", where=str(file))
     with ThreadPoolExecutor(HASHERS) as pool:
         for name, found in zip(contents, pool.map(lambda name: sha256(folder / name), contents), strict=True):
+            note(f"{name} read")
             if found != files[name]["sha256"]:
                 raise CheckpointError(f"{name} is altered: its sha256 is not the manifest's", where=str(folder / name))
     unknown = [n for p in folder.rglob("*") if p.is_file() and (n := p.relative_to(folder).as_posix()) not in files]

@@ -72,6 +72,7 @@ class DeepSpeedStrategy(ShardedStrategy):
         total = torch.zeros((), device=self.device)
         ranks = dist.world_size()
         for i, pack in enumerate(batch):  # also without targets: other ranks wait for the collectives
+            dist.note(f"forward and backward of pack {i + 1} of {len(batch)}")
             self._engine.set_gradient_accumulation_boundary(i == len(batch) - 1)
             b = pack.to(self.device)
             loss = self._engine(b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen) / num_targets

@@ -66,6 +66,7 @@ class FSDPStrategy(ShardedStrategy):
             return 0.0
         total = torch.zeros((), device=self.device)
         for i, pack in enumerate(batch):  # also without targets: other ranks wait for the collectives
+            dist.note(f"forward and backward of pack {i + 1} of {len(batch)}")
             self._root.set_requires_gradient_sync(i == len(batch) - 1)
             b = pack.to(self.device)
             loss = self._model(b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen) / num_targets

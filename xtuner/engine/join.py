@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 
+from xtuner.core.dist import ALL
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.engine.launch import Place
 from xtuner.engine.watch import Watch, store
@@ -62,6 +63,8 @@ def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch
             world_size=place.size,
             timeout=PATIENCE,
         )
+        hosts = ALL.gather(place.host)
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(hosts.count(place.host)))  # srun and mpirun do not say it
         yield here, watch
         torch_dist.barrier()  # rank 0 holds the store: it leaves last
     except XTunerError as e:

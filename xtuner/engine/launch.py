@@ -30,7 +30,8 @@ class Place:
 
     @property
     def host(self) -> str:
-        return platform.node()
+        """The machine, or Slurm's name for it."""
+        return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def nodes(environ: Mapping[str, str], gpus: int) -> Nodes | None:
 def place(launcher: str, environ: Mapping[str, str]) -> Place:
     """This process's place. Raises: ConfigError for variables that are missing or contradict each other."""
     if launcher == "none":
-        found = _torchrun(environ) if "LOCAL_RANK" in environ else Place()
+        found = _torchrun(environ) if "LOCAL_RANK" in environ else _alone(environ)
     else:
         found = {"pytorch": _torchrun, "slurm": _slurm, "mpi": _mpi}[launcher](environ)
     if not (0 <= found.rank < found.size and found.local_rank <= found.rank):
@@ -104,6 +105,20 @@ def place(launcher: str, environ: Mapping[str, str]) -> Place:
             do="start all processes with one launcher, and unset what an outer one has left",
         )
     return found
+
+
+def _alone(environ: Mapping[str, str]) -> Place:
+    """One process is all, unless something has started several of it that would not know of each other."""
+    started = {"slurm": ("SLURM_STEP_NUM_TASKS", "srun"), "mpi": ("OMPI_COMM_WORLD_SIZE", "mpirun")}
+    for launcher, (name, program) in started.items():
+        if environ.get(name, "1") != "1" and "SLURM_PTY_PORT" not in environ:  # a shell of srun --pty is one process
+            raise ConfigError(
+                f"{program} has started {environ[name]} processes, and --launcher is none",
+                where=f"environment: {name}",
+                why="each would train alone, all in the same work dir",
+                do=f"add --launcher {launcher}, or start one process",
+            )
+    return Place()
 
 
 def _torchrun(environ: Mapping[str, str]) -> Place:
@@ -118,6 +133,13 @@ def _torchrun(environ: Mapping[str, str]) -> Place:
 def _slurm(environ: Mapping[str, str]) -> Place:
     _require(environ, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "slurm", "start with srun xtuner train …")
     rank, size, local = (_number(n, environ[n]) for n in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+    if size > 1 and "SLURM_STEP_ID" not in environ:
+        raise ConfigError(
+            f"the Slurm job has {size} tasks, and this process is none of them but the job's script",
+            where="--launcher slurm",
+            why="it would wait for the others for ever: srun starts them",
+            do="start with srun xtuner train …",
+        )
     listed = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
     address = environ.get("MASTER_ADDR") or (first_node(listed) if _number_of_nodes(environ) > 1 else LOOPBACK)
     job = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
@@ -177,10 +199,14 @@ def _require(environ: Mapping[str, str], names: tuple[str, ...], launcher: str, 
 
 
 def _number(name: str, text: str) -> int:
+    where = f"environment: {name}"
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        raise ConfigError(f"{name} = {text!r} is no number", where=f"environment: {name}") from None
+        raise ConfigError(f"{name} = {text!r} is no number", where=where) from None
+    if name.endswith("PORT") and not 0 < number < 2**16:
+        raise ConfigError(f"{name} = {text} is no port", where=where, do="choose a free one from 1024 to 65535")
+    return number
 
 
 def _shown(environ: Mapping[str, str], names: Mapping[str, tuple[str, ...]]) -> str:

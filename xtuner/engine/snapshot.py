@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from xtuner.core.dist import note
 from xtuner.core.files import file_entry, sync_file, usual_permissions, write_json
 
 SHARD = 2**30  # bytes a file; files are written and hashed side by side
@@ -46,6 +47,7 @@ class Snapshot:
             raise OSError(getattr(e, "errno", None) or 5, str(e), str(path)) from e
         usual_permissions(path)
         sync_file(path)
+        note(f"{name} written")  # a large save takes longer than a rank may stand still
         return file_entry(path)
 
 

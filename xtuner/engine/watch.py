@@ -2,16 +2,19 @@
 
 A dead rank leaves the others waiting: gloo notices closed connections, NCCL waits for ever, and a stopped process
 closes nothing. So every rank tells a store of its own, once a second, how far it is; rank 0 looks at all, the others
-at rank 0.
+at rank 0. The store lives in rank 0's process: if that stands still, asking it never returns, so a second thread looks
+at the clock.
 """
 
 import contextlib
 import faulthandler
 import json
 import os
+import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,27 +29,49 @@ from xtuner.engine.launch import Place
 BEAT = 1.0  # s
 SILENT = float(os.environ.get("XTUNER_SILENT_SECONDS", "60"))  # a rank that does not beat for so long is lost
 STUCK = float(os.environ.get("XTUNER_STUCK_SECONDS", "900"))  # nor may all of them stand in one iteration for longer
-MEET = 50.0  # s to wait for rank 0
+MEET = float(os.environ.get("XTUNER_MEET_SECONDS", "50"))  # to wait for rank 0, and rank 0 for the others
+ASLEEP = 10 * BEAT  # who was not run for so long (a suspended job) cannot say that the others were silent
+BYE = "bye"
 LAST_LINES = 5
 
 
 def store(place: Place) -> Any:
-    """Where ranks meet. Raises: ConfigError if that is not possible within a minute."""
-    where = f"{place.address}:{place.port}"
+    """Where ranks meet. Raises: ConfigError if that is not possible within MEET seconds."""
+    reason = _unreachable(place) if place.rank else ""
     try:
-        return torch_dist.TCPStore(
-            place.address, place.port, None, place.rank == 0, timedelta(seconds=MEET), wait_for_workers=False
-        )
+        if not reason:
+            return torch_dist.TCPStore(
+                place.address, place.port, None, place.rank == 0, timedelta(seconds=MEET), wait_for_workers=False
+            )
     except (torch_dist.DistError, RuntimeError, ValueError) as e:
-        taken = "EADDRINUSE" in str(e) or "address already in use" in str(e)
-        raise ConfigError(
-            f"port {place.port} is taken" if taken else f"rank {place.rank} on {place.host} cannot reach rank 0",
-            where=where,
-            why="all processes of a run meet there" + ("" if taken else f"; waited {MEET:.0f} s"),
-            do="another run, or the rest of one, may hold it: end it, or give another port (PORT, MASTER_PORT)"
-            if taken
-            else "check that rank 0 runs, and that the address can be resolved and reached from here",
-        ) from None
+        reason = str(e).splitlines()[0]
+    taken = "EADDRINUSE" in reason or "address already in use" in reason
+    raise ConfigError(
+        f"port {place.port} is taken"
+        if taken
+        else f"rank {place.rank} on {place.host} cannot reach rank 0: {reason}"
+        if place.rank
+        else f"rank 0 on {place.host} cannot listen: {reason}",
+        where=f"{place.address}:{place.port}",
+        why="all processes of a run meet there",
+        do="another run, or the rest of one, may hold it: end it, or give another port (PORT, MASTER_PORT)"
+        if taken
+        else "check that rank 0 has started, and that this address and port can be reached from here; "
+        "if it starts much later, give more time: export XTUNER_MEET_SECONDS=600",
+    )
+
+
+def _unreachable(place: Place) -> str:
+    """Wait until something listens at rank 0's address. Returns why nothing does after MEET seconds, or nothing."""
+    deadline = time.monotonic() + MEET
+    while True:
+        try:
+            socket.create_connection((place.address, place.port), timeout=5.0).close()
+            return ""
+        except OSError as e:
+            if time.monotonic() > deadline:
+                return f"{e.strerror or e} for {MEET:.0f} s"
+        time.sleep(0.2)
 
 
 class Watch:
@@ -58,20 +83,26 @@ class Watch:
 
     def __init__(self, place: Place, meeting: Any) -> None:
         self.place = place
-        self.iteration = 0
+        self.iteration: int | None = None  # before the first
         self.log: Path | None = None
-        self._seen: dict[int, tuple[str, float]] = {}  # rank → its last beat, and when that was new
-        self._moved = time.monotonic()
+        self._seen: dict[int, tuple[str, float]] = {}  # rank → its last beat ("" for none yet), and when that was new
+        self._begun = self._looked = self._moved = time.monotonic()
         self._progress: Any = None
+        self._missed = False
         self._closed = threading.Event()
         self._mine = torch_dist.TCPStore(
             place.address, meeting.port, None, False, timedelta(seconds=SILENT), wait_for_workers=False
         )
         self._beats = 0
-        threading.Thread(target=self._run, name="xtuner-watch", daemon=True).start()
+        for body in (self._run, self._guard):
+            threading.Thread(target=body, name="xtuner-watch", daemon=True).start()
 
     def _run(self) -> None:
         while not self._closed.wait(BEAT):
+            before, self._looked = self._looked, time.monotonic()
+            if self._looked - before > ASLEEP:
+                self._seen = {rank: (text, self._looked) for rank, (text, _) in self._seen.items()}
+                self._moved = self._looked
             try:
                 self._beat()
                 trouble = self._look()
@@ -79,6 +110,16 @@ class Watch:
                 trouble = None if self._closed.is_set() else "rank 0, where all meet, is gone or does not answer"
             if trouble:
                 self._end(trouble)
+
+    def _guard(self) -> None:
+        """End this process if the store does not answer: `_run` then stands still in a call that never returns."""
+        now = time.monotonic()
+        while not self._closed.wait(BEAT):
+            before, now = now, time.monotonic()
+            if now - before > ASLEEP:
+                self._looked = now
+            if now - self._looked > SILENT:
+                self._end(f"rank 0, where all meet, does not answer for {SILENT:.0f} s")
 
     def _beat(self) -> None:
         self._beats += 1
@@ -93,45 +134,62 @@ class Watch:
                 return self._mine.get("verdict").decode()
             silent = self._silent([0], SILENT)
         else:
-            silent = self._silent(range(1, self.place.size), SILENT)
+            silent = self._silent(range(self.place.size), SILENT)
+            self._miss()
         if silent:
-            trouble = self._told(silent, f"silent for {SILENT:.0f} s")
-        elif not self.place.rank and self.iteration and self._stuck():
-            trouble = f"no rank has got on for {STUCK:.0f} s\n" + self._told(list(self._seen), "waits")
+            trouble = f"silent for {SILENT:.0f} s:\n" + self._told(silent)
+        elif not self.place.rank and self.iteration is not None and self._stuck():
+            order = sorted(self._seen, key=lambda rank: self._facts(rank).get("talks", 0))
+            trouble = f"no rank has got on for {STUCK:.0f} s; first those that are behind:\n" + self._told(order)
         else:
             return None
         self._mine.set("verdict", trouble)
         return trouble
 
-    def _silent(self, ranks: Any, limit: float) -> list[int]:
+    def _silent(self, ranks: Sequence[int], limit: float) -> list[int]:
         """Those of `ranks` whose last beat is older than `limit` seconds by this process's clock."""
         now = time.monotonic()
         for rank in ranks:
             text = self._mine.get(f"beat/{rank}").decode() if self._mine.check([f"beat/{rank}"]) else ""
             if rank not in self._seen or self._seen[rank][0] != text:
                 self._seen[rank] = text, now
-        return [rank for rank in ranks if now - self._seen[rank][1] > limit and "bye" not in self._seen[rank][0]]
+        waited = {rank: now - since for rank, (text, since) in self._seen.items() if text != BYE}
+        return [r for r in ranks if waited.get(r, 0) > (limit if self._seen[r][0] else max(limit, MEET))]
+
+    def _facts(self, rank: int) -> dict[str, Any]:
+        """Of a rank's last beat; empty if there was none."""
+        text = self._seen[rank][0]
+        return json.loads(text) if text not in ("", BYE) else {}
+
+    def _miss(self) -> None:
+        """Say who has not come, once, before it is too late."""
+        if not self._missed and time.monotonic() - self._begun > MEET / 2:
+            self._missed = True
+            if missing := [str(rank) for rank, (text, _) in self._seen.items() if not text]:
+                logger.warning(f"waiting for {len(missing)} ranks to begin: {', '.join(missing[:20])}")
 
     def _stuck(self) -> bool:
-        progress = [self.iteration, dist.talks, *(json.loads(t)["talks"] for t, _ in self._seen.values() if t)]
+        progress = [(f.get("iteration"), f.get("talks")) for f in map(self._facts, self._seen)]
         if progress != self._progress:
             self._progress, self._moved = progress, time.monotonic()
         return time.monotonic() - self._moved > STUCK
 
-    def _told(self, ranks: list[int], how: str) -> str:
+    def _told(self, ranks: Sequence[int]) -> str:
         """Rank, host, iteration, last collective and the end of the log of each."""
         lines = []
         for rank in ranks[:10]:
-            text = self._seen[rank][0]
-            if not text:
-                lines.append(f"rank {rank} is {how}; it has not begun")
+            facts = self._facts(rank)
+            if not facts:
+                lines.append(f"rank {rank} has not begun")
                 continue
-            facts = json.loads(text)
+            at = "starting" if facts["iteration"] is None else f"in iteration {facts['iteration'] + 1}"
             lines.append(
-                f"rank {rank} on {facts['host']} (process {facts['pid']}) is {how}; "
-                f"it was in iteration {facts['iteration'] + 1}, last: {facts['doing'] or 'nothing with others'}"
+                f"rank {rank} on {facts['host']} (process {facts['pid']}) was {at}, "
+                f"last: {facts['doing'] or 'nothing with others'}"
             )
             lines += [f"    {line}" for line in _last_lines(facts["log"])]
+        if ranks[10:]:
+            lines.append(f"and {len(ranks) - 10} more ranks")
         return "\n".join(lines)
 
     def _end(self, trouble: str) -> None:
@@ -139,7 +197,8 @@ class Watch:
         time.sleep(2 * BEAT)  # the others read the verdict from rank 0
         if self._closed.is_set():
             return
-        logger.error(f"this run cannot go on: {trouble}\nwhere this rank stood: {self.log or 'below'}")
+        tell = logger.error if self.place.rank in (0, 1) else logger.warning  # 1000 ranks need not all say it
+        tell(f"this run cannot go on: {trouble}\nwhere this rank stood: {self.log or 'below'}")
         with open(self.log, "a") if self.log else contextlib.nullcontext(sys.stderr) as f:
             faulthandler.dump_traceback(f, all_threads=True)
         os._exit(1)
@@ -156,7 +215,7 @@ class Watch:
                         return self._lost(f"rank {rank} has failed: {told}", first=not self.place.rank)
                 if gone := self._silent(everyone, 4 * BEAT):
                     first = min(r for r in range(self.place.size) if r not in gone)
-                    return self._lost(self._told(gone, "gone"), first == self.place.rank)
+                    return self._lost("lost:\n" + self._told(gone), first == self.place.rank)
                 time.sleep(BEAT / 4)
         except (torch_dist.DistError, RuntimeError):
             return self._lost("rank 0, where all meet, is gone", self.place.rank == 1)
@@ -165,7 +224,7 @@ class Watch:
     def _lost(self, told: str, first: bool) -> LostRankError:
         error = LostRankError(
             told,
-            where=f"seen by rank {self.place.rank} on {self.place.host}, iteration {self.iteration + 1}",
+            where=f"seen by rank {self.place.rank} on {self.place.host}, iteration {(self.iteration or 0) + 1}",
             why="the ranks compute one step together; without one of them there is none",
             do="see that rank's log and its machine (dmesg, the scheduler); then run again with --resume auto",
         )
@@ -182,7 +241,7 @@ class Watch:
         """No longer expected to beat."""
         self._closed.set()
         with contextlib.suppress(torch_dist.DistError, RuntimeError):
-            self._mine.set(f"beat/{self.place.rank}", "bye")
+            self._mine.set(f"beat/{self.place.rank}", BYE)
 
 
 def _last_lines(log: str) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 
 from xtuner.config.build import build
 from xtuner.config.load import load
+from xtuner.core.dist import note
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
 from xtuner.core.log import logger, progress
@@ -240,5 +241,6 @@ def _loss(model: CausalLM, parts: list[torch.Tensor]) -> tuple[float, int]:
     targets = torch.where(signed > 0, signed, IGNORE).roll(-1)
     targets[cu_seqlens[1:].long() - 1] = IGNORE
     device = model.output.weight.device
+    note("evaluating")
     total = model(signed.abs().to(device), cu_seqlens.to(device), targets.to(device))
     return float(total), int((targets != IGNORE).sum())

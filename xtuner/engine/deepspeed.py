@@ -17,7 +17,7 @@ from xtuner.data.batch import Batch
 from xtuner.engine import zero_config
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, ShardedStrategy, beside
-from xtuner.model.decoder import CausalLM
+from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
 
@@ -49,6 +49,7 @@ class DeepSpeedStrategy(ShardedStrategy):
             with deepspeed.zero.Init(config_dict_or_path=config):
                 model = CausalLM(source.config)  # each module is cut as soon as it is made
             source.configure(model, device, self.compute_dtype)
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])  # a block gathers all of its weights at once
         else:
             model = source.empty(device, self.compute_dtype)
         optimizer = optim.build(model.parameters())
@@ -74,7 +75,9 @@ class DeepSpeedStrategy(ShardedStrategy):
         for i, pack in enumerate(batch):  # also without targets: other ranks wait for the collectives
             self._engine.set_gradient_accumulation_boundary(i == len(batch) - 1)
             b = pack.to(self.device)
-            loss = self._engine(b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen) / num_targets
+            loss = self._engine(
+                b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets
+            )
             total += loss.detach()
             # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
             scale = torch.where(loss.detach().isfinite(), float(ranks), math.nan)

@@ -68,7 +68,9 @@ class FSDPStrategy(ShardedStrategy):
         for i, pack in enumerate(batch):  # also without targets: other ranks wait for the collectives
             self._root.set_requires_gradient_sync(i == len(batch) - 1)
             b = pack.to(self.device)
-            loss = self._model(b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen) / num_targets
+            loss = self._model(
+                b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets
+            )
             loss.backward()
             total += loss.detach()
         mean = dist.ALL.sum(total.item())

@@ -10,8 +10,8 @@
 Rounded at random: up or down, with the probability that makes the mean right, so that small updates are not lost. The
 bits come from a hash of step, parameter and place: a resumed run draws the same.
 
-8-bit moments come in groups of 256 with one fp32 scale s, the largest of the group: the first moment is s·(q/127)·|q/127|,
-q in −127 … 127, the second s·(q/255)^4, q in 0 … 255; powers, as most moments are far smaller than the largest.
+8-bit moments come in groups of 256 with one fp32 scale s, the largest of the group: the first is s·(q/127)·|q/127|, q
+in −127 … 127, the second s·(q/255)^4, q in 0 … 255; powers, as most moments are far smaller than the largest.
 """
 
 import zlib
@@ -188,13 +188,14 @@ class AdamW:
 
     def __init__(self, weights: Mapping[str, torch.nn.Parameter], form: Form, arguments: Mapping[str, Any]) -> None:
         self.weights, self.form = dict(weights), form
-        self.betas, self.eps = arguments.get("betas", (0.9, 0.999)), arguments.get("eps", 1e-8)
+        self.beta1, self.beta2 = arguments.get("betas", (0.9, 0.999))
+        self.eps = arguments.get("eps", 1e-8)
         self.weight_decay = arguments.get("weight_decay", 1e-2)
         self.steps = 0
         self.state = {name: new_state(w, form) for name, w in self.weights.items()}
 
     def step(self, gradients: Mapping[str, torch.Tensor], lr: float, clip: torch.Tensor) -> None:
         self.steps += 1
-        rates = Rates(lr, *self.betas, self.eps, self.weight_decay, self.steps, clip)
+        rates = Rates(lr, self.beta1, self.beta2, self.eps, self.weight_decay, self.steps, clip)
         for name, weight in self.weights.items():
             update(name, weight, gradients[name], self.state[name], self.form, rates)

@@ -93,9 +93,7 @@ def _update(
             tl.store(V + at, code.to(tl.int32).to(tl.uint8), mask)
 
 
-def update(
-    weight: torch.Tensor, gradient: torch.Tensor, state: Moments, form: Form, rates: Rates, seed: int
-) -> None:
+def update(weight: torch.Tensor, gradient: torch.Tensor, state: Moments, form: Form, rates: Rates, seed: int) -> None:
     """See `adamw.update`."""
     n = weight.numel()
     none = state["exp_avg"]

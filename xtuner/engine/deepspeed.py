@@ -14,7 +14,7 @@ import torch
 from xtuner.core import dist
 from xtuner.core.errors import ConfigError
 from xtuner.data.batch import Batch
-from xtuner.engine import zero_config
+from xtuner.engine import memory, zero_config
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, ShardedStrategy, beside
 from xtuner.model.decoder import Block, CausalLM
@@ -43,6 +43,8 @@ class DeepSpeedStrategy(ShardedStrategy):
         self.stage = int(config["zero_optimization"].get("stage", 0))
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
+        offload = "offload_optimizer" in config["zero_optimization"]
+        self.memory = memory.of_zero(source, optim, device, dist.world_size(), self.stage, offload)
         shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
         super().__init__(source.config, shapes, device, gives=bool(self.stage) or dist.is_main())
         if self.stage == 3:
@@ -52,6 +54,7 @@ class DeepSpeedStrategy(ShardedStrategy):
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # a block gathers all of its weights at once
         else:
             model = source.empty(device, self.compute_dtype)
+        model.model.keeps = self.memory.plan.keeps
         optimizer = optim.build(model.parameters())
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._zero = self._engine.optimizer

@@ -23,11 +23,11 @@ class SingleStrategy(ShardedStrategy):
 
     def __init__(self, source: ModelSource, optim: OptimWrapper, device: torch.device) -> None:
         self.compute_dtype = optim.compute_dtype(device)
+        self.memory = memory.of_single(source, optim, device)
         self._model = source.empty(device, self.compute_dtype).train()
         shapes = {n: p.shape for n, p in self._model.named_parameters()}
         super().__init__(source.config, shapes, device)
-        self._memory = memory.of_single(source, optim, device)
-        self._model.model.keeps = self._memory.plan.keeps
+        self._model.model.keeps = self.memory.plan.keeps
         self._update = update.of(self._model, optim)
         source.fill({n: s.master for n, s in self._shards().items()}, shapes, device)
         self._refresh()
@@ -49,7 +49,7 @@ class SingleStrategy(ShardedStrategy):
         for gradient in self._update.sums.values():
             gradient.reset()
         total = torch.zeros((), device=self.device)
-        for part in (p for pack in batch for p in pack.split(self._memory.micro_batch(pack.num_tokens))):
+        for part in (p for pack in batch for p in pack.split(self.memory.micro_batch(pack.num_tokens))):
             if part.num_targets:
                 b = part.to(self.device)
                 loss = self._model(

@@ -16,7 +16,9 @@ from xtuner.model.weights import Part
 
 
 class Update(Protocol):
-    sums: Mapping[str, GradientSum]  # by parameter
+    @property
+    def sums(self) -> Mapping[str, GradientSum]:
+        """By parameter."""
 
     def norm(self) -> torch.Tensor:
         """2-norm of all gradients, a scalar on the device."""

@@ -205,9 +205,7 @@ class Decoder(nn.Module):
 class Head(nn.Linear):
     """The output layer: logits, or the summed loss of targets without holding all logits."""
 
-    def forward(
-        self, x_TH: torch.Tensor, targets_T: torch.Tensor | None = None, scale: float = 1.0
-    ) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, targets_T: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
         if targets_T is None:
             return super().forward(x_TH)
         return linear_cross_entropy(x_TH, self.weight, targets_T, scale)

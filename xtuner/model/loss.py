@@ -25,7 +25,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH: torch.Tensor, w_VH: torch.Tensor, targets_T: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_TH: torch.Tensor, w_VH: torch.Tensor, targets_T: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         need_x, need_w, *_ = ctx.needs_input_grad
         (into,) = sums_of(w_VH)
         dw = (into or GradientSum(torch.empty_like(w_VH, dtype=torch.float32))) if need_w else None

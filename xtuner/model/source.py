@@ -43,7 +43,7 @@ class ModelSource:
 
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention backend, and what the backward keeps."""
-        model.use_attention(attention.choose(device, dtype))
+        model.use_attention(attention.choose(device, dtype, self.config.head_dim))
         model.model.keeps = Plan(self.config, dtype.itemsize, 0 if self.recompute else None).keeps
 
     def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], device: torch.device) -> None:

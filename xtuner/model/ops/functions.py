@@ -134,8 +134,8 @@ class BlockOutputs(torch.autograd.Function):
         d_residual, d_norm = e.rms_norm_backward(d_normed, residual, w_norm, ctx.eps, d)
         d_wo = give_product(to_wo, d_residual, o)
         d_bias = None if bias is None else give(to_bias, d_residual.sum(0, dtype=torch.float32), bias.dtype)
-        d_norm = give(to_norm, d_norm, w_norm.dtype)
-        return d_residual, d_residual @ wo, d_wo, d_bias, d_norm, d_w1, d_w3, d_w2, None, None
+        d_w_norm = give(to_norm, d_norm, w_norm.dtype)
+        return d_residual, d_residual @ wo, d_wo, d_bias, d_w_norm, d_w1, d_w3, d_w2, None, None
 
 
 @contextmanager

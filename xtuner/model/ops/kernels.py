@@ -51,8 +51,9 @@ def _rms_norm_backward(D, X, W, RES, DX, DW, T, H, eps, HAS_RES: tl.constexpr, B
     mask = at < H
     w = tl.load(W + at, mask, 0.0).to(tl.float32)
     dw = tl.zeros([BLOCK], tl.float32)
-    for token in range(tl.program_id(0), T, tl.num_programs(0)):
-        row = token.to(tl.int64) * H
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    for i in range(0, (T - first + programs - 1) // programs):
+        row = (first.to(tl.int64) + i * programs) * H
         x = tl.load(X + row + at, mask, 0.0)
         dtype = x.dtype
         x = x.to(tl.float32)
@@ -65,7 +66,7 @@ def _rms_norm_backward(D, X, W, RES, DX, DW, T, H, eps, HAS_RES: tl.constexpr, B
         if HAS_RES:
             dx += tl.load(RES + row + at, mask, 0.0).to(tl.float32)
         tl.store(DX + row + at, dx.to(dtype), mask)
-    tl.store(DW + tl.program_id(0).to(tl.int64) * H + at, dw, mask)
+    tl.store(DW + first.to(tl.int64) * H + at, dw, mask)
 
 
 def rms_norm_backward(

@@ -30,7 +30,7 @@ def _chosen(share, root, chance, LEVELS: tl.constexpr, POWER: tl.constexpr):
     return low + ((share - below) / (above - below) > chance).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["n", "seed"])
+@triton.jit(do_not_specialize=["seed"])
 def _update(
     W, G, MASTER, LOW, M, V, M_SCALE, V_SCALE, CLIP,
     n, seed, lr, beta1, beta2, eps, decay, c1, c2,

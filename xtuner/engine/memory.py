@@ -18,7 +18,7 @@ from xtuner.model.source import ModelSource
 
 LEAST = 4096  # tokens of a micro-batch; fewer leave the GPU's multipliers idle
 USUAL = 8192  # where not even the least fits without computing something twice
-RESERVE = 1.5 * 2**30  # bytes: the libraries' own, and what the allocator cannot use
+RESERVE = 3 * 2**30  # bytes: the libraries' own, and what the allocator cannot use
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def swiglu_backward(
         return kernels.swiglu_backward_(gate_TF, up_TF, d_TF)
     sigmoid = torch.sigmoid(gate_TF.float())
     silu = (gate_TF * sigmoid).to(gate_TF.dtype)
-    d_gate = d_TF * up_TF * (sigmoid * (1 + gate_TF * (1 - sigmoid)))
+    d_gate = d_TF.float() * up_TF * (sigmoid * (1 + gate_TF * (1 - sigmoid)))
     return d_gate.to(gate_TF.dtype), d_TF * silu, silu * up_TF
 
 

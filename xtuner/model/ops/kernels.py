@@ -155,7 +155,7 @@ def split_rotate_backward(
     return d
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def _swiglu(GATE, UP, OUT, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
@@ -165,7 +165,7 @@ def _swiglu(GATE, UP, OUT, n, BLOCK: tl.constexpr):
     tl.store(OUT + at, (silu * up.to(tl.float32)).to(gate.dtype), mask)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def _swiglu_backward(GATE, UP, D, n, BLOCK: tl.constexpr):
     """GATE and UP become their gradients, D becomes silu(gate) · up."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -1,24 +1,36 @@
-"""What only a GPU can show: its attention backend, bf16 compute with fp32 masters. Skipped without one."""
+"""What only a GPU can show: attention backends, kernels against their definitions, bf16. Skipped without one."""
+
+from itertools import pairwise
 
 import pytest
 import torch
 from conftest import reference
 
-from xtuner.model import attention, load_pretrained
+from xtuner.data.batch import Batch
+from xtuner.engine import adamw
+from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.single import SingleStrategy
+from xtuner.model import attention, from_scratch, load_pretrained
+from xtuner.model.ops import elementwise
+from xtuner.model.ops.sums import GradientSum
+from xtuner.model.plan import Plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
+@pytest.mark.parametrize("lengths", [[17, 1, 300, 64, 128, 5], [0, 700, 0, 3, 1], [1000]])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (8, 2, 128), (6, 1, 64)])
-def test_varlen_attention_against_fp64(heads: int, kv_heads: int, dim: int) -> None:
+@pytest.mark.parametrize("name", ["varlen", "flash4"])
+def test_attention_against_fp64(name: str, heads: int, kv_heads: int, dim: int, lengths: list[int]) -> None:
+    if name == "flash4" and attention._flash_4() is None:
+        pytest.skip("flash-attn-4 is not installed")
     generator = torch.Generator("cuda").manual_seed(0)
-    lengths = torch.tensor([17, 1, 300, 64, 128, 5])
-    cu_seqlens = torch.cat((torch.zeros(1), lengths.cumsum(0))).int().cuda()
-    shapes = [(int(lengths.sum()), n, dim) for n in (heads, kv_heads, kv_heads)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    shapes = [(sum(lengths), n, dim) for n in (heads, kv_heads, kv_heads)]
     inputs = [torch.randn(s, device="cuda", generator=generator).bfloat16().requires_grad_() for s in shapes]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    out = attention.attend_varlen(*inputs, cu_seqlens, 300)
-    expected = attention.attend_loop(*exact, cu_seqlens, 300)
+    out = attention.backend(name)(*inputs, cu_seqlens, max(lengths))
+    expected = attention.attend_loop(*exact, cu_seqlens, max(lengths))
     weight = torch.randn(out.shape, device="cuda", generator=generator)
     (out.float() * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -27,6 +39,115 @@ def test_varlen_attention_against_fp64(heads: int, kv_heads: int, dim: int) -> N
         assert x.grad is not None
         assert e.grad is not None
         assert (x.grad - e.grad).norm() < 1e-2 * e.grad.norm()
+
+
+def near(ours: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
+    assert ours.isfinite().all()
+    assert (ours.cpu().double() - exact.double()).norm() <= tolerance * exact.double().norm()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-3)])
+def test_kernels_equal_their_definitions(dtype: torch.dtype, tolerance: float) -> None:
+    """On the GPU and on the CPU; in bf16 the same roundings, so that few numbers differ by one of them."""
+    torch.manual_seed(0)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(dtype)
+
+    def both(function: object, *arguments: object) -> None:
+        copies = [[a.clone() if torch.is_tensor(a) else a for a in arguments] for _ in range(2)]
+        exact = function(*copies[0])  # type: ignore[operator]
+        ours = function(*[a.cuda() if torch.is_tensor(a) else a for a in copies[1]])  # type: ignore[operator]
+        for a, b in zip(ours, exact, strict=True):
+            near(a, b, tolerance)
+
+    T = 333
+    for hidden in (96, 2048, 6144):
+        x, d, other, w = numbers(T, hidden), numbers(T, hidden), numbers(T, hidden), numbers(hidden)
+        for add in (None, other):
+            both(elementwise.rms_norm, x, w, 1e-5, add)
+            both(elementwise.rms_norm_backward, d, x, w, 1e-5, add)
+    for kv_heads, groups, dim in ((8, 4, 128), (8, 2, 128), (1, 6, 64), (3, 1, 32)):
+        angle = torch.randn(T, dim // 2)
+        both(
+            elementwise.split_rotate, numbers(T, kv_heads * (groups + 2) * dim), angle.cos(), angle.sin(), kv_heads, dim
+        )
+        shapes = [(T, n, dim) for n in (kv_heads * groups, kv_heads, kv_heads)]
+        both(
+            lambda *a: (elementwise.split_rotate_backward(*a),),
+            *(numbers(*s) for s in shapes),
+            angle.cos(),
+            angle.sin(),
+        )
+    gate, up, d = numbers(T, 1000), numbers(T, 1000), numbers(T, 1000)
+    both(lambda *a: (elementwise.swiglu(*a),), gate, up)
+    both(elementwise.swiglu_backward, gate, up, d)
+    for vocabulary in (503, 92544):
+        targets = torch.randint(0, vocabulary, (T,))
+        targets[::5] = -100
+
+        def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return elementwise.cross_entropy_(logits, targets, 0.3), logits
+
+        both(losses_and_gradient, 3 * numbers(T, vocabulary), targets)
+
+
+def test_products_are_added_up_in_fp32() -> None:
+    d, x = torch.randn(300, 40, device="cuda").bfloat16(), torch.randn(300, 56, device="cuda").bfloat16()
+    for dtype in (torch.float32, torch.bfloat16):
+        gradient = GradientSum(torch.full((40, 56), torch.nan, device="cuda", dtype=dtype))
+        for times in (1, 2, 3):
+            gradient.add_product(d, x)
+            exact = times * (d.double().T @ x.double())
+            near(gradient.buffer, exact.cpu(), 1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("name", adamw.FORMS)
+def test_adamw_equals_its_definition(name: str) -> None:
+    form, n = adamw.FORMS[name], 3000
+    start, weights = torch.randn(n), [torch.nn.Parameter(torch.zeros(n).bfloat16().to(d)) for d in ("cpu", "cuda")]
+    states = [adamw.new_state(w, form) for w in weights]
+    for weight, state in zip(weights, states, strict=True):
+        adamw.write_master(weight, state, form, start.to(weight.device))
+    for step in range(1, 6):
+        gradient = torch.randn(n).to(form.gradient)
+        for weight, state in zip(weights, states, strict=True):
+            rates = adamw.Rates(1e-2, 0.9, 0.95, 1e-8, 0.1, step, torch.tensor(0.7, device=weight.device))
+            adamw.update("w", weight, gradient.to(weight.device), state, form, rates)
+    exact, ours = (adamw.read_master(w, s, form) for w, s in zip(weights, states, strict=True))
+    near(ours, exact, 1e-6 if name in ("fp32", "split") else 1e-3)
+    for key, value in states[0].items():
+        if key == "low":  # the last bits of the master, which has been compared
+            continue
+        differ = (states[1][key].cpu().float() - value.float()).abs() > 1e-5 * value.float().abs()
+        assert differ.float().mean() < 0.02, key
+
+
+@pytest.mark.parametrize("room", [None, 30, 15, 0])
+def test_what_is_kept_changes_no_gradient(room: int | None) -> None:
+    """A pack whole and in micro-batches, with everything, less and nothing kept; `room` in MiB."""
+    source = from_scratch(
+        activation_checkpointing=True, seed=0, vocab_size=503, hidden_size=512, intermediate_size=1024,
+        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3))
+    lengths = [300, 1, 700, 23, 512, 512]
+    ids = torch.randint(3, 503, (sum(lengths),))
+    borders = torch.tensor([0, *lengths]).cumsum(0).int()
+    targets = ids.roll(-1)
+    targets[borders[1:].long() - 1] = -100
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    pack = Batch.of(dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders))
+    assert [b - a for a, b in pairwise(borders.tolist())] == lengths
+    whole, cut = (SingleStrategy(source, optim, torch.device("cuda")) for _ in range(2))
+    loss = whole.forward_backward([pack], pack.num_targets)
+    plan = Plan(source.config, 2, None if room is None else room * 2**20)
+    cut.model.model.keeps = plan.keeps
+    parts = pack.split(1040)
+    assert [p.num_tokens for p in parts] == [1024, 1024]
+    assert abs(loss - cut.forward_backward(parts, pack.num_targets)) < 1e-3
+    for name, gradient in whole.gradients.items():
+        assert (cut.gradients[name] - gradient).norm() < 1e-2 * gradient.norm(), name
 
 
 def test_logits_of_a_reference_model() -> None:

@@ -73,6 +73,11 @@ def make(kind: str, folder: Path, ranks: int) -> Strategy:
         settings = {**zero_config.read("deepspeed_zero1"), "zero_optimization": {"stage": 0}}
         zero = str(folder / "zero0.json")
         Path(zero).write_text(json.dumps(settings))
+    if kind == "zero3":  # else every weight of so small a model stays whole
+        settings = zero_config.read(zero)
+        settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000}
+        zero = str(folder / "zero3.json")
+        Path(zero).write_text(json.dumps(settings))
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks)
     return choose.strategy(source(), optim, CPU, zero, fsdp)
 

@@ -45,6 +45,33 @@ class Batch:
         """Σ len² over fragments: what the cost of attention goes with."""
         return int(self.cu_seqlens.diff().long().square().sum())
 
+    def split(self, most: int) -> list["Batch"]:
+        """Parts cut at fragment borders, about equally long, of at most `most` tokens; a longer fragment is one."""
+        if self.num_tokens <= most:
+            return [self]
+        lengths = self.cu_seqlens.diff().tolist()
+        low, high = 1, most  # the least capacity that needs no more parts than `most` does
+        fewest = len(_cut(lengths, most))
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(_cut(lengths, middle)) <= fewest else (middle + 1, high)
+        return [self._part(begin, end) for begin, end in _cut(lengths, high)]
+
+    def _part(self, begin: int, end: int) -> "Batch":
+        """Fragments `begin` to `end`."""
+        borders = self.cu_seqlens[begin : end + 1]
+        tokens = slice(int(borders[0]), int(borders[-1]))
+        targets = self.targets[tokens]
+        return replace(
+            self,
+            input_ids=self.input_ids[tokens],
+            targets=targets,
+            position_ids=self.position_ids[tokens],
+            cu_seqlens=borders - borders[0],
+            max_seqlen=int(borders.diff().max()),
+            num_targets=int((targets != IGNORE).sum()),
+        )
+
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device without waiting."""
         if device.type == "cpu":
@@ -54,3 +81,14 @@ class Batch:
             for name in ("input_ids", "targets", "position_ids", "cu_seqlens")
         }
         return replace(self, **moved)
+
+
+def _cut(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
+    """Consecutive fragments, filled up one part after another: (first, end) of each."""
+    parts, begin, held = [], 0, 0
+    for i, length in enumerate(lengths):
+        if held and held + length > capacity:
+            parts.append((begin, i))
+            begin, held = i, 0
+        held += length
+    return [*parts, (begin, len(lengths))]

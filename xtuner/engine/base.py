@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from xtuner.data.batch import Batch
+from xtuner.engine.memory import Memory
 from xtuner.engine.snapshot import Snapshot
 from xtuner.model.decoder import CausalLM
 
@@ -21,6 +22,7 @@ class Strategy(Protocol):
     name: str
     device: torch.device
     compute_dtype: torch.dtype
+    memory: Memory  # what is known of it before the first step
 
     @property
     def model(self) -> CausalLM:

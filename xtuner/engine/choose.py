@@ -21,6 +21,13 @@ def strategy(
             why="both cut the model over the ranks, each in its way",
             do="give one of them",
         )
+    if optim.states.name != "fp32" and (deepspeed or fsdp or dist.world_size() > 1):
+        raise ConfigError(
+            f'states = "{optim.states.name}" is for one process',
+            where="optim_wrapper.states",
+            why="engines that cut the state over ranks keep it in fp32",
+            do='set it to "fp32"; the state is then divided by the number of ranks',
+        )
     if deepspeed:
         from xtuner.engine.deepspeed import DeepSpeedStrategy
 

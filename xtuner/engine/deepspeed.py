@@ -14,10 +14,10 @@ import torch
 from xtuner.core import dist
 from xtuner.core.errors import ConfigError
 from xtuner.data.batch import Batch
-from xtuner.engine import zero_config
+from xtuner.engine import memory, zero_config
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, ShardedStrategy, beside
-from xtuner.model.decoder import CausalLM
+from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
 
@@ -43,14 +43,18 @@ class DeepSpeedStrategy(ShardedStrategy):
         self.stage = int(config["zero_optimization"].get("stage", 0))
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
+        offload = "offload_optimizer" in config["zero_optimization"]
+        self.memory = memory.of_zero(source, optim, device, dist.world_size(), self.stage, offload)
         shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
         super().__init__(source.config, shapes, device, gives=bool(self.stage) or dist.is_main())
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=config):
                 model = CausalLM(source.config)  # each module is cut as soon as it is made
             source.configure(model, device, self.compute_dtype)
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])  # a block gathers all of its weights at once
         else:
             model = source.empty(device, self.compute_dtype)
+        model.model.keeps = self.memory.plan.keeps
         optimizer = optim.build(model.parameters())
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._zero = self._engine.optimizer
@@ -75,7 +79,9 @@ class DeepSpeedStrategy(ShardedStrategy):
             dist.note(f"forward and backward of pack {i + 1} of {len(batch)}")
             self._engine.set_gradient_accumulation_boundary(i == len(batch) - 1)
             b = pack.to(self.device)
-            loss = self._engine(b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen) / num_targets
+            loss = self._engine(
+                b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets
+            )
             total += loss.detach()
             # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
             scale = torch.where(loss.detach().isfinite(), float(ranks), math.nan)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from xtuner.core import dist
 from xtuner.core.errors import ConfigError
 from xtuner.data.batch import Batch
+from xtuner.engine import memory
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, ShardedStrategy, beside
 from xtuner.model.decoder import CausalLM
@@ -35,6 +36,7 @@ class FSDPStrategy(ShardedStrategy):
     def __init__(self, source: ModelSource, optim: OptimWrapper, device: torch.device, mode: str = "full") -> None:
         self.compute_dtype = optim.compute_dtype(device)
         mesh = _mesh(device, mode)
+        self.memory = memory.of_fsdp(source, optim, device, mesh["cut"].size())
         model = source.empty(torch.device("meta"), torch.float32)
         first_copy = mesh.ndim == 1 or mesh.get_local_rank("copies") == 0
         super().__init__(source.config, {n: p.shape for n, p in model.named_parameters()}, device, gives=first_copy)
@@ -45,6 +47,7 @@ class FSDPStrategy(ShardedStrategy):
         self._root: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=policy)
         model.to_empty(device=device)
         source.configure(model, device, self.compute_dtype)
+        model.model.keeps = self.memory.plan.keeps
         for module in (self._root, *model.model.layers):
             cut = cast(FSDPModule, module)
             cut.set_gradient_divide_factor(1.0)  # we divide by targets, not by ranks
@@ -69,7 +72,9 @@ class FSDPStrategy(ShardedStrategy):
             dist.note(f"forward and backward of pack {i + 1} of {len(batch)}")
             self._root.set_requires_gradient_sync(i == len(batch) - 1)
             b = pack.to(self.device)
-            loss = self._model(b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen) / num_targets
+            loss = self._model(
+                b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets
+            )
             loss.backward()
             total += loss.detach()
         mean = dist.ALL.sum(total.item())

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from xtuner.config.build import check_arguments, resolve_type, type_name
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.engine.adamw import FORMS, Form
 from xtuner.model.source import DTYPES
 
 
@@ -19,6 +20,8 @@ class OptimWrapper:
         clip_grad: `dict(max_norm=…)`, the 2-norm over all parameters; None for no clipping.
         accumulative_counts: packs each rank takes per iteration (one optimizer step).
         dtype: what matrices are multiplied in: "bf16", "fp32", or "auto" (bf16 on GPUs, fp32 on CPUs).
+        states: how AdamW's masters and moments are kept: "fp32", or leaner "split", "bf16", "8bit" (see adamw.py); one
+            process only.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class OptimWrapper:
         clip_grad: Mapping[str, Any] | None = None,
         accumulative_counts: int = 1,
         dtype: str = "auto",
+        states: str = "fp32",
     ) -> None:
         self.kind = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
@@ -50,8 +54,20 @@ class OptimWrapper:
                 why="fp16 needs loss scaling, which is not built yet" if dtype in ("fp16", "float16") else "",
             )
         self.max_norm = float(clip_grad["max_norm"]) if clip_grad and clip_grad.get("max_norm") is not None else None
+        if states not in FORMS:
+            raise ConfigError(
+                f"states = {states!r} is not one of {', '.join(FORMS)}.{did_you_mean(states, list(FORMS))}",
+                where="optim_wrapper.states",
+            )
+        if states != "fp32" and not self._is_adamw:
+            raise ConfigError(
+                f'states = "{states}" is for AdamW, not for {type_name(self.kind)}({self._shown()})',
+                where="optim_wrapper.states",
+                do='take torch.optim.AdamW without amsgrad or maximize, or states = "fp32"',
+            )
         self.accumulative_counts = accumulative_counts
         self.dtype = dtype
+        self.states = FORMS[states]
 
     @property
     def lr(self) -> float:
@@ -62,6 +78,15 @@ class OptimWrapper:
             return torch.bfloat16 if device.type == "cuda" else torch.float32
         return DTYPES[self.dtype]
 
+    @property
+    def _is_adamw(self) -> bool:
+        return self.kind is torch.optim.AdamW and self.arguments.keys() <= {"lr", "betas", "eps", "weight_decay"}
+
+    def own_form(self, device: torch.device) -> Form | None:
+        """The form of our own AdamW that a single process takes; None for PyTorch's optimizer on fp32 masters."""
+        own = self.states.name != "fp32" or (device.type == "cuda" and self._is_adamw)
+        return self.states if own else None
+
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer; its fused kernel where it has one and nothing else is asked."""
         choices = {"fused", "foreach"} & set(inspect.signature(self.kind).parameters)
@@ -69,6 +94,8 @@ class OptimWrapper:
         return self.kind(parameters, **self.arguments, **fused)
 
     def describe(self) -> str:
-        settings = ", ".join(f"{k}={v}" for k, v in self.arguments.items())
         clip = f"gradients clipped to norm {self.max_norm:g}" if self.max_norm else "no clipping"
-        return f"{type_name(self.kind)}({settings}), {clip}"
+        return f"{type_name(self.kind)}({self._shown()}), {clip}"
+
+    def _shown(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in self.arguments.items())

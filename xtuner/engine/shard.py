@@ -70,6 +70,10 @@ class ShardedStrategy(ABC):
     def _refresh(self) -> None:
         """Bring new masters to where the network computes from, and forget gradients: they are of other weights."""
 
+    def _span(self, key: str, master: Part) -> tuple[int, int]:
+        """(begin, end) of this process's elements of an optimizer state, whose other elements other ranks hold."""
+        return master.begin, master.begin + len(master.values)
+
     def reserve(self, optimizer: bool) -> None:
         """Begin to take host memory for snapshots, beside training; after the first step, which makes the state."""
         weights = {n: torch.empty(self._shapes[n], device="meta") for names in self._mine.values() for n in names}
@@ -93,7 +97,7 @@ class ShardedStrategy(ABC):
     def _copy_weights(self, shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
         """The whole parameters that this rank writes. Bits are summed as integers: exact, zeros keep their sign."""
         if self._ranks.size == 1:
-            return self._host.of({n: shards[n].master.values.view(s) for n, s in self._shapes.items()})
+            return {n: self._host.of({n: shards[n].master.read().view(s)})[n] for n, s in self._shapes.items()}
         held: dict[str, torch.Tensor] = {}
         for i, names in enumerate(self._files.values()):
             writer = i % self._ranks.size
@@ -101,7 +105,7 @@ class ShardedStrategy(ABC):
                 bits = torch.zeros(self._shapes[name].numel(), dtype=torch.int32, device=self.device)
                 if name in shards:
                     part = shards[name].master
-                    bits[part.begin : part.begin + len(part.values)] = part.values.view(torch.int32)
+                    bits[part.begin : part.begin + len(part.values)] = part.read().view(torch.int32)
                 self._ranks.reduce(bits, writer)
                 if writer == self._ranks.rank:
                     held |= self._host.of({name: bits.view(torch.float32).view(self._shapes[name])})
@@ -125,7 +129,7 @@ class ShardedStrategy(ABC):
         shards = self._shards()
         for name, shard in progress(shards.items(), "reading optimizer state", total=len(shards)):
             for key in saved.keys.get(name, ()):
-                self._place(name, key, saved.read(f"{key}/{name}", shard.master))
+                self._place(name, key, saved.read(f"{key}/{name}", *self._span(key, shard.master), self.device))
         self.load_weights(folder / "weights")
 
 
@@ -162,18 +166,17 @@ class SavedStates:
                 do=f"start a new run from its weights: load_from = {str(folder)!r}, in another work_dir",
             )
 
-    def read(self, name: str, part: Part) -> torch.Tensor:
-        """`exp_avg/model.norm.weight`: a scalar, or the elements that belong to `part`, on its device."""
+    def read(self, name: str, begin: int, end: int, device: torch.device) -> torch.Tensor:
+        """`exp_avg/model.norm.weight`: a scalar, or its elements from `begin` to `end` on a device."""
         if name in self._scalars:
             return self._scalars[name].clone()
-        begin, end = part.begin, part.begin + len(part.values)
         found, missing = torch.empty(0), end - begin
         for at, count, tensors in self._pieces[name]:
             first, last = max(at, begin), min(at + count, end)
             if first < last:
                 piece = tensors.get_slice(name)[first - at : last - at]
                 if not len(found):
-                    found = torch.empty(end - begin, dtype=piece.dtype, device=part.values.device)
+                    found = torch.empty(end - begin, dtype=piece.dtype, device=device)
                 found[first - begin : last - begin] = piece
                 missing -= last - first
         if missing:

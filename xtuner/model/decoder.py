@@ -8,7 +8,10 @@ Parameter names are InternLM2's own; `families.py` knows the others'.
 """
 
 import zlib
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from xtuner.model import attention
 from xtuner.model.loss import linear_cross_entropy
+from xtuner.model.ops import functions
+from xtuner.model.ops.functions import EVERYTHING, Keep
 from xtuner.model.rope import Rope, RopeScaling, rotate
 
 
@@ -61,9 +66,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return functions.norm(x, self.weight, self.eps)
 
 
 @dataclass
@@ -127,6 +130,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each on the norm of a sum that both add to.
+
+    `forward` without gradients is the definition; with gradients the same is computed by `ops/functions.py`.
+    """
+
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -134,9 +142,36 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.feed_forward = FeedForward(c)
 
-    def forward(self, x_TH: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x_TH: torch.Tensor, layout: Layout, cache: LayerCache | None = None, keep: Keep = EVERYTHING
+    ) -> torch.Tensor:
+        if cache is None and torch.is_grad_enabled():
+            return self._train(x_TH, layout, keep)
         x_TH = x_TH + self.attention(self.attention_norm(x_TH), layout, cache)
         return x_TH + self.feed_forward(self.ffn_norm(x_TH))
+
+    def _train(self, x_TH: torch.Tensor, layout: Layout, keep: Keep) -> torch.Tensor:
+        if not keep.attention:
+            return checkpoint(self._train, x_TH, layout, EVERYTHING, use_reentrant=False, preserve_rng_state=False)
+        a, mlp = self.attention, self.feed_forward
+
+        def inputs() -> tuple[Any, ...]:
+            return (x_TH, self.attention_norm.weight, a.wqkv.weight, a.wqkv.bias, layout.cos_TD, layout.sin_TD,
+                    self.attention_norm.eps, a.num_kv_heads, a.head_dim)  # fmt: skip
+
+        q_TND, k_TKD, v_TKD, x = functions.AttentionInputs.apply(*inputs())
+        forget = functions.forgetting((q_TND, k_TKD, v_TKD), lambda: functions.heads_of(*inputs()))
+        with nullcontext() if keep.qkv else forget:
+            o_TND = a.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
+        return functions.BlockOutputs.apply(
+            x, o_TND.reshape(len(x), -1), a.wo.weight, a.wo.bias, self.ffn_norm.weight,
+            mlp.w1.weight, mlp.w3.weight, mlp.w2.weight, self.ffn_norm.eps, keep,
+        )  # fmt: skip
+
+
+class Embedding(nn.Embedding):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return functions.embed(input_ids, self.weight, self.padding_idx)
 
 
 class Decoder(nn.Module):
@@ -145,10 +180,10 @@ class Decoder(nn.Module):
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
         self.rope = c.rope
-        self.tok_embeddings = nn.Embedding(c.vocab_size, c.hidden_size, padding_idx=c.pad_token_id)
+        self.tok_embeddings = Embedding(c.vocab_size, c.hidden_size, padding_idx=c.pad_token_id)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.recompute = False  # keep only the input of each block, compute the rest again in the backward
+        self.keeps: Callable[[int], list[Keep]] = lambda tokens: [EVERYTHING] * c.num_layers  # chosen by plan.py
 
     def forward(
         self,
@@ -158,24 +193,22 @@ class Decoder(nn.Module):
         max_seqlen: int,
         caches: list[LayerCache] | None = None,
     ) -> torch.Tensor:
-        x_TH = self.tok_embeddings(input_ids)
         cos_TD, sin_TD = self.rope.table(position_ids, cu_seqlens)
         layout = Layout(cu_seqlens, max_seqlen, cos_TD, sin_TD)
+        x_TH = self.tok_embeddings(input_ids)
+        keeps = self.keeps(len(input_ids))
         for i, block in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x_TH = checkpoint(block, x_TH, layout, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_TH = block(x_TH, layout, caches[i] if caches else None)
+            x_TH = block(x_TH, layout, caches[i] if caches else None, keeps[i])
         return self.norm(x_TH)
 
 
 class Head(nn.Linear):
     """The output layer: logits, or the summed loss of targets without holding all logits."""
 
-    def forward(self, x_TH: torch.Tensor, targets_T: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x_TH: torch.Tensor, targets_T: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
         if targets_T is None:
             return super().forward(x_TH)
-        return linear_cross_entropy(x_TH, self.weight, targets_T)
+        return linear_cross_entropy(x_TH, self.weight, targets_T, scale)
 
 
 class CausalLM(nn.Module):
@@ -195,8 +228,9 @@ class CausalLM(nn.Module):
         position_ids: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         caches: list[LayerCache] | None = None,
+        scale: float = 1.0,
     ) -> torch.Tensor:
-        """Logits [T, V], or with `targets` the summed cross entropy (fp32 scalar, nats).
+        """Logits [T, V], or with `targets` the summed cross entropy times `scale` (fp32 scalar, nats).
 
         Args:
             input_ids: int64 [T], documents laid end to end.
@@ -209,7 +243,7 @@ class CausalLM(nn.Module):
         """
         if caches is not None:
             return self.output(self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen, caches)[-1:])
-        return self.output(self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen), targets)
+        return self.output(self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen), targets, scale)
 
     def hidden(
         self,

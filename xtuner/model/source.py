@@ -12,6 +12,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.model import attention, families
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
+from xtuner.model.plan import Plan
 from xtuner.model.weights import Part, fill
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,8 +43,8 @@ class ModelSource:
 
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention backend, and what the backward keeps."""
-        model.use_attention(attention.choose(device, dtype))
-        model.model.recompute = self.recompute
+        model.use_attention(attention.choose(device, dtype, self.config.head_dim))
+        model.model.keeps = Plan(self.config, dtype.itemsize, 0 if self.recompute else None).keeps
 
     def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         """Give this process's `parts` their first values. One full parameter more is in memory at a time.
@@ -57,7 +58,7 @@ class ModelSource:
             fill(parts, self.folder, self.layout, self.config)
             return
         for name, part in parts.items():
-            in_place = len(part.values) == shapes[name].numel() and part.values.device == device
+            in_place = type(part) is Part and len(part.values) == shapes[name].numel() and part.values.device == device
             full = part.values.view(shapes[name]) if in_place else torch.empty(shapes[name], device=device)
             initialize(name, full, self.config, self.seed or 0)
             if not in_place:

@@ -119,6 +119,10 @@ class Part:
     def whole(cls, parameter: torch.Tensor) -> "Part":
         return cls(parameter.data.view(-1))
 
+    def read(self) -> torch.Tensor:
+        """The fp32 values [n]."""
+        return self.values
+
     @torch.no_grad()
     def take(self, full: torch.Tensor) -> None:
         """Copy this part out of the full parameter, casting to its dtype."""

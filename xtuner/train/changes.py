@@ -15,7 +15,8 @@ HARMLESS = (
     "default_hooks.checkpoint", "train_cfg.max_skipped", "randomness.deterministic",
 )  # fmt: skip
 # Changes with which the checkpoint cannot be loaded.
-IMPOSSIBLE = ("optim_wrapper.optimizer.type", "model.vocab_size", "model.hidden_size", "model.intermediate_size",
+IMPOSSIBLE = ("optim_wrapper.optimizer.type", "optim_wrapper.states",
+              "model.vocab_size", "model.hidden_size", "model.intermediate_size",
               "model.num_hidden_layers", "model.num_attention_heads", "model.num_key_value_heads", "model.head_dim",
               "model.bias")  # fmt: skip
 

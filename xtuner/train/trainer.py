@@ -125,6 +125,8 @@ def _start(run: Run, options: Options) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     run.strategy = strategy(run.source, run.optim, run.device, options.deepspeed, options.fsdp)
+    if run.device.type == "cuda":
+        run.strategy.memory.tell(run.loader.dataset.packed_length)
     take(run, found)
     for hook in run.hooks:
         hook.before_run(run)

@@ -1,0 +1,201 @@
+"""AdamW with its masters and moments kept in one of four forms; on GPUs one pass over memory a step.
+
+| form  | weights                                    | gradient sums | moments        | bytes a parameter on a GPU |
+|-------|--------------------------------------------|---------------|----------------|----------------------------|
+| fp32  | fp32 masters and a bf16 copy that computes | fp32          | fp32           | 18                         |
+| split | bf16 that computes and the 16 bits it lacks | fp32         | fp32           | 16 (the same fp32 masters) |
+| bf16  | bf16, rounded at random                    | bf16          | bf16, at random | 8                         |
+| 8bit  | bf16, rounded at random                    | bf16          | 8 bits, at random | 6                       |
+
+Rounded at random: up or down, with the probability that makes the mean right, so that small updates are not lost. The
+bits come from a hash of step, parameter and place: a resumed run draws the same.
+
+8-bit moments come in groups of 256 with one fp32 scale s, the largest of the group: the first is s·(q/127)·|q/127|, q
+in −127 … 127, the second s·(q/255)^4, q in 0 … 255; powers, as most moments are far smaller than the largest.
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+GROUP = 256
+Moments = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How AdamW's state is kept."""
+
+    name: str
+    gradient: torch.dtype
+    moment: torch.dtype
+    bytes: int  # a parameter, on a GPU, with bf16 to compute in
+
+
+FORMS = {
+    f.name: f
+    for f in (
+        Form("fp32", torch.float32, torch.float32, 18),
+        Form("split", torch.float32, torch.float32, 16),
+        Form("bf16", torch.bfloat16, torch.bfloat16, 8),
+        Form("8bit", torch.bfloat16, torch.int8, 6),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The numbers of one step. `clip`, a scalar on the device, multiplies gradients."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int  # from 1
+    clip: torch.Tensor
+
+    @property
+    def corrections(self) -> tuple[float, float]:
+        return 1 - self.beta1**self.step, 1 - self.beta2**self.step
+
+    def seed(self, name: str) -> int:
+        """Of the random bits for one parameter in this step, 31 bits."""
+        return zlib.crc32(f"{name} {self.step}".encode()) >> 1
+
+
+def new_state(weight: torch.Tensor, form: Form) -> Moments:
+    """Zero moments for a parameter, and for split and fp32 what its compute copy lacks of the master; all flat."""
+    n, device = weight.numel(), weight.device
+    state = {k: torch.zeros(n, dtype=form.moment, device=device) for k in ("exp_avg", "exp_avg_sq")}
+    if form.name == "8bit":
+        state["exp_avg_sq"] = state["exp_avg_sq"].view(torch.uint8)
+        scales = {f"{k}_scale": torch.zeros(-(-n // GROUP), device=device) for k in ("exp_avg", "exp_avg_sq")}
+        state |= scales
+    if form.name == "split":
+        state["low"] = torch.zeros(n, dtype=torch.int16, device=device)
+    if form.name == "fp32":
+        state["master"] = torch.zeros(n, dtype=torch.float32, device=device)
+    return state
+
+
+def read_master(weight: torch.Tensor, state: Mapping[str, torch.Tensor], form: Form) -> torch.Tensor:
+    """fp32 [n]; a view for "fp32", else made for the occasion."""
+    if form.name == "fp32":
+        return state["master"]
+    values = weight.detach().view(-1).float()
+    if form.name == "split":
+        return (values.view(torch.int32) + state["low"].int()).view(torch.float32)
+    return values
+
+
+@torch.no_grad()
+def write_master(
+    weight: torch.Tensor, state: Mapping[str, torch.Tensor], form: Form, values: torch.Tensor, seed: int | None = None
+) -> None:
+    """Make fp32 `values` [n] the weight's master: rounded to bf16 at random with a seed, else to the nearest."""
+    flat = weight.detach().view(-1)
+    if form.name == "fp32":
+        state["master"].copy_(values)
+        flat.copy_(values)
+        return
+    bits = values.contiguous().view(torch.int32)
+    if seed is not None and form.name != "split":
+        high = bits + (random_bits(len(bits), seed, bits.device) & 0xFFFF).int()
+    else:
+        high = bits + 0x8000
+    high = high & -0x10000
+    flat.copy_(high.view(torch.float32))
+    if form.name == "split":
+        state["low"].copy_(bits - high)
+
+
+def random_bits(n: int, seed: int, device: torch.device) -> torch.Tensor:
+    """32 random bits for each place 0 … n − 1, in int64: a hash of place and seed ("lowbias32", C. Wellons, 2018)."""
+    x = torch.arange(n, dtype=torch.int64, device=device) ^ seed
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@torch.no_grad()
+def update(name: str, weight: torch.Tensor, gradient: torch.Tensor, state: Moments, form: Form, rates: Rates) -> None:
+    """One step of one parameter, in place. This is the definition; on GPUs a kernel does the same."""
+    if weight.is_cuda:
+        from xtuner.engine import adamw_kernels
+
+        adamw_kernels.update(weight, gradient, state, form, rates, rates.seed(name))
+        return
+    seed = rates.seed(name)
+    g = gradient.view(-1).float() * rates.clip
+    m, v = _decode(state, "exp_avg"), _decode(state, "exp_avg_sq")
+    m = m + (1 - rates.beta1) * (g - m)
+    v = v + (1 - rates.beta2) * (g * g - v)
+    c1, c2 = rates.corrections
+    w = read_master(weight, state, form) * (1 - rates.lr * rates.weight_decay)
+    w = w - (rates.lr / c1) * m / ((v / c2).sqrt() + rates.eps)
+    write_master(weight, state, form, w, seed)
+    bits = random_bits(len(w), seed, w.device)
+    _encode(state, "exp_avg", m, bits >> 16 & 0xFF)
+    _encode(state, "exp_avg_sq", v, bits >> 24)
+
+
+def _grouped(values: torch.Tensor) -> torch.Tensor:
+    """[n] → [groups, GROUP], zeros at the end."""
+    return torch.nn.functional.pad(values, (0, -len(values) % GROUP)).view(-1, GROUP)
+
+
+def _decode(state: Moments, key: str) -> torch.Tensor:
+    codes = state[key]
+    if codes.dtype == torch.int8:
+        share = _grouped(codes.float()) / 127
+        values = share * share.abs() * state[f"{key}_scale"][:, None]
+    elif codes.dtype == torch.uint8:
+        values = (_grouped(codes.float()) / 255) ** 4 * state[f"{key}_scale"][:, None]
+    else:
+        return codes.float()
+    return values.view(-1)[: len(codes)]
+
+
+def _encode(state: Moments, key: str, values: torch.Tensor, bits: torch.Tensor) -> None:
+    """Store moments, rounded at random by 8 `bits` each."""
+    codes, chance = state[key], (bits.float() + 0.5) / 256
+    if codes.dtype == torch.float32:
+        codes.copy_(values)
+        return
+    if codes.dtype == torch.bfloat16:
+        raw = values.view(torch.int32) + (bits.int() << 8) + 0x80
+        codes.copy_((raw & -0x10000).view(torch.float32))
+        return
+    levels, power = (127, 2) if codes.dtype == torch.int8 else (255, 4)
+    groups = _grouped(values.abs())
+    scale = groups.amax(1)
+    state[f"{key}_scale"].copy_(scale)
+    share = (groups / scale[:, None].clamp(min=1e-38)).view(-1)[: len(values)]
+    low = (share ** (1 / power) * levels).floor().clamp(max=levels - 1)
+    below, above = (low / levels) ** power, ((low + 1) / levels) ** power
+    code = low + ((share - below) / (above - below) > chance)
+    if codes.dtype == torch.uint8:
+        code = torch.where(values > 0, code.clamp(min=1), code)  # 0 would make the next step enormous
+    codes.copy_(code * values.sign())
+
+
+class AdamW:
+    """All parameters of a model, updated by `update`. They need no gradients of autograd's: see `gradient_sum`."""
+
+    def __init__(self, weights: Mapping[str, torch.nn.Parameter], form: Form, arguments: Mapping[str, Any]) -> None:
+        self.weights, self.form = dict(weights), form
+        self.beta1, self.beta2 = arguments.get("betas", (0.9, 0.999))
+        self.eps = arguments.get("eps", 1e-8)
+        self.weight_decay = arguments.get("weight_decay", 1e-2)
+        self.steps = 0
+        self.state = {name: new_state(w, form) for name, w in self.weights.items()}
+
+    def step(self, gradients: Mapping[str, torch.Tensor], lr: float, clip: torch.Tensor) -> None:
+        self.steps += 1
+        rates = Rates(lr, self.beta1, self.beta2, self.eps, self.weight_decay, self.steps, clip)
+        for name, weight in self.weights.items():
+            update(name, weight, gradients[name], self.state[name], self.form, rates)

@@ -1,0 +1,97 @@
+"""How a GPU's memory is shared out: the state of weights and optimizer first, the rest for what a pack needs.
+
+    free now = state + reserve + room;   a micro-batch gets the room
+
+As many tokens are taken at once as can be computed without computing anything twice, at least LEAST; documents longer
+than that keep less (model/plan.py). On CPUs memory is not counted.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from xtuner.core.log import human_bytes, logger
+from xtuner.engine.optim import OptimWrapper
+from xtuner.model.flops import num_parameters
+from xtuner.model.plan import ORDER, Plan
+from xtuner.model.source import ModelSource
+
+LEAST = 4096  # tokens of a micro-batch; fewer leave the GPU's multipliers idle
+USUAL = 8192  # where not even the least fits without computing something twice
+RESERVE = 3 * 2**30  # bytes: the libraries' own, and what the allocator cannot use
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Args: state: bytes; plan: for a micro-batch; most: tokens of a micro-batch, None for a whole pack."""
+
+    state: int
+    plan: Plan
+    most: int | None = None
+
+    def micro_batch(self, tokens: int) -> int:
+        """How long the parts of a pack of so many tokens may be."""
+        return tokens if self.most is None else min(tokens, self.most)
+
+    def tell(self, pack: int) -> None:
+        """Log what has been decided, for packs of so many tokens."""
+        tokens = self.micro_batch(pack)
+        keeps = self.plan.keeps(tokens)
+        shown = "nothing is computed twice"
+        if not self.plan.fits(tokens):
+            kept = {name: sum(getattr(k, name) for k in keeps) for name in ORDER}
+            shown = f"of {len(keeps)} layers keep " + ", ".join(f"{n} {count}" for n, count in kept.items())
+        logger.info(
+            f"memory: {human_bytes(self.state)} of state; micro-batches of at most {tokens:,} tokens, {shown}; "
+            f"peak {human_bytes(self.state + self.plan.peak(tokens))} expected"
+        )
+
+
+def of_single(source: ModelSource, optim: OptimWrapper, device: torch.device) -> Memory:
+    """For one process that holds everything."""
+    form = optim.own_form(device)
+    state = num_parameters(source.config) * (form.bytes if form else 18)
+    return share_out(state, source, optim, device)
+
+
+def of_fsdp(source: ModelSource, optim: OptimWrapper, device: torch.device, cut: int) -> Memory:
+    """For one of `cut` ranks. Beside its part, embedding and head are whole, and two blocks with a gradient."""
+    c = source.config
+    itemsize, parameters, ends = (
+        optim.compute_dtype(device).itemsize,
+        num_parameters(c),
+        2 * c.vocab_size * c.hidden_size,
+    )
+    whole = ends + 2 * (parameters - ends) // c.num_layers
+    if optim.accumulative_counts > 1:  # gradients are summed whole, until the last pack
+        whole = parameters
+    return share_out(16 * parameters // cut + (itemsize + 4) * whole, source, optim, device, cut=False)
+
+
+def of_zero(
+    source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int, stage: int, offload: bool
+) -> Memory:
+    """For one of `ranks` of DeepSpeed's: bf16 weights and gradients, then fp32 master, gradient and two moments."""
+    parameters = num_parameters(source.config)
+    whole = {0: 20, 1: 4, 2: 2, 3: 2}[stage]  # bytes a parameter on every rank; stage 3: what lives at a time
+    divided = {0: 0, 1: 16, 2: 18, 3: 20}[stage] - (12 if offload else 0)
+    return share_out(parameters * whole + parameters * divided // ranks, source, optim, device, cut=False)
+
+
+def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torch.device, cut: bool = True) -> Memory:
+    """Plan with what the device has beside `state` bytes; to be asked before any of them is there.
+
+    Args:
+        cut: whether packs may be cut into micro-batches, else they keep less.
+    """
+    itemsize = optim.compute_dtype(device).itemsize
+    if not source.recompute:
+        return Memory(state, Plan(source.config, itemsize))
+    if device.type != "cuda":
+        return Memory(state, Plan(source.config, itemsize, 0))
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    plan = Plan(source.config, itemsize, max(int(free - state - RESERVE), 0))
+    if not cut:
+        return Memory(state, plan)
+    largest = plan.largest(2**17)
+    return Memory(state, plan, largest if largest >= LEAST else USUAL)

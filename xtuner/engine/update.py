@@ -1,0 +1,149 @@
+"""What a single process keeps of the weights' state, and how a step changes them: by any optimizer of PyTorch's with
+fp32 masters, or by our own AdamW in one of its forms (adamw.py). Gradients are added up in `sums` in both.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from xtuner.engine.adamw import GROUP, AdamW, Form, read_master, write_master
+from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.shard import Shard, beside
+from xtuner.model.decoder import CausalLM
+from xtuner.model.ops.sums import GradientSum
+from xtuner.model.weights import Part
+
+
+class Update(Protocol):
+    @property
+    def sums(self) -> Mapping[str, GradientSum]:
+        """By parameter."""
+
+    def norm(self) -> torch.Tensor:
+        """2-norm of all gradients, a scalar on the device."""
+
+    def apply(self, lr: float, max_norm: float | None, norm: torch.Tensor) -> None:
+        """Clip and step."""
+
+    def shards(self) -> dict[str, Shard]:
+        """Master and optimizer state of each parameter."""
+
+    def place(self, name: str, key: str, value: torch.Tensor) -> None:
+        """Restore a part of a parameter's optimizer state: a scalar or a flat tensor."""
+
+    def refresh(self) -> None:
+        """Bring masters, changed from outside, to the weights that compute."""
+
+
+def of(model: CausalLM, optim: OptimWrapper) -> Update:
+    """The update of a model whose weights are in the dtype that computes."""
+    form = optim.own_form(next(model.parameters()).device)
+    return ByForm(model, optim, form) if form else ByTorch(model, optim)
+
+
+def _sums(model: CausalLM, dtype: torch.dtype) -> dict[str, GradientSum]:
+    sums = {}
+    for name, weight in model.named_parameters():
+        sums[name] = weight.gradient_sum = GradientSum(torch.empty_like(weight, dtype=dtype))  # type: ignore[attr-defined]
+    return sums
+
+
+class ByTorch:
+    """One of `torch.optim` on fp32 masters. Weights that compute in fp32 are their own masters."""
+
+    def __init__(self, model: CausalLM, optim: OptimWrapper) -> None:
+        self._weights = dict(model.named_parameters())
+        self._masters = {
+            n: w if w.dtype == torch.float32 else torch.nn.Parameter(torch.empty_like(w, dtype=torch.float32))
+            for n, w in self._weights.items()
+        }
+        self.sums = _sums(model, torch.float32)
+        self._optimizer = optim.build(self._masters.values())
+
+    def norm(self) -> torch.Tensor:
+        return torch.nn.utils.get_total_norm([s.value() for s in self.sums.values()])
+
+    def apply(self, lr: float, max_norm: float | None, norm: torch.Tensor) -> None:
+        for name, master in self._masters.items():
+            master.grad = self.sums[name].value()
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._masters.values(), max_norm, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.refresh()
+
+    def shards(self) -> dict[str, Shard]:
+        state = self._optimizer.state
+        return {
+            name: Shard(Part.whole(p), {k: v.view(-1) if v.dim() else v for k, v in state.get(p, {}).items()})
+            for name, p in self._masters.items()
+        }
+
+    def place(self, name: str, key: str, value: torch.Tensor) -> None:
+        master = self._masters[name]
+        value = value.view(master.shape) if value.dim() else beside(value, master, self._optimizer)
+        self._optimizer.state[master][key] = value
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        pairs = [(w.data, m.data) for w, m in zip(self._weights.values(), self._masters.values(), strict=True)]
+        if copies := [(w, m) for w, m in pairs if w is not m and w.data_ptr() != m.data_ptr()]:
+            torch._foreach_copy_([w for w, _ in copies], [m for _, m in copies])
+
+
+class _Encoded(Part):
+    """A whole parameter whose fp32 master is put together when asked for."""
+
+    def __init__(self, adamw: AdamW, name: str) -> None:
+        super().__init__(adamw.weights[name].data.view(-1))
+        object.__setattr__(self, "_of", (adamw.weights[name], adamw.state[name], adamw.form))
+
+    def read(self) -> torch.Tensor:
+        return read_master(*self._of)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def take(self, full: torch.Tensor) -> None:
+        weight, state, form = self._of  # type: ignore[attr-defined]
+        write_master(weight, state, form, full.reshape(-1).to(weight.device, torch.float32))
+
+
+class ByForm:
+    """Our own AdamW in one of its forms."""
+
+    def __init__(self, model: CausalLM, optim: OptimWrapper, form: Form) -> None:
+        weights = dict(model.named_parameters())
+        self.sums = _sums(model, form.gradient)
+        self._adamw = AdamW(weights, form, optim.arguments)
+
+    def norm(self) -> torch.Tensor:
+        gradients = [s.value() for s in self.sums.values()]
+        return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+
+    def apply(self, lr: float, max_norm: float | None, norm: torch.Tensor) -> None:
+        clip = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self._adamw.step({n: s.value() for n, s in self.sums.items()}, lr, clip)
+
+    def shards(self) -> dict[str, Shard]:
+        step = torch.tensor(float(self._adamw.steps))
+        own = ("master", "low")  # in checkpoints masters are whole fp32 weights
+        return {
+            name: Shard(_Encoded(self._adamw, name), {"step": step} | {k: v for k, v in state.items() if k not in own})
+            for name, state in self._adamw.state.items()
+        }
+
+    def place(self, name: str, key: str, value: torch.Tensor) -> None:
+        if key == "step":
+            self._adamw.steps = int(value)
+        else:
+            self._adamw.state[name][key].copy_(value)
+
+    def refresh(self) -> None:
+        pass  # taking a master over has written the weight
+
+
+def length(key: str, numel: int) -> int:
+    """Elements that a parameter's optimizer state `key` has."""
+    return -(-numel // GROUP) if key.endswith("_scale") else numel

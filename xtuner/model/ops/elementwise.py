@@ -1,0 +1,132 @@
+"""What a block computes beside matrix products and attention, forward and backward: defined here in PyTorch.
+
+On GPUs each is one kernel that reads and writes memory once (`kernels.py`); `tests/test_gpu.py` compares the two.
+
+    T tokens   H hidden   N query heads   K kv heads   G = N/K   D head dim   F ffn   V vocabulary
+"""
+
+from functools import cache
+
+import torch
+from torch.nn import functional as F
+
+from xtuner.model.rope import rotate
+
+IGNORE = -100
+
+
+@cache
+def _have_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _fast(x: torch.Tensor) -> bool:
+    return x.is_cuda and _have_triton()
+
+
+def rms_norm(
+    x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, add_TH: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + add, its norm times w). The mean square is taken in fp32, the product in x's dtype."""
+    if _fast(x_TH):
+        from xtuner.model.ops import kernels
+
+        return kernels.rms_norm(x_TH, w_H, eps, add_TH)
+    if add_TH is not None:
+        x_TH = x_TH + add_TH
+    x32 = x_TH.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return x_TH, w_H * normed.to(x_TH.dtype)
+
+
+def rms_norm_backward(
+    d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of x, of w in fp32) from that of the norm; `residual`, x's gradient by another way, is added."""
+    if _fast(x_TH):
+        from xtuner.model.ops import kernels
+
+        return kernels.rms_norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
+    x32, d32 = x_TH.float(), d_TH.float()
+    scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    normed = x32 * scale
+    dw_H = (d32 * normed.to(x_TH.dtype)).sum(0)
+    d32 = d32 * w_H
+    dx = scale * (d32 - normed * (d32 * normed).mean(-1, keepdim=True))
+    if residual_TH is not None:
+        dx = dx + residual_TH
+    return dx.to(x_TH.dtype), dw_H
+
+
+def split_rotate(
+    qkv: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, kv_heads: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[T, K·(G+2)·D] → q [T, N, D], k and v [T, K, D], q and k turned by each token's angles; all contiguous."""
+    if _fast(qkv):
+        from xtuner.model.ops import kernels
+
+        return kernels.split_rotate(qkv, cos_TD, sin_TD, kv_heads, head_dim)
+    T = len(qkv)
+    heads = qkv.view(T, kv_heads, -1, head_dim)
+    q_TND = heads[:, :, :-2].reshape(T, -1, head_dim)
+    k_TKD, v_TKD = heads[:, :, -2], heads[:, :, -1]
+    return rotate(q_TND, cos_TD, sin_TD), rotate(k_TKD, cos_TD, sin_TD), v_TKD.contiguous()
+
+
+def split_rotate_backward(
+    dq_TND: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
+) -> torch.Tensor:
+    """Gradients of q, k and v → that of the joint projection [T, K·(G+2)·D]."""
+    if _fast(dq_TND):
+        from xtuner.model.ops import kernels
+
+        return kernels.split_rotate_backward(dq_TND, dk_TKD, dv_TKD, cos_TD, sin_TD)
+    T, kv_heads, head_dim = dk_TKD.shape
+    dq = rotate(dq_TND, cos_TD, -sin_TD).view(T, kv_heads, -1, head_dim)
+    dk = rotate(dk_TKD, cos_TD, -sin_TD).view(T, kv_heads, 1, head_dim)
+    return torch.cat((dq, dk, dv_TKD.view(T, kv_heads, 1, head_dim)), dim=2).view(T, -1)
+
+
+def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up."""
+    if _fast(gate_TF):
+        from xtuner.model.ops import kernels
+
+        return kernels.swiglu(gate_TF, up_TF)
+    return F.silu(gate_TF) * up_TF
+
+
+def swiglu_backward(
+    gate_TF: torch.Tensor, up_TF: torch.Tensor, d_TF: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(gradient of gate, of up, and silu(gate) · up again); on GPUs in the memory of the three inputs."""
+    if _fast(gate_TF):
+        from xtuner.model.ops import kernels
+
+        return kernels.swiglu_backward_(gate_TF, up_TF, d_TF)
+    sigmoid = torch.sigmoid(gate_TF.float())
+    silu = (gate_TF * sigmoid).to(gate_TF.dtype)
+    d_gate = d_TF.float() * up_TF * (sigmoid * (1 + gate_TF * (1 - sigmoid)))
+    return d_gate.to(gate_TF.dtype), d_TF * silu, silu * up_TF
+
+
+def cross_entropy_(logits_TV: torch.Tensor, targets_T: torch.Tensor, scale: float) -> torch.Tensor:
+    """Losses, fp32 [T], 0 where there is no target; the logits become scale · d(sum of losses)/d(logits)."""
+    if _fast(logits_TV):
+        from xtuner.model.ops import kernels
+
+        return kernels.cross_entropy_(logits_TV, targets_T, scale)
+    unlearned, column = targets_T == IGNORE, targets_T.clamp(min=0)[:, None]
+    scores = logits_TV.float()
+    target_logit = scores.gather(1, column)
+    largest = scores.amax(1, keepdim=True)
+    scores = scores.sub(largest).exp_()
+    total = scores.sum(1, keepdim=True)
+    losses = (total.log() + largest - target_logit)[:, 0].masked_fill(unlearned, 0.0)
+    scores.div_(total).scatter_add_(1, column, -torch.ones_like(target_logit))
+    logits_TV.copy_(scores.masked_fill_(unlearned[:, None], 0.0).mul_(scale))
+    return losses

@@ -1,0 +1,69 @@
+"""Where gradients of weights are added up over the micro-batches of an iteration.
+
+A parameter with a `gradient_sum` gets its gradient there, by the matrix product itself: no copy of the gradient, no
+pass over memory to add it. Autograd then sees none. A parameter without one gets an ordinary gradient.
+"""
+
+import torch
+
+
+class GradientSum:
+    """The sum of one weight's gradients, in a buffer that is used again by every iteration.
+
+    Args:
+        buffer: of the weight's shape, fp32 or the weight's dtype; its first contents do not matter.
+    """
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self.buffer = buffer
+        self.fresh = True  # nothing has been added yet: the next gradient replaces what is there
+
+    def reset(self) -> None:
+        self.fresh = True
+
+    def value(self) -> torch.Tensor:
+        """The sum; zeros where nothing was added."""
+        if self.fresh:
+            self.buffer.zero_()
+            self.fresh = False
+        return self.buffer
+
+    def add(self, gradient: torch.Tensor) -> None:
+        if self.fresh:
+            self.buffer.copy_(gradient)
+        else:
+            self.buffer.add_(gradient)
+        self.fresh = False
+
+    def add_product(self, d_TN: torch.Tensor, x_TM: torch.Tensor) -> None:
+        """Add d^T x, [N, M]."""
+        beta, self.fresh = 0.0 if self.fresh else 1.0, False
+        if self.buffer.dtype == d_TN.dtype:
+            torch.addmm(self.buffer, d_TN.T, x_TM, beta=beta, out=self.buffer)
+        elif d_TN.is_cuda:  # bf16 factors, summed in fp32 by the product itself
+            torch.addmm(self.buffer, d_TN.T, x_TM, out_dtype=self.buffer.dtype, beta=beta, out=self.buffer)
+        elif beta:
+            self.buffer.add_(d_TN.T @ x_TM)
+        else:
+            self.buffer.copy_(d_TN.T @ x_TM)
+
+
+def sums_of(*weights: torch.Tensor | None) -> tuple[GradientSum | None, ...]:
+    """To be asked in the forward: what comes back from autograd's memory may be another tensor for the same weight."""
+    return tuple(getattr(w, "gradient_sum", None) for w in weights)
+
+
+def give(into: GradientSum | None, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Hand a gradient to a weight's sum, or return it, in the weight's dtype, for autograd."""
+    if into is None:
+        return gradient.to(dtype)
+    into.add(gradient)
+    return None
+
+
+def give_product(into: GradientSum | None, d_TN: torch.Tensor, x_TM: torch.Tensor) -> torch.Tensor | None:
+    """The same for the gradient d^T x of a matrix [N, M]."""
+    if into is None:
+        return d_TN.T @ x_TM
+    into.add_product(d_TN, x_TM)
+    return None

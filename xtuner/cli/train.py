@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core import log
     from xtuner.engine import launch, workers
 
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in words, not in frames of C++
     config = load(args.config, args.cfg_options)
     if args.launcher in ("none", "pytorch"):
         from torch.cuda import device_count
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         max_minutes=args.max_minutes,
         deepspeed=args.deepspeed,
         fsdp=args.fsdp,
+        words=tuple(args.words),
     )
     with taking_part(place, group=bool(args.deepspeed or args.fsdp)) as (device, watch):
         return train(config, Path(work_dir).expanduser(), device, options, watch)

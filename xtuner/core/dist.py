@@ -4,6 +4,7 @@ Messages are JSON, not pickles: what another rank sends is data, never code.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -130,6 +131,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return ALL.size
+
+
+def local_world_size() -> int:
+    """Ranks on this machine, as whoever has started them, or engine/join.py, says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:

@@ -1,19 +1,38 @@
 """Which strategy a run is trained with."""
 
+from typing import NamedTuple
+
 import torch
 
 from xtuner.core import dist
 from xtuner.core.errors import ConfigError
+from xtuner.engine import memory, zero_config
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.single import SingleStrategy
 from xtuner.model.source import ModelSource
 
 
-def strategy(
+class Choice(NamedTuple):
+    """What will train, known before anything is loaded."""
+
+    deepspeed: str | None = None  # a shipped name or a JSON file
+    fsdp: str | None = None  # "full" or "hybrid"
+    state: int = 0  # bytes of weights, gradients and optimizer that a rank holds, by arithmetic
+
+    @property
+    def name(self) -> str:
+        return self.deepspeed or (f"FSDP, {self.fsdp}" if self.fsdp else "one process")
+
+
+def choose(
     source: ModelSource, optim: OptimWrapper, device: torch.device, deepspeed: str | None, fsdp: str | None
-) -> Strategy:
-    """DeepSpeed or FSDP if asked for; else FSDP for several processes, and nothing of that for one."""
+) -> Choice:
+    """DeepSpeed or FSDP if asked for; else FSDP for several processes, and nothing of that for one.
+
+    Raises: ConfigError for what cannot be, DeepSpeed's settings included.
+    """
+    ranks = dist.world_size()
     if deepspeed and fsdp:
         raise ConfigError(
             f"--deepspeed {deepspeed} and --fsdp {fsdp}",
@@ -21,7 +40,7 @@ def strategy(
             why="both cut the model over the ranks, each in its way",
             do="give one of them",
         )
-    if optim.states.name != "fp32" and (deepspeed or fsdp or dist.world_size() > 1):
+    if optim.states.name != "fp32" and (deepspeed or fsdp or ranks > 1):
         raise ConfigError(
             f'states = "{optim.states.name}" is for one process',
             where="optim_wrapper.states",
@@ -29,11 +48,27 @@ def strategy(
             do='set it to "fp32"; the state is then divided by the number of ranks',
         )
     if deepspeed:
+        zero = zero_config.resolve(zero_config.read(deepspeed), optim, device, ranks, deepspeed)["zero_optimization"]
+        offload = "offload_optimizer" in zero
+        return Choice(deepspeed, None, memory.of_zero(source, optim, device, ranks, zero.get("stage", 0), offload).state)
+    if fsdp or ranks > 1:
+        mode = fsdp or "full"
+        cut = ranks if mode == "full" else dist.local_world_size()
+        return Choice(None, mode, memory.of_fsdp(source, optim, device, cut).state)
+    return Choice(state=memory.of_single(source, optim, device).state)
+
+
+def strategy(
+    source: ModelSource, optim: OptimWrapper, device: torch.device, deepspeed: str | None, fsdp: str | None
+) -> Strategy:
+    """As `choose` says."""
+    choice = choose(source, optim, device, deepspeed, fsdp)
+    if choice.deepspeed:
         from xtuner.engine.deepspeed import DeepSpeedStrategy
 
-        return DeepSpeedStrategy(source, optim, device, deepspeed)
-    if fsdp or dist.world_size() > 1:
+        return DeepSpeedStrategy(source, optim, device, choice.deepspeed)
+    if choice.fsdp:
         from xtuner.engine.fsdp import FSDPStrategy
 
-        return FSDPStrategy(source, optim, device, fsdp or "full")
+        return FSDPStrategy(source, optim, device, choice.fsdp)
     return SingleStrategy(source, optim, device)

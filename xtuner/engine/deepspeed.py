@@ -6,13 +6,13 @@ for one number of ranks, are never written.
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from xtuner.core import dist
-from xtuner.core.errors import ConfigError
 from xtuner.data.batch import Batch
 from xtuner.engine import memory, zero_config
 from xtuner.engine.optim import OptimWrapper
@@ -38,7 +38,7 @@ class DeepSpeedStrategy(ShardedStrategy):
     """
 
     def __init__(self, source: ModelSource, optim: OptimWrapper, device: torch.device, settings: str) -> None:
-        deepspeed = _import(device)
+        deepspeed = _started(device)
         config = zero_config.resolve(zero_config.read(settings), optim, device, dist.world_size(), settings)
         self.stage = int(config["zero_optimization"].get("stage", 0))
         self.name = f"zero{self.stage}"
@@ -163,18 +163,9 @@ class DeepSpeedStrategy(ShardedStrategy):
         self._engine.zero_grad()
 
 
-def _import(device: torch.device) -> Any:
-    try:
-        import deepspeed
-    except ImportError:
-        raise ConfigError(
-            "DeepSpeed is not installed",
-            where="--deepspeed",
-            do="pip install 'xtuner[deepspeed]', or train without it: --fsdp needs nothing more",
-        ) from None
-    from deepspeed.utils import logger
-
-    logger.setLevel("WARNING")
+def _started(device: torch.device) -> Any:
+    deepspeed = zero_config.package()
+    warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # it calls old names
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # or it compiles a kernel for minutes that nothing here needs
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")

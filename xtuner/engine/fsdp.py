@@ -8,7 +8,6 @@ between nodes for more memory.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from typing import cast
 
@@ -133,7 +132,7 @@ def _mesh(device: torch.device, mode: str) -> DeviceMesh:
     size = dist.world_size()
     if mode == "full":
         return init_device_mesh(device.type, (size,), mesh_dim_names=("cut",))
-    within = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or torch.cuda.device_count() or 1
+    within = dist.local_world_size()
     if size % within:
         raise ConfigError(
             f"{size} ranks do not divide into nodes of {within}",

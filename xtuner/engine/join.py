@@ -83,4 +83,5 @@ def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch
     finally:
         if watch:
             watch.close()
-        torch_dist.destroy_process_group()
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()

@@ -32,26 +32,35 @@ STUCK = float(os.environ.get("XTUNER_STUCK_SECONDS", "900"))  # nor may all of t
 MEET = float(os.environ.get("XTUNER_MEET_SECONDS", "50"))  # to wait for rank 0, and rank 0 for the others
 ASLEEP = 10 * BEAT  # who was not run for so long (a suspended job) cannot say that the others were silent
 BYE = "bye"
+LEAVE = 10 * BEAT  # when a rank has failed, the others notice by themselves within that time, or are in a hang
 LAST_LINES = 5
 
 
 def store(place: Place) -> Any:
     """Where ranks meet. Raises: ConfigError if that is not possible within MEET seconds."""
-    reason = _unreachable(place) if place.rank else ""
-    try:
-        if not reason:
-            return torch_dist.TCPStore(
-                place.address, place.port, None, place.rank == 0, timedelta(seconds=MEET), wait_for_workers=False
-            )
-    except (torch_dist.DistError, RuntimeError, ValueError) as e:
-        reason = str(e).splitlines()[0]
+    deadline = time.monotonic() + MEET
+    reason = _unreachable(place, deadline) if place.rank else ""
+    made: list[Any] = []
+
+    def make() -> None:
+        wait = timedelta(seconds=MEET)
+        try:
+            args = (place.address, place.port, None, place.rank == 0, wait)
+            made.append(torch_dist.TCPStore(*args, wait_for_workers=False))
+        except (torch_dist.DistError, RuntimeError, ValueError) as e:
+            made.append(e)
+
+    if not reason:
+        asking = threading.Thread(target=make, daemon=True)  # what listens there may be something else, and say nothing
+        asking.start()
+        asking.join(max(deadline - time.monotonic(), 5.0))
+        if made and not isinstance(made[0], Exception):
+            return made[0]
+        reason = str(made[0]).splitlines()[0] if made else "what listens there is no rank 0"
     taken = "EADDRINUSE" in reason or "address already in use" in reason
+    who = f"rank {place.rank} on {place.host} cannot " + ("reach rank 0" if place.rank else "listen")
     raise ConfigError(
-        f"port {place.port} is taken"
-        if taken
-        else f"rank {place.rank} on {place.host} cannot reach rank 0: {reason}"
-        if place.rank
-        else f"rank 0 on {place.host} cannot listen: {reason}",
+        f"port {place.port} is taken" if taken else f"{who}: {reason}",
         where=f"{place.address}:{place.port}",
         why="all processes of a run meet there",
         do="another run, or the rest of one, may hold it: end it, or give another port (PORT, MASTER_PORT)"
@@ -61,9 +70,8 @@ def store(place: Place) -> Any:
     )
 
 
-def _unreachable(place: Place) -> str:
-    """Wait until something listens at rank 0's address. Returns why nothing does after MEET seconds, or nothing."""
-    deadline = time.monotonic() + MEET
+def _unreachable(place: Place, deadline: float) -> str:
+    """Wait until something listens at rank 0's address. Returns why nothing does, or nothing."""
     while True:
         try:
             socket.create_connection((place.address, place.port), timeout=5.0).close()
@@ -88,6 +96,7 @@ class Watch:
         self._seen: dict[int, tuple[str, float]] = {}  # rank → its last beat ("" for none yet), and when that was new
         self._begun = self._looked = self._moved = time.monotonic()
         self._progress: Any = None
+        self._failed_since = 0.0
         self._missed = False
         self._closed = threading.Event()
         self._mine = torch_dist.TCPStore(
@@ -129,6 +138,10 @@ class Watch:
 
     def _look(self) -> str | None:
         """What has gone wrong, if anything. Rank 0 looks at all; the others at its verdict and at its beat."""
+        if self._mine.check(["failed"]):
+            self._failed_since = self._failed_since or time.monotonic()
+            if time.monotonic() - self._failed_since > LEAVE:
+                return self._mine.get("failed").decode()
         if self.place.rank:
             if self._mine.check(["verdict"]):
                 return self._mine.get("verdict").decode()
@@ -233,9 +246,10 @@ class Watch:
 
     def failed(self, error: BaseException) -> None:
         """Tell the others why this rank ends."""
-        text = (str(error).splitlines() or [""])[0]
+        text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         with contextlib.suppress(torch_dist.DistError, RuntimeError):
-            self._mine.set(f"failure/{self.place.rank}", f"{type(error).__name__}: {text}")
+            self._mine.set(f"failure/{self.place.rank}", text)
+            self._mine.set("failed", f"rank {self.place.rank} on {self.place.host} has failed: {text}")
 
     def close(self) -> None:
         """No longer expected to beat."""

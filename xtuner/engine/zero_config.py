@@ -3,7 +3,9 @@
 What stands in both must agree: the config is what a run is known by, and DeepSpeed would silently follow its JSON.
 """
 
+import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,24 @@ def read(name: str) -> dict[str, Any]:
     return settings
 
 
+def package() -> Any:
+    """DeepSpeed itself. Raises: ConfigError if it is not installed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it looks for others and warns
+    try:
+        import deepspeed
+    except ImportError:
+        raise ConfigError(
+            "DeepSpeed is not installed",
+            where="--deepspeed",
+            do="pip install 'xtuner[deepspeed]', or train without it: --fsdp needs nothing more",
+        ) from None
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    return deepspeed
+
+
 def resolve(
     settings: dict[str, Any], optim: OptimWrapper, device: torch.device, ranks: int, name: str
 ) -> dict[str, Any]:
@@ -94,10 +114,45 @@ def resolve(
         found.pop("communication_data_type", None)
     if left := [key for key in _flat(found) if _of(found, key) == AUTO]:
         raise ConfigError(f'no setting of the config decides {left[0]} = "auto"', where=where, do="give it a value")
-    if not found["zero_optimization"].get("stage") and bf16:
+    zero = found["zero_optimization"] = _checked(
+        found, "zero_optimization", "zero.config", "DeepSpeedZeroConfig", where
+    )
+    found["bf16"] = _checked(found, "bf16", "precision_config", "DeepSpeedBF16Config", where)
+    for part in ("offload_optimizer", "offload_param"):
+        to = zero.get(part, {}).get("device")
+        if to == "nvme":
+            raise ConfigError(
+                "offload to NVMe is not supported",
+                where=f"{where}: zero_optimization.{part}.device",
+                why="checkpoints could not read the optimizer's state there",
+                do='take "cpu"',
+            )
+        if to == "none":
+            del zero[part]
+    if not zero.get("stage") and bf16:
         raise ConfigError("stage 0 in bf16 keeps no fp32 weights", where=f"{where}: zero_optimization.stage",
                           do="take deepspeed_zero1")  # fmt: skip
     return found
+
+
+def _checked(settings: dict[str, Any], section: str, module: str, kind: str, where: str) -> dict[str, Any]:
+    """A section that DeepSpeed's own description of it accepts. Raises: ConfigError naming the first wrong key."""
+    given = dict(settings[section])
+    package()
+    form = getattr(importlib.import_module(f"deepspeed.runtime.{module}"), kind)
+    try:
+        form(**given)
+    except ValueError as e:  # pydantic's ValidationError is one
+        first = e.errors()[0] if hasattr(e, "errors") else {"loc": (), "msg": str(e), "type": ""}
+        key = ".".join(map(str, (section, *first["loc"])))
+        if first["type"] == "extra_forbidden":
+            near = did_you_mean(str(first["loc"][-1]), sorted(form.model_fields)) if len(first["loc"]) == 1 else ""
+            raise ConfigError(f"DeepSpeed has no setting {key!r}.{near}", where=f"{where}: {key}") from None
+        value = _of(settings, key)
+        raise ConfigError(f"{key} = {json.dumps(value)}: {first['msg']}", where=f"{where}: {key}") from None
+    if "stage" in given:
+        given["stage"] = int(given["stage"])
+    return given
 
 
 def _of(settings: dict[str, Any], key: str) -> Any:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from xtuner.core import machine
+from xtuner.core import dist, machine
 from xtuner.core.log import human, human_bytes, logger
 from xtuner.model.flops import num_parameters, training_flops
 from xtuner.train.run import Run
@@ -25,11 +25,13 @@ def report(run: Run) -> None:
     tokens = run.packs_per_iteration * data.packed_length
     compute = str(run.optim.compute_dtype(run.device)).removeprefix("torch.")
     flops = training_flops(config, tokens, 0)
+    each = f"on each of {dist.world_size()} ranks " if dist.world_size() > 1 else ""
     rows = [
         ("model", f"{parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, from {where}"),
         ("optimizer", run.optim.describe()),
+        ("strategy", run.choice.name),
         ("precision", f"fp32 masters, compute in {compute} on {run.device}"),
-        ("state", f"{human_bytes(parameters * 16)} for fp32 weights, gradients and two moments"),
+        ("state", f"{human_bytes(run.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
         ("data", f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {documents.folder}"),
         ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {sum(tails):,} tokens of file tails fill none"),
     ]

@@ -10,6 +10,7 @@ from xtuner.config.load import Config
 from xtuner.data.loader import PackLoader
 from xtuner.data.order import Position
 from xtuner.engine.base import Strategy
+from xtuner.engine.choose import Choice
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.schedule import Schedule
 from xtuner.model.source import ModelSource
@@ -37,6 +38,7 @@ class Run:
     data_facts: dict[str, Any] = field(init=False)  # identity of the data as they were when the run began
     max_iterations: int = field(init=False)
     schedule: Schedule = field(init=False)
+    choice: Choice = field(init=False)  # which strategy it will be
     strategy: Strategy = field(init=False)
     metrics: MetricWriter = field(init=False)
     saver: Saver = field(init=False)

@@ -20,11 +20,12 @@ from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
 from xtuner.data.pack import PackedDataset
-from xtuner.engine.choose import strategy
+from xtuner.engine.choose import choose, strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.watch import Watch
 from xtuner.model.source import ModelSource
 from xtuner.train import checkpoint
+from xtuner.train.advice import is_out_of_memory, out_of_memory
 from xtuner.train.hooks import ValidationHook
 from xtuner.train.lock import WorkDirLock
 from xtuner.train.metrics import MetricWriter
@@ -88,6 +89,7 @@ class Options:
     max_minutes: float | None = None  # stop in time to have saved by then
     deepspeed: str | None = None  # a shipped name or a JSON file
     fsdp: str | None = None  # "full" or "hybrid"
+    words: tuple[str, ...] = ()  # of the command line, after `xtuner train`
 
 
 def train(config: Config, work_dir: Path, device: torch.device, options: Options, watch: Watch | None = None) -> int:
@@ -103,6 +105,7 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
     ranks.together(lambda: check(config, paths=True))
     log.setup(config.get("log_level", "INFO"), rank=ranks.rank)
     run = ranks.together(lambda: assemble(config, work_dir, device, options.seed))
+    run.choice = ranks.together(lambda: choose(run.source, run.optim, device, options.deepspeed, options.fsdp))
     if options.dry_run:
         report(run)
         logger.info("dry run: nothing was trained")
@@ -112,8 +115,13 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
         stop = Stop(work_dir, dist.ALL, options.max_minutes)
         if watch:
             watch.log = run.log
-        _start(run, options)
-        return loop(run, stop, watch)
+        try:
+            _start(run, options)
+            return loop(run, stop, watch)
+        except Exception as e:
+            if is_out_of_memory(e):
+                raise out_of_memory(run, options.words, run.choice, e) from None
+            raise
 
 
 def _start(run: Run, options: Options) -> None:

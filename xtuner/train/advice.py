@@ -1,0 +1,114 @@
+"""What to do when memory runs out, as command lines that can be run as they are."""
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from xtuner.core import dist
+from xtuner.core.errors import ConfigError
+from xtuner.core.log import human_bytes
+from xtuner.engine import memory, zero_config
+from xtuner.engine.adamw import FORMS
+from xtuner.engine.choose import Choice
+from xtuner.model.flops import num_parameters
+from xtuner.train.run import Run
+
+ENGINES = (
+    "deepspeed_zero1",
+    "deepspeed_zero2",
+    "deepspeed_zero2_offload",
+    "deepspeed_zero3",
+    "deepspeed_zero3_offload",
+)
+OPTIONS = ("--deepspeed", "--fsdp", "--resume")  # replaced, not repeated
+SHORTEST = 2048  # tokens of a pack below which shorter ones are no advice
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's allocator, CUDA itself (pinned memory, libraries), or the host's allocator."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    )
+
+
+def out_of_memory(run: Run, words: Sequence[str], choice: Choice, error: BaseException) -> ConfigError:
+    """The error to end with.
+
+    Args:
+        words: what followed `xtuner train` on the command line.
+        choice: what was trained with.
+    """
+    ranks, tokens = dist.world_size(), run.loader.dataset.packed_length
+    used = _in_use(run.device)
+    advice = [f"{command}\n            # {effect}" for command, effect in _advice(run, list(words), choice)]
+    return ConfigError(
+        f"memory ran out in iteration {run.state.iteration + 1}{used}: {str(error).splitlines()[0][:200]}",
+        where=f"{choice.name}, ranks: {ranks}, packs of {tokens:,} tokens, on {run.device}",
+        why=f"weights, gradients and optimizer take {human_bytes(choice.state)} here by arithmetic; "
+        "what a pack needs comes on top, the more the longer its documents",
+        do="one of these, first what costs least:\n        "
+        + "\n        ".join([*advice, "or more GPUs: what is divided over ranks becomes less on each"]),
+    )
+
+
+def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, str]]:
+    """(command line, what it changes), what costs least first."""
+    config, resume = run.config, ["--resume", "auto"]
+    if not run.source.recompute and config.get("model.llm") is None:
+        again = ["--cfg-options", "model.activation_checkpointing=True", *resume]
+        yield _line(words, again), "computes each block again in the backward; the same result"
+    for name in ENGINES:
+        zero = zero_config.read(name)["zero_optimization"]
+        offload = "offload_optimizer" in zero
+        state = memory.of_zero(run.source, run.optim, run.device, dist.world_size(), zero["stage"], offload).state
+        if state < 0.9 * choice.state:
+            slower = "; slower: the optimizer steps on the CPU" if offload else ""
+            yield _line(words, ["--deepspeed", name, *resume]), f"{human_bytes(state)} of state a GPU{slower}"
+    if not (choice.deepspeed or choice.fsdp) and run.optim.own_form(run.device) is FORMS["fp32"]:
+        for form in (FORMS["split"], FORMS["8bit"]):
+            size = human_bytes(num_parameters(run.source.config) * form.bytes)
+            leaner = ["--cfg-options", f"optim_wrapper.states={form.name}"]
+            yield _line(words, leaner), f"{size} of state; a new run, as the optimizer's state is another"
+    packed, counts = config.get("max_length"), config.get("accumulative_counts")
+    if isinstance(packed, int) and isinstance(counts, int) and packed // 2 >= SHORTEST:
+        shorter = ["--cfg-options", f"max_length={packed // 2}", f"accumulative_counts={counts * 2}"]
+        yield _line(words, shorter), "half the pack, as many tokens an iteration; a new run, as packs are others"
+
+
+def _line(words: list[str], more: list[str]) -> str:
+    """The command line with `more`, which replaces what was given of the same options."""
+    replaced = {"--resume", *more} | ({"--fsdp"} if "--deepspeed" in more else set())
+    kept, i = [], 0
+    while i < len(words):
+        option, _, value = words[i].partition("=")
+        i += 1
+        if option not in OPTIONS or option not in replaced:
+            kept.append(words[i - 1])
+        elif not value and not "".join(words[i : i + 1]).startswith("-"):
+            i += 1  # its value
+    return shlex.join([*_started_by(words), "xtuner", "train", *kept, *more])
+
+
+def _started_by(words: list[str]) -> list[str]:
+    """What goes before `xtuner`, so that as many processes start again."""
+    ranks, local = dist.world_size(), dist.local_world_size()
+    if ranks == 1:
+        return []
+    launcher = next(
+        (w.partition("=")[2] or words[i + 1] for i, w in enumerate(words) if w.startswith("--launcher")), ""
+    )
+    prefixes: dict[str, Callable[[], list[str]]] = {
+        "slurm": lambda: ["srun"],
+        "mpi": lambda: ["mpirun", "-n", str(ranks)],
+        "pytorch": lambda: ["torchrun", f"--nproc-per-node={local}", "-m"],
+    }
+    return prefixes.get(launcher, lambda: [f"NPROC_PER_NODE={local}"] if ranks == local else [])()
+
+
+def _in_use(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    return f" ({human_bytes(total - free)} of {human_bytes(total)} in use)"

@@ -50,7 +50,9 @@ def choose(
     if deepspeed:
         zero = zero_config.resolve(zero_config.read(deepspeed), optim, device, ranks, deepspeed)["zero_optimization"]
         offload = "offload_optimizer" in zero
-        return Choice(deepspeed, None, memory.of_zero(source, optim, device, ranks, zero.get("stage", 0), offload).state)
+        return Choice(
+            deepspeed, None, memory.of_zero(source, optim, device, ranks, zero.get("stage", 0), offload).state
+        )
     if fsdp or ranks > 1:
         mode = fsdp or "full"
         cut = ranks if mode == "full" else dist.local_world_size()

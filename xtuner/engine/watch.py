@@ -32,6 +32,7 @@ STUCK = float(os.environ.get("XTUNER_STUCK_SECONDS", "900"))  # nor may all of t
 MEET = float(os.environ.get("XTUNER_MEET_SECONDS", "50"))  # to wait for rank 0, and rank 0 for the others
 ASLEEP = 10 * BEAT  # who was not run for so long (a suspended job) cannot say that the others were silent
 BYE = "bye"
+ANSWER = 5.0  # s that who listens there has at least to answer
 LEAVE = 10 * BEAT  # when a rank has failed, the others notice by themselves within that time, or are in a hang
 LAST_LINES = 5
 
@@ -53,7 +54,7 @@ def store(place: Place) -> Any:
     if not reason:
         asking = threading.Thread(target=make, daemon=True)  # what listens there may be something else, and say nothing
         asking.start()
-        asking.join(max(deadline - time.monotonic(), 5.0))
+        asking.join(max(deadline - time.monotonic(), ANSWER))
         if made and not isinstance(made[0], Exception):
             return made[0]
         reason = str(made[0]).splitlines()[0] if made else "what listens there is no rank 0"

@@ -51,7 +51,10 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 Gres=gpu:2 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=0
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -60,6 +63,7 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._hurried: set[tuple[int, str]] = set()
         self.env = {**os.environ, "PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *words: object, timeout: float = 60.0, **env: str) -> subprocess.CompletedProcess[str]:
@@ -96,21 +100,21 @@ class Slurm:
             assert time.monotonic() < end, f"not within {seconds:g} s: {what}\n{self.logs()}"
             time.sleep(0.05)
 
-    def wait(self, job: int, seconds: float = 120.0) -> dict[str, str]:
-        """Until the job is over; a requeued one starts in seconds instead of after two minutes. Returns its facts."""
-        facts: dict[str, str] = {}
-        hurried: set[str] = set()
-
-        def over() -> bool:
-            facts.update(self.facts(job))
-            if facts["Reason"] == "BeginTime" and facts["Restarts"] not in hurried:
-                # not at once: within the second of its end, nodes take the new start for the old one and refuse it
-                done = self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2seconds")
-                hurried.update([facts["Restarts"]] if done.returncode == 0 else [])
-            return facts["JobState"] in OVER
-
-        self.until(over, f"the end of job {job}; its output: {self.output(job)[-2000:]}", seconds)
+    def hurried(self, job: int) -> dict[str, str]:
+        """The facts of a job; a requeued one is made to start in seconds instead of after two minutes."""
+        facts = self.facts(job)
+        start = job, facts["Restarts"]
+        if facts["Reason"] == "BeginTime" and start not in self._hurried:
+            # not at once: within the second of its end, nodes take the new start for the old one and refuse it
+            done = self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2seconds")
+            self._hurried.update([start] if done.returncode == 0 else [])
         return facts
+
+    def wait(self, job: int, seconds: float = 120.0) -> dict[str, str]:
+        """Until the job is over. Returns its facts."""
+        what = f"the end of job {job}; its output: {self.output(job)[-2000:]}"
+        self.until(lambda: self.hurried(job)["JobState"] in OVER, what, seconds)
+        return self.facts(job)
 
     def scancel(self, job: int, signal: str | None = None) -> None:
         """End a job, or send its tasks a signal (USR1)."""
@@ -152,7 +156,7 @@ def start() -> Iterator[Slurm]:
         _daemon(stack, slurm, "slurmctld", "-D")
         for node in ("n1", "n2"):
             _daemon(stack, slurm, "slurmd", "-D", "-N", node)
-        slurm.until(lambda: slurm.run("sinfo", "-h", "-N", "-o", "%T").stdout.split() == ["idle"] * 2, "idle nodes")
+        slurm.until(lambda: slurm.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").stdout.split() == ["idle"] * 2, "idle nodes")
         stack.callback(_end_jobs, slurm)
         yield slurm
 

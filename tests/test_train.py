@@ -28,6 +28,8 @@ def records(work_dir: Path) -> dict[int, dict[str, Any]]:
     for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
         for line in file.read_text().splitlines():
             record = json.loads(line)
+            if "loss" not in record:  # of validation
+                continue
             kept = {k: record[k] for k in ("lr", "loss", "grad_norm", "targets", "applied")}
             assert found.setdefault(record["iter"], kept) == kept
     return found
@@ -40,7 +42,7 @@ def contents(checkpoint: Path) -> dict[str, Any]:
     return {**{k: v for k, v in files.items() if k.endswith(".safetensors")}, "state": state}
 
 
-def with_hook(config: Path, target: Path, at: int, action: str) -> Path:
+def with_hook(config: Path, target: Path, at: int | str, action: str) -> Path:
     """The config with one more hook, which does `action` after iteration `at`, when all other hooks are through."""
     hook = f"""
 from xtuner.train.hooks import Hook

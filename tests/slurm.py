@@ -156,7 +156,10 @@ def start() -> Iterator[Slurm]:
         _daemon(stack, slurm, "slurmctld", "-D")
         for node in ("n1", "n2"):
             _daemon(stack, slurm, "slurmd", "-D", "-N", node)
-        slurm.until(lambda: slurm.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").stdout.split() == ["idle"] * 2, "idle nodes")
+        slurm.until(
+            lambda: slurm.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").stdout.split() == ["idle"] * 2,
+            "idle nodes",
+        )
         stack.callback(_end_jobs, slurm)
         yield slurm
 

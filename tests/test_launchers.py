@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,8 @@ def test_srun(
 
 # Waits, once told that it may be signalled, for a signal; whatever thread of the process that reaches.
 WAITS = """(r := os.pipe()), os.set_blocking(r[1], False), signal.set_wakeup_fd(r[1]), \
-open(f"{place}{{it.state.iteration}}.{{os.environ['SLURM_PROCID']}}", "w").close(), os.read(r[0], 1), signal.set_wakeup_fd(-1)"""
+open(f"{place}{{it.state.iteration}}.{{os.environ['SLURM_PROCID']}}", "w").close(), \
+os.read(r[0], 1), signal.set_wakeup_fd(-1)"""
 
 
 def test_slurm_stops_requeues_and_preempts(

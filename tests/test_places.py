@@ -110,7 +110,7 @@ def listening() -> socket.socket:
 
 @pytest.mark.parametrize("how", ["nobody", "no such host", "somebody else"])
 def test_rank_0_cannot_be_reached(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said within XTUNER_MEET_SECONDS and a little, by default less than a minute, also where another program listens."""
+    """Said within XTUNER_MEET_SECONDS, by default in less than a minute; also where another program listens."""
     assert watch.MEET + watch.ANSWER < 60
     for name in ("MEET", "ANSWER"):
         monkeypatch.setattr(watch, name, 0.3)
@@ -118,7 +118,7 @@ def test_rank_0_cannot_be_reached(how: str, monkeypatch: pytest.MonkeyPatch) -> 
     port = server.getsockname()[1]
     if how != "somebody else":
         server.close()
-    with pytest.raises(ConfigError, match="rank 1 on .* cannot reach rank 0: ") as error:
+    with pytest.raises(ConfigError, match=r"rank 1 on .* cannot reach rank 0: ") as error:
         watch.store(Place(1, 2, 1, "no-such-host.invalid" if how == "no such host" else "127.0.0.1", port))
     server.close()
     assert str(port) in error.value.where

@@ -48,11 +48,9 @@ def choose(
             do='set it to "fp32"; the state is then divided by the number of ranks',
         )
     if deepspeed:
-        zero = zero_config.resolve(zero_config.read(deepspeed), optim, device, ranks, deepspeed)["zero_optimization"]
-        offload = "offload_optimizer" in zero
-        return Choice(
-            deepspeed, None, memory.of_zero(source, optim, device, ranks, zero.get("stage", 0), offload).state
-        )
+        settings = zero_config.resolve(zero_config.read(deepspeed), optim, device, ranks, deepspeed)
+        zero = memory.of_zero(source, optim, device, ranks, settings["zero_optimization"])
+        return Choice(deepspeed, None, zero.state)
     if fsdp or ranks > 1:
         mode = fsdp or "full"
         cut = ranks if mode == "full" else dist.local_world_size()

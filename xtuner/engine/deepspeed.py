@@ -40,11 +40,10 @@ class DeepSpeedStrategy(ShardedStrategy):
     def __init__(self, source: ModelSource, optim: OptimWrapper, device: torch.device, settings: str) -> None:
         deepspeed = _started(device)
         config = zero_config.resolve(zero_config.read(settings), optim, device, dist.world_size(), settings)
-        self.stage = int(config["zero_optimization"].get("stage", 0))
+        self.stage: int = config["zero_optimization"].get("stage", 0)
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
-        offload = "offload_optimizer" in config["zero_optimization"]
-        self.memory = memory.of_zero(source, optim, device, dist.world_size(), self.stage, offload)
+        self.memory = memory.of_zero(source, optim, device, dist.world_size(), config["zero_optimization"])
         shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
         super().__init__(source.config, shapes, device, gives=bool(self.stage) or dist.is_main())
         if self.stage == 3:

@@ -6,7 +6,9 @@ As many tokens are taken at once as can be computed without computing anything t
 than that keep less (model/plan.py). On CPUs memory is not counted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -69,13 +71,19 @@ def of_fsdp(source: ModelSource, optim: OptimWrapper, device: torch.device, cut:
 
 
 def of_zero(
-    source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int, stage: int, offload: bool
+    source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int, zero: Mapping[str, Any]
 ) -> Memory:
-    """For one of `ranks` of DeepSpeed's: bf16 weights and gradients, then fp32 master, gradient and two moments."""
-    parameters = num_parameters(source.config)
-    whole = {0: 20, 1: 4, 2: 2, 3: 2}[stage]  # bytes a parameter on every rank; stage 3: what lives at a time
-    divided = {0: 0, 1: 16, 2: 18, 3: 20}[stage] - (12 if offload else 0)
-    return share_out(parameters * whole + parameters * divided // ranks, source, optim, device, cut=False)
+    """For one of `ranks` of DeepSpeed's: bf16 weights and gradients, then fp32 master, gradient and two moments.
+
+    Args:
+        zero: the settings' zero_optimization.
+    """
+    parameters, stage = num_parameters(source.config), zero.get("stage", 0)
+    live = min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))  # whole at a time under stage 3
+    whole = {0: 20 * parameters, 1: 4 * parameters, 2: 2 * parameters, 3: 2 * live}[stage]
+    divided = {0: 0, 1: 16, 2: 18, 3: 20}[stage]
+    divided -= 12 * ("offload_optimizer" in zero) + 2 * ("offload_param" in zero)
+    return share_out(whole + parameters * divided // ranks, source, optim, device, cut=False)
 
 
 def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torch.device, cut: bool = True) -> Memory:

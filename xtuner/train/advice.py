@@ -61,10 +61,9 @@ def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, s
         yield _line(words, again), "computes each block again in the backward; the same result"
     for name in ENGINES:
         zero = zero_config.read(name)["zero_optimization"]
-        offload = "offload_optimizer" in zero
-        state = memory.of_zero(run.source, run.optim, run.device, dist.world_size(), zero["stage"], offload).state
+        state = memory.of_zero(run.source, run.optim, run.device, dist.world_size(), zero).state
         if state < 0.9 * choice.state:
-            slower = "; slower: the optimizer steps on the CPU" if offload else ""
+            slower = "; slower: the optimizer steps on the CPU" if "offload_optimizer" in zero else ""
             yield _line(words, ["--deepspeed", name, *resume]), f"{human_bytes(state)} of state a GPU{slower}"
     if not (choice.deepspeed or choice.fsdp) and run.optim.own_form(run.device) is FORMS["fp32"]:
         for form in (FORMS["split"], FORMS["8bit"]):

@@ -18,6 +18,7 @@ from xtuner.model.source import ModelSource
 
 LEAST = 4096  # tokens of a micro-batch; fewer leave the GPU's multipliers idle
 USUAL = 8192  # where not even the least fits without computing something twice
+BUFFERS = 1.5 * 2**30  # bytes: DeepSpeed's buckets as shipped, two of 200 million numbers in fp32
 RESERVE = 3 * 2**30  # bytes: the libraries' own, and what the allocator cannot use
 
 
@@ -55,27 +56,27 @@ def of_single(source: ModelSource, optim: OptimWrapper, device: torch.device) ->
 
 
 def of_fsdp(source: ModelSource, optim: OptimWrapper, device: torch.device, cut: int) -> Memory:
-    """For one of `cut` ranks. Beside its part, embedding and head are whole, and two blocks with a gradient."""
-    c = source.config
-    itemsize, parameters, ends = (
-        optim.compute_dtype(device).itemsize,
-        num_parameters(c),
-        2 * c.vocab_size * c.hidden_size,
-    )
-    whole = ends + 2 * (parameters - ends) // c.num_layers
-    if optim.accumulative_counts > 1:  # gradients are summed whole, until the last pack
-        whole = parameters
-    return share_out(16 * parameters // cut + (itemsize + 4) * whole, source, optim, device, cut=False)
+    """For one of `cut` ranks: masters and moments cut, embedding and head whole, and two blocks with a gradient.
+
+    Gradients come while what blocks keep goes, and need no room of their own, unless they are summed over packs: then
+    they are whole until the last.
+    """
+    c, itemsize = source.config, optim.compute_dtype(device).itemsize
+    parameters, ends = num_parameters(c), 2 * c.vocab_size * c.hidden_size
+    whole = ends + 2 * (parameters - ends) // c.num_layers if optim.accumulative_counts == 1 else parameters
+    return share_out(12 * parameters // cut + (itemsize + 4) * whole, source, optim, device, cut=False)
 
 
 def of_zero(
     source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int, stage: int, offload: bool
 ) -> Memory:
-    """For one of `ranks` of DeepSpeed's: bf16 weights and gradients, then fp32 master, gradient and two moments."""
+    """For one of `ranks` of DeepSpeed's: bf16 weights, fp32 masters and moments, gradients, buffers to send from."""
     parameters = num_parameters(source.config)
-    whole = {0: 20, 1: 4, 2: 2, 3: 2}[stage]  # bytes a parameter on every rank; stage 3: what lives at a time
-    divided = {0: 0, 1: 16, 2: 18, 3: 20}[stage] - (12 if offload else 0)
-    return share_out(parameters * whole + parameters * divided // ranks, source, optim, device, cut=False)
+    whole = {0: 16, 1: 2, 2: 2, 3: 2}[stage]  # bytes a parameter on every rank; stage 3: what lives at a time
+    divided = {0: 0, 1: 14, 2: 14, 3: 18}[stage] - (12 if offload else 0)
+    return share_out(
+        parameters * whole + parameters * divided // ranks + int(BUFFERS), source, optim, device, cut=False
+    )
 
 
 def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torch.device, cut: bool = True) -> Memory:

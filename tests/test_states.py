@@ -9,11 +9,12 @@ from test_strategies import CPU, LR, go, packs, source
 
 from xtuner.core.errors import ConfigError
 from xtuner.data.batch import Batch
-from xtuner.engine import adamw, choose
+from xtuner.engine import adamw, choose, memory
 from xtuner.engine.adamw import FORMS, Rates
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.single import SingleStrategy
 from xtuner.engine.update import ByForm
+from xtuner.model import from_scratch
 from xtuner.model.ops.functions import Keep
 from xtuner.model.plan import ORDER, Plan, passing_bytes
 
@@ -114,6 +115,15 @@ def test_forms_that_are_refused() -> None:
         OptimWrapper(dict(type=torch.optim.SGD, lr=1), states="8bit")
     with pytest.raises(ConfigError, match="is for one process"):
         choose.strategy(source(), OptimWrapper(dict(type=torch.optim.AdamW, lr=1), states="8bit"), CPU, None, "full")
+
+
+def test_a_state_that_does_not_fit_is_told_with_what_would() -> None:
+    shape = dict(vocab_size=92544, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    seven = from_scratch(**shape, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768)
+    error = memory.too_large(seven, 18 * 7737708544, 79 * 2**30)
+    assert error.what.startswith("weights, gradients and optimizer state need 129.71 GiB, and the GPU has 79.00 GiB")
+    assert 'states = "bf16" (57.65 GiB on one GPU); or 2 or more such GPUs with --deepspeed deepspeed_zero3' in error.do
+    assert error.exit_code == 2
 
 
 @pytest.mark.parametrize("most", [1, 19, 20, 44, 63, 64, 1000])

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, logger
+from xtuner.engine.adamw import FORMS
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.flops import num_parameters
 from xtuner.model.plan import ORDER, Plan
@@ -86,13 +88,39 @@ def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torc
         cut: whether packs may be cut into micro-batches, else they keep less.
     """
     itemsize = optim.compute_dtype(device).itemsize
+    free = _free(device)
+    if free is not None and state + RESERVE > free:
+        raise too_large(source, state, free)
     if not source.recompute:
         return Memory(state, Plan(source.config, itemsize))
-    if device.type != "cuda":
+    if free is None:
         return Memory(state, Plan(source.config, itemsize, 0))
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     plan = Plan(source.config, itemsize, max(int(free - state - RESERVE), 0))
     if not cut:
         return Memory(state, plan)
     largest = plan.largest(2**17)
     return Memory(state, plan, largest if largest >= LEAST else USUAL)
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes that this process can still get of a GPU; None for CPUs."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
+
+
+def too_large(source: ModelSource, state: int, free: int) -> ConfigError:
+    """What to say of a model whose state alone does not fit."""
+    parameters = num_parameters(source.config)
+    leaner = [f for f in FORMS.values() if parameters * f.bytes + RESERVE <= free]
+    needed = -(-parameters * 20 // max(int(free - 2 * RESERVE), 1))
+    ways = [f'optim_wrapper.states = "{f.name}" ({human_bytes(parameters * f.bytes)} on one GPU)' for f in leaner[:1]]
+    ways.append(f"{needed} or more such GPUs with --deepspeed deepspeed_zero3 or --fsdp full")
+    ways.append("fewer with --deepspeed deepspeed_zero3_offload")
+    return ConfigError(
+        f"weights, gradients and optimizer state need {human_bytes(state)}, and the GPU has {human_bytes(free)} free",
+        where=f"model: {parameters:,} parameters",
+        why="the first step would run out of memory",
+        do="; or ".join(ways),
+    )

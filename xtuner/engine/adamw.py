@@ -174,7 +174,7 @@ def _encode(state: Moments, key: str, values: torch.Tensor, bits: torch.Tensor) 
     groups = _grouped(values.abs())
     scale = groups.amax(1)
     state[f"{key}_scale"].copy_(scale)
-    share = (groups * (1 / scale.clamp(min=1e-38))[:, None]).view(-1)[: len(values)]
+    share = (groups * (1 / scale.clamp(min=1e-37))[:, None]).view(-1)[: len(values)]
     root = share.sqrt() if power == 2 else share.sqrt().sqrt()
     low = (root * levels).floor().clamp(max=levels - 1)
     below, above = ((code * (1 / levels)) ** power for code in (low, low + 1))

@@ -1,7 +1,7 @@
 """`adamw.update` as one GPU kernel (Triton): everything of a parameter is read once and written once.
 
-Random bits are those of the definition, so that both round alike. Arithmetic costs as much as memory here: divisions
-by what is known before are products.
+Random bits are those of the definition, so that both round alike. Arithmetic costs as much as memory here: divisions by
+what is known before are products, and constants stay within fp32's range (1e-38 would turn all of it into fp64).
 """
 
 import torch
@@ -84,10 +84,10 @@ def _update(
             m_scale, v_scale = tl.max(size, 1), tl.max(v, 1)
             tl.store(M_SCALE + group, m_scale, has)
             tl.store(V_SCALE + group, v_scale, has)
-            share = size * (1 / tl.maximum(m_scale, 1e-38))[:, None]
+            share = size * (1 / tl.maximum(m_scale, 1e-37))[:, None]
             code = _chosen(share, tl.sqrt(share), (m_bits.to(tl.float32) + 0.5) * (1.0 / 256), 127, 2)
             tl.store(M + at, tl.where(m < 0, -code, code).to(tl.int8), mask)
-            share = v * (1 / tl.maximum(v_scale, 1e-38))[:, None]
+            share = v * (1 / tl.maximum(v_scale, 1e-37))[:, None]
             code = _chosen(share, tl.sqrt(tl.sqrt(share)), (v_bits.to(tl.float32) + 0.5) * (1.0 / 256), 255, 4)
             code = tl.where(v > 0, tl.maximum(code, 1.0), code)
             tl.store(V + at, code.to(tl.int32).to(tl.uint8), mask)

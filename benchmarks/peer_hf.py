@@ -58,7 +58,8 @@ def main() -> None:
         apply_liger_kernel_to_llama()
     config = LlamaConfig(
         vocab_size=92544, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128, max_position_embeddings=PACK, tie_word_embeddings=False,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=128,
+        max_position_embeddings=PACK, tie_word_embeddings=False,
         attn_implementation="flex_attention" if a.attention == "flex" else "sdpa",
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
     parser.add_argument("--limit", type=int, metavar="N", help="rows of each task; to try things out")
     parser.add_argument("--batch-size", default="8", metavar="N", help="texts at a time, or auto (default: 8)")
+    parser.add_argument("--model-args", nargs="+", default=[], metavar="KEY=VALUE", help="more for lm-eval's model")
     add_shared(parser, "lm-eval")
 
 
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     work_dir = (args.work_dir or Path("work_dirs") / "eval" / given.name).expanduser().absolute()
     with exclusive(work_dir / ".evaluating", "another process evaluates there"):
         folder = given.folder(work_dir)
-        file = lm_eval.evaluate(place, folder, args.tasks, args.include_path, work_dir, [*words, *args.extra])
+        model = [f"pretrained={folder}", "dtype=auto", *args.model_args]
+        file = lm_eval.evaluate(place, model, args.tasks, args.include_path, work_dir, [*words, *args.extra])
     print(text(lm_eval.scores(file)))
     print(f"results: {file}")
     return 0

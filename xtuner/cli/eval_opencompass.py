@@ -110,15 +110,15 @@ def _gpus(args: argparse.Namespace, place: "Environment") -> int:
         raise ConfigError("TurboMind computes on GPUs only", where="--gpus 0", do="give 1 or more, or --backend hf")
     if args.dry_run:
         return int(turbomind) if args.gpus is None else int(args.gpus)
-    found = place.probe("lmdeploy", gpus=True)
-    if turbomind and found["lmdeploy"] is None:
+    if turbomind and place.probe("lmdeploy")["lmdeploy"] is None:
         do = f"run `{place.to_install(turbomind=True)}`, or take --backend hf"
         raise ConfigError("LMDeploy is not in the environment", where=f"{where}, {place.folder}", do=do)
-    if turbomind and not found["gpus"]:
+    there = place.probe(gpus=True)["gpus"]
+    if turbomind and not there:
         why = "TurboMind computes on GPUs only"
         raise ConfigError("there is no GPU here", where=where, why=why, do="take --backend hf")
-    wanted = min(1, found["gpus"]) if args.gpus is None else args.gpus
-    if wanted > found["gpus"]:
-        do = f"give {found['gpus']} at most" if found["gpus"] else "leave it out"
-        raise ConfigError(f"GPUs here: {found['gpus']}", where=f"--gpus {wanted}", why="OpenCompass would stop", do=do)
+    wanted = min(1, there) if args.gpus is None else args.gpus
+    if wanted > there:
+        do = f"give {there} at most" if there else "leave it out"
+        raise ConfigError(f"GPUs here: {there}", where=f"--gpus {wanted}", why="OpenCompass would stop", do=do)
     return int(wanted)

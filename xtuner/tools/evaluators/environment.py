@@ -161,7 +161,7 @@ class Environment:
     def _step(self, words: list[str], log: Path) -> None:
         def news() -> str | None:
             lines = [line for line in tail(log).splitlines() if line.startswith(("Collecting", "Installing"))]
-            return lines[-1][:100] if lines else None
+            return lines[-1].partition(" (")[0][:100] if lines else None
 
         if run(words, log, news, self.folder, environ(PIP_DISABLE_PIP_VERSION_CHECK="1")):
             errors = [line for line in tail(log).splitlines() if line.startswith("ERROR")]

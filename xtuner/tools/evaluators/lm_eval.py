@@ -22,29 +22,27 @@ _NAME = re.compile(r"^(?:task|group|tag):\s*[\"']?([\w.-]+)[\"']?\s*$", re.MULTI
 
 def evaluate(
     environment: Environment,
-    folder: Path,
+    model: Sequence[str],
     tasks: Sequence[str],
     include: Path | None,
     work_dir: Path,
-    words: Sequence[str],
+    further: Sequence[str],
 ) -> Path:
     """Run it; returns the file of its results. Raises: ConfigError for unknown tasks, ToolError.
 
     Args:
-        folder: of the model, in the llama layout.
+        model: KEY=VALUE of its model `hf`: pretrained, the folder in the llama layout; dtype; …
         include: a folder with tasks of one's own (YAML). Relative paths in them start where we run.
-        words: further ones for its command line.
+        further: words for its own command line.
     """
-    if "," in str(folder):
-        raise ConfigError(
-            "the model's path has a comma, at which lm-eval would cut it", where=str(folder), do="rename it"
-        )
+    if "," in model[0]:
+        raise ConfigError("the model's path has a comma, at which lm-eval would cut it", where=model[0], do="rename it")
     log, results = work_dir / "lm_eval.log", work_dir / PACKAGE
     before = set(results.rglob("results_*.json"))
     command = [str(environment.python), "-m", "lm_eval", "run", "--model", "hf"]
-    command += ["--model_args", f"pretrained={folder},dtype=auto", "--tasks", ",".join(tasks)]
+    command += ["--model_args", ",".join(model), "--tasks", ",".join(tasks)]
     command += ["--include_path", str(include.absolute())] if include else []
-    command += ["--output_path", str(results.absolute()), *words]
+    command += ["--output_path", str(results.absolute()), *further]
     logger.info(shlex.join(command))
     code = run(command, log, lambda: bar(log) or "lm-eval is starting", Path.cwd(), environ())
     if code:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from xtuner.core import hub
-from xtuner.core.errors import ConfigError
-from xtuner.core.files import read_json
-from xtuner.core.log import logger
+from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.files import MANIFEST, file_entry, read_json
+from xtuner.core.log import logger, progress
 from xtuner.export.hf import export
 from xtuner.export.sources import recognise
 from xtuner.model.families import layout_of
@@ -54,6 +54,7 @@ class Given:
             logger.info(f"exporting {self._words[1]} to {target}")
             return from_config(self._words[0], self._options, self._words[1], target, layout="llama")
         folder, hf = self._hf, read_json(self._hf / "config.json")
+        _check_weights(folder)
         if (folder / "tokenizer.json").is_file() and (any_layout or layout_of(hf) == "llama"):
             return folder
         dtype = _DTYPES.get(str(hf.get("torch_dtype") or hf.get("dtype")), torch.bfloat16)
@@ -73,3 +74,16 @@ def _check(folder: Path) -> None:
             where=str(folder),
             do="give a Hugging Face folder, as `xtuner convert pth_to_hf` writes it, or CONFIG.py CHECKPOINT",
         )
+
+
+def _check_weights(folder: Path) -> None:
+    """Against the manifest of an export of ours: a flipped bit would only be seen as a lower score.
+
+    Other files may have been changed since, such as a chat template. Raises: CheckpointError.
+    """
+    files = read_json(folder / MANIFEST).get("files", {}) if (folder / MANIFEST).is_file() else {}
+    weights = {folder / name: entry for name, entry in files.items() if name.endswith(".safetensors")}
+    for path in progress(list(weights), "checking weights"):
+        if not path.is_file() or file_entry(path) != weights[path]:
+            what = f"{path.name} is not what was exported: its sha256 is not the manifest's"
+            raise CheckpointError(what, where=str(path), do="export it again")

@@ -235,6 +235,11 @@ def test_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: A
     assert (mark["turbomind"], found["turbomind"]) == (False, True)
     assert found["requirements"] != mark["requirements"]
     assert (made.folder / "kept").exists()
+    made.python.unlink()
+    made.python.symlink_to("/nowhere")
+    made.install()
+    made.probe()
+    assert not (made.folder / "kept").exists()
 
 
 def test_where_nothing_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,6 +377,8 @@ def test_what_can_be_given(exported: Path, trained: Path, tiny: Path, tmp_path: 
     ):
         with pytest.raises(ConfigError, match=message):
             Given([str(w) for w in words])
+    with pytest.raises(ConfigError, match="in the model's folder"):
+        Given([str(exported)]).work_dir(exported / "w")
     with pytest.raises(ConfigError, match="no config that it could change"):
         Given([str(exported)], ["lr=1"])
     with pytest.raises(CheckpointError, match="no checkpoint"):
@@ -403,6 +410,8 @@ def test_refusals(exported: Path, place: Environment, tmp_path: Path, xtuner: Co
     file.write_text(file.read_text() + "\n" + questions.read_text())
     with pytest.raises(DataError, match="no 'A'"):
         xtuner("eval", "opencompass", *asked)
+    with exclusive(tmp_path / "w" / ".evaluating", ""), pytest.raises(BusyError, match="evaluates there"):
+        xtuner("eval", "opencompass", exported, "--custom", questions, *asked[3:])
     claim(place, "lmdeploy", "0.18.0")
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no GPU here"):

@@ -181,6 +181,21 @@ def test_a_question_file_from_a_checkpoint(opencompass: Command, run_dir: Path, 
     assert re.search(r"^asked +\w+ +accuracy +gen +80\.00$", shown, re.MULTILINE)
 
 
+def test_a_dataset_of_its_own_from_disk(opencompass: Command, run_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    """By name, with the data below --data: every row of it is asked, and there is a score."""
+    rows = [{"question": question, "answer": "So it is #### 7"} for question in LEARNT]
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data" / "gsm8k" / f"{split}.jsonl", rows)
+    capsys.readouterr()
+    assert opencompass(run_dir / "llama", "--datasets", "gsm8k_gen", "--data", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^gsm8k +\w+ +accuracy +gen +\d+\.\d\d$", shown, re.MULTILINE)
+    predictions = json.loads(next(results_of(shown).glob("predictions/*/gsm8k.json")).read_text())
+    asked = [prediction["origin_prompt"][-1]["prompt"] for prediction in predictions.values()]
+    assert [next(q for q in LEARNT if q in prompt) for prompt in asked] == list(LEARNT)
+
+
 def test_a_task_that_fails(opencompass: Command, run_dir: Path, tmp_path: Path) -> None:
     """OpenCompass ends with 0; the error here names the task's log and what it said."""
     broken = tmp_path / "broken"

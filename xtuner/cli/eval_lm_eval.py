@@ -28,19 +28,20 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.tools.evaluators.table import text
 
     log.setup()
-    place = environment(args, COMMAND)
     if args.install and not args.model:
+        environment(args, COMMAND)
         return 0
     given = Given(args.model, args.cfg_options)
     if not args.tasks:
         raise ConfigError("nothing is asked", where=COMMAND, do="give --tasks NAME …")
     if args.include_path and not args.include_path.is_dir():
         raise ConfigError("there is no such folder", where=f"--include-path {args.include_path}")
+    place = environment(args, COMMAND)
     place.need(lm_eval.PACKAGE)
     words = ["--batch_size", args.batch_size, "--device", "cuda" if place.probe(gpus=True)["gpus"] else "cpu"]
     words += ["--num_fewshot", str(args.num_fewshot)] if args.num_fewshot is not None else []
     words += ["--limit", str(args.limit)] if args.limit is not None else []
-    work_dir = (args.work_dir or Path("work_dirs") / "eval" / given.name).expanduser().absolute()
+    work_dir = given.work_dir(args.work_dir)
     with exclusive(work_dir / ".evaluating", "another process evaluates there"):
         folder = given.folder(work_dir)
         model = [f"pretrained={folder}", "dtype=auto", *args.model_args]

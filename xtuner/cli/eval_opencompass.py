@@ -51,21 +51,23 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.tools.evaluators.table import text
 
     log.setup()
-    place = environment(args, COMMAND, turbomind=args.backend == "turbomind")
+    turbomind = args.backend == "turbomind"
     if args.install and not args.model:
+        environment(args, COMMAND, turbomind)
         return 0
     given = Given(args.model, args.cfg_options)
     _check_options(args)
     questions = opencompass.read_file(args.custom, args.infer) if args.custom else None
+    place = environment(args, COMMAND, turbomind)
     place.need(opencompass.PACKAGE)
     questions = questions or opencompass.read_names(args.datasets, place)
     gpus = _gpus(args, place)
     if args.model_type == "chat" and questions.by_likelihood:
         what, why = "a chat model cannot be asked for likelihoods", "OpenCompass's chat models only generate"
         raise ConfigError(what, where="--model-type chat", why=why, do="give base, or ask for gen instead of ppl")
-    work_dir = (args.work_dir or Path("work_dirs") / "eval" / given.name).expanduser().absolute()
+    work_dir = given.work_dir(args.work_dir)
     with exclusive(work_dir / ".evaluating", "another process evaluates there"):
-        folder = given.folder(work_dir, any_layout=args.backend == "turbomind")
+        folder = given.folder(work_dir, any_layout=turbomind)
         speaks = has_chat_template(folder)
         if args.model_type == "chat" and not speaks:
             raise ConfigError("the tokenizer has no chat template", where="--model-type chat", do="give base")

@@ -16,7 +16,6 @@ from xtuner.data.tokenizer import load_tokenizer
 from xtuner.model.families import layout_of, read_config
 
 BACKENDS = ("hf", "turbomind")
-KINDS = ("chat", "base")
 CLASSES = {
     ("hf", "chat"): "HuggingFacewithChatTemplate",
     ("hf", "base"): "HuggingFaceBaseModel",
@@ -80,11 +79,15 @@ def config_text(folder: Path, backend: str, path: Path, name: str, chosen: Setti
         entry += [f"stop_words={stop_words(folder)!r}"]
     entry += [f"max_seq_len={seq_len}", f"max_out_len={chosen.max_out_len or min(MAX_OUT_LEN, seq_len // 2)}"]
     entry += [f"batch_size={batch}", f"run_cfg=dict(num_gpus={chosen.gpus})"]
-    lines = [
-        f"# OpenCompass 0.5: {name} through {backend}; written by xtuner {xtuner.__version__}",
+    lines = [f"# OpenCompass 0.5: {name!r} through {backend}; written by xtuner {xtuner.__version__}"]
+    lines += [
         *_notes(folder, backend),
+        f"from opencompass.models import {cls}",
+        "",
+        "datasets = []",
+        "models = [",
+        "    dict(",
     ]
-    lines += [f"from opencompass.models import {cls}", "", "datasets = []", "models = [", "    dict("]
     lines += [f"        {part}," for part in (f"type={cls}", *entry)]
     return "\n".join([*lines, "    )", "]", ""])
 
@@ -101,7 +104,7 @@ def _notes(folder: Path, backend: str) -> list[str]:
     notes = [f"# xtuner eval opencompass HF_DIR --backend {backend} --datasets NAME   does all that is needed."]
     if backend == "hf" and layout_of(_hf(folder)) == "internlm2":
         notes += [
-            "# transformers does not know this layout (--layout llama is known); `xtuner eval opencompass` converts."
+            "# transformers does not know this layout (--layout llama it does); `xtuner eval opencompass` converts."
         ]
     if backend == "hf":
         notes += ["# On a machine without a GPU: num_gpus=0. A model that only continues texts: HuggingFaceBaseModel."]

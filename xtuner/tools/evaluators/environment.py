@@ -105,7 +105,7 @@ class Environment:
                 why=said[-1] if said else "",
                 do=f"run `{self.to_install()}`",
             )
-        found = json.loads(done.stdout)
+        found = json.loads(done.stdout.splitlines()[-1])
         assert isinstance(found, dict)
         return found
 
@@ -117,13 +117,21 @@ class Environment:
         found = self._found_mark()
         files = [REQUIREMENTS, *([TURBOMIND] if turbomind or found.get("turbomind") else [])]
         digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
-        if found.get("whole") and found.get("requirements") == digest:
+        whole = bool(found.get("whole")) and self._runs()
+        if whole and found.get("requirements") == digest:
             logger.info(f"{self.folder} is there already, and whole")
             return
         self._check_place(bool(found))
         facts = {"turbomind": len(files) > 1, "requirements": digest}
         with exclusive(self.folder.parent / f".{self.folder.name}.lock", "another process installs there"):
-            self._make(files, facts, fresh=not found.get("whole"))
+            self._make(files, facts, fresh=not whole)
+
+    def _runs(self) -> bool:
+        try:
+            self.probe()
+        except ConfigError:  # the Python that it was made with is gone
+            return False
+        return True
 
     def _check_place(self, ours: bool) -> None:
         if sys.version_info[:2] > NEWEST_PYTHON:
@@ -195,4 +203,6 @@ def exclusive(path: Path, busy: str) -> Iterator[None]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(busy, where=str(path), do="wait for it, or give another folder") from None
+        except OSError:
+            logger.warning(f"{path.parent} is on a file system without locks: a second process would not be noticed")
         yield

@@ -42,7 +42,7 @@ def evaluate(
     command = [str(environment.python), "-m", "lm_eval", "run", "--model", "hf"]
     command += ["--model_args", ",".join(model), "--tasks", ",".join(tasks)]
     command += ["--include_path", str(include.absolute())] if include else []
-    command += ["--output_path", str(results.absolute()), *further]
+    command += ["--output_path", str(results), *further]
     logger.info(shlex.join(command))
     code = run(command, log, lambda: bar(log) or "lm-eval is starting", Path.cwd(), environ())
     if code:

@@ -3,6 +3,7 @@
 transformers 4 knows the llama layout only. What is in another one is written again in that, below the work dir.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,9 +41,16 @@ class Given:
             return
         if options:
             raise ConfigError("there is no config that it could change", where="--cfg-options", do="leave it out")
-        self._hf = hub.resolve(words[0]).absolute()
+        self._hf = Path(os.path.abspath(hub.resolve(words[0])))
         self.name = self._hf.name if Path(words[0]).expanduser().is_dir() else words[0].rpartition("/")[2]
         _check(self._hf)
+
+    def work_dir(self, asked: Path | None) -> Path:
+        """Where results go, absolute. Raises: ConfigError inside the model, which would not be what was exported."""
+        found = (asked or Path("work_dirs") / "eval" / self.name).expanduser().resolve()
+        if len(self._words) == 1 and found.is_relative_to(self._hf.resolve()):
+            raise ConfigError("results would lie in the model's folder", where=str(found), do="give another --work-dir")
+        return found
 
     def folder(self, work_dir: Path, any_layout: bool = False) -> Path:
         """Where the evaluators find it, in the llama layout unless `any_layout` will do.

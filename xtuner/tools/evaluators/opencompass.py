@@ -27,7 +27,6 @@ from xtuner.tools.evaluators.environment import Environment
 from xtuner.tools.evaluators.process import ToolError, bar, environ, last_line, run
 
 PACKAGE = "opencompass"
-INFERENCES = ("ppl", "gen")  # the option with the lowest perplexity; the generated answer
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 _BY_LIKELIHOOD = re.compile(r"_(ppl|ll|clp|mixed)(_|$)", re.IGNORECASE)  # in names of datasets
 _MODEL = "xtuner_model"
@@ -40,7 +39,7 @@ class Questions:
     datasets: Sequence[str] = ()
     file: Path | None = None
     kind: str = ""  # of the file, as `custom.check` says
-    infer: str = ""  # of the file
+    infer: str = ""  # of the file: "ppl", the option with the lowest perplexity, or "gen", an answer
 
     @property
     def by_likelihood(self) -> bool:
@@ -99,6 +98,7 @@ def evaluate(
 
     Args:
         model: the config of a model, as text.
+        work_dir: absolute.
         data: the folder whose `data/` holds OpenCompass's datasets; None for its own rule.
         further: words for OpenCompass's own command line.
 
@@ -112,17 +112,16 @@ def evaluate(
         if "COMPASS_DATA_CACHE" in env:
             (cwd / "data").symlink_to(Path(env["COMPASS_DATA_CACHE"]) / "data")
         words = [str(environment.python), "-m", "opencompass.cli.main", "--models", _MODEL]
-        words += ["--config-dir", str(cwd / "configs"), *questions.words, "-w", str(results.absolute()), *further]
+        words += ["--config-dir", str(cwd / "configs"), *questions.words, "-w", str(results), *further]
         words += ["--dry-run"] if dry_run else []
         logger.info(shlex.join(words))
         earlier = set(_task_logs(results))
         code = run(words, log, lambda: _news(results, earlier), cwd, env)
     if code:
         raise ToolError(f"OpenCompass ended with exit code {code}", where=str(log), why=last_line(log), do=_advice(log))
-    text = log.read_text(encoding="utf-8", errors="replace")
     if dry_run:
         return None
-    found = re.findall(r"Current exp folder: (.+)", text)
+    found = re.findall(r"Current exp folder: (.+)", log.read_text(encoding="utf-8", errors="replace"))
     return Path(found[-1].strip()) if found else results
 
 
@@ -133,7 +132,7 @@ def _running_in(work_dir: Path) -> Iterator[Path]:
     It hands the folder's path to a shell unquoted, so a work dir with a blank in its path will not do.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    inside = str(work_dir.absolute())
+    inside = str(work_dir)
     cwd = Path(tempfile.mkdtemp(prefix=".opencompass-", dir=inside if shlex.quote(inside) == inside else None))
     try:
         yield cwd

@@ -93,7 +93,8 @@ def _signals(stopped: list[int]) -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         stopped.append(number)
 
-    before = {number: signal.signal(number, note) for number in STOPS}
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # SIGHUP under nohup
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield
     finally:

@@ -5,14 +5,17 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-LMDEPLOY := $(or $(XTUNER_TEST_CACHE),$(HOME)/.cache/xtuner-tests)/lmdeploy-0.9.2.post1
+CACHE := $(or $(XTUNER_TEST_CACHE),$(HOME)/.cache/xtuner-tests)
+LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 
-.PHONY: demo test lint lmdeploy clean help
+.PHONY: demo test test-interop lint lmdeploy bench-table clean help
 
 help:
 	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
 	@echo "make test   install into .venv, lint, check types, run the tests"
 	@echo "make lmdeploy  fetch LMDeploy's last converter (76 MB), which a test compares ours with; skipped without"
+	@echo "make bench-table  what benchmarks/train.py has measured on this machine's GPU"
+	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare what they say with ours (minutes)"
 	@echo "make clean  remove .venv and everything made"
 
 demo: .venv/installed
@@ -20,6 +23,10 @@ demo: .venv/installed
 
 test: .venv/installed lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-interop: .venv/installed
+	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL="$(TORCH_INDEX)") $(BIN)/xtuner eval opencompass --install --env "$(CACHE)/evaluation"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interop
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -38,6 +45,9 @@ $(LMDEPLOY)/installed: tests/lmdeploy.txt | .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[plot,test]'
 	touch $@
+
+bench-table: .venv/installed
+	$(BIN)/python benchmarks/train.py --table
 
 clean:
 	rm -rf .venv build dist *.egg-info demo/out .mypy_cache .ruff_cache .pytest_cache

@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint.py 1.8b --folder /scratch
 
-A run saves after 8 iterations and is killed (SIGKILL) when the checkpoint is whole; then it is resumed, and killed after
-its first iteration. Told: how long training waited for the save, an iteration's usual time, bytes a second of save
-and load, the disk's own bytes a second, seconds from the command to the first iteration after the resume.
+A run saves after 8 iterations and is killed (SIGKILL) when the checkpoint is whole; then it is resumed, and killed
+after its first iteration. Told: how long training waited for the save, an iteration's usual time, bytes a second of
+save and load, the disk's own bytes a second, seconds from the command to the first iteration after the resume.
 """
 
 import argparse

@@ -9,13 +9,19 @@ from pathlib import Path
 
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
+import torch
+from conftest import write_corpus
 from test_launchers import ROOT
 from test_lost_ranks import ended, started, told
 from test_train import records, with_hook
 
-from xtuner.train.advice import _line
+from xtuner.config.load import load
+from xtuner.core import dist
+from xtuner.engine.choose import choose
+from xtuner.train.advice import _line, out_of_memory
+from xtuner.train.trainer import assemble
 
-# After an iteration the process may take 1 MiB more; the next one needs more than that
+# After an iteration the process may take 1 MiB more; the next one needs more than that.
 LIMIT = """exec('import resource; n = next(x for x in open("/proc/self/status") if x.startswith("VmData")); \
 n = int(n.split()[1]) * 1024 + 2**20; resource.setrlimit(resource.RLIMIT_DATA, (n, n))')"""
 
@@ -26,59 +32,86 @@ def commands(text: str) -> list[str]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 def test_memory_runs_out(tiny: Path, tmp_path: Path) -> None:
-    """The system itself refuses memory. The command that computes blocks again then goes on where the run ended."""
-    with_hook(tiny, tmp_path / "run.py", 2, f"os.environ.get('FREE') or {LIMIT}")
+    """The system itself refuses memory. The first command line then goes on where the run has saved last."""
+    with_hook(tiny, tmp_path / "run.py", 2, f"os.environ.get('FREE') or run.saver.finish() or {LIMIT}")
     words = ["train", "run.py", "--work-dir", "it's here", "--resume", "auto", "--cfg-options", "evaluation_inputs=[]"]
     words += ["max_length=128", "save_steps=1", "hidden_size=512"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     env |= {"MALLOC_MMAP_THRESHOLD_": str(2**16), "OMP_NUM_THREADS": "1"}  # what is freed goes back to the system
-    done = subprocess.run(
-        [sys.executable, "-m", "xtuner", *words], env=env, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2, done.stderr
-    error = done.stderr[done.stderr.index("xtuner: memory ran out in iteration 3: ") :]
+
+    def xtuner(*words: str, **more: str) -> tuple[int, str]:
+        full = [sys.executable, "-m", "xtuner", *words]
+        done = subprocess.run(full, env={**env, **more}, cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    code, text = xtuner(*words)
+    assert code == 2, text
+    error = text[text.index("xtuner: memory ran out in iteration 3: ") :]
     assert "one process, ranks: 1, packs of 128 tokens, on cpu" in error
     assert re.search(r"take [\d.]+ MiB here by arithmetic", error)
-    again, zero2, zero3 = commands(error)
+    again = commands(error)[0]
     assert again.endswith("--cfg-options model.activation_checkpointing=True --resume auto")
-    assert "deepspeed_zero2_offload --resume auto" in zero2
-    assert "deepspeed_zero3_offload --resume auto" in zero3
     program = shlex.split(again)
     assert program[:2] == ["xtuner", "train"]
-    done = subprocess.run(
-        [sys.executable, "-m", *program], env={**env, "FREE": "1"}, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stderr
+    code, text = xtuner(*program[1:], FREE="1")
+    assert code == 0, text
+    assert "resumed from" in text
     assert sorted(records(tmp_path / "it's here")) == [1, 2, 3]
 
 
-def test_two_ranks_are_told_what_divides_more(tiny: Path, tmp_path: Path) -> None:
-    """What one rank's GPU says, all end with; the rank whose memory it was gives the advice."""
+def test_the_rank_whose_memory_it_was_tells(tiny: Path, tmp_path: Path) -> None:
     raises = "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB')"
     config = with_hook(tiny, tmp_path / "run.py", 1, f"if os.environ['RANK'] == '1':\n                {raises}")
     words = ["train", config, "--work-dir", tmp_path / "w", "--launcher", "pytorch", "--deepspeed", "deepspeed_zero1"]
-    children = started([*words, "--cfg-options", "evaluation_inputs=[]"], tmp_path)
-    assert ended(children) == [1, 2]
+    assert ended(started([*words, "--cfg-options", "evaluation_inputs=[]"], tmp_path)) == [1, 2]
     assert "rank 1 has failed: ConfigError: memory ran out in iteration 2: CUDA out of memory" in told(tmp_path, 0)
     text = told(tmp_path, 1)
     assert "deepspeed_zero1, ranks: 2" in text
-    start = "torchrun --nproc-per-node=2 -m xtuner train"
-    more = [c for c in commands(text) if "activation_checkpointing" not in c]
-    assert [re.sub(r".*--deepspeed (\w+) --resume auto", r"\1", c) for c in more] == [
-        "deepspeed_zero2_offload",
-        "deepspeed_zero3_offload",
+    assert commands(text)[0].startswith(f"torchrun --nproc-per-node=2 -m xtuner train {config} --work-dir ")
+
+
+@pytest.mark.parametrize(
+    ("zero", "fsdp", "more"),
+    [
+        ("deepspeed_zero1", None, ["zero2", "zero2_offload", "zero3", "zero3_offload"]),
+        ("deepspeed_zero2", None, ["zero2_offload", "zero3", "zero3_offload"]),
+        ("deepspeed_zero3_offload", None, []),
+        (None, "full", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]),  # summing whole gradients
+    ],
+)
+def test_a_7b_model_on_8_gpus(
+    zero: str | None,
+    fsdp: str | None,
+    more: list[str],
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is advised of recompute, ZeRO's stages with offload, and shorter packs, with bytes of state."""
+    data = write_corpus(tmp_path / "data", 2000)
+    options = ["hidden_size=4096", "num_layers=32", "vocab_size=92544", "max_length=8192", f"dataset_folder={data}"]
+    run = assemble(load(str(tiny), options), tmp_path / "w", torch.device("cpu"), None)
+    for name in ("world_size", "local_world_size"):
+        monkeypatch.setattr(dist, name, lambda: 8)
+    choice = choose(run.source, run.optim, torch.device("cpu"), zero, fsdp)
+    words = ["c.py", *(["--deepspeed", zero] if zero else ["--fsdp"]), "--cfg-options", "a=b"]
+    error = out_of_memory(run, words, choice, torch.OutOfMemoryError("CUDA out of memory"))
+    assert error.exit_code == 2
+    found = commands(str(error))
+    start = "NPROC_PER_NODE=8 xtuner train c.py"
+    engine = f"--deepspeed {zero}" if zero else "--fsdp"
+    assert found == [
+        f"{start} {engine} --cfg-options a=b --cfg-options model.activation_checkpointing=True --resume auto",
+        *(f"{start} --cfg-options a=b --deepspeed deepspeed_{name} --resume auto" for name in more),
+        f"{start} {engine} --cfg-options a=b --cfg-options max_length=4096 accumulative_counts=4",
     ]
-    assert all(c.startswith(start) for c in commands(text))
-    sizes = re.findall(r"# ([\d.]+) MiB of state a GPU; slower", text)
-    assert len(sizes) == 2
-    assert all(float(n) < 12 * 299392 / 2**20 for n in sizes)  # ZeRO-1 on two: 4 + 16 / 2 bytes a parameter
+    assert len(re.findall(r"# \d+\.\d\d GiB of state a GPU", str(error))) == len(more)
 
 
 @pytest.mark.parametrize(
     ("given", "more", "expected"),
     [
-        ("c.py --resume auto --fsdp --seed 1", ["--deepspeed", "z", "--resume", "a"], "c.py --seed 1 --deepspeed z --resume a"),
+        ("c.py --resume a --fsdp --seed 1", ["--deepspeed", "z", "--resume"], "c.py --seed 1 --deepspeed z --resume"),
         ("c.py --deepspeed=a --resume", ["--deepspeed", "z"], "c.py --deepspeed z"),
         ("--deepspeed a c.py --fsdp full", ["--deepspeed", "z"], "c.py --deepspeed z"),
         ("c.py --deepspeed a --resume x.pth", ["--cfg-options", "a=1"], "c.py --deepspeed a --cfg-options a=1"),

@@ -53,6 +53,8 @@ def test_the_map_names_every_room() -> None:
         ["train", "--help"],
         ["doctor", "--help"],
         ["launch", "--help"],
+        ["eval", "opencompass", "--help"],
+        ["eval", "lm-eval", "--help"],
         ["copy-cfg", "NAME", "DIR"],
         ["data", "order", "DIR"],
     ],

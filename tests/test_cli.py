@@ -82,4 +82,5 @@ def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "internlm2_tiny_w_tokenized_dataset" in done.stdout
     assert "#SBATCH --signal=USR1@300\n" in done.stdout
-    assert (tmp_path / "site" / "xtuner" / "py.typed").is_file()
+    for name in ("py.typed", "tools/evaluators/evaluation.txt", "tools/evaluators/turbomind.txt"):
+        assert (tmp_path / "site" / "xtuner" / name).is_file(), name

@@ -15,7 +15,8 @@ from xtuner.config.load import shipped_names
 CASES = [
     (["c"], {"copy-cfg", "check-cfg", "completion", "convert", "chat"}),
     (["data", "o"], {"order"}),
-    (["eval", "l"], {"loss"}),
+    (["eval", "l"], {"loss", "lm-eval"}),
+    (["eval", "opencompass", "x", "--backend", ""], {"hf", "turbomind"}),
     (["convert", ""], {"pth_to_hf", "turbomind", "weights"}),
     (["train", "internlm2_"], set(shipped_names())),
     (["check-cfg", "internlm2_7"], {"internlm2_7b_w_tokenized_dataset"}),

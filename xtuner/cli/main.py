@@ -24,6 +24,8 @@ VERBS = {  # words → (module, what it does)
     "launch": ("xtuner.cli.launch", "a job script for Slurm, Kubernetes or Aliyun DLC"),
     "plot-loss": ("xtuner.cli.plot_loss", "draw the loss of a run"),
     "eval loss": ("xtuner.cli.eval_loss", "mean loss of a model on tokenized data"),
+    "eval opencompass": ("xtuner.cli.eval_opencompass", "scores of OpenCompass, on its datasets or your own file"),
+    "eval lm-eval": ("xtuner.cli.eval_lm_eval", "scores of EleutherAI's lm-eval, on its tasks or your own"),
     "chat": ("xtuner.cli.chat", "talk with a model, or let it continue a text"),
     "convert pth_to_hf": ("xtuner.tools.model_converters.pth_to_hf", "a checkpoint as a Hugging Face folder"),
     "convert turbomind": ("xtuner.cli.convert_turbomind", "a Hugging Face folder for LMDeploy up to 0.9"),

@@ -136,7 +136,7 @@ def update(name: str, weight: torch.Tensor, gradient: torch.Tensor, state: Momen
     v = v + (1 - rates.beta2) * (g * g - v)
     c1, c2 = rates.corrections
     w = read_master(weight, state, form) * (1 - rates.lr * rates.weight_decay)
-    w = w - (rates.lr / c1) * m / ((v / c2).sqrt() + rates.eps)
+    w = w - (rates.lr / c1) * m / (v.sqrt() * c2**-0.5 + rates.eps)
     write_master(weight, state, form, w, seed)
     bits = random_bits(len(w), seed, w.device)
     _encode(state, "exp_avg", m, bits >> 16 & 0xFF)
@@ -151,10 +151,10 @@ def _grouped(values: torch.Tensor) -> torch.Tensor:
 def _decode(state: Moments, key: str) -> torch.Tensor:
     codes = state[key]
     if codes.dtype == torch.int8:
-        share = _grouped(codes.float()) / 127
+        share = _grouped(codes.float()) * (1 / 127)
         values = share * share.abs() * state[f"{key}_scale"][:, None]
     elif codes.dtype == torch.uint8:
-        values = (_grouped(codes.float()) / 255) ** 4 * state[f"{key}_scale"][:, None]
+        values = (_grouped(codes.float()) * (1 / 255)).square().square() * state[f"{key}_scale"][:, None]
     else:
         return codes.float()
     return values.view(-1)[: len(codes)]
@@ -162,7 +162,7 @@ def _decode(state: Moments, key: str) -> torch.Tensor:
 
 def _encode(state: Moments, key: str, values: torch.Tensor, bits: torch.Tensor) -> None:
     """Store moments, rounded at random by 8 `bits` each."""
-    codes, chance = state[key], (bits.float() + 0.5) / 256
+    codes, chance = state[key], (bits.float() + 0.5) * (1 / 256)
     if codes.dtype == torch.float32:
         codes.copy_(values)
         return
@@ -174,10 +174,11 @@ def _encode(state: Moments, key: str, values: torch.Tensor, bits: torch.Tensor) 
     groups = _grouped(values.abs())
     scale = groups.amax(1)
     state[f"{key}_scale"].copy_(scale)
-    share = (groups / scale[:, None].clamp(min=1e-38)).view(-1)[: len(values)]
-    low = (share ** (1 / power) * levels).floor().clamp(max=levels - 1)
-    below, above = (low / levels) ** power, ((low + 1) / levels) ** power
-    code = low + ((share - below) / (above - below) > chance)
+    share = (groups * (1 / scale.clamp(min=1e-37))[:, None]).view(-1)[: len(values)]
+    root = share.sqrt() if power == 2 else share.sqrt().sqrt()
+    low = (root * levels).floor().clamp(max=levels - 1)
+    below, above = ((code * (1 / levels)) ** power for code in (low, low + 1))
+    code = low + (share - below > chance * (above - below))  # the mean of what is decoded is right
     if codes.dtype == torch.uint8:
         code = torch.where(values > 0, code.clamp(min=1), code)  # 0 would make the next step enormous
     codes.copy_(code * values.sign())

@@ -1,6 +1,7 @@
 """`adamw.update` as one GPU kernel (Triton): everything of a parameter is read once and written once.
 
-Random bits are those of the definition, so that both round alike.
+Random bits are those of the definition, so that both round alike. Arithmetic costs as much as memory here: divisions by
+what is known before are products, and constants stay within fp32's range (1e-38 would turn all of it into fp64).
 """
 
 import torch
@@ -23,17 +24,17 @@ def _random(x):
 def _chosen(share, root, chance, LEVELS: tl.constexpr, POWER: tl.constexpr):
     """The code of `share` (0 … 1), rounded so that the mean of what is decoded is right. `root`: share^(1/POWER)."""
     low = tl.minimum(tl.floor(root * LEVELS), LEVELS - 1.0)
-    below, above = low / LEVELS, (low + 1) / LEVELS
+    below, above = low * (1.0 / LEVELS), (low + 1) * (1.0 / LEVELS)
     below, above = below * below, above * above
     if POWER == 4:
         below, above = below * below, above * above
-    return low + ((share - below) / (above - below) > chance).to(tl.float32)
+    return low + (share - below > chance * (above - below)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _update(
     W, G, MASTER, LOW, M, V, M_SCALE, V_SCALE, CLIP,
-    n, seed, lr, beta1, beta2, eps, decay, c1, c2,
+    n, seed, rate, keep, beta1, beta2, eps, scale2,
     FORM: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -43,7 +44,7 @@ def _update(
     g = tl.load(G + at, mask, 0.0).to(tl.float32) * tl.load(CLIP)
     m, v = tl.load(M + at, mask, 0).to(tl.float32), tl.load(V + at, mask, 0).to(tl.float32)
     if FORM == "8bit":
-        m, v = m / 127, v / 255
+        m, v = m * (1.0 / 127), v * (1.0 / 255)
         m = m * tl.abs(m) * tl.load(M_SCALE + group, has, 0.0)[:, None]
         v = v * v
         v = v * v * tl.load(V_SCALE + group, has, 0.0)[:, None]
@@ -55,8 +56,7 @@ def _update(
         w = (w.to(tl.int32, bitcast=True) + tl.load(LOW + at, mask, 0).to(tl.int32)).to(tl.float32, bitcast=True)
     m = m + (1 - beta1) * (g - m)
     v = v + (1 - beta2) * (g * g - v)
-    w = w * (1 - lr * decay)
-    w = w - (lr / c1) * m / (tl.sqrt(v / c2) + eps)
+    w = w * keep - rate * m / (tl.sqrt(v) * scale2 + eps)
     if FORM == "fp32":
         tl.store(MASTER + at, w, mask)
         tl.store(W + at, w.to(W.dtype.element_ty), mask)
@@ -84,11 +84,11 @@ def _update(
             m_scale, v_scale = tl.max(size, 1), tl.max(v, 1)
             tl.store(M_SCALE + group, m_scale, has)
             tl.store(V_SCALE + group, v_scale, has)
-            share = size / tl.maximum(m_scale, 1e-38)[:, None]
-            code = _chosen(share, tl.sqrt(share), (m_bits.to(tl.float32) + 0.5) / 256, 127, 2)
+            share = size * (1 / tl.maximum(m_scale, 1e-37))[:, None]
+            code = _chosen(share, tl.sqrt(share), (m_bits.to(tl.float32) + 0.5) * (1.0 / 256), 127, 2)
             tl.store(M + at, tl.where(m < 0, -code, code).to(tl.int8), mask)
-            share = v / tl.maximum(v_scale, 1e-38)[:, None]
-            code = _chosen(share, tl.sqrt(tl.sqrt(share)), (v_bits.to(tl.float32) + 0.5) / 256, 255, 4)
+            share = v * (1 / tl.maximum(v_scale, 1e-37))[:, None]
+            code = _chosen(share, tl.sqrt(tl.sqrt(share)), (v_bits.to(tl.float32) + 0.5) * (1.0 / 256), 255, 4)
             code = tl.where(v > 0, tl.maximum(code, 1.0), code)
             tl.store(V + at, code.to(tl.int32).to(tl.uint8), mask)
 
@@ -97,9 +97,11 @@ def update(weight: torch.Tensor, gradient: torch.Tensor, state: Moments, form: F
     """See `adamw.update`."""
     n = weight.numel()
     none = state["exp_avg"]
+    c1, c2 = rates.corrections
+    rate, keep, scale2 = rates.lr / c1, 1 - rates.lr * rates.weight_decay, c2**-0.5
     _update[(triton.cdiv(n, ROWS * GROUP),)](
         weight, gradient, state.get("master", none), state.get("low", none), state["exp_avg"], state["exp_avg_sq"],
         state.get("exp_avg_scale", none), state.get("exp_avg_sq_scale", none), rates.clip,
-        n, seed, rates.lr, rates.beta1, rates.beta2, rates.eps, rates.weight_decay, *rates.corrections,
+        n, seed, rate, keep, rates.beta1, rates.beta2, rates.eps, scale2,
         FORM=form.name, ROWS=ROWS, GROUP=GROUP, num_warps=8,
     )  # fmt: skip

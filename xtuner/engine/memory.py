@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, logger
+from xtuner.engine.adamw import FORMS
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.flops import num_parameters
 from xtuner.model.plan import ORDER, Plan
@@ -20,6 +22,7 @@ from xtuner.model.source import ModelSource
 
 LEAST = 4096  # tokens of a micro-batch; fewer leave the GPU's multipliers idle
 USUAL = 8192  # where not even the least fits without computing something twice
+BUFFERS = 1.5 * 2**30  # bytes: DeepSpeed's buckets as shipped, two of 200 million numbers in fp32
 RESERVE = 3 * 2**30  # bytes: the libraries' own, and what the allocator cannot use
 
 
@@ -57,33 +60,32 @@ def of_single(source: ModelSource, optim: OptimWrapper, device: torch.device) ->
 
 
 def of_fsdp(source: ModelSource, optim: OptimWrapper, device: torch.device, cut: int) -> Memory:
-    """For one of `cut` ranks. Beside its part, embedding and head are whole, and two blocks with a gradient."""
-    c = source.config
-    itemsize, parameters, ends = (
-        optim.compute_dtype(device).itemsize,
-        num_parameters(c),
-        2 * c.vocab_size * c.hidden_size,
-    )
-    whole = ends + 2 * (parameters - ends) // c.num_layers
-    if optim.accumulative_counts > 1:  # gradients are summed whole, until the last pack
-        whole = parameters
-    return share_out(16 * parameters // cut + (itemsize + 4) * whole, source, optim, device, cut=False)
+    """For one of `cut` ranks: masters and moments cut, embedding and head whole, and two blocks with a gradient.
+
+    Gradients come while what blocks keep goes, and need no room of their own, unless they are summed over packs: then
+    they are whole until the last.
+    """
+    c, itemsize = source.config, optim.compute_dtype(device).itemsize
+    parameters, ends = num_parameters(c), 2 * c.vocab_size * c.hidden_size
+    whole = ends + 2 * (parameters - ends) // c.num_layers if optim.accumulative_counts == 1 else parameters
+    return share_out(12 * parameters // cut + (itemsize + 4) * whole, source, optim, device, cut=False)
 
 
 def of_zero(
     source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int, zero: Mapping[str, Any]
 ) -> Memory:
-    """For one of `ranks` of DeepSpeed's: bf16 weights and gradients, then fp32 master, gradient and two moments.
+    """For one of `ranks` of DeepSpeed's: bf16 weights, fp32 masters and moments, gradients, buffers to send from.
 
     Args:
         zero: the settings' zero_optimization.
     """
     parameters, stage = num_parameters(source.config), zero.get("stage", 0)
     live = min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))  # whole at a time under stage 3
-    whole = {0: 20 * parameters, 1: 4 * parameters, 2: 2 * parameters, 3: 2 * live}[stage]
-    divided = {0: 0, 1: 16, 2: 18, 3: 20}[stage]
+    whole = {0: 16 * parameters, 1: 2 * parameters, 2: 2 * parameters, 3: 2 * live}[stage]
+    divided = {0: 0, 1: 14, 2: 14, 3: 18}[stage]
     divided -= 12 * ("offload_optimizer" in zero) + 2 * ("offload_param" in zero)
-    return share_out(whole + parameters * divided // ranks, source, optim, device, cut=False)
+    state = whole + parameters * divided // ranks + int(BUFFERS)
+    return share_out(state, source, optim, device, cut=False)
 
 
 def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torch.device, cut: bool = True) -> Memory:
@@ -93,13 +95,39 @@ def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torc
         cut: whether packs may be cut into micro-batches, else they keep less.
     """
     itemsize = optim.compute_dtype(device).itemsize
+    free = _free(device)
+    if free is not None and state + RESERVE > free:
+        raise too_large(source, state, free)
     if not source.recompute:
         return Memory(state, Plan(source.config, itemsize))
-    if device.type != "cuda":
+    if free is None:
         return Memory(state, Plan(source.config, itemsize, 0))
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     plan = Plan(source.config, itemsize, max(int(free - state - RESERVE), 0))
     if not cut:
         return Memory(state, plan)
     largest = plan.largest(2**17)
     return Memory(state, plan, largest if largest >= LEAST else USUAL)
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes that this process can still get of a GPU; None for CPUs."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
+
+
+def too_large(source: ModelSource, state: int, free: int) -> ConfigError:
+    """What to say of a model whose state alone does not fit."""
+    parameters = num_parameters(source.config)
+    leaner = [f for f in FORMS.values() if parameters * f.bytes + RESERVE <= free]
+    needed = -(-parameters * 20 // max(int(free - 2 * RESERVE), 1))
+    ways = [f'optim_wrapper.states = "{f.name}" ({human_bytes(parameters * f.bytes)} on one GPU)' for f in leaner[:1]]
+    ways.append(f"{needed} or more such GPUs with --deepspeed deepspeed_zero3 or --fsdp full")
+    ways.append("fewer with --deepspeed deepspeed_zero3_offload")
+    return ConfigError(
+        f"weights, gradients and optimizer state need {human_bytes(state)}, and the GPU has {human_bytes(free)} free",
+        where=f"model: {parameters:,} parameters",
+        why="the first step would run out of memory",
+        do="; or ".join(ways),
+    )

@@ -1,7 +1,7 @@
 """What one rank contributes to a checkpoint, copied out of the way of training, and how it gets to the disk."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,19 +36,21 @@ class Snapshot:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
         for name, value in self.json.items():
             write_json(folder / name, value)
-        with ThreadPoolExecutor(WRITERS) as pool:
-            entries = dict(pool.map(lambda name: (name, self._write(folder / name, name)), self.tensors))
+        with ThreadPoolExecutor(WRITERS) as pool, ThreadPoolExecutor(WRITERS) as hashers:
+            written = pool.map(lambda name: (name, self._write(folder / name, name, hashers)), self.tensors)
+            entries = {name: entry.result() for name, entry in written}
         return entries | {name: file_entry(folder / name) for name in self.json}
 
-    def _write(self, path: Path, name: str) -> dict[str, Any]:
+    def _write(self, path: Path, name: str, hashers: ThreadPoolExecutor) -> Future[dict[str, Any]]:
         try:
             save_file(self.tensors[name], path, metadata=self.metadata.get(name, {"format": "pt"}))
         except Exception as e:  # safetensors wraps the system's error in one of its own
             raise OSError(getattr(e, "errno", None) or 5, str(e), str(path)) from e
         usual_permissions(path)
+        entry = hashers.submit(file_entry, path)  # from memory, while the disk takes the file
         sync_file(path)
         note(f"{name} written")  # a large save takes longer than a rank may stand still
-        return file_entry(path)
+        return entry
 
 
 def divide(sizes: Mapping[str, int]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Any checkpoint → a Hugging Face folder, one tensor at a time: shards, index, config, tokenizer, model card.
+"""Any checkpoint → a Hugging Face folder, one tensor at a time: shards, index, config, tokenizer, model card, configs.
 
 Memory stays below one shard plus one tensor: tensors are read, cast and collected until a shard is full.
 """
@@ -18,6 +18,7 @@ from xtuner.core.files import read_json, write_json
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.data.tokenizer import FILES as TOKENIZER_FILES
 from xtuner.export.card import card
+from xtuner.export.opencompass import write_configs
 from xtuner.export.place import export_folder
 from xtuner.export.sources import Opened, read_tensor, recognise
 from xtuner.export.tokenizer_json import complete
@@ -72,6 +73,7 @@ def export(
         stops = _copy_tokenizer(tokenizer_folder, folder, config)
         write_json(folder / "generation_config.json", _generation(config, stops))
         (folder / "README.md").write_text(card(kind.path, opened, config, layout, dtype), encoding="utf-8")
+        write_configs(folder, target)
     return target
 
 

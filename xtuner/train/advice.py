@@ -59,12 +59,9 @@ def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, s
     if not run.source.recompute and config.get("model.llm") is None:
         again = ["--cfg-options", "model.activation_checkpointing=True", *resume]
         yield _line(words, again), "computes each block again in the backward; the same result"
-    for name in ENGINES:
-        zero = zero_config.read(name)["zero_optimization"]
-        state = memory.of_zero(run.source, run.optim, run.device, dist.world_size(), zero).state
-        if state < 0.9 * choice.state:
-            slower = "; slower: the optimizer steps on the CPU" if "offload_optimizer" in zero else ""
-            yield _line(words, ["--deepspeed", name, *resume]), f"{human_bytes(state)} of state a GPU{slower}"
+    for name, state in _leaner(run, choice):
+        slower = "; slower: the optimizer steps on the CPU" if "offload" in name else ""
+        yield _line(words, ["--deepspeed", name, *resume]), f"{human_bytes(state)} of state a GPU{slower}"
     if not (choice.deepspeed or choice.fsdp) and run.optim.own_form(run.device) is FORMS["fp32"]:
         for form in (FORMS["split"], FORMS["8bit"]):
             size = human_bytes(num_parameters(run.source.config) * form.bytes)
@@ -74,6 +71,17 @@ def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, s
     if isinstance(packed, int) and isinstance(counts, int) and packed // 2 >= SHORTEST:
         shorter = ["--cfg-options", f"max_length={packed // 2}", f"accumulative_counts={counts * 2}"]
         yield _line(words, shorter), "half the pack, as many tokens an iteration; a new run, as packs are others"
+
+
+def _leaner(run: Run, choice: Choice) -> Iterator[tuple[str, int]]:
+    """Settings of DeepSpeed's that need less, and bytes of state a GPU: those after the present ones, or all."""
+    at = ENGINES.index(choice.deepspeed) + 1 if choice.deepspeed in ENGINES else 0
+    for name in ENGINES[at:]:
+        zero = zero_config.read(name)["zero_optimization"]
+        # by arithmetic alone: the GPU is full
+        state = memory.of_zero(run.source, run.optim, torch.device("cpu"), dist.world_size(), zero).state
+        if state < 0.9 * choice.state or (at and state <= choice.state):
+            yield name, state
 
 
 def _line(words: list[str], more: list[str]) -> str:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xtuner.core import dist, machine
 from xtuner.core.log import human, human_bytes, logger
 from xtuner.model.flops import num_parameters, training_flops
@@ -30,7 +32,7 @@ def report(run: Run) -> None:
         ("model", f"{parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, from {where}"),
         ("optimizer", run.optim.describe()),
         ("strategy", run.choice.name),
-        ("precision", f"fp32 masters, compute in {compute} on {run.device}"),
+        ("precision", f"{_masters(run)}, compute in {compute} on {run.device}"),
         ("state", f"{human_bytes(run.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
         ("data", f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {documents.folder}"),
         ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {sum(tails):,} tokens of file tails fill none"),
@@ -46,3 +48,8 @@ def report(run: Run) -> None:
         ("work dir", str(run.work_dir)),
     ]
     logger.info("what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows))
+
+
+def _masters(run: Run) -> str:
+    form = run.optim.states
+    return "fp32 masters" if form.moment == torch.float32 else f"bf16 weights, {form.name} moments"

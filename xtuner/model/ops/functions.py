@@ -140,20 +140,22 @@ class BlockOutputs(torch.autograd.Function):
 
 @contextmanager
 def forgetting(tensors: Tensors, again: Callable[[], Tensors]) -> Iterator[None]:
-    """Inside, autograd does not keep `tensors` but calls `again` once, in the backward, for all of them."""
+    """Inside, autograd does not keep `tensors` (contiguous), nor views of all of one, but calls `again` once, in the
+    backward, for all of them."""
     which = {t.data_ptr(): (i, t.numel()) for i, t in enumerate(tensors)}
     made: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> Any:
         i, numel = which.get(tensor.data_ptr(), (0, -1))
-        return tensor if tensor.numel() != numel else (i, tensor.shape)
+        return tensor if tensor.numel() != numel else (i, tensor.shape, tensor.stride())
 
     def unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
         if not made:
             made.extend(again())
-        return made[packed[0]].view(packed[1])
+        i, shape, stride = packed
+        return made[i].as_strided(shape, stride)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

@@ -4,7 +4,9 @@ The same as `xtuner convert pth_to_hf`.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,27 +32,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from xtuner.core import log
+    from xtuner.export.hf import parse_size, summary
+
+    log.setup()
+    dtype = torch.float32 if args.fp32 else torch.bfloat16
+    size = parse_size(args.max_shard_size)
+    how = {"layout": args.layout, "dtype": dtype, "max_shard_bytes": size, "with_code": args.with_code}
+    target = from_config(args.config, args.cfg_options, args.pth_model, args.save_dir, **how)
+    log.logger.info(f"written {summary(target)}")
+    return 0
+
+
+def from_config(
+    config_path: str, options: Sequence[str], checkpoint: str | Path, target: str | Path, **how: Any
+) -> Path:
+    """Export a checkpoint with the tokenizer, and if need be the network, of its config.
+
+    Args: how: further arguments of `export.hf.export`.
+    """
     from xtuner.config.build import build
     from xtuner.config.load import load
-    from xtuner.core import log
-    from xtuner.export.hf import export, parse_size, summary
+    from xtuner.export.hf import export
     from xtuner.model.decoder import DecoderConfig
     from xtuner.model.source import ModelSource
 
-    log.setup()
-    config = load(args.config, args.cfg_options)
+    config = load(config_path, list(options))
     tokenizer = config.get("tokenizer")
     folder: Path | None = build(tokenizer, "tokenizer").folder if tokenizer else None
-    dtype = torch.float32 if args.fp32 else torch.bfloat16
-    size = parse_size(args.max_shard_size)
 
     def network() -> DecoderConfig:
         model: ModelSource = build(config.get("model") or {}, "model")
         return model.config
 
-    target = export(args.pth_model, args.save_dir, folder, args.layout, dtype, size, args.with_code, network)
-    log.logger.info(f"written {summary(target)}")
-    return 0
+    return export(checkpoint, target, folder, network=network, **how)
 
 
 if __name__ == "__main__":

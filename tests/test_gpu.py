@@ -1,11 +1,15 @@
 """What only a GPU can show: attention backends, kernels against their definitions, bf16. Skipped without one."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import reference
+from test_train import with_hook
 
+from xtuner.cli.main import main
+from xtuner.core.errors import ConfigError
 from xtuner.data.batch import Batch
 from xtuner.engine import adamw
 from xtuner.engine.optim import OptimWrapper
@@ -161,3 +165,18 @@ def test_logits_of_a_reference_model() -> None:
         assert (exact[ref["packed_logits_rows"]].cpu() - torch.from_numpy(ref["packed_logits"])).abs().max() < 1e-3
         half = load_pretrained(folder, dtype=torch.bfloat16, device="cuda")(ids.long(), cu_seqlens=cu)
         assert (half.float() - exact).abs().max() < 0.3
+
+
+def test_memory_that_runs_out_ends_with_advice(tiny: Path, tmp_path: Path) -> None:
+    """The allocator may take no more after the first iteration: exit code 2, and what to run instead."""
+    limit = "import torch; torch.cuda.empty_cache(); torch.cuda.set_per_process_memory_fraction(1e-9)"
+    config = with_hook(tiny, tmp_path / "run.py", 1, limit)
+    try:
+        with pytest.raises(
+            ConfigError, match=r"memory ran out in iteration 2 \(.* in use\): CUDA out of memory"
+        ) as error:
+            main(["train", str(config), "--work-dir", str(tmp_path / "w"), "--cfg-options", "evaluation_inputs=[]"])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert error.value.exit_code == 2
+    assert "model.activation_checkpointing=True --resume auto" in error.value.do

@@ -4,13 +4,17 @@ Ten iterations with accumulation 2 and clipping; packs have unequal numbers of t
 """
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_ranks import on_ranks
 
 from xtuner.core import dist
@@ -20,10 +24,12 @@ from xtuner.data.batch import Batch
 from xtuner.engine import choose, zero_config
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
+from xtuner.model.families import write_config
 from xtuner.model.source import ModelSource, from_scratch
 
 ITERATIONS, PACKS, LR, MAX_NORM = 10, 4, 1e-3, 1.0
 CPU = torch.device("cpu")
+HERE = Path(__file__).resolve().parent
 KINDS = {  # name → (ranks, --deepspeed, --fsdp)
     "zero0": (2, "zero0.json", None),
     "zero1": (2, "deepspeed_zero1", None),
@@ -215,6 +221,17 @@ def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"optimizer": {"type": "Adam"}}, "section 'optimizer'"),
         ({"zero_optimisation": {}}, "no setting 'zero_optimisation'. Did you mean 'zero_optimization'"),
+        *[
+            ({"zero_optimization": {"stage": 2, **zero}}, message)
+            for zero, message in (
+                ({"overlap_com": True}, "no setting 'zero_optimization.overlap_com'. Did you mean 'overlap_comm'"),
+                ({"stage": 7}, "zero_optimization.stage = 7: "),
+                ({"stage": "two"}, 'zero_optimization.stage = "two": '),
+                ({"offload_optimizer": {"devise": "cpu"}}, "no setting 'zero_optimization.offload_optimizer.devise'"),
+                ({"offload_optimizer": {"device": "nvme"}}, "offload to NVMe is not supported"),
+            )
+        ],
+        ({"bf16": {"enable": False}}, "no setting 'bf16.enable'. Did you mean 'enabled'"),
         ({"communication_data_type": "auto", "bf16": {"enabled": "auto"}, "seed": "auto"}, "no setting of the config"),
     ],
 )
@@ -226,3 +243,86 @@ def test_settings_that_contradict_the_config(change: dict[str, object], message:
         zero_config.resolve(zero_config.read(str(path)), optim, CPU, 2, str(path))
     with pytest.raises(ConfigError, match="Did you mean 'deepspeed_zero1'"):
         zero_config.read("deepspeed_zero_1")
+
+
+def test_wrong_settings_are_told_before_anything_is_loaded(tiny: Path, tmp_path: Path, xtuner: Any) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 4}}))
+    dry = ("train", tiny, "--dry-run", "--deepspeed")
+    with pytest.raises(ConfigError, match="stage = 4"):
+        xtuner(*dry, path)
+    path.write_text('{"zero_optimization": {"stage": 3},}')
+    with pytest.raises(ConfigError, match=r"are not JSON: .* line 1 column"):
+        xtuner(*dry, path)
+    with pytest.raises(ConfigError, match="--deepspeed deepspeed_zero1 and --fsdp full"):
+        xtuner(*dry, "deepspeed_zero1", "--fsdp")
+    assert xtuner(*dry, "deepspeed_zero3") == 0
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import json, resource, sys
+from pathlib import Path
+import deepspeed, torch
+from safetensors import safe_open
+from test_ranks import on_ranks
+from test_strategies import large
+from xtuner.engine import zero_config
+from xtuner.engine.deepspeed import DeepSpeedStrategy
+from xtuner.engine.optim import OptimWrapper
+from xtuner.model import from_pretrained
+
+CONSTANT = 32 * 2**20
+RANKS = 2
+folder = Path(sys.argv[1])
+file = folder / "model.safetensors"
+shapes = {n: p.shape for n, p in large().empty(torch.device("meta"), torch.float32).named_parameters()}
+total, largest = sum(s.numel() for s in shapes.values()), max(s.numel() for s in shapes.values())
+assert 4 * total > 4 * (4 * largest + CONSTANT), "too small a model to show anything"
+
+def body(ranks, where):
+    field = next(l for l in open("/proc/self/status") if l.startswith("VmData"))
+    shard = 16 * total // RANKS  # weights, masters, gradients and DeepSpeed's copy for sending, in fp32
+    mapped = file.stat().st_size  # counts, although it takes no memory
+    limit = int(field.split()[1]) * 1024 + shard + 4 * largest + mapped + CONSTANT
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3))
+    strategy = DeepSpeedStrategy(from_pretrained(str(folder)), optim, torch.device("cpu"), str(folder / "zero3.json"))
+    try:  # the control: one rank holding all weights beside its shard
+        whole = from_pretrained(str(folder)).build()
+    except RuntimeError as e:
+        assert "llocate memory" in str(e), e
+    else:
+        sys.exit("the limit limits nothing")
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
+    with safe_open(file, framework="pt") as source:
+        for name, shard in strategy._shards().items():
+            begin, values = shard.master.begin, shard.master.values
+            assert values.equal(source.get_tensor(name).view(-1)[begin : begin + len(values)]), name
+
+assert on_ranks(RANKS, body, folder / "store") == [0] * RANKS
+"""
+
+
+def large() -> ModelSource:
+    sizes = dict(vocab_size=4000, hidden_size=768, intermediate_size=3072, num_hidden_layers=5)
+    return from_scratch(seed=0, num_attention_heads=8, num_key_value_heads=4, **sizes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
+def test_zero3_is_built_shard_by_shard(tmp_path: Path) -> None:
+    """From safetensors: the system itself refuses a rank more than its shard + the largest tensor + 32 MiB; with all
+    weights on a rank it fails. What each holds then are the numbers of the file."""
+    source = large()
+    tensors = {name: p.data for name, p in source.build().named_parameters()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(write_config(source.config, "internlm2", torch.float32)))
+    settings = zero_config.read("deepspeed_zero3")
+    small = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "reduce_bucket_size")
+    settings["zero_optimization"] |= dict.fromkeys((*small, "stage3_prefetch_bucket_size"), 10**6)
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    env |= {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}  # what is freed goes back at once
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr

@@ -110,7 +110,7 @@ def test_killed_at_every_write_point_of_every_save(tiny: Path, tmp_path: Path, s
     assert saved > 20
 
 
-def test_killed_at_write_points_of_a_resume_and_an_export(tiny: Path, tmp_path: Path, straight: Path) -> None:
+def test_killed_at_write_points_of_a_resume_and_of_exports(tiny: Path, tmp_path: Path, straight: Path) -> None:
     begun = tmp_path / "begun"
     shutil.copytree(straight.parent, begun)
     shutil.rmtree(begun / straight.name)
@@ -119,15 +119,23 @@ def test_killed_at_write_points_of_a_resume_and_an_export(tiny: Path, tmp_path: 
         shutil.copytree(begun, work_dir)
         assert killed_at(point, ["train", str(tiny), "--work-dir", str(work_dir), "--resume", "--cfg-options", *SHORT])
         resumed(tiny, work_dir, straight)
-    point = 1
     export = ["convert", "pth_to_hf", str(tiny), str(straight), str(tmp_path / "hf")]
-    while killed_at(point, export):
-        if (tmp_path / "hf").exists():
-            files.verify(tmp_path / "hf")  # whole, or not there
+    turbomind = ["convert", "turbomind", str(tmp_path / "hf"), "--dst-path", str(tmp_path / "tm")]
+    for words, target in ((export, tmp_path / "hf"), (turbomind, tmp_path / "tm")):
+        point = 1
+        while killed_at(point, words):
+            if target.exists():
+                files.verify(target)  # whole, or not there
+            point += 1
+        assert point > 5
+        assert main(words) == 0
+        files.verify(target)
+    one, other, point = tmp_path / "one.safetensors", tmp_path / "other.safetensors", 1
+    assert main(["convert", "weights", str(straight), str(other)]) == 0
+    while killed_at(point, ["convert", "weights", str(straight), str(one)]):
+        assert not one.exists() or one.read_bytes() == other.read_bytes()
         point += 1
-    assert point > 5
-    assert main(export) == 0
-    files.verify(tmp_path / "hf")
+    assert point > 3
 
 
 def flip(file: Path) -> None:

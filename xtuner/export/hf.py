@@ -17,6 +17,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json, write_json
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.data.tokenizer import FILES as TOKENIZER_FILES
+from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.card import card
 from xtuner.export.opencompass import write_configs
 from xtuner.export.place import export_folder
@@ -67,6 +68,7 @@ def export(
         logger.info(f"{kind.path}: {opened.what}")
         config = opened.config
         assert config
+        _check_tokenizer(tokenizer_folder, config)
         _write_shards(opened, folder, config, layout, dtype, max_shard_bytes)
         code = _copy_code(folder) if with_code else {}
         write_json(folder / "config.json", {**code, **write_config(config, layout, dtype)})
@@ -152,6 +154,26 @@ def _copy_code(folder: Path) -> dict[str, Any]:
     model = "modeling_internlm2.InternLM2"
     config, causal = "configuration_internlm2.InternLM2Config", f"{model}ForCausalLM"
     return {"auto_map": {"AutoConfig": config, "AutoModel": f"{model}Model", "AutoModelForCausalLM": causal}}
+
+
+def _check_tokenizer(folder: Path | None, config: DecoderConfig) -> None:
+    """Raises: ConfigError for a tokenizer with ids that the embedding has no rows for."""
+    if folder is None:
+        logger.warning(
+            "the config names no tokenizer: what serves or evaluates the export needs one beside the weights"
+        )
+        return
+    ids = load_tokenizer(folder).vocab_size
+    if ids > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,} rows",
+            where=f"tokenizer: {folder}",
+            why="a text that gives one of the ids above would fail, or be answered with nonsense",
+            do="give the tokenizer that the data were tokenized with (`tokenizer` in the config); no rows are added: "
+            "nothing would have been learnt for them",
+        )
+    if ids < config.vocab_size:
+        logger.info(f"the tokenizer has {ids:,} ids; the embedding's other {config.vocab_size - ids:,} rows stay")
 
 
 def _copy_tokenizer(source: Path | None, folder: Path, config: DecoderConfig) -> list[int]:

@@ -45,6 +45,9 @@ def test_exit_codes_are_the_truth(tmp_path: Path, tiny: Path, corpus: Path) -> N
         (2, ["trian", "x"], "Did you mean 'train'"),
         (2, ["train", "nothing.py"], "no config file"),
         (2, ["train"], "required"),
+        (0, ["data", "--help"], ""),
+        (2, ["convert"], ""),
+        (2, ["convert", "pth"], "Did you mean 'convert pth_to_hf'"),
         (65, ["eval", "loss", str(tiny), str(tmp_path)], "no .bin file"),
         (74, ["convert", "pth_to_hf", str(tiny), str(tmp_path / "x"), str(tmp_path / "y")], "there is no checkpoint"),
     ):
@@ -84,3 +87,10 @@ def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     assert "#SBATCH --signal=USR1@300\n" in done.stdout
     for name in ("py.typed", "tools/evaluators/evaluation.txt", "tools/evaluators/turbomind.txt"):
         assert (tmp_path / "site" / "xtuner" / name).is_file(), name
+
+
+def test_a_group_shows_its_verbs(xtuner: Command, capsys: Any) -> None:
+    assert xtuner("convert", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "convert turbomind" in shown
+    assert "train" not in shown

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from xtuner.core import log
 from xtuner.core.errors import ConfigError
 from xtuner.engine import watch, workers
 from xtuner.engine.launch import PORTS, Nodes, Place, environment_of_workers, first_node, nodes, place
@@ -109,11 +110,14 @@ def listening() -> socket.socket:
 
 
 @pytest.mark.parametrize("how", ["nobody", "no such host", "somebody else"])
-def test_rank_0_cannot_be_reached(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_cannot_be_reached(
+    how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Said within XTUNER_MEET_SECONDS, by default in less than a minute; also where another program listens."""
     assert watch.MEET + watch.ANSWER < 60
-    for name in ("MEET", "ANSWER"):
-        monkeypatch.setattr(watch, name, 0.3)
+    for name, seconds in (("MEET", 0.6), ("ANSWER", 0.3), ("SAY", 0.1)):
+        monkeypatch.setattr(watch, name, seconds)
+    log.setup()
     server = listening()
     port = server.getsockname()[1]
     if how != "somebody else":
@@ -123,6 +127,7 @@ def test_rank_0_cannot_be_reached(how: str, monkeypatch: pytest.MonkeyPatch) -> 
     server.close()
     assert str(port) in error.value.where
     assert "XTUNER_MEET_SECONDS" in error.value.do
+    assert ("rank 1 waits for rank 0 at" in capsys.readouterr().err) == (how != "somebody else")
 
 
 def test_the_port_is_taken() -> None:

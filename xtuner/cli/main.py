@@ -34,9 +34,11 @@ VERBS = {  # words → (module, what it does)
 }
 
 
-def usage() -> str:
-    width = max(map(len, VERBS))
-    lines = [f"  {words:<{width}}  {text}" for words, (_, text) in VERBS.items()]
+def usage(group: str = "") -> str:
+    """All verbs, or those of a group such as `data`."""
+    shown = {words: text for words, (_, text) in VERBS.items() if words.startswith(f"{group} " if group else "")}
+    width = max(map(len, shown))
+    lines = [f"  {words:<{width}}  {text}" for words, text in shown.items()]
     return "usage: xtuner VERB ...\n\n" + "\n".join(lines) + "\n\n`xtuner VERB --help` tells more of one.\n"
 
 
@@ -51,6 +53,9 @@ def main(argv: list[str]) -> int:
         print(f"xtuner {xtuner.__version__}")
         return 0
     words = next((w for n in (2, 1) if (w := " ".join(argv[:n])) in VERBS), None)
+    if words is None and any(w.startswith(f"{argv[0]} ") for w in VERBS) and argv[1:] in ([], ["-h"], ["--help"]):
+        print(usage(argv[0]), end="")
+        return 0 if argv[1:] else EXIT_CONFIG
     if words is None:
         from xtuner.core.errors import did_you_mean
 

@@ -32,6 +32,7 @@ STUCK = float(os.environ.get("XTUNER_STUCK_SECONDS", "900"))  # nor may all of t
 MEET = float(os.environ.get("XTUNER_MEET_SECONDS", "50"))  # to wait for rank 0, and rank 0 for the others
 ASLEEP = 10 * BEAT  # who was not run for so long (a suspended job) cannot say that the others were silent
 BYE = "bye"
+SAY = 20.0  # s after which it is said whom one waits for
 ANSWER = 5.0  # s that who listens there has at least to answer
 LEAVE = 10 * BEAT  # when a rank has failed, the others notice by themselves within that time, or are in a hang
 LAST_LINES = 5
@@ -73,13 +74,18 @@ def store(place: Place) -> Any:
 
 def _unreachable(place: Place, deadline: float) -> str:
     """Wait until something listens at rank 0's address. Returns why nothing does, or nothing."""
+    where, begun, told = f"{place.address}:{place.port}", time.monotonic(), False
     while True:
         try:
             socket.create_connection((place.address, place.port), timeout=5.0).close()
             return ""
         except OSError as e:
-            if time.monotonic() > deadline:
-                return f"{e.strerror or e} for {MEET:.0f} s"
+            now, reason = time.monotonic(), e.strerror or str(e)
+        if now > deadline:
+            return f"{reason} for {MEET:.0f} s"
+        if not told and now - begun > SAY:
+            logger.warning(f"rank {place.rank} waits for rank 0 at {where}, {MEET:.0f} s at most: {reason}")
+            told = True
         time.sleep(0.2)
 
 
@@ -177,7 +183,7 @@ class Watch:
 
     def _miss(self) -> None:
         """Say who has not come, once, before it is too late."""
-        if not self._missed and time.monotonic() - self._begun > MEET / 2:
+        if not self._missed and time.monotonic() - self._begun > SAY:
             self._missed = True
             if missing := [str(rank) for rank, (text, _) in self._seen.items() if not text]:
                 logger.warning(f"waiting for {len(missing)} ranks to begin: {', '.join(missing[:20])}")

@@ -11,6 +11,7 @@ export PORT="${MASTER_PORT}"
 export NNODES="${WORLD_SIZE}"
 export NODE_RANK="${RANK}"
 export ADDR="${MASTER_ADDR}"
+export XTUNER_MEET_SECONDS="${XTUNER_MEET_SECONDS:-600}"  # nodes do not start at the same time
 
 # exec: signals reach the training, and its exit code is the node's
 exec xtuner train "$config" @{engine} --work-dir "$work_dir" --resume auto

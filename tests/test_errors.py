@@ -14,6 +14,7 @@ from conftest import write_corpus
 
 from xtuner.core.errors import BusyError, CheckpointError, ConfigError, DataError, XTunerError
 from xtuner.data import load_intern_repo_tokenized_dataset
+from xtuner.data.format import BinFile
 from xtuner.data.pack import PackedDataset
 from xtuner.data.write import write_bin
 from xtuner.train.lock import DEAD_AFTER, WorkDirLock, _myself
@@ -132,8 +133,10 @@ def test_a_meta_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_identity_is_read_once_and_says_what_it_cannot_read(tmp_path: Path) -> None:
-    known, unknown = (load_intern_repo_tokenized_dataset(put(tmp_path / "d", LINES))[0] for _ in range(2))
+    known = load_intern_repo_tokenized_dataset(put(tmp_path / "d", LINES))[0]
+    unknown = BinFile(known.path, known.name)
     identity = known.identity()
+    assert BinFile(known.path, known.name).identity() == identity
     (tmp_path / "d" / "a.bin.meta").unlink()
     assert known.identity() == identity
     with pytest.raises(DataError, match=r"a\.bin or its meta cannot be read: No such file"):

@@ -41,26 +41,23 @@ def plain_body(line: bytes) -> bytes | None:
     return None
 
 
-def parse_lines(lines: Sequence[bytes], lengths: Sequence[int]) -> Int64s | None:
-    """Signed tokens of several lines, one after the other, when all are in the usual form and hold so many tokens each.
+def parse_lines(lines: Sequence[bytes]) -> tuple[Int64s, list[int]] | None:
+    """Signed tokens of several lines, one after the other, and how many each has, when all are in the usual form.
 
     Returns None otherwise: each line has to be looked at by itself then.
     """
-    bodies: list[bytes] = []
-    for line, length in zip(lines, lengths, strict=True):
+    bodies, counts = [], []
+    for line in lines:
         body = plain_body(line)
-        if body is None or (length == 0) != (body == b""):
+        if body is None:
             return None
+        counts.append(int(np.count_nonzero(np.frombuffer(body, np.uint8) == _COMMA)) + 1 if body else 0)
         if body:
-            if np.count_nonzero(np.frombuffer(body, np.uint8) == _COMMA) != length - 1:
-                return None
             bodies.append(body)
-    if not bodies:
-        return np.zeros(0, np.int64)
-    tokens = parse_list(b", ".join(bodies))
-    if tokens is None or max(int(tokens.max()), -int(tokens.min())) > LARGEST_ID:
+    tokens = parse_list(b", ".join(bodies)) if bodies else np.zeros(0, np.int64)
+    if tokens is None or (len(tokens) and max(int(tokens.max()), -int(tokens.min())) > LARGEST_ID):
         return None
-    return tokens
+    return tokens, counts
 
 
 _ZERO, _MINUS, _SPACE, _COMMA = (np.uint8(ord(c)) for c in "0- ,")

@@ -38,6 +38,7 @@ class Place:
 
     def __init__(self, folder: Path, cache_dir: str | Path | None = None) -> None:
         self.folder = folder
+        self.failures: list[str] = []
         root = Path(os.path.abspath(folder))
         own = f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}"
         given = chosen.get() or cache_dir or os.environ.get(VARIABLE)
@@ -71,19 +72,23 @@ class Place:
                 break
             yield
 
-    def write(self, name: str, fill: Callable[[IO[bytes]], Any], what: str) -> Path | None:
-        """Write a file by `fill` in the first folder that takes it. Returns where; None, told once, if none does."""
-        failed = []
+    def write(self, name: str, fill: Callable[[IO[bytes]], Any], what: str, quiet: bool = False) -> Path | None:
+        """Write a file by `fill` in the first folder that takes it. Returns where; None, told once, if none does.
+
+        `failures` says afterwards why folders did not take it. Raises: what `fill` raises, but OSError.
+        """
+        self.failures = []
         for folder in self.dirs:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 with atomic_file(folder / name, "wb") as f:
                     fill(f)
             except OSError as e:
-                failed.append(f"{folder}: {e.strerror or e}")
+                self.failures.append(f"{folder}: {e.strerror or e}")
                 continue
             if folder != self.folder / CACHE:
                 tell_once(f"caches of {self.folder} are kept in {folder}", logger.info)
             return folder / name
-        tell_once(f"{what} is not kept, each start makes it again ({'; '.join(failed)}); give another --cache-dir")
+        if not quiet:
+            tell_once(f"{what} is not kept: each start makes it again ({'; '.join(self.failures)}); give a --cache-dir")
         return None

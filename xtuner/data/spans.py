@@ -18,7 +18,7 @@ from xtuner.data.numbers import HEADS, LARGEST_ID, Int64s, parse_line, parse_lin
 
 LONG = 2**15  # tokens
 BLOCK = 2**18  # bytes between two notes in a long line
-ODD_LINE = 2**28  # bytes; a longer line has to be in the usual form
+ODD_LINE = 2**26  # bytes; a longer line has to be in the usual form
 _TAIL = (b"}", b"}\n", b"}\r\n")
 
 
@@ -158,8 +158,8 @@ class SpanReader:
             if not size or line.find(b"\n") != size - 1:
                 line = read_line(text, offset, span.length)
             lines.append(line)
-        tokens = parse_lines(lines, [span.length for span in spans])
-        if tokens is None:
+        tokens, counts = parse_lines(lines) or (None, [])
+        if tokens is None or counts != [span.length for span in spans]:
             parts = []
             for line, (offset, _), span in zip(lines, rows, spans, strict=True):
                 parts.append(parse_line(line, where=f"{self.file.path}:{offset}"))

@@ -9,7 +9,7 @@ It is used while the pair's sizes and times are those that it was made from, and
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
-from xtuner.core.log import logger
-from xtuner.data.format import BinFile, Int64s, Signature
+from xtuner.data.format import BinFile, Signature
 from xtuner.data.place import Place, tell_once
 from xtuner.data.spans import Span
 
@@ -46,7 +45,7 @@ class TokenCache:
         self.documents, self.tokens = documents, tokens
 
     @property
-    def _begin(self) -> int:
+    def begin(self) -> int:
         return HEADER + 8 * (self.documents + 1)
 
     def read(self, spans: Sequence[Span], vocab_size: int | None = None) -> tuple[Int32s, int | None]:
@@ -54,7 +53,7 @@ class TokenCache:
         last = spans[-1]
         goes_on = last.stop < last.length
         tokens = np.empty(sum(s.stop - s.start for s in spans) + goes_on, np.int32)
-        room, at, begin = tokens.view(np.uint8).data, 0, self._begin
+        room, at, begin = tokens.view(np.uint8).data, 0, self.begin
         fd = self._open()
         try:
             for span in spans:
@@ -123,30 +122,18 @@ def read_header(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def write(f: IO[bytes], file: BinFile, lengths: npt.NDArray[Any], parts: Iterator[Int64s], signature: Signature) -> int:
-    """Fill `f` with the cache of a file whose documents have `lengths` and whose tokens `parts` gives, in that order.
-
-    Returns the number of tokens. Raises: DataError if they are not as many.
-    """
-    f.write(header_of(signature, len(lengths), int(lengths.sum(dtype=np.int64))))
-    total = 0
+def begin(f: IO[bytes], lengths: npt.NDArray[Any], signature: Signature) -> None:
+    """Begin the cache of a file whose documents have these lengths; all tokens must follow, in that order."""
+    total = int(lengths.sum(dtype=np.int64))
+    f.write(header_of(signature, len(lengths), total))
     f.write(np.zeros(1, np.int64).data)
+    total = 0
     for i in range(0, len(lengths), ROWS):
         starts = np.cumsum(lengths[i : i + ROWS], dtype=np.int64) + total
         f.write(starts.data)
         total = int(starts[-1])
-    written = 0
-    for part in parts:
-        f.write(part.astype(np.int32).data)
-        written += len(part)
-    if written != total:
-        raise file.wrong_count(written, total, str(file.path))
-    return total
 
 
-def whole(cache: TokenCache) -> tuple[Int64s, Int32s]:
-    """(where documents begin, all tokens), mapped; for tools."""
-    logger.debug(f"mapping {cache.path}")
-    raw = np.memmap(cache.path, np.uint8, "r")
-    begin = cache._begin
-    return raw[HEADER:begin].view(np.int64), raw[begin:].view(np.int32)
+def mapped(cache: TokenCache) -> Int32s:
+    """All tokens of a cache, mapped; for tools that go through them."""
+    return np.memmap(cache.path, np.int32, "r", cache.begin, (cache.tokens,))

@@ -1,12 +1,13 @@
 """The statistics as one HTML page: no script, no network, light and dark."""
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from xtuner.core.log import human
 from xtuner.data.stats import FileStats, Stats
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 240, 64, 44, 18
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 220, 64, 26, 18
 FILES = 500  # rows of the table; JSON has all
 
 STYLE = """
@@ -48,12 +49,13 @@ def page(found: Stats) -> str:
         '<div class="facts">' + "".join(f"<div><b>{escape(n)}</b><span>{escape(t)}</span></div>" for n, t in facts),
         "</div>",
         "<h2>Lengths of documents</h2>",
-        '<p>Share of all documents <i class="key" style="background:var(--bar)"></i>and of all tokens'
-        ' <i class="key" style="background:var(--two)"></i>by the length of the document, in tokens.</p>',
+        '<p>By the length of the document, from so many tokens on:<i class="key" style="background:var(--bar)"></i>'
+        'share of all documents,<i class="key" style="background:var(--two)"></i>share of all tokens.</p>',
         _bars(
             [f"{x.least:,}–{x.most:,}" for x in found.lengths],
             [x.documents / max(found.documents, 1) for x in found.lengths],
             [x.tokens / max(found.tokens, 1) for x in found.lengths],
+            ticks=[f"{x.least:,}" for x in found.lengths],
             percent=True,
         ),
         "<h2>Packs by data type</h2>",
@@ -66,7 +68,11 @@ def page(found: Stats) -> str:
         parts += [
             "<h2>Attention of a pack</h2>",
             f"<p>Number of packs by Σ len² over their fragments, what the work of attention goes with: {told}.</p>",
-            _bars([f"{human(a)}–{human(b)}" for a, b, _ in found.cost_bars], [n for _, _, n in found.cost_bars]),
+            _bars(
+                [f"{human(a)}–{human(b)}" for a, b, _ in found.cost_bars],
+                [n for _, _, n in found.cost_bars],
+                ticks=[human(a) for a, _, _ in found.cost_bars],
+            ),
         ]
     if found.imbalance:
         rows = "".join(
@@ -96,9 +102,11 @@ def _table(rows: Iterable[FileStats]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def _bars(names: Sequence[str], *series: Sequence[float], percent: bool = False) -> str:
-    """A bar chart; bars of several series stand side by side."""
-    most = max((v for values in series for v in values), default=0) or 1
+def _bars(
+    names: Sequence[str], *series: Sequence[float], ticks: Sequence[str] | None = None, percent: bool = False
+) -> str:
+    """A bar chart; bars of several series stand side by side. `ticks` are the names below the axis, if others."""
+    most = _round_up(max((v for values in series for v in values), default=0) or 1)
     room, floor = (WIDTH - LEFT) / max(len(names), 1), HEIGHT - BOTTOM
     each = min(room * 0.8 / len(series), 60)
     parts = []
@@ -118,13 +126,17 @@ def _bars(names: Sequence[str], *series: Sequence[float], percent: bool = False)
                 f'height="{height:.1f}"><title>{label}</title></rect>'
             )
         if i % every == 0:
-            short = name if len(name) <= 14 else name[:13] + "…"
-            parts.append(
-                f'<text x="{middle:.1f}" y="{floor + 12}" text-anchor="end" '
-                f'transform="rotate(-28 {middle:.1f} {floor + 12})">{escape(short)}</text>'
-            )
+            tick = ticks[i] if ticks else name
+            short = tick if len(tick) <= 12 else tick[:11] + "…"
+            parts.append(f'<text x="{middle:.1f}" y="{floor + 16}" text-anchor="middle">{escape(short)}</text>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
+def _round_up(value: float) -> float:
+    """The next number whose quarters are round."""
+    step = 10.0 ** math.floor(math.log10(value))
+    return next(step * n for n in (1, 2, 4, 6, 8, 10) if step * n >= value)
+
+
 def _number(value: float, percent: bool) -> str:
-    return f"{value:.1%}" if percent else human(value)
+    return f"{value:.1%}" if percent else human(value).replace(".00", "")

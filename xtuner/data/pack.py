@@ -24,7 +24,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.data import tables
 from xtuner.data.format import BinFile, Int64s
 from xtuner.data.index import TokenizedFolder
-from xtuner.data.spans import LongLines, Span, SpanReader
+from xtuner.data.spans import LongLines, Places, Span, SpanReader
 
 LabelRule = Literal["internevo", "xtuner"]
 IGNORE = -100  # no loss at this position
@@ -35,7 +35,7 @@ class Reader(Protocol):
     """Reads parts of documents: from the text, or from a token cache."""
 
     def read(
-        self, spans: list[Span], vocab_size: int | None = None
+        self, places: Places, vocab_size: int | None = None
     ) -> tuple[npt.NDArray[np.signedinteger[Any]], int | None]: ...
 
 
@@ -70,25 +70,27 @@ class RawPack(NamedTuple):
         pack predicts its true next token when its document goes on.
         "xtuner": shifted over the whole pack, so that a document's last token predicts the next one's first.
         """
-        out[:-1] = self.signed[1:]
-        out[-1] = 0
+        following = np.empty_like(self.signed)
+        following[:-1] = self.signed[1:]
+        following[-1] = 0
         if rule == "internevo":
             ends = self.borders[1:]
-            out[ends[ends > 0] - 1] = 0
-            out[-1] = self.following
-        none = out <= 0
-        out[none] = IGNORE
-        return len(out) - int(np.count_nonzero(none))
+            following[ends[ends > 0] - 1] = 0
+            following[-1] = self.following
+        learned = following > 0
+        following -= IGNORE
+        following *= learned  # where nothing is learned: 0, which becomes IGNORE; faster than to choose
+        np.add(following, IGNORE, out=out)
+        return int(np.count_nonzero(learned))
 
     def position_ids(self, out: Int64s) -> None:
         """From 0 in each fragment."""
-        out[:] = _counting(len(out))
-        out -= np.repeat(self.borders[:-1], np.diff(self.borders))
+        np.subtract(_counting(len(out)), np.repeat(self.borders[:-1], np.diff(self.borders)), out=out)
 
 
 @functools.lru_cache(2)
-def _counting(n: int) -> Int64s:
-    return np.arange(n)
+def _counting(n: int) -> Int32s:
+    return np.arange(n, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -107,34 +109,28 @@ class FilePacks:
 
     def read(self, start: int, stop: int, vocab_size: int | None = None) -> RawPack:
         """Tokens `start` to `stop` of the file's token line."""
-        rows, starts, stops, lengths = self._places(start, stop)
-        borders = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum(stops - starts, out=borders[1:])
-        spans = [s for s in map(Span, rows.tolist(), starts.tolist(), stops.tolist(), lengths.tolist()) if s[1] < s[2]]
-        signed, following = self.reader.read(spans, vocab_size)
+        places = self.places(start, stop)
+        borders = np.zeros(len(places.rows) + 1, np.int32)
+        np.cumsum(places.stops - places.starts, out=borders[1:])
+        signed, following = self.reader.read(places, vocab_size)
         return RawPack(signed.astype(np.int32, copy=False), borders, following or 0)
 
     def spans(self, start: int, stop: int) -> list[Span]:
+        return self.places(start, stop).spans()
+
+    def places(self, start: int, stop: int) -> Places:
         """The parts of documents that lie between tokens `start` and `stop` of the file's token line.
 
         Empty documents count to the pack in which they stand; those at its very end open the next one.
         """
-        return [Span(*map(int, place)) for place in zip(*self._places(start, stop), strict=True)]
-
-    def _places(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint32], Int64s, Int64s, Int64s]:
-        """Of each document between `start` and `stop`: row, first and last token taken, length."""
         first, last = np.searchsorted(self.ends, (start, stop)).tolist()
         if self.ends[first] == start and self._begin(first) < start:
             first += 1  # it ends where we begin
         ends = self.ends[first : last + 1]
         begins = np.empty_like(ends)
         begins[0], begins[1:] = self._begin(first), ends[:-1]
-        return (
-            self.rows[first : last + 1],
-            np.maximum(start - begins, 0),
-            np.minimum(stop, ends) - begins,
-            ends - begins,
-        )
+        starts, stops = np.maximum(start - begins, 0), np.minimum(stop, ends) - begins
+        return Places(self.rows[first : last + 1], starts, stops, ends - begins)
 
     def _begin(self, i: int) -> int:
         return int(self.ends[i - 1]) if i else 0

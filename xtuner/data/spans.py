@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.data.format import BinFile, read_line
@@ -29,6 +30,18 @@ class Span(NamedTuple):
     start: int
     stop: int
     length: int
+
+
+class Places(NamedTuple):
+    """Spans as arrays [n], one entry each; the last one is not empty."""
+
+    rows: npt.NDArray[np.uint32]
+    starts: Int64s
+    stops: Int64s
+    lengths: Int64s
+
+    def spans(self) -> list[Span]:
+        return list(map(Span, *(array.tolist() for array in self)))
 
 
 class Rows:
@@ -102,12 +115,13 @@ class SpanReader:
         self.long = long
         self._rows: Rows | None = None
 
-    def read(self, spans: Sequence[Span], vocab_size: int | None = None) -> tuple[Int64s, int | None]:
-        """Signed tokens of spans that are not empty, end to end, and the token after the last one in its document.
+    def read(self, places: Places, vocab_size: int | None = None) -> tuple[Int64s, int | None]:
+        """Signed tokens of spans, end to end, and the token after the last one in its document.
 
         All but the first and the last span are whole documents. Raises: DataError if a line is not what the format and
         the meta say, an id is not below `vocab_size`, or a file is not what it was.
         """
+        spans = [span for span in places.spans() if span.start < span.stop]
         with self.file.open() as text, self.file.open_meta() as meta:
             if self._rows is None:
                 self._rows = Rows(meta, self.file)

@@ -223,7 +223,7 @@ def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
 def _learned_part(job: _Learn) -> tuple[int, int]:
     """For a worker process."""
     if job.cache:
-        cached = tokens.mapped(job.cache)
+        cached = job.cache.mapped()[1]
         steps = range(0, len(cached), BLOCK)
         return job.number, sum(int(np.count_nonzero(cached[i : i + BLOCK] > 0)) for i in steps)
     found = Scanner(job.part).run()

@@ -8,8 +8,8 @@ It is used while the pair's sizes and times are those that it was made from, and
 """
 
 import json
+import mmap
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,14 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
-from xtuner.data.format import BinFile, Signature
+from xtuner.data.format import BinFile, Int64s, Signature
 from xtuner.data.place import Place, tell_once
-from xtuner.data.spans import Span
+from xtuner.data.spans import Places
 
 VERSION = 1
 HEADER = 4096
 ROWS = 2**20  # of a meta at a time
+MOST_MAPS = 256  # kept; each holds a file open
 Int32s = npt.NDArray[np.int32]
+_MAPS: dict[Path, tuple[tuple[int, ...], Int64s, Int32s]] = {}  # the files' inode, size and time; starts; tokens
 
 
 def cache_name(name: str) -> str:
@@ -32,9 +34,8 @@ def cache_name(name: str) -> str:
     return f"tokens/{name}.int32"
 
 
-def header_of(signature: Signature, documents: int, tokens: int) -> bytes:
-    facts = {"xtuner tokens": VERSION, "documents": documents, "tokens": tokens, "of": list(signature)}
-    return json.dumps(facts).encode().ljust(HEADER - 1) + b"\n"
+def _facts(signature: Signature, documents: int, tokens: int) -> dict[str, Any]:
+    return {"xtuner tokens": VERSION, "documents": documents, "tokens": tokens, "of": list(signature)}
 
 
 class TokenCache:
@@ -48,44 +49,48 @@ class TokenCache:
     def begin(self) -> int:
         return HEADER + 8 * (self.documents + 1)
 
-    def read(self, spans: Sequence[Span], vocab_size: int | None = None) -> tuple[Int32s, int | None]:
+    def read(self, places: Places, vocab_size: int | None = None) -> tuple[Int32s, int | None]:
         """See `SpanReader.read`."""
-        last = spans[-1]
-        goes_on = last.stop < last.length
-        tokens = np.empty(sum(s.stop - s.start for s in spans) + goes_on, np.int32)
-        room, at, begin = tokens.view(np.uint8).data, 0, self.begin
-        fd = self._open()
-        try:
-            for span in spans:
-                place = np.frombuffer(os.pread(fd, 16, HEADER + 8 * span.row), np.int64).tolist()
-                if len(place) != 2 or place[1] - place[0] != span.length:
-                    raise self._wrong(f"document {span.row} is not {span.length} tokens long in it")
-                size = 4 * (span.stop - span.start + (goes_on and span is last))
-                if os.preadv(fd, [room[at : at + size]], begin + 4 * (place[0] + span.start)) != size:
-                    raise self._wrong("it is cut short")
-                at += size
-        finally:
-            os.close(fd)
-        if vocab_size is not None and max(int(tokens.max()), -int(tokens.min())) >= vocab_size:
-            self._find_large(tokens, spans, vocab_size)
-        return (tokens[:-1], int(tokens[-1])) if goes_on else (tokens, None)
-
-    def _open(self) -> int:
         self.file.check_unchanged()
+        starts, tokens = self.mapped()
+        rows, first, stop, lengths = places
+        begins = starts[rows]
+        if not np.array_equal(starts[rows + np.uint32(1)] - begins, lengths):
+            raise self._wrong("its documents are not as long as they are in the index")
+        spans = list(zip((begins + first).tolist(), (begins + stop).tolist(), strict=True))
+        found = np.concatenate([tokens[i:j] for i, j in spans])
+        if len(found) != int((stop - first).sum()):
+            raise self._wrong("documents reach beyond its end")
+        following = int(tokens[spans[-1][1]]) if stop[-1] < lengths[-1] else None
+        if vocab_size is not None and max(int(found.max()), -int(found.min()), abs(following or 0)) >= vocab_size:
+            for span, (i, j) in zip(places.spans(), spans, strict=True):
+                document = tokens[i : j + (span.stop < span.length)].astype(np.int64)
+                self.file.check_ids(document, f"{self.file.path} (document {span.row})", vocab_size)
+        return found, following
+
+    def mapped(self) -> tuple[Int64s, Int32s]:
+        """Where documents begin, and all tokens. Raises: DataError for a file that is not what it was."""
         try:
-            fd = os.open(self.path, os.O_RDONLY)
+            stat = os.stat(self.path)
+            known = _MAPS.get(self.path)
+            identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if known is None or known[0] != identity:
+                if read_header(self.path) != self.facts():
+                    raise self._wrong("it has changed")
+                with open(self.path, "rb") as f:
+                    mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+                starts = np.frombuffer(mapped, np.int64, self.documents + 1, HEADER)
+                known = identity, starts, np.frombuffer(mapped, np.int32, self.tokens, self.begin)
+                while len(_MAPS) >= MOST_MAPS:
+                    _MAPS.pop(next(iter(_MAPS)), None)
+                _MAPS[self.path] = known
         except OSError as e:
             raise self._wrong(e.strerror or str(e)) from None
-        return fd
+        return known[1], known[2]
 
-    def _find_large(self, tokens: Int32s, spans: Sequence[Span], vocab_size: int) -> None:
-        at = 0
-        for span in spans:
-            size = span.stop - span.start
-            where = f"{self.file.path} (document {span.row})"
-            self.file.check_ids(tokens[at : at + size].astype(np.int64), where, vocab_size)
-            at += size
-        self.file.check_ids(tokens[at:].astype(np.int64), f"{self.file.path} (document {spans[-1].row})", vocab_size)
+    def facts(self) -> dict[str, Any]:
+        assert self.file.facts is not None
+        return _facts(self.file.facts.signature, self.documents, self.tokens)
 
     def _wrong(self, how: str) -> DataError:
         return DataError(
@@ -125,15 +130,11 @@ def read_header(path: Path) -> dict[str, Any] | None:
 def begin(f: IO[bytes], lengths: npt.NDArray[Any], signature: Signature) -> None:
     """Begin the cache of a file whose documents have these lengths; all tokens must follow, in that order."""
     total = int(lengths.sum(dtype=np.int64))
-    f.write(header_of(signature, len(lengths), total))
+    facts = _facts(signature, len(lengths), total)
+    f.write(json.dumps(facts).encode().ljust(HEADER - 1) + b"\n")
     f.write(np.zeros(1, np.int64).data)
     total = 0
     for i in range(0, len(lengths), ROWS):
         starts = np.cumsum(lengths[i : i + ROWS], dtype=np.int64) + total
         f.write(starts.data)
         total = int(starts[-1])
-
-
-def mapped(cache: TokenCache) -> Int32s:
-    """All tokens of a cache, mapped; for tools that go through them."""
-    return np.memmap(cache.path, np.int32, "r", cache.begin, (cache.tokens,))

@@ -1,10 +1,6 @@
 """An endless stream of this rank's packs from any position, prepared ahead of the training step."""
 
 import atexit
-import contextlib
-import ctypes
-import functools
-import os
 import queue
 import signal
 import threading
@@ -16,12 +12,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from xtuner.core.errors import ConfigError, XTunerError
+from xtuner.core.heap import keep_freed
 from xtuner.data.batch import Batch
 from xtuner.data.order import InternRepoSampler, Position, numbers
 from xtuner.data.pack import PackedDataset, RawPack
 
 PREFETCH = 4  # packs prepared ahead; one pack of 32k tokens takes about 1 MB
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the trainer's to handle; see `_ignore_stops`
 
 
@@ -62,7 +58,7 @@ class PackLoader:
 
     def iterate_from(self, position: Position) -> Iterator[Batch]:
         """Yield this rank's batches from `position` on, without end. Nothing before it is read."""
-        _keep_freed_memory()
+        keep_freed()
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         if self.num_workers:
             return self._from_processes(position, gpu)
@@ -109,25 +105,10 @@ class PackLoader:
             items._shutdown_workers()
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let the C library keep up to 256 MB that packs have freed for the next ones.
-
-    By default it gives blocks of this size back, and the system zeroes new ones: half of what a pack costs from a token
-    cache. Elsewhere than in glibc, or where the user has set its MALLOC_… variables, nothing is done.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018  AttributeError in any other library
-        library.mallopt(_MMAP_THRESHOLD, 2**25)
-        library.mallopt(_TRIM_THRESHOLD, 2**28)
-
-
 def _ignore_stops(worker: int) -> None:
     """For a worker process: Slurm, Kubernetes and Ctrl-C signal all processes of a job, and the iteration in progress
     still needs its packs. A worker ends when the loader tells it to, or when its parent is gone."""
+    keep_freed()
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
 

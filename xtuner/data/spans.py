@@ -6,6 +6,7 @@ than `LONG` is never read whole: where its commas stand is noted once, and each 
 
 import bisect
 import os
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
@@ -15,11 +16,12 @@ import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.data.format import BinFile, read_line
-from xtuner.data.numbers import HEADS, LARGEST_ID, Int64s, parse_line, parse_lines, parse_list
+from xtuner.data.numbers import HEADS, Int64s, parse_line, parse_lines, parse_list
 
 LONG = 2**15  # tokens
 BLOCK = 2**18  # bytes between two notes in a long line
 ODD_LINE = 2**26  # bytes; a longer line has to be in the usual form
+_TWO_ROWS = struct.Struct("<4q")
 _TAIL = (b"}", b"}\n", b"}\r\n")
 
 
@@ -54,6 +56,7 @@ class Rows:
         self.rows, self.dtype, self.begin = shape[0], dtype, meta.tell()
         self.columns = shape[1]
         self.whole = file.whole_table if by_column else None
+        self.usual = dtype == np.dtype("<i8") and self.columns == 2
 
     def of(self, meta: BinaryIO, row: int) -> tuple[int, int, int]:
         if self.whole is not None:
@@ -63,9 +66,15 @@ class Rows:
         data = os.pread(meta.fileno(), 2 * size, self.begin + row * size)
         if len(data) < size:
             return -1, -1, -1
-        numbers = np.frombuffer(data, self.dtype).tolist()
-        last = self.columns - 1
-        return numbers[0], numbers[last], numbers[last + 1] if len(numbers) > last + 1 else -1
+        if len(data) < 2 * size:  # the last row
+            offset, length = self._unusual(data)
+            return offset, length, -1
+        offset, length, after, _ = _TWO_ROWS.unpack(data) if self.usual else self._unusual(data)
+        return offset, length, after
+
+    def _unusual(self, data: bytes) -> tuple[int, ...]:
+        rows = np.frombuffer(data, self.dtype).reshape(-1, self.columns)
+        return tuple(rows[:, [0, -1]].ravel().tolist())
 
 
 @dataclass
@@ -257,6 +266,6 @@ class SpanReader:
         part = raw[begin : int(commas[behind]) if behind < len(commas) else len(raw)]
         part = part.removeprefix(b" ") if start else part
         tokens = parse_list(part)
-        if tokens is None or max(int(tokens.max()), -int(tokens.min())) > LARGEST_ID:
+        if tokens is None:
             return parse_line(HEADS[0] + part + b"]}", where=where)  # says what is wrong
         return tokens

@@ -77,7 +77,11 @@ class BinFile:
     @cached_property
     def whole_table(self) -> tuple[Int64s, Int64s]:
         """(byte offsets, token counts), one entry a document of the file, used or not."""
-        return read_meta(self.path)
+        try:
+            return read_meta(self.path)
+        except (DataError, OSError):
+            self.check_unchanged()  # if it has changed just now, that is what to say
+            raise
 
     @cached_property
     def kept(self) -> npt.NDArray[np.int64] | None:

@@ -131,20 +131,25 @@ class SpanReader:
         the meta say, an id is not below `vocab_size`, or a file is not what it was.
         """
         spans = [span for span in places.spans() if span.start < span.stop]
+        try:
+            parts = self._parts(spans, vocab_size)
+        except DataError:
+            self.file.check_unchanged()  # if it has changed just now, that is what to say
+            raise
+        goes_on = spans[-1].stop < spans[-1].length
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return (tokens[:-1], int(tokens[-1])) if goes_on else (tokens, None)
+
+    def _parts(self, spans: list[Span], vocab_size: int | None) -> list[Int64s]:
         with self.file.open() as text, self.file.open_meta() as meta:
             if self._rows is None:
                 self._rows = Rows(meta, self.file)
             rows = [self._row(meta, span) for span in spans]
             if len(spans) == 1 and spans[0].length > LONG:
-                parts = [self._part(text, rows[0], spans[0], vocab_size)]
-            elif any(span.length > LONG for span in (spans[0], spans[-1])):
-                parts = self._mixed(text, rows, spans, vocab_size)
-            else:
-                parts = [self._whole(text, rows, spans, vocab_size)]
-        last = spans[-1]
-        goes_on = last.stop < last.length
-        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return (tokens[:-1], int(tokens[-1])) if goes_on else (tokens, None)
+                return [self._part(text, rows[0], spans[0], vocab_size)]
+            if any(span.length > LONG for span in (spans[0], spans[-1])):
+                return self._mixed(text, rows, spans, vocab_size)
+            return [self._whole(text, rows, spans, vocab_size)]
 
     def _row(self, meta: BinaryIO, span: Span) -> tuple[int, int]:
         """(byte offset, bytes up to the next row's line, 0 if that is not known)."""

@@ -7,12 +7,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 LMDEPLOY := $(or $(XTUNER_TEST_CACHE),$(HOME)/.cache/xtuner-tests)/lmdeploy-0.9.2.post1
 
-.PHONY: demo test lint lmdeploy clean help
+.PHONY: demo test lint lmdeploy bench-data clean help
 
 help:
 	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
 	@echo "make test   install into .venv, lint, check types, run the tests"
 	@echo "make lmdeploy  fetch LMDeploy's last converter (76 MB), which a test compares ours with; skipped without"
+	@echo "make bench-data  measure the data path; beside megatron-core with PEER=python-that-has-it (FOLDER keeps the data)"
 	@echo "make clean  remove .venv and everything made"
 
 demo: .venv/installed
@@ -38,6 +39,10 @@ $(LMDEPLOY)/installed: tests/lmdeploy.txt | .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[plot,test]'
 	touch $@
+
+# megatron-core is measured where it can be imported: PEER is the Python of an environment with megatron-core, rich, torch
+bench-data: .venv/installed
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(or $(PEER),$(BIN)/python) benchmarks/data.py $(if $(FOLDER),--folder $(FOLDER))
 
 clean:
 	rm -rf .venv build dist *.egg-info demo/out .mypy_cache .ruff_cache .pytest_cache

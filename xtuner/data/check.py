@@ -86,7 +86,8 @@ def check(
     if not folder.is_dir():
         raise ConfigError("the data folder is not there", where=str(folder))
     workers = pool.usable_workers(workers)
-    names = list(walk(folder, ending))
+    everything = list(walk(folder, ""))
+    names = [name for name in everything if name.endswith(ending)]
     if not names:
         raise DataError(f"no {ending} file in the data folder", where=str(folder))
     report = Report(files=len(names))
@@ -101,7 +102,10 @@ def check(
     for first, *others in equal.values():
         for other in others:
             report.add(PROBLEM, other, f"holds the same text as {first}: it would be trained on twice")
-    _lone_metas(folder, ending, set(names), report)
+    texts = set(names)
+    for name in everything:
+        if name.endswith(f"{ending}.meta") and name.removesuffix(".meta") not in texts:
+            report.add(NOTE, name, "is a meta without its text")
     report.rows.sort(key=lambda row: (row.kind != PROBLEM, row.kind, row.file))
     return report
 
@@ -136,12 +140,6 @@ def _folder_links(folder: Path) -> Iterator[str]:
             path = Path(root, name)
             if path.is_symlink():
                 yield path.relative_to(folder).as_posix()
-
-
-def _lone_metas(folder: Path, ending: str, names: set[str], report: Report) -> None:
-    for meta in walk(folder, f"{ending}.meta"):
-        if meta.removesuffix(".meta") not in names:
-            report.add(NOTE, meta, "is a meta without its text")
 
 
 def _check_part(job: _Job) -> _Result:

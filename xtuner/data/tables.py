@@ -217,3 +217,5 @@ def examine(file: BinFile) -> BinFile | DataError:
         return file.examined()
     except DataError as e:
         return e
+    except OSError as e:  # it has gone meanwhile
+        return DataError(f"{file.name} cannot be read: {e.strerror}", where=str(file.path))

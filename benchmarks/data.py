@@ -196,6 +196,9 @@ def packs(folder: Path) -> None:
     print(f"\n{documents.num_documents:,} documents, {documents.num_tokens:,} tokens, {len(documents)} files; ", end="")
     print(f"packs of {LENGTH:,} in random order, one process, each pack once, {PACKS} packs, best of {ROUNDS}")
     print(f"{'':<58} {'M tok/CPU s':>8} {'CPU s':>5} {'wall s':>8}")
+    for what, files in (("text", texts), ("caches", caches)):
+        forget(files)
+        subprocess.run([sys.executable, __file__, "--folder", folder, "--cold", what], check=True)
     for path in (*texts, *caches, *peers.glob("*.bin")):
         path.read_bytes()  # into the page cache
     for i in order[-100:]:
@@ -215,13 +218,10 @@ def packs(folder: Path) -> None:
     best("raw memmap, slice and copy to int64 (no pack is made)", starts, lambda start: _copy(flat, start))
     print(f"in the page cache: text {in_page_cache(texts):.0%}, token caches {in_page_cache(caches):.0%}\n")
     loaders(parsed, cached, PACKS * LENGTH)
-    for what, files in (("text", texts), ("caches", caches)):
-        forget(files)
-        subprocess.run([sys.executable, __file__, "--folder", folder, "--cold", what], check=True)
 
 
 def cold(folder: Path, what: str) -> None:
-    """For a process of its own, since what is mapped stays in memory: packs that the page cache does not hold."""
+    """In a process of its own, before anything is mapped, which would keep it in memory: packs read from the disk."""
     kind = FromText if what == "text" else PackedDataset
     data = kind(load_intern_repo_tokenized_dataset(folder / "text"), LENGTH)
     place = Path(data.documents.place.dirs[0])

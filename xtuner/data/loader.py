@@ -1,10 +1,14 @@
 """An endless stream of this rank's packs from any position, prepared ahead of the training step."""
 
 import atexit
+import contextlib
 import queue
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
@@ -17,7 +21,9 @@ from xtuner.data.batch import Batch
 from xtuner.data.order import InternRepoSampler, Position, numbers
 from xtuner.data.pack import PackedDataset, RawPack
 
+READERS = 2  # threads that read; most of the work is numpy's, which lets others run
 PREFETCH = 4  # packs prepared ahead; one pack of 32k tokens takes about 1 MB
+PATIENCE = 5.0  # s that the end of a stream waits for its thread
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the trainer's to handle; see `_ignore_stops`
 
 
@@ -72,10 +78,19 @@ class PackLoader:
             offset = 0
 
     def _read(self, position: Position, gpu: int | None) -> Iterator[Batch]:
-        if gpu is not None:  # this thread's own setting; without it all ranks would pin by the first GPU
-            torch.cuda.set_device(gpu)
-        for number in self._numbers(position):
-            yield Batch.of_raw(self.dataset.raw(number), self.dataset.label_rule, number, gpu is not None)
+        def begin() -> None:
+            if gpu is not None:  # a thread's own setting; without it all ranks would pin by the first GPU
+                torch.cuda.set_device(gpu)
+
+        def read(number: int) -> Batch:
+            return Batch.of_raw(self.dataset.raw(number), self.dataset.label_rule, number, gpu is not None)
+
+        waiting: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(READERS, "xtuner-reader", begin) as pool:
+            for number in self._numbers(position):
+                waiting.append(pool.submit(read, number))
+                if len(waiting) > READERS:
+                    yield waiting.popleft().result()
 
     def _from_processes(self, position: Position, gpu: int | None) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
@@ -143,7 +158,19 @@ def prefetch(make: Callable[[], Iterator[Batch]], ahead: int) -> Iterator[Batch]
         except BaseException as e:
             ready.put(e)
 
-    threading.Thread(target=fill, name="xtuner-prefetch", daemon=True).start()
+    thread = threading.Thread(target=fill, name="xtuner-prefetch", daemon=True)
+
+    def stop() -> None:
+        """End the thread, unless a disk holds it. One that frees tensors while Python ends would abort the process."""
+        stopped.set()
+        deadline = time.monotonic() + PATIENCE
+        while thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):  # it may wait for room
+                ready.get(timeout=0.01)
+        thread.join(0)
+
+    thread.start()
+    atexit.register(stop)
     try:
         while True:
             item = ready.get()
@@ -151,6 +178,5 @@ def prefetch(make: Callable[[], Iterator[Batch]], ahead: int) -> Iterator[Batch]
                 raise item
             yield item
     finally:
-        stopped.set()
-        while not ready.empty():  # let a thread that waits for room see that we are gone
-            ready.get_nowait()
+        atexit.unregister(stop)
+        stop()

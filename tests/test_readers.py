@@ -18,6 +18,7 @@ from xtuner.core.errors import DataError
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset, place, scan, spans, tables, tokens
 from xtuner.data.cache import make
 from xtuner.data.loader import PackLoader
+from xtuner.data.meta import MetaView, read_meta
 from xtuner.data.numbers import parse_line, parse_list
 from xtuner.data.order import Position
 from xtuner.data.pack import PackedDataset, RawPack
@@ -159,6 +160,24 @@ def test_no_wrong_list_is_taken(numbers: list[int], data: Any) -> None:
     found = parse_list(bytes(text))
     if found is not None:
         assert found.tolist() == json.loads(b"[" + text + b"]")
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">i4", "<u4"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("columns", [2, 3])
+def test_metas_of_every_form(dtype: str, order: Any, columns: int, tmp_path: Path) -> None:
+    """As numpy reads them, whole, mapped, and row by row."""
+    write_bin(tmp_path / "a.bin", [[1, 2, 3], [-4, 5], [6, 7, 8]])
+    file = tmp_path / "a.bin.meta"
+    table = np.load(file)
+    table = np.insert(table, 1, 7, axis=1) if columns == 3 else table
+    np.save(open(file, "wb"), np.array(table, dtype=dtype, order=order))  # noqa: SIM115
+    expected = [np.load(file)[:, i].tolist() for i in (0, -1)]
+    assert [a.tolist() for a in read_meta(tmp_path / "a.bin")] == expected
+    view = MetaView(tmp_path / "a.bin")
+    assert [view.offsets.tolist(), view.lengths.tolist()] == expected
+    data = PackedDataset(load_intern_repo_tokenized_dataset(tmp_path), 8)
+    assert sorted(np.abs(data.raw(0).signed).tolist()) == list(range(1, 9))
 
 
 def stream(folder: Path, workers: int = 0) -> Iterator[Any]:

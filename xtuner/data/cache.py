@@ -11,8 +11,9 @@ from xtuner.core.errors import DataError
 from xtuner.core.log import progress
 from xtuner.data import pool, tokens
 from xtuner.data.check import compare
-from xtuner.data.format import BinFile, Int64s, MetaView
+from xtuner.data.format import BinFile, Int64s
 from xtuner.data.index import TokenizedFolder, keep
+from xtuner.data.meta import MetaView
 from xtuner.data.place import Place
 from xtuner.data.scan import Scanner, parts_of
 

@@ -20,7 +20,7 @@ from xtuner.core.errors import ConfigError, DataError
 from xtuner.core.files import atomic_file
 from xtuner.core.log import progress
 from xtuner.data import pool
-from xtuner.data.format import MetaView, meta_path
+from xtuner.data.meta import MetaView, meta_path
 from xtuner.data.scan import KEPT, Found, Part, Scanner, parts_of
 from xtuner.data.walk import walk
 

@@ -7,19 +7,19 @@
 id = abs(token); learned iff token > 0, so id 0 is never learned.
 """
 
-import bisect
 import hashlib
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
+from xtuner.data.meta import meta_path, read_meta
 from xtuner.data.numbers import Int64s, parse_line
 
 _CHUNK = 2**20  # bytes a read, where the length of what is sought is not known
@@ -280,106 +280,3 @@ def _find_text(f: BinaryIO, offset: int) -> int | None:
             return offset + len(chunk) - len(text)
         offset += len(chunk)
     return None
-
-
-def meta_path(path: Path) -> Path:
-    return path.with_name(path.name + ".meta")
-
-
-def read_meta(path: Path) -> tuple[Int64s, Int64s]:
-    """(byte offsets, token counts) of all documents of `path`, read from `path`.meta, int64 [n] each.
-
-    The array has at least two columns: the first is the offset, the last the count. Raises: DataError when the meta
-    is missing, is no such array, or cannot belong to this file.
-    """
-    array = _load(path)
-    if array.size == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    offsets, lengths = array[:, 0].astype(np.int64), array[:, -1].astype(np.int64)
-    _check_meta(meta_path(path), path.stat().st_size, offsets, lengths, array.dtype, _remedy(path))
-    return offsets, lengths
-
-
-def _remedy(path: Path) -> str:
-    return f"write {path.name} again, or make a new meta from its text: xtuner data check FOLDER --fix-meta"
-
-
-def _load(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
-    """The array of a meta. Raises: DataError when it is missing or none that a meta may be."""
-    meta = meta_path(path)
-    if not meta.is_file():
-        raise DataError(
-            f"{path.name} has no meta",
-            where=str(meta),
-            why="the meta says where each document begins",
-            do=_remedy(path),
-        )
-    try:
-        array: npt.NDArray[Any] = np.load(meta, "r" if mapped else None, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise DataError(f"the meta is not an npy array: {e}", where=str(meta), do=_remedy(path)) from None
-    if array.size and (array.ndim != 2 or array.shape[1] < 2 or array.dtype.kind not in "iu"):
-        raise DataError(
-            f"the meta is {array.dtype} of shape {array.shape}, not integers of shape (documents, 2)",
-            where=str(meta),
-            do=_remedy(path),
-        )
-    return array
-
-
-class MetaView:
-    """A meta mapped, for tools that go through it a part at a time.
-
-    Raises: DataError as `read_meta` does, for what can be told without reading it all.
-    """
-
-    ROWS = 2**20
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        array = _load(path, mapped=True)
-        array = array if array.size else np.zeros((0, 2), np.int64)
-        self.offsets: npt.NDArray[Any] = array[:, 0]
-        self.lengths: npt.NDArray[Any] = array[:, -1]
-        self.dtype = array.dtype
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def check(self) -> None:
-        """Raises: DataError for rows that cannot be of this text. Sets `in_order`."""
-        size = self.path.stat().st_size
-        self.in_order = True
-        before = -1
-        for i in range(0, len(self), self.ROWS):
-            offsets, lengths = (a[i : i + self.ROWS].astype(np.int64) for a in (self.offsets, self.lengths))
-            _check_meta(meta_path(self.path), size, offsets, lengths, self.dtype, _remedy(self.path), i)
-            self.in_order &= bool(before < offsets[0] and (np.diff(offsets) > 0).all())
-            before = int(offsets[-1])
-
-    def between(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        """Rows (offset, count) of lines that begin in these bytes, int64 [n, 2]; of a meta in order."""
-        first, last = (bisect.bisect_left(self.offsets, at) for at in (begin, end))
-        return np.stack((self.offsets[first:last], self.lengths[first:last]), axis=1).astype(np.int64)
-
-
-def _check_meta(
-    meta: Path, size: int, offsets: Int64s, lengths: Int64s, dtype: np.dtype, remedy: str, first: int = 0
-) -> None:
-    if dtype.itemsize == 4 and (offsets.min() < 0 or (np.diff(offsets) < 0).any()):
-        raise DataError(
-            "byte offsets have overflowed 32 bits",
-            where=str(meta),
-            why="an int32 meta cannot describe a file beyond 2 GiB; documents would be read from wrong places",
-            do=remedy,
-        )
-    if lengths.min() < 0:
-        raise DataError(f"document {first + int(lengths.argmin())} has a negative length", where=str(meta), do=remedy)
-    out = np.flatnonzero((offsets < 0) | (offsets >= size))
-    if len(out):
-        raise DataError(
-            f"document {first + int(out[0])} begins at byte {int(offsets[out[0]])}, but the .bin has {size} bytes",
-            where=str(meta),
-            why="the .bin is cut short, or the meta belongs to another file",
-            do=remedy,
-        )

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.data.format import BinFile, read_line
+from xtuner.data.meta import Header
 from xtuner.data.numbers import HEADS, Int64s, parse_line, parse_lines, parse_list
 
 LONG = 2**15  # tokens
@@ -50,13 +51,11 @@ class Rows:
     """Single rows of a meta, without the others: byte offset, token count, and where the next row's line begins."""
 
     def __init__(self, meta: BinaryIO, file: BinFile) -> None:
-        version = np.lib.format.read_magic(meta)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, by_column, dtype = reader(meta)
-        self.rows, self.dtype, self.begin = shape[0], dtype, meta.tell()
-        self.columns = shape[1]
-        self.whole = file.whole_table if by_column else None
-        self.usual = dtype == np.dtype("<i8") and self.columns == 2
+        header = Header.of(meta)
+        self.dtype, self.begin = header.dtype, header.begin
+        self.rows, self.columns = header.shape
+        self.whole = file.whole_table if header.by_column else None
+        self.usual = self.dtype == np.dtype("<i8") and self.columns == 2
 
     def of(self, meta: BinaryIO, row: int) -> tuple[int, int, int]:
         if self.whole is not None:

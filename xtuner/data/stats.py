@@ -15,8 +15,9 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.core.log import human, progress
 from xtuner.data import pool, tokens
-from xtuner.data.format import BinFile, Int64s, MetaView
+from xtuner.data.format import BinFile, Int64s
 from xtuner.data.index import TokenizedFolder
+from xtuner.data.meta import MetaView
 from xtuner.data.order import permutation
 from xtuner.data.scan import Part, Scanner, parts_of
 from xtuner.data.tables import Tables, order_of

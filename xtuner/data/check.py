@@ -84,7 +84,7 @@ def check(
     Raises: ConfigError, DataError for a folder in which nothing can be checked.
     """
     if not folder.is_dir():
-        raise ConfigError("the data folder is not there", where=str(folder))
+        raise ConfigError(f"the data folder is {'a file' if folder.exists() else 'not there'}", where=str(folder))
     workers = pool.usable_workers(workers)
     everything = list(walk(folder, ""))
     names = [name for name in everything if name.endswith(ending)]

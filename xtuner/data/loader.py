@@ -20,11 +20,12 @@ from xtuner.core.heap import keep_freed
 from xtuner.data.batch import Batch
 from xtuner.data.order import InternRepoSampler, Position, numbers
 from xtuner.data.pack import PackedDataset, RawPack
+from xtuner.data.pool import end_with_parent
 
 READERS = 2  # threads that read; most of the work is numpy's, which lets others run
 PREFETCH = 4  # packs prepared ahead; one pack of 32k tokens takes about 1 MB
 PATIENCE = 5.0  # s that the end of a stream waits for its thread
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the trainer's to handle; see `_ignore_stops`
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the trainer's to handle; see `_begin_worker`
 
 
 class PackLoader:
@@ -99,7 +100,7 @@ class PackLoader:
             sampler=self._numbers(position),
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH,
-            worker_init_fn=_ignore_stops,
+            worker_init_fn=_begin_worker,
         )
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # workers inherit it until they ignore them
         try:
@@ -120,12 +121,14 @@ class PackLoader:
             items._shutdown_workers()
 
 
-def _ignore_stops(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """For a worker process: Slurm, Kubernetes and Ctrl-C signal all processes of a job, and the iteration in progress
-    still needs its packs. A worker ends when the loader tells it to, or when its parent is gone."""
+    still needs its packs. A worker ends when the loader tells it to, or when its parent is gone: torch looks for that,
+    too, but not if it went before the worker had begun."""
     keep_freed()
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
 
 
 class _Shipped:

@@ -63,3 +63,26 @@ def test_recover(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".venv.old-2024", "x.pth", "y.pth"]
     assert (tmp_path / "x.pth" / "inner" / "a").read_text() == "old"
     assert (tmp_path / "y.pth" / "inner" / "a").read_text() == "new"
+
+
+def test_ranks_divide_the_reading(tmp_path: Path) -> None:
+    """Of three ranks exactly one reads a file's contents; sizes are compared by all."""
+    target = tmp_path / "x"
+    with files.atomic_folder(target) as folder:
+        for i in range(7):
+            (folder / str(i)).write_text("x" * i)
+    for i in range(1, 7):
+        (target / str(i)).write_text("y" * i)
+        noticed = 0
+        for rank in range(3):
+            try:
+                files.verify(target, rank, 3)
+            except CheckpointError as e:
+                assert f"{i} is altered" in str(e)
+                noticed += 1
+        assert noticed == 1
+        (target / str(i)).write_text("x" * i)
+    os.truncate(target / "6", 5)
+    for rank in range(3):
+        with pytest.raises(CheckpointError, match="5 bytes instead of 6"):
+            files.verify(target, rank, 3)

@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CACHE := $(or $(XTUNER_TEST_CACHE),$(HOME)/.cache/xtuner-tests)
 LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 
-.PHONY: demo test test-interop lint lmdeploy bench-table clean help
+.PHONY: demo test test-interop lint lmdeploy bench-table bench-data clean help
 
 help:
 	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
@@ -16,6 +16,7 @@ help:
 	@echo "make lmdeploy  fetch LMDeploy's last converter (76 MB), which a test compares ours with; skipped without"
 	@echo "make bench-table  what benchmarks/train.py has measured on this machine's GPU"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare what they say with ours (minutes)"
+	@echo "make bench-data  measure the data path; beside megatron-core with PEER=python-that-has-it (FOLDER keeps the data)"
 	@echo "make clean  remove .venv and everything made"
 
 demo: .venv/installed
@@ -48,6 +49,10 @@ $(LMDEPLOY)/installed: tests/lmdeploy.txt | .venv/installed
 
 bench-table: .venv/installed
 	$(BIN)/python benchmarks/train.py --table
+
+# megatron-core is measured where it can be imported: PEER is the Python of an environment with megatron-core, rich, torch
+bench-data: .venv/installed
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(or $(PEER),$(BIN)/python) benchmarks/data.py $(if $(FOLDER),--folder $(FOLDER))
 
 clean:
 	rm -rf .venv build dist *.egg-info demo/out .mypy_cache .ruff_cache .pytest_cache

@@ -13,7 +13,8 @@ import pytest
 from conftest import write_corpus
 
 from xtuner.core.errors import BusyError, CheckpointError, ConfigError, DataError, XTunerError
-from xtuner.data import load_intern_repo_tokenized_dataset
+from xtuner.data import load_intern_repo_tokenized_dataset, meta
+from xtuner.data.format import BinFile
 from xtuner.data.pack import PackedDataset
 from xtuner.data.write import write_bin
 from xtuner.train.lock import DEAD_AFTER, WorkDirLock, _myself
@@ -125,15 +126,17 @@ def test_wrong_data(tmp_path: Path, name: str, make: Callable[[Path], Any], what
 
 def test_a_meta_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "d", LINES)
-    loads, true_load = [], np.load
-    monkeypatch.setattr(np, "load", lambda *a, **k: loads.append(a) or true_load(*a, **k))  # type: ignore[func-returns-value]
+    loads, true_load = [], meta._load
+    monkeypatch.setattr(meta, "_load", lambda *a: loads.append(a) or true_load(*a))  # type: ignore[func-returns-value]
     folder = load_intern_repo_tokenized_dataset(tmp_path / "d", min_length=2)
     assert (folder.num_documents, folder.num_tokens, len(loads)) == (2, 5, 1)
 
 
 def test_identity_is_read_once_and_says_what_it_cannot_read(tmp_path: Path) -> None:
-    known, unknown = (load_intern_repo_tokenized_dataset(put(tmp_path / "d", LINES))[0] for _ in range(2))
+    known = load_intern_repo_tokenized_dataset(put(tmp_path / "d", LINES))[0]
+    unknown = BinFile(known.path, known.name)
     identity = known.identity()
+    assert BinFile(known.path, known.name).identity() == identity
     (tmp_path / "d" / "a.bin.meta").unlink()
     assert known.identity() == identity
     with pytest.raises(DataError, match=r"a\.bin or its meta cannot be read: No such file"):

@@ -11,10 +11,11 @@ import torch
 from conftest import COPIED, SHARED, reference
 
 from xtuner.core.errors import DataError, XTunerError
-from xtuner.data import InternRepoSampler, build_packed_dataset, format, load_intern_repo_tokenized_dataset
+from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset, spans
 from xtuner.data.format import BinFile
 from xtuner.data.order import Position
-from xtuner.data.pack import LongDocuments, PackedDataset
+from xtuner.data.pack import PackedDataset
+from xtuner.data.spans import LongLine, LongLines, SpanReader
 from xtuner.data.write import write_bin
 
 ROOT = next(r for r in (SHARED, COPIED) if (r / "packing").is_dir())
@@ -100,37 +101,42 @@ def test_targets(name: str) -> None:
         assert plain[i]["targets"].tolist() == [*dataset[i]["labels"].tolist()[1:], -100]
 
 
-def test_a_document_of_many_packs_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the text is opened once a pack, however many documents it has."""
+def test_a_document_of_many_packs_is_gone_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then each pack reads what it needs; and the text is opened once a pack, however many documents it has."""
+    monkeypatch.setattr(spans, "LONG", 9)
+    monkeypatch.setattr(spans, "BLOCK", 32)
     documents = [list(range(1, 100)), [1, 2], [3], [4, 5, 6], [7] * 25]
     write_bin(tmp_path / "a.bin", documents)
     folder = load_intern_repo_tokenized_dataset(tmp_path)
-    opened, parsed = [], []
-    true_open, true_parse = BinFile.open, format.parse_line
+    opened, noted, cut = [], [], []
+    true_open, true_note, true_list = BinFile.open, SpanReader._note, spans.parse_list
     monkeypatch.setattr(BinFile, "open", lambda self: opened.append(self) or true_open(self))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(format, "parse_line", lambda *a, **k: parsed.append(a) or true_parse(*a, **k))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(SpanReader, "_note", lambda *a: noted.append(a) or true_note(*a))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(spans, "parse_list", lambda text: cut.append(len(text)) or true_list(text))  # type: ignore[func-returns-value]
     dataset = PackedDataset(folder, 10)
     packs = [dataset[i] for i in (*range(13), *range(13))]
     assert len(packs) == 26 == len(opened)
     line = [token for d in dataset.file_packs(0).order for token in documents[d]]
     assert torch.cat([p["input_ids"] for p in packs[:13]]).tolist() == line[:130]
-    assert len(parsed) <= 2 + 2 * 3  # the two long ones once, the three short ones once a round
+    assert len(noted) == 2  # the two long ones
+    assert max(cut) <= 4 * 11  # a pack and the token after it
     dataset.vocab_size = 50
     with pytest.raises(DataError, match="outside the vocabulary"):  # what is kept was not checked against it
         [dataset[i] for i in range(13)]
     assert len(pickle.loads(pickle.dumps(dataset))) == 13
 
 
-def test_long_documents_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    long = LongDocuments()
+def test_what_is_known_of_long_documents_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = LongLines()
+    monkeypatch.setattr(LongLines, "MOST", 16)
     for i in range(40):
-        long.keep(i, np.arange(8))
-    assert [k for k, _ in long.held] == list(range(39, 23, -1))
-    monkeypatch.setattr(LongDocuments, "MOST_BYTES", 3 * 64)
-    long.keep(40, np.arange(8))
-    assert [k for k, _ in long.held] == [40, 39, 38]
-    long.keep(41, np.arange(100))
-    assert [k for k, _ in long.held] == [41]
+        long.keep(i, LongLine(tokens=np.arange(8)))
+    assert list(long.held) == list(range(39, 23, -1))
+    monkeypatch.setattr(LongLines, "MOST_BYTES", 3 * (64 + 64))
+    long.keep(40, LongLine(commas=[0], tokens=np.arange(8)))
+    assert list(long.held) == [40, 39, 38, 37, 36]
+    long.keep(41, LongLine(tokens=np.arange(100)))
+    assert list(long.held) == [41]
     assert long.find(40) is None
 
 

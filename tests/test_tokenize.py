@@ -18,8 +18,8 @@ from conftest import HERE, reference
 
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.data.chat_template import INTERNLM2_MARKS, PROMPT_TEMPLATE, Message, internlm2_chat
-from xtuner.data.format import read_meta
 from xtuner.data.index import load_intern_repo_tokenized_dataset
+from xtuner.data.meta import read_meta
 from xtuner.data.tokenize import read, run, work
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer
 from xtuner.data.write import write_bin

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
     parser.add_argument("--dry-run", action="store_true", help="check and report everything, train nothing")
     parser.add_argument("--max-minutes", type=float, metavar="M", help="save and stop (exit 75) within so many minutes")
+    parser.add_argument("--cache-dir", metavar="DIR", help="where data indexes are kept (default: beside the data)")
     parser.add_argument("--launcher", default="none", choices=("none", "pytorch", "slurm", "mpi"))
     parser.add_argument(
         "--deepspeed",
@@ -63,9 +64,11 @@ def run(args: argparse.Namespace) -> int:
     place = launch.place(args.launcher, os.environ)
     work_dir = args.work_dir or config.get("work_dir") or Path("work_dirs") / config.name
 
+    from xtuner.data import place as data_place
     from xtuner.engine.join import taking_part
     from xtuner.train.trainer import Options, train
 
+    data_place.chosen.set(args.cache_dir)
     options = Options(
         resume=args.resume,
         strict_resume=args.strict_resume,

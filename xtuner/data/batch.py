@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from xtuner.data.pack import IGNORE
+from xtuner.data.pack import IGNORE, LabelRule, RawPack
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,25 @@ class Batch:
             cu_seqlens=cu_seqlens,
             max_seqlen=int(cu_seqlens.diff().max()),
             num_targets=int((targets != IGNORE).sum()),
+            pack=number,
+        )
+
+    @classmethod
+    def of_raw(cls, raw: RawPack, rule: LabelRule, number: int = -1, pin: bool = False) -> "Batch":
+        """From what `PackedDataset.raw` gives. `pin`: in memory from which a GPU copies without waiting."""
+        block = torch.empty((3, len(raw.signed)), dtype=torch.int64, pin_memory=pin)
+        input_ids, targets, position_ids = block.numpy()
+        raw.input_ids(input_ids)
+        num_targets = raw.targets(rule, targets)
+        raw.position_ids(position_ids)
+        borders = torch.from_numpy(raw.borders)
+        return cls(
+            input_ids=block[0],
+            targets=block[1],
+            position_ids=block[2],
+            cu_seqlens=borders.pin_memory() if pin else borders,
+            max_seqlen=int(np.diff(raw.borders).max()),
+            num_targets=num_targets,
             pack=number,
         )
 
@@ -76,11 +96,9 @@ class Batch:
         """Copy to a device without waiting."""
         if device.type == "cpu":
             return self
-        moved = {
-            name: getattr(self, name).pin_memory().to(device, non_blocking=True)
-            for name in ("input_ids", "targets", "position_ids", "cu_seqlens")
-        }
-        return replace(self, **moved)
+        names = ("input_ids", "targets", "position_ids", "cu_seqlens")
+        pinned = {n: t if (t := getattr(self, n)).is_pinned() else t.pin_memory() for n in names}
+        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in pinned.items()})
 
 
 def _cut(lengths: list[int], capacity: int) -> list[tuple[int, int]]:

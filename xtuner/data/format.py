@@ -8,44 +8,93 @@ id = abs(token); learned iff token > 0, so id 0 is never learned.
 """
 
 import hashlib
-import json
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
+from xtuner.data.meta import meta_path, read_meta
+from xtuner.data.numbers import Int64s, parse_line
 
-Int64s = npt.NDArray[np.int64]
-FAST_HEAD = b'{"tokens": ['
-_LARGEST_ID = 2**31 - 1
 _CHUNK = 2**20  # bytes a read, where the length of what is sought is not known
+
+
+class Signature(NamedTuple):
+    """What tells that a pair has not changed, without reading it. Times in ns."""
+
+    size: int
+    time: int
+    meta_size: int
+    meta_time: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Signature":
+        """Raises: OSError."""
+        text, meta = os.stat(path), os.stat(meta_path(path))
+        return cls(text.st_size, text.st_mtime_ns, meta.st_size, meta.st_mtime_ns)
+
+
+class Facts(NamedTuple):
+    """What is known of a pair once it has been examined. `documents` and `tokens` count those that are used."""
+
+    signature: Signature
+    documents: int
+    tokens: int
+    identity: bytes
 
 
 @dataclass(frozen=True)
 class BinFile:
-    """A `.bin` file and the documents of it that are used (those of at least `min_length` tokens)."""
+    """A `.bin` file and the documents of it that are used (those of at least `min_length` tokens).
+
+    With `facts` it is known to be right, and to be another if its signature is.
+    """
 
     path: Path
     name: str  # relative to the data folder, POSIX style; what logs and data orders show
     min_length: int = 0
+    facts: Facts | None = None
+
+    def examined(self) -> "BinFile":
+        """This file with its facts; nothing else is kept. Raises: DataError for a pair that is not right."""
+        try:
+            signature = Signature.of(self.path)
+        except OSError:
+            signature = None  # `check` knows what to say of it
+        fresh = BinFile(self.path, self.name, self.min_length)
+        fresh.check()
+        if signature is None:
+            raise DataError(f"{self.name} has appeared just now", where=str(self.path), do="start again")
+        facts = Facts(signature, fresh.num_documents, fresh.num_tokens, fresh.identity())
+        return BinFile(self.path, self.name, self.min_length, facts)
 
     @cached_property
     def whole_table(self) -> tuple[Int64s, Int64s]:
         """(byte offsets, token counts), one entry a document of the file, used or not."""
-        return read_meta(self.path)
+        try:
+            return read_meta(self.path)
+        except (DataError, OSError):
+            self.check_unchanged()  # if it has changed just now, that is what to say
+            raise
+
+    @cached_property
+    def kept(self) -> npt.NDArray[np.int64] | None:
+        """Which rows of the meta are used; None for all."""
+        lengths = self.whole_table[1]
+        keep = lengths >= self.min_length
+        return None if keep.all() else np.flatnonzero(keep)
 
     @cached_property
     def table(self) -> tuple[Int64s, Int64s]:
         """(byte offsets, token counts), one entry a document that is used."""
         offsets, lengths = self.whole_table
-        keep = lengths >= self.min_length
-        return (offsets, lengths) if keep.all() else (offsets[keep], lengths[keep])
+        return (offsets, lengths) if self.kept is None else (offsets[self.kept], lengths[self.kept])
 
     @property
     def offsets(self) -> Int64s:
@@ -57,18 +106,18 @@ class BinFile:
 
     @property
     def num_documents(self) -> int:
-        return len(self.lengths)
+        return self.facts.documents if self.facts else len(self.lengths)
 
     @cached_property
     def num_tokens(self) -> int:
-        return int(self.lengths.sum())
+        return self.facts.tokens if self.facts else int(self.lengths.sum())
 
     def identity(self) -> bytes:
         """sha256 over the size, the ends of the text, the whole meta and min_length. Reads 8 KiB of the text.
 
         Raises: DataError: the text or the meta cannot be read.
         """
-        return self._identity
+        return self.facts.identity if self.facts else self._identity
 
     @cached_property
     def _identity(self) -> bytes:
@@ -84,24 +133,54 @@ class BinFile:
     def open(self) -> BinaryIO:
         """The text, unbuffered. Opened for each use: folders of more files than a process may hold open are common.
 
-        Raises: DataError: a dangling link, no permission.
+        Raises: DataError: a dangling link, no permission; or it is not the file any more that `facts` are of.
         """
+        return self._open(self.path, self.facts and self.facts.signature[:2])
+
+    def open_meta(self) -> BinaryIO:
+        """The meta, likewise."""
+        return self._open(meta_path(self.path), self.facts and self.facts.signature[2:])
+
+    def _open(self, path: Path, known: tuple[int, ...] | None) -> BinaryIO:
         try:
-            return open(self.path, "rb", buffering=0)
+            f = open(path, "rb", buffering=0)  # noqa: SIM115
         except OSError as e:
-            raise DataError(f"{self.name} cannot be opened: {e.strerror}", where=str(self.path)) from None
+            raise DataError(f"{path.name} cannot be opened: {e.strerror}", where=str(path)) from None
+        if known:
+            stat = os.fstat(f.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != known:
+                f.close()
+                raise self.changed(path, f"it had {known[0]:,} bytes, and has {stat.st_size:,}")
+        return f
+
+    def check_unchanged(self) -> None:
+        """Raises: DataError if the text is not the file any more that `facts` are of."""
+        try:
+            stat = os.stat(self.path)
+        except OSError as e:
+            raise DataError(f"{self.name} cannot be read: {e.strerror}", where=str(self.path)) from None
+        known = self.facts and self.facts.signature[:2]
+        if known and (stat.st_size, stat.st_mtime_ns) != known:
+            raise self.changed(self.path, f"it had {known[0]:,} bytes, and has {stat.st_size:,}")
+
+    def changed(self, path: Path, how: str) -> DataError:
+        return DataError(
+            f"{path.name} has changed since it was indexed: {how}",
+            where=str(path),
+            why="its documents would be read from wrong places, or would be others than the run has counted",
+            do="put the file back as it was, or start the command again to take the data as they are now",
+        )
 
     def check(self) -> None:
         """Raise DataError unless the text can be opened and ends where the meta says its last document ends."""
         with self.open() as f:
-            offsets, lengths = self.whole_table
-            last, line = 0, b""
+            offsets = self.whole_table[0]
+            last, end, closed = 0, 0, True
             if len(offsets):
-                i = int(offsets.argmax())
-                last = int(offsets[i])
-                line = _read_line(f, last, int(lengths[i]))
-            beyond = _find_text(f, last + len(line))
-        if len(offsets) and not line.rstrip().endswith(b"}"):
+                last = int(offsets[offsets.argmax()])
+                end, closed = _line_end(f, last)
+            beyond = _find_text(f, end)
+        if not closed:
             raise DataError(
                 "the last line is not complete",
                 where=f"{self.path}:{last}",
@@ -113,7 +192,7 @@ class BinFile:
                 "the .bin goes on after the last document of its meta",
                 where=f"{self.path}:{beyond}",
                 why="the meta is older than the text, or belongs to another file",
-                do=f"make a new {self.path.name}.meta from the text, or write the file again",
+                do="make the meta from the text (xtuner data check FOLDER --fix-meta), or write the file again",
             )
 
     def read_document(self, document: int, vocab_size: int | None = None, text: BinaryIO | None = None) -> Int64s:
@@ -123,38 +202,74 @@ class BinFile:
         """
         offset, length = int(self.offsets[document]), int(self.lengths[document])
         with nullcontext(text) if text else self.open() as f:
-            line = _read_line(f, offset, length)
+            line = read_line(f, offset, length)
         tokens = parse_line(line, where=f"{self.path}:{offset}")
+        self.check_document(tokens, document, offset, length, vocab_size)
+        return tokens
+
+    def check_document(
+        self, tokens: Int64s, document: int, offset: int, length: int, vocab_size: int | None = None
+    ) -> None:
+        """Raises: DataError if a document has another number of tokens than its meta says, or an id that is none."""
+        where = f"{self.path}:{offset} (document {document})"
         if len(tokens) != length:
-            raise DataError(
-                f"a document has {len(tokens)} tokens, its meta says {length}",
-                where=f"{self.path}:{offset} (document {document})",
-                why="every pack after it in this file would be shifted",
-                do=f"write the file again, or make a new {self.path.name}.meta from the text",
-            )
-        if vocab_size is not None and length and (largest := int(np.abs(tokens).max())) >= vocab_size:
+            raise self.wrong_count(len(tokens), length, where)
+        self.check_ids(tokens, where, vocab_size)
+
+    def check_ids(self, tokens: Int64s, where: str, vocab_size: int | None) -> None:
+        """Raises: DataError if an id is not below `vocab_size`."""
+        if vocab_size is not None and len(tokens) and (largest := int(np.abs(tokens).max())) >= vocab_size:
             raise DataError(
                 f"token id {largest} is outside the vocabulary of {vocab_size}",
-                where=f"{self.path}:{offset} (document {document})",
+                where=where,
                 why="the data were made with another tokenizer than the model's",
                 do="tokenize the text again with the model's tokenizer, or take the model that belongs to the data",
             )
-        return tokens
+
+    def wrong_count(self, found: int, length: int, where: str) -> DataError:
+        return DataError(
+            f"a document has {found} tokens, its meta says {length}",
+            where=where,
+            why="every pack after it in this file would be shifted",
+            do="write the file again, or make its meta from the text: xtuner data check FOLDER --fix-meta",
+        )
 
 
-def _read_line(f: BinaryIO, offset: int, length: int) -> bytes:
-    """Bytes from `offset` to the end of that line, or of the file. `length`: tokens it should hold."""
+def read_line(f: BinaryIO, offset: int, length: int, most: int | None = None) -> bytes:
+    """Bytes from `offset` to the end of that line, or of the file; not many more than `most` of them.
+
+    `length`: tokens it should hold.
+    """
     f.seek(offset)
     size = 64 + 8 * length  # most lines fit: 6 digits, a comma and a space a token
+    size = size if most is None else min(size, most + 1)
     parts: list[bytes] = []
+    total = 0
     while chunk := f.read(size):
         end = chunk.find(b"\n")
         if end >= 0:
             parts.append(chunk[:end])
             break
         parts.append(chunk)
+        total += len(chunk)
+        if most is not None and total > most:
+            break
         size = max(size, _CHUNK)
     return b"".join(parts)
+
+
+def _line_end(f: BinaryIO, offset: int) -> tuple[int, bool]:
+    """(where the line that begins at `offset` ends, whether a `}` closes it). Holds a part of the line at a time."""
+    f.seek(offset)
+    last = b""
+    while chunk := f.read(_CHUNK):
+        end = chunk.find(b"\n")
+        part = chunk if end < 0 else chunk[:end]
+        last = part.rstrip()[-1:] or last
+        offset += len(part)
+        if end >= 0:
+            break
+    return offset, last == b"}"
 
 
 def _find_text(f: BinaryIO, offset: int) -> int | None:
@@ -165,111 +280,3 @@ def _find_text(f: BinaryIO, offset: int) -> int | None:
             return offset + len(chunk) - len(text)
         offset += len(chunk)
     return None
-
-
-def parse_line(line: bytes, where: str = "") -> Int64s:
-    """Signed tokens of one line, int64 [n]. Numpy parses the usual form; all else goes to a full JSON parser.
-
-    Raises: DataError.
-    """
-    body = line.strip()
-    if body.startswith(FAST_HEAD) and body.endswith(b"]}"):
-        numbers = body[len(FAST_HEAD) : -2]
-        if _is_plain_list(numbers):
-            tokens = np.fromstring(numbers, dtype=np.int64, sep=",")
-            if len(tokens) == numbers.count(b",") + 1:
-                return _in_range(tokens, where)
-    return _parse_json(body, where)
-
-
-def _is_plain_list(numbers: bytes) -> bool:
-    """True for `1, -2,3` and the like: the forms on which numpy's parser and JSON agree.
-
-    Numpy alone would read an empty element as 0 and ignore a comma at the end. Signs and spaces inside a number
-    stop it early, which the count of commas then shows.
-    """
-    if numbers.translate(None, b"0123456789-, ") or not numbers[-1:].isdigit():
-        return False
-    tight = numbers.replace(b", ", b",")
-    return b" " not in tight and b",," not in tight and not tight.startswith(b",") and b"-," not in tight
-
-
-def _parse_json(body: bytes, where: str) -> Int64s:
-    again = "write the file again with `xtuner data tokenize`"
-    try:
-        record = json.loads(body)
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        shown = body[:80].decode("utf-8", "replace")
-        raise DataError(f"a line is not JSON: {e}; it begins {shown!r}", where=where, do=again) from None
-    if not isinstance(record, dict) or "tokens" not in record:
-        raise DataError('a line is not an object with the key "tokens"', where=where, do=again)
-    values = record["tokens"]
-    if not isinstance(values, list):
-        raise DataError('"tokens" is not a list', where=where, do=again)
-    wrong = [v for v in values if type(v) is not int]  # bool is an int to isinstance
-    if wrong:
-        raise DataError(f"a token is {wrong[0]!r}, not an integer", where=where, do=again)
-    try:
-        tokens = np.array(values, dtype=np.int64)
-    except OverflowError:
-        raise DataError("a token does not fit into 64 bits", where=where, do=again) from None
-    return _in_range(tokens, where)
-
-
-def _in_range(tokens: Int64s, where: str) -> Int64s:
-    if len(tokens) and max(int(tokens.max()), -int(tokens.min())) > _LARGEST_ID:
-        raise DataError("a token id is beyond 2^31 - 1", where=where, why="no vocabulary is that large")
-    return tokens
-
-
-def meta_path(path: Path) -> Path:
-    return path.with_name(path.name + ".meta")
-
-
-def read_meta(path: Path) -> tuple[Int64s, Int64s]:
-    """(byte offsets, token counts) of all documents of `path`, read from `path`.meta, int64 [n] each.
-
-    The array has at least two columns: the first is the offset, the last the count. Raises: DataError when the meta
-    is missing, is no such array, or cannot belong to this file.
-    """
-    meta = meta_path(path)
-    remedy = f"write {path.name} again, or make a new meta from its text"
-    if not meta.is_file():
-        raise DataError(
-            f"{path.name} has no meta", where=str(meta), why="the meta says where each document begins", do=remedy
-        )
-    try:
-        array = np.load(meta, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e:
-        raise DataError(f"the meta is not an npy array: {e}", where=str(meta), do=remedy) from None
-    if array.size == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    if array.ndim != 2 or array.shape[1] < 2 or array.dtype.kind not in "iu":
-        raise DataError(
-            f"the meta is {array.dtype} of shape {array.shape}, not integers of shape (documents, 2)",
-            where=str(meta),
-            do=remedy,
-        )
-    offsets, lengths = array[:, 0].astype(np.int64), array[:, -1].astype(np.int64)
-    _check_meta(meta, path.stat().st_size, offsets, lengths, array.dtype, remedy)
-    return offsets, lengths
-
-
-def _check_meta(meta: Path, size: int, offsets: Int64s, lengths: Int64s, dtype: np.dtype, remedy: str) -> None:
-    if dtype.itemsize == 4 and (offsets.min() < 0 or (np.diff(offsets) < 0).any()):
-        raise DataError(
-            "byte offsets have overflowed 32 bits",
-            where=str(meta),
-            why="an int32 meta cannot describe a file beyond 2 GiB; documents would be read from wrong places",
-            do=remedy,
-        )
-    if lengths.min() < 0:
-        raise DataError(f"document {int(lengths.argmin())} has a negative length", where=str(meta), do=remedy)
-    out = np.flatnonzero((offsets < 0) | (offsets >= size))
-    if len(out):
-        raise DataError(
-            f"document {int(out[0])} begins at byte {int(offsets[out[0]])}, but the .bin has {size} bytes",
-            where=str(meta),
-            why="the .bin is cut short, or the meta belongs to another file",
-            do=remedy,
-        )

@@ -1,52 +1,83 @@
-"""A folder of `.bin` files as one sequence: by the sorted walk, or by a data-order file."""
+"""A folder of `.bin` files as one sequence: by the sorted walk, or by a data-order file.
 
-import hashlib
+Files that have not changed since they were last examined are known by their sizes and times (`catalog`); all others
+are examined: the whole meta, the ends of the text.
+"""
+
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
 
 from xtuner.core.errors import ConfigError, DataError
-from xtuner.core.log import logger
-from xtuner.data.format import BinFile
+from xtuner.core.log import logger, progress
+from xtuner.data import catalog as catalogs
+from xtuner.data import tables, tokens
+from xtuner.data.catalog import COLUMNS, Catalog
+from xtuner.data.format import BinFile, Signature
+from xtuner.data.place import Place, tell_once
+from xtuner.data.pool import ordered, usable_workers
+from xtuner.data.tables import ALONE, MOST_WORKERS, Tables, examine
 from xtuner.data.walk import read_order, walk
 
 SHOWN = 20  # problems in one message
+STATS = 256  # files whose sizes and times a thread asks for at a time
+THREADS = 16
+shared: ContextVar[dict[str, Any] | None] = ContextVar("shared", default=None)  # what another rank has found: `share`
 
 
 class TokenizedFolder:
     """The documents of a folder of tokenized files, as a sequence of `BinFile`s without the empty ones."""
 
-    def __init__(self, folder: Path, files: list[BinFile]) -> None:
+    def __init__(self, folder: Path, catalog: Catalog, min_length: int, place: Place, asked: list[str]) -> None:
         self.folder = folder
-        self.files = files
+        self.catalog = catalog
+        self.min_length = min_length
+        self.place = place
+        self.asked = asked  # how it was asked for, in words that another rank can compare
+        self.tables: Tables | None = None
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.catalog)
 
     @overload
     def __getitem__(self, i: int) -> BinFile: ...
     @overload
     def __getitem__(self, i: slice) -> list[BinFile]: ...
     def __getitem__(self, i: int | slice) -> BinFile | list[BinFile]:
-        return self.files[i]
+        numbers = range(len(self))[i]
+        if isinstance(numbers, range):
+            return [self[n] for n in numbers]
+        return self.catalog.file(numbers, self.folder, self.min_length)
 
     def __iter__(self) -> Iterator[BinFile]:
-        return iter(self.files)
+        return (self[i] for i in range(len(self)))
 
     @property
     def num_documents(self) -> int:
-        return sum(f.num_documents for f in self.files)
+        return int(self.catalog.documents.sum())
 
     @property
     def num_tokens(self) -> int:
-        return sum(f.num_tokens for f in self.files)
+        return int(self.catalog.tokens.sum())
 
     def fingerprint(self) -> str:
         """Identity of the contents: size, meta, first and last bytes of each file in order. No names, no times."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(file.identity())
-        return digest.hexdigest()
+        return self.catalog.fingerprint()
+
+    def ordered_by(self, seed: int, small: int | None = None) -> Tables | None:
+        """The tables of this seed; see `tables.find_or_build`."""
+        if self.tables is None or self.tables.seed != seed:
+            self.tables = tables.find_or_build(self.catalog, self.folder, self.min_length, seed, self.place, small)
+        return self.tables
+
+    def token_cache(self, file: BinFile) -> tokens.TokenCache | None:
+        return tokens.find(file, self.place)
 
 
 def load_intern_repo_tokenized_dataset(
@@ -54,14 +85,17 @@ def load_intern_repo_tokenized_dataset(
     min_length: int = 0,
     data_order_path: str | Path | None = None,
     file_type: str = ".bin",
+    cache_dir: str | Path | None = None,
 ) -> TokenizedFolder:
-    """Index a folder of tokenized files. No text is read.
+    """Index a folder of tokenized files. Of the text, only the ends of files that are not known yet are read.
 
     Args:
         folder: holds `*.bin` and `*.bin.meta`, at any depth.
         min_length: documents with fewer tokens are left out; files that have none left, too.
         data_order_path: a file with one relative path a line; None for the sorted walk.
         file_type: ending of the token files.
+        cache_dir: where the index is kept; None for beside the data, or the user's cache folder if that cannot be
+            written. Little data need none.
 
     Raises: ConfigError for a folder that is not there, DataError for files that are.
     """
@@ -72,6 +106,12 @@ def load_intern_repo_tokenized_dataset(
             where=f"dataset_folder = {str(folder)!r}",
             do="set dataset_folder in the config to the folder that holds your .bin and .bin.meta files",
         )
+    place = Place(root, cache_dir)
+    asked = [str(root), str(min_length), str(data_order_path), file_type]
+    if (known := shared.get()) and known["asked"] == asked and (found := _open_shared(known)):
+        whole = TokenizedFolder(root, found.catalog, min_length, place, asked)
+        whole.tables = found
+        return whole
     names = list(walk(root, file_type)) if data_order_path is None else read_order(data_order_path, root, file_type)
     if not names:
         raise DataError(
@@ -79,26 +119,126 @@ def load_intern_repo_tokenized_dataset(
             where=str(root),
             do="check dataset_folder; `.bin` and `.bin.meta` files are looked for at any depth",
         )
-    files = [BinFile(root / name, name, min_length) for name in names]
-    _check_all(files)
-    kept = [f for f in files if f.num_documents]
-    if len(kept) < len(files):
-        logger.info(f"{len(files) - len(kept)} files have no document of at least {min_length} tokens: left out")
-    return TokenizedFolder(root, kept)
+    catalog = catalog_of(root, names, min_length, place)
+    kept = np.flatnonzero(catalog.documents)
+    if len(kept) < len(names):
+        logger.info(f"{len(names) - len(kept)} files have no document of at least {min_length} tokens: left out")
+        catalog = catalog.select(kept)
+    return TokenizedFolder(root, catalog, min_length, place, asked)
 
 
-def _check_all(files: list[BinFile]) -> None:
-    """Read every meta; one error tells all that is wrong."""
-    problems = []
-    for file in files:
+def _open_shared(known: dict[str, Any]) -> Tables | None:
+    try:
+        return Tables(Path(known["path"]), known["key"])
+    except (OSError, ValueError):
+        return None  # not on this node: it looks itself
+
+
+def catalog_of(folder: Path, names: list[str], min_length: int, place: Place) -> Catalog:
+    """The catalog of these files, with those examined that are not known. Raises: DataError of all that is wrong."""
+    signatures = signatures_of(folder, names)
+    catalog, fresh = _known(names, signatures, place, f"files-{min_length}.cat")
+    unknown = np.flatnonzero(~fresh).tolist()
+    if unknown:
+        _examine(catalog, unknown, folder, min_length)
+        if int(catalog.documents.sum()) >= tables.SMALL:
+            keep(catalog, place, min_length)
+    return catalog
+
+
+def keep(catalog: Catalog, place: Place, min_length: int) -> None:
+    """Write a catalog for the next start, with what older ones know of other files of the folder."""
+    name = f"files-{min_length}.cat"
+    with place.alone():
+        for path in place.candidates(name):
+            try:
+                older, _ = catalogs.unpack(path.read_bytes())
+            except (OSError, ValueError):
+                continue
+            ours = set(catalog.names)
+            others = older.select([i for i, n in enumerate(older.names) if n not in ours])
+            catalog = Catalog(
+                catalog.names + others.names,
+                np.concatenate((catalog.numbers, others.numbers)),
+                np.concatenate((catalog.identities, others.identities)),
+            )
+        place.write(name, lambda f: f.write(catalogs.pack(catalog)), f"the index of {place.folder}")
+
+
+def signatures_of(folder: Path, names: list[str]) -> npt.NDArray[np.int64]:
+    """Sizes and times, int64 [files, 4]; -1 where a file or its meta cannot be seen."""
+
+    def ask(part: list[str]) -> list[tuple[int, ...]]:
+        return [_signature(folder / name) for name in part]
+
+    parts = [names[i : i + STATS] for i in range(0, len(names), STATS)]
+    if len(parts) == 1:
+        found = ask(names)
+    else:
+        with ThreadPoolExecutor(THREADS) as pool:  # a network file system answers many at once
+            found = [s for part in pool.map(ask, parts) for s in part]
+    return np.array(found, np.int64).reshape(-1, 4)
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    try:
+        return Signature.of(path)
+    except OSError:
+        return (-1, -1, -1, -1)
+
+
+def _known(
+    names: list[str], signatures: npt.NDArray[np.int64], place: Place, cache: str
+) -> tuple[Catalog, npt.NDArray[np.bool_]]:
+    """What catalogs on disk know of files with these signatures; and which they know."""
+    catalog = Catalog(names, np.zeros((len(names), COLUMNS), np.int64), np.zeros((len(names), 32), np.uint8))
+    fresh = np.zeros(len(names), np.bool_)
+    for path in place.candidates(cache):
         try:
-            file.check()
-            _ = file.table
-        except DataError as e:
-            problems.append(e)
+            older, _ = catalogs.unpack(path.read_bytes())
+        except (OSError, ValueError) as e:
+            tell_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
+            continue
+        where = {name: i for i, name in enumerate(older.names)}
+        rows = np.array([where.get(name, -1) for name in names], np.int64)
+        same = (older.numbers[rows, :4] == signatures).all(axis=1) if len(older) else rows >= 0
+        changed = int(np.count_nonzero((rows >= 0) & ~same))
+        if changed:
+            logger.info(f"{changed} files of {place.folder} have changed since they were indexed: examined again")
+        take = (rows >= 0) & same & ~fresh
+        catalog.numbers[take, :6] = older.numbers[rows[take], :6]
+        catalog.identities[take] = older.identities[rows[take]]
+        fresh |= take
+    return catalog, fresh
+
+
+def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int) -> None:
+    """Read every meta of `unknown` files into the catalog; one error tells all that is wrong."""
+    files = [BinFile(folder / catalog.names[i], catalog.names[i], min_length) for i in unknown]
+    large = len(files) > 1 and _meta_bytes(files) >= 16 * ALONE
+    workers = min(usable_workers(None), MOST_WORKERS) if large else 1
+    problems = []
+    results = ordered(examine, files, workers)
+    for i, found in zip(unknown, progress(results, "reading metas", total=len(files)), strict=True):
+        if isinstance(found, DataError):
+            problems.append(found)
+            continue
+        assert found.facts is not None
+        catalog.numbers[i, :6] = *found.facts.signature, found.facts.documents, found.facts.tokens
+        catalog.identities[i] = np.frombuffer(found.facts.identity, np.uint8)
     if len(problems) == 1:
         raise problems[0]
     if problems:
         shown = "\n".join(f"* {p}" for p in problems[:SHOWN])
         more = f"\n… and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise DataError(f"{len(problems)} of {len(files)} data files are faulty\n{shown}{more}")
+        raise DataError(f"{len(problems)} of {len(catalog)} data files are faulty\n{shown}{more}")
+
+
+def _meta_bytes(files: list[BinFile]) -> int:
+    total = 0
+    for file in files:
+        try:
+            total += os.stat(f"{file.path}.meta").st_size
+        except OSError:
+            continue
+    return total

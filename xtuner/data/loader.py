@@ -1,21 +1,29 @@
 """An endless stream of this rank's packs from any position, prepared ahead of the training step."""
 
 import atexit
+import contextlib
 import queue
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from xtuner.core.errors import ConfigError, XTunerError
+from xtuner.core.heap import keep_freed
 from xtuner.data.batch import Batch
-from xtuner.data.order import InternRepoSampler, Position
-from xtuner.data.pack import PackedDataset
+from xtuner.data.order import InternRepoSampler, Position, numbers
+from xtuner.data.pack import PackedDataset, RawPack
 
+READERS = 2  # threads that read; most of the work is numpy's, which lets others run
 PREFETCH = 4  # packs prepared ahead; one pack of 32k tokens takes about 1 MB
+PATIENCE = 5.0  # s that the end of a stream waits for its thread
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the trainer's to handle; see `_ignore_stops`
 
 
@@ -56,23 +64,37 @@ class PackLoader:
 
     def iterate_from(self, position: Position) -> Iterator[Batch]:
         """Yield this rank's batches from `position` on, without end. Nothing before it is read."""
+        keep_freed()
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         if self.num_workers:
-            return self._from_processes(position)
-        return prefetch(lambda: (self._read(i) for i in self._numbers(position)), PREFETCH)
+            return self._from_processes(position, gpu)
+        return prefetch(lambda: self._read(position, gpu), PREFETCH)
 
     def _numbers(self, position: Position) -> Iterator[int]:
         offset = position.offset
         for epoch in count(position.epoch):
             self.sampler.set_epoch(epoch if self.reshuffle else 0)
-            yield from self.sampler.share(offset).tolist()
+            yield from numbers(self.sampler.share(offset))
             offset = 0
 
-    def _read(self, number: int) -> Batch:
-        return Batch.of(self.dataset[number], number)
+    def _read(self, position: Position, gpu: int | None) -> Iterator[Batch]:
+        def begin() -> None:
+            if gpu is not None:  # a thread's own setting; without it all ranks would pin by the first GPU
+                torch.cuda.set_device(gpu)
 
-    def _from_processes(self, position: Position) -> Iterator[Batch]:
+        def read(number: int) -> Batch:
+            return Batch.of_raw(self.dataset.raw(number), self.dataset.label_rule, number, gpu is not None)
+
+        waiting: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(READERS, "xtuner-reader", begin) as pool:
+            for number in self._numbers(position):
+                waiting.append(pool.submit(read, number))
+                if len(waiting) > READERS:
+                    yield waiting.popleft().result()
+
+    def _from_processes(self, position: Position, gpu: int | None) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
-            _Numbered(self.dataset),  # type: ignore[arg-type]
+            _Shipped(self.dataset),  # type: ignore[arg-type]
             batch_size=None,
             sampler=self._numbers(position),
             num_workers=self.num_workers,
@@ -90,7 +112,9 @@ class PackLoader:
             for item in items:
                 if isinstance(item, XTunerError):
                     raise item
-                yield Batch.of(item, item.pop("number"))
+                number, buffer = item
+                raw = RawPack.of(buffer.numpy())
+                yield Batch.of_raw(raw, self.dataset.label_rule, number, gpu is not None)
         finally:
             atexit.unregister(items._shutdown_workers)
             items._shutdown_workers()
@@ -99,12 +123,13 @@ class PackLoader:
 def _ignore_stops(worker: int) -> None:
     """For a worker process: Slurm, Kubernetes and Ctrl-C signal all processes of a job, and the iteration in progress
     still needs its packs. A worker ends when the loader tells it to, or when its parent is gone."""
+    keep_freed()
     for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Numbered:
-    """Adds to each pack its number, which a worker process knows and the consumer needs.
+class _Shipped:
+    """A pack as a worker process sends it: its number and one int32 buffer, a sixth of what the tensors would be.
 
     An error for users is a value: raised here, torch would put this process's traceback into its message.
     """
@@ -112,9 +137,9 @@ class _Numbered:
     def __init__(self, dataset: PackedDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, number: int) -> dict[str, Any] | XTunerError:
+    def __getitem__(self, number: int) -> tuple[int, torch.Tensor] | XTunerError:
         try:
-            return {**self.dataset[number], "number": number}
+            return number, torch.from_numpy(self.dataset.raw(number).buffer())
         except XTunerError as e:
             return e
 
@@ -133,7 +158,19 @@ def prefetch(make: Callable[[], Iterator[Batch]], ahead: int) -> Iterator[Batch]
         except BaseException as e:
             ready.put(e)
 
-    threading.Thread(target=fill, name="xtuner-prefetch", daemon=True).start()
+    thread = threading.Thread(target=fill, name="xtuner-prefetch", daemon=True)
+
+    def stop() -> None:
+        """End the thread, unless a disk holds it. One that frees tensors while Python ends would abort the process."""
+        stopped.set()
+        deadline = time.monotonic() + PATIENCE
+        while thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):  # it may wait for room
+                ready.get(timeout=0.01)
+        thread.join(0)
+
+    thread.start()
+    atexit.register(stop)
     try:
         while True:
             item = ready.get()
@@ -141,6 +178,5 @@ def prefetch(make: Callable[[], Iterator[Batch]], ahead: int) -> Iterator[Batch]
                 raise item
             yield item
     finally:
-        stopped.set()
-        while not ready.empty():  # let a thread that waits for room see that we are gone
-            ready.get_nowait()
+        atexit.unregister(stop)
+        stop()

@@ -9,11 +9,11 @@ does not reach back. Every file starts from the same seed and loses its own tail
 reference loader's (InternLM's XTuner 0.2).
 """
 
-import bisect
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -21,36 +21,76 @@ import torch
 
 from xtuner.config.build import build
 from xtuner.core.errors import ConfigError
+from xtuner.data import tables
 from xtuner.data.format import BinFile, Int64s
 from xtuner.data.index import TokenizedFolder
+from xtuner.data.spans import LongLines, Places, Span, SpanReader
 
 LabelRule = Literal["internevo", "xtuner"]
 IGNORE = -100  # no loss at this position
+Int32s = npt.NDArray[np.int32]
 
 
-class LongDocuments:
-    """The last documents read that are longer than a pack: each pack they reach into would parse them again.
+class Reader(Protocol):
+    """Reads parts of documents: from the text, or from a token cache."""
 
-    `held` is replaced, never changed: threads need no lock, and at worst forget an entry. Bounded, since a corpus of
-    books has a long document in every file.
-    """
+    def read(
+        self, places: Places, vocab_size: int | None = None
+    ) -> tuple[npt.NDArray[np.signedinteger[Any]], int | None]: ...
 
-    MOST = 16
-    MOST_BYTES = 2**28  # together; a single document may be larger
 
-    def __init__(self) -> None:
-        self.held: tuple[tuple[Any, Int64s], ...] = ()
+class RawPack(NamedTuple):
+    """All that is known of a pack of T tokens with n fragments; `expand` makes the rest of it."""
 
-    def find(self, key: Any) -> Int64s | None:
-        return next((tokens for k, tokens in self.held if k == key), None)
+    signed: Int32s  # [T]
+    borders: Int32s  # [n + 1] from 0
+    following: int  # the signed token that follows in the last fragment's document, 0 when it ends there
 
-    def keep(self, key: Any, tokens: Int64s) -> None:
-        held, size = [(key, tokens)], tokens.nbytes
-        for entry in self.held[: self.MOST - 1]:
-            size += entry[1].nbytes
-            if size <= self.MOST_BYTES:
-                held.append(entry)
-        self.held = tuple(held)
+    def buffer(self) -> Int32s:
+        """All of it in one array, as worker processes ship it."""
+        return np.concatenate((np.array([len(self.borders), self.following], np.int32), self.borders, self.signed))
+
+    @classmethod
+    def of(cls, buffer: Int32s) -> "RawPack":
+        borders = int(buffer[0])
+        return cls(buffer[2 + borders :], buffer[2 : 2 + borders], int(buffer[1]))
+
+    def input_ids(self, out: Int64s) -> None:
+        np.abs(self.signed, out=out)
+
+    def labels(self, out: Int64s) -> None:
+        """Not shifted."""
+        out[:] = self.signed
+        out[self.signed <= 0] = IGNORE
+
+    def targets(self, rule: LabelRule, out: Int64s) -> int:
+        """Next-token targets. Returns how many positions have one.
+
+        "internevo": they stay inside documents. The last token of a document predicts nothing; the last position of a
+        pack predicts its true next token when its document goes on.
+        "xtuner": shifted over the whole pack, so that a document's last token predicts the next one's first.
+        """
+        following = np.empty_like(self.signed)
+        following[:-1] = self.signed[1:]
+        following[-1] = 0
+        if rule == "internevo":
+            ends = self.borders[1:]
+            following[ends[ends > 0] - 1] = 0
+            following[-1] = self.following
+        learned = following > 0
+        following -= IGNORE
+        following *= learned  # where nothing is learned: 0, which becomes IGNORE; faster than to choose
+        np.add(following, IGNORE, out=out)
+        return int(np.count_nonzero(learned))
+
+    def position_ids(self, out: Int64s) -> None:
+        """From 0 in each fragment."""
+        np.subtract(_counting(len(out)), np.repeat(self.borders[:-1], np.diff(self.borders)), out=out)
+
+
+@functools.lru_cache(2)
+def _counting(n: int) -> Int32s:
+    return np.arange(n, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -58,66 +98,42 @@ class FilePacks:
     """The pack table of one file: documents in packing order and where each ends on the file's token line."""
 
     file: BinFile
-    order: npt.NDArray[np.uint32]  # document numbers
+    rows: npt.NDArray[np.uint32]  # of the meta
     ends: Int64s  # [documents] tokens up to and with each document
-    long: LongDocuments
+    reader: Reader
 
-    @classmethod
-    def of(cls, file: BinFile, seed: int, long: LongDocuments) -> "FilePacks":
-        order = np.arange(file.num_documents, dtype=np.uint32)  # the draws do not depend on the item type
-        np.random.RandomState(seed).shuffle(order)
-        return cls(file, order, np.cumsum(file.lengths[order]), long)
+    @property
+    def order(self) -> npt.NDArray[np.integer[Any]]:
+        """Numbers of the documents among those that are used, in packing order."""
+        return self.rows if self.file.kept is None else np.searchsorted(self.file.kept, self.rows)
 
-    def read(
-        self, start: int, stop: int, vocab_size: int | None = None
-    ) -> tuple[Int64s, npt.NDArray[np.int32], int | None]:
-        """Tokens `start` to `stop` of the file's token line.
+    def read(self, start: int, stop: int, vocab_size: int | None = None) -> RawPack:
+        """Tokens `start` to `stop` of the file's token line."""
+        places = self.places(start, stop)
+        borders = np.zeros(len(places.rows) + 1, np.int32)
+        np.cumsum(places.stops - places.starts, out=borders[1:])
+        signed, following = self.reader.read(places, vocab_size)
+        return RawPack(signed.astype(np.int32, copy=False), borders, following or 0)
 
-        Returns: signed tokens [stop - start], fragment borders [n + 1] from 0, and the signed token that follows
-        `stop` in the same document (None when a document ends there).
-        """
-        parts, borders, following = [], [0], None
-        with self.file.open() as text:
-            for span in self.spans(start, stop):
-                borders.append(borders[-1] + span.stop - span.start)
-                if span.start == span.stop:
-                    continue
-                key = (self.file, span.document, vocab_size)
-                tokens = self.long.find(key)
-                if tokens is None:
-                    tokens = self.file.read_document(span.document, vocab_size, text)
-                    if len(tokens) >= stop - start:
-                        self.long.keep(key, tokens)
-                parts.append(tokens[span.start : span.stop])
-                following = int(tokens[span.stop]) if span.stop < len(tokens) else None
-        return np.concatenate(parts), np.array(borders, dtype=np.int32), following
+    def spans(self, start: int, stop: int) -> list[Span]:
+        return self.places(start, stop).spans()
 
-    def spans(self, start: int, stop: int) -> list["Span"]:
+    def places(self, start: int, stop: int) -> Places:
         """The parts of documents that lie between tokens `start` and `stop` of the file's token line.
 
         Empty documents count to the pack in which they stand; those at its very end open the next one.
         """
-        first = int(np.searchsorted(self.ends, start, side="left"))
+        first, last = np.searchsorted(self.ends, (start, stop)).tolist()
         if self.ends[first] == start and self._begin(first) < start:
             first += 1  # it ends where we begin
-        last = int(np.searchsorted(self.ends, stop, side="left"))
-        spans = []
-        for i in range(first, last + 1):
-            begin, end = self._begin(i), int(self.ends[i])
-            spans.append(Span(int(self.order[i]), max(start - begin, 0), min(stop, end) - begin))
-        return spans
+        ends = self.ends[first : last + 1]
+        begins = np.empty_like(ends)
+        begins[0], begins[1:] = self._begin(first), ends[:-1]
+        starts, stops = np.maximum(start - begins, 0), np.minimum(stop, ends) - begins
+        return Places(self.rows[first : last + 1], starts, stops, ends - begins)
 
     def _begin(self, i: int) -> int:
         return int(self.ends[i - 1]) if i else 0
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens `start` to `stop` of a document (by its number in the file)."""
-
-    document: int
-    start: int
-    stop: int
 
 
 class PackedDataset:
@@ -137,18 +153,23 @@ class PackedDataset:
         self.seed = seed
         self.label_rule = label_rule
         self.vocab_size: int | None = None  # set by who knows the model: larger ids are refused
-        self.packs_per_file = [file.num_tokens // packed_length for file in documents]
-        self._first_pack = np.concatenate(([0], np.cumsum(self.packs_per_file, dtype=np.int64)))
-        self._tables: dict[int, FilePacks] = {}
-        self._long = LongDocuments()
+        self._packs = documents.catalog.tokens // packed_length
+        self._first_pack = np.concatenate(([0], np.cumsum(self._packs)))
+        self._files: dict[int, FilePacks] = {}
+        self._long = LongLines()
+        self._order = documents.ordered_by(seed)
 
     def __len__(self) -> int:
         return int(self._first_pack[-1])
 
     @property
+    def packs_per_file(self) -> list[int]:
+        return self._packs.tolist()
+
+    @property
     def tail_tokens_per_file(self) -> list[int]:
         """Tokens dropped at each file's end because they fill no pack."""
-        return [file.num_tokens % self.packed_length for file in self.documents]
+        return (self.documents.catalog.tokens % self.packed_length).tolist()
 
     def fingerprint(self) -> str:
         """Identity of what pack `i` holds, for all `i`: contents, order of files, packed_length, seed."""
@@ -156,17 +177,26 @@ class PackedDataset:
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def file_packs(self, file_number: int) -> FilePacks:
-        """Pack table of one file; made when first asked for, since its shuffle takes time."""
-        if file_number not in self._tables:
-            self._tables[file_number] = FilePacks.of(self.documents[file_number], self.seed, self._long)
-        return self._tables[file_number]
+        """Pack table of one file, from the index or made now; its text is opened for each use."""
+        if file_number not in self._files:
+            file = self.documents[file_number]
+            table = self._order.table(file_number) if self._order else None
+            rows, ends = table or tables.order_of(file, self.seed)
+            reader = self.documents.token_cache(file) or SpanReader(file, self._long)
+            self._files[file_number] = FilePacks(file, rows, ends, reader)
+        return self._files[file_number]
 
     def locate(self, pack: int) -> tuple[int, int]:
         """(file number, token at which the pack begins on that file's token line)."""
         if not 0 <= pack < len(self):
             raise IndexError(f"pack {pack} of {len(self)}")
-        file_number = bisect.bisect_right(self._first_pack, pack) - 1
+        file_number = int(np.searchsorted(self._first_pack, pack, side="right")) - 1
         return file_number, (pack - int(self._first_pack[file_number])) * self.packed_length
+
+    def raw(self, pack: int) -> RawPack:
+        """One pack as it is read. Raises: DataError for data that are not what the format and the index say."""
+        file_number, start = self.locate(pack)
+        return self.file_packs(file_number).read(start, start + self.packed_length, self.vocab_size)
 
     def __getitem__(self, pack: int) -> dict[str, torch.Tensor]:
         """One pack of T = packed_length tokens with n document fragments.
@@ -174,38 +204,15 @@ class PackedDataset:
         Returns int64 tensors `input_ids` [T], `labels` [T] (unshifted), `targets` [T] (shifted by the label rule),
         `position_ids` [T], and int32 `cumulative_len` [n + 1]. -100 marks no loss.
         """
-        file_number, start = self.locate(pack)
-        table = self.file_packs(file_number)
-        signed, borders, following = table.read(start, start + self.packed_length, self.vocab_size)
-        labels = np.where(signed > 0, signed, IGNORE)
-        lengths = np.diff(borders)
-        positions = np.arange(len(signed)) - np.repeat(borders[:-1], lengths)
-        if self.label_rule == "internevo":
-            targets = internevo_targets(labels, borders, following)
-        else:
-            targets = plain_shift(labels)
-        arrays = dict(input_ids=np.abs(signed), labels=labels, targets=targets, position_ids=positions)
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return {**tensors, "cumulative_len": torch.from_numpy(borders)}
-
-
-def internevo_targets(labels: Int64s, borders: npt.NDArray[np.int32], following: int | None) -> Int64s:
-    """Next-token targets that stay inside documents.
-
-    The last token of a document predicts nothing. The last position of a pack predicts its true next token when its
-    document goes on: `following` is that signed token, or None.
-    """
-    targets = plain_shift(labels)
-    ends = borders[1:]
-    targets[ends[ends > 0] - 1] = IGNORE
-    if following is not None and following > 0:
-        targets[-1] = following
-    return targets
-
-
-def plain_shift(labels: Int64s) -> Int64s:
-    """XTuner's own rule: shift over the whole pack, so that a document's last token predicts the next one's first."""
-    return np.append(labels[1:], IGNORE)
+        raw = self.raw(pack)
+        names = ("input_ids", "labels", "targets", "position_ids")
+        block = torch.empty((len(names), len(raw.signed)), dtype=torch.int64)
+        input_ids, labels, targets, position_ids = block.numpy()
+        raw.input_ids(input_ids)
+        raw.labels(labels)
+        raw.targets(self.label_rule, targets)
+        raw.position_ids(position_ids)
+        return {**dict(zip(names, block, strict=True)), "cumulative_len": torch.from_numpy(raw.borders)}
 
 
 def build_packed_dataset(

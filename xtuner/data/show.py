@@ -31,9 +31,9 @@ def show_pack(data: PackedDataset, pack: int, way: str, tokenizer: Tokenizer | N
     learned = [label >= 0 for label in labels]
     yield f"pack {pack} of {len(data)}: {len(ids)} tokens, {sum(learned)} learned, {table.file.name} from token {start}"
     for span, begin, end in zip(table.spans(start, start + len(ids)), borders, borders[1:], strict=False):
-        length = int(table.file.lengths[span.document])
+        length = span.length
         part = "" if span.stop - span.start == length else f", its tokens {span.start} to {span.stop - 1} of {length}"
-        yield _rule(f"document {span.document}{part}; positions 0 to {end - begin - 1}", colour)
+        yield _rule(f"document {span.row}{part}; positions 0 to {end - begin - 1}", colour)
         if way in ("text", "masked_text", "all"):
             assert tokenizer is not None
             yield _text(ids[begin:end], learned[begin:end], tokenizer, colour, way == "masked_text")

@@ -9,6 +9,7 @@ from xtuner.core.errors import ConfigError, DataError
 from xtuner.core.log import logger
 
 ORDER_FILE = "data_order.txt"
+CACHE = ".xtuner-cache"  # ours, beside the data: holds no data files
 
 
 def walk(folder: Path, file_type: str = ".bin") -> Iterator[str]:
@@ -33,6 +34,8 @@ def _walk(folder: Path, prefix: str, file_type: str, above: tuple[tuple[int, int
         return
     folders = []
     for entry in found:
+        if entry.name == CACHE:
+            continue
         if entry.is_dir():
             folders.append(entry.name)
         elif entry.name.endswith(file_type):

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from xtuner.core.files import atomic_file, file_entry
-from xtuner.data.format import meta_path
+from xtuner.data.meta import meta_path
 
 _DAY_S = 86400.0
 

@@ -11,7 +11,8 @@ HARMLESS = (
     "model.activation_checkpointing", "model.pretrained_model_name_or_path", "model.path", "model.llm",
     "optim_wrapper.accumulative_counts",  # packs an iteration of all ranks are compared themselves
     "train_dataloader.num_workers", "train_dataloader.dataset.dataset_cfg.folder",
-    "train_dataloader.dataset.dataset_cfg.data_order_path", "default_hooks.logger", "default_hooks.timer",
+    "train_dataloader.dataset.dataset_cfg.data_order_path", "train_dataloader.dataset.dataset_cfg.cache_dir",
+    "default_hooks.logger", "default_hooks.timer",
     "default_hooks.checkpoint", "train_cfg.max_skipped", "randomness.deterministic",
 )  # fmt: skip
 # Changes with which the checkpoint cannot be loaded.

@@ -200,8 +200,7 @@ def evaluate(
     then "all".
     """
     by_type: dict[str, Result] = {}
-    files = list(documents)
-    for file in files if quiet else progress(files, "evaluating"):
+    for file in documents if quiet else progress(documents, "evaluating"):
         kind = file.name.split("/")[0] if "/" in file.name else "."
         found = record.find(file) if record else None
         if found is None:

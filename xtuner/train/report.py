@@ -37,7 +37,7 @@ def report(run: Run) -> None:
         ("data", f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {documents.folder}"),
         ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {sum(tails):,} tokens of file tails fill none"),
     ]
-    for file, packs, tail in list(zip(documents, data.packs_per_file, tails, strict=True))[:SHOWN_FILES]:
+    for file, packs, tail in zip(documents[:SHOWN_FILES], data.packs_per_file, tails, strict=False):
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))

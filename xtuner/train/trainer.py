@@ -20,6 +20,7 @@ from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
 from xtuner.data.pack import PackedDataset
+from xtuner.data.share import open_together
 from xtuner.engine.choose import choose, strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.watch import Watch
@@ -37,15 +38,14 @@ from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 
 
-def assemble(config: Config, work_dir: Path, device: torch.device, seed: int | None) -> Run:
-    """Build everything from a checked config but the weights. Raises: ConfigError, DataError."""
+def assemble(config: Config, dataset: PackedDataset, work_dir: Path, device: torch.device, seed: int | None) -> Run:
+    """Build everything from a checked config but the data and the weights. Raises: ConfigError, DataError."""
     seed = seed if seed is not None else (config.get("randomness.seed") or 0)
     source: ModelSource = build(config.values["model"], "model")
     if source.seed is None:
         source = dataclasses.replace(source, seed=seed)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
     dataloader = config.values["train_dataloader"]
-    dataset: PackedDataset = build(dataloader["dataset"], "train_dataloader.dataset")
     dataset.vocab_size = source.config.vocab_size
     sampler = build(dataloader["sampler"], "train_dataloader.sampler", dataset=dataset)
     loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0))
@@ -104,7 +104,9 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
     log.setup(rank=ranks.rank)
     ranks.together(lambda: check(config, paths=True))
     log.setup(config.get("log_level", "INFO"), rank=ranks.rank)
-    run = ranks.together(lambda: assemble(config, work_dir, device, options.seed))
+    packed = config.values["train_dataloader"]["dataset"]
+    dataset = open_together(lambda: build(packed, "train_dataloader.dataset"), ranks)
+    run = ranks.together(lambda: assemble(config, dataset, work_dir, device, options.seed))
     run.choice = ranks.together(lambda: choose(run.source, run.optim, device, options.deepspeed, options.fsdp))
     if options.dry_run:
         report(run)

@@ -1,14 +1,14 @@
 """Tokenize files: the one way in, for the command and for scripts."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from xtuner.core.errors import CheckpointError, ConfigError, DataError
+from xtuner.core.errors import CheckpointError, DataError
 from xtuner.core.log import logger, progress
+from xtuner.data.pool import usable_workers
 from xtuner.data.tokenize.plan import PARTS, SHOWN, Job, is_done, jobs
 from xtuner.data.tokenize.read import CHUNK, Chunk, chunks
 from xtuner.data.tokenize.records import encoder, forget
@@ -46,7 +46,7 @@ def tokenize(
         nevertheless, of files with mistakes nothing is.
     """
     settings.check()
-    workers = _workers(workers)
+    workers = usable_workers(workers)
     forget()
     identity = load_tokenizer(settings.tokenizer).identity()
     todo, report = [], Report()
@@ -78,14 +78,6 @@ def tokenize(
         f"{report.tokens:,} tokens"
     )
     return report
-
-
-def _workers(workers: int | None) -> int:
-    if workers is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers < 1:
-        raise ConfigError(f"{workers} processes do no work", where="--workers", do="1 or more")
-    return workers
 
 
 def _refusal(refused: list[DataError]) -> DataError:

@@ -1,18 +1,11 @@
 """Chunks → lines of a `.bin`, in this process or in several; results come in the order of the chunks."""
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.context import BaseContext
 
-from xtuner.core.errors import CheckpointError
+from xtuner.data import pool
 from xtuner.data.tokenize.read import Chunk, Mistake
 from xtuner.data.tokenize.records import Document, encoder
 from xtuner.data.tokenize.settings import CHATS, Settings
@@ -74,48 +67,5 @@ def _count(document: Document, settings: Settings, stats: Counter[str]) -> None:
 
 
 def ordered(chunks: Iterable[Chunk], workers: int) -> Iterator[Result]:
-    """Results in the order of the chunks. At most `2 * workers + 2` chunks are under way, whatever the input's size.
-
-    Workers are never forked from this process, which may have threads: a server of their own imports once and forks
-    them. They end when this process does, however it ends.
-    """
-    if workers == 1:
-        yield from map(encode_chunk, chunks)
-        return
-    pool = ProcessPoolExecutor(workers, _context(), initializer=_start_worker)
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(pool.submit(encode_chunk, chunk))
-            if len(waiting) > 2 * workers + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise CheckpointError(
-            "a worker process ended by itself",
-            why="its part of the text is lost; the system may have killed it for memory",
-            do="run the same command again, with fewer --workers if it happens again",
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _context() -> BaseContext:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()  # returns when the parent is gone, also by SIGKILL
-        os._exit(1)
+    """Results in the order of the chunks. At most `2 * workers + 2` chunks are under way, whatever the input's size."""
+    return pool.ordered(encode_chunk, chunks, workers)

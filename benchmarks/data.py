@@ -1,0 +1,343 @@
+"""Measure the data path beside its peers: packs a second, the default loader, the index of very many documents.
+
+    python benchmarks/data.py [--folder DIR] [--documents-indexed 100000000]      (`make bench-data`)
+
+Data are made in DIR once (6 GB; the texts of the large indexes are sparse, their files linked). megatron-core's
+IndexedDataset is measured where it can be imported, in this process, on the same documents in the same order.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import mmap
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xtuner.core.heap import keep_freed
+from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
+from xtuner.data.batch import Batch
+from xtuner.data.cache import make
+from xtuner.data.loader import PackLoader
+from xtuner.data.order import Position
+from xtuner.data.pack import FilePacks, PackedDataset, RawPack
+from xtuner.data.spans import SpanReader
+from xtuner.data.walk import CACHE
+
+FILES, DOCUMENTS, TOKENS = 20, 200_000, 200_000_000
+LENGTH = 32768  # tokens of a pack
+VOCABULARY = 92544
+PACKS = 400  # a measurement
+ROUNDS = 3  # of which the best counts: other work on the machine only adds time
+
+
+def make_text(folder: Path) -> None:
+    """Documents of lognormal length, each of a file one of a thousand different ones."""
+    if folder.is_dir():
+        return
+    unfinished = folder.with_name(folder.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for i in range(FILES):
+        draw = np.random.RandomState(i)
+        lengths = np.clip(draw.lognormal(np.log(700), 1.0, 1000), 2, LENGTH)
+        lengths = (lengths * (TOKENS / DOCUMENTS) / lengths.mean()).astype(int)
+        lines = []
+        for n in lengths.tolist():
+            ids = draw.randint(3, VOCABULARY, n)
+            signed = np.where(draw.rand(n) < 0.9, ids, -ids).tolist()
+            lines.append(b'{"tokens": [' + ", ".join(map(str, signed)).encode() + b"]}\n")
+        chosen = draw.randint(1000, size=DOCUMENTS // FILES)
+        sizes = np.array([len(line) for line in lines])[chosen]
+        with open(unfinished / f"{i:02d}.bin", "wb") as f:
+            f.writelines(lines[j] for j in chosen)
+        with open(unfinished / f"{i:02d}.bin.meta", "wb") as f:
+            np.save(f, np.stack((np.cumsum(sizes) - sizes, lengths[chosen]), axis=1))
+    os.rename(unfinished, folder)
+
+
+def make_large(folder: Path, files: int, documents: int) -> None:
+    """`files` names of one sparse text with `documents` lines, of which only the last is there."""
+    if folder.is_dir():
+        return
+    folder.mkdir(parents=True)
+    line = b'{"tokens": [1, 2, 3]}\n'
+    lengths = np.random.RandomState(0).randint(3, 2000, documents)
+    lengths[-1] = 3
+    offsets = np.concatenate(([0], np.cumsum(lengths * 7 + 14)))[:-1]
+    with open(folder / "00000.bin", "wb") as f:
+        f.seek(int(offsets[-1]))
+        f.write(line)
+    with open(folder / "00000.bin.meta", "wb") as f:
+        np.save(f, np.stack((offsets, lengths), axis=1))
+    for i in range(1, files):
+        for ending in (".bin", ".bin.meta"):
+            os.link(folder / f"00000{ending}", folder / f"{i:05d}{ending}")
+
+
+def in_page_cache(files: list[Path]) -> float:
+    """Share of the files' pages that are in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    there = pages = 0
+    for path in files:
+        with open(path, "rb") as f, contextlib.suppress(ValueError):
+            mapped = mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)
+            n = -(-len(mapped) // mmap.PAGESIZE)
+            found = (ctypes.c_ubyte * n)()
+            address = np.frombuffer(mapped, np.uint8).ctypes.data
+            if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), found):
+                return float("nan")
+            there += int(np.count_nonzero(np.frombuffer(found, np.uint8) & 1))
+            pages += n
+    return there / max(pages, 1)
+
+
+def forget(files: list[Path]) -> None:
+    """Ask the system to drop the files from memory."""
+    os.sync()
+    for path in files:
+        with open(path, "rb") as f:
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def row(what: str, tokens: int, cpu: float, wall: float, note: str = "") -> None:
+    print(f"{what:<58} {tokens / cpu / 1e6:>8.1f} {cpu:>8.2f} {wall:>8.2f}  {note}", flush=True)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
+    """(CPU s of all threads of this process, wall s)."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def best(what: str, order: list[int], work: Callable[[int], Any], note: str = "") -> float:
+    """Measure `work` on packs that it has not seen, as an epoch does. Prints, and returns, tokens per CPU second."""
+    for pack in order[:50]:
+        work(pack)
+    found = []
+    for i in range(ROUNDS):
+        packs = order[50 + i * PACKS : 50 + (i + 1) * PACKS]
+        found.append(timed(lambda packs=packs: [work(pack) for pack in packs] and None))
+    cpu, wall = min(found)
+    tokens = PACKS * LENGTH
+    row(what, tokens, cpu, wall, note)
+    return tokens / cpu
+
+
+class FromText(PackedDataset):
+    """Reads the text although there are token caches."""
+
+    def file_packs(self, file_number: int) -> FilePacks:
+        found = super().file_packs(file_number)
+        if not isinstance(found.reader, SpanReader):
+            found = FilePacks(found.file, found.rows, found.ends, SpanReader(found.file, self._long))
+            self._files[file_number] = found
+        return found
+
+
+def megatron(folder: Path, data: PackedDataset, cached: PackedDataset) -> Callable[[int], RawPack] | str:
+    """A function that reads a pack through IndexedDataset, or why there is none."""
+    try:
+        from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+    except Exception as e:
+        return f"megatron-core cannot be imported ({type(e).__name__}: {e}): not measured"
+    sets = []
+    for i, file in enumerate(data.documents):
+        prefix = folder / f"{i:02d}"
+        if not prefix.with_suffix(".idx").exists():
+            builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+            for document in range(file.num_documents):
+                tokens = torch.from_numpy(file.read_document(document).astype(np.int32))
+                builder.add_document(tokens, [len(tokens)])
+            builder.finalize(f"{prefix}.idx")
+        sets.append(IndexedDataset(str(prefix)))
+
+    def read(pack: int) -> RawPack:
+        number, start = cached.locate(pack)
+        spans = cached.file_packs(number).spans(start, start + LENGTH)
+        indexed = sets[number]
+        parts = [indexed.get(s.row, s.start, s.stop - s.start) for s in spans]
+        borders = np.cumsum([0, *(s.stop - s.start for s in spans)], dtype=np.int32)
+        last = spans[-1]
+        following = int(indexed.get(last.row, last.stop, 1)[0]) if last.stop < last.length else 0
+        return RawPack(np.concatenate(parts), borders, following)
+
+    return read
+
+
+def packs(folder: Path) -> None:
+    text, peers = folder / "text", folder / "megatron"
+    make_text(text)
+    peers.mkdir(exist_ok=True)
+    documents = load_intern_repo_tokenized_dataset(text)
+    made = make(documents, 1024)
+    cached, parsed = PackedDataset(documents, LENGTH), FromText(documents, LENGTH)
+    read = megatron(peers, parsed, cached)
+    order = np.random.RandomState(1).permutation(len(cached)).tolist()
+
+    def whole(raw: Callable[[int], RawPack]) -> Callable[[int], Batch]:
+        return lambda i: Batch.of_raw(raw(i), "internevo", i)
+
+    texts = sorted(text.glob("*.bin"))
+    caches = sorted((made.index or text).parent.glob("tokens/*"))
+    print(f"\n{documents.num_documents:,} documents, {documents.num_tokens:,} tokens, {len(documents)} files; ", end="")
+    print(f"packs of {LENGTH:,} in random order, one process, each pack once, {PACKS} packs, best of {ROUNDS}")
+    print(f"{'':<58} {'M tok/CPU s':>8} {'CPU s':>5} {'wall s':>8}")
+    for what, files in (("text", texts), ("caches", caches)):
+        forget(files)
+        subprocess.run([sys.executable, __file__, "--folder", folder, "--cold", what], check=True)
+    for path in (*texts, *caches, *peers.glob("*.bin")):
+        path.read_bytes()  # into the page cache
+    for i in order[-100:]:
+        assert np.array_equal(parsed.raw(i).signed, cached.raw(i).signed)
+        assert not callable(read) or all(map(np.array_equal, read(i), cached.raw(i)))
+    best("from text", order, whole(parsed.raw))
+    ours = best("from token caches", order, whole(cached.raw))
+    if callable(read):
+        theirs = best("megatron-core IndexedDataset.get, then as ours", order, whole(read))
+        print(f"{'':<58} ours is {ours / theirs:.2f} × megatron-core {version('megatron-core')}")
+        best("  of it, reading alone: token caches", order[::-1], cached.raw)
+        best("  of it, reading alone: megatron-core", order[::-1], read)
+    else:
+        print(read)
+    flat = np.memmap(caches[0], np.int32, "r", 4096)
+    starts = np.random.RandomState(1).randint(len(flat) - LENGTH, size=50 + ROUNDS * PACKS).tolist()
+    best("raw memmap, slice and copy to int64 (no pack is made)", starts, lambda start: _copy(flat, start))
+    print(f"in the page cache: text {in_page_cache(texts):.0%}, token caches {in_page_cache(caches):.0%}\n")
+    loaders(parsed, cached, PACKS * LENGTH)
+
+
+def cold(folder: Path, what: str) -> None:
+    """In a process of its own, before anything is mapped, which would keep it in memory: packs read from the disk."""
+    kind = FromText if what == "text" else PackedDataset
+    data = kind(load_intern_repo_tokenized_dataset(folder / "text"), LENGTH)
+    place = Path(data.documents.place.dirs[0])
+    files = sorted((folder / "text").glob("*.bin") if what == "text" else place.glob("tokens/*"))
+    before = in_page_cache(files)
+    order = np.random.RandomState(2).permutation(len(data))[:PACKS].tolist()
+    cpu, wall = timed(lambda: [Batch.of_raw(data.raw(i), "internevo", i) for i in order] and None)
+    tokens = PACKS * LENGTH
+    told = f"{before:.0%} in the page cache before; {tokens / wall / 1e6:.1f} M tok/s of wall time"
+    row(f"cold read: from {'text' if what == 'text' else 'token caches'}", tokens, cpu, wall, told)
+
+
+def _copy(flat: Any, start: int) -> Any:
+    return torch.from_numpy(np.array(flat[start : start + LENGTH], np.int64))
+
+
+def loaders(parsed: PackedDataset, cached: PackedDataset, tokens: int) -> None:
+    """Through `PackLoader` to a consumer that reads every number of a batch; wall time counts."""
+    print(f"{'through the loader, a consumer that sums all tensors':<58} {'M tok/s':>8} {'CPU s':>8} {'wall s':>8}")
+    for what, data, workers in (
+        ("from text, default (a thread)", parsed, 0),
+        ("from token caches, default (a thread)", cached, 0),
+        ("from text, 2 worker processes", parsed, 2),
+        ("from token caches, 1 worker process", cached, 1),
+    ):
+        results = []
+        for _ in range(ROUNDS):
+            stream = PackLoader(data, InternRepoSampler(data, rank=0, world_size=1), workers).iterate_from(Position())
+            for batch in islice(stream, 20):  # begun
+                _touch(batch)
+            results.append(timed(lambda stream=stream: [_touch(b) for b in islice(stream, PACKS)])[::-1])
+            stream.close()  # type: ignore[attr-defined]
+        wall, cpu = min(results)
+        print(f"{what:<58} {tokens / wall / 1e6:>8.1f} {cpu:>8.2f} {wall:>8.2f}")
+
+
+def _touch(batch: Batch) -> int:
+    return sum(int(t.sum()) for t in (batch.input_ids, batch.targets, batch.position_ids, batch.cu_seqlens))
+
+
+PROBE = """
+import resource, sys, time
+import torch
+from xtuner.data import load_intern_repo_tokenized_dataset
+from xtuner.data.pack import PackedDataset
+def private():
+    lines = open('/proc/self/smaps_rollup').read().splitlines()[1:]
+    return sum(int(v.split()[0]) for k, v in (x.split(':') for x in lines) if k == 'Private_Dirty') / 1024
+load_intern_repo_tokenized_dataset  # imported
+before, wall, cpu = private(), time.perf_counter(), time.process_time()
+data = PackedDataset(load_intern_repo_tokenized_dataset(sys.argv[1]), 32768)
+data.fingerprint()
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+packs = [int(i * (len(data) - 1) / 2999) for i in range(3000)]
+for i in packs:
+    number, start = data.locate(i)
+    data.file_packs(number).spans(start, start + 32768)
+begin = time.process_time()
+for i in packs:
+    number, start = data.locate(i)
+    data.file_packs(number).places(start, start + 32768)
+lookup = (time.process_time() - begin) / len(packs) * 1e6
+print(f'{wall:.2f} s wall, {cpu:.2f} s CPU; 3,000 lookups: {lookup:.1f} us each, {private() - before:.1f} MiB private')
+"""
+
+
+def index(folder: Path, files: int, documents: int) -> None:
+    """Cold and warm start in fresh processes, held to one core, so that the CPU time of all work is seen."""
+    make_large(folder, files, documents // files)
+    print(f"\nindex of {documents:,} documents in {files:,} files (one pair, linked), in the page cache", flush=True)
+    shutil.rmtree(folder / CACHE, ignore_errors=True)
+    core = min(os.sched_getaffinity(0))
+    for what in ("cold", "warm", "warm"):
+        words = ["taskset", "-c", str(core), sys.executable, "-c", PROBE, str(folder)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        print(f"  {what}: {done.stdout.strip() or done.stderr.strip()}", flush=True)
+    size = sum(p.stat().st_size for p in (folder / CACHE).iterdir())
+    print(f"  {size / documents:.2f} bytes a document on the disk")
+
+
+@contextlib.contextmanager
+def work_folder(given: Path | None) -> Iterator[Path]:
+    folder = given or Path(os.environ.get("TMPDIR", "/tmp")) / "xtuner-bench-data"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    if given is None:
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="keep the data there (default: a temporary folder, removed)")
+    parser.add_argument("--only", choices=("packs", "index"), help="one part")
+    parser.add_argument("--billion", action="store_true", help="also a billion documents (12 GB of disk, 2 minutes)")
+    parser.add_argument("--cold", choices=("text", "caches"), help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed()  # as the loader does; for the peers, too
+    if a.cold:
+        return cold(a.folder, a.cold)
+    versions = f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}"
+    print(f"{time.strftime('%Y-%m-%d')}, {len(os.sched_getaffinity(0))} CPU cores, {versions}")
+    print(f"load of the machine: {os.getloadavg()[0]:.1f}")
+    if not torch.cuda.is_available():
+        print("no GPU here: copies from pinned memory are not measured")
+    print("all figures of a machine that other work shares are lower bounds" * (os.getloadavg()[0] > 1))
+    with work_folder(a.folder) as folder:
+        if a.only != "index":
+            packs(folder)
+        if a.only != "packs":
+            index(folder / "large", 1000, 100_000_000)
+            index(folder / "deep", 4, 20_000_000)
+            if a.billion:
+                index(folder / "billion", 10_000, 1_000_000_000)
+    print(f"\nmost memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

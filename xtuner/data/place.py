@@ -1,0 +1,94 @@
+"""Where what is made of a data folder is kept: beside it, where that can be written, else in a folder of the user's.
+
+Nothing here is needed: whatever is absent, torn, old or cannot be written is made again or done without. Files appear
+whole under their names, and never change afterwards: whoever has one mapped keeps what was in it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import IO, Any
+
+from xtuner.core.files import atomic_file
+from xtuner.core.log import logger
+from xtuner.data.walk import CACHE
+
+VARIABLE = "XTUNER_DATA_CACHE"
+chosen: ContextVar[str | None] = ContextVar("chosen", default=None)  # by `--cache-dir`, for all folders
+_told: set[str] = set()
+
+
+def tell_once(text: str, level: Callable[[str], None] = logger.warning) -> None:
+    if text not in _told:
+        _told.add(text)
+        level(text)
+
+
+class Place:
+    """The folders in which caches of one data folder may lie.
+
+    Args:
+        cache_dir: the one place to use; None for `--cache-dir`, $XTUNER_DATA_CACHE, else beside the data, else the
+            user's cache folder.
+    """
+
+    def __init__(self, folder: Path, cache_dir: str | Path | None = None) -> None:
+        self.folder = folder
+        self.failures: list[str] = []
+        root = Path(os.path.abspath(folder))
+        own = f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}"
+        given = chosen.get() or cache_dir or os.environ.get(VARIABLE)
+        if given:
+            self.dirs = [Path(given).expanduser() / own]
+        else:
+            home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            self.dirs = [folder / CACHE, home / "xtuner" / "data" / own]
+
+    def candidates(self, name: str) -> Iterator[Path]:
+        """Files of this name that are there."""
+        return (d / name for d in self.dirs if (d / name).is_file())
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until nobody else builds here, as far as the file system can tell: without locks the work is done twice,
+        and the last of two equal files stays."""
+        with contextlib.ExitStack() as stack:
+            for folder in self.dirs:
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    lock = stack.enter_context(open(folder / "lock", "a"))
+                except OSError:
+                    continue
+                with contextlib.suppress(OSError):
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        logger.info(f"another process builds the index of {self.folder}: waiting for it")
+                        fcntl.flock(lock, fcntl.LOCK_EX)
+                break
+            yield
+
+    def write(self, name: str, fill: Callable[[IO[bytes]], Any], what: str, quiet: bool = False) -> Path | None:
+        """Write a file by `fill` in the first folder that takes it. Returns where; None, told once, if none does.
+
+        `failures` says afterwards why folders did not take it. Raises: what `fill` raises, but OSError.
+        """
+        self.failures = []
+        for folder in self.dirs:
+            try:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(folder / name, "wb") as f:
+                    fill(f)
+            except OSError as e:
+                self.failures.append(f"{folder}: {e.strerror or e}")
+                continue
+            if folder != self.folder / CACHE:
+                tell_once(f"caches of {self.folder} are kept in {folder}", logger.info)
+            return folder / name
+        if not quiet:
+            tell_once(f"{what} is not kept: each start makes it again ({'; '.join(self.failures)}); give a --cache-dir")
+        return None

@@ -35,6 +35,33 @@ def test_both_languages_say_the_same() -> None:
     assert words[0] == words[1]
 
 
+def test_memory_by_arithmetic_is_the_programs() -> None:
+    """The table of docs/*/cluster.md, from the shapes of the shipped templates' models on 8 GPUs."""
+    import torch
+
+    from xtuner.engine import memory, zero_config
+    from xtuner.engine.optim import OptimWrapper
+    from xtuner.model import from_scratch
+
+    optim, cpu = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), torch.device("cpu")
+    shapes = {"1.8B": (2048, 24, 16, 8192), "7B": (4096, 32, 32, 14336), "20B": (6144, 48, 48, 16384)}
+    for name, (hidden, layers, heads, ffn) in shapes.items():
+        source = from_scratch(
+            vocab_size=92544, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=8, intermediate_size=ffn,
+        )  # fmt: skip
+        stages = ("zero1", "zero3", "zero2_offload", "zero3_offload")
+        zero = {s: zero_config.read(f"deepspeed_{s}")["zero_optimization"] for s in (*stages, "zero2")}
+        state = {s: memory.of_zero(source, optim, cpu, 8, z).state for s, z in zero.items()}
+        assert state["zero1"] == state["zero2"]
+        state["fsdp"], parameters = memory.of_fsdp(source, optim, cpu, 8).state, memory.num_parameters(source.config)
+        sizes = [18 * parameters, *(state[s] for s in ("zero1", "zero3", "fsdp", "zero2_offload", "zero3_offload"))]
+        row = " | ".join([name, *(f"{size / 2**30:.1f}" for size in sizes)])
+        host = ", ".join(f"{n * parameters / 2**30:.0f}" for n in (12, 14))
+        for folder in ("en", "zh_cn"):
+            assert f"| {row} | {host} |" in (ROOT / "docs" / folder / "cluster.md").read_text()
+
+
 def test_links_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+?)\)", page.read_text()):

@@ -103,7 +103,7 @@ def run(words: list[Any], env: dict[str, str]) -> None:
         (["torchrun", "--standalone", "--nproc-per-node=2", "-m", "xtuner", "train"],
          ["--launcher", "pytorch", "--deepspeed", "deepspeed_zero3"]),
         (["mpirun", "-n", "2", "--allow-run-as-root", "--oversubscribe", "xtuner", "train"],
-         ["--launcher", "mpi", "--deepspeed", "deepspeed_zero2_offload"]),
+         ["--launcher", "mpi", "--fsdp", "hybrid"]),
     ],
     ids=["workers", "torchrun", "mpirun"],
 )  # fmt: skip
@@ -115,6 +115,8 @@ def test_two_processes_of_a_machine(
     path = config(tiny, tmp_path, TWO)
     run([*start, path, "--work-dir", tmp_path / "w", *words], path_with_xtuner)
     same(path, tmp_path / "w", alone)
+    parts = sorted(p.name for p in (tmp_path / "w").glob("iter_9.pth/optimizer/*"))
+    assert parts == ["rank_00000.safetensors", "rank_00001.safetensors"]  # hybrid, too: both are of one machine
 
 
 def test_two_pods_of_dlc(tiny: Path, tmp_path: Path, alone: Path, path_with_xtuner: dict[str, str]) -> None:

@@ -138,6 +138,10 @@ def test_a_strategy_equals_one_process(kind: str, alone: Path, tmp_path: Path, m
             assert abs(norm - true_norm) < 1e-5 * true_norm
         end = written(strategy, folder / "end")
         same(end, alone / "end", 1e-5)
+        strategy.snapshot(optimizer=False).write(folder / "light")
+        dist.ALL.gather(None)
+        same(folder / "light", end, 0.0)
+        assert not (folder / "light" / "optimizer").exists()
         strategy.load(half)  # resumed: bit for bit what went on
         again = list(go(strategy, range(5, ITERATIONS)))
         assert again == lines[5:]
@@ -243,6 +247,16 @@ def test_settings_that_contradict_the_config(change: dict[str, object], message:
         zero_config.resolve(zero_config.read(str(path)), optim, CPU, 2, str(path))
     with pytest.raises(ConfigError, match="Did you mean 'deepspeed_zero1'"):
         zero_config.read("deepspeed_zero_1")
+
+
+def test_nodes_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+
+    def refused(_: Ranks, folder: Path) -> None:
+        with pytest.raises(ConfigError, match="2 ranks do not divide into nodes of 3"):
+            make("fsdp_hybrid", folder, 2)
+
+    assert on_ranks(2, refused, tmp_path) == [0, 0]
 
 
 def test_wrong_settings_are_told_before_anything_is_loaded(tiny: Path, tmp_path: Path, xtuner: Any) -> None:

@@ -1,11 +1,13 @@
 """The writer of whole files and directories: what a dead process leaves is never taken for whole."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from xtuner.core import files
+from xtuner.core.dist import attempt
 from xtuner.core.errors import CheckpointError
 
 
@@ -63,3 +65,20 @@ def test_recover(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".venv.old-2024", "x.pth", "y.pth"]
     assert (tmp_path / "x.pth" / "inner" / "a").read_text() == "old"
     assert (tmp_path / "y.pth" / "inner" / "a").read_text() == "new"
+
+
+def test_ranks_divide_the_reading(tmp_path: Path) -> None:
+    """Of three ranks exactly one reads a file's contents; sizes are compared by all."""
+    target = tmp_path / "x"
+    with files.atomic_folder(target) as folder:
+        for i in range(7):
+            (folder / str(i)).write_text("x" * i)
+    for i in range(1, 7):
+        (target / str(i)).write_text("y" * i)
+        told = [attempt(partial(files.verify, target, rank, 3))[1] for rank in range(3)]
+        assert [failure["what"] for failure in told if failure] == [f"{i} is altered: its sha256 is not the manifest's"]
+        (target / str(i)).write_text("x" * i)
+    os.truncate(target / "6", 5)
+    for rank in range(3):
+        with pytest.raises(CheckpointError, match="5 bytes instead of 6"):
+            files.verify(target, rank, 3)

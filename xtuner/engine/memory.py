@@ -82,6 +82,7 @@ def of_zero(
     parameters, stage = num_parameters(source.config), zero.get("stage", 0)
     live = min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))  # whole at a time under stage 3
     whole = {0: 16 * parameters, 1: 2 * parameters, 2: 2 * parameters, 3: 2 * live}[stage]
+    whole += 2 * parameters * (stage == 1 and optim.accumulative_counts > 1)  # gradients, until the last pack
     divided = {0: 0, 1: 14, 2: 14, 3: 18}[stage]
     divided -= 12 * ("offload_optimizer" in zero) + 2 * ("offload_param" in zero)
     state = whole + parameters * divided // ranks + int(BUFFERS)

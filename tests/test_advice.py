@@ -15,6 +15,7 @@ from test_launchers import ROOT
 from test_lost_ranks import ended, started, told
 from test_train import records, with_hook
 
+from xtuner.config.build import build
 from xtuner.config.load import load
 from xtuner.core import dist
 from xtuner.engine.choose import choose
@@ -90,7 +91,9 @@ def test_a_7b_model_on_8_gpus(
     """What is advised of recompute, ZeRO's stages with offload, and shorter packs, with bytes of state."""
     data = write_corpus(tmp_path / "data", 2000)
     options = ["hidden_size=4096", "num_layers=32", "vocab_size=92544", "max_length=8192", f"dataset_folder={data}"]
-    run = assemble(load(str(tiny), options), tmp_path / "w", torch.device("cpu"), None)
+    config = load(str(tiny), options)
+    dataset = build(config.values["train_dataloader"]["dataset"])
+    run = assemble(config, dataset, tmp_path / "w", torch.device("cpu"), None)
     for name in ("world_size", "local_world_size"):
         monkeypatch.setattr(dist, name, lambda: 8)
     choice = choose(run.source, run.optim, torch.device("cpu"), zero, fsdp)

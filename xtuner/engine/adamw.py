@@ -124,19 +124,19 @@ def random_bits(n: int, seed: int, device: torch.device) -> torch.Tensor:
 @torch.no_grad()
 def update(name: str, weight: torch.Tensor, gradient: torch.Tensor, state: Moments, form: Form, rates: Rates) -> None:
     """One step of one parameter, in place. This is the definition; on GPUs a kernel does the same."""
+    seed, (c1, c2) = rates.seed(name), rates.corrections
+    rate, left, scale = rates.lr / c1, 1 - rates.lr * rates.weight_decay, c2**-0.5
     if weight.is_cuda:
         from xtuner.engine import adamw_kernels
 
-        adamw_kernels.update(weight, gradient, state, form, rates, rates.seed(name))
+        numbers = (rate, left, rates.beta1, rates.beta2, rates.eps, scale)
+        adamw_kernels.update(weight, gradient, state, form.name, GROUP, rates.clip, seed, numbers)
         return
-    seed = rates.seed(name)
     g = gradient.view(-1).float() * rates.clip
     m, v = _decode(state, "exp_avg"), _decode(state, "exp_avg_sq")
     m = m + (1 - rates.beta1) * (g - m)
     v = v + (1 - rates.beta2) * (g * g - v)
-    c1, c2 = rates.corrections
-    w = read_master(weight, state, form) * (1 - rates.lr * rates.weight_decay)
-    w = w - (rates.lr / c1) * m / (v.sqrt() * c2**-0.5 + rates.eps)
+    w = read_master(weight, state, form) * left - rate * m / (v.sqrt() * scale + rates.eps)
     write_master(weight, state, form, w, seed)
     bits = random_bits(len(w), seed, w.device)
     _encode(state, "exp_avg", m, bits >> 16 & 0xFF)

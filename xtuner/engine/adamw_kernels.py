@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from xtuner.engine.adamw import GROUP, Form, Moments, Rates
-
 ROWS = 8  # groups a program
 
 
@@ -93,15 +91,20 @@ def _update(
             tl.store(V + at, code.to(tl.int32).to(tl.uint8), mask)
 
 
-def update(weight: torch.Tensor, gradient: torch.Tensor, state: Moments, form: Form, rates: Rates, seed: int) -> None:
-    """See `adamw.update`."""
-    n = weight.numel()
-    none = state["exp_avg"]
-    c1, c2 = rates.corrections
-    rate, keep, scale2 = rates.lr / c1, 1 - rates.lr * rates.weight_decay, c2**-0.5
-    _update[(triton.cdiv(n, ROWS * GROUP),)](
+def update(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    state: dict[str, torch.Tensor],
+    form: str,
+    group: int,
+    clip: torch.Tensor,
+    seed: int,
+    numbers: tuple[float, ...],
+) -> None:
+    """See `adamw.update`. `numbers`: lr / first correction, what decay leaves, β1, β2, ε, second correction^(-1/2)."""
+    n, none = weight.numel(), state["exp_avg"]
+    _update[(triton.cdiv(n, ROWS * group),)](
         weight, gradient, state.get("master", none), state.get("low", none), state["exp_avg"], state["exp_avg_sq"],
-        state.get("exp_avg_scale", none), state.get("exp_avg_sq_scale", none), rates.clip,
-        n, seed, rate, keep, rates.beta1, rates.beta2, rates.eps, scale2,
-        FORM=form.name, ROWS=ROWS, GROUP=GROUP, num_warps=8,
+        state.get("exp_avg_scale", none), state.get("exp_avg_sq_scale", none), clip, n, seed, *numbers,
+        FORM=form, ROWS=ROWS, GROUP=group, num_warps=8,
     )  # fmt: skip

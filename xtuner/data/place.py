@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -20,12 +21,15 @@ from xtuner.data.walk import CACHE
 VARIABLE = "XTUNER_DATA_CACHE"
 chosen: ContextVar[str | None] = ContextVar("chosen", default=None)  # by `--cache-dir`, for all folders
 _told: set[str] = set()
+_telling = threading.Lock()  # two threads read packs
 
 
 def tell_once(text: str, level: Callable[[str], None] = logger.warning) -> None:
-    if text not in _told:
+    with _telling:
+        if text in _told:
+            return
         _told.add(text)
-        level(text)
+    level(text)
 
 
 class Place:

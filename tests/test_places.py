@@ -138,6 +138,15 @@ def test_the_port_is_taken() -> None:
     assert "MASTER_PORT" in error.value.do
 
 
+@pytest.mark.parametrize("text", ["soon", "0", "-5", "nan"])
+def test_times_that_are_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XTUNER_MEET_SECONDS", text)
+    with pytest.raises(ConfigError, match=f"XTUNER_MEET_SECONDS = '{text}' is no number of seconds"):
+        watch.seconds("MEET", 50.0)
+    monkeypatch.setenv("XTUNER_MEET_SECONDS", "7.5")
+    assert watch.seconds("MEET", 50.0) == 7.5
+
+
 # ---------------------------------------------------------------------------------------------------- workers
 
 WORKER = """

@@ -26,10 +26,23 @@ from xtuner.core.errors import ConfigError, LostRankError
 from xtuner.core.log import logger
 from xtuner.engine.launch import Place
 
+
+def seconds(what: str, usual: float) -> float:
+    """XTUNER_`what`_SECONDS, if that is set. Raises: ConfigError if it is no time."""
+    name = f"XTUNER_{what}_SECONDS"
+    try:
+        found = float(os.environ.get(name) or usual)
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise ConfigError(f"{name} = {os.environ[name]!r} is no number of seconds", where=f"environment: {name}")
+    return found
+
+
 BEAT = 1.0  # s
-SILENT = float(os.environ.get("XTUNER_SILENT_SECONDS", "60"))  # a rank that does not beat for so long is lost
-STUCK = float(os.environ.get("XTUNER_STUCK_SECONDS", "900"))  # nor may all of them stand in one iteration for longer
-MEET = float(os.environ.get("XTUNER_MEET_SECONDS", "50"))  # to wait for rank 0, and rank 0 for the others
+SILENT = seconds("SILENT", 60.0)  # a rank that does not beat for so long is lost
+STUCK = seconds("STUCK", 900.0)  # nor may all of them stand in one iteration for longer
+MEET = seconds("MEET", 50.0)  # to wait for rank 0, and rank 0 for the others
 ASLEEP = 10 * BEAT  # who was not run for so long (a suspended job) cannot say that the others were silent
 BYE = "bye"
 SAY = 20.0  # s after which it is said whom one waits for

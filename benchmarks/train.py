@@ -51,8 +51,7 @@ def config_of(case: dict[str, Any], data: Path, tokenizer: str | None, profile: 
                   "    activation_checkpointing=True)\n", text)  # fmt: skip
     text = text.replace("import from_pretrained", "import from_scratch")
     text = text.replace("/path/to/your/dataset", str(data))
-    text = text.replace("    accumulative_counts=accumulative_counts,\n",
-                        f'    accumulative_counts=accumulative_counts,\n    states="{case["states"]}",\n')  # fmt: skip
+    text = text.replace('\nstates = "fp32"', f'\nstates = "{case["states"]}"')
     if tokenizer:
         text = re.sub(r'pretrained_model_name_or_path = ".*"', f'pretrained_model_name_or_path = "{tokenizer}"', text)
     else:  # the two hooks that need one

@@ -46,6 +46,7 @@ lr = 4e-5
 betas = (0.9, 0.95)
 weight_decay = 0.01
 max_norm = 1  # gradients are clipped to this norm
+states = "fp32"  # how AdamW keeps masters and moments; "split", "bf16", "8bit" need less
 warm_up_ratio = 0.025  # of all iterations
 
 # Save
@@ -104,7 +105,8 @@ optim_wrapper = dict(
     optimizer=dict(type=optim_type, lr=lr, betas=betas, weight_decay=weight_decay),
     clip_grad=dict(max_norm=max_norm),
     accumulative_counts=accumulative_counts,
-    dtype="auto",  # bf16 on GPUs, fp32 on CPUs; weights and moments are always kept in fp32
+    states=states,
+    dtype="auto",  # bf16 on GPUs, fp32 on CPUs; of weights and moments see states
 )
 
 # the rate rises from lr / 40 during the warm-up, then falls along half a cosine to 0.15 lr

@@ -142,12 +142,12 @@ class Watch:
 
     def _guard(self) -> None:
         """End this process if the store does not answer: `_run` then stands still in a call that never returns."""
-        now = time.monotonic()
+        woken = now = time.monotonic()
         while not self._closed.wait(BEAT):
             before, now = now, time.monotonic()
             if now - before > ASLEEP:
-                self._looked = now
-            if now - self._looked > SILENT:
+                woken = now
+            if now - max(self._looked, woken) > SILENT:
                 self._end(f"rank 0, where all meet, does not answer for {SILENT:.0f} s")
 
     def _beat(self) -> None:
@@ -165,9 +165,9 @@ class Watch:
         if self.place.rank:
             if self._mine.check(["verdict"]):
                 return self._mine.get("verdict").decode()
-            silent = self._silent([0], SILENT)
+            silent = self._silent([0], SILENT, self._looked)
         else:
-            silent = self._silent(range(self.place.size), SILENT)
+            silent = self._silent(range(self.place.size), SILENT, self._looked)
             self._miss()
         if silent:
             trouble = f"silent for {SILENT:.0f} s:\n" + self._told(silent)
@@ -179,9 +179,12 @@ class Watch:
         self._mine.set("verdict", trouble)
         return trouble
 
-    def _silent(self, ranks: Sequence[int], limit: float) -> list[int]:
-        """Those of `ranks` whose last beat is older than `limit` seconds by this process's clock."""
-        now = time.monotonic()
+    def _silent(self, ranks: Sequence[int], limit: float, now: float) -> list[int]:
+        """Those of `ranks` whose last beat is older than `limit` seconds by this process's clock.
+
+        Args:
+            now: not the present if this process may have stood still since it was asked to look.
+        """
         for rank in ranks:
             text = self._mine.get(f"beat/{rank}").decode() if self._mine.check([f"beat/{rank}"]) else ""
             if rank not in self._seen or self._seen[rank][0] != text:
@@ -204,8 +207,8 @@ class Watch:
     def _stuck(self) -> bool:
         progress = [(f.get("iteration"), f.get("talks")) for f in map(self._facts, self._seen)]
         if progress != self._progress:
-            self._progress, self._moved = progress, time.monotonic()
-        return time.monotonic() - self._moved > STUCK
+            self._progress, self._moved = progress, self._looked
+        return self._looked - self._moved > STUCK
 
     def _told(self, ranks: Sequence[int]) -> str:
         """Rank, host, iteration, last collective and the end of the log of each."""
@@ -246,7 +249,7 @@ class Watch:
                     if self._mine.check([f"failure/{rank}"]):
                         told = self._mine.get(f"failure/{rank}").decode()
                         return self._lost(f"rank {rank} has failed: {told}", first=not self.place.rank)
-                if gone := self._silent(everyone, 4 * BEAT):
+                if gone := self._silent(everyone, 4 * BEAT, time.monotonic()):
                     first = min(r for r in range(self.place.size) if r not in gone)
                     return self._lost("lost:\n" + self._told(gone), first == self.place.rank)
                 time.sleep(BEAT / 4)

@@ -85,7 +85,7 @@ def test_the_workflow_runs(tmp_path: Path, tokenizer_folder: Path) -> None:
         (tmp_path / "corpus" / f"{name}.txt").write_text((root / name).read_text()[:12000])
     os.symlink(tokenizer_folder, tmp_path / "tokenizer")
     os.symlink(ROOT / "xtuner", tmp_path / "xtuner")
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for line in commands(ROOT / "docs" / "en" / "workflow.md"):
         done = subprocess.run(["bash", "-ec", line], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

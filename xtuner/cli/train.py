@@ -26,7 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check and report everything, train nothing")
     parser.add_argument("--max-minutes", type=float, metavar="M", help="save and stop (exit 75) within so many minutes")
     parser.add_argument("--cache-dir", metavar="DIR", help="where data indexes are kept (default: beside the data)")
-    parser.add_argument("--launcher", default="none", choices=("none", "pytorch", "slurm", "mpi"))
+    parser.add_argument(
+        "--launcher",
+        default="none",
+        choices=("none", "pytorch", "slurm", "mpi"),
+        help="what has started the processes: torchrun, srun, mpirun; none (default): this one works alone, or starts "
+        "a process for each GPU if NPROC_PER_NODE says so",
+    )
     parser.add_argument(
         "--deepspeed",
         metavar="NAME_OR_JSON",

@@ -1,6 +1,5 @@
 """The index on disk: equal to what it stands for, and made again when it is torn, old or of others; ranks share it."""
 
-import logging
 import multiprocessing
 import os
 import platform
@@ -34,7 +33,6 @@ def always_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "SMALL", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(place, "_told", set())
-    logging.getLogger("xtuner").propagate = True
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Data-order files: written the same everywhere, resolved from folders above, wrong ones refused with line numbers."""
 
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +46,6 @@ def test_an_order_of_a_folder_above(data: Path, tmp_path: Path, xtuner: Command,
     """The documented workflow orders /data and trains on /data/chatml/train."""
     xtuner("data", "order", "--data-folder", data, "--save-folder", tmp_path)
     order = tmp_path / "data_order.txt"
-    logging.getLogger("xtuner").propagate = True
     caplog.set_level("INFO", "xtuner")
     expected = ["code dir/a.bin", "code dir/b.bin", "en/a.bin", "en/b.bin"]
     assert read_order(order, data / "chatml" / "train") == expected

@@ -216,9 +216,6 @@ def test_files_that_change_under_a_running_job(cached: bool, how: str, tmp_path:
 
 
 def test_a_token_cache_that_is_not_fresh_is_told(tmp_path: Path, caplog: Any) -> None:
-    import logging
-
-    logging.getLogger("xtuner").propagate = True
     folder = write_corpus(tmp_path / "data", 30, types=("en",))
     expected = [b.input_ids.tolist() for b in islice(stream(folder), 60)]
     make(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)

@@ -114,7 +114,7 @@ def test_forms_that_are_refused() -> None:
     with pytest.raises(ConfigError, match=r'"8bit" is for AdamW, not for .*SGD'):
         OptimWrapper(dict(type=torch.optim.SGD, lr=1), states="8bit")
     with pytest.raises(ConfigError, match="is for one process"):
-        choose.strategy(source(), OptimWrapper(dict(type=torch.optim.AdamW, lr=1), states="8bit"), CPU, None, "full")
+        choose.choose(source(), OptimWrapper(dict(type=torch.optim.AdamW, lr=1), states="8bit"), CPU, None, "full")
 
 
 def test_a_state_that_does_not_fit_is_told_with_what_would() -> None:

@@ -85,7 +85,7 @@ def make(kind: str, folder: Path, ranks: int) -> Strategy:
         zero = str(folder / "zero3.json")
         Path(zero).write_text(json.dumps(settings))
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks)
-    return choose.strategy(source(), optim, CPU, zero, fsdp)
+    return choose.strategy(choose.choose(source(), optim, CPU, zero, fsdp), source(), optim, CPU)
 
 
 def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bool]]:

@@ -58,11 +58,8 @@ def choose(
     return Choice(state=memory.of_single(source, optim, device).state)
 
 
-def strategy(
-    source: ModelSource, optim: OptimWrapper, device: torch.device, deepspeed: str | None, fsdp: str | None
-) -> Strategy:
-    """As `choose` says."""
-    choice = choose(source, optim, device, deepspeed, fsdp)
+def strategy(choice: Choice, source: ModelSource, optim: OptimWrapper, device: torch.device) -> Strategy:
+    """What `choose` has chosen."""
     if choice.deepspeed:
         from xtuner.engine.deepspeed import DeepSpeedStrategy
 

@@ -44,8 +44,8 @@ def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch
     An error inside is told to the others; one that comes of another's end becomes that one's story.
     """
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    for wanted in (_PINNING, _SEGMENTS):
-        if wanted.partition(":")[0] not in settings:
+    for about, wanted in (("pinned", _PINNING), ("expandable_segments", _SEGMENTS)):
+        if about not in settings:
             settings = ",".join(filter(None, (settings, wanted)))
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings
     here = device(place.local_rank)

@@ -54,8 +54,9 @@ class Memory:
 
 def of_single(source: ModelSource, optim: OptimWrapper, device: torch.device) -> Memory:
     """For one process that holds everything."""
-    form = optim.own_form(device)
-    state = num_parameters(source.config) * (form.bytes if form else 18)
+    form, copy = optim.own_form(device), optim.compute_dtype(device)
+    by_torch = 16 + (copy.itemsize if copy != torch.float32 else 0)  # fp32 masters, gradients, two moments
+    state = num_parameters(source.config) * (form.bytes if form else by_torch)
     return share_out(state, source, optim, device)
 
 

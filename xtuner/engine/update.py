@@ -3,11 +3,12 @@ fp32 masters, or by our own AdamW in one of its forms (adamw.py). Gradients are 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from xtuner.engine.adamw import GROUP, AdamW, Form, read_master, write_master
+from xtuner.engine.adamw import GROUP, AdamW, Form, Moments, read_master, write_master
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, beside
 from xtuner.model.decoder import CausalLM
@@ -89,25 +90,24 @@ class ByTorch:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        pairs = [(w.data, m.data) for w, m in zip(self._weights.values(), self._masters.values(), strict=True)]
-        if copies := [(w, m) for w, m in pairs if w is not m and w.data_ptr() != m.data_ptr()]:
-            torch._foreach_copy_([w for w, _ in copies], [m for _, m in copies])
+        copies = {n: w for n, w in self._weights.items() if w is not self._masters[n]}
+        if copies:
+            torch._foreach_copy_(list(copies.values()), [self._masters[n] for n in copies])
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Encoded(Part):
-    """A whole parameter whose fp32 master is put together when asked for."""
+    """A whole parameter, `values` as it computes, whose fp32 master is put together when asked for."""
 
-    def __init__(self, adamw: AdamW, name: str) -> None:
-        super().__init__(adamw.weights[name].data.view(-1))
-        object.__setattr__(self, "_of", (adamw.weights[name], adamw.state[name], adamw.form))
+    state: Moments
+    form: Form
 
     def read(self) -> torch.Tensor:
-        return read_master(*self._of)  # type: ignore[attr-defined]
+        return read_master(self.values, self.state, self.form)
 
     @torch.no_grad()
     def take(self, full: torch.Tensor) -> None:
-        weight, state, form = self._of  # type: ignore[attr-defined]
-        write_master(weight, state, form, full.reshape(-1).to(weight.device, torch.float32))
+        write_master(self.values, self.state, self.form, full.reshape(-1).to(self.values.device, torch.float32))
 
 
 class ByForm:
@@ -129,10 +129,11 @@ class ByForm:
     def shards(self) -> dict[str, Shard]:
         step = torch.tensor(float(self._adamw.steps))
         own = ("master", "low")  # in checkpoints masters are whole fp32 weights
-        return {
-            name: Shard(_Encoded(self._adamw, name), {"step": step} | {k: v for k, v in state.items() if k not in own})
-            for name, state in self._adamw.state.items()
-        }
+        shards = {}
+        for name, state in self._adamw.state.items():
+            master = _Encoded(self._adamw.weights[name].data.view(-1), state=state, form=self._adamw.form)
+            shards[name] = Shard(master, {"step": step} | {k: v for k, v in state.items() if k not in own})
+        return shards
 
     def place(self, name: str, key: str, value: torch.Tensor) -> None:
         if key == "step":

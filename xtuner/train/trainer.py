@@ -134,7 +134,7 @@ def _start(run: Run, options: Options) -> None:
     if run.config.get("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    run.strategy = strategy(run.source, run.optim, run.device, options.deepspeed, options.fsdp)
+    run.strategy = strategy(run.choice, run.source, run.optim, run.device)
     if run.device.type == "cuda":
         run.strategy.memory.tell(run.loader.dataset.packed_length)
     take(run, found)

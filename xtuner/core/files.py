@@ -58,6 +58,30 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+class PendingFile:
+    """A temporary file beside `path`, open as `file`, that takes the name by `commit`; by `drop` nothing is left."""
+
+    def __init__(self, path: str | Path, mode: str = "w") -> None:
+        self._stack = contextlib.ExitStack()
+        self.file: IO[Any] = self._stack.enter_context(atomic_file(path, mode))
+
+    def commit(self) -> None:
+        """Raises: OSError."""
+        self._stack.close()
+
+    def drop(self) -> None:
+        self._stack.__exit__(_Dropped, _Dropped(), None)
+
+
+class _Dropped(Exception):
+    pass
+
+
+def user_cache() -> Path:
+    """Our folder for what can be made again, in the user's cache. It need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xtuner"
+
+
 def write_json(path: str | Path, value: Any) -> None:
     with atomic_file(path) as f:
         json.dump(value, f, indent=2, ensure_ascii=False)

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Any
 
-from xtuner.core.files import atomic_file
+from xtuner.core.files import atomic_file, user_cache
 from xtuner.core.log import logger
 from xtuner.data.walk import CACHE
 
@@ -49,8 +49,7 @@ class Place:
         if given:
             self.dirs = [Path(given).expanduser() / own]
         else:
-            home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-            self.dirs = [folder / CACHE, home / "xtuner" / "data" / own]
+            self.dirs = [folder / CACHE, user_cache() / "data" / own]
 
     def candidates(self, name: str) -> Iterator[Path]:
         """Files of this name that are there."""

@@ -10,11 +10,12 @@ import inspect
 import os
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from xtuner.core.files import user_cache
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -92,9 +93,8 @@ def attend_flash_4(
 @cache
 def _flash_4() -> Callable[..., Any] | None:
     """Its kernels are compiled at first use (18 s on an H100), then taken from the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(home / "xtuner" / "flash-attention-4"))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(user_cache() / "flash-attention-4"))
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ImportError:

@@ -196,7 +196,7 @@ class Decoder(nn.Module):
         cos_TD, sin_TD = self.rope.table(position_ids, cu_seqlens)
         layout = Layout(cu_seqlens, max_seqlen, cos_TD, sin_TD)
         x_TH = self.tok_embeddings(input_ids)
-        keeps = self.keeps(len(input_ids))
+        keeps = self.keeps(len(input_ids)) if torch.is_grad_enabled() else [EVERYTHING] * len(self.layers)
         for i, block in enumerate(self.layers):
             x_TH = block(x_TH, layout, caches[i] if caches else None, keeps[i])
         return self.norm(x_TH)

@@ -37,7 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for begin in range(0, len(x_TH), step):
             x, targets = x_TH[begin : begin + step], targets_T[begin : begin + step]
             d = x @ w_VH.T  # logits, then their gradient
-            total += cross_entropy_(d, targets, scale).sum()
+            total += cross_entropy_(d, targets, scale if need_x or need_w else None).sum()
             if dx_TH is not None:
                 torch.mm(d, w_VH, out=dx_TH[begin : begin + step])
             if dw is not None:

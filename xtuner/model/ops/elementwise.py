@@ -10,9 +10,8 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
+from xtuner.data.pack import IGNORE
 from xtuner.model.rope import rotate
-
-IGNORE = -100
 
 
 @cache
@@ -114,8 +113,11 @@ def swiglu_backward(
     return d_gate.to(gate_TF.dtype), d_TF * silu, silu * up_TF
 
 
-def cross_entropy_(logits_TV: torch.Tensor, targets_T: torch.Tensor, scale: float) -> torch.Tensor:
-    """Losses, fp32 [T], 0 where there is no target; the logits become scale · d(sum of losses)/d(logits)."""
+def cross_entropy_(logits_TV: torch.Tensor, targets_T: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """Losses, fp32 [T], 0 where there is no target; the logits become scale · d(sum of losses)/d(logits).
+
+    Without a scale no gradient is made, and the logits stay.
+    """
     if _fast(logits_TV):
         from xtuner.model.ops import kernels
 
@@ -127,6 +129,8 @@ def cross_entropy_(logits_TV: torch.Tensor, targets_T: torch.Tensor, scale: floa
     scores = scores.sub(largest).exp_()
     total = scores.sum(1, keepdim=True)
     losses = (total.log() + largest - target_logit)[:, 0].masked_fill(unlearned, 0.0)
+    if scale is None:
+        return losses
     scores.div_(total).scatter_add_(1, column, -torch.ones_like(target_logit))
     logits_TV.copy_(scores.masked_fill_(unlearned[:, None], 0.0).mul_(scale))
     return losses

@@ -56,24 +56,14 @@ def heads_of(
 
 
 class AttentionInputs(torch.autograd.Function):
-    """(q, k, v, x): `heads_of` the input x, and x itself for the residual, whose gradient joins here."""
+    """(q, k, v, x): `heads_of` its inputs, and the first of them, x, for the residual, whose gradient joins here."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TH: torch.Tensor,
-        w_norm: torch.Tensor,
-        wqkv: torch.Tensor,
-        bias: torch.Tensor | None,
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
-        eps: float,
-        kv_heads: int,
-        head_dim: int,
-    ) -> Tensors:
+    def forward(ctx: Any, *inputs: Any) -> Tensors:
+        x_TH, w_norm, wqkv, bias, cos_TD, sin_TD, eps, *_ = inputs
         ctx.save_for_backward(x_TH, w_norm, wqkv, bias, cos_TD, sin_TD)
         ctx.eps, ctx.sums = eps, sums_of(w_norm, wqkv, bias)
-        return *heads_of(x_TH, w_norm, wqkv, bias, cos_TD, sin_TD, eps, kv_heads, head_dim), x_TH.view_as(x_TH)
+        return *heads_of(*inputs), x_TH.view_as(x_TH)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-IGNORE = -100
+from xtuner.data.pack import IGNORE
 
 
 def _warps(block: int) -> int:
@@ -198,7 +198,9 @@ def swiglu_backward_(
 
 
 @triton.jit
-def _cross_entropy(LOGITS, TARGETS, LOSSES, scale, V, UNLEARNED: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy(
+    LOGITS, TARGETS, LOSSES, scale, V, UNLEARNED: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """One token: the largest logit and the sum of exponentials in a first pass, the gradient in a second."""
     token = tl.program_id(0).to(tl.int64)
     row = LOGITS + token * V
@@ -214,19 +216,21 @@ def _cross_entropy(LOGITS, TARGETS, LOSSES, scale, V, UNLEARNED: tl.constexpr, B
         largest = new
     target_logit = tl.load(row + target, learned, 0.0).to(tl.float32)
     tl.store(LOSSES + token, tl.where(learned, tl.log(total) + largest - target_logit, 0.0))
-    tl.debug_barrier()  # all have read the target's logit before it is replaced
-    factor = tl.where(learned, scale, 0.0)
-    for begin in range(0, V, BLOCK):
-        mask = begin + at < V
-        x = tl.load(row + begin + at, mask, float("-inf"))
-        d = tl.exp(x.to(tl.float32) - largest) / total
-        d = tl.where(begin + at == target, d - 1.0, d)
-        tl.store(row + begin + at, tl.where(learned, d * factor, 0.0).to(x.dtype), mask)
+    if GRADIENT:
+        tl.debug_barrier()  # all have read the target's logit before it is replaced
+        factor = tl.where(learned, scale, 0.0)
+        for begin in range(0, V, BLOCK):
+            mask = begin + at < V
+            x = tl.load(row + begin + at, mask, float("-inf"))
+            d = tl.exp(x.to(tl.float32) - largest) / total
+            d = tl.where(begin + at == target, d - 1.0, d)
+            tl.store(row + begin + at, tl.where(learned, d * factor, 0.0).to(x.dtype), mask)
 
 
-def cross_entropy_(logits_TV: torch.Tensor, targets_T: torch.Tensor, scale: float) -> torch.Tensor:
+def cross_entropy_(logits_TV: torch.Tensor, targets_T: torch.Tensor, scale: float | None) -> torch.Tensor:
     T, V = logits_TV.shape
     losses = torch.empty(T, dtype=torch.float32, device=logits_TV.device)
     block = min(8192, triton.next_power_of_2(V))
-    _cross_entropy[(T,)](logits_TV, targets_T, losses, scale, V, UNLEARNED=IGNORE, BLOCK=block, num_warps=16)
+    shape: dict[str, Any] = dict(UNLEARNED=IGNORE, GRADIENT=scale is not None, BLOCK=block)
+    _cross_entropy[(T,)](logits_TV, targets_T, losses, scale or 0.0, V, **shape, num_warps=16)
     return losses

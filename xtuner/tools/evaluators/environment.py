@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.core.errors import BusyError, CheckpointError, ConfigError
-from xtuner.core.files import read_json, write_json
+from xtuner.core.files import read_json, user_cache, write_json
 from xtuner.core.log import logger
 from xtuner.tools.evaluators.process import ToolError, environ, last_line, run, tail
 
@@ -46,7 +45,7 @@ print(json.dumps(found))
 
 
 def default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xtuner" / "evaluation"
+    return user_cache() / "evaluation"
 
 
 def pinned(package: str) -> str:

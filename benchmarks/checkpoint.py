@@ -10,17 +10,14 @@ save and load, the disk's own bytes a second, seconds from the command to the fi
 import argparse
 import json
 import os
-import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from train import CASES, config_of, machine, write_data
+from train import CASES, config_of, machine, watched, write_data
 
 SAVE_AT = 8
 SIZE = 4 * 2**30  # bytes of the file that measures the disk
@@ -46,18 +43,6 @@ def disk(folder: Path) -> tuple[float, float]:
     return written, read
 
 
-def run(words: list[str], until: str) -> Iterator[tuple[float, str]]:
-    """(seconds since the start, line) of a command, which is killed after a line that matches `until`."""
-    begin = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        yield time.perf_counter() - begin, line
-        if re.search(until, line):
-            process.kill()
-    process.wait()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("case", choices=list(CASES))
@@ -78,12 +63,12 @@ def main() -> None:
     words += ["--cfg-options", f"save_steps={SAVE_AT}"]
     written, read = disk(folder)
     print(f"the disk alone: writes {written / 2**20:,.0f} MiB/s, reads {read / 2**20:,.0f} MiB/s", flush=True)
-    for _, line in run(words, "saved .*training waited"):
+    for _, line in watched(words, "saved .*training waited"):
         print(line, end="", flush=True)
     (scalars,) = folder.glob("w/*/vis_data/scalars.json")
     times = [json.loads(line)["time"] for line in scalars.read_text().splitlines()]
     print(f"an iteration: {statistics.median(times[3:]):.2f} s; all: {times}")
-    for seconds, line in run([*words, "--resume"], r"iter +\d+/"):
+    for seconds, line in watched([*words, "--resume"], r"iter +\d+/"):
         print(f"{seconds:6.1f} s  {line}", end="", flush=True)
     print(json.dumps(machine()))
     shutil.rmtree(folder)

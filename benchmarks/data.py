@@ -1,6 +1,6 @@
 """Measure the data path beside its peers: packs a second, the default loader, the index of very many documents.
 
-    python benchmarks/data.py [--folder DIR] [--documents-indexed 100000000]      (`make bench-data`)
+    python benchmarks/data.py [--folder DIR] [--only packs|index] [--billion]      (`make bench-data`)
 
 Data are made in DIR once (6 GB; the texts of the large indexes are sparse, their files linked). megatron-core's
 IndexedDataset is measured where it can be imported, in this process, on the same documents in the same order.

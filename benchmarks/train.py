@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,18 @@ def write_data(folder: Path, packs: int, long: bool) -> None:
     write_bin(folder / "synthetic.bin", texts)
 
 
+def watched(words: list[str], until: str) -> Iterator[tuple[float, str]]:
+    """(seconds since the start, line) of a command, which is killed after a line that matches `until`."""
+    begin, environ = time.perf_counter(), {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield time.perf_counter() - begin, line
+        if re.search(until, line):
+            process.kill()
+    process.wait()
+
+
 def measure(name: str, a: argparse.Namespace) -> dict[str, Any]:
     case = CASES[name]
     folder = Path(a.folder or tempfile.mkdtemp(prefix="xtuner-bench-")) / f"{name}-{a.engine}"
@@ -82,21 +95,15 @@ def measure(name: str, a: argparse.Namespace) -> dict[str, Any]:
     config.write_text(config_of(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0))
     words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(folder / "work")]
     words += {"single": [], "fsdp": ["--fsdp", "full"]}.get(a.engine, ["--deepspeed", f"deepspeed_{a.engine}"])
-    environ = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    begin, first, expected, wanted = time.perf_counter(), None, "", rf"iter +{a.iterations}/"
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
-    assert process.stdout is not None
+    first, expected = None, ""
     with open(folder / "log", "w") as log:
-        for line in process.stdout:
+        for seconds, line in watched(words, rf"iter +{a.iterations}/"):
             log.write(line)
             print(line, end="", flush=True)
             if first is None and re.search(r"iter +1/", line):
-                first = time.perf_counter() - begin
+                first = seconds
             if found := re.search(r"memory: .*", line):
                 expected = found[0]
-            if re.search(wanted, line):
-                process.kill()
-    process.wait()
     if first is None:
         raise SystemExit(f"{name} did not get to its first iteration; see {folder / 'log'}")
     (scalars,) = (folder / "work").glob("*/vis_data/scalars.json")

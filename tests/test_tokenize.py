@@ -17,6 +17,7 @@ import pytest
 from conftest import HERE, reference
 
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
+from xtuner.data import pool
 from xtuner.data.chat_template import INTERNLM2_MARKS, PROMPT_TEMPLATE, Message, internlm2_chat
 from xtuner.data.index import load_intern_repo_tokenized_dataset
 from xtuner.data.meta import read_meta
@@ -461,7 +462,7 @@ def test_few_chunks_are_under_way(small: Path) -> None:
             yield read.Chunk(0, settings, data=b"text\n")
 
     ahead = []
-    for given, result in enumerate(work.ordered(chunks(), 2), 1):
+    for given, result in enumerate(pool.ordered(work.encode_chunk, chunks(), 2), 1):
         assert result.train.counts[0] == len(load_tokenizer(small).encode("text")) + 2
         ahead.append(taken - given)
     assert given == 100

@@ -2,31 +2,23 @@
 
 import argparse
 
+from xtuner.cli.data_folder import add_shared, opened
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder of .bin and .bin.meta files")
-    parser.add_argument("--cache-dir", metavar="DIR", help="where caches go (default: beside the data)")
     parser.add_argument("--index-only", action="store_true", help="12 bytes a document; no tokens (4 bytes each)")
-    parser.add_argument("--seed", type=int, default=1024, help="as in the config (default: 1024)")
-    parser.add_argument("--min-length", type=int, default=0, help="as in the config (default: 0)")
-    parser.add_argument("--data-order", help="data_order.txt")
-    parser.add_argument("--file-type", default=".bin", help="ending of the token files (default: .bin)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    add_shared(parser, "where caches go")
 
 
 def run(args: argparse.Namespace) -> int:
     from xtuner.core import log
-    from xtuner.core.errors import CheckpointError, ConfigError
+    from xtuner.core.errors import CheckpointError
     from xtuner.core.log import human_bytes
     from xtuner.data.cache import make
-    from xtuner.data.index import load_intern_repo_tokenized_dataset
 
     log.setup()
-    if not 0 <= args.seed < 2**32:
-        raise ConfigError(f"seed is {args.seed}, not in 0 … 2^32 - 1", where="--seed")
-    data = load_intern_repo_tokenized_dataset(
-        args.folder, args.min_length, args.data_order, args.file_type, args.cache_dir
-    )
+    data = opened(args)
     made = make(data, args.seed, not args.index_only, args.workers)
     if made.index:
         size = human_bytes(made.index.stat().st_size)

@@ -2,6 +2,8 @@
 
 import argparse
 
+from xtuner.cli.data_folder import add_shared, opened
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder of .bin and .bin.meta files")
@@ -10,12 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-text", action="store_true", help="metas alone: seconds, but no learned share")
     parser.add_argument("--json", action="store_true", help="print all of it as JSON")
     parser.add_argument("--html", metavar="FILE", help="write a page with plots, which needs no network")
-    parser.add_argument("--seed", type=int, default=1024, help="as in the config (default: 1024)")
-    parser.add_argument("--min-length", type=int, default=0, help="as in the config (default: 0)")
-    parser.add_argument("--data-order", help="data_order.txt")
-    parser.add_argument("--file-type", default=".bin", help="ending of the token files (default: .bin)")
-    parser.add_argument("--cache-dir", metavar="DIR", help="where the index is kept (default: beside the data)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    add_shared(parser, "where the index is kept")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,27 +21,24 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.core import log
     from xtuner.core.errors import CheckpointError, ConfigError
+    from xtuner.core.files import atomic_file
     from xtuner.core.log import logger
-    from xtuner.data.index import load_intern_repo_tokenized_dataset
     from xtuner.data.page import page
-    from xtuner.data.stats import as_text, stats, write
+    from xtuner.data.stats import as_text, stats
 
     log.setup()
     if args.max_length < 1:
         raise ConfigError(f"no pack has {args.max_length} tokens", where="--max-length")
-    if not 0 <= args.seed < 2**32:
-        raise ConfigError(f"seed is {args.seed}, not in 0 … 2^32 - 1", where="--seed")
     words = [word.strip() for word in args.ranks.split(",") if word.strip()]
     if not all(word.isdecimal() and int(word) for word in words):
         raise ConfigError(f"{args.ranks!r} are no numbers of ranks", where="--ranks", do="e.g. --ranks 8,64")
-    data = load_intern_repo_tokenized_dataset(
-        args.folder, args.min_length, args.data_order, args.file_type, args.cache_dir
-    )
+    data = opened(args)
     found = stats(data, args.max_length, args.seed, [int(w) for w in words], not args.no_text, args.workers)
     print(json.dumps(found.as_json(), indent=2) if args.json else as_text(found))
     if args.html:
         try:
-            write(Path(args.html).expanduser(), page(found))
+            with atomic_file(Path(args.html).expanduser()) as f:
+                f.write(page(found))
         except OSError as e:
             raise CheckpointError(f"the page cannot be written: {e.strerror or e}", where=args.html) from None
         logger.info(f"the page is in {args.html}")

@@ -6,7 +6,7 @@ right. Kept as arrays: folders of a hundred thousand files are common, and every
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,6 @@ class Catalog:
     names: list[str]
     numbers: npt.NDArray[np.int64]  # [files, COLUMNS]
     identities: npt.NDArray[np.uint8]  # [files, 32]
-
-    @classmethod
-    def of(cls, files: Sequence[BinFile]) -> "Catalog":
-        """Of files that have facts."""
-        numbers = np.zeros((len(files), COLUMNS), np.int64)
-        identities = np.zeros((len(files), 32), np.uint8)
-        for i, file in enumerate(files):
-            assert file.facts is not None
-            numbers[i, :6] = *file.facts.signature, file.facts.documents, file.facts.tokens
-            identities[i] = np.frombuffer(file.facts.identity, np.uint8)
-        return cls([file.name for file in files], numbers, identities)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -110,10 +99,3 @@ def unpack(data: Any) -> tuple[Catalog, dict[str, Any]]:
     identities = np.frombuffer(body, np.uint8, files * 32, table).reshape(files, 32)
     names = body[table + files * 32 :].decode(errors="surrogateescape").split("\0") if files else []
     return Catalog(names, numbers.copy(), identities.copy()), head
-
-
-def known(path: Path) -> Iterator[tuple[str, Facts]]:
-    """Name and facts of each file in a catalog on disk. Raises: OSError, ValueError."""
-    catalog, _ = unpack(path.read_bytes())
-    for name, row, identity in zip(catalog.names, catalog.numbers.tolist(), catalog.identities, strict=True):
-        yield name, Facts(Signature(*row[:4]), row[4], row[5], identity.tobytes())

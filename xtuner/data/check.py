@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import ConfigError, DataError
-from xtuner.core.files import atomic_file
+from xtuner.core.files import PendingFile
 from xtuner.core.log import progress
 from xtuner.data import pool
 from xtuner.data.meta import MetaView, meta_path
@@ -237,43 +237,39 @@ class _NewMeta:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = 0
-        self._stack = contextlib.ExitStack()
-        self._file: IO[Any] | None = None
+        self._pending: PendingFile | None = None
 
     def __enter__(self) -> "_NewMeta":
         with contextlib.suppress(OSError):  # said by `commit`
-            self._file = self._stack.enter_context(atomic_file(meta_path(self.path), "wb"))
-            self._file.write(b"\0" * NPY_HEADER)
+            self._pending = PendingFile(meta_path(self.path), "wb")
+            self._pending.file.write(b"\0" * NPY_HEADER)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._stack.__exit__(_NotCommitted, _NotCommitted(), None)
+        if self._pending is not None:
+            self._pending.drop()
 
     def add(self, rows: npt.NDArray[np.int64]) -> None:
-        if self._file is None:
+        if self._pending is None:
             return
         self.rows += len(rows)
         try:
-            self._file.write(np.ascontiguousarray(rows).data)
+            self._pending.file.write(np.ascontiguousarray(rows).data)
         except OSError:
-            self.__exit__()
-            self._file = None
+            self._pending.drop()
+            self._pending = None
 
     def commit(self) -> None:
         """Raises: OSError."""
-        if self._file is None:
+        if self._pending is None:
             raise OSError(0, "the folder takes no file")
         text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({self.rows}, 2), }}"
-        self._file.seek(0)
-        self._file.write(b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little"))
-        self._file.write(text.encode().ljust(NPY_HEADER - 11) + b"\n")
-        self._file = None
-        self._stack.close()
-
-
-class _NotCommitted(Exception):
-    pass
+        file = self._pending.file
+        file.seek(0)
+        file.write(b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little"))
+        file.write(text.encode().ljust(NPY_HEADER - 11) + b"\n")
+        pending, self._pending = self._pending, None
+        pending.commit()
 
 
 def table(report: Report, colour: Callable[[str, str], str] = lambda kind, text: text) -> Iterator[str]:

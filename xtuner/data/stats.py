@@ -6,7 +6,6 @@ goes through files in parts; what is held grows with the number of packs alone (
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -287,11 +286,3 @@ def as_text(found: Stats) -> str:
 
 def _share(learned: int | None, of: int) -> str:
     return f", {learned / of:.1%} learned" if learned is not None and of else ""
-
-
-def write(path: Path, text: str) -> None:
-    """Raises: OSError."""
-    from xtuner.core.files import atomic_file
-
-    with atomic_file(path) as f:
-        f.write(text)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
-from xtuner.core.files import atomic_file, file_entry
+from xtuner.core.files import PendingFile, atomic_file, file_entry
 from xtuner.data.meta import meta_path
 
 _DAY_S = 86400.0
@@ -57,8 +57,7 @@ class PairWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stack = contextlib.ExitStack()
-        self._file: IO[Any] | None = None
+        self._pending: PendingFile | None = None
         self._digest = hashlib.sha256()
         self._bytes = 0
         self._rows = array("q")  # offset, count, offset, count, …
@@ -69,8 +68,8 @@ class PairWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:  # not committed: take the temporary file away
-            self._stack.__exit__(_NotCommitted, _NotCommitted(), None)
+        if self._pending is not None:  # not committed
+            self._pending.drop()
 
     @property
     def documents(self) -> int:
@@ -83,9 +82,9 @@ class PairWriter:
     def write(self, block: Block) -> None:
         if not block.sizes:
             return
-        if self._file is None:
-            self._file = self._stack.enter_context(atomic_file(self.path, "wb"))
-        self._file.write(block.data)
+        if self._pending is None:
+            self._pending = PendingFile(self.path, "wb")
+        self._pending.file.write(block.data)
         self._digest.update(block.data)
         for size, count in zip(block.sizes, block.counts, strict=True):
             self._rows.extend((self._bytes, count))
@@ -100,19 +99,15 @@ class PairWriter:
 
         meta = meta_path(self.path)
         meta.unlink(missing_ok=True)
-        if self._file is None:
+        if self._pending is None:
             self.path.unlink(missing_ok=True)
             return {}
-        self._file = None
-        self._stack.close()
+        pending, self._pending = self._pending, None
+        pending.commit()
         with atomic_file(meta, "wb") as f:
             np.save(f, np.array(self._rows, dtype=np.int64).reshape(-1, 2))
         entry = {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
         return {self.path.name: entry, meta.name: file_entry(meta)}
-
-
-class _NotCommitted(Exception):
-    pass
 
 
 def remove_leftovers(folder: Path) -> None:

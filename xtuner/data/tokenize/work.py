@@ -1,11 +1,9 @@
-"""Chunks → lines of a `.bin`, in this process or in several; results come in the order of the chunks."""
+"""A chunk → lines of a `.bin`: what a worker process does."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from xtuner.data import pool
 from xtuner.data.tokenize.read import Chunk, Mistake
 from xtuner.data.tokenize.records import Document, encoder
 from xtuner.data.tokenize.settings import CHATS, Settings
@@ -64,8 +62,3 @@ def _count(document: Document, settings: Settings, stats: Counter[str]) -> None:
     stats["zeros"] += document.tokens.count(0)
     if settings.format in CHATS and max(document.tokens[1:], default=0) <= 0:
         stats["unlearned"] += 1
-
-
-def ordered(chunks: Iterable[Chunk], workers: int) -> Iterator[Result]:
-    """Results in the order of the chunks. At most `2 * workers + 2` chunks are under way, whatever the input's size."""
-    return pool.ordered(encode_chunk, chunks, workers)

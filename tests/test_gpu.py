@@ -1,8 +1,10 @@
 """What only a GPU can show: attention backends, kernels against their definitions, bf16. Skipped without one."""
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import reference
@@ -17,23 +19,29 @@ from xtuner.engine.single import SingleStrategy
 from xtuner.model import attention, from_scratch, load_pretrained
 from xtuner.model.ops import elementwise
 from xtuner.model.ops.sums import GradientSum
+from xtuner.model.ops.varlen import Attend
 from xtuner.model.plan import Plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
+def attend_by(name: str) -> Attend:
+    if why := attention.BACKENDS[name].why_not(torch.device("cuda"), torch.bfloat16, 128):
+        pytest.skip(why)
+    return attention.attend_by(name)
+
+
 @pytest.mark.parametrize("lengths", [[17, 1, 300, 64, 128, 5], [0, 700, 0, 3, 1], [1000]])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (8, 2, 128), (6, 1, 64)])
-@pytest.mark.parametrize("name", ["varlen", "flash4"])
+@pytest.mark.parametrize("name", [n for n in attention.BACKENDS if n != "loop"])
 def test_attention_against_fp64(name: str, heads: int, kv_heads: int, dim: int, lengths: list[int]) -> None:
-    if name == "flash4" and attention._flash_4() is None:
-        pytest.skip("flash-attn-4 is not installed")
+    attend = attend_by(name)
     generator = torch.Generator("cuda").manual_seed(0)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
     shapes = [(sum(lengths), n, dim) for n in (heads, kv_heads, kv_heads)]
     inputs = [torch.randn(s, device="cuda", generator=generator).bfloat16().requires_grad_() for s in shapes]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    out = attention.backend(name)(*inputs, cu_seqlens, max(lengths))
+    out = attend(*inputs, cu_seqlens, max(lengths))
     expected = attention.attend_loop(*exact, cu_seqlens, max(lengths))
     weight = torch.randn(out.shape, device="cuda", generator=generator)
     (out.float() * weight).sum().backward()
@@ -43,6 +51,50 @@ def test_attention_against_fp64(name: str, heads: int, kv_heads: int, dim: int, 
         assert x.grad is not None
         assert e.grad is not None
         assert (x.grad - e.grad).norm() < 1e-2 * e.grad.norm()
+
+
+def compiled() -> int:
+    """Kernels and graphs that this process has made so far."""
+    from xtuner.engine import adamw_kernels
+    from xtuner.model.ops import kernels
+
+    count = sum(torch._dynamo.utils.counters["stats"].values())
+    for module in (kernels, adamw_kernels):
+        for function in vars(module).values():
+            count += sum(len(caches[0]) for caches in getattr(function, "device_caches", {}).values())
+    if flash := sys.modules.get("flash_attn.cute.interface"):
+        functions = ("_flash_attn_fwd", "_bwd_preprocess", "_bwd_postprocess_convert", "_flash_attn_bwd")
+        count += sum(len(getattr(flash, name).compile_cache.cache) for name in functions)
+    if cudnn := sys.modules.get("cudnn.sdpa.fwd.torch_op"):
+        count += len(cudnn._graph_cache)
+    return count
+
+
+@pytest.mark.parametrize("name", [n for n in attention.BACKENDS if n != "loop"])
+def test_nothing_is_compiled_again_when_borders_change(name: str) -> None:
+    """200 packs, or parts of some (cuDNN: packs of one length; it builds a graph for each length of 64 tokens)."""
+    attend_by(name)
+    source = from_scratch(
+        activation_checkpointing=True, attention=name, seed=0, vocab_size=503, hidden_size=256,
+        intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    strategy = SingleStrategy(source, OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3)), torch.device("cuda"))
+    draw, before = np.random.RandomState(0), 0
+    for i in range(200):
+        total = 4096 if name == "cudnn" else draw.randint(2000, 4097)
+        borders = [0, *sorted(draw.choice(np.arange(1, total), draw.randint(1, 60), replace=False)), total]
+        ids = torch.from_numpy(draw.randint(3, 503, total))
+        positions = np.concatenate([np.arange(b - a) for a, b in pairwise(borders)])
+        pack = Batch.of(dict(
+            input_ids=ids, targets=ids, position_ids=torch.from_numpy(positions),
+            cumulative_len=torch.tensor(borders, dtype=torch.int32),
+        ))  # fmt: skip
+        assert strategy.forward_backward([pack], pack.num_targets) > 0
+        assert strategy.step(1e-3, 1.0)[1]
+        if i == 9:
+            before = compiled()
+    assert before
+    assert compiled() == before
 
 
 def near(ours: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
@@ -155,8 +207,6 @@ def test_what_is_kept_changes_no_gradient(room: int | None) -> None:
 
 
 def test_logits_of_a_reference_model() -> None:
-    import numpy as np
-
     folder = reference("models", "a_gqa")
     ref = np.load(folder / "reference.npz")
     ids, cu = (torch.from_numpy(ref[k]).cuda() for k in ("packed_input_ids", "packed_cu_seqlens"))
@@ -167,9 +217,22 @@ def test_logits_of_a_reference_model() -> None:
         assert (half.float() - exact).abs().max() < 0.3
 
 
+def take_all_memory() -> list[torch.Tensor]:
+    """What is free of the caching allocator, which may get no more of the GPU."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-9)
+    held, size = [], 2**30
+    while size >= 512:
+        try:
+            held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            size //= 2
+    return held
+
+
 def test_memory_that_runs_out_ends_with_advice(tiny: Path, tmp_path: Path) -> None:
-    """The allocator may take no more after the first iteration: exit code 2, and what to run instead."""
-    limit = "import torch; torch.cuda.empty_cache(); torch.cuda.set_per_process_memory_fraction(1e-9)"
+    """Nothing is free after the first iteration: exit code 2, and what to run instead."""
+    limit = "import test_gpu; run.all_of_it = test_gpu.take_all_memory()"
     config = with_hook(tiny, tmp_path / "run.py", 1, limit)
     try:
         with pytest.raises(

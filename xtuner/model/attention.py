@@ -3,34 +3,46 @@
     attend(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen) -> o_TND
 
 Token t sees the tokens of its own document up to itself. N is a multiple of K (grouped queries). A backend is chosen
-once, when the model is built, by device and torch version; each is exact for the documents it is given.
+once, when the model is built, by device, dtype and what is installed; each is exact for the documents it is given.
 """
 
-import inspect
-import os
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
-from xtuner.core.files import user_cache
+from xtuner.core.errors import ConfigError
+from xtuner.model.ops import varlen
+from xtuner.model.ops.varlen import Attend
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-
-
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Name of the fastest backend that runs here."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return "loop"
-    if torch.cuda.get_device_capability(device)[0] in (9, 10) and head_dim in (64, 96, 128) and _flash_4() is not None:
-        return "flash4"
-    return "varlen" if _varlen_attn() is not None else "loop"
+HALF = (torch.bfloat16, torch.float16)
 
 
-def backend(name: str) -> Attend:
-    return {"flash4": attend_flash_4, "varlen": attend_varlen, "loop": attend_loop}[name]
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention. `find` gives it, or None where its package is missing; `install` brings that."""
+
+    about: str
+    find: Callable[[], Attend | None]
+    install: str = "a newer PyTorch"
+    # what it knows; empty: everything
+    devices: Collection[str] = ("cuda",)
+    majors: Collection[int] = ()  # compute capabilities
+    dtypes: Collection[torch.dtype] = HALF
+    head_dims: Collection[int] = ()
+
+    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """What keeps it from running here."""
+        if self.devices and device.type not in self.devices:
+            return f"it does not run on {device.type}"
+        if self.dtypes and dtype not in self.dtypes:
+            return f"it does not compute in {str(dtype).removeprefix('torch.')}"
+        if self.head_dims and head_dim not in self.head_dims:
+            return f"heads of {head_dim} are not among {', '.join(map(str, self.head_dims))}"
+        if self.majors and torch.cuda.get_device_capability(device)[0] not in self.majors:
+            return f"it does not know a {torch.cuda.get_device_name(device)}"
+        return None if self.find() else f"it needs {self.install}"
 
 
 def attend_loop(
@@ -43,6 +55,44 @@ def attend_loop(
         for q, k, v in zip(q_TND.split(lengths), k_TKD.split(lengths), v_TKD.split(lengths), strict=True)
     ]
     return torch.cat(outputs)
+
+
+# Fastest first, as measured on an H100 (docs/performance.md).
+BACKENDS = {
+    "flash4": Backend(
+        "FlashAttention-4", varlen.flash_4, "pip install 'xtuner[flash]'", majors=(9, 10), head_dims=(64, 96, 128)
+    ),
+    "cudnn": Backend("cuDNN", varlen.cudnn, "pip install 'xtuner[cudnn]'", majors=(9, 10), head_dims=(64, 128)),
+    "varlen": Backend("PyTorch's variable-length attention", varlen.varlen),
+    "flex": Backend("FlexAttention", varlen.flex),
+    "loop": Backend("PyTorch's attention, document by document", lambda: attend_loop, devices=(), dtypes=()),
+}
+
+
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str | None = None) -> str:
+    """Name of the fastest backend that runs here, or the `wanted` one if it does."""
+    if wanted is None:
+        return next(name for name, b in BACKENDS.items() if b.why_not(device, dtype, head_dim) is None)
+    if wanted not in BACKENDS:
+        raise ConfigError(
+            f"there is no attention backend {wanted!r}",
+            where="model.attention",
+            do=f"it is one of {', '.join(BACKENDS)}, or is left out: then the fastest that runs is taken",
+        )
+    if why := BACKENDS[wanted].why_not(device, dtype, head_dim):
+        raise ConfigError(
+            f"attention by {BACKENDS[wanted].about} cannot run here: {why}",
+            where="model.attention",
+            do="leave it out: then the fastest that runs is taken",
+        )
+    return wanted
+
+
+def attend_by(name: str) -> Attend:
+    """The backend of that name; it has to be there."""
+    attend = BACKENDS[name].find()
+    assert attend is not None
+    return attend
 
 
 def attend_dense(
@@ -64,48 +114,3 @@ def attend_cached(q_QND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor)
         return attend_dense(q_QND, k_SKD, v_SKD, causal=False)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q_QND.device).tril(keys - queries)
     return attend_dense(q_QND, k_SKD, v_SKD, causal=False, mask_QS=mask)
-
-
-def attend_varlen(
-    q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-) -> torch.Tensor:
-    """PyTorch's variable-length FlashAttention (CUDA, half precision)."""
-    varlen_attn = _varlen_attn()
-    assert varlen_attn is not None
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return varlen_attn(
-        q_TND, k_TKD, v_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **grouped
-    )
-
-
-def attend_flash_4(
-    q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-) -> torch.Tensor:
-    """FlashAttention-4 (package flash-attn-4; Hopper and Blackwell, half precision)."""
-    flash = _flash_4()
-    assert flash is not None
-    borders: dict[str, Any] = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
-    lengths = dict(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
-    out = flash(q_TND, k_TKD, v_TKD, **borders, **lengths, causal=True)
-    return out[0] if isinstance(out, tuple) else out
-
-
-@cache
-def _flash_4() -> Callable[..., Any] | None:
-    """Its kernels are compiled at first use (18 s on an H100), then taken from the user's cache."""
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(user_cache() / "flash-attention-4"))
-    try:
-        from flash_attn.cute import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return flash_attn_varlen_func
-
-
-@cache
-def _varlen_attn() -> Callable[..., Any] | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn

@@ -265,7 +265,7 @@ class CausalLM(nn.Module):
     def use_attention(self, name: str) -> None:
         """Choose the attention backend for all layers."""
         for block in self.model.layers:
-            block.attention.attend = attention.backend(name)  # type: ignore[union-attr]
+            block.attention.attend = attention.attend_by(name)  # type: ignore[union-attr]
 
 
 @torch.no_grad()

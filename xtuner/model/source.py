@@ -31,6 +31,7 @@ class ModelSource:
     layout: str = "internlm2"
     seed: int | None = None
     recompute: bool = False
+    attention: str | None = None  # a backend's name; None: the fastest
 
     def empty(self, device: torch.device, dtype: torch.dtype) -> CausalLM:
         """The network with uninitialised weights on `device` ("meta": without memory), attention backend chosen."""
@@ -43,8 +44,12 @@ class ModelSource:
 
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention backend, and what the backward keeps."""
-        model.use_attention(attention.choose(device, dtype, self.config.head_dim))
+        model.use_attention(self.attention_backend(device, dtype))
         model.model.keeps = Plan(self.config, dtype.itemsize, 0 if self.recompute else None).keeps
+
+    def attention_backend(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Name of the one that training uses there."""
+        return attention.choose(device, dtype, self.config.head_dim, self.attention)
 
     def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         """Give this process's `parts` their first values. One full parameter more is in memory at a time.
@@ -75,7 +80,10 @@ class ModelSource:
 
 
 def from_pretrained(
-    pretrained_model_name_or_path: str, use_varlen_attn: bool = True, activation_checkpointing: bool = False
+    pretrained_model_name_or_path: str,
+    use_varlen_attn: bool = True,
+    activation_checkpointing: bool = False,
+    attention: str | None = None,
 ) -> ModelSource:
     """Start from weights in a folder, in the Hugging Face cache, or on a hub.
 
@@ -83,20 +91,30 @@ def from_pretrained(
         pretrained_model_name_or_path: a folder with config.json and weights, or a hub id such as
             `internlm/internlm2-7b`. HF_ENDPOINT and HF_HUB_OFFLINE are honoured. No code of the hub is run.
         use_varlen_attn: must be True; documents of a pack do not see each other.
-        activation_checkpointing: keep only each block's input and compute the rest again in the backward.
+        activation_checkpointing: compute again in the backward what memory cannot hold; on CPUs all but each block's
+            input.
+        attention: a backend by name, flash4, cudnn, varlen, flex or loop; without one, the fastest that runs.
     """
     _require_varlen(use_varlen_attn)
     folder = hub.resolve(str(pretrained_model_name_or_path))
     hf = read_json(folder / "config.json")
-    return ModelSource(families.read_config(hf), folder, families.layout_of(hf), recompute=activation_checkpointing)
+    layout = families.layout_of(hf)
+    return ModelSource(
+        families.read_config(hf), folder, layout, recompute=activation_checkpointing, attention=attention
+    )
 
 
 def from_scratch(
-    use_varlen_attn: bool = True, activation_checkpointing: bool = False, seed: int | None = None, **shape: Any
+    use_varlen_attn: bool = True,
+    activation_checkpointing: bool = False,
+    attention: str | None = None,
+    seed: int | None = None,
+    **shape: Any,
 ) -> ModelSource:
     """Start from random weights of a given shape.
 
     Args:
+        activation_checkpointing, attention: as of `from_pretrained`.
         seed: of the weights; None for the run's own (`randomness`, --seed).
         shape: fields of InternLM2's `config.json`: vocab_size, hidden_size, intermediate_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, rope_theta, max_position_embeddings, …
@@ -111,7 +129,7 @@ def from_scratch(
             do=f"it takes: {', '.join(sorted(_SHAPE_KEYS))}",
         )
     config = families.read_config({**hf, **shape})
-    return ModelSource(config, None, seed=seed, recompute=activation_checkpointing)
+    return ModelSource(config, None, seed=seed, recompute=activation_checkpointing, attention=attention)
 
 
 _SHAPE_KEYS = {

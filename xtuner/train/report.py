@@ -7,6 +7,7 @@ import torch
 
 from xtuner.core import dist, machine
 from xtuner.core.log import human, human_bytes, logger
+from xtuner.model.attention import BACKENDS
 from xtuner.model.flops import num_parameters, training_flops
 from xtuner.train.run import Run
 
@@ -33,6 +34,7 @@ def report(run: Run) -> None:
         ("optimizer", run.optim.describe()),
         ("strategy", run.choice.name),
         ("precision", f"{_masters(run)}, compute in {compute} on {run.device}"),
+        ("attention", BACKENDS[run.source.attention_backend(run.device, run.optim.compute_dtype(run.device))].about),
         ("state", f"{human_bytes(run.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
         ("data", f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {documents.folder}"),
         ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {sum(tails):,} tokens of file tails fill none"),

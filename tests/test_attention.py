@@ -1,0 +1,53 @@
+"""Which attention is chosen, and FlexAttention's mask; how exact each is, GPUs show (test_gpu.py)."""
+
+import pytest
+import torch
+
+from xtuner.core.errors import ConfigError
+from xtuner.model import attention
+from xtuner.model.ops.varlen import BLOCK, document_mask
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "lengths", [[17, 1, 300, 64, 128, 5], [0, 700, 0, 3, 1], [1000], [128, 256, 1, 127, 384], [1] * 300 + [200]]
+)
+def test_the_mask_of_documents_holds_the_blocks_that_are_seen(lengths: list[int]) -> None:
+    borders, total = torch.tensor([0, *lengths]).cumsum(0).int(), sum(lengths)
+    mask = document_mask(borders, total)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    token = torch.arange(total)
+    seen = (document[:, None] == document) & (token[:, None] >= token)
+    assert torch.equal(mask.mask_mod(0, 0, token[:, None], token[None]), seen)
+    count = -(-total // BLOCK)
+    square = torch.zeros(count * BLOCK, count * BLOCK, dtype=torch.bool)
+    square[:total, :total] = seen
+    blocks = square.view(count, BLOCK, count, BLOCK).transpose(1, 2).flatten(2)
+    rows = square[:total].view(total, count, BLOCK).all(2)  # tokens that see all of a block
+
+    def listed(numbers: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        chosen = torch.zeros(count, count, dtype=torch.bool)
+        for row, (n, which) in enumerate(zip(numbers[0, 0].tolist(), indices[0, 0].long(), strict=True)):
+            chosen[row, which[:n]] = True
+        return chosen
+
+    part, whole = listed(mask.kv_num_blocks, mask.kv_indices), listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (part & whole).any()
+    assert torch.equal(part | whole, blocks.any(2))
+    for query, key in whole.nonzero().tolist():
+        assert rows[query * BLOCK : (query + 1) * BLOCK, key].all()
+    assert not (part & blocks.all(2)).any(), "a block that is seen whole needs no mask"
+
+
+def test_the_fastest_that_runs_is_chosen() -> None:
+    assert attention.choose(CPU, torch.float32, 64) == attention.choose(CPU, torch.bfloat16, 128) == "loop"
+    assert attention.choose(CPU, torch.float32, 64, "loop") == "loop"
+    with pytest.raises(ConfigError, match=r"FlashAttention-4 cannot run here: it does not run on cpu"):
+        attention.choose(CPU, torch.bfloat16, 128, "flash4")
+    with pytest.raises(ConfigError, match=r"no attention backend 'flash'") as error:
+        attention.choose(CPU, torch.bfloat16, 128, "flash")
+    assert "flash4, cudnn, varlen, flex, loop" in error.value.do
+    gpu, flash = torch.device("cuda"), attention.BACKENDS["flash4"]
+    assert flash.why_not(gpu, torch.float32, 128) == "it does not compute in float32"
+    assert flash.why_not(gpu, torch.bfloat16, 80) == "heads of 80 are not among 64, 96, 128"

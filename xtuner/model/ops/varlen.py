@@ -1,0 +1,136 @@
+"""Variable-length attention on GPUs, by packages that compute it faster than a loop over documents.
+
+Each function gives its backend, or None where the package is missing. The contract and the choice among them are in
+`model/attention.py`; `tests/test_gpu.py` compares each with fp64.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from xtuner.core.files import user_cache
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+BLOCK = 128  # tokens; FlexAttention leaves out whole blocks that nobody sees
+# cuDNN builds a graph (0.2 s) for each number of documents and longest length: both are rounded up, so that few differ.
+DOCUMENTS = 64  # in steps of so many, the last ones empty
+SHORTEST = 1024  # longest lengths are powers of two from here on
+
+
+@cache
+def flash_4() -> Attend | None:
+    """FlashAttention-4. Its kernels are compiled at first use (18 s on an H100), then taken from the user's cache."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(user_cache() / "flash-attention-4"))
+    try:
+        from flash_attn.cute import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def attend(
+        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        borders: dict[str, Any] = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+        lengths = dict(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
+        out = flash_attn_varlen_func(q_TND, k_TKD, v_TKD, **borders, **lengths, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
+@cache
+def cudnn() -> Attend | None:
+    """cuDNN's, through the operators that NVIDIA's Python front end registers."""
+    try:
+        import cudnn.sdpa.fwd.torch_op  # noqa: F401
+    except ImportError:
+        return None
+
+    def attend(
+        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        empty = -(len(cu_seqlens) - 1) % DOCUMENTS
+        borders = torch.cat((cu_seqlens, cu_seqlens[-1:].expand(empty)))
+        longest = max(SHORTEST, 1 << (max_seqlen - 1).bit_length())
+        out, _ = torch.ops.cudnn.sdpa_fwd(
+            q_TND, k_TKD, v_TKD, q_TND.shape[-1] ** -0.5, is_causal=True, cu_seqlens_q=borders, cu_seqlens_kv=borders,
+            max_seqlen_q=longest, max_seqlen_kv=longest,
+        )  # fmt: skip
+        return out
+
+    return attend
+
+
+@cache
+def varlen() -> Attend | None:
+    """PyTorch's own, of FlashAttention-2's kind."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    function: Callable[..., Any] = varlen_attn
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
+
+    def attend(
+        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        borders, lengths = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
+        return function(q_TND, k_TKD, v_TKD, *borders, *lengths, window_size=(-1, 0), **grouped)
+
+    return attend
+
+
+@cache
+def flex() -> Attend | None:
+    """FlexAttention, compiled by PyTorch at first use; for GPUs that the others do not know."""
+    try:
+        from torch.nn.attention.flex_attention import flex_attention
+    except ImportError:
+        return None
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    compiled = torch.compile(flex_attention, dynamic=True)
+    masks = WeakIdKeyDictionary()  # by borders: all layers of a micro-batch have the same
+
+    def attend(
+        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        if cu_seqlens not in masks:
+            masks[cu_seqlens] = document_mask(cu_seqlens, len(q_TND))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TKD, v_TKD))
+        return compiled(q, k, v, block_mask=masks[cu_seqlens], enable_gqa=True)[0].transpose(0, 1)
+
+    return attend
+
+
+def document_mask(cu_seqlens: torch.Tensor, num_tokens: int) -> Any:
+    """FlexAttention's mask of causal documents, from borders int32 [n + 1], without looking at pairs of tokens.
+
+    A block of BLOCK queries needs the blocks from its first token's document on, up to itself. Those that begin after
+    its last token's document does, and lie before it, are seen whole.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    device = cu_seqlens.device
+    document_T = torch.searchsorted(cu_seqlens[1:], torch.arange(num_tokens, device=device), right=True)
+    begin_T = cu_seqlens[document_T]  # where each token's document begins
+    block = torch.arange(-(-num_tokens // BLOCK), device=device)
+    last = (BLOCK * (block + 1)).clamp(max=num_tokens) - 1
+    query, key = block[:, None], block[None, :]
+    needed = (key <= query) & (key >= begin_T[BLOCK * block, None] // BLOCK)
+    whole = (key < query) & (BLOCK * key >= begin_T[last, None])
+
+    def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many keys each row has, and which: those first."""
+        order = chosen.int().argsort(dim=1, descending=True, stable=True)
+        return chosen.sum(1).int()[None, None], order.int()[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(needed & ~whole), *listed(whole), BLOCK_SIZE=BLOCK, seq_lengths=(num_tokens, num_tokens),
+        mask_mod=lambda b, h, q, kv: (kv <= q) & (kv >= begin_T[q]),
+    )  # fmt: skip

@@ -1,72 +1,93 @@
-"""Does AdamW's state in fewer bytes learn as well? Each form trains the demo's model on the demo's real text.
+"""Does AdamW's state in fewer bytes learn as well? Each form trains the same model on the same real text.
 
-    make demo && python benchmarks/states.py demo/out
+    make demo && python benchmarks/states.py --demo demo/out                      # 4 M parameters, any machine
+    python benchmarks/states.py --text DIR --tokenizer DIR --iterations 250       # 1.8B, one GPU, 70 s a form
 
-On a CPU, where weights of the bf16 forms are bf16 numbers that compute in fp32; about four minutes a form on two cores.
-Told: the mean training loss over quarters of the run, the loss on unseen files, and how far weights ended from fp32's.
+DIR of `--text`: any folder with Python files; packs of 8,192 tokens, each seen once, from random weights. On a CPU,
+bf16 weights are bf16 numbers that compute in fp32. Told: the mean training loss over quarters of the run, and the loss
+on unseen documents after it.
 """
 
 import argparse
 import json
+import os
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from train import CASES, config_of, watched
 
+from xtuner.core.log import progress
+from xtuner.data.tokenizer import load_tokenizer
+from xtuner.data.write import write_bin
 from xtuner.engine.adamw import FORMS
 
-CONFIG = "internlm2_tiny_w_tokenized_dataset_copy.py"
+DEMO = "internlm2_tiny_w_tokenized_dataset_copy.py"
+UNSEEN = r"validation at iteration .*\ball ([\d.]+)"
+PACK, LR, WARM_UP = 8192, 3e-4, 0.1
 
 
-def run(words: list[str], folder: Path) -> str:
-    command = [sys.executable, "-m", "xtuner.cli.main", *words]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+def write_text(text: Path, tokenizer: str, folder: Path, packs: int) -> None:
+    """Python files below `text` as documents, every twentieth unseen, until the rest fills `packs`."""
+    encode, total = load_tokenizer(tokenizer).encode, 0
+    parts: dict[str, list[list[int]]] = {"train": [], "valid": []}
+    for i, file in enumerate(progress(sorted(text.rglob("*.py")), "tokenizing")):
+        tokens = [1, *encode(file.read_text(encoding="utf-8", errors="ignore").replace("\0", "")), 2][:PACK]
+        parts["train" if i % 20 else "valid"].append(tokens)
+        total += len(tokens) * bool(i % 20)
+        if total >= packs * PACK:
+            break
+    else:
+        raise SystemExit(f"{text} holds {total:,} tokens of Python; {packs * PACK:,} are needed")
+    for part, documents in parts.items():
+        count, tokens_written = write_bin(folder / part / "text.bin", documents)
+        print(f"{part}: {count:,} documents, {tokens_written:,} tokens", flush=True)
 
 
-def measure(name: str, demo: Path, folder: Path) -> dict[str, Any]:
-    config = folder / f"{name.replace('8bit', 'eight')}.py"
-    shutil.copy(demo / CONFIG, config)
-    work = folder / f"work-{name}"
-    options = [f"states={name}", "evaluation_inputs=[]", "save_optimizer=False", "default_hooks.logger.interval=1"]
-    run(["train", str(config), "--work-dir", str(work), "--cfg-options", *options], demo)
+def measure(name: str, config: Path, options: list[str], work: Path) -> dict[str, Any]:
+    """Train with one form up to its loss on unseen documents."""
+    words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(work), "--cfg-options"]
+    words += [*options, f"states={name}", "evaluation_inputs=[]", "save_optimizer=False"]
+    lines = [line for _, line in watched(words, UNSEEN)]
+    if not (unseen := re.search(UNSEEN, lines[-1])):
+        raise SystemExit(f"{name} did not get to its end:\n{''.join(lines[-30:])}")
     (scalars,) = work.glob("*/vis_data/scalars.json")
     losses = [r["loss"] for r in map(json.loads, scalars.read_text().splitlines()) if "loss" in r]
     quarter = len(losses) // 4
-    last = work / (work / "last_checkpoint").read_text().strip()
-    run(["convert", "pth_to_hf", str(config), str(last), str(folder / f"hf-{name}"), "--fp32"], demo)
-    unseen = run(["eval", "loss", str(folder / f"hf-{name}"), "data/valid", "--max-length", "1024"], demo)
-    found = re.search(r"^all +[\d,]+ +([\d.]+)", unseen, re.MULTILINE)
-    assert found
     return {
         "quarters": [statistics.mean(losses[i : i + quarter]) for i in range(0, 4 * quarter, quarter)],
         "last": statistics.mean(losses[-20:]),
-        "unseen": float(found[1]),
-        "weights": load_file(last / "weights" / "model.safetensors"),
+        "unseen": float(unseen[1]),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", type=Path, help="demo/out after `make demo`")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--demo", type=Path, help="demo/out after `make demo`")
+    what.add_argument("--text", type=Path, help="train the 1.8B model on Python files below this folder")
+    parser.add_argument("--tokenizer", help="with --text: a folder with InternLM2's tokenizer.model")
+    parser.add_argument("--iterations", type=int, default=250, help="with --text")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     a = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="xtuner-states-"))
-    found: dict[str, dict[str, Any]] = {}
-    print(
-        "| form | training loss by quarter | last 20 | unseen | weights from fp32's |\n" + "|---" * 5 + "|", flush=True
-    )
+    if a.demo:
+        os.chdir(a.demo)  # its paths are relative
+        config, options = Path(DEMO), ["val_folder=data/valid"]
+    else:
+        write_text(a.text, a.tokenizer, folder, a.iterations)
+        config = folder / "config.py"
+        config.write_text(config_of(CASES["1.8b"], folder / "train", a.tokenizer, 0))
+        options = [f"val_folder={folder / 'valid'}", f"val_interval={a.iterations}", "save_steps=-1"]
+        options += [f"max_length={PACK}", f"lr={LR}", f"warm_up_ratio={WARM_UP}"]
+    print("| form | training loss by quarter | last 20 | unseen |\n" + "|---" * 4 + "|", flush=True)
     for name in a.forms:
-        r = found[name] = measure(name, a.demo.resolve(), folder)
-        far = [(w - found[a.forms[0]]["weights"][n]).norm() / w.norm() for n, w in r["weights"].items()]
+        r = measure(name, config, options, folder / f"work-{name}")
         quarters = " ".join(f"{q:.4f}" for q in r["quarters"])
-        print(f"| {name} | {quarters} | {r['last']:.4f} | {r['unseen']:.4f} | {float(max(far)):.1e} |", flush=True)
-    shutil.rmtree(folder)
+        print(f"| {name} | {quarters} | {r['last']:.4f} | {r['unseen']:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

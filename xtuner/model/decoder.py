@@ -22,6 +22,7 @@ from xtuner.model import attention
 from xtuner.model.loss import linear_cross_entropy
 from xtuner.model.ops import functions
 from xtuner.model.ops.functions import EVERYTHING, Keep
+from xtuner.model.ops.products import KINDS, OWN, Products
 from xtuner.model.rope import Rope, RopeScaling, rotate
 
 
@@ -141,6 +142,7 @@ class Block(nn.Module):
         self.attention = Attention(c)
         self.ffn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.feed_forward = FeedForward(c)
+        self.products: Products = OWN
 
     def forward(
         self, x_TH: torch.Tensor, layout: Layout, cache: LayerCache | None = None, keep: Keep = EVERYTHING
@@ -157,7 +159,7 @@ class Block(nn.Module):
 
         def inputs() -> tuple[Any, ...]:
             return (x_TH, self.attention_norm.weight, a.wqkv.weight, a.wqkv.bias, layout.cos_TD, layout.sin_TD,
-                    self.attention_norm.eps, a.num_kv_heads, a.head_dim)  # fmt: skip
+                    self.attention_norm.eps, a.num_kv_heads, a.head_dim, self.products)  # fmt: skip
 
         q_TND, k_TKD, v_TKD, x = functions.AttentionInputs.apply(*inputs())
         forget = functions.forgetting((q_TND, k_TKD, v_TKD), lambda: functions.heads_of(*inputs()))
@@ -165,7 +167,7 @@ class Block(nn.Module):
             o_TND = a.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
         return functions.BlockOutputs.apply(
             x, o_TND.reshape(len(x), -1), a.wo.weight, a.wo.bias, self.ffn_norm.weight,
-            mlp.w1.weight, mlp.w3.weight, mlp.w2.weight, self.ffn_norm.eps, keep,
+            mlp.w1.weight, mlp.w3.weight, mlp.w2.weight, self.ffn_norm.eps, keep, self.products,
         )  # fmt: skip
 
 
@@ -261,6 +263,11 @@ class CausalLM(nn.Module):
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
         return self.model(input_ids, position_ids, cu_seqlens, max_seqlen, caches)
+
+    def use_products(self, name: str) -> None:
+        """Choose how training multiplies with the weights of all layers (ops/products.py)."""
+        for block in self.model.layers:
+            block.products = KINDS[name]  # type: ignore[assignment]
 
     def use_attention(self, name: str) -> None:
         """Choose the attention backend for all layers."""

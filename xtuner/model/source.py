@@ -12,6 +12,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.model import attention, families
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
+from xtuner.model.ops.products import KINDS, STEP
 from xtuner.model.plan import Plan
 from xtuner.model.weights import Part, fill
 
@@ -32,6 +33,7 @@ class ModelSource:
     seed: int | None = None
     recompute: bool = False
     attention: str | None = None  # a backend's name; None: the fastest
+    products: str = "own"  # or "fp8", see ops/products.py
 
     def empty(self, device: torch.device, dtype: torch.dtype) -> CausalLM:
         """The network with uninitialised weights on `device` ("meta": without memory), attention backend chosen."""
@@ -43,13 +45,36 @@ class ModelSource:
         return model
 
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
-        """Choose the attention backend, and what the backward keeps."""
+        """Choose the attention backend, how products are computed, and what the backward keeps."""
         model.use_attention(self.attention_backend(device, dtype))
+        self._require_products(device, dtype)
+        model.use_products(self.products)
         model.model.keeps = Plan(self.config, dtype.itemsize, 0 if self.recompute else None).keeps
 
     def attention_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Name of the one that training uses there."""
         return attention.choose(device, dtype, self.config.head_dim, self.attention)
+
+    def _require_products(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises ConfigError where the products that are wanted cannot be computed."""
+        c, why = self.config, ""
+        if self.products not in KINDS:
+            why = f"there is {' and '.join(KINDS)}"
+        elif self.products == "fp8":
+            width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+            sides = (c.hidden_size, width, c.num_heads * c.head_dim, c.intermediate_size)
+            if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+                why = f"a {torch.cuda.get_device_name(device)} cannot scale them row by row"
+            elif device.type == "cuda" and dtype != torch.bfloat16:
+                why = "they come out in bf16, and everything else is not"
+            elif any(side % STEP for side in sides):
+                why = f"sides of weights, {', '.join(map(str, sides))}, have to be multiples of {STEP}"
+        if why:
+            raise ConfigError(
+                f"products = {self.products!r} cannot be used: {why}",
+                where="model.products",
+                do="leave it out: products are then computed in the dtype of everything else",
+            )
 
     def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         """Give this process's `parts` their first values. One full parameter more is in memory at a time.
@@ -84,6 +109,7 @@ def from_pretrained(
     use_varlen_attn: bool = True,
     activation_checkpointing: bool = False,
     attention: str | None = None,
+    products: str = "own",
 ) -> ModelSource:
     """Start from weights in a folder, in the Hugging Face cache, or on a hub.
 
@@ -94,27 +120,28 @@ def from_pretrained(
         activation_checkpointing: compute again in the backward what memory cannot hold; on CPUs all but each block's
             input.
         attention: a backend by name, flash4, cudnn, varlen, flex or loop; without one, the fastest that runs.
+        products: what blocks multiply with their weights in while they learn: "own", the dtype of everything else, or
+            "fp8" (Hopper and later GPUs; see ops/products.py).
     """
     _require_varlen(use_varlen_attn)
     folder = hub.resolve(str(pretrained_model_name_or_path))
     hf = read_json(folder / "config.json")
-    layout = families.layout_of(hf)
-    return ModelSource(
-        families.read_config(hf), folder, layout, recompute=activation_checkpointing, attention=attention
-    )
+    layout, recompute = families.layout_of(hf), activation_checkpointing
+    return ModelSource(families.read_config(hf), folder, layout, None, recompute, attention, products)
 
 
 def from_scratch(
     use_varlen_attn: bool = True,
     activation_checkpointing: bool = False,
     attention: str | None = None,
+    products: str = "own",
     seed: int | None = None,
     **shape: Any,
 ) -> ModelSource:
     """Start from random weights of a given shape.
 
     Args:
-        activation_checkpointing, attention: as of `from_pretrained`.
+        activation_checkpointing, attention, products: as of `from_pretrained`.
         seed: of the weights; None for the run's own (`randomness`, --seed).
         shape: fields of InternLM2's `config.json`: vocab_size, hidden_size, intermediate_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, rope_theta, max_position_embeddings, …
@@ -129,7 +156,7 @@ def from_scratch(
             do=f"it takes: {', '.join(sorted(_SHAPE_KEYS))}",
         )
     config = families.read_config({**hf, **shape})
-    return ModelSource(config, None, seed=seed, recompute=activation_checkpointing, attention=attention)
+    return ModelSource(config, None, "internlm2", seed, activation_checkpointing, attention, products)
 
 
 _SHAPE_KEYS = {

@@ -33,7 +33,7 @@ def report(run: Run) -> None:
         ("model", f"{parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, from {where}"),
         ("optimizer", run.optim.describe()),
         ("strategy", run.choice.name),
-        ("precision", f"{_masters(run)}, compute in {compute} on {run.device}"),
+        ("precision", f"{_masters(run)}, compute in {compute} on {run.device}{_products(run)}"),
         ("attention", BACKENDS[run.source.attention_backend(run.device, run.optim.compute_dtype(run.device))].about),
         ("state", f"{human_bytes(run.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
         ("data", f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {documents.folder}"),
@@ -55,3 +55,7 @@ def report(run: Run) -> None:
 def _masters(run: Run) -> str:
     form = run.optim.states
     return "fp32 masters" if form.moment == torch.float32 else f"bf16 weights, {form.name} moments"
+
+
+def _products(run: Run) -> str:
+    return "" if run.source.products == "own" else f", products of blocks in {run.source.products}"

@@ -8,7 +8,7 @@ with 2-byte numbers:
     residual    the sum after attention           2·H
     gate_up     both factors of SwiGLU            4·F
 
-`plan.py` chooses. Weight gradients go where `sums.py` says.
+`plan.py` chooses. How products with weights are computed, `products.py` says; where their gradients go, `sums.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from xtuner.model.ops import elementwise as e
+from xtuner.model.ops.products import Products
 from xtuner.model.ops.sums import give, give_product, sums_of
 
 Tensors = tuple[torch.Tensor, ...]
@@ -49,10 +49,11 @@ def heads_of(
     eps: float,
     kv_heads: int,
     head_dim: int,
+    products: Products,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q [T, N, D], k and v [T, K, D] of a block's input."""
     _, normed = e.rms_norm(x_TH, w_norm, eps)
-    return e.split_rotate(F.linear(normed, wqkv, bias), cos_TD, sin_TD, kv_heads, head_dim)
+    return e.split_rotate(products.forward(products.rows(normed), wqkv, bias), cos_TD, sin_TD, kv_heads, head_dim)
 
 
 class AttentionInputs(torch.autograd.Function):
@@ -60,9 +61,9 @@ class AttentionInputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensors:
-        x_TH, w_norm, wqkv, bias, cos_TD, sin_TD, eps, *_ = inputs
+        x_TH, w_norm, wqkv, bias, cos_TD, sin_TD, eps, _, _, products = inputs
         ctx.save_for_backward(x_TH, w_norm, wqkv, bias, cos_TD, sin_TD)
-        ctx.eps, ctx.sums = eps, sums_of(w_norm, wqkv, bias)
+        ctx.eps, ctx.sums, ctx.products = eps, sums_of(w_norm, wqkv, bias), products
         return *heads_of(*inputs), x_TH.view_as(x_TH)
 
     @staticmethod
@@ -74,8 +75,9 @@ class AttentionInputs(torch.autograd.Function):
         _, normed = e.rms_norm(x_TH, w_norm, ctx.eps)
         d_wqkv = give_product(to_wqkv, d, normed)
         d_bias = None if bias is None else give(to_bias, d.sum(0, dtype=torch.float32), bias.dtype)
-        dx, d_norm = e.rms_norm_backward(d @ wqkv, x_TH, w_norm, ctx.eps, residual)
-        return dx, give(to_norm, d_norm, w_norm.dtype), d_wqkv, d_bias, None, None, None, None, None
+        d_normed = ctx.products.back(ctx.products.rows(d), wqkv)
+        dx, d_norm = e.rms_norm_backward(d_normed, x_TH, w_norm, ctx.eps, residual)
+        return dx, give(to_norm, d_norm, w_norm.dtype), d_wqkv, d_bias, *(None,) * 6
 
 
 class BlockOutputs(torch.autograd.Function):
@@ -94,38 +96,42 @@ class BlockOutputs(torch.autograd.Function):
         w2: torch.Tensor,
         eps: float,
         keep: Keep,
+        p: Products,
     ) -> torch.Tensor:
-        residual, normed = e.rms_norm(x_TH, w_norm, eps, F.linear(o, wo, bias))
-        gate, up = normed @ w1.T, normed @ w3.T
-        out = torch.addmm(residual, e.swiglu(gate, up), w2.T)
+        residual, normed = e.rms_norm(x_TH, w_norm, eps, p.forward(p.rows(o), wo, bias))
+        rows = p.rows(normed)
+        gate, up = p.forward(rows, w1), p.forward(rows, w3)
+        out = p.forward(p.rows(e.swiglu(gate, up)), w2, add_TN=residual)
         kept = (residual, None) if keep.residual else (None, x_TH)
         factors = (gate, up) if keep.gate_up else (None, None)
         ctx.save_for_backward(*kept, *factors, o, wo, bias, w_norm, w1, w3, w2)
-        ctx.eps, ctx.sums = eps, sums_of(wo, bias, w_norm, w1, w3, w2)
+        ctx.eps, ctx.sums, ctx.products = eps, sums_of(wo, bias, w_norm, w1, w3, w2), p
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (d,) = grads
+        (d,), p = grads, ctx.products
         residual, x_TH, gate, up, o, wo, bias, w_norm, w1, w3, w2 = ctx.saved_tensors
         to_wo, to_bias, to_norm, to_w1, to_w3, to_w2 = ctx.sums
         if residual is None:
-            residual, normed = e.rms_norm(x_TH, w_norm, ctx.eps, F.linear(o, wo, bias))
+            residual, normed = e.rms_norm(x_TH, w_norm, ctx.eps, p.forward(p.rows(o), wo, bias))
         else:
             _, normed = e.rms_norm(residual, w_norm, ctx.eps)
         if gate is None:
-            gate, up = normed @ w1.T, normed @ w3.T
-        d_gate, d_up, product = e.swiglu_backward(gate, up, d @ w2)
+            rows = p.rows(normed)
+            gate, up = p.forward(rows, w1), p.forward(rows, w3)
+        d_gate, d_up, product = e.swiglu_backward(gate, up, p.back(p.rows(d), w2))
         d_w2, d_w1 = give_product(to_w2, d, product), give_product(to_w1, d_gate, normed)
         d_w3 = give_product(to_w3, d_up, normed)
         del gate, up, product, normed
-        d_normed = torch.addmm(d_gate @ w1, d_up, w3)
+        d_normed = p.back(p.rows(d_up), w3, p.back(p.rows(d_gate), w1))
         del d_gate, d_up
         d_residual, d_norm = e.rms_norm_backward(d_normed, residual, w_norm, ctx.eps, d)
         d_wo = give_product(to_wo, d_residual, o)
         d_bias = None if bias is None else give(to_bias, d_residual.sum(0, dtype=torch.float32), bias.dtype)
         d_w_norm = give(to_norm, d_norm, w_norm.dtype)
-        return d_residual, d_residual @ wo, d_wo, d_bias, d_w_norm, d_w1, d_w3, d_w2, None, None
+        d_o = p.back(p.rows(d_residual), wo)
+        return d_residual, d_o, d_wo, d_bias, d_w_norm, d_w1, d_w3, d_w2, None, None, None
 
 
 @contextmanager

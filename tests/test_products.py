@@ -1,0 +1,85 @@
+"""Products in fp8: exact where fp8 can hold the numbers, near elsewhere, and a model that learns alike."""
+
+import pytest
+import torch
+
+from xtuner.core.errors import ConfigError
+from xtuner.model import from_scratch
+from xtuner.model.ops.products import KINDS, OWN, quantize_columns, quantize_rows
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+def whole_numbers(rows: int, columns: int, device: str) -> torch.Tensor:
+    """-7 … 7, the largest of each row and column 7: e4m3 holds them times 64 exactly."""
+    x = torch.randint(-7, 8, (rows, columns)).to(device, torch.bfloat16)
+    x[0], x[:, 0] = 7, 7
+    return x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_in_fp8(device: str) -> None:
+    torch.manual_seed(0)
+    fp8, T, K, N = KINDS["fp8"], 130, 96, 208
+    x, w, d = (whole_numbers(*shape, device) for shape in ((T, K), (N, K), (T, N)))
+    add, bias = whole_numbers(T, N, device), whole_numbers(1, N, device)[0]
+    expected = (x.float() @ w.float().T).bfloat16()
+    assert torch.equal(fp8.forward(fp8.rows(x), w), expected)
+    assert torch.equal(fp8.forward(fp8.rows(x), w, bias, add), expected + bias + add)
+    expected = (d.float() @ w.float()).bfloat16()
+    assert torch.equal(fp8.back(fp8.rows(d), w), expected)
+    assert torch.equal(fp8.back(fp8.rows(d), w, x), expected + x)
+
+    x, w = torch.randn(T, K, device=device).bfloat16(), torch.randn(N, K, device=device).bfloat16()
+    x[3] = 0
+    x[:, 0] *= 2.0 ** torch.randint(-20, 20, (T,), device=device)  # rows of very different size
+    for quantized, exact in ((quantize_rows(x), x.float()), (quantize_columns(w), w.float().T)):
+        assert quantized.scale is not None
+        largest = exact.abs().amax(1, keepdim=True)
+        error = (quantized.values.float() * quantized.scale - exact).abs()
+        # half a step of three bits, or of the smallest numbers, 2^-9 of 448
+        assert (error <= torch.maximum(exact.abs() / 16, largest / 448 / 1024) * 1.001).all()
+    exact, ours = x.double() @ w.double().T, fp8.forward(fp8.rows(x), w)
+    assert (ours - exact).norm() < 0.04 * exact.norm()
+    assert not ours[3].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_in_fp8_is_near_its_own(device: str) -> None:
+    torch.manual_seed(0)
+    shape = dict(
+        vocab_size=503, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bias=True, seed=0,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    borders = torch.tensor([0, 100, 101, 300], dtype=torch.int32, device=device)
+    ids, found = torch.randint(3, 503, (300,), device=device), {}
+    for products in KINDS:
+        for recompute in (False, True):
+            source = from_scratch(products=products, activation_checkpointing=recompute, **shape)
+            model = source.build(device, dtype)
+            loss = model(ids, borders, ids.roll(-1), scale=1 / 300)
+            loss.backward()
+            gradients = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+            found[products, recompute] = loss.item(), gradients
+    loss, gradients = found["own", False]
+    for recompute in (False, True):
+        ours, theirs = found["fp8", recompute]
+        assert 0 < abs(ours - loss) < 2e-3 * loss
+        for name, gradient in gradients.items():
+            if gradient.dim() == 1:
+                continue  # sums over tokens that nearly cancel: their error has no such bound
+            # 0.037: of one product, whose factors are rounded to three bits; two blocks of four, forward and back
+            assert 1e-4 < (theirs[name] - gradient).norm() / gradient.norm() < 0.037 * 16**0.5, name
+    if device == "cpu":
+        assert found["fp8", False][0] == found["fp8", True][0]
+
+
+def test_products_that_cannot_be_computed_are_refused() -> None:
+    shape = dict(vocab_size=503, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    with pytest.raises(ConfigError, match=r"products = 'int8' cannot be used: there is own and fp8"):
+        from_scratch(products="int8", hidden_size=256, intermediate_size=512, **shape).build()
+    with pytest.raises(ConfigError, match=r"products = 'fp8' .* sides of weights, 256, 512, 256, 500, have to be"):
+        from_scratch(products="fp8", hidden_size=256, intermediate_size=500, **shape).build()
+    model = from_scratch(hidden_size=256, intermediate_size=512, **shape).build()
+    assert all(block.products is OWN for block in model.model.layers)

@@ -1,7 +1,7 @@
-"""Does AdamW's state in fewer bytes learn as well? Each form trains the same model on the same real text.
+"""Does what saves bytes or time learn as well? AdamW's leaner forms, and products in fp8, on the same real text.
 
     make demo && python benchmarks/states.py --demo demo/out                      # 4 M parameters, any machine
-    python benchmarks/states.py --text DIR --tokenizer DIR --iterations 250       # 1.8B, one GPU, 70 s a form
+    python benchmarks/states.py --text DIR --tokenizer DIR --iterations 250       # 1.8B, one GPU, 70 s a way
 
 DIR of `--text`: any folder with Python files; packs of 8,192 tokens, each seen once, from random weights. On a CPU,
 bf16 weights are bf16 numbers that compute in fp32. Told: the mean training loss over quarters of the run, and the loss
@@ -25,6 +25,7 @@ from xtuner.data.tokenizer import load_tokenizer
 from xtuner.data.write import write_bin
 from xtuner.engine.adamw import FORMS
 
+WAYS = {form: [f"states={form}"] for form in FORMS} | {"fp8": ["states=fp32", "model.products=fp8"]}
 DEMO = "internlm2_tiny_w_tokenized_dataset_copy.py"
 UNSEEN = r"validation at iteration .*\ball ([\d.]+)"
 PACK, LR, WARM_UP = 8192, 3e-4, 0.1
@@ -48,9 +49,9 @@ def write_text(text: Path, tokenizer: str, folder: Path, packs: int) -> None:
 
 
 def measure(name: str, config: Path, options: list[str], work: Path) -> dict[str, Any]:
-    """Train with one form up to its loss on unseen documents."""
+    """Train in one way up to its loss on unseen documents."""
     words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(work), "--cfg-options"]
-    words += [*options, f"states={name}", "evaluation_inputs=[]", "save_optimizer=False"]
+    words += [*options, *WAYS[name], "evaluation_inputs=[]", "save_optimizer=False"]
     lines = [line for _, line in watched(words, UNSEEN)]
     if not (unseen := re.search(UNSEEN, lines[-1])):
         raise SystemExit(f"{name} did not get to its end:\n{''.join(lines[-30:])}")
@@ -71,7 +72,7 @@ def main() -> None:
     what.add_argument("--text", type=Path, help="train the 1.8B model on Python files below this folder")
     parser.add_argument("--tokenizer", help="with --text: a folder with InternLM2's tokenizer.model")
     parser.add_argument("--iterations", type=int, default=250, help="with --text")
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     a = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="xtuner-states-"))
     if a.demo:
@@ -83,8 +84,8 @@ def main() -> None:
         config.write_text(config_of(CASES["1.8b"], folder / "train", a.tokenizer, 0))
         options = [f"val_folder={folder / 'valid'}", f"val_interval={a.iterations}", "save_steps=-1"]
         options += [f"max_length={PACK}", f"lr={LR}", f"warm_up_ratio={WARM_UP}"]
-    print("| form | training loss by quarter | last 20 | unseen |\n" + "|---" * 4 + "|", flush=True)
-    for name in a.forms:
+    print("| way | training loss by quarter | last 20 | unseen |\n" + "|---" * 4 + "|", flush=True)
+    for name in a.ways:
         r = measure(name, config, options, folder / f"work-{name}")
         quarters = " ".join(f"{q:.4f}" for q in r["quarters"])
         print(f"| {name} | {quarters} | {r['last']:.4f} | {r['unseen']:.4f} |", flush=True)

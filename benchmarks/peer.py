@@ -66,7 +66,10 @@ def build(s: Settings) -> Peer:
     if s.states == "split":
         raise SystemExit("peers know no --states split: take fp32")
     module = "peer_titan" if s.engine == "torchtitan" else "peer_hf"
-    return importlib.import_module(module).build(s)
+    try:
+        return importlib.import_module(module).build(s)
+    except ModuleNotFoundError as e:
+        raise SystemExit(f"{e}; benchmarks/{module}.py says what to install") from e
 
 
 def optimizer_of(states: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -79,6 +82,8 @@ def optimizer_of(states: str, model: nn.Module) -> torch.optim.Optimizer:
 
 def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
     """Train a peer's model for `a.iterations`; the row of the table. `begin`: when the command did, for `first`."""
+    if not a.tiny and not torch.cuda.is_available():
+        raise SystemExit("peers are measured on a GPU; --tiny tries one on a CPU")
     device = torch.device("cpu" if a.tiny else "cuda")
     shape, length = (TINY, TINY_PACK) if a.tiny else (shape_of(case.name), PACK)
     settings = Settings(a.engine, shape, device, case.states, case.long, a.attention, a.recompute)
@@ -103,7 +108,7 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    times, mfu, losses, first = [], [], [], 0.0
+    times, speeds, losses, first = [], [], [], 0.0
     for i, pack in enumerate(packs[: a.iterations]):
         if i == a.warm and not a.tiny:
             torch.cuda.reset_peak_memory_stats()  # compilers tried kernels out before
@@ -116,15 +121,14 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
         print(f"iter {i + 1} loss {losses[-1]:.4f} {length / took:,.0f} tok/s", flush=True)
         if i >= a.warm:
             times.append(took)
-            flops = training_flops(shape, length, pack.attention_pairs)
-            mfu.append(flops / took / (peak_flops(device) or float("nan")))
-    wall = statistics.median(times)
+            speeds.append(training_flops(shape, length, pack.attention_pairs) / took)
+    wall, peak = statistics.median(times), peak_flops(device)
     return {
         "engine": peer.name,
         "versions": peer.versions,
         "tokens_per_s": length / wall,
         "spread": [length / max(times), length / min(times)],
-        "mfu": None if a.tiny else statistics.median(mfu),
+        "mfu": peak and statistics.median(speeds) / peak,
         "memory": 0 if a.tiny else torch.cuda.max_memory_allocated(),
         "data_time": None,
         "first": first,
@@ -136,7 +140,7 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
 def profile(
     backward: Callable[[Batch], Any], step: Callable[[], None], packs: list[Batch], wall: float
 ) -> dict[str, float]:
-    """ms an iteration by part, of `wall`. What runs in `step` is the optimizer's: names of compiled kernels do not say."""
+    """ms an iteration by part, of `wall`. All of `step` is the optimizer's: names of compiled kernels do not say so."""
     kernels: dict[str, float] = {}
     stepping = 0.0
     for pack in packs:

@@ -2,10 +2,11 @@
 
     pip install torchtitan==0.2.2    # of the time of torch 2.11; 0.3.0 wants a newer one
 
-`parallelize_llama` as it is for one GPU (activation checkpointing, torch.compile), FlexAttention under its block-causal
-mask or its variable-length attention, SDPA where a pack is one document. It gets no positions, as its trainer gives none
-(rotary positions are relative). Weights in fp32 are computed in bf16 by its FSDP, on a mesh of one rank, as it trains on
-more. Logits are held whole, since 0.2.2 has no other loss: bf16 [T, V], and their gradient.
+`parallelize_llama` as it is for one GPU (activation checkpointing, torch.compile); FlexAttention under its block-causal
+mask or its variable-length attention, SDPA where a pack is one document. It gets no positions, as from its trainer:
+rotary positions are relative. Weights in fp32 are computed in bf16 by its FSDP on a mesh of one rank, as it trains on
+more. Logits are held whole, since 0.2.2 has no other loss: bf16 [T, V], and their gradient. By arithmetic, packs of
+32,768 tokens fit into 80 GB with 'selective' at 1.8B (60 GiB) and with 'full' at 7B (50 GiB).
 """
 
 from importlib.metadata import version

@@ -11,9 +11,9 @@ from xtuner.core.files import write_json
 from xtuner.core.log import logger
 from xtuner.train.run import Hook, Iteration, Run
 
-# What a kernel is for, by its name; the first that matches.
+# What a kernel is for, by its name; the first that matches. Those that torch.compile fuses beside attention are not it.
 PARTS = {
-    "attention": r"flash|fmha|attention|sdpa",
+    "attention": r"^(?!triton_(poi|red|per)_).*(flash|fmha|attention|sdpa)",
     "optimizer": r"^_update$|adam|multi_tensor|foreach|lpnorm|LpNorm|l2norm",
     "matrix products": r"gemm|nvjet|cutlass|xmma|cublas|splitKreduce",
     "between ranks": r"nccl",

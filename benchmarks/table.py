@@ -13,6 +13,10 @@ from xtuner.model.flops import peak_of, whole_pack_flops
 from xtuner.train.profile import PARTS
 
 Row = dict[str, Any]
+LEGEND = (
+    "MFU: attention inside documents. whole: as other tools count it, attention over whole packs and both ways;\n"
+    "above 1 where documents are short."
+)
 
 
 def shape_of(case: str) -> DecoderConfig:
@@ -32,7 +36,8 @@ def table(results: Path) -> str:
         return f"nothing has been measured yet: {results} is not there"
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     places = dict.fromkeys((r["gpu"], r["torch"], r["date"]) for r in rows)
-    return "\n\n".join(_of(place, [r for r in rows if (r["gpu"], r["torch"], r["date"]) == place]) for place in places)
+    parts = [_of(place, [r for r in rows if (r["gpu"], r["torch"], r["date"]) == place]) for place in places]
+    return "\n\n".join([*parts, LEGEND])
 
 
 def _of(place: tuple[str, str, str], rows: list[Row]) -> str:

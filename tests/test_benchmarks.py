@@ -46,6 +46,7 @@ def ours() -> CausalLM:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize(
     ("package", "engine", "attention"),
     [("transformers", "hf", "sdpa"), ("transformers", "hf", "flex"), ("torchtitan", "torchtitan", "flex")],

@@ -34,9 +34,20 @@ def training_flops(c: DecoderConfig, tokens: int, attention_pairs: int) -> float
     return 6.0 * matmul_parameters(c) * tokens + 6.0 * c.num_layers * c.num_heads * c.head_dim * attention_pairs
 
 
+def whole_pack_flops(c: DecoderConfig, tokens: int, pack: int) -> float:
+    """The same as other tools count it: every token attends to all of its pack, also to other documents and the future.
+
+    The 6·N + 12·L·H·Q·T a token of PaLM's appendix B (arXiv:2204.02311), which torchtitan and others print. It is above
+    what is computed, so that an MFU made of it says nothing of a GPU's use; it only stands beside theirs.
+    """
+    return 6.0 * matmul_parameters(c) * tokens + 12.0 * c.num_layers * c.num_heads * c.head_dim * tokens * pack
+
+
 def peak_flops(device: torch.device) -> float | None:
     """Of a GPU we know; None otherwise."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(gpu: str) -> float | None:
+    """The same by its name."""
+    return next((peak for part, peak in PEAK.items() if part in gpu), None)

@@ -1,0 +1,92 @@
+"""One case of ours: `xtuner train` with a shipped template, in a process of its own."""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cases import SHAPES, VOCABULARY, Case, write_data
+
+from xtuner.config.load import SHIPPED
+
+ENGINES = ("single", "zero1", "zero2", "zero3", "fsdp")
+
+
+def config_of(case: Case, data: Path, tokenizer: str | None, profile: int) -> str:
+    """The shipped template with random weights of its shape, and nothing else changed."""
+    hidden, layers, heads, ffn = SHAPES[case.shape]
+    text = (SHIPPED / f"internlm2_{case.shape.replace('.', '_')}_w_tokenized_dataset.py").read_text()
+    shape = f"vocab_size={VOCABULARY}, hidden_size={hidden}, intermediate_size={ffn}, num_hidden_layers={layers}, "
+    shape += f"num_attention_heads={heads}, num_key_value_heads=8, max_position_embeddings=32768"
+    text = re.sub(r"(?s)\nmodel = dict\(.*?\n\)\n", f"\nmodel = dict(type=from_scratch, {shape}, seed=0,\n"
+                  "    activation_checkpointing=True)\n", text)  # fmt: skip
+    text = text.replace("import from_pretrained", "import from_scratch")
+    text = text.replace("/path/to/your/dataset", str(data))
+    text = text.replace('\nstates = "fp32"', f'\nstates = "{case.states}"')
+    if tokenizer:
+        text = re.sub(r'pretrained_model_name_or_path = ".*"', f'pretrained_model_name_or_path = "{tokenizer}"', text)
+    else:  # the two hooks that need one
+        text = re.sub(r"(?s)\n    dict\(type=DatasetInfoHook.*?\),\n", "\n", text)
+        text = re.sub(r"(?s)\n    dict\(\n        type=EvaluateChatHook.*?\n    \),\n", "\n", text)
+    if profile:
+        text += "\nfrom xtuner.train.profile import ProfileHook\n"
+        text += f"custom_hooks.append(dict(type=ProfileHook, begin={profile}, iterations=2))\n"
+    return text
+
+
+def watched(words: list[str], until: str) -> Iterator[tuple[float, str]]:
+    """(seconds since the start, line) of a command, which is killed after a line that matches `until`."""
+    begin, environ = time.perf_counter(), {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield time.perf_counter() - begin, line
+        if re.search(until, line):
+            process.kill()
+    process.wait()
+
+
+def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
+    """Run `xtuner train` on a case until the iterations asked for are done; the row of the table."""
+    folder = Path(a.folder or tempfile.mkdtemp(prefix="xtuner-bench-")) / f"{case.name}-{a.engine}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_data(folder / "data", a.iterations + 4, case.long)
+    last = a.iterations - (3 if a.profile else 0)
+    config = folder / "config.py"
+    config.write_text(config_of(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0))
+    words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(folder / "work")]
+    words += {"single": [], "fsdp": ["--fsdp", "full"]}.get(a.engine, ["--deepspeed", f"deepspeed_{a.engine}"])
+    first, expected = None, ""
+    with open(folder / "log", "w") as log:
+        for seconds, line in watched(words, rf"iter +{a.iterations}/"):
+            log.write(line)
+            print(line, end="", flush=True)
+            if first is None and re.search(r"iter +1/", line):
+                first = seconds
+            if found := re.search(r"memory: .*", line):
+                expected = found[0]
+    if first is None:
+        raise SystemExit(f"{case.name} did not get to its first iteration; see {folder / 'log'}")
+    (scalars,) = (folder / "work").glob("*/vis_data/scalars.json")
+    records = [json.loads(line) for line in scalars.read_text().splitlines()]
+    records = [r for r in records if a.warm < r["iter"] <= last]
+    profiles = list((folder / "work").glob("*/profile.json"))
+    return {
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
+        "spread": [min(r["tokens_per_s"] for r in records), max(r["tokens_per_s"] for r in records)],
+        "mfu": statistics.median(r["mfu"] for r in records),
+        "memory": max(r["memory"] for r in records),
+        "data_time": max(r["data_time"] for r in records),
+        "first": first,
+        "expected": expected,
+        "losses": [r["loss"] for r in records],
+        "profile": json.loads(profiles[0].read_text())["parts"] if profiles else None,
+    }

@@ -1,0 +1,92 @@
+"""torchtitan: its Llama 3 with its own recompute, compiled block by block, its loss compiled.
+
+    pip install torchtitan==0.2.2    # of the time of torch 2.11; 0.3.0 wants a newer one
+
+`parallelize_llama` as it is for one GPU (activation checkpointing, torch.compile); FlexAttention under its block-causal
+mask or its variable-length attention, SDPA where a pack is one document. It gets no positions, as from its trainer:
+rotary positions are relative. Weights in fp32 are computed in bf16 by its FSDP on a mesh of one rank, as it trains on
+more. Logits are held whole, since 0.2.2 has no other loss: bf16 [T, V], and their gradient. By arithmetic, packs of
+32,768 tokens fit into 80 GB with 'selective' at 1.8B (60 GiB) and with 'full' at 7B (50 GiB).
+"""
+
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from peer import Peer, Settings
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs
+from torchtitan.models.llama3.infra.parallelize import apply_fsdp, parallelize_llama
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+
+from xtuner.data.batch import Batch
+from xtuner.model.decoder import DecoderConfig
+
+END = SimpleNamespace(eos_id=1)  # what its masks take for a document's last token, in a row that marks just these
+
+
+def model_args(c: DecoderConfig, attention: str) -> TransformerModelArgs:
+    return TransformerModelArgs(
+        dim=c.hidden_size,
+        n_layers=c.num_layers,
+        n_heads=c.num_heads,
+        n_kv_heads=c.num_kv_heads,
+        vocab_size=c.vocab_size,
+        multiple_of=c.intermediate_size,  # the next multiple above 8/3 · dim is then this
+        norm_eps=c.rms_norm_eps,
+        rope_theta=c.rope_theta,
+        rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),  # none
+        max_seq_len=c.max_position_embeddings,
+        attn_type=attention,
+        attn_mask_type="causal" if attention == "sdpa" else "block_causal",
+    )
+
+
+def build(s: Settings) -> Peer:
+    attention = s.attention or ("sdpa" if s.long else "flex")
+    if attention == "sdpa" and not s.long:
+        raise SystemExit("torchtitan's sdpa keeps no documents apart: take a case whose packs are one document (-long)")
+    recompute = s.recompute or ("full" if s.shape.hidden_size > 2048 else "selective")
+    job = JobConfig()
+    job.compile.enable = True
+    job.activation_checkpoint.mode = recompute
+    job.activation_checkpoint.selective_ac_option = "op"
+    torch.set_default_dtype(s.dtype)
+    with s.device:
+        model = Transformer(model_args(s.shape, attention))
+    assert model.layers["0"].feed_forward.w1.out_features == s.shape.intermediate_size
+    with torch.no_grad():
+        model.init_weights()
+    torch.set_default_dtype(torch.float32)
+    parallelize_llama(model, ParallelDims(1, 1, 1, 1, 1, 1, 1, world_size=1), job)
+    if s.dtype != s.compute:
+        backend = "nccl" if s.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        mesh = dist.init_device_mesh(s.device.type, (1,), mesh_dim_names=("fsdp",))
+        apply_fsdp(model, mesh, param_dtype=s.compute, reduce_dtype=torch.float32, pp_enabled=False)
+    cross_entropy = build_cross_entropy_loss(job)
+
+    def loss(pack: Batch) -> torch.Tensor:
+        masks = None
+        if attention != "sdpa":
+            ends = torch.zeros_like(pack.input_ids)
+            ends[pack.cu_seqlens[1:].long() - 1] = END.eos_id
+            masks = model.get_attention_masks(ends[None], END)
+        logits = model(pack.input_ids[None], attention_masks=masks)
+        return cross_entropy(logits, pack.targets[None]) / pack.num_targets
+
+    versions = f"torchtitan {version('torchtitan')}"
+    return Peer(f"torchtitan {attention} {recompute}", attention, versions, model, loss)
+
+
+def from_hf(model: Transformer, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of the llama layout by the model's own names: with rows of q and k for its interleaved rotation."""
+    found = Llama3StateDictAdapter(model.model_args, None).from_hf(weights)
+    names = {
+        name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): name for name in model.state_dict()
+    }
+    return {names[name]: weight for name, weight in found.items()}

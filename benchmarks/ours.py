@@ -56,7 +56,10 @@ def watched(words: list[str], until: str) -> Iterator[tuple[float, str]]:
 
 def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     """Run `xtuner train` on a case until the iterations asked for are done; the row of the table."""
-    folder = Path(a.folder or tempfile.mkdtemp(prefix="xtuner-bench-")) / f"{case.name}-{a.engine}"
+    chosen = {"attention": a.attention, "products": a.products}
+    chosen = {name: value for name, value in chosen.items() if value}
+    engine = " ".join([a.engine, *chosen.values()])
+    folder = Path(a.folder or tempfile.mkdtemp(prefix="xtuner-bench-")) / f"{case.name}-{engine.replace(' ', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
     write_data(folder / "data", a.iterations + 4, case.long)
     last = a.iterations - (3 if a.profile else 0)
@@ -64,6 +67,7 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     config.write_text(config_of(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0))
     words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(folder / "work")]
     words += {"single": [], "fsdp": ["--fsdp", "full"]}.get(a.engine, ["--deepspeed", f"deepspeed_{a.engine}"])
+    words += ["--cfg-options", *(f"model.{name}={value}" for name, value in chosen.items())] if chosen else []
     first, expected = None, ""
     with open(folder / "log", "w") as log:
         for seconds, line in watched(words, rf"iter +{a.iterations}/"):
@@ -80,6 +84,7 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     records = [r for r in records if a.warm < r["iter"] <= last]
     profiles = list((folder / "work").glob("*/profile.json"))
     return {
+        "engine": engine,
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
         "spread": [min(r["tokens_per_s"] for r in records), max(r["tokens_per_s"] for r in records)],
         "mfu": statistics.median(r["mfu"] for r in records),

@@ -16,11 +16,9 @@ from xtuner.model.families import write_config
 
 def build(s: Settings) -> Peer:
     liger = s.engine == "hf-liger"
-    attention, recompute = (
-        s.attention or ("sdpa" if s.long or s.device.type == "cpu" else "flex"),
-        s.recompute or "full",
-    )
-    if attention == "varlen" or recompute == "selective":
+    attention = s.attention or ("sdpa" if s.long or s.device.type == "cpu" else "flex")
+    recompute = s.recompute or "full"
+    if attention not in ("flex", "sdpa") or recompute == "selective":
         raise SystemExit("transformers: --attention is flex or sdpa, --recompute none or full")
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama

@@ -48,6 +48,8 @@ def model_args(c: DecoderConfig, attention: str) -> TransformerModelArgs:
 
 def build(s: Settings) -> Peer:
     attention = s.attention or ("sdpa" if s.long else "flex")
+    if attention not in ("flex", "varlen", "sdpa"):
+        raise SystemExit("torchtitan: --attention is flex, varlen or sdpa")
     if attention == "sdpa" and not s.long:
         raise SystemExit("torchtitan's sdpa keeps no documents apart: take a case whose packs are one document (-long)")
     recompute = s.recompute or ("full" if s.shape.hidden_size > 2048 else "selective")

@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from train import CASES, config_of, watched
+from cases import CASES
+from ours import config_of, watched
 
 from xtuner.core.log import progress
 from xtuner.data.tokenizer import load_tokenizer

@@ -2,6 +2,7 @@
 
     python benchmarks/train.py 7b                             # one case; a minute or two on one GPU
     python benchmarks/train.py 1.8b --engine zero2
+    python benchmarks/train.py 7b --products fp8
     python benchmarks/train.py 1.8b --engine hf-liger         # a peer; peer.py says how, peer_*.py what to install
     python benchmarks/train.py 7b --engine torchtitan --profile
     python benchmarks/train.py 1.8b --engine hf --tiny        # tries a peer on a CPU; measures nothing
@@ -38,11 +39,14 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="time kernels in two more iterations")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results.jsonl"))
     parser.add_argument("--table", action="store_true", help="print what has been measured")
+    parser.add_argument(
+        "--attention", help="not the fastest: ours flash4, cudnn, varlen, flex; peers flex, varlen, sdpa"
+    )
     own = parser.add_argument_group("ours only")
+    own.add_argument("--products", choices=["own", "fp8"], help="what blocks multiply in")
     own.add_argument("--tokenizer", help="a folder with tokenizer.model; without it the sampling hooks are left out")
     own.add_argument("--folder", help="where data, config and log go")
     peers = parser.add_argument_group("peers only")
-    peers.add_argument("--attention", choices=["flex", "varlen", "sdpa"], help="flex; sdpa where a pack is a document")
     peers.add_argument("--recompute", choices=["none", "selective", "full"], help="what the backward computes again")
     peers.add_argument("--tiny", action="store_true", help="a small model and short packs, on a CPU; not recorded")
     a = parser.parse_args()
@@ -54,8 +58,8 @@ def main() -> None:
             import peer
 
             found = peer.measure(case, a, begin)
-        elif a.tiny or a.attention or a.recompute:
-            parser.error("--tiny, --attention and --recompute are for peers")
+        elif a.tiny or a.recompute:
+            parser.error("--tiny and --recompute are for peers")
         else:
             found = ours.measure(case, a)
         found = {

@@ -19,9 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from synthetic import documents
@@ -29,9 +29,32 @@ from synthetic import documents
 from xtuner.config.load import SHIPPED
 from xtuner.data.write import write_bin
 
-SHAPES = {  # hidden, layers, heads, ffn; 8 kv heads of 128, vocabulary 92544
-    "1.8b": ("1_8b", 2048, 24, 16, 8192),
-    "7b": ("7b", 4096, 32, 32, 14336),
+
+class Shape(NamedTuple):
+    template: str  # whose settings a case takes
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    kv_heads: int = 8
+    vocabulary: int = 92544
+
+    def fields(self) -> dict[str, int]:
+        """As `from_scratch` takes them."""
+        return dict(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.ffn,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            max_position_embeddings=PACK,
+        )  # fmt: skip
+
+
+PACK = 32768
+MEDIAN = 700  # tokens of a document
+SHAPES = {
+    "1.8b": Shape("1_8b", 2048, 24, 16, 8192),
+    "7b": Shape("7b", 4096, 32, 32, 14336),
+    "short": Shape("1_8b", 2048, 4, 16, 8192),  # 1.8B's width, 4 of its layers: for faults, not for speed
+    "tiny": Shape("1_8b", 64, 2, 4, 128, 2, 512),  # for CPUs
 }
 CASES: dict[str, dict[str, Any]] = {
     "7b": dict(shape="7b", states="8bit"),
@@ -39,15 +62,13 @@ CASES: dict[str, dict[str, Any]] = {
     "1.8b": dict(shape="1.8b", states="fp32"),
     "1.8b-long": dict(shape="1.8b", states="fp32", long=True),
 }
-PACK = 32768
 
 
 def config_of(case: dict[str, Any], data: Path, tokenizer: str | None, profile: int) -> str:
     """The shipped template with random weights of its shape, and nothing else changed."""
-    name, hidden, layers, heads, ffn = SHAPES[case["shape"]]
-    text = (SHIPPED / f"internlm2_{name}_w_tokenized_dataset.py").read_text()
-    shape = f"vocab_size=92544, hidden_size={hidden}, intermediate_size={ffn}, num_hidden_layers={layers}, "
-    shape += f"num_attention_heads={heads}, num_key_value_heads=8, max_position_embeddings=32768"
+    template = SHAPES[case["shape"]]
+    text = (SHIPPED / f"internlm2_{template.template}_w_tokenized_dataset.py").read_text()
+    shape = ", ".join(f"{key}={value}" for key, value in template.fields().items())
     text = re.sub(r"(?s)\nmodel = dict\(.*?\n\)\n", f"\nmodel = dict(type=from_scratch, {shape}, seed=0,\n"
                   "    activation_checkpointing=True)\n", text)  # fmt: skip
     text = text.replace("import from_pretrained", "import from_scratch")
@@ -64,18 +85,25 @@ def config_of(case: dict[str, Any], data: Path, tokenizer: str | None, profile: 
     return text
 
 
-def write_data(folder: Path, packs: int, long: bool) -> None:
-    if long:
+def write_data(folder: Path, packs: int, length: int = 0, pack: int = PACK, vocabulary: int = 92544) -> None:
+    """Documents for so many packs, all of `length` tokens, or of lognormal lengths."""
+    if length:
         draw = np.random.RandomState(0)
-        texts = [draw.randint(3, 92544, size=PACK).tolist() for _ in range(packs)]
+        texts = [draw.randint(3, vocabulary, size=length).tolist() for _ in range(packs * pack // length)]
     else:
-        texts = documents(packs * PACK, 92544, 700, PACK, 0)
+        texts = documents(packs * pack, vocabulary, MEDIAN * pack // PACK, pack, 0)
     write_bin(folder / "synthetic.bin", texts)
 
 
-def watched(words: list[str], until: str) -> Iterator[tuple[float, str]]:
+def words_of(config: Path, work: Path, engine: str) -> list[str]:
+    """`xtuner train`, as a user would type it. Engines: single, zero1, zero2, zero3, fsdp."""
+    words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(work)]
+    return words + {"single": [], "fsdp": ["--fsdp", "full"]}.get(engine, ["--deepspeed", f"deepspeed_{engine}"])
+
+
+def watched(words: list[str], until: str, environ: Mapping[str, str] = os.environ) -> Iterator[tuple[float, str]]:
     """(seconds since the start, line) of a command, which is killed after a line that matches `until`."""
-    begin, environ = time.perf_counter(), {**os.environ, "PYTHONUNBUFFERED": "1"}
+    begin, environ = time.perf_counter(), {**environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
     assert process.stdout is not None
     for line in process.stdout:
@@ -85,16 +113,31 @@ def watched(words: list[str], until: str) -> Iterator[tuple[float, str]]:
     process.wait()
 
 
+def figures(work: Path, warm: int, last: int) -> dict[str, Any]:
+    """What a run has written of its iterations after the first `warm`, up to `last`; losses and norms of all."""
+    (scalars,) = work.glob("*/vis_data/scalars.json")
+    every = [json.loads(line) for line in scalars.read_text().splitlines()]
+    records = [r for r in every if warm < r["iter"] <= last]
+    return {
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
+        "spread": [min(r["tokens_per_s"] for r in records), max(r["tokens_per_s"] for r in records)],
+        "mfu": statistics.median(r["mfu"] for r in records) if "mfu" in records[0] else None,
+        "memory": max(r["memory"] for r in records),
+        "data_time": max(r["data_time"] for r in records),
+        "losses": [r["loss"] for r in every],
+        "norms": [r["grad_norm"] for r in every],
+    }
+
+
 def measure(name: str, a: argparse.Namespace) -> dict[str, Any]:
     case = CASES[name]
     folder = Path(a.folder or tempfile.mkdtemp(prefix="xtuner-bench-")) / f"{name}-{a.engine}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_data(folder / "data", a.iterations + 4, case.get("long", False))
+    write_data(folder / "data", a.iterations + 4, PACK if case.get("long") else 0)
     last = a.iterations - (3 if a.profile else 0)
     config = folder / "config.py"
     config.write_text(config_of(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0))
-    words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(folder / "work")]
-    words += {"single": [], "fsdp": ["--fsdp", "full"]}.get(a.engine, ["--deepspeed", f"deepspeed_{a.engine}"])
+    words = words_of(config, folder / "work", a.engine)
     first, expected = None, ""
     with open(folder / "log", "w") as log:
         for seconds, line in watched(words, rf"iter +{a.iterations}/"):
@@ -106,23 +149,15 @@ def measure(name: str, a: argparse.Namespace) -> dict[str, Any]:
                 expected = found[0]
     if first is None:
         raise SystemExit(f"{name} did not get to its first iteration; see {folder / 'log'}")
-    (scalars,) = (folder / "work").glob("*/vis_data/scalars.json")
-    records = [json.loads(line) for line in scalars.read_text().splitlines()]
-    records = [r for r in records if a.warm < r["iter"] <= last]
     profiles = list((folder / "work").glob("*/profile.json"))
     return {
         "case": name,
         "engine": a.engine,
         "date": time.strftime("%Y-%m-%d"),
         **machine(),
-        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
-        "spread": [min(r["tokens_per_s"] for r in records), max(r["tokens_per_s"] for r in records)],
-        "mfu": statistics.median(r["mfu"] for r in records),
-        "memory": max(r["memory"] for r in records),
-        "data_time": max(r["data_time"] for r in records),
+        **figures(folder / "work", a.warm, last),
         "first": first,
         "expected": expected,
-        "losses": [r["loss"] for r in records],
         "profile": json.loads(profiles[0].read_text())["parts"] if profiles else None,
     }
 
@@ -167,7 +202,7 @@ def main() -> None:
         found = measure(a.case, a)
         with open(a.results, "a") as f:
             f.write(json.dumps(found) + "\n")
-        print(json.dumps({k: v for k, v in found.items() if k != "losses"}, indent=1))
+        print(json.dumps({k: v for k, v in found.items() if k not in ("losses", "norms")}, indent=1))
     if a.table or not a.case:
         print(table(a.results))
 

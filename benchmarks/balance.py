@@ -60,9 +60,7 @@ def waiting(times: Floats, ranks: int, window: int = 1) -> float:
 def table(models: dict[str, Any], packs: int = 2**15) -> str:
     """For each model (see predict.py: fixed, a, b in ms) and mix: the wait, and what dealing leaves of it."""
     head = [f"{r} ranks" for r in RANKS]
-    lines = [
-        "| model, documents | Σ len² of a pack, mean ± deviation | packs dealt in windows of | " + " | ".join(head) + " |"
-    ]
+    lines = [f"| model, documents | Σ len² of a pack, mean ± deviation | dealt in windows of | {' | '.join(head)} |"]
     lines.append("|---|---|---|" + "---|" * len(RANKS))
     for mix, long in MIXES.items():
         s = squares(lengths(packs * 32768, 32768, long), 32768)
@@ -73,5 +71,6 @@ def table(models: dict[str, Any], packs: int = 2**15) -> str:
                 first = window == WINDOWS[0]
                 label = f"{name}, {mix}" if first else ""
                 spread = f"({s.mean() / 1e6:.0f} ± {s.std() / 1e6:.0f})·10⁶" if first else ""
-                lines.append(f"| {label} | {spread} | {f'{window} iterations' if window > 1 else 'not dealt'} | {cells} |")
+                how = f"{window} iterations" if window > 1 else "not dealt"
+                lines.append(f"| {label} | {spread} | {how} | {cells} |")
     return "\n".join(lines)

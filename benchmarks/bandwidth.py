@@ -46,7 +46,7 @@ def measure(gpus: int, tiny: bool = False) -> dict[str, Any]:
             for rank in ranks:  # they wait for those that are gone
                 rank.kill()
             raise SystemExit(f"collectives of {gpus} processes: rank {failed[0]} failed, see above")
-        return json.loads((Path(folder) / "found.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((Path(folder) / "found.json").read_text())
 
 
 def worker(rank: int, ranks: int, folder: Path, tiny: bool) -> None:
@@ -151,11 +151,12 @@ def _wait(device: torch.device) -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """One row a size, GB/s each way and rank."""
+    """One row a size: bus bandwidth."""
     names = list(found["bytes_per_s"])
     lines = [
-        f"{found['ranks']} × {found['device']}, {found['backend']}, NVLink multicast off; a product beside a collective "
-        f"takes longer by {found['slowdown']:.0%} of the collective's time",
+        f"{found['ranks']} × {found['device']}, {found['backend']}, NVLink multicast off; GB/s each way",
+        f"A product beside a collective takes longer by {found['slowdown']:.0%} of the collective's time.",
+        "",
         "| MiB | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
     ]

@@ -1,4 +1,4 @@
-"""Several GPUs of one host, predicted by arithmetic from one GPU's measured times. Every term is printed.
+"""Several GPUs of one host, predicted by arithmetic from one GPU's measured times (one_gpu.py). Every term is printed.
 
     time = compute + computed again + engine's own + optimizer ÷ ranks + collectives that nothing hides
          + what hidden ones take from the compute beside them + attention of the rank with the most of it
@@ -13,10 +13,9 @@ torch 2.13 (FSDP2) and DeepSpeed 0.19.8, with the settings that are shipped:
   blocks) stays. Only what the prefetch (50 million, and up to the end of a tensor) covers is taken as hidden.
   Gradients are reduce-scattered in fp32, hidden but for the last bucket and the embedding.
 - FSDP2: a block's weights are gathered in bf16 before its forward and again before its backward; embedding and head,
-  the root's, once (they stay). Gradients are reduce-scattered in fp32, the root's and the first block's at the very end.
+  the root's, once (they stay). Gradients are reduce-scattered in fp32, the root's and the first block's at the end.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +23,15 @@ import numpy as np
 import torch
 from balance import Floats
 from bandwidth import bus_bytes
-from train import PACK, SHAPES
+from one_gpu import GIB, MACHINES, MODELS, PASSES, THROUGH, Machine, Measured
+from train import PACK
 
 from xtuner.engine import memory, zero_config
 from xtuner.engine.optim import OptimWrapper
-from xtuner.model import from_scratch
-from xtuner.model.flops import PEAK, matmul_parameters, num_parameters, training_flops
+from xtuner.model.flops import PEAK, matmul_parameters, training_flops
 from xtuner.model.plan import Plan
 
 ENGINES = ("fsdp", "zero1", "zero2", "zero3")
-LONG = float(PACK**2)  # Σ len² of a pack that is one document
-USUAL = 93.6e6  # mean Σ len² of a pack of lognormal documents (balance.py), where the times below were measured
 BUCKET = 200e6  # numbers: reduce_bucket_size of the shipped settings
 PREFETCH = 50e6  # numbers: stage3_prefetch_bucket_size
 REUSE = 1e9  # numbers: stage3_max_reuse_distance, DeepSpeed's default
@@ -42,84 +39,6 @@ TERMS = (
     "products", "attention", "elementwise, copies", "idle", "computed again", "engine", "optimizer",
     "exposed", "beside hidden", "slowest rank",
 )  # fmt: skip
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One H100 80GB (700 W), torch 2.11.0+cu130, 2026-11-24: ms of one pack of 32,768 tokens, all kernels of a kind."""
-
-    shape: str
-    products: float
-    attention: float
-    attention_long: float  # of a pack that is one document
-    elementwise: float
-    optimizer: float  # fp32 AdamW
-    copies: float
-    tokens_per_s: float  # of the whole run on one GPU; what kernels do not explain of it is idle
-
-    @property
-    def source(self) -> Any:
-        return from_scratch(**SHAPES[self.shape].fields(), activation_checkpointing=True)
-
-    @property
-    def parameters(self) -> int:
-        return num_parameters(self.source.config)
-
-    @property
-    def ends(self) -> int:
-        """Embedding and head."""
-        return 2 * self.source.config.vocab_size * self.source.config.hidden_size
-
-    @property
-    def block(self) -> float:
-        return (self.parameters - self.ends) / self.source.config.num_layers
-
-    @property
-    def b(self) -> float:
-        return (self.attention_long - self.attention) / (LONG - USUAL)
-
-    @property
-    def a(self) -> float:
-        return self.attention - self.b * USUAL
-
-    @property
-    def fixed(self) -> float:
-        """All but attention."""
-        return 1000 * PACK / self.tokens_per_s - self.attention
-
-    @property
-    def idle(self) -> float:
-        return self.fixed - self.products - self.elementwise - self.optimizer_there - self.copies
-
-    @property
-    def optimizer_there(self) -> float:
-        """Of the run that `tokens_per_s` is of: 7B fits one H100 with 8-bit moments only."""
-        return 44.0 if self.shape == "7b" else self.optimizer
-
-
-MODELS = {
-    "1.8b": Measured("1.8b", 466, 66, 643, 85, 22, 5, 49_400),
-    "7b": Measured("7b", 2079, 182, 1795, 187, 22 * 7.738 / 1.889, 14, 12_618),  # fp32 AdamW: 1.8B's, by parameters
-}
-# 1.8B on one H100, tokens a second, through each engine: what it costs beside the compute
-THROUGH = {"fsdp": 47_274, "zero1": 44_734, "zero2": 43_894, "zero3": 45_602}
-# Of these costs, passes over memory in bytes a parameter, as read: (over all parameters, over this rank's part of them)
-PASSES = {
-    "fsdp": (14, 39),  # gathered copied out twice, gradients copied in; masters cast twice, norm, clip, one rank's sends
-    "zero1": (18, 30),  # gradient to bucket, divided, flattened, cast to fp32; taken, flattened, cast, norm, clip, cast
-    "zero2": (18, 30),
-    "zero3": (30, 32),  # gathered copied twice, cast, interleaved, divided; taken, cast, norm, clip, cast
-}
-
-
-@dataclass(frozen=True)
-class Machine:
-    free: float  # bytes that a process finds free on a GPU
-    slower: float = 1.0  # times of what memory bandwidth bounds, beside the H100's: 3.35 ÷ 4.8 TB/s
-
-
-MACHINES = {"H100": Machine(78 * GIB), "H200": Machine(139 * GIB, 3.35 / 4.8)}
 
 
 @dataclass(frozen=True)
@@ -239,7 +158,9 @@ def again(m: Measured, plan: Plan) -> float:
 def engines_own(m: Measured, engine: str, ranks: int, slower: float) -> float:
     """ms that an engine costs beside compute, optimizer and collectives: 1.8B's on one GPU, by parameters."""
     small = MODELS["1.8b"]
-    cost = 1000 * PACK / THROUGH[engine] - 1000 * PACK / small.tokens_per_s
+    there = room(small, engine, 1, MACHINES["H100"].free)
+    assert there
+    cost = 1000 * PACK / THROUGH[engine] - 1000 * PACK / small.tokens_per_s - again(small, there[1])
     everywhere, mine = PASSES[engine]
     left = (everywhere + mine / ranks) / (everywhere + mine)
     return cost * left * slower * m.parameters / small.parameters
@@ -255,15 +176,13 @@ class Prediction:
 
 
 def alone(m: Measured, machine: Machine, squares: Floats) -> float:
-    """Tokens a second of one GPU without an engine: the median over packs."""
+    """Tokens a second of one GPU without an engine."""
     bound = m.elementwise + m.optimizer_there + m.copies
     times = m.fixed - bound + bound * machine.slower + m.a + m.b * squares
-    return float(1000 * PACK / np.median(times))
+    return float(1000 * PACK / times.mean())
 
 
-def predict(
-    m: Measured, machine: Machine, engine: str, ranks: int, squares: Floats, links: Links
-) -> Prediction | None:
+def predict(m: Measured, machine: Machine, engine: str, ranks: int, squares: Floats, links: Links) -> Prediction | None:
     """One engine on so many GPUs; None if it does not fit.
 
     Args:
@@ -275,7 +194,7 @@ def predict(
     state, plan = fits
     collectives = sent(m, engine, ranks, links)
     each = squares[: len(squares) // ranks * ranks].reshape(-1, ranks)
-    slowest = float(np.median(each.max(axis=1)))
+    slowest = float(each.max(axis=1).mean())
     values = (
         m.products,
         m.a + m.b * float(squares.mean()),
@@ -295,25 +214,25 @@ def predict(
     )
 
 
-def table(links: Links, squares: Floats, ranks: Sequence[int] = (2, 4, 8)) -> str:
-    """All machines, models, engines and numbers of GPUs; every row's terms add up to its time."""
-    lines = []
+def table(links: Links, squares: Floats, ranks: int) -> str:
+    """All machines, models and engines on so many GPUs; every row's terms, in ms, add up to its time.
+
+    The last column: if packs were dealt so that no rank waits for a slower one.
+    """
+    head = f"| {ranks} GPUs | {' | '.join(TERMS)} | ms | GB sent | tok/s/GPU | MFU | GiB | of one GPU | dealt |"
+    lines = [head, "|---|" + "---|" * (len(TERMS) + 7)]
     for kind, machine in MACHINES.items():
         for name, m in MODELS.items():
-            base = alone(m, machine, squares)
-            how = " with 8-bit moments" if m.shape == "7b" else ""
-            lines.append(f"\n{name} on {kind}; one GPU{how}: {base:,.0f} tok/s\n")
-            lines.append(f"| engine, GPUs | GB sent | {' | '.join(TERMS)} | ms | tok/s/GPU | MFU | GiB | of one GPU |")
-            lines.append("|---|---|" + "---|" * (len(TERMS) + 5))
             for engine in ENGINES:
-                for n in ranks:
-                    p = predict(m, machine, engine, n, squares, links)
-                    if p is None:
-                        lines.append(f"| {engine}, {n} | does not fit |" + " |" * (len(TERMS) + 5))
-                        continue
-                    cells = " | ".join(f"{ms:.0f}" for ms in p.terms.values())
-                    lines.append(
-                        f"| {engine}, {n} | {p.bytes / 1e9:.1f} | {cells} | {sum(p.terms.values()):.0f} "
-                        f"| {p.tokens_per_s:,.0f} | {p.mfu:.3f} | {p.peak / GIB:.0f} | {p.tokens_per_s / base:.1%} |"
-                    )
+                p = predict(m, machine, engine, ranks, squares, links)
+                if p is None:
+                    lines.append(f"| {kind}, {name}, {engine} | does not fit |" + " |" * (len(TERMS) + 6))
+                    continue
+                base, ms = alone(m, machine, squares), sum(p.terms.values())
+                cells = " | ".join(f"{ms:.0f}" for ms in p.terms.values())
+                lines.append(
+                    f"| {kind}, {name}, {engine} | {cells} | {ms:.0f} | {p.bytes / 1e9:.1f} "
+                    f"| {p.tokens_per_s:,.0f} | {p.mfu:.3f} | {p.peak / GIB:.0f} | {p.tokens_per_s / base:.1%} "
+                    f"| {1000 * PACK / (ms - p.terms['slowest rank']) / base:.1%} |"
+                )
     return "\n".join(lines)

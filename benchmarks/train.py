@@ -120,6 +120,7 @@ def figures(work: Path, warm: int, last: int) -> dict[str, Any]:
     records = [r for r in every if warm < r["iter"] <= last]
     return {
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
+        "mean": statistics.harmonic_mean([r["tokens_per_s"] for r in records]),
         "spread": [min(r["tokens_per_s"] for r in records), max(r["tokens_per_s"] for r in records)],
         "mfu": statistics.median(r["mfu"] for r in records) if "mfu" in records[0] else None,
         "memory": max(r["memory"] for r in records),

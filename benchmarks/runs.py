@@ -3,8 +3,8 @@
 Speed is measured with one pack a rank and iteration, where collectives weigh most: an iteration of N GPUs is N packs.
 The loss to compare with comes from one GPU that takes the same N packs an iteration (accumulative_counts = N), fp32
 state and a few iterations; where that state does not fit one GPU (7B on 80 GB), from FSDP on the same GPUs. An "even"
-run, whose packs all cost the same, shows what the others lose by waiting for the slowest rank. Runs that need fewer
-GPUs than there are run side by side; what is in the results is not run again.
+run of FSDP, whose packs all cost the same, shows what the others lose by waiting for the slowest rank. Runs that need
+fewer GPUs than there are run side by side; what is in the results is not run again.
 """
 
 import json
@@ -29,7 +29,7 @@ from train import PACK, SHAPES, config_of, figures, watched, words_of, write_dat
 from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
 from xtuner.engine.memory import RESERVE
 
-ITERATIONS, WARM, COMPARED = 14, 5, 4  # of a speed run, of these not counted, of a reference
+ITERATIONS, WARM, COMPARED = 12, 4, 4  # of a speed run, of these not counted, of a reference
 MOST = 8  # packs of an iteration
 EVEN = 2860  # tokens of every document of "even" packs: Σ len² is the mean of lognormal ones
 TINY_PACK = 512
@@ -61,23 +61,32 @@ def device(tiny: bool = False) -> str:
 
 
 def jobs(counts: Sequence[int], shapes: Sequence[str], engines: Sequence[str]) -> list[Job]:
-    """Those that need most GPUs first."""
+    """Those that fit into this machine's GPUs; those that need most of them first."""
     found = []
     for n in sorted((n for n in counts if n > 1), reverse=True):
         for shape in shapes:
             found += [Job("speed", shape, engine, n, n) for engine in engines]
-            found += [Job("even", shape, "fsdp", n, n)] if "fsdp" in engines else []
+            found += [Job("even", shape, "fsdp", n, n)] if "fsdp" in engines and n == max(counts) else []
     for shape in shapes:
-        found += [Job("reference", shape, "single", 1, n) for n in counts if n > 1 and _fits_one(shape)]
+        found += [Job("reference", shape, "single", 1, n) for n in counts if n > 1]
         found += [Job("speed", shape, "single", 1, 1)] if 1 in counts else []
-    return found
+    fitting = [job for job in found if _fits(job)]
+    if left_out := [job.name for job in found if job not in fitting]:
+        print(f"By arithmetic these do not fit, and are not run: {', '.join(left_out)}", flush=True)
+    return fitting
 
 
-def _fits_one(shape: str) -> bool:
-    """Whether fp32 state of 18 bytes a parameter does, and a micro-batch."""
-    if shape not in one_gpu.MODELS:
+def _fits(job: Job) -> bool:
+    model, there = one_gpu.MODELS.get(job.shape), _machine(device())
+    if model is None or there is None or job == Job("speed", "7b", "single", 1, 1):  # the last: 8-bit moments
         return True
-    return 18 * one_gpu.MODELS[shape].parameters + 2 * RESERVE <= torch.cuda.get_device_properties(0).total_memory
+    if job.engine == "single":  # fp32 state of 18 bytes a parameter, the libraries, a micro-batch
+        return 18 * model.parameters + 2 * RESERVE <= there.free
+    return predict.room(model, job.engine, job.gpus, there.free) is not None
+
+
+def _machine(name: str) -> one_gpu.Machine | None:
+    return next((machine for kind, machine in one_gpu.MACHINES.items() if kind in name), None)
 
 
 def data(folder: Path, tiny: bool, even: bool = False) -> Path:
@@ -203,7 +212,7 @@ def table(results: Path, folder: Path, links: Callable[[int], predict.Links]) ->
 
 def _predicted(job: Job, r: dict[str, Any], folder: Path, links: predict.Links) -> float | None:
     """Tokens a second of one GPU, from the packs of the iterations that counted."""
-    machine = next((m for kind, m in one_gpu.MACHINES.items() if kind in r["device"]), None)
+    machine = _machine(r["device"])
     if machine is None or job.shape not in one_gpu.MODELS:
         return None
     every = squares(data(folder, False, job.kind == "even"), False)[WARM * job.gpus : ITERATIONS * job.gpus]

@@ -104,7 +104,7 @@ def test_all_of_it_on_two_cpu_processes(tmp_path: Path) -> None:
     kinds = {r["job"][0]: r for r in records}
     assert set(kinds) == {"speed", "even", "reference"}
     assert kinds["speed"]["losses"][:4] == pytest.approx(kinds["reference"]["losses"][:4], abs=1e-5)
-    assert len(kinds["speed"]["losses"]) == 14
+    assert len(kinds["speed"]["losses"]) == 12
     (killed,) = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
     assert (killed["code"], killed["resumed_at"], killed["as_promised"]) == (137, 7, True)
     again = several("run", *words)

@@ -66,10 +66,18 @@ def show_faults(a: argparse.Namespace) -> int:
     return sum(not record["as_promised"] for record in found)
 
 
+def numbers(text: str) -> list[int]:
+    """`1,2,8`, in order."""
+    found = sorted({int(part) for part in text.split(",")})
+    if found[0] < 1:
+        raise ValueError(text)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("all", "bandwidth", "predict", "run", "faults", "balance"))
-    parser.add_argument("--gpus", help="numbers of GPUs, as 1,2,4,8 (default: all powers of two that are here)")
+    parser.add_argument("--gpus", type=numbers, help="numbers of GPUs, as 1,2,4,8 (default: all powers of two that are here)")
     parser.add_argument("--shapes", nargs="+", default=["1.8b", "7b"], choices=["1.8b", "7b"])
     parser.add_argument("--engines", nargs="+", default=list(predict.ENGINES), choices=predict.ENGINES)
     parser.add_argument("--drills", nargs="+", default=list(faults.NAMES), choices=faults.NAMES)
@@ -80,10 +88,10 @@ def main() -> None:
     a = parser.parse_args()
     here = 2 if a.tiny else runs.gpus_here()
     if a.verb in ("predict", "balance"):
-        a.gpus = a.gpus or "2,4,8"
+        a.gpus = a.gpus or [2, 4, 8]
     elif here < 2:
         parser.error("there are not two GPUs here; --tiny runs on two CPU processes")
-    a.gpus = sorted(map(int, a.gpus.split(","))) if a.gpus else [n for n in (1, 2, 4, 8) if n <= here]
+    a.gpus = a.gpus or [n for n in (1, 2, 4, 8) if n <= here]
     if a.verb not in ("predict", "balance") and a.gpus[-1] > here:
         parser.error(f"--gpus {a.gpus[-1]}: there are {here} here")
     if a.verb in ("faults", "all") and a.gpus[-1] % 2:

@@ -77,7 +77,7 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("all", "bandwidth", "predict", "run", "faults", "balance"))
-    parser.add_argument("--gpus", type=numbers, help="numbers of GPUs, as 1,2,4,8 (default: all powers of two that are here)")
+    parser.add_argument("--gpus", type=numbers, help="as 1,2,4,8 (default: all powers of two that are here)")
     parser.add_argument("--shapes", nargs="+", default=["1.8b", "7b"], choices=["1.8b", "7b"])
     parser.add_argument("--engines", nargs="+", default=list(predict.ENGINES), choices=predict.ENGINES)
     parser.add_argument("--drills", nargs="+", default=list(faults.NAMES), choices=faults.NAMES)

@@ -8,13 +8,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CACHE := $(or $(XTUNER_TEST_CACHE),$(HOME)/.cache/xtuner-tests)
 LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 
-.PHONY: demo test test-interop lint lmdeploy bench-table bench-data clean help
+.PHONY: demo test test-interop lint lmdeploy bench-table bench-several bench-data clean help
 
 help:
 	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
 	@echo "make test   install into .venv, lint, check types, run the tests"
 	@echo "make lmdeploy  fetch LMDeploy's last converter (76 MB), which a test compares ours with; skipped without"
 	@echo "make bench-table  what benchmarks/train.py has measured on this machine's GPU"
+	@echo "make bench-several  on a host with several GPUs: collectives, speed beside the prediction, faults (10 to 20 minutes)"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare what they say with ours (minutes)"
 	@echo "make bench-data  measure the data path; beside megatron-core with PEER=python-that-has-it (FOLDER keeps the data)"
 	@echo "make clean  remove .venv and everything made"
@@ -46,6 +47,9 @@ $(LMDEPLOY)/installed: tests/lmdeploy.txt | .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt -e '.[plot,test]'
 	touch $@
+
+bench-several: .venv/installed
+	$(BIN)/python benchmarks/several.py all
 
 bench-table: .venv/installed
 	$(BIN)/python benchmarks/train.py --table

@@ -8,16 +8,41 @@ from synthetic import documents
 
 from xtuner.data.write import write_bin
 
-PACK, VOCABULARY = 32768, 92544
-SHAPES = {  # hidden, layers, heads, ffn; 8 kv heads of 128
-    "1.8b": (2048, 24, 16, 8192),
-    "7b": (4096, 32, 32, 14336),
+PACK = 32768
+MEDIAN = 700  # tokens of a document
+
+
+@dataclass(frozen=True)
+class Shape:
+    template: str  # whose settings a case takes
+    hidden: int
+    layers: int
+    heads: int
+    ffn: int
+    kv_heads: int = 8
+    vocabulary: int = 92544
+
+    def fields(self) -> dict[str, int]:
+        """As `from_scratch` takes them."""
+        return dict(
+            vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.ffn,
+            num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            max_position_embeddings=PACK,
+        )  # fmt: skip
+
+
+SHAPES = {
+    "1.8b": Shape("1_8b", 2048, 24, 16, 8192),
+    "7b": Shape("7b", 4096, 32, 32, 14336),
+    "short": Shape("1_8b", 2048, 4, 16, 8192),  # 1.8B's width, 4 of its layers: for faults, not for speed
+    "tiny": Shape("1_8b", 64, 2, 4, 128, 2, 512),  # for CPUs
 }
+VOCABULARY = SHAPES["7b"].vocabulary
 
 
 @dataclass(frozen=True)
 class Case:
-    """`long`: every pack is one document; else lengths are lognormal with median 700."""
+    """`long`: every pack is one document; else lengths are lognormal."""
 
     name: str
     shape: str
@@ -36,12 +61,13 @@ CASES = {
 }
 
 
-def write_data(folder: Path, packs: int, long: bool) -> None:
-    if long:
+def write_data(folder: Path, packs: int, length: int = 0, pack: int = PACK, vocabulary: int = VOCABULARY) -> None:
+    """Documents for so many packs, all of `length` tokens, or of lognormal lengths."""
+    if length:
         draw = np.random.RandomState(0)
-        texts = [draw.randint(3, VOCABULARY, size=PACK).tolist() for _ in range(packs)]
+        texts = [draw.randint(3, vocabulary, size=length).tolist() for _ in range(packs * pack // length)]
     else:
-        texts = documents(packs * PACK, VOCABULARY, 700, PACK, 0)
+        texts = documents(packs * pack, vocabulary, MEDIAN * pack // PACK, pack, 0)
     write_bin(folder / "synthetic.bin", texts)
 
 

@@ -12,13 +12,12 @@ import json
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from cases import CASES, machine, write_data
-from ours import config_of, watched
+from ours import config_of, watched, words_of
 
 SAVE_AT = 8
 SIZE = 4 * 2**30  # bytes of the file that measures the disk
@@ -50,18 +49,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where data and checkpoints go")
     a = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="xtuner-bench-", dir=a.folder))
-    write_data(folder / "data", 64, False)
+    write_data(folder / "data", 64)
     (folder / "config.py").write_text(config_of(CASES[a.case], folder / "data", None, 0))
-    words = [
-        sys.executable,
-        "-m",
-        "xtuner.cli.main",
-        "train",
-        str(folder / "config.py"),
-        "--work-dir",
-        str(folder / "w"),
-    ]
-    words += ["--cfg-options", f"save_steps={SAVE_AT}"]
+    words = [*words_of(folder / "config.py", folder / "w", "single"), "--cfg-options", f"save_steps={SAVE_AT}"]
     written, read = disk(folder)
     print(f"the disk alone: writes {written / 2**20:,.0f} MiB/s, reads {read / 2**20:,.0f} MiB/s", flush=True)
     for _, line in watched(words, "saved .*training waited"):

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cases import SHAPES, VOCABULARY, Case, write_data
+from cases import PACK, SHAPES, Case, write_data
 
 from xtuner.config.load import SHIPPED
 
@@ -22,10 +22,8 @@ ENGINES = ("single", "zero1", "zero2", "zero3", "fsdp")
 
 def config_of(case: Case, data: Path, tokenizer: str | None, profile: int) -> str:
     """The shipped template with random weights of its shape, and nothing else changed."""
-    hidden, layers, heads, ffn = SHAPES[case.shape]
-    text = (SHIPPED / f"internlm2_{case.shape.replace('.', '_')}_w_tokenized_dataset.py").read_text()
-    shape = f"vocab_size={VOCABULARY}, hidden_size={hidden}, intermediate_size={ffn}, num_hidden_layers={layers}, "
-    shape += f"num_attention_heads={heads}, num_key_value_heads=8, max_position_embeddings=32768"
+    text = (SHIPPED / f"internlm2_{SHAPES[case.shape].template}_w_tokenized_dataset.py").read_text()
+    shape = ", ".join(f"{key}={value}" for key, value in SHAPES[case.shape].fields().items())
     text = re.sub(r"(?s)\nmodel = dict\(.*?\n\)\n", f"\nmodel = dict(type=from_scratch, {shape}, seed=0,\n"
                   "    activation_checkpointing=True)\n", text)  # fmt: skip
     text = text.replace("import from_pretrained", "import from_scratch")
@@ -42,9 +40,15 @@ def config_of(case: Case, data: Path, tokenizer: str | None, profile: int) -> st
     return text
 
 
-def watched(words: list[str], until: str) -> Iterator[tuple[float, str]]:
+def words_of(config: Path, work: Path, engine: str) -> list[str]:
+    """`xtuner train`, as a user would type it. Engines: single, zero1, zero2, zero3, fsdp."""
+    words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(work)]
+    return words + {"single": [], "fsdp": ["--fsdp", "full"]}.get(engine, ["--deepspeed", f"deepspeed_{engine}"])
+
+
+def watched(words: list[str], until: str, environ: Mapping[str, str] = os.environ) -> Iterator[tuple[float, str]]:
     """(seconds since the start, line) of a command, which is killed after a line that matches `until`."""
-    begin, environ = time.perf_counter(), {**os.environ, "PYTHONUNBUFFERED": "1"}
+    begin, environ = time.perf_counter(), {**environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
     assert process.stdout is not None
     for line in process.stdout:
@@ -54,6 +58,23 @@ def watched(words: list[str], until: str) -> Iterator[tuple[float, str]]:
     process.wait()
 
 
+def figures(work: Path, warm: int, last: int) -> dict[str, Any]:
+    """What a run has written of its iterations after the first `warm`, up to `last`; losses and norms of all."""
+    (scalars,) = work.glob("*/vis_data/scalars.json")
+    every = [json.loads(line) for line in scalars.read_text().splitlines()]
+    records = [r for r in every if warm < r["iter"] <= last]
+    return {
+        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
+        "mean": statistics.harmonic_mean([r["tokens_per_s"] for r in records]),
+        "spread": [min(r["tokens_per_s"] for r in records), max(r["tokens_per_s"] for r in records)],
+        "mfu": statistics.median(r["mfu"] for r in records) if "mfu" in records[0] else None,
+        "memory": max(r["memory"] for r in records),
+        "data_time": max(r["data_time"] for r in records),
+        "losses": [r["loss"] for r in every],
+        "norms": [r["grad_norm"] for r in every],
+    }
+
+
 def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     """Run `xtuner train` on a case until the iterations asked for are done; the row of the table."""
     chosen = {"attention": a.attention, "products": a.products}
@@ -61,12 +82,11 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     engine = " ".join([a.engine, *chosen.values()])
     folder = Path(a.folder or tempfile.mkdtemp(prefix="xtuner-bench-")) / f"{case.name}-{engine.replace(' ', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_data(folder / "data", a.iterations + 4, case.long)
+    write_data(folder / "data", a.iterations + 4, PACK if case.long else 0)
     last = a.iterations - (3 if a.profile else 0)
     config = folder / "config.py"
     config.write_text(config_of(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0))
-    words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(folder / "work")]
-    words += {"single": [], "fsdp": ["--fsdp", "full"]}.get(a.engine, ["--deepspeed", f"deepspeed_{a.engine}"])
+    words = words_of(config, folder / "work", a.engine)
     words += ["--cfg-options", *(f"model.{name}={value}" for name, value in chosen.items())] if chosen else []
     first, expected = None, ""
     with open(folder / "log", "w") as log:
@@ -79,19 +99,11 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
                 expected = found[0]
     if first is None:
         raise SystemExit(f"{case.name} did not get to its first iteration; see {folder / 'log'}")
-    (scalars,) = (folder / "work").glob("*/vis_data/scalars.json")
-    records = [json.loads(line) for line in scalars.read_text().splitlines()]
-    records = [r for r in records if a.warm < r["iter"] <= last]
     profiles = list((folder / "work").glob("*/profile.json"))
     return {
         "engine": engine,
-        "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
-        "spread": [min(r["tokens_per_s"] for r in records), max(r["tokens_per_s"] for r in records)],
-        "mfu": statistics.median(r["mfu"] for r in records),
-        "memory": max(r["memory"] for r in records),
-        "data_time": max(r["data_time"] for r in records),
+        **figures(folder / "work", a.warm, last),
         "first": first,
         "expected": expected,
-        "losses": [r["loss"] for r in records],
         "profile": json.loads(profiles[0].read_text())["parts"] if profiles else None,
     }

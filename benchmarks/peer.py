@@ -94,7 +94,7 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
     peer.model.train()
     optimizer = optimizer_of(case.states, peer.model)
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder), a.iterations * length // PACK + 6, case.long)
+        write_data(Path(folder), a.iterations * length // PACK + 6, PACK if case.long else 0)
         data = PackedDataset(load_intern_repo_tokenized_dataset(folder), length)
         packs = [Batch.of(data[i]) for i in range(a.iterations + 2)]
 

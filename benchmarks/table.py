@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cases import CASES, PACK, SHAPES, VOCABULARY
+from cases import CASES, PACK, SHAPES
 
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import peak_of, whole_pack_flops
@@ -20,8 +20,8 @@ LEGEND = (
 
 
 def shape_of(case: str) -> DecoderConfig:
-    hidden, layers, heads, ffn = SHAPES[CASES[case].shape]
-    return DecoderConfig(VOCABULARY, hidden, ffn, layers, heads, 8, 128)
+    s = SHAPES[CASES[case].shape]
+    return DecoderConfig(s.vocabulary, s.hidden, s.ffn, s.layers, s.heads, s.kv_heads, s.hidden // s.heads)
 
 
 def mfu_whole(case: str, tokens_per_s: float, gpu: str) -> float | None:

@@ -73,7 +73,7 @@ def main() -> None:
         if not a.tiny:
             with open(a.results, "a") as f:
                 f.write(json.dumps(found) + "\n")
-        print(json.dumps({k: v for k, v in found.items() if k != "losses"}, indent=1))
+        print(json.dumps({k: v for k, v in found.items() if k not in ("losses", "norms")}, indent=1))
     if a.table or not a.case:
         print(table(a.results))
 

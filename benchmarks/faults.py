@@ -1,0 +1,170 @@
+"""Ranks of one host that are stopped, killed or stand still while `xtuner train` runs, and what a resume makes of it.
+
+Signals come from outside, to real processes of our own launcher (NPROC_PER_NODE). Each drill is compared, iteration by
+iteration, with a run that nothing disturbs. Losses agree to 1e-5 in fp32 on CPUs, and to 1e-3 (of about 11) in bf16 on
+GPUs, where sums over another number of ranks are rounded in another order.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bandwidth import OFF
+from cases import SHAPES, Case, write_data
+from ours import config_of, words_of
+
+ITERATIONS = 24
+SAVE_EVERY = 6  # iterations
+SAVED = r"saved \S*iter_(\d+)\.pth"
+Act = Callable[[int], None]  # what is done to a launcher's process
+NAMES = ("stopped", "killed", "hung")
+
+
+class Ended(NamedTuple):
+    code: int
+    seconds: float  # from what was done to it until the last process was gone
+    text: str
+
+
+class Drill:
+    """Runs of one config in one folder.
+
+    Args:
+        gpus: the usual number of ranks.
+        tiny: on CPUs, in seconds.
+    """
+
+    def __init__(self, folder: Path, gpus: int, tiny: bool) -> None:
+        self.folder, self.gpus = folder, gpus
+        self.pack, shape = (512, "tiny") if tiny else (8192, "short")
+        self.tolerance = 1e-5 if tiny else 1e-3
+        data = folder / "data"
+        write_data(data, ITERATIONS * gpus + gpus, pack=self.pack, vocabulary=SHAPES[shape].vocabulary)
+        self.config = folder / "config.py"
+        self.config.write_text(config_of(Case(shape, shape, "fp32"), data, None, 0))
+        self.environ = {**os.environ, **OFF, "PYTHONUNBUFFERED": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if tiny else {})
+        self.environ["XTUNER_SILENT_SECONDS"] = "5" if tiny else "20"
+
+    def go(self, name: str, ranks: int, act: Act | None = None, when: str = "", **options: Any) -> Ended:
+        """Run until it ends; after the first line that matches `when`, do `act` to the launcher's process."""
+        words = [*words_of(self.config, self.folder / name, "fsdp"), "--resume", "--cfg-options"]
+        options = {"max_length": self.pack, "save_steps": SAVE_EVERY, **options}
+        words += [f"{key}={value}" for key, value in options.items()]
+        environ = {**self.environ, "NPROC_PER_NODE": str(ranks)}
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
+        assert process.stdout is not None
+        acted, lines = time.perf_counter(), []
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                if act and re.search(when, line):
+                    acted = time.perf_counter()
+                    act(process.pid)
+                    act = None
+        finally:
+            process.kill()  # interrupted: workers end with their parent
+        code = process.wait()
+        ended = Ended(code, time.perf_counter() - acted, "".join(lines))
+        with open(self.folder / f"{name}.log", "a") as f:
+            f.write(ended.text)
+        return ended
+
+    def losses(self, name: str) -> dict[int, list[float]]:
+        """What was logged of each iteration, once or, where it was run again, twice."""
+        found: dict[int, list[float]] = {}
+        for file in sorted((self.folder / name).glob("*/vis_data/scalars.json")):
+            for record in map(json.loads, file.read_text().splitlines()):
+                found.setdefault(record["iter"], []).append(record["loss"])
+        return found
+
+    def off(self, name: str) -> float:
+        """The largest difference of any iteration's loss from the undisturbed run's. All iterations must be there."""
+        ours, theirs = self.losses(name), self.losses("undisturbed")
+        if ours.keys() != theirs.keys():
+            return float("inf")
+        return max(abs(loss - theirs[i][0]) for i, every in ours.items() for loss in every)
+
+
+def worker(launcher: int, rank: int) -> int:
+    """The process of a rank, by its launcher."""
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return int(pid)
+    raise RuntimeError(f"process {launcher} has no rank {rank}")
+
+
+def first_resumed(text: str) -> int | None:
+    found = re.search(r"iter +(\d+)/", text)
+    return int(found[1]) if found else None
+
+
+def saved(text: str) -> int:
+    """The last iteration that a run has told to be saved; -1 for none."""
+    return int((re.findall(SAVED, text) or [-1])[-1])
+
+
+def drills(folder: Path, gpus: int, tiny: bool, names: Sequence[str] = NAMES) -> list[dict[str, Any]]:
+    """One after the other. Each record says whether it went as promised: named, ended, resumed, the same losses."""
+    shutil.rmtree(folder, ignore_errors=True)
+    d = Drill(folder, gpus, tiny)
+    found: list[dict[str, Any]] = []
+
+    def note(what: str, ended: Ended, wanted: bool, name: str, resumed: int | None) -> None:
+        off = d.off(name)
+        record = {
+            "gpus": gpus,
+            "tiny": tiny,
+            "what": what,
+            "code": ended.code,
+            "seconds": round(ended.seconds, 1),
+            "resumed_at": resumed,
+            "off": off,
+            "as_promised": wanted and off <= d.tolerance,
+        }
+        print(row(record), flush=True)
+        found.append(record)
+
+    print(HEAD, flush=True)
+    first = d.go("undisturbed", gpus, save_steps=ITERATIONS)
+    if first.code:
+        raise SystemExit(f"the undisturbed run ended with {first.code}:\n{first.text[-3000:]}")
+    last, terminate = gpus - 1, lambda pid: os.kill(pid, signal.SIGTERM)
+
+    if "stopped" in names:
+        stopped = d.go("stopped", gpus, terminate, r"iter +4/")
+        half = d.go("stopped", gpus // 2, terminate, r"iter +\d+/")
+        again = d.go("stopped", gpus)
+        wanted = (stopped.code, half.code, again.code) == (75, 75, 0)
+        resumed = first_resumed(half.text)
+        wanted = wanted and resumed == saved(stopped.text) + 1 and first_resumed(again.text) == saved(half.text) + 1
+        note(f"SIGTERM on {gpus}, again on {gpus // 2}, to the end on {gpus}", stopped, wanted, "stopped", resumed)
+
+    for name, number in (("killed", signal.SIGKILL), ("hung", signal.SIGSTOP)):
+        if name not in names:
+            continue
+        ended = d.go(name, gpus, lambda pid, n=number: os.kill(worker(pid, last), n), SAVED)
+        again = d.go(name, gpus)
+        resumed = first_resumed(again.text)
+        wanted = ended.code == (128 + signal.SIGKILL if name == "killed" else 1) and f"rank {last}" in ended.text
+        wanted = wanted and again.code == 0 and resumed == saved(ended.text) + 1
+        note(f"{number.name} of rank {last}, to the end on {gpus}", ended, wanted, name, resumed)
+    if all(record["as_promised"] for record in found):  # else logs and checkpoints are left to be looked at
+        shutil.rmtree(folder)
+    return found
+
+
+HEAD = "| what | exit code | gone after s | resumed at iteration | largest difference of a loss | as promised |\n"
+HEAD += "|---|---|---|---|---|---|"
+
+
+def row(r: Mapping[str, Any]) -> str:
+    promised = "yes" if r["as_promised"] else "NO"
+    cells = (r["what"], r["code"], r["seconds"], r["resumed_at"], f"{r['off']:.1e}", promised)
+    return "| " + " | ".join(map(str, cells)) + " |"

@@ -1,0 +1,94 @@
+"""What one H100 takes for one pack of 32,768 tokens, by part, and what engines cost there: all that predict.py is fed.
+
+A pack's attention is  a + b · Σ len²  over its documents, from packs of many documents and of one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cases import PACK, SHAPES
+
+from xtuner.model import from_scratch
+from xtuner.model.flops import num_parameters
+
+GIB = 2**30
+LONG = float(PACK**2)  # Σ len² of a pack that is one document
+USUAL = 93.6e6  # mean Σ len² of a pack of lognormal documents (balance.py), where the times below were measured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One H100 80GB (700 W), torch 2.11.0+cu130, 2026-11-24: ms of one pack of 32,768 tokens, all kernels of a kind."""
+
+    shape: str
+    products: float
+    attention: float
+    attention_long: float  # of a pack that is one document
+    elementwise: float
+    optimizer: float  # fp32 AdamW
+    copies: float
+    tokens_per_s: float  # of the whole run on one GPU; what kernels do not explain of it is idle
+
+    @property
+    def source(self) -> Any:
+        return from_scratch(**SHAPES[self.shape].fields(), activation_checkpointing=True)
+
+    @property
+    def parameters(self) -> int:
+        return num_parameters(self.source.config)
+
+    @property
+    def ends(self) -> int:
+        """Embedding and head."""
+        return 2 * self.source.config.vocab_size * self.source.config.hidden_size
+
+    @property
+    def block(self) -> float:
+        return (self.parameters - self.ends) / self.source.config.num_layers
+
+    @property
+    def b(self) -> float:
+        return (self.attention_long - self.attention) / (LONG - USUAL)
+
+    @property
+    def a(self) -> float:
+        return self.attention - self.b * USUAL
+
+    @property
+    def fixed(self) -> float:
+        """All but attention."""
+        return 1000 * PACK / self.tokens_per_s - self.attention
+
+    @property
+    def idle(self) -> float:
+        return self.fixed - self.products - self.elementwise - self.optimizer_there - self.copies
+
+    @property
+    def optimizer_there(self) -> float:
+        """Of the run that `tokens_per_s` is of: 7B fits one H100 with 8-bit moments only."""
+        return 44.0 if self.shape == "7b" else self.optimizer
+
+
+# 1.8B's whole run: between 48,495 and 50,400. Σ len² of the packs that the kernels were timed with was not kept: USUAL
+MODELS = {
+    "1.8b": Measured("1.8b", 466, 66, 643, 85, 22, 5, 49_400),
+    "7b": Measured("7b", 2079, 182, 1795, 187, 22 * 7.738 / 1.889, 14, 12_618),  # fp32 AdamW: 1.8B's, by parameters
+}
+# 1.8B on one H100, tokens a second, through each engine: what it costs beside the compute
+THROUGH = {"fsdp": 47_274, "zero1": 44_734, "zero2": 43_894, "zero3": 45_602}
+# Of these costs, passes over memory in bytes a parameter, as read: (over all parameters, over this rank's part of them)
+PASSES = {
+    "fsdp": (14, 39),  # gathered copied out twice, gradients in; masters cast twice, norm, clip, one rank's own sends
+    "zero1": (18, 30),  # gradient to bucket, divided, flattened, cast to fp32; taken, flattened, cast, norm, clip, cast
+    "zero2": (18, 30),
+    "zero3": (30, 32),  # gathered copied twice, cast, interleaved, divided; taken, cast, norm, clip, cast
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    free: float  # bytes that a process finds free on a GPU
+    slower: float = 1.0  # times of what memory bandwidth bounds, beside the H100's: 3.35 ÷ 4.8 TB/s
+
+
+MACHINES = {"H100": Machine(78 * GIB), "H200": Machine(139 * GIB, 3.35 / 4.8)}

@@ -1,0 +1,238 @@
+"""Several GPUs of one host, predicted by arithmetic from one GPU's measured times (one_gpu.py). Every term is printed.
+
+    time = compute + computed again + engine's own + optimizer ÷ ranks + collectives that nothing hides
+         + what hidden ones take from the compute beside them + attention of the rank with the most of it
+
+Each rank takes one pack an iteration (accumulative_counts = 1, where collectives weigh most). What is sent was read in
+torch 2.13 (FSDP2) and DeepSpeed 0.19.8, with the settings that are shipped:
+
+- ZeRO-1, ZeRO-2: gradients are bf16, cast to fp32 (communication_data_type) and *all-reduced* in buckets of 200 million
+  (use_multi_rank_bucket_allreduce is on by default: every rank receives all, and keeps its part). Hidden under the
+  backward (overlap_comm), but for the last bucket and the embedding. Then all weights are gathered in bf16: not hidden.
+- ZeRO-3: weights are gathered in bf16 before forward and backward; what is used again within 10⁹ parameters (head, last
+  blocks) stays. Only what the prefetch (50 million, and up to the end of a tensor) covers is taken as hidden.
+  Gradients are reduce-scattered in fp32, hidden but for the last bucket and the embedding.
+- FSDP2: a block's weights are gathered in bf16 before its forward and again before its backward; embedding and head,
+  the root's, once (they stay). Gradients are reduce-scattered in fp32, the root's and the first block's at the end.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from balance import Floats
+from bandwidth import bus_bytes
+from cases import PACK
+from one_gpu import GIB, MACHINES, MODELS, PASSES, THROUGH, Machine, Measured
+
+from xtuner.engine import memory, zero_config
+from xtuner.engine.optim import OptimWrapper
+from xtuner.model.flops import PEAK, matmul_parameters, training_flops
+from xtuner.model.plan import Plan
+
+ENGINES = ("fsdp", "zero1", "zero2", "zero3")
+BUCKET = 200e6  # numbers: reduce_bucket_size of the shipped settings
+PREFETCH = 50e6  # numbers: stage3_prefetch_bucket_size
+REUSE = 1e9  # numbers: stage3_max_reuse_distance, DeepSpeed's default
+TERMS = (
+    "products", "attention", "elementwise, copies", "idle", "computed again", "engine", "optimizer",
+    "exposed", "beside hidden", "slowest rank",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Links:
+    """How fast GPUs exchange: measured by bandwidth.py, else assumed.
+
+    Assumed: NVLink 4 has 450 GB/s each way; 350 (78 %) of it is reached without multicast, and a collective takes 50 µs
+    before the first byte. While one runs, compute beside it loses 15 % (NCCL takes 16 to 24 of 132 multiprocessors).
+    """
+
+    measured: dict[str, Any] | None = None
+
+    @property
+    def slowdown(self) -> float:
+        return float(self.measured["slowdown"]) if self.measured else 0.15
+
+    def ms(self, name: str, size: float, ranks: int) -> float:
+        """Of a collective whose whole tensor has `size` bytes."""
+        if ranks == 1 or not size:
+            return 0.0
+        sent = bus_bytes(name, int(size), ranks)
+        if not self.measured:
+            return 0.05 + sent / 350e9 * 1000
+        points = sorted((int(s), reached) for s, reached in self.measured["bytes_per_s"][name].items())
+        sizes, reached = zip(*points, strict=True)
+        return float(1000 * sent / np.interp(np.log(size), np.log(sizes), reached))
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Collectives of one iteration, ms."""
+
+    bytes: float  # that each rank sends
+    exposed: float  # that nothing hides
+    hidden: float
+
+
+def sent(m: Measured, engine: str, ranks: int, links: Links) -> Sent:
+    """What an engine sends in an iteration of one pack, and how much of it compute hides."""
+    layers, one = m.source.config.num_layers, m.ends / 2
+    share = m.block * layers / matmul_parameters(m.source.config)  # of the products; the head has the rest
+    compute = (m.products * share + m.attention + m.elementwise) / layers  # ms a block, forward and backward
+    forward, backward = compute * 0.3, compute * 0.7  # attention's backward is 2.5, the products' 2 forwards
+
+    def gather(n: float) -> float:
+        return links.ms("all_gather", 2 * n, ranks)
+
+    def scatter(n: float) -> float:
+        return links.ms("reduce_scatter", 4 * n, ranks)
+
+    def reduce(n: float) -> float:
+        return links.ms("all_reduce", 4 * n, ranks)
+
+    each = (ranks - 1) / ranks
+    if engine in ("zero1", "zero2"):
+        buckets = max((m.parameters - one) / BUCKET - 1, 0)
+        beside = backward * BUCKET / m.block
+        late = reduce(BUCKET) + reduce(one) + gather(m.parameters) + buckets * max(0, reduce(BUCKET) - beside)
+        return Sent((8 + 2) * m.parameters * each, late, buckets * min(reduce(BUCKET), beside))
+    if engine == "zero3":
+        staying = int(max(REUSE - 2 * one, 0) / (2 * m.block)) + 1  # blocks; and the head
+        covered, fetched = _prefetched(m), layers + layers - staying
+        late = fetched * gather(m.block - covered) + 2 * gather(one)  # the embedding, first and last
+        hides = gather(covered)
+        more = layers * max(0, scatter(m.block) + hides - backward)
+        bytes_sent = 2 * (2 * m.parameters - one - staying * m.block) + 4 * m.parameters
+        late += scatter(BUCKET) + scatter(one) + more
+        hidden = fetched * hides + gather(one) + scatter(m.parameters - one - BUCKET) - more
+        return Sent(bytes_sent * each, late, hidden)
+    late = gather(m.ends) + gather(m.block) + scatter(m.block) + scatter(m.ends)
+    late += (layers - 1) * max(0, gather(m.block) - forward)
+    late += (layers - 1) * max(0, gather(m.block) + scatter(m.block) - backward)
+    everything = gather(m.ends) + 2 * layers * gather(m.block) + layers * scatter(m.block) + scatter(m.ends)
+    return Sent((2 * (m.parameters + layers * m.block) + 4 * m.parameters) * each, late, everything - late)
+
+
+def _prefetched(m: Measured) -> float:
+    """Numbers of a block that ZeRO-3 gathers before they are needed: whole tensors, until there are 50 million."""
+    c, covered = m.source.config, 0.0
+    joint = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    ffn = c.hidden_size * c.intermediate_size
+    for tensor in (c.hidden_size * joint, c.num_heads * c.head_dim * c.hidden_size, ffn, ffn, ffn):
+        if covered < PREFETCH:
+            covered += tensor
+    return covered
+
+
+def room(m: Measured, engine: str, ranks: int, free: float) -> tuple[int, Plan] | None:
+    """(bytes of state, what a pack may keep), as engine/memory.py decides; None if it does not fit."""
+    optim, cpu = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), torch.device("cpu")
+    if engine == "fsdp":
+        state = memory.of_fsdp(m.source, optim, cpu, ranks).state
+    else:
+        zero = zero_config.read(f"deepspeed_{engine}")["zero_optimization"]
+        state = memory.of_zero(m.source, optim, cpu, ranks, zero).state
+    left = int(free - state - memory.RESERVE)
+    plan = Plan(m.source.config, 2, max(left, 0))
+    return (state, plan) if plan.peak(PACK) <= left else None
+
+
+def again(m: Measured, plan: Plan) -> float:
+    """ms of what is computed twice, at the speed of the products that were measured."""
+    c, total = m.source.config, 0.0
+    ms = m.products / (6 * matmul_parameters(c))  # of one multiplication-addition a token, times 2
+    joint = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    whole = 2 * m.block * ms + (m.attention / 3.5 + m.elementwise / 3) / c.num_layers
+    for keep in plan.keeps(PACK):
+        if not keep.attention:
+            total += whole
+            continue
+        total += 2 * ms * c.hidden_size * joint * (not keep.qkv)
+        total += 2 * ms * c.hidden_size * c.num_heads * c.head_dim * (not keep.residual)
+        total += 2 * ms * c.hidden_size * 2 * c.intermediate_size * (not keep.gate_up)
+    return total
+
+
+def engines_own(m: Measured, engine: str, ranks: int, slower: float) -> float:
+    """ms that an engine costs beside compute, optimizer and collectives: 1.8B's on one GPU, by parameters."""
+    small = MODELS["1.8b"]
+    there = room(small, engine, 1, MACHINES["H100"].free)
+    assert there
+    cost = 1000 * PACK / THROUGH[engine] - 1000 * PACK / small.tokens_per_s - again(small, there[1])
+    everywhere, mine = PASSES[engine]
+    left = (everywhere + mine / ranks) / (everywhere + mine)
+    return cost * left * slower * m.parameters / small.parameters
+
+
+@dataclass(frozen=True)
+class Prediction:
+    terms: dict[str, float]  # ms of an iteration
+    bytes: float  # that each rank sends
+    tokens_per_s: float  # of one GPU
+    mfu: float
+    peak: float  # bytes of memory
+
+
+def alone(m: Measured, machine: Machine, squares: Floats) -> float:
+    """Tokens a second of one GPU without an engine."""
+    bound = m.elementwise + m.optimizer_there + m.copies
+    times = m.fixed - bound + bound * machine.slower + m.a + m.b * squares
+    return float(1000 * PACK / times.mean())
+
+
+def predict(m: Measured, machine: Machine, engine: str, ranks: int, squares: Floats, links: Links) -> Prediction | None:
+    """One engine on so many GPUs; None if it does not fit.
+
+    Args:
+        squares: Σ len² of the packs in the order in which they are taken.
+    """
+    fits = room(m, engine, ranks, machine.free)
+    if fits is None:
+        return None
+    state, plan = fits
+    collectives = sent(m, engine, ranks, links)
+    each = squares[: len(squares) // ranks * ranks].reshape(-1, ranks)
+    slowest = float(each.max(axis=1).mean())
+    values = (
+        m.products,
+        m.a + m.b * float(squares.mean()),
+        (m.elementwise + m.copies) * machine.slower,
+        m.idle,
+        again(m, plan),
+        engines_own(m, engine, ranks, machine.slower),
+        m.optimizer * machine.slower / ranks,
+        collectives.exposed,
+        links.slowdown * collectives.hidden,
+        m.b * (slowest - float(squares.mean())),
+    )
+    terms, ms = dict(zip(TERMS, values, strict=True)), sum(values)
+    flops = training_flops(m.source.config, PACK, int(squares.mean()))
+    return Prediction(
+        terms, collectives.bytes, 1000 * PACK / ms, flops / (ms / 1000 * PEAK["H100"]), state + plan.peak(PACK)
+    )
+
+
+def table(links: Links, squares: Floats, ranks: int) -> str:
+    """All machines, models and engines on so many GPUs; every row's terms, in ms, add up to its time.
+
+    The last column: if packs were dealt so that no rank waits for a slower one.
+    """
+    head = f"| {ranks} GPUs | {' | '.join(TERMS)} | ms | GB sent | tok/s/GPU | MFU | GiB | of one GPU | dealt |"
+    lines = [head, "|---|" + "---|" * (len(TERMS) + 7)]
+    for kind, machine in MACHINES.items():
+        for name, m in MODELS.items():
+            for engine in ENGINES:
+                p = predict(m, machine, engine, ranks, squares, links)
+                if p is None:
+                    lines.append(f"| {kind}, {name}, {engine} | does not fit |" + " |" * (len(TERMS) + 6))
+                    continue
+                base, ms = alone(m, machine, squares), sum(p.terms.values())
+                cells = " | ".join(f"{ms:.0f}" for ms in p.terms.values())
+                lines.append(
+                    f"| {kind}, {name}, {engine} | {cells} | {ms:.0f} | {p.bytes / 1e9:.1f} "
+                    f"| {p.tokens_per_s:,.0f} | {p.mfu:.3f} | {p.peak / GIB:.0f} | {p.tokens_per_s / base:.1%} "
+                    f"| {1000 * PACK / (ms - p.terms['slowest rank']) / base:.1%} |"
+                )
+    return "\n".join(lines)

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cases import CASES
 from ours import config_of, watched
 
@@ -29,6 +30,7 @@ from xtuner.engine.adamw import FORMS
 WAYS = {form: [f"states={form}"] for form in FORMS} | {"fp8": ["states=fp32", "model.products=fp8"]}
 DEMO = "internlm2_tiny_w_tokenized_dataset_copy.py"
 UNSEEN = r"validation at iteration .*\ball ([\d.]+)"
+WINDOW = 20  # iterations
 PACK, LR, WARM_UP = 8192, 3e-4, 0.1
 
 
@@ -60,10 +62,36 @@ def measure(name: str, config: Path, options: list[str], work: Path) -> dict[str
     losses = [r["loss"] for r in map(json.loads, scalars.read_text().splitlines()) if "loss" in r]
     quarter = len(losses) // 4
     return {
+        "losses": losses,
         "quarters": [statistics.mean(losses[i : i + quarter]) for i in range(0, 4 * quarter, quarter)],
-        "last": statistics.mean(losses[-20:]),
+        "last": statistics.mean(losses[-WINDOW:]),
         "unseen": float(unseen[1]),
     }
+
+
+def draw(curves: dict[str, list[float]], picture: Path) -> None:
+    """Training losses, and how far each lies from the first; means over WINDOW iterations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    means = {way: np.convolve(losses, np.ones(WINDOW) / WINDOW, "valid") for way, losses in curves.items()}
+    first, *others = means
+    iterations = WINDOW + np.arange(len(means[first]))
+    for i, (way, mean) in enumerate(means.items()):
+        left.plot(iterations, mean, color=f"C{i}", label=way, linewidth=1)
+    for i, way in enumerate(others, 1):
+        right.plot(iterations, means[way] - means[first], color=f"C{i}", label=way, linewidth=1)
+    right.axhline(0, color="C0", linewidth=1)
+    left.set(title="Training loss", xlabel="iteration", ylabel="nats a token")
+    right.set(title=f"Difference from {first}", xlabel="iteration")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False)
+    figure.savefig(picture, dpi=100)
 
 
 def main() -> None:
@@ -74,7 +102,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="with --text: a folder with InternLM2's tokenizer.model")
     parser.add_argument("--iterations", type=int, default=250, help="with --text")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--picture", type=Path, help="draw the losses of all ways: .png or .svg")
     a = parser.parse_args()
+    picture = a.picture.resolve() if a.picture else None
     folder = Path(tempfile.mkdtemp(prefix="xtuner-states-"))
     if a.demo:
         os.chdir(a.demo)  # its paths are relative
@@ -85,11 +115,15 @@ def main() -> None:
         config.write_text(config_of(CASES["1.8b"], folder / "train", a.tokenizer, 0))
         options = [f"val_folder={folder / 'valid'}", f"val_interval={a.iterations}", "save_steps=-1"]
         options += [f"max_length={PACK}", f"lr={LR}", f"warm_up_ratio={WARM_UP}"]
-    print("| way | training loss by quarter | last 20 | unseen |\n" + "|---" * 4 + "|", flush=True)
+    print(f"| way | training loss by quarter | last {WINDOW} | unseen |\n" + "|---" * 4 + "|", flush=True)
+    curves = {}
     for name in a.ways:
         r = measure(name, config, options, folder / f"work-{name}")
+        curves[name] = r["losses"]
         quarters = " ".join(f"{q:.4f}" for q in r["quarters"])
         print(f"| {name} | {quarters} | {r['last']:.4f} | {r['unseen']:.4f} |", flush=True)
+    if picture:
+        draw(curves, picture)
 
 
 if __name__ == "__main__":

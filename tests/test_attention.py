@@ -1,5 +1,7 @@
 """Which attention is chosen, and FlexAttention's mask; how exact each is, GPUs show (test_gpu.py)."""
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -43,6 +45,7 @@ def test_the_mask_of_documents_holds_the_blocks_that_are_seen(lengths: list[int]
 def test_the_fastest_that_runs_is_chosen() -> None:
     assert attention.choose(CPU, torch.float32, 64) == attention.choose(CPU, torch.bfloat16, 128) == "loop"
     assert attention.choose(CPU, torch.float32, 64, "loop") == "loop"
+    assert get_args(attention.Name) == tuple(attention.BACKENDS)
     with pytest.raises(ConfigError, match=r"FlashAttention-4 cannot run here: it does not run on cpu"):
         attention.choose(CPU, torch.bfloat16, 128, "flash4")
     with pytest.raises(ConfigError, match=r"no attention backend 'flash'") as error:

@@ -1,11 +1,13 @@
 """Products in fp8: exact where fp8 can hold the numbers, near elsewhere, and a model that learns alike."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from xtuner.core.errors import ConfigError
 from xtuner.model import from_scratch
-from xtuner.model.ops.products import KINDS, OWN, quantize_columns, quantize_rows
+from xtuner.model.ops.products import KINDS, OWN, Kind, quantize_columns, quantize_rows
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -81,5 +83,6 @@ def test_products_that_cannot_be_computed_are_refused() -> None:
         from_scratch(products="int8", hidden_size=256, intermediate_size=512, **shape).build()
     with pytest.raises(ConfigError, match=r"products = 'fp8' .* sides of weights, 256, 512, 256, 500, have to be"):
         from_scratch(products="fp8", hidden_size=256, intermediate_size=500, **shape).build()
+    assert get_args(Kind) == tuple(KINDS)
     model = from_scratch(hidden_size=256, intermediate_size=512, **shape).build()
     assert all(block.products is OWN for block in model.model.layers)

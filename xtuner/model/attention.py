@@ -8,6 +8,7 @@ once, when the model is built, by device, dtype and what is installed; each is e
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +17,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.model.ops import varlen
 from xtuner.model.ops.varlen import Attend
 
+Name = Literal["flash4", "cudnn", "varlen", "flex", "loop"]  # of a backend
 HALF = (torch.bfloat16, torch.float16)
 
 

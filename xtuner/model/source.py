@@ -11,8 +11,9 @@ from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.model import attention, families
+from xtuner.model.attention import Name
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
-from xtuner.model.ops.products import KINDS, STEP
+from xtuner.model.ops.products import KINDS, STEP, Kind
 from xtuner.model.plan import Plan
 from xtuner.model.weights import Part, fill
 
@@ -108,8 +109,8 @@ def from_pretrained(
     pretrained_model_name_or_path: str,
     use_varlen_attn: bool = True,
     activation_checkpointing: bool = False,
-    attention: str | None = None,
-    products: str = "own",
+    attention: Name | None = None,
+    products: Kind = "own",
 ) -> ModelSource:
     """Start from weights in a folder, in the Hugging Face cache, or on a hub.
 
@@ -133,8 +134,8 @@ def from_pretrained(
 def from_scratch(
     use_varlen_attn: bool = True,
     activation_checkpointing: bool = False,
-    attention: str | None = None,
-    products: str = "own",
+    attention: Name | None = None,
+    products: Kind = "own",
     seed: int | None = None,
     **shape: Any,
 ) -> ModelSource:

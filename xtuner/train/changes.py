@@ -8,7 +8,8 @@ from typing import Any
 READ = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "default_hooks", "randomness")
 # Changes that no weight feels. Data are compared by their contents, not by where they lie.
 HARMLESS = (
-    "model.activation_checkpointing", "model.pretrained_model_name_or_path", "model.path", "model.llm",
+    "model.activation_checkpointing", "model.attention",
+    "model.pretrained_model_name_or_path", "model.path", "model.llm",
     "optim_wrapper.accumulative_counts",  # packs an iteration of all ranks are compared themselves
     "train_dataloader.num_workers", "train_dataloader.dataset.dataset_cfg.folder",
     "train_dataloader.dataset.dataset_cfg.data_order_path", "train_dataloader.dataset.dataset_cfg.cache_dir",

@@ -9,11 +9,12 @@ attention, the output layer, and all that is no training (sampling, evaluation).
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch.nn import functional as F
 
+Kind = Literal["own", "fp8"]
 LARGEST = 448.0  # of e4m3
 STEP = 16  # what the sides of a weight have to be multiples of
 

@@ -22,7 +22,8 @@ import xtuner
 from xtuner.core.secrets import mask, mask_command
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-OPTIONAL = ("deepspeed", "matplotlib", "transformers")  # used where they are; all else that we import is required
+# used where they are; all else that we import is required
+OPTIONAL = ("deepspeed", "matplotlib", "transformers", "triton", "flash-attn-4", "nvidia-cudnn-frontend")
 GIT_SECONDS = 2.0
 NVIDIA_SMI_SECONDS = 5.0
 # Variables that change what a run does or where it runs

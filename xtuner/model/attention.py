@@ -36,6 +36,10 @@ class Backend:
 
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """What keeps it from running here."""
+        return self.unfit(device, dtype, head_dim) or (None if self.find() else f"it needs {self.install}")
+
+    def unfit(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """What would keep it from running here, were it installed."""
         if self.devices and device.type not in self.devices:
             return f"it does not run on {device.type}"
         if self.dtypes and dtype not in self.dtypes:
@@ -44,7 +48,7 @@ class Backend:
             return f"heads of {head_dim} are not among {', '.join(map(str, self.head_dims))}"
         if self.majors and torch.cuda.get_device_capability(device)[0] not in self.majors:
             return f"it does not know a {torch.cuda.get_device_name(device)}"
-        return None if self.find() else f"it needs {self.install}"
+        return None
 
 
 def attend_loop(
@@ -65,9 +69,9 @@ BACKENDS = {
         "FlashAttention-4", varlen.flash_4, "pip install 'xtuner[flash]'", majors=(9, 10), head_dims=(64, 96, 128)
     ),
     "cudnn": Backend("cuDNN", varlen.cudnn, "pip install 'xtuner[cudnn]'", majors=(9, 10), head_dims=(64, 128)),
-    "varlen": Backend("PyTorch's variable-length attention", varlen.varlen),
+    "varlen": Backend("PyTorch's varlen_attn", varlen.varlen),
     "flex": Backend("FlexAttention", varlen.flex),
-    "loop": Backend("PyTorch's attention, document by document", lambda: attend_loop, devices=(), dtypes=()),
+    "loop": Backend("PyTorch, document by document", lambda: attend_loop, devices=(), dtypes=()),
 }
 
 
@@ -88,6 +92,12 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str 
             do="leave it out: then the fastest that runs is taken",
         )
     return wanted
+
+
+def to_install(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend | None:
+    """The one that would be chosen if all were installed; None if it is."""
+    first = next(b for b in BACKENDS.values() if b.unfit(device, dtype, head_dim) is None)
+    return None if first.find() else first
 
 
 def attend_by(name: str) -> Attend:

@@ -22,6 +22,7 @@ PYTHON = (3, 11)
 SAFE_TORCH = (2, 10)  # older ones run code from files (CVE-2025-32434, CVE-2026-24747)
 GIB = 2**30
 CHECKPOINT = 21.1 * GIB  # of the 1.8B model with its optimizer
+HEAD_DIM = 128  # of all InternLM2 models
 ENOUGH = {"memory": 8 * GIB, "shm": GIB, "files": 4096, "speed": 100e6}  # below: a note
 SPEED_BYTES = 128 * 2**20
 USES = {  # optional packages
@@ -219,6 +220,7 @@ def _variables() -> Iterator[Row]:
 def _self_test() -> Iterator[Row]:
     import torch
 
+    from xtuner.model.attention import BACKENDS, to_install
     from xtuner.model.selftest import TOLERANCE, matmul_error, packed_error
 
     for name in ["cpu", *(f"cuda:{i}" for i in range(len(machine.gpus())))]:
@@ -227,9 +229,11 @@ def _self_test() -> Iterator[Row]:
         backend, error = packed_error(device, dtype)
         right = error < TOLERANCE[dtype]
         precision = str(dtype).removeprefix("torch.")
-        found = f"{precision} gradients by {backend} attention differ from documents one by one by {error:.1e}"
+        found = f"{precision} gradients, attention by {BACKENDS[backend].about}, are right to {error:.1e}"
         do = "" if right else "do not train on it: reinstall torch, or look at the hardware"
         yield Row(f"test {name}", OK if right else PROBLEM, found, do)
+        if better := to_install(device, dtype, HEAD_DIM):
+            yield Row(f"fast {name}", NOTE, f"{better.about} is not installed; it is faster", better.install)
         product = matmul_error(device)
         right = product < TOLERANCE[torch.bfloat16]
         do = "" if right else "do not train in bf16 on it"

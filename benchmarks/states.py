@@ -54,7 +54,7 @@ def write_text(text: Path, tokenizer: str, folder: Path, packs: int) -> None:
 def measure(name: str, config: Path, options: list[str], work: Path) -> dict[str, Any]:
     """Train in one way up to its loss on unseen documents."""
     words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(work), "--cfg-options"]
-    words += [*options, *WAYS[name], "evaluation_inputs=[]", "save_optimizer=False"]
+    words += [*options, *WAYS[name], "evaluation_inputs=[]", "save_optimizer=False", "default_hooks.logger.interval=1"]
     lines = [line for _, line in watched(words, UNSEEN)]
     if not (unseen := re.search(UNSEEN, lines[-1])):
         raise SystemExit(f"{name} did not get to its end:\n{''.join(lines[-30:])}")
@@ -108,7 +108,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="xtuner-states-"))
     if a.demo:
         os.chdir(a.demo)  # its paths are relative
-        config, options = Path(DEMO), ["val_folder=data/valid"]
+        config, options = Path(DEMO), ["val_folder=data/valid", "val_interval=1000000"]  # at the end
     else:
         write_text(a.text, a.tokenizer, folder, a.iterations)
         config = folder / "config.py"

@@ -84,7 +84,8 @@ class FSDPStrategy(ShardedStrategy):
         grads = [p.grad for p in self._model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        applied = self._may_step and bool(norm.isfinite())
+        value = norm.item()  # the last wait for the device: what follows it on the host goes on beside the update
+        applied = self._may_step and math.isfinite(value)
         if applied:
             if max_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), max_norm, norm)
@@ -92,7 +93,7 @@ class FSDPStrategy(ShardedStrategy):
                 group["lr"] = lr
             self.optimizer.step()
         self._refresh()
-        return norm.item(), applied
+        return value, applied
 
     def _shards(self) -> dict[str, Shard]:
         shards = {}

@@ -64,10 +64,11 @@ class SingleStrategy(ShardedStrategy):
         if not self._has_targets:
             return 0.0, False
         norm = self._update.norm()
-        applied = self._finite and bool(norm.isfinite())
+        value = norm.item()  # the last wait for the device: what follows it on the host goes on beside the update
+        applied = self._finite and math.isfinite(value)
         if applied:
             self._update.apply(lr, max_norm, norm)
-        return norm.item(), applied
+        return value, applied
 
     def _shards(self) -> dict[str, Shard]:
         return self._update.shards()

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from xtuner.core.errors import ConfigError
-from xtuner.model import attention
+from xtuner.model import attention, from_scratch
 from xtuner.model.ops.varlen import BLOCK, document_mask
 
+SHAPE = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+    num_key_value_heads=1,
+)  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -45,12 +49,14 @@ def test_the_mask_of_documents_holds_the_blocks_that_are_seen(lengths: list[int]
 def test_the_fastest_that_runs_is_chosen() -> None:
     assert attention.choose(CPU, torch.float32, 64) == attention.choose(CPU, torch.bfloat16, 128) == "loop"
     assert attention.choose(CPU, torch.float32, 64, "loop") == "loop"
+    for name in attention.BACKENDS:  # an engine's first look at the network, on no device
+        from_scratch(attention=name, **SHAPE).empty(torch.device("meta"), torch.float32)
     assert get_args(attention.Name) == tuple(attention.BACKENDS)
     with pytest.raises(ConfigError, match=r"FlashAttention-4 cannot run here: it does not run on cpu"):
         attention.choose(CPU, torch.bfloat16, 128, "flash4")
     with pytest.raises(ConfigError, match=r"no attention backend 'flash'") as error:
         attention.choose(CPU, torch.bfloat16, 128, "flash")
-    assert "flash4, cudnn, varlen, flex, loop" in error.value.do
+    assert "flash4, varlen, cudnn, flex, loop" in error.value.do
     gpu, flash = torch.device("cuda"), attention.BACKENDS["flash4"]
     assert flash.why_not(gpu, torch.float32, 128) == "it does not compute in float32"
     assert flash.why_not(gpu, torch.bfloat16, 80) == "heads of 80 are not among 64, 96, 128"

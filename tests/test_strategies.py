@@ -25,6 +25,7 @@ from xtuner.engine import choose, zero_config
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.families import write_config
+from xtuner.model.ops.products import Kind
 from xtuner.model.source import ModelSource, from_scratch
 
 ITERATIONS, PACKS, LR, MAX_NORM = 10, 4, 1e-3, 1.0
@@ -42,14 +43,15 @@ KINDS = {  # name → (ranks, --deepspeed, --fsdp)
 }
 
 
-def source() -> ModelSource:
+def source(products: Kind = "own") -> ModelSource:
     """An odd vocabulary and kv rows, so that nothing divides evenly over ranks."""
     return from_scratch(
         activation_checkpointing=True,
+        products=products,
         seed=0,
         vocab_size=401,
         hidden_size=64,
-        intermediate_size=120,
+        intermediate_size=120 if products == "own" else 112,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -73,7 +75,7 @@ def packs() -> list[Batch]:
     return found
 
 
-def make(kind: str, folder: Path, ranks: int) -> Strategy:
+def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strategy:
     _, zero, fsdp = KINDS.get(kind, (1, None, None))
     if zero == "zero0.json":
         settings = {**zero_config.read("deepspeed_zero1"), "zero_optimization": {"stage": 0}}
@@ -85,7 +87,8 @@ def make(kind: str, folder: Path, ranks: int) -> Strategy:
         zero = str(folder / "zero3.json")
         Path(zero).write_text(json.dumps(settings))
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks)
-    return choose.strategy(choose.choose(source(), optim, CPU, zero, fsdp), source(), optim, CPU)
+    model = source(products)
+    return choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
 
 
 def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bool]]:
@@ -162,6 +165,20 @@ def test_a_strategy_equals_one_process(kind: str, alone: Path, tmp_path: Path, m
     strategy.load(tmp_path / "half")
     for (loss, _, _), (true_loss, _, _) in zip(go(strategy, range(5, 10)), expected[5:], strict=True):
         assert abs(loss - true_loss) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp"])
+def test_engines_multiply_in_fp8_as_one_process_does(kind: str, tmp_path: Path) -> None:
+    """One iteration; after it, weights that differ in their last bits are rounded to other numbers of 8 bits."""
+    ((expected, norm, _),) = go(make("single", tmp_path, 1, "fp8"), range(1))
+
+    def trained(_: Ranks, folder: Path) -> None:
+        ((loss, their_norm, applied),) = go(make(kind, folder, 2, "fp8"), range(1))
+        assert applied
+        assert abs(loss - expected) < 1e-5
+        assert abs(their_norm - norm) < 1e-5 * norm
+
+    assert on_ranks(2, trained, tmp_path) == [0, 0]
 
 
 def test_any_number_of_ranks_and_any_strategy(alone: Path, tmp_path: Path) -> None:

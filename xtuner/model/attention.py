@@ -17,7 +17,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.model.ops import varlen
 from xtuner.model.ops.varlen import Attend
 
-Name = Literal["flash4", "cudnn", "varlen", "flex", "loop"]  # of a backend
+Name = Literal["flash4", "varlen", "cudnn", "flex", "loop"]  # of a backend
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -33,6 +33,7 @@ class Backend:
     majors: Collection[int] = ()  # compute capabilities
     dtypes: Collection[torch.dtype] = HALF
     head_dims: Collection[int] = ()
+    by_itself: bool = True  # whether it is chosen unless it is asked for
 
     def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """What keeps it from running here."""
@@ -68,8 +69,10 @@ BACKENDS = {
     "flash4": Backend(
         "FlashAttention-4", varlen.flash_4, "pip install 'xtuner[flash]'", majors=(9, 10), head_dims=(64, 96, 128)
     ),
-    "cudnn": Backend("cuDNN", varlen.cudnn, "pip install 'xtuner[cudnn]'", majors=(9, 10), head_dims=(64, 128)),
-    "varlen": Backend("PyTorch's varlen_attn", varlen.varlen),
+    "varlen": Backend("PyTorch's varlen_attn", varlen.varlen, majors=(8, 9, 10, 11, 12)),
+    "cudnn": Backend(
+        "cuDNN", varlen.cudnn, "pip install 'xtuner[cudnn]'", majors=(9, 10), head_dims=(64, 128), by_itself=False
+    ),
     "flex": Backend("FlexAttention", varlen.flex),
     "loop": Backend("PyTorch, document by document", lambda: attend_loop, devices=(), dtypes=()),
 }
@@ -78,7 +81,8 @@ BACKENDS = {
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str | None = None) -> str:
     """Name of the fastest backend that runs here, or the `wanted` one if it does."""
     if wanted is None:
-        return next(name for name, b in BACKENDS.items() if b.why_not(device, dtype, head_dim) is None)
+        fit = (name for name, b in BACKENDS.items() if b.by_itself and b.why_not(device, dtype, head_dim) is None)
+        return next(fit)
     if wanted not in BACKENDS:
         raise ConfigError(
             f"there is no attention backend {wanted!r}",
@@ -96,7 +100,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str 
 
 def to_install(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend | None:
     """The one that would be chosen if all were installed; None if it is."""
-    first = next(b for b in BACKENDS.values() if b.unfit(device, dtype, head_dim) is None)
+    first = next(b for b in BACKENDS.values() if b.by_itself and b.unfit(device, dtype, head_dim) is None)
     return None if first.find() else first
 
 

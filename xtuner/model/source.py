@@ -37,12 +37,12 @@ class ModelSource:
     products: str = "own"  # or "fp8", see ops/products.py
 
     def empty(self, device: torch.device, dtype: torch.dtype) -> CausalLM:
-        """The network with uninitialised weights on `device` ("meta": without memory), attention backend chosen."""
+        """The network with uninitialised weights on `device`, configured; on "meta" without memory, and not."""
         with torch.device("meta"):
             model = CausalLM(self.config).to(dtype)
         if device.type != "meta":
             model = model.to_empty(device=device)
-        self.configure(model, device, dtype)
+            self.configure(model, device, dtype)
         return model
 
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
@@ -64,7 +64,9 @@ class ModelSource:
         elif self.products == "fp8":
             width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
             sides = (c.hidden_size, width, c.num_heads * c.head_dim, c.intermediate_size)
-            if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+            if device.type not in ("cpu", "cuda"):
+                why = f"they are not built for {device.type}"
+            elif device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0)):
                 why = f"a {torch.cuda.get_device_name(device)} cannot scale them row by row"
             elif device.type == "cuda" and dtype != torch.bfloat16:
                 why = "they come out in bf16, and everything else is not"
@@ -120,7 +122,7 @@ def from_pretrained(
         use_varlen_attn: must be True; documents of a pack do not see each other.
         activation_checkpointing: compute again in the backward what memory cannot hold; on CPUs all but each block's
             input.
-        attention: a backend by name, flash4, cudnn, varlen, flex or loop; without one, the fastest that runs.
+        attention: a backend by name, flash4, varlen, cudnn, flex or loop; without one, the fastest that runs.
         products: what blocks multiply with their weights in while they learn: "own", the dtype of everything else, or
             "fp8" (Hopper and later GPUs; see ops/products.py).
     """

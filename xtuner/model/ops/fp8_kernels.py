@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-LARGEST = tl.constexpr(448.0)
+LARGEST, SMALLEST = tl.constexpr(448.0), tl.constexpr(1e-30)
 TILE = 64
 
 
@@ -15,7 +15,7 @@ def _rows(X, OUT, SCALE, C, BLOCK: tl.constexpr):
     mask = at < C
     x = tl.load(X + row * C + at, mask, 0.0).to(tl.float32)
     largest = tl.max(tl.abs(x))
-    factor = tl.where(largest > 0, LARGEST / largest, 1.0)
+    factor = tl.where(largest > SMALLEST, LARGEST / largest, 1.0)
     tl.store(OUT + row * C + at, (x * factor).to(tl.float8e4nv), mask)
     tl.store(SCALE + row, 1 / factor)
 
@@ -34,7 +34,7 @@ def _columns(W, LARGE, OUT, SCALE, N, K, TILE: tl.constexpr):
     n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
     largest = tl.load(LARGE + k, k < K, 0.0).to(tl.float32)
-    factor = tl.where(largest > 0, LARGEST / largest, 1.0)
+    factor = tl.where(largest > SMALLEST, LARGEST / largest, 1.0)
     inside = (n[:, None] < N) & (k[None, :] < K)
     w = tl.load(W + n[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32)
     turned = tl.trans((w * factor[None, :]).to(tl.float8e4nv))
@@ -44,6 +44,7 @@ def _columns(W, LARGE, OUT, SCALE, N, K, TILE: tl.constexpr):
 
 
 def quantize_columns(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    w_NK = w_NK.contiguous()
     N, K = w_NK.shape
     largest = torch.linalg.vector_norm(w_NK, float("inf"), dim=0)
     out = w_NK.new_empty(K, N, dtype=torch.float8_e4m3fn)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 Kind = Literal["own", "fp8"]
 LARGEST = 448.0  # of e4m3
+SMALLEST = 1e-30  # rows below it count as zeros: 448 over their largest would come near fp32's end
 STEP = 16  # what the sides of a weight have to be multiples of
 
 
@@ -85,7 +86,7 @@ def quantize_rows(x_TK: torch.Tensor) -> Rows:
         return Rows(*fp8_kernels.quantize_rows(x_TK))
     x32 = x_TK.float()
     largest = x32.abs().amax(1, keepdim=True)
-    factor = torch.where(largest > 0, LARGEST / largest, 1.0)
+    factor = torch.where(largest > SMALLEST, LARGEST / largest, 1.0)
     return Rows((x32 * factor).to(torch.float8_e4m3fn), 1 / factor)
 
 

@@ -17,9 +17,11 @@ from xtuner.core.files import user_cache
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 BLOCK = 128  # tokens; FlexAttention leaves out whole blocks that nobody sees
-# cuDNN builds a graph (0.2 s) for each number of documents and longest length: both are rounded up, so that few differ.
+# cuDNN builds a graph (0.2 s) for each number of documents and longest length, which are rounded up so that few differ,
+# and for each 64 tokens of a micro-batch's length: it is for packs that are not cut.
 DOCUMENTS = 64  # in steps of so many, the last ones empty
 SHORTEST = 1024  # longest lengths are powers of two from here on
+SUMS = 2**30  # bytes of cuDNN's log-sums, as if all documents were as long as the longest; else varlen_attn takes over
 
 
 @cache
@@ -50,6 +52,7 @@ def cudnn() -> Attend | None:
         import cudnn.sdpa.fwd.torch_op  # noqa: F401
     except ImportError:
         return None
+    otherwise = varlen()
 
     def attend(
         q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
@@ -57,6 +60,8 @@ def cudnn() -> Attend | None:
         empty = -(len(cu_seqlens) - 1) % DOCUMENTS
         borders = torch.cat((cu_seqlens, cu_seqlens[-1:].expand(empty)))
         longest = max(SHORTEST, 1 << (max_seqlen - 1).bit_length())
+        if otherwise and 4 * len(borders) * q_TND.shape[1] * longest > SUMS:
+            return otherwise(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen)
         out, _ = torch.ops.cudnn.sdpa_fwd(
             q_TND, k_TKD, v_TKD, q_TND.shape[-1] ** -0.5, is_causal=True, cu_seqlens_q=borders, cu_seqlens_kv=borders,
             max_seqlen_q=longest, max_seqlen_kv=longest,

@@ -167,4 +167,6 @@ def table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        raise SystemExit("this is one process of `several.py bandwidth`")
     worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "1")

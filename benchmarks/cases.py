@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 from synthetic import documents
 
+from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
+from xtuner.data.pack import PackedDataset
 from xtuner.data.write import write_bin
 
 PACK = 32768
+PACKS = 64  # written for every case, so that all that is measured takes the same ones
 MEDIAN = 700  # tokens of a document
 
 
@@ -69,6 +72,13 @@ def write_data(folder: Path, packs: int, length: int = 0, pack: int = PACK, voca
     else:
         texts = documents(packs * pack, vocabulary, MEDIAN * pack // PACK, pack, 0)
     write_bin(folder / "synthetic.bin", texts)
+
+
+def in_order(folder: Path, pack: int = PACK) -> tuple[PackedDataset, list[int]]:
+    """The packs of a folder, and their numbers in the order in which `xtuner train` takes them."""
+    described = dict(type=load_intern_repo_tokenized_dataset, folder=str(folder))
+    packs = build_packed_dataset(described, pack, seed=1024)
+    return packs, [int(n) for n in InternRepoSampler(packs, rank=0, world_size=1, seed=1024).permutation()]
 
 
 def machine() -> dict[str, str]:

@@ -10,10 +10,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cases import PACK, SHAPES, Case, write_data
+from cases import PACK, PACKS, SHAPES, Case, write_data
 
 from xtuner.config.load import SHIPPED
 
@@ -58,6 +59,32 @@ def watched(words: list[str], until: str, environ: Mapping[str, str] = os.enviro
     process.wait()
 
 
+@dataclass
+class Followed:
+    """What a run has told: seconds to its first iteration, the memory that it expected, its last line."""
+
+    first: float | None = None
+    expected: str = ""
+    last: str = ""
+
+
+def follow(
+    words: list[str], iterations: int, log: Path, environ: Mapping[str, str] = os.environ, echo: bool = False
+) -> Followed:
+    """Run `xtuner train` until so many iterations are done; its output goes to `log`."""
+    told = Followed()
+    with open(log, "w") as f:
+        for seconds, told.last in watched(words, rf"iter +{iterations}/", environ):
+            f.write(told.last)
+            if echo:
+                print(told.last, end="", flush=True)
+            if told.first is None and re.search(r"iter +1/", told.last):
+                told.first = seconds
+            if found := re.search(r"memory: .*", told.last):
+                told.expected = found[0]
+    return told
+
+
 def figures(work: Path, warm: int, last: int) -> dict[str, Any]:
     """What a run has written of its iterations after the first `warm`, up to `last`; losses and norms of all."""
     (scalars,) = work.glob("*/vis_data/scalars.json")
@@ -82,28 +109,20 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     engine = " ".join([a.engine, *chosen.values()])
     folder = Path(a.folder or tempfile.mkdtemp(prefix="xtuner-bench-")) / f"{case.name}-{engine.replace(' ', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_data(folder / "data", a.iterations + 4, PACK if case.long else 0)
+    write_data(folder / "data", PACKS, PACK if case.long else 0)
     last = a.iterations - (3 if a.profile else 0)
     config = folder / "config.py"
     config.write_text(config_of(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0))
     words = words_of(config, folder / "work", a.engine)
     words += ["--cfg-options", *(f"model.{name}={value}" for name, value in chosen.items())] if chosen else []
-    first, expected = None, ""
-    with open(folder / "log", "w") as log:
-        for seconds, line in watched(words, rf"iter +{a.iterations}/"):
-            log.write(line)
-            print(line, end="", flush=True)
-            if first is None and re.search(r"iter +1/", line):
-                first = seconds
-            if found := re.search(r"memory: .*", line):
-                expected = found[0]
-    if first is None:
+    told = follow(words, a.iterations, folder / "log", echo=True)
+    if told.first is None:
         raise SystemExit(f"{case.name} did not get to its first iteration; see {folder / 'log'}")
     profiles = list((folder / "work").glob("*/profile.json"))
     return {
         "engine": engine,
         **figures(folder / "work", a.warm, last),
-        "first": first,
-        "expected": expected,
+        "first": told.first,
+        "expected": told.expected,
         "profile": json.loads(profiles[0].read_text())["parts"] if profiles else None,
     }

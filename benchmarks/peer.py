@@ -20,13 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import PACK, VOCABULARY, Case, write_data
+from cases import PACK, PACKS, VOCABULARY, Case, in_order, write_data
 from table import shape_of
 from torch import nn
 
 from xtuner.data.batch import Batch
-from xtuner.data.index import load_intern_repo_tokenized_dataset
-from xtuner.data.pack import PackedDataset
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.train.profile import KernelTimer, by_part
@@ -74,7 +72,10 @@ def build(s: Settings) -> Peer:
 
 def optimizer_of(states: str, model: nn.Module) -> torch.optim.Optimizer:
     if states == "8bit":
-        from torchao.optim import AdamW8bit
+        try:
+            from torchao.optim import AdamW8bit
+        except ModuleNotFoundError as e:
+            raise SystemExit(f"{e}; AdamW with 8-bit moments is torchao's: pip install torchao") from e
 
         return AdamW8bit(model.parameters(), lr=4e-5, weight_decay=0.01, bf16_stochastic_round=True)
     return torch.optim.AdamW(model.parameters(), lr=4e-5, weight_decay=0.01, fused=True)
@@ -94,9 +95,9 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
     peer.model.train()
     optimizer = optimizer_of(case.states, peer.model)
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder), a.iterations * length // PACK + 6, PACK if case.long else 0)
-        data = PackedDataset(load_intern_repo_tokenized_dataset(folder), length)
-        packs = [Batch.of(data[i]) for i in range(a.iterations + 2)]
+        write_data(Path(folder), 6 if a.tiny else PACKS, PACK if case.long else 0)
+        data, order = in_order(Path(folder), length)
+        packs = [Batch.of(data[i]) for i in order[: a.iterations + 2]]
 
     def backward(pack: Batch) -> torch.Tensor:
         loss = peer.loss(pack.to(device))

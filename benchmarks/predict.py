@@ -160,7 +160,9 @@ def engines_own(m: Measured, engine: str, ranks: int, slower: float) -> float:
     small = MODELS["1.8b"]
     there = room(small, engine, 1, MACHINES["H100"].free)
     assert there
-    cost = 1000 * PACK / THROUGH[engine] - 1000 * PACK / small.tokens_per_s - again(small, there[1])
+    tokens_per_s, squares = THROUGH[engine]
+    compute = small.fixed + small.a + small.b * squares
+    cost = 1000 * PACK / tokens_per_s - compute - again(small, there[1])
     everywhere, mine = PASSES[engine]
     left = (everywhere + mine / ranks) / (everywhere + mine)
     return cost * left * slower * m.parameters / small.parameters

@@ -24,10 +24,9 @@ import predict
 import torch
 from balance import Floats
 from bandwidth import OFF
-from cases import PACK, SHAPES, Case, write_data
-from ours import config_of, figures, watched, words_of
+from cases import PACK, SHAPES, Case, in_order, write_data
+from ours import config_of, figures, follow, words_of
 
-from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
 from xtuner.engine.memory import RESERVE
 
 ITERATIONS, WARM, COMPARED = 12, 4, 4  # of a speed run, of these not counted, of a reference
@@ -102,10 +101,9 @@ def data(folder: Path, tiny: bool, even: bool = False) -> Path:
 @cache
 def squares(path: Path, tiny: bool) -> Floats:
     """Σ len² of the packs of `data`, in the order in which runs take them."""
-    folder = dict(type=load_intern_repo_tokenized_dataset, folder=str(path))
-    packs = build_packed_dataset(folder, TINY_PACK if tiny else PACK)
-    order = InternRepoSampler(packs, rank=0, world_size=1).permutation()
-    return np.array([(np.diff(packs.raw(int(p)).borders).astype(float) ** 2).sum() for p in order])
+    pack = TINY_PACK if tiny else PACK
+    packs, order = in_order(path, pack)
+    return np.array([(np.diff(packs.raw(n).borders).astype(float) ** 2).sum() for n in order])
 
 
 def run(jobs: Sequence[Job], results: Path, folder: Path, tiny: bool, minutes: float) -> int:
@@ -159,22 +157,15 @@ def measure(job: Job, folder: Path, tiny: bool, gpus: Sequence[str]) -> dict[str
     words += [f"max_length={TINY_PACK}"] if tiny else []
     environ = {**os.environ, **OFF, "NPROC_PER_NODE": str(job.gpus), "XTUNER_STUCK_SECONDS": PATIENCE}
     environ["CUDA_VISIBLE_DEVICES"] = "" if tiny else ",".join(gpus)
-    first, expected, last = None, "", ""
-    with open(place / "log", "w") as log:
-        for seconds, line in watched(words, rf"iter +{job.iterations}/", environ):
-            log.write(line)
-            last = line
-            if first is None and re.search(r"iter +1/", line):
-                first = seconds
-            expected = found[0] if (found := re.search(r"memory: .*", line)) else expected
+    told = follow(words, job.iterations, place / "log", environ)
     record: dict[str, Any] = {"job": list(job), "states": states, "tiny": tiny, "date": time.strftime("%Y-%m-%d")}
     record |= {"device": device(tiny), "torch": torch.__version__}
-    if not re.search(rf"iter +{job.iterations}/", last):
-        print(f"{job.name}: failed, see {place / 'log'}\n  {last}", flush=True)
-        return record | {"failed": last}
+    if not re.search(rf"iter +{job.iterations}/", told.last):
+        print(f"{job.name}: failed, see {place / 'log'}\n  {told.last}", flush=True)
+        return record | {"failed": told.last}
     found = figures(place / "work", min(WARM, job.iterations - 1), job.iterations)
     print(f"{job.name}: {found['mean'] / job.gpus:,.0f} tok/s/GPU, loss {found['losses'][-1]:.4f}", flush=True)
-    return record | found | {"first": first, "expected": expected}
+    return record | found | {"first": told.first, "expected": told.expected}
 
 
 def read(results: Path) -> list[dict[str, Any]]:

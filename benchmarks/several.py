@@ -87,12 +87,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where data, checkpoints and logs go (default: RESULTS/work)")
     a = parser.parse_args()
     here = 2 if a.tiny else runs.gpus_here()
-    if a.verb in ("predict", "balance"):
+    if a.verb == "balance":
+        if a.gpus:
+            parser.error("balance is of 2, 4, 8 and 64 ranks, wherever they are")
+        print(balance.table(one_gpu.MODELS))
+        return
+    if a.verb == "predict":
         a.gpus = a.gpus or [2, 4, 8]
+        if a.gpus == [1]:
+            parser.error("--gpus 1: one GPU has nothing to predict")
     elif here < 2:
         parser.error("there are not two GPUs here; --tiny runs on two CPU processes")
     a.gpus = a.gpus or [n for n in (1, 2, 4, 8) if n <= here]
-    if a.verb not in ("predict", "balance") and a.gpus[-1] > here:
+    if a.verb != "predict" and a.gpus[-1] > here:
         parser.error(f"--gpus {a.gpus[-1]}: there are {here} here")
     if a.verb in ("faults", "all") and a.gpus[-1] % 2:
         parser.error(f"--gpus {a.gpus[-1]}: faults resume on half as many")
@@ -112,7 +119,7 @@ def main() -> None:
         failed += show_runs(a)
     if a.verb in ("faults", "all"):
         failed += show_faults(a)
-    if a.verb in ("balance", "all"):
+    if a.verb == "all":
         print(balance.table(one_gpu.MODELS))
     raise SystemExit(1 if failed else 0)
 

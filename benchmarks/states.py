@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--picture", type=Path, help="draw the losses of all ways: .png or .svg")
     a = parser.parse_args()
+    if a.text and not a.tokenizer:
+        parser.error("--text needs --tokenizer")
     picture = a.picture.resolve() if a.picture else None
     folder = Path(tempfile.mkdtemp(prefix="xtuner-states-"))
     if a.demo:

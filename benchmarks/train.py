@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import ours
-from cases import CASES, machine
+from cases import CASES, PACKS, machine
 from table import table
 
 PEERS = ("hf", "hf-liger", "torchtitan")
@@ -52,9 +52,13 @@ def main() -> None:
     a = parser.parse_args()
     if a.iterations <= a.warm + (3 if a.profile and a.engine in ours.ENGINES else 0):
         parser.error("--iterations leaves none to count")
+    if a.iterations > PACKS - 2:
+        parser.error(f"--iterations: there are {PACKS} packs")
     if a.case:
         case = replace(CASES[a.case], states=a.states or CASES[a.case].states)
         if a.engine in PEERS:
+            if a.products or a.tokenizer or a.folder:
+                parser.error("--products, --tokenizer and --folder are for ours")
             import peer
 
             found = peer.measure(case, a, begin)

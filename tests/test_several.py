@@ -38,19 +38,20 @@ def test_what_each_engine_sends(bench: Any) -> None:
 
 def test_a_prediction_begins_with_what_was_measured(bench: Any) -> None:
     predict, one_gpu = bench("predict"), bench("one_gpu")
-    usual, h100, links = np.full(64, one_gpu.USUAL), one_gpu.MACHINES["H100"], predict.Links()
+    usual, h100, links = np.full(64, 93.6e6), one_gpu.MACHINES["H100"], predict.Links()
     for m in one_gpu.MODELS.values():
-        assert predict.alone(m, h100, usual) == pytest.approx(m.tokens_per_s)
-        one_document = 32_768_000 / m.tokens_per_s - m.attention + m.attention_long  # ms
+        assert predict.alone(m, h100, np.full(64, m.squares)) == pytest.approx(m.tokens_per_s)
+        one_document = m.fixed + m.attention_long  # ms
         assert predict.alone(m, h100, np.array([one_gpu.LONG])) == pytest.approx(32_768_000 / one_document)
+    assert one_gpu.MODELS["7b"].a + one_gpu.MODELS["7b"].b * 129.7e6 == pytest.approx(286, rel=0.02)  # as measured
     m = one_gpu.MODELS["1.8b"]
-    for engine, tokens_per_s in one_gpu.THROUGH.items():
-        found = predict.predict(m, h100, engine, 1, usual, links)
+    for engine, (tokens_per_s, squares) in one_gpu.THROUGH.items():
+        found = predict.predict(m, h100, engine, 1, np.full(64, squares), links)
         assert found.tokens_per_s == pytest.approx(tokens_per_s)  # one GPU through the engine: its own figure
         assert found.terms["exposed"] == found.terms["slowest rank"] == 0
     # one rank of two has 10⁸ more: all of an iteration wait for it
     uneven = predict.predict(m, h100, "fsdp", 2, np.array([1e8, 2e8] * 8), links)
-    assert uneven.terms["slowest rank"] == pytest.approx((643 - 66) / (2**30 - 93.6e6) * 0.5e8)
+    assert uneven.terms["slowest rank"] == pytest.approx((643 - 66) / (2**30 - 66.5e6) * 0.5e8)
     # at 1 GB/s everywhere, half a second for a rank's half of a gibibyte, and nothing is hidden any more
     names, at_all_sizes = ("all_reduce", "all_gather", "reduce_scatter"), {"1024": 1e9, str(2**30): 1e9}
     slow = predict.Links({"slowdown": 0.5, "bytes_per_s": {name: at_all_sizes for name in names}})

@@ -14,6 +14,7 @@ torch 2.13 (FSDP2) and DeepSpeed 0.19.8, with the settings that are shipped:
   Gradients are reduce-scattered in fp32, hidden but for the last bucket and the embedding.
 - FSDP2: a block's weights are gathered in bf16 before its forward and again before its backward; embedding and head,
   the root's, once (they stay). Gradients are reduce-scattered in fp32, the root's and the first block's at the end.
+  All this for each micro-batch: where a pack does not fit whole, it is cut.
 """
 
 from dataclasses import dataclass
@@ -76,11 +77,12 @@ class Sent:
     hidden: float
 
 
-def sent(m: Measured, engine: str, ranks: int, links: Links) -> Sent:
-    """What an engine sends in an iteration of one pack, and how much of it compute hides."""
+def sent(m: Measured, engine: str, ranks: int, links: Links, parts: int = 1) -> Sent:
+    """What an engine sends in an iteration of one pack, cut into so many parts by FSDP, and how much compute hides."""
     layers, one = m.source.config.num_layers, m.ends / 2
     share = m.block * layers / matmul_parameters(m.source.config)  # of the products; the head has the rest
     compute = (m.products * share + m.attention + m.elementwise) / layers  # ms a block, forward and backward
+    compute /= parts
     forward, backward = compute * 0.3, compute * 0.7  # attention's backward is 2.5, the products' 2 forwards
 
     def gather(n: float) -> float:
@@ -112,7 +114,8 @@ def sent(m: Measured, engine: str, ranks: int, links: Links) -> Sent:
     late += (layers - 1) * max(0, gather(m.block) - forward)
     late += (layers - 1) * max(0, gather(m.block) + scatter(m.block) - backward)
     everything = gather(m.ends) + 2 * layers * gather(m.block) + layers * scatter(m.block) + scatter(m.ends)
-    return Sent((2 * (m.parameters + layers * m.block) + 4 * m.parameters) * each, late, everything - late)
+    bytes_sent = (2 * (m.parameters + layers * m.block) + 4 * m.parameters) * each
+    return Sent(parts * bytes_sent, parts * late, parts * (everything - late))
 
 
 def _prefetched(m: Measured) -> float:
@@ -126,8 +129,17 @@ def _prefetched(m: Measured) -> float:
     return covered
 
 
-def room(m: Measured, engine: str, ranks: int, free: float) -> tuple[int, Plan] | None:
-    """(bytes of state, what a pack may keep), as engine/memory.py decides; None if it does not fit."""
+@dataclass(frozen=True)
+class Room:
+    """As engine/memory.py decides: bytes of state, what blocks may keep, micro-batches that a pack is cut into."""
+
+    state: int
+    plan: Plan
+    parts: int
+
+
+def room(m: Measured, engine: str, ranks: int, free: float) -> Room | None:
+    """None if it does not fit."""
     optim, cpu = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), torch.device("cpu")
     if engine == "fsdp":
         state = memory.of_fsdp(m.source, optim, cpu, ranks).state
@@ -136,16 +148,20 @@ def room(m: Measured, engine: str, ranks: int, free: float) -> tuple[int, Plan] 
         state = memory.of_zero(m.source, optim, cpu, ranks, zero).state
     left = int(free - state - memory.RESERVE)
     plan = Plan(m.source.config, 2, max(left, 0))
-    return (state, plan) if plan.peak(PACK) <= left else None
+    parts = 1
+    if engine == "fsdp":
+        largest = plan.largest(PACK)
+        parts = -(-PACK // (largest if largest >= memory.LEAST else memory.USUAL))
+    return Room(state, plan, parts) if plan.peak(PACK // parts) <= left else None
 
 
-def again(m: Measured, plan: Plan) -> float:
+def again(m: Measured, there: Room) -> float:
     """ms of what is computed twice, at the speed of the products that were measured."""
     c, total = m.source.config, 0.0
     ms = m.products / (6 * matmul_parameters(c))  # of one multiplication-addition a token, times 2
     joint = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     whole = 2 * m.block * ms + (m.attention / 3.5 + m.elementwise / 3) / c.num_layers
-    for keep in plan.keeps(PACK):
+    for keep in there.plan.keeps(PACK // there.parts):
         if not keep.attention:
             total += whole
             continue
@@ -155,17 +171,18 @@ def again(m: Measured, plan: Plan) -> float:
     return total
 
 
-def engines_own(m: Measured, engine: str, ranks: int, slower: float) -> float:
-    """ms that an engine costs beside compute, optimizer and collectives: 1.8B's on one GPU, by parameters."""
+def engines_own(m: Measured, engine: str, ranks: int, slower: float, parts: int) -> float:
+    """ms that an engine costs beside compute, optimizer and collectives: 1.8B's on one GPU, by parameters; once for
+    each part of a pack."""
     small = MODELS["1.8b"]
     there = room(small, engine, 1, MACHINES["H100"].free)
     assert there
     tokens_per_s, squares = THROUGH[engine]
     compute = small.fixed + small.a + small.b * squares
-    cost = 1000 * PACK / tokens_per_s - compute - again(small, there[1])
+    cost = 1000 * PACK / tokens_per_s - compute - again(small, there)
     everywhere, mine = PASSES[engine]
     left = (everywhere + mine / ranks) / (everywhere + mine)
-    return cost * left * slower * m.parameters / small.parameters
+    return cost * left * slower * parts * m.parameters / small.parameters
 
 
 @dataclass(frozen=True)
@@ -190,11 +207,10 @@ def predict(m: Measured, machine: Machine, engine: str, ranks: int, squares: Flo
     Args:
         squares: Σ len² of the packs in the order in which they are taken.
     """
-    fits = room(m, engine, ranks, machine.free)
-    if fits is None:
+    there = room(m, engine, ranks, machine.free)
+    if there is None:
         return None
-    state, plan = fits
-    collectives = sent(m, engine, ranks, links)
+    collectives = sent(m, engine, ranks, links, there.parts)
     each = squares[: len(squares) // ranks * ranks].reshape(-1, ranks)
     slowest = float(each.max(axis=1).mean())
     values = (
@@ -202,8 +218,8 @@ def predict(m: Measured, machine: Machine, engine: str, ranks: int, squares: Flo
         m.a + m.b * float(squares.mean()),
         (m.elementwise + m.copies) * machine.slower,
         m.idle,
-        again(m, plan),
-        engines_own(m, engine, ranks, machine.slower),
+        again(m, there),
+        engines_own(m, engine, ranks, machine.slower, there.parts),
         m.optimizer * machine.slower / ranks,
         collectives.exposed,
         links.slowdown * collectives.hidden,
@@ -211,9 +227,8 @@ def predict(m: Measured, machine: Machine, engine: str, ranks: int, squares: Flo
     )
     terms, ms = dict(zip(TERMS, values, strict=True)), sum(values)
     flops = training_flops(m.source.config, PACK, int(squares.mean()))
-    return Prediction(
-        terms, collectives.bytes, 1000 * PACK / ms, flops / (ms / 1000 * PEAK["H100"]), state + plan.peak(PACK)
-    )
+    peak = there.state + there.plan.peak(PACK // there.parts)
+    return Prediction(terms, collectives.bytes, 1000 * PACK / ms, flops / (ms / 1000 * PEAK["H100"]), peak)
 
 
 def table(links: Links, squares: Floats, ranks: int) -> str:

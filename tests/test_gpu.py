@@ -199,7 +199,7 @@ def test_what_is_kept_changes_no_gradient(room: int | None) -> None:
     loss = whole.forward_backward([pack], pack.num_targets)
     plan = Plan(source.config, 2, None if room is None else room * 2**20)
     cut.model.model.keeps = plan.keeps
-    parts = pack.split(1040)
+    parts = pack.split(pack.num_parts(1040))
     assert [p.num_tokens for p in parts] == [1024, 1024]
     assert abs(loss - cut.forward_backward(parts, pack.num_targets)) < 1e-3
     for name, gradient in whole.gradients.items():

@@ -135,7 +135,7 @@ def test_a_pack_in_parts(most: int) -> None:
     ids, positions = torch.arange(T) + 3, torch.cat([torch.arange(n) for n in lengths])
     targets = torch.where(torch.arange(T) % 3 > 0, ids, -100)
     pack = Batch.of(dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders), 7)
-    parts = pack.split(most)
+    parts = pack.split(pack.num_parts(most))
     for key in ("input_ids", "targets", "position_ids"):
         assert torch.cat([getattr(p, key) for p in parts]).equal(getattr(pack, key))
     assert [n for p in parts for n in p.cu_seqlens.diff().tolist()] == lengths
@@ -149,6 +149,13 @@ def test_a_pack_in_parts(most: int) -> None:
         assert parts == [pack]
     elif most == 64:
         assert [p.num_tokens for p in parts] == [64, 61]
+    more = pack.split(9)  # than there are fragments: the last parts say nothing
+    assert sum(p.num_targets for p in more) == pack.num_targets
+    assert torch.cat([p.input_ids for p in more if p.num_targets]).tolist() == [i for i in ids.tolist()]
+    assert [p.num_targets for p in more[-2:]] == [0, 0]
+    assert (more[-1].targets == -100).all()
+    assert more[-1].num_tokens == more[-1].max_seqlen == 16
+    assert len(more) == 9
 
 
 def test_parts_and_what_is_kept_change_no_gradient() -> None:
@@ -160,7 +167,7 @@ def test_parts_and_what_is_kept_change_no_gradient() -> None:
     for keep in [Keep(False, False, False, False), *(Keep(True, *kept) for kept in product((False, True), repeat=3))]:
         other = strategy("fp32")
         other.model.model.keeps = lambda tokens, keep=keep: [keep] * 2
-        parts = [part for pack in these for part in pack.split(44)]
+        parts = [part for pack in these for part in pack.split(pack.num_parts(44))]
         assert len(parts) == 8
         assert other.forward_backward(parts, targets) == pytest.approx(loss, abs=1e-6)
         for name, gradient in whole.gradients.items():

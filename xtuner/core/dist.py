@@ -96,6 +96,18 @@ class Ranks:
         _distributed().all_reduce(total, group=self._group)
         return float(total)
 
+    def most(self, values: list[int]) -> list[int]:
+        """The largest of each entry over all ranks, whose lists are equally long."""
+        if self.size == 1:
+            return values
+        import torch
+
+        note("the largest over all")
+        distributed = _distributed()
+        largest = torch.tensor(values, dtype=torch.int64)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
+        return largest.tolist()
+
     def reduce(self, tensor: Any, to: int) -> None:
         """Sum a tensor over all ranks into that of rank `to`; the others' become undefined."""
         note(f"a tensor of {tensor.numel():,} elements to rank {to}")

@@ -65,17 +65,29 @@ class Batch:
         """Σ len² over fragments: what the cost of attention goes with."""
         return int(self.cu_seqlens.diff().long().square().sum())
 
-    def split(self, most: int) -> list["Batch"]:
-        """Parts cut at fragment borders, about equally long, of at most `most` tokens; a longer fragment is one."""
-        if self.num_tokens <= most:
+    def num_parts(self, most: int) -> int:
+        """How many parts of at most `most` tokens there are, cut at fragment borders; a longer fragment is one."""
+        return 1 if self.num_tokens <= most else len(_cut(self.cu_seqlens.diff().tolist(), most))
+
+    def split(self, count: int) -> list["Batch"]:
+        """So many parts, cut at fragment borders, about equally long; where fragments are too few, idle ones follow."""
+        if count == 1:
             return [self]
         lengths = self.cu_seqlens.diff().tolist()
-        low, high = 1, most  # the least capacity that needs no more parts than `most` does
-        fewest = len(_cut(lengths, most))
+        low, high = 1, self.num_tokens  # the least capacity that needs no more parts
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if len(_cut(lengths, middle)) <= fewest else (middle + 1, high)
-        return [self._part(begin, end) for begin, end in _cut(lengths, high)]
+            low, high = (low, middle) if len(_cut(lengths, middle)) <= count else (middle + 1, high)
+        parts = [self._part(begin, end) for begin, end in _cut(lengths, high)]
+        return parts + [self._idle()] * (count - len(parts))
+
+    def _idle(self) -> "Batch":
+        """Some tokens to go through the motions with, where other ranks have another part."""
+        tokens = slice(0, min(self.num_tokens, 16))
+        ids = self.input_ids[tokens]
+        borders = torch.tensor([0, len(ids)], dtype=torch.int32)
+        positions = torch.arange(len(ids))
+        return Batch(ids, torch.full_like(ids, IGNORE), positions, borders, len(ids), 0, self.pack)
 
     def _part(self, begin: int, end: int) -> "Batch":
         """Fragments `begin` to `end`."""

@@ -67,10 +67,15 @@ class FSDPStrategy(ShardedStrategy):
         if not num_targets:
             return 0.0
         total = torch.zeros((), device=self.device)
-        for i, pack in enumerate(batch):  # also without targets: other ranks wait for the collectives
-            dist.note(f"forward and backward of pack {i + 1} of {len(batch)}")
-            self._root.set_requires_gradient_sync(i == len(batch) - 1)
-            b = pack.to(self.device)
+        counts = dist.ALL.most([self.memory.parts(pack) for pack in batch])
+        parts = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
+        for i, part in enumerate(parts):  # also without targets: other ranks wait for the collectives
+            dist.note(f"forward and backward of micro-batch {i + 1} of {len(parts)}")
+            last = i == len(parts) - 1
+            # whole gradients would take the room for which packs are cut; copies of the model sum theirs once
+            self._root.set_requires_gradient_sync(last or len(parts) > len(batch))
+            self._root.set_requires_all_reduce(last)
+            b = part.to(self.device)
             loss = self._model(
                 b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets
             )

@@ -14,6 +14,7 @@ import torch
 
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, logger
+from xtuner.data.batch import Batch
 from xtuner.engine.adamw import FORMS
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.flops import num_parameters
@@ -34,13 +35,13 @@ class Memory:
     plan: Plan
     most: int | None = None
 
-    def micro_batch(self, tokens: int) -> int:
-        """How long the parts of a pack of so many tokens may be."""
-        return tokens if self.most is None else min(tokens, self.most)
+    def parts(self, pack: Batch) -> int:
+        """How many micro-batches to cut a pack into."""
+        return 1 if self.most is None else pack.num_parts(self.most)
 
     def tell(self, pack: int) -> None:
         """Log what has been decided, for packs of so many tokens."""
-        tokens = self.micro_batch(pack)
+        tokens = pack if self.most is None else min(pack, self.most)
         keeps = self.plan.keeps(tokens)
         shown = "nothing is computed twice"
         if not self.plan.fits(tokens):
@@ -63,13 +64,13 @@ def of_single(source: ModelSource, optim: OptimWrapper, device: torch.device) ->
 def of_fsdp(source: ModelSource, optim: OptimWrapper, device: torch.device, cut: int) -> Memory:
     """For one of `cut` ranks: masters and moments cut, embedding and head whole, and two blocks with a gradient.
 
-    Gradients come while what blocks keep goes, and need no room of their own, unless they are summed over packs: then
-    they are whole until the last.
+    Gradients come while what blocks keep goes, and need no room of their own, unless they are summed over whole packs:
+    then they are whole until the last.
     """
     c, itemsize = source.config, optim.compute_dtype(device).itemsize
     parameters, ends = num_parameters(c), 2 * c.vocab_size * c.hidden_size
     whole = ends + 2 * (parameters - ends) // c.num_layers if optim.accumulative_counts == 1 else parameters
-    return share_out(12 * parameters // cut + (itemsize + 4) * whole, source, optim, device, cut=False)
+    return share_out(12 * parameters // cut + (itemsize + 4) * whole, source, optim, device)
 
 
 def of_zero(

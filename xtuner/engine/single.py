@@ -49,7 +49,7 @@ class SingleStrategy(ShardedStrategy):
         for gradient in self._update.sums.values():
             gradient.reset()
         total = torch.zeros((), device=self.device)
-        for part in (p for pack in batch for p in pack.split(self.memory.micro_batch(pack.num_tokens))):
+        for part in (p for pack in batch for p in pack.split(self.memory.parts(pack))):
             if part.num_targets:
                 b = part.to(self.device)
                 loss = self._model(

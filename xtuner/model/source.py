@@ -13,7 +13,8 @@ from xtuner.core.files import read_json
 from xtuner.model import attention, families
 from xtuner.model.attention import Name
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
-from xtuner.model.ops.products import KINDS, STEP, Kind
+from xtuner.model.ops import products
+from xtuner.model.ops.products import Kind
 from xtuner.model.plan import Plan
 from xtuner.model.weights import Part, fill
 
@@ -48,36 +49,21 @@ class ModelSource:
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention backend, how products are computed, and what the backward keeps."""
         model.use_attention(self.attention_backend(device, dtype))
-        self._require_products(device, dtype)
+        c = self.config
+        width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+        sides = (c.hidden_size, width, c.num_heads * c.head_dim, c.intermediate_size)
+        if why := products.why_not(self.products, sides, device, dtype):
+            raise ConfigError(
+                f"products = {self.products!r} cannot be used: {why}",
+                where="model.products",
+                do="leave it out: products are then computed in the dtype of everything else",
+            )
         model.use_products(self.products)
         model.model.keeps = Plan(self.config, dtype.itemsize, 0 if self.recompute else None).keeps
 
     def attention_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Name of the one that training uses there."""
         return attention.choose(device, dtype, self.config.head_dim, self.attention)
-
-    def _require_products(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises ConfigError where the products that are wanted cannot be computed."""
-        c, why = self.config, ""
-        if self.products not in KINDS:
-            why = f"there is {' and '.join(KINDS)}"
-        elif self.products == "fp8":
-            width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-            sides = (c.hidden_size, width, c.num_heads * c.head_dim, c.intermediate_size)
-            if device.type not in ("cpu", "cuda"):
-                why = f"they are not built for {device.type}"
-            elif device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0)):
-                why = f"a {torch.cuda.get_device_name(device)} cannot scale them row by row"
-            elif device.type == "cuda" and dtype != torch.bfloat16:
-                why = "they come out in bf16, and everything else is not"
-            elif any(side % STEP for side in sides):
-                why = f"sides of weights, {', '.join(map(str, sides))}, have to be multiples of {STEP}"
-        if why:
-            raise ConfigError(
-                f"products = {self.products!r} cannot be used: {why}",
-                where="model.products",
-                do="leave it out: products are then computed in the dtype of everything else",
-            )
 
     def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         """Give this process's `parts` their first values. One full parameter more is in memory at a time.

@@ -8,6 +8,7 @@ gradients of weights, d^T x, are summed over tokens, where large and small rows 
 attention, the output layer, and all that is no training (sampling, evaluation).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -76,6 +77,23 @@ class Fp8:
 
 OWN = Own()
 KINDS: dict[str, Products] = {"own": OWN, "fp8": Fp8()}
+
+
+def why_not(name: str, sides: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps products of weights with such sides from being computed so; `dtype` is that of everything else."""
+    if name not in KINDS:
+        return f"there is {' and '.join(KINDS)}"
+    if name != "fp8":
+        return None
+    if device.type not in ("cpu", "cuda"):
+        return f"they are not built for {device.type}"
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0)):
+        return f"a {torch.cuda.get_device_name(device)} cannot scale them row by row"
+    if device.type == "cuda" and dtype != torch.bfloat16:
+        return "they come out in bf16, and everything else is not"
+    if any(side % STEP for side in sides):
+        return f"sides of weights, {', '.join(map(str, sides))}, have to be multiples of {STEP}"
+    return None
 
 
 def quantize_rows(x_TK: torch.Tensor) -> Rows:

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import faulthandler
     import os
     import sys
     from pathlib import Path
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core import log
     from xtuner.engine import launch, workers
 
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # where each thread stood if a library crashes, or a mapped file is cut off
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in words, not in frames of C++
     config = load(args.config, args.cfg_options)
     if args.launcher in ("none", "pytorch"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from cases import PACK, PACKS, SHAPES, Case, write_data
 
 from xtuner.config.load import SHIPPED
@@ -104,6 +105,8 @@ def figures(work: Path, warm: int, last: int) -> dict[str, Any]:
 
 def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     """Run `xtuner train` on a case until the iterations asked for are done; the row of the table."""
+    if not torch.cuda.is_available():
+        raise SystemExit("these models are measured on a GPU")
     chosen = {"attention": a.attention, "products": a.products}
     chosen = {name: value for name, value in chosen.items() if value}
     engine = " ".join([a.engine, *chosen.values()])

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from xtuner.data.stats import pack_costs
+
 Floats = npt.NDArray[np.float64]
 
 RANKS = (2, 4, 8, 64)
@@ -26,11 +28,7 @@ MIXES = {
 
 def squares(lengths: npt.NDArray[np.int64], pack: int) -> Floats:
     """Σ len² of each pack, documents laid end to end and cut every `pack` tokens; the tail fills none."""
-    ends = np.cumsum(lengths)
-    packs = int(ends[-1]) // pack
-    borders = np.unique(np.concatenate((ends[ends < packs * pack], np.arange(1, packs + 1) * pack)))
-    pieces = np.diff(borders, prepend=0).astype(float)
-    return np.bincount((borders - 1) // pack, pieces**2, minlength=packs)
+    return pack_costs(np.cumsum(lengths), pack).astype(float)
 
 
 def lengths(tokens: int, pack: int, long: float, seed: int = 0) -> npt.NDArray[np.int64]:

@@ -9,6 +9,8 @@ from synthetic import documents
 from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
 from xtuner.data.pack import PackedDataset
 from xtuner.data.write import write_bin
+from xtuner.model import from_scratch
+from xtuner.model.decoder import DecoderConfig
 
 PACK = 32768
 PACKS = 64  # written for every case, so that all that is measured takes the same ones
@@ -32,6 +34,10 @@ class Shape:
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
             max_position_embeddings=PACK,
         )  # fmt: skip
+
+    @property
+    def config(self) -> DecoderConfig:
+        return from_scratch(**self.fields()).config
 
 
 SHAPES = {

@@ -27,6 +27,7 @@ from bandwidth import OFF
 from cases import PACK, SHAPES, Case, in_order, write_data
 from ours import config_of, figures, follow, words_of
 
+from xtuner.data.stats import pack_costs
 from xtuner.engine.memory import RESERVE
 
 ITERATIONS, WARM, COMPARED = 12, 4, 4  # of a speed run, of these not counted, of a reference
@@ -103,7 +104,8 @@ def squares(path: Path, tiny: bool) -> Floats:
     """Σ len² of the packs of `data`, in the order in which runs take them."""
     pack = TINY_PACK if tiny else PACK
     packs, order = in_order(path, pack)
-    return np.array([(np.diff(packs.raw(n).borders).astype(float) ** 2).sum() for n in order])
+    costs = [pack_costs(packs.file_packs(i).ends, pack) for i in range(len(packs.documents))]
+    return np.concatenate(costs).astype(float)[order]
 
 
 def run(jobs: Sequence[Job], results: Path, folder: Path, tiny: bool, minutes: float) -> int:

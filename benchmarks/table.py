@@ -20,8 +20,7 @@ LEGEND = (
 
 
 def shape_of(case: str) -> DecoderConfig:
-    s = SHAPES[CASES[case].shape]
-    return DecoderConfig(s.vocabulary, s.hidden, s.ffn, s.layers, s.heads, s.kv_heads, s.hidden // s.heads)
+    return SHAPES[CASES[case].shape].config
 
 
 def mfu_whole(case: str, tokens_per_s: float, gpu: str) -> float | None:

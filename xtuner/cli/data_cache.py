@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if made.failed or made.index is None:
         name, why = made.failed[0] if made.failed else ("the index", "; ".join(data.place.failures))
         raise CheckpointError(
-            f"{len(made.failed or ())} token caches could not be written" if made.failed else "the index is not kept",
+            f"{len(made.failed)} token caches could not be written" if made.failed else "the index is not kept",
             where=name,
             why=why,
             do="make room, or give another --cache-dir; a run goes on without: it reads the text",

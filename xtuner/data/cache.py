@@ -1,7 +1,7 @@
 """What `xtuner data cache` makes of a folder: the index of one seed, and the tokens of each file as int32."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -26,7 +26,7 @@ class Made:
     tokens: int = 0  # files with a fresh token cache
     made: int = 0  # of them, just now
     bytes: int = 0
-    failed: list[tuple[str, str]] | None = None
+    failed: list[tuple[str, str]] = field(default_factory=list)
 
 
 class _Job(NamedTuple):
@@ -49,8 +49,7 @@ def make(data: TokenizedFolder, seed: int, with_tokens: bool = True, workers: in
     workers = pool.usable_workers(workers)
     keep(data.catalog, data.place, data.min_length)
     tables = data.ordered_by(seed, small=0)
-    made = Made(tables.path if tables else None, failed=[])
-    assert made.failed is not None
+    made = Made(tables.path if tables else None)
     jobs = []
     for file in data:
         cache = data.token_cache(file)

@@ -40,6 +40,11 @@ class Signature(NamedTuple):
         return cls(text.st_size, text.st_mtime_ns, meta.st_size, meta.st_mtime_ns)
 
 
+def data_type(name: str) -> str:
+    """Of a file: the first folder below the data folder; "." for files that lie in none."""
+    return name.split("/")[0] if "/" in name else "."
+
+
 class Facts(NamedTuple):
     """What is known of a pair once it has been examined. `documents` and `tokens` count those that are used."""
 

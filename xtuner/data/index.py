@@ -4,7 +4,6 @@ Files that have not changed since they were last examined are known by their siz
 are examined: the whole meta, the ends of the text.
 """
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -22,7 +21,7 @@ from xtuner.data.catalog import COLUMNS, Catalog
 from xtuner.data.format import BinFile, Signature
 from xtuner.data.place import Place, tell_once
 from xtuner.data.pool import ordered, usable_workers
-from xtuner.data.tables import ALONE, MOST_WORKERS, Tables, examine
+from xtuner.data.tables import ALONE, MOST_WORKERS, Tables
 from xtuner.data.walk import read_order, walk
 
 SHOWN = 20  # problems in one message
@@ -140,7 +139,8 @@ def catalog_of(folder: Path, names: list[str], min_length: int, place: Place) ->
     catalog, fresh = _known(names, signatures, place, f"files-{min_length}.cat")
     unknown = np.flatnonzero(~fresh).tolist()
     if unknown:
-        _examine(catalog, unknown, folder, min_length)
+        meta_bytes = int(signatures[unknown, 2].clip(min=0).sum())
+        _examine(catalog, unknown, folder, min_length, meta_bytes)
         if int(catalog.documents.sum()) >= tables.SMALL:
             keep(catalog, place, min_length)
     return catalog
@@ -212,13 +212,13 @@ def _known(
     return catalog, fresh
 
 
-def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int) -> None:
-    """Read every meta of `unknown` files into the catalog; one error tells all that is wrong."""
+def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int, meta_bytes: int) -> None:
+    """Read every meta of `unknown` files, of so many bytes, into the catalog; one error tells all that is wrong."""
     files = [BinFile(folder / catalog.names[i], catalog.names[i], min_length) for i in unknown]
-    large = len(files) > 1 and _meta_bytes(files) >= 16 * ALONE
+    large = len(files) > 1 and meta_bytes >= 16 * ALONE
     workers = min(usable_workers(None), MOST_WORKERS) if large else 1
     problems = []
-    results = ordered(examine, files, workers)
+    results = ordered(_examined, files, workers)
     for i, found in zip(unknown, progress(results, "reading metas", total=len(files)), strict=True):
         if isinstance(found, DataError):
             problems.append(found)
@@ -234,11 +234,11 @@ def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int
         raise DataError(f"{len(problems)} of {len(catalog)} data files are faulty\n{shown}{more}")
 
 
-def _meta_bytes(files: list[BinFile]) -> int:
-    total = 0
-    for file in files:
-        try:
-            total += os.stat(f"{file.path}.meta").st_size
-        except OSError:
-            continue
-    return total
+def _examined(file: BinFile) -> BinFile | DataError:
+    """For `ordered`: the file with its facts, or what is wrong with it."""
+    try:
+        return file.examined()
+    except DataError as e:
+        return e
+    except OSError as e:  # it has gone meanwhile
+        return DataError(f"{file.name} cannot be read: {e.strerror}", where=str(file.path))

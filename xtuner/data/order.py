@@ -140,10 +140,12 @@ def permutation(seed: int, packs: int, place: Place | None = None) -> Numbers:
     return drawn if found is None else found
 
 
+def _dtype(packs: int) -> np.dtype[Any]:
+    return np.dtype(np.uint32 if packs < 2**32 else np.int64)
+
+
 def _draw(seed: int, packs: int) -> Numbers:
-    order: Numbers = np.arange(
-        packs, dtype=np.uint32 if packs < 2**32 else np.int64
-    )  # the draws do not depend on the type
+    order: Numbers = np.arange(packs, dtype=_dtype(packs))  # the draws do not depend on the type
     np.random.RandomState(seed).shuffle(order)
     return order
 
@@ -160,7 +162,7 @@ def _open(path: Path, seed: int, packs: int) -> Numbers | None:
         with open(path, "rb") as f:
             facts = json.loads(f.read(HEADER))
             size = os.fstat(f.fileno()).st_size
-            dtype = np.dtype(np.uint32 if packs < 2**32 else np.int64)
+            dtype = _dtype(packs)
             ours = (facts["xtuner order of packs"], facts["seed"], facts["packs"]) == (VERSION, seed, packs)
             if ours and size == HEADER + packs * dtype.itemsize:
                 mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)

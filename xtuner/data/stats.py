@@ -14,7 +14,7 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.core.log import human, progress
 from xtuner.data import pool, tokens
-from xtuner.data.format import BinFile, Int64s
+from xtuner.data.format import BinFile, Int64s, data_type
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.meta import MetaView
 from xtuner.data.order import permutation
@@ -38,8 +38,7 @@ class FileStats:
 
     @property
     def kind(self) -> str:
-        """The data type: the first folder below the data folder."""
-        return self.name.split("/")[0] if "/" in self.name else "."
+        return data_type(self.name)
 
 
 @dataclass

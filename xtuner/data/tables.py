@@ -21,7 +21,6 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from xtuner.core.errors import DataError
 from xtuner.core.log import logger, progress
 from xtuner.data.catalog import HEADER, Catalog, pack, unpack
 from xtuner.data.format import BinFile, Int64s
@@ -209,13 +208,3 @@ class _Build:
         _write_at(f.fileno(), memoryview(tables._map)[begin : begin + size], int(self.catalog.numbers[i, 6]))
         self.catalog.numbers[i, 7] = checksum
         return True
-
-
-def examine(file: BinFile) -> BinFile | DataError:
-    """For `ordered`: the file with its facts, or what is wrong with it."""
-    try:
-        return file.examined()
-    except DataError as e:
-        return e
-    except OSError as e:  # it has gone meanwhile
-        return DataError(f"{file.name} cannot be read: {e.strerror}", where=str(file.path))

@@ -19,7 +19,7 @@ from xtuner.core.dist import note
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
 from xtuner.core.log import logger, progress
-from xtuner.data.format import BinFile
+from xtuner.data.format import BinFile, data_type
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.pack import IGNORE
 from xtuner.model import load_pretrained
@@ -201,7 +201,7 @@ def evaluate(
     """
     by_type: dict[str, Result] = {}
     for file in documents if quiet else progress(documents, "evaluating"):
-        kind = file.name.split("/")[0] if "/" in file.name else "."
+        kind = data_type(file.name)
         found = record.find(file) if record else None
         if found is None:
             found = _file_loss(model, file, max_length)

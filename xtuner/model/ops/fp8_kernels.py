@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from xtuner.model.ops.kernels import warps
+
 LARGEST, SMALLEST = tl.constexpr(448.0), tl.constexpr(1e-30)
 TILE = 64
 
@@ -25,7 +27,7 @@ def quantize_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     T, K = x_TK.shape
     out, scale = torch.empty_like(x_TK, dtype=torch.float8_e4m3fn), x_TK.new_empty(T, 1, dtype=torch.float32)
     block = triton.next_power_of_2(K)
-    _rows[(T,)](x_TK, out, scale, K, BLOCK=block, num_warps=16 if block >= 8192 else 8 if block >= 2048 else 4)
+    _rows[(T,)](x_TK, out, scale, K, BLOCK=block, num_warps=warps(block))
     return out, scale
 
 

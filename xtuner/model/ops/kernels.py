@@ -13,7 +13,8 @@ import triton.language as tl
 from xtuner.data.pack import IGNORE
 
 
-def _warps(block: int) -> int:
+def warps(block: int) -> int:
+    """Of a program that holds so many numbers."""
     return 16 if block >= 8192 else 8 if block >= 2048 else 4
 
 
@@ -41,7 +42,7 @@ def rms_norm(
     total = x_TH if add_TH is None else torch.empty_like(x_TH)
     out, block = torch.empty_like(x_TH), triton.next_power_of_2(H)
     args = (x_TH, x_TH if add_TH is None else add_TH, w_H, total, out, H, eps)
-    _rms_norm[(T,)](*args, HAS_ADD=add_TH is not None, BLOCK=block, num_warps=_warps(block))
+    _rms_norm[(T,)](*args, HAS_ADD=add_TH is not None, BLOCK=block, num_warps=warps(block))
     return total, out
 
 
@@ -77,7 +78,7 @@ def rms_norm_backward(
     dx, dw = torch.empty_like(x_TH), torch.empty(programs, H, dtype=torch.float32, device=x_TH.device)
     block = triton.next_power_of_2(H)
     args = (d_TH.contiguous(), x_TH, w_H, x_TH if residual_TH is None else residual_TH.contiguous(), dx, dw, T, H, eps)
-    _rms_norm_backward[(programs,)](*args, HAS_RES=residual_TH is not None, BLOCK=block, num_warps=_warps(block))
+    _rms_norm_backward[(programs,)](*args, HAS_RES=residual_TH is not None, BLOCK=block, num_warps=warps(block))
     return dx, dw.sum(0)
 
 

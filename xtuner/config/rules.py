@@ -115,6 +115,12 @@ def _shape(spec: Spec) -> Iterator[ConfigError]:
             where="model.hidden_size",
             why="each head takes an equal part of the hidden state",
         )
+    elif heads and hidden and (size := sizes.get("head_dim", hidden // heads)) % 2:
+        yield ConfigError(
+            f"heads of {size} cannot be turned by rotary positions, which turn pairs of numbers",
+            where="model.head_dim" if "head_dim" in sizes else "model.hidden_size",
+            do="choose an even head_dim (64 and 128 are served everywhere), or another hidden_size or number of heads",
+        )
     if heads and groups and heads % groups:
         yield ConfigError(
             f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}",

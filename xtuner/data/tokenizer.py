@@ -18,6 +18,7 @@ FILES = (
 
 # InternLM2's tokenizer.model holds its chat tokens as unused pieces; their names are only in its tokenizer_config.json.
 _INTERNLM2_PIECES = {f"[UNUSED_TOKEN_{141 + i}]": 92538 + i for i in range(6)}
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens in settings files: `bos_token`
 _INTERNLM2_NAMES = {
     "<|plugin|>": 92538,
     "<|interpreter|>": 92539,
@@ -49,7 +50,14 @@ class Tokenizer(Protocol):
         """Text of ids; special tokens are shown by name."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """The largest id + 1, special tokens included."""
+
+    def unplaced(self) -> list[str]:
+        """Special tokens that a settings file names and no file gives an id.
+
+        transformers gives each a new id after the last one: an id that the data do not hold and the embedding may not.
+        """
 
     def identity(self) -> str:
         """sha256 over all that decides the ids: the vocabulary file, and names and ids of special tokens."""
@@ -100,13 +108,18 @@ class _SentencePiece:
         names = {model.id_to_piece(i): i for i in (model.unk_id(), model.bos_id(), model.eos_id()) if i >= 0}
         if model.vocab_size() == 92544 and all(model.id_to_piece(i) == p for p, i in _INTERNLM2_PIECES.items()):
             names |= _INTERNLM2_NAMES
-        listed = _named_tokens(self.folder)
+        pieces = ((name, model.piece_to_id(name)) for name in _mentioned(self.folder))
+        names |= {name: i for name, i in pieces if i != model.unk_id()}
+        listed = _added_tokens(self.folder)
         taken = set(listed.values())
         return {name: i for name, i in names.items() if i not in taken} | listed
 
     @property
     def vocab_size(self) -> int:
         return max(int(self._model.vocab_size()), *(i + 1 for i in self.special.values()))
+
+    def unplaced(self) -> list[str]:
+        return [name for name in _mentioned(self.folder) if name not in self.special]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_plain(text, self.special)
@@ -171,7 +184,10 @@ class _Fast:
 
     @property
     def vocab_size(self) -> int:
-        return int(self._model.get_vocab_size())
+        return max(self._model.get_vocab().values(), default=-1) + 1
+
+    def unplaced(self) -> list[str]:
+        return [name for name in _mentioned(self.folder) if self._model.token_to_id(name) is None]
 
     def encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, add_special_tokens=False).ids)
@@ -201,15 +217,31 @@ def _identity(vocabulary: Path, names: Mapping[str, int | None]) -> str:
     return hashlib.sha256(vocabulary.read_bytes() + b"\0" + listed).hexdigest()
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
+def _config(folder: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
+    path = folder / name
     found = read_json(path) if path.is_file() else {}
     return found if isinstance(found, dict) else {}
 
 
-def _named_tokens(folder: Path) -> dict[str, int]:
-    """Special tokens by name, as `tokenizer_config.json` lists them: `<|im_start|>` → 92543."""
-    return {entry["content"]: int(i) for i, entry in _config(folder).get("added_tokens_decoder", {}).items()}
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """Added tokens by name: `<|im_start|>` → 92543. `tokenizer_config.json` wins over the older `added_tokens.json`."""
+    older = {name: int(i) for name, i in _config(folder, "added_tokens.json").items()}
+    listed = {entry["content"]: int(i) for i, entry in _config(folder).get("added_tokens_decoder", {}).items()}
+    return {name: i for name, i in older.items() if i not in listed.values()} | listed
+
+
+def _mentioned(folder: Path) -> list[str]:
+    """Special tokens that the settings files name without saying their ids."""
+    found: dict[str, None] = {}
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = _config(folder, file)
+        entries = [settings.get(f"{role}_token") for role in _ROLES]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            more = settings.get(key) or ()
+            entries += more.values() if isinstance(more, dict) else more
+        names = (entry.get("content") if isinstance(entry, dict) else entry for entry in entries)
+        found |= dict.fromkeys(name for name in names if isinstance(name, str) and name)
+    return list(found)
 
 
 def _split_at(text: str, names: Collection[str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from xtuner.core.errors import ConfigError
-from xtuner.core.files import read_json, write_json
+from xtuner.core.files import write_json
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.data.tokenizer import FILES as TOKENIZER_FILES
 from xtuner.data.tokenizer import load_tokenizer
@@ -69,6 +69,7 @@ def export(
         config = opened.config
         assert config
         _check_tokenizer(tokenizer_folder, config)
+        _check_readers(config, layout)
         _write_shards(opened, folder, config, layout, dtype, max_shard_bytes)
         code = _copy_code(folder) if with_code else {}
         write_json(folder / "config.json", {**code, **write_config(config, layout, dtype)})
@@ -163,7 +164,8 @@ def _check_tokenizer(folder: Path | None, config: DecoderConfig) -> None:
             "the config names no tokenizer: what serves or evaluates the export needs one beside the weights"
         )
         return
-    ids = load_tokenizer(folder).vocab_size
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.vocab_size
     if ids > config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,} rows",
@@ -172,20 +174,44 @@ def _check_tokenizer(folder: Path | None, config: DecoderConfig) -> None:
             do="give the tokenizer that the data were tokenized with (`tokenizer` in the config); no rows are added: "
             "nothing would have been learnt for them",
         )
+    if unplaced := tokenizer.unplaced():
+        raise ConfigError(
+            f"the tokenizer's settings name special tokens without their ids: {', '.join(unplaced)}",
+            where=f"tokenizer: {folder} (tokenizer_config.json, special_tokens_map.json)",
+            why=f"transformers gives them new ids from {ids:,} on, which the model was not trained with",
+            do="list each in `added_tokens_decoder` of tokenizer_config.json with its id in the data, or take the "
+            " names out of these files, or give the tokenizer that the data were tokenized with",
+        )
     if ids < config.vocab_size:
         logger.info(f"the tokenizer has {ids:,} ids; the embedding's other {config.vocab_size - ids:,} rows stay")
 
 
+def _check_readers(c: DecoderConfig, layout: str) -> None:
+    """Warn of what servers' readers of the internlm2 layout take for granted."""
+    if layout != "internlm2":
+        return
+    found = {
+        f"heads of {c.head_dim}, which is not hidden_size / num_attention_heads": c.head_dim * c.num_heads
+        != c.hidden_size,
+        "biases in attention": c.attention_bias,
+    }
+    if what := [text for text, is_there in found.items() if is_there]:
+        logger.warning(
+            f"the model has {' and '.join(what)}: vLLM, SGLang, LMDeploy and llama.cpp do not read that from the "
+            "internlm2 layout, and some leave it out without a message. Give --layout llama for them"
+        )
+
+
 def _copy_tokenizer(source: Path | None, folder: Path, config: DecoderConfig) -> list[int]:
     """Copy tokenizer files, and add what loading needs; return the ids at which a chat model stops."""
-    for name in TOKENIZER_FILES if source else ():
-        if source and (source / name).is_file():
+    if source is None:
+        return [config.eos_token_id]
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     complete(folder)
-    path = folder / "tokenizer_config.json"
-    added = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
-    chat = [int(i) for i, token in added.items() if token.get("content") == IM_END]
-    return [config.eos_token_id, *chat]
+    end = load_tokenizer(folder).special.get(IM_END)
+    return [config.eos_token_id] + ([end] if end is not None and end != config.eos_token_id else [])
 
 
 def _generation(c: DecoderConfig, stops: list[int]) -> dict[str, Any]:

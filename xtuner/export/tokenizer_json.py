@@ -28,33 +28,55 @@ _LIBRARY = {
 
 
 def complete(folder: Path) -> None:
-    """Make a folder's tokenizer load without remote code.
+    """Make a folder's tokenizer load without remote code, with the same ids everywhere.
 
     A `tokenizer.model` that is alone gets a `tokenizer.json` and a `tokenizer_config.json` that goes with it. A
     `tokenizer_config.json` that names remote code, which is not there, names the library's class instead; its other
-    settings stay. Models that the library cannot follow exactly (not BPE, or rewriting text before) are left, and told.
+    settings stay. Models that the library cannot follow exactly (not BPE, or rewriting text before) are left, with a
+    warning.
     """
     path = folder / "tokenizer_config.json"
     found = read_json(path) if path.is_file() else {}
-    settings = {k: v for k, v in found.items() if k != "auto_map"} | _LIBRARY
-    if (folder / "tokenizer.json").is_file():
-        if "auto_map" in found:
-            write_json(path, settings)
+    settings = {k: v for k, v in found.items() if k != "auto_map"}
+    has_json = (folder / "tokenizer.json").is_file()
+    if has_json and "auto_map" in found:
+        settings |= _LIBRARY
+    model = _read_model(folder / "tokenizer.model")
+    if model and not has_json and not _is_plain(model):
+        logger.warning(
+            "tokenizer.model is not a plain BPE: no tokenizer.json is made of it, and servers may not read it. Do not "
+            "convert the export to GGUF: llama.cpp would take it for a plain BPE and give other ids"
+        )
         return
-    if not (folder / "tokenizer.model").is_file():
-        return
+    if model:  # llama.cpp's converter of the llama layout reads it here; without it, texts would begin with a blank
+        settings["add_prefix_space"] = bool(model.normalizer_spec.add_dummy_prefix)
+    if model and not has_json:
+        special = {i: name for name, i in load_tokenizer(folder).special.items()}
+        text = json.dumps(_library_form(model, special), ensure_ascii=False)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+        defaults = _defaults(model, special)
+        listed = {**defaults["added_tokens_decoder"], **found.get("added_tokens_decoder", {})}
+        settings = {**defaults, **settings, "added_tokens_decoder": listed, **_LIBRARY}
+    if settings != found:
+        write_json(path, settings)
+
+
+def _read_model(path: Path) -> Any:
+    """A SentencePiece model's protobuf message; None where there is no such file."""
+    if not path.is_file():
+        return None
     from sentencepiece import sentencepiece_model_pb2  # its protobuf comes with tensorboard
 
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made while it is imported
-    model.ParseFromString((folder / "tokenizer.model").read_bytes())
-    normalizer = model.normalizer_spec
-    if model.trainer_spec.model_type != BPE or normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        logger.warning("tokenizer.model is no plain BPE, so no tokenizer.json is made: servers may not read the former")
-        return
-    special = {i: name for name, i in load_tokenizer(folder).special.items()}
-    text = json.dumps(_library_form(model, special), ensure_ascii=False)
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    write_json(path, {**_defaults(model, special), **settings})
+    model.ParseFromString(path.read_bytes())
+    return model
+
+
+def _is_plain(model: Any) -> bool:
+    """Is it a BPE that takes text as it is?"""
+    spec = model.normalizer_spec
+    rewrites = spec.precompiled_charsmap or spec.remove_extra_whitespaces
+    return model.trainer_spec.model_type == BPE and not rewrites
 
 
 def _library_form(model: Any, special: dict[int, str]) -> dict[str, Any]:

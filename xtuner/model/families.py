@@ -86,6 +86,12 @@ def read_config(hf: dict[str, Any]) -> DecoderConfig:
     _refuse(hf, "tie_word_embeddings", (False,), False)
     _refuse(hf, "mlp_bias", (False,), False)
     heads = int(hf["num_attention_heads"])
+    if not hf.get("head_dim") and int(hf["hidden_size"]) % heads:
+        raise ConfigError(
+            f"hidden_size {hf['hidden_size']} is not a multiple of num_attention_heads {heads}",
+            where="config.json: hidden_size",
+            why="each head takes an equal part of the hidden state",
+        )
     theta, scaling = _read_rope(hf)
     return DecoderConfig(
         vocab_size=int(hf["vocab_size"]),

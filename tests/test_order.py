@@ -70,7 +70,6 @@ def test_an_order_of_a_folder_above(data: Path, tmp_path: Path, xtuner: Command,
         ("fr/a.bin\n", "no entry of the data order"),
         ("en/a.bin\n../x.bin\n", "leaves its folder"),
         ("/en/a.bin\n", "leaves its folder"),
-        ("en/a.bin\nen/b.bin\n./en/a.bin\n", "twice"),
         ("\n", "empty"),
     ],
 )

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template", default="internlm2_chat", help="internlm2_chat (default), or plain to continue texts"
     )
-    parser.add_argument("--tokenizer", help="folder of the tokenizer, where the model's own has none")
+    parser.add_argument(
+        "--tokenizer", help="folder or hub id of the tokenizer, where the model has none: a checkpoint has not"
+    )
     parser.add_argument("--system", default="", help="system prompt")
     parser.add_argument("--stop-words", nargs="+", default=[], help="further words to stop at")
     parser.add_argument("--max-new-tokens", type=int, default=512)
@@ -29,8 +31,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from xtuner.core.errors import ConfigError, did_you_mean
-    from xtuner.data.chat_template import PROMPT_TEMPLATE
-    from xtuner.data.tokenizer import load_tokenizer, single_tokens
+    from xtuner.core.log import logger
+    from xtuner.data.chat_template import INTERNLM2_MARKS, PROMPT_TEMPLATE
+    from xtuner.data.tokenizer import single_tokens
     from xtuner.engine.join import device
     from xtuner.model.generate import Session, sample
     from xtuner.train.evaluate import open_model
@@ -50,8 +53,15 @@ def run(args: argparse.Namespace) -> int:
             value = getattr(args, option.replace("-", "_"))
             raise ConfigError(f"--{option} {value} cannot be", where=f"--{option}", do=f"give {range_}")
     template = templates[args.template]
+    tokenizer = open_tokenizer(args.model, args.tokenizer)
     model, _ = open_model(args.model, [], device())
-    tokenizer = load_tokenizer(args.tokenizer or args.model)
+    marks = [mark for mark in INTERNLM2_MARKS if mark in template.prompt("", "-") + template.assistant_end]
+    if missing := [mark for mark in marks if mark not in tokenizer.special]:
+        logger.warning(
+            f"the tokenizer has no special token {', '.join(missing)}, which the template {args.template} writes. Spelt "
+            "in ordinary pieces, they are not what a chat model learned: the answer may be empty or nonsense. Give the "
+            "chat model's tokenizer with --tokenizer, or continue a text with --template plain"
+        )
     stop_words = [*template.stop_words, *args.stop_words]
     stop_ids = [model.config.eos_token_id, *single_tokens(tokenizer, stop_words)]
     generator = torch.Generator().manual_seed(args.seed)
@@ -66,15 +76,42 @@ def run(args: argparse.Namespace) -> int:
         ids = tokenizer.encode(prompt)
         logits = session.feed([model.config.bos_token_id, *ids] if fresh else ids)
         tokens = sample(session, logits, args.max_new_tokens, stop_ids, args.temperature, args.top_p, generator)
+        pieces = 0
         for piece in spoken(tokens, tokenizer, stop_words):
+            pieces += bool(piece)
             print(piece, end="", flush=True)
         print()
+        if not pieces:
+            logger.warning("an empty answer: the model's first token is one at which it stops")
         if template.assistant_begin:
             session.feed(tokenizer.encode(template.assistant_end))
             fresh = False
         else:  # a continued text is no turn of a conversation
             session, fresh = Session(model), True
     return 0
+
+
+def open_tokenizer(model: str, given: str | None) -> "Tokenizer":
+    """The tokenizer that is given, else the model's own. Raises: ConfigError for a checkpoint, which holds none."""
+    from pathlib import Path
+
+    from xtuner.core.errors import ConfigError
+    from xtuner.core.files import read_json
+    from xtuner.data.tokenizer import load_tokenizer
+
+    facts = Path(model).expanduser() / "trainer.json"
+    if given or not facts.is_file():
+        return load_tokenizer(given or model)
+    trainer = read_json(facts)
+    config = trainer.get("config") if isinstance(trainer, dict) else None
+    named = config.get("tokenizer") if isinstance(config, dict) else None
+    name = next((v for k, v in named.items() if k.endswith("name_or_path")), None) if isinstance(named, dict) else None
+    raise ConfigError(
+        "a checkpoint holds no tokenizer",
+        where=model,
+        do=f"xtuner chat {model} --tokenizer {name or 'FOLDER'}"
+        + (", the one that the run's config names" if name else ", the one that the data were tokenized with"),
+    )
 
 
 def asked() -> Iterator[str | None]:

@@ -16,6 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", default="auto", help="txt, json, jsonl, alpaca, chat, ftdp; auto (default): by ending and record 1"
     )
+    parser.add_argument(
+        "--suffix",
+        action="append",
+        default=[],
+        metavar=".ENDING",
+        help="take the files of a folder that end so, e.g. .md; may be given again (default: those of the format)",
+    )
     parser.add_argument("--text-key", default="text", help="where a json record has its text (default: text)")
     parser.add_argument(
         "--whole-record", action="store_true", help="tokenize a record's JSON, as InternEvo's tool does"
@@ -57,5 +64,5 @@ def run(args: argparse.Namespace) -> int:
         valid_fraction=args.valid_fraction,
         seed=args.seed,
     )
-    tokenize(args.inputs, args.output, settings, args.type, args.workers, args.overwrite)
+    tokenize(args.inputs, args.output, settings, args.type, args.workers, args.overwrite, args.suffix)
     return 0

@@ -47,11 +47,12 @@ def make(data: TokenizedFolder, seed: int, with_tokens: bool = True, workers: in
     Raises: DataError for a text that is not what its meta says; other files' caches are made nevertheless.
     """
     workers = pool.usable_workers(workers)
-    keep(data.catalog, data.place, data.min_length)
+    rows = {name: i for i, name in enumerate(data.catalog.names)}
+    keep(data.catalog.select(list(rows.values())), data.place, data.min_length)
     tables = data.ordered_by(seed, small=0)
     made = Made(tables.path if tables else None)
     jobs = []
-    for file in data:
+    for file in {file.name: file for file in data}.values():
         cache = data.token_cache(file)
         if cache is not None:
             made.tokens += 1

@@ -4,6 +4,7 @@ Files that have not changed since they were last examined are known by their siz
 are examined: the whole meta, the ends of the text.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
@@ -31,7 +32,10 @@ shared: ContextVar[dict[str, Any] | None] = ContextVar("shared", default=None)  
 
 
 class TokenizedFolder:
-    """The documents of a folder of tokenized files, as a sequence of `BinFile`s without the empty ones."""
+    """The documents of a folder of tokenized files, as a sequence of `BinFile`s without the empty ones.
+
+    A file that a data order names several times is in it as often.
+    """
 
     def __init__(self, folder: Path, catalog: Catalog, min_length: int, place: Place, asked: list[str]) -> None:
         self.folder = folder
@@ -56,6 +60,11 @@ class TokenizedFolder:
 
     def __iter__(self) -> Iterator[BinFile]:
         return (self[i] for i in range(len(self)))
+
+    @property
+    def num_repeated(self) -> int:
+        """Files that are here more than once, as a data order may name them."""
+        return sum(times > 1 for times in Counter(self.catalog.names).values())
 
     @property
     def num_documents(self) -> int:
@@ -91,7 +100,8 @@ def load_intern_repo_tokenized_dataset(
     Args:
         folder: holds `*.bin` and `*.bin.meta`, at any depth.
         min_length: documents with fewer tokens are left out; files that have none left, too.
-        data_order_path: a file with one relative path a line; None for the sorted walk.
+        data_order_path: a file with one relative path a line, a file as often as it is named; None for the sorted
+            walk.
         file_type: ending of the token files.
         cache_dir: where the index is kept; None for beside the data, or the user's cache folder if that cannot be
             written. Little data need none.
@@ -118,7 +128,10 @@ def load_intern_repo_tokenized_dataset(
             where=str(root),
             do="check dataset_folder; `.bin` and `.bin.meta` files are looked for at any depth",
         )
-    catalog = catalog_of(root, names, min_length, place)
+    catalog = catalog_of(root, list(dict.fromkeys(names)), min_length, place)
+    if len(names) > len(catalog):  # a data order names files more than once
+        row = {name: i for i, name in enumerate(catalog.names)}
+        catalog = catalog.select([row[name] for name in names])
     kept = np.flatnonzero(catalog.documents)
     if len(kept) < len(names):
         logger.info(f"{len(names) - len(kept)} files have no document of at least {min_length} tokens: left out")

@@ -22,6 +22,7 @@ import torch
 from xtuner.config.build import build
 from xtuner.core.errors import ConfigError
 from xtuner.data import tables
+from xtuner.data.dropped import Dropped
 from xtuner.data.format import BinFile, Int64s
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.spans import LongLines, Places, Span, SpanReader
@@ -170,6 +171,12 @@ class PackedDataset:
     def tail_tokens_per_file(self) -> list[int]:
         """Tokens dropped at each file's end because they fill no pack."""
         return (self.documents.catalog.tokens % self.packed_length).tolist()
+
+    def dropped(self) -> Dropped:
+        tokens = self.documents.catalog.tokens
+        used = int(self._packs.sum()) * self.packed_length
+        total = int(tokens.sum())
+        return Dropped(self.packed_length, total, total - used, len(tokens), int((self._packs == 0).sum()))
 
     def fingerprint(self) -> str:
         """Identity of what pack `i` holds, for all `i`: contents, order of files, packed_length, seed."""

@@ -29,7 +29,11 @@ def show_pack(data: PackedDataset, pack: int, way: str, tokenizer: Tokenizer | N
     item = data[pack]
     ids, labels, borders = (item[k].tolist() for k in ("input_ids", "labels", "cumulative_len"))
     learned = [label >= 0 for label in labels]
-    yield f"pack {pack} of {len(data)}: {len(ids)} tokens, {sum(learned)} learned, {table.file.name} from token {start}"
+    targets = int((item["targets"] >= 0).sum())  # what the loss is computed for: other than the tokens marked
+    yield (
+        f"pack {pack} of {len(data)}: {len(ids)} tokens, {sum(learned)} marked as learned, {targets} targets of the "
+        f"loss, {table.file.name} from token {start}"
+    )
     for span, begin, end in zip(table.spans(start, start + len(ids)), borders, borders[1:], strict=False):
         length = span.length
         part = "" if span.stop - span.start == length else f", its tokens {span.start} to {span.stop - 1} of {length}"

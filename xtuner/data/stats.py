@@ -14,6 +14,7 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.core.log import human, progress
 from xtuner.data import pool, tokens
+from xtuner.data.dropped import Dropped
 from xtuner.data.format import BinFile, Int64s, data_type
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.meta import MetaView
@@ -70,6 +71,11 @@ class Stats:
     cost: dict[str, float] = field(default_factory=dict)  # mean, least, median, p95, most
     cost_bars: list[tuple[float, float, int]] = field(default_factory=list)  # from, to, packs
     imbalance: list[dict[str, float]] = field(default_factory=list)  # ranks, mean and p95 of the slowest over the mean
+    repeated: int = 0  # files that the data order names more than once
+
+    def dropped(self) -> Dropped:
+        without_pack = sum(not file.packs for file in self.files)
+        return Dropped(self.packed_length, self.tokens, self.tail, len(self.files), without_pack)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,6 +124,7 @@ def stats(
         names, data.catalog.documents.tolist(), data.catalog.tokens.tolist(), strict=True
     ):
         found.files.append(FileStats(name, documents, count, count // packed_length, count % packed_length))
+    found.repeated = data.num_repeated
     found.packs, found.tail = sum(f.packs for f in found.files), sum(f.tail for f in found.files)
     tables = data.ordered_by(seed)
     jobs = [_Job(i, file, seed, packed_length, tables) for i, file in enumerate(data)]
@@ -250,11 +257,16 @@ SHOWN = 40  # files in the text; JSON has all
 
 def as_text(found: Stats) -> str:
     """For a terminal."""
+    dropped = found.dropped()
+    repeated = f" ({found.repeated:,} named more than once)" if found.repeated else ""
     lines = [
-        f"{found.folder}: {found.documents:,} documents, {found.tokens:,} tokens" + _share(found.learned, found.tokens),
-        f"packs of {found.packed_length:,}: {found.packs:,}; tails that fill none: {found.tail:,} tokens"
-        + (f" ({found.tail / found.tokens:.2%})" if found.tokens else ""),
+        f"{found.folder}: {len(found.files):,} files{repeated}, {found.documents:,} documents, {found.tokens:,} tokens"
+        + _share(found.learned, found.tokens),
+        f"packs of {found.packed_length:,}: {found.packs:,}; "
+        f"tails that fill none: {found.tail:,} tokens ({dropped.share})",
     ]
+    if warning := dropped.warning():
+        lines.append(warning)
     lines += ["", f"{'documents of':>22} {'documents':>14} {'tokens':>18}"]
     most = max((x.documents for x in found.lengths), default=1)
     for x in found.lengths:

@@ -77,7 +77,9 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return _Fast(folder)
     raise ConfigError(
-        "no tokenizer.model and no tokenizer.json in the folder", where=str(folder), do="copy the model's there"
+        "no tokenizer.model and no tokenizer.json in the folder",
+        where=str(folder),
+        do="give a folder that holds the tokenizer's files: the one that the data were tokenized with",
     )
 
 

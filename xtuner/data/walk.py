@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from xtuner.core.errors import ConfigError, DataError
 from xtuner.core.log import logger
 
 ORDER_FILE = "data_order.txt"
+SHOWN = 5  # names in one message
 CACHE = ".xtuner-cache"  # ours, beside the data: holds no data files
 
 
@@ -66,7 +68,8 @@ def read_order(path: str | Path, folder: Path, file_type: str = ".bin") -> list[
 
     The order may have been written for a folder above `folder`: entries are looked up from the nearest folder P,
     `folder` itself first, under which one of them is a file of `folder`. Entries that lie elsewhere below P are counted
-    and left out; entries that should lie in `folder` must exist. Files that no entry names are told: they are not
+    and left out; entries that should lie in `folder` must exist. A file that several entries name is taken as often,
+    as the reference loader does: so users raise its share. Files that no entry names are reported: they are not
     trained on.
 
     Raises: ConfigError with the lines that are wrong.
@@ -98,7 +101,13 @@ def read_order(path: str | Path, folder: Path, file_type: str = ".bin") -> list[
         )
     if len(entries) > len(inside):
         logger.info(f"{len(entries) - len(inside)} entries of {path} lie outside {folder}: left out")
-    named = set(inside.values())
+    named = Counter(inside.values())
+    if repeated := [f"{name} {times} times" for name, times in named.items() if times > 1]:
+        more = f", … and {len(repeated) - SHOWN} more" if len(repeated) > SHOWN else ""
+        logger.info(
+            f"{path} names {len(repeated)} of its {len(named)} files more than once; each is taken as often: "
+            f"{', '.join(repeated[:SHOWN])}{more}"
+        )
     unnamed = [name for name in walk(folder, file_type) if name not in named]
     if unnamed:
         logger.warning(
@@ -108,7 +117,7 @@ def read_order(path: str | Path, folder: Path, file_type: str = ".bin") -> list[
 
 
 def _read_entries(path: Path) -> dict[int, str]:
-    """Line number → relative path, each once and none leaving its folder."""
+    """Line number → relative path, none leaving its folder."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
@@ -118,7 +127,6 @@ def _read_entries(path: Path) -> dict[int, str]:
             do="write one with `xtuner data order --data-folder DATA --save-folder DIR`",
         ) from None
     entries: dict[int, str] = {}
-    first: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
         line = line.removesuffix("\r")
         if not line.strip():
@@ -126,13 +134,6 @@ def _read_entries(path: Path) -> dict[int, str]:
         entry = posixpath.normpath(line)
         if entry.startswith(("/", "../")):
             raise ConfigError(f"the entry {line!r} leaves its folder", where=f"{path}, line {number}")
-        if entry in first:
-            raise ConfigError(
-                f"the entry {line!r} is there twice",
-                where=f"{path}, lines {first[entry]} and {number}",
-                why="its documents would be trained on twice",
-            )
-        first[entry] = number
         entries[number] = entry
     if not entries:
         raise ConfigError("the data order is empty", where=str(path))

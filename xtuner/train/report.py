@@ -22,7 +22,10 @@ def environment(config: Path) -> dict[str, Any]:
 def report(run: Run) -> None:
     """Print the numbers that follow from config and data."""
     data, config = run.loader.dataset, run.source.config
-    documents, tails = data.documents, data.tail_tokens_per_file
+    documents, tails, dropped = data.documents, data.tail_tokens_per_file, data.dropped()
+    files, lost = f"{len(documents):,} files", f"{dropped.dropped:,} tokens ({dropped.share})"
+    if documents.num_repeated:
+        files += f" ({documents.num_repeated:,} named more than once)"
     parameters = num_parameters(config)
     where = str(run.source.folder) if run.source.folder else f"random weights, seed {run.source.seed}"
     tokens = run.packs_per_iteration * data.packed_length
@@ -36,8 +39,11 @@ def report(run: Run) -> None:
         ("precision", f"{_masters(run)}, compute in {compute} on {run.device}{_products(run)}"),
         ("attention", BACKENDS[run.source.attention_backend(run.device, run.optim.compute_dtype(run.device))].about),
         ("state", f"{human_bytes(run.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
-        ("data", f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {documents.folder}"),
-        ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {sum(tails):,} tokens of file tails fill none"),
+        (
+            "data",
+            f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {files}, {documents.folder}",
+        ),
+        ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {lost} of file tails fill none"),
     ]
     for file, packs, tail in zip(documents[:SHOWN_FILES], data.packs_per_file, tails, strict=False):
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
@@ -50,6 +56,8 @@ def report(run: Run) -> None:
         ("work dir", str(run.work_dir)),
     ]
     logger.info("what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows))
+    if warning := dropped.warning():
+        logger.warning(warning)
 
 
 def _masters(run: Run) -> str:

@@ -33,6 +33,7 @@ class Run:
     max_epochs: int
     begun_on: int  # ranks that the run was begun on: what an epoch is does not change with their number
     state: TrainState = field(default_factory=TrainState)
+    without_targets: int = 0  # iterations of this start that had no token to learn from
     saved: tuple[int, bool] = (-1, False)  # iteration of the newest save, and whether it can be resumed
 
     data_facts: dict[str, Any] = field(init=False)  # identity of the data as they were when the run began

@@ -234,6 +234,7 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
     logger.info(
         f"done: {run.state.iteration} iterations, {run.state.packs:,} packs, {run.state.targets:,} tokens learned from"
         + (f"; {left} packs at the end filled no iteration" if left else "")
+        + (f"; {run.without_targets:,} iterations had no token to learn from" if run.without_targets else "")
     )
     return EXIT_DONE
 
@@ -243,7 +244,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
     number = it.state.iteration
     packs = [p for rank in dist.ALL.gather(packs) for p in rank]
     if not it.num_targets:
-        logger.warning(f"iteration {number} changed no weight: it has no token to learn from (packs {packs})")
+        _without_targets(run, number, packs)
         return
     run.state = dataclasses.replace(run.state, skipped=run.state.skipped + 1)
     what = f"iteration {number}: loss {it.loss}, gradient norm {it.grad_norm}; the step was not applied"
@@ -267,6 +268,34 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
     )
     error.quiet = not dist.is_main()
     raise error
+
+
+def _without_targets(run: Run, number: int, packs: list[int]) -> None:
+    """Report the first iteration without a token to learn from, and the 10th, the 100th, …
+
+    Raises: DataError when a whole epoch, or the whole run, had none.
+    """
+    run.without_targets += 1
+    count, data = run.without_targets, run.loader.dataset
+    if count == 1:
+        logger.warning(
+            f"iteration {number} changed no weight: none of its tokens is marked as learned (packs {packs}). "
+            "Further ones are counted, not listed"
+        )
+    elif set(str(count)) <= {"1", "0"} and str(count).count("1") == 1:
+        logger.warning(f"{count:,} iterations so far had no token to learn from")
+    ended = run.state.position.epoch > 0 or number == run.max_iterations
+    if not run.state.targets and ended:
+        error = DataError(
+            f"no token to learn from in {run.state.packs:,} packs: nothing was trained",
+            where=str(data.documents.folder),
+            why="a token is learned if it is above 0 in the .bin; negative ones are context only",
+            do=f"count them: xtuner data stats {data.documents.folder}\n"
+            f"        look at a pack: xtuner data show {data.documents.folder} --pack {packs[0]} "
+            f"--max-length {data.packed_length} --seed {data.seed}",
+        )
+        error.quiet = not dist.is_main()
+        raise error
 
 
 def _advance(run: Run, num_targets: int) -> TrainState:

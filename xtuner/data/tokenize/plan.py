@@ -5,6 +5,8 @@ only when both parts have their names, so that an unfinished output is known and
 """
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ SUFFIXES = {
 PARTS = ("train", "valid")
 FTDP_FOLDER = "chatml_llamav13_32k"
 SHOWN = 10
+_TAKE = "--suffix .ENDING takes files with another ending, with --format FORMAT"
 
 
 @dataclass
@@ -56,16 +59,24 @@ class Job:
         write_json(self.record, {"input": self.source.name, "settings": recipe, **facts})
 
 
-def jobs(inputs: list[str], output: str, settings: Settings, kind: str | None) -> list[Job]:
-    """One job an input file, in order. `kind` is TYPE; None for `en`, and for `cn/DATASET` of ftdp data.
+def jobs(
+    inputs: list[str], output: str, settings: Settings, kind: str | None, suffixes: Sequence[str] = ()
+) -> list[Job]:
+    """One job an input file, in order.
+
+    Args:
+        kind: TYPE; None for `en`, and for `cn/DATASET` of ftdp data.
+        suffixes: endings of the files that are taken of a folder, with or without the dot, "" for files without one;
+            empty for those of the format.
 
     Raises: ConfigError, DataError.
     """
     root = Path(output).expanduser()
     if kind is not None and (not kind or kind != Path(kind).name):
         raise ConfigError(f"{kind!r} is no folder name", where="--type", do="a name such as en, cn or code")
+    wanted = tuple(s if s.startswith(".") or not s else f".{s}" for s in suffixes) or SUFFIXES[settings.format]
     try:
-        found = [job for name in inputs for job in _jobs_of(Path(name).expanduser(), root, settings, kind)]
+        found = [job for name in inputs for job in _jobs_of(Path(name).expanduser(), root, settings, kind, wanted)]
     except OSError as e:
         raise DataError(f"the input cannot be read: {e.strerror}", where=str(e.filename)) from None
     by_name: dict[str, Job] = {}
@@ -80,10 +91,10 @@ def jobs(inputs: list[str], output: str, settings: Settings, kind: str | None) -
     return found
 
 
-def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None) -> list[Job]:
+def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None, wanted: tuple[str, ...]) -> list[Job]:
     if not path.exists():
         raise ConfigError("the input is not there", where=str(path))
-    wanted = SUFFIXES[settings.format]
+    others: Counter[str] = Counter()
     if path.is_file():
         files = [(path, path.stem)]
     else:
@@ -93,15 +104,29 @@ def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None) -> li
         files = [(path / n, n.with_suffix("").as_posix()) for n in names if n.suffix in wanted]
         if settings.format == "ftdp":
             files = [(file, name) for file, name in files if "processed" in Path(name).parent.parts]
-        if left_out := len(names) - len(files):
-            logger.info(f"{path}: {left_out} files are none of {', '.join(wanted)}: left out")
+        others = Counter(n.suffix for n in names if n.suffix not in wanted)
+        if others:
+            listed = ", ".join(
+                f"{count} {suffix or 'without an ending'}" for suffix, count in others.most_common(SHOWN)
+            )
+            logger.info(
+                f"{path}: {others.total()} files end otherwise than {_or(wanted)}: left out ({listed}); {_TAKE}"
+            )
+        elif left_out := len(names) - len(files):
+            logger.info(f"{path}: {left_out} files are in no folder `processed`: left out")
     if not files:
-        layout = "DATASET/processed/FILE.jsonl" if settings.format == "ftdp" else " or ".join(wanted)
-        raise DataError(f"no {layout} in the input folder", where=str(path))
+        layout = (
+            f"DATASET/processed/FILE{_or(wanted)}" if settings.format == "ftdp" else f"file that ends in {_or(wanted)}"
+        )
+        raise DataError(f"no {layout} in the input folder", where=str(path), do=_TAKE if others else "")
     if settings.format == "ftdp":
         named = [(file, f"{kind or 'cn'}/{_dataset(file)}/{file.stem}") for file, _ in files]
         return [Job(file, name, root / FTDP_FOLDER, settings.resolved("ftdp")) for file, name in named]
     return [Job(f, f"{kind or 'en'}/{name}", root, settings.resolved(_format(f, settings))) for f, name in files]
+
+
+def _or(suffixes: tuple[str, ...]) -> str:
+    return " or ".join(suffix or "nothing" for suffix in suffixes)
 
 
 def _dataset(file: Path) -> str:

@@ -1,7 +1,7 @@
 """Tokenize files: the one way in, for the command and for scripts."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -33,6 +33,7 @@ def tokenize(
     kind: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
+    suffixes: Sequence[str] = (),
 ) -> Report:
     """Write `output`/{train,valid}/TYPE/NAME.bin and .bin.meta for each input file.
 
@@ -42,6 +43,7 @@ def tokenize(
         workers: processes; None for one a core. The bytes do not depend on it.
         overwrite: replace outputs that are there. Otherwise those made from the same input and settings are left as
             they are, and others are refused.
+        suffixes: endings of the files that are taken of a folder; empty for those of the format.
     Raises: ConfigError; DataError with file and line of up to 20 mistakes: files without mistakes are written
         nevertheless, of files with mistakes nothing is.
     """
@@ -51,7 +53,7 @@ def tokenize(
     identity = load_tokenizer(settings.tokenizer).identity()
     todo, report = [], Report()
     refused: list[DataError] = []
-    for job in jobs(inputs, output, settings, kind):
+    for job in jobs(inputs, output, settings, kind, suffixes):
         encoder(job.settings)  # a tokenizer that lacks something is known before anything is written
         try:
             if not overwrite and is_done(job, job.settings.recipe(identity)):

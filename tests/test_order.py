@@ -1,5 +1,6 @@
 """Data-order files: written the same everywhere, resolved from folders above, wrong ones refused with line numbers."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from conftest import reference, write_corpus
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import load_intern_repo_tokenized_dataset
+from xtuner.data.cache import make
+from xtuner.data.pack import PackedDataset
 from xtuner.data.walk import read_order, walk
 
 Command = Callable[..., int]
@@ -77,6 +80,57 @@ def test_wrong_orders(data: Path, tmp_path: Path, text: str, message: str) -> No
     (tmp_path / "order.txt").write_text(text)
     with pytest.raises(ConfigError, match=rf"(?s){message}"):
         read_order(tmp_path / "order.txt", data / "chatml" / "train")
+
+
+def test_a_file_named_several_times_is_taken_as_often(
+    data: Path, tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any
+) -> None:
+    """Its packs come again where it is named again, as from the reference loader; everything counts it as often."""
+    folder, order = data / "chatml" / "train", tmp_path / "order.txt"
+    (folder / "en" / "loop").unlink()
+    alone = {}
+    for name in ("en/a.bin", "en/b.bin", "code dir/a.bin"):
+        order.write_text(name)
+        alone[name] = PackedDataset(load_intern_repo_tokenized_dataset(folder, data_order_path=order), 8)
+    names = ["en/b.bin", "en/a.bin", "en/b.bin", "code dir/a.bin", "en/b.bin", "en/a.bin"]
+    order.write_text("en/b.bin\nen/a.bin\n./en/b.bin\ncode dir/a.bin\nen//b.bin\nen/a.bin\n")
+    expected = [
+        pack["input_ids"].tolist() for name in names for pack in map(alone[name].__getitem__, range(len(alone[name])))
+    ]
+    fingerprints = set()
+    for cached in (False, True):  # without anything on disk, and from the index and the token caches
+        whole = load_intern_repo_tokenized_dataset(folder, data_order_path=order)
+        assert ([f.name for f in whole], whole.num_repeated) == (names, 2)
+        if cached:
+            capsys.readouterr()
+            made = make(whole, 1024)
+            assert (made.tokens, made.made) == (3, 3)
+        packs = PackedDataset(whole, 8)
+        assert [packs[i]["input_ids"].tolist() for i in range(len(packs))] == expected
+        fingerprints.add(packs.fingerprint())
+    assert len(fingerprints) == 1
+    order.write_text("\n".join(dict.fromkeys(names)))
+    assert load_intern_repo_tokenized_dataset(folder, data_order_path=order).fingerprint() not in fingerprints
+    order.write_text("\n".join(names))
+    capsys.readouterr()
+    assert xtuner("data", "stats", folder, "--data-order", order, "--max-length", 8, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["repeated"], told["packs"], [f["name"] for f in told["files"]]) == (2, len(expected), names)
+    files = {f.name: f for f in load_intern_repo_tokenized_dataset(folder)}
+    assert told["learned"] == sum(
+        int((files[name].read_document(i) > 0).sum()) for name in names for i in range(files[name].num_documents)
+    )
+    options = ["custom_hooks=[]", f"dataset_folder={folder}", f"data_order_path={order}", "max_length=8"]
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
+    said = capsys.readouterr().err
+    assert (
+        said.count("names 2 of its 3 files more than once; each is taken as often: en/b.bin 3 times, en/a.bin 2") == 1
+    )
+    assert "6 files (2 named more than once)" in said
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--resume", "--cfg-options", *options) == 0
+    order.write_text("\n".join(names[:-1]))
+    with pytest.raises(DataError, match="data is not what the checkpoint"):
+        xtuner("train", tiny, "--work-dir", tmp_path / "w", "--resume", "--cfg-options", *options)
 
 
 def test_folders_that_do_not_do(tmp_path: Path, xtuner: Command) -> None:

@@ -114,6 +114,28 @@ def test_packs_shown(tokenizer_folder: Path, tmp_path: Path, tiny: Path, xtuner:
     assert "input_ids [" in capsys.readouterr().out
     assert xtuner("log-dataset", tiny, "--show", "all", "--num-packs", "2") == 0
     assert capsys.readouterr().out.count("learned, ") == 2
+    write_bin(tmp_path / "one" / "a.bin", [[1, 2, 3, 4, 5, 6, 7]])  # nothing predicts the first
+    assert xtuner("data", "show", tmp_path / "one", "--max-length", "7") == 0
+    assert "pack 0 of 1: 7 tokens, 7 marked as learned, 6 targets of the loss, a.bin" in capsys.readouterr().out
+
+
+def test_chat_without_what_it_needs(
+    model: Path, tiny: Path, tokenizer_folder: Path, xtuner: Command, capsys: Any
+) -> None:
+    """A checkpoint gets no files added: the message gives the tokenizer of the run. Missing marks are named."""
+    checkpoint = next((model.parent / "w").glob("iter_*.pth"))
+    with pytest.raises(
+        ConfigError, match=rf"holds no tokenizer[\s\S]*--tokenizer {tokenizer_folder}, the one that the run"
+    ):
+        xtuner("chat", checkpoint, "--prompt", "x")
+    capsys.readouterr()
+    words = ("chat", checkpoint, "--tokenizer", tokenizer_folder, "--prompt", "x", "--max-new-tokens", "1")
+    assert xtuner(*words, "--stop-words", "") == 0
+    said = capsys.readouterr().err
+    assert "no special token <|im_start|>, <|im_end|>, which the template internlm2_chat writes" in said
+    assert "an empty answer" in said
+    assert xtuner(*words, "--template", "plain") == 0
+    assert "no special token" not in capsys.readouterr().err
 
 
 def test_validation_while_training(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:

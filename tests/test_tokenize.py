@@ -394,6 +394,24 @@ def test_options_that_cannot_be(tmp_path: Path, small: Path, tokenizer_folder: P
         xtuner("data", "tokenize", path, "--tokenizer", small, "--output", path)
 
 
+def test_files_with_other_endings(tmp_path: Path, small: Path, xtuner: Command, capfd: Any) -> None:
+    """What a folder holds beside the format's own files is counted, and taken on request."""
+    for name in ("a.txt", "b.md", "c.md", "d.rst", "README"):
+        write(tmp_path / "in", name, "text")
+    command = ["data", "tokenize", tmp_path / "in", "--tokenizer", small, "--format", "txt"]
+    for suffixes, taken, left_out in (
+        ([], "a", "4 files end otherwise than .txt: left out (2 .md, 1 without an ending, 1 .rst); --suffix"),
+        (["--suffix", ".md", "--suffix", "rst"], "bcd", "2 files end otherwise than .md or .rst: left out"),
+        (["--suffix", ""], ["README"], "4 files end otherwise than"),
+    ):
+        output = tmp_path / f"out{len(suffixes)}"
+        assert xtuner(*command, "--output", output, *suffixes) == 0
+        assert sorted(p.stem for p in output.rglob("*.bin")) == list(taken)
+        assert left_out in capfd.readouterr().err
+    with pytest.raises(DataError, match=r"(?s)no \.html in the input folder.*next: --suffix \.ENDING takes"):
+        xtuner(*command, "--output", tmp_path / "out", "--suffix", ".html")
+
+
 # ---------------------------------------------------------------- train and valid
 
 

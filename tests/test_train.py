@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -237,6 +238,53 @@ def test_an_iteration_without_targets_changes_no_weight(tiny: Path, tmp_path: Pa
     weights = [load_file(tmp_path / "w" / f"iter_{i}.pth" / "weights" / "model.safetensors") for i in range(1, 7)]
     same = [all(a[k].equal(b[k]) for k in a) for a, b in pairwise(weights)]
     assert same == [True, False, False, True, True]
+
+
+def test_data_without_anything_to_learn(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    """Reported once and then counted; a whole epoch, or a whole run, without a target is an error (65)."""
+    from xtuner.data.write import write_bin
+
+    write_bin(tmp_path / "data" / "a.bin", [[-5] * 32] * 25)
+    options = [f"dataset_folder={tmp_path / 'data'}", "accumulative_counts=1", "save_steps=1", *PLAIN]
+    for name, more in (("a", []), ("b", ["max_epochs=3"])):
+        capsys.readouterr()
+        with pytest.raises(DataError, match="no token to learn from in 25 packs: nothing was trained"):
+            xtuner("train", tiny, "--work-dir", tmp_path / name, "--cfg-options", *options, *more)
+        said = capsys.readouterr().err
+        assert said.count("changed no weight") == 1
+        assert said.count("10 iterations so far had no token") == 1
+    write_bin(tmp_path / "data" / "b.bin", [[5] * 32])
+    capsys.readouterr()
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
+    said = capsys.readouterr().err
+    assert said.count("changed no weight") == 1
+    assert "25 iterations had no token to learn from" in said.splitlines()[-1]
+
+
+def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    """Small files and long packs: how much is lost and what to do, which then works."""
+    from xtuner.data.write import write_bin
+
+    for i in range(10):
+        write_bin(tmp_path / "data" / "en" / f"{i}.bin", [[5] * 10] * (4 if i else 40))
+    options = ["--cfg-options", f"dataset_folder={tmp_path / 'data'}", "max_length=100", *PLAIN]
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--dry-run", *options) == 0
+    said = "47.4% of the tokens (360 of 760) are not trained on: the last tokens of each file fill no pack of 100 "
+    said += "(9 of 10 files fill none at all)"
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "360 tokens (47.4%) of file tails" in shown
+    assert xtuner("data", "stats", tmp_path / "data", "--max-length", "100") == 0
+    shown = capsys.readouterr().out
+    assert said in shown
+    commands = shown[shown.index("mkdir -p joined") :].splitlines()[0].rpartition("; ")
+    assert commands[2] == "xtuner data check joined --fix-meta"
+    subprocess.run(commands[0], shell=True, check=True, cwd=tmp_path)
+    assert xtuner(*commands[2].split()[1:3], tmp_path / "joined", "--fix-meta") == 0
+    assert xtuner("data", "stats", tmp_path / "joined", "--max-length", "100") == 0
+    shown = capsys.readouterr().out
+    assert "tails that fill none: 60 tokens (7.9%)" in shown
+    assert "not trained on" not in shown
 
 
 def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> None:

@@ -30,14 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from xtuner.core import log
     from xtuner.core.errors import ConfigError, did_you_mean
     from xtuner.core.log import logger
     from xtuner.data.chat_template import INTERNLM2_MARKS, PROMPT_TEMPLATE
-    from xtuner.data.tokenizer import single_tokens
+    from xtuner.data.tokenizer import load_tokenizer, single_tokens
     from xtuner.engine.join import device
     from xtuner.model.generate import Session, sample
     from xtuner.train.evaluate import open_model
 
+    log.setup("WARNING")
     templates = vars(PROMPT_TEMPLATE)
     if args.template not in templates:
         hint = did_you_mean(args.template, list(templates))
@@ -53,14 +55,16 @@ def run(args: argparse.Namespace) -> int:
             value = getattr(args, option.replace("-", "_"))
             raise ConfigError(f"--{option} {value} cannot be", where=f"--{option}", do=f"give {range_}")
     template = templates[args.template]
-    tokenizer = open_tokenizer(args.model, args.tokenizer)
+    if not args.tokenizer:
+        refuse_checkpoint(args.model)
     model, _ = open_model(args.model, [], device())
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
     marks = [mark for mark in INTERNLM2_MARKS if mark in template.prompt("", "-") + template.assistant_end]
     if missing := [mark for mark in marks if mark not in tokenizer.special]:
         logger.warning(
-            f"the tokenizer has no special token {', '.join(missing)}, which the template {args.template} writes. Spelt "
-            "in ordinary pieces, they are not what a chat model learned: the answer may be empty or nonsense. Give the "
-            "chat model's tokenizer with --tokenizer, or continue a text with --template plain"
+            f"the tokenizer has no special token {', '.join(missing)}, which the template {args.template} writes. "
+            "Spelt in ordinary pieces, they are not what a chat model learned: the answer may be empty or nonsense. "
+            "Give the chat model's tokenizer with --tokenizer, or continue a text with --template plain"
         )
     stop_words = [*template.stop_words, *args.stop_words]
     stop_ids = [model.config.eos_token_id, *single_tokens(tokenizer, stop_words)]
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             print(piece, end="", flush=True)
         print()
         if not pieces:
-            logger.warning("an empty answer: the model's first token is one at which it stops")
+            logger.warning("an empty answer: the model stopped at once")
         if template.assistant_begin:
             session.feed(tokenizer.encode(template.assistant_end))
             fresh = False
@@ -91,17 +95,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_tokenizer(model: str, given: str | None) -> "Tokenizer":
-    """The tokenizer that is given, else the model's own. Raises: ConfigError for a checkpoint, which holds none."""
+def refuse_checkpoint(model: str) -> None:
+    """A checkpoint holds no tokenizer, and no file may be added to it. Raises: ConfigError that names the run's."""
     from pathlib import Path
 
     from xtuner.core.errors import ConfigError
     from xtuner.core.files import read_json
-    from xtuner.data.tokenizer import load_tokenizer
 
     facts = Path(model).expanduser() / "trainer.json"
-    if given or not facts.is_file():
-        return load_tokenizer(given or model)
+    if not facts.is_file():
+        return
     trainer = read_json(facts)
     config = trainer.get("config") if isinstance(trainer, dict) else None
     named = config.get("tokenizer") if isinstance(config, dict) else None

@@ -25,6 +25,6 @@ class Dropped(NamedTuple):
         none = f" ({self.without_pack:,} of {self.files:,} files fill none at all)" if self.without_pack else ""
         return (
             f"{self.share} of the tokens ({self.dropped:,} of {self.tokens:,}) are not trained on: the last tokens of "
-            f"each file fill no pack of {self.packed_length:,}{none}. Lower max_length, or join small files of one type: "
-            "mkdir -p joined/en; cat data/en/*.bin > joined/en/all.bin; xtuner data check joined --fix-meta"
+            f"each file fill no pack of {self.packed_length:,}{none}. Lower max_length, or join small files of one "
+            "type: mkdir -p joined/en; cat data/en/*.bin > joined/en/all.bin; xtuner data check joined --fix-meta"
         )

@@ -115,9 +115,7 @@ def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None, wante
         elif left_out := len(names) - len(files):
             logger.info(f"{path}: {left_out} files are in no folder `processed`: left out")
     if not files:
-        layout = (
-            f"DATASET/processed/FILE{_or(wanted)}" if settings.format == "ftdp" else f"file that ends in {_or(wanted)}"
-        )
+        layout = f"DATASET/processed/FILE{_or(wanted)}" if settings.format == "ftdp" else _or(wanted)
         raise DataError(f"no {layout} in the input folder", where=str(path), do=_TAKE if others else "")
     if settings.format == "ftdp":
         named = [(file, f"{kind or 'cn'}/{_dataset(file)}/{file.stem}") for file, _ in files]
@@ -126,7 +124,7 @@ def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None, wante
 
 
 def _or(suffixes: tuple[str, ...]) -> str:
-    return " or ".join(suffix or "nothing" for suffix in suffixes)
+    return " or ".join(suffix or "name without an ending" for suffix in suffixes)
 
 
 def _dataset(file: Path) -> str:

@@ -95,6 +95,7 @@ def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None, wante
     if not path.exists():
         raise ConfigError("the input is not there", where=str(path))
     others: Counter[str] = Counter()
+    take = "" if settings.format == "ftdp" else _TAKE  # ftdp has a script of its own, and one ending
     if path.is_file():
         files = [(path, path.stem)]
     else:
@@ -106,17 +107,15 @@ def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None, wante
             files = [(file, name) for file, name in files if "processed" in Path(name).parent.parts]
         others = Counter(n.suffix for n in names if n.suffix not in wanted)
         if others:
-            listed = ", ".join(
-                f"{count} {suffix or 'without an ending'}" for suffix, count in others.most_common(SHOWN)
-            )
-            logger.info(
-                f"{path}: {others.total()} files end otherwise than {_or(wanted)}: left out ({listed}); {_TAKE}"
-            )
+            counts = (f"{n} {suffix or 'without an ending'}" for suffix, n in others.most_common(SHOWN))
+            hint = f"; {take}" if take else ""
+            what = f"{others.total()} files end otherwise than {_or(wanted)}"
+            logger.info(f"{path}: {what}: left out ({', '.join(counts)}){hint}")
         elif left_out := len(names) - len(files):
             logger.info(f"{path}: {left_out} files are in no folder `processed`: left out")
     if not files:
         layout = f"DATASET/processed/FILE{_or(wanted)}" if settings.format == "ftdp" else _or(wanted)
-        raise DataError(f"no {layout} in the input folder", where=str(path), do=_TAKE if others else "")
+        raise DataError(f"no {layout} in the input folder", where=str(path), do=take if others else "")
     if settings.format == "ftdp":
         named = [(file, f"{kind or 'cn'}/{_dataset(file)}/{file.stem}") for file, _ in files]
         return [Job(file, name, root / FTDP_FOLDER, settings.resolved("ftdp")) for file, name in named]

@@ -211,8 +211,8 @@ def test_shapes_that_rope_cannot_turn(tmp_path: Path, tiny: Path, xtuner: Comman
     for changed, message in (
         ({"head_dim": 5}, "head_dim 5 is odd"),
         ({"head_dim": None, "hidden_size": 12}, "head_dim 3 is odd"),
-        ({"head_dim": None, "hidden_size": 18}, "hidden_size 18 is not a multiple of num_attention_heads 4"),
-        ({"num_key_value_heads": 3}, "4 query heads cannot share 3 kv heads"),
+        ({"head_dim": None, "hidden_size": 18}, "18 is not a multiple of num_attention_heads"),
+        ({"num_key_value_heads": 3}, "4 (query )?heads cannot share 3 "),
         ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic rope scaling cannot turn"),
     ):
         (source / "config.json").write_text(json.dumps({**config, **changed}))

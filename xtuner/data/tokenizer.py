@@ -186,7 +186,7 @@ class _Fast:
 
     @property
     def vocab_size(self) -> int:
-        return max(self._model.get_vocab().values(), default=-1) + 1
+        return int(self._model.get_vocab_size())
 
     def unplaced(self) -> list[str]:
         return [name for name in _mentioned(self.folder) if self._model.token_to_id(name) is None]
@@ -219,30 +219,43 @@ def _identity(vocabulary: Path, names: Mapping[str, int | None]) -> str:
     return hashlib.sha256(vocabulary.read_bytes() + b"\0" + listed).hexdigest()
 
 
-def _config(folder: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
-    path = folder / name
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
     found = read_json(path) if path.is_file() else {}
     return found if isinstance(found, dict) else {}
 
 
+def _named_tokens(folder: Path) -> dict[str, int]:
+    """Special tokens by name, as `tokenizer_config.json` lists them: `<|im_start|>` → 92543."""
+    return {entry["content"]: int(i) for i, entry in _config(folder).get("added_tokens_decoder", {}).items()}
+
+
 def _added_tokens(folder: Path) -> dict[str, int]:
-    """Added tokens by name: `<|im_start|>` → 92543. `tokenizer_config.json` wins over the older `added_tokens.json`."""
-    older = {name: int(i) for name, i in _config(folder, "added_tokens.json").items()}
-    listed = {entry["content"]: int(i) for i, entry in _config(folder).get("added_tokens_decoder", {}).items()}
+    """Added tokens by name: those of `tokenizer_config.json`, which wins, and of the older `added_tokens.json`."""
+    listed = _named_tokens(folder)
+    older = {n: i for n, i in _object(folder / "added_tokens.json").items() if n and type(i) is int and i >= 0}
     return {name: i for name, i in older.items() if i not in listed.values()} | listed
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; empty for any other and for none."""
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _mentioned(folder: Path) -> list[str]:
     """Special tokens that the settings files name without saying their ids."""
     found: dict[str, None] = {}
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        settings = _config(folder, file)
+    for settings in (_config(folder), _object(folder / "special_tokens_map.json")):
         entries = [settings.get(f"{role}_token") for role in _ROLES]
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            more = settings.get(key) or ()
-            entries += more.values() if isinstance(more, dict) else more
+            more = settings.get(key)
+            entries += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
         names = (entry.get("content") if isinstance(entry, dict) else entry for entry in entries)
-        found |= dict.fromkeys(name for name in names if isinstance(name, str) and name)
+        texts = (name for name in names if isinstance(name, str) and name)
+        found |= dict.fromkeys(
+            t for t in texts if t.isascii() or t.isprintable()
+        )  # JSON can spell half a surrogate pair
     return list(found)
 
 

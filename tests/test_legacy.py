@@ -13,7 +13,7 @@ from conftest import VOCABULARY
 from safetensors.torch import load_file, save_file
 
 from xtuner.config.check import check, problems
-from xtuner.config.legacy import REPLACED
+from xtuner.config.old_names import REPLACED
 from xtuner.config.load import load
 from xtuner.config.told import paragraphs
 from xtuner.core.errors import ConfigError
@@ -234,7 +234,10 @@ def test_what_is_told(legacy: Path, own: Path, caplog: pytest.LogCaptureFixture)
         "tokenizer.trust_remote_code: because",
         "model.llm.trust_remote_code: because",
         "default_hooks.logger.log_metric_by_epoch: because",
-        "count optimizer steps, not packs: 1 of them is 2 packs",
+        "LinearLR → xtuner.engine.legacy.LinearLR",
+        "differences from XTuner 0.1 and 0.2:",
+        "mean over the learned tokens of all its packs",
+        "count iterations (optimizer steps); there they counted packs",
         "label_rule='xtuner'",
         "never in fp16",
     ):

@@ -11,13 +11,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from xtuner.config.load import SHIPPED, shipped_names
+    from xtuner.config.load import ALIASES, shipped_file, shipped_names
     from xtuner.core.errors import ConfigError, did_you_mean
     from xtuner.core.files import atomic_file
 
     name = args.config_name.removesuffix(".py")
-    if name not in shipped_names():
-        hint = did_you_mean(name, shipped_names())
+    source = shipped_file(name)
+    if source is None:
+        hint = did_you_mean(name, [*shipped_names(), *ALIASES])
         raise ConfigError(f"no shipped config {name!r}.{hint}", do="`xtuner list-cfg` lists them")
     target = Path(args.save_dir).expanduser() / f"{name}_copy.py"
     if target.exists():
@@ -28,6 +29,6 @@ def run(args: argparse.Namespace) -> int:
             do="move it away first",
         )
     with atomic_file(target) as f:
-        f.write((SHIPPED / f"{name}.py").read_text(encoding="utf-8"))
-    print(f"copied to {target}")
+        f.write(source.read_text(encoding="utf-8"))
+    print(f"copied to {target}" + (f" (here the config is called {ALIASES[name]})" if name in ALIASES else ""))
     return 0

@@ -5,12 +5,23 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from xtuner.config import old_names
 from xtuner.core.errors import ConfigError, did_you_mean
 
 
 def resolve_type(kind: Any, where: str = "") -> Callable[..., Any]:
-    """The callable behind `type=`: itself, or a dotted string `package.module.name` or `….Class.name`."""
+    """The callable behind `type=`: itself, or what a name stands for.
+
+    Args:
+        kind: a class or function, `package.module.name`, `package.module.Class.name`, or an old tool's name.
+        where: its dotted path in the config; without one, a name without dots is nobody's.
+
+    Raises: ConfigError with the nearest names.
+    """
     if isinstance(kind, str):
+        kind = old_names.find(kind, where) or kind
+        if old_names.is_unknown(kind):
+            raise old_names.unknown(kind, where, where)
         module, _, name = kind.rpartition(".")
         owner, _, last = module.rpartition(".")
         try:

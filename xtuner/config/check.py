@@ -115,6 +115,8 @@ def _dataloader(config: Config) -> Iterator[ConfigError]:
             yield ConfigError(p.what, where=config.where(f"train_dataloader.{key}"), why=p.why, do=p.do)
     for name, right in (("collate_fn", _is_idle), ("batch_sampler", _is_batch_sampler)):
         spec = loader.get(name)
+        if isinstance(spec, Mapping) and not _resolves(spec.get("type"), f"train_dataloader.{name}"):
+            continue  # `_spec` reports it
         if spec is not None and not (isinstance(spec, Mapping) and right(spec.get("type"))):
             yield ConfigError(
                 f"this {name} would not be called",
@@ -122,6 +124,13 @@ def _dataloader(config: Config) -> Iterator[ConfigError]:
                 why="the loader makes batches of packs itself",
                 do="leave it out; to change batches, give a dataset of your own",
             )
+
+
+def _resolves(kind: Any, key: str) -> bool:
+    try:
+        return kind is None or bool(resolve_type(kind, key))
+    except ConfigError:
+        return False
 
 
 def _is_idle(kind: Any) -> bool:
@@ -148,7 +157,7 @@ def _train_cfg(config: Config) -> Iterator[ConfigError]:
     for name, value in values.items():
         where = config.where(f"train_cfg.{name}")
         if name == "type":
-            if adapter_of(resolve_type(value, "train_cfg")) is None:
+            if _resolves(value, "train_cfg") and adapter_of(resolve_type(value, "train_cfg")) is None:
                 yield ConfigError("a loop of your own would not be called", where=where, do="leave type out")
         elif name not in known:
             yield ConfigError(f"train_cfg has no setting {name!r}.{did_you_mean(name, known)}", where=where)

@@ -1,76 +1,17 @@
-"""Configs of XTuner 0.1 and 0.2 run as they are: what they import of mmengine, transformers and the old package is
-looked up here when a config is run, and ours is imported instead. None of those packages is needed.
-
-The right-hand sides are strings: the rooms above are imported by the config itself, not by us.
+"""Configs of XTuner 0.1 and 0.2 run as they are: names that they have of mmengine, transformers and the old package are
+replaced by ours (`old_names`), first where they are imported, then in the values that the config comes to. So it does
+not matter how a name got there: written in place, assigned, or put together by a loop. None of those packages is needed.
 """
 
 import ast
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from xtuner.config import old_names, walk
 from xtuner.config.mistakes import together
-from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.core.errors import ConfigError
 
-_HOOKS = ("DatasetInfoHook", "EvaluateChatHook", "ThroughputHook", "VarlenAttnArgsToMessageHubHook")
-_DATA = ("build_packed_dataset", "load_intern_repo_tokenized_dataset")
-_COLLATE = ("default_collate_fn", "intern_repo_collate_fn")
-
-# (module, name) → what is imported instead
-REPLACED: dict[tuple[str, str], str] = {
-    ("mmengine.dataset", "DefaultSampler"): "xtuner.data.legacy.DefaultSampler",
-    ("mmengine.hooks", "CheckpointHook"): "xtuner.train.legacy.CheckpointHook",
-    ("mmengine.hooks", "DistSamplerSeedHook"): "xtuner.train.hooks.DistSamplerSeedHook",
-    ("mmengine.hooks", "IterTimerHook"): "xtuner.train.hooks.IterTimerHook",
-    ("mmengine.hooks", "LoggerHook"): "xtuner.train.legacy.LoggerHook",
-    ("mmengine.hooks", "ParamSchedulerHook"): "xtuner.train.hooks.ParamSchedulerHook",
-    ("mmengine.hooks", "RuntimeInfoHook"): "xtuner.train.legacy.RuntimeInfoHook",
-    ("mmengine.optim", "AmpOptimWrapper"): "xtuner.engine.legacy.AmpOptimWrapper",
-    ("mmengine.optim", "CosineAnnealingLR"): "xtuner.engine.legacy.CosineAnnealingLR",
-    ("mmengine.optim", "LinearLR"): "xtuner.engine.legacy.LinearLR",
-    ("mmengine.runner", "EpochBasedTrainLoop"): "xtuner.train.legacy.TrainLoop",
-    ("mmengine.visualization", "LocalVisBackend"): "xtuner.train.legacy.LocalVisBackend",
-    ("mmengine.visualization", "TensorboardVisBackend"): "xtuner.train.legacy.TensorboardVisBackend",
-    ("mmengine.visualization", "Visualizer"): "xtuner.train.legacy.Visualizer",
-    ("transformers", "AutoModelForCausalLM"): "xtuner.model.legacy.AutoModelForCausalLM",
-    ("transformers", "AutoTokenizer"): "xtuner.data.legacy.AutoTokenizer",
-    ("xtuner.engine.runner", "TrainLoop"): "xtuner.train.legacy.TrainLoop",
-}
-for _modules, _names, _room in (  # a package gives what its modules give, too
-    (("xtuner.engine", "xtuner.engine.hooks"), _HOOKS, "xtuner.train.legacy"),
-    (("xtuner.dataset", "xtuner.dataset.collate_fns"), _COLLATE, "xtuner.data.legacy"),
-    (("xtuner.dataset", "xtuner.dataset.intern_repo"), _DATA, "xtuner.data"),
-    (("xtuner.dataset", "xtuner.dataset.samplers"), ("InternRepoSampler",), "xtuner.data.legacy"),
-    (("xtuner.model", "xtuner.model.sft"), ("SupervisedFinetune",), "xtuner.model.legacy"),
-    (("xtuner.utils", "xtuner.utils.templates"), ("PROMPT_TEMPLATE",), "xtuner.data.legacy"),
-):
-    REPLACED |= {(module, name): f"{_room}.{name}" for module in _modules for name in _names}
-
-# Packages that a config may import from only by the table above
-_FOREIGN = ("mmengine", "transformers", "peft", "bitsandbytes", "mmcv")
-_OLD_ROOMS = ("apis", "dataset", "engine.hooks", "engine.runner", "evaluation", "parallel", "registry", "utils")
-# Old names of rooms that are ours, too
-_SHARED = {"xtuner.engine": ("HFCheckpointHook",), "xtuner.model": ("LLaVAModel",)}
-_TOKENIZED = "load_intern_repo_tokenized_dataset, on .bin and .bin.meta files (`xtuner data tokenize` writes them)"
-_FULL = "all weights are trained: leave it out"
-# name → the nearest that there is
-_NEAREST = {
-    "BitsAndBytesConfig": _FULL,
-    "ConcatDataset": _TOKENIZED,
-    "DeepSpeedOptimWrapper": "mmengine.optim.AmpOptimWrapper, and --deepspeed on the command line",
-    "HFCheckpointHook": "`xtuner convert pth_to_hf` after the run; a checkpoint's weights/ is such a folder, too",
-    "IterBasedTrainLoop": "xtuner.engine.runner.TrainLoop with max_epochs",
-    "LLaVAModel": "SupervisedFinetune: models read text only",
-    "LoraConfig": _FULL,
-    "OptimWrapper": "mmengine.optim.AmpOptimWrapper",
-    "SYSTEM_TEMPLATE": "the system prompt itself, as a string",
-    "SequenceParallelSampler": "xtuner.dataset.samplers.InternRepoSampler; there is no sequence parallelism",
-    "WandbVisBackend": "TensorboardVisBackend; scalars.json holds the same numbers for other tools",
-    "load_intern_repo_untokenized_dataset": _TOKENIZED,
-    "load_dataset": _TOKENIZED,
-    "process_hf_dataset": _TOKENIZED,
-    "read_base": "the other config's contents: a config is one whole file",
-    "template_map_fn_factory": "nothing: templates are applied when the text is tokenized",
-}
 # mmengine adds these to a config's default_hooks by itself
 DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "timer": {"type": "xtuner.train.hooks.IterTimerHook"},
@@ -79,21 +20,24 @@ DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "param_scheduler": {"type": "xtuner.train.hooks.ParamSchedulerHook"},
     "checkpoint": {"type": "xtuner.train.legacy.CheckpointHook", "interval": 1},
 }
+_PRIORITIES = (
+    "HIGHEST", "VERY_HIGH", "HIGH", "ABOVE_NORMAL", "NORMAL", "BELOW_NORMAL", "LOW", "VERY_LOW", "LOWEST",
+)  # fmt: skip
+_ONE_FILE = "a config is one whole file: copy the other one's contents into it"
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """An imported name of an older tool, and what was imported instead."""
+    """A name of an older tool as written, and what is taken instead."""
 
     old: str
     new: str
-    line: int
 
     def __str__(self) -> str:
         return f"{self.old} → {self.new}"
 
 
-def rewrite(tree: ast.Module, path: str) -> tuple[ast.Module, list[Replacement]]:
+def replace_imports(tree: ast.Module, path: str) -> tuple[ast.Module, list[Replacement]]:
     """The config with imports of older tools replaced, line numbers kept; and what was replaced.
 
     Raises: ConfigError that lists every name that there is nothing for.
@@ -102,21 +46,59 @@ def rewrite(tree: ast.Module, path: str) -> tuple[ast.Module, list[Replacement]]
     tree = ast.fix_missing_locations(imports.visit(tree))
     if imports.problems:
         raise together(imports.problems, "imports of the config have nothing in their place")
-    return tree, list({r.old: r for r in imports.replaced}.values())
+    return tree, imports.replaced
+
+
+def replace_names(values: dict[str, Any], where: Callable[[str], str]) -> tuple[list[Replacement], dict[str, str]]:
+    """Put our names in the place of old ones at `type` of every dict that is built, and take out what mmengine alone
+    reads there. Names that there is nothing for stay: `check` lists them.
+
+    Args:
+        values: what the config assigns; its dicts are changed.
+        where: from a dotted path to `file:line` for messages.
+
+    Returns: what was replaced, and what was taken out: dotted path → why it has no effect.
+
+    Raises: ConfigError for `_delete_`, which changes a base config that there is not.
+    """
+    replaced, dropped, problems = [], {}, []
+    for key, spec in walk.dicts(values):
+        if "_delete_" in spec:
+            problems.append(ConfigError("_delete_ has no base config to act on", where=where(key), do=_ONE_FILE))
+        if not isinstance(spec, dict) or "type" not in spec:
+            continue
+        written = old_names.written_name(spec["type"])
+        if new := old_names.find(written, key):
+            if new != written:
+                replaced.append(Replacement(written, new))
+            spec["type"] = new
+        if isinstance(spec.get("_scope_"), str):
+            del spec["_scope_"]
+            dropped[f"{key}._scope_"] = "names are imported, not registered"
+        if old_names.kind_of(key) == "hook" and _is_our_hook(spec["type"]) and _is_priority(spec.get("priority")):
+            del spec["priority"]
+            dropped[f"{key}.priority"] = "hooks of ours run in a fixed order: they measure, log, then save"
+    if problems:
+        raise together(problems)
+    return replaced, dropped
 
 
 def complete_hooks(values: dict[str, Any], replaced: list[Replacement]) -> None:
     """Give a config made for mmengine's runner the hooks that the runner adds, without those it switches off (None)."""
-    if any(r.old.startswith("mmengine.") for r in replaced):
-        hooks = {**DEFAULT_HOOKS, **(values.get("default_hooks") or {})}
+    hooks = values.get("default_hooks") or {}
+    if isinstance(hooks, dict) and any(old_names.is_of_mmengine(r.old) for r in replaced):
+        hooks = {**DEFAULT_HOOKS, **hooks}
         values["default_hooks"] = {name: spec for name, spec in hooks.items() if spec is not None}
 
 
-def _is_old(module: str) -> bool:
-    """Whether nothing but the table is imported from a module."""
-    parts = module.split(".")
-    old = [f"xtuner.{room}" for room in _OLD_ROOMS]
-    return parts[0] in _FOREIGN or any(module == room or module.startswith(f"{room}.") for room in old)
+def _is_our_hook(kind: Any) -> bool:
+    return old_names.written_name(kind).startswith("xtuner.train.")
+
+
+def _is_priority(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.upper() in _PRIORITIES
+    return type(value) is int and 0 <= value <= 100
 
 
 class _Imports(ast.NodeTransformer):
@@ -125,6 +107,12 @@ class _Imports(ast.NodeTransformer):
         self.replaced: list[Replacement] = []
         self.problems: list[ConfigError] = []
 
+    def visit_Assign(self, node: ast.Assign) -> ast.AST:
+        if any(isinstance(t, ast.Name) and t.id == "_base_" for t in node.targets):
+            where = f"{self.path}:{node.lineno}"
+            self.problems.append(ConfigError("_base_ is not followed", where=where, do=_ONE_FILE))
+        return node
+
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.AST]:
         module = node.module or ""
         if node.level:
@@ -132,10 +120,15 @@ class _Imports(ast.NodeTransformer):
         kept: list[ast.alias] = []
         nodes: list[ast.AST] = []
         for alias in node.names:
-            new = self._find(module, alias.name, alias.lineno)
+            old = f"{module}.{alias.name}"
+            new = old_names.REPLACED.get((module, alias.name)) or old_names.find(old)
             if new is None:
+                if old_names.is_unknown(old):
+                    self.problems.append(old_names.unknown(old, f"{self.path}:{alias.lineno}"))
                 kept.append(alias)
                 continue
+            if new != old:
+                self.replaced.append(Replacement(old, new))
             room, _, name = new.rpartition(".")
             own = ast.alias(name=name, asname=alias.asname or alias.name)
             ours = ast.ImportFrom(module=room, names=[ast.copy_location(own, alias)], level=0)
@@ -148,7 +141,7 @@ class _Imports(ast.NodeTransformer):
 
     def visit_Import(self, node: ast.Import) -> ast.AST:
         for alias in node.names:
-            if _is_old(alias.name):
+            if old_names.is_old(alias.name):
                 self.problems.append(
                     ConfigError(
                         f"`import {alias.name}`: xtuner runs without it and puts its own in place of names only",
@@ -157,58 +150,3 @@ class _Imports(ast.NodeTransformer):
                     )
                 )
         return node
-
-    def visit_keyword(self, node: ast.keyword) -> ast.AST:
-        """dict(type="mmengine.hooks.CheckpointHook"), as the old tool dumped configs."""
-        if node.arg == "type":
-            node.value = self._in_string(node.value)
-        self.generic_visit(node)
-        return node
-
-    def visit_Dict(self, node: ast.Dict) -> ast.AST:
-        for i, key in enumerate(node.keys):
-            if isinstance(key, ast.Constant) and key.value == "type":
-                node.values[i] = self._in_string(node.values[i])
-        self.generic_visit(node)
-        return node
-
-    def _in_string(self, node: ast.expr) -> ast.expr:
-        if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or "." not in node.value:
-            return node
-        module, _, name = node.value.rpartition(".")
-        owner, _, last = module.rpartition(".")
-        if last[:1].isupper():  # transformers.AutoTokenizer.from_pretrained
-            new = self._find(owner, last, node.lineno)
-            new = new and f"{new}.{name}"
-        else:
-            new = self._find(module, name, node.lineno)
-        return ast.copy_location(ast.Constant(new), node) if new else node
-
-    def _find(self, module: str, name: str, line: int) -> str | None:
-        """Our dotted name in place of an old one; None to leave it. Notes a problem where there is neither."""
-        new = REPLACED.get((module, name))
-        if new is not None:
-            self.replaced.append(Replacement(f"{module}.{name}", new, line))
-            return new
-        if _is_old(module) or name in _SHARED.get(module, ()):
-            self.problems.append(
-                ConfigError(
-                    f"there is no {module}.{name} here",
-                    where=f"{self.path}:{line}",
-                    why="configs of XTuner 0.1 and 0.2 run if they train all weights on tokenized data",
-                    do=_nearest(module, name),
-                )
-            )
-        return None
-
-
-def _nearest(module: str, name: str) -> str:
-    if name in _NEAREST:
-        return f"nearest: {_NEAREST[name]}"
-    elsewhere = [m for m, n in REPLACED if n == name]
-    if elsewhere:
-        return f"import it from {elsewhere[0]}"
-    there = sorted(n for m, n in REPLACED if m == module)
-    hint = did_you_mean(name, there).strip()
-    known = f"of {module} there are: {', '.join(there)}" if there else "leave it out, with what uses it"
-    return f"{hint} {known}".strip()

@@ -18,6 +18,11 @@ from xtuner.core import secrets
 from xtuner.core.errors import ConfigError, did_you_mean
 
 SHIPPED = Path(__file__).parent.parent / "configs"
+# Names under which older tools shipped a config → ours for the same data and model
+ALIASES = {
+    "internlm2_7b_full_intern_repo_dataset_template": "internlm2_7b_w_tokenized_dataset",
+    "internlm2_7b_w_internevo_dataset": "internlm2_7b_w_tokenized_dataset",
+}
 
 
 @dataclass
@@ -31,7 +36,8 @@ class Config:
     unread: list[str] = field(default_factory=list)  # names that the file itself makes no use of
     unmet: list[str] = field(default_factory=list)  # overridden names that the file does not assign
     names: dict[str, str] = field(default_factory=dict)  # "train_dataloader.dataset" → "train_dataset", as written
-    replaced: list[legacy.Replacement] = field(default_factory=list)  # imports of older tools
+    replaced: list[legacy.Replacement] = field(default_factory=list)  # names of older tools
+    dropped: dict[str, str] = field(default_factory=dict)  # settings taken out → why they have no effect
 
     @property
     def name(self) -> str:
@@ -88,15 +94,22 @@ def shipped_names() -> list[str]:
     return sorted(p.stem for p in SHIPPED.glob("*.py") if p.stem != "__init__")
 
 
+def shipped_file(name: str) -> Path | None:
+    """The file of a shipped config, also by its older name."""
+    name = ALIASES.get(name, name)
+    return SHIPPED / f"{name}.py" if name in shipped_names() else None
+
+
 def find(name_or_path: str) -> Path:
     """A config file, or a shipped config's name. Raises: ConfigError with the nearest name."""
     path = Path(name_or_path).expanduser()
     if path.is_file():
         return path
-    if name_or_path in shipped_names():
-        return SHIPPED / f"{name_or_path}.py"
+    if shipped := shipped_file(name_or_path):
+        return shipped
+    known = [*shipped_names(), *ALIASES]
     raise ConfigError(
-        f"no config file and no shipped config {name_or_path!r}." + did_you_mean(name_or_path, shipped_names()),
+        f"no config file and no shipped config {name_or_path!r}." + did_you_mean(name_or_path, known),
         do="`xtuner list-cfg` lists the shipped ones, `xtuner copy-cfg NAME .` copies one here",
     )
 
@@ -116,24 +129,33 @@ def load(name_or_path: str, options: list[str] | None = None) -> Config:
     except SyntaxError as e:
         raise ConfigError(f"the config is not Python: {e.msg}", where=f"{path}:{e.lineno}") from None
     read, (lines, names) = _names_read(tree), _find_lines(tree)
-    tree, replaced = legacy.rewrite(tree, str(path))
+    tree, imported = legacy.replace_imports(tree, str(path))
     overrides = dict(parse_option(o) for o in options or [])
     secrets.learn(overrides)
     for node, name in secret_literals(tree):
         secrets.learn(getattr(node, "value", None), name)
     replacer = _Replace({k: v for k, v in overrides.items() if "." not in k})
     tree = ast.fix_missing_locations(replacer.visit(tree))
-    values = _run(tree, path)
-    legacy.complete_hooks(values, replaced)
+    config = Config(path, source, _run(tree, path), lines, names=names, replaced=imported)
+    values = config.values
+    _replace_names(config)
+    legacy.complete_hooks(values, config.replaced)
     for key, value in overrides.items():
         if "." in key:
             _set(values, key, value)
         elif key not in replacer.met:
             values[key] = value  # `check` knows whether there is such a key
+    _replace_names(config)  # of hooks and overrides
     secrets.learn(values)  # also those that were computed
-    unmet = [key for key in overrides if "." not in key and key not in replacer.met]
-    unread = [name for name in values if name not in read and name not in unmet]
-    return Config(path, source, values, lines, unread, unmet, names, replaced)
+    config.unmet = [key for key in overrides if "." not in key and key not in replacer.met]
+    config.unread = [name for name in values if name not in read and name not in config.unmet]
+    return config
+
+
+def _replace_names(config: Config) -> None:
+    replaced, dropped = legacy.replace_names(config.values, config.where)
+    config.replaced = list({r.old: r for r in [*config.replaced, *replaced]}.values())
+    config.dropped |= dropped
 
 
 def parse_option(option: str) -> tuple[str, Any]:

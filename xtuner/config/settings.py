@@ -29,6 +29,9 @@ OLD = {
     "strategy": _ENGINE,
     "model_wrapper_cfg": _ENGINE,
     "auto_scale_lr": Only((None,), "the rate is what the config says", "set lr itself"),
+    "custom_imports": Only((None,), "nothing is registered", "import what it names at the top of the config"),
+    "data_preprocessor": Only((None,), "packs go to the model as they are", "leave it out"),
+    "framework": Only((None, "mmengine"), "xtuner trains by itself", "leave it out"),
     "runner_type": Only((None, "Runner"), "the engine is chosen on the command line", "leave it out"),
 }
 NO_WORK = {
@@ -37,7 +40,7 @@ NO_WORK = {
     "experiment_name": "a run is named after its config and its start",
     "find_unused_parameters": "every parameter is used",
     "launcher": "it is given as --launcher",
-    "log_processor": "lines show the values of one iteration",
+    "log_processor": "what a log line shows is fixed",
     "visualizer": "every run writes scalars.json and TensorBoard files",
 }
 DATALOADER = ("batch_size", "batch_sampler", "collate_fn", "dataset", "num_workers", "sampler")
@@ -50,7 +53,9 @@ TRAIN_CFG = {
     "by_epoch": Only((True,), "a run's length is given in epochs", "give max_epochs"),
     "max_iters": Only((None,), "a run's length is given in epochs", "give max_epochs"),
 }
+NO_WORK_IN_RANDOMNESS = {"diff_rank_seed": "ranks draw nothing but new weights, which must be equal"}
 NO_WORK_IN_TRAIN_CFG = {
+    "dynamic_intervals": "val_interval at the top level says how often val_dataset is measured",
     "val_begin": "val_interval at the top level says how often val_dataset is measured",
     "val_interval": "val_interval at the top level says how often val_dataset is measured",
 }

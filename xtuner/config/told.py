@@ -1,11 +1,16 @@
-"""What is told of a config made for an older tool: names replaced, settings without effect, what is done otherwise."""
+"""What is reported of a config made for an older tool: names replaced, settings without effect, and how its run differs
+from one of that tool. The documentation (`docs/*/config.md`) holds the same list of differences.
+"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from xtuner.config.adapter import adapter_of
 from xtuner.config.build import resolve_type, type_name
 from xtuner.config.load import Config
-from xtuner.config.settings import NO_WORK, NO_WORK_IN_DATALOADER, NO_WORK_IN_TRAIN_CFG
+from xtuner.config.old_names import written_name
+from xtuner.config.settings import NO_WORK, NO_WORK_IN_DATALOADER, NO_WORK_IN_RANDOMNESS, NO_WORK_IN_TRAIN_CFG
 from xtuner.config.walk import specs
 from xtuner.core import dist
 from xtuner.core.log import logger
@@ -19,44 +24,123 @@ def tell(config: Config) -> None:
 
 
 def paragraphs(config: Config) -> Iterator[str]:
+    differences = [d.text for d in DIFFERENCES if d.concerns(config)] if config.replaced else []
     for title, lines in (
-        (f"{config.path.name} is made for another tool; replaced:", [str(r) for r in config.replaced]),
-        ("no work to do:", list(dict.fromkeys(_without_work(config)))),
-        ("done otherwise than there:", list(_otherwise(config))),
+        (f"{config.path.name} is made for another tool; names replaced:", [str(r) for r in config.replaced]),
+        ("settings without effect:", list(dict.fromkeys(_without_effect(config)))),
+        ("differences from XTuner 0.1 and 0.2:", differences),
     ):
         if lines:
             yield "\n  ".join((title, *lines))
 
 
-def _without_work(config: Config) -> Iterator[str]:
+def _without_effect(config: Config) -> Iterator[str]:
     for name, why in NO_WORK.items():
         if name in config.values and (name != "visualizer" or config.values[name] is None):
             yield f"{name}: because {why}"
-    for parent, names in (("train_dataloader", NO_WORK_IN_DATALOADER), ("train_cfg", NO_WORK_IN_TRAIN_CFG)):
-        plain = parent != "train_cfg" or "type" not in config.values[parent]  # a TrainLoop speaks for itself
-        for name, why in names.items():
-            if plain and name in config.values[parent]:
+    for parent, names in (
+        ("train_dataloader", NO_WORK_IN_DATALOADER),
+        ("train_cfg", NO_WORK_IN_TRAIN_CFG),
+        ("randomness", NO_WORK_IN_RANDOMNESS),
+    ):
+        values = config.values.get(parent)
+        plain = isinstance(values, Mapping) and "type" not in values  # a TrainLoop speaks for itself
+        for name, why in names.items() if plain else ():
+            if name in config.values[parent]:
                 yield f"{parent}.{name}: because {why}"
     for spec in specs(config):
         if facts := adapter_of(resolve_type(spec.kind, spec.key)):
             for name, why in facts.without_work(spec.arguments):
                 setting = f"{spec.key}.{name}" if name else f"{spec.key} ({type_name(spec.kind)})"
                 yield f"{setting}: because {why}"
+    for setting, why in config.dropped.items():
+        yield f"{setting}: because {why}"
 
 
-def _otherwise(config: Config) -> Iterator[str]:
-    old = {r.old.rpartition(".")[2] for r in config.replaced}
-    counts = config.get("optim_wrapper.accumulative_counts", 1)
-    if counts != 1 and "CheckpointHook" in old:
-        yield (
-            f"save_steps, evaluation_freq and log intervals count optimizer steps, not packs: "
-            f"1 of them is {counts} packs a device here (accumulative_counts)"
-        )
-    dataset = config.get("train_dataloader.dataset") or {}
-    if "build_packed_dataset" in old and "label_rule" not in dataset:
-        yield (
-            "the last token of a document is not trained to predict the next document's first "
-            "(label_rule='xtuner' of build_packed_dataset gives the old labels)"
-        )
-    if "AmpOptimWrapper" in old:
-        yield "matrices are multiplied in bf16 on GPUs and in fp32 on CPUs, never in fp16; weights are kept in fp32"
+@dataclass(frozen=True)
+class Difference:
+    """How a run here differs from the old tool's run of the same config.
+
+    Args:
+        text: as printed, and as the documentation says it.
+        concerns: whether it does with this config.
+    """
+
+    text: str
+    concerns: Callable[[Config], bool]
+
+
+def _accumulates(config: Config) -> bool:
+    return bool(config.get("optim_wrapper.accumulative_counts", 1) != 1)
+
+
+def _builds(name: str, setting: str = "", *values: Any) -> Callable[[Config], bool]:
+    """Whether a config has a `dict(type=name)` which leaves `setting` out, or sets it to one of `values`."""
+
+    def concerns(config: Config) -> bool:
+        found = [s.arguments for s in specs(config) if f".{written_name(s.kind)}".endswith(f".{name}")]
+        return any(setting not in given or given[setting] in values for given in found)
+
+    return concerns
+
+
+DIFFERENCES = (
+    Difference(
+        "The loss of an iteration, and so its gradient, is the mean over the learned tokens of all its packs on all "
+        "ranks; there it was the mean of the packs' means, and the log showed one rank's.",
+        lambda config: True,
+    ),
+    Difference(
+        "`save_steps`, `evaluation_freq`, log intervals, and `begin`, `end`, `T_max` of schedules with "
+        "`by_epoch=False` count iterations (optimizer steps); there they counted packs of a rank, "
+        "`accumulative_counts` of which make an iteration: divide them by it.",
+        _accumulates,
+    ),
+    Difference(
+        "The learning rate changes with every iteration; there it changed with every pack, and a step took the rate "
+        "of its last one (`accumulative_counts` above 1).",
+        _accumulates,
+    ),
+    Difference(
+        "Packs that do not fill a last iteration are not trained, and reported; there they made a smaller step "
+        "(`accumulative_counts` above 1).",
+        _accumulates,
+    ),
+    Difference(
+        "The last token of a document is not trained to predict the next document's first, and the last position of a "
+        "pack learns its true next token; there it was the other way round, as with `label_rule='xtuner'` of "
+        "`build_packed_dataset`.",
+        _builds("build_packed_dataset", "label_rule"),
+    ),
+    Difference(
+        "Documents of a pack do not see each other, and positions begin anew in each; there only with "
+        "`use_varlen_attn=True`, which the model of this config does not set.",
+        _builds("legacy.SupervisedFinetune", "use_varlen_attn"),
+    ),
+    Difference(
+        "Matrices are multiplied in bf16 on GPUs and in fp32 on CPUs, never in fp16; weights are kept in fp32.",
+        _builds("legacy.AmpOptimWrapper"),
+    ),
+    Difference(
+        "Checkpoints are folders named `iter_N.pth`, N in iterations, also with `by_epoch=True` (the default of "
+        "`CheckpointHook`); there they were then named `epoch_N.pth`.",
+        _builds("legacy.CheckpointHook", "by_epoch", True),
+    ),
+    Difference(
+        "Without `data_order_path`, sub-folders come in sorted order; there they came in the file system's.",
+        _builds("load_intern_repo_tokenized_dataset", "data_order_path", None),
+    ),
+    Difference(
+        "`DefaultSampler` draws another order of the packs than there; `InternRepoSampler` draws the same.",
+        _builds("legacy.DefaultSampler"),
+    ),
+    Difference(
+        "Samples take the most likely token each time; there tokens were drawn at random.",
+        _builds("legacy.EvaluateChatHook"),
+    ),
+    Difference(
+        "Tokens a second count the tokens of packs, and FLOPs the arithmetic of the model; there padding and "
+        "recomputation were counted as well.",
+        _builds("legacy.ThroughputHook"),
+    ),
+)

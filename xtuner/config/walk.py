@@ -3,9 +3,12 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from xtuner.config.load import Config
+from xtuner.config.old_names import kind_of
+
+if TYPE_CHECKING:  # load imports us
+    from xtuner.config.load import Config
 
 ROOTS = (
     "tokenizer", "model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "default_hooks",
@@ -18,7 +21,7 @@ class Spec:
     """`dict(type=kind, …)` at a dotted path of the config."""
 
     key: str
-    kind: Any  # as written: a callable, or its dotted name
+    kind: Any  # as written: a callable, or its name
     arguments: dict[str, Any]
 
     def value(self, name: str, kind: Any) -> Any:
@@ -29,27 +32,30 @@ class Spec:
         return parameter.default if parameter and parameter.default is not parameter.empty else None
 
 
-def specs(config: Config) -> Iterator[Spec]:
+def specs(config: "Config") -> Iterator[Spec]:
     """Each dict once, under the path where it is met first."""
+    for key, value in dicts(config.values):
+        if "type" in value and _is_kind(key, value["type"]):
+            yield Spec(key, value["type"], {str(k): v for k, v in value.items() if k != "type"})
+
+
+def dicts(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Dicts at any depth of what is built, with their dotted paths; each once."""
     seen: set[int] = set()
 
-    def walk(key: str, value: Any) -> Iterator[Spec]:
+    def walk(key: str, value: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+        if not isinstance(value, Mapping | list | tuple) or id(value) in seen:
+            return
+        seen.add(id(value))
         if isinstance(value, Mapping):
-            if id(value) in seen:
-                return
-            seen.add(id(value))
-            if "type" in value and _is_kind(value["type"]):
-                yield Spec(key, value["type"], {str(k): v for k, v in value.items() if k != "type"})
-            for name, part in value.items():
-                yield from walk(f"{key}.{name}", part)
-        elif isinstance(value, list | tuple):
-            for i, part in enumerate(value):
-                yield from walk(f"{key}.{i}", part)
+            yield key, value
+        for name, part in list(value.items() if isinstance(value, Mapping) else enumerate(value)):
+            yield from walk(f"{key}.{name}", part)
 
     for root in ROOTS:
-        yield from walk(root, config.values.get(root))
+        yield from walk(root, values.get(root))
 
 
-def _is_kind(value: Any) -> bool:
+def _is_kind(key: str, value: Any) -> bool:
     """clip_grad=dict(type="norm") and rope_scaling=dict(type="dynamic") are values, not objects to build."""
-    return callable(value) or (isinstance(value, str) and "." in value)
+    return callable(value) or (isinstance(value, str) and ("." in value or bool(kind_of(key))))

@@ -7,11 +7,11 @@ from collections.abc import Sized
 from typing import Any
 
 from xtuner.config.adapter import Only, adapter
-from xtuner.core.errors import did_you_mean
+from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.data import chat_template, order, tokenizer
 from xtuner.data.chat_template import ChatTemplate
 
-_SEED = 1024  # what the old sampler draws from, whatever it is told
+_SEED = 1024  # what the old sampler draws from, whatever its seed
 _VARLEN = Only((True,), "without it the documents of a pack see each other", "set use_varlen_attn = True")
 _ITSELF = "the loader makes batches of packs itself"
 
@@ -36,9 +36,12 @@ class AutoTokenizer:
         return tokenizer.load_tokenizer(pretrained_model_name_or_path)
 
 
-@adapter(no_work={"seed": "the old sampler draws from 1024 whatever it is told, and so it is drawn here"})
+@adapter(no_work={"seed": "the old sampler always draws from 1024, and so does ours"})
 def InternRepoSampler(dataset: Sized, shuffle: bool = True, seed: int | None = None) -> order.InternRepoSampler:
     return order.InternRepoSampler(dataset, shuffle, _SEED)
+
+
+InternlmRepoSampler = InternRepoSampler  # the same under its first name
 
 
 @adapter(no_work={"round_up": "no pack is given twice; the last ones that do not go round are left out of an epoch"})
@@ -50,7 +53,9 @@ def DefaultSampler(
 
 
 @adapter(idle=_ITSELF, only={"use_varlen_attn": _VARLEN})
-def intern_repo_collate_fn(instances: Any = None, use_varlen_attn: bool = True) -> Any:
+def intern_repo_collate_fn(
+    instances: Any = None, packed_length: int | None = None, use_varlen_attn: bool = True
+) -> Any:
     return instances
 
 
@@ -74,3 +79,12 @@ class _Templates:
 
 
 PROMPT_TEMPLATE = _Templates()
+
+
+def template_named(name: str) -> ChatTemplate:
+    """`xtuner.utils.PROMPT_TEMPLATE.internlm2_chat`, as the old tool dumped a template. Raises: ConfigError."""
+    try:
+        template: ChatTemplate = getattr(PROMPT_TEMPLATE, name.rpartition(".")[2])
+    except AttributeError as e:
+        raise ConfigError(str(e), where="prompt_template") from None
+    return template

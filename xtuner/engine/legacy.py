@@ -7,12 +7,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from xtuner.config.adapter import Only, adapter
 from xtuner.core.errors import ConfigError
 from xtuner.engine import schedule
 from xtuner.engine.optim import OptimWrapper
 
 _DTYPES = {None: "auto", "float16": "auto", "bfloat16": "bf16", "float32": "fp32"}
+_FP16 = "bf16 on GPUs and fp32 on CPUs are used instead"
+_ONE_RATE = "all parameters share one rate and one decay"
 _FRESH = {
     "last_step": Only((-1,), "a resumed run finds its place by itself", "leave it out"),
 }
@@ -21,32 +25,38 @@ _QUIET = {"verbose": "the rate stands in every log line"}
 
 @adapter(
     no_work={
-        "loss_scale": "bf16 on GPUs and fp32 on CPUs are computed in, and need no scale",
-        "dtype=float16": "bf16 on GPUs and fp32 on CPUs are computed in instead",
-        "clip_grad.error_if_nonfinite": "a step whose gradient is not finite is not applied, and told",
+        "loss_scale": "bf16 on GPUs and fp32 on CPUs need no loss scale",
+        "dtype=float16": _FP16,
+        "dtype=torch.float16": _FP16,
+        "clip_grad.error_if_nonfinite": "a step whose gradient is not finite is not applied, and reported",
     },
     only={
-        "clip_grad.error_if_nonfinite": Only((False,), "such a step is left out; the run goes on", "set it to False"),
+        "clip_grad.error_if_nonfinite": Only((False,), "such a step is left out; the run continues", "set it to False"),
         "clip_grad.norm_type": Only((2, 2.0), "gradients are clipped by their 2-norm", "set it to 2"),
         "clip_grad.type": Only(("norm",), "gradients are clipped by their norm", "leave it out"),
         "dtype": Only(
-            tuple(_DTYPES), "there is no such type to compute in", "leave it out: bf16 on GPUs, fp32 on CPUs"
+            (*_DTYPES, torch.float16, torch.bfloat16, torch.float32),
+            "there is no such type to compute in",
+            "leave it out: bf16 on GPUs, fp32 on CPUs",
         ),
-        "paramwise_cfg": Only((None,), "all parameters share one rate and one decay", "leave it out"),
-        "constructor": Only((None,), "all parameters share one rate and one decay", "leave it out"),
+        "use_fsdp": Only((False,), "the engine is chosen on the command line", "leave it out, and give --fsdp"),
+        "paramwise_cfg": Only((None,), _ONE_RATE, "leave it out"),
+        "constructor": Only((None, "DefaultOptimWrapperConstructor"), _ONE_RATE, "leave it out"),
     },
 )
 def AmpOptimWrapper(
     optimizer: Mapping[str, Any],
     clip_grad: Mapping[str, Any] | None = None,
     accumulative_counts: int = 1,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     loss_scale: Any = "dynamic",
+    use_fsdp: bool = False,
     paramwise_cfg: Any = None,
     constructor: Any = None,
 ) -> OptimWrapper:
     norm = {k: v for k, v in (clip_grad or {}).items() if k not in ("error_if_nonfinite", "norm_type", "type")}
-    return OptimWrapper(optimizer, norm or None, accumulative_counts, _DTYPES[dtype])
+    name = str(dtype).removeprefix("torch.") if dtype is not None else None
+    return OptimWrapper(optimizer, norm or None, accumulative_counts, _DTYPES[name])
 
 
 @adapter(no_work=_QUIET, only=_FRESH)

@@ -8,9 +8,15 @@ from typing import Any
 
 from xtuner.config.adapter import Only, adapter
 from xtuner.data.chat_template import ChatTemplate
+from xtuner.data.legacy import template_named
 from xtuner.train import hooks
 
 _NO_BEST = Only((None,), "checkpoints are kept by age", "leave it out; `xtuner eval loss` compares")
+_DISKS = Only((None,), "files are written to this machine's file systems", "leave it out; mount the storage")
+_EPOCHS = {
+    "by_epoch": Only((True,), "a run's length is given in epochs", "give max_epochs"),
+    "max_iters": Only((None,), "a run's length is given in epochs", "give max_epochs"),
+}
 _VAL = "val_interval at the top level says how often val_dataset is measured"
 _LOGS = "logs lie in the work dir, one folder a start"
 _BARE = ChatTemplate(system="", user="{text}", assistant_begin="", assistant_end="", stop_words=())
@@ -26,6 +32,10 @@ _BARE = ChatTemplate(system="", user="{text}", assistant_begin="", assistant_end
         "out_dir": Only((None,), "checkpoints lie in the work dir", "give --work-dir"),
         "save_best": _NO_BEST,
         "rule": _NO_BEST,
+        "greater_keys": _NO_BEST,
+        "less_keys": _NO_BEST,
+        "backend_args": _DISKS,
+        "file_client_args": _DISKS,
         "save_last": Only((True,), "the end of a run is always saved", "leave it out"),
         "published_keys": Only((None,), "weights are published by `xtuner convert pth_to_hf`", "leave it out"),
     },
@@ -40,7 +50,11 @@ def CheckpointHook(
     save_last: bool = True,
     save_best: Any = None,
     rule: Any = None,
+    greater_keys: Any = None,
+    less_keys: Any = None,
+    file_client_args: Any = None,
     filename_tmpl: str | None = None,
+    backend_args: Any = None,
     published_keys: Any = None,
     save_begin: int = 0,
 ) -> hooks.CheckpointHook:
@@ -53,22 +67,27 @@ def CheckpointHook(
         "ignore_last": "the last iteration is always logged",
         "interval_exp_name": "the log file is named after the start",
         "out_dir": _LOGS,
+        "out_suffix": _LOGS,
         "keep_local": _LOGS,
-    }
+    },
+    only={"backend_args": _DISKS, "file_client_args": _DISKS},
 )
 def LoggerHook(
     interval: int = 10,
     ignore_last: bool = True,
     interval_exp_name: int = 1000,
     out_dir: str | None = None,
+    out_suffix: Any = (".json", ".log", ".py", "yaml"),
     keep_local: bool = True,
+    file_client_args: Any = None,
     log_metric_by_epoch: bool = True,
+    backend_args: Any = None,
 ) -> hooks.LoggerHook:
     return hooks.LoggerHook(interval)
 
 
 @adapter(no_work={"is_intern_repo_dataset": "all data are tokenized"})
-def DatasetInfoHook(tokenizer: Any, is_intern_repo_dataset: bool = True) -> hooks.DatasetInfoHook:
+def DatasetInfoHook(tokenizer: Any, is_intern_repo_dataset: bool = False) -> hooks.DatasetInfoHook:
     return hooks.DatasetInfoHook(tokenizer)
 
 
@@ -84,7 +103,7 @@ def EvaluateChatHook(
     evaluation_inputs: str | Sequence[str],
     every_n_iters: int | None = None,
     system: str = "",
-    prompt_template: ChatTemplate | None = None,
+    prompt_template: ChatTemplate | str | None = None,
     max_new_tokens: int = 600,
     stop_word: str | None = None,
     stop_words: Sequence[str] = (),
@@ -93,11 +112,12 @@ def EvaluateChatHook(
     image_processor: Any = None,
 ) -> hooks.EvaluateChatHook:
     inputs = evaluation_inputs if isinstance(evaluation_inputs, str) else list(evaluation_inputs)
+    template = template_named(prompt_template) if isinstance(prompt_template, str) else prompt_template
     stops = [*stop_words, *([stop_word] if stop_word else [])]
     if stops:
-        template = prompt_template or _BARE
-        prompt_template = dataclasses.replace(template, stop_words=(*template.stop_words, *stops))
-    return hooks.EvaluateChatHook(tokenizer, inputs, every_n_iters, system, prompt_template, max_new_tokens)
+        template = template or _BARE
+        template = dataclasses.replace(template, stop_words=(*template.stop_words, *stops))
+    return hooks.EvaluateChatHook(tokenizer, inputs, every_n_iters, system, template, max_new_tokens)
 
 
 _KNOWN = "read from the model"
@@ -137,13 +157,7 @@ def RuntimeInfoHook() -> hooks.Hook:
     return hooks.Hook()
 
 
-@adapter(
-    no_work={"val_begin": _VAL, "val_interval": _VAL},
-    only={
-        "by_epoch": Only((True,), "a run's length is given in epochs", "give max_epochs"),
-        "max_iters": Only((None,), "a run's length is given in epochs", "give max_epochs"),
-    },
-)
+@adapter(no_work={"val_begin": _VAL, "val_interval": _VAL}, only=_EPOCHS)
 def TrainLoop(
     max_epochs: int,
     by_epoch: bool = True,
@@ -155,16 +169,56 @@ def TrainLoop(
     return {"max_epochs": max_epochs}
 
 
+@adapter(no_work={"val_begin": _VAL, "val_interval": _VAL, "dynamic_intervals": _VAL}, only=_EPOCHS)
+def EpochBasedTrainLoop(
+    max_epochs: int,
+    by_epoch: bool = True,
+    max_iters: int | None = None,
+    val_begin: int = 1,
+    val_interval: int = 1,
+    dynamic_intervals: Any = None,
+) -> dict[str, int]:
+    """Never built, as above."""
+    return {"max_epochs": max_epochs}
+
+
 _SCALARS = "every run writes scalars.json and TensorBoard files"
 
 
 @adapter(idle=_SCALARS)
-def Visualizer(vis_backends: Sequence[Mapping[str, Any]] | None = None, save_dir: str | None = None) -> None: ...
+def Visualizer(
+    name: str = "visualizer",
+    image: Any = None,
+    vis_backends: Sequence[Mapping[str, Any]] | Mapping[str, Any] | None = None,
+    save_dir: str | None = None,
+    fig_save_cfg: Any = None,
+    fig_show_cfg: Any = None,
+) -> None: ...
 
 
 @adapter(idle=_SCALARS)
-def LocalVisBackend(save_dir: str | None = None) -> None: ...
+def LocalVisBackend(
+    save_dir: str | None = None,
+    img_save_dir: str = "vis_image",
+    config_save_file: str = "config.py",
+    scalar_save_file: str = "scalars.json",
+) -> None: ...
 
 
 @adapter(idle=_SCALARS)
 def TensorboardVisBackend(save_dir: str | None = None) -> None: ...
+
+
+def _remote(service: str) -> Any:
+    @adapter(idle=f"nothing is sent to {service}; scalars.json and TensorBoard files hold the numbers")
+    def backend(save_dir: str | None = None, **settings: Any) -> None: ...
+
+    return backend
+
+
+WandbVisBackend = _remote("Weights & Biases")
+MLflowVisBackend = _remote("MLflow")
+ClearMLVisBackend = _remote("ClearML")
+NeptuneVisBackend = _remote("Neptune")
+DVCLiveVisBackend = _remote("DVCLive")
+AimVisBackend = _remote("Aim")

@@ -1,0 +1,216 @@
+"""Names of classes and functions in configs of XTuner 0.1 and 0.2, and what is built in their place.
+
+Such a config writes a name in one of four ways, and `find` knows all of them:
+
+    from mmengine.hooks import CheckpointHook         a class or function
+    "mmengine.hooks.CheckpointHook"                   its dotted name, as the old tool dumped configs
+    "CheckpointHook"                                  its name in mmengine's registry
+    "mmengine.CheckpointHook"                         the same, with the registry's scope
+
+Targets are strings: the rooms above are imported by whoever resolves a name.
+"""
+
+import functools
+import inspect
+import re
+from typing import Any
+
+from xtuner.core.errors import ConfigError, did_you_mean
+
+_HOOKS = "DatasetInfoHook EvaluateChatHook ThroughputHook VarlenAttnArgsToMessageHubHook"
+_DATASETS = "build_packed_dataset load_intern_repo_tokenized_dataset"
+_BACKENDS = "Aim ClearML DVCLive Local MLflow Neptune Tensorboard Wandb"
+
+# (what it is, old modules, names, our module). A module below one of these gives the same names.
+_TABLE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
+    ("hook", ("mmengine.hooks",), "CheckpointHook LoggerHook RuntimeInfoHook", "xtuner.train.legacy"),
+    ("hook", ("mmengine.hooks",), "DistSamplerSeedHook IterTimerHook ParamSchedulerHook", "xtuner.train.hooks"),
+    ("hook", ("xtuner.engine", "xtuner.engine.hooks"), _HOOKS, "xtuner.train.legacy"),
+    ("scheduler", ("mmengine.optim",), "CosineAnnealingLR LinearLR", "xtuner.engine.legacy"),
+    ("optimizer wrapper", ("mmengine.optim",), "AmpOptimWrapper", "xtuner.engine.legacy"),
+    ("loop", ("xtuner.engine.runner", "xtuner.engine"), "TrainLoop", "xtuner.train.legacy"),
+    ("loop", ("mmengine.runner",), "EpochBasedTrainLoop", "xtuner.train.legacy"),
+    ("sampler", ("xtuner.dataset.samplers", "xtuner.dataset"), "InternRepoSampler InternlmRepoSampler",
+     "xtuner.data.legacy"),
+    ("sampler", ("mmengine.dataset",), "DefaultSampler", "xtuner.data.legacy"),
+    ("batch sampler", ("torch.utils.data",), "BatchSampler", "torch.utils.data"),
+    ("collate function", ("xtuner.dataset.collate_fns", "xtuner.dataset"),
+     "default_collate_fn intern_repo_collate_fn", "xtuner.data.legacy"),
+    ("dataset", ("xtuner.dataset.intern_repo", "xtuner.dataset"), _DATASETS, "xtuner.data"),
+    ("model", ("xtuner.model", "xtuner.model.sft"), "SupervisedFinetune", "xtuner.model.legacy"),
+    ("model", ("transformers",), "AutoModelForCausalLM", "xtuner.model.legacy"),
+    ("tokenizer", ("transformers",), "AutoTokenizer", "xtuner.data.legacy"),
+    ("template", ("xtuner.utils",), "PROMPT_TEMPLATE", "xtuner.data.legacy"),
+    ("visualizer", ("mmengine.visualization",), "Visualizer", "xtuner.train.legacy"),
+    ("visualizer's backend", ("mmengine.visualization",),
+     " ".join(f"{name}VisBackend" for name in _BACKENDS.split()), "xtuner.train.legacy"),
+)  # fmt: skip
+
+# (module, name) → what is imported instead
+REPLACED = {(module, name): f"{ours}.{name}" for _, old, names, ours in _TABLE for module in old for name in names.split()}
+_BARE = {name: f"{ours}.{name}" for _, _, names, ours in _TABLE for name in names.split()}
+_OF_MMENGINE = {name for module, name in REPLACED if module.startswith("mmengine.")}
+
+# Packages that a config may name things of by the table alone
+_FOREIGN = ("mmengine", "transformers", "peft", "bitsandbytes", "mmcv")
+_OLD_ROOMS = tuple(
+    f"xtuner.{room}"
+    for room in ("apis", "dataset", "engine.hooks", "engine.runner", "evaluation", "parallel", "registry", "utils")
+)
+# Old names of rooms that are ours as well
+_SHARED = {"xtuner.engine": ("DeepSpeedStrategy", "HFCheckpointHook"), "xtuner.model": ("LLaVAModel",)}
+
+# A place in a config → what is described there. Only there is a name without dots a registry's.
+_PLACES = tuple(
+    (re.compile(pattern), kind)
+    for pattern, kind in (
+        (r"(default|custom)_hooks\.[^.]+", "hook"),
+        (r"param_scheduler(\.\d+)?", "scheduler"),
+        (r"optim_wrapper", "optimizer wrapper"),
+        (r"optim_wrapper\.optimizer", "optimizer"),
+        (r"train_cfg", "loop"),
+        (r"train_dataloader\.sampler", "sampler"),
+        (r"train_dataloader\.batch_sampler", "batch sampler"),
+        (r"train_dataloader\.collate_fn", "collate function"),
+        (r"train_dataloader\.dataset(\.dataset_cfg)?|val_dataset", "dataset"),
+        (r"model(\.llm)?", "model"),
+        (r"tokenizer|custom_hooks\.[^.]+\.tokenizer", "tokenizer"),
+        (r"visualizer", "visualizer"),
+        (r"visualizer\.vis_backends(\.\d+)?", "visualizer's backend"),
+    )
+)
+
+_TOKENIZED = "load_intern_repo_tokenized_dataset, on .bin and .bin.meta files (`xtuner data tokenize` writes them)"
+_FULL = "all weights are trained: leave it out"
+_DEEPSPEED = "--deepspeed on the command line"
+# name → the nearest that there is
+_NEAREST = {
+    "BitsAndBytesConfig": _FULL,
+    "ConcatDataset": _TOKENIZED,
+    "DeepSpeedOptimWrapper": f"mmengine.optim.AmpOptimWrapper, and {_DEEPSPEED}",
+    "DeepSpeedStrategy": f"{_DEEPSPEED}: leave strategy out",
+    "HFCheckpointHook": "`xtuner convert pth_to_hf` after the run; a checkpoint's weights/ is such a folder, too",
+    "HOOKS": "nothing is registered: define the hook in the config, and give the class itself as type",
+    "Hook": "xtuner.train.run.Hook, whose methods are configure, before_run, after_iteration and after_run",
+    "InfiniteSampler": "InternRepoSampler of xtuner.dataset.samplers",
+    "IterBasedTrainLoop": "xtuner.engine.runner.TrainLoop with max_epochs",
+    "LLaVAModel": "SupervisedFinetune: models read text only",
+    "LocalAttnArgsToMessageHubHook": "nothing: the borders of documents come with each batch",
+    "LoraConfig": _FULL,
+    "OptimWrapper": "mmengine.optim.AmpOptimWrapper",
+    "ProfilerHook": "xtuner.train.profile.ProfileHook",
+    "SYSTEM_TEMPLATE": "the system prompt itself, as a string",
+    "SequenceParallelSampler": "xtuner.dataset.samplers.InternRepoSampler; there is no sequence parallelism",
+    "load_dataset": _TOKENIZED,
+    "load_intern_repo_untokenized_dataset": _TOKENIZED,
+    "process_hf_dataset": _TOKENIZED,
+    "process_intern_repo_dataset": "build_packed_dataset with dataset_cfg: see the shipped configs",
+    "read_base": "the other config's contents: a config is one whole file",
+    "template_map_fn_factory": "nothing: templates are applied when the text is tokenized",
+}
+
+
+def kind_of(place: str) -> str:
+    """What a config describes at a dotted path, `default_hooks.logger`; empty where nothing is built."""
+    return next((kind for pattern, kind in _PLACES if pattern.fullmatch(place)), "")
+
+
+def find(written: str, place: str = "") -> str | None:
+    """Our dotted name for an old one, or None.
+
+    Args:
+        written: `package.module.name`, `….Class.method`, or a registry's name.
+        place: dotted path in the config where it is written; a registry's name counts only where objects are built.
+    """
+    module, name, method = _split(written)
+    kind = kind_of(place)
+    new = None
+    if module in ("", "mmengine") and (kind or module):
+        new = _BARE.get(name) or (_torch_optimizers().get(name) if kind == "optimizer" else None)
+    while module and new is None:
+        new = REPLACED.get((module, name))
+        module = module.rpartition(".")[0] if is_old(module) else ""
+    return f"{new}.{method}" if new and method else new
+
+
+def written_name(kind: Any) -> str:
+    """`type=` of a spec as a string: itself, or a class's or function's dotted name."""
+    if isinstance(kind, str):
+        return kind
+    if inspect.isclass(kind) or inspect.isroutine(kind):
+        return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+    return ""
+
+
+def is_old(module: str) -> bool:
+    """Whether nothing but the table is taken from a module."""
+    old = any(module == room or module.startswith(f"{room}.") for room in _OLD_ROOMS)
+    return old or module.partition(".")[0] in _FOREIGN
+
+
+def is_unknown(written: str) -> bool:
+    """Whether a name is of an older tool, or of a registry, and there is nothing in its place."""
+    module, name, _ = _split(written)
+    return find(written) is None and (not module or is_old(module) or name in _SHARED.get(module, ()))
+
+
+def is_of_mmengine(written: str) -> bool:
+    return written.startswith("mmengine.") or written in _OF_MMENGINE
+
+
+def unknown(written: str, where: str, place: str = "") -> ConfigError:
+    """The error for a name that there is nothing for."""
+    module, name, _ = _split(written)
+    if module and not (module == "mmengine" and kind_of(place)):
+        why = "configs of XTuner 0.1 and 0.2 run if they train all weights on tokenized data"
+        return ConfigError(f"there is no {written} here", where=where, why=why, do=_nearest(module, name))
+    kind = kind_of(place)
+    known = _registered(kind)
+    taken = f"{kind}s that can be named so: {', '.join(known)}" if known and kind != "optimizer" else ""
+    near = f"nearest: {_NEAREST[name]}" if name in _NEAREST else did_you_mean(name, known or sorted(_BARE)).strip()
+    return ConfigError(
+        f"there is no {kind or 'class or function'} {written!r}",
+        where=where,
+        why="a name without a module is one of mmengine's registry",
+        do="; ".join(filter(None, (near, taken, "or give a class, a function, or its dotted name"))),
+    )
+
+
+def _split(written: str) -> tuple[str, str, str]:
+    """`a.b.Class.method` → ("a.b", "Class", "method"); `a.b.name` → ("a.b", "name", "")."""
+    *owner, last = written.split(".")
+    if owner and owner[-1][:1].isupper():
+        return ".".join(owner[:-1]), owner[-1], last
+    return ".".join(owner), last, ""
+
+
+def _registered(kind: str) -> list[str]:
+    if kind == "optimizer":
+        return sorted(_torch_optimizers())
+    return sorted(name for k, _, names, _ in _TABLE if k == kind for name in names.split())
+
+
+def _nearest(module: str, name: str) -> str:
+    if name in _NEAREST:
+        return f"nearest: {_NEAREST[name]}"
+    elsewhere = [m for m, n in REPLACED if n == name]
+    if elsewhere:
+        return f"import it from {elsewhere[0]}"
+    there = sorted(n for m, n in REPLACED if m == module)
+    if not there and is_old(module.rpartition(".")[0]):  # mmengine.hooks.checkpoint_hook
+        return _nearest(module.rpartition(".")[0], name)
+    hint = did_you_mean(name, there).strip()
+    known = f"of {module} there are: {', '.join(there)}" if there else "leave it out, with what uses it"
+    return f"{hint} {known}".strip()
+
+
+@functools.cache
+def _torch_optimizers() -> dict[str, str]:
+    """Names under which mmengine registers PyTorch's optimizers."""
+    import torch
+
+    names = [n for n, kind in vars(torch.optim).items() if inspect.isclass(kind) and n != "Optimizer"]
+    found = {n: f"torch.optim.{n}" for n in names if issubclass(getattr(torch.optim, n), torch.optim.Optimizer)}
+    if adafactor := found.pop("Adafactor", None):  # the registry's Adafactor is transformers'
+        found["TorchAdafactor"] = adafactor
+    return found

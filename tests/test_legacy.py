@@ -1,6 +1,8 @@
 """Configs of XTuner 0.1 and 0.2: run as they are, to the weights of their equals of ours; told; refused in words."""
 
+import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from conftest import HERE, VOCABULARY
 from safetensors.torch import load_file, save_file
 
 from xtuner.config.check import check, problems
@@ -165,27 +167,24 @@ def legacy(legacy_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+FORMS = sorted((HERE / "data" / "legacy_configs").glob("*.py"))
+
+
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory, weights: Path, corpus: Path, tokenizer_folder: Path) -> Path:
-    """The same run as a config of ours: the shipped 7B one with other settings."""
-    text = load("internlm2_7b_w_tokenized_dataset").source
-    for old, new in (
-        ('pretrained_model_name_or_path = "internlm/internlm2-7b"', f'pretrained_model_name_or_path = "{weights}"'),
-        ("name_or_path=pretrained_model_name_or_path)", f'name_or_path="{tokenizer_folder}")'),
-        ("/path/to/your/dataset", str(corpus)),
-        ("max_length = 32768", "max_length = 32"),
-        ("accumulative_counts = 1 ", "accumulative_counts = 2 "),
-        ("max_epochs = 1\n", "max_epochs = 2\n"),
-        ("lr = 4e-5", "lr = 1e-3"),
-        ("warm_up_ratio = 0.025", "warm_up_ratio = 0.1"),
-        ("save_steps = 500", "save_steps = 10"),
-        ("save_total_limit = 2", "save_total_limit = -1"),
-    ):
-        assert old in text, old
-        text = text.replace(old, new)
-    path = tmp_path_factory.mktemp("own") / "own.py"
-    path.write_text(text)
-    return path
+def options(weights: Path, corpus: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What makes a 7B config a tiny one: 30 packs of 32 tokens an epoch, 2 an iteration, 2 epochs."""
+    start = shutil.copytree(weights, tmp_path_factory.mktemp("start") / "model")
+    shutil.copy(tokenizer_folder / "tokenizer.model", start)
+    numbers = dict(max_length=32, accumulative_counts=2, max_epochs=2, lr=1e-3, warm_up_ratio=0.1, save_steps=10)
+    more = dict(pretrained_model_name_or_path=start, dataset_folder=corpus, dataloader_num_workers=0)
+    return [f"{key}={value}" for key, value in (numbers | more).items()]
+
+
+def rows(work_dir: Path) -> list[dict[str, Any]]:
+    """What was learned from, and to what effect, iteration by iteration."""
+    (file,) = work_dir.glob("*/vis_data/scalars.json")
+    lines = map(json.loads, file.read_text().splitlines())
+    return [{k: r[k] for k in ("iter", "lr", "loss", "grad_norm", "targets")} for r in lines if "loss" in r]
 
 
 def checkpoints(work_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -193,25 +192,38 @@ def checkpoints(work_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {str(f.relative_to(work_dir)): load_file(f) for f in files}
 
 
-def test_a_legacy_config_trains_to_the_weights_of_its_equal(
-    legacy: Path, own: Path, tmp_path: Path, xtuner: Command
+@pytest.fixture(scope="module")
+def run_of_ours(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the shipped 7B config, made as tiny."""
+    from xtuner.cli.main import main
+
+    work_dir = tmp_path_factory.mktemp("ours")
+    words = ["train", "internlm2_7b_w_tokenized_dataset", "--work-dir", str(work_dir), "--cfg-options"]
+    assert main([*words, *options]) == 0
+    assert len(rows(work_dir)) == 30
+    return work_dir
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda p: p.stem)
+def test_every_form_trains_as_our_own_config(
+    form: Path, options: list[str], run_of_ours: Path, tmp_path: Path, xtuner: Command, capsys: Any
 ) -> None:
-    for config in (legacy, own):
-        assert xtuner("train", config, "--work-dir", tmp_path / config.stem) == 0
-    old, new = checkpoints(tmp_path / "legacy"), checkpoints(tmp_path / "own")
-    assert len({name.split("/")[0] for name in old}) > 2
+    assert xtuner("check-cfg", form, "--cfg-options", *options) == 0
+    assert "differences from XTuner 0.1 and 0.2:" in capsys.readouterr().out
+    assert xtuner("train", form, "--work-dir", tmp_path / "dry", "--dry-run", "--cfg-options", *options) == 0
+    assert xtuner("train", form, "--work-dir", tmp_path / "run", "--cfg-options", *options) == 0
+    assert rows(tmp_path / "run") == rows(run_of_ours)
+    old, new = checkpoints(tmp_path / "run"), checkpoints(run_of_ours)
     assert old.keys() == new.keys()
     for file, tensors in new.items():
         assert tensors.keys() == old[file].keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, old[file][name]), f"{file}: {name}"
-    moved = old[max(old, key=lambda n: int(n.split("_")[1].split(".")[0]) * ("weights" in n))]
-    start = load_file(Path(load(str(legacy)).values["pretrained_model_name_or_path"]) / "model.safetensors")
-    assert any(not torch.equal(tensor, start[name]) for name, tensor in moved.items())
-    assert xtuner("convert", "pth_to_hf", legacy, next(tmp_path.glob("legacy/iter_*.pth")), tmp_path / "hf") == 0
+        assert all(torch.equal(tensor, old[file][name]) for name, tensor in tensors.items()), file
+    last = tmp_path / "run" / "iter_30.pth"
+    if form is FORMS[0]:
+        assert xtuner("convert", "pth_to_hf", form, last, tmp_path / "hf", "--cfg-options", *options) == 0
 
 
-def test_what_is_told(legacy: Path, own: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="xtuner"):
         check(load(str(legacy)))
     told = "\n".join(r.getMessage() for r in caplog.records)
@@ -243,7 +255,7 @@ def test_what_is_told(legacy: Path, own: Path, caplog: pytest.LogCaptureFixture)
     ):
         assert told.count(line) == 1, line
     assert "nothing reads" not in told
-    assert list(paragraphs(load(str(own)))) == []
+    assert list(paragraphs(load("internlm2_7b_w_tokenized_dataset"))) == []
 
 
 def test_neither_mmengine_nor_transformers_is_imported(legacy: Path) -> None:

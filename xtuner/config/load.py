@@ -201,13 +201,20 @@ class _Replace(ast.NodeTransformer):
         self.values = values
         self.met: set[str] = set()
 
-    def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        for target in node.targets:
-            if isinstance(target, ast.Name) and target.id in self.values:
-                self.met.add(target.id)
-                literal = ast.parse(repr(self.values[target.id]), mode="eval").body
-                node.value = ast.copy_location(literal, node.value)
-        return node
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.AST]:
+        more: list[ast.AST] = []
+        for name in [n for n in _assigned(node) if n.id in self.values]:
+            self.met.add(name.id)
+            literal = ast.copy_location(ast.parse(repr(self.values[name.id]), mode="eval").body, node.value)
+            if name in node.targets:
+                node.value = literal
+            else:  # a, b = …
+                more.append(ast.copy_location(ast.Assign([name], literal), node))
+        return [node, *more]
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | list[ast.AST]:
+        plain = isinstance(node.target, ast.Name) and node.value is not None
+        return self.visit_Assign(_without_type(node)) if plain else node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         return node  # names in there are its own
@@ -231,8 +238,20 @@ def _run(tree: ast.Module, path: Path) -> dict[str, Any]:
             why=_values_at(tree, line, namespace),
             do="a config made for another version? `xtuner copy-cfg` copies a fresh one",
         ) from None
-    assigned = {t.id for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    assigned = {name.id for node in ast.walk(tree) for name in _assigned(node)}
     return {name: namespace[name] for name in namespace if name in assigned and not name.startswith("_")}
+
+
+def _assigned(node: ast.AST) -> list[ast.Name]:
+    """Names that a statement assigns to: `a = …`, `a: int = …`, `a, b = …`."""
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    inside = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple | ast.List) else [t])]
+    return [name for name in inside if isinstance(name, ast.Name)]
+
+
+def _without_type(node: ast.AnnAssign) -> ast.Assign:
+    assert node.value is not None
+    return ast.copy_location(ast.Assign([node.target], node.value), node)
 
 
 def _values_at(tree: ast.Module, line: int | None, namespace: dict[str, Any]) -> str:
@@ -269,7 +288,8 @@ def _find_lines(tree: ast.Module) -> tuple[dict[str, int], dict[str, str]]:
     """Dotted path → line where it is written, and dotted path → top-level name that stands there as its value."""
     lines: dict[str, int] = {}
     names: dict[str, str] = {}
-    assigned = {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    statements = [_without_type(n) if isinstance(n, ast.AnnAssign) and n.value else n for n in tree.body]
+    assigned = {name.id for n in statements for name in _assigned(n)}
 
     def note(path: str, node: ast.expr, line: int) -> None:
         lines[path] = line
@@ -287,9 +307,23 @@ def _find_lines(tree: ast.Module) -> tuple[dict[str, int], dict[str, str]]:
             for i, item in enumerate(node.elts):
                 note(f"{path}.{i}", item, item.lineno)
 
-    for n in tree.body:
-        if isinstance(n, ast.Assign):
-            for target in n.targets:
-                if isinstance(target, ast.Name):
-                    note(target.id, n.value, n.lineno)
+    for n in statements:
+        for target in n.targets if isinstance(n, ast.Assign) else ():
+            if isinstance(target, ast.Tuple) and isinstance(n.value, ast.Tuple):
+                pairs = list(zip(target.elts, n.value.elts, strict=False))
+            else:
+                pairs = [(target, n.value)]
+            for part, value in pairs:
+                if path := _path(part):
+                    note(path, value, n.lineno)
     return lines, names
+
+
+def _path(target: ast.expr) -> str:
+    """`a["b"][0]` → "a.b.0"; empty for what is no such place."""
+    if isinstance(target, ast.Name):
+        return target.id
+    if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+        owner, part = _path(target.value), target.slice.value
+        return f"{owner}.{part}" if owner and isinstance(part, str | int) else ""
+    return ""

@@ -24,9 +24,10 @@ def tell(config: Config) -> None:
 
 
 def paragraphs(config: Config) -> Iterator[str]:
-    differences = [d.text for d in DIFFERENCES if d.concerns(config)] if config.replaced else []
+    legacy = any(r.new.startswith("xtuner.") for r in config.replaced)  # not for "AdamW" alone
+    differences = [d.text for d in DIFFERENCES if legacy and d.concerns(config)]
     for title, lines in (
-        (f"{config.path.name} is made for another tool; names replaced:", [str(r) for r in config.replaced]),
+        (f"{config.path.name} names things of other tools; replaced:", [str(r) for r in config.replaced]),
         ("settings without effect:", list(dict.fromkeys(_without_effect(config)))),
         ("differences from XTuner 0.1 and 0.2:", differences),
     ):
@@ -51,7 +52,8 @@ def _without_effect(config: Config) -> Iterator[str]:
     for spec in specs(config):
         if facts := adapter_of(resolve_type(spec.kind, spec.key)):
             for name, why in facts.without_work(spec.arguments):
-                setting = f"{spec.key}.{name}" if name else f"{spec.key} ({type_name(spec.kind)})"
+                what = type_name(spec.kind).rpartition(".")[2]
+                setting = f"{spec.key}.{name}" if name else f"{spec.key} ({what})"
                 yield f"{setting}: because {why}"
     for setting, why in config.dropped.items():
         yield f"{setting}: because {why}"

@@ -14,9 +14,13 @@ import torch
 from conftest import HERE, VOCABULARY
 from safetensors.torch import load_file, save_file
 
+from xtuner.config import types
+from xtuner.config.adapter import adapter_of
+from xtuner.config.build import check_arguments, resolve_type
 from xtuner.config.check import check, problems
-from xtuner.config.old_names import REPLACED
 from xtuner.config.load import load
+from xtuner.config.old_names import REPLACED
+from xtuner.config.old_names import find as resolve_name
 from xtuner.config.told import paragraphs
 from xtuner.core.errors import ConfigError
 
@@ -273,8 +277,6 @@ sys.exit(main(["check-cfg", {str(legacy)!r}]))
 
 
 def test_what_stands_in_the_table_exists() -> None:
-    from xtuner.config.build import resolve_type
-
     for new in set(REPLACED.values()):
         if not new.endswith("PROMPT_TEMPLATE"):
             resolve_type(new)
@@ -357,6 +359,141 @@ def test_what_would_mean_something_else_is_refused(
         check(load(str(path)))
     for word in (*words, "legacy.py:"):
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("param_scheduler[0]['type'] = 'LinerLR'", ["no scheduler 'LinerLR'", "param_scheduler", "mean 'LinearLR'"]),
+        ("param_scheduler = 'cosine'", ["param_scheduler = 'cosine' is not a list"]),
+        ("optim_wrapper['optimizer']['type'] = 'AdamV'", ["no optimizer 'AdamV'", "Did you mean 'Adam"]),
+        ("optim_wrapper['type'] = 'OptimWrapper'", ["nearest: mmengine.optim.AmpOptimWrapper"]),
+        ("optim_wrapper['type'] = 'DeepSpeedOptimWrapper'", ["--deepspeed on the command line"]),
+        ("custom_hooks.append(dict(type='EMAHook'))", ["no hook 'EMAHook'", "custom_hooks.4", "ThroughputHook"]),
+        ("custom_hooks.append({'type': 'mmengine.hooks.EMAHook'})", ["no mmengine.hooks.EMAHook", "LoggerHook"]),
+        ("default_hooks['x'] = dict(type='mmengine.hooks.logger_hook.LogHook')", ["Did you mean 'LoggerHook'"]),
+        ("default_hooks.update(x=dict(type='mmengine.TimerHook'))", ["no hook 'mmengine.TimerHook'", "IterTimerHook"]),
+        ("default_hooks['logger']['priority'] = 'SOON'", ["LoggerHook has no setting 'priority'"]),
+        ("default_hooks['logger']['_delete_'] = True", ["_delete_", "one whole file", "default_hooks.logger"]),
+        ("_base_ = './base.py'", ["_base_ is not followed", "one whole file"]),
+        ("custom_imports = dict(imports=['hooks'])", ["custom_imports = ", "import what it names"]),
+        ("framework = 'huggingface'", ["framework = 'huggingface'"]),
+        ("train_cfg = dict(type='IterBasedTrainLoop', max_epochs=1)", ["TrainLoop with max_epochs"]),
+        ("train_dataloader['sampler']['type'] = 'InfiniteSampler'", ["no sampler 'InfiniteSampler'", "InternRepo"]),
+        ("train_dataloader['collate_fn'] = dict(type='pseudo_collate')", ["no collate function 'pseudo_collate'"]),
+        ("train_dataset['type'] = 'ConcatDataset'", ["no dataset 'ConcatDataset'", "build_packed_dataset"]),
+        ("model['llm']['type'] = 'AutoModel.from_pretrained'", ["no model 'AutoModel", "'AutoModelForCausalLM'"]),
+        ("visualizer = dict(type='Visualiser')", ["no visualizer 'Visualiser'", "Did you mean 'Visualizer'"]),
+        ("tokenizer['type'] = 'transformers.LlamaTokenizer'", ["no transformers.LlamaTokenizer", "AutoTokenizer"]),
+        ("custom_hooks[1]['prompt_template'] = 'xtuner.utils.PROMPT_TEMPLATE.internlm3'", ["internlm2_chat"]),
+    ],
+)
+def test_names_in_values_that_there_is_nothing_for(
+    legacy_text: str, tmp_path: Path, line: str, words: list[str]
+) -> None:
+    path = tmp_path / "legacy.py"
+    path.write_text(f"{legacy_text}\n{line}\n")
+    with pytest.raises(ConfigError) as error:
+        check(load(str(path)))
+    for word in (*words, "legacy.py:"):
+        assert word in str(error.value)
+    assert "mistakes" not in str(error.value)
+
+
+_RATE = dict(begin=0, end=10**9, last_step=-1, by_epoch=True, verbose=False)
+_LOADED = dict(pretrained_model_name_or_path="m", trust_remote_code=False)
+_LOOP = dict(max_epochs=1, val_begin=1, val_interval=1)
+_SERVICE = dict(save_dir=None, init_kwargs=None)
+_SIZES = ("hidden_size", "num_layers", "vocab_size", "mlp_ratio", "is_casual", "use_activation_checkpointing")
+# Signatures of mmengine 0.10.7 and XTuner 0.2.0: every setting at its default there, and what has none.
+SIGNATURES: dict[str, dict[str, Any]] = {
+    "mmengine.hooks.CheckpointHook": dict(
+        interval=-1, by_epoch=True, save_optimizer=True, save_param_scheduler=True, out_dir=None, max_keep_ckpts=-1,
+        save_last=True, save_best=None, rule=None, greater_keys=None, less_keys=None, file_client_args=None,
+        filename_tmpl=None, backend_args=None, published_keys=None, save_begin=0,
+    ),
+    "mmengine.hooks.LoggerHook": dict(
+        interval=10, ignore_last=True, interval_exp_name=1000, out_dir=None, keep_local=True, file_client_args=None,
+        out_suffix=(".json", ".log", ".py", "yaml"), log_metric_by_epoch=True, backend_args=None,
+    ),
+    **{f"mmengine.hooks.{n}Hook": {} for n in ("IterTimer", "DistSamplerSeed", "ParamScheduler", "RuntimeInfo")},
+    "mmengine.optim.AmpOptimWrapper": dict(
+        optimizer=dict(type="AdamW", lr=1e-4), loss_scale="dynamic", dtype=None, use_fsdp=False, accumulative_counts=1,
+        clip_grad=None, constructor="DefaultOptimWrapperConstructor", paramwise_cfg=None,
+    ),
+    "mmengine.optim.LinearLR": dict(start_factor=1 / 3, end_factor=1.0, **_RATE),
+    "mmengine.optim.CosineAnnealingLR": dict(T_max=None, eta_min=0.0, eta_min_ratio=None, **_RATE),
+    "mmengine.runner.EpochBasedTrainLoop": dict(dynamic_intervals=None, **_LOOP),
+    "mmengine.dataset.DefaultSampler": dict(dataset=[], shuffle=True, seed=None, round_up=True),
+    "mmengine.visualization.Visualizer": dict(
+        name="visualizer", image=None, vis_backends=None, save_dir=None, fig_save_cfg=dict(frameon=False),
+        fig_show_cfg=dict(frameon=False),
+    ),
+    "mmengine.visualization.LocalVisBackend": dict(
+        save_dir="x", img_save_dir="vis_image", config_save_file="config.py", scalar_save_file="scalars.json"
+    ),
+    "mmengine.visualization.TensorboardVisBackend": dict(save_dir="x"),
+    "mmengine.visualization.WandbVisBackend": dict(
+        save_dir="x", init_kwargs=None, define_metric_cfg=None, commit=True, log_code_name=None, watch_kwargs=None
+    ),
+    "mmengine.visualization.MLflowVisBackend": dict(save_dir="x", exp_name=None, tracking_uri=None),
+    **{f"mmengine.visualization.{n}VisBackend": _SERVICE for n in ("ClearML", "Neptune", "DVCLive", "Aim")},
+    "xtuner.engine.DatasetInfoHook": dict(tokenizer={}, is_intern_repo_dataset=False),
+    "xtuner.engine.EvaluateChatHook": dict(
+        tokenizer={}, evaluation_inputs=["x"], evaluation_images=None, image_processor=None, system="",
+        prompt_template=None, every_n_iters=None, max_new_tokens=600, stop_word=None, stop_words=[],
+        generation_kwargs={},
+    ),
+    "xtuner.engine.ThroughputHook": dict.fromkeys(_SIZES),
+    "xtuner.engine.VarlenAttnArgsToMessageHubHook": {},
+    "xtuner.engine.runner.TrainLoop": dict(max_iters=None, **_LOOP),
+    "xtuner.dataset.samplers.InternRepoSampler": dict(dataset=[], shuffle=True, seed=None),
+    "xtuner.dataset.samplers.InternlmRepoSampler": dict(dataset=[], shuffle=True, seed=None),
+    "xtuner.dataset.collate_fns.default_collate_fn": dict(instances=[], pad_index=0, return_hf_format=False),
+    "xtuner.dataset.intern_repo.build_packed_dataset": dict(dataset_cfg={}, packed_length=8192, seed=1024),
+    "xtuner.dataset.intern_repo.load_intern_repo_tokenized_dataset": dict(
+        folder="x", min_length=0, data_order_path=None, file_type=".bin"
+    ),
+    "xtuner.model.SupervisedFinetune": dict(
+        llm={}, lora=None, peft_model=None, use_activation_checkpointing=True, tokenizer=None,
+        max_position_embeddings=None,
+    ),
+    "transformers.AutoModelForCausalLM.from_pretrained": _LOADED,
+    "transformers.AutoTokenizer.from_pretrained": _LOADED,
+    "torch.utils.data.BatchSampler": dict(sampler=[], batch_size=1, drop_last=False),
+}  # fmt: skip
+
+
+def test_every_old_default_is_accepted() -> None:
+    """Values at the old tools' defaults change nothing there, so they must not be refused here."""
+    for name, defaults in SIGNATURES.items():
+        kind = resolve_type(name)
+        check_arguments(kind, defaults, name)
+        hints, facts = types.parameter_types(kind), adapter_of(kind)
+        wrong = [n for n, value in defaults.items() if n in hints and not types.fits(value, hints[n])]
+        assert wrong == [], name
+        assert list(facts.refused(defaults) if facts else ()) == [], name
+    known = {name.removesuffix(".from_pretrained") for name in SIGNATURES}
+    tabled = {new for (module, _), new in REPLACED.items() if not new.endswith(("PROMPT_TEMPLATE", "collate_fn"))}
+    assert tabled <= {(resolve_name(name) or name) for name in known}
+
+
+def test_registry_names_stand_for_the_same_as_dotted_ones() -> None:
+    places = dict(
+        hooks="default_hooks.x", optim="optim_wrapper", runner="train_cfg", dataset="train_dataloader.sampler",
+        visualization="visualizer.vis_backends.0", engine="custom_hooks.0",
+    )  # fmt: skip
+    for (module, name), new in REPLACED.items():
+        place = next((p for room, p in places.items() if f".{room}" in module), "model")
+        assert resolve_name(name, place) == new
+        assert resolve_name(name, "optim_wrapper.clip_grad") is None, "a value there, not a name"
+        if module.startswith("mmengine."):
+            assert resolve_name(f"mmengine.{name}") == resolve_name(f"{module}.some_module.{name}") == new
+    for name in ("AdamW", "SGD", "Adam", "RMSprop", "LBFGS"):
+        assert resolve_type(name, "optim_wrapper.optimizer") is getattr(torch.optim, name)
+    assert resolve_type("TorchAdafactor", "optim_wrapper.optimizer") is torch.optim.Adafactor
+    with pytest.raises(ConfigError, match="no optimizer 'Adafactor'"):  # there it is transformers'
+        resolve_type("Adafactor", "optim_wrapper.optimizer")
 
 
 def test_adapters_refuse_where_nothing_was_checked(legacy: Path) -> None:

@@ -1,6 +1,6 @@
-"""Configs of XTuner 0.1 and 0.2 run as they are: names that they have of mmengine, transformers and the old package are
-replaced by ours (`old_names`), first where they are imported, then in the values that the config comes to. So it does
-not matter how a name got there: written in place, assigned, or put together by a loop. None of those packages is needed.
+"""Configs of XTuner 0.1 and 0.2 run as they are: what they name of mmengine, transformers and the old package is
+replaced by ours (`old_names`), first where it is imported, then in the values that the config comes to. So it does not
+matter how a name got there: written in place, assigned, or put together by a loop. None of those packages is needed.
 """
 
 import ast

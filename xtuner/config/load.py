@@ -307,8 +307,8 @@ def _find_lines(tree: ast.Module) -> tuple[dict[str, int], dict[str, str]]:
             for i, item in enumerate(node.elts):
                 note(f"{path}.{i}", item, item.lineno)
 
-    for n in statements:
-        for target in n.targets if isinstance(n, ast.Assign) else ():
+    for n in (s for s in statements if isinstance(s, ast.Assign)):
+        for target in n.targets:
             if isinstance(target, ast.Tuple) and isinstance(n.value, ast.Tuple):
                 pairs = list(zip(target.elts, n.value.elts, strict=False))
             else:

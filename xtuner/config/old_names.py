@@ -47,8 +47,10 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
 )  # fmt: skip
 
 # (module, name) → what is imported instead
-REPLACED = {(module, name): f"{ours}.{name}" for _, old, names, ours in _TABLE for module in old for name in names.split()}
-_BARE = {name: f"{ours}.{name}" for _, _, names, ours in _TABLE for name in names.split()}
+REPLACED = {
+    (module, name): f"{ours}.{name}" for _, old, names, ours in _TABLE for module in old for name in names.split()
+}
+_BARE = {n: f"{ours}.{n}" for _, _, names, ours in _TABLE for n in names.split()}
 _OF_MMENGINE = {name for module, name in REPLACED if module.startswith("mmengine.")}
 
 # Packages that a config may name things of by the table alone

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from xtuner.config.load import load
 from xtuner.core.errors import ConfigError
 
 Command = Callable[..., int]
@@ -22,11 +23,20 @@ def shell(*words: Any, cwd: Path | None = None, **env: str) -> subprocess.Comple
 
 
 def test_list_and_copy(tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    at_home = ["--cfg-options", f"dataset_folder={tmp_path}"]
     assert xtuner("list-cfg") == 0
     names = capsys.readouterr().out.split()
     assert names == [f"internlm2_{size}_w_tokenized_dataset" for size in ("1_8b", "20b", "7b", "tiny")]
     assert xtuner("list-cfg", "-p", "7b") == 0
     assert capsys.readouterr().out.split() == ["internlm2_7b_w_tokenized_dataset"]
+    assert xtuner("list-cfg", "-p", "internevo") == 0
+    assert capsys.readouterr().out == (
+        "internlm2_7b_w_internevo_dataset (an older name of internlm2_7b_w_tokenized_dataset)\n"
+    )
+    older = "internlm2_7b_w_internevo_dataset"
+    assert xtuner("copy-cfg", older, tmp_path) == xtuner("check-cfg", tmp_path / f"{older}_copy.py", *at_home) == 0
+    assert load(older).source == (tmp_path / f"{older}_copy.py").read_text() == load(names[2]).source
+    capsys.readouterr()
     with pytest.raises(ConfigError, match="no shipped config matches"):
         xtuner("list-cfg", "-p", "gpt5")
     assert xtuner("copy-cfg", names[2], tmp_path / "new") == 0

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from xtuner.config.check import check, problems
 from xtuner.config.load import load
 from xtuner.config.old_names import REPLACED
 from xtuner.config.old_names import find as resolve_name
-from xtuner.config.told import paragraphs
+from xtuner.config.settings import NO_WORK, NO_WORK_IN_DATALOADER, NO_WORK_IN_RANDOMNESS, NO_WORK_IN_TRAIN_CFG
+from xtuner.config.told import DIFFERENCES, paragraphs
 from xtuner.core.errors import ConfigError
 
 Command = Callable[..., int]
@@ -260,6 +262,59 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert told.count(line) == 1, line
     assert "nothing reads" not in told
     assert list(paragraphs(load("internlm2_7b_w_tokenized_dataset"))) == []
+
+
+def section(language: str, number: int) -> str:
+    """One of the sub-sections of the documentation's part on old configs."""
+    text = (HERE.parent / "docs" / language / "config.md").read_text()
+    return text.split("\n### ")[number].split("\n## ")[0]
+
+
+def test_the_documentation_has_the_same_lists() -> None:
+    lists = {}
+    for language in ("en", "zh_cn"):
+        _, *items = section(language, 1).split("\n- ")
+        lists[language] = [" ".join(item.split()) for item in items]
+    assert lists["en"] == [d.text for d in DIFFERENCES]
+    codes = {language: [set(re.findall("`[^`]+`", item)) for item in items] for language, items in lists.items()}
+    assert codes["zh_cn"] == codes["en"]
+    facts = {new: adapter_of(resolve_type(new)) for new in REPLACED.values() if not new.endswith("PROMPT_TEMPLATE")}
+    facts |= {new: adapter_of(getattr(resolve_type(new), "from_pretrained", None)) for new in facts if "Auto" in new}
+    idle = {new.rpartition(".")[2] for new, f in facts.items() if f and f.idle}
+    no_work = {name for f in facts.values() if f for name in f.no_work}
+    plain = {name.partition("=")[0].rpartition(".")[2] for name in no_work}
+    parts = (NO_WORK, NO_WORK_IN_DATALOADER, NO_WORK_IN_TRAIN_CFG, NO_WORK_IN_RANDOMNESS)
+    for language in ("en", "zh_cn"):
+        cells = [line.split("|")[2] for line in section(language, 2).splitlines() if line.startswith("| ")]
+        listed = {name.partition("=")[0] for cell in cells for name in re.findall("`([^`]+)`", cell)}
+        assert listed == {*idle, *plain, *(name for part in parts for name in part), "_scope_", "priority"}
+
+
+@pytest.mark.parametrize(
+    ("form", "line", "told"),
+    [
+        ("xtuner_0_1_15", "", "visualizer.vis_backends.1 (WandbVisBackend): because nothing is sent to Weights"),
+        ("xtuner_0_1_15", "", "randomness.diff_rank_seed: because"),
+        ("xtuner_0_1_14", "from mmengine.visualization import Visualizer, WandbVisBackend\nvisualizer = dict("
+         "type=Visualizer, vis_backends=[dict(type=WandbVisBackend)])", "(WandbVisBackend): because nothing is sent"),
+        ("xtuner_0_1_17", "", "default_hooks.checkpoint.priority: because"),
+        ("xtuner_0_1_17", "", "default_hooks.timer.priority: because"),
+        ("registry_names", "", "there only with `use_varlen_attn=True`"),
+        ("registry_names", "", "param_scheduler.1._scope_: because"),
+        ("registry_names", "train_dataloader['sampler'] = dict(type='DefaultSampler')", "draws another order of the"),
+        ("dumped_names", "default_hooks['checkpoint'] = dict(type='CheckpointHook')", "named them `epoch_N.pth`"),
+        ("xtuner_0_1_14", "optim_wrapper['accumulative_counts'] = 4", "there they counted packs of a rank"),
+        ("xtuner_0_1_14", "optim_wrapper['accumulative_counts'] = 4", "took the rate of its last one"),
+    ],
+)  # fmt: skip
+def test_what_is_dropped_or_differs_is_reported(form: str, line: str, told: str, tmp_path: Path) -> None:
+    text = (HERE / "data" / "legacy_configs" / f"{form}.py").read_text()
+    (tmp_path / "other.py").write_text(f"{text}\n{line}\n")
+    config = load(str(tmp_path / "other.py"))
+    assert problems(config) == []
+    assert told in "\n".join(paragraphs(config))
+    plain = load(str(HERE / "data" / "legacy_configs" / "xtuner_0_1_14.py"))
+    assert told not in "\n".join(paragraphs(plain)), "reported of a config that it does not concern"
 
 
 def test_neither_mmengine_nor_transformers_is_imported(legacy: Path) -> None:
@@ -543,6 +598,10 @@ def test_adapters_give_what_their_names_say() -> None:
     wrapper = AmpOptimWrapper(optimizer, dict(max_norm=2, error_if_nonfinite=False), dtype="bfloat16")
     assert (wrapper.max_norm, wrapper.dtype) == (2.0, "bf16")
     assert AmpOptimWrapper(optimizer, dtype="float16").dtype == "auto"
+    for dtype, ours in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"), (torch.float16, "auto")):
+        assert AmpOptimWrapper(optimizer, dtype=dtype).dtype == ours
+    with pytest.raises(ConfigError, match="no such type"):
+        AmpOptimWrapper(optimizer, dtype=torch.float64)
     assert CheckpointHook(interval=1).by_epoch  # mmengine's default
     cosine = CosineAnnealingLR(eta_min=0.0, begin=1, T_max=2, convert_to_iter_based=True)
     warm = LinearLR(start_factor=0.5, end=1, convert_to_iter_based=True)
@@ -550,6 +609,8 @@ def test_adapters_give_what_their_names_say() -> None:
     hook = EvaluateChatHook({}, ["x"], prompt_template=PROMPT_TEMPLATE.internlm2_chat, stop_word="</s>")
     assert hook.template is not None
     assert hook.template.stop_words == ("<|im_end|>", "</s>")
+    hook = EvaluateChatHook({}, ["x"], prompt_template="xtuner.utils.PROMPT_TEMPLATE.internlm2_chat")
+    assert hook.template is PROMPT_TEMPLATE.internlm2_chat
 
 
 def test_check_of_paths_in_a_legacy_config(legacy_text: str, tmp_path: Path, corpus: Path) -> None:

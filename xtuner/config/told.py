@@ -110,13 +110,13 @@ DIFFERENCES = (
     ),
     Difference(
         "The last token of a document is not trained to predict the next document's first, and the last position of a "
-        "pack learns its true next token; there it was the other way round, as with `label_rule='xtuner'` of "
-        "`build_packed_dataset`.",
+        "pack learns its true next token; there the first was trained and the second not, as with "
+        "`label_rule='xtuner'` of `build_packed_dataset`.",
         _builds("build_packed_dataset", "label_rule"),
     ),
     Difference(
-        "Documents of a pack do not see each other, and positions begin anew in each; there only with "
-        "`use_varlen_attn=True`, which the model of this config does not set.",
+        "Documents of a pack do not see each other, and positions restart in each; there only with "
+        "`use_varlen_attn=True`, and a model without that setting had it off.",
         _builds("legacy.SupervisedFinetune", "use_varlen_attn"),
     ),
     Difference(
@@ -124,8 +124,8 @@ DIFFERENCES = (
         _builds("legacy.AmpOptimWrapper"),
     ),
     Difference(
-        "Checkpoints are folders named `iter_N.pth`, N in iterations, also with `by_epoch=True` (the default of "
-        "`CheckpointHook`); there they were then named `epoch_N.pth`.",
+        "Checkpoints are directories named `iter_N.pth`, N in iterations, also with `by_epoch=True` (the default of "
+        "`CheckpointHook`), which named them `epoch_N.pth` there.",
         _builds("legacy.CheckpointHook", "by_epoch", True),
     ),
     Difference(

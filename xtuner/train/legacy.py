@@ -209,16 +209,17 @@ def LocalVisBackend(
 def TensorboardVisBackend(save_dir: str | None = None) -> None: ...
 
 
-def _remote(service: str) -> Any:
+def _remote(name: str, service: str) -> Any:
     @adapter(idle=f"nothing is sent to {service}; scalars.json and TensorBoard files hold the numbers")
     def backend(save_dir: str | None = None, **settings: Any) -> None: ...
 
+    backend.__name__ = backend.__qualname__ = name
     return backend
 
 
-WandbVisBackend = _remote("Weights & Biases")
-MLflowVisBackend = _remote("MLflow")
-ClearMLVisBackend = _remote("ClearML")
-NeptuneVisBackend = _remote("Neptune")
-DVCLiveVisBackend = _remote("DVCLive")
-AimVisBackend = _remote("Aim")
+WandbVisBackend = _remote("WandbVisBackend", "Weights & Biases")
+MLflowVisBackend = _remote("MLflowVisBackend", "MLflow")
+ClearMLVisBackend = _remote("ClearMLVisBackend", "ClearML")
+NeptuneVisBackend = _remote("NeptuneVisBackend", "Neptune")
+DVCLiveVisBackend = _remote("DVCLiveVisBackend", "DVCLive")
+AimVisBackend = _remote("AimVisBackend", "Aim")

@@ -19,9 +19,10 @@ def resolve_type(kind: Any, where: str = "") -> Callable[..., Any]:
     Raises: ConfigError with the nearest names.
     """
     if isinstance(kind, str):
-        kind = old_names.find(kind, where) or kind
+        place = where.removesuffix(".type")
+        kind = old_names.find(kind, place) or kind
         if old_names.is_unknown(kind):
-            raise old_names.unknown(kind, where, where)
+            raise old_names.unknown(kind, where, place)
         module, _, name = kind.rpartition(".")
         owner, _, last = module.rpartition(".")
         try:
@@ -29,7 +30,7 @@ def resolve_type(kind: Any, where: str = "") -> Callable[..., Any]:
                 kind = getattr(getattr(importlib.import_module(owner), last), name)
             else:
                 kind = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as e:
+        except (ImportError, AttributeError, ValueError, TypeError) as e:
             raise ConfigError(f"type={kind!r} cannot be imported: {e}", where=where) from None
     if not callable(kind):
         raise ConfigError(f"type={kind!r} is neither a class nor a function", where=where)

@@ -62,10 +62,13 @@ def replace_names(values: dict[str, Any], where: Callable[[str], str]) -> tuple[
     Raises: ConfigError for `_delete_`, which changes a base config that there is not.
     """
     replaced, dropped, problems = [], {}, []
-    for key, spec in walk.dicts(values):
+    seen: set[int] = set()
+    for key, spec in (pair for root in walk.ROOTS for pair in walk.walked(root, values.get(root), seen)):
+        if not isinstance(spec, dict):
+            continue
         if "_delete_" in spec:
             problems.append(ConfigError("_delete_ has no base config to act on", where=where(key), do=_ONE_FILE))
-        if not isinstance(spec, dict) or "type" not in spec:
+        if "type" not in spec:
             continue
         written = old_names.written_name(spec["type"])
         if new := old_names.find(written, key):

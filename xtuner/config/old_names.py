@@ -89,6 +89,7 @@ _DEEPSPEED = "--deepspeed on the command line"
 _NEAREST = {
     "BitsAndBytesConfig": _FULL,
     "ConcatDataset": _TOKENIZED,
+    "DefaultOptimWrapperConstructor": "nothing: leave constructor out",
     "DeepSpeedOptimWrapper": f"mmengine.optim.AmpOptimWrapper, and {_DEEPSPEED}",
     "DeepSpeedStrategy": f"{_DEEPSPEED}: leave strategy out",
     "HFCheckpointHook": "`xtuner convert pth_to_hf` after the run; a checkpoint's weights/ is such a folder, too",
@@ -125,8 +126,9 @@ def find(written: str, place: str = "") -> str | None:
         place: dotted path in the config where it is written; a registry's name counts only where objects are built.
     """
     module, name, method = _split(written)
-    kind = kind_of(place)
-    new = None
+    if "" in written.split("."):
+        return None
+    kind, new = kind_of(place), None
     if module in ("", "mmengine") and (kind or module):
         new = _BARE.get(name) or (_torch_optimizers().get(name) if kind == "optimizer" else None)
     while module and new is None:
@@ -168,13 +170,17 @@ def unknown(written: str, where: str, place: str = "") -> ConfigError:
         return ConfigError(f"there is no {written} here", where=where, why=why, do=_nearest(module, name))
     kind = kind_of(place)
     known = _registered(kind)
-    taken = f"{kind}s that can be named so: {', '.join(known)}" if known and kind != "optimizer" else ""
-    near = f"nearest: {_NEAREST[name]}" if name in _NEAREST else did_you_mean(name, known or sorted(_BARE)).strip()
+    if name in _NEAREST:
+        do = f"nearest: {_NEAREST[name]}"
+    else:
+        do = did_you_mean(name, known or sorted(_BARE)).strip() + " give a class, a function, or its dotted name"
+        if known and kind != "optimizer":  # of those there are dozens
+            do += f"; names alone do for {', '.join(known)}"
     return ConfigError(
         f"there is no {kind or 'class or function'} {written!r}",
         where=where,
-        why="a name without a module is one of mmengine's registry",
-        do="; ".join(filter(None, (near, taken, "or give a class, a function, or its dotted name"))),
+        why="a name without a module is looked up among those of mmengine and XTuner",
+        do=do.strip(),
     )
 
 

@@ -37,7 +37,7 @@ def paragraphs(config: Config) -> Iterator[str]:
 
 def _without_effect(config: Config) -> Iterator[str]:
     for name, why in NO_WORK.items():
-        if name in config.values and (name != "visualizer" or config.values[name] is None):
+        if name in config.values and not (name == "visualizer" and config.get("visualizer.type")):
             yield f"{name}: because {why}"
     for parent, names in (
         ("train_dataloader", NO_WORK_IN_DATALOADER),

@@ -34,26 +34,24 @@ class Spec:
 
 def specs(config: "Config") -> Iterator[Spec]:
     """Each dict once, under the path where it is met first."""
-    for key, value in dicts(config.values):
-        if "type" in value and _is_kind(key, value["type"]):
-            yield Spec(key, value["type"], {str(k): v for k, v in value.items() if k != "type"})
-
-
-def dicts(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Dicts at any depth of what is built, with their dotted paths; each once."""
     seen: set[int] = set()
+    for root in ROOTS:
+        for key, value in walked(root, config.values.get(root), seen):
+            if isinstance(value, Mapping) and "type" in value and _is_kind(key, value["type"]):
+                yield Spec(key, value["type"], {str(k): v for k, v in value.items() if k != "type"})
 
-    def walk(key: str, value: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-        if not isinstance(value, Mapping | list | tuple) or id(value) in seen:
+
+def walked(key: str, value: Any, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of a value and of all inside it; each dict and list once."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Mapping | list | tuple):
+        if id(value) in seen:
             return
         seen.add(id(value))
-        if isinstance(value, Mapping):
-            yield key, value
-        for name, part in list(value.items() if isinstance(value, Mapping) else enumerate(value)):
-            yield from walk(f"{key}.{name}", part)
-
-    for root in ROOTS:
-        yield from walk(root, values.get(root))
+    yield key, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, part in items:
+        yield from walked(f"{key}.{name}", part, seen)
 
 
 def _is_kind(key: str, value: Any) -> bool:

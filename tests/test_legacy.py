@@ -19,6 +19,7 @@ from xtuner.config import types
 from xtuner.config.adapter import adapter_of
 from xtuner.config.build import check_arguments, resolve_type
 from xtuner.config.check import check, problems
+from xtuner.config.legacy import replace_names
 from xtuner.config.load import load
 from xtuner.config.old_names import REPLACED
 from xtuner.config.old_names import find as resolve_name
@@ -436,7 +437,8 @@ def test_what_would_mean_something_else_is_refused(
         ("train_cfg = dict(type='IterBasedTrainLoop', max_epochs=1)", ["TrainLoop with max_epochs"]),
         ("train_dataloader['sampler']['type'] = 'InfiniteSampler'", ["no sampler 'InfiniteSampler'", "InternRepo"]),
         ("train_dataloader['collate_fn'] = dict(type='pseudo_collate')", ["no collate function 'pseudo_collate'"]),
-        ("train_dataset['type'] = 'ConcatDataset'", ["no dataset 'ConcatDataset'", "build_packed_dataset"]),
+        ("train_dataset['type'] = 'ConcatDataset'", ["no dataset 'ConcatDataset'", "nearest: load_intern"]),
+        ("train_dataset['type'] = 'PackDataset'", ["no dataset 'PackDataset'", "build_packed_dataset"]),
         ("model['llm']['type'] = 'AutoModel.from_pretrained'", ["no model 'AutoModel", "'AutoModelForCausalLM'"]),
         ("visualizer = dict(type='Visualiser')", ["no visualizer 'Visualiser'", "Did you mean 'Visualizer'"]),
         ("tokenizer['type'] = 'transformers.LlamaTokenizer'", ["no transformers.LlamaTokenizer", "AutoTokenizer"]),
@@ -583,6 +585,16 @@ def test_other_ways_of_writing_the_same(legacy_text: str, tmp_path: Path) -> Non
     assert "optim_wrapper.dtype: because bf16 on GPUs and fp32 on CPUs" in told
     assert "train_cfg.val_interval: because" in told
     assert "default_hooks.checkpoint" not in told
+
+
+def test_names_on_the_command_line_and_classes_of_the_real_packages(legacy: Path) -> None:
+    of_mmengine = type("LoggerHook", (), {"__module__": "mmengine.hooks.logger_hook"})
+    config = load(str(legacy), ["optim_wrapper.optimizer.type=SGD", "optim_wrapper.optimizer.betas=None"])
+    assert config.get("optim_wrapper.optimizer.type") == "torch.optim.SGD"
+    config.values["default_hooks"]["logger"]["type"] = of_mmengine
+    replaced, _ = replace_names(config.values, config.where)
+    assert [str(r) for r in replaced] == ["mmengine.hooks.logger_hook.LoggerHook → xtuner.train.legacy.LoggerHook"]
+    assert resolve_type(config.get("default_hooks.logger.type")) is resolve_type("xtuner.train.legacy.LoggerHook")
 
 
 def test_adapters_give_what_their_names_say() -> None:

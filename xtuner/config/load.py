@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xtuner.config import legacy
+from xtuner.config import legacy, statements
 from xtuner.config.literals import secret_literals
 from xtuner.core import secrets
 from xtuner.core.errors import ConfigError, did_you_mean
@@ -128,13 +128,13 @@ def load(name_or_path: str, options: list[str] | None = None) -> Config:
         tree = ast.parse(source, str(path))
     except SyntaxError as e:
         raise ConfigError(f"the config is not Python: {e.msg}", where=f"{path}:{e.lineno}") from None
-    read, (lines, names) = _names_read(tree), _find_lines(tree)
+    read, (lines, names) = statements.names_read(tree), statements.written_lines(tree)
     tree, imported = legacy.replace_imports(tree, str(path))
     overrides = dict(parse_option(o) for o in options or [])
     secrets.learn(overrides)
     for node, name in secret_literals(tree):
         secrets.learn(getattr(node, "value", None), name)
-    replacer = _Replace({k: v for k, v in overrides.items() if "." not in k})
+    replacer = statements.Override({k: v for k, v in overrides.items() if "." not in k})
     tree = ast.fix_missing_locations(replacer.visit(tree))
     config = Config(path, source, _run(tree, path), lines, names=names, replaced=imported)
     values = config.values
@@ -194,35 +194,6 @@ def _split(text: str) -> list[str]:
     return [p.strip() for p in parts if p.strip()]
 
 
-class _Replace(ast.NodeTransformer):
-    """Put overriding values in place of what the file assigns to a top-level name."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.values = values
-        self.met: set[str] = set()
-
-    def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.AST]:
-        more: list[ast.AST] = []
-        for name in [n for n in _assigned(node) if n.id in self.values]:
-            self.met.add(name.id)
-            literal = ast.copy_location(ast.parse(repr(self.values[name.id]), mode="eval").body, node.value)
-            if name in node.targets:
-                node.value = literal
-            else:  # a, b = …
-                more.append(ast.copy_location(ast.Assign([name], literal), node))
-        return [node, *more]
-
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | list[ast.AST]:
-        plain = isinstance(node.target, ast.Name) and node.value is not None
-        return self.visit_Assign(_without_type(node)) if plain else node
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        return node  # names in there are its own
-
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        return node
-
-
 def _run(tree: ast.Module, path: Path) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": "xtuner_config", "__file__": str(path)}
     try:
@@ -238,20 +209,8 @@ def _run(tree: ast.Module, path: Path) -> dict[str, Any]:
             why=_values_at(tree, line, namespace),
             do="a config made for another version? `xtuner copy-cfg` copies a fresh one",
         ) from None
-    assigned = {name.id for node in ast.walk(tree) for name in _assigned(node)}
+    assigned = {name.id for node in ast.walk(tree) for name in statements.assigned(node)}
     return {name: namespace[name] for name in namespace if name in assigned and not name.startswith("_")}
-
-
-def _assigned(node: ast.AST) -> list[ast.Name]:
-    """Names that a statement assigns to: `a = …`, `a: int = …`, `a, b = …`."""
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    inside = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple | ast.List) else [t])]
-    return [name for name in inside if isinstance(name, ast.Name)]
-
-
-def _without_type(node: ast.AnnAssign) -> ast.Assign:
-    assert node.value is not None
-    return ast.copy_location(ast.Assign([node.target], node.value), node)
 
 
 def _values_at(tree: ast.Module, line: int | None, namespace: dict[str, Any]) -> str:
@@ -278,52 +237,3 @@ def _set(values: dict[str, Any], key: str, new: Any) -> None:
         at[int(last)] = new
     else:
         at[last] = new
-
-
-def _names_read(tree: ast.Module) -> set[str]:
-    return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-
-
-def _find_lines(tree: ast.Module) -> tuple[dict[str, int], dict[str, str]]:
-    """Dotted path → line where it is written, and dotted path → top-level name that stands there as its value."""
-    lines: dict[str, int] = {}
-    names: dict[str, str] = {}
-    statements = [_without_type(n) if isinstance(n, ast.AnnAssign) and n.value else n for n in tree.body]
-    assigned = {name.id for n in statements for name in _assigned(n)}
-
-    def note(path: str, node: ast.expr, line: int) -> None:
-        lines[path] = line
-        if isinstance(node, ast.Name) and node.id in assigned and node.id != path:
-            names[path] = node.id
-        elif isinstance(node, ast.Call):
-            for k in node.keywords:
-                if k.arg:
-                    note(f"{path}.{k.arg}", k.value, k.value.lineno)
-        elif isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                    note(f"{path}.{key.value}", value, value.lineno)
-        elif isinstance(node, ast.List | ast.Tuple):
-            for i, item in enumerate(node.elts):
-                note(f"{path}.{i}", item, item.lineno)
-
-    for n in (s for s in statements if isinstance(s, ast.Assign)):
-        for target in n.targets:
-            if isinstance(target, ast.Tuple) and isinstance(n.value, ast.Tuple):
-                pairs = list(zip(target.elts, n.value.elts, strict=False))
-            else:
-                pairs = [(target, n.value)]
-            for part, value in pairs:
-                if path := _path(part):
-                    note(path, value, n.lineno)
-    return lines, names
-
-
-def _path(target: ast.expr) -> str:
-    """`a["b"][0]` → "a.b.0"; empty for what is no such place."""
-    if isinstance(target, ast.Name):
-        return target.id
-    if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
-        owner, part = _path(target.value), target.slice.value
-        return f"{owner}.{part}" if owner and isinstance(part, str | int) else ""
-    return ""

@@ -89,16 +89,16 @@ _DEEPSPEED = "--deepspeed on the command line"
 _NEAREST = {
     "BitsAndBytesConfig": _FULL,
     "ConcatDataset": _TOKENIZED,
-    "DefaultOptimWrapperConstructor": "nothing: leave constructor out",
+    "DefaultOptimWrapperConstructor": "none; leave constructor out",
     "DeepSpeedOptimWrapper": f"mmengine.optim.AmpOptimWrapper, and {_DEEPSPEED}",
     "DeepSpeedStrategy": f"{_DEEPSPEED}: leave strategy out",
     "HFCheckpointHook": "`xtuner convert pth_to_hf` after the run; a checkpoint's weights/ is such a folder, too",
-    "HOOKS": "nothing is registered: define the hook in the config, and give the class itself as type",
+    "HOOKS": "none, nothing is registered: define the hook in the config, and give the class itself as type",
     "Hook": "xtuner.train.run.Hook, whose methods are configure, before_run, after_iteration and after_run",
     "InfiniteSampler": "InternRepoSampler of xtuner.dataset.samplers",
     "IterBasedTrainLoop": "xtuner.engine.runner.TrainLoop with max_epochs",
     "LLaVAModel": "SupervisedFinetune: models read text only",
-    "LocalAttnArgsToMessageHubHook": "nothing: the borders of documents come with each batch",
+    "LocalAttnArgsToMessageHubHook": "none; the borders of documents come with each batch",
     "LoraConfig": _FULL,
     "OptimWrapper": "mmengine.optim.AmpOptimWrapper",
     "ProfilerHook": "xtuner.train.profile.ProfileHook",
@@ -109,7 +109,7 @@ _NEAREST = {
     "process_hf_dataset": _TOKENIZED,
     "process_intern_repo_dataset": "build_packed_dataset with dataset_cfg: see the shipped configs",
     "read_base": "the other config's contents: a config is one whole file",
-    "template_map_fn_factory": "nothing: templates are applied when the text is tokenized",
+    "template_map_fn_factory": "none; templates are applied when the text is tokenized",
 }
 
 

@@ -3,8 +3,8 @@
     @adapter(no_work={"padding_side": "packs have no padding"}, only={"lora": Only((None,), "…", "…")})
     def AutoTokenizer(name, padding_side="right", lora=None): …
 
-`no_work` settings are accepted and reported; of `only` settings other values are refused, by `check` before a run and by
-the adapter itself when it is called. Names may have dots, `clip_grad.error_if_nonfinite`, and `no_work` may be meant
+`no_work` settings are accepted and reported; of `only` settings other values are refused, by `check` before a run and
+by the adapter itself when it is called. Names may have dots, `clip_grad.error_if_nonfinite`, and `no_work` may be meant
 for one value, `dtype=float16`.
 """
 

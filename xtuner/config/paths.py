@@ -1,5 +1,6 @@
 """Whether the folders and files that a config names are there, before anything is started."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,17 +41,18 @@ def _data(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
 
 
 def _folder(name: str | Path) -> ConfigError | None:
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         return None
+    absent = not os.path.exists(path)
     return ConfigError(
-        f"the data folder is not there: {str(name)!r}" if not path.exists() else f"the data folder is a file: {name}",
+        f"the data folder is not there: {str(name)!r}" if absent else f"the data folder is a file: {name}",
         do="set dataset_folder in the config to the folder that holds your .bin and .bin.meta files",
     )
 
 
 def _order(name: str | Path) -> ConfigError | None:
-    if Path(name).expanduser().is_file():
+    if os.path.isfile(os.path.expanduser(name)):
         return None
     return ConfigError(
         f"the data order cannot be read: there is no file {str(name)!r}",
@@ -69,17 +71,17 @@ def _models(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
 
 def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
     what = "tokenizer" if is_tokenizer else "model"
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         if is_tokenizer:
-            missing = [] if any((path / n).is_file() for n in _TOKENIZERS) else [" and no ".join(_TOKENIZERS)]
+            missing = [] if any(os.path.isfile(path / n) for n in _TOKENIZERS) else [" and no ".join(_TOKENIZERS)]
         else:
             missing = hub.missing_files(path)
         return ConfigError(f"the {what} folder {name!r} has no {missing[0]}") if missing else None
-    if re.fullmatch(_HUB_ID, name) and not path.exists():
+    if re.fullmatch(_HUB_ID, name) and not os.path.exists(path):
         return None  # of a hub, which is asked when the model is wanted
     return ConfigError(
-        f"the {what} {name!r} is " + ("a file" if path.is_file() else "no folder here, and no hub id"),
+        f"the {what} {name!r} is " + ("a file" if os.path.isfile(path) else "no folder here, and no hub id"),
         do="check the spelling, and that this machine sees the disk the folder is on",
     )
 
@@ -88,6 +90,6 @@ def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
     name = config.get("load_from")
     if not isinstance(name, str):
         return
-    folder = Path(name).expanduser()
-    missing = None if folder.is_dir() else ConfigError(f"there is no folder {name!r} to take weights from (load_from)")
-    yield "load_from", name, missing
+    there = os.path.isdir(os.path.expanduser(name))
+    missing = ConfigError(f"there is no folder {name!r} to take weights from (load_from)")
+    yield "load_from", name, None if there else missing

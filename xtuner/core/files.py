@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from xtuner.core.dist import note
 from xtuner.core.errors import CheckpointError
+from xtuner.core.inputs import open_regular, read_regular, short_repr
 
 MANIFEST = "manifest.json"
 HASHERS = 4  # files hashed side by side; one core hashes about 1.5 GB/s
@@ -89,17 +90,21 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Raises: CheckpointError if the file is absent or is not JSON."""
+    """Raises: CheckpointError if the file is absent, cannot be read or is not JSON."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_regular(path).decode())
     except FileNotFoundError:
         raise CheckpointError(f"{Path(path).name} is missing", where=str(path)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise CheckpointError(f"{Path(path).name} cannot be read: {e.strerror or e}", where=str(path)) from None
+    except RecursionError:
+        raise CheckpointError(f"{Path(path).name} is nested too deeply to be read", where=str(path)) from None
+    except ValueError as e:  # not JSON, not UTF-8, or a number with thousands of digits
         raise CheckpointError(f"{Path(path).name} is not JSON: {e}", where=str(path)) from None
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -143,9 +148,11 @@ def verify(folder: str | Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     for name, entry in files.items():
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise CheckpointError(f"the manifest names a file outside its directory: {name}", where=str(folder))
-        if not file.is_file():
-            raise CheckpointError(f"{name} is missing", where=str(file))
+            shown = short_repr(name)
+            raise CheckpointError(f"the manifest names a file outside its directory: {shown}", where=str(folder))
+        if not os.path.isfile(file):
+            shown = name if len(name) <= 255 else short_repr(name)
+            raise CheckpointError(f"{shown} is missing", where=str(folder))
         size = file.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}", where=str(file))

@@ -32,12 +32,12 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
     Raises: ConfigError if there is no such folder and no such model, or the hub cannot be reached or read.
     """
     path = Path(os.path.expanduser(name_or_path))
-    if name_or_path and path.is_dir():
+    if name_or_path and os.path.isdir(path):
         return path
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name_or_path) and not path.exists():
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name_or_path) and not os.path.exists(path):
         return _from_hub(name_or_path, revision, tokenizer_only)
     raise ConfigError(
-        f"the model {name_or_path!r} is " + ("a file" if path.is_file() else "no folder here, and no hub id"),
+        f"the model {name_or_path!r} is " + ("a file" if os.path.isfile(path) else "no folder here, and no hub id"),
         where=str(path.absolute()),
         why="a model is a folder with config.json and weights, or a hub id of the form organisation/name",
         do="check the spelling, and that this machine sees the disk the folder is on",
@@ -47,14 +47,14 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
 def missing_files(folder: Path, tokenizer_only: bool = False) -> list[str]:
     """What a folder lacks to be used, judged by its own index of weights; empty if nothing."""
     if tokenizer_only:
-        return [] if any((folder / name).is_file() for name in _TOKENIZER[:3]) else ["a tokenizer"]
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+        return [] if any(os.path.isfile(folder / name) for name in _TOKENIZER[:3]) else ["a tokenizer"]
+    missing = [] if os.path.isfile(folder / "config.json") else ["config.json"]
     for index, pattern in (("model.safetensors.index.json", "*.safetensors"), (_PICKLES[1], _PICKLES[0])):
         try:
             names = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-            return missing + sorted(name for name in names if not (folder / name).is_file())
+            return missing + sorted(name for name in names if not os.path.isfile(folder / name))
         except FileNotFoundError:  # without an index, only files that are not one of many can be all of them
-            if any("-of-" not in file.name for file in folder.glob(pattern) if file.is_file()):
+            if any("-of-" not in file.name for file in folder.glob(pattern) if os.path.isfile(file)):
                 return missing
         except (ValueError, KeyError, TypeError, AttributeError):
             return [*missing, f"a readable {index}"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
+from xtuner.core.inputs import short_repr
 
 FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -72,9 +74,9 @@ def single_tokens(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer of a model folder or hub id. Raises: ConfigError if it has none that we read."""
     folder = hub.resolve(str(name_or_path), tokenizer_only=True)
-    if (folder / "tokenizer.model").is_file():
+    if os.path.isfile(folder / "tokenizer.model"):
         return _SentencePiece(folder)
-    if (folder / "tokenizer.json").is_file():
+    if os.path.isfile(folder / "tokenizer.json"):
         return _Fast(folder)
     raise ConfigError(
         "no tokenizer.model and no tokenizer.json in the folder",
@@ -221,13 +223,23 @@ def _identity(vocabulary: Path, names: Mapping[str, int | None]) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path) if os.path.exists(path) else {}
     return found if isinstance(found, dict) else {}
 
 
 def _named_tokens(folder: Path) -> dict[str, int]:
     """Special tokens by name, as `tokenizer_config.json` lists them: `<|im_start|>` → 92543."""
-    return {entry["content"]: int(i) for i, entry in _config(folder).get("added_tokens_decoder", {}).items()}
+    listed = _config(folder).get("added_tokens_decoder") or {}
+    entries = listed.items() if isinstance(listed, dict) else [("", listed)]
+    for i, entry in entries:
+        name = entry.get("content") if isinstance(entry, dict) else None
+        if not (isinstance(name, str) and name and re.fullmatch(r"[0-9]{1,9}", i)):
+            raise ConfigError(
+                f"added_tokens_decoder lists {short_repr(i)}: {short_repr(entry)}, not an id with the text of its token",
+                where=str(folder / "tokenizer_config.json"),
+                do="copy the model's file there again",
+            )
+    return {entry["content"]: int(i) for i, entry in entries}
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:

@@ -5,6 +5,7 @@ only when both parts have their names, so that an unfinished output is known and
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Job:
 
     def existing(self) -> list[Path]:
         files = [p for part in PARTS for p in (self.part(part), meta_path(self.part(part)))]
-        return [p for p in files if p.exists()]
+        return [p for p in files if os.path.exists(p)]
 
     def write_record(self, recipe: dict[str, Any], **facts: Any) -> None:
         write_json(self.record, {"input": self.source.name, "settings": recipe, **facts})
@@ -71,12 +72,12 @@ def jobs(
 
     Raises: ConfigError, DataError.
     """
-    root = Path(output).expanduser()
+    root = Path(os.path.expanduser(output))
     if kind is not None and (not kind or kind != Path(kind).name):
         raise ConfigError(f"{kind!r} is no folder name", where="--type", do="a name such as en, cn or code")
     wanted = tuple(s if s.startswith(".") or not s else f".{s}" for s in suffixes) or SUFFIXES[settings.format]
     try:
-        found = [job for name in inputs for job in _jobs_of(Path(name).expanduser(), root, settings, kind, wanted)]
+        found = [job for name in inputs for job in _jobs_of(Path(os.path.expanduser(name)), root, settings, kind, wanted)]
     except OSError as e:
         raise DataError(f"the input cannot be read: {e.strerror}", where=str(e.filename)) from None
     by_name: dict[str, Job] = {}
@@ -92,11 +93,11 @@ def jobs(
 
 
 def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None, wanted: tuple[str, ...]) -> list[Job]:
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError("the input is not there", where=str(path))
     others: Counter[str] = Counter()
     take = "" if settings.format == "ftdp" else _TAKE  # ftdp has a script of its own, and one ending
-    if path.is_file():
+    if os.path.isfile(path):
         files = [(path, path.stem)]
     else:
         names = [Path(name) for name in walk(path, "")]

@@ -4,6 +4,7 @@ recognise(path)            what it is, in words, by the names of files alone; re
 recognise(path).open()     its tensors, by name; nothing but shapes has been read
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,10 +64,10 @@ class Renamed(Source):
 
 def recognise(path: str | Path) -> Kind:
     """What lies at `path`. Raises: CheckpointError if nothing, or nothing that is known."""
-    path = Path(path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(path))
+    if os.path.isfile(path):
         return Kind(path, _open_single)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise CheckpointError(
             "there is no checkpoint",
             where=str(path),
@@ -112,7 +113,7 @@ def _open_checkpoint(path: Path) -> Opened:
 
 
 def _open_hf(path: Path) -> Opened:
-    if (path / MANIFEST).is_file():
+    if os.path.isfile(path / MANIFEST):
         verify(path)
     config = read_json(path / "config.json")
     layout = layout_of(config)

@@ -4,19 +4,20 @@ huggingface_hub honours HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN. We ta
 a hub, never code, and pickles (`.bin`) only of repositories without safetensors.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.files import read_json
 from xtuner.core.log import logger
 
 _TOKENIZER = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"]
 _TOKENIZER += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
 _SMALL = ["config.json", "generation_config.json", *_TOKENIZER]
-_SAFETENSORS = ["*.safetensors", "model.safetensors.index.json"]
+INDEX = "model.safetensors.index.json"
+_SAFETENSORS = ["*.safetensors", INDEX]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _NEVER = ["*/*", "consolidated*"]  # other formats in sub-folders; a second copy of the weights (Mistral)
 
@@ -49,16 +50,29 @@ def missing_files(folder: Path, tokenizer_only: bool = False) -> list[str]:
     if tokenizer_only:
         return [] if any(os.path.isfile(folder / name) for name in _TOKENIZER[:3]) else ["a tokenizer"]
     missing = [] if os.path.isfile(folder / "config.json") else ["config.json"]
-    for index, pattern in (("model.safetensors.index.json", "*.safetensors"), (_PICKLES[1], _PICKLES[0])):
-        try:
-            names = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-            return missing + sorted(name for name in names if not os.path.isfile(folder / name))
-        except FileNotFoundError:  # without an index, only files that are not one of many can be all of them
-            if any("-of-" not in file.name for file in folder.glob(pattern) if os.path.isfile(file)):
-                return missing
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return [*missing, f"a readable {index}"]
+    for index, pattern in ((INDEX, "*.safetensors"), (_PICKLES[1], _PICKLES[0])):
+        if os.path.exists(folder / index):
+            try:
+                return missing + [name for name in indexed_files(folder / index) if not os.path.isfile(folder / name)]
+            except CheckpointError:
+                return [*missing, f"a readable {index}"]
+        # without an index, only files that are not one of many can be all of them
+        if any("-of-" not in file.name for file in folder.glob(pattern) if os.path.isfile(file)):
+            return missing
     return [*missing, "weights"]
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The files that an index of weights (`model.safetensors.index.json`) names, sorted. Raises: CheckpointError."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(
+            "the index does not map the names of tensors to the names of files",
+            where=f"{index}: weight_map",
+            do="copy the model's file there again",
+        )
+    return sorted(set(weight_map.values()))
 
 
 def _from_hub(name: str, revision: str | None, tokenizer_only: bool) -> Path:

@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 SHOWN = 120  # characters of a foreign value in a message
 _ITEMS = 4  # of a list or dict that are shown
@@ -25,8 +25,8 @@ class NotAFileError(OSError):
     """A path that names a pipe, a socket or a device. `strerror` says which."""
 
 
-def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
-    """Open a regular file to read its bytes; never waits for a writer, as opening a named pipe would.
+def open_regular(path: str | Path, buffering: int = -1) -> Any:
+    """As `open(path, "rb", buffering)`, but for regular files alone: opening a named pipe would wait for its writer.
 
     Raises: OSError; NotAFileError, which is one, for pipes, sockets and devices.
     """
@@ -39,7 +39,7 @@ def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
         raise
     try:
         _check_kind(os.fstat(fd).st_mode, path)
-        return os.fdopen(fd, "rb", buffering)  # type: ignore[return-value]  # unbuffered it is a FileIO
+        return os.fdopen(fd, "rb", buffering)
     except BaseException:
         os.close(fd)
         raise
@@ -89,7 +89,7 @@ def _short(value: Any, length: int, depth: int) -> str:
         begin, end = ("[", "]") if isinstance(value, list) else ("(", ")") if isinstance(value, tuple) else ("{", "}")
         if not value and isinstance(value, set | frozenset):
             return f"{kind.__name__}()"
-        parts = []
+        parts: list[str] = []
         for item in value:
             if len(parts) == _ITEMS or (value and depth == 0):
                 parts.append("…")

@@ -121,9 +121,9 @@ def _bytes(text: str = "", encoding: str = "latin1") -> bytes:
 
 
 def _key(value: Any) -> Any:
-    # Flat keys only: hashing a tuple nested a million deep overflows the C stack, which kills the process, and comparing
-    # two equal frozensets that nest takes twice as long for each level. Integers beyond 2^61 could be chosen with one
-    # hash: a dict of n of them takes n² steps.
+    # Flat keys only: hashing a tuple nested a million deep overflows the C stack, which kills the process; comparing
+    # two equal frozensets that nest takes twice as long for each level. Integers beyond 2^61 can be chosen to have one
+    # hash, and a dict of n of them takes n² steps.
     for part in value if isinstance(value, tuple) else (value,):
         if not isinstance(part, _FLAT) or (isinstance(part, int) and part.bit_length() > 60):
             raise ValueError(f"{short_repr(part)} as a key")

@@ -85,9 +85,8 @@ def check(
     Raises: ConfigError, DataError for a folder in which nothing can be checked.
     """
     if not os.path.isdir(folder):
-        raise ConfigError(
-            f"the data folder is {'a file' if os.path.exists(folder) else 'not there'}", where=str(folder)
-        )
+        how = "a file" if os.path.exists(folder) else "not there"
+        raise ConfigError(f"the data folder is {how}", where=str(folder))
     workers = pool.usable_workers(workers)
     everything = list(walk(folder, ""))
     names = [name for name in everything if name.endswith(ending)]

@@ -235,7 +235,7 @@ def _named_tokens(folder: Path) -> dict[str, int]:
         name = entry.get("content") if isinstance(entry, dict) else None
         if not (isinstance(name, str) and name and re.fullmatch(r"[0-9]{1,9}", i)):
             raise ConfigError(
-                f"added_tokens_decoder lists {short_repr(i)}: {short_repr(entry)}, not an id with the text of its token",
+                f"added_tokens_decoder has {short_repr(i)}: {short_repr(entry)}, not an id with the text of its token",
                 where=str(folder / "tokenizer_config.json"),
                 do="copy the model's file there again",
             )

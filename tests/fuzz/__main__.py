@@ -37,19 +37,21 @@ def explore(names: list[str], examples: int, seed: int, seconds: float) -> Itera
             paths = os.pathsep.join((str(TESTS), str(TESTS.parent)))
             env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             env |= {"XDG_CACHE_HOME": sandbox, "HF_HUB_OFFLINE": "1", "HOME": sandbox}
-            child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-            assert child.stdout is not None
-            for line in child.stdout:
-                if line.startswith("{"):
-                    report = json.loads(line)
-                    left.remove(report["target"])
-                    yield report
-            assert child.stderr is not None
-            errors = child.stderr.read()
-            if child.wait() or left:
+            with open(Path(sandbox, "errors"), "w+", errors="replace") as errors:
+                child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+                assert child.stdout is not None
+                for line in child.stdout:
+                    if line.startswith("{"):
+                        report = json.loads(line)
+                        left.remove(report["target"])
+                        yield report
+                child.wait()
+                errors.seek(0)
+                said = errors.read()[-3000:]
+            if child.returncode or left:
                 last = Path(sandbox, "last")
                 target, _, case = (last.read_text() if last.exists() else "").partition("\n")
-                text = f"the process ended with {child.returncode}: {errors[-3000:]}"
+                text = f"the process ended with {child.returncode}: {said}"
                 if target not in left:
                     raise RuntimeError(text)
                 left.remove(target)

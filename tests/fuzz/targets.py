@@ -288,7 +288,7 @@ def _weights() -> Target:
             for name in source:
                 source[name].float()
 
-        every(lambda: hub.missing_files(folder), tensors, lambda: consolidate(folder, folder / "out.safetensors"))
+        every(lambda: hub.missing_files(folder), tensors, lambda: consolidate(folder, folder.parent / "out.safetensors"))
 
     return Target("weights", one_changed(files, right), right, read)
 

@@ -196,12 +196,13 @@ def is_done(job: Job, recipe: dict[str, Any]) -> bool:
 def _difference(job: Job, record: dict[str, Any], recipe: dict[str, Any], existing: list[Path]) -> str:
     if not record:
         return "nothing says what it was made from"
-    before = record.get("settings", {})
+    before, outputs = record.get("settings"), record.get("outputs")
+    if not (isinstance(before, dict) and isinstance(outputs, dict)):
+        return "the record of what it was made from is damaged"
     if changed := [key for key in recipe if before.get(key) != json.loads(json.dumps(recipe[key]))]:
         return f"it was made with other settings: {', '.join(changed)}"
     if record.get("bytes") != job.source.stat().st_size or record.get("sha256") != sha256(job.source):
         return f"it was made from other contents of {job.source.name}"
-    outputs = record.get("outputs", {})
     if {str(p.relative_to(job.folder)) for p in existing} != set(outputs):
         return "a file of it is missing or was added"
     if altered := [name for name, entry in outputs.items() if file_entry(job.folder / name) != entry]:

@@ -55,7 +55,13 @@ def explore(names: list[str], examples: int, seed: int, seconds: float) -> Itera
                 if target not in left:
                     raise RuntimeError(text)
                 left.remove(target)
-                yield {"target": target, "inputs": 0, "rejected": 0, "seconds": 0, "finds": [["the process died", text, case]]}
+                yield {
+                    "target": target,
+                    "inputs": 0,
+                    "rejected": 0,
+                    "seconds": 0,
+                    "finds": [["the process died", text, case]],
+                }
 
 
 def _memory() -> str | None:

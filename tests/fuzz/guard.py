@@ -54,7 +54,9 @@ class Guard:
             found = None
         except XTunerError as e:
             message = str(e)
-            found = ("a long message", f"{len(message):,} characters: {message[:300]}") if len(message) > LONGEST else None
+            found = (
+                ("a long message", f"{len(message):,} characters: {message[:300]}") if len(message) > LONGEST else None
+            )
         except BaseException as e:
             if isinstance(e, KeyboardInterrupt):
                 raise

@@ -59,7 +59,9 @@ def _copy(value: Any) -> Any:
 def changed(seed: Any, values: list[Any] = ABSURD) -> SearchStrategy[Any]:
     """A structure of dicts and lists with up to four of its parts replaced, taken out, renamed or doubled."""
     edit = st.tuples(
-        st.sampled_from(["set", "set", "set", "remove", "rename", "double"]), st.integers(0, 10**6), st.sampled_from(values)
+        st.sampled_from(["set", "set", "set", "remove", "rename", "double"]),
+        st.integers(0, 10**6),
+        st.sampled_from(values),
     )
 
     def apply(edits: list[tuple[str, int, Any]]) -> Any:
@@ -112,7 +114,9 @@ OPCODES: list[bytes] = [
 ]  # fmt: skip
 # Whole values that a random walk would seldom make.
 STORAGE = b"(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text("0") + _text("cpu") + b"K\x06tQ"
-TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00K\x06\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtR"
+TENSOR = (
+    b"ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE + b"K\x00K\x06\x85K\x01\x85\x89ccollections\nOrderedDict\n)RtR"
+)
 WIDE = b"(" + b"K\x02" * 99 + b"t"
 BOMB = b"]q\x00" + b"".join(b"]q" + bytes([i + 1]) + b"(h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60))
 
@@ -128,7 +132,11 @@ def pickles(seeds: list[Any]) -> SearchStrategy[bytes]:
     return st.one_of(walk, walk, repeated, *real)
 
 
-def one_changed(files: dict[str, Callable[[], SearchStrategy[Any]] | SearchStrategy[Any]], right: dict[str, Any]) -> Any:
+def one_changed(
+    files: dict[str, Callable[[], SearchStrategy[Any]] | SearchStrategy[Any]], right: dict[str, Any]
+) -> Any:
     """All the files of a folder, of which one or two are changed."""
     names = st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=2, unique=True)
-    return names.flatmap(lambda chosen: st.fixed_dictionaries({n: files[n] for n in chosen})).map(lambda new: right | new)
+    return names.flatmap(lambda chosen: st.fixed_dictionaries({n: files[n] for n in chosen})).map(
+        lambda new: right | new
+    )

@@ -188,22 +188,60 @@ def _read_options(config: Path, options: list[str]) -> None:
 def _options(shared: Path) -> Target:
     config = shared / "options.py"
     config.write_text(_small_config(shared))
-    keys = "lr data_order_path max_length save_steps accumulative_counts max_epochs warm_up_ratio betas load_from resume "
+    keys = (
+        "lr data_order_path max_length save_steps accumulative_counts max_epochs warm_up_ratio betas load_from resume "
+    )
     keys += "work_dir dataset_folder tokenizer_path randomness.seed optim_wrapper.clip_grad.max_norm model.hidden_size "
-    keys += "param_scheduler.0.end custom_hooks param_scheduler.² model.² default_hooks.checkpoint.interval x. .x a.b.c "
+    keys += (
+        "param_scheduler.0.end custom_hooks param_scheduler.² model.² default_hooks.checkpoint.interval x. .x a.b.c "
+    )
     keys += "train_dataloader.num_workers model train_dataloader.dataset model.type optim_wrapper.type val_interval visualizer"
-    values = ["{[]:1}", "-" * 3000 + "1", "[" * 3000, "[a,b", "(1,", "6.05e234", "1e999", "y" * 300, "~nobody/x", "{1:{[]}}"]
-    values += ["not " * 3000 + "1", "9" * 5000, "[[a,b],[c]]", "a.b.C", "{'type': 'a.b'}", "{'a': 1, **x}", "b'x'", "1if", "..."]
-    values += ["os.system", "__import__('os').system('true')", "[x for x in y]", "\ud800", "torch.optim.SGD", "dict(type=x)"]
-    texts = st.one_of(st.sampled_from(values), st.sampled_from(ABSURD).map(repr), st.text(alphabet="[](){},:-+'\"1ax. ~", max_size=30))
-    pair = st.tuples(st.sampled_from(keys.split()), st.sampled_from(["=", "=", "=", "", "==", " = "]), texts).map("".join)
+    values = [
+        "{[]:1}",
+        "-" * 3000 + "1",
+        "[" * 3000,
+        "[a,b",
+        "(1,",
+        "6.05e234",
+        "1e999",
+        "y" * 300,
+        "~nobody/x",
+        "{1:{[]}}",
+    ]
+    values += [
+        "not " * 3000 + "1",
+        "9" * 5000,
+        "[[a,b],[c]]",
+        "a.b.C",
+        "{'type': 'a.b'}",
+        "{'a': 1, **x}",
+        "b'x'",
+        "1if",
+        "...",
+    ]
+    values += [
+        "os.system",
+        "__import__('os').system('true')",
+        "[x for x in y]",
+        "\ud800",
+        "torch.optim.SGD",
+        "dict(type=x)",
+    ]
+    texts = st.one_of(
+        st.sampled_from(values), st.sampled_from(ABSURD).map(repr), st.text(alphabet="[](){},:-+'\"1ax. ~", max_size=30)
+    )
+    pair = st.tuples(st.sampled_from(keys.split()), st.sampled_from(["=", "=", "=", "", "==", " = "]), texts).map(
+        "".join
+    )
     inputs = st.lists(pair, min_size=1, max_size=3)
     return Target("options", inputs, ["lr=1e-4"], lambda folder, case: _read_options(config, case), may_exec=True)
 
 
 def _config(shared: Path) -> Target:
     source = _small_config(shared)
-    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant | ast.List | ast.Dict) and n.lineno > 1]
+    nodes = [
+        n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant | ast.List | ast.Dict) and n.lineno > 1
+    ]
     begins = [0]
     for line in source.splitlines(keepends=True):
         begins.append(begins[-1] + len(line))
@@ -233,7 +271,9 @@ def _checkpoint(shared: Path) -> Target:
     manifest = {"kind": "checkpoint", "iteration": 3, "files": {"trainer.json": entry}}
     right = {"c/manifest.json": json.dumps(manifest).encode(), "c/trainer.json": text}
     names = ["x" * 300, "../../x", "/etc/passwd", "a\0b", "\ud800", "", ".", "a/" * 2000]
-    crafted = st.lists(st.tuples(st.sampled_from(names), st.sampled_from([entry, {}, {"bytes": True, "sha256": []}])), max_size=3)
+    crafted = st.lists(
+        st.tuples(st.sampled_from(names), st.sampled_from([entry, {}, {"bytes": True, "sha256": []}])), max_size=3
+    )
     manifests = crafted.map(lambda files: json.dumps({"files": dict(files)}).encode())
     files = {"c/manifest.json": st.one_of(json_bytes(manifest), manifests), "c/trainer.json": json_bytes(trainer)}
 
@@ -288,7 +328,9 @@ def _weights() -> Target:
             for name in source:
                 source[name].float()
 
-        every(lambda: hub.missing_files(folder), tensors, lambda: consolidate(folder, folder.parent / "out.safetensors"))
+        every(
+            lambda: hub.missing_files(folder), tensors, lambda: consolidate(folder, folder.parent / "out.safetensors")
+        )
 
     return Target("weights", one_changed(files, right), right, read)
 
@@ -395,11 +437,16 @@ def _tokenizers(shared: Path) -> list[Target]:
     fast = Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     fast.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=270, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     fast.train_from_iterator(["a word and a word"] * 10, trainer)
     fast.add_special_tokens([AddedToken("<|bos|>"), AddedToken("<|im_end|>")])
     described = json.loads(fast.to_str())
-    right = {"tokenizer.json": fast.to_str().encode(), "tokenizer_config.json": b'{"bos_token": {"content": "<|bos|>"}}'}
+    right = {
+        "tokenizer.json": fast.to_str().encode(),
+        "tokenizer_config.json": b'{"bos_token": {"content": "<|bos|>"}}',
+    }
     small = {**described, "model": {**described["model"], "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}}
     texts = st.one_of(json_bytes(described), json_bytes(small))
     return [
@@ -431,7 +478,9 @@ def _inputs(shared: Path) -> list[Target]:
         settings = Settings(str(folder), kind)
         every(
             lambda: tokenize([str(here / kind)], str(here / "out"), settings, workers=1),
-            lambda: tokenize([str(here / kind)], str(here / "whole"), Settings(str(folder), "auto", whole_record=True), workers=1),
+            lambda: tokenize(
+                [str(here / kind)], str(here / "whole"), Settings(str(folder), "auto", whole_record=True), workers=1
+            ),
         )
 
     right = {"chat/a.jsonl": json.dumps({"messages": chat}).encode()}

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from xtuner.core.dist import note
 from xtuner.core.errors import CheckpointError
-from xtuner.core.inputs import open_regular, read_regular, short_repr
+from xtuner.core.inputs import open_regular, read_regular, short
 
 MANIFEST = "manifest.json"
 HASHERS = 4  # files hashed side by side; one core hashes about 1.5 GB/s
@@ -148,11 +148,9 @@ def verify(folder: str | Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     for name, entry in files.items():
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
-            shown = short_repr(name)
-            raise CheckpointError(f"the manifest names a file outside its directory: {shown}", where=str(folder))
+            raise CheckpointError(f"the manifest names a file outside its directory: {short(name)}", where=str(folder))
         if not os.path.isfile(file):
-            shown = name if len(name) <= 255 else short_repr(name)
-            raise CheckpointError(f"{shown} is missing", where=str(folder))
+            raise CheckpointError(f"{short(name)} is missing", where=str(folder))
         size = file.stat().st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}", where=str(file))

@@ -68,13 +68,17 @@ def _check_kind(mode: int, path: str | Path) -> None:
         raise NotAFileError(0, f"it is {kind}, not a regular file", str(path))
 
 
+def short(text: str, length: int = SHOWN) -> str:
+    """The beginning of a text that others chose, such as a name."""
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
 def short_repr(value: Any, length: int = SHOWN) -> str:
     """`repr` for messages: at most about `length` characters, and made without looking at more of the value.
 
     `repr` itself visits a list as often as it is mentioned: a hundred nested pairs of one list take for ever.
     """
-    text = _short(value, length, 2)
-    return text if len(text) <= length + 1 else f"{text[:length]}…"
+    return short(_short(value, length, 2), length + 2)
 
 
 def _short(value: Any, length: int, depth: int) -> str:

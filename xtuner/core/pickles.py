@@ -34,7 +34,7 @@ from typing import Any, BinaryIO
 import torch
 
 from xtuner.core.errors import CheckpointError
-from xtuner.core.inputs import open_regular, short_repr
+from xtuner.core.inputs import open_regular, short, short_repr
 
 _RUNS_CODE = "a pickle can run any program of whoever wrote it, so only tensors and plain values are read"
 _CONVERT = "if you trust whoever wrote it, load it where that is safe and save the weights as .safetensors"
@@ -390,7 +390,7 @@ def load_tensors(path: str | Path, mmap: bool = True, opaque: bool = False) -> A
         raise
     except Exception as e:  # a damaged or crafted zip or pickle fails in many ways
         raise CheckpointError(
-            f"{Path(path).name} is cut short, damaged or crafted: {e}",
+            f"{Path(path).name} is cut short, damaged or crafted: {short(str(e))}",
             where=f"{path}, byte {machine.at} of its data.pkl" if machine else str(path),
             why="its tensors may be missing or wrong",
             do="compare its size and sha256 with the original's and copy it again",

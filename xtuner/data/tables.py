@@ -77,7 +77,7 @@ class Tables:
         documents, begin, checksum = self.catalog.numbers[i, [4, 6, 7]].tolist()
         rows, size = _sizes(documents)
         if i not in self._sound:
-            inside = 0 <= documents and 0 <= begin <= len(self._map) - size
+            inside = documents >= 0 and 0 <= begin <= len(self._map) - size
             if not inside or zlib.crc32(memoryview(self._map)[begin : begin + size]) != checksum:
                 tell_once(f"the index {self.path} is damaged: it is removed, and made again at the next start")
                 with contextlib.suppress(OSError):

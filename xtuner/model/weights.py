@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from xtuner.core.errors import CheckpointError
 from xtuner.core.hub import INDEX, indexed_files
-from xtuner.core.inputs import check_regular, short_repr
+from xtuner.core.inputs import check_regular, short, short_repr
 from xtuner.core.log import progress
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.families import hf_names, join, split
@@ -70,7 +70,7 @@ class WeightFolder(Source):
             return []
         names = indexed_files(index)
         for name in names:
-            shown = name if len(name) <= 255 else short_repr(name)
+            shown = short(name)
             if name != Path(name).name:
                 raise CheckpointError(f"the index names a file outside its folder: {shown!r}", where=str(index))
             if not os.path.isfile(self.path / name):
@@ -166,7 +166,7 @@ def check(source: Source, wanted: Mapping[str, Shape], by: str = "config.json") 
     unknown = [n for n in source if n not in wanted and not n.endswith("rotary_emb.inv_freq")]
     if unknown:
         raise CheckpointError(
-            f"{len(unknown)} tensors have no place in the model; the first is {unknown[0]}",
+            f"{len(unknown)} tensors have no place in the model; the first is {short(unknown[0])}",
             where=str(source.path),
             why=f"{by} describes another network than the weights",
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from xtuner.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from xtuner.core.files import file_entry, read_json, sha256, write_json
+from xtuner.core.inputs import check_regular
 from xtuner.core.log import logger
 from xtuner.data.format import meta_path
 from xtuner.data.index import walk
@@ -95,6 +96,8 @@ def jobs(
 def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None, wanted: tuple[str, ...]) -> list[Job]:
     if not os.path.exists(path):
         raise ConfigError("the input is not there", where=str(path))
+    if not os.path.isdir(path):
+        check_regular(path)
     others: Counter[str] = Counter()
     take = "" if settings.format == "ftdp" else _TAKE  # ftdp has a script of its own, and one ending
     if os.path.isfile(path):
@@ -114,6 +117,8 @@ def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None, wante
             logger.info(f"{path}: {what}: left out ({', '.join(counts)}){hint}")
         elif left_out := len(names) - len(files):
             logger.info(f"{path}: {left_out} files are in no folder `processed`: left out")
+    for file, _ in files:
+        check_regular(file)
     if not files:
         layout = f"DATASET/processed/FILE{_or(wanted)}" if settings.format == "ftdp" else _or(wanted)
         raise DataError(f"no {layout} in the input folder", where=str(path), do=take if others else "")

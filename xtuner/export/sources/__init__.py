@@ -14,6 +14,7 @@ import torch
 
 from xtuner.core.errors import CheckpointError
 from xtuner.core.files import MANIFEST, read_json, verify
+from xtuner.core.inputs import short
 from xtuner.export.sources.internevo import CONFIG, InternEvoFolder
 from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
@@ -142,7 +143,7 @@ def _without_wrapper(source: Source) -> Source:
     adapters = [name for name in names if "lora_" in name]
     if adapters:
         raise CheckpointError(
-            f"these are adapters (LoRA), no whole weights: {adapters[0]}",
+            f"these are adapters (LoRA), no whole weights: {short(adapters[0])}",
             where=str(source.path),
             do="merge them into their model with the tool that trained them, and give that",
         )

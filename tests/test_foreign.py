@@ -239,6 +239,10 @@ def test_files_of_torch_that_hold_something_else(tmp_path: Path) -> None:
         ("optimizer_state_dict.partition_count", 10**5 + 1, r"100000 of 100001 \*_optim|99999 of 100001 \*_optim"),
         ("optimizer_state_dict.base_optimizer_state", {"state": {0: {"step": 10**400}}}, "different steps"),
         ("optimizer_state_dict.base_optimizer_state", {"state": {0: {"step": torch.ones(1) * 1j}}}, "different steps"),
+        ("optimizer_state_dict.base_optimizer_state", torch.ones(2), "different steps"),
+        ("frozen_param_shapes", torch.ones(0), "does not hold param_shapes"),
+        ("shared_params", torch.ones(2), "does not hold shared_params"),
+        ("module", torch.ones(2), "does not hold a module"),
         ("optimizer_state_dict.param_alignment_paddings", [[2**80] * 7, [2**80] * 3], "asks for"),
         ("param_shapes.0", {"a": (2**40, 2**40)}, "gives no shape for 'a'"),
         ("param_shapes.0", {"a": (10**5000,)}, "gives no shape for 'a'"),
@@ -438,7 +442,13 @@ def test_deep_folders(tmp_path: Path) -> None:
     os.close(os.open("x.bin", os.O_CREAT, dir_fd=here))
     os.close(here)
     (tmp_path / "a.bin").touch()
-    assert list(walk(tmp_path)) == ["a.bin", "d/" * 1200 + "x.bin"]
+    try:
+        assert list(walk(tmp_path)) == ["a.bin", "d/" * 1200 + "x.bin"]
+        assert {row.file for row in check(tmp_path, workers=1).rows} == {"a.bin", "d/" * 1200 + "x.bin"}
+    finally:
+        (tmp_path / ("d/" * 1200) / "x.bin").unlink()
+        for depth in range(1200, 0, -1):  # `shutil.rmtree` calls itself, too
+            os.rmdir(tmp_path / ("d/" * depth))
 
 
 def test_tokenizer_files(tokenizer_folder: Path, tmp_path: Path) -> None:

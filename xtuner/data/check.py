@@ -137,11 +137,14 @@ def _places(folder: Path, names: list[str], report: Report) -> dict[int, int]:
 
 
 def _folder_links(folder: Path) -> Iterator[str]:
-    for root, folders, _ in os.walk(folder):
-        for name in folders:
-            path = Path(root, name)
-            if path.is_symlink():
-                yield path.relative_to(folder).as_posix()
+    left = [folder]
+    while left:  # `os.walk` calls itself, and folders may nest deeper than that
+        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(Path(entry.path))
+                elif entry.is_dir():
+                    yield Path(entry.path).relative_to(folder).as_posix()
 
 
 def _check_part(job: _Job) -> _Result:

@@ -211,7 +211,7 @@ class ZeroFolder(Source):
     def _rest(self, model: dict[str, Any]) -> None:
         """Frozen parameters, second names of shared ones, buffers."""
         path = self._model_file
-        frozen = _shapes(model.get("frozen_param_shapes") or {}, path)
+        frozen = _shapes(_or(model.get("frozen_param_shapes"), {}), path)
         if frozen:
             files = [path]
             if self.stage == 3:
@@ -230,12 +230,12 @@ class ZeroFolder(Source):
                 if not math.prod(shape) <= sum(line.length for line in lines) < math.prod(shape) + len(lines):
                     raise self._contradiction(f"{list(shape)} for {name}", f"{sum(n.length for n in lines):,} numbers")
                 self._add(name, shape, [(line, 0, line.length) for line in lines])
-        for name, other in _dict(model.get("shared_params") or {}, path, "shared_params").items():
+        for name, other in _dict(_or(model.get("shared_params"), {}), path, "shared_params").items():
             if isinstance(other, str) and other in self._shapes:
                 self._add(name, self._shapes[other], self._pieces[other])
         # What is in no line: buffers, and parameters that ZeRO 1 was told to freeze. In ZeRO 3 only buffers are whole.
         module = _dict(model.get("module"), path, "a module")
-        whole = _list(model.get("buffer_names") or [], path) if self.stage == 3 else list(module)
+        whole = _list(_or(model.get("buffer_names"), []), path) if self.stage == 3 else list(module)
         for name in whole:
             tensor = module.get(name) if isinstance(name, str) and name not in self._shapes else None
             if isinstance(tensor, torch.Tensor):
@@ -281,6 +281,11 @@ def _shapes(value: Any, path: Path) -> dict[str, Shape]:
     return {name: tuple(shape) for name, shape in value.items()}
 
 
+def _or(value: Any, default: Any) -> Any:
+    """`default` for nothing: None, or an empty list or dict. A tensor may be neither true nor false."""
+    return default if value is None or (isinstance(value, list | dict) and not value) else value
+
+
 def _number(value: Any, default: int) -> int:
     """Also of a `ZeroStageEnum`, which is a placeholder here."""
     if isinstance(value, Opaque) and value.args:
@@ -295,7 +300,7 @@ def _counts(count: Any) -> tuple[int, ...]:
 
 def _step(state: dict[str, Any]) -> float | None:
     """How many steps the optimizer had made, where it says so."""
-    inner = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
+    inner = _or(state.get("base_optimizer_state"), state.get("optimizer_state_dict"))
     slots = inner.get("state") if isinstance(inner, dict) else None
     for slot in slots.values() if isinstance(slots, dict) else ():
         step = slot.get("step") if isinstance(slot, dict) else None

@@ -1,6 +1,6 @@
 """Give every reader of foreign bytes odd inputs for a while, and report those that it does not take as it should.
 
-    python -m fuzz [TARGET…] [--seconds 600] [--examples N] [--seed 0]
+    python -m fuzz [TARGET…] [--seconds 600] [--seed N]
     python -m fuzz --case FILE        read one input again, with the error's traceback
 
 An input that was found lies in a file below --finds: the target's name, and the case in Python's notation.
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ NAMES = (
 )  # fmt: skip
 
 
-def explore(names: list[str], examples: int, seed: int, seconds: float) -> Iterator[dict[str, Any]]:
+def explore(names: list[str], seed: int, seconds: float) -> Iterator[dict[str, Any]]:
     """One report for each target: "target", "inputs", "rejected", "seconds" and "finds" [(name, text, case)].
 
     A process that dies is a find of the target that it was at; the others go to a new process.
@@ -33,7 +34,7 @@ def explore(names: list[str], examples: int, seed: int, seconds: float) -> Itera
     left = list(names)
     while left:
         with tempfile.TemporaryDirectory(prefix="xtuner-fuzz-", dir=_memory()) as sandbox:
-            words = [sys.executable, "-m", "fuzz.child", sandbox, str(examples), str(seed), str(seconds), *left]
+            words = [sys.executable, "-m", "fuzz.child", sandbox, str(seed), str(seconds), *left]
             paths = os.pathsep.join((str(TESTS), str(TESTS.parent)))
             env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             env |= {"XDG_CACHE_HOME": sandbox, "HF_HUB_OFFLINE": "1", "HOME": sandbox}
@@ -72,16 +73,16 @@ def _memory() -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser("fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(NAMES)}; all without")
-    parser.add_argument("--seconds", type=float, default=600, help="for each target (default: 600)")
-    parser.add_argument("--examples", type=int, default=0, help="inputs for each seed, instead of as many as fit")
-    parser.add_argument("--seed", type=int, default=0, help="of the first inputs (default: 0)")
+    parser.add_argument("--seconds", type=float, default=600, help="for each target (default: 600); 0: a few inputs each")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first inputs (default: the time)")
     parser.add_argument("--finds", type=Path, default=Path("fuzz-finds"), help="folder for them (default: fuzz-finds)")
     parser.add_argument("--case", type=Path, help="read this input once")
     args = parser.parse_args()
     if args.case:
         return read_once(args.case)
     found = 0
-    for report in explore(args.targets or list(NAMES), args.examples, args.seed, args.seconds):
+    print(f"{args.seconds:g} s for each target, from seed {args.seed}", flush=True)
+    for report in explore(args.targets or list(NAMES), args.seed, args.seconds):
         words = f"{report['inputs']:,} inputs in {report['seconds']} s, {report['rejected']:,} rejected"
         print(f"{report['target']}: {words}, {len(report['finds'])} finds", flush=True)
         for name, text, case in report["finds"]:

@@ -1,4 +1,4 @@
-"""Runs targets, for `__main__.py` and the tests: `python -m fuzz.child SANDBOX EXAMPLES SEED SECONDS TARGET…`.
+"""Runs targets, for `__main__.py`: `python -m fuzz.child SANDBOX SEED SECONDS TARGET…`; 0 seconds: a few inputs of each.
 
 Writes one line of JSON for each target to stdout. Before an input is read it lies in SANDBOX/last, so that whoever sees
 this process die knows of what.
@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from fuzz.guard import Guard
 from fuzz.targets import Target, targets
 
-ROUND = 400  # examples of one seed, where seconds count
+ROUND = 100  # inputs of one seed, where seconds count
 
 
-def main(sandbox: Path, examples: int, seed: int, seconds: float, names: list[str]) -> None:
+def main(sandbox: Path, seed: int, seconds: float, names: list[str]) -> None:
     logging.disable(logging.CRITICAL)
     guard = Guard(sandbox)
     known = targets(sandbox)
@@ -39,7 +39,7 @@ def main(sandbox: Path, examples: int, seed: int, seconds: float, names: list[st
             report.finds["the right input is rejected"] = ("", target.right)
         number = seed
         while True:
-            report.explore(examples or ROUND, number)
+            report.explore(ROUND if seconds else target.few, number)
             number += 1
             if time.monotonic() - begin >= seconds or len(report.finds) >= 20:
                 break
@@ -96,4 +96,4 @@ def _try(guard: Guard, sandbox: Path, target: Target, case: Any) -> tuple[str, s
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:])

@@ -54,6 +54,7 @@ class Target:
     inputs: SearchStrategy[Any]
     right: Any  # a case that is read without an error
     read: Callable[[Path, Any], None]
+    few: int = 150  # inputs that take 2 or 3 seconds, for `make test`
     may_exec: bool = False  # a config is a program
 
 
@@ -133,7 +134,7 @@ def _data() -> Target:
     metas = st.one_of(mutated(meta), mutated(meta), st.builds(header, rows, dtypes, st.sampled_from(shapes)))
     metas |= rows.map(lambda rows: header(rows, "<i8", f"({len(rows)}, 2)"))
     files = {"data/a.bin": texts, "data/a.bin.meta": metas, "data/b/c.bin.meta": mutated(other[1])}
-    return Target("data", one_changed(files, right), right, _read_data)
+    return Target("data", one_changed(files, right), right, _read_data, few=60)
 
 
 def _caches(shared: Path) -> Target:
@@ -151,7 +152,7 @@ def _caches(shared: Path) -> Target:
 
     files = {name: st.one_of(mutated(whole), head(whole)) for name, whole in caches.items()}
     assert len(files) == 3, sorted(files)
-    return Target("caches", one_changed(files, right), right, _read_data)
+    return Target("caches", one_changed(files, right), right, _read_data, few=60)
 
 
 def _order() -> Target:
@@ -234,7 +235,7 @@ def _options(shared: Path) -> Target:
         "".join
     )
     inputs = st.lists(pair, min_size=1, max_size=3)
-    return Target("options", inputs, ["lr=1e-4"], lambda folder, case: _read_options(config, case), may_exec=True)
+    return Target("options", inputs, ["lr=1e-4"], lambda folder, case: _read_options(config, case), 100, may_exec=True)
 
 
 def _config(shared: Path) -> Target:
@@ -257,7 +258,7 @@ def _config(shared: Path) -> Target:
 
     inputs = st.lists(st.tuples(st.integers(0, len(spans) - 1), st.sampled_from(ABSURD)), max_size=4).map(apply)
     right = {"config.py": source.encode()}
-    return Target("config", inputs, right, lambda folder, case: _read_options(folder / "config.py", []), may_exec=True)
+    return Target("config", inputs, right, lambda folder, case: _read_options(folder / "config.py", []), 100, may_exec=True)
 
 
 # ---- checkpoints and models ---------------------------------------------------------------------------------------
@@ -495,6 +496,6 @@ def _inputs(shared: Path) -> list[Target]:
     outputs = {p.relative_to(made).as_posix(): p.read_bytes() for p in made.rglob("*") if p.is_file()}
     name = "out/made_from/en/a.json"
     return [
-        Target("texts", st.sampled_from(sorted(texts)).flatmap(case), right, read),
-        Target("records", one_changed({name: json_bytes(json.loads(outputs[name]))}, outputs), outputs, read_again),
+        Target("texts", st.sampled_from(sorted(texts)).flatmap(case), right, read, 80),
+        Target("records", one_changed({name: json_bytes(json.loads(outputs[name]))}, outputs), outputs, read_again, 80),
     ]

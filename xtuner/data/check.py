@@ -137,12 +137,12 @@ def _places(folder: Path, names: list[str], report: Report) -> dict[int, int]:
 
 
 def _folder_links(folder: Path) -> Iterator[str]:
-    left = [folder]
+    left = [str(folder)]
     while left:  # `os.walk` calls itself, and folders may nest deeper than that
         with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    left.append(Path(entry.path))
+                    left.append(entry.path)
                 elif entry.is_dir():
                     yield Path(entry.path).relative_to(folder).as_posix()
 

@@ -29,9 +29,9 @@ def walk(folder: Path, file_type: str = ".bin") -> Iterator[str]:
     left = [("", tuple((s.st_dev, s.st_ino) for s in above))]
     while left:
         prefix, over = left.pop()
-        here = folder / prefix
+        here = os.path.join(folder, prefix)
         try:
-            stat = here.stat()
+            stat = os.stat(here)
             with os.scandir(here) as entries:
                 found = sorted(entries, key=lambda e: e.name)
         except OSError as e:

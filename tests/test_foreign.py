@@ -134,9 +134,7 @@ BOMB = b"(]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) +
 STORAGE = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x06tQ"
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 PAIRS = b"](" + (text("k") + b"K\1\x86") * 5000 + b"eq\0"
-FROZEN = b"".join(
-    b"(h%ch%c\x85\x91q%c" % (n - 1, n - 1, n) if n else b"(K\1\x91q\0" for n in range(40)
-)
+FROZEN = b"".join(b"(h%ch%c\x85\x91q%c" % (n - 1, n - 1, n) if n else b"(K\1\x91q\0" for n in range(40))
 SMALL_BOMBS: dict[str, tuple[bytes, str]] = {
     "size": (REBUILD + b"(" + STORAGE + b"K\0" + BOMB + b"\x85K\1\x85\x89}tR", "a tensor of size"),
     "strides": (REBUILD + b"(" + STORAGE + b"K\0K\1\x85" + BOMB + b"\x85\x89}tR", "strides"),
@@ -149,11 +147,14 @@ SMALL_BOMBS: dict[str, tuple[bytes, str]] = {
     "equal frozen sets": (b"}(" + FROZEN + b"N" + FROZEN + b"Nu", "as a key"),
     "a dict built over and over": (PAIRS + b"ccollections\nOrderedDict\nq\1" + b"h\1h\0\x85R" * 5000, "over and over"),
     "a set built over and over": (PAIRS + b"cbuiltins\nset\nq\1" + b"h\1h\0\x85R" * 5000, "over and over|as a key"),
-    "bytes made over and over": (text("a" * 9000) + b"q\0c_codecs\nencode\nq\1" + b"h\1h\0\x85R" * 5000, "over and over"),
+    "bytes made over and over": (text("a" * 9000) + b"q\0c_codecs\nencode\nq\1" + b"h\1h\0\x85R" * 5000,
+    "over and over"),
     "a long name": (b"\x80\4" + text("a" * 9000) + b"q\0" + b"h\0h\0\x93" * 5000, "asks for"),
     "many arguments": (b"(" + b"N" * 9000 + b"tq\0" + REBUILD + b"q\1" + (b"h\1h\0R") * 3000, "over and over|damaged"),
-    "a wide tensor": (REBUILD + b"(" + STORAGE + b"K\0(" + b"K\1" * 70 + b"t(" + b"K\1" * 70 + b"t\x89}tR", "a tensor of size"),
-    "a large tensor": (REBUILD + b"(" + STORAGE + b"K\0J\xff\xff\xff\x7f\x85K\0\x85\x89}tR", r"in a file of [\d,]+ bytes"),
+    "a wide tensor": (REBUILD + b"(" + STORAGE + b"K\0(" + b"K\1" * 70 + b"t(" + b"K\1" * 70 + b"t\x89}tR",
+    "a tensor of size"),
+    "a large tensor": (REBUILD + b"(" + STORAGE + b"K\0J\xff\xff\xff\x7f\x85K\0\x85\x89}tR",
+    r"in a file of [\d,]+ bytes"),
 }  # fmt: skip
 
 
@@ -210,9 +211,11 @@ def test_a_value_is_shown_by_its_beginning() -> None:
     for _ in range(100):
         nested = [nested, nested]
     for value, shown in (
-        (nested, "[[[…], […]], [[…], […]]]"), ("a" * 10**6, "'" + "a" * 120 + "'…"), (10**5000, "an integer of 16610 bits"),
+        (nested, "[[[…], […]], [[…], […]]]"), ("a" * 10**6, "'" + "a" * 120 + "'…"),
+        (10**5000, "an integer of 16610 bits"),
         ({"a": (1,), "b": {2}, 3: None}, "{'a': (1,), 'b': {2}, 3: None}"), (list(range(99)), "[0, 1, 2, 3, …]"),
-        (torch.ones(2**20), "<Tensor>"), ([], "[]"), (b"\0", "b'\\x00'"), (1.5, "1.5"), (True, "True"), (int, "<class int>"),
+        (torch.ones(2**20), "<Tensor>"), ([], "[]"), (b"\0", "b'\\x00'"), (1.5, "1.5"), (True, "True"),
+        (int, "<class int>"),
         (frozenset(), "frozenset()"), ((), "()"), ({}, "{}"),
     ):  # fmt: skip
         assert short_repr(value) == shown
@@ -289,16 +292,23 @@ def test_crafted_files_of_internevo(tmp_path: Path) -> None:
     [
         ({"num_attention_heads": 0}, "num_attention_heads"), ({"hidden_size": None}, "hidden_size"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"), ({"num_hidden_layers": True}, "num_hidden_layers"),
-        ({"vocab_size": "7"}, "vocab_size"), ({"vocab_size": 7.5}, "vocab_size"), ({"intermediate_size": [1]}, "intermediate_size"),
+        ({"vocab_size": "7"}, "vocab_size"), ({"vocab_size": 7.5}, "vocab_size"),
+        ({"intermediate_size": [1]}, "intermediate_size"),
         ({"intermediate_size": -1}, "intermediate_size"), ({"num_key_value_heads": 2}, "num_key_value_heads"),
         ({"head_dim": 3}, "head_dim"), ({"head_dim": None, "hidden_size": 9}, "hidden_size"),
         ({"head_dim": None, "hidden_size": 7}, "hidden_size"), ({"rms_norm_eps": "x"}, "rms_norm_eps"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"), ({"rope_theta": [1]}, "rope_theta"), ({"rope_theta": -1}, "rope_theta"),
-        ({"rope_scaling": []}, ""), ({"rope_scaling": [1]}, "rope_scaling"), ({"rope_scaling": {"type": [1]}}, "rope_scaling"),
-        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "rope_scaling.factor"), ({"rope_parameters": 1}, "rope_parameters"),
-        ({"eos_token_id": []}, "eos_token_id"), ({"bos_token_id": {}}, "bos_token_id"), ({"pad_token_id": "x"}, "pad_token_id"),
-        ({"pad_token_id": 7}, "pad_token_id"), ({"hidden_act": {}}, "hidden_act"), ({"tie_word_embeddings": 0}, "tie_word_embeddings"),
-        ({"attention_bias": "false"}, "attention_bias"), ({"model_type": []}, "model_type"), ({"max_position_embeddings": 2**50}, "max_position"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"), ({"rope_theta": [1]}, "rope_theta"),
+        ({"rope_theta": -1}, "rope_theta"),
+        ({"rope_scaling": []}, ""), ({"rope_scaling": [1]}, "rope_scaling"),
+        ({"rope_scaling": {"type": [1]}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": "x"}}, "rope_scaling.factor"),
+        ({"rope_parameters": 1}, "rope_parameters"),
+        ({"eos_token_id": []}, "eos_token_id"), ({"bos_token_id": {}}, "bos_token_id"),
+        ({"pad_token_id": "x"}, "pad_token_id"),
+        ({"pad_token_id": 7}, "pad_token_id"), ({"hidden_act": {}}, "hidden_act"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings"),
+        ({"attention_bias": "false"}, "attention_bias"), ({"model_type": []}, "model_type"),
+        ({"max_position_embeddings": 2**50}, "max_position"),
     ],
 )  # fmt: skip
 def test_absurd_values_in_config_json(change: dict[str, Any], where: str, tmp_path: Path) -> None:
@@ -331,7 +341,8 @@ def test_files_that_are_not_a_config_json(tmp_path: Path) -> None:
 def test_indexes_of_weights(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     for content, words in (
-        ([], "does not map"), ({}, "does not map"), ({"weight_map": []}, "does not map"), ({"weight_map": {"a": 1}}, "does not map"),
+        ([], "does not map"), ({}, "does not map"), ({"weight_map": []}, "does not map"),
+        ({"weight_map": {"a": 1}}, "does not map"),
         ({"weight_map": {"a": None, "b": "x"}}, "does not map"), ({"weight_map": {"a": ["x"]}}, "does not map"),
         ({"weight_map": {"a": "x" * 300}}, "which is missing"), ({"weight_map": {"a": "../x"}}, "outside its folder"),
         ({"weight_map": {"a": "a\0b"}}, "which is missing"), ({"weight_map": {"a": "\ud800"}}, "which is missing"),
@@ -392,9 +403,12 @@ def test_metas_that_do_not_fit_their_text(tmp_path: Path) -> None:
         (saved(large), r"document 1 has 1,099,511,627,776 tokens by its meta, and the \.bin has 19 bytes"),
         (saved(np.concatenate([table] * 9)), r"counts at least 45 tokens, and the \.bin has \d+ bytes"),
         (saved(table.astype("S8")), "not numbers"), (saved(table.astype(complex)), "not numbers"),
-        (header(descr="|S0"), "not numbers"), (header(descr="<V5"), "not numbers"), (header(descr="<i9"), "not an npy array"),
-        (header(shape=f"({'9' * 5000},)"), "not an npy array"), (header(shape="(99999999999999999999, 2)"), "cut short"),
-        (header(shape="(" + "1, " * 70 + ")"), "longer|not an npy array"), (header(shape="(4611686018427387904, 0)"), "longer"),
+        (header(descr="|S0"), "not numbers"), (header(descr="<V5"), "not numbers"),
+        (header(descr="<i9"), "not an npy array"),
+        (header(shape=f"({'9' * 5000},)"), "not an npy array"),
+        (header(shape="(99999999999999999999, 2)"), "cut short"),
+        (header(shape="(" + "1, " * 70 + ")"), "longer|not an npy array"),
+        (header(shape="(4611686018427387904, 0)"), "longer"),
     ):  # fmt: skip
         meta.write_bytes(content)
         refused(lambda: load_intern_repo_tokenized_dataset(tmp_path), words, DataError)
@@ -408,8 +422,10 @@ def test_metas_that_do_not_fit_their_text(tmp_path: Path) -> None:
 
 def test_lines_that_are_not_documents(tmp_path: Path) -> None:
     for line, words in (
-        (b"9" * 5000, "is not JSON"), (b"[" * 100_000, "nested too deeply"), (b'{"tokens": [' + b"[" * 900 + b"]" * 900 + b"]}", r"a token is \[\["),
-        (b'{"tokens": ["' + b"x" * 9000 + b'"]}', "a token is 'xxx"), (b'{"tokens": [' + b"9" * 5000 + b"]}", "is not JSON"),
+        (b"9" * 5000, "is not JSON"), (b"[" * 100_000, "nested too deeply"),
+        (b'{"tokens": [' + b"[" * 900 + b"]" * 900 + b"]}", r"a token is \[\["),
+        (b'{"tokens": ["' + b"x" * 9000 + b'"]}', "a token is 'xxx"),
+        (b'{"tokens": [' + b"9" * 5000 + b"]}", "is not JSON"),
     ):  # fmt: skip
         (tmp_path / "a.bin").write_bytes(line + b"\n")
         [row] = [row for row in check(tmp_path, workers=1).rows if "byte 0" in row.what]
@@ -422,8 +438,10 @@ def test_names_in_a_data_order(tmp_path: Path) -> None:
     (tmp_path / "data" / "a.bin").touch()
     order = tmp_path / "order.txt"
     for entries, words in (
-        (["y" * 300], "no entry"), (["a.bin", "y" * 300], "1 files of the data order are not there"), (["a.bin", "a\0b"], "not there"),
-        (["d/" * 3000 + "x", "a.bin"], "not there"), (["../" * 3000], "leaves its folder"), (["/" * 9000 + "x"], "leaves"),
+        (["y" * 300], "no entry"), (["a.bin", "y" * 300], "1 files of the data order are not there"),
+        (["a.bin", "a\0b"], "not there"),
+        (["d/" * 3000 + "x", "a.bin"], "not there"), (["../" * 3000], "leaves its folder"),
+        (["/" * 9000 + "x"], "leaves"),
     ):  # fmt: skip
         order.write_text("\n".join(entries))
         refused(lambda: read_order(order, tmp_path / "data"), words, ConfigError)
@@ -453,7 +471,8 @@ def test_tokenizer_files(tokenizer_folder: Path, tmp_path: Path) -> None:
     model = (tokenizer_folder / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(model)
     for listed in (
-        [], [1], {"x": {"content": "a"}}, {"1": []}, {"1": {"content": 3}}, {"1": {"content": ""}}, {"9" * 20: {"content": "a"}},
+        [], [1], {"x": {"content": "a"}}, {"1": []}, {"1": {"content": 3}}, {"1": {"content": ""}},
+        {"9" * 20: {"content": "a"}},
         {"-1": {"content": "a"}}, {"1": {"content": "\ud800"}}, "x",
     ):  # fmt: skip
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**MARKS, "added_tokens_decoder": listed}))
@@ -462,7 +481,9 @@ def test_tokenizer_files(tokenizer_folder: Path, tmp_path: Path) -> None:
         else:
             assert load_tokenizer(tmp_path).encode("x")
     (tmp_path / "tokenizer_config.json").unlink()
-    (tmp_path / "tokenizer.model").write_bytes(model.replace(b"\n\x02\xe2\x96\x81", b"\n\x02\x96\x96\x81") + b"\x94\xff")
+    (tmp_path / "tokenizer.model").write_bytes(
+        model.replace(b"\n\x02\xe2\x96\x81", b"\n\x02\x96\x96\x81") + b"\x94\xff"
+    )
     refused(lambda: load_tokenizer(tmp_path), r"tokenizer\.model cannot be read", ConfigError)
     (tmp_path / "tokenizer.model").unlink()
     words = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0, "b": 9}, "merges": []}}
@@ -520,8 +541,10 @@ def test_caches_with_crafted_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_values_of_options() -> None:
     for value, words in (
-        ("{[]:1}", "unhashable"), ("-" * 3000 + "1", "too deeply"), ("[" * 3000, "too deeply"), ("(" * 99 + "1" + ")" * 99, "too deeply"),
-        ("+ " * 3000 + "1", "too deeply"), ("not " * 9000 + "1", "too deeply"), ("1" + "+1j" * 9000, "too deeply"), ("a." * 9000 + "b", "too deeply"),
+        ("{[]:1}", "unhashable"), ("-" * 3000 + "1", "too deeply"), ("[" * 3000, "too deeply"),
+        ("(" * 99 + "1" + ")" * 99, "too deeply"),
+        ("+ " * 3000 + "1", "too deeply"), ("not " * 9000 + "1", "too deeply"), ("1" + "+1j" * 9000, "too deeply"),
+        ("a." * 9000 + "b", "too deeply"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words) as e:
             parse_option(f"lr={value}")

@@ -9,5 +9,5 @@ def test_only_our_own_errors_come_out() -> None:
     for report in explore(list(NAMES), seed=0, seconds=0):
         finds += [f"{report['target']}: {name}\n{text}\n{case[:2000]}" for name, text, case in report["finds"]]
         assert report["inputs"] > 50 or finds
-        assert 0 < report["rejected"] or report["target"] == "caches"
+        assert report["rejected"] > 0 or report["target"] == "caches"
     assert finds == []

@@ -21,7 +21,8 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
 NAMES = (
-    "data", "caches", "order", "options", "config", "checkpoint", "network", "weights", "pickle", "zip", "zero2", "zero3",
+    "data", "caches", "order", "options", "config", "checkpoint", "network", "weights", "pickle", "zip", "zero2",
+    "zero3",
     "internevo", "tokenizer.model", "tokenizer.json", "texts", "records",
 )  # fmt: skip
 
@@ -73,7 +74,9 @@ def _memory() -> str | None:
 def main() -> int:
     parser = argparse.ArgumentParser("fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(NAMES)}; all without")
-    parser.add_argument("--seconds", type=float, default=600, help="for each target (default: 600); 0: a few inputs each")
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="for each target (default: 600); 0: a few inputs each"
+    )
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the first inputs (default: the time)")
     parser.add_argument("--finds", type=Path, default=Path("fuzz-finds"), help="folder for them (default: fuzz-finds)")
     parser.add_argument("--case", type=Path, help="read this input once")

@@ -1,4 +1,4 @@
-"""Runs targets, for `__main__.py`: `python -m fuzz.child SANDBOX SEED SECONDS TARGET…`; 0 seconds: a few inputs of each.
+"""Runs targets, for `__main__.py`: `python -m fuzz.child SANDBOX SEED SECONDS TARGET…` (0 seconds: a few inputs).
 
 Writes one line of JSON for each target to stdout. Before an input is read it lies in SANDBOX/last, so that whoever sees
 this process die knows of what.

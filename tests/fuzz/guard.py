@@ -1,4 +1,4 @@
-"""What a reader of foreign bytes may do: end well or with our own error, soon, in little memory, without side effects."""
+"""What a reader may do: end well or with our own error, soon, in little memory, without side effects."""
 
 import faulthandler
 import os

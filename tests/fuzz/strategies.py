@@ -12,7 +12,8 @@ from hypothesis.strategies import SearchStrategy
 # Values that are nowhere right: of another type, far too large, not a number, nested, odd as a text.
 ABSURD: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 255, 2**31, 2**40, 2**63, -(2**63), 10**9, 10**30, 0.5, -0.0, 1e308, 6.05e234,
-    float("inf"), float("nan"), "", "x", "..", "../x", "/etc/passwd", "a\0b", "\ud800", "~nobody/x", "é" * 300, "y" * 300,
+    float("inf"), float("nan"), "", "x", "..", "../x", "/etc/passwd", "a\0b", "\ud800", "~nobody/x", "é" * 300,
+    "y" * 300,
     "1", "<|im_end|>", [], [[]], [None], {}, {"": {}}, {"type": "x"}, [1, 2], ["a"], {"a": 1},
 ]  # fmt: skip
 DEEP = [("[" * n + "]" * n) for n in (60, 900, 1200, 100_000)] + ['{"a":' * 3000 + "1" + "}" * 3000, "9" * 5000]
@@ -24,7 +25,7 @@ def mutated(seed: bytes) -> SearchStrategy[bytes]:
     """The seed with up to six places cut, doubled, overwritten or given other bytes."""
     place = st.floats(0, 1, allow_nan=False)
     piece = st.one_of(st.sampled_from(BYTES), st.binary(max_size=4))
-    edit = st.tuples(st.sampled_from("cut insert over flip double".split()), place, st.integers(0, 24), piece)
+    edit = st.tuples(st.sampled_from(["cut", "insert", "over", "flip", "double"]), place, st.integers(0, 24), piece)
 
     def apply(edits: list[tuple[str, float, int, bytes]]) -> bytes:
         data = bytearray(seed)
@@ -110,7 +111,7 @@ OPCODES: list[bytes] = [
     *(b"K" + bytes([n]) for n in (0, 1, 2, 3, 6, 255)),
     b"J" + struct.pack("<i", -1), b"\x8a\x09" + (2**64).to_bytes(9, "little"), b"G" + b"\x7f\xf8" + b"\0" * 6,
     *(b"q" + bytes([n]) for n in range(4)), *(b"h" + bytes([n]) for n in range(4)), b"\x80\x02", b"\x80\x04",
-    (_text("storage") + b"ctorch\nFloatStorage\n" + _text("0") + _text("cpu") + b"K\x06")[:0] + b"(", b"\x95" + b"\xff" * 8,
+    b"\x95" + b"\xff" * 8,
 ]  # fmt: skip
 # Whole values that a random walk would seldom make.
 STORAGE = b"(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text("0") + _text("cpu") + b"K\x06tQ"

@@ -196,7 +196,8 @@ def _options(shared: Path) -> Target:
     keys += (
         "param_scheduler.0.end custom_hooks param_scheduler.² model.² default_hooks.checkpoint.interval x. .x a.b.c "
     )
-    keys += "train_dataloader.num_workers model train_dataloader.dataset model.type optim_wrapper.type val_interval visualizer"
+    keys += "train_dataloader.num_workers model train_dataloader.dataset model.type optim_wrapper.type "
+    keys += "val_interval visualizer"
     values = [
         "{[]:1}",
         "-" * 3000 + "1",
@@ -258,7 +259,9 @@ def _config(shared: Path) -> Target:
 
     inputs = st.lists(st.tuples(st.integers(0, len(spans) - 1), st.sampled_from(ABSURD)), max_size=4).map(apply)
     right = {"config.py": source.encode()}
-    return Target("config", inputs, right, lambda folder, case: _read_options(folder / "config.py", []), 100, may_exec=True)
+    return Target(
+        "config", inputs, right, lambda folder, case: _read_options(folder / "config.py", []), 100, may_exec=True
+    )
 
 
 # ---- checkpoints and models ---------------------------------------------------------------------------------------
@@ -287,7 +290,8 @@ def _checkpoint(shared: Path) -> Target:
 NETWORK = {
     "model_type": "llama", "vocab_size": 7, "hidden_size": 6, "intermediate_size": 10, "num_hidden_layers": 1,
     "num_attention_heads": 3, "num_key_value_heads": 1, "rope_theta": 10000.0, "max_position_embeddings": 64,
-    "rope_scaling": {"type": "dynamic", "factor": 2.0}, "attention_bias": False, "bos_token_id": 1, "eos_token_id": [2, 3],
+    "rope_scaling": {"type": "dynamic", "factor": 2.0}, "attention_bias": False, "bos_token_id": 1,
+    "eos_token_id": [2, 3],
     "pad_token_id": 0, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "head_dim": 2,
     "rope_parameters": None, "initializer_range": 0.02,
 }  # fmt: skip
@@ -450,10 +454,12 @@ def _tokenizers(shared: Path) -> list[Target]:
     }
     small = {**described, "model": {**described["model"], "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}}
     texts = st.one_of(json_bytes(described), json_bytes(small))
+    models = {"tokenizer.model": st.one_of(mutated(whole), *ends), "tokenizer_config.json": configs}
+    descriptions = {"tokenizer.json": texts, "tokenizer_config.json": configs}
     return [
-        Target("tokenizer.model", one_changed({"tokenizer.model": st.one_of(mutated(whole), *ends), "tokenizer_config.json": configs}, piece), piece, _read_tokenizer),
-        Target("tokenizer.json", one_changed({"tokenizer.json": texts, "tokenizer_config.json": configs}, right), right, _read_tokenizer),
-    ]  # fmt: skip
+        Target("tokenizer.model", one_changed(models, piece), piece, _read_tokenizer),
+        Target("tokenizer.json", one_changed(descriptions, right), right, _read_tokenizer),
+    ]
 
 
 def _inputs(shared: Path) -> list[Target]:

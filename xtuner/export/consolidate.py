@@ -83,11 +83,11 @@ def expected_shapes(source: Source) -> dict[str, Shape]:
     needed = [f"model.layers.0.{n}.weight" for n in (*matrices, "attention_norm", "ffn_norm")]
     absent = [n for n in (*ends, *needed) if n not in found]
     if absent:
-        first = short(", ".join(list(found)[:3])) or "none"
+        shown = short(", ".join(list(found)[:3])) or "none"
         raise CheckpointError(
             f"tensor {absent[0]} is missing",
             where=str(source.path),
-            why=f"these are no weights of InternLM2, or not all; found were {first}",
+            why=f"these are no weights of InternLM2, or not all; found were {shown}",
             do="give a checkpoint of all weights",
         )
     hidden = found[ends[0]][-1:]

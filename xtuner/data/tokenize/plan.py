@@ -78,7 +78,9 @@ def jobs(
         raise ConfigError(f"{kind!r} is no folder name", where="--type", do="a name such as en, cn or code")
     wanted = tuple(s if s.startswith(".") or not s else f".{s}" for s in suffixes) or SUFFIXES[settings.format]
     try:
-        found = [job for name in inputs for job in _jobs_of(Path(os.path.expanduser(name)), root, settings, kind, wanted)]
+        found = [
+            job for name in inputs for job in _jobs_of(Path(os.path.expanduser(name)), root, settings, kind, wanted)
+        ]
     except OSError as e:
         raise DataError(f"the input cannot be read: {e.strerror}", where=str(e.filename)) from None
     by_name: dict[str, Job] = {}

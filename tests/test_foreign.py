@@ -481,10 +481,10 @@ def test_tokenizer_files(tokenizer_folder: Path, tmp_path: Path) -> None:
         else:
             assert load_tokenizer(tmp_path).encode("x")
     (tmp_path / "tokenizer_config.json").unlink()
-    (tmp_path / "tokenizer.model").write_bytes(
-        model.replace(b"\n\x02\xe2\x96\x81", b"\n\x02\x96\x96\x81") + b"\x94\xff"
-    )
-    refused(lambda: load_tokenizer(tmp_path), r"tokenizer\.model cannot be read", ConfigError)
+    for old, new in ((b"<unk>", b"<un\x85>"), (b"\n\x05<unk>", b"\n\x95<unk>")):
+        assert old in model
+        (tmp_path / "tokenizer.model").write_bytes(model.replace(old, new, 1))
+        refused(lambda: load_tokenizer(tmp_path), r"tokenizer\.model cannot be read", ConfigError)
     (tmp_path / "tokenizer.model").unlink()
     words = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0, "b": 9}, "merges": []}}
     path = tmp_path / "tokenizer.json"
@@ -556,6 +556,14 @@ def test_values_of_options() -> None:
     ):  # fmt: skip
         found = parse_option(f"k={value}")[1]
         assert expected is None or found == expected
+
+
+def test_a_long_value_is_not_repeated_in_messages(tmp_path: Path, xtuner: Command) -> None:
+    (tmp_path / "config.py").write_text("lr = 1\nbetas = [1]\nend = lr * 0.5 * betas\n")
+    options = ("check-cfg", tmp_path / "config.py", "--cfg-options")
+    refused(lambda: xtuner(*options, "lr=" + "x" * 9000), r"there, betas = \[1\] and lr = 'xxx", ConfigError)
+    refused(lambda: xtuner(*options, "end=1", "lr=" + "x" * 9000, "lr.a.b=1"), "no 'a' in|has no parts", ConfigError)
+    refused(lambda: xtuner(*options, "end=1", "betas.²=1"), "no entry '²' in a list of 1", ConfigError)
 
 
 def test_a_quota_of_cpus_bounds_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,11 +288,11 @@ def _checkpoint(shared: Path) -> Target:
 
 
 NETWORK = {
-    "model_type": "llama", "vocab_size": 7, "hidden_size": 6, "intermediate_size": 10, "num_hidden_layers": 1,
+    "model_type": "llama", "vocab_size": 7, "hidden_size": 12, "intermediate_size": 10, "num_hidden_layers": 1,
     "num_attention_heads": 3, "num_key_value_heads": 1, "rope_theta": 10000.0, "max_position_embeddings": 64,
     "rope_scaling": {"type": "dynamic", "factor": 2.0}, "attention_bias": False, "bos_token_id": 1,
     "eos_token_id": [2, 3],
-    "pad_token_id": 0, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "head_dim": 2,
+    "pad_token_id": 0, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False, "head_dim": 4,
     "rope_parameters": None, "initializer_range": 0.02,
 }  # fmt: skip
 
@@ -311,7 +311,14 @@ def _network() -> Target:
 
 
 def _weights() -> Target:
-    network = {**NETWORK, "model_type": "internlm2", "bias": False, "rope_scaling": None}
+    network = {
+        **NETWORK,
+        "model_type": "internlm2",
+        "bias": False,
+        "rope_scaling": None,
+        "hidden_size": 6,
+        "head_dim": 2,
+    }
     tensors = internlm2(layers=1)
     names = ["model-1.safetensors", "model-2.safetensors"]
     halves = [dict(list(tensors.items())[:4]), dict(list(tensors.items())[4:])]

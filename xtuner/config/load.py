@@ -237,7 +237,7 @@ def _values_at(tree: ast.Module, line: int | None, namespace: dict[str, Any]) ->
     """`there, lr = 'abc' and max_epochs = 1`: what a line that failed reads."""
     names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and n.lineno == line and n.id in namespace]
     plain = [n for n in dict.fromkeys(names) if isinstance(namespace[n], str | int | float | list | tuple | None)]
-    return "there, " + " and ".join(f"{n} = {namespace[n]!r}" for n in plain) if plain else ""
+    return "there, " + " and ".join(f"{n} = {short_repr(namespace[n])}" for n in plain) if plain else ""
 
 
 def _set(values: dict[str, Any], key: str, new: Any) -> None:
@@ -250,7 +250,7 @@ def _set(values: dict[str, Any], key: str, new: Any) -> None:
             raise ConfigError(f"no {part!r} in the config.{did_you_mean(part, known)}", where=f"--cfg-options {key}")
         at = at[part] if isinstance(at, dict) else at[int(part)]
         if not isinstance(at, dict | list):
-            raise ConfigError(f"{part!r} is {at!r}, which has no parts", where=f"--cfg-options {key}")
+            raise ConfigError(f"{part!r} is {short_repr(at)}, which has no parts", where=f"--cfg-options {key}")
     if isinstance(at, list):
         if last not in map(str, range(len(at))):
             raise ConfigError(f"no entry {last!r} in a list of {len(at)}", where=f"--cfg-options {key}")

@@ -97,16 +97,17 @@ class _SentencePiece:
         path = folder / "tokenizer.model"
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except Exception as e:  # RuntimeError; UnicodeDecodeError where the library's message quotes the file
+            self.bos_id, self.eos_id = _id(self._model.bos_id()), _id(self._model.eos_id())
+            self.special: Mapping[str, int] = self._names()
+            self._by_id = {i: name for name, i in self.special.items()}
+            spelt = [*self.special, *(self._model.id_to_piece(i) for i in self._by_id if i < self._model.vocab_size())]
+            # pieces that SentencePiece itself takes out of any text, and whose ids are those of special tokens
+            found = ((piece, self._model.encode(piece)) for piece in dict.fromkeys(spelt))
+            self._dangerous = [piece for piece, ids in found if not self._by_id.keys().isdisjoint(ids)]
+        except (RuntimeError, OSError, UnicodeDecodeError) as e:  # of the library, whose texts may be any bytes
             raise ConfigError(
                 f"tokenizer.model cannot be read: {e}", where=str(path), do="copy the model's file there again"
             ) from None
-        self.bos_id, self.eos_id = _id(self._model.bos_id()), _id(self._model.eos_id())
-        self.special: Mapping[str, int] = self._names()
-        self._by_id = {i: name for name, i in self.special.items()}
-        spelt = [*self.special, *(self._model.id_to_piece(i) for i in self._by_id if i < self._model.vocab_size())]
-        # pieces that SentencePiece itself takes out of any text, and whose ids are those of special tokens
-        self._dangerous = [p for p in dict.fromkeys(spelt) if not self._by_id.keys().isdisjoint(self._model.encode(p))]
 
     def _names(self) -> dict[str, int]:
         """The model's control pieces, what InternLM2 leaves unsaid, and `tokenizer_config.json`, which wins."""

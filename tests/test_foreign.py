@@ -25,7 +25,7 @@ from fuzz.targets import MARKS, NETWORK, archive
 from safetensors.torch import save_file
 from test_weights_convert import internlm2, write_internevo, write_zero
 
-from xtuner.config.load import parse_option
+from xtuner.config.load import find, parse_option
 from xtuner.core import hub, machine
 from xtuner.core.errors import CheckpointError, ConfigError, DataError, XTunerError
 from xtuner.core.files import read_json, verify
@@ -117,6 +117,7 @@ def test_only_regular_files_are_opened(
         refused(lambda name=name: WeightFolder(at(f"w{len(name)}/{name}").parent).shapes, kind, CheckpointError)
     refused(lambda: load_tokenizer(at("t/tokenizer.model").parent), "no tokenizer.model", ConfigError)
     refused(lambda: xtuner("check-cfg", at("config.py")), "no config file", ConfigError)
+    refused(lambda: xtuner("convert", "weights", at("a.pth"), tmp_path / "o.safetensors"), "not a regular file")
     refused(lambda: from_pretrained(str(at("m/config.json").parent)), kind, CheckpointError)
     with pytest.raises(IsADirectoryError):
         open_regular(tmp_path)
@@ -448,6 +449,8 @@ def test_names_in_a_data_order(tmp_path: Path) -> None:
     refused(lambda: read_order("o" * 300, tmp_path / "data"), "cannot be read", ConfigError)
     refused(lambda: read_order("a\0b", tmp_path / "data"), "cannot be read", ConfigError)
     refused(lambda: load_intern_repo_tokenized_dataset("d" * 300), "not there", ConfigError)
+    refused(lambda: find("c" * 300), "no config file", ConfigError)
+    refused(lambda: find("~nobody-of-that-name/x"), "no config file", ConfigError)
     refused(lambda: load_intern_repo_tokenized_dataset("~nobody-of-that-name/x"), "not there", ConfigError)
 
 

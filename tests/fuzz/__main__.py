@@ -38,7 +38,7 @@ def explore(names: list[str], seed: int, seconds: float) -> Iterator[dict[str, A
             words = [sys.executable, "-m", "fuzz.child", sandbox, str(seed), str(seconds), *left]
             paths = os.pathsep.join((str(TESTS), str(TESTS.parent)))
             env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-            env |= {"XDG_CACHE_HOME": sandbox, "HF_HUB_OFFLINE": "1", "HOME": sandbox}
+            env |= {"XDG_CACHE_HOME": sandbox, "HF_HUB_OFFLINE": "1", "HOME": sandbox, "TMPDIR": sandbox}
             with open(Path(sandbox, "errors"), "w+", errors="replace") as errors:
                 child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
                 assert child.stdout is not None

@@ -6,6 +6,7 @@ everything derived from it follows; an override with dots changes the result aft
 
 import ast
 import inspect
+import os
 import re
 import traceback
 from dataclasses import dataclass, field
@@ -104,8 +105,8 @@ def shipped_file(name: str) -> Path | None:
 
 def find(name_or_path: str) -> Path:
     """A config file, or a shipped config's name. Raises: ConfigError with the nearest name."""
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isfile(path):
         return path
     if shipped := shipped_file(name_or_path):
         return shipped

@@ -70,7 +70,7 @@ def recognise(path: str | Path) -> Kind:
         return Kind(path, _open_single)
     if not os.path.isdir(path):
         raise CheckpointError(
-            "there is no checkpoint",
+            "this is not a regular file" if os.path.exists(path) else "there is no checkpoint",
             where=str(path),
             do="give a work_dirs/CONFIG/iter_N.pth; work_dirs/CONFIG/last_checkpoint names the newest",
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from xtuner.config.load import Config
 from xtuner.config.walk import specs
-from xtuner.core import hub
+from xtuner.core import hub, kinds
 from xtuner.core.errors import ConfigError
 
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
@@ -70,6 +70,8 @@ def _models(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
 def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
     what = "tokenizer" if is_tokenizer else "model"
     path = Path(name).expanduser()
+    if not is_tokenizer and (other := _other_kind(path)):
+        return other
     if path.is_dir():
         if is_tokenizer:
             missing = [] if any((path / n).is_file() for n in _TOKENIZERS) else [" and no ".join(_TOKENIZERS)]
@@ -88,6 +90,20 @@ def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
     name = config.get("load_from")
     if not isinstance(name, str):
         return
-    folder = Path(name).expanduser()
-    missing = None if folder.is_dir() else ConfigError(f"there is no folder {name!r} to take weights from (load_from)")
-    yield "load_from", name, missing
+    try:
+        kinds.take(name, (kinds.CHECKPOINT, kinds.HF), "load_from", "load_from = {}")
+    except ConfigError as e:
+        yield "load_from", name, e
+        return
+    yield "load_from", name, None
+
+
+def _other_kind(path: Path) -> ConfigError | None:
+    """The error for something known that is not a Hugging Face folder."""
+    if kinds.recognise(path).what in (kinds.HF, kinds.UNKNOWN, kinds.NOTHING):
+        return None
+    try:
+        kinds.take(path, (), "model", "give {} as the model", "start from its weights with load_from = {}")
+    except ConfigError as e:
+        return e
+    return None

@@ -15,6 +15,7 @@ import torch
 
 from xtuner.config.build import build
 from xtuner.config.load import load
+from xtuner.core import kinds
 from xtuner.core.dist import note
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
@@ -178,13 +179,10 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
         config = load(name, options)
         source: ModelSource = build(config.values["model"], "model")
         return source.build(device, dtype).eval(), f"{config.resolved()['model']}"
-    if (path / TRAINER).is_file():
+    kind = kinds.take(path, (kinds.CHECKPOINT, kinds.HF), "MODEL", "give {} as the model")
+    if kind.what == kinds.CHECKPOINT:
         verify(path)
         path = path / "weights"
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            "this is no model", where=name, do="give a Hugging Face folder, an iter_N.pth checkpoint, or a config file"
-        )
     files = [path / "config.json", *(p for pattern in WEIGHTS for p in sorted(path.glob(pattern)))]
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return load_pretrained(path, dtype, device), hashlib.sha256(repr(stats).encode()).hexdigest()

@@ -14,6 +14,7 @@ from typing import Any
 
 from xtuner.core.errors import BusyError
 from xtuner.core.log import logger
+from xtuner.core.owner import born, namespace
 
 NAME = ".lock"
 BEAT = 10.0  # s between touches
@@ -99,7 +100,7 @@ def _myself() -> dict[str, Any]:
     job = next((f"{name}={os.environ[name]}" for name in JOB_VARIABLES if name in os.environ), "")
     pid = os.getpid()
     token = uuid.uuid4().hex
-    return {"host": platform.node(), "pid": pid, "born": _born(pid), "where": _where(), "job": job, "token": token}
+    return {"host": platform.node(), "pid": pid, "born": born(pid), "where": namespace(), "job": job, "token": token}
 
 
 def _describe(owner: dict[str, Any]) -> str:
@@ -110,29 +111,7 @@ def _describe(owner: dict[str, Any]) -> str:
 
 
 def _alive(owner: dict[str, Any]) -> bool | None:
-    """True if the very process that wrote the lock runs, False if it is gone, None if that cannot be seen from here.
-
-    Process numbers are used again, start times are not; containers of one host have numbers of their own.
-    """
-    if not owner.get("where") or owner["where"] != _where():
+    """True if the very process that wrote the lock runs, False if it is gone, None if that cannot be seen from here."""
+    if not owner.get("where") or owner["where"] != namespace():
         return None
-    return _born(owner.get("pid", 0)) == owner.get("born")
-
-
-def _where() -> str:
-    """This boot of this machine and this process namespace; empty where there is no /proc."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _born(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; None if there is none."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-            fields = f.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
+    return born(owner.get("pid", 0)) == owner.get("born")

@@ -14,8 +14,8 @@ from xtuner.config.check import check
 from xtuner.config.literals import without_secrets
 from xtuner.config.load import Config
 from xtuner.core import dist, log
-from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError
-from xtuner.core.files import recover, write_json
+from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError, DataError, DivergedError
+from xtuner.core.files import not_written, recover, write_json
 from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
@@ -25,7 +25,7 @@ from xtuner.engine.choose import choose, strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.watch import Watch
 from xtuner.model.source import ModelSource
-from xtuner.train import checkpoint
+from xtuner.train import history
 from xtuner.train.advice import is_out_of_memory, out_of_memory
 from xtuner.train.hooks import ValidationHook
 from xtuner.train.lock import WorkDirLock
@@ -56,9 +56,9 @@ def assemble(config: Config, dataset: PackedDataset, work_dir: Path, device: tor
         hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
     hooks.sort(key=lambda h: h.priority)
     max_epochs = config.values["train_cfg"]["max_epochs"]
-    run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs, loader.dp_size)
+    run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs)
     run.plan()
-    run.data_facts = loader.fingerprint()
+    run.data_facts, run.data_files = loader.fingerprint(), loader.files()
     _enough(run)
     return run
 
@@ -168,11 +168,7 @@ def _make_folder(run: Run, at_the_end: contextlib.ExitStack) -> Path:
         recover(run.work_dir, "iter_*.pth")
         recover(run.work_dir, "last_checkpoint")
     except OSError as e:
-        raise ConfigError(
-            f"the work dir cannot be written: {e.strerror}",
-            where=str(e.filename),
-            do="give another one with --work-dir",
-        ) from None
+        raise not_written(e, "the work dir", folder, "give another one with --work-dir") from None
     return folder
 
 
@@ -230,7 +226,7 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
             return EXIT_STOPPED
     for hook in run.hooks:
         hook.after_run(run)
-    left = run.total_packs - run.state.packs
+    left = max(run.total_packs - run.state.packs, 0)
     logger.info(
         f"done: {run.state.iteration} iterations, {run.state.packs:,} packs, {run.state.targets:,} tokens learned from"
         + (f"; {left} packs at the end filled no iteration" if left else "")
@@ -255,8 +251,11 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         logger.warning(f"{what} (packs {packs}; {run.state.skipped} of at most {budget} such iterations)")
         return
     run.saver.finish()
-    last = checkpoint.latest(run.work_dir, dist.ALL)
-    again = f"xtuner train {run.config.path} --work-dir {run.work_dir}" + (f" --resume {last}" if last else "")
+    try:
+        last = history.latest(run.work_dir, dist.ALL)
+    except CheckpointError:
+        last = None
+    again = f"xtuner train {run.config.path} --work-dir {run.work_dir}" + (f" --resume {last.folder}" if last else "")
     error = DivergedError(
         what,
         where=f"packs {packs} of {', '.join(sorted(files))}",
@@ -300,5 +299,5 @@ def _without_targets(run: Run, number: int, packs: list[int]) -> None:
 
 def _advance(run: Run, num_targets: int) -> TrainState:
     packs = run.packs_per_iteration
-    position = run.state.position.advance(packs, run.loader.num_packs, run.loader.dp_size)
+    position = run.state.position.advance(packs, run.packs_per_epoch)
     return run.state.advance(position, packs, num_targets)

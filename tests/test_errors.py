@@ -208,8 +208,8 @@ def test_wrong_places(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command)
         (ConfigError, ("data", "show", corpus, "--max-length", "32", "--pack", "999"), "there is no pack 999"),
         (ConfigError, ("data", "show", corpus, "--show", "text"), "text needs a tokenizer"),
         (ConfigError, ("data", "show", corpus, "--show", "txt"), "Did you mean 'text'"),
-        (ConfigError, ("eval", "loss", tmp_path, corpus), "this is no model"),
-        (ConfigError, ("chat", tmp_path, "--prompt", "x"), "this is no model"),
+        (ConfigError, ("eval", "loss", tmp_path, corpus), "neither a model nor a checkpoint"),
+        (ConfigError, ("chat", tmp_path, "--prompt", "x"), "neither a model nor a checkpoint"),
         (ConfigError, ("plot-loss", tmp_path), "no run has left metrics"),
         (CheckpointError, ("convert", "pth_to_hf", tiny, tmp_path / "half", tmp_path / "hf"), "no kind of checkpoint"),
     ]

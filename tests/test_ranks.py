@@ -16,7 +16,7 @@ from xtuner.core import files
 from xtuner.core.dist import ALL, Ranks
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.engine.snapshot import Snapshot
-from xtuner.train import checkpoint
+from xtuner.train import checkpoint, history
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 
@@ -118,8 +118,12 @@ def saves(ranks: Ranks, folder: Path) -> None:
         damaged.write_bytes(raw)
     ranks.gather(None)
     with pytest.raises(CheckpointError, match=r"rank_00002\.safetensors is altered"):
-        checkpoint.latest(folder, ranks, strict=True)
-    assert checkpoint.latest(folder, ranks) == folder / "iter_3.pth"
+        history.latest(folder, ranks, strict=True)
+    chosen = history.latest(folder, ranks)
+    assert chosen == history.Chosen(folder / "iter_3.pth", (folder / "iter_4.pth",))
+    assert (folder / "iter_4.pth").is_dir()  # only found so far
+    ranks.gather(None)
+    ranks.on_main(lambda: history.make_way(folder, chosen))
     assert (folder / "iter_4.pth.damaged").is_dir()
     stop = Stop(folder, ranks)
     assert not stop.agreed()
@@ -130,9 +134,15 @@ def saves(ranks: Ranks, folder: Path) -> None:
     ranks.gather(None)
     if me == 0:
         (folder / "iter_3.pth" / "manifest.json").unlink()
+    for resume in ("auto", str(folder)):
+        with pytest.raises(CheckpointError, match=r"iter_4\.pth, which is not there") as error:
+            history.to_resume(folder, resume, ranks)
+        assert error.value.quiet == (me != 0)
     with pytest.raises(ConfigError, match="no checkpoint there"):
-        checkpoint.to_resume(folder, str(folder), ranks)
-    assert checkpoint.to_resume(folder, "auto", ranks) is None
+        history.to_resume(folder, str(folder / "iter_3.pth" / "optimizer"), ranks)
+    empty = folder / "empty"
+    empty.mkdir(exist_ok=True)
+    assert history.to_resume(empty, "auto", ranks) is None
 
 
 def test_a_checkpoint_is_saved_and_found_by_all(tmp_path: Path) -> None:

@@ -292,11 +292,35 @@ def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> 
     train = ("train", tiny, "--work-dir", work_dir)
     assert xtuner(*train, "--cfg-options", *PLAIN) == 0
     other = write_corpus(tmp_path / "other", 10, seed=1)
+    order = tmp_path / "order.txt"
+    order.write_text("en/a.bin\nen/b.bin\ncode/a.bin\ncode/b.bin\n")
     for error, words, message in (
-        (DataError, ["--resume", "--cfg-options", f"dataset_folder={other}"], "data is not what the checkpoint"),
-        (DataError, ["--resume", "--cfg-options", "max_length=16"], "not what the checkpoint"),
-        (ConfigError, ["--resume", "--cfg-options", "accumulative_counts=1"], "packs_per_iteration was 2 and is now 1"),
-        (ConfigError, ["--resume", "--cfg-options", "max_epochs=5"], "max_iterations was"),
+        (
+            DataError,
+            ["--resume", "--cfg-options", f"dataset_folder={other}"],
+            r"not what the checkpoint was trained on: files: 4 changed \(code/a\.bin, code/b\.bin, en/a\.bin, …\)",
+        ),
+        (DataError, ["--resume", "--cfg-options", "max_length=16"], r"not what .*: max_length: 32 → 16 \(train_data"),
+        (
+            DataError,
+            ["--resume", "--cfg-options", f"data_order_path={order}"],
+            "order of files: number 1 was code/a.bin",
+        ),
+        (
+            DataError,
+            ["--resume", "--cfg-options", "train_dataset.dataset_cfg.min_length=20"],
+            r"trained on: train_dataloader\.dataset\.dataset_cfg\.min_length: 0 → 20\n",
+        ),
+        (
+            ConfigError,
+            ["--resume", "--cfg-options", "accumulative_counts=1"],
+            "an iteration took 2 packs and would take 1: accumulative_counts: 2 → 1",
+        ),
+        (
+            ConfigError,
+            ["--resume", "--cfg-options", "max_epochs=5"],
+            "to have 15 iterations and would have 75: max_epochs: 1 → 5",
+        ),
         (ConfigError, ["--resume", str(tmp_path / "nowhere")], "no such folder"),
         (ConfigError, ["--resume", str(corpus)], "no checkpoint there"),
         (ConfigError, ["--cfg-options", "dataset_folder=/nowhere"], "data folder is not there"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.core.errors import BusyError
+from xtuner.core.files import beside, sweep
 from xtuner.core.log import logger
 from xtuner.core.owner import born, namespace
 
@@ -33,7 +34,8 @@ class WorkDirLock:
         threading.Thread(target=self._beat, name="xtuner-lock", daemon=True).start()
 
     def _take(self) -> None:
-        mine = self.path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        sweep(self.path)
+        mine = beside(self.path, "tmp")
         mine.write_text(self._me, encoding="utf-8")
         try:
             for _ in range(3):
@@ -65,7 +67,7 @@ class WorkDirLock:
                 do=f"stop it, or give another --work-dir; a dead job's lock is taken over after {DEAD_AFTER:.0f} s",
             )
         # Only one of several that judge so at once moves this very lock away; the others find it gone, or a new one.
-        aside = self.path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        aside = beside(self.path, "old")
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:

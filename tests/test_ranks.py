@@ -6,15 +6,20 @@ import os
 import resource
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from test_lost_ranks import ended, started, told
+from test_train import records, with_hook
 
 from xtuner.core import files
 from xtuner.core.dist import ALL, Ranks
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
+from xtuner.data.batch import Batch
+from xtuner.data.loader import PackLoader
+from xtuner.data.order import Position
 from xtuner.engine.snapshot import Snapshot
 from xtuner.train import checkpoint, history
 from xtuner.train.state import TrainState
@@ -172,3 +177,69 @@ def test_a_rank_that_dies_in_a_save_publishes_nothing(tmp_path: Path) -> None:
     files.verify(tmp_path / "iter_1.pth")
     files.recover(tmp_path, "iter_*.pth")
     assert [p for p in tmp_path.iterdir() if ".tmp-" in p.name] == []
+
+
+@pytest.mark.parametrize("chain", [(1, 2, 2, 4, 1), (2, 1, 4)])
+def test_one_stream_on_any_number_of_ranks(
+    chain: tuple[int, ...], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped and resumed by one command on other numbers of ranks: every iteration has the packs of a run on as many
+    ranks as it was begun on that nobody stopped. 15 packs an epoch, 4 an iteration: both borders lie inside one."""
+    run = [0]
+    real = PackLoader.iterate_from
+
+    def recording(self: PackLoader, position: Position) -> Iterator[Batch]:
+        with open(tmp_path / f"packs.{run[0]}.{ALL.rank}", "w", buffering=1) as f:
+            for batch in real(self, position):
+                f.write(f"{batch.pack}\n")
+                yield batch
+
+    def iterations(ranks: int) -> list[set[int]]:
+        """The packs of each iteration of this run, of all ranks."""
+        taken = [list(map(int, (tmp_path / f"packs.{run[0]}.{r}").read_text().split())) for r in range(ranks)]
+        each = 4 // ranks
+        assert len({len(t) for t in taken}) == 1
+        return [{p for t in taken for p in t[i : i + each]} for i in range(0, len(taken[0]), each)]
+
+    def trained(config: Path, work_dir: Path, ranks: int) -> list[set[int]]:
+        run[0] += 1
+        words = ["train", config, "--work-dir", work_dir, "--resume", "auto", "--launcher", "pytorch"]
+        assert set(ended(started(words, tmp_path, ranks))) <= {0, 75}, told(tmp_path, 0)
+        return iterations(ranks)
+
+    monkeypatch.setattr(PackLoader, "iterate_from", recording)
+    text = tiny.read_text()
+    for old, new in (
+        ("max_epochs = 1", "max_epochs = 3"),
+        ("max_length = 32", "max_length = 64"),
+        ("accumulative_counts = 2 ", f"accumulative_counts = {4 // chain[0]} "),
+        ("evaluation_inputs = ", "evaluation_inputs = [] and "),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    plain = tmp_path / "plain.py"
+    plain.write_text(text)
+    stops = range(2, 2 * len(chain), 2)
+    stopping = with_hook(
+        plain, tmp_path / "run.py", f"0 or it.state.iteration in {[*stops]}", "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    straight = trained(plain, tmp_path / "straight", chain[0])
+    per_epoch = 15 // chain[0] * chain[0]
+    assert len(straight) == 3 * per_epoch // 4
+    resumed = [packs for ranks in chain for packs in trained(stopping, tmp_path / "w", ranks)]
+    assert resumed == straight
+    lines, expected = records(tmp_path / "w"), records(tmp_path / "straight")
+    assert lines.keys() == expected.keys() == set(range(1, len(straight) + 1))
+    for number, line in expected.items():
+        assert abs(lines[number]["loss"] - line["loss"]) < 1e-5
+        assert [lines[number][k] for k in ("lr", "targets")] == [line[k] for k in ("lr", "targets")]
+    last = f"iter_{len(straight)}.pth"
+    state, other = (checkpoint.read_trainer(tmp_path / w / last)[0] for w in ("w", "straight"))
+    assert state == other
+    assert divmod(state.packs, per_epoch) == (state.position.epoch, state.position.offset)
+    assert state.position.epoch < 3
+    left = 3 * per_epoch - state.packs
+    assert f"done: {len(straight)} iterations, {state.packs} packs" in told(tmp_path, 0)
+    assert f"{left} packs at the end filled no iteration" in told(tmp_path, 0)
+    facts = files.read_json(tmp_path / "w" / last / "trainer.json")
+    assert (facts["begun_on"], facts["ranks"], facts["packs_per_iteration"]) == (chain[0], chain[-1], 4)

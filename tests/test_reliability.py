@@ -36,14 +36,13 @@ def straight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work_dir / (work_dir / "last_checkpoint").read_text().strip()
 
 
-def resumed(tiny: Path, work_dir: Path, straight: Path, *words: str) -> None:
+def resumed(tiny: Path, work_dir: Path, straight: Path) -> None:
     """Resume to the end; the end is the undisturbed run's."""
-    assert main(["train", str(tiny), "--work-dir", str(work_dir), "--resume", *words, "--cfg-options", *SHORT]) == 0
+    assert main(["train", str(tiny), "--work-dir", str(work_dir), "--resume", "--cfg-options", *SHORT]) == 0
     assert contents(work_dir / straight.name) == contents(straight)
     assert records(work_dir) == records(straight.parent)
     assert [p for p in work_dir.iterdir() if p.name.startswith(".")] == []  # nothing is left of what was killed
-    whole = sorted(p.name for p in work_dir.glob("iter_*.pth") if (p / files.MANIFEST).is_file())
-    assert whole == sorted(p.name for p in straight.parent.glob("iter_*.pth"))
+    assert all((p / files.MANIFEST).is_file() for p in work_dir.glob("iter_*.pth"))
 
 
 def stand_still_at(point: int, pipe: int, go: int, words: list[str]) -> None:

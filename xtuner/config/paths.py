@@ -1,7 +1,7 @@
 """Whether the folders and files that a config names are there, before anything is started."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,9 @@ def _models(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
 def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
     what = "tokenizer" if is_tokenizer else "model"
     path = Path(name).expanduser()
-    if not is_tokenizer and (other := _other_kind(path)):
+    usual = (kinds.HF, kinds.BARE, kinds.UNKNOWN, kinds.NOTHING)  # which have words of their own
+    instead = "leave the model as it is: load_from = {} starts from its weights"
+    if not is_tokenizer and (other := _other_kind(path, usual, "give {} as the model", instead)):
         return other
     if path.is_dir():
         if is_tokenizer:
@@ -90,20 +92,17 @@ def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
     name = config.get("load_from")
     if not isinstance(name, str):
         return
-    try:
-        kinds.take(name, (kinds.CHECKPOINT, kinds.HF), "load_from", "load_from = {}")
-    except ConfigError as e:
-        yield "load_from", name, e
-        return
-    yield "load_from", name, None
+    if not Path(name).expanduser().exists():
+        missing: ConfigError | None = ConfigError(f"there is no folder {name!r} to take weights from (load_from)")
+    else:
+        missing = _other_kind(Path(name).expanduser(), (kinds.CHECKPOINT, kinds.HF), "load_from = {}")
+    yield "load_from", name, missing
 
 
-def _other_kind(path: Path) -> ConfigError | None:
-    """The error for something known that is not a Hugging Face folder."""
-    if kinds.recognise(path).what in (kinds.HF, kinds.UNKNOWN, kinds.NOTHING):
-        return None
+def _other_kind(path: Path, taken: Collection[str], use: str, checkpoint: str = "") -> ConfigError | None:
+    """The error for a path that holds something else than `taken`."""
     try:
-        kinds.take(path, (), "model", "give {} as the model", "start from its weights with load_from = {}")
+        kinds.take(path, taken, "", use, checkpoint)
     except ConfigError as e:
         return e
     return None

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from xtuner.core import kinds
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import logger
 
@@ -36,8 +37,10 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
         return path
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name_or_path) and not path.exists():
         return _from_hub(name_or_path, revision, tokenizer_only)
+    if path.is_file():
+        kinds.take(path, (), str(path.absolute()), "give {} as the model")
     raise ConfigError(
-        f"the model {name_or_path!r} is " + ("a file" if path.is_file() else "no folder here, and no hub id"),
+        f"the model {name_or_path!r} is no folder here, and no hub id",
         where=str(path.absolute()),
         why="a model is a folder with config.json and weights, or a hub id of the form organisation/name",
         do="check the spelling, and that this machine sees the disk the folder is on",

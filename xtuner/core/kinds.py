@@ -13,17 +13,20 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.files import MANIFEST
 
 CHECKPOINT = "a checkpoint of xtuner"
-PARTIAL = "part of a checkpoint of xtuner, without its manifest.json"
+PARTIAL = "not a whole checkpoint of xtuner: its manifest.json is missing"
 HF = "a Hugging Face folder"
+BARE = "a folder of weights whose config.json is missing"
 ADAPTER = "an adapter (LoRA), not a whole model"
 ZERO = "a checkpoint of DeepSpeed, as XTuner 0.1 and 0.2 write them"
 INTERNEVO = "a checkpoint of InternEvo"
 SINGLE = "a single file of torch.save"
 SAFETENSORS = "a single file of weights, without the config.json that describes their network"
+FILE = "a file, not a folder with config.json and weights"
 TURBOMIND = "a directory of TurboMind, for LMDeploy alone"
 WORK_DIR = "a folder of checkpoints"
 UNKNOWN = "neither a model nor a checkpoint that xtuner knows"
 NOTHING = "not there"
+_FILES = {".safetensors": SAFETENSORS, ".pth": SINGLE, ".pt": SINGLE, ".bin": SINGLE, ".ckpt": SINGLE}
 _NUMBERED = re.compile(r"(?:iter_|epoch_|global_step)(\d{1,15})(?:\.pth)?")
 CONVERTIBLE = (CHECKPOINT, ZERO, INTERNEVO, SINGLE)  # what `xtuner convert pth_to_hf` takes beside HF
 
@@ -41,7 +44,7 @@ class Kind:
     @property
     def foreign(self) -> bool:
         """Known, but not a checkpoint of ours."""
-        return self.what not in (CHECKPOINT, PARTIAL, UNKNOWN, NOTHING, WORK_DIR)
+        return self.what not in (CHECKPOINT, PARTIAL, UNKNOWN, NOTHING)
 
     def fits(self, use: str) -> str:
         """What to do so that it fits.
@@ -49,8 +52,6 @@ class Kind:
         Args:
             use: how the folder of a model is given there, as "load_from = {}".
         """
-        if self.inner:
-            return f"give one of them: {use.format(self.inner)}"
         if self.what == HF:
             return use.format(self.path)
         if self.what in CONVERTIBLE:
@@ -59,6 +60,10 @@ class Kind:
         if self.what == SAFETENSORS:
             folder = f"a folder that holds it as model.safetensors, with the config.json of its model: {use}"
             return folder.format("that folder")
+        if self.what == BARE:
+            return "copy the config.json of its model there"
+        if self.what == PARTIAL:
+            return "give another one: this was being removed, or has been copied in part"
         if self.what == ADAPTER:
             return "merge it into its model with the tool that trained it, then " + use.format("the merged model")
         if self.what == TURBOMIND:
@@ -81,8 +86,14 @@ def take(path: str | Path, kinds: Collection[str], where: str, use: str, checkpo
         f"{path} is {kind.what}",
         where=where,
         why="it cannot be used there as it is" if kind.exists else "",
-        do=checkpoint.format(kind.path) if checkpoint and kind.what == CHECKPOINT else kind.fits(use),
+        do=_advice(recognise(kind.inner) if kind.inner else kind, kinds, use, checkpoint),
     )
+
+
+def _advice(kind: Kind, kinds: Collection[str], use: str, checkpoint: str) -> str:
+    if kind.what in kinds:
+        return use.format(kind.path)
+    return checkpoint.format(kind.path) if checkpoint and kind.what == CHECKPOINT else kind.fits(use)
 
 
 def recognise(path: str | Path) -> Kind:
@@ -90,7 +101,7 @@ def recognise(path: str | Path) -> Kind:
     path = Path(path).expanduser()
     try:
         if path.is_file():
-            return Kind(path, SAFETENSORS if path.suffix == ".safetensors" else SINGLE)
+            return Kind(path, _FILES.get(path.suffix, FILE))
         if not path.is_dir():
             return Kind(path, NOTHING)
         names = {p.name for p in path.iterdir()}
@@ -110,5 +121,7 @@ def recognise(path: str | Path) -> Kind:
         return Kind(path, HF)
     if "adapter_config.json" in names:
         return Kind(path, ADAPTER)
+    if any(n.endswith(".safetensors") or re.fullmatch(r"pytorch_model.*\.bin", n) for n in names):
+        return Kind(path, BARE)
     numbered = [(int(m[1]), n) for n in names if (m := _NUMBERED.fullmatch(n))]
     return Kind(path, WORK_DIR, path / max(numbered)[1]) if numbered else Kind(path, UNKNOWN)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xtuner.core import hub
+from xtuner.core import hub, kinds
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.model import attention, families
@@ -114,6 +114,7 @@ def from_pretrained(
     """
     _require_varlen(use_varlen_attn)
     folder = hub.resolve(str(pretrained_model_name_or_path))
+    kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "pretrained_model_name_or_path", "give {} there")
     hf = read_json(folder / "config.json")
     layout, recompute = families.layout_of(hf), activation_checkpointing
     return ModelSource(families.read_config(hf), folder, layout, None, recompute, attention, products)

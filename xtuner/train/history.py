@@ -87,7 +87,7 @@ def _report_missing(work_dir: Path) -> None:
         logger.warning(f"{LAST} names {last.name}, which is not there any more; the newest that is there is used")
     for _, folder in named(work_dir):
         if folder.is_dir() and not (folder / MANIFEST).is_file():
-            logger.warning(f"{folder.name} has no {MANIFEST}: it is not whole and not used; remove it if you do not")
+            logger.warning(f"{folder.name} has no {MANIFEST}: it is not whole, and not used")
 
 
 def _refuse_to_start_afresh(work_dir: Path, told: str) -> None:
@@ -107,7 +107,7 @@ def _refuse_to_start_afresh(work_dir: Path, told: str) -> None:
                 f"--resume has nothing to resume from: {told}",
                 where=str(work_dir / name),
                 why="it has no optimizer state and data position of ours",
-                do=kind.fits("start from its weights, without --resume, with load_from = {}"),
+                do=_weights(kind),
             )
     raise CheckpointError(
         f"--resume has nothing to resume from: {told}",
@@ -117,6 +117,12 @@ def _refuse_to_start_afresh(work_dir: Path, told: str) -> None:
         "--work-dir, or this one without --resume (`resume = False` in the config), which moves what is there to "
         "before_TIME/",
     )
+
+
+def _weights(kind: kinds.Kind) -> str:
+    if kind.inner:
+        return f"give one of them, such as --resume {kind.inner}, if it is of xtuner"
+    return kind.fits("start from its weights, without --resume, with load_from = {}")
 
 
 def _exists(path: Path) -> bool:
@@ -139,10 +145,11 @@ def _there(folder: Path, resume: str) -> None:
             f"--resume {resume}: this is {kind.what}",
             where=str(folder),
             why="it has no optimizer state and data position of ours",
-            do=kind.fits("start from its weights, without --resume, with load_from = {}"),
+            do=_weights(kind),
         )
+    partial = f"this is {kind.what}" if kind.what == kinds.PARTIAL else ""
     raise ConfigError(
-        f"--resume {resume}: " + ("no checkpoint there" if kind.exists else "there is no such folder"),
+        f"--resume {resume}: " + (partial or ("no checkpoint there" if kind.exists else "there is no such folder")),
         where=str(folder),
         why="starting afresh instead would throw the run away unnoticed",
         do="give an iter_N.pth folder, or `--resume auto` for the newest one of the work dir",

@@ -71,7 +71,8 @@ def recognise(path: str | Path) -> Kind:
         what, why = "there is no checkpoint", ""
         do = "give a work_dirs/CONFIG/iter_N.pth; work_dirs/CONFIG/last_checkpoint names the newest"
     elif kind.what != kinds.UNKNOWN:
-        what, why, do = f"this is {kind.what}", "it cannot be converted as it is", kind.fits("SRC {}")
+        what, why = f"this is {kind.what}", "it cannot be converted as it is"
+        do = f"give one of them, such as {kind.inner}" if kind.inner else kind.fits("convert that: {}")
     else:
         what = "no kind of checkpoint is recognised here"
         why = (
@@ -148,4 +149,5 @@ _OPENERS = {
     kinds.ZERO: _open_zero,
     kinds.INTERNEVO: _open_internevo,
     kinds.SINGLE: _open_single,
+    kinds.FILE: _open_single,  # whatever its name, it says itself what it is
 }

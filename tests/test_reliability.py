@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_corpus
 from test_train import contents, records, with_hook
 
 from xtuner.cli.main import main
 from xtuner.core import files
-from xtuner.core.errors import CheckpointError, DivergedError, XTunerError
+from xtuner.core.errors import CheckpointError, DataError, DivergedError, XTunerError
 from xtuner.train.saver import TOLERATED
 
 Command = Callable[..., int]
@@ -340,6 +341,31 @@ def test_nothing_whole_to_resume_from(
         before.values()
     )
     assert sorted(p.name for p in work_dir.glob("iter_*")) == sorted(p.name for p in straight.parent.glob("iter_*"))
+
+
+def test_a_checkpoint_of_an_older_version(tiny: Path, tmp_path: Path, straight: Path, xtuner: Command) -> None:
+    """Neither a sha256 of the manifest nor names of data files: it resumes, and what can be said of a change is."""
+    work_dir = tmp_path / "w"
+    shutil.copytree(straight.parent, work_dir)
+    shutil.rmtree(work_dir / straight.name)
+    (folder,) = work_dir.glob("iter_*.pth")
+    facts = files.read_json(folder / "trainer.json")
+    del facts["files"]
+    files.write_json(folder / "trainer.json", facts)
+    manifest = files.read_json(folder / files.MANIFEST)
+    del manifest["sha256"]
+    manifest["files"]["trainer.json"] = files.file_entry(folder / "trainer.json")
+    files.write_json(folder / files.MANIFEST, manifest)
+    other = write_corpus(tmp_path / "other", 10, seed=1)
+    train = ("train", tiny, "--work-dir", work_dir, "--resume", "--cfg-options", *SHORT)
+    with pytest.raises(DataError, match=r"documents of its files, or the order of files, are others \(7 packs then"):
+        xtuner(*train, f"dataset_folder={other}")
+    for key, value in (("iteration", 3), ("kind", "export!")):
+        files.write_json(folder / files.MANIFEST, {**manifest, key: value})
+        with pytest.raises(CheckpointError, match="is damaged: the manifest is altered: it is of "):
+            xtuner(*train)
+    files.write_json(folder / files.MANIFEST, manifest)
+    resumed(tiny, work_dir, straight)
 
 
 def test_a_full_disk_at_the_start(tiny: Path, tmp_path: Path) -> None:

@@ -31,6 +31,13 @@ def to_resume(work_dir: Path, resume: str | bool | None, ranks: Ranks, strict: b
     Raises: CheckpointError if there is nothing whole to resume from although there should be, ConfigError for a path
     that leads to no checkpoint.
     """
+    if resume == "":
+        raise ConfigError(
+            "--resume is given an empty path",
+            where="--resume",
+            why="starting afresh instead would throw the run away unnoticed",
+            do="set the variable that should hold the path, or leave --resume out to start afresh",
+        )
     if not resume:
         return None
     if resume is True or resume == "auto":

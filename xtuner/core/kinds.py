@@ -43,8 +43,8 @@ class Kind:
 
     @property
     def foreign(self) -> bool:
-        """Known, but not a checkpoint of ours."""
-        return self.what not in (CHECKPOINT, PARTIAL, UNKNOWN, NOTHING)
+        """Known as something else than a checkpoint of ours."""
+        return self.what not in (CHECKPOINT, PARTIAL, BARE, UNKNOWN, NOTHING)
 
     def fits(self, use: str) -> str:
         """What to do so that it fits.

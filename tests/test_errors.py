@@ -59,8 +59,8 @@ def test_good_forms(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[str, Callable[[Path], Any], str, str]] = [
-    ("no_bin", lambda f: f.mkdir(), "no .bin file in the data folder", "next: check dataset_folder"),
-    ("not_there", lambda f: None, "the data folder is not there", "set dataset_folder"),
+    ("no_bin", lambda f: f.mkdir(), "no .bin file in the data folder", "give a folder above them"),
+    ("not_there", lambda f: None, "the data folder is not there", "give the folder that holds"),
     ("no_meta", lambda f: (put(f, LINES), (f / "a.bin.meta").unlink()), "a.bin has no meta", "a.bin.meta"),
     ("torn_meta", lambda f: (put(f, LINES), (f / "a.bin.meta").write_bytes(b"\x93NUMPY")), "not an npy array", ".meta"),
     ("empty_meta", lambda f: (put(f, LINES), (f / "a.bin.meta").write_bytes(b"")), "not an npy array", ".meta"),

@@ -39,11 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import sys
 
-    from xtuner.config.check import check
     from xtuner.config.load import load
+    from xtuner.config.told import tell
     from xtuner.core import log
     from xtuner.core.errors import ConfigError
     from xtuner.tools import jobs
+    from xtuner.train import preflight
 
     log.setup()
     for option, schedulers in ONLY_FOR.items():
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
             what = f"--{option} means nothing to --scheduler {args.scheduler}"
             raise ConfigError(what, where=f"--{option}", do=f"leave it out; it is for {' and '.join(schedulers)}")
     config = load(args.config)
-    check(config)
+    preflight.settings(config, paths=False)  # of the cluster, which may see other disks
+    tell(config)
     job = _job(args, config)
     text = jobs.RENDER[args.scheduler](job)
     if args.output:

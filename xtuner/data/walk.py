@@ -123,7 +123,7 @@ def _read_entries(path: Path) -> dict[int, str]:
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"the data order cannot be read: {getattr(e, 'strerror', None) or e}",
-            where=f"data_order_path = {str(path)!r}",
+            where=str(path),
             do="write one with `xtuner data order --data-folder DATA --save-folder DIR`",
         ) from None
     entries: dict[int, str] = {}

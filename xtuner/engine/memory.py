@@ -99,8 +99,6 @@ def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torc
     """
     itemsize = optim.compute_dtype(device).itemsize
     free = _free(device)
-    if free is not None and state + RESERVE > free:
-        raise too_large(source, state, free)
     if not source.recompute:
         return Memory(state, Plan(source.config, itemsize))
     if free is None:
@@ -110,6 +108,13 @@ def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torc
         return Memory(state, plan)
     largest = plan.largest(2**17)
     return Memory(state, plan, largest if largest >= LEAST else USUAL)
+
+
+def require(state: int, source: ModelSource, device: torch.device) -> None:
+    """Raise ConfigError if a GPU has not `state` bytes free."""
+    free = _free(device)
+    if free is not None and state + RESERVE > free:
+        raise too_large(source, state, free)
 
 
 def _free(device: torch.device) -> int | None:

@@ -48,7 +48,14 @@ class ModelSource:
 
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention backend, how products are computed, and what the backward keeps."""
+        self.require(device, dtype)
         model.use_attention(self.attention_backend(device, dtype))
+        model.use_products(self.products)
+        model.model.keeps = Plan(self.config, dtype.itemsize, 0 if self.recompute else None).keeps
+
+    def require(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise ConfigError for what training cannot do there."""
+        self.attention_backend(device, dtype)
         c = self.config
         width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         sides = (c.hidden_size, width, c.num_heads * c.head_dim, c.intermediate_size)
@@ -58,8 +65,6 @@ class ModelSource:
                 where="model.products",
                 do="leave it out: products are then computed in the dtype of everything else",
             )
-        model.use_products(self.products)
-        model.model.keeps = Plan(self.config, dtype.itemsize, 0 if self.recompute else None).keeps
 
     def attention_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Name of the one that training uses there."""

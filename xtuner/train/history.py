@@ -22,11 +22,13 @@ class Chosen:
     damaged: tuple[Path, ...] = ()  # newer ones in its folder that cannot be used
 
 
-def to_resume(work_dir: Path, resume: str | bool | None, ranks: Ranks, strict: bool = False) -> Chosen | None:
+def to_resume(
+    work_dir: Path, resume: str | bool | None, ranks: Ranks, strict: bool = False, contents: bool = True
+) -> Chosen | None:
     """What `--resume` means: None for a fresh start, or a checkpoint that verifies. All ranks call it together.
 
     "auto" and True take the newest in `work_dir`, or None if there never was one: safe in scripts that start and
-    restart. Changes nothing on the disk; `make_way` does.
+    restart. Changes nothing on the disk; `make_way` does. Without `contents` (a dry run) sizes alone are compared.
 
     Raises: CheckpointError if there is nothing whole to resume from although there should be, ConfigError for a path
     that leads to no checkpoint.
@@ -41,16 +43,16 @@ def to_resume(work_dir: Path, resume: str | bool | None, ranks: Ranks, strict: b
     if not resume:
         return None
     if resume is True or resume == "auto":
-        return latest(work_dir, ranks, strict)
+        return latest(work_dir, ranks, strict, contents)
     folder = Path(resume).expanduser()
     if ranks.on_main(lambda: _is_work_dir(folder)):
-        return latest(folder, ranks, strict)
+        return latest(folder, ranks, strict, contents)
     ranks.on_main(lambda: _there(folder, resume))
-    check(folder, ranks)
+    check(folder, ranks, contents)
     return Chosen(folder)
 
 
-def latest(work_dir: Path, ranks: Ranks, strict: bool = False) -> Chosen | None:
+def latest(work_dir: Path, ranks: Ranks, strict: bool = False, contents: bool = True) -> Chosen | None:
     """The newest checkpoint whose every file is as it was written; each rank reads its share of the files.
 
     A damaged one is named, and the one before is used; with `strict` it is an error instead. None if the work dir has
@@ -61,7 +63,7 @@ def latest(work_dir: Path, ranks: Ranks, strict: bool = False) -> Chosen | None:
     for name in ranks.from_main([p.name for _, p in reversed(found(work_dir))] if ranks.is_main else None):
         folder = work_dir / name
         try:
-            check(folder, ranks)
+            check(folder, ranks, contents)
         except CheckpointError as e:
             if strict:
                 raise

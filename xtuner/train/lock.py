@@ -49,23 +49,9 @@ class WorkDirLock:
         raise BusyError("the work dir's lock changes hands again and again", where=str(self.path), do="try again")
 
     def _remove_if_dead(self, now: float) -> None:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-            age = now - self.path.stat().st_mtime
-        except FileNotFoundError:
+        if (dead := require_dead(self.path, now)) is None:
             return  # just released
-        try:
-            owner: dict[str, Any] = json.loads(text)
-        except json.JSONDecodeError:
-            owner = {}
-        alive = _alive(owner)
-        if alive or (alive is None and age < DEAD_AFTER):
-            raise BusyError(
-                f"another job uses this work dir: {_describe(owner)}",
-                where=str(self.path),
-                why="two runs would overwrite each other's checkpoints",
-                do=f"stop it, or give another --work-dir; a dead job's lock is taken over after {DEAD_AFTER:.0f} s",
-            )
+        text, owner, age = dead
         # Only one of several that judge so at once moves this very lock away; the others find it gone, or a new one.
         aside = beside(self.path, "old")
         try:
@@ -96,6 +82,31 @@ class WorkDirLock:
         self._released.set()
         if self._mine():
             self.path.unlink(missing_ok=True)
+
+
+def require_dead(lock: Path, now: float) -> tuple[str, dict[str, Any], float] | None:
+    """A dead job's lock: its text, its owner, seconds without a touch; None if there is no lock.
+
+    Raises: BusyError if the job lives.
+    """
+    try:
+        text = lock.read_text(encoding="utf-8")
+        age = now - lock.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    try:
+        owner: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError:
+        owner = {}
+    alive = _alive(owner)
+    if alive or (alive is None and age < DEAD_AFTER):
+        raise BusyError(
+            f"another job uses this work dir: {_describe(owner)}",
+            where=str(lock),
+            why="two runs would overwrite each other's checkpoints",
+            do=f"stop it, or give another --work-dir; a dead job's lock is taken over after {DEAD_AFTER:.0f} s",
+        )
+    return text, owner, age
 
 
 def _myself() -> dict[str, Any]:

@@ -33,13 +33,13 @@ class Found:
         return self.chosen.folder
 
 
-def find(run: Run, resume: str | bool | None, strict: bool, allow_change: bool) -> Found | None:
+def find(run: Run, resume: str | bool | None, strict: bool, allow_change: bool, contents: bool = True) -> Found | None:
     """The checkpoint to resume from, or None for a fresh start. All ranks call it together.
 
     Makes sure that it is this run's, and fits the run to it if the number of ranks is another. Changes nothing on the
     disk: what a dry run does, too. Raises: XTunerError for whatever speaks against the resume.
     """
-    chosen = history.to_resume(run.work_dir, resume, dist.ALL, strict)
+    chosen = history.to_resume(run.work_dir, resume, dist.ALL, strict, contents)
     if chosen is None:
         if resume:
             logger.info("no checkpoint in the work dir: starting afresh")

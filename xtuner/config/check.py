@@ -255,7 +255,8 @@ def _trial(spec: Spec) -> Iterator[ConfigError]:
             build({"type": kind, **spec.arguments}, spec.key)
     except ConfigError as e:
         inside = e.where == spec.key or e.where.startswith(f"{spec.key}.")
-        yield ConfigError(e.what, where=e.where if inside else spec.key, why=e.why, do=e.do)
+        where = f"{spec.key}.{e.where}" if e.where in spec.arguments else spec.key  # a constructor names its argument
+        yield ConfigError(e.what, where=e.where if inside else where, why=e.why, do=e.do)
     except (TypeError, ValueError) as e:
         yield ConfigError(f"{type_name(kind)} does not take these values: {e}", where=spec.key)
     except Exception as e:

@@ -23,7 +23,6 @@ _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 # the last part of a path → the range of its number; under any parent
 _RANGES = {
     "accumulative_counts": _at_least(1),
-    "eta_min": _at_least(0),
     "every_n_iters": _at_least(1),
     "lr": _POSITIVE,
     "max_keep_ckpts": _COUNT,
@@ -36,7 +35,6 @@ _RANGES = {
     "rms_norm_eps": _at_least(0),
     "rope_theta": _POSITIVE,
     "seed": _SEED,
-    "start_factor": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "val_interval": _at_least(1),
     "weight_decay": _at_least(0),
 }
@@ -55,8 +53,6 @@ def of_spec(spec: Spec, kind: Any) -> Iterator[ConfigError]:
         if not (saves and interval == -1):
             words = "-1 (only at the end) or at least 1" if saves else "at least 1"
             yield ConfigError(f"interval = {interval} is not {words}", where=f"{spec.key}.interval")
-    if spec.key.startswith("param_scheduler"):
-        yield from _span(spec, kind)
     if spec.key == "model":
         yield from _shape(spec)
 
@@ -106,21 +102,6 @@ def _ranges(key: str, values: Any) -> Iterator[ConfigError]:
             right, words = _RANGES[name]
             if not right(value):
                 yield ConfigError(f"{name} = {value!r} is not {words}", where=f"{key}.{name}".lstrip("."))
-
-
-def _span(spec: Spec, kind: Any) -> Iterator[ConfigError]:
-    begin, end = spec.value("begin", kind), spec.value("end", kind)
-    if not (_number(begin) and _number(end)):
-        return
-    if begin < 0:
-        yield ConfigError(f"begin = {begin:g} lies before the run", where=f"{spec.key}.begin")
-    elif end < begin:
-        epochs = "epochs" if spec.value("by_epoch", kind) else "iterations"
-        yield ConfigError(
-            f"the schedule ends (end = {end:g}) before it begins (begin = {begin:g} {epochs})",
-            where=f"{spec.key}.begin" if begin else f"{spec.key}.end",
-            do="keep 0 <= begin <= end; a warm_up_ratio lies between 0 and 1",
-        )
 
 
 def _shape(spec: Spec) -> Iterator[ConfigError]:

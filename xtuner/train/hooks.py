@@ -6,6 +6,7 @@ that measure fill `it.record`, LoggerHook writes it, CheckpointHook comes last.
 
 import resource
 import time
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -67,8 +68,12 @@ class ParamSchedulerHook(Hook):
     """Applies `param_scheduler`. Without this hook the learning rate stays the optimizer's."""
 
     def configure(self, run: Run) -> None:
-        per_epoch = run.packs_per_epoch / run.packs_per_iteration
-        run.schedule = Schedule.of(run.optim.lr, run.config.get("param_scheduler"), per_epoch)
+        per_epoch = Fraction(run.packs_per_epoch, run.packs_per_iteration)
+        specs = run.config.get("param_scheduler") if run.max_iterations else []  # too little data: said elsewhere
+        try:
+            run.schedule = Schedule.of(run.optim.lr, specs, per_epoch, run.max_iterations)
+        except ConfigError as e:  # known only now that an epoch's length is
+            raise ConfigError(e.what, where=run.config.where(e.where), why=e.why, do=e.do) from None
 
 
 class DistSamplerSeedHook(Hook):

@@ -58,6 +58,8 @@ def report(run: Run) -> None:
     logger.info("what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows))
     if warning := dropped.warning():
         logger.warning(warning)
+    for remark in run.schedule.remarks(run.max_iterations):
+        logger.warning(remark)
 
 
 def _masters(run: Run) -> str:

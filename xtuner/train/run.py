@@ -47,7 +47,7 @@ class Run:
     def plan(self) -> None:
         """Work out what follows from the packs an iteration takes."""
         self.max_iterations = self.total_packs // self.packs_per_iteration
-        self.schedule = Schedule(self.optim.lr, [], 1)
+        self.schedule = Schedule(self.optim.lr)
         for hook in self.hooks:
             hook.configure(self)
 

@@ -401,7 +401,11 @@ def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
         ("train_cfg = dict(type=TrainLoop", "train_cfg = dict(type=print", ["loop of your own"]),
         ("launcher = 'none'", "val_cfg = dict(type='ValLoop')", ["val_cfg", "val_dataset"]),
         ("launcher = 'none'", "strategy = dict(type='DeepSpeedStrategy')", ["--deepspeed"]),
-        ("end=max_epochs, conv", "T_max=9, end=max_epochs, conv", ["T_max = 9 is not end - begin"]),
+        (
+            "end=max_epochs, conv",
+            "eta_min_ratio=0.1, end=max_epochs, conv",
+            ["eta_min and eta_min_ratio are both given"],
+        ),
         ("by_epoch=False, interval=save_steps", "save_best='loss', interval=1", ["save_best"]),
     ],
 )

@@ -59,12 +59,14 @@ def check(config: Config, paths: bool = False) -> None:
 
 def problems(config: Config, paths: bool = False) -> list[ConfigError]:
     """All mistakes, each with its file and line."""
-    found = [*_names(config), *_only(config), *_parts(config), *_dataloader(config), *_train_cfg(config)]
+    length = list(_train_cfg(config))
+    found = [*_names(config), *_only(config), *_parts(config), *_dataloader(config), *length]
     inside = [*_not_specs(config), *rules.not_finite(config)]
     inside += [*(e for spec in specs(config) for e in _spec(spec)), *rules.of_runtime(config)]
     wrong = [e.where for e in inside]
+    wrong += ["param_scheduler"] if length else []  # its begins and ends are made from max_epochs
     for spec in specs(config):
-        if not any(f"{where}.".startswith(f"{spec.key}.") for where in wrong):
+        if not any(_within(where, spec.key) or _within(spec.key, where) for where in wrong):
             inside += _trial(spec)
     found += [ConfigError(e.what, where=config.where(e.where), why=e.why, do=e.do) for e in inside]
     if paths:
@@ -237,6 +239,10 @@ def _spec(spec: Spec) -> Iterator[ConfigError]:
             name = problem.where
             yield ConfigError(problem.what, where=f"{spec.key}.{name}", why=problem.why, do=problem.do)
     yield from rules.of_spec(spec, kind)
+
+
+def _within(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.")
 
 
 def _trial(spec: Spec) -> Iterator[ConfigError]:

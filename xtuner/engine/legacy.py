@@ -95,7 +95,7 @@ def MultiStepLR(
     last_step: int = -1,
     verbose: bool = False,
 ) -> schedule.MultiStepLR:
-    return schedule.MultiStepLR(begin, end, by_epoch, convert_to_iter_based, milestones, gamma)
+    return schedule.MultiStepLR(begin, end, by_epoch, convert_to_iter_based, gamma, milestones=milestones)
 
 
 @adapter(no_work=_QUIET, only=_FRESH)

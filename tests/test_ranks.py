@@ -66,6 +66,11 @@ def messages_and_errors(ranks: Ranks, folder: Path) -> None:
     assert ranks.gather({"rank": me}) == [{"rank": r} for r in range(3)]
     assert ranks.from_main(["ä", me]) == ["ä", 0]
     assert ranks.sum(2**40 + me) == 3 * 2**40 + 3
+    for values in ([0, 1, me], [me * 7, 479, 3 - me], [me * 1000, 2, 0], []):  # the last but one: beyond a power of 2
+        wanted = [max(v) for v in zip(*ranks.gather(values), strict=True)]
+        assert ranks.sums_and_most([2.0**40 + me, me == 1], values) == ([3 * 2**40 + 3, 1], wanted)
+    assert ranks.number_from_main(me + 2**40) == 2**40
+    assert ranks.sum_on_device(torch.tensor(0.5 * me)) == 1.5
     assert ranks.together(lambda: me * 10) == me * 10
     assert ranks.on_main(lambda: [me]) == [0]
 
@@ -131,10 +136,11 @@ def saves(ranks: Ranks, folder: Path) -> None:
     ranks.on_main(lambda: history.make_way(folder, chosen))
     assert (folder / "iter_4.pth.damaged").is_dir()
     stop = Stop(folder, ranks)
-    assert not stop.agreed()
+    assert not ranks.sum(stop.requested())
     if me == 2:
         os.kill(os.getpid(), signal.SIGUSR1)
-    assert stop.agreed()
+    assert ranks.sum(stop.requested()) == 1
+    stop.agree()
     assert stop.reason == "SIGUSR1"
     ranks.gather(None)
     if me == 0:

@@ -3,6 +3,7 @@
 Ten iterations with accumulation 2 and clipping; packs have unequal numbers of targets, some none at all.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,19 +16,23 @@ from typing import Any
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
+from conftest import write_corpus
 from safetensors.torch import load_file, save_file
 from test_ranks import on_ranks
 
 from xtuner.core import dist
 from xtuner.core.dist import Ranks
 from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.batch import Batch
 from xtuner.engine import choose, zero_config
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.families import write_config
+from xtuner.model.generate import generate
 from xtuner.model.ops.products import Kind
 from xtuner.model.source import ModelSource, from_scratch
+from xtuner.train import evaluate
 
 ITERATIONS, PACKS, LR, MAX_NORM = 10, 4, 1e-3, 1.0
 CPU = torch.device("cpu")
@@ -80,12 +85,12 @@ def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strateg
     _, zero, fsdp = KINDS.get(kind, (1, None, None))
     if zero == "zero0.json":
         settings = {**zero_config.read("deepspeed_zero1"), "zero_optimization": {"stage": 0}}
-        zero = str(folder / "zero0.json")
+        zero = str(folder / f"zero0_{dist.rank()}.json")  # each rank its own: another may read it half written
         Path(zero).write_text(json.dumps(settings))
     if kind == "zero3":  # else every weight of so small a model stays whole
         settings = zero_config.read(zero)
         settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000}
-        zero = str(folder / "zero3.json")
+        zero = str(folder / f"zero3_{dist.rank()}.json")
         Path(zero).write_text(json.dumps(settings))
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks)
     model = source(products)
@@ -99,7 +104,9 @@ def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bo
     everything, rank, ranks = packs(), dist.rank(), dist.world_size()
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
-        loss = strategy.forward_backward(these[rank::ranks], sum(p.num_targets for p in these))
+        batch = these[rank::ranks]
+        (targets,), parts = dist.ALL.sums_and_most([sum(p.num_targets for p in batch)], strategy.parts(batch))
+        loss = strategy.forward_backward(batch, int(targets), parts)
         yield (loss, *strategy.step(LR, MAX_NORM))
 
 
@@ -234,6 +241,39 @@ def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
             assert applied
 
     assert on_ranks(2, poisoned, tmp_path) == [0, 0]
+
+
+def test_ranks_share_validation_and_give_one_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one process: the loss, in as many passes on each of three ranks; and a reply, though their logits differ."""
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 64)
+    held_out = load_intern_repo_tokenized_dataset(str(write_corpus(tmp_path / "held_out", 7)))
+    few = load_intern_repo_tokenized_dataset(str(write_corpus(tmp_path / "few", 1, types=("en",))))  # 2 of 3 ranks
+    passes: list[int] = []
+    one_pass = evaluate._loss
+    monkeypatch.setattr(evaluate, "_loss", lambda *words: passes.append(len(words[1])) or one_pass(*words))
+    model = make("single", tmp_path, 1).model
+    expected = [evaluate.evaluate(model, documents, 24, quiet=True) for documents in (held_out, few)]
+    groups, parts = len(passes), sum(passes)
+    reply = list(generate(model, [1, 7, 9], 12))
+
+    def together(ranks: Ranks, folder: Path) -> None:
+        for kind in ("zero3", "fsdp"):
+            passes.clear()
+            model = make(kind, folder, 3).model
+            found = [evaluate.evaluate(model, documents, 24, quiet=True) for documents in (held_out, few)]
+            shares = ranks.gather([len(passes), sum(passes), repr(found)])
+            assert len({(count, text) for count, _, text in shares}) == 1
+            assert groups <= 3 * len(passes) < groups + 6
+            assert sum(share for _, share, _ in shares) == parts + 3 * len(passes) - groups  # and the empty passes
+            for mine, true in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+                assert (mine.name, mine.tokens) == (true.name, true.tokens)
+                assert mine.loss == pytest.approx(true.loss, rel=1e-6)
+            if ranks.rank == 1:  # alone, it would say other tokens
+                model.output.register_forward_hook(lambda module, args, out: out.roll(1, -1))
+            stops = [reply[0] + 1] if ranks.rank == 1 else []  # and stop at once
+            assert list(generate(model, [1, 7, 9], 12, stops, agree=ranks.number_from_main)) == reply
+
+    assert on_ranks(3, together, tmp_path / "ranks") == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

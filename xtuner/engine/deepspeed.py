@@ -68,7 +68,7 @@ class DeepSpeedStrategy(ShardedStrategy):
     def model(self) -> CausalLM:
         return self._model
 
-    def forward_backward(self, batch: Sequence[Batch], num_targets: int) -> float:
+    def forward_backward(self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None) -> float:
         self._to_step = bool(num_targets)
         if not num_targets:
             return 0.0
@@ -85,7 +85,7 @@ class DeepSpeedStrategy(ShardedStrategy):
             # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
             scale = torch.where(loss.detach().isfinite(), float(ranks), math.nan)
             self._engine.backward(loss * scale, scale_wrt_gas=False)
-        return dist.ALL.sum(total.item())
+        return dist.ALL.sum_on_device(total)
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._to_step:

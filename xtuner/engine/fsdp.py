@@ -62,26 +62,26 @@ class FSDPStrategy(ShardedStrategy):
     def model(self) -> CausalLM:
         return self._model
 
-    def forward_backward(self, batch: Sequence[Batch], num_targets: int) -> float:
+    def forward_backward(self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None) -> float:
         self._may_step = False
         if not num_targets:
             return 0.0
         total = torch.zeros((), device=self.device)
-        counts = dist.ALL.most([self.memory.parts(pack) for pack in batch])
-        parts = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
-        for i, part in enumerate(parts):  # also without targets: other ranks wait for the collectives
-            dist.note(f"forward and backward of micro-batch {i + 1} of {len(parts)}")
-            last = i == len(parts) - 1
+        counts = parts or self.parts(batch)
+        pieces = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
+        for i, piece in enumerate(pieces):  # also without targets: other ranks wait for the collectives
+            dist.note(f"forward and backward of micro-batch {i + 1} of {len(pieces)}")
+            last = i == len(pieces) - 1
             # whole gradients would take the room for which packs are cut; copies of the model sum theirs once
-            self._root.set_requires_gradient_sync(last or len(parts) > len(batch))
+            self._root.set_requires_gradient_sync(last or len(pieces) > len(batch))
             self._root.set_requires_all_reduce(last)
-            b = part.to(self.device)
+            b = piece.to(self.device)
             loss = self._model(
                 b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets
             )
             loss.backward()
             total += loss.detach()
-        mean = dist.ALL.sum(total.item())
+        mean = dist.ALL.sum_on_device(total)
         self._may_step = math.isfinite(mean)
         return mean
 

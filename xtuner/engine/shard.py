@@ -7,7 +7,7 @@ strategies: a checkpoint of one resumes under any other, on any number of ranks.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from xtuner.core.dist import ALL, Ranks
 from xtuner.core.errors import CheckpointError
 from xtuner.core.files import read_json
 from xtuner.core.log import progress
+from xtuner.data.batch import Batch
 from xtuner.engine.host import HostCopy
+from xtuner.engine.memory import Memory
 from xtuner.engine.snapshot import Snapshot, divide, file_names
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import layout_of, write_config
@@ -43,6 +45,8 @@ class ShardedStrategy(ABC):
         gives: False on ranks whose parts others hold, too (hybrid sharding): those others save them.
     """
 
+    memory: Memory
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -57,6 +61,9 @@ class ShardedStrategy(ABC):
         self._files = dict(zip(file_names("weights/model", len(groups)), groups, strict=True))
         self._mine = dict(list(self._files.items())[ranks.rank :: ranks.size])  # weight files this rank writes
         self._host = HostCopy(pinned=device.type == "cuda")
+
+    def parts(self, batch: Sequence[Batch]) -> list[int]:
+        return [self.memory.parts(pack) for pack in batch]
 
     @abstractmethod
     def _shards(self) -> dict[str, Shard]:

@@ -48,19 +48,20 @@ class Stop:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self, save_time: float = 0.0) -> bool:
-        """True on all ranks once any of them is asked to stop; `reason` says by what. Called once an iteration.
+    def requested(self, save_time: float = 0.0) -> bool:
+        """Whether this rank has a reason to stop. Called once an iteration.
 
         Args:
             save_time: s that a save has taken, which must fit before a time limit.
         """
-        self.reason = self.reason or self._asked(save_time)
-        if not self._ranks.sum(bool(self.reason)):
-            return False
-        self.reason = next(filter(None, self._ranks.gather(self.reason)))
-        return True
+        self.reason = self.reason or self._look(save_time)
+        return bool(self.reason)
 
-    def _asked(self, save_time: float) -> str:
+    def agree(self) -> None:
+        """Once any rank has a reason: make the first of them the `reason` of all. All ranks call it together."""
+        self.reason = next(filter(None, self._ranks.gather(self.reason)))
+
+    def _look(self, save_time: float) -> str:
         now = time.time()
         self._longest, self._last = max(self._longest, now - self._last), now
         for what, end in self._limits.items():

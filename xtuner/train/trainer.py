@@ -195,15 +195,21 @@ def _see(folder: Path) -> None:
 def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
     """Train until the end or a request to stop."""
     packs = run.loader.iterate_from(run.state.position)
+    begun_at = run.state.iteration
     while run.state.iteration < run.max_iterations:
         begin = time.perf_counter()
         if watch:
             watch.iteration = run.state.iteration
         batch = [next(packs) for _ in range(run.optim.accumulative_counts)]
         data_time = time.perf_counter() - begin
-        num_targets = dist.all_sum(sum(b.num_targets for b in batch))
+        # at least one iteration is done; all that ranks have to agree on for the next goes in one message
+        stops = run.state.iteration > begun_at and stop.requested(run.saver.save_time)
+        counts, parts = dist.ALL.sums_and_most([stops, sum(b.num_targets for b in batch)], run.strategy.parts(batch))
+        if counts[0]:
+            return _stopped(run, stop)
+        num_targets = int(counts[1])
         lr = run.schedule(run.state.iteration)
-        loss = run.strategy.forward_backward(batch, num_targets)
+        loss = run.strategy.forward_backward(batch, num_targets, parts)
         grad_norm, applied = run.strategy.step(lr, run.optim.max_norm)
         run.state = _advance(run, num_targets)
         it = Iteration(
@@ -221,12 +227,6 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
             _not_applied(run, it, [b.pack for b in batch])
         for hook in run.hooks:
             hook.after_iteration(run, it)
-        if stop.agreed(run.saver.save_time) and run.state.iteration < run.max_iterations:
-            run.save(last=True)
-            logger.warning(
-                f"stopped at iteration {run.state.iteration} on {stop.reason}; run again with --resume to go on"
-            )
-            return EXIT_STOPPED
     for hook in run.hooks:
         hook.after_run(run)
     left = max(run.total_packs - run.state.packs, 0)
@@ -236,6 +236,14 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
         + (f"; {run.without_targets:,} iterations had no token to learn from" if run.without_targets else "")
     )
     return EXIT_DONE
+
+
+def _stopped(run: Run, stop: Stop) -> int:
+    """Save where the run stands, before its next iteration."""
+    stop.agree()
+    run.save(last=True)
+    logger.warning(f"stopped at iteration {run.state.iteration} on {stop.reason}; run again with --resume to continue")
+    return EXIT_STOPPED
 
 
 def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:

@@ -99,7 +99,7 @@ class Ranks:
 
     def sum_on_device(self, value: Any) -> float:
         """Sum of a tensor of one element, summed where it lies: on GPUs without the detour over hosts."""
-        total = value.double()
+        total = value.double().clone()
         if self.size > 1:
             note("a sum over all")
             _distributed().all_reduce(total, group=self._group)

@@ -23,7 +23,10 @@ def run(args: argparse.Namespace) -> int:
     here = device()
     work_dir = preflight.work_dir_of(None, config)
     run = preflight.prepare(config, hooks, work_dir, here, None, Ranks(), only_look=True)
+    notes = list(run.make_schedule().remarks(run.max_iterations))
     print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))
+    for note in notes:
+        print(f"note: {note}")
     if why_not := fit.why_not_alone(run.source, run.optim, here):
         print(f"note: {why_not}")
     return 0

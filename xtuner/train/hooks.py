@@ -68,11 +68,13 @@ class ParamSchedulerHook(Hook):
     """Applies `param_scheduler`. Without this hook the learning rate stays the optimizer's."""
 
     def configure(self, run: Run) -> None:
+        run.make_schedule = lambda: self._schedule(run)
+
+    def _schedule(self, run: Run) -> Schedule:
         per_epoch = Fraction(run.packs_per_epoch, run.packs_per_iteration)
-        specs = run.config.get("param_scheduler") if run.max_iterations else []  # too little data: said elsewhere
         try:
-            run.schedule = Schedule.of(run.optim.lr, specs, per_epoch, run.max_iterations)
-        except ConfigError as e:  # known only now that an epoch's length is
+            return Schedule.of(run.optim.lr, run.config.get("param_scheduler"), per_epoch, run.max_iterations)
+        except ConfigError as e:
             raise ConfigError(e.what, where=run.config.where(e.where), why=e.why, do=e.do) from None
 
 

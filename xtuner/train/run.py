@@ -1,5 +1,6 @@
 """A run as hooks see it: everything it is made of, what an iteration did, and what a hook may do about it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ class Run:
     data_facts: dict[str, Any] = field(init=False)  # identity of the data as they were when the run began
     data_files: list[str] | int = field(init=False)  # by name, to say which have changed
     max_iterations: int = field(init=False)
-    schedule: Schedule = field(init=False)
+    make_schedule: Callable[[], Schedule] = field(init=False)  # for the packs an iteration takes when it is called
+    schedule: Schedule = field(init=False)  # made when it is known what an iteration is: a resume may change that
     choice: Choice = field(init=False)  # which strategy it will be
     strategy: Strategy = field(init=False)
     metrics: MetricWriter = field(init=False)
@@ -47,7 +49,7 @@ class Run:
     def plan(self) -> None:
         """Work out what follows from the packs an iteration takes."""
         self.max_iterations = self.total_packs // self.packs_per_iteration
-        self.schedule = Schedule(self.optim.lr)
+        self.make_schedule = lambda: Schedule(self.optim.lr)
         for hook in self.hooks:
             hook.configure(self)
 

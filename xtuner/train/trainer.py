@@ -93,7 +93,9 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
 
 def _find(run: Run, options: Options, contents: bool = True) -> Found | None:
     resume = options.resume if options.resume is not None else run.config.get("resume")
-    return find(run, resume, options.strict_resume, options.allow_change, contents)
+    found = find(run, resume, options.strict_resume, options.allow_change, contents)
+    run.schedule = dist.ALL.together(run.make_schedule)
+    return found
 
 
 def _start(run: Run, found: Found | None) -> None:

@@ -226,7 +226,7 @@ COMMAND_LINES: dict[str, Row] = {
     "memory": Row(2, ["weights, gradients and optimizer state need", "deepspeed_zero3"],
         ["hidden_size=65536", "num_layers=1000"], words=["--seed", "1"]),
     "resume_nowhere": Row(2, ["--resume", "no such folder", "/nowhere"], words=["--resume", "/nowhere"]),
-    "resume_empty": Row(2, ["--resume is empty"], words=["--resume", ""]),
+    "resume_empty": Row(2, ["--resume", "an empty path"], words=["--resume", ""]),
     "resume_no_checkpoint": Row(2, ["no checkpoint there", "{w}/empty"], words=["--resume", "{w}/empty"]),
     "resume_file": Row(2, ["this is a file, not a folder", "{w}/file"], words=["--resume", "{w}/file"]),
     "resume_hf": Row(2, ["Hugging Face", "load_from = {w}/whole"], words=["--resume", "{w}/whole"]),

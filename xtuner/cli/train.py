@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if not faulthandler.is_enabled():
         faulthandler.enable()  # where each thread stood if a library crashes, or a mapped file is cut off
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in words, not in frames of C++
-    for option in ("--work-dir", "--resume", "--cache-dir", "--deepspeed"):
+    for option in ("--work-dir", "--cache-dir", "--deepspeed"):
         if getattr(args, option[2:].replace("-", "_")) == "":  # as a rule a variable of a script that is not set
             raise ConfigError(f"{option} is empty", where=option, do="give a value, or leave the option out")
     config = load(args.config, args.cfg_options)

@@ -18,10 +18,10 @@ ONLY_FOR = {  # option → schedulers that have a use for it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, or the name of a shipped one")
-    parser.add_argument("--scheduler", required=True, choices=("slurm", "k8s", "dlc"))
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
-    parser.add_argument("--partition", metavar="P", help="Slurm: of the site")
+    parser.add_argument("--scheduler", required=True, choices=("slurm", "k8s", "dlc"), help="what the job is for")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="processes on each")
+    parser.add_argument("--partition", metavar="P", help="Slurm (default: the site's)")
     parser.add_argument("--time", metavar="T", help="Slurm: limit, e.g. 24:00:00 or 2-00; the job is requeued after it")
     parser.add_argument("--image", metavar="I", help="k8s, dlc: container image with xtuner in it")
     parser.add_argument("--namespace", metavar="NS", help="k8s (default: default)")

@@ -54,10 +54,12 @@ def run(args: argparse.Namespace) -> int:
     import sys
 
     from xtuner.config.load import load
-    from xtuner.core import log
+    from xtuner.core import log, streams
     from xtuner.core.errors import ConfigError
     from xtuner.engine import launch, workers
 
+    if not args.dry_run:
+        streams.survive()  # a run goes on when nobody reads what it prints
     if not faulthandler.is_enabled():
         faulthandler.enable()  # where each thread stood if a library crashes, or a mapped file is cut off
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in words, not in frames of C++

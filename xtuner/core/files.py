@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from xtuner.core.dist import note
-from xtuner.core.errors import CheckpointError, ConfigError, XTunerError
+from xtuner.core.errors import DISK_ERRORS, CheckpointError, ConfigError, XTunerError
 from xtuner.core.log import logger
 from xtuner.core.owner import made_by_living, mark
 
@@ -48,6 +48,19 @@ def sync_file(path: Path) -> None:
         os.fsync(f.fileno())
 
 
+def require_utf8(path: Path, setting: str) -> None:
+    """Raises: ConfigError if safetensors, which takes no other paths, could not read what is written below `path`."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            "the path is not UTF-8",
+            where=f"{setting}: {path}",
+            why="safetensors opens UTF-8 paths only: nothing saved there could be read again",
+            do="give another folder, or rename that part of the path",
+        ) from None
+
+
 def beside(target: Path, purpose: str) -> Path:
     """A new name next to `target`, of this process: see the top of this file."""
     return target.with_name(f".{target.name}.{purpose}-{mark()}")
@@ -55,22 +68,32 @@ def beside(target: Path, purpose: str) -> Path:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; on success it takes the name `path` in one step."""
+    """Open a temporary file beside `path`; on success it takes the name `path` in one step.
+
+    Text is UTF-8; bytes of a path that are not stay as they are. OSErrors of writing name `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path, "tmp")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        e.filename = str(path)  # the temporary name is nobody's
+        raise
     try:
         os.fchmod(fd, 0o666 & ~_UMASK)
-        with open(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
+        coding = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
+        with open(fd, mode, **coding) as f:  # type: ignore[call-overload]
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as e:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(e, OSError) and (e.filename == temporary or (e.filename is None and e.errno in DISK_ERRORS)):
+            e.filename, e.filename2 = str(path), None  # `write` knows no name
         raise
 
 
@@ -104,7 +127,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # bytes of paths that are not UTF-8: JSON's own escapes
 
 
 def read_json(path: str | Path) -> Any:

@@ -46,7 +46,7 @@ class Place:
         self.failures: list[str] = []
         self.read_only = read_only.get()
         root = Path(os.path.abspath(folder))
-        own = f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}"
+        own = f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
         given = chosen.get() or cache_dir or os.environ.get(VARIABLE)
         if given:
             self.dirs = [Path(given).expanduser() / own]

@@ -92,7 +92,7 @@ class _SentencePiece:
         self.folder = folder
         path = folder / "tokenizer.model"
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
         except (RuntimeError, OSError) as e:
             raise ConfigError(
                 f"tokenizer.model cannot be read: {e}", where=str(path), do="copy the model's file there again"

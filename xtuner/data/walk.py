@@ -119,7 +119,7 @@ def read_order(path: str | Path, folder: Path, file_type: str = ".bin") -> list[
 def _read_entries(path: Path) -> dict[int, str]:
     """Line number → relative path, none leaving its folder."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # names of files, whatever their bytes
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"the data order cannot be read: {getattr(e, 'strerror', None) or e}",

@@ -1,4 +1,4 @@
-"""What to do when memory runs out, as command lines that can be run as they are."""
+"""What to do when a run has ended early, as command lines that can be run as they are."""
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from xtuner.core import dist
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, InterruptedRunError
+from xtuner.core.files import MANIFEST
 from xtuner.core.log import human_bytes
 from xtuner.engine import memory, zero_config
 from xtuner.engine.adamw import FORMS
@@ -51,6 +52,21 @@ def out_of_memory(run: Run, words: Sequence[str], choice: Choice, error: BaseExc
         do="one of these, first what costs least:\n        "
         + "\n        ".join([*advice, "or more GPUs: what is divided over ranks becomes less on each"]),
     )
+
+
+def interrupted(run: Run, words: Sequence[str]) -> InterruptedRunError:
+    """The error to end with after a second Ctrl-C. What a save in flight leaves must be there by now."""
+    at, sealed = run.state.iteration, list(run.work_dir.glob(f"*.pth/{MANIFEST}"))
+    newest = max(sealed, key=lambda manifest: manifest.stat().st_mtime, default=None)
+    error = InterruptedRunError(
+        f"stopped without saving, after iteration {at}",
+        where=f"newest checkpoint: {newest.parent}" if newest else f"{run.work_dir}: no checkpoint was saved",
+        do=f"to continue from it: {_line(list(words), ['--resume'])}"
+        if newest
+        else f"to begin again: {_line(list(words), [])}",
+    )
+    error.quiet = not dist.is_main()
+    return error
 
 
 def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, str]]:

@@ -126,7 +126,8 @@ class Record:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(value, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # names that are not UTF-8, as JSON's own escapes
 
 
 def _no_record(path: Path) -> ConfigError:

@@ -14,13 +14,14 @@ import torch
 from xtuner.config.build import build
 from xtuner.core import dist
 from xtuner.core.errors import ConfigError
-from xtuner.core.log import human_bytes, human_time, logger
+from xtuner.core.log import human_bytes, human_time, logger, show_progress
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.tokenizer import Tokenizer, single_tokens
 from xtuner.engine.schedule import Schedule
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.generate import generate
+from xtuner.train.averages import Averages
 from xtuner.train.evaluate import evaluate
 from xtuner.train.run import Hook, Iteration, Run
 
@@ -86,7 +87,10 @@ class DistSamplerSeedHook(Hook):
 
 
 class LoggerHook(Hook):
-    """A line on the terminal, in the log file, in scalars.json and TensorBoard every `interval` iterations."""
+    """A line in the log, in scalars.json and TensorBoard every `interval` iterations; see `train/averages.py`.
+
+    On a terminal also a progress line, at every iteration.
+    """
 
     priority = 80
 
@@ -94,25 +98,39 @@ class LoggerHook(Hook):
         if interval < 1:
             raise ConfigError(f"interval = {interval}", where="default_hooks.logger.interval")
         self.interval = interval
+        self._averages = Averages()
 
     def after_iteration(self, run: Run, it: Iteration) -> None:
-        if it.state.iteration % self.interval and it.state.iteration != run.max_iterations:
-            return
         if not dist.is_main():
             return
-        memory = memory_in_use(run.strategy.device)
-        record = {"iter": it.state.iteration, "lr": it.lr, "loss": it.loss, "grad_norm": it.grad_norm}
-        record |= {"targets": it.num_targets, "applied": it.applied, "memory": memory, **it.record}
-        run.metrics.write(record)
-        logger.info(log_line(record, run.max_iterations))
+        self._averages.add(it)
+        number, last = it.state.iteration, run.max_iterations
+        averages = self._averages.record()
+        parts = [f"iter {number}/{last}  {100 * number // last} %", f"loss {averages['loss_smoothed']:.4f}"]
+        if "eta" in averages:
+            parts.append(f"ETA {human_time(averages['eta'])}")
+        if "tokens_per_s" in averages:
+            parts.append(f"{averages['tokens_per_s']:,.0f} tok/s")
+        show_progress(*parts)
+        if number % self.interval == 0 or number == last:
+            record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
+            record["memory"] = memory_in_use(run.strategy.device)
+            record["tokens"] = it.state.packs * run.loader.dataset.packed_length
+            logger.info(log_line(record, last))
+            run.metrics.write(record)
+            self._averages.restart()
+
+    def after_run(self, run: Run) -> None:
+        show_progress()
 
 
 def log_line(record: dict[str, Any], last: int) -> str:
-    """One iteration in one line."""
+    """What one record says, in one line."""
+    loss = f"loss {record['loss']:.4f} (smoothed {record['loss_smoothed']:.4f})" if record["targets"] else "no targets"
     parts = [
         f"iter {record['iter']:>{len(str(last))}}/{last}",
         f"lr {record['lr']:.3e}",
-        f"loss {record['loss']:.4f}" if record["targets"] else "no targets",
+        loss,
         f"grad norm {record['grad_norm']:.3f}",
     ]
     if "tokens_per_s" in record:

@@ -4,6 +4,7 @@
 machine and in the process namespace where it was made), or else if nothing has touched it for a while.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -73,7 +74,8 @@ class WorkDirLock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             if self._mine():
-                os.utime(self.path)
+                with contextlib.suppress(OSError):  # tried again with the next beat
+                    os.utime(self.path)
             else:
                 logger.error(f"{self.path} is no longer this job's: another one may write here, too")
                 return
@@ -81,7 +83,8 @@ class WorkDirLock:
     def release(self) -> None:
         self._released.set()
         if self._mine():
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # read-only by now: its process is gone, so the next start takes it over
+                self.path.unlink(missing_ok=True)
 
 
 def require_dead(lock: Path, now: float) -> tuple[str, dict[str, Any], float] | None:

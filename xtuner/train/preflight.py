@@ -28,7 +28,7 @@ from xtuner.config.walk import specs
 from xtuner.core import hub
 from xtuner.core.dist import Ranks
 from xtuner.core.errors import ConfigError, DataError, XTunerError
-from xtuner.core.files import not_written, read_json
+from xtuner.core.files import not_written, read_json, require_utf8
 from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
@@ -251,6 +251,7 @@ def command_line(work_dir: Path, seed: int | None = None, max_minutes: float | N
 
     Raises: ConfigError; BusyError for another run's work dir; CheckpointError for a disk that takes nothing.
     """
+    require_utf8(work_dir, "work dir")
     if seed is not None and not 0 <= seed < 2**32:
         raise ConfigError(f"--seed {seed} is not in 0 … 2^32 - 1", where="--seed")
     if max_minutes is not None and not (math.isfinite(max_minutes) and max_minutes > 0):

@@ -22,7 +22,7 @@ from xtuner.engine import fit
 from xtuner.engine.choose import choose, strategy
 from xtuner.engine.watch import Watch
 from xtuner.train import history, preflight
-from xtuner.train.advice import is_out_of_memory, out_of_memory
+from xtuner.train.advice import interrupted, is_out_of_memory, out_of_memory
 from xtuner.train.lock import WorkDirLock
 from xtuner.train.metrics import MetricWriter
 from xtuner.train.report import environment, report
@@ -67,7 +67,7 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
     ranks.together(lambda: run.source.require(device, run.optim.compute_dtype(device)))
     if options.dry_run:
         found = _find(run, options, contents=False)
-        report(run)
+        _print_report(run)
         ranks.together(lambda: fit.require(run.choice, run.source, run.optim, device))
         logger.info("dry run: nothing was trained" + (f"; it would resume from {found.folder}" if found else ""))
         return EXIT_DONE
@@ -89,6 +89,21 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
             if is_out_of_memory(e):
                 raise out_of_memory(run, options.words, run.choice, e) from None
             raise
+        except KeyboardInterrupt:
+            at_the_end.close()  # with a save in flight
+            raise interrupted(run, options.words) from None
+        finally:
+            log.show_progress()
+
+
+def _print_report(run: Run) -> None:
+    """On rank 0. Its result goes to standard output; what happens while training goes to standard error."""
+    if dist.is_main():
+        log.print_result(report(run))
+        if warning := run.loader.dataset.dropped().warning():
+            logger.warning(warning)
+        for remark in run.schedule.remarks(run.max_iterations):
+            logger.warning(remark)
 
 
 def _find(run: Run, options: Options, contents: bool = True) -> Found | None:
@@ -100,7 +115,7 @@ def _find(run: Run, options: Options, contents: bool = True) -> Found | None:
 
 def _start(run: Run, found: Found | None) -> None:
     """Everything between the work dir and the first iteration."""
-    report(run)
+    _print_report(run)
     if run.config.get("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -297,7 +297,7 @@ def test_ranks_share_validation_and_give_one_reply(tmp_path: Path, monkeypatch: 
             )
         ],
         ({"bf16": {"enable": False}}, "no setting 'bf16.enable'. Did you mean 'enabled'"),
-        ({"communication_data_type": "auto", "bf16": {"enabled": "auto"}, "seed": "auto"}, "no setting of the config"),
+        ({"bf16": {"enabled": "auto"}, "steps_per_print": "auto"}, "no setting of the config"),
     ],
 )
 def test_settings_that_contradict_the_config(change: dict[str, object], message: str, tmp_path: Path) -> None:

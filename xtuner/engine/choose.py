@@ -7,6 +7,7 @@ import torch
 from xtuner.config.build import type_name
 from xtuner.core import dist
 from xtuner.core.errors import ConfigError
+from xtuner.core.log import logger
 from xtuner.engine import memory, zero_config
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
@@ -50,7 +51,10 @@ def choose(
             do='set it to "fp32"; the state is then divided by the number of ranks',
         )
     if deepspeed:
-        settings = zero_config.resolve(zero_config.read(deepspeed), optim, device, ranks, deepspeed)
+        given = zero_config.read(deepspeed)
+        settings = zero_config.resolve(given, optim, device, ranks, deepspeed)
+        if (idle := zero_config.without_effect(given)) and dist.is_main():
+            logger.info(f"--deepspeed {deepspeed}: no effect here: {', '.join(idle)}")
         stage = settings["zero_optimization"].get("stage", 0)
         if stage:
             _require_cuttable(optim, device, f"--deepspeed {deepspeed}", zero=True)

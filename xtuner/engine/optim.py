@@ -39,7 +39,8 @@ class OptimWrapper:
         self.kind = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
         check_arguments(self.kind, {"params": None, **self.arguments}, "optim_wrapper.optimizer")
-        closure = inspect.signature(getattr(self.kind, "step", dict)).parameters.get("closure")
+        step = getattr(self.kind, "step", lambda: None)  # a function may make it, too
+        closure = inspect.signature(step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ConfigError(
                 f"{type_name(self.kind)} is not supported",
@@ -86,9 +87,10 @@ class OptimWrapper:
         trial.accepts(build, type_name(self.kind), device)
         try:
             trial.examine(build, type_name(self.kind), device)
-        except ConfigError:
-            if gpu or getattr(self.kind, "__module__", "").startswith("torch.optim"):
-                raise  # one of another package may need a GPU: `traits` reports it where the run is
+        except ConfigError as e:
+            ours = getattr(self.kind, "__module__", "").startswith("torch.optim")
+            if gpu or ours or e.__cause__ is None or isinstance(e.__cause__, TypeError):
+                raise  # else it may need a GPU: `traits` reports it where the run is
 
     def traits(self, device: torch.device) -> Traits:
         """What the optimizer does with parameters on a device. Raises: ConfigError if it cannot be used there."""

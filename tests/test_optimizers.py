@@ -3,7 +3,6 @@
 Two iterations, a checkpoint, two more; then the same two from the checkpoint, in objects of their own, bit for bit.
 """
 
-import gc
 import inspect
 import json
 import re
@@ -98,30 +97,25 @@ def trained(spec: dict[str, Any], engine: str, folder: Path) -> list[tuple[float
     return lines
 
 
-def outcome(run: Callable[[], Any]) -> str:
+def outcome(run: Callable[[], Any], rejected: str) -> str:
+    """What the docs write of it: `rejected` after an error that names the setting and what to use instead."""
     try:
         run()
     except ConfigError as e:
-        assert e.where.startswith("optim_wrapper.optimizer")
-        assert "AdamW" in e.do
-        return REJECTED_BY_TRAIN
+        right = e.where.startswith("optim_wrapper.optimizer") and e.why and "AdamW" in e.do
+        return rejected if right else str(e)
     return WORKS
 
 
 def test_what_the_docs_say_of_each_optimizer_happens(tmp_path: Path) -> None:
     table, alone = {}, {}
     for name, spec in rows().items():
-        try:
-            OptimWrapper(spec)
-        except ConfigError as e:
-            assert "AdamW" in e.do
-            table[name] = [REJECTED_BY_CHECK] * len(ENGINES)
-            continue
-        alone[name] = trained(spec, "one process", tmp_path / name)
-        table[name] = [WORKS]
+        verdict = outcome(lambda spec=spec: OptimWrapper(spec), REJECTED_BY_CHECK)
+        table[name] = [verdict] * (1 if verdict == WORKS else len(ENGINES))
+        if verdict == WORKS:
+            alone[name] = trained(spec, "one process", tmp_path / name)
 
     def on_two(_: Ranks, folder: Path) -> None:
-        gc.freeze()  # DeepSpeed collects garbage for each engine: a second, with all that is imported
         found: dict[str, list[str]] = {}
         for name in alone:
             found[name] = []
@@ -135,7 +129,7 @@ def test_what_the_docs_say_of_each_optimizer_happens(tmp_path: Path) -> None:
                         assert abs(loss - true_loss) < 1e-4, (name, engine)
                         assert abs(norm - true_norm) < 1e-3 * true_norm, (name, engine)
 
-                found[name].append(outcome(run))
+                found[name].append(outcome(run, REJECTED_BY_TRAIN))
         if dist.is_main():
             (folder / "found.json").write_text(json.dumps(found))
 
@@ -245,7 +239,7 @@ def test_optimizers_of_other_packages(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"AdamW does not take these values: Invalid beta parameter at index 0: 2"):
         OptimWrapper(dict(type=torch.optim.AdamW, lr=LR, betas=(2, 0.9)))
     capturable = OptimWrapper(dict(type=torch.optim.NAdam, lr=LR, capturable=True))  # right on a GPU
-    with pytest.raises(ConfigError, match="NAdam cannot train this model: .*capturable"):
+    with pytest.raises(ConfigError, match=r"NAdam cannot train this model: .*capturable"):
         capturable.traits(CPU)
 
     def on_two(_: Ranks, folder: Path) -> None:

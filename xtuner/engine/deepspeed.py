@@ -14,10 +14,9 @@ import torch
 
 from xtuner.core import dist
 from xtuner.data.batch import Batch
-from xtuner.engine import memory, zero_config
+from xtuner.engine import memory, trial, zero_config
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, ShardedStrategy
-from xtuner.engine.trial import pack
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
@@ -132,7 +131,7 @@ class DeepSpeedStrategy(ShardedStrategy):
             if piece is None or not piece.length:
                 continue
             key = self._key(name, piece)
-            packed = pack(self.optimizer.state.get(key, {}), key)
+            packed = trial.pack(self.optimizer.state.get(key, {}), key)
             views = {k: v[piece.at : piece.at + piece.length] if v.dim() == 1 else v for k, v in packed.items()}
             shards[name] = Shard(Part(piece.flat.data[piece.at : piece.at + piece.length], piece.begin), views)
         return shards

@@ -93,7 +93,8 @@ def zero_state(
     zero, moments = settings["zero_optimization"], optim.traits(device).moments
     parameters, stage = num_parameters(source.config), zero.get("stage", 0)
     copy = optim.compute_dtype(device).itemsize
-    kept = {"fp32": 4, "bf16": 2}.get((settings.get("data_types") or {}).get("grad_accum_dtype"), copy)  # gradients
+    sums = (settings.get("data_types") or {}).get("grad_accum_dtype")
+    kept = 4 if sums == "fp32" else 2 if sums == "bf16" else copy  # gradients
     live = min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))  # whole at a time under stage 3
     whole = {0: (8 + moments) * parameters, 1: copy * parameters, 2: copy * parameters, 3: copy * live}[stage]
     whole += copy * parameters * (stage == 1 and optim.accumulative_counts > 1)  # gradients, until the last pack

@@ -79,7 +79,9 @@ def examine(build: Build, name: str, device: torch.device) -> Traits:
     start = [torch.randn(shape, generator=draw) for shape in (MATRIX, VECTOR)]
     # of other sizes in the other part, so that a norm over a whole parameter or over all of them shows
     scale = [torch.where(torch.arange(MATRIX[0])[:, None] < CUT, 1.0, 30.0), torch.tensor(30.0)]
-    gradients = [[torch.randn(v.shape, generator=draw) * s for v, s in zip(start, scale, strict=True)] for _ in range(4)]
+    gradients = [
+        [torch.randn(v.shape, generator=draw) * s for v, s in zip(start, scale, strict=True)] for _ in range(4)
+    ]
     try:
         whole = _parameters(start, device)
         optimizer = build(whole)

@@ -18,6 +18,7 @@ from xtuner.engine.zero_keys import AUTO
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "deepspeed"
 
+
 def shipped() -> list[str]:
     return sorted(p.stem for p in SHIPPED.glob("*.json"))
 
@@ -159,7 +160,7 @@ def _set_sums(found: dict[str, Any], bf16: bool, where: str) -> None:
             "data_types.grad_accum_dtype = fp32 is not supported with ZeRO-1",
             where=at,
             why="DeepSpeed takes another optimizer for it, whose state xtuner does not read",
-            do="take stage 2, which sums in fp32 and holds less; or leave it out: stage 1 sums in bf16",
+            do="take stage 2, which sums in fp32; or leave it out: stage 1 sums in bf16",
         )
     if bf16 and stage in (2, 3):
         found["data_types"] = {"grad_accum_dtype": wanted or "fp32"}

@@ -69,6 +69,7 @@ class Rejected(NamedTuple):
     do: str = ""
 
 
+_CUT = "models are cut over ranks by ZeRO alone"
 _MODULES = "it replaces or wraps modules of the model, whose training has code of its own"
 _LOST = "this feature has been removed from DeepSpeed"
 _CURVES = Rejected("curves are written by xtuner, into vis_data/ of the work dir")
@@ -82,7 +83,7 @@ REJECTED = {
     "amp": Rejected(_LOST, do="bf16 on GPUs is what optim_wrapper.dtype decides"),
     **dict.fromkeys(
         ("compression_training", "quantize_training", "sparse_gradients", "eigenvalue", "sparse_attention",
-         "elasticity", "graph_harvesting", "curriculum_learning", "progressive_layer_drop",
+         "elasticity", "nebula", "graph_harvesting", "curriculum_learning", "progressive_layer_drop",
          "zero_optimization.mics_hierarchical_params_gather", "zero_optimization.zeropp_loco_param"),
         Rejected(_LOST),
     ),
@@ -96,8 +97,8 @@ REJECTED = {
     "gradient_predivide_factor": Rejected("gradients are divided by targets, not by ranks", (1, None)),
     "gradient_allreduce_op": Rejected("gradients are divided by targets, not by ranks", ("mean", None)),
     "managed_gradient_accumulation": Rejected("xtuner says where an iteration ends", (True, None)),
-    **dict.fromkeys(("tensor_parallel", "expert_parallel", "pipeline", "sequence_parallel_size"),
-                    Rejected("models are cut over ranks by ZeRO alone", (*_OFF, 1))),
+    **dict.fromkeys(("tensor_parallel", "expert_parallel", "pipeline"), Rejected(_CUT)),
+    "sequence_parallel_size": Rejected(_CUT, (1, None)),
     **dict.fromkeys(("hybrid_engine", "compile", "weight_quantization"), Rejected(_MODULES)),
     "data_efficiency": Rejected("packs are chosen by xtuner"),
     "bf16.check_grad_overflow": Rejected("a step with a NaN would be applied", (True, None)),

@@ -74,7 +74,11 @@ def attend_loop(
 # Fastest first, as measured on an H100 (docs/performance.md).
 BACKENDS = {
     "flash4": Backend(
-        "FlashAttention-4", varlen.flash_4, "pip install 'xtuner[flash]'", majors=(9, 10), head_dims=(64, 96, 128),
+        "FlashAttention-4",
+        varlen.flash_4,
+        "pip install 'xtuner[flash]'",
+        majors=(9, 10),
+        head_dims=(64, 96, 128),
         repeats=False,
     ),
     "varlen": Backend("PyTorch's varlen_attn", varlen.varlen, majors=(8, 9, 10, 11, 12)),
@@ -86,9 +90,7 @@ BACKENDS = {
 }
 
 
-def choose(
-    device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str | None = None, groups: int = 1
-) -> str:
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str | None = None, groups: int = 1) -> str:
     """Name of the fastest backend that runs here, or the `wanted` one if it does. While PyTorch's deterministic
     algorithms are on, one that repeats its gradients bit for bit."""
     if wanted is None:

@@ -1,8 +1,8 @@
 """Variable-length attention on GPUs, by packages that compute it faster than a loop over documents.
 
 Each function gives its backend, or None where the package is missing. All follow PyTorch's switch for deterministic
-algorithms: FlashAttention-4 is handed it here, the others look themselves. The contract and the choice among them are in
-`model/attention.py`; `tests/test_gpu.py` compares each with fp64.
+algorithms; FlashAttention-4 does not read it and gets it as an argument. The contract and the choice among them are in
+`model/attention.py`; `tests/test_gpu.py` compares each with fp64, and two deterministic runs with each other.
 """
 
 import inspect

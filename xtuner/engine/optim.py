@@ -74,41 +74,39 @@ class OptimWrapper:
         self.accumulative_counts = accumulative_counts
         self.dtype = dtype
         self.states = FORMS[states]
-        self._flags: dict[torch.device, dict[str, bool]] = {}  # what `build` adds, by the device of parameters
-        self._traits: dict[torch.device, Traits] = {}
+        self._flags: dict[str, dict[str, bool]] = {}  # what `build` adds, by the kind of device of parameters
+        self._traits: dict[str, Traits] = {}
         self._try()
 
     def _try(self) -> None:
         """Raise ConfigError for an optimizer that no device and no engine could use."""
-        gpu = torch.cuda.is_available()
-        device = torch.device("cuda" if gpu else "cpu")
-        here = {k: v for k, v in self.arguments.items() if gpu or k not in ("capturable", "fused")}
-        build = partial(self.kind, **here)
-        trial.accepts(build, type_name(self.kind), device)
+        there = {k: v for k, v in self.arguments.items() if k not in ("capturable", "fused")}  # GPUs have more of these
         try:
-            trial.examine(build, type_name(self.kind), device)
+            trial.examine(partial(self.kind, **there), type_name(self.kind), torch.device("cpu"))
         except ConfigError as e:
-            ours = getattr(self.kind, "__module__", "").startswith("torch.optim")
-            if gpu or ours or e.__cause__ is None or isinstance(e.__cause__, TypeError):
+            known = getattr(self.kind, "__module__", "").startswith("torch.optim")
+            if known or e.__cause__ is None or isinstance(e.__cause__, TypeError):
                 raise  # else it may need a GPU: `traits` reports it where the run is
 
     def traits(self, device: torch.device) -> Traits:
         """What the optimizer does with parameters on a device. Raises: ConfigError if it cannot be used there."""
-        if device not in self._traits:
+        if device.type not in self._traits:
             name, choices = type_name(self.kind), {"fused", "foreach"} & set(inspect.signature(self.kind).parameters)
             ways: list[dict[str, bool]] = [{}]
             if "fused" in choices and not choices & self.arguments.keys():
                 ways.insert(0, {"fused": True})
             for flags in ways:
                 try:
-                    self._traits[device] = trial.examine(partial(self.kind, **self.arguments, **flags), name, device)
+                    self._traits[device.type] = trial.examine(
+                        partial(self.kind, **self.arguments, **flags), name, device
+                    )
                 except ConfigError:
                     if flags is ways[-1]:
                         raise
                     continue
-                self._flags[device] = flags
+                self._flags[device.type] = flags
                 break
-        return self._traits[device]
+        return self._traits[device.type]
 
     @property
     def lr(self) -> float:
@@ -133,7 +131,7 @@ class OptimWrapper:
         parameters = list(parameters)
         device = parameters[0].device
         self.traits(device)
-        return self.kind(parameters, **self.arguments, **self._flags[device])
+        return self.kind(parameters, **self.arguments, **self._flags[device.type])
 
     def describe(self) -> str:
         clip = f"gradients clipped to norm {self.max_norm:g}" if self.max_norm is not None else "no clipping"

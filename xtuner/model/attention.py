@@ -52,10 +52,10 @@ class Backend:
             return f"it does not compute in {str(dtype).removeprefix('torch.')}"
         if self.head_dims and head_dim not in self.head_dims:
             return f"heads of {head_dim} are not among {', '.join(map(str, self.head_dims))}"
+        if groups > 1 and not self.repeats and torch.are_deterministic_algorithms_enabled():
+            return "it adds up gradients of shared key-value heads in any order, and randomness.deterministic is on"
         if self.majors and torch.cuda.get_device_capability(device)[0] not in self.majors:
             return f"it does not know a {torch.cuda.get_device_name(device)}"
-        if groups > 1 and not self.repeats and torch.are_deterministic_algorithms_enabled():
-            return "with randomness.deterministic, as it adds up gradients of shared key-value heads in any order"
         return None
 
 

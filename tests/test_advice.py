@@ -90,6 +90,7 @@ def test_a_7b_model_on_8_gpus(
     """What is advised of recompute, ZeRO's stages with offload, and shorter packs, with bytes of state."""
     data = write_corpus(tmp_path / "data", 2000)
     options = ["hidden_size=4096", "num_layers=32", "vocab_size=92544", "max_length=8192", f"dataset_folder={data}"]
+    options.append("optim_wrapper.dtype=bf16")  # as on GPUs
     config = load(str(tiny), options)
     run = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, dist.ALL)
     for name in ("world_size", "local_world_size"):

@@ -1,5 +1,6 @@
 """The protocol between ranks, with real processes over gloo: what happens to one is known to all."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ def on_ranks(size: int, body: Callable[[Ranks, Path], None], folder: Path) -> li
 
 
 def _rank(rank: int, size: int, body: Callable[[Ranks, Path], None], folder: Path) -> None:
+    gc.freeze()  # DeepSpeed collects garbage for every engine: a second each, with all that is imported
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # DeepSpeed looks; nobody connects
     try:

@@ -253,10 +253,10 @@ def _trial(spec: Spec) -> Iterator[ConfigError]:
     hook = root in ("default_hooks", "custom_hooks") and "." not in rest
     scheduler = root == "param_scheduler" and "." not in rest
     try:
-        if spec.key == "optim_wrapper.optimizer":
+        if spec.key == "optim_wrapper.optimizer":  # OptimWrapper tries more, if nothing else in it is wrong
             import torch
 
-            kind([torch.nn.Parameter(torch.zeros(1))], **spec.arguments)
+            kind([torch.nn.Parameter(torch.zeros(2, 2))], **spec.arguments)
         elif own and (hook or scheduler or spec.key == "optim_wrapper" or type_name(kind) == "from_scratch"):
             build({"type": kind, **spec.arguments}, spec.key)
     except ConfigError as e:

@@ -42,16 +42,16 @@ def why_not_alone(source: ModelSource, optim: OptimWrapper, device: torch.device
 def _on_host(choice: Choice, source: ModelSource, optim: OptimWrapper, device: torch.device) -> int:
     """Bytes that all processes of this machine together hold at the least."""
     parameters, ranks, here = num_parameters(source.config), dist.world_size(), dist.local_world_size()
-    moments = 8 if optim.kind in (torch.optim.Adam, torch.optim.AdamW) else 0  # others may keep less
+    moments = optim.traits(device).moments
     zero = zero_config.read(choice.deepspeed)["zero_optimization"] if choice.deepspeed else {}
     if device.type == "cuda":
         masters = 4 + moments if "offload_optimizer" in zero else 0
-        return masters * parameters * here // ranks
+        return int(masters * parameters * here / ranks)
     if not (choice.deepspeed or choice.fsdp):
         form = optim.own_form(device)
-        return (form.bytes if form else 8 + moments) * parameters
+        return int((form.bytes if form else 8 + moments) * parameters)
     divided = here if choice.fsdp == "hybrid" else ranks if choice.fsdp or zero.get("stage") else 1
-    return (8 + moments) * parameters * here // divided
+    return int((8 + moments) * parameters * here / divided)
 
 
 def _too_large(choice: Choice, source: ModelSource, optim: OptimWrapper, needed: int, total: int) -> ConfigError:

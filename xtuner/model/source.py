@@ -68,7 +68,8 @@ class ModelSource:
 
     def attention_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Name of the one that training uses there."""
-        return attention.choose(device, dtype, self.config.head_dim, self.attention)
+        groups = self.config.num_heads // self.config.num_kv_heads
+        return attention.choose(device, dtype, self.config.head_dim, self.attention, groups)
 
     def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         """Give this process's `parts` their first values. One full parameter more is in memory at a time.

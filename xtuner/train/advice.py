@@ -93,9 +93,8 @@ def _leaner(run: Run, choice: Choice) -> Iterator[tuple[str, int]]:
     """Settings of DeepSpeed's that need less, and bytes of state a GPU: those after the present ones, or all."""
     at = ENGINES.index(choice.deepspeed) + 1 if choice.deepspeed in ENGINES else 0
     for name in ENGINES[at:]:
-        zero = zero_config.read(name)["zero_optimization"]
         # by arithmetic alone: the GPU is full
-        state = memory.of_zero(run.source, run.optim, torch.device("cpu"), dist.world_size(), zero).state
+        state = memory.zero_state(run.source, run.optim, run.device, dist.world_size(), zero_config.read(name))
         if state < 0.9 * choice.state or (at and state <= choice.state):
             yield name, state
 

@@ -60,6 +60,9 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
     log.setup(rank=ranks.rank)
     hooks = ranks.together(lambda: preflight.settings(config))
     tell(config)
+    if config.get("randomness.deterministic"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(bool(config.get("randomness.deterministic")))  # attention is chosen by it
     log.setup(config.get("log_level", "INFO"), rank=ranks.rank)
     ranks.on_main(lambda: preflight.command_line(work_dir, options.seed, options.max_minutes))
     run = preflight.prepare(config, hooks, work_dir, device, options.seed, ranks)
@@ -116,9 +119,6 @@ def _find(run: Run, options: Options, contents: bool = True) -> Found | None:
 def _start(run: Run, found: Found | None) -> None:
     """Everything between the work dir and the first iteration."""
     _print_report(run)
-    if run.config.get("randomness.deterministic"):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     run.strategy = strategy(run.choice, run.source, run.optim, run.device)
     if run.device.type == "cuda":
         run.strategy.memory.tell(run.loader.dataset.packed_length)

@@ -8,14 +8,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CACHE := $(or $(XTUNER_TEST_CACHE),$(HOME)/.cache/xtuner-tests)
 LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 LLAMACPP := $(CACHE)/llama-cpp-python-0.3.36
+MMENGINE := $(CACHE)/mmengine-0.10.7
 
-.PHONY: demo test test-interop fuzz lint lmdeploy llamacpp bench-table bench-several bench-data clean help
+.PHONY: demo test test-interop fuzz lint lmdeploy llamacpp mmengine bench-table bench-several bench-data clean help
 
 help:
 	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
 	@echo "make test   install into .venv, lint, check types, run the tests"
 	@echo "make lmdeploy  fetch LMDeploy's last converter (76 MB), which a test compares ours with; skipped without"
 	@echo "make llamacpp  fetch llama.cpp's converter to GGUF and build its tokenizer (77 MB, a minute), which a test runs; skipped without"
+	@echo "make mmengine  fetch mmengine 0.10.7 (1 MB), whose learning rates a test compares ours with; skipped without"
 	@echo "make bench-table  what benchmarks/train.py has measured on this machine's GPU"
 	@echo "make bench-several  on a host with several GPUs: collectives, speed beside the prediction, faults (10 to 20 minutes)"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare what they say with ours (minutes)"
@@ -54,6 +56,13 @@ llamacpp: $(LLAMACPP)/tokenize
 
 $(LLAMACPP)/tokenize: tests/llamacpp.sh tests/llamacpp_tokenize.cpp | .venv/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash tests/llamacpp.sh 0.3.36 "$(LLAMACPP)"
+
+mmengine: $(MMENGINE)/installed
+
+$(MMENGINE)/installed: tests/mmengine.txt | .venv/installed
+	rm -rf "$(MMENGINE)"
+	$(BIN)/python -m pip install -q --no-deps --target "$(MMENGINE)" -r tests/mmengine.txt
+	touch "$@"
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -144,8 +144,8 @@ def room(m: Measured, engine: str, ranks: int, free: float) -> Room | None:
     if engine == "fsdp":
         state = memory.of_fsdp(m.source, optim, cpu, ranks).state
     else:
-        zero = zero_config.read(f"deepspeed_{engine}")["zero_optimization"]
-        state = memory.of_zero(m.source, optim, cpu, ranks, zero).state
+        settings = zero_config.read(f"deepspeed_{engine}")
+        state = memory.zero_state(m.source, optim, cpu, ranks, settings)
     left = int(free - state - memory.RESERVE)
     plan = Plan(m.source.config, 2, max(left, 0))
     parts = 1

@@ -1,11 +1,14 @@
 """make demo: from text to a trained model, with the public commands only, on any laptop in minutes.
 
-The text is what every machine with Python has: the sources of the standard library. Each command is printed before it
+The text is what every machine with Python has: functions of the standard library. Each command is printed before it
 runs, so that it can be repeated by hand. Everything is written below demo/out.
 """
 
+import ast
+import contextlib
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -14,13 +17,17 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 OUT = Path(__file__).resolve().parent / "out"
 CONFIG = "internlm2_tiny_w_tokenized_dataset_copy"
 WORK_DIR = f"work_dirs/{CONFIG}"
 VOCABULARY = 2048
-CORPUS_BYTES = 2_200_000
+NOT_CODE = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}  # most of it tables
+LENGTHS = range(60, 1500)  # characters of a function
+HELD_OUT = 50  # one source file in so many is not trained on
+SHARDS = {"train": 4, "valid": 1}
 STOP_AT = 40
 MUST_FALL_BY = 2.0  # nats; the tiny model starts near ln 2048 = 7.6
 BOLD, RESET = ("\033[1m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
@@ -51,17 +58,29 @@ def command(*words: str, expect: int = 0, stop_at: int | None = None) -> str:
     return output
 
 
-def corpus() -> list[str]:
-    """Sources of the standard library, the same selection on every run."""
+def corpus() -> list[list[str]]:
+    """Functions of the standard library, by file: the same selection on every run.
+
+    Written in one style, without comments and docstrings: so little text is enough to learn from in minutes. Functions
+    are short, so that every pack holds several of different files, and packs are alike.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(p for p in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(p.parts))
-    texts, size = [], 0
-    for file in files[::2]:
-        text = file.read_text(encoding="utf-8", errors="ignore").replace("\0", "")
-        if len(text) > 500 and size < CORPUS_BYTES:
-            texts.append(text)
-            size += len(text)
-    return texts
+    files = sorted(p for p in root.rglob("*.py") if not NOT_CODE & set(p.parts))
+    functions = []
+    for file in files:
+        with contextlib.suppress(SyntaxError, ValueError):  # a file may be a template, or of another Python
+            functions.append([*functions_of(file.read_text(encoding="utf-8", errors="ignore"))])
+    return functions
+
+
+def functions_of(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+            text = ast.unparse(node)
+            if len(text) in LENGTHS:
+                yield text + "\n"
 
 
 def prepare() -> None:
@@ -71,11 +90,13 @@ def prepare() -> None:
     from xtuner.core.log import progress
     from xtuner.data.write import write_bin
 
-    texts = corpus()
+    files = corpus()
+    texts = [text for file in files for text in file]
     (OUT / "tokenizer").mkdir(parents=True)
-    print(f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB; training a BPE of {VOCABULARY} pieces", flush=True)
+    size = sum(map(len, texts)) / 1e6
+    print(f"{len(texts):,} functions, {size:.1f} MB; training a BPE of {VOCABULARY} pieces", flush=True)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line + "\n" for text in texts[::4] for line in text.split("\n") if line),
+        sentence_iterator=(line + "\n" for text in texts[::2] for line in text.split("\n") if line),
         model_prefix=str(OUT / "tokenizer" / "tokenizer"),
         model_type="bpe",
         vocab_size=VOCABULARY,
@@ -90,12 +111,15 @@ def prepare() -> None:
         minloglevel=2,
     )
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(OUT / "tokenizer" / "tokenizer.model"))
-    documents = [[1, *tokenizer.encode(text), 2] for text in progress(texts, "tokenizing")]
-    parts = {"valid": documents[::20], "train": [d for i, d in enumerate(documents) if i % 20]}
-    for part, docs in parts.items():
-        shards = [docs[i : i + 100] for i in range(0, len(docs), 100)]
+    documents = [[[1, *tokenizer.encode(text), 2] for text in file] for file in progress(files, "tokenizing")]
+    held_out = documents[::HELD_OUT]
+    parts = {"valid": held_out, "train": [file for i, file in enumerate(documents) if i % HELD_OUT]}
+    for part, of_part in parts.items():
+        docs = [document for file in of_part for document in file]
+        random.Random(0).shuffle(docs)  # each shard a mixture of all files
+        shards = [docs[i :: SHARDS[part]] for i in range(SHARDS[part])]
         counts = [write_bin(OUT / "data" / part / "code" / f"{i:02d}.bin", shard) for i, shard in enumerate(shards)]
-        print(f"data/{part}/code: {len(counts)} files, {len(docs)} documents, {sum(t for _, t in counts):,} tokens")
+        print(f"data/{part}/code: {len(counts)} files, {len(docs):,} documents, {sum(t for _, t in counts):,} tokens")
 
 
 def losses() -> list[float]:
@@ -128,28 +152,29 @@ def main() -> None:
     for old, new in (
         ("/path/to/your/dataset", "data/train"),
         ("/path/to/your/tokenizer", "tokenizer"),
+        ("val_folder = None", "val_folder = 'data/valid'"),
         ("data_order_path = None", "data_order_path = 'order/data_order.txt'"),
     ):
         assert old in text, old
         text = text.replace(old, new)
     config.write_text(text)
-    print(f"{config.name}: dataset_folder, tokenizer_path and data_order_path set")
+    print(f"{config.name}: dataset_folder, val_folder, tokenizer_path and data_order_path set")
     title("3. The order of files")
     command("xtuner", "data", "order", "--data-folder", "data/train", "--save-folder", "order", "--file-type", ".bin")
     title("4. Loss before")
     before = valid_loss(command("xtuner", "eval", "loss", config.name, "data/valid", "--max-length", "1024"))
     title("5. Train; stop in the middle")
-    every_10 = ("--cfg-options", "default_hooks.logger.interval=10")
-    command("xtuner", "train", config.name, *every_10, expect=75, stop_at=STOP_AT)
+    shown_often = ("--cfg-options", "default_hooks.logger.interval=10", "val_interval=100")
+    command("xtuner", "train", config.name, *shown_often, expect=75, stop_at=STOP_AT)
     title("6. Resume")
-    command("xtuner", "train", config.name, "--resume", *every_10)
+    command("xtuner", "train", config.name, "--resume", *shown_often)
     title("7. To Hugging Face")
     last = (OUT / WORK_DIR / "last_checkpoint").read_text().strip()
     command("xtuner", "convert", "pth_to_hf", config.name, f"{WORK_DIR}/{last}", "hf")
     title("8. Loss after, and a few lines")
     after = valid_loss(command("xtuner", "eval", "loss", "hf", "data/valid", "--max-length", "1024"))
-    for prompt in ("def __init__(self, ", "import os\n", "    for key in "):
-        sample = ("--max-new-tokens", "60", "--temperature", "0.7", "--template", "plain")
+    for prompt in ("def __init__(self, ", "def read", "def is_"):
+        sample = ("--max-new-tokens", "60", "--temperature", "0.5", "--template", "plain")
         command("xtuner", "chat", "hf", "--prompt", prompt, *sample)
     command("xtuner", "plot-loss", WORK_DIR, "-o", "loss.png")
 

@@ -83,6 +83,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folde
         ("max_length = 1024", "max_length = 32"),
         ("accumulative_counts = 1 ", "accumulative_counts = 2 "),
         ("max_new_tokens=40", "max_new_tokens=4"),
+        ("warm_up_ratio = 0.1 ", "warm_up_ratio = 0.3 "),  # an iteration at least, also of few packs
     ):
         assert old in text, old
         text = text.replace(old, new)

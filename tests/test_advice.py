@@ -15,12 +15,11 @@ from test_launchers import ROOT
 from test_lost_ranks import ended, started, told
 from test_train import records, with_hook
 
-from xtuner.config.build import build
 from xtuner.config.load import load
 from xtuner.core import dist
 from xtuner.engine.choose import choose
+from xtuner.train import preflight
 from xtuner.train.advice import _line, out_of_memory
-from xtuner.train.trainer import assemble
 
 # After an iteration the process may take 1 MiB more; the next one needs more than that.
 LIMIT = """exec('import resource; n = next(x for x in open("/proc/self/status") if x.startswith("VmData")); \
@@ -91,9 +90,9 @@ def test_a_7b_model_on_8_gpus(
     """What is advised of recompute, ZeRO's stages with offload, and shorter packs, with bytes of state."""
     data = write_corpus(tmp_path / "data", 2000)
     options = ["hidden_size=4096", "num_layers=32", "vocab_size=92544", "max_length=8192", f"dataset_folder={data}"]
+    options.append("optim_wrapper.dtype=bf16")  # as on GPUs
     config = load(str(tiny), options)
-    dataset = build(config.values["train_dataloader"]["dataset"])
-    run = assemble(config, dataset, tmp_path / "w", torch.device("cpu"), None)
+    run = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, dist.ALL)
     for name in ("world_size", "local_world_size"):
         monkeypatch.setattr(dist, name, lambda: 8)
     choice = choose(run.source, run.optim, torch.device("cpu"), zero, fsdp)

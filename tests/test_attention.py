@@ -59,4 +59,10 @@ def test_the_fastest_that_runs_is_chosen() -> None:
     assert "flash4, varlen, cudnn, flex, loop" in error.value.do
     gpu, flash = torch.device("cuda"), attention.BACKENDS["flash4"]
     assert flash.why_not(gpu, torch.float32, 128) == "it does not compute in float32"
+    torch.use_deterministic_algorithms(True)
+    try:  # FlashAttention-4 keeps an order only where no key-value head is shared
+        assert "randomness.deterministic is on" in (flash.unfit(gpu, torch.bfloat16, 128, groups=4) or "")
+        assert attention.BACKENDS["loop"].unfit(CPU, torch.bfloat16, 128, groups=4) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert flash.why_not(gpu, torch.bfloat16, 80) == "heads of 80 are not among 64, 96, 128"

@@ -1,5 +1,8 @@
 """The command as a user meets it: verbs, exit codes, and a wheel that works outside the checkout."""
 
+import argparse
+import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from xtuner.cli.main import VERBS, main
 from xtuner.config.load import load
 from xtuner.core.errors import ConfigError
 
@@ -58,6 +62,7 @@ def test_exit_codes_are_the_truth(tmp_path: Path, tiny: Path, corpus: Path) -> N
         (0, ["data", "--help"], ""),
         (2, ["convert"], ""),
         (2, ["convert", "pth"], "Did you mean 'convert pth_to_hf'"),
+        (2, ["data", "tokenise", "x"], "there is no verb 'data tokenise'. Did you mean 'data tokenize'?"),
         (65, ["eval", "loss", str(tiny), str(tmp_path)], "no .bin file"),
         (74, ["convert", "pth_to_hf", str(tiny), str(tmp_path / "x"), str(tmp_path / "y")], "there is no checkpoint"),
     ):
@@ -102,5 +107,27 @@ def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
 def test_a_group_shows_its_verbs(xtuner: Command, capsys: Any) -> None:
     assert xtuner("convert", "--help") == 0
     shown = capsys.readouterr().out
+    assert shown.startswith("usage: xtuner convert VERB ...\n")
     assert "convert turbomind" in shown
     assert "train" not in shown
+
+
+def test_help_states_every_default_once(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for verb, (module, _) in VERBS.items():
+        parser = argparse.ArgumentParser()
+        importlib.import_module(module).add_arguments(parser)
+        with pytest.raises(SystemExit):
+            main([*verb.split(), "--help"])
+        shown = capsys.readouterr().out
+        assert "(default: None)" not in shown
+        blocks = [block.strip() for block in re.split(r"\n(?=  -)", shown)[1:]]
+        for action in parser._actions:
+            if not action.option_strings or argparse.SUPPRESS in (action.help, action.default):
+                continue
+            (line,) = (b for b in blocks if re.search(rf"{action.option_strings[-1]}(?![\w-])", b.split("   ")[0]))
+            assert len(action.help or "") > 3, (verb, line)
+            assert line.count("(default") <= 1, (verb, line)
+            if action.default not in (None, "", []) and not isinstance(action.default, bool):
+                assert "default" in line, (verb, line)
+                assert str(action.default) in line or action.default in (0.0, "text"), (verb, line)

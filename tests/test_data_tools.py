@@ -249,6 +249,7 @@ def test_statistics_are_those_of_the_packs(
     assert told["cost"]["mean"] == pytest.approx(costs.mean(), rel=1e-6)
     assert (told["cost"]["least"], told["cost"]["most"]) == (costs.min(), costs.max())
     assert sum(n for _, _, n in told["cost_bars"]) == len(packs)
+    assert (told["cost_bars"][0][0], told["cost_bars"][-1][1]) == (costs.min(), costs.max())
     order = np.random.RandomState(1024).permutation(len(packs))
     assert [row["ranks"] for row in told["imbalance"]] == [2, 3]
     for row in told["imbalance"]:
@@ -272,6 +273,9 @@ def test_the_page(data: Path, tmp_path: Path, xtuner: Command) -> None:
     assert "&lt;b&gt;&amp;en/a.bin" in text
     assert "prefers-color-scheme: dark" in text
     assert text.count("<svg") == 3
+    axes = re.findall(r'text-anchor="end">([^<]*)<', text)
+    assert len(axes) == 15
+    assert all(re.fullmatch(r"\d+", tick) for tick in axes[5:]), "packs are counted in whole numbers"
     for words in (("--max-length", 0), ("--seed", -1), ("--ranks", "2,x")):
         with pytest.raises(ConfigError):
             xtuner("data", "stats", data, *words)

@@ -59,8 +59,8 @@ def test_good_forms(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[str, Callable[[Path], Any], str, str]] = [
-    ("no_bin", lambda f: f.mkdir(), "no .bin file in the data folder", "next: check dataset_folder"),
-    ("not_there", lambda f: None, "the data folder is not there", "set dataset_folder"),
+    ("no_bin", lambda f: f.mkdir(), "no .bin file in the data folder", "give a folder above them"),
+    ("not_there", lambda f: None, "the data folder is not there", "give the folder that holds"),
     ("no_meta", lambda f: (put(f, LINES), (f / "a.bin.meta").unlink()), "a.bin has no meta", "a.bin.meta"),
     ("torn_meta", lambda f: (put(f, LINES), (f / "a.bin.meta").write_bytes(b"\x93NUMPY")), "not an npy array", ".meta"),
     ("empty_meta", lambda f: (put(f, LINES), (f / "a.bin.meta").write_bytes(b"")), "not an npy array", ".meta"),
@@ -208,8 +208,8 @@ def test_wrong_places(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command)
         (ConfigError, ("data", "show", corpus, "--max-length", "32", "--pack", "999"), "there is no pack 999"),
         (ConfigError, ("data", "show", corpus, "--show", "text"), "text needs a tokenizer"),
         (ConfigError, ("data", "show", corpus, "--show", "txt"), "Did you mean 'text'"),
-        (ConfigError, ("eval", "loss", tmp_path, corpus), "this is no model"),
-        (ConfigError, ("chat", tmp_path, "--prompt", "x"), "this is no model"),
+        (ConfigError, ("eval", "loss", tmp_path, corpus), "neither a model nor a checkpoint"),
+        (ConfigError, ("chat", tmp_path, "--prompt", "x"), "neither a model nor a checkpoint"),
         (ConfigError, ("plot-loss", tmp_path), "no run has left metrics"),
         (CheckpointError, ("convert", "pth_to_hf", tiny, tmp_path / "half", tmp_path / "hf"), "no kind of checkpoint"),
     ]

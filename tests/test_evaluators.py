@@ -369,7 +369,7 @@ def test_what_can_be_given(exported: Path, trained: Path, tiny: Path, tmp_path: 
     for words, message in (
         ([], "no model is given"),
         ([trained], "its config, too: CONFIG.py"),
-        ([trained.parent], "config.json is missing"),
+        ([trained.parent], rf"(?s)is a folder of checkpoints.*CONFIG\.py {trained.parent}/iter_"),
         ([made], "weights is missing"),
         ([tmp_path / "none"], "no folder here"),
         ([trained, tiny], "is no model"),

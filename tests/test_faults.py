@@ -37,7 +37,7 @@ def sealed(folder: Path) -> None:
     """The manifest that says: all is as it was written."""
     facts = json.loads((folder / files.MANIFEST).read_text())
     (folder / files.MANIFEST).unlink()
-    files.seal(folder, **{k: v for k, v in facts.items() if k != "files"})
+    files.seal(folder, **{k: v for k, v in facts.items() if k in ("kind", "iteration")})
 
 
 def header(text: str, length: int | None = None, data: bytes = b"") -> bytes:

@@ -28,7 +28,7 @@ from test_weights_convert import internlm2, write_internevo, write_zero
 from xtuner.config.load import find, parse_option
 from xtuner.core import hub, machine
 from xtuner.core.errors import CheckpointError, ConfigError, DataError, XTunerError
-from xtuner.core.files import read_json, verify
+from xtuner.core.files import read_json, verify, write_manifest
 from xtuner.core.inputs import open_regular, short_repr
 from xtuner.core.pickles import load_tensors
 from xtuner.data import load_intern_repo_tokenized_dataset, pool
@@ -117,7 +117,7 @@ def test_only_regular_files_are_opened(
         refused(lambda name=name: WeightFolder(at(f"w{len(name)}/{name}").parent).shapes, kind, CheckpointError)
     refused(lambda: load_tokenizer(at("t/tokenizer.model").parent), "no tokenizer.model", ConfigError)
     refused(lambda: xtuner("check-cfg", at("config.py")), "no config file", ConfigError)
-    refused(lambda: xtuner("convert", "weights", at("a.pth"), tmp_path / "o.safetensors"), "not a regular file")
+    refused(lambda: xtuner("convert", "weights", at("a.pth"), tmp_path / "o.safetensors"), "not a file")
     refused(lambda: from_pretrained(str(at("m/config.json").parent)), kind, CheckpointError)
     with pytest.raises(IsADirectoryError):
         open_regular(tmp_path)
@@ -360,20 +360,28 @@ def test_indexes_of_weights(tmp_path: Path) -> None:
 
 
 def test_manifests_and_trainer_json(tmp_path: Path) -> None:
-    entry = {"bytes": 1, "sha256": "x"}
+    entry: dict[str, Any] = {"bytes": 1, "sha256": "x"}
     for content, words in (
-        ([], "no manifest"), ({"files": []}, "no manifest"), ({"files": {"a": 1}}, "no manifest"),
-        ({"files": {"x" * 300: entry}}, "is missing"), ({"files": {"a/" * 3000: entry}}, "is missing"),
-        ({"files": {"a\0b": entry}}, "is missing"), ({"files": {"\ud800": entry}}, "is missing"),
+        ([], "not one of ours"), ({"files": []}, "not one of ours"), ({"files": {"a": 1}}, "no size and sha256 of 'a'"),
+        ({"files": {}, "kind": [[]]}, "not one of ours"), ({"files": {"\ud800": entry}}, "altered"),
+        ({"files": {"a": {**entry, "bytes": True}}}, "no size"), ({"files": {"a" * 9000: {}}}, "no size"),
         ({"files": {"/etc/passwd": entry}}, "outside"), ({"files": {"../" * 3000: entry}}, "outside"),
     ):  # fmt: skip
         (tmp_path / "manifest.json").write_text(json.dumps(content))
         refused(lambda: verify(tmp_path), words, CheckpointError)
-    for content in ("[" * 100_000, '{"files": ' * 2000 + "1" + "}" * 2000, "9" * 5000):
-        (tmp_path / "manifest.json").write_text(content)
-        (tmp_path / "trainer.json").write_text(content)
-        refused(lambda: verify(tmp_path), "nested too deeply|is not JSON", CheckpointError)
-        refused(lambda: read_trainer(tmp_path), "nested too deeply|is not JSON", CheckpointError)
+    for name in ("x" * 300, "a/" * 3000, "a\0b", "."):
+        write_manifest(tmp_path, {name: entry})
+        refused(lambda: verify(tmp_path), "is missing", CheckpointError)
+    for text in (
+        "[" * 100_000,
+        '{"files": ' * 2000 + "1" + "}" * 2000,
+        "9" * 5000,
+        '{"kind": ' + "[" * 900 + "]" * 900 + "}",
+    ):
+        (tmp_path / "manifest.json").write_text(text)
+        (tmp_path / "trainer.json").write_text(text)
+        refused(lambda: verify(tmp_path), "nested too deeply|is not JSON|not one of ours", CheckpointError)
+        refused(lambda: read_trainer(tmp_path), "nested too deeply|is not JSON|not of this version", CheckpointError)
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------

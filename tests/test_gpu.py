@@ -1,6 +1,9 @@
 """What only a GPU can show: attention backends, kernels against their definitions, bf16. Skipped without one."""
 
+import os
+import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from xtuner.model.ops.sums import GradientSum
 from xtuner.model.ops.varlen import Attend
 from xtuner.model.plan import Plan
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first use; for deterministic runs
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
@@ -95,6 +99,103 @@ def test_nothing_is_compiled_again_when_borders_change(name: str) -> None:
             before = compiled()
     assert before
     assert compiled() == before
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """As `randomness.deterministic` has it; off again afterwards."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8])
+@pytest.mark.parametrize("name", list(attention.BACKENDS))
+def test_deterministic_runs_are_equal_bit_for_bit(name: str, kv_heads: int, deterministic: None) -> None:
+    """Two runs of 6 packs of 4,096 tokens in bf16, long documents and short ones: losses, gradients and weights."""
+    device = torch.device("cuda")
+    source = from_scratch(
+        activation_checkpointing=True, attention=name, seed=0, vocab_size=503, hidden_size=1024, num_hidden_layers=2,
+        intermediate_size=1024, num_attention_heads=8, num_key_value_heads=kv_heads,
+    )  # fmt: skip
+    if why := attention.BACKENDS[name].why_not(device, torch.bfloat16, 128, 8 // kv_heads):
+        if attention.BACKENDS[name].find() and "deterministic" in why:  # found here, but not for shared heads
+            with pytest.raises(ConfigError, match=r"randomness\.deterministic"):
+                source.attention_backend(device, torch.bfloat16)
+            return
+        pytest.skip(why)
+
+    def run() -> tuple[list[float], dict[str, torch.Tensor]]:
+        strategy = SingleStrategy(source, OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3)), device)
+        draw, numbers = np.random.RandomState(0), []
+        for _ in range(6):
+            borders = [0, 1500, *sorted(draw.choice(np.arange(1501, 4096), 20, replace=False)), 4096]
+            ids = torch.from_numpy(draw.randint(3, 503, 4096))
+            positions = np.concatenate([np.arange(b - a) for a, b in pairwise(borders)])
+            pack = Batch.of(dict(
+                input_ids=ids, targets=ids.roll(-1), position_ids=torch.from_numpy(positions),
+                cumulative_len=torch.tensor(borders, dtype=torch.int32),
+            ))  # fmt: skip
+            numbers += [strategy.forward_backward([pack], pack.num_targets), *strategy.step(1e-3, 1.0)]
+        return numbers, strategy.gradients | {f"weight {n}": p.detach() for n, p in strategy.model.named_parameters()}
+
+    (first, kept), (second, again) = run(), run()
+    assert first == second
+    assert all(value.equal(again[key]) for key, value in kept.items())
+
+
+def test_what_is_chosen_in_deterministic_runs(deterministic: None) -> None:
+    """Never an attention whose gradients differ from run to run."""
+    half = torch.bfloat16
+    for groups in (1, 4):
+        name = attention.choose(torch.device("cuda"), half, 128, groups=groups)
+        assert groups == 1 or name != "flash4"
+
+
+def test_a_deterministic_run_by_command(tiny: Path, tmp_path: Path) -> None:
+    """Two processes of their own, from the config: the same weights."""
+    weights = []
+    for name in ("a", "b"):
+        words = ["-m", "xtuner", "train", str(tiny), "--work-dir", str(tmp_path / name), "--cfg-options"]
+        options = ["randomness.deterministic=True", "evaluation_inputs=[]", "save_steps=4", "max_epochs=1"]
+        done = subprocess.run([sys.executable, *words, *options], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        last = (tmp_path / name / "last_checkpoint").read_text().strip()
+        weights.append((tmp_path / name / last / "weights" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "ASGD", "NAdam", "Adafactor"])
+def test_optimizers_resume_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """Their scalars come back to where their kernels want them: on the CPU or on the GPU."""
+    torch.use_deterministic_algorithms(False)
+    source = from_scratch(
+        activation_checkpointing=True, seed=0, vocab_size=503, hidden_size=256, intermediate_size=512,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+
+    def strategy() -> SingleStrategy:
+        optim = OptimWrapper(dict(type=getattr(torch.optim, name), lr=1e-2))
+        return SingleStrategy(source, optim, torch.device("cuda"))
+
+    def step(s: SingleStrategy, seed: int) -> dict[str, torch.Tensor]:
+        """With gradients that are the same each time, whatever the attention does."""
+        s._has_targets = s._finite = True
+        for i, gradient in enumerate(s._update.sums.values()):
+            draw = torch.Generator("cuda").manual_seed(100 * seed + i)
+            gradient.reset()
+            gradient.add(torch.randn(gradient.buffer.shape, device="cuda", generator=draw))
+        assert s.step(1e-2, 1.0)[1]
+        return {n: shard.master.read().clone() for n, shard in s._shards().items()}
+
+    first = strategy()
+    step(first, 0)
+    first.snapshot(optimizer=True).write(tmp_path)
+    again = strategy()
+    again.load(tmp_path)
+    for seed in (1, 2):
+        expected, found = step(first, seed), step(again, seed)
+        assert all(value.equal(found[key]) for key, value in expected.items())
 
 
 def near(ours: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:

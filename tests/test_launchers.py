@@ -31,6 +31,7 @@ def config(tiny: Path, folder: Path, changes: Mapping[str, str]) -> Path:
     text = tiny.read_text()
     data = next(line for line in text.splitlines() if line.startswith("dataset_folder")).partition("=")[2].strip()
     more = {"max_epochs = 1": "max_epochs = 3", "max_length = 32": "max_length = 68", "val_folder = None": ""}
+    more |= {"warm_up_ratio = 0.3": "warm_up_ratio = 0.12", "start_factor=1 / 40": "start_factor=1.0"}  # one iteration
     for old, new in {**more, **changes}.items():
         assert old in text, old
         text = text.replace(old, new or f"val_folder = {data}")

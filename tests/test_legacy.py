@@ -401,7 +401,11 @@ def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
         ("train_cfg = dict(type=TrainLoop", "train_cfg = dict(type=print", ["loop of your own"]),
         ("launcher = 'none'", "val_cfg = dict(type='ValLoop')", ["val_cfg", "val_dataset"]),
         ("launcher = 'none'", "strategy = dict(type='DeepSpeedStrategy')", ["--deepspeed"]),
-        ("end=max_epochs, conv", "T_max=9, end=max_epochs, conv", ["T_max = 9 is not end - begin"]),
+        (
+            "end=max_epochs, conv",
+            "eta_min_ratio=0.1, end=max_epochs, conv",
+            ["eta_min and eta_min_ratio are both given"],
+        ),
         ("by_epoch=False, interval=save_steps", "save_best='loss', interval=1", ["save_best"]),
     ],
 )
@@ -480,6 +484,8 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     ),
     "mmengine.optim.LinearLR": dict(start_factor=1 / 3, end_factor=1.0, **_RATE),
     "mmengine.optim.CosineAnnealingLR": dict(T_max=None, eta_min=0.0, eta_min_ratio=None, **_RATE),
+    "mmengine.optim.ConstantLR": dict(factor=1 / 3, **_RATE),
+    "mmengine.optim.MultiStepLR": dict(milestones=[2], gamma=0.1, **_RATE),
     "mmengine.runner.EpochBasedTrainLoop": dict(dynamic_intervals=None, **_LOOP),
     "mmengine.dataset.DefaultSampler": dict(dataset=[], shuffle=True, seed=None, round_up=True),
     "mmengine.visualization.Visualizer": dict(

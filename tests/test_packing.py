@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from conftest import COPIED, SHARED, reference
 from xtuner.core.errors import DataError, XTunerError
 from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset, spans
 from xtuner.data.format import BinFile
-from xtuner.data.order import Position
+from xtuner.data.order import Position, numbers, packs_per_epoch
 from xtuner.data.pack import PackedDataset
 from xtuner.data.spans import LongLine, LongLines, SpanReader
 from xtuner.data.write import write_bin
@@ -152,14 +153,35 @@ def test_rank_shares_follow_the_position() -> None:
 
 
 def test_position_walks_through_epochs() -> None:
-    for num_packs, dp_size, step in ((7, 1, 3), (7, 2, 4), (8, 2, 6), (5, 5, 5), (24, 3, 9)):
-        position, total = Position(), Position().packs_until(3, num_packs, dp_size)
-        assert total == 3 * (num_packs // dp_size * dp_size)
-        for done in range(step, total + 1, step):
-            position = position.advance(step, num_packs, dp_size)
-            per_epoch = num_packs // dp_size * dp_size
+    for num_packs, begun_on, step in ((7, 1, 3), (7, 2, 4), (8, 2, 6), (5, 5, 5), (24, 3, 9), (5, 1, 23)):
+        position, per_epoch = Position(), packs_per_epoch(num_packs, begun_on)
+        assert per_epoch == num_packs // begun_on * begun_on
+        for done in range(step, 3 * per_epoch + 1, step):
+            position = position.advance(step, per_epoch)
             assert (position.epoch, position.offset) == divmod(done, per_epoch)
-            assert position.packs_until(3, num_packs, dp_size) == total - done
+    # Older versions cut an epoch by the ranks of the day: theirs may be beyond ours.
+    assert Position(1, 102).advance(3, 100) == Position(2, 3)
+
+
+def test_one_stream_whatever_the_ranks() -> None:
+    """Begun on b ranks, any n continue anywhere: their shares interleave to the same stream; equal n: the reference."""
+    for num_packs, begun_on in ((7, 1), (11, 2), (5, 4), (24, 3), (1, 1)):
+        per_epoch = packs_per_epoch(num_packs, begun_on)
+        draws = [np.random.RandomState(1024 + e).permutation(num_packs)[:per_epoch] for e in range(9)]
+        expected = np.concatenate(draws)
+        for size in (1, 2, 3, 4, 8):
+            samplers = [InternRepoSampler(range(num_packs), rank=r, world_size=size) for r in range(size)]
+            for done in range(2 * per_epoch + 1):
+                position = Position().advance(done, per_epoch)
+                streams = [chain.from_iterable(map(numbers, s.stream(position, per_epoch))) for s in samplers]
+                taken = [next(s) for _ in range(3 * per_epoch // size) for s in streams]
+                assert taken == expected[done : done + len(taken)].tolist(), (num_packs, begun_on, size, done)
+        for rank in range(begun_on):  # the reference: an epoch's permutation, cut, every n-th
+            sampler = InternRepoSampler(range(num_packs), rank=rank, world_size=begun_on)
+            for epoch, share in zip(range(3), sampler.stream(Position(), per_epoch), strict=False):
+                assert share.tolist() == draws[epoch][rank::begun_on].tolist() == list(sampler)
+        kept = next(InternRepoSampler(range(num_packs), False, rank=0, world_size=2).stream(Position(), per_epoch))
+        assert kept.tolist() == list(range(0, per_epoch, 2))
 
 
 def test_meta_that_lies_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Real processes, SIGKILL from outside. After each fault what was resumed equals a
 refusal says why. docs/reliability.md lists promise, test and result.
 """
 
+import errno
 import multiprocessing
 import os
 import resource
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_corpus
 from test_train import contents, records, with_hook
 
 from xtuner.cli.main import main
 from xtuner.core import files
-from xtuner.core.errors import CheckpointError, DivergedError, XTunerError
+from xtuner.core.errors import CheckpointError, DataError, DivergedError, XTunerError
 from xtuner.train.saver import TOLERATED
 
 Command = Callable[..., int]
@@ -35,13 +37,13 @@ def straight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work_dir / (work_dir / "last_checkpoint").read_text().strip()
 
 
-def resumed(tiny: Path, work_dir: Path, straight: Path, *words: str) -> None:
+def resumed(tiny: Path, work_dir: Path, straight: Path) -> None:
     """Resume to the end; the end is the undisturbed run's."""
-    assert main(["train", str(tiny), "--work-dir", str(work_dir), "--resume", *words, "--cfg-options", *SHORT]) == 0
+    assert main(["train", str(tiny), "--work-dir", str(work_dir), "--resume", "--cfg-options", *SHORT]) == 0
     assert contents(work_dir / straight.name) == contents(straight)
     assert records(work_dir) == records(straight.parent)
-    left = {p.name for p in work_dir.iterdir() if ".tmp-" in p.name or ".old-" in p.name}
-    assert not left
+    assert [p for p in work_dir.iterdir() if p.name.startswith(".")] == []  # nothing is left of what was killed
+    assert all((p / files.MANIFEST).is_file() for p in work_dir.glob("iter_*.pth"))
 
 
 def stand_still_at(point: int, pipe: int, go: int, words: list[str]) -> None:
@@ -103,6 +105,7 @@ def test_killed_at_every_write_point_of_every_save(tiny: Path, tmp_path: Path, s
         if not killed_at(point, words):
             break
         saved += any(work_dir.glob("iter_*.pth"))
+        assert all((p / files.MANIFEST).is_file() for p in work_dir.glob("iter_*.pth"))  # pruned ones included
         resumed(tiny, work_dir, straight)
         shutil.rmtree(work_dir)
         point += 1
@@ -122,12 +125,14 @@ def test_killed_at_write_points_of_a_resume_and_of_exports(tiny: Path, tmp_path:
     export = ["convert", "pth_to_hf", str(tiny), str(straight), str(tmp_path / "hf")]
     turbomind = ["convert", "turbomind", str(tmp_path / "hf"), "--dst-path", str(tmp_path / "tm")]
     for words, target in ((export, tmp_path / "hf"), (turbomind, tmp_path / "tm")):
-        point = 1
+        point, left = 1, 0
         while killed_at(point, words):
+            left += any(tmp_path.glob(f".{target.name}.*"))
             if target.exists():
                 files.verify(target)  # whole, or not there
             point += 1
         assert point > 5
+        assert left > 5
         assert main(words) == 0
         files.verify(target)
     one, other, point = tmp_path / "one.safetensors", tmp_path / "other.safetensors", 1
@@ -136,6 +141,8 @@ def test_killed_at_write_points_of_a_resume_and_of_exports(tiny: Path, tmp_path:
         assert not one.exists() or one.read_bytes() == other.read_bytes()
         point += 1
     assert point > 3
+    assert main(["convert", "weights", str(straight), str(one)]) == 0
+    assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []  # each cleans up after those before it
 
 
 def flip(file: Path) -> None:
@@ -272,7 +279,7 @@ def test_another_runs_checkpoints_are_moved_aside(tiny: Path, tmp_path: Path, st
     train = ("train", tiny, "--work-dir", work_dir, "--cfg-options", *SHORT)
     assert xtuner(*train, "randomness.seed=7") == 0
     (aside,) = work_dir.glob("before_*")
-    assert sorted(p.name for p in aside.iterdir()) == names
+    assert sorted(p.name for p in aside.iterdir()) == [*names, "last_checkpoint"]
     assert contents(aside / straight.name) == contents(straight)
     assert contents(work_dir / straight.name) != contents(straight)
     shutil.rmtree(work_dir)
@@ -281,6 +288,101 @@ def test_another_runs_checkpoints_are_moved_aside(tiny: Path, tmp_path: Path, st
     assert xtuner("train", tiny, "--work-dir", work_dir, "--resume", work_dir / earlier, "--cfg-options", *SHORT) == 0
     assert contents(work_dir / straight.name) == contents(straight)
     assert [p.name for p in next(work_dir.glob("before_*")).iterdir()] == [straight.name]
+    log = sorted(work_dir.glob("*/*.log"))[-1].read_text()
+    assert f"later checkpoints than {earlier}, which is resumed, are now in {work_dir}/before_" in log
+    assert "run were here" not in log
+
+
+def remove_manifest(folder: Path) -> None:
+    (folder / files.MANIFEST).unlink()
+
+
+def put_deepspeed(folder: Path) -> None:
+    """As XTuner leaves it; mmengine's last_checkpoint holds a whole path."""
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "mp_rank_00_model_states.pt").write_bytes(b"")
+    (folder.parent / "last_checkpoint").write_text(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda folder: flip(folder / "weights" / "model.safetensors"), "is damaged: weights/model.safetensors is alt"),
+        (shutil.rmtree, "last_checkpoint names iter_1.pth, which is not there"),
+        (lambda folder: folder.rename(f"{folder}.damaged"), "last_checkpoint names iter_1.pth, which is not there"),
+        (remove_manifest, "iter_1.pth is not a whole checkpoint"),
+        (put_deepspeed, "iter_1.pth is a checkpoint of DeepSpeed"),
+    ],
+)
+def test_nothing_whole_to_resume_from(
+    harm: Callable[[Path], Any], words: str, tiny: Path, tmp_path: Path, straight: Path, xtuner: Command
+) -> None:
+    """The run is not thrown away: 74, nothing is changed, and how to start afresh on purpose is said; it does."""
+    work_dir = tmp_path / "w"
+    shutil.copytree(straight, work_dir / "iter_1.pth")
+    (work_dir / "last_checkpoint").write_text("iter_1.pth\n")
+    harm(work_dir / "iter_1.pth")
+    before = {p: p.read_bytes() for p in work_dir.rglob("*") if p.is_file()}
+    train = ("train", tiny, "--work-dir", work_dir)
+    for resume in (["--resume"], ["--resume", "auto"], ["--resume", work_dir]):
+        with pytest.raises(CheckpointError, match=words) as error:
+            xtuner(*train, *resume, "--cfg-options", *SHORT)
+        assert error.value.exit_code == 74
+        assert "without --resume" in error.value.do
+    with pytest.raises(CheckpointError):
+        xtuner(*train, "--resume", "--strict-resume", "--cfg-options", *SHORT)
+    assert {p: p.read_bytes() for p in before} == before
+    assert not list(work_dir.glob("before_*"))
+    assert xtuner(*train, "--cfg-options", *SHORT) == 0
+    assert contents(work_dir / straight.name) == contents(straight)
+    aside = next(work_dir.glob("before_*"))
+    assert {(aside / p.relative_to(work_dir)).read_bytes() for p in before if "iter_1" in str(p)} <= set(
+        before.values()
+    )
+    assert sorted(p.name for p in work_dir.glob("iter_*")) == sorted(p.name for p in straight.parent.glob("iter_*"))
+
+
+def test_a_checkpoint_of_an_older_version(tiny: Path, tmp_path: Path, straight: Path, xtuner: Command) -> None:
+    """Neither a sha256 of the manifest nor names of data files: it resumes, and what can be said of a change is."""
+    work_dir = tmp_path / "w"
+    shutil.copytree(straight.parent, work_dir)
+    shutil.rmtree(work_dir / straight.name)
+    (folder,) = work_dir.glob("iter_*.pth")
+    facts = files.read_json(folder / "trainer.json")
+    del facts["files"]
+    files.write_json(folder / "trainer.json", facts)
+    manifest = files.read_json(folder / files.MANIFEST)
+    del manifest["sha256"]
+    manifest["files"]["trainer.json"] = files.file_entry(folder / "trainer.json")
+    files.write_json(folder / files.MANIFEST, manifest)
+    other = write_corpus(tmp_path / "other", 10, seed=1)
+    train = ("train", tiny, "--work-dir", work_dir, "--resume", "--cfg-options", *SHORT)
+    with pytest.raises(DataError, match=r"documents of its files, or the order of files, are others \(7 packs then"):
+        xtuner(*train, f"dataset_folder={other}")
+    for key, value in (("iteration", 3), ("kind", "export!")):
+        files.write_json(folder / files.MANIFEST, {**manifest, key: value})
+        with pytest.raises(CheckpointError, match="is damaged: the manifest is altered: it is of "):
+            xtuner(*train)
+    files.write_json(folder / files.MANIFEST, manifest)
+    resumed(tiny, work_dir, straight)
+
+
+def test_a_full_disk_at_the_start(tiny: Path, tmp_path: Path) -> None:
+    """Which folder, and 74: nothing is wrong with the config."""
+    words = ["train", str(tiny), "--work-dir", str(tmp_path / "w"), "--cfg-options", *SHORT]
+    real = os.fsync
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.fsync = full
+    try:
+        with pytest.raises(CheckpointError, match="the work dir cannot be written: No space left") as error:
+            main(words)
+    finally:
+        os.fsync = real
+    assert error.value.where.startswith(str(tmp_path / "w"))
 
 
 @pytest.mark.parametrize(

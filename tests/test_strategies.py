@@ -3,6 +3,7 @@
 Ten iterations with accumulation 2 and clipping; packs have unequal numbers of targets, some none at all.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,19 +16,23 @@ from typing import Any
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
+from conftest import write_corpus
 from safetensors.torch import load_file, save_file
 from test_ranks import on_ranks
 
 from xtuner.core import dist
 from xtuner.core.dist import Ranks
 from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.batch import Batch
-from xtuner.engine import choose, zero_config
+from xtuner.engine import choose, zero_config, zero_keys
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.families import write_config
+from xtuner.model.generate import generate
 from xtuner.model.ops.products import Kind
 from xtuner.model.source import ModelSource, from_scratch
+from xtuner.train import evaluate
 
 ITERATIONS, PACKS, LR, MAX_NORM = 10, 4, 1e-3, 1.0
 CPU = torch.device("cpu")
@@ -39,9 +44,28 @@ KINDS = {  # name → (ranks, --deepspeed, --fsdp)
     "zero2_offload": (2, "deepspeed_zero2_offload", None),
     "zero3": (2, "deepspeed_zero3", None),
     "zero3_offload": (2, "deepspeed_zero3_offload", None),
+    "zero2_other": (2, "deepspeed_zero2", None),
+    "zero3_other": (2, "deepspeed_zero3", None),
     "fsdp": (2, None, "full"),
     "fsdp_hybrid": (4, None, "hybrid"),
 }
+
+
+OTHER = {  # name → zero_optimization otherwise than shipped
+    "zero3": {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000},  # else nothing is cut
+    "zero2_other": {
+        "contiguous_gradients": False, "overlap_comm": False, "reduce_scatter": False, "parameter_alignment": True,
+        "allgather_partitions": False, "use_multi_rank_bucket_allreduce": False, "reduce_bucket_size": 1000,
+        "allgather_bucket_size": 1000, "ignore_unused_parameters": False,
+    },
+    "zero3_other": {
+        "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000, "contiguous_gradients": False,
+        "overlap_comm": False, "reduce_scatter": False, "stage3_use_all_reduce_for_fetch_params": True,
+        "stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0, "sub_group_size": 5000,
+        "memory_efficient_linear": False, "stage3_module_granularity_threshold": 1000, "enable_sanity_checks": True,
+        "offload_optimizer": {"device": "cpu", "fast_init": True}, "stage3_model_persistence_threshold": 0,
+    },
+}  # fmt: skip
 
 
 def source(products: Kind = "own") -> ModelSource:
@@ -80,12 +104,12 @@ def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strateg
     _, zero, fsdp = KINDS.get(kind, (1, None, None))
     if zero == "zero0.json":
         settings = {**zero_config.read("deepspeed_zero1"), "zero_optimization": {"stage": 0}}
-        zero = str(folder / "zero0.json")
+        zero = str(folder / f"zero0_{dist.rank()}.json")  # each rank its own: another may read it half written
         Path(zero).write_text(json.dumps(settings))
-    if kind == "zero3":  # else every weight of so small a model stays whole
+    if kind in OTHER:
         settings = zero_config.read(zero)
-        settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000}
-        zero = str(folder / "zero3.json")
+        settings["zero_optimization"] |= OTHER[kind]
+        zero = str(folder / f"{kind}_{dist.rank()}.json")
         Path(zero).write_text(json.dumps(settings))
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks)
     model = source(products)
@@ -99,7 +123,9 @@ def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bo
     everything, rank, ranks = packs(), dist.rank(), dist.world_size()
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
-        loss = strategy.forward_backward(these[rank::ranks], sum(p.num_targets for p in these))
+        batch = these[rank::ranks]
+        (targets,), parts = dist.ALL.sums_and_most([sum(p.num_targets for p in batch)], strategy.parts(batch))
+        loss = strategy.forward_backward(batch, int(targets), parts)
         yield (loss, *strategy.step(LR, MAX_NORM))
 
 
@@ -236,6 +262,39 @@ def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
     assert on_ranks(2, poisoned, tmp_path) == [0, 0]
 
 
+def test_ranks_share_validation_and_give_one_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one process: the loss, in as many passes on each of three ranks; and a reply, though their logits differ."""
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 64)
+    held_out = load_intern_repo_tokenized_dataset(str(write_corpus(tmp_path / "held_out", 7)))
+    few = load_intern_repo_tokenized_dataset(str(write_corpus(tmp_path / "few", 1, types=("en",))))  # 2 of 3 ranks
+    passes: list[int] = []
+    one_pass = evaluate._loss
+    monkeypatch.setattr(evaluate, "_loss", lambda *words: passes.append(len(words[1])) or one_pass(*words))
+    model = make("single", tmp_path, 1).model
+    expected = [evaluate.evaluate(model, documents, 24, quiet=True) for documents in (held_out, few)]
+    groups, parts = len(passes), sum(passes)
+    reply = list(generate(model, [1, 7, 9], 12))
+
+    def together(ranks: Ranks, folder: Path) -> None:
+        for kind in ("zero3", "fsdp"):
+            passes.clear()
+            model = make(kind, folder, 3).model
+            found = [evaluate.evaluate(model, documents, 24, quiet=True) for documents in (held_out, few)]
+            shares = ranks.gather([len(passes), sum(passes), repr(found)])
+            assert len({(count, text) for count, _, text in shares}) == 1
+            assert groups <= 3 * len(passes) < groups + 6
+            assert sum(share for _, share, _ in shares) == parts + 3 * len(passes) - groups  # and the empty passes
+            for mine, true in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+                assert (mine.name, mine.tokens) == (true.name, true.tokens)
+                assert mine.loss == pytest.approx(true.loss, rel=1e-6)
+            if ranks.rank == 1:  # alone, it would say other tokens
+                model.output.register_forward_hook(lambda module, args, out: out.roll(1, -1))
+            stops = [reply[0] + 1] if ranks.rank == 1 else []  # and stop at once
+            assert list(generate(model, [1, 7, 9], 12, stops, agree=ranks.number_from_main)) == reply
+
+    assert on_ranks(3, together, tmp_path / "ranks") == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -254,10 +313,31 @@ def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
                 ({"stage": "two"}, 'zero_optimization.stage = "two": '),
                 ({"offload_optimizer": {"devise": "cpu"}}, "no setting 'zero_optimization.offload_optimizer.devise'"),
                 ({"offload_optimizer": {"device": "nvme"}}, "offload to NVMe is not supported"),
+                ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio = 0.5 is not"),
+                ({"offload_param": {"device": "cpu"}}, "offload_param needs stage 3"),
+                ({"round_robin_gradients": True}, "round_robin_gradients = true is not supported"),
+                ({"mics_shard_size": 2}, "mics_shard_size = 2 is not supported"),
+                ({"zero_hpz_partition_size": 2}, "zero_hpz_partition_size = 2 is not supported"),
+                ({"zero_quantized_gradients": True}, "zero_quantized_gradients = true is not supported"),
+                ({"compute_grad_norm": False}, "compute_grad_norm = false is not supported"),
+                ({"cpu_offload": True}, "cpu_offload = true is not supported"),
+                ({"leaf_module": {"classes": ["Block"]}}, "section 'zero_optimization.leaf_module' is not supported"),
             )
         ],
+        ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow = false is not supported"),
+        ({"bfloat16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow = false is not supported"),
+        ({"bf16": {"bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads = true is not"),
+        ({"bf16": True}, "bf16 = true is not a section"),
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, 'grad_accum_dtype = "fp16" is not fp32'),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_acum_dtype is not supported"),
+        ({"data_types": {"param_dtype": "bf16"}}, 'data_types.param_dtype = "bf16" is not supported'),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer = true is not supported"),
+        ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op = "sum" is not supported'),
+        ({"prescale_gradients": True}, "prescale_gradients = true is not supported"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "section 'tensor_parallel' is not supported"),
+        ({"amp": {"enabled": True}}, "section 'amp' is not supported"),
         ({"bf16": {"enable": False}}, "no setting 'bf16.enable'. Did you mean 'enabled'"),
-        ({"communication_data_type": "auto", "bf16": {"enabled": "auto"}, "seed": "auto"}, "no setting of the config"),
+        ({"bf16": {"enabled": "auto"}, "steps_per_print": "auto"}, "no setting of the config"),
     ],
 )
 def test_settings_that_contradict_the_config(change: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -268,6 +348,98 @@ def test_settings_that_contradict_the_config(change: dict[str, object], message:
         zero_config.resolve(zero_config.read(str(path)), optim, CPU, 2, str(path))
     with pytest.raises(ConfigError, match="Did you mean 'deepspeed_zero1'"):
         zero_config.read("deepspeed_zero_1")
+
+
+def test_every_setting_of_deepspeed_has_its_place() -> None:
+    """DeepSpeed's own descriptions against our tables; what is off or without effect hinders nobody."""
+    from deepspeed.runtime import config, precision_config
+    from deepspeed.runtime.zero import config as zero
+    from deepspeed.runtime.zero import offload_config
+
+    for section, form in (
+        ("zero_optimization", zero.DeepSpeedZeroConfig),
+        ("zero_optimization.offload_optimizer", offload_config.DeepSpeedZeroOffloadOptimizerConfig),
+        ("zero_optimization.offload_param", offload_config.DeepSpeedZeroOffloadParamConfig),
+        ("bf16", precision_config.DeepSpeedBF16Config),
+    ):
+        for name, field in form.model_fields.items():
+            assert f"{section}.{field.alias or name}" in zero_keys.KNOWN
+    removed = [
+        *config._REMOVED_TOP_LEVEL_CONFIG_KEYS,
+        *(f"zero_optimization.{k}" for k in config._REMOVED_ZERO_CONFIG_KEYS),
+    ]
+    assert set(removed) <= zero_keys.REJECTED.keys()
+    tables = (zero_keys.HANDED_ON, zero_keys.WITHOUT_EFFECT.keys(), zero_keys.REJECTED.keys())
+    assert sum(map(len, tables)) == len(zero_keys.KNOWN)
+    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dtype="bf16")
+    usual = {  # as in JSONs of other projects
+        "fp16": {"enabled": False, "initial_scale_power": 16}, "bf16": {"enabled": True}, "optimizer": None,
+        "tensorboard": {"enabled": False}, "flops_profiler": {"enabled": False}, "amp": None,
+        "activation_checkpointing": {"profile": True},
+        "train_batch_size": "auto", "gradient_predivide_factor": 1.0, "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "zero_hpz_partition_size": 1,
+            "round_robin_gradients": False, "offload_optimizer": {"device": "none"}, "offload_param": None,
+        },
+    }  # fmt: skip
+    resolved = zero_config.resolve(usual, optim, CPU, 2, "usual.json")
+    assert resolved["zero_optimization"] == {"stage": 3}
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert [told.partition(" ")[0] for told in zero_config.without_effect(usual)] == [
+        "activation_checkpointing", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    ]  # fmt: skip
+    one = {**usual, "zero_optimization": {"stage": 1}}
+    assert "data_types" not in zero_config.resolve(one, optim, CPU, 2, "one.json")
+    with pytest.raises(ConfigError, match="grad_accum_dtype = fp32 is not supported with ZeRO-1"):
+        zero_config.resolve({**one, "data_types": {"grad_accum_dtype": "fp32"}}, optim, CPU, 2, "one.json")
+
+
+def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> None:
+    """In bf16, 2 × 16 packs, SGD with a rate of 1: what masters lose is the gradient. Against one process in fp32."""
+    these = packs()[:32]
+    targets = sum(p.num_targets for p in these)
+
+    def gradient(dtype: str, zero: str | None, fsdp: str | None) -> tuple[Any, dict[str, tuple[int, torch.Tensor]]]:
+        rank, ranks = dist.rank(), dist.world_size()
+        optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype), source()
+        strategy: Any = choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
+        before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
+        strategy.forward_backward(these[rank::ranks], targets)
+        assert strategy.step(1.0, None)[1]
+        lost = {n: (s.master.begin, before[n] - s.master.read()) for n, s in strategy._shards().items()}
+        return strategy, lost
+
+    exact = gradient("fp32", None, None)[1]
+
+    def error(found: dict[str, tuple[int, torch.Tensor]]) -> float:
+        square = total = 0.0
+        for name, (begin, values) in found.items():
+            true = exact[name][1].view(-1)[begin : begin + values.numel()]
+            square += (values.view(-1) - true).square().sum().item()
+            total += true.square().sum().item()
+        return float((dist.ALL.sum(square) / dist.ALL.sum(total)) ** 0.5)
+
+    least = error(gradient("bf16", None, None)[1])
+    assert 5e-3 < least < 7e-3
+
+    def on_two(_: Ranks, folder: Path) -> None:
+        assert error(gradient("bf16", None, "full")[1]) < 1.001 * least
+        for stage in ("2", "3", "2_offload", "3_offload"):
+            strategy, found = gradient("bf16", f"deepspeed_zero{stage}", None)
+            assert error(found) < 1.001 * least, stage
+            block = strategy.model.model.layers[1]
+            hook = block.register_forward_hook(lambda module, args, out: out * float("nan"))
+            before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
+            strategy.forward_backward(these[dist.rank() :: 2], targets)
+            assert not strategy.step(1.0, None)[1]
+            assert all(s.master.read().equal(before[n]) for n, s in strategy._shards().items())
+            hook.remove()
+        settings = zero_config.read("deepspeed_zero2")
+        settings["data_types"]["grad_accum_dtype"] = "bf16"  # on request
+        (folder / f"{dist.rank()}.json").write_text(json.dumps(settings))
+        assert error(gradient("bf16", str(folder / f"{dist.rank()}.json"), None)[1]) > 1.2 * least
+
+    assert on_ranks(2, on_two, tmp_path) == [0, 0]
 
 
 def test_nodes_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

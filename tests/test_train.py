@@ -192,6 +192,57 @@ def test_every_setting_has_its_effect(tiny: Path, tmp_path: Path, xtuner: Comman
     assert len(records(run("counts", "accumulative_counts=1"))) > len(records(run("more", "accumulative_counts=4")))
 
 
+def test_a_line_is_the_mean_since_the_one_before(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    """Loss over all targets of the interval; of a single iteration its own, to the last bit; tokens of all so far."""
+
+    def lines(interval: int) -> dict[int, dict[str, Any]]:
+        work_dir = tmp_path / str(interval)
+        options = (f"default_hooks.logger.interval={interval}", "evaluation_inputs=[]", "log_level=WARNING")
+        assert xtuner("train", tiny, "--work-dir", work_dir, "--cfg-options", *options) == 0
+        text = next(work_dir.glob("*/vis_data/scalars.json")).read_text()
+        return {line["iter"]: line for line in map(json.loads, text.splitlines())}
+
+    single, five = lines(1), lines(5)
+    last = max(single)
+    assert list(five) == [*range(5, last, 5), last]
+    smoothed = targets = begin = 0.0
+    for number, line in single.items():
+        smoothed = smoothed * 0.98 + line["loss"] * line["targets"]
+        targets = targets * 0.98 + line["targets"]
+        assert line["loss_smoothed"] == pytest.approx(smoothed / targets, rel=1e-12)
+        assert line["tokens"] == number * 2 * 32
+        if number in five:
+            those = [single[i] for i in range(int(begin) + 1, number + 1)]
+            mean = sum(r["loss"] * r["targets"] for r in those) / sum(r["targets"] for r in those)
+            assert five[number]["loss"] == pytest.approx(mean, rel=1e-12)
+            assert five[number]["targets"] == sum(r["targets"] for r in those)
+            same = ("lr", "grad_norm", "tokens", "applied", "loss_smoothed")
+            assert [five[number][key] for key in same] == [line[key] for key in same]
+            begin = number
+
+
+def test_averages_of_odd_iterations() -> None:
+    """NaN is left out of the mean, iterations without targets weigh nothing, rates are weighted by seconds."""
+    from xtuner.train.averages import Averages
+    from xtuner.train.run import Iteration
+    from xtuner.train.state import TrainState
+
+    def line(*iterations: tuple[float, int, bool, float]) -> dict[str, Any]:
+        averages = Averages()
+        for loss, targets, applied, seconds in iterations:
+            record = {"time": seconds, "tokens_per_s": 100 / seconds, "own": seconds}
+            averages.add(Iteration(TrainState(), 0.1, loss, 1.0, applied, targets, 100, 0, 0.0, record))
+        return averages.record()
+
+    nan, none = (float("nan"), 10, False, 1.0), (0.0, 0, False, 3.0)
+    found = line((2.0, 30, True, 1.0), nan, none, (4.0, 10, True, 5.0))
+    assert (found["loss"], found["targets"], found["applied"]) == (2.5, 50, False)
+    assert (found["time"], found["tokens_per_s"], found["own"]) == (2.5, 40.0, 5.0)
+    assert line((2.0, 30, True, 1.0), none)["applied"] is True
+    assert (line(none)["targets"], line(none)["applied"]) == (0, False)
+    assert line(none, nan)["loss"] != line(none, nan)["loss"]
+
+
 def tiny_corpus(tiny: Path) -> str:
     from xtuner.config.load import load
 
@@ -218,7 +269,7 @@ def test_custom_hooks_speak(tiny: Path, tmp_path: Path, xtuner: Command, capsys:
 def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--dry-run") == 0
     assert not (tmp_path / "w").exists()
-    shown = capsys.readouterr().err
+    shown = capsys.readouterr().out  # the report is what a dry run is for
     for word in ("parameters", "documents", "tail of", "iterations", "epochs", "FLOPs without attention"):
         assert word in shown
 
@@ -271,9 +322,9 @@ def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Co
     assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--dry-run", *options) == 0
     said = "47.4% of the tokens (360 of 760) are not trained on: the last tokens of each file fill no pack of 100 "
     said += "(9 of 10 files fill none at all)"
-    shown = capsys.readouterr().err
-    assert said in shown
-    assert "360 tokens (47.4%) of file tails" in shown
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert "360 tokens (47.4%) of file tails" in shown.out
     assert xtuner("data", "stats", tmp_path / "data", "--max-length", "100") == 0
     shown = capsys.readouterr().out
     assert said in shown
@@ -292,13 +343,38 @@ def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> 
     train = ("train", tiny, "--work-dir", work_dir)
     assert xtuner(*train, "--cfg-options", *PLAIN) == 0
     other = write_corpus(tmp_path / "other", 10, seed=1)
+    order = tmp_path / "order.txt"
+    order.write_text("en/a.bin\nen/b.bin\ncode/a.bin\ncode/b.bin\n")
     for error, words, message in (
-        (DataError, ["--resume", "--cfg-options", f"dataset_folder={other}"], "data is not what the checkpoint"),
-        (DataError, ["--resume", "--cfg-options", "max_length=16"], "not what the checkpoint"),
-        (ConfigError, ["--resume", "--cfg-options", "accumulative_counts=1"], "packs_per_iteration was 2 and is now 1"),
-        (ConfigError, ["--resume", "--cfg-options", "max_epochs=5"], "max_iterations was"),
+        (
+            DataError,
+            ["--resume", "--cfg-options", f"dataset_folder={other}"],
+            r"not what the checkpoint was trained on: files: 4 changed \(code/a\.bin, code/b\.bin, en/a\.bin, …\)",
+        ),
+        (DataError, ["--resume", "--cfg-options", "max_length=16"], r"not what .*: max_length: 32 → 16 \(train_data"),
+        (
+            DataError,
+            ["--resume", "--cfg-options", f"data_order_path={order}"],
+            "order of files: number 1 was code/a.bin",
+        ),
+        (
+            DataError,
+            ["--resume", "--cfg-options", "train_dataset.dataset_cfg.min_length=20"],
+            r"trained on: train_dataloader\.dataset\.dataset_cfg\.min_length: 0 → 20\n",
+        ),
+        (
+            ConfigError,
+            ["--resume", "--cfg-options", "accumulative_counts=1"],
+            "an iteration took 2 packs and would take 1: accumulative_counts: 2 → 1",
+        ),
+        (
+            ConfigError,
+            ["--resume", "--cfg-options", "max_epochs=5"],
+            "to have 15 iterations and would have 75: max_epochs: 1 → 5",
+        ),
         (ConfigError, ["--resume", str(tmp_path / "nowhere")], "no such folder"),
         (ConfigError, ["--resume", str(corpus)], "no checkpoint there"),
+        (ConfigError, ["--resume", ""], "an empty path"),
         (ConfigError, ["--cfg-options", "dataset_folder=/nowhere"], "data folder is not there"),
         (DataError, ["--cfg-options", "max_length=100000"], "0 packs, and one iteration takes 2"),
         (DataError, ["--cfg-options", f"dataset_folder={tmp_path / 'w'}"], "no .bin file"),

@@ -99,6 +99,24 @@ def test_known_values(monkeypatch: Any) -> None:
     assert str(error) == "no ***\n  where: hub_token = '***'\n  next: ask"
 
 
+def test_the_environment_is_examined_when_it_changes(monkeypatch: Any) -> None:
+    """Not for every line: clusters set thousands of variables. What a config or hook sets later is hidden as well."""
+    for number in range(3000):
+        monkeypatch.setenv(f"SERVICE_{number}_PORT", "tcp://10.0.0.1:443")
+    mask_text("")
+    examined, true_kind = [], secrets._kind
+    monkeypatch.setattr(secrets, "_kind", lambda name: examined.append(name) or true_kind(name))
+    assert mask_text("a line") == mask({"a": "a line"})["a"] == "a line"
+    assert examined == ["", "a"]
+    monkeypatch.setenv("LATE_TOKEN", "set-by-a-hook")
+    assert mask_text("set-by-a-hook") == MASK
+    assert len(examined) > 3000
+    monkeypatch.setenv("LATE_TOKEN", "another-value")
+    assert mask_text("set-by-a-hook another-value") == f"set-by-a-hook {MASK}"
+    monkeypatch.delenv("LATE_TOKEN")
+    assert mask_text("another-value") == "another-value"
+
+
 def test_programs() -> None:
     """Literals of secret names and comments change, everything else stays byte by byte; the program stays one."""
     source = '''# curl -H "Authorization: Bearer abcdefgh"

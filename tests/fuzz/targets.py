@@ -24,7 +24,7 @@ from xtuner.config.check import problems
 from xtuner.config.load import SHIPPED, load
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError, XTunerError
-from xtuner.core.files import file_entry, verify
+from xtuner.core.files import file_entry, verify, write_manifest
 from xtuner.core.pickles import load_tensors
 from xtuner.data import load_intern_repo_tokenized_dataset, tables
 from xtuner.data.cache import make
@@ -272,8 +272,10 @@ def _checkpoint(shared: Path) -> Target:
     text = json.dumps(trainer).encode()
     (shared / "trainer.json").write_bytes(text)
     entry = file_entry(shared / "trainer.json")
-    manifest = {"kind": "checkpoint", "iteration": 3, "files": {"trainer.json": entry}}
-    right = {"c/manifest.json": json.dumps(manifest).encode(), "c/trainer.json": text}
+    write_manifest(shared, {"trainer.json": entry}, kind="checkpoint", iteration=3)
+    sealed = (shared / "manifest.json").read_bytes()
+    manifest = json.loads(sealed)
+    right = {"c/manifest.json": sealed, "c/trainer.json": text}
     names = ["x" * 300, "../../x", "/etc/passwd", "a\0b", "\ud800", "", ".", "a/" * 2000]
     crafted = st.lists(
         st.tuples(st.sampled_from(names), st.sampled_from([entry, {}, {"bytes": True, "sha256": []}])), max_size=3

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from xtuner.core.streams import as_text
+
 if TYPE_CHECKING:
     from xtuner.data.tokenizer import Tokenizer
 
@@ -12,19 +14,19 @@ HELP = "an empty line is ignored; /reset begins a new conversation, /exit or Ctr
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face folder, checkpoint")
-    parser.add_argument("--prompt", help="answer this one text and end; without it: a conversation")
+    parser.add_argument("--prompt", type=as_text, help="answer this one text and end; without it: a conversation")
     parser.add_argument(
         "--template", default="internlm2_chat", help="internlm2_chat (default), or plain to continue texts"
     )
     parser.add_argument(
         "--tokenizer", help="folder or hub id of the tokenizer, where the model has none: a checkpoint has not"
     )
-    parser.add_argument("--system", default="", help="system prompt")
-    parser.add_argument("--stop-words", nargs="+", default=[], help="further words to stop at")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--system", type=as_text, default="", help="system prompt")
+    parser.add_argument("--stop-words", type=as_text, nargs="+", default=[], help="further words to stop at")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="at most so many in a reply")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most likely token each time")
-    parser.add_argument("--top-p", type=float, default=0.8)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=0.8, help="share of the probability that tokens are drawn from")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""xtuner check-cfg CONFIG: all mistakes of a config at once, or that it is right."""
+"""xtuner check-cfg CONFIG: whatever `xtuner train` would refuse because of the config, or that it is right."""
 
 import argparse
 
@@ -9,15 +9,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.config.check import problems
     from xtuner.config.load import load
-    from xtuner.config.mistakes import together
     from xtuner.config.told import paragraphs
     from xtuner.core import log
+    from xtuner.core.dist import Ranks
+    from xtuner.engine import fit
+    from xtuner.engine.join import device
+    from xtuner.train import preflight
 
     log.setup()
     config = load(args.config, args.cfg_options)
-    if found := problems(config, paths=True):
-        raise together(found)
+    hooks = preflight.settings(config)
+    here = device()
+    work_dir = preflight.work_dir_of(None, config)
+    run = preflight.prepare(config, hooks, work_dir, here, None, Ranks(), only_look=True)
+    notes = list(run.make_schedule().remarks(run.max_iterations))
     print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))
+    for note in notes:
+        print(f"note: {note}")
+    if why_not := fit.why_not_alone(run.source, run.optim, here):
+        print(f"note: {why_not}")
     return 0

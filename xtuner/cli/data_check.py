@@ -8,7 +8,9 @@ RESET = "\033[0m"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder of .bin and .bin.meta files")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="ids from N on are wrong")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="ids from N on are wrong (default: any id is right)"
+    )
     parser.add_argument(
         "--fix-meta",
         action="store_true",

@@ -11,7 +11,7 @@ def add_shared(parser: argparse.ArgumentParser, kept: str) -> None:
     """`kept`: what lies in --cache-dir."""
     parser.add_argument("--seed", type=int, default=1024, help="as in the config (default: 1024)")
     parser.add_argument("--min-length", type=int, default=0, help="as in the config (default: 0)")
-    parser.add_argument("--data-order", help="data_order.txt")
+    parser.add_argument("--data-order", help="data_order.txt (default: folders in sorted order)")
     parser.add_argument("--file-type", default=".bin", help="ending of the token files (default: .bin)")
     parser.add_argument("--cache-dir", metavar="DIR", help=f"{kept} (default: beside the data)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")

@@ -14,8 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer; without it numbers are shown")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens of a pack (default: 2048)")
     parser.add_argument("--seed", type=int, default=1024, help="of the documents' order (default: 1024)")
-    parser.add_argument("--data-order", help="data_order.txt")
-    parser.add_argument("--show", default=None, help="text, masked_text, input_ids, labels or all")
+    parser.add_argument("--data-order", help="data_order.txt (default: folders in sorted order)")
+    parser.add_argument(
+        "--show",
+        default=None,
+        help="text, masked_text, input_ids, labels or all (default: text with a tokenizer, else input_ids)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,8 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="*", metavar="MODEL", help="Hugging Face folder; or CONFIG.py CHECKPOINT")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="of lm-eval, or of --include-path")
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with tasks of your own (YAML)")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="solved examples before each question")
-    parser.add_argument("--limit", type=int, metavar="N", help="rows of each task; to try things out")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="solved examples before each question (default: the task's)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="rows of each task, to try things out (default: all)")
     parser.add_argument("--batch-size", default="8", metavar="N", help="texts at a time, or auto (default: 8)")
     parser.add_argument("--model-args", nargs="+", default=[], metavar="KEY=VALUE", help="more for lm-eval's model")
     add_shared(parser, "lm-eval")

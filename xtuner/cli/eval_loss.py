@@ -7,8 +7,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face folder, checkpoint, or config (its starting weights)")
     parser.add_argument("data_folder", help="folder of .bin and .bin.meta files")
     parser.add_argument("--max-length", type=int, default=32768, help="longer documents are cut into such parts")
-    parser.add_argument("--save", metavar="FILE", help="keep results by file; run again to go on after a stop")
-    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--save", metavar="FILE", help="keep results by file, and continue them after a stop (default: not kept)"
+    )
+    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--infer", choices=("ppl", "gen"), help="of --custom: likelihood of the options (default), or generated answers"
     )
     parser.add_argument(
-        "--backend", choices=("hf", "turbomind"), default="hf", help="default: hf; turbomind is LMDeploy"
+        "--backend", choices=("hf", "turbomind"), default="hf", help="what runs the model: transformers, or LMDeploy"
     )
     parser.add_argument(
         "--model-type",
@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="for one copy of the model (default: 1; 0 without a GPU)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="prompts at a time (default: hf 8, turbomind 64)")
-    parser.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of a prompt and its answer (the model's)")
+    parser.add_argument(
+        "--max-seq-len", type=int, metavar="N", help="tokens of a prompt and its answer (default: the model's)"
+    )
     parser.add_argument("--max-out-len", type=int, metavar="N", help="tokens of an answer (default: 1024)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="whose data/ holds OpenCompass's datasets")
     parser.add_argument(

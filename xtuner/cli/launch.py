@@ -18,10 +18,10 @@ ONLY_FOR = {  # option → schedulers that have a use for it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, or the name of a shipped one")
-    parser.add_argument("--scheduler", required=True, choices=("slurm", "k8s", "dlc"))
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
-    parser.add_argument("--partition", metavar="P", help="Slurm: of the site")
+    parser.add_argument("--scheduler", required=True, choices=("slurm", "k8s", "dlc"), help="what the job is for")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="processes on each")
+    parser.add_argument("--partition", metavar="P", help="Slurm (default: the site's)")
     parser.add_argument("--time", metavar="T", help="Slurm: limit, e.g. 24:00:00 or 2-00; the job is requeued after it")
     parser.add_argument("--image", metavar="I", help="k8s, dlc: container image with xtuner in it")
     parser.add_argument("--namespace", metavar="NS", help="k8s (default: default)")
@@ -39,11 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import sys
 
-    from xtuner.config.check import check
     from xtuner.config.load import load
+    from xtuner.config.told import tell
     from xtuner.core import log
     from xtuner.core.errors import ConfigError
     from xtuner.tools import jobs
+    from xtuner.train import preflight
 
     log.setup()
     for option, schedulers in ONLY_FOR.items():
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
             what = f"--{option} means nothing to --scheduler {args.scheduler}"
             raise ConfigError(what, where=f"--{option}", do=f"leave it out; it is for {' and '.join(schedulers)}")
     config = load(args.config)
-    check(config)
+    preflight.settings(config, paths=False)  # of the cluster, which may see other disks
+    tell(config)
     job = _job(args, config)
     text = jobs.RENDER[args.scheduler](job)
     if args.output:

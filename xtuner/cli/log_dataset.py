@@ -7,7 +7,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, or the name of a shipped one")
     parser.add_argument("--show", default="text", help="text (default), masked_text, input_ids, labels or all")
     parser.add_argument("--num-packs", type=int, default=1, help="how many, in the order of training (default: 1)")
-    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
 
 
 def run(args: argparse.Namespace) -> int:

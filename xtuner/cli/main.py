@@ -8,7 +8,7 @@ import importlib
 import sys
 from typing import NoReturn
 
-from xtuner.core.command import exit_with, run_command
+from xtuner.core.command import complain, exit_with, run_command
 from xtuner.core.errors import EXIT_CONFIG
 
 VERBS = {  # words → (module, what it does)
@@ -39,10 +39,12 @@ VERBS = {  # words → (module, what it does)
 
 def usage(group: str = "") -> str:
     """All verbs, or those of a group such as `data`."""
-    shown = {words: text for words, (_, text) in VERBS.items() if words.startswith(f"{group} " if group else "")}
+    first = f"{group} " if group else ""
+    shown = {words: text for words, (_, text) in VERBS.items() if words.startswith(first)}
     width = max(map(len, shown))
     lines = [f"  {words:<{width}}  {text}" for words, text in shown.items()]
-    return "usage: xtuner VERB ...\n\n" + "\n".join(lines) + "\n\n`xtuner VERB --help` tells more of one.\n"
+    verb = f"xtuner {first}VERB"
+    return f"usage: {verb} ...\n\n" + "\n".join(lines) + f"\n\n`{verb} --help` describes one.\n"
 
 
 def main(argv: list[str]) -> int:
@@ -56,14 +58,16 @@ def main(argv: list[str]) -> int:
         print(f"xtuner {xtuner.__version__}")
         return 0
     words = next((w for n in (2, 1) if (w := " ".join(argv[:n])) in VERBS), None)
-    if words is None and any(w.startswith(f"{argv[0]} ") for w in VERBS) and argv[1:] in ([], ["-h"], ["--help"]):
-        print(usage(argv[0]), end="")
+    group = argv[0] if any(w.startswith(f"{argv[0]} ") for w in VERBS) else ""
+    if words is None and group and argv[1:] in ([], ["-h"], ["--help"]):
+        print(usage(group), end="")
         return 0 if argv[1:] else EXIT_CONFIG
     if words is None:
         from xtuner.core.errors import did_you_mean
 
+        given = " ".join(argv[: 2 if group else 1])
         near = did_you_mean(" ".join(argv[:2]), list(VERBS)) or did_you_mean(argv[0], list(VERBS))
-        print(f"xtuner: no verb {argv[0]!r}.{near}\n\n{usage()}", end="", file=sys.stderr)
+        complain(f"there is no verb {given!r}.{near}\n\n{usage(group)}".rstrip())
         return EXIT_CONFIG
     module_name, text = VERBS[words]
     module = importlib.import_module(module_name)

@@ -52,15 +52,20 @@ def run(args: argparse.Namespace) -> int:
     import faulthandler
     import os
     import sys
-    from pathlib import Path
 
     from xtuner.config.load import load
-    from xtuner.core import log
+    from xtuner.core import log, streams
+    from xtuner.core.errors import ConfigError
     from xtuner.engine import launch, workers
 
+    if not args.dry_run:
+        streams.survive()  # a run goes on when nobody reads what it prints
     if not faulthandler.is_enabled():
         faulthandler.enable()  # where each thread stood if a library crashes, or a mapped file is cut off
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in words, not in frames of C++
+    for option in ("--work-dir", "--cache-dir", "--deepspeed"):
+        if getattr(args, option[2:].replace("-", "_")) == "":  # as a rule a variable of a script that is not set
+            raise ConfigError(f"{option} is empty", where=option, do="give a value, or leave the option out")
     config = load(args.config, args.cfg_options)
     if args.launcher in ("none", "pytorch"):
         from torch.cuda import device_count
@@ -71,10 +76,10 @@ def run(args: argparse.Namespace) -> int:
             return workers.start(asked, [sys.executable, "-m", "xtuner", "train", *args.words])
     workers.end_with_parent()
     place = launch.place(args.launcher, os.environ)
-    work_dir = args.work_dir or config.get("work_dir") or Path("work_dirs") / config.name
 
     from xtuner.data import place as data_place
     from xtuner.engine.join import taking_part
+    from xtuner.train.preflight import work_dir_of
     from xtuner.train.trainer import Options, train
 
     data_place.chosen.set(args.cache_dir)
@@ -90,4 +95,4 @@ def run(args: argparse.Namespace) -> int:
         words=tuple(args.words),
     )
     with taking_part(place, group=bool(args.deepspeed or args.fsdp)) as (device, watch):
-        return train(config, Path(work_dir).expanduser(), device, options, watch)
+        return train(config, work_dir_of(args.work_dir, config), device, options, watch)

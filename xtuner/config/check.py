@@ -23,15 +23,20 @@ from xtuner.config.settings import (
     TRAIN_CFG,
 )
 from xtuner.config.told import tell
-from xtuner.config.walk import Spec, specs
+from xtuner.config.walk import ROOTS, Spec, specs, walked
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.core.log import logger
 
+# These must be there
+PARTS = ("train_dataloader.dataset", "train_dataloader.sampler", "optim_wrapper.optimizer")
 # These must be dict(type=…)
 BUILT = (
     "model", "tokenizer", "optim_wrapper", "optim_wrapper.optimizer", "train_dataloader.dataset",
-    "train_dataloader.dataset.dataset_cfg", "train_dataloader.sampler",
+    "train_dataloader.dataset.dataset_cfg", "train_dataloader.sampler", "val_dataset",
 )  # fmt: skip
+MOST_EPOCHS = 1_000_000
+# Dicts whose "type" is a word of theirs, not something to build
+WORDS = ("clip_grad", "rope_parameters", "rope_scaling")
 # What the trainer gives to them besides
 GIVEN = {
     "train_dataloader.sampler": {"dataset": None},
@@ -54,11 +59,14 @@ def check(config: Config, paths: bool = False) -> None:
 
 def problems(config: Config, paths: bool = False) -> list[ConfigError]:
     """All mistakes, each with its file and line."""
-    found = [*_names(config), *_only(config), *_dataloader(config), *_train_cfg(config)]
-    inside = [*_not_specs(config), *(e for spec in specs(config) for e in _spec(spec)), *rules.of_runtime(config)]
+    length = list(_train_cfg(config))
+    found = [*_names(config), *_only(config), *_parts(config), *_dataloader(config), *length]
+    inside = [*_not_specs(config), *rules.not_finite(config)]
+    inside += [*(e for spec in specs(config) for e in _spec(spec)), *rules.of_runtime(config)]
     wrong = [e.where for e in inside]
+    wrong += ["param_scheduler"] if length else []  # its begins and ends are made from max_epochs
     for spec in specs(config):
-        if not any(f"{where}.".startswith(f"{spec.key}.") for where in wrong):
+        if not any(_within(where, spec.key) or _within(spec.key, where) for where in wrong):
             inside += _trial(spec)
     found += [ConfigError(e.what, where=config.where(e.where), why=e.why, do=e.do) for e in inside]
     if paths:
@@ -99,6 +107,13 @@ def _only(config: Config) -> Iterator[ConfigError]:
             yield ConfigError(problem.what, where=config.where(name), why=problem.why, do=problem.do)
 
 
+def _parts(config: Config) -> Iterator[ConfigError]:
+    for key in PARTS:
+        parent, _, name = key.rpartition(".")
+        if isinstance(whole := config.get(parent), Mapping) and whole.get(name) is None:
+            yield ConfigError(f"{parent} has no {name}", where=config.where(key), do="compare with a shipped config")
+
+
 def _dataloader(config: Config) -> Iterator[ConfigError]:
     loader = config.get("train_dataloader", {})
     if not isinstance(loader, Mapping):
@@ -115,9 +130,11 @@ def _dataloader(config: Config) -> Iterator[ConfigError]:
             yield ConfigError(p.what, where=config.where(f"train_dataloader.{key}"), why=p.why, do=p.do)
     for name, right in (("collate_fn", _is_idle), ("batch_sampler", _is_batch_sampler)):
         spec = loader.get(name)
-        if isinstance(spec, Mapping) and not _resolves(spec.get("type"), f"train_dataloader.{name}"):
-            continue  # `_spec` reports it
-        if spec is not None and not (isinstance(spec, Mapping) and right(spec.get("type"))):
+        key = f"train_dataloader.{name}"
+        kind = _resolved(spec["type"], key) if isinstance(spec, Mapping) and "type" in spec else None
+        if isinstance(kind, ConfigError):
+            continue  # `_not_specs` reports it
+        if spec is not None and not right(kind):
             yield ConfigError(
                 f"this {name} would not be called",
                 where=config.where(f"train_dataloader.{name}"),
@@ -126,15 +143,8 @@ def _dataloader(config: Config) -> Iterator[ConfigError]:
             )
 
 
-def _resolves(kind: Any, key: str) -> bool:
-    try:
-        return kind is None or bool(resolve_type(kind, key))
-    except ConfigError:
-        return False
-
-
 def _is_idle(kind: Any) -> bool:
-    facts = adapter_of(resolve_type(kind)) if kind else None
+    facts = adapter_of(kind)
     return bool(facts and facts.idle)
 
 
@@ -150,14 +160,19 @@ def _train_cfg(config: Config) -> Iterator[ConfigError]:
     where = config.where("train_cfg.max_epochs")
     if values.get("max_epochs") is None:
         yield ConfigError("train_cfg has no max_epochs", where=where, do="give max_epochs: a run's length is in epochs")
-    elif type(values["max_epochs"]) is not int or values["max_epochs"] < 1:
+    elif type(values["max_epochs"]) is not int or not 1 <= values["max_epochs"] <= MOST_EPOCHS:
         what = f"train_cfg.max_epochs = {values['max_epochs']!r} is not an integer of at least 1"
-        yield ConfigError(what, where=where)
+        yield ConfigError(what, where=where, why=f"the most that makes sense is {MOST_EPOCHS:,}")
+    skipped = values.get("max_skipped", 0)
+    if type(skipped) is not int or skipped < 0:
+        what = f"train_cfg.max_skipped = {skipped!r} is not a whole number of at least 0"
+        yield ConfigError(what, where=config.where("train_cfg.max_skipped"))
     known = ["max_epochs", "max_skipped", *TRAIN_CFG, *NO_WORK_IN_TRAIN_CFG]
     for name, value in values.items():
         where = config.where(f"train_cfg.{name}")
         if name == "type":
-            if _resolves(value, "train_cfg") and adapter_of(resolve_type(value, "train_cfg")) is None:
+            kind = _resolved(value, "train_cfg")
+            if not isinstance(kind, ConfigError) and adapter_of(kind) is None:
                 yield ConfigError("a loop of your own would not be called", where=where, do="leave type out")
         elif name not in known:
             yield ConfigError(f"train_cfg has no setting {name!r}.{did_you_mean(name, known)}", where=where)
@@ -182,16 +197,30 @@ def _not_specs(config: Config) -> Iterator[ConfigError]:
         absent = spec is None and key in BUILT
         if not absent and not (isinstance(spec, Mapping) and "type" in spec):
             yield ConfigError(f"expected dict(type=…, …), found {spec!r}", where=key)
+    for root in ROOTS:
+        for key, value in walked(root, config.values.get(root)):
+            if isinstance(value, Mapping) and "type" in value and not key.endswith(WORDS):
+                problem = _resolved(value["type"], f"{key}.type")
+                if isinstance(problem, ConfigError):
+                    yield problem
+
+
+def _resolved(kind: Any, where: str) -> Any:
+    """The class or function behind `type=`, or what is wrong with it."""
+    try:
+        return resolve_type(kind, where)
+    except ConfigError as e:
+        return e
+    except Exception as e:  # of a module of the user's that is imported for the first time
+        return ConfigError(f"type={kind!r} cannot be imported: {type(e).__name__}: {e}", where=where)
 
 
 def _spec(spec: Spec) -> Iterator[ConfigError]:
     """Mistakes in one dict(type=…): settings that its type does not take or lacks, values of other types or out of
     range, what an adapter refuses."""
-    try:
-        kind = resolve_type(spec.kind, spec.key)
-    except ConfigError as e:
-        yield e
-        return
+    kind = _resolved(spec.kind, spec.key)
+    if isinstance(kind, ConfigError):
+        return  # told above
     try:
         check_arguments(kind, spec.arguments | GIVEN.get(spec.key, {}), spec.key)
     except ConfigError as e:
@@ -212,6 +241,10 @@ def _spec(spec: Spec) -> Iterator[ConfigError]:
     yield from rules.of_spec(spec, kind)
 
 
+def _within(key: str, other: str) -> bool:
+    return f"{key}.".startswith(f"{other}.")
+
+
 def _trial(spec: Spec) -> Iterator[ConfigError]:
     """What a constructor of ours that touches nothing has to say itself."""
     kind = resolve_type(spec.kind, spec.key)
@@ -220,16 +253,20 @@ def _trial(spec: Spec) -> Iterator[ConfigError]:
     hook = root in ("default_hooks", "custom_hooks") and "." not in rest
     scheduler = root == "param_scheduler" and "." not in rest
     try:
-        if spec.key == "optim_wrapper.optimizer":
+        if spec.key == "optim_wrapper.optimizer":  # OptimWrapper tries more, if nothing else in it is wrong
             import torch
 
-            kind([torch.nn.Parameter(torch.zeros(1))], **spec.arguments)
+            kind([torch.nn.Parameter(torch.zeros(2, 2))], **spec.arguments)
         elif own and (hook or scheduler or spec.key == "optim_wrapper" or type_name(kind) == "from_scratch"):
             build({"type": kind, **spec.arguments}, spec.key)
     except ConfigError as e:
         inside = e.where == spec.key or e.where.startswith(f"{spec.key}.")
-        yield ConfigError(e.what, where=e.where if inside else spec.key, why=e.why, do=e.do)
+        where = f"{spec.key}.{e.where}" if e.where in spec.arguments else spec.key  # a constructor names its argument
+        yield ConfigError(e.what, where=e.where if inside else where, why=e.why, do=e.do)
     except (TypeError, ValueError) as e:
         yield ConfigError(f"{type_name(kind)} does not take these values: {e}", where=spec.key)
-    except Exception:
-        return  # an optimizer that needs a GPU, say: it is told when it is built for the run
+    except Exception as e:
+        if spec.key == "optim_wrapper.optimizer":
+            return  # it needs a GPU, say: that is seen when it is built for the run
+        what = f"{type_name(kind)} does not take these values: {type(e).__name__}: {e}"
+        yield ConfigError(what, where=spec.key)

@@ -23,10 +23,19 @@ def secret_literals(tree: ast.AST) -> Iterator[tuple[ast.expr, str]]:
 
 
 def without_secrets(source: bytes) -> bytes:
-    """The source with `***` for each secret; the same bytes if it holds none. Raises: SyntaxError."""
-    bom = _BOM if source.startswith(_BOM) else b""
-    source = source.removeprefix(_BOM)
-    tree = ast.parse(source)
+    """The source with `***` for each secret, in its own encoding; the same bytes if it holds none.
+
+    Raises: SyntaxError.
+    """
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+    if encoding != "utf-8-sig":
+        return _masked(source.decode(encoding)).encode(encoding)
+    return _BOM + _masked(source.decode(encoding)).encode()
+
+
+def _masked(text: str) -> str:
+    tree = ast.parse(text)
+    source = text.encode()  # the columns of nodes count bytes of UTF-8
     begins = [0]
     for line in source.splitlines(keepends=True):
         begins.append(begins[-1] + len(line))
@@ -45,13 +54,13 @@ def without_secrets(source: bytes) -> bytes:
                 spans[begin, end] = new
     for node, _ in secret_literals(tree):
         spans[span(node)] = repr(MASK.encode() if _is_bytes(node) else MASK).encode()
-    spans |= _comments(source, begins)
+    spans |= _comments(text, begins)
     done, parts = 0, []
     for (begin, end), new in sorted(spans.items(), key=lambda item: (item[0][0], -item[0][1])):
         if begin >= done:  # else a part of an f-string that is replaced as a whole
             parts += [source[done:begin], new]
             done = end
-    return bom + b"".join((*parts, source[done:]))
+    return b"".join((*parts, source[done:])).decode()
 
 
 def _given(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
@@ -150,9 +159,9 @@ def _open(node: ast.expr, written: bytes) -> bytes:
     return repr(hidden).encode()
 
 
-def _comments(source: bytes, begins: list[int]) -> dict[tuple[int, int], bytes]:
+def _comments(source: str, begins: list[int]) -> dict[tuple[int, int], bytes]:
     found = {}
-    for token in tokenize.tokenize(io.BytesIO(source).readline):
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and (new := mask_text(token.string)) != token.string:
             begin = begins[token.start[0] - 1] + len(token.line[: token.start[1]].encode())
             found[begin, begin + len(token.string.encode())] = new.encode()

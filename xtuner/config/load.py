@@ -5,9 +5,12 @@ everything derived from it follows; an override with dots changes the result aft
 """
 
 import ast
+import contextlib
 import inspect
-import os
+import io
+import math
 import re
+import tokenize
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +23,7 @@ from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.core.inputs import short_repr
 
 DEEPEST = 50  # brackets or signs of a value of --cfg-options
+_NOT_FINITE = {"nan": math.nan, **{f"{sign}inf": float(f"{sign}inf") for sign in ("", "+", "-")}}
 SHIPPED = Path(__file__).parent.parent / "configs"
 # Names under which older tools shipped a config → ours for the same data and model
 ALIASES = {
@@ -60,13 +64,13 @@ class Config:
 
         `lr` in `optimizer=dict(lr=lr)` is written where `lr` is assigned: `file:40 lr (optim_wrapper.optimizer.lr)`.
         """
-        written = self._written(key)
+        written = self.written(key)
         known = [".".join(written.split(".")[:n]) for n in range(written.count(".") + 1, 0, -1)]
         line = next((f":{self.lines[part]}" for part in known if part in self.lines), "")
         return f"{self.path}{line} {written}" + (f" ({key})" if written != key else "")
 
-    def _written(self, key: str) -> str:
-        """The path by which the file itself writes the value at `key`."""
+    def written(self, key: str) -> str:
+        """The path by which the file itself writes the value at `key`, `dataset_folder` for example."""
         for _ in range(10):  # a = b, b = c, …
             parts = key.split(".")
             heads = ((".".join(parts[:n]), parts[n:]) for n in range(len(parts), 0, -1))
@@ -105,9 +109,10 @@ def shipped_file(name: str) -> Path | None:
 
 def find(name_or_path: str) -> Path:
     """A config file, or a shipped config's name. Raises: ConfigError with the nearest name."""
-    path = Path(os.path.expanduser(name_or_path))
-    if os.path.isfile(path):
-        return path
+    with contextlib.suppress(OSError, RuntimeError):  # a name too long for a file, a ~user that is not known
+        path = Path(name_or_path).expanduser()
+        if path.is_file():
+            return path
     if shipped := shipped_file(name_or_path):
         return shipped
     known = [*shipped_names(), *ALIASES]
@@ -126,20 +131,59 @@ def load(name_or_path: str, options: list[str] | None = None) -> Config:
     Raises: ConfigError for a file that cannot be run and for overrides that meet nothing.
     """
     path = find(name_or_path)
-    source = path.read_text(encoding="utf-8")
+    source = _read(path)
     try:
-        tree = ast.parse(source, str(path))
+        return _load(path, source, options or [])
     except SyntaxError as e:
-        raise ConfigError(f"the config is not Python: {e.msg}", where=f"{path}:{e.lineno}") from None
+        raise ConfigError(f"the config is not Python: {e.msg}", where=f"{path}:{e.lineno or 1}") from None
+    except ValueError as e:  # of ast.parse: zero bytes
+        raise ConfigError(f"the config is not Python: {e}", where=str(path)) from None
+    except (RecursionError, MemoryError):  # of ast.parse and of all who walk what it has made
+        raise ConfigError("the config holds an expression that is nested too deep", where=str(path)) from None
+
+
+def _read(path: Path) -> str:
+    """The text of a config, in the encoding that its first lines declare as Python's do; UTF-8 without one."""
+    data = b""
+    try:
+        data = path.read_bytes()
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return data.decode(encoding)
+    except OSError as e:
+        raise ConfigError(f"the config cannot be read: {e.strerror}", where=str(path)) from None
+    except (SyntaxError, UnicodeError, LookupError) as e:
+        declared = re.search(rb"^#.*?coding[:=][ \t]*([-\w.]+)", b"\n".join(data.splitlines()[:2]), re.MULTILINE)
+        name = declared[1].decode() if declared else "UTF-8"
+        at = _first_wrong_byte(data, name)
+        line = None if at is None else data.count(b"\n", 0, at) + 1
+        raise ConfigError(
+            f"the config is not a text in {name}: " + (str(e) if at is None else f"byte 0x{data[at]:02x}"),
+            where=f"{path}:{line or 1}",
+            do="save it as UTF-8, or declare what it is in its first line: # -*- coding: gbk -*-",
+        ) from None
+
+
+def _first_wrong_byte(data: bytes, encoding: str) -> int | None:
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as e:
+        return e.start
+    except (LookupError, UnicodeError):
+        pass
+    return None
+
+
+def _load(path: Path, source: str, options: list[str]) -> Config:
+    tree = ast.parse(source, str(path))
     read, (lines, names) = statements.names_read(tree), statements.written_lines(tree)
     tree, imported = legacy.replace_imports(tree, str(path))
-    overrides = dict(parse_option(o) for o in options or [])
+    overrides = dict(parse_option(o) for o in options)
     secrets.learn(overrides)
     for node, name in secret_literals(tree):
         secrets.learn(getattr(node, "value", None), name)
     replacer = statements.Override({k: v for k, v in overrides.items() if "." not in k})
     tree = ast.fix_missing_locations(replacer.visit(tree))
-    config = Config(path, source, _run(tree, path), lines, names=names, replaced=imported)
+    config = Config(path, source, _run(tree, path, overrides), lines, names=names, replaced=imported)
     values = config.values
     _replace_names(config)
     legacy.complete_hooks(values, config.replaced)
@@ -176,14 +220,17 @@ def parse_option(option: str) -> tuple[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A Python literal if it is one, else true/false/none, else a list of what commas part, else the text itself."""
+    """A Python literal if it is one, else true/false/none/nan/inf, else a list of what commas part, else the text.
+
+    Raises: TypeError, RecursionError, MemoryError for what only looks like a literal.
+    """
     if max(map(text.count, "([{-+~")) > DEEPEST and _depth(text) > DEEPEST:
         raise RecursionError
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         pass
-    words = {"true": True, "false": False, "none": None, "null": None}
+    words = {"true": True, "false": False, "none": None, "null": None, **_NOT_FINITE}
     if text.lower() in words:
         return words[text.lower()]
     if re.fullmatch(r"\[.*\]|\(.*\)", text, re.DOTALL):
@@ -215,29 +262,65 @@ def _split(text: str) -> list[str]:
     return [p.strip() for p in parts if p.strip()]
 
 
-def _run(tree: ast.Module, path: Path) -> dict[str, Any]:
+def _run(tree: ast.Module, path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": "xtuner_config", "__file__": str(path)}
     try:
         exec(compile(tree, str(path), "exec"), namespace)
-    except ConfigError:
+    except (ConfigError, KeyboardInterrupt):
         raise
-    except Exception as e:
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == str(path)]
-        line = frames[-1].lineno if frames else 0
+    except SystemExit as e:
         raise ConfigError(
-            f"the config cannot be run: {type(e).__name__}: {e}",
+            f"the config ends the program: SystemExit({e.code!r})",
+            where=f"{path}:{_line(e, path)}",
+            why="nothing would be trained, and the exit code would not be ours",
+            do="take the call out: a config only assigns values",
+        ) from None
+    except BaseException as e:
+        line = _line(e, path)
+        raise ConfigError(
+            f"the config cannot be run: {type(e).__name__}: {_words(e)}",
             where=f"{path}:{line}",
             why=_values_at(tree, line, namespace),
-            do="a config made for another version? `xtuner copy-cfg` copies a fresh one",
+            do=_remedy(e, [n for n in _names_at(tree, line) if n in overrides]),
         ) from None
     assigned = {name.id for node in ast.walk(tree) for name in statements.assigned(node)}
     return {name: namespace[name] for name in namespace if name in assigned and not name.startswith("_")}
 
 
-def _values_at(tree: ast.Module, line: int | None, namespace: dict[str, Any]) -> str:
+def _line(error: BaseException, path: Path) -> int:
+    """The line of the config that failed, also if what it calls did."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno or 1
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    return (frames[-1].lineno if frames else None) or 1
+
+
+def _words(error: BaseException) -> str:
+    """What the error says, in one line."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # of its own __str__
+        return ""
+    return lines[0][:500] if lines else ""
+
+
+def _remedy(error: BaseException, overridden: list[str]) -> str:
+    if overridden:
+        return f"look at what --cfg-options gives: {', '.join(overridden)}"
+    if isinstance(error, ImportError):
+        return "a config made for another version? `xtuner copy-cfg` copies a fresh one"
+    return "correct the line; `xtuner copy-cfg` copies a fresh config to compare with"
+
+
+def _names_at(tree: ast.Module, line: int) -> list[str]:
+    names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and n.lineno == line]
+    return list(dict.fromkeys(names))
+
+
+def _values_at(tree: ast.Module, line: int, namespace: dict[str, Any]) -> str:
     """`there, lr = 'abc' and max_epochs = 1`: what a line that failed reads."""
-    names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and n.lineno == line and n.id in namespace]
-    plain = [n for n in dict.fromkeys(names) if isinstance(namespace[n], str | int | float | list | tuple | None)]
+    names = [n for n in _names_at(tree, line) if n in namespace]
+    plain = [n for n in names if isinstance(namespace[n], str | int | float | list | tuple | None)]
     return "there, " + " and ".join(f"{n} = {short_repr(namespace[n])}" for n in plain) if plain else ""
 
 

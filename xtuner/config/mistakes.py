@@ -1,12 +1,80 @@
-"""Many mistakes, one error: a user mends them all before the next try."""
+"""Many mistakes, one error: a user mends them all before the next try. Each says which setting it has to do with."""
 
-from collections.abc import Sequence
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import CheckpointError, ConfigError, XTunerError
+
+if TYPE_CHECKING:
+    from xtuner.config.load import Config
+
+_OURS = Path(__file__).resolve().parents[1]
+_INSTALLED = [Path(p) for p in (sys.prefix, sys.base_prefix)]
 
 
-def together(problems: Sequence[ConfigError], what: str = "mistakes in the config") -> ConfigError:
-    """One error that says all of them; a single one as it is."""
+def together(problems: Sequence[XTunerError], what: str = "mistakes in the config") -> XTunerError:
+    """One error that says all of them; a single one as it is. Its exit code is the first one's."""
     if len(problems) == 1:
         return problems[0]
-    return ConfigError(f"{len(problems)} {what}\n" + "\n".join(f"* {p}" for p in problems))
+    return type(problems[0])(f"{len(problems)} {what}\n" + "\n".join(f"* {p}" for p in problems))
+
+
+class Findings:
+    """Errors of several things that are looked at one after another."""
+
+    def __init__(self, config: "Config") -> None:
+        self.config = config
+        self.errors: list[XTunerError] = []
+
+    @contextlib.contextmanager
+    def looking(self, key: str) -> Iterator[None]:
+        """Keep the error that ends the block; it says where the setting `key`, with which it has to do, is written."""
+        try:
+            with naming(self.config, key):
+                yield
+        except XTunerError as e:
+            self.errors.append(e)
+
+    def check(self) -> None:
+        """Raise what has been found."""
+        if self.errors:
+            raise together(self.errors)
+
+
+@contextlib.contextmanager
+def naming(config: "Config", key: str, *others: str) -> Iterator[None]:
+    """Errors inside say where the setting `key`, and others that may be to blame, are written; those of a user's own
+    classes become errors for users."""
+    here = " and ".join(config.where(k) for k in (key, *others))
+    try:
+        yield
+    except XTunerError as e:
+        where = here if not e.where or key.startswith(e.where) else f"{e.where}, by {here}"
+        raise type(e)(e.what, where=where, why=e.why, do=e.do) from None
+    except OSError as e:
+        what = f"{e.filename or key} cannot be read: {e.strerror or e}"
+        raise CheckpointError(what, where=here) from None
+    except Exception as e:
+        frames = traceback.extract_tb(e.__traceback__)
+        if not _is_users(frames):
+            raise  # a bug of ours
+        raise ConfigError(
+            f"{key} cannot be built: {type(e).__name__}: {e}",
+            where=here,
+            why=f"raised at {frames[-1].filename}:{frames[-1].lineno}",
+        ) from None
+
+
+def _is_users(frames: Sequence[traceback.FrameSummary]) -> bool:
+    """Whether a class that `build` has called, or something on the way, is neither ours nor installed."""
+    files = [Path(f.filename).resolve() for f in frames]
+    called = next((f for f in files[1:] if f != _OURS / "config" / "build.py"), None)
+    return (
+        called is None
+        or not called.is_relative_to(_OURS)
+        or any(not any(f.is_relative_to(p) for p in (_OURS, *_INSTALLED)) for f in files)
+    )

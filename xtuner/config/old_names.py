@@ -26,7 +26,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("hook", ("mmengine.hooks",), "CheckpointHook LoggerHook RuntimeInfoHook", "xtuner.train.legacy"),
     ("hook", ("mmengine.hooks",), "DistSamplerSeedHook IterTimerHook ParamSchedulerHook", "xtuner.train.hooks"),
     ("hook", ("xtuner.engine", "xtuner.engine.hooks"), _HOOKS, "xtuner.train.legacy"),
-    ("scheduler", ("mmengine.optim",), "CosineAnnealingLR LinearLR", "xtuner.engine.legacy"),
+    ("scheduler", ("mmengine.optim",), "ConstantLR CosineAnnealingLR LinearLR MultiStepLR", "xtuner.engine.legacy"),
     ("optimizer wrapper", ("mmengine.optim",), "AmpOptimWrapper", "xtuner.engine.legacy"),
     ("loop", ("xtuner.engine.runner", "xtuner.engine"), "TrainLoop", "xtuner.train.legacy"),
     ("loop", ("mmengine.runner",), "EpochBasedTrainLoop", "xtuner.train.legacy"),

@@ -1,18 +1,17 @@
 """Whether the folders and files that a config names are there, before anything is started."""
 
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from xtuner.config.load import Config
-from xtuner.config.walk import specs
-from xtuner.core import hub
+from xtuner.config.walk import Spec, specs
+from xtuner.core import hub, kinds
 from xtuner.core.errors import ConfigError
 
-_HUB_ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
 _MODEL = ("name_or_path", "pretrained_model_name_or_path")
+ORDER_FILE = "data_order.txt"  # by which `xtuner data order` calls it in a folder
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
@@ -35,24 +34,35 @@ def _data(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
             continue
         folder, order = spec.arguments.get("folder"), spec.arguments.get("data_order_path")
         if isinstance(folder, str | Path):
-            yield f"{spec.key}.folder", folder, _folder(folder)
+            yield f"{spec.key}.folder", folder, _folder(folder, config.written(f"{spec.key}.folder"))
         if isinstance(order, str | Path):
             yield f"{spec.key}.data_order_path", order, _order(order)
 
 
-def _folder(name: str | Path) -> ConfigError | None:
-    path = Path(os.path.expanduser(name))
-    if os.path.isdir(path):
+def _kind(name: str | Path) -> str:
+    """ "folder", "file", or "" for what is not there and what no path can be."""
+    if not str(name):  # to Path, the folder that we are in
+        return ""
+    try:
+        path = Path(name).expanduser()
+        return "folder" if path.is_dir() else "file" if path.exists() else ""
+    except (OSError, RuntimeError, ValueError):  # too long, a ~user that is not known, a zero byte
+        return ""
+
+
+def _folder(name: str | Path, setting: str) -> ConfigError | None:
+    kind = _kind(name)
+    if kind == "folder":
         return None
-    absent = not os.path.exists(path)
     return ConfigError(
-        f"the data folder is not there: {str(name)!r}" if absent else f"the data folder is a file: {name}",
-        do="set dataset_folder in the config to the folder that holds your .bin and .bin.meta files",
+        f"the data folder is a file: {name}" if kind else f"the data folder is not there: {str(name)!r}",
+        do=f"set {setting} to the folder that holds your .bin and .bin.meta files",
     )
 
 
 def _order(name: str | Path) -> ConfigError | None:
-    if os.path.isfile(os.path.expanduser(name)):
+    kind = _kind(name)
+    if kind == "file" or (kind == "folder" and (Path(name).expanduser() / ORDER_FILE).is_file()):
         return None
     return ConfigError(
         f"the data order cannot be read: there is no file {str(name)!r}",
@@ -60,36 +70,61 @@ def _order(name: str | Path) -> ConfigError | None:
     )
 
 
-def _models(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
+def named_models(config: Config) -> Iterator[tuple[Spec, str, bool]]:
+    """Each `dict(type=…)` that names a model's folder or hub id; the argument that does; is it for a tokenizer?"""
     for spec in specs(config):
         for name in _MODEL:
-            value = spec.arguments.get(name)
-            if isinstance(value, str | Path):
-                is_tokenizer = spec.key.rpartition(".")[2] == "tokenizer"
-                yield f"{spec.key}.{name}", value, _model(str(value), is_tokenizer)
+            if isinstance(spec.arguments.get(name), str | Path):
+                yield spec, name, spec.key.rpartition(".")[2] == "tokenizer"
+
+
+def _models(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
+    for spec, name, is_tokenizer in named_models(config):
+        value = spec.arguments[name]
+        yield f"{spec.key}.{name}", value, _model(str(value), is_tokenizer)
 
 
 def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
     what = "tokenizer" if is_tokenizer else "model"
-    path = Path(os.path.expanduser(name))
-    if os.path.isdir(path):
+    kind = _kind(name)
+    usual = (kinds.HF, kinds.BARE, kinds.UNKNOWN, kinds.NOTHING)  # which have words of their own
+    use, instead = "give {} as the model", "leave the model as it is: load_from = {} starts from its weights"
+    if kind and not is_tokenizer and (other := _other_kind(Path(name).expanduser(), usual, use, instead)):
+        return other
+    if kind == "folder":
+        path = Path(name).expanduser()
         if is_tokenizer:
-            missing = [] if any(os.path.isfile(path / n) for n in _TOKENIZERS) else [" and no ".join(_TOKENIZERS)]
+            missing = [] if any((path / n).is_file() for n in _TOKENIZERS) else [" and no ".join(_TOKENIZERS)]
         else:
             missing = hub.missing_files(path)
         return ConfigError(f"the {what} folder {name!r} has no {missing[0]}") if missing else None
-    if re.fullmatch(_HUB_ID, name) and not os.path.exists(path):
+    if re.fullmatch(hub.ID, name) and not kind:
         return None  # of a hub, which is asked when the model is wanted
     return ConfigError(
-        f"the {what} {name!r} is " + ("a file" if os.path.isfile(path) else "no folder here, and no hub id"),
+        f"the {what} {name!r} is " + ("a file" if kind else "no folder here, and no hub id"),
         do="check the spelling, and that this machine sees the disk the folder is on",
     )
 
 
 def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
+    resume = config.get("resume")
+    if isinstance(resume, str) and resume not in ("", "auto") and not _kind(resume):
+        what = f"there is no checkpoint {resume!r} to resume from"
+        yield "resume", resume, ConfigError(what, do="give an iter_N.pth folder, or True for the work dir's newest")
     name = config.get("load_from")
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         return
-    there = os.path.isdir(os.path.expanduser(name))
-    missing = ConfigError(f"there is no folder {name!r} to take weights from (load_from)")
-    yield "load_from", name, None if there else missing
+    if not _kind(name):
+        missing: ConfigError | None = ConfigError(f"there is no folder {name!r} to take weights from")
+    else:
+        missing = _other_kind(Path(name).expanduser(), (kinds.CHECKPOINT, kinds.HF), "load_from = {}")
+    yield "load_from", name, missing
+
+
+def _other_kind(path: Path, taken: Collection[str], use: str, checkpoint: str = "") -> ConfigError | None:
+    """The error for a path that holds something else than `taken`."""
+    try:
+        kinds.take(path, taken, "", use, checkpoint)
+    except ConfigError as e:
+        return e
+    return None

@@ -1,11 +1,13 @@
 """Rules about values and between fields, which types alone do not tell."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from xtuner.config.adapter import ABSENT
+from xtuner.config.build import type_name
 from xtuner.config.load import Config
-from xtuner.config.walk import Spec
+from xtuner.config.walk import ROOTS, Spec, walked
 from xtuner.core.errors import ConfigError
 
 
@@ -16,21 +18,23 @@ def _at_least(least: float) -> tuple[Callable[[Any], bool], str]:
 _POSITIVE: tuple[Callable[[Any], bool], str] = (lambda v: v > 0, "above 0")
 _COUNT: tuple[Callable[[Any], bool], str] = (lambda v: v == -1 or v >= 1, "-1 (all) or at least 1")
 _SEED: tuple[Callable[[Any], bool], str] = (lambda v: 0 <= v < 2**32, "in 0 … 2^32 - 1")
+_INT32 = 2**31  # ids and borders of documents have 32 bits
 _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 # the last part of a path → the range of its number; under any parent
 _RANGES = {
     "accumulative_counts": _at_least(1),
-    "eta_min": _at_least(0),
     "every_n_iters": _at_least(1),
-    "lr": _at_least(0),
+    "lr": _POSITIVE,
     "max_keep_ckpts": _COUNT,
     "max_new_tokens": _at_least(1),
     "max_norm": _POSITIVE,
     "min_length": _at_least(0),
     "num_workers": _at_least(0),
-    "packed_length": _at_least(1),
+    "initializer_range": _at_least(0),
+    "packed_length": (lambda v: 1 <= v < _INT32, "at least 1 and below 2^31"),
+    "rms_norm_eps": _at_least(0),
+    "rope_theta": _POSITIVE,
     "seed": _SEED,
-    "start_factor": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "val_interval": _at_least(1),
     "weight_decay": _at_least(0),
 }
@@ -43,10 +47,24 @@ _SIZES = (
 def of_spec(spec: Spec, kind: Any) -> Iterator[ConfigError]:
     """Mistakes inside one `dict(type=…)`."""
     yield from _ranges(spec.key, spec.arguments)
-    if spec.key.startswith("param_scheduler"):
-        yield from _span(spec, kind)
+    interval = spec.arguments.get("interval")
+    if spec.key.startswith("default_hooks.") and type(interval) is int and interval < 1:
+        saves = type_name(kind).endswith("CheckpointHook")
+        if not (saves and interval == -1):
+            words = "-1 (only at the end) or at least 1" if saves else "at least 1"
+            yield ConfigError(f"interval = {interval} is not {words}", where=f"{spec.key}.interval")
     if spec.key == "model":
         yield from _shape(spec)
+
+
+def not_finite(config: Config) -> Iterator[ConfigError]:
+    """Numbers that are none, anywhere in what is built."""
+    for root in ROOTS:
+        for key, value in walked(root, config.values.get(root)):
+            if isinstance(value, float) and not math.isfinite(value):
+                name = key.rpartition(".")[2]
+                if not (root == "param_scheduler" and name == "end" and value == math.inf):
+                    yield ConfigError(f"{name} = {value!r} is not a finite number", where=key)
 
 
 def of_runtime(config: Config) -> Iterator[ConfigError]:
@@ -59,6 +77,7 @@ def of_runtime(config: Config) -> Iterator[ConfigError]:
         ("resume", (bool, str, type(None)), "True, False or a checkpoint"),
         ("load_from", (str, type(None)), "a folder or None"),
         ("work_dir", (str, type(None)), "a folder or None"),
+        ("randomness", (dict, type(None)), "a dict of seed and deterministic"),
         ("train_dataloader.num_workers", (int,), "a whole number"),
         ("randomness.seed", (int, type(None)), "a whole number or None"),
         ("randomness.deterministic", (bool,), "True or False"),
@@ -66,7 +85,7 @@ def of_runtime(config: Config) -> Iterator[ConfigError]:
         ("optim_wrapper.clip_grad.max_norm", (int, float, type(None)), "a number or None"),
     ):
         value = config.get(key, ABSENT)
-        if value is not ABSENT and type(value) not in wanted:
+        if value is not ABSENT and (type(value) not in wanted or value == ""):
             yield ConfigError(f"{key} = {value!r} is not {words}", where=key)
     level = config.get("log_level", "INFO")
     if not isinstance(level, str) or level.upper() not in _LEVELS:
@@ -74,7 +93,7 @@ def of_runtime(config: Config) -> Iterator[ConfigError]:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float)
+    return type(value) is int or (type(value) is float and math.isfinite(value))  # the others are told once
 
 
 def _ranges(key: str, values: Any) -> Iterator[ConfigError]:
@@ -85,27 +104,13 @@ def _ranges(key: str, values: Any) -> Iterator[ConfigError]:
                 yield ConfigError(f"{name} = {value!r} is not {words}", where=f"{key}.{name}".lstrip("."))
 
 
-def _span(spec: Spec, kind: Any) -> Iterator[ConfigError]:
-    begin, end = spec.value("begin", kind), spec.value("end", kind)
-    if not (_number(begin) and _number(end)):
-        return
-    if begin < 0:
-        yield ConfigError(f"begin = {begin:g} lies before the run", where=f"{spec.key}.begin")
-    elif end < begin:
-        epochs = "epochs" if spec.value("by_epoch", kind) else "iterations"
-        yield ConfigError(
-            f"the schedule ends (end = {end:g}) before it begins (begin = {begin:g} {epochs})",
-            where=f"{spec.key}.begin" if begin else f"{spec.key}.end",
-            do="keep 0 <= begin <= end; a warm_up_ratio lies between 0 and 1",
-        )
-
-
 def _shape(spec: Spec) -> Iterator[ConfigError]:
     """Sizes of a model that starts from random weights."""
     sizes = {name: spec.arguments[name] for name in _SIZES if spec.arguments.get(name) is not None}
-    wrong = {name for name, size in sizes.items() if type(size) is not int or size < 1}
+    wrong = {name for name, size in sizes.items() if type(size) is not int or not 0 < size < _INT32}
     for name in wrong:
-        yield ConfigError(f"{name} = {sizes[name]!r} is not a whole number above 0", where=f"model.{name}")
+        words = "a whole number above 0" if not isinstance(sizes[name], int) or sizes[name] < 1 else "below 2^31"
+        yield ConfigError(f"{name} = {sizes[name]!r} is not {words}", where=f"model.{name}")
     if wrong:
         return
     heads, groups, hidden = (sizes.get(n) for n in ("num_attention_heads", "num_key_value_heads", "hidden_size"))

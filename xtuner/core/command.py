@@ -1,29 +1,40 @@
 """Running one command: arguments parsed, errors for users shown without a traceback, exit codes that are the truth."""
 
 import argparse
-import os
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from xtuner.core.errors import EXIT_BUG, XTunerError
+from xtuner.core import streams
+from xtuner.core.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_IO, XTunerError, of_system
 from xtuner.core.secrets import mask_text
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_PIPE = 141  # 128 + SIGPIPE: the reader of our output has gone, as in `xtuner ... | head`
 
 Arguments = Callable[[argparse.ArgumentParser], None]
 Run = Callable[[argparse.Namespace], int]
 
 
+class _Help(argparse.HelpFormatter):
+    """Help that says every default, once."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        says_nothing = default is None or isinstance(default, bool) or default in ([], "", argparse.SUPPRESS)
+        return text if says_nothing or "default" in text else f"{text} (default: %(default)s)"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(mask_text(message))  # it repeats what was given
+        self.print_usage(sys.stderr)
+        complain(f"error: {mask_text(message)}", self.prog)  # it repeats what was given
+        sys.exit(EXIT_CONFIG)
 
 
 def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: list[str]) -> int:
     """Parse `argv` and run; returns the exit code."""
-    parser = _Parser(prog=prog, description=text, allow_abbrev=False)
+    parser = _Parser(prog=prog, description=text, allow_abbrev=False, formatter_class=_Help)
     add_arguments(parser)
     args = parser.parse_args(argv)
     args.words = argv  # as they were given, for who starts the same again
@@ -32,15 +43,17 @@ def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: 
 
 def exit_with(command: Callable[[], int]) -> NoReturn:
     """Run `command` and end the process with its exit code, or with that of the error it raises."""
+    streams.prepare()
     try:
         code = _code(command)
-        if sys.stdout:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         code = EXIT_PIPE
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for fd in (1, 2):  # what is left in buffers is flushed at exit, and would fail again
-            os.dup2(nowhere, fd)
+        streams.discard()
+    except OSError as e:
+        complain(f"standard output cannot be written: {e.strerror}")
+        code = EXIT_IO
+        streams.discard()
     sys.exit(code)
 
 
@@ -49,20 +62,33 @@ def _code(command: Callable[[], int]) -> int | str | None:
         return command()
     except XTunerError as e:
         if not e.quiet:
-            print(f"xtuner: {e}", file=sys.stderr)
+            complain(str(e))
         return e.exit_code
     except KeyboardInterrupt:
-        print("xtuner: interrupted", file=sys.stderr)
+        complain("interrupted")
         return EXIT_INTERRUPTED
     except SystemExit as e:  # argparse, after --help or a mistake
         return e.code
     except BrokenPipeError:
         raise
-    except Exception:  # a bug; its message may show a value of the config
-        import traceback
+    except Exception as e:
+        if isinstance(e, OSError) and (refusal := of_system(e)):
+            complain(str(refusal))
+            return refusal.exit_code
+        import traceback  # a bug; its message may show a value of the config
 
-        print(mask_text(traceback.format_exc()), end="", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(mask_text(traceback.format_exc()), end="", file=sys.stderr)
         return EXIT_BUG
+
+
+def complain(message: str, label: str = "xtuner") -> None:
+    """Print an error for the user, its first line in red on a terminal; lost if nobody can read it."""
+    first, newline, rest = f"{label}: {message}".partition("\n")
+    if streams.use_colour(sys.stderr):
+        first = f"{streams.BOLD_RED}{first}{streams.RESET}"
+    with contextlib.suppress(OSError):
+        print(first + newline + rest, file=sys.stderr, flush=True)
 
 
 def script(text: str, add_arguments: Arguments, run: Run) -> NoReturn:

@@ -4,9 +4,10 @@ Messages are JSON, not pickles: what another rank sends is data, never code.
 """
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from xtuner.core.errors import CheckpointError, XTunerError
@@ -96,17 +97,47 @@ class Ranks:
         _distributed().all_reduce(total, group=self._group)
         return float(total)
 
-    def most(self, values: list[int]) -> list[int]:
-        """The largest of each entry over all ranks, whose lists are equally long."""
+    def sum_on_device(self, value: Any) -> float:
+        """Sum of a tensor of one element, summed where it lies: on GPUs without the detour over hosts."""
+        total = value.double().clone()
+        if self.size > 1:
+            note("a sum over all")
+            _distributed().all_reduce(total, group=self._group)
+        return float(total)
+
+    def sums_and_most(self, sums: Sequence[float], values: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Over all ranks, the sums of some numbers and the largest of others, in one message.
+
+        All ranks give equally many of both. Sums are exact for integers below 2**53; `values` are 0 or more.
+        """
         if self.size == 1:
-            return values
+            return list(sums), list(values)
         import torch
 
-        note("the largest over all")
+        note("sums and largest numbers over all")
         distributed = _distributed()
+        # A maximum by a sum: with more than `size` for a base, no sum of lower powers reaches the next power
+        bits = self.size.bit_length()
+        powers = [2.0 ** (bits * v) if bits * v < 960 else math.inf for v in values]
+        totals = torch.tensor([*sums, *powers], dtype=torch.float64)
+        distributed.all_reduce(totals, group=self._group)
+        found, powers = totals[: len(sums)].tolist(), totals[len(sums) :].tolist()
+        if math.inf not in powers:
+            return found, [(math.frexp(power)[1] - 1) // bits for power in powers]
         largest = torch.tensor(values, dtype=torch.int64)
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
-        return largest.tolist()
+        return found, largest.tolist()
+
+    def number_from_main(self, value: int) -> int:
+        """Rank 0's number, on every rank."""
+        if self.size == 1:
+            return value
+        import torch
+
+        note("a number of rank 0")
+        number = torch.tensor([value])
+        _distributed().broadcast(number, 0, group=self._group)
+        return int(number)
 
     def reduce(self, tensor: Any, to: int) -> None:
         """Sum a tensor over all ranks into that of rank `to`; the others' become undefined."""
@@ -152,10 +183,6 @@ def local_world_size() -> int:
 
 def is_main() -> bool:
     return ALL.is_main
-
-
-def all_sum(value: int) -> int:
-    return int(ALL.sum(value))
 
 
 def note(what: str) -> None:

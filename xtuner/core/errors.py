@@ -4,6 +4,12 @@ Every message answers four questions: what happened, where (file and byte, or co
 and what to do next. A bug in xtuner itself is never one of these: it ends in a traceback and exit code 1.
 """
 
+import errno
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+
 from xtuner.core.secrets import mask_text
 
 EXIT_DONE = 0
@@ -13,6 +19,9 @@ EXIT_DATA = 65
 EXIT_BUSY = 73
 EXIT_IO = 74
 EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}  # never a program's fault
 
 
 class XTunerError(Exception):
@@ -67,6 +76,54 @@ class CheckpointError(XTunerError):
 
 class LostRankError(XTunerError):
     """Another process of the run has gone or does not answer."""
+
+
+class InterruptedRunError(XTunerError):
+    """A second Ctrl-C has ended a run without saving."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+def of_system(error: OSError) -> CheckpointError | None:
+    """The system's refusal to read or write a file, in words; None if this is not one.
+
+    Nor is it one if the code of someone else raised it (a hook, a config): its author needs the traceback.
+    """
+    names = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes | os.PathLike)]
+    if not (names or error.errno in DISK_ERRORS) or not _is_ours(error.__traceback__):
+        return None
+    return CheckpointError(
+        f"the system refuses a file or folder: {error.strerror or error}",
+        where=" → ".join(names) or "an output, a temporary file (TMPDIR) or standard output",
+        do=_ADVICE.get(error.errno or 0, "look at the path and its disk"),
+    )
+
+
+_FULL = "free some space, or write to another disk"
+_ADVICE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: "check its permissions, or give another place",
+    errno.EPERM: "check its permissions, or give another place",
+    errno.EROFS: "give a place on a disk that can be written",
+    errno.EISDIR: "a folder is in the way: move it, or give another name",
+    errno.ENOTDIR: "a file stands where a folder belongs: move it, or give another name",
+    errno.EEXIST: "something else is in the way: move it, or give another name",
+    errno.ENOENT: "check the path",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files: ulimit -n 65536",
+}
+
+
+def _is_ours(traceback: TracebackType | None) -> bool:
+    """Whether only this package, Python and installed packages took part."""
+    installed = (*(f"{folder}{os.sep}" for folder in (Path(__file__).parent.parent, sys.prefix, sys.base_prefix)), "<")
+    while traceback is not None:
+        file = traceback.tb_frame.f_code.co_filename
+        if not file.startswith(installed) and "-packages" not in file:  # site-packages, dist-packages
+            return False
+        traceback = traceback.tb_next
+    return True
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

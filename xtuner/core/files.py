@@ -1,23 +1,33 @@
 """The only place that writes files which must be whole: temporary name, sync, rename, sync of the folder.
 
-A directory published here carries `manifest.json` (size and sha256 of each file). The manifest is written last,
-so a directory with a manifest that verifies is complete, whatever happened to the process that wrote it.
+A directory published here carries `manifest.json` (size and sha256 of each file, and of itself). The manifest is
+written last, so a directory with a manifest that verifies is complete, whatever happened to the process that wrote it.
+
+Beside a target NAME there may be, each with the mark of the process that made it (`core/owner.py`):
+
+    .NAME.tmp-MARK         what is being written
+    .NAME.old-MARK         what it replaces, until the new one has the name
+    .NAME.removing-MARK    what has lost its name to be deleted
 """
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 from xtuner.core.dist import note
-from xtuner.core.errors import CheckpointError
-from xtuner.core.inputs import open_regular, read_regular, short
+from xtuner.core.errors import DISK_ERRORS, CheckpointError, ConfigError, XTunerError
+from xtuner.core.inputs import open_regular, read_regular, short, short_repr
+from xtuner.core.log import logger
+from xtuner.core.owner import made_by_living, mark
 
 MANIFEST = "manifest.json"
 HASHERS = 4  # files hashed side by side; one core hashes about 1.5 GB/s
@@ -39,23 +49,52 @@ def sync_file(path: Path) -> None:
         os.fsync(f.fileno())
 
 
+def require_utf8(path: Path, setting: str) -> None:
+    """Raises: ConfigError if safetensors, which takes no other paths, could not read what is written below `path`."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(
+            "the path is not UTF-8",
+            where=f"{setting}: {path}",
+            why="safetensors opens UTF-8 paths only: nothing saved there could be read again",
+            do="give another folder, or rename that part of the path",
+        ) from None
+
+
+def beside(target: Path, purpose: str) -> Path:
+    """A new name next to `target`, of this process: see the top of this file."""
+    return target.with_name(f".{target.name}.{purpose}-{mark()}")
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; on success it takes the name `path` in one step."""
+    """Open a temporary file beside `path`; on success it takes the name `path` in one step.
+
+    Text is UTF-8; bytes of a path that are not stay as they are. OSErrors of writing name `path`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.tmp-", dir=path.parent)
+    temporary = beside(path, "tmp")
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as e:
+        e.filename = str(path)  # the temporary name is nobody's
+        raise
     try:
         os.fchmod(fd, 0o666 & ~_UMASK)
-        with open(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
+        coding = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
+        with open(fd, mode, **coding) as f:  # type: ignore[call-overload]
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as e:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(e, OSError) and (e.filename == temporary or (e.filename is None and e.errno in DISK_ERRORS)):
+            e.filename, e.filename2 = str(path), None  # `write` knows no name
         raise
 
 
@@ -85,22 +124,37 @@ def user_cache() -> Path:
 
 def write_json(path: str | Path, value: Any) -> None:
     with atomic_file(path) as f:
-        json.dump(value, f, indent=2, ensure_ascii=False)
-        f.write("\n")
+        f.write(_text(value))
+
+
+def _text(value: Any) -> str:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()  # bytes of paths that are not UTF-8: JSON's own escapes
 
 
 def read_json(path: str | Path) -> Any:
-    """Raises: CheckpointError if the file is absent, cannot be read or is not JSON."""
+    """Raises: CheckpointError if the file is absent, cannot be read, or is not JSON."""
+    return _parsed(Path(path), _read(Path(path)))
+
+
+def _read(path: Path) -> str:
     try:
-        return json.loads(read_regular(path).decode())
+        return read_regular(path).decode()
     except FileNotFoundError:
-        raise CheckpointError(f"{Path(path).name} is missing", where=str(path)) from None
+        raise CheckpointError(f"{path.name} is missing", where=str(path)) from None
+    except UnicodeDecodeError as e:
+        raise CheckpointError(f"{path.name} is not JSON: {e}", where=str(path)) from None
     except OSError as e:
-        raise CheckpointError(f"{Path(path).name} cannot be read: {e.strerror or e}", where=str(path)) from None
+        raise CheckpointError(f"{path.name} cannot be read: {e.strerror or e}", where=str(path)) from None
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
     except RecursionError:
-        raise CheckpointError(f"{Path(path).name} is nested too deeply to be read", where=str(path)) from None
-    except ValueError as e:  # not JSON, not UTF-8, or a number with thousands of digits
-        raise CheckpointError(f"{Path(path).name} is not JSON: {e}", where=str(path)) from None
+        raise CheckpointError(f"{path.name} is nested too deeply", where=str(path)) from None
+    except ValueError as e:  # numbers of thousands of digits included
+        raise CheckpointError(f"{path.name} is not JSON: {e}", where=str(path)) from None
 
 
 def sha256(path: Path) -> str:
@@ -114,8 +168,45 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, entries: dict[str, dict[str, Any]], **facts: Any) -> None:
-    """Seal a directory: `entries` maps relative names to `file_entry`s."""
-    write_json(folder / MANIFEST, {**facts, "files": dict(sorted(entries.items()))})
+    """Seal a directory: `entries` maps relative names to `file_entry`s. The manifest's own sha256 is its last entry."""
+    manifest = {**facts, "files": dict(sorted(entries.items()))}
+    write_json(folder / MANIFEST, {**manifest, "sha256": _own(manifest)})
+
+
+def _own(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(_text(manifest).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, as it was written to the last byte; no other file is looked at.
+
+    Those of older versions lack their own sha256; they are compared with how they would be written.
+    Raises: CheckpointError.
+    """
+    path = folder / MANIFEST
+    text = _read(path)
+    manifest = _parsed(path, text)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    plain = isinstance(manifest, dict) and all(isinstance(v, str | int) for k, v in manifest.items() if k != "files")
+    if not plain or not isinstance(files, dict) or manifest.keys() - {"kind", "iteration", "files", "sha256"}:
+        raise CheckpointError("the manifest is not one of ours", where=str(path))
+    for name, entry in files.items():
+        if not name or ".." in Path(name).parts or Path(name).is_absolute():
+            raise CheckpointError(
+                f"the manifest names a file outside its directory: {short_repr(name)}", where=str(path)
+            )
+        if not (
+            isinstance(entry, dict)
+            and type(entry.get("bytes")) is int
+            and entry["bytes"] >= 0
+            and isinstance(entry.get("sha256"), str)
+        ):
+            raise CheckpointError(f"the manifest has no size and sha256 of {short_repr(name)}", where=str(path))
+    own = manifest.pop("sha256", None)
+    sealed = {**manifest, "sha256": own} if own is not None else manifest
+    if text != _text(sealed) or own not in (None, _own(manifest)):
+        raise CheckpointError("the manifest is altered: it is not as it was written", where=str(path))
+    return dict(manifest)
 
 
 def seal(folder: Path, **facts: Any) -> None:
@@ -130,32 +221,30 @@ def seal(folder: Path, **facts: Any) -> None:
     write_manifest(folder, entries, **facts)
 
 
-def verify(folder: str | Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
+def verify(folder: str | Path, rank: int = 0, ranks: int = 1, contents: bool = True) -> dict[str, Any]:
     """Check every file that the manifest names, size first, then contents.
 
-    Of several `ranks` each compares the contents of its share of the files only.
+    Of several `ranks` each compares the contents of its share of the files only; without `contents`, sizes alone.
 
     Returns the manifest. Raises: CheckpointError naming the first file that is missing, short or altered.
     """
     folder = Path(folder)
-    manifest = read_json(folder / MANIFEST)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(
-        isinstance(e, dict) and isinstance(e.get("bytes"), int) and "sha256" in e for e in files.values()
-    ):
-        raise CheckpointError("the manifest is no manifest", where=str(folder / MANIFEST))
-    contents = sorted(files, key=lambda name: -files[name]["bytes"])[rank::ranks]
+    manifest = read_manifest(folder)
+    files = manifest["files"]
+    hashed = sorted(files, key=lambda name: -files[name]["bytes"])[rank::ranks] if contents else []
     for name, entry in files.items():
         file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise CheckpointError(f"the manifest names a file outside its directory: {short(name)}", where=str(folder))
-        if not os.path.isfile(file):
+        try:
+            info = os.stat(file)
+        except (OSError, ValueError):  # also names that no file can have
+            info = None
+        if info is None or not stat.S_ISREG(info.st_mode):
             raise CheckpointError(f"{short(name)} is missing", where=str(folder))
-        size = file.stat().st_size
+        size = info.st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}", where=str(file))
     with ThreadPoolExecutor(HASHERS) as pool:
-        for name, found in zip(contents, pool.map(lambda name: sha256(folder / name), contents), strict=True):
+        for name, found in zip(hashed, pool.map(lambda name: sha256(folder / name), hashed), strict=True):
             note(f"{name} read")
             if found != files[name]["sha256"]:
                 raise CheckpointError(f"{name} is altered: its sha256 is not the manifest's", where=str(folder / name))
@@ -165,38 +254,75 @@ def verify(folder: str | Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     return dict(manifest)
 
 
-def remove_tree(folder: Path) -> None:
-    """Delete a directory so that a crash half-way never leaves something that looks whole: manifest first."""
+def remove_tree(path: Path) -> None:
+    """Delete a directory so that a crash half-way never leaves something that looks whole: manifest first. Or a file.
+
+    Only for what has a temporary name already; see `discard`.
+    """
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(OSError):
+        (path / MANIFEST).unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Delete what stands under a name of its own. It loses that name first: what a crash half-way leaves is known to
+    be on its way out, and `recover` or `sweep` removes it."""
+    aside = beside(path, "removing")
     with contextlib.suppress(FileNotFoundError):
-        (folder / MANIFEST).unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+        os.rename(path, aside)
+        remove_tree(aside)
 
 
 def publish(temporary: Path, target: Path) -> None:
     """Give a finished directory its name. An older one of that name is moved aside first, then removed."""
-    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
-    if target.exists():
+    aside = beside(target, "old")
+    if os.path.lexists(target):
         os.rename(target, aside)
     os.rename(temporary, target)
     sync_folder(target.parent)
-    if aside.exists():
+    if os.path.lexists(aside):
         remove_tree(aside)
 
 
 def recover(parent: Path, pattern: str) -> None:
-    """Tidy up after a process that died while it published a directory named like `pattern` (a glob) in `parent`.
+    """Clean up after a process that died while it wrote, replaced or removed a directory named like `pattern` (a glob).
 
-    What was moved aside gets its name back if nothing took it; unfinished ones are removed. Only for the one job that
-    owns `parent`; names that do not fit the pattern are nobody's business.
+    What was moved aside gets its name back if nothing took it; the rest is removed. Only for the one job that owns
+    `parent`: whoever made these is dead. Names that do not fit the pattern are nobody's business.
     """
-    for aside in parent.glob(f".{pattern}.old-*"):
-        target = parent / aside.name[1:].rpartition(".old-")[0]
-        if (aside / MANIFEST).is_file() and not target.exists():
-            os.rename(aside, target)
-        else:
-            remove_tree(aside)
-    for unfinished in parent.glob(f".{pattern}.tmp-*"):
-        remove_tree(unfinished) if unfinished.is_dir() else unfinished.unlink(missing_ok=True)
+    for purpose in ("old", "tmp", "removing"):
+        for path in parent.glob(f".{pattern}.{purpose}-*"):
+            _clear(path, purpose)
+
+
+def sweep(target: Path) -> None:
+    """Clean up what processes that died have left of writing `target`, which no lock protects.
+
+    Only what a process of this machine has made that no longer runs; what cannot be judged from here is reported.
+    """
+    for purpose in ("old", "tmp", "removing"):
+        for path in target.parent.glob(f".{glob.escape(target.name)}.{purpose}-*"):
+            if (living := made_by_living(path.name)) is False:
+                logger.info(f"{path.name} was left by a process that has ended: " + _clear(path, purpose))
+            elif living is None:
+                logger.warning(
+                    f"{path} was left by a process of another machine or container, or by an older version of xtuner: "
+                    f"if nothing writes {target.name} there any more, remove it"
+                )
+
+
+def _clear(path: Path, purpose: str) -> str:
+    """Returns what was done, in a word or two."""
+    target = path.with_name(path.name[1:].rpartition(f".{purpose}-")[0])
+    if purpose == "old" and (path / MANIFEST).is_file() and not os.path.lexists(target):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.rename(path, target)
+        return f"it is {target.name} again"
+    remove_tree(path)
+    return "removed"
 
 
 def usual_permissions(path: Path) -> None:
@@ -204,14 +330,30 @@ def usual_permissions(path: Path) -> None:
     os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_UMASK)
 
 
+def temporary_folder(target: Path) -> Path:
+    """A new empty folder beside `target`, for `publish`."""
+    folder = beside(target, "tmp")
+    folder.mkdir()
+    return folder
+
+
+def not_written(error: OSError, what: str, path: Path, do: str) -> XTunerError:
+    """The error for users where `path` cannot be written: CheckpointError (74) for a disk that is full or fails,
+    ConfigError (2) for a place that nothing can be written to."""
+    what, where = f"{what} cannot be written: {error.strerror or error}", str(error.filename or path)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+        return CheckpointError(what, where=where, do="look at the disk: space, quota, errors")
+    return ConfigError(what, where=where, do=do)
+
+
 @contextlib.contextmanager
 def atomic_folder(target: str | Path, **facts: Any) -> Iterator[Path]:
     """Yield a temporary directory beside `target`; on success it is sealed and published as `target`."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    sweep(target)
+    temporary = temporary_folder(target)
     try:
-        usual_permissions(temporary)
         yield temporary
         seal(temporary, **facts)
         publish(temporary, target)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from xtuner.core import kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.log import logger
@@ -19,6 +20,7 @@ _SMALL = ["config.json", "generation_config.json", *_TOKENIZER]
 INDEX = "model.safetensors.index.json"
 _SAFETENSORS = ["*.safetensors", INDEX]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"  # organisation/name
 _NEVER = ["*/*", "consolidated*"]  # other formats in sub-folders; a second copy of the weights (Mistral)
 
 
@@ -35,14 +37,32 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
     path = Path(os.path.expanduser(name_or_path))
     if name_or_path and os.path.isdir(path):
         return path
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name_or_path) and not os.path.exists(path):
+    if re.fullmatch(ID, name_or_path) and not os.path.exists(path):
         return _from_hub(name_or_path, revision, tokenizer_only)
+    if os.path.isfile(path):
+        kinds.take(path, (), str(path.absolute()), "give {} as the model")
     raise ConfigError(
-        f"the model {name_or_path!r} is " + ("a file" if os.path.isfile(path) else "no folder here, and no hub id"),
+        f"the model {name_or_path!r} is no folder here, and no hub id",
         where=str(path.absolute()),
         why="a model is a folder with config.json and weights, or a hub id of the form organisation/name",
         do="check the spelling, and that this machine sees the disk the folder is on",
     )
+
+
+def is_here(name_or_path: str, tokenizer_only: bool = False) -> bool:
+    """Whether `resolve` finds it, or refuses it, without the network."""
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.exists(path) or not re.fullmatch(ID, name_or_path):
+        return True
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    patterns = _SMALL if tokenizer_only else _SMALL + _SAFETENSORS
+    try:
+        return not missing_files(_snapshot(name_or_path, None, patterns, local=True), tokenizer_only)
+    except LocalEntryNotFoundError:
+        return False
+    except HFValidationError:
+        return True
 
 
 def missing_files(folder: Path, tokenizer_only: bool = False) -> list[str]:
@@ -75,25 +95,28 @@ def indexed_files(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
+def _snapshot(name: str, revision: str | None, patterns: list[str], local: bool) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import; reads the environment then
+
+    return Path(
+        snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=_NEVER, local_files_only=local
+        )
+    )
+
+
 def _from_hub(name: str, revision: str | None, tokenizer_only: bool) -> Path:
-    from huggingface_hub import constants, snapshot_download  # slow to import; reads the environment then
+    from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import WeakFileLock
 
     patterns = _SMALL if tokenizer_only else _SMALL + _SAFETENSORS
     partial: Path | None = None  # a folder of the cache that lacks files
 
-    def get(patterns: list[str], local: bool) -> Path:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=_NEVER, local_files_only=local
-            )
-        )
-
     def cached() -> Path | None:
         nonlocal partial
         try:
-            partial = get(patterns, local=True)
+            partial = _snapshot(name, revision, patterns, local=True)
             return None if missing_files(partial, tokenizer_only) else partial
         except LocalEntryNotFoundError as e:
             partial = Path(e.snapshot_path) if hasattr(e, "snapshot_path") else None
@@ -107,9 +130,9 @@ def _from_hub(name: str, revision: str | None, tokenizer_only: bool) -> Path:
         with WeakFileLock(lock):  # the other processes of this node wait here, then find it in the cache
             if folder := cached():
                 return folder
-            folder = get(patterns, local=False)
+            folder = _snapshot(name, revision, patterns, local=False)
             if not tokenizer_only and not any(folder.glob("*.safetensors*")):
-                get(_SMALL + _PICKLES, local=False)
+                _snapshot(name, revision, _SMALL + _PICKLES, local=False)
     except Exception as e:  # of huggingface_hub, of whichever HTTP library it uses, of the disk
         if partial is None or missing_files(partial, tokenizer_only):
             raise _explain(e, name, revision) from None

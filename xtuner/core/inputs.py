@@ -65,7 +65,7 @@ def _check_kind(mode: int, path: str | Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise NotAFileError(0, f"it is {kind}, not a regular file", str(path))
+        raise NotAFileError(0, f"it is {kind}, not a file", str(path))
 
 
 def short(text: str, length: int = SHOWN) -> str:

@@ -1,26 +1,26 @@
 """One logger for the whole toolkit: coloured on a terminal, plain elsewhere and in the log file."""
 
+import contextlib
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from xtuner.core.append import AppendFile
 from xtuner.core.secrets import mask_text
+from xtuner.core.streams import CYAN, DIM, ERASE_LINE, RED, RESET, YELLOW, is_terminal, use_colour
 
 T = TypeVar("T")
 logger = logging.getLogger("xtuner")
 
-_COLOURS = {logging.DEBUG: "\033[2m", logging.WARNING: "\033[33m", logging.ERROR: "\033[31m"}
-_RESET = "\033[0m"
-
-
-def use_colour(stream: object) -> bool:
-    """Colours only for people: a terminal, and neither NO_COLOR nor TERM=dumb."""
-    is_terminal = bool(getattr(stream, "isatty", lambda: False)())
-    return is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+_COLOURS = {logging.DEBUG: DIM, logging.WARNING: YELLOW, logging.ERROR: RED, logging.CRITICAL: RED}
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # in samples and file names: a terminal would obey them
+_CLOCK = "%H:%M:%S"
+_REDRAW = 0.1  # s at least between two states of the progress line
 
 
 class _Lines(logging.Formatter):
@@ -31,10 +31,81 @@ class _Lines(logging.Formatter):
 
 
 class _Terminal(logging.StreamHandler):
+    """Log lines for people and, on a terminal, a progress line below them that changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self._progress: tuple[str, ...] = ()
+        self._drawn = 0.0
+
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        colour = _COLOURS.get(record.levelno)
-        return f"{colour}{text}{_RESET}" if colour and use_colour(self.stream) else text
+        text = _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), super().format(record))
+        if not use_colour(self.stream):
+            return text
+        if colour := _COLOURS.get(record.levelno):
+            return f"{colour}{text}{RESET}"
+        clock = len(time.strftime(_CLOCK))
+        return f"{DIM}{text[:clock]}{RESET}{text[clock:]}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "printed", False):
+            return
+        if self._progress:
+            self._write(ERASE_LINE)
+        super().emit(record)
+        self._draw()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A line that nobody can read any more is lost; anything else is a bug, and reported."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def show_progress(self, parts: tuple[str, ...]) -> None:
+        if not is_terminal(self.stream) or self.level >= logging.ERROR:
+            return
+        now = time.monotonic()
+        with contextlib.nullcontext() if self.lock is None else self.lock:
+            if self._progress and not parts:
+                self._write(ERASE_LINE)
+            self._progress = parts
+            if now - self._drawn >= _REDRAW:
+                self._drawn = now
+                self._draw()
+
+    def _draw(self) -> None:
+        """As many parts as the terminal is wide: a longer line would wrap, and could not be erased."""
+        if not self._progress:
+            return
+        try:
+            width = os.get_terminal_size(self.stream.fileno()).columns or 80
+        except OSError:
+            width = 80
+        text, *more = self._progress
+        for part in more:
+            if len(text) + 2 + len(part) < width:
+                text += f"  {part}"
+        text = text[: width - 1]
+        self._write(ERASE_LINE + (f"{CYAN}{text}{RESET}" if use_colour(self.stream) else text))
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
+
+
+class _File(logging.Handler):
+    """Log lines in a file; a disk that is full costs lines, not the run."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = AppendFile(path, logger.warning)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._file.write(f"{self.format(record)}\n".encode("utf-8", "backslashreplace"))
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def setup(level: str = "INFO", file: Path | None = None, rank: int = 0) -> None:
@@ -47,15 +118,31 @@ def setup(level: str = "INFO", file: Path | None = None, rank: int = 0) -> None:
     for old in list(logger.handlers):
         logger.removeHandler(old)
         old.close()
-    terminal = _Terminal(sys.stderr)
-    who = f"rank {rank}: " if rank else ""
-    terminal.setFormatter(_Lines(f"%(asctime)s  {who}%(message)s", datefmt="%H:%M:%S"))
+    terminal = _Terminal()
+    source = f"rank {rank}: " if rank else ""
+    terminal.setFormatter(_Lines(f"%(asctime)s  {source}%(message)s", datefmt=_CLOCK))
     terminal.setLevel(logging.ERROR if rank else logging.NOTSET)
     logger.addHandler(terminal)
     if file is not None:
-        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file = _File(file)
         to_file.setFormatter(_Lines("%(asctime)s %(levelname)-7s %(message)s"))
         logger.addHandler(to_file)
+
+
+def print_result(text: str) -> None:
+    """Print what a command was run for to standard output, and keep it in the log file; standard error has the rest."""
+    print(mask_text(text), flush=True)
+    logger.info(text, extra={"printed": True})
+
+
+def show_progress(*parts: str) -> None:
+    """Show the state of the work in one line below the log, on a terminal only; without `parts` the line goes.
+
+    What does not fit the width of the terminal is left out, from the end.
+    """
+    for handler in logger.handlers:
+        if isinstance(handler, _Terminal):
+            handler.show_progress(parts)
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None, every_s: float = 5.0) -> Iterator[T]:

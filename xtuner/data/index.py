@@ -113,8 +113,8 @@ def load_intern_repo_tokenized_dataset(
     if not os.path.isdir(root):
         raise ConfigError(
             "the data folder is not there" if not os.path.exists(root) else "the data folder is a file",
-            where=f"dataset_folder = {str(folder)!r}",
-            do="set dataset_folder in the config to the folder that holds your .bin and .bin.meta files",
+            where=str(folder),
+            do="give the folder that holds your .bin and .bin.meta files, at any depth",
         )
     place = Place(root, cache_dir)
     asked = [str(root), str(min_length), str(data_order_path), file_type]
@@ -127,7 +127,7 @@ def load_intern_repo_tokenized_dataset(
         raise DataError(
             f"no {file_type} file in the data folder",
             where=str(root),
-            do="check dataset_folder; `.bin` and `.bin.meta` files are looked for at any depth",
+            do=f"{file_type} and {file_type}.meta files are looked for at any depth: give a folder above them",
         )
     catalog = catalog_of(root, list(dict.fromkeys(names)), min_length, place)
     if len(names) > len(catalog):  # a data order names files more than once
@@ -155,7 +155,7 @@ def catalog_of(folder: Path, names: list[str], min_length: int, place: Place) ->
     if unknown:
         meta_bytes = int(signatures[unknown, 2].clip(min=0).sum())
         _examine(catalog, unknown, folder, min_length, meta_bytes)
-        if int(catalog.documents.sum()) >= tables.SMALL:
+        if int(catalog.documents.sum()) >= tables.SMALL and not place.read_only:
             keep(catalog, place, min_length)
     return catalog
 

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count
 from typing import Any
 
 import torch
@@ -18,12 +17,13 @@ from torch.utils.data import DataLoader
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.heap import keep_freed
 from xtuner.data.batch import Batch
-from xtuner.data.order import InternRepoSampler, Position, numbers
+from xtuner.data.order import InternRepoSampler, Position, numbers, packs_per_epoch
 from xtuner.data.pack import PackedDataset, RawPack
 from xtuner.data.pool import end_with_parent
 
 READERS = 2  # threads that read; most of the work is numpy's, which lets others run
 PREFETCH = 4  # packs prepared ahead; one pack of 32k tokens takes about 1 MB
+LISTED = 10_000  # files that a checkpoint lists by name: 1 MB
 PATIENCE = 5.0  # s that the end of a stream waits for its thread
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the trainer's to handle; see `_begin_worker`
 
@@ -34,6 +34,7 @@ class PackLoader:
     Args:
         num_workers: 0 prepares packs in a thread of this process, n > 0 in n processes.
         reshuffle: a new order each epoch (`DistSamplerSeedHook` sets it); otherwise epoch 0's again.
+        begun_on: ranks that the run was begun on, which decide what an epoch is (a resume sets it).
     """
 
     def __init__(self, dataset: PackedDataset, sampler: InternRepoSampler, num_workers: int = 0) -> None:
@@ -43,6 +44,7 @@ class PackLoader:
         self.sampler = sampler
         self.num_workers = num_workers
         self.reshuffle = False
+        self.begun_on = sampler.world_size
 
     @property
     def num_packs(self) -> int:
@@ -51,6 +53,10 @@ class PackLoader:
     @property
     def dp_size(self) -> int:
         return self.sampler.world_size
+
+    @property
+    def packs_per_epoch(self) -> int:
+        return packs_per_epoch(self.num_packs, self.begun_on)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order of packs depends on. A resume compares it."""
@@ -63,6 +69,15 @@ class PackLoader:
             **self.sampler.describe(),
         }
 
+    def files(self) -> list[str] | int:
+        """`IDENTITY NAME` of the files in order, so that a resume can say which are others; of very many, how many."""
+        catalog = self.dataset.documents.catalog
+        if len(catalog) > LISTED:
+            return len(catalog)
+        identities = (bytes(row[:8]).hex() for row in catalog.identities)
+        names = (name.encode(errors="backslashreplace").decode() for name in catalog.names)
+        return [f"{identity} {name}" for identity, name in zip(identities, names, strict=True)]
+
     def iterate_from(self, position: Position) -> Iterator[Batch]:
         """Yield this rank's batches from `position` on, without end. Nothing before it is read."""
         keep_freed()
@@ -72,11 +87,8 @@ class PackLoader:
         return prefetch(lambda: self._read(position, gpu), PREFETCH)
 
     def _numbers(self, position: Position) -> Iterator[int]:
-        offset = position.offset
-        for epoch in count(position.epoch):
-            self.sampler.set_epoch(epoch if self.reshuffle else 0)
-            yield from numbers(self.sampler.share(offset))
-            offset = 0
+        for share in self.sampler.stream(position, self.packs_per_epoch, self.reshuffle):
+            yield from numbers(share)
 
     def _read(self, position: Position, gpu: int | None) -> Iterator[Batch]:
         def begin() -> None:

@@ -1,7 +1,12 @@
-"""The global order of packs, each rank's share of it, and the position from which a run goes on.
+"""The global order of packs, each rank's share of it, and the position from which a run continues.
 
-Epoch e visits `RandomState(seed + e).permutation(packs)`. Rank r of n takes `permutation[offset:][r::n]`, cut so that
-all ranks get equally many. The position (epoch, offset) says nothing of ranks: a run may go on with another number.
+Epoch e visits `RandomState(seed + e).permutation(packs)`. For training all epochs are one stream, laid end to end:
+
+    permutation_0[:E] | permutation_1[:E] | permutation_2[:E] | …      E: packs, cut to a multiple of the number of
+    ─────────────────────────▲ position: rank r of n takes stream[position:][r::n]       ranks the run was begun on
+
+E belongs to the run and the position says nothing of ranks, so another number of ranks sees the same stream. As long
+as the number stays, this is the reference's sampler: `permutation[:E][r::n]`, epoch after epoch.
 """
 
 import json
@@ -10,6 +15,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +33,11 @@ SHARED_FROM = 2**20  # packs; the order of fewer takes each rank 4 MB
 CHUNK = 4096  # numbers made into Python's at a time
 
 
+def packs_per_epoch(num_packs: int, begun_on: int) -> int:
+    """E: what an epoch of the stream visits; the last `< begun_on` packs of its permutation are not visited."""
+    return num_packs // begun_on * begun_on
+
+
 @dataclass(frozen=True)
 class Position:
     """Where in the data a run is: `offset` packs of epoch `epoch` have been trained on, by all ranks together."""
@@ -34,27 +45,15 @@ class Position:
     epoch: int = 0
     offset: int = 0
 
-    def advance(self, packs: int, num_packs: int, dp_size: int) -> "Position":
-        """The position after `packs` more packs (a multiple of `dp_size`), which may lie in a later epoch.
+    def advance(self, packs: int, per_epoch: int) -> "Position":
+        """The position after `packs` more packs of a stream that visits `per_epoch` packs an epoch."""
+        if self.offset >= per_epoch:  # of older versions, which after a change of ranks visited more
+            return Position(self.epoch + 1).advance(packs, per_epoch)
+        epochs, offset = divmod(self.offset + packs, per_epoch)
+        return Position(self.epoch + epochs, offset)
 
-        `num_packs` is the length of an epoch. The last `< dp_size` packs of an epoch are not visited.
-        """
-        epoch, offset = self.epoch, self.offset
-        while packs:
-            left = (num_packs - offset) // dp_size * dp_size
-            taken = min(packs, left)
-            packs -= taken
-            offset += taken
-            if num_packs - offset < dp_size:
-                epoch, offset = epoch + 1, 0
-        return Position(epoch, offset)
-
-    def packs_until(self, epochs: int, num_packs: int, dp_size: int) -> int:
-        """Packs that all ranks together will still visit until `epochs` epochs are complete."""
-        if self.epoch >= epochs:
-            return 0
-        this = (num_packs - self.offset) // dp_size * dp_size
-        return this + (epochs - self.epoch - 1) * (num_packs // dp_size * dp_size)
+    def __str__(self) -> str:
+        return f"epoch {self.epoch + 1}, pack {self.offset:,} of it"
 
 
 class InternRepoSampler:
@@ -99,11 +98,30 @@ class InternRepoSampler:
         return self._drawn[1]
 
     def share(self, offset: int = 0) -> Numbers:
-        """This rank's packs from `offset` to the end of the epoch."""
+        """This rank's packs from `offset` to the end of the epoch, cut so that all ranks get equally many."""
         stop = offset + (self.num_packs - offset) // self.world_size * self.world_size
+        return self._every(offset + self.rank, stop)
+
+    def stream(self, position: Position, per_epoch: int, reshuffle: bool = True) -> Iterator[Numbers]:
+        """This rank's packs from `position` on, an epoch at a time, without end: `stream[position:][r::n]`.
+
+        Args:
+            per_epoch: E, which the number of ranks that the run was begun on decides.
+            reshuffle: a new permutation each epoch; otherwise epoch 0's again.
+        """
+        position = position.advance(0, per_epoch)
+        offset, skip = position.offset, self.rank  # packs of the epoch that lie before this rank's next one
+        for epoch in count(position.epoch):
+            self.set_epoch(epoch if reshuffle else 0)
+            yield self._every(offset + skip, per_epoch)
+            skip = (skip - (per_epoch - offset)) % self.world_size
+            offset = 0
+
+    def _every(self, begin: int, stop: int) -> Numbers:
+        """The permutation's packs [begin:stop:ranks]; a view."""
         if not self.shuffle:
-            return np.arange(offset + self.rank, stop, self.world_size)
-        return self.permutation()[offset:stop][self.rank :: self.world_size]
+            return np.arange(begin, stop, self.world_size)
+        return self.permutation()[begin : stop : self.world_size]
 
     def __iter__(self) -> Iterator[int]:
         return numbers(self.share())

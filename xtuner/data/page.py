@@ -22,12 +22,16 @@ p { color: var(--dim); margin: 2px 0 10px; }
 .facts { display: flex; flex-wrap: wrap; gap: 12px; }
 .facts div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 14px; }
 .facts b { display: block; font-size: 20px; } .facts span { color: var(--dim); }
-svg { width: 100%; height: auto; max-width: 720px; } svg text { fill: var(--dim); font-size: 11px; }
+svg { width: 100%; height: auto; } svg text { fill: var(--dim); font-size: 11px; }
 .bar { fill: var(--bar); } .two { fill: var(--two); } .axis { stroke: var(--line); }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin: 0 5px 0 12px; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; } td, th { padding: 4px 10px;
-  border-bottom: 1px solid var(--line); text-align: right; font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child { text-align: left; overflow-wrap: anywhere; }
+  border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td:first-child, th:first-child { position: sticky; left: 0; min-width: 8em; max-width: 24em; padding-left: 0;
+  background: var(--paper); text-align: left; white-space: normal; overflow-wrap: break-word; }
+@media (max-width: 560px) { body { padding: 14px; } svg text { font-size: 18px; } svg .odd { display: none; }
+  td:first-child { max-width: 9em; }
+  .facts { gap: 8px; } .facts b { font-size: 17px; } }
 th { color: var(--dim); font-weight: 600; }
 """
 
@@ -71,7 +75,7 @@ def page(found: Stats) -> str:
             _bars(
                 [f"{human(a)}–{human(b)}" for a, b, _ in found.cost_bars],
                 [n for _, _, n in found.cost_bars],
-                ticks=[human(a) for a, _, _ in found.cost_bars],
+                ticks=[_short(a) for a, _, _ in found.cost_bars],
             ),
         ]
     if found.imbalance:
@@ -106,14 +110,16 @@ def _bars(
     names: Sequence[str], *series: Sequence[float], ticks: Sequence[str] | None = None, percent: bool = False
 ) -> str:
     """A bar chart; bars of several series stand side by side. `ticks` are the names below the axis, if others."""
-    most = _round_up(max((v for values in series for v in values), default=0) or 1)
+    highest = max((v for values in series for v in values), default=0)
+    most = _round_up(highest or 1, whole=not percent)
     room, floor = (WIDTH - LEFT) / max(len(names), 1), HEIGHT - BOTTOM
     each = min(room * 0.8 / len(series), 60)
     parts = []
     for i in range(5):
-        y = TOP + (floor - TOP) * (4 - i) / 4
+        y, value = TOP + (floor - TOP) * (4 - i) / 4, most * i / 4
+        tick = f"{100 * value:.3g}%" if percent else _short(value)
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(most * i / 4, percent)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
     every = -(-len(names) // 12)
     for i, name in enumerate(names):
         middle = LEFT + room * (i + 0.5)
@@ -128,14 +134,22 @@ def _bars(
         if i % every == 0:
             tick = ticks[i] if ticks else name
             short = tick if len(tick) <= 12 else tick[:11] + "…"
-            parts.append(f'<text x="{middle:.1f}" y="{floor + 16}" text-anchor="middle">{escape(short)}</text>')
+            odd = ' class="odd"' if i // every % 2 and len(names) > 4 else ""  # left out where the page is narrow
+            parts.append(f'<text{odd} x="{middle:.1f}" y="{floor + 16}" text-anchor="middle">{escape(short)}</text>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
-def _round_up(value: float) -> float:
-    """The next number whose quarters are round."""
+def _round_up(value: float, whole: bool) -> float:
+    """The next number whose quarters are round; `whole`: and whole, as numbers of packs are."""
     step = 10.0 ** math.floor(math.log10(value))
-    return next(step * n for n in (1, 2, 4, 6, 8, 10) if step * n >= value)
+    rounded = (step * n for n in (1, 2, 4, 6, 8, 10, 20, 40) if step * n >= value)
+    return next(n for n in rounded if not whole or n % 4 == 0)
+
+
+def _short(value: float) -> str:
+    """For an axis: three digits at most, `1.13 M`, `250`."""
+    number, _, unit = human(value).partition(" ")
+    return f"{float(number):.3g} {unit}".rstrip()
 
 
 def _number(value: float, percent: bool) -> str:

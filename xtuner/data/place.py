@@ -19,6 +19,7 @@ from xtuner.core.log import logger
 from xtuner.data.walk import CACHE
 
 VARIABLE = "XTUNER_DATA_CACHE"
+read_only: ContextVar[bool] = ContextVar("read_only", default=False)  # look at caches, write none
 chosen: ContextVar[str | None] = ContextVar("chosen", default=None)  # by `--cache-dir`, for all folders
 _told: set[str] = set()
 _telling = threading.Lock()  # two threads read packs
@@ -43,8 +44,9 @@ class Place:
     def __init__(self, folder: Path, cache_dir: str | Path | None = None) -> None:
         self.folder = folder
         self.failures: list[str] = []
+        self.read_only = read_only.get()
         root = Path(os.path.abspath(folder))
-        own = f"{root.name}-{hashlib.sha256(str(root).encode()).hexdigest()[:12]}"
+        own = f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
         given = chosen.get() or cache_dir or os.environ.get(VARIABLE)
         if given:
             self.dirs = [Path(os.path.expanduser(given)) / own]
@@ -81,6 +83,8 @@ class Place:
         `failures` says afterwards why folders did not take it. Raises: what `fill` raises, but OSError.
         """
         self.failures = []
+        if self.read_only:
+            return None
         for folder in self.dirs:
             try:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -194,7 +194,7 @@ def _balance(found: Stats, costs: npt.NDArray[np.float32], ranks: Sequence[int])
         return
     least, median, p95, most = np.quantile(costs, (0, 0.5, 0.95, 1)).tolist()
     found.cost = {"mean": float(costs.mean()), "least": least, "median": median, "p95": p95, "most": most}
-    bars, edges = np.histogram(costs, COSTS, (0, most))
+    bars, edges = np.histogram(costs, COSTS if most > least else [least, most], (least, most))
     found.cost_bars = list(zip(edges[:-1].tolist(), edges[1:].tolist(), bars.tolist(), strict=True))
     order = permutation(SAMPLER_SEED, len(costs))
     for size in ranks:

@@ -109,7 +109,7 @@ def find_or_build(
     """
     if found := find(catalog, min_length, seed, place):
         return found
-    if int(catalog.documents.sum()) < (SMALL if small is None else small):
+    if place.read_only or int(catalog.documents.sum()) < (SMALL if small is None else small):
         return None
     with place.alone():
         if found := find(catalog, min_length, seed, place):  # another process was faster

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
-from xtuner.core.inputs import short_repr
+from xtuner.core.inputs import read_regular, short_repr
 
 FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -96,7 +96,7 @@ class _SentencePiece:
         self.folder = folder
         path = folder / "tokenizer.model"
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=read_regular(path))
             self.bos_id, self.eos_id = _id(self._model.bos_id()), _id(self._model.eos_id())
             self.special: Mapping[str, int] = self._names()
             self._by_id = {i: name for name, i in self.special.items()}

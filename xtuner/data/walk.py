@@ -131,11 +131,11 @@ def read_order(path: str | Path, folder: Path, file_type: str = ".bin") -> list[
 def _read_entries(path: Path) -> dict[int, str]:
     """Line number → relative path, none leaving its folder."""
     try:
-        text = read_regular(path).decode("utf-8-sig")
+        text = read_regular(path).decode("utf-8-sig", "surrogateescape")  # names of files, whatever their bytes
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"the data order cannot be read: {getattr(e, 'strerror', None) or e}",
-            where=f"data_order_path = {str(path)!r}",
+            where=str(path),
             do="write one with `xtuner data order --data-folder DATA --save-folder DIR`",
         ) from None
     entries: dict[int, str] = {}

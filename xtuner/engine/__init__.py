@@ -1,6 +1,6 @@
 """Engines: what a config's `optim_wrapper` and `param_scheduler` name."""
 
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.schedule import CosineAnnealingLR, LinearLR
+from xtuner.engine.schedule import ConstantLR, CosineAnnealingLR, LinearLR, MultiStepLR
 
-__all__ = ["CosineAnnealingLR", "LinearLR", "OptimWrapper"]
+__all__ = ["ConstantLR", "CosineAnnealingLR", "LinearLR", "MultiStepLR", "OptimWrapper"]

@@ -4,12 +4,15 @@ from typing import NamedTuple
 
 import torch
 
+from xtuner.config.build import type_name
 from xtuner.core import dist
 from xtuner.core.errors import ConfigError
+from xtuner.core.log import logger
 from xtuner.engine import memory, zero_config
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.single import SingleStrategy
+from xtuner.engine.trial import ADVICE
 from xtuner.model.source import ModelSource
 
 
@@ -48,14 +51,38 @@ def choose(
             do='set it to "fp32"; the state is then divided by the number of ranks',
         )
     if deepspeed:
-        settings = zero_config.resolve(zero_config.read(deepspeed), optim, device, ranks, deepspeed)
-        zero = memory.of_zero(source, optim, device, ranks, settings["zero_optimization"])
+        given = zero_config.read(deepspeed)
+        settings = zero_config.resolve(given, optim, device, ranks, deepspeed)
+        if (idle := zero_config.without_effect(given)) and dist.is_main():
+            logger.info(f"--deepspeed {deepspeed}: no effect here: {', '.join(idle)}")
+        stage = settings["zero_optimization"].get("stage", 0)
+        if stage:
+            _require_cuttable(optim, device, f"--deepspeed {deepspeed}", zero=True)
+        zero = memory.of_zero(source, optim, device, ranks, settings)
         return Choice(deepspeed, None, zero.state)
     if fsdp or ranks > 1:
         mode = fsdp or "full"
+        _require_cuttable(optim, device, f"--fsdp {mode}" if fsdp else f"{ranks} processes (FSDP)", zero=False)
         cut = ranks if mode == "full" else dist.local_world_size()
         return Choice(None, mode, memory.of_fsdp(source, optim, device, cut).state)
     return Choice(state=memory.of_single(source, optim, device).state)
+
+
+def _require_cuttable(optim: OptimWrapper, device: torch.device, engine: str, zero: bool) -> None:
+    """Raise ConfigError for an optimizer whose update of a part of a parameter is not that part of the update."""
+    traits, name = optim.traits(device), type_name(optim.kind)
+    if traits.cuttable and zero and traits.built_with_state and optim.kind is not torch.optim.Adagrad:
+        why = "it makes its state when it is built, and DeepSpeed, which replaces the parameters, knows this of Adagrad"
+    elif not traits.cuttable:
+        why = "each rank holds a part of every matrix, and this optimizer does not update each number by itself"
+    else:
+        return
+    raise ConfigError(
+        f"{name} cannot be used with {engine}",
+        where="optim_wrapper.optimizer.type",
+        why=why,
+        do=f"train in one process; or {ADVICE}",
+    )
 
 
 def strategy(choice: Choice, source: ModelSource, optim: OptimWrapper, device: torch.device) -> Strategy:

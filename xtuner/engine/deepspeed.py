@@ -14,9 +14,9 @@ import torch
 
 from xtuner.core import dist
 from xtuner.data.batch import Batch
-from xtuner.engine import memory, zero_config
+from xtuner.engine import memory, trial, zero_config
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.shard import Shard, ShardedStrategy, beside
+from xtuner.engine.shard import Shard, ShardedStrategy
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
@@ -43,7 +43,7 @@ class DeepSpeedStrategy(ShardedStrategy):
         self.stage: int = config["zero_optimization"].get("stage", 0)
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
-        self.memory = memory.of_zero(source, optim, device, dist.world_size(), config["zero_optimization"])
+        self.memory = memory.of_zero(source, optim, device, dist.world_size(), config)
         shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
         super().__init__(source.config, shapes, device, gives=bool(self.stage) or dist.is_main())
         if self.stage == 3:
@@ -59,6 +59,7 @@ class DeepSpeedStrategy(ShardedStrategy):
         self._zero = self._engine.optimizer
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer if self.stage else optimizer
         self._parameters = dict(model.named_parameters())
+        self._traits = optim.traits  # by device: offloaded states lie on the host
         self._model = model.train()
         source.fill({n: s.master for n, s in self._shards().items()}, shapes, device)
         self._refresh()
@@ -68,7 +69,7 @@ class DeepSpeedStrategy(ShardedStrategy):
     def model(self) -> CausalLM:
         return self._model
 
-    def forward_backward(self, batch: Sequence[Batch], num_targets: int) -> float:
+    def forward_backward(self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None) -> float:
         self._to_step = bool(num_targets)
         if not num_targets:
             return 0.0
@@ -85,7 +86,7 @@ class DeepSpeedStrategy(ShardedStrategy):
             # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
             scale = torch.where(loss.detach().isfinite(), float(ranks), math.nan)
             self._engine.backward(loss * scale, scale_wrt_gas=False)
-        return dist.ALL.sum(total.item())
+        return dist.ALL.sum_on_device(total)
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._to_step:
@@ -129,25 +130,23 @@ class DeepSpeedStrategy(ShardedStrategy):
             piece = self._piece(name)
             if piece is None or not piece.length:
                 continue
-            state = self.optimizer.state.get(self._key(name, piece), {})
-            views = {
-                key: value.reshape(-1)[piece.at : piece.at + piece.length] if value.dim() else value
-                for key, value in state.items()
-                if torch.is_tensor(value)
-            }
+            key = self._key(name, piece)
+            packed = trial.pack(self.optimizer.state.get(key, {}), key)
+            views = {k: v[piece.at : piece.at + piece.length] if v.dim() == 1 else v for k, v in packed.items()}
             shards[name] = Shard(Part(piece.flat.data[piece.at : piece.at + piece.length], piece.begin), views)
         return shards
 
     def _place(self, name: str, key: str, value: torch.Tensor) -> None:
         piece = self._piece(name)
         assert piece is not None
-        state = self.optimizer.state[self._key(name, piece)]
-        if not value.dim():
-            state[key] = beside(value, piece.flat, self.optimizer)
-            return
-        if key not in state:
-            state[key] = torch.zeros_like(self._key(name, piece).data, dtype=value.dtype)
-        state[key].view(-1)[piece.at : piece.at + piece.length] = value
+        tensor = self._key(name, piece)
+        state = self.optimizer.state[tensor]
+        if value.dim() == 1:
+            if key not in state:
+                state[key] = torch.zeros_like(tensor.data, dtype=value.dtype)
+            state[key].view(-1)[piece.at : piece.at + piece.length] = value
+        else:
+            state[key] = self._traits(tensor.device).unpack(key, value, tensor)
 
     @torch.no_grad()
     def _refresh(self) -> None:

@@ -21,7 +21,8 @@ from xtuner.core.errors import ConfigError
 from xtuner.data.batch import Batch
 from xtuner.engine import memory
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.shard import Shard, ShardedStrategy, beside
+from xtuner.engine.shard import Shard, ShardedStrategy
+from xtuner.engine.trial import pack
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
@@ -54,7 +55,10 @@ class FSDPStrategy(ShardedStrategy):
         self._model = model.train()
         self._cut_rank, self._cut_size = mesh.get_local_rank("cut"), mesh["cut"].size()
         self.parameters = cast(dict[str, DTensor], dict(model.named_parameters()))
-        self.optimizer = optim.build(model.parameters())
+        # the optimizer sees plain tensors, this rank's rows: any that updates each number by itself does the same there
+        self._rows = {n: torch.nn.Parameter(p.to_local().detach()) for n, p in self.parameters.items()}
+        self.optimizer = optim.build(self._rows.values())
+        self._traits = optim.traits(device)
         source.fill({n: s.master for n, s in self._shards().items()}, self._shapes, device)
         self._may_step = False
 
@@ -62,26 +66,26 @@ class FSDPStrategy(ShardedStrategy):
     def model(self) -> CausalLM:
         return self._model
 
-    def forward_backward(self, batch: Sequence[Batch], num_targets: int) -> float:
+    def forward_backward(self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None) -> float:
         self._may_step = False
         if not num_targets:
             return 0.0
         total = torch.zeros((), device=self.device)
-        counts = dist.ALL.most([self.memory.parts(pack) for pack in batch])
-        parts = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
-        for i, part in enumerate(parts):  # also without targets: other ranks wait for the collectives
-            dist.note(f"forward and backward of micro-batch {i + 1} of {len(parts)}")
-            last = i == len(parts) - 1
+        counts = parts or self.parts(batch)
+        pieces = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
+        for i, piece in enumerate(pieces):  # also without targets: other ranks wait for the collectives
+            dist.note(f"forward and backward of micro-batch {i + 1} of {len(pieces)}")
+            last = i == len(pieces) - 1
             # whole gradients would take the room for which packs are cut; copies of the model sum theirs once
-            self._root.set_requires_gradient_sync(last or len(parts) > len(batch))
+            self._root.set_requires_gradient_sync(last or len(pieces) > len(batch))
             self._root.set_requires_all_reduce(last)
-            b = part.to(self.device)
+            b = piece.to(self.device)
             loss = self._model(
                 b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets
             )
             loss.backward()
             total += loss.detach()
-        mean = dist.ALL.sum(total.item())
+        mean = dist.ALL.sum_on_device(total)
         self._may_step = math.isfinite(mean)
         return mean
 
@@ -92,8 +96,11 @@ class FSDPStrategy(ShardedStrategy):
         value = norm.item()  # the last wait for the device: what follows it on the host goes on beside the update
         applied = self._may_step and math.isfinite(value)
         if applied:
+            for name, rows in self._rows.items():
+                whole = self.parameters[name].grad
+                rows.grad = cast(DTensor, whole).to_local() if whole is not None and rows.numel() else None
             if max_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), max_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(self._rows.values(), max_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -101,14 +108,12 @@ class FSDPStrategy(ShardedStrategy):
         return value, applied
 
     def _shards(self) -> dict[str, Shard]:
-        shards = {}
-        for name, parameter in self.parameters.items():
-            values = parameter.to_local().detach()
-            if values.numel():
-                state = self.optimizer.state.get(parameter, {})
-                local = {k: v.to_local().view(-1) if isinstance(v, DTensor) else v for k, v in state.items()}
-                shards[name] = Shard(Part(values.view(-1), self._begin(name)), local)
-        return shards
+        state = self.optimizer.state
+        return {
+            name: Shard(Part(rows.detach().view(-1), self._begin(name)), pack(state.get(rows, {}), rows))
+            for name, rows in self._rows.items()
+            if rows.numel()
+        }
 
     def _begin(self, name: str) -> int:
         """FSDP cuts the first dimension into equal numbers of rows, the last ranks taking fewer or none."""
@@ -116,20 +121,11 @@ class FSDPStrategy(ShardedStrategy):
         return self._cut_rank * -(-rows // self._cut_size) * (self._shapes[name].numel() // rows)
 
     def _place(self, name: str, key: str, value: torch.Tensor) -> None:
-        parameter = self.parameters[name]
-        if value.dim():
-            value = DTensor.from_local(
-                value.view(parameter.to_local().shape),
-                parameter.device_mesh,
-                parameter.placements,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-        else:
-            value = beside(value, parameter, self.optimizer)
-        self.optimizer.state[parameter][key] = value
+        rows = self._rows[name]
+        self.optimizer.state[rows][key] = self._traits.unpack(key, value, rows)
 
     def _refresh(self) -> None:
+        self._model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
 
 

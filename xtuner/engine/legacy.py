@@ -3,14 +3,12 @@
 `config/legacy.py` puts these in place of the old names. Defaults are mmengine's.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from xtuner.config.adapter import Only, adapter
-from xtuner.core.errors import ConfigError
 from xtuner.engine import schedule
 from xtuner.engine.optim import OptimWrapper
 
@@ -64,7 +62,7 @@ def LinearLR(
     start_factor: float = 1 / 3,
     end_factor: float = 1.0,
     begin: float = 0,
-    end: float = math.inf,
+    end: float | None = None,
     by_epoch: bool = True,
     convert_to_iter_based: bool = False,
     last_step: int = -1,
@@ -73,14 +71,38 @@ def LinearLR(
     return schedule.LinearLR(begin, end, by_epoch, convert_to_iter_based, start_factor, end_factor)
 
 
-@adapter(
-    no_work=_QUIET,
-    only={**_FRESH, "eta_min_ratio": Only((None,), "the lowest rate is given as eta_min", "set eta_min = ratio * lr")},
-)
-def CosineAnnealingLR(
-    eta_min: float = 0.0,
+@adapter(no_work=_QUIET, only=_FRESH)
+def ConstantLR(
+    factor: float = 1 / 3,
     begin: float = 0,
-    end: float = math.inf,
+    end: float | None = None,
+    by_epoch: bool = True,
+    convert_to_iter_based: bool = False,
+    last_step: int = -1,
+    verbose: bool = False,
+) -> schedule.ConstantLR:
+    return schedule.ConstantLR(begin, end, by_epoch, convert_to_iter_based, factor)
+
+
+@adapter(no_work=_QUIET, only=_FRESH)
+def MultiStepLR(
+    milestones: Sequence[float],
+    gamma: float = 0.1,
+    begin: float = 0,
+    end: float | None = None,
+    by_epoch: bool = True,
+    convert_to_iter_based: bool = False,
+    last_step: int = -1,
+    verbose: bool = False,
+) -> schedule.MultiStepLR:
+    return schedule.MultiStepLR(begin, end, by_epoch, convert_to_iter_based, gamma, milestones=milestones)
+
+
+@adapter(no_work=_QUIET, only=_FRESH)
+def CosineAnnealingLR(
+    eta_min: float | None = None,
+    begin: float = 0,
+    end: float | None = None,
     by_epoch: bool = True,
     convert_to_iter_based: bool = False,
     T_max: float | None = None,
@@ -88,14 +110,4 @@ def CosineAnnealingLR(
     last_step: int = -1,
     verbose: bool = False,
 ) -> schedule.CosineAnnealingLR:
-    """T_max: length of the half cosine, in the unit of begin and end; `end - begin` if it is not given."""
-    if T_max is not None:
-        end = begin + T_max if math.isinf(end) else end
-        if not math.isclose(begin + T_max, end):
-            raise ConfigError(
-                f"T_max = {T_max} is not end - begin = {end - begin}",
-                where="param_scheduler.T_max",
-                why="half a cosine goes from begin to end, and neither stops before nor rises again",
-                do="leave T_max out",
-            )
-    return schedule.CosineAnnealingLR(begin, end, by_epoch, convert_to_iter_based, eta_min)
+    return schedule.CosineAnnealingLR(begin, end, by_epoch, convert_to_iter_based, eta_min, eta_min_ratio, T_max)

@@ -56,9 +56,10 @@ class Memory:
 def of_single(source: ModelSource, optim: OptimWrapper, device: torch.device) -> Memory:
     """For one process that holds everything."""
     form, copy = optim.own_form(device), optim.compute_dtype(device)
-    by_torch = 16 + (copy.itemsize if copy != torch.float32 else 0)  # fp32 masters, gradients, two moments
-    state = num_parameters(source.config) * (form.bytes if form else by_torch)
-    return share_out(state, source, optim, device)
+    if form:
+        return share_out(num_parameters(source.config) * form.bytes, source, optim, device)
+    each = 8 + optim.traits(device).moments + (copy.itemsize if copy != torch.float32 else 0)  # masters, gradients
+    return share_out(int(num_parameters(source.config) * each), source, optim, device)
 
 
 def of_fsdp(source: ModelSource, optim: OptimWrapper, device: torch.device, cut: int) -> Memory:
@@ -70,25 +71,37 @@ def of_fsdp(source: ModelSource, optim: OptimWrapper, device: torch.device, cut:
     c, itemsize = source.config, optim.compute_dtype(device).itemsize
     parameters, ends = num_parameters(c), 2 * c.vocab_size * c.hidden_size
     whole = ends + 2 * (parameters - ends) // c.num_layers if optim.accumulative_counts == 1 else parameters
-    return share_out(12 * parameters // cut + (itemsize + 4) * whole, source, optim, device)
+    divided = 4 + optim.traits(device).moments
+    return share_out(int(divided * parameters) // cut + (itemsize + 4) * whole, source, optim, device)
 
 
 def of_zero(
-    source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int, zero: Mapping[str, Any]
+    source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int, settings: Mapping[str, Any]
 ) -> Memory:
-    """For one of `ranks` of DeepSpeed's: bf16 weights, fp32 masters and moments, gradients, buffers to send from.
+    """For one of `ranks` of DeepSpeed's, whose packs are not cut.
 
     Args:
-        zero: the settings' zero_optimization.
+        settings: DeepSpeed's, resolved.
     """
+    return share_out(zero_state(source, optim, device, ranks, settings), source, optim, device, cut=False)
+
+
+def zero_state(
+    source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int, settings: Mapping[str, Any]
+) -> int:
+    """Bytes of weights to compute with, fp32 masters and moments, gradients, buffers to send from; by arithmetic."""
+    zero, moments = settings["zero_optimization"], optim.traits(device).moments
     parameters, stage = num_parameters(source.config), zero.get("stage", 0)
+    copy = optim.compute_dtype(device).itemsize
+    sums = (settings.get("data_types") or {}).get("grad_accum_dtype")
+    kept = 4 if sums == "fp32" else 2 if sums == "bf16" else copy  # gradients
     live = min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))  # whole at a time under stage 3
-    whole = {0: 16 * parameters, 1: 2 * parameters, 2: 2 * parameters, 3: 2 * live}[stage]
-    whole += 2 * parameters * (stage == 1 and optim.accumulative_counts > 1)  # gradients, until the last pack
-    divided = {0: 0, 1: 14, 2: 14, 3: 18}[stage]
-    divided -= 12 * ("offload_optimizer" in zero) + 2 * ("offload_param" in zero)
-    state = whole + parameters * divided // ranks + int(BUFFERS)
-    return share_out(state, source, optim, device, cut=False)
+    whole = {0: (8 + moments) * parameters, 1: copy * parameters, 2: copy * parameters, 3: copy * live}[stage]
+    whole += copy * parameters * (stage == 1 and optim.accumulative_counts > 1)  # gradients, until the last pack
+    # masters, moments, gradients; under stage 3 the weights, and what it copies as it steps
+    divided = {0: 0.0, 1: 4 + moments + copy, 2: 4 + moments + kept, 3: 6 + moments + kept + copy}[stage]
+    divided -= (4 + moments) * ("offload_optimizer" in zero) + copy * ("offload_param" in zero)
+    return int(whole + parameters * divided / ranks) + int(BUFFERS)
 
 
 def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torch.device, cut: bool = True) -> Memory:
@@ -99,8 +112,6 @@ def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torc
     """
     itemsize = optim.compute_dtype(device).itemsize
     free = _free(device)
-    if free is not None and state + RESERVE > free:
-        raise too_large(source, state, free)
     if not source.recompute:
         return Memory(state, Plan(source.config, itemsize))
     if free is None:
@@ -110,6 +121,13 @@ def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torc
         return Memory(state, plan)
     largest = plan.largest(2**17)
     return Memory(state, plan, largest if largest >= LEAST else USUAL)
+
+
+def require(state: int, source: ModelSource, device: torch.device) -> None:
+    """Raise ConfigError if a GPU has not `state` bytes free."""
+    free = _free(device)
+    if free is not None and state + RESERVE > free:
+        raise too_large(source, state, free)
 
 
 def _free(device: torch.device) -> int | None:

@@ -2,13 +2,16 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from xtuner.config.build import check_arguments, resolve_type, type_name
 from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.engine import trial
 from xtuner.engine.adamw import FORMS, Form
+from xtuner.engine.trial import Traits
 from xtuner.model.source import DTYPES
 
 
@@ -16,7 +19,8 @@ class OptimWrapper:
     """Described once, used by every strategy.
 
     Args:
-        optimizer: `dict(type=AdamW, lr=…, betas=…, weight_decay=…)`, any of `torch.optim`. All parameters decay.
+        optimizer: `dict(type=AdamW, lr=…, betas=…, weight_decay=…)`: a class of `torch.optim` or another of its kind,
+            if it passes the trial of trial.py. All parameters decay.
         clip_grad: `dict(max_norm=…)`, the 2-norm over all parameters; None for no clipping.
         accumulative_counts: packs each rank takes per iteration (one optimizer step).
         dtype: what matrices are multiplied in: "bf16", "fp32", or "auto" (bf16 on GPUs, fp32 on CPUs).
@@ -35,12 +39,14 @@ class OptimWrapper:
         self.kind = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
         check_arguments(self.kind, {"params": None, **self.arguments}, "optim_wrapper.optimizer")
-        closure = inspect.signature(getattr(self.kind, "step", dict)).parameters.get("closure")
+        step = getattr(self.kind, "step", lambda: None)  # a function may make it, too
+        closure = inspect.signature(step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ConfigError(
                 f"{type_name(self.kind)} is not supported",
                 where="optim_wrapper.optimizer.type",
                 why="it computes losses of its own between the steps",
+                do=trial.ADVICE,
             )
         if "lr" not in self.arguments:
             raise ConfigError("the optimizer has no lr", where="optim_wrapper.optimizer.lr")
@@ -68,6 +74,39 @@ class OptimWrapper:
         self.accumulative_counts = accumulative_counts
         self.dtype = dtype
         self.states = FORMS[states]
+        self._flags: dict[str, dict[str, bool]] = {}  # what `build` adds, by the kind of device of parameters
+        self._traits: dict[str, Traits] = {}
+        self._try()
+
+    def _try(self) -> None:
+        """Raise ConfigError for an optimizer that no device and no engine could use."""
+        there = {k: v for k, v in self.arguments.items() if k not in ("capturable", "fused")}  # GPUs have more of these
+        try:
+            trial.examine(partial(self.kind, **there), type_name(self.kind), torch.device("cpu"))
+        except ConfigError as e:
+            known = getattr(self.kind, "__module__", "").startswith("torch.optim")
+            if known or e.__cause__ is None or isinstance(e.__cause__, TypeError):
+                raise  # else it may need a GPU: `traits` reports it where the run is
+
+    def traits(self, device: torch.device) -> Traits:
+        """What the optimizer does with parameters on a device. Raises: ConfigError if it cannot be used there."""
+        if device.type not in self._traits:
+            name, choices = type_name(self.kind), {"fused", "foreach"} & set(inspect.signature(self.kind).parameters)
+            ways: list[dict[str, bool]] = [{}]
+            if "fused" in choices and not choices & self.arguments.keys():
+                ways.insert(0, {"fused": True})
+            for flags in ways:
+                try:
+                    self._traits[device.type] = trial.examine(
+                        partial(self.kind, **self.arguments, **flags), name, device
+                    )
+                except ConfigError:
+                    if flags is ways[-1]:
+                        raise
+                    continue
+                self._flags[device.type] = flags
+                break
+        return self._traits[device.type]
 
     @property
     def lr(self) -> float:
@@ -88,13 +127,14 @@ class OptimWrapper:
         return self.states if own else None
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer; its fused kernel where it has one and nothing else is asked."""
-        choices = {"fused", "foreach"} & set(inspect.signature(self.kind).parameters)
-        fused = {"fused": True} if "fused" in choices and not choices & self.arguments.keys() else {}
-        return self.kind(parameters, **self.arguments, **fused)
+        """The optimizer; by its fused kernel where it has one that works and nothing else is requested."""
+        parameters = list(parameters)
+        device = parameters[0].device
+        self.traits(device)
+        return self.kind(parameters, **self.arguments, **self._flags[device.type])
 
     def describe(self) -> str:
-        clip = f"gradients clipped to norm {self.max_norm:g}" if self.max_norm else "no clipping"
+        clip = f"gradients clipped to norm {self.max_norm:g}" if self.max_norm is not None else "no clipping"
         return f"{type_name(self.kind)}({self._shown()}), {clip}"
 
     def _shown(self) -> str:

@@ -1,88 +1,328 @@
 """Learning rates by iteration (one optimizer step), as pure functions: nothing to save, nothing to restore.
 
-The formulas agree with mmengine's schedulers of the same names, which the documented configs use.
+Equal to mmengine 0.10.7's schedulers of the same names at `accumulative_counts = 1` (tests/test_schedule.py runs
+both). There each scheduler changes the rate that it finds, step by step: the rate stays where the last scheduler left
+it, and schedulers that overlap act on each other's result. Here the effect of any number of a scheduler's steps is one
+expression, so that the rate of an iteration does not need those before it.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, ClassVar
 
 from xtuner.config.build import build
 from xtuner.core.errors import ConfigError
 
+INF = 10**9  # mmengine's "no end"; it stays what it is when epochs become iterations
+
 
 @dataclass(frozen=True)
-class _Part:
-    """A scheduler active from `begin` to `end`.
+class Scheduler:
+    """A scheduler that acts in the iterations from `begin` to before `end`; its steps are counted from 0.
 
-    With by_epoch and convert_to_iter_based these are epochs (fractions allowed), else iterations.
+    With by_epoch and convert_to_iter_based all lengths are epochs (fractions allowed), else iterations.
+    `end=None`: the end of the run.
     """
 
     begin: float = 0
-    end: float = math.inf
+    end: float | None = None
     by_epoch: bool = True
     convert_to_iter_based: bool = False
+
+    multiplies: ClassVar[bool] = True  # does nothing but multiply: the order of such schedulers does not matter
 
     def __post_init__(self) -> None:
         if self.by_epoch and not self.convert_to_iter_based:
             raise ConfigError(
                 "a schedule in whole epochs is not supported",
-                where="param_scheduler",
                 why="the rate would change once an epoch only",
                 do="set convert_to_iter_based=True, or by_epoch=False with begin and end in iterations",
             )
-        if not 0 <= self.begin <= self.end:
-            raise ConfigError(f"begin = {self.begin} and end = {self.end}", where="param_scheduler")
+        if self.convert_to_iter_based and not self.by_epoch:
+            raise ConfigError(
+                "there are no epochs to convert: by_epoch is False",
+                where="convert_to_iter_based",
+                do="leave convert_to_iter_based out, or set by_epoch=True with begin and end in epochs",
+            )
+        if self.begin < 0:
+            raise ConfigError(f"begin = {self.begin:g} lies before the run", where="begin")
+        self._in_range("begin", 0)
+        if self.end is None:
+            return
+        self._in_range("end", 0)
+        if self.end <= self.begin:
+            unit = "epochs" if self.by_epoch else "iterations"
+            how = "before it begins" if self.end < self.begin else "where it begins"
+            raise ConfigError(
+                f"the schedule ends (end = {self.end:g}) {how} (begin = {self.begin:g} {unit})",
+                where="begin" if self.begin else "end",
+                do="keep 0 <= begin < end; a warm_up_ratio lies between 0 and 1; without warm-up leave its entry out",
+            )
 
-    def span(self, iterations_per_epoch: float) -> tuple[int, float]:
-        """(begin, end) in iterations."""
-        unit = iterations_per_epoch if self.by_epoch else 1
-        return int(self.begin * unit), self.end if math.isinf(self.end) else int(self.end * unit)
+    def _in_range(self, name: str, least: float, most: float = math.inf, above: bool = False) -> None:
+        value = getattr(self, name)
+        if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
+            words = f"{'above' if above else 'at least'} {least:g}" + f" and at most {most:g}" * math.isfinite(most)
+            raise ConfigError(f"{name} = {value!r} is not {words}", where=name)
+
+    def in_iterations(self, per_epoch: Fraction | int, last: int) -> "Scheduler":
+        """This scheduler with all its lengths in iterations.
+
+        Args:
+            last: iterations of the run.
+
+        Raises: ConfigError if no iteration is left of it.
+        """
+        begin, end = self.begin, self.end
+        if self.by_epoch:
+            begin = int(_product(begin, per_epoch))
+            end = end if end is None or end == INF else int(_product(end, per_epoch))
+        end = last if end is None else end
+        if end <= begin:
+            given = "the end of the run" if self.end is None else f"{self.end:g}"
+            unit = "epochs" if self.by_epoch else "iterations"
+            raise ConfigError(
+                f"the schedule has no iteration: begin = {self.begin:g} and end = {given} in {unit} are iterations "
+                f"{begin:g} and {end:g}",
+                where="begin" if self.begin else "end",
+                why=f"an epoch has {float(per_epoch):g} iterations" if self.by_epoch else f"the run has {last}",
+                do="let it last one iteration at least (a larger warm_up_ratio, more data), or leave this entry out",
+            )
+        return replace(self, begin=begin, end=end, by_epoch=False, convert_to_iter_based=False)
+
+    @property
+    def length(self) -> float:
+        assert self.end is not None
+        return self.end - self.begin
+
+    def advance(self, rate: float, before: int, after: int, base: float) -> float:
+        """The rate after step `after`, from that after step `before` (-1: before the first), if nothing else acts.
+
+        Args:
+            base: the optimizer's own rate.
+        """
+        raise NotImplementedError
+
+    def remark(self, last: int) -> str:
+        """What a user may not expect of this scheduler, given in iterations, in a run of `last`; "" for nothing."""
+        return ""
 
 
 @dataclass(frozen=True)
-class LinearLR(_Part):
+class LinearLR(Scheduler):
     """From start_factor × the rate to end_factor × it, in equal steps; the last one lies at iteration end − 1."""
 
     start_factor: float = 1 / 3
     end_factor: float = 1.0
 
-    def rate(self, rate: float, done: int, length: float) -> float:
-        steps = length - 1
-        part = min(done / steps, 1.0) if 0 < steps < math.inf else float(steps <= 0)
-        return rate * (self.start_factor + (self.end_factor - self.start_factor) * part)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._in_range("start_factor", 0, 1, above=True)
+        self._in_range("end_factor", 0, 1)
+
+    def _factor(self, step: int) -> float:
+        if step < 0:
+            return 1.0
+        part = step / (self.length - 1) if step else 0.0
+        return self.start_factor + (self.end_factor - self.start_factor) * part
+
+    def advance(self, rate: float, before: int, after: int, base: float) -> float:
+        return rate * (self._factor(after) / self._factor(before))
+
+    def remark(self, last: int) -> str:
+        if self.length > 1 or self.start_factor == self.end_factor:
+            return ""
+        return (
+            f"lasts one iteration, so the rate stays at {self.start_factor:g} of what it was and never reaches "
+            f"{self.end_factor:g}: let it last two iterations at least, or leave it out"
+        )
 
 
 @dataclass(frozen=True)
-class CosineAnnealingLR(_Part):
-    """Half a cosine from the rate at begin to eta_min at end."""
+class ConstantLR(Scheduler):
+    """factor × the rate, and the rate itself again at iteration end − 1."""
 
-    eta_min: float = 0.0
+    factor: float = 1 / 3
 
-    def rate(self, rate: float, done: int, length: float) -> float:
-        part = min(done / length, 1.0) if length else 1.0
-        return self.eta_min + (rate - self.eta_min) * (1 + math.cos(math.pi * part)) / 2
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._in_range("factor", 0, 1, above=True)
+
+    def advance(self, rate: float, before: int, after: int, base: float) -> float:
+        if before < 0:
+            rate *= self.factor
+        restores = self.length - 1  # the first step does not
+        return rate * (1 / self.factor) if max(before, 0) < restores <= after and restores % 1 == 0 else rate
+
+    def remark(self, last: int) -> str:
+        if self.length > 1 or self.factor == 1:
+            return ""
+        return f"lasts one iteration, so the rate stays at {self.factor:g} of what it was: let it last two at least"
+
+
+@dataclass(frozen=True)
+class MultiStepLR(Scheduler):
+    """gamma × the rate at each milestone, counted from begin. One between two iterations has no effect."""
+
+    gamma: float = 0.1
+    milestones: Sequence[float] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._in_range("gamma", 0)
+
+    def in_iterations(self, per_epoch: Fraction | int, last: int) -> "MultiStepLR":
+        milestones = self.milestones
+        if self.by_epoch:
+            milestones = [_product(m, per_epoch) for m in milestones]
+            if per_epoch.denominator > 1:  # not known there: an epoch's border lies inside an iteration
+                milestones = [int(m) for m in milestones]
+        part = super().in_iterations(per_epoch, last)
+        assert isinstance(part, MultiStepLR)
+        return replace(part, milestones=milestones)
+
+    def advance(self, rate: float, before: int, after: int, base: float) -> float:
+        return rate * self.gamma ** sum(before < m <= after and m % 1 == 0 for m in self.milestones)
+
+    def remark(self, last: int) -> str:
+        end = min(self.length, last - self.begin)
+        idle = [f"{m:g}" for m in self.milestones if m % 1 or not 0 <= m < end]
+        return f"milestones without effect, in iterations from its begin: {', '.join(idle)}" if idle else ""
+
+
+@dataclass(frozen=True)
+class CosineAnnealingLR(Scheduler):
+    """Half a cosine from the rate at begin to eta_min, T_max iterations (or epochs) later; beyond it rises again.
+
+    Args:
+        T_max: `end - begin` if it is not given.
+        eta_min: the lowest rate; 0 if it is not given.
+        eta_min_ratio: the same as a part of the optimizer's rate.
+    """
+
+    eta_min: float | None = None
+    eta_min_ratio: float | None = None
+    T_max: float | None = None
+
+    multiplies: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eta_min is not None and self.eta_min_ratio is not None:
+            raise ConfigError("eta_min and eta_min_ratio are both given", where="eta_min_ratio", do="give one of them")
+        for name in ("eta_min", "eta_min_ratio", "T_max"):
+            if getattr(self, name) is not None:
+                self._in_range(name, 0)
+
+    def in_iterations(self, per_epoch: Fraction | int, last: int) -> "CosineAnnealingLR":
+        longest = self.T_max and (_product(self.T_max, per_epoch) if self.by_epoch else self.T_max)
+        part = super().in_iterations(per_epoch, last)
+        assert isinstance(part, CosineAnnealingLR)
+        return replace(part, T_max=longest or part.length)
+
+    def advance(self, rate: float, before: int, after: int, base: float) -> float:
+        lowest = self.eta_min or 0.0 if self.eta_min_ratio is None else base * self.eta_min_ratio
+        before = max(before, 0)  # its first step leaves the rate as it finds it
+        low = self._last_low(after - 1)
+        if low >= before:  # what follows a lowest point rises towards the optimizer's rate, from wherever it began
+            rate = (lowest if low > before else rate) + (base - lowest) * self._half(low + 1)
+            before = low + 1
+        return lowest + (rate - lowest) * (self._half(after) / (self._half(before) or 1.0))
+
+    def _half(self, step: int) -> float:
+        """From 1 at the first step to 0 at the lowest."""
+        assert self.T_max
+        return (1 + math.cos(math.pi * step / self.T_max)) / 2
+
+    def _last_low(self, step: int) -> int:
+        """The last step up to `step` with the lowest rate: T_max, 3 T_max, … if T_max is whole; -1 for none."""
+        assert self.T_max
+        whole = round(self.T_max)
+        if not whole or self._half(whole):
+            return -1
+        return whole * (2 * ((step // whole - 1) // 2) + 1) if step >= whole else -1
+
+    def remark(self, last: int) -> str:
+        assert self.T_max
+        assert self.end is not None
+        turn = self.begin + self.T_max
+        if turn >= min(self.end, last) - 1:
+            return ""
+        return f"T_max ends at iteration {turn:g}; after it the rate rises again: set end there if that is not meant"
+
+
+def _product(epochs: float, per_epoch: Fraction | int) -> float:
+    """Epochs in iterations, rounded as mmengine rounds where an epoch is a whole number of them."""
+    return epochs * per_epoch.numerator / per_epoch.denominator
 
 
 class Schedule:
-    """The rate of every iteration: schedulers one after another, each starting from where the last one ended."""
+    """The rate of every iteration.
 
-    def __init__(self, base_lr: float, parts: Sequence[Any], iterations_per_epoch: float) -> None:
+    Args:
+        parts: schedulers, of which each changes what those before it in this list have made of the rate.
+        last: iterations of the run.
+
+    Raises: ConfigError if a scheduler has no iteration.
+    """
+
+    def __init__(
+        self, base_lr: float, parts: Sequence[Any] = (), iterations_per_epoch: Fraction | int = 1, last: int = INF
+    ) -> None:
         self.base_lr = base_lr
-        self.parts = [(p, *p.span(iterations_per_epoch)) for p in parts]
+        self.parts: list[Scheduler] = []
+        for i, part in enumerate(parts):
+            try:
+                self.parts.append(part.in_iterations(iterations_per_epoch, last))
+            except ConfigError as e:
+                where = f"param_scheduler.{i}" + (f".{e.where}" if e.where else "")
+                raise ConfigError(e.what, where=where, why=e.why, do=e.do) from None
+        self._begins = [math.ceil(p.begin) for p in self.parts]
+        ends = [math.ceil(p.end or 0) for p in self.parts]
+        # between two of these the same schedulers act
+        self._edges = sorted({*self._begins, *ends})
+        spans = list(zip(self.parts, self._begins, ends, strict=True))
+        self._active = [[(p, begin) for p, begin, end in spans if begin <= edge < end] for edge in self._edges]
+        self._entries = [base_lr]  # the rate before each edge, as far as it has been needed
+        self._walked = (-1, 0.0)  # an iteration and its rate, where rates need those before them
 
     @classmethod
-    def of(cls, base_lr: float, specs: Any, iterations_per_epoch: float) -> "Schedule":
+    def of(cls, base_lr: float, specs: Any, iterations_per_epoch: Fraction | int, last: int) -> "Schedule":
         """From a config's `param_scheduler`: one dict or a list of them."""
         specs = [specs] if isinstance(specs, dict) else specs or []
         parts = [build(s, f"param_scheduler.{i}") for i, s in enumerate(specs)]
-        return cls(base_lr, parts, iterations_per_epoch)
+        return cls(base_lr, parts, iterations_per_epoch, last)
 
     def __call__(self, iteration: int) -> float:
-        """Rate of the step that iteration number `iteration` (from 0) makes."""
-        lr = self.base_lr
-        for part, begin, end in self.parts:
-            if iteration >= begin and end > begin:
-                lr = part.rate(lr, min(iteration, end) - begin, end - begin)
-        return float(lr)
+        """Rate of the step that iteration number `iteration` (from 0) makes. Not negative."""
+        stretch = bisect_right(self._edges, iteration) - 1
+        if stretch < 0:
+            return float(self.base_lr)
+        while len(self._entries) <= stretch:
+            done = len(self._entries) - 1
+            self._entries.append(self._rate(done, self._edges[done + 1] - 1))
+        return max(float(self._rate(stretch, iteration)), 0.0)
+
+    def _rate(self, stretch: int, iteration: int) -> float:
+        before, active, rate = self._edges[stretch] - 1, self._active[stretch], self._entries[stretch]
+        if len(active) == 1 or all(part.multiplies for part, _ in active):
+            for part, begin in active:
+                rate = part.advance(rate, before - begin, iteration - begin, self.base_lr)
+            return rate
+        # a cosine and others in the same iterations: there is no expression for it, 10^6 iterations take 3 s
+        if before < self._walked[0] <= iteration:
+            before, rate = self._walked
+        for i in range(before + 1, iteration + 1):
+            for part, begin in active:
+                rate = part.advance(rate, i - 1 - begin, i - begin, self.base_lr)
+        self._walked = (iteration, rate)
+        return rate
+
+    def remarks(self, last: int) -> Iterator[str]:
+        """What users may not expect of their schedule in a run of `last` iterations."""
+        for i, part in enumerate(self.parts):
+            if remark := part.remark(last):
+                yield f"param_scheduler.{i} ({type(part).__name__}) {remark}"

@@ -7,7 +7,7 @@ strategies: a checkpoint of one resumes under any other, on any number of ranks.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from xtuner.core.errors import CheckpointError
 from xtuner.core.files import read_json
 from xtuner.core.hub import INDEX
 from xtuner.core.log import progress
+from xtuner.data.batch import Batch
 from xtuner.engine.host import HostCopy
+from xtuner.engine.memory import Memory
 from xtuner.engine.snapshot import Snapshot, divide, file_names
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import layout_of, write_config
@@ -32,7 +34,7 @@ class Shard:
     """This process's part of one parameter: fp32 master and optimizer state."""
 
     master: Part
-    state: Mapping[str, torch.Tensor]  # by the optimizer's key: views [n] as long as the master, or scalars
+    state: Mapping[str, torch.Tensor]  # by the optimizer's key, in the packed form of trial.py: [n] is the master's n
 
 
 class ShardedStrategy(ABC):
@@ -43,6 +45,8 @@ class ShardedStrategy(ABC):
         device: where ranks exchange tensors.
         gives: False on ranks whose parts others hold, too (hybrid sharding): those others save them.
     """
+
+    memory: Memory
 
     def __init__(
         self,
@@ -59,13 +63,16 @@ class ShardedStrategy(ABC):
         self._mine = dict(list(self._files.items())[ranks.rank :: ranks.size])  # weight files this rank writes
         self._host = HostCopy(pinned=device.type == "cuda")
 
+    def parts(self, batch: Sequence[Batch]) -> list[int]:
+        return [self.memory.parts(pack) for pack in batch]
+
     @abstractmethod
     def _shards(self) -> dict[str, Shard]:
         """What this process holds, by parameter."""
 
     @abstractmethod
     def _place(self, name: str, key: str, value: torch.Tensor) -> None:
-        """Make `value` the optimizer's state `key` of a parameter: a scalar, or values [n] of this process's part."""
+        """Make `value`, packed, the optimizer's state `key` of a parameter; [n] are this process's part."""
 
     @abstractmethod
     def _refresh(self) -> None:
@@ -85,7 +92,7 @@ class ShardedStrategy(ABC):
         weights = self._copy_weights(shards)
         files = {file: {n: weights[n] for n in names} for file, names in self._mine.items()}
         snapshot = Snapshot(files, self._texts() if self._ranks.is_main else {})
-        if optimizer and shards:
+        if optimizer and self._gives:  # also a state of nothing: it differs from a checkpoint without one
             states = self._host.of(_states(shards))
             groups = divide({n: t.nbytes for n, t in states.items()})
             names = file_names(f"optimizer/rank_{self._ranks.rank:05d}", len(groups))
@@ -144,8 +151,9 @@ class SavedStates:
         self.folder = folder
         self.keys: dict[str, list[str]] = {}  # parameter → the optimizer's keys, as `exp_avg`
         self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # name → (begin, elements, open file)
-        self._scalars: dict[str, torch.Tensor] = {}  # name → value
-        for file in sorted(folder.glob("optimizer/rank_*.safetensors")):
+        self._whole: dict[str, torch.Tensor] = {}  # name → a scalar, or a value of a shape of its own
+        files = sorted(folder.glob("optimizer/rank_*.safetensors"))
+        for file in files:
             try:
                 tensors = safe_open(file, framework="pt")
                 begins = json.loads((tensors.metadata() or {})["begins"])
@@ -153,13 +161,13 @@ class SavedStates:
             except (SafetensorError, OSError, KeyError, ValueError) as e:
                 raise CheckpointError(f"{file.name} is no optimizer state of ours: {e}", where=str(file)) from None
             for name, shape in shapes.items():
-                if name not in self._pieces and name not in self._scalars:
+                if name not in self._pieces and name not in self._whole:
                     self.keys.setdefault(_parameter(name), []).append(name.partition("/")[0])
-                if shape:
+                if len(shape) == 1:
                     self._pieces.setdefault(name, []).append((begins[name], shape[0], tensors))
                 else:
-                    self._scalars[name] = tensors.get_tensor(name)
-        if not self.keys:
+                    self._whole[name] = tensors.get_tensor(name)
+        if not files:
             raise CheckpointError(
                 "the checkpoint has no optimizer state: it was saved with save_optimizer=False",
                 where=str(folder),
@@ -168,9 +176,9 @@ class SavedStates:
             )
 
     def read(self, name: str, begin: int, end: int, device: torch.device) -> torch.Tensor:
-        """`exp_avg/model.norm.weight`: a scalar, or its elements from `begin` to `end` on a device."""
-        if name in self._scalars:
-            return self._scalars[name].clone()
+        """`exp_avg/model.norm.weight`, packed; of what may be cut its elements from `begin` to `end`, on a device."""
+        if name in self._whole:
+            return self._whole[name].clone()
         found, missing = torch.empty(0), end - begin
         for at, count, tensors in self._pieces[name]:
             first, last = max(at, begin), min(at + count, end)
@@ -197,10 +205,3 @@ def _states(shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
 
 def _parameter(name: str) -> str:
     return name.partition("/")[2]
-
-
-def beside(scalar: torch.Tensor, parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
-    """A scalar of the optimizer's state where its kernels want it: on the GPU for fused ones, else on the CPU."""
-    group = optimizer.param_groups[0]
-    on_device = group.get("fused") or group.get("capturable")
-    return scalar.to(parameter.device if on_device else "cpu")

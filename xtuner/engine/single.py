@@ -42,16 +42,17 @@ class SingleStrategy(ShardedStrategy):
         """Those of the last iteration, as the contract has them, by parameter."""
         return {name: gradient.value() for name, gradient in self._update.sums.items()}
 
-    def forward_backward(self, batch: Sequence[Batch], num_targets: int) -> float:
+    def forward_backward(self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None) -> float:
         self._has_targets = bool(num_targets)
         if not num_targets:
             return 0.0
         for gradient in self._update.sums.values():
             gradient.reset()
         total = torch.zeros((), device=self.device)
-        for part in (p for pack in batch for p in pack.split(self.memory.parts(pack))):
-            if part.num_targets:
-                b = part.to(self.device)
+        counts = parts or self.parts(batch)
+        for piece in (p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)):
+            if piece.num_targets:
+                b = piece.to(self.device)
                 loss = self._model(
                     b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets
                 )

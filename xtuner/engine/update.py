@@ -10,7 +10,8 @@ import torch
 
 from xtuner.engine.adamw import GROUP, AdamW, Form, Moments, read_master, write_master
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.shard import Shard, beside
+from xtuner.engine.shard import Shard
+from xtuner.engine.trial import pack
 from xtuner.model.decoder import CausalLM
 from xtuner.model.ops.sums import GradientSum
 from xtuner.model.weights import Part
@@ -31,7 +32,7 @@ class Update(Protocol):
         """Master and optimizer state of each parameter."""
 
     def place(self, name: str, key: str, value: torch.Tensor) -> None:
-        """Restore a part of a parameter's optimizer state: a scalar or a flat tensor."""
+        """Restore a part of a parameter's optimizer state, packed."""
 
     def refresh(self) -> None:
         """Bring masters, changed from outside, to the weights that compute."""
@@ -61,6 +62,7 @@ class ByTorch:
         }
         self.sums = _sums(model, torch.float32)
         self._optimizer = optim.build(self._masters.values())
+        self._traits = optim.traits(next(iter(self._masters.values())).device)
 
     def norm(self) -> torch.Tensor:
         return torch.nn.utils.get_total_norm([s.value() for s in self.sums.values()])
@@ -78,15 +80,11 @@ class ByTorch:
 
     def shards(self) -> dict[str, Shard]:
         state = self._optimizer.state
-        return {
-            name: Shard(Part.whole(p), {k: v.view(-1) if v.dim() else v for k, v in state.get(p, {}).items()})
-            for name, p in self._masters.items()
-        }
+        return {name: Shard(Part.whole(p), pack(state.get(p, {}), p)) for name, p in self._masters.items()}
 
     def place(self, name: str, key: str, value: torch.Tensor) -> None:
         master = self._masters[name]
-        value = value.view(master.shape) if value.dim() else beside(value, master, self._optimizer)
-        self._optimizer.state[master][key] = value
+        self._optimizer.state[master][key] = self._traits.unpack(key, value, master)
 
     @torch.no_grad()
     def refresh(self) -> None:

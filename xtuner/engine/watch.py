@@ -235,8 +235,12 @@ class Watch:
             return
         tell = logger.error if self.place.rank in (0, 1) else logger.warning  # 1000 ranks need not all say it
         tell(f"this run cannot go on: {trouble}\nwhere this rank stood: {self.log or 'below'}")
-        with open(self.log, "a") if self.log else contextlib.nullcontext(sys.stderr) as f:
-            faulthandler.dump_traceback(f, all_threads=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(open(self.log, "a", encoding="utf-8")) if self.log else sys.stderr
+            except OSError:  # a full disk, a folder that has gone: this process must end all the same
+                file = sys.stderr
+            faulthandler.dump_traceback(file, all_threads=True)
         os._exit(1)
 
     def explain(self, error: BaseException) -> LostRankError | None:

@@ -9,14 +9,19 @@ import sys
 import time
 from types import FrameType
 
-from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED
+from xtuner.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED
 from xtuner.core.log import logger
 from xtuner.engine.launch import LOOPBACK, Nodes, environment_of_workers
 
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE = 12.0  # s that the others have, after one has ended badly, to say what they saw
 KILL_AFTER = 5.0  # s between SIGTERM and SIGKILL
 _PARENT = "XTUNER_PARENT"
+
+
+def stop_signals() -> list[signal.Signals]:
+    """Signals that request a run to save and stop. SIGHUP, of a terminal that closes, unless `nohup` has it ignored."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *hangup]
 
 
 def start(asked: Nodes, command: list[str]) -> int:
@@ -34,7 +39,7 @@ def start(asked: Nodes, command: list[str]) -> int:
             if worker.returncode is None:
                 worker.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
         return _watch(workers, asked.node_rank * asked.workers)
     finally:
@@ -56,7 +61,10 @@ def _watch(workers: list["subprocess.Popen[bytes]"], first_rank: int) -> int:
             ended.add(i)
             if code not in (EXIT_DONE, EXIT_STOPPED) and failed is None:
                 failed, deadline = code, time.monotonic() + GRACE
-                logger.error(f"rank {first_rank + i} (process {worker.pid}) {_describe(code)}; the others are ended")
+                if code != EXIT_INTERRUPTED:  # a second Ctrl-C, which ends them all: rank 0 says so
+                    logger.error(
+                        f"rank {first_rank + i} (process {worker.pid}) {_describe(code)}; the others are ended"
+                    )
         if time.monotonic() > deadline:
             number = next(step, signal.SIGKILL)
             for worker in workers:

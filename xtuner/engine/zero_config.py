@@ -12,19 +12,11 @@ from typing import Any
 import torch
 
 from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.engine import zero_keys
 from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.zero_keys import AUTO
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "deepspeed"
-AUTO = "auto"
-KNOWN = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "bf16", "bfloat16", "fp16", "data_types", "communication_data_type", "zero_optimization",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "prescale_gradients", 
-    "gradient_predivide_factor", "sparse_gradients",
-    "steps_per_print", "wall_clock_breakdown", "dump_state", "memory_breakdown", "comms_logger", "flops_profiler",
-    "activation_checkpointing", "aio", "tensorboard", "wandb", "csv_monitor", "optimizer", "scheduler", "checkpoint",
-    "seed", "disable_allgather",
-}  # fmt: skip
 
 
 def shipped() -> list[str]:
@@ -47,9 +39,12 @@ def read(name: str) -> dict[str, Any]:
         raise ConfigError(f"the DeepSpeed settings are not JSON: {e}", where=str(path)) from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise ConfigError("the DeepSpeed settings have no zero_optimization", where=str(path))
+    if "bfloat16" in settings:  # its name of old
+        settings["bf16"] = settings.pop("bfloat16")
     for key in settings:
-        if key not in KNOWN:
-            raise ConfigError(f"DeepSpeed has no setting {key!r}.{did_you_mean(key, sorted(KNOWN))}", where=str(path))
+        if key not in (*zero_keys.KNOWN, "fp16"):
+            near = did_you_mean(key, [k for k in zero_keys.KNOWN if "." not in k])
+            raise ConfigError(f"DeepSpeed has no setting {key!r}.{near}", where=str(path))
     return settings
 
 
@@ -78,17 +73,11 @@ def resolve(
     where = f"--deepspeed {name}"
     found = json.loads(json.dumps(settings))
     bf16 = optim.compute_dtype(device) == torch.bfloat16
-    for key in ("optimizer", "scheduler"):
-        if key in found:
-            raise ConfigError(
-                f"the DeepSpeed settings have a section {key!r}",
-                where=where,
-                why=f"the config has its own ({'optim_wrapper' if key == 'optimizer' else 'param_scheduler'})",
-                do="delete it from the JSON",
-            )
     if _of(found, "fp16.enabled") not in (None, False, AUTO):
         raise ConfigError("fp16 is not supported", where=f"{where}: fp16.enabled", do="bf16 needs no loss scale")
     found.pop("fp16", None)
+    zero_keys.reject(found, where)
+    zero_keys.drop(found)
     wanted = {
         "train_micro_batch_size_per_gpu": (1, "one pack at a time"),
         "gradient_accumulation_steps": (optim.accumulative_counts, "accumulative_counts"),
@@ -110,16 +99,29 @@ def resolve(
     found["gradient_accumulation_steps"] = optim.accumulative_counts
     found["gradient_clipping"] = optim.max_norm or 0.0
     found["bf16"] = {**(found.get("bf16") or {}), "enabled": bf16}
+    found["zero_allow_untested_optimizer"] = True
+    found["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's default is true
     if not bf16:
         found.pop("communication_data_type", None)
+    elif found.get("communication_data_type") not in (None, "fp32", "bf16"):
+        raise ConfigError(
+            f"communication_data_type = {json.dumps(found['communication_data_type'])} is not fp32 or bf16",
+            where=f"{where}: communication_data_type",
+            why="gradients would leave the range of other types",
+        )
     if left := [key for key in _flat(found) if _of(found, key) == AUTO]:
         raise ConfigError(f'no setting of the config decides {left[0]} = "auto"', where=where, do="give it a value")
     zero = found["zero_optimization"] = _checked(
         found, "zero_optimization", "zero.config", "DeepSpeedZeroConfig", where
     )
     found["bf16"] = _checked(found, "bf16", "precision_config", "DeepSpeedBF16Config", where)
-    for part in ("offload_optimizer", "offload_param"):
-        to = zero.get(part, {}).get("device")
+    if strange := next((key for key, _ in zero_keys.walk(found) if key not in zero_keys.KNOWN), None):
+        raise ConfigError(
+            f"{strange} is not supported", where=f"{where}: {strange}", why="DeepSpeed 0.19.8 has no such setting"
+        )
+    _set_sums(found, bf16, where)
+    for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        to = (zero.get(part) or {}).get("device", "none")
         if to == "nvme":
             raise ConfigError(
                 "offload to NVMe is not supported",
@@ -128,11 +130,45 @@ def resolve(
                 do='take "cpu"',
             )
         if to == "none":
-            del zero[part]
+            zero.pop(part, None)
+        elif zero.get("stage", 0) < least:
+            raise ConfigError(
+                f"{part} needs stage {least} or higher",
+                where=f"{where}: zero_optimization.{part}",
+                why=f"stage {zero.get('stage', 0)} keeps this whole on every GPU",
+            )
     if not zero.get("stage") and bf16:
         raise ConfigError("stage 0 in bf16 keeps no fp32 weights", where=f"{where}: zero_optimization.stage",
                           do="take deepspeed_zero1")  # fmt: skip
     return found
+
+
+def _set_sums(found: dict[str, Any], bf16: bool, where: str) -> None:
+    """In what gradients are summed over the packs of an iteration: fp32, if the stage can; bf16 on request.
+
+    In bf16 the error of the sum grows with the number of packs.
+    """
+    wanted = (found.pop("data_types", None) or {}).get("grad_accum_dtype")
+    wanted = None if wanted == AUTO else wanted
+    stage = _of(found, "zero_optimization.stage")
+    at = f"{where}: data_types.grad_accum_dtype"
+    if wanted not in ((None, "fp32", "bf16") if bf16 else (None, "fp32")):
+        may = "fp32 or bf16" if bf16 else "fp32, in which everything is computed"
+        raise ConfigError(f"data_types.grad_accum_dtype = {json.dumps(wanted)} is not {may}", where=at)
+    if bf16 and wanted == "fp32" and stage == 1:
+        raise ConfigError(
+            "data_types.grad_accum_dtype = fp32 is not supported with ZeRO-1",
+            where=at,
+            why="DeepSpeed takes another optimizer for it, whose state xtuner does not read",
+            do="take stage 2, which sums in fp32; or leave it out: stage 1 sums in bf16",
+        )
+    if bf16 and stage in (2, 3):
+        found["data_types"] = {"grad_accum_dtype": wanted or "fp32"}
+
+
+def without_effect(settings: dict[str, Any]) -> list[str]:
+    """Settings that change nothing here, each with its reason."""
+    return zero_keys.drop(json.loads(json.dumps(settings)))
 
 
 def _checked(settings: dict[str, Any], section: str, module: str, kind: str, where: str) -> dict[str, Any]:

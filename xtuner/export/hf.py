@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from xtuner.core.errors import ConfigError
-from xtuner.core.files import write_json
+from xtuner.core.files import require_utf8, write_json
 from xtuner.core.hub import INDEX
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.data.tokenizer import FILES as TOKENIZER_FILES
@@ -63,6 +63,7 @@ def export(
         raise ConfigError(
             "--with-code belongs to the internlm2 layout", where="--with-code", do="leave it out: llama needs no code"
         )
+    require_utf8(target, "target")
     kind = recognise(checkpoint)
     with export_folder(target, kind.path.resolve(), KIND) as folder:  # fails at once if nothing can be written there
         opened = with_network(kind.open(), network)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from xtuner.core import kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import MANIFEST, read_json
 from xtuner.core.log import logger
@@ -58,7 +59,9 @@ class Source:
 
 
 def read_source(folder: Path) -> Source:
-    """Raises: ConfigError for a model or tokenizer that cannot be converted, CheckpointError without config.json."""
+    """Raises: ConfigError for what is not a Hugging Face folder, or a model or tokenizer that cannot be converted,
+    CheckpointError without config.json."""
+    kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "HF_DIR", "give {} as HF_DIR")
     hf = read_json(folder / "config.json")
     config = read_config(hf)
     if config.attention_bias:

@@ -34,12 +34,17 @@ class Backend:
     dtypes: Collection[torch.dtype] = HALF
     head_dims: Collection[int] = ()
     by_itself: bool = True  # whether it is chosen unless it is asked for
+    repeats: bool = True  # whether its deterministic form covers key-value heads that query heads share
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-        """What keeps it from running here."""
-        return self.unfit(device, dtype, head_dim) or (None if self.find() else f"it needs {self.install}")
+    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int = 1) -> str | None:
+        """What keeps it from running here.
 
-    def unfit(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        Args:
+            groups: query heads to a key-value head.
+        """
+        return self.unfit(device, dtype, head_dim, groups) or (None if self.find() else f"it needs {self.install}")
+
+    def unfit(self, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int = 1) -> str | None:
         """What would keep it from running here, were it installed."""
         if self.devices and device.type not in self.devices:
             return f"it does not run on {device.type}"
@@ -47,6 +52,8 @@ class Backend:
             return f"it does not compute in {str(dtype).removeprefix('torch.')}"
         if self.head_dims and head_dim not in self.head_dims:
             return f"heads of {head_dim} are not among {', '.join(map(str, self.head_dims))}"
+        if groups > 1 and not self.repeats and torch.are_deterministic_algorithms_enabled():
+            return "it adds up gradients of shared key-value heads in any order, and randomness.deterministic is on"
         if self.majors and torch.cuda.get_device_capability(device)[0] not in self.majors:
             return f"it does not know a {torch.cuda.get_device_name(device)}"
         return None
@@ -67,7 +74,12 @@ def attend_loop(
 # Fastest first, as measured on an H100 (docs/performance.md).
 BACKENDS = {
     "flash4": Backend(
-        "FlashAttention-4", varlen.flash_4, "pip install 'xtuner[flash]'", majors=(9, 10), head_dims=(64, 96, 128)
+        "FlashAttention-4",
+        varlen.flash_4,
+        "pip install 'xtuner[flash]'",
+        majors=(9, 10),
+        head_dims=(64, 96, 128),
+        repeats=False,
     ),
     "varlen": Backend("PyTorch's varlen_attn", varlen.varlen, majors=(8, 9, 10, 11, 12)),
     "cudnn": Backend(
@@ -78,10 +90,11 @@ BACKENDS = {
 }
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str | None = None) -> str:
-    """Name of the fastest backend that runs here, or the `wanted` one if it does."""
+def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str | None = None, groups: int = 1) -> str:
+    """Name of the fastest backend that runs here, or the `wanted` one if it does. While PyTorch's deterministic
+    algorithms are on, one that repeats its gradients bit for bit."""
     if wanted is None:
-        fit = (name for name, b in BACKENDS.items() if b.by_itself and b.why_not(device, dtype, head_dim) is None)
+        fit = (n for n, b in BACKENDS.items() if b.by_itself and b.why_not(device, dtype, head_dim, groups) is None)
         return next(fit)
     if wanted not in BACKENDS:
         raise ConfigError(
@@ -89,7 +102,7 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str 
             where="model.attention",
             do=f"it is one of {', '.join(BACKENDS)}, or is left out: then the fastest that runs is taken",
         )
-    if why := BACKENDS[wanted].why_not(device, dtype, head_dim):
+    if why := BACKENDS[wanted].why_not(device, dtype, head_dim, groups):
         raise ConfigError(
             f"attention by {BACKENDS[wanted].about} cannot run here: {why}",
             where="model.attention",

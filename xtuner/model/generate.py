@@ -1,6 +1,6 @@
 """Generation of one continuation with a key/value cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -35,6 +35,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    agree: Callable[[int], int] = int,
 ) -> Iterator[int]:
     """Yield new token ids, one at a time; ends after `max_new_tokens` or before a stop id.
 
@@ -42,9 +43,11 @@ def generate(
         prompt: at least one token id.
         temperature: 0 for the most likely token each time.
         top_p: sample among the fewest tokens whose probability reaches this.
+        agree: where ranks compute together, what makes this rank's choice the one of all: logits may differ in their
+            last bits, and a rank that stops alone leaves the others waiting.
     """
     session = Session(model)
-    yield from sample(session, session.feed(prompt), max_new_tokens, stop_ids, temperature, top_p, generator)
+    yield from sample(session, session.feed(prompt), max_new_tokens, stop_ids, temperature, top_p, generator, agree)
 
 
 def sample(
@@ -55,10 +58,11 @@ def sample(
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    agree: Callable[[int], int] = int,
 ) -> Iterator[int]:
-    """Go on from `logits`, those after the session's last token; see `generate`. Tokens that are yielded are fed."""
+    """Continue from `logits`, those after the session's last token; see `generate`. Tokens that are yielded are fed."""
     for _ in range(max_new_tokens):
-        token = pick(logits, temperature, top_p, generator)
+        token = agree(pick(logits, temperature, top_p, generator))
         if token in stop_ids:
             return
         logits = session.feed([token])

@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative; half precis
 def packed_error(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
     """(attention backend that training would use, relative difference of its gradients and loss to those of the
     documents one by one)."""
-    name = attention.choose(device, dtype, TINY.head_dim)
+    name = attention.choose(device, dtype, TINY.head_dim, groups=TINY.num_heads // TINY.num_kv_heads)
     model = ModelSource(TINY, None, seed=0).build(device, dtype)
     ids = torch.arange(sum(LENGTHS), device=device) * 7 % TINY.vocab_size
     targets = ids.roll(-1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xtuner.core import hub
+from xtuner.core import hub, kinds
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.model import attention, families
@@ -48,7 +48,14 @@ class ModelSource:
 
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention backend, how products are computed, and what the backward keeps."""
+        self.require(device, dtype)
         model.use_attention(self.attention_backend(device, dtype))
+        model.use_products(self.products)
+        model.model.keeps = Plan(self.config, dtype.itemsize, 0 if self.recompute else None).keeps
+
+    def require(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise ConfigError for what training cannot do there."""
+        self.attention_backend(device, dtype)
         c = self.config
         width = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         sides = (c.hidden_size, width, c.num_heads * c.head_dim, c.intermediate_size)
@@ -58,12 +65,11 @@ class ModelSource:
                 where="model.products",
                 do="leave it out: products are then computed in the dtype of everything else",
             )
-        model.use_products(self.products)
-        model.model.keeps = Plan(self.config, dtype.itemsize, 0 if self.recompute else None).keeps
 
     def attention_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Name of the one that training uses there."""
-        return attention.choose(device, dtype, self.config.head_dim, self.attention)
+        groups = self.config.num_heads // self.config.num_kv_heads
+        return attention.choose(device, dtype, self.config.head_dim, self.attention, groups)
 
     def fill(self, parts: Mapping[str, Part], shapes: Mapping[str, torch.Size], device: torch.device) -> None:
         """Give this process's `parts` their first values. One full parameter more is in memory at a time.
@@ -114,6 +120,7 @@ def from_pretrained(
     """
     _require_varlen(use_varlen_attn)
     folder = hub.resolve(str(pretrained_model_name_or_path))
+    kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "pretrained_model_name_or_path", "give {} there")
     hf = read_json(folder / "config.json")
     layout, recompute = families.layout_of(hf), activation_checkpointing
     return ModelSource(families.read_config(hf), folder, layout, None, recompute, attention, products)

@@ -1,4 +1,4 @@
-"""What to do when memory runs out, as command lines that can be run as they are."""
+"""What to do when a run has ended early, as command lines that can be run as they are."""
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from xtuner.core import dist
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, InterruptedRunError
+from xtuner.core.files import MANIFEST
 from xtuner.core.log import human_bytes
 from xtuner.engine import memory, zero_config
 from xtuner.engine.adamw import FORMS
@@ -53,6 +54,21 @@ def out_of_memory(run: Run, words: Sequence[str], choice: Choice, error: BaseExc
     )
 
 
+def interrupted(run: Run, words: Sequence[str]) -> InterruptedRunError:
+    """The error to end with after a second Ctrl-C. What a save in flight leaves must be there by now."""
+    at, sealed = run.state.iteration, list(run.work_dir.glob(f"*.pth/{MANIFEST}"))
+    newest = max(sealed, key=lambda manifest: manifest.stat().st_mtime, default=None)
+    error = InterruptedRunError(
+        f"stopped without saving, after iteration {at}",
+        where=f"newest checkpoint: {newest.parent}" if newest else f"{run.work_dir}: no checkpoint was saved",
+        do=f"to continue from it: {_line(list(words), ['--resume'])}"
+        if newest
+        else f"to begin again: {_line(list(words), [])}",
+    )
+    error.quiet = not dist.is_main()
+    return error
+
+
 def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, str]]:
     """(command line, what it changes), what costs least first."""
     config, resume = run.config, ["--resume", "auto"]
@@ -77,9 +93,8 @@ def _leaner(run: Run, choice: Choice) -> Iterator[tuple[str, int]]:
     """Settings of DeepSpeed's that need less, and bytes of state a GPU: those after the present ones, or all."""
     at = ENGINES.index(choice.deepspeed) + 1 if choice.deepspeed in ENGINES else 0
     for name in ENGINES[at:]:
-        zero = zero_config.read(name)["zero_optimization"]
         # by arithmetic alone: the GPU is full
-        state = memory.of_zero(run.source, run.optim, torch.device("cpu"), dist.world_size(), zero).state
+        state = memory.zero_state(run.source, run.optim, run.device, dist.world_size(), zero_config.read(name))
         if state < 0.9 * choice.state or (at and state <= choice.state):
             yield name, state
 

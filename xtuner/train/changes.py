@@ -1,4 +1,4 @@
-"""What has changed in a config between a checkpoint and its resume, and what that means."""
+"""What has changed in a config and its data between a checkpoint and its resume, and what that means."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,19 +31,52 @@ class Change:
     before: Any
     now: Any
     kind: str
+    setting: str = ""  # the name at the top of the config that changed in the same way: what a user has written
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.before!r} → {self.now!r}"
+        change = f"{self.before!r} → {self.now!r}"
+        return f"{self.setting}: {change} ({self.key})" if self.setting else f"{self.key}: {change}"
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """Differences of two resolved configs, in the order of their keys."""
     old, new = dict(_flat(before)), dict(_flat(now))
+    settings = [
+        (name, before[name], now[name])
+        for name in before.keys() & now.keys()
+        if name not in READ and before[name] != now[name]
+    ]
     found = []
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):
-            found.append(Change(key, old.get(key), new.get(key), _kind(key)))
+        values = old.get(key), new.get(key)
+        if values[0] != values[1]:
+            names = sorted(name for name, *both in settings if tuple(both) == values)
+            found.append(Change(key, *values, _kind(key), names[0] if len(names) == 1 else ""))
     return found
+
+
+def changed_files(before: Any, now: Any) -> str:
+    """How two lists of `PackLoader.files` differ, in words; empty if they do not, or cannot be compared."""
+    if not isinstance(before, list) or not isinstance(now, list) or before == now:
+        return ""
+    old, new = ([str(entry).partition(" ")[::2] for entry in files] for files in (before, now))  # (identity, name)
+    if [identity for identity, _ in old] == [identity for identity, _ in new]:
+        return ""  # under other names
+    if sorted(identity for identity, _ in old) == sorted(identity for identity, _ in new):
+        place = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a[0] != b[0])
+        return f"the order of files: number {place + 1} was {old[place][1]}, is {new[place][1]}"
+    olds, news = {name: identity for identity, name in old}, {name: identity for identity, name in new}
+    parts = (
+        ("changed", sorted(n for n in olds.keys() & news.keys() if olds[n] != news[n])),
+        ("gone", sorted(olds.keys() - news.keys())),
+        ("new", sorted(news.keys() - olds.keys())),
+    )
+    told = [f"{len(names)} {what} ({_few(names)})" for what, names in parts if names]
+    return "files: " + (", ".join(told) or "some are named more or less often in the order")
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if names[3:] else "")
 
 
 def _kind(key: str) -> str:

@@ -10,22 +10,23 @@
 
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from xtuner.core.dist import Ranks, attempt
-from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.errors import CheckpointError
 from xtuner.core.files import (
     MANIFEST,
     atomic_file,
+    discard,
     publish,
     read_json,
+    read_manifest,
     remove_tree,
     sync_folder,
+    temporary_folder,
     usual_permissions,
     verify,
     write_manifest,
@@ -35,6 +36,7 @@ from xtuner.engine.snapshot import Snapshot
 from xtuner.train.state import TrainState
 
 TRAINER = "trainer.json"
+LAST = "last_checkpoint"
 
 
 def write(
@@ -70,7 +72,7 @@ def write(
 def _begin(target: Path, needed: int) -> str:
     """Make the temporary folder if the disk has room."""
     _room(target.parent, needed)
-    return tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent)
+    return str(temporary_folder(target))
 
 
 def _agreed(ranks: Ranks, target: Path, action: Callable[[], Any]) -> list[Any]:
@@ -99,10 +101,10 @@ def _publish(folder: Path, target: Path, entries: dict[str, Any], iteration: int
         sync_folder(inner)
     write_manifest(folder, entries, kind="checkpoint", iteration=iteration)
     publish(folder, target)
-    with atomic_file(target.parent / "last_checkpoint") as f:
+    with atomic_file(target.parent / LAST) as f:
         f.write(target.name + "\n")
-    for _, old in _found(target.parent)[:-keep] if keep > 0 else ():
-        remove_tree(old)
+    for _, old in found(target.parent)[:-keep] if keep > 0 else ():
+        discard(old)
 
 
 def _room(work_dir: Path, needed: int) -> None:
@@ -117,104 +119,55 @@ def _room(work_dir: Path, needed: int) -> None:
         )
 
 
-def _found(work_dir: Path) -> list[tuple[int, Path]]:
+def named(work_dir: Path) -> list[tuple[int, Path]]:
+    """Whatever is called `iter_N.pth` but exports, by N, smallest first."""
+    numbered = [(re.fullmatch(r"iter_(\d{1,15})\.pth", p.name), p) for p in work_dir.glob("iter_*.pth")]
+    return sorted((int(m[1]), p) for m, p in numbered if m and not _is_export(p))
+
+
+def found(work_dir: Path) -> list[tuple[int, Path]]:
     """Published checkpoints by iteration, oldest first."""
-    found = [(re.fullmatch(r"iter_(\d+)\.pth", p.name), p) for p in work_dir.glob("iter_*.pth")]
-    return sorted((int(m[1]), p) for m, p in found if m and (p / MANIFEST).is_file() and not _is_export(p))
+    return [(n, p) for n, p in named(work_dir) if (p / MANIFEST).is_file()]
 
 
 def _is_export(folder: Path) -> bool:
     try:
-        return bool(read_json(folder / MANIFEST).get("kind") == "export")
-    except (CheckpointError, AttributeError):
-        return False  # damaged, which whoever reads it will say
+        return bool(read_manifest(folder).get("kind") == "export")
+    except CheckpointError:
+        return False  # none, or damaged, which whoever reads it will say
 
 
-def set_aside(work_dir: Path, resumed: Path | None) -> None:
-    """Move checkpoints that do not lead to this run out of its way, into `work_dir/before_TIME/`.
+def check(folder: Path, ranks: Ranks, contents: bool = True) -> None:
+    """Raise CheckpointError on all ranks if a file is not as the manifest says, or it is another checkpoint's.
 
-    That is all of them for a fresh start or a start from elsewhere, else those newer than the one resumed from.
-    Otherwise pruning and a later `--resume` would take them for this run's.
+    Args:
+        contents: compare their sha256; else sizes alone, which takes no time.
     """
-    ours = resumed is not None and resumed.resolve().parent == work_dir.resolve()
-    last = int(resumed.stem.removeprefix("iter_")) if ours and resumed else -1
-    others = [folder for iteration, folder in _found(work_dir) if iteration > last]
-    if not others:
-        return
-    aside = work_dir / time.strftime("before_%Y%m%d_%H%M%S")
-    aside.mkdir(exist_ok=True)
-    for folder in others:
-        folder.rename(aside / folder.name)
-    logger.warning(f"{len(others)} checkpoints of another run were here; they are now in {aside}")
-
-
-def latest(work_dir: Path, ranks: Ranks, strict: bool = False) -> Path | None:
-    """The newest checkpoint whose every file is as it was written; each rank reads its share of the files.
-
-    A damaged one is named and set aside as `iter_N.pth.damaged`, so that nothing takes it for whole and a person can
-    look at it; the one before is used. With `strict` it is an error instead.
-    """
-    for name in ranks.from_main([p.name for _, p in reversed(_found(work_dir))] if ranks.is_main else None):
-        folder = work_dir / name
-        try:
-            check(folder, ranks)
-            return folder
-        except CheckpointError as e:
-            if strict:
-                raise
-            damage = e.what
-        ranks.on_main(partial(_set_aside_damaged, folder))
-        logger.warning(f"{name} is damaged, the one before it is used; it is kept as {name}.damaged: {damage}")
-    return None
-
-
-def check(folder: Path, ranks: Ranks) -> None:
-    """Raise CheckpointError on all ranks if a file is not as the manifest says."""
     begin = time.perf_counter()
-    manifest = ranks.together(lambda: verify(folder, ranks.rank, ranks.size))
+    manifest = ranks.together(lambda: _checked(folder, ranks, contents))
+    if not contents:
+        logger.info(f"{folder} has all its files, in their sizes; their contents are checked when a run begins")
+        return
     size, took = sum(entry["bytes"] for entry in manifest["files"].values()), time.perf_counter() - begin
     logger.info(f"{folder} is whole: {human_bytes(size)} read in {took:.1f} s ({human_bytes(size / took)}/s)")
 
 
-def _set_aside_damaged(folder: Path) -> None:
-    aside = folder.with_name(f"{folder.name}.damaged")
-    remove_tree(aside)
-    folder.rename(aside)
-
-
-def to_resume(work_dir: Path, resume: str | bool | None, ranks: Ranks, strict: bool = False) -> Path | None:
-    """What `--resume` means: None for a fresh start, or a checkpoint that verifies. All ranks call it together.
-
-    "auto" and True take the newest in `work_dir`, or None if there is none: safe in scripts that start and restart.
-    """
-    if not resume:
-        return None
-    if resume is True or resume == "auto":
-        return latest(work_dir, ranks, strict)
-    folder = Path(resume).expanduser()
-    if ranks.on_main(lambda: folder.is_dir() and bool(_found(folder))):
-        found = latest(folder, ranks, strict)
-        if found:
-            return found
-    ranks.on_main(lambda: _there(folder, resume))
-    check(folder, ranks)
-    return folder
-
-
-def _there(folder: Path, resume: str) -> None:
-    if not (folder / TRAINER).is_file():
-        raise ConfigError(
-            f"--resume {resume}: " + ("no checkpoint there" if folder.exists() else "there is no such folder"),
-            where=str(folder),
-            why="starting afresh instead would throw the run away unnoticed",
-            do="give an iter_N.pth folder, or `--resume auto` for the newest one of the work dir",
+def _checked(folder: Path, ranks: Ranks, contents: bool) -> dict[str, Any]:
+    manifest = verify(folder, ranks.rank, ranks.size, contents)
+    saved = read_trainer(folder)[0].iteration
+    if (manifest.get("kind"), manifest.get("iteration")) != ("checkpoint", saved):
+        raise CheckpointError(
+            f"the manifest is altered: it is of {manifest.get('kind')!r} {manifest.get('iteration')!r}, "
+            f"{TRAINER} of iteration {saved}",
+            where=str(folder / MANIFEST),
         )
+    return manifest
 
 
 def read_trainer(folder: Path) -> tuple[TrainState, dict[str, Any]]:
-    """(state, facts) of a checkpoint."""
+    """(state, facts) of a checkpoint. Raises: CheckpointError."""
     facts = read_json(folder / TRAINER)
     try:
         return TrainState.from_json(facts.pop("state")), facts
-    except (AttributeError, KeyError, TypeError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"{TRAINER} is not of this version: {e!r}", where=str(folder / TRAINER)) from None

@@ -1,7 +1,12 @@
-"""Mean loss on tokenized data, per data type (the first folder below the data folder) and in all."""
+"""Mean loss on tokenized data, per data type (the first folder below the data folder) and in all.
+
+Ranks share the work: forward passes are dealt to them in turn, and all have the same result.
+"""
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,7 +20,8 @@ import torch
 
 from xtuner.config.build import build
 from xtuner.config.load import load
-from xtuner.core.dist import note
+from xtuner.core import kinds
+from xtuner.core.dist import ALL, note
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
 from xtuner.core.log import logger, progress
@@ -120,7 +126,8 @@ class Record:
 
 
 def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    text = json.dumps(value, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # names that are not UTF-8, as JSON's own escapes
 
 
 def _no_record(path: Path) -> ConfigError:
@@ -178,13 +185,10 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
         config = load(name, options)
         source: ModelSource = build(config.values["model"], "model")
         return source.build(device, dtype).eval(), f"{config.resolved()['model']}"
-    if (path / TRAINER).is_file():
+    kind = kinds.take(path, (kinds.CHECKPOINT, kinds.HF), "MODEL", "give {} as the model")
+    if kind.what == kinds.CHECKPOINT:
         verify(path)
         path = path / "weights"
-    if not (path / "config.json").is_file():
-        raise ConfigError(
-            "this is no model", where=name, do="give a Hugging Face folder, an iter_N.pth checkpoint, or a config file"
-        )
     files = [path / "config.json", *(p for pattern in WEIGHTS for p in sorted(path.glob(pattern)))]
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return load_pretrained(path, dtype, device), hashlib.sha256(repr(stats).encode()).hexdigest()
@@ -196,39 +200,54 @@ def evaluate(
 ) -> list[Result]:
     """Loss over all documents; the first token of a document, and of a part of one, has no prediction.
 
-    Documents are taken whole, in parts of `max_length` tokens if they are longer. Returns one result per data type,
-    then "all".
+    Documents are taken whole, in parts of `max_length` tokens if they are longer. Several ranks call it together, with
+    the same arguments and no record. Returns one result per data type, then "all": the same on every rank.
     """
-    by_type: dict[str, Result] = {}
+    assert record is None or ALL.size == 1
+    turns = itertools.count()
+    sums: list[float] = []  # loss and number of targets of each file
     for file in documents if quiet else progress(documents, "evaluating"):
-        kind = data_type(file.name)
         found = record.find(file) if record else None
         if found is None:
-            found = _file_loss(model, file, max_length)
+            found = _file_loss(model, file, max_length, turns)
             if record:
                 record.keep(file, *found)
-        by_type.setdefault(kind, Result(kind)).add(*found)
+        sums += found
+    if ALL.rank >= next(turns) % ALL.size > 0:
+        _loss(model, [torch.zeros(1, dtype=torch.int64)])  # nothing left: other ranks wait for the collectives in it
+    sums, _ = ALL.sums_and_most(sums, [])
+    by_type: dict[str, Result] = {}
+    for file, total, tokens in zip(documents, sums[::2], sums[1::2], strict=True):
+        kind = data_type(file.name)
+        by_type.setdefault(kind, Result(kind)).add(total, int(tokens))
     everything = Result("all", sum(r.total for r in by_type.values()), sum(r.tokens for r in by_type.values()))
     return [*by_type.values(), everything]
 
 
-def _file_loss(model: CausalLM, file: BinFile, max_length: int) -> tuple[float, int]:
-    sums = [_loss(model, parts) for parts in _groups(file, max_length, model.config.vocab_size)]
-    return sum(total for total, _ in sums), sum(count for _, count in sums)
+def _file_loss(model: CausalLM, file: BinFile, max_length: int, turns: Iterator[int]) -> tuple[float, int]:
+    """This rank's share of a file: (sum of losses, number of targets). `turns` counts the groups of all files."""
+    total, count = 0.0, 0
+    read = functools.lru_cache(1)(file.read_document)  # parts of a long document follow one another
+    for group in _groups(file, max_length):
+        if next(turns) % ALL.size == ALL.rank:
+            parts = [torch.from_numpy(read(d, model.config.vocab_size)[begin:end]) for d, begin, end in group]
+            loss, targets = _loss(model, parts)
+            total, count = total + loss, count + targets
+    return total, count
 
 
-def _groups(file: BinFile, max_length: int, vocab_size: int) -> Iterator[list[torch.Tensor]]:
-    """Signed tokens of documents and their parts, up to BATCH_TOKENS (or one part) at a time."""
-    group: list[torch.Tensor] = []
+def _groups(file: BinFile, max_length: int) -> Iterator[list[tuple[int, int, int]]]:
+    """(document, begin, end) of documents and their parts, up to BATCH_TOKENS (or one part) at a time."""
+    group: list[tuple[int, int, int]] = []
     held = 0
-    for document in range(file.num_documents):
-        tokens = torch.from_numpy(file.read_document(document, vocab_size))
-        for part in tokens.split(max_length) if len(tokens) else ():
-            if held and held + len(part) > BATCH_TOKENS:
+    for document, length in enumerate(file.lengths.tolist()):
+        for begin in range(0, length, max_length):
+            end = min(begin + max_length, length)
+            if held and held + end - begin > BATCH_TOKENS:
                 yield group
                 group, held = [], 0
-            group.append(part)
-            held += len(part)
+            group.append((document, begin, end))
+            held += end - begin
     if group:
         yield group
 

@@ -6,6 +6,7 @@ that measure fill `it.record`, LoggerHook writes it, CheckpointHook comes last.
 
 import resource
 import time
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ import torch
 from xtuner.config.build import build
 from xtuner.core import dist
 from xtuner.core.errors import ConfigError
-from xtuner.core.log import human_bytes, human_time, logger
+from xtuner.core.log import human_bytes, human_time, logger, show_progress
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.tokenizer import Tokenizer, single_tokens
 from xtuner.engine.schedule import Schedule
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.generate import generate
+from xtuner.train.averages import Averages
 from xtuner.train.evaluate import evaluate
 from xtuner.train.run import Hook, Iteration, Run
 
@@ -67,8 +69,14 @@ class ParamSchedulerHook(Hook):
     """Applies `param_scheduler`. Without this hook the learning rate stays the optimizer's."""
 
     def configure(self, run: Run) -> None:
-        per_epoch = run.packs_per_epoch / run.packs_per_iteration
-        run.schedule = Schedule.of(run.optim.lr, run.config.get("param_scheduler"), per_epoch)
+        run.make_schedule = lambda: self._schedule(run)
+
+    def _schedule(self, run: Run) -> Schedule:
+        per_epoch = Fraction(run.packs_per_epoch, run.packs_per_iteration)
+        try:
+            return Schedule.of(run.optim.lr, run.config.get("param_scheduler"), per_epoch, run.max_iterations)
+        except ConfigError as e:
+            raise ConfigError(e.what, where=run.config.where(e.where), why=e.why, do=e.do) from None
 
 
 class DistSamplerSeedHook(Hook):
@@ -79,7 +87,10 @@ class DistSamplerSeedHook(Hook):
 
 
 class LoggerHook(Hook):
-    """A line on the terminal, in the log file, in scalars.json and TensorBoard every `interval` iterations."""
+    """A line in the log, in scalars.json and TensorBoard every `interval` iterations; see `train/averages.py`.
+
+    On a terminal also a progress line, at every iteration.
+    """
 
     priority = 80
 
@@ -87,25 +98,39 @@ class LoggerHook(Hook):
         if interval < 1:
             raise ConfigError(f"interval = {interval}", where="default_hooks.logger.interval")
         self.interval = interval
+        self._averages = Averages()
 
     def after_iteration(self, run: Run, it: Iteration) -> None:
-        if it.state.iteration % self.interval and it.state.iteration != run.max_iterations:
-            return
         if not dist.is_main():
             return
-        memory = memory_in_use(run.strategy.device)
-        record = {"iter": it.state.iteration, "lr": it.lr, "loss": it.loss, "grad_norm": it.grad_norm}
-        record |= {"targets": it.num_targets, "applied": it.applied, "memory": memory, **it.record}
-        run.metrics.write(record)
-        logger.info(log_line(record, run.max_iterations))
+        self._averages.add(it)
+        number, last = it.state.iteration, run.max_iterations
+        averages = self._averages.record()
+        parts = [f"iter {number}/{last}  {100 * number // last} %", f"loss {averages['loss_smoothed']:.4f}"]
+        if "eta" in averages:
+            parts.append(f"ETA {human_time(averages['eta'])}")
+        if "tokens_per_s" in averages:
+            parts.append(f"{averages['tokens_per_s']:,.0f} tok/s")
+        show_progress(*parts)
+        if number % self.interval == 0 or number == last:
+            record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
+            record["memory"] = memory_in_use(run.strategy.device)
+            record["tokens"] = it.state.packs * run.loader.dataset.packed_length
+            logger.info(log_line(record, last))
+            run.metrics.write(record)
+            self._averages.restart()
+
+    def after_run(self, run: Run) -> None:
+        show_progress()
 
 
 def log_line(record: dict[str, Any], last: int) -> str:
-    """One iteration in one line."""
+    """What one record says, in one line."""
+    loss = f"loss {record['loss']:.4f} (smoothed {record['loss_smoothed']:.4f})" if record["targets"] else "no targets"
     parts = [
         f"iter {record['iter']:>{len(str(last))}}/{last}",
         f"lr {record['lr']:.3e}",
-        f"loss {record['loss']:.4f}" if record["targets"] else "no targets",
+        loss,
         f"grad norm {record['grad_norm']:.3f}",
     ]
     if "tokens_per_s" in record:
@@ -255,6 +280,7 @@ class EvaluateChatHook(Hook):
         for text in self.inputs:
             prompt = self.template.prompt(text, self.system) if self.template else text
             ids = [config.bos_token_id, *self.tokenizer.encode(prompt)]
-            reply = self.tokenizer.decode(list(generate(model, ids, self.max_new_tokens, stops)))
+            agree = dist.ALL.number_from_main
+            reply = self.tokenizer.decode(list(generate(model, ids, self.max_new_tokens, stops, agree=agree)))
             logger.info(f"sample at iteration {run.state.iteration}:\n{prompt}{reply}\n")
             run.metrics.text("sample", f"{prompt}{reply}", run.state.iteration)

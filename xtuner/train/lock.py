@@ -4,6 +4,7 @@
 machine and in the process namespace where it was made), or else if nothing has touched it for a while.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.core.errors import BusyError
+from xtuner.core.files import beside, sweep
 from xtuner.core.log import logger
+from xtuner.core.owner import born, namespace
 
 NAME = ".lock"
 BEAT = 10.0  # s between touches
@@ -32,7 +35,8 @@ class WorkDirLock:
         threading.Thread(target=self._beat, name="xtuner-lock", daemon=True).start()
 
     def _take(self) -> None:
-        mine = self.path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        sweep(self.path)
+        mine = beside(self.path, "tmp")
         mine.write_text(self._me, encoding="utf-8")
         try:
             for _ in range(3):
@@ -46,25 +50,11 @@ class WorkDirLock:
         raise BusyError("the work dir's lock changes hands again and again", where=str(self.path), do="try again")
 
     def _remove_if_dead(self, now: float) -> None:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-            age = now - self.path.stat().st_mtime
-        except FileNotFoundError:
+        if (dead := require_dead(self.path, now)) is None:
             return  # just released
-        try:
-            owner: dict[str, Any] = json.loads(text)
-        except json.JSONDecodeError:
-            owner = {}
-        alive = _alive(owner)
-        if alive or (alive is None and age < DEAD_AFTER):
-            raise BusyError(
-                f"another job uses this work dir: {_describe(owner)}",
-                where=str(self.path),
-                why="two runs would overwrite each other's checkpoints",
-                do=f"stop it, or give another --work-dir; a dead job's lock is taken over after {DEAD_AFTER:.0f} s",
-            )
+        text, owner, age = dead
         # Only one of several that judge so at once moves this very lock away; the others find it gone, or a new one.
-        aside = self.path.with_name(f"{NAME}.{uuid.uuid4().hex}")
+        aside = beside(self.path, "old")
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
@@ -84,7 +74,8 @@ class WorkDirLock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT):
             if self._mine():
-                os.utime(self.path)
+                with contextlib.suppress(OSError):  # tried again with the next beat
+                    os.utime(self.path)
             else:
                 logger.error(f"{self.path} is no longer this job's: another one may write here, too")
                 return
@@ -92,14 +83,40 @@ class WorkDirLock:
     def release(self) -> None:
         self._released.set()
         if self._mine():
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # read-only by now: its process is gone, so the next start takes it over
+                self.path.unlink(missing_ok=True)
+
+
+def require_dead(lock: Path, now: float) -> tuple[str, dict[str, Any], float] | None:
+    """A dead job's lock: its text, its owner, seconds without a touch; None if there is no lock.
+
+    Raises: BusyError if the job lives.
+    """
+    try:
+        text = lock.read_text(encoding="utf-8")
+        age = now - lock.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    try:
+        owner: dict[str, Any] = json.loads(text)
+    except json.JSONDecodeError:
+        owner = {}
+    alive = _alive(owner)
+    if alive or (alive is None and age < DEAD_AFTER):
+        raise BusyError(
+            f"another job uses this work dir: {_describe(owner)}",
+            where=str(lock),
+            why="two runs would overwrite each other's checkpoints",
+            do=f"stop it, or give another --work-dir; a dead job's lock is taken over after {DEAD_AFTER:.0f} s",
+        )
+    return text, owner, age
 
 
 def _myself() -> dict[str, Any]:
     job = next((f"{name}={os.environ[name]}" for name in JOB_VARIABLES if name in os.environ), "")
     pid = os.getpid()
     token = uuid.uuid4().hex
-    return {"host": platform.node(), "pid": pid, "born": _born(pid), "where": _where(), "job": job, "token": token}
+    return {"host": platform.node(), "pid": pid, "born": born(pid), "where": namespace(), "job": job, "token": token}
 
 
 def _describe(owner: dict[str, Any]) -> str:
@@ -110,29 +127,7 @@ def _describe(owner: dict[str, Any]) -> str:
 
 
 def _alive(owner: dict[str, Any]) -> bool | None:
-    """True if the very process that wrote the lock runs, False if it is gone, None if that cannot be seen from here.
-
-    Process numbers are used again, start times are not; containers of one host have numbers of their own.
-    """
-    if not owner.get("where") or owner["where"] != _where():
+    """True if the very process that wrote the lock runs, False if it is gone, None if that cannot be seen from here."""
+    if not owner.get("where") or owner["where"] != namespace():
         return None
-    return _born(owner.get("pid", 0)) == owner.get("born")
-
-
-def _where() -> str:
-    """This boot of this machine and this process namespace; empty where there is no /proc."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _born(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; None if there is none."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
-            fields = f.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
+    return born(owner.get("pid", 0)) == owner.get("born")

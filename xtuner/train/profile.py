@@ -83,4 +83,7 @@ class ProfileHook(Hook):
         logger.info(f"an iteration of {wall:.1f} ms on the GPU, by part\n{shown}\nthe longest kernels\n{longest}")
         if dist.is_main():
             kept = dict(list(kernels.items())[:40])
-            write_json(run.log.parent / "profile.json", {"ms": wall, "parts": sums, "kernels": kept})
+            try:
+                write_json(run.log.parent / "profile.json", {"ms": wall, "parts": sums, "kernels": kept})
+            except OSError as e:
+                logger.warning(f"profile.json cannot be written: {e.strerror}; its numbers are in the log")

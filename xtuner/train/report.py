@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from xtuner.core import dist, machine
-from xtuner.core.log import human, human_bytes, logger
+from xtuner.core.log import human, human_bytes
 from xtuner.model.attention import BACKENDS
 from xtuner.model.flops import num_parameters, training_flops
 from xtuner.train.run import Run
@@ -19,8 +19,8 @@ def environment(config: Path) -> dict[str, Any]:
     return machine.facts(config.resolve().parent)
 
 
-def report(run: Run) -> None:
-    """Print the numbers that follow from config and data."""
+def report(run: Run) -> str:
+    """The numbers that follow from config and data, for standard output."""
     data, config = run.loader.dataset, run.source.config
     documents, tails, dropped = data.documents, data.tail_tokens_per_file, data.dropped()
     files, lost = f"{len(documents):,} files", f"{dropped.dropped:,} tokens ({dropped.share})"
@@ -55,9 +55,7 @@ def report(run: Run) -> None:
         ("run", f"{run.max_iterations:,} iterations; epochs: {run.max_epochs}; packs left over: {left_over}"),
         ("work dir", str(run.work_dir)),
     ]
-    logger.info("what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows))
-    if warning := dropped.warning():
-        logger.warning(warning)
+    return "what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows)
 
 
 def _masters(run: Run) -> str:

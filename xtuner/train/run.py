@@ -1,5 +1,6 @@
 """A run as hooks see it: everything it is made of, what an iteration did, and what a hook may do about it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 
 from xtuner.config.load import Config
 from xtuner.data.loader import PackLoader
-from xtuner.data.order import Position
 from xtuner.engine.base import Strategy
 from xtuner.engine.choose import Choice
 from xtuner.engine.optim import OptimWrapper
@@ -31,14 +31,15 @@ class Run:
     loader: PackLoader
     hooks: list["Hook"]
     max_epochs: int
-    begun_on: int  # ranks that the run was begun on: what an epoch is does not change with their number
     state: TrainState = field(default_factory=TrainState)
     without_targets: int = 0  # iterations of this start that had no token to learn from
     saved: tuple[int, bool] = (-1, False)  # iteration of the newest save, and whether it can be resumed
 
     data_facts: dict[str, Any] = field(init=False)  # identity of the data as they were when the run began
+    data_files: list[str] | int = field(init=False)  # by name, to say which have changed
     max_iterations: int = field(init=False)
-    schedule: Schedule = field(init=False)
+    make_schedule: Callable[[], Schedule] = field(init=False)  # for the packs an iteration takes when it is called
+    schedule: Schedule = field(init=False)  # made when it is known what an iteration is: a resume may change that
     choice: Choice = field(init=False)  # which strategy it will be
     strategy: Strategy = field(init=False)
     metrics: MetricWriter = field(init=False)
@@ -48,7 +49,7 @@ class Run:
     def plan(self) -> None:
         """Work out what follows from the packs an iteration takes."""
         self.max_iterations = self.total_packs // self.packs_per_iteration
-        self.schedule = Schedule(self.optim.lr, [], 1)
+        self.make_schedule = lambda: Schedule(self.optim.lr)
         for hook in self.hooks:
             hook.configure(self)
 
@@ -58,7 +59,7 @@ class Run:
 
     @property
     def packs_per_epoch(self) -> int:
-        return Position().packs_until(1, self.loader.num_packs, self.begun_on)
+        return self.loader.packs_per_epoch
 
     @property
     def total_packs(self) -> int:
@@ -68,10 +69,11 @@ class Run:
         """What the run depends on, kept with every checkpoint."""
         return {
             "data": self.data_facts,
+            "files": self.data_files,
             "packs_per_iteration": self.packs_per_iteration,
             "max_iterations": self.max_iterations,
             "ranks": self.loader.dp_size,
-            "begun_on": self.begun_on,
+            "begun_on": self.loader.begun_on,
             "config": self.config.resolved(),
         }
 

@@ -29,4 +29,9 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainState":
-        return cls(**{**value, "position": Position(**value["position"])})
+        """Raises: ValueError, TypeError, KeyError, AttributeError for anything that `to_json` does not make."""
+        position = value["position"]
+        for number in (*position.values(), *(n for key, n in value.items() if key != "position")):
+            if type(number) is not int or not 0 <= number < 2**63:
+                raise ValueError(f"{number!r:.40} is not a count")
+        return cls(**{**value, "position": Position(**position)})

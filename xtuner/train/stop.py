@@ -1,19 +1,23 @@
 """Requests to stop: finish the iteration, save, exit 75. A second signal changes nothing, a second Ctrl-C ends at once.
 
-Asked for by SIGTERM, SIGUSR1 or Ctrl-C, by a file `STOP` in the work dir, by `--max-minutes`, or because the Slurm job
-is about to end. Any rank's request is all ranks' request, at the same iteration.
+Requested by SIGTERM, SIGUSR1, Ctrl-C or a terminal that closes (SIGHUP, unless `nohup` has it ignored), by a file
+`STOP` in the work dir, by `--max-minutes`, or because the Slurm job is about to end. Any rank's request is all ranks'
+request, at the same iteration.
 """
 
+import contextlib
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
 
 from xtuner.core.dist import Ranks
 from xtuner.core.log import logger
+from xtuner.core.streams import ERASE_LINE, is_terminal
+from xtuner.engine.workers import stop_signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 FILE = "STOP"
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
 LOOK_EVERY = 2.0  # s between looks at the file
@@ -31,36 +35,47 @@ class Stop:
         self.reason = ""
         self._file = work_dir / FILE
         self._ranks = ranks
+        self._answers = ranks.is_main  # by what a handler may use
         self._looked = self._last = time.time()
         self._longest = 0.0
         limits = {"--max-minutes": time.time() + 60 * max_minutes} if max_minutes is not None else {}
         if SLURM_END in os.environ:
             limits["the end of the Slurm job"] = float(os.environ[SLURM_END])
         self._limits = limits
+        self._erase = ERASE_LINE if is_terminal(sys.stderr) else ""
         if self._file.exists() and ranks.is_main:
             logger.warning(f"{self._file} was there already: removed")
             self._file.unlink(missing_ok=True)
-        for number in SIGNALS:
+        for number in stop_signals():
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.reason = self.reason or signal.Signals(number).name  # a handler must not log: it may interrupt logging
+        name, again = signal.Signals(number).name, ""
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # first of all: the next one may be on its way
+            again = "; press Ctrl-C again to stop at once without saving"
+        if self._answers and (again or not self.reason):
+            with contextlib.suppress(OSError):  # a handler must not log or print: it may interrupt just that
+                os.write(2, f"{self._erase}xtuner: {name}: finishing this iteration, then saving{again}\n".encode())
+        self.reason = self.reason or name
 
-    def agreed(self, save_time: float = 0.0) -> bool:
-        """True on all ranks once any of them is asked to stop; `reason` says by what. Called once an iteration.
+    def requested(self, save_time: float = 0.0) -> bool:
+        """Whether this rank has a reason to stop. Called once an iteration.
 
         Args:
             save_time: s that a save has taken, which must fit before a time limit.
         """
-        self.reason = self.reason or self._asked(save_time)
-        if not self._ranks.sum(bool(self.reason)):
-            return False
-        self.reason = next(filter(None, self._ranks.gather(self.reason)))
-        return True
+        self.reason = self.reason or self._look(save_time)
+        return bool(self.reason)
 
-    def _asked(self, save_time: float) -> str:
+    def agree(self) -> None:
+        """Once any rank has a reason: make the first of them the `reason` of all. All ranks call it together."""
+        self.reason = next(filter(None, self._ranks.gather(self.reason)))
+        if self._ranks.is_main:
+            with contextlib.suppress(OSError):  # read-only by now: the next start removes it
+                self._file.unlink(missing_ok=True)
+
+    def _look(self, save_time: float) -> str:
         now = time.time()
         self._longest, self._last = max(self._longest, now - self._last), now
         for what, end in self._limits.items():
@@ -68,7 +83,7 @@ class Stop:
                 return what
         if self._ranks.is_main and now - self._looked >= LOOK_EVERY:
             self._looked = now
-            if self._file.exists():
-                self._file.unlink(missing_ok=True)
-                return f"the file {FILE}"
+            with contextlib.suppress(OSError):  # a file system that does not answer is no request
+                if self._file.exists():
+                    return f"the file {FILE}"
         return ""

@@ -2,79 +2,35 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from xtuner.config.build import build
-from xtuner.config.check import check
 from xtuner.config.literals import without_secrets
 from xtuner.config.load import Config
+from xtuner.config.told import tell
 from xtuner.core import dist, log
-from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DataError, DivergedError
-from xtuner.core.files import recover, write_json
+from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError, DataError, DivergedError
+from xtuner.core.files import not_written, recover, write_json
 from xtuner.core.log import logger
-from xtuner.data.index import TokenizedFolder
-from xtuner.data.loader import PackLoader
-from xtuner.data.pack import PackedDataset
-from xtuner.data.share import open_together
+from xtuner.engine import fit
 from xtuner.engine.choose import choose, strategy
-from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.watch import Watch
-from xtuner.model.source import ModelSource
-from xtuner.train import checkpoint
-from xtuner.train.advice import is_out_of_memory, out_of_memory
-from xtuner.train.hooks import ValidationHook
+from xtuner.train import history, preflight
+from xtuner.train.advice import interrupted, is_out_of_memory, out_of_memory
 from xtuner.train.lock import WorkDirLock
 from xtuner.train.metrics import MetricWriter
 from xtuner.train.report import environment, report
-from xtuner.train.resume import find, take
+from xtuner.train.resume import Found, find, take
 from xtuner.train.run import Iteration, Run
 from xtuner.train.saver import Saver
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
-
-
-def assemble(config: Config, dataset: PackedDataset, work_dir: Path, device: torch.device, seed: int | None) -> Run:
-    """Build everything from a checked config but the data and the weights. Raises: ConfigError, DataError."""
-    seed = seed if seed is not None else (config.get("randomness.seed") or 0)
-    source: ModelSource = build(config.values["model"], "model")
-    if source.seed is None:
-        source = dataclasses.replace(source, seed=seed)
-    optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
-    dataloader = config.values["train_dataloader"]
-    dataset.vocab_size = source.config.vocab_size
-    sampler = build(dataloader["sampler"], "train_dataloader.sampler", dataset=dataset)
-    loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0))
-    hooks = [build(spec, f"default_hooks.{k}") for k, spec in (config.get("default_hooks") or {}).items()]
-    hooks += [build(spec, f"custom_hooks.{i}") for i, spec in enumerate(config.get("custom_hooks") or [])]
-    if config.get("val_dataset"):
-        held_out: TokenizedFolder = build(config.values["val_dataset"], "val_dataset")
-        hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
-    hooks.sort(key=lambda h: h.priority)
-    max_epochs = config.values["train_cfg"]["max_epochs"]
-    run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs, loader.dp_size)
-    run.plan()
-    run.data_facts = loader.fingerprint()
-    _enough(run)
-    return run
-
-
-def _enough(run: Run) -> None:
-    if run.max_iterations:
-        return
-    data = run.loader.dataset
-    documents, ranks = data.documents, run.loader.dp_size
-    takes = f"one iteration takes {run.packs_per_iteration}" + (f" on {ranks} ranks" if ranks > 1 else "")
-    raise DataError(
-        f"{len(data)} packs, and {takes}",
-        where=f"{documents.folder}: {documents.num_tokens:,} tokens in {len(documents)} files",
-        why=f"a file's tokens that do not fill a pack of {data.packed_length:,} are dropped",
-        do="lower max_length or accumulative_counts, or give more data" + (", or take fewer ranks" * (ranks > 1)),
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,38 +58,67 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
     """
     ranks = dist.ALL
     log.setup(rank=ranks.rank)
-    ranks.together(lambda: check(config, paths=True))
+    hooks = ranks.together(lambda: preflight.settings(config))
+    tell(config)
+    if config.get("randomness.deterministic"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(bool(config.get("randomness.deterministic")))  # attention is chosen by it
     log.setup(config.get("log_level", "INFO"), rank=ranks.rank)
-    packed = config.values["train_dataloader"]["dataset"]
-    dataset = open_together(lambda: build(packed, "train_dataloader.dataset"), ranks)
-    run = ranks.together(lambda: assemble(config, dataset, work_dir, device, options.seed))
+    ranks.on_main(lambda: preflight.command_line(work_dir, options.seed, options.max_minutes))
+    run = preflight.prepare(config, hooks, work_dir, device, options.seed, ranks)
     run.choice = ranks.together(lambda: choose(run.source, run.optim, device, options.deepspeed, options.fsdp))
+    ranks.together(lambda: run.source.require(device, run.optim.compute_dtype(device)))
     if options.dry_run:
-        report(run)
-        logger.info("dry run: nothing was trained")
+        found = _find(run, options, contents=False)
+        _print_report(run)
+        ranks.together(lambda: fit.require(run.choice, run.source, run.optim, device))
+        logger.info("dry run: nothing was trained" + (f"; it would resume from {found.folder}" if found else ""))
         return EXIT_DONE
+    ranks.together(lambda: fit.require(run.choice, run.source, run.optim, device))
     with contextlib.ExitStack() as at_the_end:
-        _open_work_dir(run, at_the_end)
+        early = _Early()
+        logger.addHandler(early)
+        ranks.on_main(lambda: _take_work_dir(work_dir, at_the_end))
+        found = _find(run, options)
+        _open_log(run, at_the_end)
+        early.into_log()
         stop = Stop(work_dir, dist.ALL, options.max_minutes)
         if watch:
             watch.log = run.log
         try:
-            _start(run, options)
+            _start(run, found)
             return loop(run, stop, watch)
         except Exception as e:
             if is_out_of_memory(e):
                 raise out_of_memory(run, options.words, run.choice, e) from None
             raise
+        except KeyboardInterrupt:
+            at_the_end.close()  # with a save in flight
+            raise interrupted(run, options.words) from None
+        finally:
+            log.show_progress()
 
 
-def _start(run: Run, options: Options) -> None:
-    """Everything between the work dir and the first iteration."""
+def _print_report(run: Run) -> None:
+    """On rank 0. Its result goes to standard output; what happens while training goes to standard error."""
+    if dist.is_main():
+        log.print_result(report(run))
+        if warning := run.loader.dataset.dropped().warning():
+            logger.warning(warning)
+        for remark in run.schedule.remarks(run.max_iterations):
+            logger.warning(remark)
+
+
+def _find(run: Run, options: Options, contents: bool = True) -> Found | None:
     resume = options.resume if options.resume is not None else run.config.get("resume")
-    found = find(run, resume, options.strict_resume, options.allow_change)
-    report(run)
-    if run.config.get("randomness.deterministic"):
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    found = find(run, resume, options.strict_resume, options.allow_change, contents)
+    run.schedule = dist.ALL.together(run.make_schedule)
+    return found
+
+
+def _start(run: Run, found: Found | None) -> None:
+    """Everything between the work dir and the first iteration."""
+    _print_report(run)
     run.strategy = strategy(run.choice, run.source, run.optim, run.device)
     if run.device.type == "cuda":
         run.strategy.memory.tell(run.loader.dataset.packed_length)
@@ -142,10 +127,43 @@ def _start(run: Run, options: Options) -> None:
         hook.before_run(run)
 
 
-def _open_work_dir(run: Run, at_the_end: contextlib.ExitStack) -> None:
-    """Take the work dir; in it a folder for this start: logs, metrics, environment, config as written and resolved."""
+class _Early(logging.Handler):
+    """Keeps what is logged before there is a log file, for the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+    def into_log(self) -> None:
+        for handler in logger.handlers[1:]:  # the first is the terminal, which has shown them
+            for record in self.records:
+                handler.handle(record)
+
+
+def _take_work_dir(work_dir: Path, at_the_end: contextlib.ExitStack) -> None:
+    """Make the work dir and lock it. A run that is refused before it writes anything leaves no folder that was new."""
+    new = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
+
+    def give_back() -> None:
+        for folder in new:
+            with contextlib.suppress(OSError):  # a run has begun in it
+                folder.rmdir()
+
+    with _writing(work_dir):
+        at_the_end.callback(give_back)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        at_the_end.callback(WorkDirLock(work_dir).release)
+        recover(work_dir, "iter_*.pth")
+        recover(work_dir, "last_checkpoint")
+
+
+def _open_log(run: Run, at_the_end: contextlib.ExitStack) -> None:
+    """In the work dir a folder for this start: logs, metrics, environment, config as written and resolved."""
     ranks = dist.ALL
-    folder = Path(ranks.on_main(lambda: str(_make_folder(run, at_the_end))))
+    folder = Path(ranks.on_main(lambda: str(_make_folder(run))))
     ranks.together(lambda: _see(folder))
     name = f"{folder.name}.log" if ranks.is_main else f"rank_{ranks.rank:05d}.log"
     run.log = folder / name
@@ -156,24 +174,22 @@ def _open_work_dir(run: Run, at_the_end: contextlib.ExitStack) -> None:
     at_the_end.callback(run.saver.close)
 
 
-def _make_folder(run: Run, at_the_end: contextlib.ExitStack) -> Path:
+def _make_folder(run: Run) -> Path:
     folder = run.work_dir / time.strftime("%Y%m%d_%H%M%S")
-    try:
-        run.work_dir.mkdir(parents=True, exist_ok=True)
-        at_the_end.callback(WorkDirLock(run.work_dir).release)
+    with _writing(folder):
         folder.mkdir(exist_ok=True)
         write_json(folder / "environment.json", environment(run.config.path))
         write_json(folder / "config.json", run.config.resolved())
         _copy_config(run.config.path, run.work_dir)
-        recover(run.work_dir, "iter_*.pth")
-        recover(run.work_dir, "last_checkpoint")
-    except OSError as e:
-        raise ConfigError(
-            f"the work dir cannot be written: {e.strerror}",
-            where=str(e.filename),
-            do="give another one with --work-dir",
-        ) from None
     return folder
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise not_written(e, "the work dir", folder, "give another one with --work-dir") from None
 
 
 def _copy_config(config: Path, folder: Path) -> None:
@@ -196,15 +212,21 @@ def _see(folder: Path) -> None:
 def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
     """Train until the end or a request to stop."""
     packs = run.loader.iterate_from(run.state.position)
+    begun_at = run.state.iteration
     while run.state.iteration < run.max_iterations:
         begin = time.perf_counter()
         if watch:
             watch.iteration = run.state.iteration
         batch = [next(packs) for _ in range(run.optim.accumulative_counts)]
         data_time = time.perf_counter() - begin
-        num_targets = dist.all_sum(sum(b.num_targets for b in batch))
+        # at least one iteration is done; all that ranks have to agree on for the next goes in one message
+        stops = run.state.iteration > begun_at and stop.requested(run.saver.save_time)
+        counts, parts = dist.ALL.sums_and_most([stops, sum(b.num_targets for b in batch)], run.strategy.parts(batch))
+        if counts[0]:
+            return _stopped(run, stop)
+        num_targets = int(counts[1])
         lr = run.schedule(run.state.iteration)
-        loss = run.strategy.forward_backward(batch, num_targets)
+        loss = run.strategy.forward_backward(batch, num_targets, parts)
         grad_norm, applied = run.strategy.step(lr, run.optim.max_norm)
         run.state = _advance(run, num_targets)
         it = Iteration(
@@ -222,21 +244,23 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
             _not_applied(run, it, [b.pack for b in batch])
         for hook in run.hooks:
             hook.after_iteration(run, it)
-        if stop.agreed(run.saver.save_time) and run.state.iteration < run.max_iterations:
-            run.save(last=True)
-            logger.warning(
-                f"stopped at iteration {run.state.iteration} on {stop.reason}; run again with --resume to go on"
-            )
-            return EXIT_STOPPED
     for hook in run.hooks:
         hook.after_run(run)
-    left = run.total_packs - run.state.packs
+    left = max(run.total_packs - run.state.packs, 0)
     logger.info(
         f"done: {run.state.iteration} iterations, {run.state.packs:,} packs, {run.state.targets:,} tokens learned from"
         + (f"; {left} packs at the end filled no iteration" if left else "")
         + (f"; {run.without_targets:,} iterations had no token to learn from" if run.without_targets else "")
     )
     return EXIT_DONE
+
+
+def _stopped(run: Run, stop: Stop) -> int:
+    """Save where the run stands, before its next iteration."""
+    stop.agree()
+    run.save(last=True)
+    logger.warning(f"stopped at iteration {run.state.iteration} on {stop.reason}; run again with --resume to continue")
+    return EXIT_STOPPED
 
 
 def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
@@ -255,8 +279,11 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         logger.warning(f"{what} (packs {packs}; {run.state.skipped} of at most {budget} such iterations)")
         return
     run.saver.finish()
-    last = checkpoint.latest(run.work_dir, dist.ALL)
-    again = f"xtuner train {run.config.path} --work-dir {run.work_dir}" + (f" --resume {last}" if last else "")
+    try:
+        last = history.latest(run.work_dir, dist.ALL)
+    except CheckpointError:
+        last = None
+    again = f"xtuner train {run.config.path} --work-dir {run.work_dir}" + (f" --resume {last.folder}" if last else "")
     error = DivergedError(
         what,
         where=f"packs {packs} of {', '.join(sorted(files))}",
@@ -300,5 +327,5 @@ def _without_targets(run: Run, number: int, packs: list[int]) -> None:
 
 def _advance(run: Run, num_targets: int) -> TrainState:
     packs = run.packs_per_iteration
-    position = run.state.position.advance(packs, run.loader.num_packs, run.loader.dp_size)
+    position = run.state.position.advance(packs, run.packs_per_epoch)
     return run.state.advance(position, packs, num_targets)

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
+from xtuner.core import kinds
 from xtuner.core.errors import CheckpointError
 from xtuner.core.files import MANIFEST, read_json, verify
 from xtuner.core.inputs import short
-from xtuner.export.sources.internevo import CONFIG, InternEvoFolder
+from xtuner.export.sources.internevo import InternEvoFolder
 from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
 from xtuner.model.decoder import DecoderConfig
@@ -65,33 +66,24 @@ class Renamed(Source):
 
 def recognise(path: str | Path) -> Kind:
     """What lies at `path`. Raises: CheckpointError if nothing, or nothing that is known."""
-    path = Path(os.path.expanduser(path))
-    if os.path.isfile(path):
-        return Kind(path, _open_single)
-    if not os.path.isdir(path):
-        raise CheckpointError(
-            "this is not a regular file" if os.path.exists(path) else "there is no checkpoint",
-            where=str(path),
-            do="give a work_dirs/CONFIG/iter_N.pth; work_dirs/CONFIG/last_checkpoint names the newest",
+    kind = kinds.recognise(path)
+    if opener := _OPENERS.get(kind.what):
+        return Kind(kind.path, opener)
+    if not kind.exists:
+        what = "this is not a file" if os.path.exists(kind.path) else "there is no checkpoint"
+        why = ""
+        do = "give a work_dirs/CONFIG/iter_N.pth; work_dirs/CONFIG/last_checkpoint names the newest"
+    elif kind.what != kinds.UNKNOWN:
+        what, why = f"this is {kind.what}", "it cannot be converted as it is"
+        do = f"give one of them, such as {kind.inner}" if kind.inner else kind.fits("convert that: {}")
+    else:
+        what = "no kind of checkpoint is recognised here"
+        why = (
+            "looked for: manifest.json with weights/ (xtuner's own), config.json (Hugging Face), *_optim_states.pt "
+            "with *_model_states.pt (DeepSpeed), model_tp*_pp*.pt with model_config.pt (InternEvo), or a single file"
         )
-    names = {p.name for p in path.iterdir()}
-    if MANIFEST in names and "weights" in names:
-        return Kind(path, _open_checkpoint)
-    if "weights" in names and "config.json" not in names:
-        raise CheckpointError("this is not a whole checkpoint", where=str(path), why="it has no manifest.json")
-    if any(name.endswith(("_optim_states.pt", "_model_states.pt")) for name in names):
-        return Kind(path, _open_zero)
-    if CONFIG in names or any(n.startswith(("model_tp", "model_wp")) and n.endswith(".pt") for n in names):
-        return Kind(path, _open_internevo)
-    if "config.json" in names:
-        return Kind(path, _open_hf)
-    raise CheckpointError(
-        "no kind of checkpoint is recognised here",
-        where=str(path),
-        why="looked for: manifest.json with weights/ (xtuner's own), config.json (Hugging Face), *_optim_states.pt "
-        "with *_model_states.pt (DeepSpeed), model_tp*_pp*.pt with model_config.pt (InternEvo), or a single .pth file",
-        do="give the folder that holds these files itself, such as iter_N.pth, or global_stepN of DeepSpeed's own",
-    )
+        do = "give the folder that holds these files itself, such as iter_N.pth, or global_stepN of DeepSpeed's own"
+    raise CheckpointError(what, where=str(kind.path), why=why, do=do)
 
 
 def read_tensor(opened: Opened, name: str) -> torch.Tensor:
@@ -152,3 +144,13 @@ def _without_wrapper(source: Source) -> Source:
 
 def _layout(source: Source) -> str:
     return "llama" if "model.embed_tokens.weight" in source else "internlm2"
+
+
+_OPENERS = {
+    kinds.CHECKPOINT: _open_checkpoint,
+    kinds.HF: _open_hf,
+    kinds.ZERO: _open_zero,
+    kinds.INTERNEVO: _open_internevo,
+    kinds.SINGLE: _open_single,
+    kinds.FILE: _open_single,  # whatever its name, it says itself what it is
+}

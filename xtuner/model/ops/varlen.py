@@ -1,7 +1,8 @@
 """Variable-length attention on GPUs, by packages that compute it faster than a loop over documents.
 
-Each function gives its backend, or None where the package is missing. The contract and the choice among them are in
-`model/attention.py`; `tests/test_gpu.py` compares each with fp64.
+Each function gives its backend, or None where the package is missing. All follow PyTorch's switch for deterministic
+algorithms; FlashAttention-4 does not read it and gets it as an argument. The contract and the choice among them are in
+`model/attention.py`; `tests/test_gpu.py` compares each with fp64, and two deterministic runs with each other.
 """
 
 import inspect
@@ -39,7 +40,8 @@ def flash_4() -> Attend | None:
     ) -> torch.Tensor:
         borders: dict[str, Any] = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
         lengths = dict(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
-        out = flash_attn_varlen_func(q_TND, k_TKD, v_TKD, **borders, **lengths, causal=True)
+        exact = torch.are_deterministic_algorithms_enabled()
+        out = flash_attn_varlen_func(q_TND, k_TKD, v_TKD, **borders, **lengths, causal=True, deterministic=exact)
         return out[0] if isinstance(out, tuple) else out
 
     return attend

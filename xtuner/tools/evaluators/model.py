@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from xtuner.core import hub
+from xtuner.core import hub, kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import MANIFEST, file_entry, read_json
 from xtuner.core.log import logger, progress
@@ -72,9 +72,8 @@ class Given:
 
 def _check(folder: Path) -> None:
     """Raises: ConfigError for what is no export."""
-    if (folder / "trainer.json").is_file():
-        do = f"give its config, too: CONFIG.py {folder}"
-        raise ConfigError("this is a checkpoint, which holds no tokenizer", where=str(folder), do=do)
+    usual = (kinds.HF, kinds.BARE, kinds.UNKNOWN)
+    kinds.take(folder, usual, "MODEL", "give {} as the model", "give its config, too: CONFIG.py {}")
     missing = hub.missing_files(folder) + hub.missing_files(folder, tokenizer_only=True)
     if missing:
         raise ConfigError(

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--with-code", action="store_true", help="add .py files, for transformers with trust_remote_code=True"
     )
     parser.add_argument("--safe-serialization", action="store_true", help="accepted; always safetensors")
-    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
 
 
 def run(args: argparse.Namespace) -> int:

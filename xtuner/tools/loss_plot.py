@@ -1,0 +1,162 @@
+"""The curves of a run as a picture: loss with its smoothed value and validation, learning rate, gradient norm.
+
+A run that was stopped and resumed has left several `scalars.json`, one for each start. They are joined into one curve:
+a resume replaces what an earlier start recorded from that iteration on, because that work was lost and done again.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+TRAINING, VALIDATION = "#0969da", "#bf5700"
+EARLIER = "#8c959f"  # runs that a fresh start in the same work dir has replaced
+SMOOTHED_OVER = 1 / 20  # of the run: the window of the smoothed loss
+OUTLIERS = 0.01  # share of the single losses that may lie above the picture if they tower over the others
+INK, FAINT = "#1f2328", "#d1d9e0"
+
+
+def read_records(file: Path) -> list[Record]:
+    """The records of one start; a last line that is still being written, or was cut off by a kill, is left out."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+
+
+def read_runs(work_dir: Path) -> list[list[Record]]:
+    """All runs of a work dir, oldest first, each as its records by iteration; starts without records are left out."""
+    runs: list[list[Record]] = []
+    for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
+        records = read_records(file)
+        if not records:
+            continue
+        first = min(r["iter"] for r in records)
+        if runs and first > runs[-1][0]["iter"]:  # a resume
+            runs[-1] = [r for r in runs[-1] if r["iter"] < first] + records
+        else:
+            runs.append(records)
+    return runs
+
+
+def curve(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
+    """Iterations and values of the records that have `key`. A value that is not finite is a gap in the line."""
+    found = [(r["iter"], r[key]) for r in records if r.get(key) is not None]
+    return [i for i, _ in found], [v if math.isfinite(v) else math.nan for _, v in found]
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """The mean of `window` values around each; gaps (nan) are passed over.
+
+    The window is centred, so that it does not lag behind a falling curve. It shrinks towards the first value; at the
+    end it looks back only, so that the last value is a mean, too.
+    """
+    half = max(window // 2, 0)
+    smoothed = []
+    for i in range(len(values)):
+        left = min(half, i)
+        right = left if i < half else half
+        inside = [v for v in values[i - left : i + right + 1] if not math.isnan(v)]
+        smoothed.append(sum(inside) / len(inside) if inside else math.nan)
+    return smoothed
+
+
+def draw(runs: Sequence[Sequence[Record]], title: str, target: Path, smoothing: float | None = None) -> None:
+    """Write the picture.
+
+    Args:
+        runs: records of each run, the current one last.
+        smoothing: iterations that the smoothed loss averages over; None for a share of the run, 0 for none.
+    Raises: OSError if `target` cannot be written; ValueError for an ending that is not a picture's.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    style: dict[Any, Any] = {
+        "axes.edgecolor": FAINT,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.labelcolor": INK,
+        "font.size": 10,
+    }
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(
+            3, 1, figsize=(9, 7.5), sharex=True, layout="constrained", height_ratios=(4, 1, 1)
+        )
+        loss, rate, norm = axes
+        for run in runs[:-1]:
+            _draw_loss(loss, run, smoothing, EARLIER, "earlier run" if run is runs[0] else None)
+            rate.plot(*curve(run, "lr"), color=EARLIER, linewidth=1)
+        _draw_loss(loss, runs[-1], smoothing, TRAINING, "training")
+        _draw_validation(loss, runs[-1])
+        rate.plot(*curve(runs[-1], "lr"), color=TRAINING, linewidth=1.2)
+        norm.plot(*curve(runs[-1], "grad_norm"), color=TRAINING, linewidth=0.8)
+        _limit(loss, runs)
+        loss.set(ylabel="loss (nats per token)")
+        loss.set_title(title, loc="left", fontsize=11)
+        rate.set(ylabel="learning rate")
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+        norm.set(ylabel="gradient norm", xlabel="iteration")
+        for axis in axes:
+            axis.grid(color=FAINT, linewidth=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_xlim(left=0)
+        rate.set_ylim(bottom=0)
+        norm.set_ylim(bottom=0)
+        loss.legend(frameon=False, loc="upper right")
+        _add_token_axis(loss, runs[-1])
+        figure.align_ylabels(axes)
+        try:
+            figure.savefig(target, dpi=130)
+        finally:
+            pyplot.close(figure)
+
+
+def _draw_loss(axis: Any, run: Sequence[Record], smoothing: float | None, colour: str, name: str | None) -> None:
+    iterations, losses = curve(run, "loss")
+    if not losses:
+        return
+    span = iterations[-1] - iterations[0] + 1
+    over = SMOOTHED_OVER * span if smoothing is None else smoothing
+    window = round(over * len(losses) / span)
+    if window < 3:  # nothing to smooth
+        axis.plot(iterations, losses, color=colour, linewidth=1.4, label=name, marker="." if len(losses) < 3 else "")
+        return
+    axis.plot(iterations, losses, color=colour, linewidth=0.7, alpha=0.3)
+    label = f"{name}, mean of {over:.0f} iterations" if name else None
+    axis.plot(iterations, smooth(losses, window), color=colour, linewidth=1.8, label=label)
+
+
+def _draw_validation(axis: Any, run: Sequence[Record]) -> None:
+    iterations, losses = curve(run, "val_loss")
+    if losses:
+        axis.plot(iterations, losses, "o-", color=VALIDATION, linewidth=1.4, markersize=4, label="validation")
+
+
+def _limit(axis: Any, runs: Sequence[Sequence[Record]]) -> None:
+    """A single spike must not flatten the rest of the curve: the highest few losses may be cut off at the top."""
+    losses = sorted(v for run in runs for key in ("loss", "val_loss") for v in curve(run, key)[1] if not math.isnan(v))
+    if len(losses) < 2:
+        return
+    bottom, most, top = losses[0], losses[int((len(losses) - 1) * (1 - OUTLIERS))], losses[-1]
+    if top - bottom > 2 * (most - bottom) > 0:
+        top = most
+    room = 0.04 * (top - bottom) or 0.1
+    axis.set_ylim(bottom - room, top + room)
+
+
+def _add_token_axis(axis: Any, run: Sequence[Record]) -> None:
+    """Above the picture: the tokens that all ranks have been trained on. Every iteration takes equally many."""
+    counted = [(r["iter"], r["tokens"]) for r in run if r.get("tokens")]
+    if not counted:
+        return  # a run of an older version
+    from xtuner.core.log import human
+
+    each = counted[-1][1] / counted[-1][0]
+    above = axis.secondary_xaxis("top", functions=(lambda i: i * each, lambda tokens: tokens / each))
+    above.xaxis.set_major_formatter(lambda tokens, _: human(tokens).replace(".00", ""))
+    above.set_xlabel("tokens")
+    above.spines["top"].set_visible(False)

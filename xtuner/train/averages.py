@@ -1,0 +1,61 @@
+"""What a log line says of the iterations since the one before: means, so that one odd pack is not the curve."""
+
+import math
+from typing import Any
+
+from xtuner.train.run import Iteration
+
+MEMORY = 0.98  # of the smoothed loss: the weight of an iteration halves with every 34 that follow
+_RATES = ("tokens_per_s", "tokens_per_s_a_rank", "mfu")
+_SECONDS = ("time", "data_time")
+
+
+class Averages:
+    """Collects iterations; `record` gives their means, `restart` begins with the next line.
+
+    - `loss`: mean over the targets of all of them; of a single iteration it is that iteration's own, to the last bit.
+      One that is not finite is left out, unless there is no other: it was reported, and its step not applied.
+    - `loss_smoothed`: the same mean over all iterations since the start, older ones with ever smaller weights (MEMORY).
+    - seconds are means; rates are means weighted by seconds, so that tokens per second is tokens over seconds.
+    - `targets`: their sum. `applied`: whether every step that had targets was applied.
+    - Everything else that hooks have recorded: the last iteration's own.
+    """
+
+    def __init__(self) -> None:
+        self._losses = self._targets = 0.0  # decaying sums
+        self._iterations: list[Iteration] = []
+
+    def restart(self) -> None:
+        self._iterations = []
+
+    def add(self, it: Iteration) -> None:
+        self._iterations.append(it)
+        if it.num_targets and math.isfinite(it.loss):
+            self._losses = MEMORY * self._losses + it.loss * it.num_targets
+            self._targets = MEMORY * self._targets + it.num_targets
+
+    def record(self) -> dict[str, Any]:
+        last = self._iterations[-1]
+        learned = [i for i in self._iterations if i.num_targets]
+        record = {
+            "loss": self._loss(),
+            "loss_smoothed": self._losses / self._targets if self._targets else last.loss,
+            "targets": sum(i.num_targets for i in learned),
+            "applied": bool(learned) and all(i.applied for i in learned),
+            **last.record,
+        }
+        if len(self._iterations) > 1:
+            for key in (*_SECONDS, *_RATES):
+                if key in record:
+                    record[key] = self._mean(key, by_seconds=key in _RATES)
+        return record
+
+    def _loss(self) -> float:
+        finite = [i for i in self._iterations if i.num_targets and math.isfinite(i.loss)]
+        if len(finite) < 2:
+            return (finite or self._iterations)[-1].loss
+        return sum(i.loss * i.num_targets for i in finite) / sum(i.num_targets for i in finite)
+
+    def _mean(self, key: str, by_seconds: bool) -> float:
+        weights = [i.record.get("time", 1.0) if by_seconds else 1.0 for i in self._iterations]
+        return sum(w * i.record[key] for w, i in zip(weights, self._iterations, strict=True)) / sum(weights)

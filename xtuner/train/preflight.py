@@ -1,0 +1,295 @@
+"""Everything that would end a run before its first iteration, found before anything is written.
+
+    settings       names, values, types and paths of the config; hooks   check-cfg, launch, dry run, train
+    prepare        weights, tokenizers and data that it names            check-cfg, dry run, train
+    command_line   options, the work dir and its lock                    dry run, train
+
+What depends on the machine is asked of engine/choose.py, engine/fit.py and the model's source; what depends on a
+checkpoint, of train/resume.py. Of weights only the headers are read. Each function raises one error for all that it
+finds, and names the setting or file that the user wrote.
+"""
+
+import dataclasses
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.config.build import build, type_name
+from xtuner.config.check import problems
+from xtuner.config.load import Config
+from xtuner.config.mistakes import Findings, naming, together
+from xtuner.config.paths import named_models
+from xtuner.config.walk import specs
+from xtuner.core import hub
+from xtuner.core.dist import Ranks
+from xtuner.core.errors import ConfigError, DataError, XTunerError
+from xtuner.core.files import not_written, read_json, require_utf8
+from xtuner.core.log import logger
+from xtuner.data.index import TokenizedFolder
+from xtuner.data.loader import PackLoader
+from xtuner.data.order import InternRepoSampler
+from xtuner.data.pack import PackedDataset
+from xtuner.data.place import read_only
+from xtuner.data.share import open_together
+from xtuner.engine.optim import OptimWrapper
+from xtuner.model.families import layout_of
+from xtuner.model.source import ModelSource, from_scratch
+from xtuner.model.weights import WeightFolder, hf_shapes
+from xtuner.model.weights import check as check_weights
+from xtuner.train import lock
+from xtuner.train.checkpoint import TRAINER
+from xtuner.train.hooks import ValidationHook
+from xtuner.train.run import Hook, Run
+
+DATASET, SAMPLER = "train_dataloader.dataset", "train_dataloader.sampler"
+NEEDED = {  # what a user's own must have, too
+    DATASET: ("__len__", "__getitem__", "documents", "fingerprint", "label_rule", "locate", "packed_length",
+              "packs_per_file", "raw", "seed", "tail_tokens_per_file"),
+    SAMPLER: ("describe", "set_epoch", "share", "world_size"),
+}  # fmt: skip
+
+
+def settings(config: Config, paths: bool = True) -> list[Hook]:
+    """Check the config by itself, and build its hooks: their constructors may refuse, too.
+
+    Args:
+        paths: look, too, whether the folders and files that it names are there.
+    """
+    if wrong := problems(config, paths):
+        raise together(wrong)
+    found = Findings(config)
+    hooks = []
+    parts = [(f"default_hooks.{k}", spec) for k, spec in (config.get("default_hooks") or {}).items()]
+    parts += [(f"custom_hooks.{i}", spec) for i, spec in enumerate(config.get("custom_hooks") or [])]
+    for key, spec in parts:
+        with found.looking(key):
+            hook = build(spec, key)
+            if not isinstance(hook, Hook):
+                raise ConfigError(
+                    f"{type_name(spec['type'])} is not a hook",
+                    where=key,
+                    why="the trainer calls methods of xtuner.train.hooks.Hook",
+                    do="derive the class from it: from xtuner.train.hooks import Hook",
+                )
+            hooks.append(hook)
+    found.check()
+    return hooks
+
+
+def prepare(
+    config: Config, hooks: list[Hook], work_dir: Path, device: torch.device, seed: int | None, ranks: Ranks,
+    only_look: bool = False,
+) -> Run:  # fmt: skip
+    """Build a run, but for its weights, from a config that `settings` has passed. All ranks call it together.
+
+    Args:
+        seed: of random weights; None for the config's.
+        only_look: fetch nothing of a hub (what is not on this machine is not looked at), write no index of the data.
+    """
+    source = ranks.together(lambda: start(config, only_look))
+    token = read_only.set(only_look)
+    try:
+        dataset = open_together(lambda: open_data(config), ranks)
+        return ranks.together(lambda: assemble(config, dataset, source, hooks, work_dir, device, seed))
+    finally:
+        read_only.reset(token)
+
+
+def start(config: Config, only_look: bool = False) -> ModelSource | None:
+    """The model, when its weights, those of load_from, and all tokenizers have been seen to fit it.
+
+    None for a model of a hub that is not on this machine.
+    """
+    found = Findings(config)
+    source: ModelSource | None = None
+    named = named_models(config) if only_look else ()
+    absent = [str(s.arguments[n]) for s, n, t in named if not hub.is_here(str(s.arguments[n]), t)]
+    for name in dict.fromkeys(absent):
+        logger.info(f"{name} is not on this machine yet: whether it fits is seen when it has been downloaded")
+    models = [(spec, name) for spec, name, is_tokenizer in named_models(config) if not is_tokenizer]
+    key = next((f"{spec.key}.{name}" for spec, name in models if spec.key.startswith("model")), "model")
+    if not any(str(spec.arguments[name]) in absent for spec, name in models):
+        with found.looking(key):
+            source = _model(config)
+            if source.folder:
+                check_weights(WeightFolder(source.folder), hf_shapes(source.config, source.layout))
+    if name := config.get("load_from"):
+        with found.looking("load_from"):
+            _weights_to_start_from(Path(name).expanduser(), source)
+    for spec, name, is_tokenizer in named_models(config):
+        if is_tokenizer and str(spec.arguments[name]) not in absent:
+            with found.looking(f"{spec.key}.{name}"):
+                _tokenizer(build({"type": spec.kind, **spec.arguments}, spec.key), source)
+    found.check()
+    return source
+
+
+def _model(config: Config) -> ModelSource:
+    try:
+        source = build(config.values["model"], "model")
+    except XTunerError as e:
+        named = (s.arguments[n] for s, n, is_tokenizer in named_models(config) if not is_tokenizer)
+        if e.where.startswith("config.json") and (folder := next(named, None)):
+            raise type(e)(e.what, where=f"{folder}/{e.where}", why=e.why, do=e.do) from None
+        raise
+    if not isinstance(source, ModelSource):
+        raise ConfigError(f"{type_name(config.values['model']['type'])} makes no ModelSource", where="model")
+    for name in ("bos_token_id", "eos_token_id"):
+        number, ids = getattr(source.config, name), source.config.vocab_size
+        if not 0 <= number < ids:
+            where = f"{source.folder}/config.json: {name}" if source.folder else f"model.{name}"
+            raise ConfigError(f"{name} = {number} is not an id of the vocabulary, 0 … {ids - 1}", where=where)
+    return source
+
+
+def _weights_to_start_from(folder: Path, source: ModelSource | None) -> None:
+    weights = folder / "weights" if (folder / TRAINER).is_file() else folder
+    layout = layout_of(read_json(weights / "config.json"))
+    tensors = WeightFolder(weights)
+    if source:
+        check_weights(tensors, hf_shapes(source.config, layout), by="the config's model")
+
+
+def _tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
+    ids = getattr(tokenizer, "vocab_size", 0)
+    if source and ids > source.config.vocab_size:
+        pretrained = source.folder is not None
+        raise ConfigError(
+            f"the tokenizer has {ids:,} ids, the model's vocabulary {source.config.vocab_size:,}",
+            why="text would become ids that have no row in the embedding, and the export would be refused",
+            do="give the model's own tokenizer" if pretrained else f"set vocab_size to {ids} or more",
+        )
+
+
+def open_data(config: Config) -> PackedDataset:
+    """The training data. Raises: ConfigError and DataError of the folder, its files and their order."""
+    with naming(config, *_data_keys(config, DATASET)):
+        return _with_all(config, DATASET, build(config.values["train_dataloader"]["dataset"], DATASET))
+
+
+def _data_keys(config: Config, root: str) -> list[str]:
+    """The settings below `root` that name a data folder, and the order of its files."""
+    inside = [s for s in specs(config) if f"{s.key}.".startswith(f"{root}.")]
+    named = [(s.key, n) for s in inside for n in ("folder", "data_order_path") if s.arguments.get(n) is not None]
+    return [f"{key}.{name}" for key, name in named] or [root]
+
+
+def _with_all(config: Config, key: str, part: Any) -> Any:
+    """A part that the loader works with, when it has what the loader needs."""
+    if lacks := [name for name in NEEDED[key] if not hasattr(part, name)]:
+        ours = {DATASET: PackedDataset, SAMPLER: InternRepoSampler}[key]
+        raise ConfigError(
+            f"{type(part).__name__} has no {', '.join(lacks)}",
+            where=key,
+            why="the loader reads packs, their order and their identity from it",
+            do=f"derive it from {ours.__module__}.{ours.__name__}, or give it the same attributes",
+        )
+    return part
+
+
+def assemble(
+    config: Config, dataset: PackedDataset, source: ModelSource | None, hooks: list[Hook], work_dir: Path,
+    device: torch.device, seed: int | None,
+) -> Run:  # fmt: skip
+    """Put a run together from parts that have been checked. Raises: ConfigError, DataError.
+
+    Args:
+        source: None for a model that is not known: the run can be planned, not trained.
+    """
+    seed = seed if seed is not None else (config.get("randomness.seed") or 0)
+    if source is None:
+        source = from_scratch(vocab_size=1, hidden_size=2, intermediate_size=1, num_hidden_layers=1,
+                              num_attention_heads=1)  # fmt: skip
+    else:
+        dataset.vocab_size = source.config.vocab_size
+    if source.seed is None:
+        source = dataclasses.replace(source, seed=seed)
+    optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
+    dataloader = config.values["train_dataloader"]
+    with naming(config, SAMPLER):
+        sampler = _with_all(config, SAMPLER, build(dataloader["sampler"], SAMPLER, dataset=dataset))
+    loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0))
+    hooks = list(hooks)
+    if config.get("val_dataset"):
+        with naming(config, *_data_keys(config, "val_dataset")):
+            held_out: TokenizedFolder = build(config.values["val_dataset"], "val_dataset")
+        hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
+    hooks.sort(key=lambda h: h.priority)
+    max_epochs = config.values["train_cfg"]["max_epochs"]
+    run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs)
+    run.plan()
+    run.data_facts, run.data_files = loader.fingerprint(), loader.files()
+    _enough(run)
+    with naming(config, *_data_keys(config, DATASET)):
+        dataset[0]  # read as training reads it: ids beyond the vocabulary are seen before a run has begun
+    return run
+
+
+def _enough(run: Run) -> None:
+    if run.max_iterations:
+        return
+    data = run.loader.dataset
+    documents, ranks = data.documents, run.loader.dp_size
+    takes = f"one iteration takes {run.packs_per_iteration}" + (f" on {ranks} ranks" if ranks > 1 else "")
+    length, counts = (run.config.written(k) for k in (f"{DATASET}.packed_length", "optim_wrapper.accumulative_counts"))
+    raise DataError(
+        f"{len(data)} packs, and {takes}",
+        where=f"{documents.folder}: {documents.num_tokens:,} tokens in {len(documents)} files, "
+        f"by {run.config.where(_data_keys(run.config, DATASET)[0])}",
+        why=f"a file's tokens that do not fill a pack of {data.packed_length:,} are dropped",
+        do=f"lower {length} or {counts}, or give more data" + (", or take fewer ranks" * (ranks > 1)),
+    )
+
+
+def command_line(work_dir: Path, seed: int | None = None, max_minutes: float | None = None) -> None:
+    """Check what the command line says: numbers, and that the work dir can be written and is nobody's. Leaves nothing.
+
+    Raises: ConfigError; BusyError for another run's work dir; CheckpointError for a disk that takes nothing.
+    """
+    require_utf8(work_dir, "work dir")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ConfigError(f"--seed {seed} is not in 0 … 2^32 - 1", where="--seed")
+    if max_minutes is not None and not (math.isfinite(max_minutes) and max_minutes > 0):
+        raise ConfigError(
+            f"--max-minutes {max_minutes:g} is not a number of minutes above 0",
+            where="--max-minutes",
+            do="leave it out to train to the end",
+        )
+    try:
+        there = work_dir.absolute()
+        while not _exists(there):
+            there = there.parent
+        if not there.is_dir():
+            raise NotADirectoryError(None, "it is a file" if there.is_file() else "it is no folder", str(there))
+        tempfile.TemporaryDirectory(prefix=".xtuner-", dir=there).cleanup()
+        if there == work_dir.absolute():
+            lock.require_dead(there / lock.NAME, time.time())
+    except ValueError as e:
+        raise ConfigError(f"the work dir cannot be made: {e}", where=repr(str(work_dir))) from None
+    except OSError as e:
+        e.filename = None  # of what was made to try
+        raise not_written(e, "the work dir", work_dir, "give another one with --work-dir") from None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def work_dir_of(given: str | None, config: Config) -> Path:
+    """--work-dir, else the config's, else work_dirs/CONFIG. Raises: ConfigError for a ~user that is not known."""
+    named = given or config.get("work_dir")
+    default = Path("work_dirs") / config.name
+    try:
+        return Path(named).expanduser() if isinstance(named, str) else default  # `settings` refuses other types
+    except RuntimeError as e:
+        where = "--work-dir" if given else config.where("work_dir")
+        raise ConfigError(f"the work dir {named!r} cannot be found: {e}", where=where) from None

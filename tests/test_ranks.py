@@ -212,8 +212,10 @@ def test_one_stream_on_any_number_of_ranks(
     def trained(config: Path, work_dir: Path, ranks: int) -> list[set[int]]:
         run[0] += 1
         words = ["train", config, "--work-dir", work_dir, "--resume", "auto", "--launcher", "pytorch"]
-        assert set(ended(started(words, tmp_path, ranks))) <= {0, 75}, told(tmp_path, 0)
-        return iterations(ranks)
+        (code,) = set(ended(started(words, tmp_path, ranks)))
+        assert code in (0, 75), told(tmp_path, 0)
+        taken = iterations(ranks)
+        return taken[:-1] if code == 75 else taken  # ranks agree on a stop with the next iteration's packs in hand
 
     monkeypatch.setattr(PackLoader, "iterate_from", recording)
     text = tiny.read_text()

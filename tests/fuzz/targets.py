@@ -236,7 +236,7 @@ def _options(shared: Path) -> Target:
         "".join
     )
     inputs = st.lists(pair, min_size=1, max_size=3)
-    return Target("options", inputs, ["lr=1e-4"], lambda folder, case: _read_options(config, case), 100, may_exec=True)
+    return Target("options", inputs, ["lr=1e-4"], lambda folder, case: _read_options(config, case), 60, may_exec=True)
 
 
 def _config(shared: Path) -> Target:

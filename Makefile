@@ -10,7 +10,7 @@ LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 LLAMACPP := $(CACHE)/llama-cpp-python-0.3.36
 MMENGINE := $(CACHE)/mmengine-0.10.7
 
-.PHONY: demo test test-interop lint lmdeploy llamacpp mmengine bench-table bench-several bench-data clean help
+.PHONY: demo test test-interop fuzz lint lmdeploy llamacpp mmengine bench-table bench-several bench-data clean help
 
 help:
 	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-table  what benchmarks/train.py has measured on this machine's GPU"
 	@echo "make bench-several  on a host with several GPUs: collectives, speed beside the prediction, faults (10 to 20 minutes)"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare what they say with ours (minutes)"
+	@echo "make fuzz  odd inputs for every reader of foreign bytes, FUZZ_SECONDS=600 for each (TARGET=name for one); finds are kept in fuzz-finds"
 	@echo "make bench-data  measure the data path; beside megatron-core with PEER=python-that-has-it (FOLDER keeps the data)"
 	@echo "make clean  remove .venv and everything made"
 
@@ -33,6 +34,10 @@ test: .venv/installed lint
 test-interop: .venv/installed
 	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL="$(TORCH_INDEX)") $(BIN)/xtuner eval opencompass --install --env "$(CACHE)/evaluation"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m interop
+
+FUZZ_SECONDS ?= 600
+fuzz: .venv/installed
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(TARGET) --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -20,7 +20,9 @@ from xtuner.config import legacy, statements
 from xtuner.config.literals import secret_literals
 from xtuner.core import secrets
 from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.core.inputs import short_repr
 
+DEEPEST = 50  # brackets or signs of a value of --cfg-options
 _NOT_FINITE = {"nan": math.nan, **{f"{sign}inf": float(f"{sign}inf") for sign in ("", "+", "-")}}
 SHIPPED = Path(__file__).parent.parent / "configs"
 # Names under which older tools shipped a config → ours for the same data and model
@@ -207,18 +209,26 @@ def parse_option(option: str) -> tuple[str, Any]:
     """`a.b=v` → ("a.b", value). Lists: `k=[a, b]` or `k=a,b`; nested: `k=[(a, b), (c, d)]`."""
     key, equals, text = option.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"{option!r} is not of the form key=value", where="--cfg-options")
+        raise ConfigError(f"{short_repr(option)} is not of the form key=value", where="--cfg-options")
     try:
         return key.strip(), parse_value(text.strip())
-    except RecursionError:
-        raise ConfigError(f"{text[:40]}… is nested too deep", where=f"--cfg-options {key.strip()}") from None
+    except (TypeError, RecursionError, MemoryError) as e:
+        how = "it is nested too deeply" if not isinstance(e, TypeError) else str(e)
+        raise ConfigError(
+            f"{short_repr(text.strip())} is not a value: {how}", where=f"--cfg-options {short_repr(key.strip())[1:-1]}"
+        ) from None
 
 
 def parse_value(text: str) -> Any:
-    """A Python literal if it is one, else true/false/none/nan/inf, else a list of what commas part, else the text."""
+    """A Python literal if it is one, else true/false/none/nan/inf, else a list of what commas part, else the text.
+
+    Raises: TypeError, RecursionError, MemoryError for what only looks like a literal.
+    """
+    if max(map(text.count, "([{-+~")) > DEEPEST and _depth(text) > DEEPEST:
+        raise RecursionError
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError):
         pass
     words = {"true": True, "false": False, "none": None, "null": None, **_NOT_FINITE}
     if text.lower() in words:
@@ -228,6 +238,16 @@ def parse_value(text: str) -> Any:
         return tuple(items) if text.startswith("(") else items
     parts = _split(text)
     return [parse_value(p) for p in parts] if len(parts) > 1 else text
+
+
+def _depth(text: str) -> int:
+    """How deep brackets and signs nest: Python's parser fails in many ways where it is too deep."""
+    deepest = depth = signs = 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        signs = signs + 1 if c in "+-~" else signs if c == " " else 0
+        deepest = max(deepest, depth, signs)
+    return deepest
 
 
 def _split(text: str) -> list[str]:
@@ -301,7 +321,7 @@ def _values_at(tree: ast.Module, line: int, namespace: dict[str, Any]) -> str:
     """`there, lr = 'abc' and max_epochs = 1`: what a line that failed reads."""
     names = [n for n in _names_at(tree, line) if n in namespace]
     plain = [n for n in names if isinstance(namespace[n], str | int | float | list | tuple | None)]
-    return "there, " + " and ".join(f"{n} = {repr(namespace[n])[:200]}" for n in plain) if plain else ""
+    return "there, " + " and ".join(f"{n} = {short_repr(namespace[n])}" for n in plain) if plain else ""
 
 
 def _set(values: dict[str, Any], key: str, new: Any) -> None:
@@ -314,9 +334,9 @@ def _set(values: dict[str, Any], key: str, new: Any) -> None:
             raise ConfigError(f"no {part!r} in the config.{did_you_mean(part, known)}", where=f"--cfg-options {key}")
         at = at[part] if isinstance(at, dict) else at[int(part)]
         if not isinstance(at, dict | list):
-            raise ConfigError(f"{part!r} is {at!r}, which has no parts", where=f"--cfg-options {key}")
+            raise ConfigError(f"{part!r} is {short_repr(at)}, which has no parts", where=f"--cfg-options {key}")
     if isinstance(at, list):
-        if not last.isdigit() or int(last) >= len(at):
+        if last not in map(str, range(len(at))):
             raise ConfigError(f"no entry {last!r} in a list of {len(at)}", where=f"--cfg-options {key}")
         at[int(last)] = new
     else:

@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from xtuner.core.dist import note
 from xtuner.core.errors import DISK_ERRORS, CheckpointError, ConfigError, XTunerError
+from xtuner.core.inputs import open_regular, read_regular, short, short_repr
 from xtuner.core.log import logger
 from xtuner.core.owner import made_by_living, mark
 
@@ -138,15 +139,13 @@ def read_json(path: str | Path) -> Any:
 
 def _read(path: Path) -> str:
     try:
-        if path.exists() and not path.is_file():  # a pipe would not end
-            raise CheckpointError(f"{path.name} is not a file", where=str(path))
-        return path.read_text(encoding="utf-8")
+        return read_regular(path).decode()
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} is missing", where=str(path)) from None
     except UnicodeDecodeError as e:
         raise CheckpointError(f"{path.name} is not JSON: {e}", where=str(path)) from None
     except OSError as e:
-        raise CheckpointError(f"{path.name} cannot be read: {e.strerror}", where=str(path)) from None
+        raise CheckpointError(f"{path.name} cannot be read: {e.strerror or e}", where=str(path)) from None
 
 
 def _parsed(path: Path, text: str) -> Any:
@@ -159,7 +158,7 @@ def _parsed(path: Path, text: str) -> Any:
 
 
 def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
+    with open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
@@ -188,18 +187,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     text = _read(path)
     manifest = _parsed(path, text)
     files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or manifest.keys() - {"kind", "iteration", "files", "sha256"}:
+    plain = isinstance(manifest, dict) and all(isinstance(v, str | int) for k, v in manifest.items() if k != "files")
+    if not plain or not isinstance(files, dict) or manifest.keys() - {"kind", "iteration", "files", "sha256"}:
         raise CheckpointError("the manifest is not one of ours", where=str(path))
     for name, entry in files.items():
         if not name or ".." in Path(name).parts or Path(name).is_absolute():
-            raise CheckpointError(f"the manifest names a file outside its directory: {name!r}", where=str(path))
+            raise CheckpointError(
+                f"the manifest names a file outside its directory: {short_repr(name)}", where=str(path)
+            )
         if not (
             isinstance(entry, dict)
             and type(entry.get("bytes")) is int
             and entry["bytes"] >= 0
             and isinstance(entry.get("sha256"), str)
         ):
-            raise CheckpointError(f"the manifest has no size and sha256 of {name!r}", where=str(path))
+            raise CheckpointError(f"the manifest has no size and sha256 of {short_repr(name)}", where=str(path))
     own = manifest.pop("sha256", None)
     sealed = {**manifest, "sha256": own} if own is not None else manifest
     if text != _text(sealed) or own not in (None, _own(manifest)):
@@ -237,7 +239,7 @@ def verify(folder: str | Path, rank: int = 0, ranks: int = 1, contents: bool = T
         except (OSError, ValueError):  # also names that no file can have
             info = None
         if info is None or not stat.S_ISREG(info.st_mode):
-            raise CheckpointError(f"{name[:200]} is missing", where=str(folder))
+            raise CheckpointError(f"{short(name)} is missing", where=str(folder))
         size = info.st_size
         if size != entry["bytes"]:
             raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}", where=str(file))

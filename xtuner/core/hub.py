@@ -4,20 +4,21 @@ huggingface_hub honours HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN. We ta
 a hub, never code, and pickles (`.bin`) only of repositories without safetensors.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from xtuner.core import kinds
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.files import read_json
 from xtuner.core.log import logger
 
 _TOKENIZER = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"]
 _TOKENIZER += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
 _SMALL = ["config.json", "generation_config.json", *_TOKENIZER]
-_SAFETENSORS = ["*.safetensors", "model.safetensors.index.json"]
+INDEX = "model.safetensors.index.json"
+_SAFETENSORS = ["*.safetensors", INDEX]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"  # organisation/name
 _NEVER = ["*/*", "consolidated*"]  # other formats in sub-folders; a second copy of the weights (Mistral)
@@ -34,11 +35,11 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
     Raises: ConfigError if there is no such folder and no such model, or the hub cannot be reached or read.
     """
     path = Path(os.path.expanduser(name_or_path))
-    if name_or_path and path.is_dir():
+    if name_or_path and os.path.isdir(path):
         return path
-    if re.fullmatch(ID, name_or_path) and not path.exists():
+    if re.fullmatch(ID, name_or_path) and not os.path.exists(path):
         return _from_hub(name_or_path, revision, tokenizer_only)
-    if path.is_file():
+    if os.path.isfile(path):
         kinds.take(path, (), str(path.absolute()), "give {} as the model")
     raise ConfigError(
         f"the model {name_or_path!r} is no folder here, and no hub id",
@@ -51,7 +52,7 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
 def is_here(name_or_path: str, tokenizer_only: bool = False) -> bool:
     """Whether `resolve` finds it, or refuses it, without the network."""
     path = Path(os.path.expanduser(name_or_path))
-    if path.exists() or not re.fullmatch(ID, name_or_path):
+    if os.path.exists(path) or not re.fullmatch(ID, name_or_path):
         return True
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -67,18 +68,31 @@ def is_here(name_or_path: str, tokenizer_only: bool = False) -> bool:
 def missing_files(folder: Path, tokenizer_only: bool = False) -> list[str]:
     """What a folder lacks to be used, judged by its own index of weights; empty if nothing."""
     if tokenizer_only:
-        return [] if any((folder / name).is_file() for name in _TOKENIZER[:3]) else ["a tokenizer"]
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    for index, pattern in (("model.safetensors.index.json", "*.safetensors"), (_PICKLES[1], _PICKLES[0])):
-        try:
-            names = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-            return missing + sorted(name for name in names if not (folder / name).is_file())
-        except FileNotFoundError:  # without an index, only files that are not one of many can be all of them
-            if any("-of-" not in file.name for file in folder.glob(pattern) if file.is_file()):
-                return missing
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return [*missing, f"a readable {index}"]
+        return [] if any(os.path.isfile(folder / name) for name in _TOKENIZER[:3]) else ["a tokenizer"]
+    missing = [] if os.path.isfile(folder / "config.json") else ["config.json"]
+    for index, pattern in ((INDEX, "*.safetensors"), (_PICKLES[1], _PICKLES[0])):
+        if os.path.exists(folder / index):
+            try:
+                return missing + [name for name in indexed_files(folder / index) if not os.path.isfile(folder / name)]
+            except CheckpointError:
+                return [*missing, f"a readable {index}"]
+        # without an index, only files that are not one of many can be all of them
+        if any("-of-" not in file.name for file in folder.glob(pattern) if os.path.isfile(file)):
+            return missing
     return [*missing, "weights"]
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The files that an index of weights (`model.safetensors.index.json`) names, sorted. Raises: CheckpointError."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(
+            "the index does not map the names of tensors to the names of files",
+            where=f"{index}: weight_map",
+            do="copy the model's file there again",
+        )
+    return sorted(set(weight_map.values()))
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str], local: bool) -> Path:

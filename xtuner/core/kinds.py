@@ -3,6 +3,7 @@
 Whoever takes some of them calls `take`, which says what any other is and gives the command that makes it fit.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Collection
@@ -98,14 +99,14 @@ def _advice(kind: Kind, kinds: Collection[str], use: str, checkpoint: str) -> st
 
 def recognise(path: str | Path) -> Kind:
     """What lies at `path`. Nothing is opened."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         if path.is_file():
             return Kind(path, _FILES.get(path.suffix, FILE))
         if not path.is_dir():
             return Kind(path, NOTHING)
         names = {p.name for p in path.iterdir()}
-    except OSError:
+    except (OSError, ValueError):  # also names that no file can have
         return Kind(path, NOTHING)
     if MANIFEST in names and "weights" in names:
         return Kind(path, CHECKPOINT)

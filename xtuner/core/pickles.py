@@ -5,13 +5,19 @@ BUILD opcode sets attributes or calls `__setstate__` of whatever lies on the sta
 machine of our own: `pickletools` splits the bytes into opcodes, and those below can only make plain values, tensors
 and inert placeholders. A global is a key into `_GLOBALS`, our own builders; nothing is imported or looked up.
 
+A small file may describe something large: parts of it can be used many times over. So members of the zip may not share
+bytes, what is built out of a list that lies in the memo is counted, a tensor is at most as large as its file, and
+messages show the beginning of a value.
+
 Formats: pickletools documents the opcodes. Since torch 1.6 a file is an uncompressed zip: `NAME/data.pkl`,
 `NAME/data/KEY` (a storage each), `NAME/byteorder`. In the pickle a tensor is a call of `_rebuild_tensor_v2(storage,
 offset, size, stride, requires_grad, hooks)`, a storage is the id `('storage', type, KEY, device, elements)`. One
 with attributes of its own (DeepSpeed's ZeRO-3 gives some) is `_rebuild_from_type_v2(function, class, arguments, them)`.
 """
 
+import bisect
 import contextlib
+import math
 import pickletools
 import struct
 import sys
@@ -28,10 +34,13 @@ from typing import Any, BinaryIO
 import torch
 
 from xtuner.core.errors import CheckpointError
+from xtuner.core.inputs import open_regular, short, short_repr
 
 _RUNS_CODE = "a pickle can run any program of whoever wrote it, so only tensors and plain values are read"
 _CONVERT = "if you trust whoever wrote it, load it where that is safe and save the weights as .safetensors"
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which Python names from 3.13 on
+_MOST_DIMENSIONS = 64  # of a tensor, as in torch
+_LONGEST_NAME = 1000  # of a module, and of a class in it
 _MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # the integer 0x1950a86a20f9469cfc6c, pickled
 
 
@@ -68,22 +77,26 @@ class _Storage:
     data: torch.UntypedStorage
     dtype: torch.dtype
     length: int  # elements of dtype
+    file_size: int  # bytes, which no tensor may exceed: with strides of 0 a byte stands for any number of elements
 
 
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, grad: Any = False, *rest: Any) -> torch.Tensor:
     """A view of the storage. Raises: ValueError where it would reach outside."""
     # rest: hooks, always empty; in `_rebuild_tensor_v3` the dtype (float8, uint16, …: the storage counts bytes); bits.
     dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
-    if any(not isinstance(value, torch.dtype) and value for value in rest):
+    if len(rest) > 4 or any(not isinstance(value, torch.dtype) and value for value in rest):
         raise ValueError("a tensor with hooks, or a conjugated or negated view")
     length = storage.length * storage.dtype.itemsize // dtype.itemsize
     if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)):
         raise ValueError("a tensor whose size and strides do not match")
-    if any(type(n) is not int or not 0 <= n < 2**63 for n in (offset, *size, *stride)):
-        raise ValueError(f"a tensor of size {size}, strides {stride}, offset {offset}")
+    if len(size) > _MOST_DIMENSIONS or any(type(n) is not int or not 0 <= n < 2**63 for n in (offset, *size, *stride)):
+        shown = map(short_repr, (size, stride, offset))
+        raise ValueError("a tensor of size {}, strides {}, offset {}".format(*shown))
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if (offset > length) if 0 in size else (last >= length):
         raise ValueError(f"a tensor that reaches element {max(offset, last)} of a storage of {length}")
+    if math.prod(size) * dtype.itemsize > storage.file_size:
+        raise ValueError(f"a tensor of size {short_repr(size)} in a file of {storage.file_size:,} bytes")
     return torch.empty(0, dtype=dtype).set_(storage.data, offset, size, stride).requires_grad_(grad is True)
 
 
@@ -96,24 +109,28 @@ def _typed(make: Any, cls: Any, args: Any, attributes: Any) -> torch.Tensor:
     if not (isinstance(make, _Builder) and make.make is _tensor and isinstance(args, tuple)):
         raise ValueError("a tensor that is made in an unknown way")
     if cls != _TENSOR:
-        raise ValueError(f"a tensor of the class {getattr(cls, 'name', cls)}")
+        raise ValueError(f"a tensor of the class {short_repr(getattr(cls, 'name', cls))}")
     return _tensor(*args)
 
 
 def _bytes(text: str = "", encoding: str = "latin1") -> bytes:
     # Before protocol 3 bytes were written as `_codecs.encode(text, 'latin1')`, empty ones as `bytes()`.
     if encoding != "latin1":
-        raise ValueError(f"bytes in the encoding {encoding!r}")
+        raise ValueError(f"bytes in the encoding {short_repr(encoding)}")
     return text.encode(encoding)
 
 
 def _key(value: Any) -> Any:
-    # Flat keys only: hashing a tuple nested a million deep overflows the C stack, which kills the process.
-    plain = (str, bytes, int, float, NoneType, torch.dtype, frozenset, Opaque)
-    if isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(v, plain) for v in value)):
-        return value
-    raise ValueError(f"a {type(value).__name__} as a key")
+    # Flat keys only: hashing a tuple nested a million deep overflows the C stack, which kills the process; comparing
+    # two equal frozensets that nest takes twice as long for each level. Integers beyond 2^61 can be chosen to have one
+    # hash, and a dict of n of them takes n² steps.
+    for part in value if isinstance(value, tuple) else (value,):
+        if not isinstance(part, _FLAT) or (isinstance(part, int) and part.bit_length() > 60):
+            raise ValueError(f"{short_repr(part)} as a key")
+    return value
 
+
+_FLAT = (str, bytes, int, float, NoneType, torch.dtype, Opaque)
 
 _STORAGES = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16}
 _STORAGES |= {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8}
@@ -152,8 +169,10 @@ class _Machine:
     def __init__(self, path: str | Path, storage: Callable[[Any], _Storage], opaque: bool) -> None:
         self.path, self.storage, self.opaque = path, storage, opaque
         self.at = 0  # byte of the pickle, for messages
+        self.room = 0  # how many more elements may be built out of lists and texts
 
     def run(self, code: bytes) -> Any:
+        self.room = len(code)  # each element took at least a byte, and is built once
         stack: list[Any] = []
         marks: list[int] = []  # heights of the stack
         memo: dict[Any, Any] = {}
@@ -198,7 +217,8 @@ class _Machine:
                 case "GLOBAL":
                     stack.append(self.look_up(str(arg).replace(" ", ".")))
                 case "STACK_GLOBAL":
-                    stack[-2:] = [self.look_up(".".join(stack[-2:]))]
+                    module, name = stack[-2:]
+                    stack[-2:] = [self.look_up(f"{module[:_LONGEST_NAME]}.{name[:_LONGEST_NAME]}")]
                 case "BINPERSID":
                     stack[-1] = self.storage(stack[-1])
                 case "REDUCE" | "NEWOBJ":
@@ -219,15 +239,17 @@ class _Machine:
         if self.opaque:
             return Opaque(name)
         where = f"{self.path}, byte {self.at} of its data.pkl"
-        raise CheckpointError(f"the pickle asks for {name!r}", where=where, why=_RUNS_CODE, do=_CONVERT)
+        raise CheckpointError(f"the pickle asks for {short_repr(name)}", where=where, why=_RUNS_CODE, do=_CONVERT)
 
-    @staticmethod
-    def call(function: Any, args: Any, keywords: Any = None) -> Any:
+    def call(self, function: Any, args: Any, keywords: Any = None) -> Any:
         if not isinstance(args, tuple):
-            raise TypeError("arguments that are no tuple")
+            raise TypeError("arguments that are not a tuple")
         if isinstance(function, Opaque):
             return Opaque(function.name, (*args, keywords) if keywords else args)
         if isinstance(function, _Builder) and not keywords:
+            self.room -= len(args) + sum(len(v) for v in args if isinstance(v, str | bytes | list | tuple | dict | set))
+            if self.room < 0:
+                raise ValueError("a value that is built over and over")
             return function.make(*args)
         raise TypeError(f"a call of a {type(function).__name__}")
 
@@ -260,6 +282,10 @@ class _Archive:
         self.file = file
         self.zip = zipfile.ZipFile(file)
         self.length = file.seek(0, 2)
+        # Where the bytes of a member end at the latest: no two may share any.
+        self.begins = sorted(info.header_offset for info in self.zip.infolist())
+        if len(set(self.begins)) < len(self.begins):
+            raise zipfile.BadZipFile("two members lie in the same place")
         roots = [name[: -len("/data.pkl")] for name in self.zip.namelist() if name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise zipfile.BadZipFile(f"{len(roots)} members named data.pkl instead of one")
@@ -282,10 +308,13 @@ class _Archive:
         self.file.seek(info.header_offset)
         header = self.file.read(30)
         if header[:4] != b"PK\3\4" or info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise zipfile.BadZipFile(f"{info.filename!r} is compressed, encrypted or damaged")
+            raise zipfile.BadZipFile(f"{short_repr(info.filename)} is compressed, encrypted or damaged")
         begin = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))  # the name and extra fields
         if begin + info.file_size > self.length:
-            raise zipfile.BadZipFile(f"{info.filename!r} reaches beyond the end of the file")
+            raise zipfile.BadZipFile(f"{short_repr(info.filename)} reaches beyond the end of the file")
+        after = bisect.bisect(self.begins, info.header_offset)
+        if after < len(self.begins) and begin + info.file_size > self.begins[after]:
+            raise zipfile.BadZipFile(f"{short_repr(info.filename)} shares bytes with another member")
         return begin, info.file_size
 
     def read(self, name: str) -> bytearray:
@@ -304,7 +333,7 @@ class _Archive:
         data = self.storages[key]
         if not 0 <= length * dtype.itemsize <= data.nbytes():
             raise ValueError(f"a storage of {length} elements of {dtype} in {data.nbytes()} bytes")
-        return _Storage(data, dtype, length)
+        return _Storage(data, dtype, length, self.length)
 
     def bytes_of(self, name: str) -> torch.UntypedStorage:
         begin, size = self.span(name)
@@ -342,13 +371,13 @@ def load_tensors(path: str | Path, mmap: bool = True, opaque: bool = False) -> A
     """
     machine = None
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             _check_start(file.read(64), path)
             archive = _Archive(file, mmap)
             order = archive.read("byteorder").decode() if "byteorder" in archive else "little"
             if order != sys.byteorder:
                 raise CheckpointError(
-                    f"the tensors are {order!r}-endian, this machine is {sys.byteorder}-endian",
+                    f"the tensors are {short_repr(order)}-endian, this machine is {sys.byteorder}-endian",
                     where=str(path),
                     why="every number would be read wrong",
                     do="load it with torch on any machine and save it there as .safetensors",
@@ -361,7 +390,7 @@ def load_tensors(path: str | Path, mmap: bool = True, opaque: bool = False) -> A
         raise
     except Exception as e:  # a damaged or crafted zip or pickle fails in many ways
         raise CheckpointError(
-            f"{Path(path).name} is cut short, damaged or crafted: {e}",
+            f"{Path(path).name} is cut short, damaged or crafted: {short(str(e))}",
             where=f"{path}, byte {machine.at} of its data.pkl" if machine else str(path),
             why="its tensors may be missing or wrong",
             do="compare its size and sha256 with the original's and copy it again",

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from xtuner.core.inputs import short_repr
 from xtuner.data.format import BinFile, Facts, Signature
 
 VERSION = 1
 MAGIC = b"xtuner data index\n"
 HEADER = 4096
+FILE_BYTES = 8 * 8 + 32  # of a file's numbers and identity
 COLUMNS = 8  # size, time, meta size, meta time, documents, tokens, where the file's table begins, its checksum
 
 
@@ -86,11 +88,13 @@ def unpack(data: Any) -> tuple[Catalog, dict[str, Any]]:
         raise ValueError("torn or no index")
     try:
         head: dict[str, Any] = json.loads(bytes(data[len(MAGIC) : HEADER]))
-        if head["version"] != VERSION:
-            raise ValueError(f"of version {head['version']}, not {VERSION}")
-        files, size = int(head["files"]), int(head["bytes"])
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError):
+        version, files, size = head["version"], head["files"], head["bytes"]
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise ValueError("torn") from None
+    if version != VERSION:
+        raise ValueError(f"of version {short_repr(version)}, not {VERSION}")
+    if not (type(files) is int and type(size) is int and 0 <= files * FILE_BYTES <= size):
+        raise ValueError("torn")
     body = bytes(data[HEADER : HEADER + size])
     if len(body) != size or hashlib.sha256(body).hexdigest() != head.get("sha256"):
         raise ValueError("torn")
@@ -98,4 +102,6 @@ def unpack(data: Any) -> tuple[Catalog, dict[str, Any]]:
     numbers = np.frombuffer(body, np.int64, files * COLUMNS).reshape(files, COLUMNS)
     identities = np.frombuffer(body, np.uint8, files * 32, table).reshape(files, 32)
     names = body[table + files * 32 :].decode(errors="surrogateescape").split("\0") if files else []
+    if len(names) != files:
+        raise ValueError("torn")
     return Catalog(names, numbers.copy(), identities.copy()), head

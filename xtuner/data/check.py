@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.core.files import PendingFile
+from xtuner.core.inputs import open_regular
 from xtuner.core.log import progress
 from xtuner.data import pool
 from xtuner.data.meta import MetaView, meta_path
@@ -83,8 +84,9 @@ def check(
         workers: processes; None for one a core.
     Raises: ConfigError, DataError for a folder in which nothing can be checked.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"the data folder is {'a file' if folder.exists() else 'not there'}", where=str(folder))
+    if not os.path.isdir(folder):
+        how = "a file" if os.path.exists(folder) else "not there"
+        raise ConfigError(f"the data folder is {how}", where=str(folder))
     workers = pool.usable_workers(workers)
     everything = list(walk(folder, ""))
     names = [name for name in everything if name.endswith(ending)]
@@ -119,7 +121,7 @@ def _places(folder: Path, names: list[str], report: Report) -> dict[int, int]:
         if path.is_symlink():
             report.add(NOTE, name, f"is a link to {os.readlink(path)}")
         try:
-            with open(path, "rb") as f:
+            with open_regular(path) as f:
                 stat = os.fstat(f.fileno())
         except OSError as e:
             report.add(PROBLEM, name, f"cannot be opened: {e.strerror}")
@@ -135,11 +137,14 @@ def _places(folder: Path, names: list[str], report: Report) -> dict[int, int]:
 
 
 def _folder_links(folder: Path) -> Iterator[str]:
-    for root, folders, _ in os.walk(folder):
-        for name in folders:
-            path = Path(root, name)
-            if path.is_symlink():
-                yield path.relative_to(folder).as_posix()
+    left = [str(folder)]
+    while left:  # `os.walk` calls itself, and folders may nest deeper than that
+        with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(entry.path)
+                elif entry.is_dir():
+                    yield Path(entry.path).relative_to(folder).as_posix()
 
 
 def _check_part(job: _Job) -> _Result:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
+from xtuner.core.inputs import open_regular, read_regular
 from xtuner.data.meta import meta_path, read_meta
 from xtuner.data.numbers import Int64s, parse_line
 
@@ -130,7 +131,7 @@ class BinFile:
             with self.open() as f:
                 size = f.seek(0, os.SEEK_END)
                 ends = os.pread(f.fileno(), 4096, 0) + os.pread(f.fileno(), 4096, max(size - 4096, 0))
-            meta = meta_path(self.path).read_bytes()
+            meta = read_regular(meta_path(self.path))
         except OSError as e:
             raise DataError(f"{self.name} or its meta cannot be read: {e.strerror}", where=str(self.path)) from None
         return hashlib.sha256(f"{size} {self.min_length}\0".encode() + ends + meta).digest()
@@ -148,7 +149,7 @@ class BinFile:
 
     def _open(self, path: Path, known: tuple[int, ...] | None) -> BinaryIO:
         try:
-            f = open(path, "rb", buffering=0)  # noqa: SIM115
+            f = open_regular(path, buffering=0)
         except OSError as e:
             raise DataError(f"{path.name} cannot be opened: {e.strerror}", where=str(path)) from None
         if known:

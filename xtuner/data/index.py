@@ -4,6 +4,7 @@ Files that have not changed since they were last examined are known by their siz
 are examined: the whole meta, the ends of the text.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -108,10 +109,10 @@ def load_intern_repo_tokenized_dataset(
 
     Raises: ConfigError for a folder that is not there, DataError for files that are.
     """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
+    root = Path(os.path.expanduser(folder))
+    if not os.path.isdir(root):
         raise ConfigError(
-            "the data folder is not there" if not root.exists() else "the data folder is a file",
+            "the data folder is not there" if not os.path.exists(root) else "the data folder is a file",
             where=str(folder),
             do="give the folder that holds your .bin and .bin.meta files, at any depth",
         )

@@ -11,7 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
+from xtuner.core.inputs import open_regular, short_repr
 from xtuner.data.numbers import Int64s
+
+LEAST_BYTES = 2  # of a token in the text: a digit, and a comma or bracket
 
 
 def meta_path(path: Path) -> Path:
@@ -28,7 +31,9 @@ def read_meta(path: Path) -> tuple[Int64s, Int64s]:
     if array.size == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     offsets, lengths = array[:, 0].astype(np.int64), array[:, -1].astype(np.int64)
-    _check_meta(meta_path(path), path.stat().st_size, offsets, lengths, array.dtype, _remedy(path))
+    size = path.stat().st_size
+    _check_meta(meta_path(path), size, offsets, lengths, array.dtype, _remedy(path))
+    _check_total(path, int(lengths.sum()), size)
     return offsets, lengths
 
 
@@ -63,6 +68,8 @@ class Header(NamedTuple):
         dtype = np.dtype(descr[1])
         if dtype.hasobject:
             raise ValueError("it holds a pickle")
+        if dtype.kind not in "iufb":
+            raise ValueError(f"it holds {dtype}, not numbers")
         sizes = tuple(int(word) for word in shape[1].replace(",", " ").split())
         return cls(sizes, dtype, order[1] == "True", begin + length)
 
@@ -70,7 +77,7 @@ class Header(NamedTuple):
 def _load(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
     """The array of a meta. Raises: DataError when it is missing or none that a meta may be."""
     meta = meta_path(path)
-    if not meta.is_file():
+    if not os.path.exists(meta):  # Path.exists raises for a name that is too long
         raise DataError(
             f"{path.name} has no meta",
             where=str(meta),
@@ -78,20 +85,23 @@ def _load(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
             do=_remedy(path),
         )
     try:
-        with open(meta, "rb") as f:
+        with open_regular(meta) as f:
             shape, dtype, by_column, begin = Header.of(f)
             count = math.prod(shape)
             size = os.fstat(f.fileno()).st_size
-            if size < begin + count * dtype.itemsize:
-                raise ValueError(f"it is cut short: {size:,} bytes instead of {begin + count * dtype.itemsize:,}")
+            if size != (right := begin + count * dtype.itemsize):
+                how = "cut short" if size < right else "longer than its array"
+                raise ValueError(f"it is {how}: {size:,} bytes instead of {right:,}")
             f.seek(begin)
             flat = np.memmap(f, dtype, "r", begin, (count,)) if mapped and count else np.fromfile(f, dtype, count)
             array: npt.NDArray[Any] = flat.reshape(shape, order="F" if by_column else "C")
-    except (ValueError, TypeError, OSError) as e:
+    except OSError as e:
+        raise DataError(f"the meta cannot be read: {e.strerror or e}", where=str(meta), do=_remedy(path)) from None
+    except (ValueError, TypeError) as e:
         raise DataError(f"the meta is not an npy array: {e}", where=str(meta), do=_remedy(path)) from None
     if array.size and (array.ndim != 2 or array.shape[1] < 2 or array.dtype.kind not in "iu"):
         raise DataError(
-            f"the meta is {array.dtype} of shape {array.shape}, not integers of shape (documents, 2)",
+            f"the meta is {array.dtype} of shape {short_repr(array.shape)}, not integers of shape (documents, 2)",
             where=str(meta),
             do=_remedy(path),
         )
@@ -122,9 +132,12 @@ class MetaView:
         size = self.path.stat().st_size
         self.in_order = True
         before = -1
+        tokens = 0
         for i in range(0, len(self), self.ROWS):
             offsets, lengths = (a[i : i + self.ROWS].astype(np.int64) for a in (self.offsets, self.lengths))
             _check_meta(meta_path(self.path), size, offsets, lengths, self.dtype, _remedy(self.path), i)
+            tokens += int(lengths.sum())
+            _check_total(self.path, tokens, size)
             self.in_order &= bool(before < offsets[0] and (np.diff(offsets) > 0).all())
             before = int(offsets[-1])
 
@@ -153,4 +166,24 @@ def _check_meta(
             where=str(meta),
             why="the .bin is cut short, or the meta belongs to another file",
             do=remedy,
+        )
+    out = np.flatnonzero(lengths > (size - offsets) // LEAST_BYTES)
+    if len(out):
+        raise DataError(
+            f"document {first + int(out[0])} has {int(lengths[out[0]]):,} tokens by its meta, and the .bin has "
+            f"{size - int(offsets[out[0]]):,} bytes from where it begins",
+            where=str(meta),
+            why="a token takes at least 2 bytes: the .bin is cut short, or the meta belongs to another file",
+            do=remedy,
+        )
+
+
+def _check_total(path: Path, tokens: int, size: int) -> None:
+    """Rows that are used twice count tokens that are not there, without end."""
+    if tokens > size // LEAST_BYTES:
+        raise DataError(
+            f"the meta counts at least {tokens:,} tokens, and the .bin has {size:,} bytes",
+            where=str(meta_path(path)),
+            why="a token takes at least 2 bytes: the meta belongs to another file, or has rows twice",
+            do=_remedy(path),
         )

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
+from xtuner.core.inputs import short_repr
 
 Int64s = npt.NDArray[np.int64]
 HEADS = (b'{"tokens": [', b'{"tokens":[')
@@ -122,7 +123,7 @@ _STEPS = [
 def _parse_json(body: bytes, where: str) -> Int64s:
     try:
         record = json.loads(body)
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except ValueError as e:  # not JSON, not UTF-8, or a number with thousands of digits
         shown = body[:80].decode("utf-8", "replace")
         raise DataError(f"a line is not JSON: {e}; it begins {shown!r}", where=where, do=_AGAIN) from None
     except RecursionError:
@@ -134,7 +135,7 @@ def _parse_json(body: bytes, where: str) -> Int64s:
         raise DataError('"tokens" is not a list', where=where, do=_AGAIN)
     wrong = [v for v in values if type(v) is not int]  # bool is an int to isinstance
     if wrong:
-        raise DataError(f"a token is {wrong[0]!r}, not an integer", where=where, do=_AGAIN)
+        raise DataError(f"a token is {short_repr(wrong[0])}, not an integer", where=where, do=_AGAIN)
     if values and max(max(values), -min(values)) > LARGEST_ID:
         raise DataError("a token id is beyond 2^31 - 1", where=where, why="no vocabulary is that large")
     return np.array(values, dtype=np.int64)

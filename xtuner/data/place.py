@@ -49,13 +49,13 @@ class Place:
         own = f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
         given = chosen.get() or cache_dir or os.environ.get(VARIABLE)
         if given:
-            self.dirs = [Path(given).expanduser() / own]
+            self.dirs = [Path(os.path.expanduser(given)) / own]
         else:
             self.dirs = [folder / CACHE, user_cache() / "data" / own]
 
     def candidates(self, name: str) -> Iterator[Path]:
         """Files of this name that are there."""
-        return (d / name for d in self.dirs if (d / name).is_file())
+        return (d / name for d in self.dirs if os.path.isfile(d / name))
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

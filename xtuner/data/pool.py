@@ -12,15 +12,16 @@ from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.machine import usable_cpus
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def usable_workers(workers: int | None) -> int:
-    """`workers`, or one a core that we may use. Raises: ConfigError for none."""
+    """`workers`, or one for each CPU that we may use (`core/machine.py`). Raises: ConfigError for none."""
     if workers is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return usable_cpus()
     if workers < 1:
         raise ConfigError(f"{workers} processes do no work", where="--workers", do="1 or more")
     return workers

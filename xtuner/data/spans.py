@@ -62,7 +62,7 @@ class Rows:
             after = int(self.whole[0][row + 1]) if row + 1 < self.rows else -1
             return int(self.whole[0][row]), int(self.whole[1][row]), after
         size = self.columns * self.dtype.itemsize
-        data = os.pread(meta.fileno(), 2 * size, self.begin + row * size)
+        data = os.pread(meta.fileno(), size * min(self.rows - row, 2), self.begin + row * size)
         if len(data) < size:
             return -1, -1, -1
         if len(data) < 2 * size:  # the last row

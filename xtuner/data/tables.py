@@ -64,7 +64,9 @@ class Tables:
         self.catalog, head = unpack(self._map)
         if head.get("key") != key or head.get("size") != size:
             raise ValueError("torn" if head.get("key") == key else "of other data")
-        self.min_length, self.seed = int(head["min_length"]), int(head["seed"])
+        self.min_length, self.seed = head.get("min_length"), head.get("seed")
+        if type(self.min_length) is not int or type(self.seed) is not int:
+            raise ValueError("torn")
         self._sound: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,7 +77,8 @@ class Tables:
         documents, begin, checksum = self.catalog.numbers[i, [4, 6, 7]].tolist()
         rows, size = _sizes(documents)
         if i not in self._sound:
-            if zlib.crc32(memoryview(self._map)[begin : begin + size]) != checksum:
+            inside = documents >= 0 and 0 <= begin <= len(self._map) - size
+            if not inside or zlib.crc32(memoryview(self._map)[begin : begin + size]) != checksum:
                 tell_once(f"the index {self.path} is damaged: it is removed, and made again at the next start")
                 with contextlib.suppress(OSError):
                     self.path.unlink()
@@ -195,7 +198,7 @@ class _Build:
                     with open(path, "rb") as f:
                         _, head = unpack(f.read(HEADER + 2**26))
                     if head.get("seed") == self.seed and head.get("min_length") == self.min_length:
-                        tables = Tables(path, head["key"])
+                        tables = Tables(path, str(head.get("key")))
                         for i, identity in enumerate(tables.catalog.identities):
                             yield identity.tobytes(), (tables, i)
 

@@ -1,15 +1,19 @@
 """Text ↔ token ids by the tokenizer files of a model folder: `tokenizer.model` (SentencePiece) or `tokenizer.json`."""
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
+from xtuner.core.inputs import read_regular, short_repr
 
 FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -72,9 +76,9 @@ def single_tokens(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer of a model folder or hub id. Raises: ConfigError if it has none that we read."""
     folder = hub.resolve(str(name_or_path), tokenizer_only=True)
-    if (folder / "tokenizer.model").is_file():
+    if os.path.isfile(folder / "tokenizer.model"):
         return _SentencePiece(folder)
-    if (folder / "tokenizer.json").is_file():
+    if os.path.isfile(folder / "tokenizer.json"):
         return _Fast(folder)
     raise ConfigError(
         "no tokenizer.model and no tokenizer.json in the folder",
@@ -92,17 +96,18 @@ class _SentencePiece:
         self.folder = folder
         path = folder / "tokenizer.model"
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-        except (RuntimeError, OSError) as e:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=read_regular(path))
+            self.bos_id, self.eos_id = _id(self._model.bos_id()), _id(self._model.eos_id())
+            self.special: Mapping[str, int] = self._names()
+            self._by_id = {i: name for name, i in self.special.items()}
+            spelt = [*self.special, *(self._model.id_to_piece(i) for i in self._by_id if i < self._model.vocab_size())]
+            # pieces that SentencePiece itself takes out of any text, and whose ids are those of special tokens
+            found = ((piece, self._model.encode(piece)) for piece in dict.fromkeys(spelt))
+            self._dangerous = [piece for piece, ids in found if not self._by_id.keys().isdisjoint(ids)]
+        except (RuntimeError, OSError, UnicodeDecodeError) as e:  # of the library, whose texts may be any bytes
             raise ConfigError(
                 f"tokenizer.model cannot be read: {e}", where=str(path), do="copy the model's file there again"
             ) from None
-        self.bos_id, self.eos_id = _id(self._model.bos_id()), _id(self._model.eos_id())
-        self.special: Mapping[str, int] = self._names()
-        self._by_id = {i: name for name, i in self.special.items()}
-        spelt = [*self.special, *(self._model.id_to_piece(i) for i in self._by_id if i < self._model.vocab_size())]
-        # pieces that SentencePiece itself takes out of any text, and whose ids are those of special tokens
-        self._dangerous = [p for p in dict.fromkeys(spelt) if not self._by_id.keys().isdisjoint(self._model.encode(p))]
 
     def _names(self) -> dict[str, int]:
         """The model's control pieces, what InternLM2 leaves unsaid, and `tokenizer_config.json`, which wins."""
@@ -166,13 +171,12 @@ class _Fast:
 
         self.folder = folder
         path = folder / "tokenizer.json"
-        try:
-            self._model = tokenizers.Tokenizer.from_file(str(path))
-            self._without_names = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as e:  # the library raises bare Exception
-            raise ConfigError(
-                f"tokenizer.json cannot be read: {e}", where=str(path), do="copy the model's file there again"
-            ) from None
+        with self._panics():
+            try:
+                self._model = tokenizers.Tokenizer.from_file(str(path))
+                self._without_names = tokenizers.Tokenizer.from_file(str(path))
+            except Exception as e:  # the library raises bare Exception
+                raise self._unreadable(e) from None
         self._without_names.encode_special_tokens = True
         self.special: Mapping[str, int] = {
             t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special
@@ -180,19 +184,38 @@ class _Fast:
         config = _config(folder)
         self.bos_id, self.eos_id = self._named(config.get("bos_token")), self._named(config.get("eos_token"))
 
+    def _unreadable(self, error: BaseException) -> ConfigError:
+        return ConfigError(
+            f"tokenizer.json cannot be read: {error}",
+            where=str(self.folder / "tokenizer.json"),
+            do="copy the model's file there again",
+        )
+
+    @contextlib.contextmanager
+    def _panics(self) -> Iterator[None]:
+        """The library is Rust: it panics for values that it does not expect, which is not an Exception."""
+        try:
+            yield
+        except BaseException as e:
+            if type(e).__name__ == "PanicException":
+                raise self._unreadable(e) from None
+            raise
+
     def _named(self, token: Any) -> int | None:
         name = token.get("content") if isinstance(token, dict) else token
-        return self._model.token_to_id(name) if isinstance(name, str) else None
+        return self._model.token_to_id(name) if isinstance(name, str) and _is_utf8(name) else None
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        return int(self._model.get_vocab_size())
+        ids = self._model.get_vocab(with_added_tokens=True).values()
+        return 1 + max(ids, default=-1)  # the library's get_vocab_size counts tokens, and ids may leave gaps
 
     def unplaced(self) -> list[str]:
         return [name for name in _mentioned(self.folder) if self._model.token_to_id(name) is None]
 
     def encode(self, text: str) -> list[int]:
-        return list(self._model.encode(text, add_special_tokens=False).ids)
+        with self._panics():
+            return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def encode_plain(self, text: str, allowed: Collection[str] = ()) -> list[int]:
         ids: list[int] = []
@@ -200,11 +223,13 @@ class _Fast:
             if piece in allowed:
                 ids.append(self.special[piece])
             else:
-                ids += self._without_names.encode(piece, add_special_tokens=False).ids
+                with self._panics():
+                    ids += self._without_names.encode(piece, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._model.decode(list(ids), skip_special_tokens=False))
+        with self._panics():
+            return str(self._model.decode(list(ids), skip_special_tokens=False))
 
     def identity(self) -> str:
         return _identity(self.folder / "tokenizer.json", {**self.special, "bos": self.bos_id, "eos": self.eos_id})
@@ -221,25 +246,36 @@ def _identity(vocabulary: Path, names: Mapping[str, int | None]) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path) if os.path.exists(path) else {}
     return found if isinstance(found, dict) else {}
 
 
 def _named_tokens(folder: Path) -> dict[str, int]:
     """Special tokens by name, as `tokenizer_config.json` lists them: `<|im_start|>` → 92543."""
-    return {entry["content"]: int(i) for i, entry in _config(folder).get("added_tokens_decoder", {}).items()}
+    listed = _config(folder).get("added_tokens_decoder") or {}
+    entries = listed.items() if isinstance(listed, dict) else [("", listed)]
+    for i, entry in entries:
+        name = entry.get("content") if isinstance(entry, dict) else None
+        if not (isinstance(name, str) and _is_utf8(name) and re.fullmatch(r"[0-9]{1,9}", i)):
+            raise ConfigError(
+                f"added_tokens_decoder has {short_repr(i)}: {short_repr(entry)}, not an id with the text of its token",
+                where=str(folder / "tokenizer_config.json"),
+                do="copy the model's file there again",
+            )
+    return {entry["content"]: int(i) for i, entry in entries}
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:
     """Added tokens by name: those of `tokenizer_config.json`, which wins, and of the older `added_tokens.json`."""
     listed = _named_tokens(folder)
-    older = {n: i for n, i in _object(folder / "added_tokens.json").items() if n and type(i) is int and i >= 0}
+    listed_there = _object(folder / "added_tokens.json").items()
+    older = {n: i for n, i in listed_there if _is_utf8(n) and type(i) is int and 0 <= i < 10**9}
     return {name: i for name, i in older.items() if i not in listed.values()} | listed
 
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; empty for any other and for none."""
-    found = read_json(path) if path.is_file() else {}
+    found = read_json(path) if os.path.exists(path) else {}
     return found if isinstance(found, dict) else {}
 
 
@@ -252,11 +288,16 @@ def _mentioned(folder: Path) -> list[str]:
             more = settings.get(key)
             entries += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
         names = (entry.get("content") if isinstance(entry, dict) else entry for entry in entries)
-        texts = (name for name in names if isinstance(name, str) and name)
-        found |= dict.fromkeys(
-            t for t in texts if t.isascii() or t.isprintable()
-        )  # JSON can spell half a surrogate pair
+        found |= dict.fromkeys(name for name in names if isinstance(name, str) and _is_utf8(name))
     return list(found)
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a text can be part of others: not empty, and without half a surrogate pair, which JSON can spell."""
+    try:
+        return name.encode() != b""
+    except UnicodeEncodeError:
+        return False
 
 
 def _split_at(text: str, names: Collection[str]) -> list[str]:

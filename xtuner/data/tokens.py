@@ -121,9 +121,11 @@ def read_header(path: Path) -> dict[str, Any] | None:
         with open(path, "rb") as f:
             facts: dict[str, Any] = json.loads(f.read(HEADER))
             size = os.fstat(f.fileno()).st_size
-        whole = HEADER + 8 * (facts["documents"] + 1) + 4 * facts["tokens"]
-        return facts if facts["xtuner tokens"] == VERSION and size == whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+        documents, tokens, right = facts["documents"], facts["tokens"], facts["xtuner tokens"] == VERSION
+        right = right and type(documents) is int and type(tokens) is int and min(documents, tokens) >= 0
+        right = right and isinstance(facts["of"], list)
+        return facts if right and size == HEADER + 8 * (documents + 1) + 4 * tokens else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

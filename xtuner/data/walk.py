@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xtuner.core.errors import ConfigError, DataError
+from xtuner.core.inputs import read_regular, short_repr
 from xtuner.core.log import logger
 
 ORDER_FILE = "data_order.txt"
@@ -19,38 +20,49 @@ def walk(folder: Path, file_type: str = ".bin") -> Iterator[str]:
 
     The same on every file system. Links are followed; a link to a folder above itself is skipped, so loops end.
     """
-    above = [p.stat() for p in folder.resolve().parents]
-    yield from _walk(folder, "", file_type, tuple((s.st_dev, s.st_ino) for s in above))
-
-
-def _walk(folder: Path, prefix: str, file_type: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     try:
-        stat = folder.stat()
-        with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda e: e.name)
-    except OSError as e:
-        raise DataError(f"a folder cannot be read: {e.strerror}", where=str(folder)) from None
-    identity = (stat.st_dev, stat.st_ino)
-    if identity in above:
-        logger.warning(f"{folder} is a link to a folder above it: not followed")
-        return
-    folders = []
-    for entry in found:
-        if entry.name == CACHE:
+        above = [p.stat() for p in folder.resolve().parents]
+    except (OSError, RuntimeError) as e:  # links that lead in a circle
+        raise DataError(f"a folder cannot be read: {e}", where=str(folder)) from None
+    # What is still to be walked, last first: (path below `folder`, the folders above it). Folders may nest deeper than
+    # functions can.
+    left = [("", tuple((s.st_dev, s.st_ino) for s in above))]
+    while left:
+        prefix, over = left.pop()
+        here = os.path.join(folder, prefix)
+        try:
+            stat = os.stat(here)
+            with os.scandir(here) as entries:
+                found = sorted(entries, key=lambda e: e.name)
+        except OSError as e:
+            raise DataError(f"a folder cannot be read: {e.strerror}", where=str(here)) from None
+        identity = (stat.st_dev, stat.st_ino)
+        if identity in over:
+            logger.warning(f"{here} is a link to a folder above it: not followed")
             continue
-        if entry.is_dir():
-            folders.append(entry.name)
-        elif entry.name.endswith(file_type):
-            yield prefix + entry.name
-    for name in folders:
-        yield from _walk(folder / name, f"{prefix}{name}/", file_type, (*above, identity))
+        folders = []
+        for entry in found:
+            if entry.name == CACHE:
+                continue
+            if _is_folder(entry):
+                folders.append(entry.name)
+            elif entry.name.endswith(file_type):
+                yield prefix + entry.name
+        left += [(f"{prefix}{name}/", (*over, identity)) for name in reversed(folders)]
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return os.path.isdir(entry)
+    except OSError:  # a link that leads nowhere is taken for a file, and whoever opens it says what is wrong
+        return False
 
 
 def write_order(folder: Path, save_folder: Path, file_type: str = ".bin") -> tuple[Path, int]:
     """Write `save_folder/data_order.txt`. Returns (the file, number of names). Raises: ConfigError, DataError."""
     from xtuner.core.files import atomic_file
 
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ConfigError("the data folder is not there", where=str(folder))
     names = list(walk(folder, file_type))
     if not names:
@@ -74,27 +86,27 @@ def read_order(path: str | Path, folder: Path, file_type: str = ".bin") -> list[
 
     Raises: ConfigError with the lines that are wrong.
     """
-    path = Path(path).expanduser()
-    path = path / ORDER_FILE if path.is_dir() else path
+    path = Path(os.path.expanduser(path))
+    path = path / ORDER_FILE if os.path.isdir(path) else path
     entries = _read_entries(path)
     roots = dict.fromkeys((Path(os.path.abspath(folder)), folder.resolve()))  # as it is called, and where links lead
     for root, base in ((r, b) for r in roots for b in (r, *r.parents)):
         prefix = "" if base == root else root.relative_to(base).as_posix() + "/"
         inside = {n: e.removeprefix(prefix) for n, e in entries.items() if e.startswith(prefix)}
-        if any((folder / name).is_file() for name in inside.values()):
+        if any(os.path.isfile(folder / name) for name in inside.values()):
             break
     else:
         raise ConfigError(
             "no entry of the data order is a file of the data folder, or lies below a folder above it",
-            where=f"{path}, line {next(iter(entries))}: {next(iter(entries.values()))} (folder {folder})",
+            where=f"{path}, line {next(iter(entries))}: {short_repr(next(iter(entries.values())))} (folder {folder})",
             why="it was written for another folder",
             do=f"xtuner data order --data-folder {folder} --save-folder DIR",
         )
-    absent = [n for n, name in inside.items() if not (folder / name).is_file()]
+    absent = [n for n, name in inside.items() if not os.path.isfile(folder / name)]
     if absent:
         lines = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
         raise ConfigError(
-            f"{len(absent)} files of the data order are not there; the first is {inside[absent[0]]!r}",
+            f"{len(absent)} files of the data order are not there; the first is {short_repr(inside[absent[0]])}",
             where=f"{path}, lines {lines} (folder {folder})",
             why="the packs after a missing file would be numbered differently from what the order promises",
             do="write the order again, or bring the files back",
@@ -119,7 +131,7 @@ def read_order(path: str | Path, folder: Path, file_type: str = ".bin") -> list[
 def _read_entries(path: Path) -> dict[int, str]:
     """Line number → relative path, none leaving its folder."""
     try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # names of files, whatever their bytes
+        text = read_regular(path).decode("utf-8-sig", "surrogateescape")  # names of files, whatever their bytes
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(
             f"the data order cannot be read: {getattr(e, 'strerror', None) or e}",
@@ -133,7 +145,7 @@ def _read_entries(path: Path) -> dict[int, str]:
             continue
         entry = posixpath.normpath(line)
         if entry.startswith(("/", "../")):
-            raise ConfigError(f"the entry {line!r} leaves its folder", where=f"{path}, line {number}")
+            raise ConfigError(f"the entry {short_repr(line)} leaves its folder", where=f"{path}, line {number}")
         entries[number] = entry
     if not entries:
         raise ConfigError("the data order is empty", where=str(path))

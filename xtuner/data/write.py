@@ -5,6 +5,7 @@ A `.bin` without a meta is one that was not finished; nothing takes it for whole
 
 import contextlib
 import hashlib
+import os
 import time
 from array import array
 from collections.abc import Iterable, Sequence
@@ -112,7 +113,7 @@ class PairWriter:
 
 def remove_leftovers(folder: Path) -> None:
     """Take away temporary files that a killed process left; a living one has written to its own today."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return
     for file in folder.iterdir():
         if file.name.startswith(".") and any(f"{ending}.tmp-" in file.name for ending in (".bin", ".meta", ".json")):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xtuner.core.errors import ConfigError
+from xtuner.core.machine import usable_cpus
 
 LOOPBACK = "127.0.0.1"
 PORTS = range(20000, 32000)  # below Linux's ephemeral ports
@@ -223,5 +224,5 @@ def environment_of_workers(environ: Mapping[str, str], asked: Nodes, local_rank:
         "LOCAL_WORLD_SIZE": str(asked.workers),
         "MASTER_ADDR": asked.address,
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // asked.workers))),
+        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, usable_cpus() // asked.workers))),
     }

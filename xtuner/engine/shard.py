@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from xtuner.core.dist import ALL, Ranks
 from xtuner.core.errors import CheckpointError
 from xtuner.core.files import read_json
+from xtuner.core.hub import INDEX
 from xtuner.core.log import progress
 from xtuner.data.batch import Batch
 from xtuner.engine.host import HostCopy
@@ -25,7 +26,7 @@ from xtuner.engine.memory import Memory
 from xtuner.engine.snapshot import Snapshot, divide, file_names
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import layout_of, write_config
-from xtuner.model.weights import INDEX, Part, fill
+from xtuner.model.weights import Part, fill
 
 
 @dataclass(frozen=True)

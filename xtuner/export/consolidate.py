@@ -17,6 +17,7 @@ import torch
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import atomic_file, sweep
+from xtuner.core.inputs import short
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.export.sources import Opened, read_tensor, recognise
 from xtuner.model.weights import Shape, Source, check, hf_shapes
@@ -83,10 +84,11 @@ def expected_shapes(source: Source) -> dict[str, Shape]:
     needed = [f"model.layers.0.{n}.weight" for n in (*matrices, "attention_norm", "ffn_norm")]
     absent = [n for n in (*ends, *needed) if n not in found]
     if absent:
+        shown = short(", ".join(list(found)[:3])) or "none"
         raise CheckpointError(
             f"tensor {absent[0]} is missing",
             where=str(source.path),
-            why=f"these are no weights of InternLM2, or not all; found were {', '.join(list(found)[:3]) or 'none'}",
+            why=f"these are no weights of InternLM2, or not all; found were {shown}",
             do="give a checkpoint of all weights",
         )
     hidden = found[ends[0]][-1:]

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import require_utf8, write_json
+from xtuner.core.hub import INDEX
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.data.tokenizer import FILES as TOKENIZER_FILES
 from xtuner.data.tokenizer import load_tokenizer
@@ -25,7 +26,7 @@ from xtuner.export.sources import Opened, read_tensor, recognise
 from xtuner.export.tokenizer_json import complete
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import LAYOUTS, split, write_config
-from xtuner.model.weights import INDEX, check, hf_shapes
+from xtuner.model.weights import check, hf_shapes
 
 IM_END = "<|im_end|>"
 KIND = "export"  # in the manifest: what may be replaced by the next export

@@ -5,11 +5,13 @@ Our names are InternLM2's. In the llama layout, `wqkv` falls apart into q, k and
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from xtuner.core.errors import ConfigError
+from xtuner.core.inputs import short_repr
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.rope import RopeScaling
 
@@ -65,79 +67,149 @@ def join(parts: list[torch.Tensor], c: DecoderConfig) -> torch.Tensor:
 
 def layout_of(hf: dict[str, Any]) -> str:
     """The layout that a `config.json` announces. Raises: ConfigError for other families."""
+    if not isinstance(hf, dict):
+        raise ConfigError(f"config.json holds {short_repr(hf)}, not an object", where="config.json", do=_COPY)
     kind = hf.get("model_type", "")
-    if kind in LAYOUTS:
-        return str(kind)
+    if isinstance(kind, str) and kind in LAYOUTS:
+        return kind
     raise ConfigError(
-        f"models of type {kind!r} cannot be read",
+        f"models of type {short_repr(kind)} cannot be read",
         where="config.json: model_type",
         do=f"known are: {', '.join(LAYOUTS)}",
     )
 
 
-def read_config(hf: dict[str, Any]) -> DecoderConfig:
-    """A `DecoderConfig` from the contents of a `config.json`. Raises: ConfigError for what we do not compute."""
+def read_config(hf: dict[str, Any], where: str = "config.json: ") -> DecoderConfig:
+    """A `DecoderConfig` from the contents of a `config.json`.
+
+    Args:
+        where: stands before a key in messages.
+
+    Raises: ConfigError for what we do not compute, and for values that describe no network.
+    """
     layout = layout_of(hf)
+    read = _Reader(hf, where)
     absent = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if k not in hf]
     absent += [k for k in ("num_attention_heads",) if k not in hf]
     if absent:
-        raise ConfigError(f"config.json lacks {', '.join(absent)}", where="config.json")
-    _refuse(hf, "hidden_act", ("silu", "swish"), "silu")
-    _refuse(hf, "tie_word_embeddings", (False,), False)
-    _refuse(hf, "mlp_bias", (False,), False)
-    heads = int(hf["num_attention_heads"])
-    if not hf.get("head_dim") and int(hf["hidden_size"]) % heads:
-        raise ConfigError(
-            f"hidden_size {hf['hidden_size']} is not a multiple of num_attention_heads {heads}",
-            where="config.json: hidden_size",
-            why="each head takes an equal part of the hidden state",
-        )
-    theta, scaling = _read_rope(hf)
+        raise ConfigError(f"config.json lacks {', '.join(absent)}", where=where.rstrip(": ."))
+    read.only("hidden_act", ("silu", "swish"), "silu")
+    read.only("tie_word_embeddings", (False,), False)
+    read.only("mlp_bias", (False,), False)
+    heads, hidden, vocabulary = read.size("num_attention_heads"), read.size("hidden_size"), read.size("vocab_size")
+    kv_heads = read.size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise read.wrong("num_key_value_heads", f"{heads} heads cannot share {kv_heads} key-value heads")
+    if not hf.get("head_dim") and hidden % heads:
+        raise read.wrong("hidden_size", f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    head_dim = read.size("head_dim", hidden // heads)
+    if head_dim % 2:
+        at = "head_dim" if hf.get("head_dim") else "hidden_size"
+        raise read.wrong(at, f"head_dim {head_dim} is odd, and rotary positions turn pairs")
+    theta, scaling = _read_rope(read)
+    bias = "bias" if layout == "internlm2" else "attention_bias"
     return DecoderConfig(
-        vocab_size=int(hf["vocab_size"]),
-        hidden_size=int(hf["hidden_size"]),
-        intermediate_size=int(hf["intermediate_size"]),
-        num_layers=int(hf["num_hidden_layers"]),
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=read.size("intermediate_size"),
+        num_layers=read.size("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=int(hf.get("num_key_value_heads") or heads),
-        head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // heads),
-        rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=int(hf.get("max_position_embeddings", 2048)),
-        attention_bias=bool(hf.get("bias" if layout == "internlm2" else "attention_bias", layout == "internlm2")),
-        initializer_range=float(hf.get("initializer_range", 0.02)),
-        bos_token_id=_first(hf.get("bos_token_id", 1)),
-        eos_token_id=_first(hf.get("eos_token_id", 2)),
-        pad_token_id=hf.get("pad_token_id"),
+        max_position_embeddings=read.size("max_position_embeddings", 2048),
+        attention_bias=read.only(bias, (True, False), layout == "internlm2"),
+        initializer_range=read.number("initializer_range", 0.02),
+        bos_token_id=read.token("bos_token_id", 1),
+        eos_token_id=read.token("eos_token_id", 2),
+        pad_token_id=read.padding(vocabulary),
     )
 
 
-def _first(ids: int | list[int]) -> int:
-    return ids[0] if isinstance(ids, list) else ids
+_COPY = "copy the model's own config.json there again"
+# Larger than any network that is. A layer takes a millisecond before anything is known of its weights.
+_LARGEST = {
+    "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1000,
+    "num_attention_heads": 2**13, "num_key_value_heads": 2**13, "head_dim": 2**13, "max_position_embeddings": 2**40,
+}  # fmt: skip
 
 
-def _refuse(hf: dict[str, Any], key: str, allowed: tuple[Any, ...], default: Any) -> None:
-    value = hf.get(key, default)
-    if value not in allowed:
-        raise ConfigError(
-            f"{key} = {value!r} is not supported", where=f"config.json: {key}", why="the network would differ"
-        )
+@dataclass(frozen=True)
+class _Reader:
+    """Values of a `config.json`, which anybody may have written. `null` is as good as nothing."""
+
+    hf: dict[str, Any]
+    where: str
+
+    def wrong(self, key: str, what: str) -> ConfigError:
+        return ConfigError(what, where=f"{self.where}{key}", why="no network can be built from it")
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number that a size of a network can be. Of settings with a default, 0 means it."""
+        value = self.hf.get(key)
+        if default is not None and (value is None or value == 0):
+            return default
+        whole = int(value) if isinstance(value, float) and value.is_integer() else value
+        if type(whole) is not int or not 1 <= whole <= _LARGEST[key]:
+            raise self.wrong(key, f"{key} = {short_repr(value)} is not a whole number from 1 to {_LARGEST[key]:,}")
+        return whole
+
+    def number(self, key: str, default: float) -> float:
+        """A number above 0."""
+        value = self.hf.get(key)
+        return default if value is None else self.above_0(key, value)
+
+    def above_0(self, key: str, value: Any) -> float:
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            raise self.wrong(key, f"{key} = {short_repr(value)} is not a number above 0")
+        return float(value)
+
+    def only(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        value = self.hf.get(key, default)
+        if not isinstance(value, str | bool) or value not in allowed:
+            what = f"{key} = {short_repr(value)} is not supported"
+            raise ConfigError(what, where=f"{self.where}{key}", why="the network would differ")
+        return value
+
+    def token(self, key: str, default: int) -> Any:
+        """An id, the first of several, or None for none."""
+        ids = self.hf.get(key, default)
+        value = ids[0] if isinstance(ids, list) and ids else ids
+        if value is not None and (type(value) is not int or not -(2**31) <= value < 2**31):
+            raise self.wrong(key, f"{key} = {short_repr(ids)} is not the id of a token")
+        return value
+
+    def padding(self, vocabulary: int) -> int | None:
+        value = self.hf.get("pad_token_id")
+        if value is not None and (type(value) is not int or not -vocabulary <= value < vocabulary):
+            raise self.wrong("pad_token_id", f"pad_token_id = {short_repr(value)} is not below {vocabulary:,}")
+        return value
+
+    def inner(self, key: str) -> dict[str, Any]:
+        """An object inside, empty if there is none."""
+        value = self.hf.get(key) or {}
+        if not isinstance(value, dict):
+            raise self.wrong(key, f"{key} = {short_repr(value)} is not an object")
+        return value
 
 
-def _read_rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+def _read_rope(read: _Reader) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_theta`, `rope_parameters` (transformers 5) or `rotary` (early InternLM2)."""
-    new = hf.get("rope_parameters") or {}
-    old = hf.get("rotary") or {}
-    theta = float(new.get("rope_theta") or hf.get("rope_theta") or old.get("base") or 10000)
-    scaling = hf.get("rope_scaling") or new or old
+    new, old, own = (read.inner(key) for key in ("rope_parameters", "rotary", "rope_scaling"))
+    theta = read.above_0("rope_theta", new.get("rope_theta") or read.hf.get("rope_theta") or old.get("base") or 10000)
+    scaling = own or new or old
     kind: Any = scaling.get("type") or scaling.get("rope_type") or "default"
-    if kind in ("default", "origin", "linear") and not scaling.get("factor"):
+    factor = scaling.get("factor")
+    if kind in ("default", "origin", "linear") and not factor:
         return theta, None
     if kind == "linear" or kind == "dynamic":
-        return theta, RopeScaling(kind, float(scaling.get("factor") or 1.0))
+        return theta, RopeScaling(kind, read.above_0("rope_scaling.factor", factor or 1.0))
     raise ConfigError(
-        f"rope scaling {kind!r} is not supported", where="config.json: rope_scaling", do="known are: linear, dynamic"
+        f"rope scaling {short_repr(kind)} is not supported",
+        where=f"{read.where}rope_scaling",
+        do="known are: linear, dynamic",
     )
 
 

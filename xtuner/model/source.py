@@ -151,7 +151,7 @@ def from_scratch(
             where="model",
             do=f"it takes: {', '.join(sorted(_SHAPE_KEYS))}",
         )
-    config = families.read_config({**hf, **shape})
+    config = families.read_config({**hf, **shape}, where="model.")
     return ModelSource(config, None, "internlm2", seed, activation_checkpointing, attention, products)
 
 

@@ -3,6 +3,7 @@
 `Source` is what every reader of weights looks like, those of other tools' checkpoints in `export/sources` included.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from xtuner.core.errors import CheckpointError
-from xtuner.core.files import read_json
+from xtuner.core.hub import INDEX, indexed_files
+from xtuner.core.inputs import check_regular, short, short_repr
 from xtuner.core.log import progress
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.families import hf_names, join, split
 
-INDEX = "model.safetensors.index.json"
 Shape = tuple[int, ...]
 
 
@@ -65,14 +66,15 @@ class WeightFolder(Source):
 
     def _indexed(self) -> list[str]:
         index = self.path / INDEX
-        if not index.is_file():
+        if not os.path.exists(index):
             return []
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        names = indexed_files(index)
         for name in names:
+            shown = short(name)
             if name != Path(name).name:
-                raise CheckpointError(f"the index names a file outside its folder: {name!r}", where=str(index))
-            if not (self.path / name).is_file():
-                raise CheckpointError(f"the index names {name}, which is missing", where=str(index))
+                raise CheckpointError(f"the index names a file outside its folder: {shown!r}", where=str(index))
+            if not os.path.isfile(self.path / name):
+                raise CheckpointError(f"the index names {shown}, which is missing", where=str(index))
         return names
 
     @cached_property
@@ -97,15 +99,34 @@ class WeightFolder(Source):
         if file not in self._open:
             path = self.path / file
             try:
+                check_regular(path)
                 if file.endswith(".safetensors"):
                     self._open[file] = safe_open(path, framework="pt")
                 else:
                     from xtuner.core.pickles import load_tensors
 
-                    self._open[file] = load_tensors(path)
+                    self._open[file] = tensors_of(load_tensors(path), path)
             except (SafetensorError, OSError) as e:
-                raise CheckpointError(f"{file} cannot be read as safetensors: {e}", where=str(path)) from None
+                what = f"{file} cannot be read as safetensors: {getattr(e, 'strerror', None) or e}"
+                raise CheckpointError(what, where=str(path)) from None
         return self._open[file]
+
+
+def tensors_of(value: Any, path: Path) -> dict[str, torch.Tensor]:
+    """`value`, if it is tensors by their names. Raises: CheckpointError."""
+    if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
+        other = next((name for name, tensor in value.items() if not isinstance(tensor, torch.Tensor)), None)
+        if other is None:
+            return value
+        what = f"{path.name} holds no weights alone: {short_repr(other)} is no tensor"
+    else:
+        what = f"{path.name} holds no tensors by name"
+    raise CheckpointError(
+        what,
+        where=str(path),
+        why="a checkpoint in one file is {'state_dict': {name: tensor}} or {name: tensor}",
+        do="give the file of the weights",
+    )
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ def check(source: Source, wanted: Mapping[str, Shape], by: str = "config.json") 
     unknown = [n for n in source if n not in wanted and not n.endswith("rotary_emb.inv_freq")]
     if unknown:
         raise CheckpointError(
-            f"{len(unknown)} tensors have no place in the model; the first is {unknown[0]}",
+            f"{len(unknown)} tensors have no place in the model; the first is {short(unknown[0])}",
             where=str(source.path),
             why=f"{by} describes another network than the weights",
         )

@@ -203,7 +203,7 @@ def assemble(
     """
     seed = seed if seed is not None else (config.get("randomness.seed") or 0)
     if source is None:
-        source = from_scratch(vocab_size=1, hidden_size=2, intermediate_size=1, num_hidden_layers=1,
+        source = from_scratch(vocab_size=4, hidden_size=2, intermediate_size=1, num_hidden_layers=1,
                               num_attention_heads=1)  # fmt: skip
     else:
         dataset.vocab_size = source.config.vocab_size

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
+from xtuner.core.inputs import short_repr
 from xtuner.data.chat_template import Message
 from xtuner.data.tokenize.read import Mistake
 from xtuner.data.tokenizer import Tokenizer
@@ -38,7 +39,7 @@ def _texts(record: Any) -> tuple[str, str]:
         raise Mistake(f"a record is a {type(record).__name__}, not an object with instruction, input and output")
     for key in ("instruction", "output"):
         if key not in record:
-            raise Mistake(f"no key {key!r}; the record has {', '.join(map(repr, list(record)[:8])) or 'none'}")
+            raise Mistake(f"no key {key!r}; the record has {', '.join(map(short_repr, list(record)[:8])) or 'none'}")
     extra = record.get("input") or ""
     for key, value in (("instruction", record["instruction"]), ("input", extra), ("output", record["output"])):
         if not isinstance(value, str):

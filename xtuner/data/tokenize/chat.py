@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from xtuner.core.errors import did_you_mean
+from xtuner.core.inputs import short_repr
 from xtuner.data.chat_template import ROLES, Message, Piece
 from xtuner.data.tokenize.read import Mistake
 from xtuner.data.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ def messages(record: Any) -> list[Message]:
     """Raises: Mistake."""
     if isinstance(record, dict):
         if "messages" not in record:
-            raise Mistake(f"no key 'messages'; the record has {', '.join(map(repr, list(record)[:8])) or 'none'}")
+            raise Mistake(f"no key 'messages'; the record has {', '.join(map(short_repr, list(record)[:8])) or 'none'}")
         record = record["messages"]
     if not isinstance(record, list):
         raise Mistake(f"the messages are a {type(record).__name__}, not a list")
@@ -36,7 +37,9 @@ def _message(n: int, value: Any) -> Message:
     role, name, loss = value["role"], value.get("name"), value.get("loss")
     if role not in ROLES:
         known = ", ".join(ROLES)
-        raise Mistake(f"message {n} has the unknown role {role!r}.{did_you_mean(role, list(ROLES))} Known: {known}")
+        raise Mistake(
+            f"message {n} has the unknown role {short_repr(role)}.{did_you_mean(role, list(ROLES))} Known: {known}"
+        )
     foreign = [key for key in _OPENAI_KEYS if value.get(key)]
     if foreign:
         raise Mistake(
@@ -46,7 +49,7 @@ def _message(n: int, value: Any) -> Message:
     if not isinstance(name, str | None):
         raise Mistake(f"message {n}: 'name' is a {type(name).__name__}, not a text")
     if not isinstance(loss, bool | None):
-        raise Mistake(f"message {n}: 'loss' is {loss!r}, neither true nor false")
+        raise Mistake(f"message {n}: 'loss' is {short_repr(loss)}, neither true nor false")
     return Message(role, value["content"], name or "", loss)
 
 

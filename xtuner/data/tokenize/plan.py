@@ -5,6 +5,7 @@ only when both parts have their names, so that an unfinished output is known and
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 from xtuner.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from xtuner.core.files import file_entry, read_json, sha256, write_json
+from xtuner.core.inputs import check_regular
 from xtuner.core.log import logger
 from xtuner.data.format import meta_path
 from xtuner.data.index import walk
@@ -53,7 +55,7 @@ class Job:
 
     def existing(self) -> list[Path]:
         files = [p for part in PARTS for p in (self.part(part), meta_path(self.part(part)))]
-        return [p for p in files if p.exists()]
+        return [p for p in files if os.path.exists(p)]
 
     def write_record(self, recipe: dict[str, Any], **facts: Any) -> None:
         write_json(self.record, {"input": self.source.name, "settings": recipe, **facts})
@@ -71,12 +73,14 @@ def jobs(
 
     Raises: ConfigError, DataError.
     """
-    root = Path(output).expanduser()
+    root = Path(os.path.expanduser(output))
     if kind is not None and (not kind or kind != Path(kind).name):
         raise ConfigError(f"{kind!r} is no folder name", where="--type", do="a name such as en, cn or code")
     wanted = tuple(s if s.startswith(".") or not s else f".{s}" for s in suffixes) or SUFFIXES[settings.format]
     try:
-        found = [job for name in inputs for job in _jobs_of(Path(name).expanduser(), root, settings, kind, wanted)]
+        found = [
+            job for name in inputs for job in _jobs_of(Path(os.path.expanduser(name)), root, settings, kind, wanted)
+        ]
     except OSError as e:
         raise DataError(f"the input cannot be read: {e.strerror}", where=str(e.filename)) from None
     by_name: dict[str, Job] = {}
@@ -92,11 +96,13 @@ def jobs(
 
 
 def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None, wanted: tuple[str, ...]) -> list[Job]:
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError("the input is not there", where=str(path))
+    if not os.path.isdir(path):
+        check_regular(path)
     others: Counter[str] = Counter()
     take = "" if settings.format == "ftdp" else _TAKE  # ftdp has a script of its own, and one ending
-    if path.is_file():
+    if os.path.isfile(path):
         files = [(path, path.stem)]
     else:
         names = [Path(name) for name in walk(path, "")]
@@ -113,6 +119,8 @@ def _jobs_of(path: Path, root: Path, settings: Settings, kind: str | None, wante
             logger.info(f"{path}: {what}: left out ({', '.join(counts)}){hint}")
         elif left_out := len(names) - len(files):
             logger.info(f"{path}: {left_out} files are in no folder `processed`: left out")
+    for file, _ in files:
+        check_regular(file)
     if not files:
         layout = f"DATASET/processed/FILE{_or(wanted)}" if settings.format == "ftdp" else _or(wanted)
         raise DataError(f"no {layout} in the input folder", where=str(path), do=take if others else "")
@@ -195,12 +203,13 @@ def is_done(job: Job, recipe: dict[str, Any]) -> bool:
 def _difference(job: Job, record: dict[str, Any], recipe: dict[str, Any], existing: list[Path]) -> str:
     if not record:
         return "nothing says what it was made from"
-    before = record.get("settings", {})
+    before, outputs = record.get("settings"), record.get("outputs")
+    if not (isinstance(before, dict) and isinstance(outputs, dict)):
+        return "the record of what it was made from is damaged"
     if changed := [key for key in recipe if before.get(key) != json.loads(json.dumps(recipe[key]))]:
         return f"it was made with other settings: {', '.join(changed)}"
     if record.get("bytes") != job.source.stat().st_size or record.get("sha256") != sha256(job.source):
         return f"it was made from other contents of {job.source.name}"
-    outputs = record.get("outputs", {})
     if {str(p.relative_to(job.folder)) for p in existing} != set(outputs):
         return "a file of it is missing or was added"
     if altered := [name for name, entry in outputs.items() if file_entry(job.folder / name) != entry]:

@@ -6,6 +6,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from xtuner.core.errors import ConfigError
+from xtuner.core.inputs import short_repr
 from xtuner.data.chat_template import INTERNLM2_MARKS, internlm2_chat
 from xtuner.data.tokenize import alpaca, chat
 from xtuner.data.tokenize.read import Mistake
@@ -89,7 +90,7 @@ def _text(record: str, settings: Settings) -> str:
     if not isinstance(value, dict):
         raise Mistake(f"a record is a {type(value).__name__}, neither an object with the key {key!r} nor a text")
     if key not in value:
-        has = ", ".join(map(repr, list(value)[:8])) or "none"
+        has = ", ".join(map(short_repr, list(value)[:8])) or "none"
         raise Mistake(f"no key {key!r} (--text-key names another); the record has {has}")
     if not isinstance(value[key], str):
         raise Mistake(f"the value of {key!r} is a {type(value[key]).__name__}, not a text")

@@ -4,6 +4,7 @@ recognise(path)            what it is, in words, by the names of files alone; re
 recognise(path).open()     its tensors, by name; nothing but shapes has been read
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from xtuner.core import kinds
 from xtuner.core.errors import CheckpointError
 from xtuner.core.files import MANIFEST, read_json, verify
+from xtuner.core.inputs import short
 from xtuner.export.sources.internevo import InternEvoFolder
 from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
@@ -68,7 +70,8 @@ def recognise(path: str | Path) -> Kind:
     if opener := _OPENERS.get(kind.what):
         return Kind(kind.path, opener)
     if not kind.exists:
-        what, why = "there is no checkpoint", ""
+        what = "this is not a file" if os.path.exists(kind.path) else "there is no checkpoint"
+        why = ""
         do = "give a work_dirs/CONFIG/iter_N.pth; work_dirs/CONFIG/last_checkpoint names the newest"
     elif kind.what != kinds.UNKNOWN:
         what, why = f"this is {kind.what}", "it cannot be converted as it is"
@@ -103,7 +106,7 @@ def _open_checkpoint(path: Path) -> Opened:
 
 
 def _open_hf(path: Path) -> Opened:
-    if (path / MANIFEST).is_file():
+    if os.path.isfile(path / MANIFEST):
         verify(path)
     config = read_json(path / "config.json")
     layout = layout_of(config)
@@ -132,7 +135,7 @@ def _without_wrapper(source: Source) -> Source:
     adapters = [name for name in names if "lora_" in name]
     if adapters:
         raise CheckpointError(
-            f"these are adapters (LoRA), no whole weights: {adapters[0]}",
+            f"these are adapters (LoRA), no whole weights: {short(adapters[0])}",
             where=str(source.path),
             do="merge them into their model with the tool that trained them, and give that",
         )

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from xtuner.core.errors import CheckpointError
+from xtuner.core.inputs import short_repr
 from xtuner.core.pickles import Opaque, load_tensors
-from xtuner.export.sources.single_file import tensors_of
-from xtuner.model.weights import Shape, Source
+from xtuner.model.weights import Shape, Source, tensors_of
 
 CONFIG = "model_config.pt"
+_MOST = 2**31  # of anything that is counted
 _PART = re.compile(r"model_tp(\d+)_pp(\d+)\.pt")
 _OTHERS = {  # other ways to cut a model, by the names of their files
     re.compile(r"model_wp\d+_pp\d+\.pt"): "weight parallelism (isp)",
@@ -45,9 +46,9 @@ class InternEvoFolder(Source):
         self._read_config(folder / CONFIG)
         parts = self._files()
         self.tp, self.pp = (1 + max(at[i] for at in parts) for i in (0, 1))
-        missing = [(t, p) for t in range(self.tp) for p in range(self.pp) if (t, p) not in parts]
+        missing = next(((t, p) for t in range(self.tp) for p in range(self.pp) if (t, p) not in parts), None)
         if missing:
-            name = "model_tp{}_pp{}.pt".format(*missing[0])
+            name = "model_tp{}_pp{}.pt".format(*missing)
             raise CheckpointError(f"{name} is missing", where=str(folder), why="it holds a part of weights", do=_COPY)
         self._pieces: dict[str, list[torch.Tensor]] = {}  # one for each tensor-parallel rank, or a whole one
         first_layer = 0
@@ -79,14 +80,16 @@ class InternEvoFolder(Source):
 
         def number(key: str, default: Any = None) -> int:
             value = config.get(key, default)
-            if type(value) is not int or value < 1:
-                raise CheckpointError(f"{key} = {value!r} is no size", where=str(path), do="give InternEvo's own file")
+            if type(value) is not int or not 1 <= value < _MOST:
+                what = f"{key} = {short_repr(value)} is no size"
+                raise CheckpointError(what, where=str(path), do="give InternEvo's own file")
             return value
 
         for key, plain in (("no_bias", True), ("norm_head", False), ("num_chunks", 1)):
-            if config.get(key, plain) != plain:
+            value = config.get(key, plain)
+            if type(value) not in (bool, int) or value != plain:
                 raise CheckpointError(
-                    f"{key} = {config[key]!r} is not supported",
+                    f"{key} = {short_repr(value)} is not supported",
                     where=str(path),
                     why="InternLM2 has no such network, or its parts lie in an order that is not known here",
                 )

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from xtuner.core.errors import CheckpointError
 from xtuner.core.pickles import load_tensors
-from xtuner.model.weights import Shape, Source
+from xtuner.model.weights import Shape, Source, tensors_of
 
 
 class SingleFile(Source):
@@ -30,20 +28,3 @@ class SingleFile(Source):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name]
-
-
-def tensors_of(value: Any, path: Path) -> dict[str, torch.Tensor]:
-    """`value`, if it is tensors by their names. Raises: CheckpointError."""
-    if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
-        other = next((name for name, tensor in value.items() if not isinstance(tensor, torch.Tensor)), None)
-        if other is None:
-            return value
-        what = f"{path.name} holds no weights alone: {other!r} is no tensor"
-    else:
-        what = f"{path.name} holds no tensors by name"
-    raise CheckpointError(
-        what,
-        where=str(path),
-        why="a checkpoint in one file is {'state_dict': {name: tensor}} or {name: tensor}",
-        do="give the file of the weights",
-    )

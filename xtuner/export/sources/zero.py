@@ -25,13 +25,15 @@ from typing import Any
 import torch
 
 from xtuner.core.errors import CheckpointError
+from xtuner.core.inputs import short_repr
 from xtuner.core.log import progress
 from xtuner.core.pickles import Opaque, load_tensors
-from xtuner.export.sources.single_file import tensors_of
-from xtuner.model.weights import Shape, Source
+from xtuner.model.weights import Shape, Source, tensors_of
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MOST = 2**63  # elements
+_MOST_DIMENSIONS = 64
 _OWN = "give DeepSpeed's own files"
 _COPY = "copy the missing ones here: every node writes the files of its own ranks, perhaps to a disk of its own"
 
@@ -76,7 +78,7 @@ class ZeroFolder(Source):
         self.ranks = _ranks(first.get("partition_count"), optim[min(optim)])
         self._complete(optim, "optim")
         states = [self._optimizer(optim[rank]) for rank in progress(sorted(optim), "opening files")]
-        if len({(_step(s), str(s.get("partition_count"))) for s in states}) > 1:
+        if len({(_step(s), _counts(s.get("partition_count"))) for s in states}) > 1:
             raise CheckpointError(
                 "the *_optim_states.pt files are of different steps or runs",
                 where=str(folder),
@@ -87,7 +89,12 @@ class ZeroFolder(Source):
         self._shapes: dict[str, Shape] = {}
         self._pieces: dict[str, list[tuple[_Line, int, int]]] = {}  # (line, begin, count) that make up a tensor
         model = self._model_states()
-        groups = [_shapes(group, self._model_file) for group in _list(model.get("param_shapes"), self._model_file)]
+        groups: list[dict[str, Shape]] = []
+        for group in _list(model.get("param_shapes"), self._model_file):
+            groups.append(_shapes(group, self._model_file))
+            if any(name in self._shapes for name in groups[-1]):
+                raise self._contradiction("a parameter in two groups", "one of each")
+            self._shapes |= groups[-1]
         if self.stage == 3:
             self._cut_each(groups, [self._flat(s, "fp32_flat_groups", optim[r]) for r, s in enumerate(states)])
         else:
@@ -128,11 +135,12 @@ class ZeroFolder(Source):
     def _complete(self, files: dict[int, Path], kind: str) -> None:
         """Raise CheckpointError unless there is one file for each rank."""
         name = files[min(files)].name
-        missing = [r for r in range(self.ranks) if r not in files]
-        if missing:
-            names = [re.sub(r"pp_rank_\d+", f"pp_rank_{r}", name) for r in missing]
+        missing = next((r for r in range(self.ranks) if r not in files), None)
+        if missing is not None:
+            first = re.sub(r"pp_rank_\d+", f"pp_rank_{missing}", name)
+            absent = self.ranks - sum(r < self.ranks for r in files)
             raise CheckpointError(
-                f"{len(missing)} of {self.ranks} *_{kind}_states.pt files are missing; the first is {names[0]}",
+                f"{absent} of {self.ranks} *_{kind}_states.pt files are missing; the first is {first}",
                 where=str(self.path),
                 why="every rank holds a part of all weights",
                 do=_COPY,
@@ -203,7 +211,7 @@ class ZeroFolder(Source):
     def _rest(self, model: dict[str, Any]) -> None:
         """Frozen parameters, second names of shared ones, buffers."""
         path = self._model_file
-        frozen = _shapes(model.get("frozen_param_shapes") or {}, path)
+        frozen = _shapes(_or(model.get("frozen_param_shapes"), {}), path)
         if frozen:
             files = [path]
             if self.stage == 3:
@@ -222,12 +230,12 @@ class ZeroFolder(Source):
                 if not math.prod(shape) <= sum(line.length for line in lines) < math.prod(shape) + len(lines):
                     raise self._contradiction(f"{list(shape)} for {name}", f"{sum(n.length for n in lines):,} numbers")
                 self._add(name, shape, [(line, 0, line.length) for line in lines])
-        for name, other in _dict(model.get("shared_params") or {}, path, "shared_params").items():
+        for name, other in _dict(_or(model.get("shared_params"), {}), path, "shared_params").items():
             if isinstance(other, str) and other in self._shapes:
                 self._add(name, self._shapes[other], self._pieces[other])
         # What is in no line: buffers, and parameters that ZeRO 1 was told to freeze. In ZeRO 3 only buffers are whole.
         module = _dict(model.get("module"), path, "a module")
-        whole = _list(model.get("buffer_names") or [], path) if self.stage == 3 else list(module)
+        whole = _list(_or(model.get("buffer_names"), []), path) if self.stage == 3 else list(module)
         for name in whole:
             tensor = module.get(name) if isinstance(name, str) and name not in self._shapes else None
             if isinstance(tensor, torch.Tensor):
@@ -267,26 +275,39 @@ def _list(value: Any, path: Path) -> list[Any]:
 
 def _shapes(value: Any, path: Path) -> dict[str, Shape]:
     for name, shape in _dict(value, path, "param_shapes").items():
-        if not isinstance(name, str) or not isinstance(shape, tuple) or any(type(n) is not int or n < 0 for n in shape):
-            raise CheckpointError(f"{path.name} gives no shape for {name!r}", where=str(path), do=_OWN)
+        right = isinstance(name, str) and isinstance(shape, tuple) and len(shape) <= _MOST_DIMENSIONS
+        if not right or any(type(n) is not int or not 0 <= n < _MOST for n in shape) or math.prod(shape) >= _MOST:
+            raise CheckpointError(f"{path.name} gives no shape for {short_repr(name)}", where=str(path), do=_OWN)
     return {name: tuple(shape) for name, shape in value.items()}
+
+
+def _or(value: Any, default: Any) -> Any:
+    """`default` for nothing: None, or an empty list or dict. A tensor may be neither true nor false."""
+    return default if value is None or (isinstance(value, list | dict) and not value) else value
 
 
 def _number(value: Any, default: int) -> int:
     """Also of a `ZeroStageEnum`, which is a placeholder here."""
     if isinstance(value, Opaque) and value.args:
         value = value.args[0]
-    return value if type(value) is int and value >= 0 else default
+    return value if type(value) is int and 0 <= value < _MOST else default
+
+
+def _counts(count: Any) -> tuple[int, ...]:
+    """`partition_count` in a form that can be compared."""
+    return tuple(_number(c, -1) for c in count) if isinstance(count, list) else (_number(count, -1),)
 
 
 def _step(state: dict[str, Any]) -> float | None:
     """How many steps the optimizer had made, where it says so."""
-    inner = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
+    inner = _or(state.get("base_optimizer_state"), state.get("optimizer_state_dict"))
     slots = inner.get("state") if isinstance(inner, dict) else None
     for slot in slots.values() if isinstance(slots, dict) else ():
         step = slot.get("step") if isinstance(slot, dict) else None
-        if isinstance(step, int) or (isinstance(step, torch.Tensor) and step.numel() == 1):
+        if isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_complex():
             return float(step)
+        if isinstance(step, int):
+            return float(_number(step, -1))
     return None
 
 

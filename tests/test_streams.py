@@ -219,6 +219,9 @@ def test_outputs_that_cannot_be_written(tiny: Path, corpus: Path, tmp_path: Path
     """The system's refusals name path and way out (74); a bug, and a fault in a user's own code, are tracebacks (1)."""
     (tmp_path / "file").write_text("")
     (tmp_path / "folder" / "data_order.txt").mkdir(parents=True)
+    run = tmp_path / "run"
+    (run / "1" / "vis_data").mkdir(parents=True)
+    (run / "1" / "vis_data" / "scalars.json").write_text('{"iter": 1, "loss": 2.0}\n')
     name = "internlm2_tiny_w_tokenized_dataset"
     stats = ("data", "stats", corpus, "--max-length", "32", "--workers", "1", "--html")
 
@@ -236,6 +239,8 @@ def test_outputs_that_cannot_be_written(tiny: Path, corpus: Path, tmp_path: Path
         ((*stats, tmp_path / "file" / "x.html"), "file/x.html"),
         ((*stats, tmp_path / "folder"), "folder"),
         (("data", "tokenize", tiny, "--tokenizer", "x", "--output", "/proc/x", "--format", "txt"), ""),
+        (("plot-loss", run, "-o", "/proc/loss.png"), "/proc/loss.png"),
+        (("plot-loss", run, "-o", tmp_path / "file" / "loss.png"), "file"),
     ):
         found, text = code(partial(main, list(map(str, words))))
         assert found in (2, 74), text

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from xtuner.core.files import atomic_file
+
 Record = dict[str, Any]
 
 TRAINING, VALIDATION = "#0969da", "#bf5700"
@@ -110,7 +112,8 @@ def draw(runs: Sequence[Sequence[Record]], title: str, target: Path, smoothing: 
         _add_token_axis(loss, runs[-1])
         figure.align_ylabels(axes)
         try:
-            figure.savefig(target, dpi=130)
+            with atomic_file(target, "wb") as file:  # a full disk leaves the picture that was there
+                figure.savefig(file, dpi=130, format=target.suffix.lstrip(".").lower())
         finally:
             pyplot.close(figure)
 

@@ -17,7 +17,7 @@ help:
 	@echo "make test   install into .venv, lint, check types, run the tests"
 	@echo "make lmdeploy  fetch LMDeploy's last converter (76 MB), which a test compares ours with; skipped without"
 	@echo "make llamacpp  fetch llama.cpp's converter to GGUF and build its tokenizer (77 MB, a minute), which a test runs; skipped without"
-	@echo "make mmengine  fetch mmengine 0.10.7 (1 MB), whose learning rates a test compares ours with; skipped without"
+	@echo "make mmengine  fetch mmengine 0.10.7 (15 MB), whose learning rates a test compares ours with; skipped without"
 	@echo "make bench-table  what benchmarks/train.py has measured on this machine's GPU"
 	@echo "make bench-several  on a host with several GPUs: collectives, speed beside the prediction, faults (10 to 20 minutes)"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare what they say with ours (minutes)"

@@ -10,6 +10,7 @@ finds, and names the setting or file that the user wrote.
 """
 
 import dataclasses
+import errno
 import math
 import os
 import tempfile
@@ -254,11 +255,11 @@ def command_line(work_dir: Path, seed: int | None = None, max_minutes: float | N
     require_utf8(work_dir, "work dir")
     if seed is not None and not 0 <= seed < 2**32:
         raise ConfigError(f"--seed {seed} is not in 0 … 2^32 - 1", where="--seed")
-    if max_minutes is not None and not (math.isfinite(max_minutes) and max_minutes > 0):
+    if max_minutes is not None and not (math.isfinite(max_minutes) and max_minutes >= 0):
         raise ConfigError(
-            f"--max-minutes {max_minutes:g} is not a number of minutes above 0",
+            f"--max-minutes {max_minutes:g} is not a number of minutes from 0 on",
             where="--max-minutes",
-            do="leave it out to train to the end",
+            do="0 stops after one iteration; leave it out to train to the end",
         )
     try:
         there = work_dir.absolute()
@@ -266,7 +267,7 @@ def command_line(work_dir: Path, seed: int | None = None, max_minutes: float | N
             there = there.parent
         if not there.is_dir():
             raise NotADirectoryError(None, "it is a file" if there.is_file() else "it is no folder", str(there))
-        tempfile.TemporaryDirectory(prefix=".xtuner-", dir=there).cleanup()
+        _try_to_write(there)
         if there == work_dir.absolute():
             lock.require_dead(there / lock.NAME, time.time())
     except ValueError as e:
@@ -274,6 +275,19 @@ def command_line(work_dir: Path, seed: int | None = None, max_minutes: float | N
     except OSError as e:
         e.filename = None  # of what was made to try
         raise not_written(e, "the work dir", work_dir, "give another one with --work-dir") from None
+
+
+def _try_to_write(folder: Path) -> None:
+    """Make a file without a name, of which a kill leaves nothing; where the file system has none, a folder.
+
+    Raises: OSError.
+    """
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600))
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        tempfile.TemporaryDirectory(prefix=".xtuner-", dir=folder).cleanup()
 
 
 def _exists(path: Path) -> bool:

@@ -55,7 +55,7 @@ class Drill:
     def go(self, name: str, ranks: int, act: Act | None = None, when: str = "", **options: Any) -> Ended:
         """Run until it ends; after the first line that matches `when`, do `act` to the launcher's process."""
         words = [*words_of(self.config, self.folder / name, "fsdp"), "--resume", "--cfg-options"]
-        options = {"max_length": self.pack, "save_steps": SAVE_EVERY, **options}
+        options = {"max_length": self.pack, "save_steps": SAVE_EVERY, "warm_up_ratio": 0.1, **options}
         words += [f"{key}={value}" for key, value in options.items()]
         environ = {**self.environ, "NPROC_PER_NODE": str(ranks)}
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)

@@ -26,8 +26,8 @@ def shell(*words: Any, cwd: Path | None = None, **env: str) -> subprocess.Comple
     return subprocess.run(full, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env})
 
 
-def test_list_and_copy(tmp_path: Path, xtuner: Command, capsys: Any) -> None:
-    at_home = ["--cfg-options", f"dataset_folder={tmp_path}"]
+def test_list_and_copy(tmp_path: Path, corpus: Path, xtuner: Command, capsys: Any) -> None:
+    at_home = ["--cfg-options", f"dataset_folder={corpus}", "max_length=64", "max_epochs=3"]
     assert xtuner("list-cfg") == 0
     names = capsys.readouterr().out.split()
     assert names == [f"internlm2_{size}_w_tokenized_dataset" for size in ("1_8b", "20b", "7b", "tiny")]

@@ -25,7 +25,7 @@ from xtuner.config.check import problems
 from xtuner.config.load import Config
 from xtuner.config.mistakes import Findings, naming, together
 from xtuner.config.paths import named_models
-from xtuner.config.walk import specs
+from xtuner.config.walk import specs, walked
 from xtuner.core import hub
 from xtuner.core.dist import Ranks
 from xtuner.core.errors import ConfigError, DataError, XTunerError
@@ -108,9 +108,9 @@ def start(config: Config, only_look: bool = False) -> ModelSource | None:
     """
     found = Findings(config)
     source: ModelSource | None = None
-    named = named_models(config) if only_look else ()
-    absent = [str(s.arguments[n]) for s, n, t in named if not hub.is_here(str(s.arguments[n]), t)]
-    for name in dict.fromkeys(absent):
+    named = [(str(s.arguments[n]), t) for s, n, t in named_models(config) if only_look or not _is_built(config, s.key)]
+    absent = [name for name, is_tokenizer in named if not hub.is_here(name, is_tokenizer)]
+    for name in dict.fromkeys(absent if only_look else ()):
         logger.info(f"{name} is not on this machine yet: whether it fits is seen when it has been downloaded")
     models = [(spec, name) for spec, name, is_tokenizer in named_models(config) if not is_tokenizer]
     key = next((f"{spec.key}.{name}" for spec, name in models if spec.key.startswith("model")), "model")
@@ -128,6 +128,12 @@ def start(config: Config, only_look: bool = False) -> ModelSource | None:
                 _tokenizer(build({"type": spec.kind, **spec.arguments}, spec.key), source)
     found.check()
     return source
+
+
+def _is_built(config: Config, key: str) -> bool:
+    """Whether a run makes what is described at `key`; the tokenizer at the top level is for hooks and the export."""
+    used = (walked(root, config.get(root)) for root in ("default_hooks", "custom_hooks"))
+    return key != "tokenizer" or any(value is config.values["tokenizer"] for inside in used for _, value in inside)
 
 
 def _model(config: Config) -> ModelSource:

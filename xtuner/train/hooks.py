@@ -116,8 +116,8 @@ class LoggerHook(Hook):
             record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
             record["memory"] = memory_in_use(run.strategy.device)
             record["tokens"] = it.state.packs * run.loader.dataset.packed_length
+            run.metrics.write(record)  # before the line: who waits for it finds the record
             logger.info(log_line(record, last))
-            run.metrics.write(record)
             self._averages.restart()
 
     def after_run(self, run: Run) -> None:

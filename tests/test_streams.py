@@ -1,5 +1,6 @@
 """What is printed, logged and drawn may be lost, the run not; and what a person at a terminal sees."""
 
+import contextlib
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from test_train import with_hook
 
 from xtuner.cli.main import main
 from xtuner.core import files, streams
+from xtuner.core.append import AppendFile
 from xtuner.core.command import exit_with
 from xtuner.core.log import setup
 
@@ -85,6 +87,15 @@ def test_a_full_disk_and_a_vanished_folder_cost_lines(
     for name in ("scalars.json", "events.out", ".log"):
         assert len(re.findall(rf"{name}\S* cannot be written: No space left on device", shown)) == 1, shown
     assert shown.count("has been removed, with what it held; a new one is begun") == 3
+    with open(small_disk / "junk", "wb", buffering=0) as junk, contextlib.suppress(OSError):
+        while True:
+            junk.write(b"x" * 65536)
+    board = AppendFile(small_disk / "w" / "board", lambda text: None, b"header")
+    board.write(b"1")
+    (small_disk / "junk").unlink()
+    board.write(b"2")
+    board.write(b"3")
+    assert (board.lost, board.path.read_bytes()) == (1, b"header23")
     (log,) = kept.glob("*.log")
     assert (f"iter 30/{end}" in shown, f"iter 30/{end}" in log.read_text()) == (True, False)
 

@@ -41,12 +41,11 @@ class AppendFile:
         # One level only: under a file system that is no longer mounted, deeper folders would be made on another disk.
         self.path.parent.mkdir(exist_ok=True)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        if not os.fstat(self._fd).st_size:
-            self._append(self._header)
 
     def _append(self, record: bytes) -> None:
         assert self._fd is not None
-        size, left = os.fstat(self._fd).st_size, memoryview(record)
+        size = os.fstat(self._fd).st_size
+        left = memoryview(record if size else self._header + record)  # a disk that was full may have cost the header
         try:
             while left:
                 left = left[os.write(self._fd, left) :]

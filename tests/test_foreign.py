@@ -42,6 +42,7 @@ from xtuner.export.consolidate import consolidate
 from xtuner.model import from_pretrained, from_scratch
 from xtuner.model.weights import WeightFolder
 from xtuner.train.checkpoint import read_trainer
+from xtuner.train.lock import WorkDirLock
 
 Command = Callable[..., int]
 
@@ -119,6 +120,11 @@ def test_only_regular_files_are_opened(
     refused(lambda: xtuner("check-cfg", at("config.py")), "no config file", ConfigError)
     refused(lambda: xtuner("convert", "weights", at("a.pth"), tmp_path / "o.safetensors"), "not a file")
     refused(lambda: from_pretrained(str(at("m/config.json").parent)), kind, CheckpointError)
+    (work_dir := at("w/last_checkpoint").parent).joinpath("2026/vis_data").mkdir(parents=True)
+    words = ("train", tiny, "--work-dir", work_dir)
+    refused(lambda: xtuner(*words, "--resume"), "not a whole checkpoint", CheckpointError)
+    with pytest.raises(OSError, match=kind):
+        WorkDirLock(at("w/.lock").parent)
     with pytest.raises(IsADirectoryError):
         open_regular(tmp_path)
 

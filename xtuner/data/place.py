@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from xtuner.core.files import atomic_file, user_cache
+from xtuner.core.inputs import check_regular
 from xtuner.core.log import logger
 from xtuner.data.walk import CACHE
 
@@ -65,6 +66,7 @@ class Place:
             for folder in self.dirs:
                 try:
                     folder.mkdir(parents=True, exist_ok=True)
+                    check_regular(folder / "lock")
                     lock = stack.enter_context(open(folder / "lock", "a"))
                 except OSError:
                     continue

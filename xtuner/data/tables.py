@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from xtuner.core.inputs import open_regular
 from xtuner.core.log import logger, progress
 from xtuner.data.catalog import HEADER, Catalog, pack, unpack
 from xtuner.data.format import BinFile, Int64s
@@ -56,7 +57,7 @@ class Tables:
     def __init__(self, path: Path, key: str) -> None:
         """Raises: OSError; ValueError for a file that is not whole, or not of this key."""
         self.path, self.key = path, key
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             size = os.fstat(f.fileno()).st_size
             if size < HEADER:
                 raise ValueError("torn")
@@ -195,7 +196,7 @@ class _Build:
         for folder in self.place.dirs:
             for path in sorted(folder.glob("order-*.idx")):
                 with contextlib.suppress(OSError, ValueError):
-                    with open(path, "rb") as f:
+                    with open_regular(path) as f:
                         _, head = unpack(f.read(HEADER + 2**26))
                     if head.get("seed") == self.seed and head.get("min_length") == self.min_length:
                         tables = Tables(path, str(head.get("key")))

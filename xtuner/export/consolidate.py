@@ -17,7 +17,7 @@ import torch
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import atomic_file, sweep
-from xtuner.core.inputs import short
+from xtuner.core.inputs import open_regular, short
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.export.sources import Opened, read_tensor, recognise
 from xtuner.model.weights import Shape, Source, check, hf_shapes
@@ -159,7 +159,7 @@ def _refuse_to_replace(target: Path, checkpoint: Path) -> None:
 
 def _is_ours(file: Path) -> bool:
     try:
-        with open(file, "rb") as f:
+        with open_regular(file) as f:
             (length,) = struct.unpack("<Q", f.read(8))
             header = json.loads(f.read(length)) if length <= _LARGEST_HEADER else {}
     except (OSError, struct.error, ValueError):

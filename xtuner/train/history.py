@@ -10,6 +10,7 @@ from xtuner.core import kinds
 from xtuner.core.dist import Ranks
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import MANIFEST
+from xtuner.core.inputs import read_regular
 from xtuner.core.log import logger
 from xtuner.train.checkpoint import LAST, TRAINER, check, found, named
 
@@ -82,7 +83,7 @@ def latest(work_dir: Path, ranks: Ranks, strict: bool = False, contents: bool = 
 def _last(work_dir: Path) -> Path | None:
     """What `last_checkpoint` names; mmengine writes a whole path there."""
     try:
-        name = (work_dir / LAST).read_text(encoding="utf-8", errors="replace").strip()
+        name = read_regular(work_dir / LAST).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
     except OSError:

@@ -15,6 +15,7 @@ from typing import Any
 
 from xtuner.core.errors import BusyError
 from xtuner.core.files import beside, sweep
+from xtuner.core.inputs import read_regular
 from xtuner.core.log import logger
 from xtuner.core.owner import born, namespace
 
@@ -59,7 +60,7 @@ class WorkDirLock:
             os.rename(self.path, aside)
         except FileNotFoundError:
             return
-        if aside.read_text(encoding="utf-8") != text:  # a living one, made since we looked: back with it
+        if _read(aside) != text:  # a living one, made since we looked: back with it
             os.rename(aside, self.path)
             return
         aside.unlink()
@@ -67,7 +68,7 @@ class WorkDirLock:
 
     def _mine(self) -> bool:
         try:
-            return self.path.read_text(encoding="utf-8") == self._me
+            return _read(self.path) == self._me
         except OSError:
             return False
 
@@ -93,14 +94,15 @@ def require_dead(lock: Path, now: float) -> tuple[str, dict[str, Any], float] | 
     Raises: BusyError if the job lives.
     """
     try:
-        text = lock.read_text(encoding="utf-8")
+        text = _read(lock)
         age = now - lock.stat().st_mtime
     except FileNotFoundError:
         return None
     try:
-        owner: dict[str, Any] = json.loads(text)
-    except json.JSONDecodeError:
-        owner = {}
+        owner = json.loads(text)
+    except (ValueError, RecursionError):
+        owner = None
+    owner = owner if isinstance(owner, dict) else {}
     alive = _alive(owner)
     if alive or (alive is None and age < DEAD_AFTER):
         raise BusyError(
@@ -110,6 +112,10 @@ def require_dead(lock: Path, now: float) -> tuple[str, dict[str, Any], float] | 
             do=f"stop it, or give another --work-dir; a dead job's lock is taken over after {DEAD_AFTER:.0f} s",
         )
     return text, owner, age
+
+
+def _read(lock: Path) -> str:
+    return read_regular(lock).decode(errors="replace")
 
 
 def _myself() -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The curves of a run as a picture: loss with its smoothed value and validation, learning rate, gradient norm.
 
 A run that was stopped and resumed has left several `scalars.json`, one for each start. They are joined into one curve:
-a resume replaces what an earlier start recorded from that iteration on, because that work was lost and done again.
+a resume replaces what an earlier start recorded after that checkpoint, because that work was lost and done again.
+Each start records in `start.json` what it continued from; of older versions, a start whose first record is later than
+that of the run before it is taken for a resume.
 """
 
 import json
@@ -10,36 +12,125 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xtuner.core.files import atomic_file
+from xtuner.core.errors import CheckpointError
+from xtuner.core.files import atomic_file, read_json
+from xtuner.core.inputs import read_regular
+from xtuner.core.log import human, logger
+from xtuner.core.streams import as_text
 
 Record = dict[str, Any]
+
+START = "start.json"
+SCALARS = "vis_data/scalars.json"
+CURVES = ("loss", "val_loss", "lr", "grad_norm", "tokens")
+LARGEST = 2**53  # iterations: a float holds them exactly
 
 TRAINING, VALIDATION = "#0969da", "#bf5700"
 EARLIER = "#8c959f"  # runs that a fresh start in the same work dir has replaced
 SMOOTHED_OVER = 1 / 20  # of the run: the window of the smoothed loss
 OUTLIERS = 0.01  # share of the single losses that may lie above the picture if they tower over the others
 INK, FAINT = "#1f2328", "#d1d9e0"
-
-
-def read_records(file: Path) -> list[Record]:
-    """The records of one start; a last line that is still being written, or was cut off by a kill, is left out."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+FONTS = (  # for the title, which is a folder's name: matplotlib's own, then usual ones with Chinese characters
+    "DejaVu Sans",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "Source Han Sans CN",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "PingFang HK",
+    "Heiti TC",
+    "Hiragino Sans GB",
+    "Microsoft YaHei",
+    "SimHei",
+    "SimSun",
+    "Arial Unicode MS",
+    "Noto Serif CJK SC",
+    "Noto Serif CJK JP",
+    "Droid Sans Fallback",
+)
 
 
 def read_runs(work_dir: Path) -> list[list[Record]]:
-    """All runs of a work dir, oldest first, each as its records by iteration; starts without records are left out."""
+    """All runs of a work dir, oldest first, each as its records by iteration; starts without records are left out.
+
+    Raises: CheckpointError if there are metrics, and none of them can be read.
+    """
+    starts = {p.parent for p in work_dir.glob(f"*/{START}")} | {p.parents[1] for p in work_dir.glob(f"*/{SCALARS}")}
     runs: list[list[Record]] = []
-    for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        records = read_records(file)
-        if not records:
-            continue
-        first = min(r["iter"] for r in records)
-        if runs and first > runs[-1][0]["iter"]:  # a resume
-            runs[-1] = [r for r in runs[-1] if r["iter"] < first] + records
-        else:
-            runs.append(records)
-    return runs
+    damaged: list[str] = []
+    for start in sorted(starts):
+        records, damage = read_records(start / SCALARS)
+        if damage:
+            damaged.append(damage)
+            logger.warning(damage)
+        kept = _resumed_at(start)
+        if kept is None:
+            if not records:
+                continue
+            first = min(r["iter"] for r in records)
+            kept = first - 1 if runs and runs[-1] and first > runs[-1][0]["iter"] else 0  # later: a resume, it seems
+        if kept:
+            before = runs.pop() if runs else []
+            records = [r for r in before if r["iter"] <= kept] + records
+        runs.append(records)
+    found = [run for run in runs if run]
+    if damaged and not found:
+        raise CheckpointError(
+            "the metrics that are here cannot be read",
+            where=str(work_dir),
+            why="; ".join(damaged[:3]),
+            do="restore the files, or draw another work dir",
+        )
+    return found
+
+
+def read_records(file: Path) -> tuple[list[Record], str]:
+    """The records of one start, and a sentence on those that are damaged, if any.
+
+    A last line that is still being written, or was cut off by a kill, is left out.
+    """
+    try:
+        lines = read_regular(file).split(b"\n")[:-1]
+    except FileNotFoundError:
+        return [], ""
+    except OSError as e:
+        return [], f"{file} cannot be read: {e.strerror}"
+    found = [_record(line) for line in lines if line.strip()]
+    records = [r for r in found if r is not None]
+    damaged = len(found) - len(records)
+    return records, f"{file}: {damaged} of {len(found)} lines are damaged, and left out" if damaged else ""
+
+
+def _record(line: bytes) -> Record | None:
+    """What is drawn of a record; None for a damaged one."""
+    try:
+        record = json.loads(line.decode())
+        values = {key: record[key] for key in CURVES if record.get(key) is not None}
+        if type(record["iter"]) is not int or not 0 <= record["iter"] < LARGEST:
+            return None
+        if any(type(value) not in (int, float) for value in values.values()):
+            return None
+        return {"iter": record["iter"]} | {key: float(value) for key, value in values.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
+
+
+def _resumed_at(start: Path) -> int | None:
+    """The iteration whose checkpoint a start has continued from, 0 for a new run; None if that is not recorded.
+
+    From a checkpoint of another folder: a new run, as far as this work dir is concerned.
+    """
+    try:
+        facts = read_json(start / START)
+        iteration, source = facts["iteration"], facts["resumed_from"]
+    except (CheckpointError, KeyError, TypeError):
+        return None  # of an older version, or damaged
+    if type(iteration) is not int or iteration < 0:
+        return None
+    return iteration if isinstance(source, str) and "/" not in source else 0
 
 
 def curve(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
@@ -84,6 +175,8 @@ def draw(runs: Sequence[Sequence[Record]], title: str, target: Path, smoothing: 
         "axes.labelcolor": INK,
         "font.size": 10,
     }
+    title, families = _drawable(as_text(title))
+    style["font.family"] = families
     with pyplot.rc_context(style):
         figure, axes = pyplot.subplots(
             3, 1, figsize=(9, 7.5), sharex=True, layout="constrained", height_ratios=(4, 1, 1)
@@ -98,7 +191,7 @@ def draw(runs: Sequence[Sequence[Record]], title: str, target: Path, smoothing: 
         norm.plot(*curve(runs[-1], "grad_norm"), color=TRAINING, linewidth=0.8)
         _limit(loss, runs)
         loss.set(ylabel="loss (nats per token)")
-        loss.set_title(title, loc="left", fontsize=11)
+        loss.set_title(title, loc="left", fontsize=11, parse_math=False)
         rate.set(ylabel="learning rate")
         rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
         norm.set(ylabel="gradient norm", xlabel="iteration")
@@ -116,6 +209,27 @@ def draw(runs: Sequence[Sequence[Record]], title: str, target: Path, smoothing: 
                 figure.savefig(file, dpi=130, format=target.suffix.lstrip(".").lower())
         finally:
             pyplot.close(figure)
+
+
+def _drawable(title: str) -> tuple[str, list[str]]:
+    """The title, and the families of fonts to draw it with; characters that no font here has are written as escapes."""
+    from matplotlib import font_manager
+
+    missing = sorted(set(title))
+    families: list[str] = []
+    for family in FONTS:
+        if not missing:
+            break
+        try:
+            file = font_manager.findfont(font_manager.FontProperties(family=[family]), fallback_to_default=False)
+            font = font_manager.get_font(file)
+        except (ValueError, OSError, RuntimeError):  # not installed, or since removed
+            continue
+        left = [c for c in missing if not font.get_char_index(ord(c))]
+        if len(left) < len(missing) or not families:
+            families.append(family)
+        missing = left
+    return "".join(c.encode("unicode_escape").decode() if c in missing else c for c in title), families
 
 
 def _draw_loss(axis: Any, run: Sequence[Record], smoothing: float | None, colour: str, name: str | None) -> None:
@@ -153,11 +267,9 @@ def _limit(axis: Any, runs: Sequence[Sequence[Record]]) -> None:
 
 def _add_token_axis(axis: Any, run: Sequence[Record]) -> None:
     """Above the picture: the tokens that all ranks have been trained on. Every iteration takes equally many."""
-    counted = [(r["iter"], r["tokens"]) for r in run if r.get("tokens")]
+    counted = [(r["iter"], r["tokens"]) for r in run if r["iter"] and 0 < r.get("tokens", 0) < math.inf]
     if not counted:
         return  # a run of an older version
-    from xtuner.core.log import human
-
     each = counted[-1][1] / counted[-1][0]
     above = axis.secondary_xaxis("top", functions=(lambda i: i * each, lambda tokens: tokens / each))
     above.xaxis.set_major_formatter(lambda tokens, _: human(tokens).replace(".00", ""))

@@ -123,8 +123,19 @@ def _start(run: Run, found: Found | None) -> None:
     if run.device.type == "cuda":
         run.strategy.memory.tell(run.loader.dataset.packed_length)
     take(run, found)
+    dist.ALL.on_main(lambda: _record_start(run, found))
     for hook in run.hooks:
         hook.before_run(run)
+
+
+def _record_start(run: Run, found: Found | None) -> None:
+    """What the records of this start continue: a checkpoint of this work dir by its name, another one by its path."""
+    assert run.log is not None
+    source = None if found is None else str(found.folder.resolve())
+    if found and found.folder.resolve().parent == run.work_dir.resolve():
+        source = found.folder.name
+    with _writing(run.log.parent):
+        write_json(run.log.parent / "start.json", {"iteration": run.state.iteration, "resumed_from": source})
 
 
 class _Early(logging.Handler):

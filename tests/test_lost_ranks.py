@@ -158,6 +158,17 @@ def test_a_rank_fails(quick: None, tiny: Path, tmp_path: Path) -> None:
     assert "in after_iteration" in told(tmp_path, 1)  # the traceback is that rank's
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_ctrl_c_twice(first: int, quick: None, tiny: Path, tmp_path: Path) -> None:
+    """Rank `first` gets the second one before the other does: rank 0 alone says how to continue; both end with 130."""
+    twice = f"if rank == '{first}': os.kill(os.getpid(), signal.SIGINT)"
+    action = f"pass\n            os.kill(os.getpid(), signal.SIGINT)\n            {twice}"
+    assert ended(started(train(tiny, tmp_path, action), tmp_path)) == [130, 130]
+    assert "stopped without saving, after iteration 2" in told(tmp_path, 0)
+    assert "to continue from it: torchrun --nproc-per-node=2 -m xtuner train" in told(tmp_path, 0)
+    assert not re.search("xtuner: |rank 1: |Traceback", told(tmp_path, 1)), told(tmp_path, 1)
+
+
 POISON = "next(p for n, p in run.strategy.model.named_parameters() if 'wo' in n).data.fill_(float('nan'))"
 
 

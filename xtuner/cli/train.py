@@ -49,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from xtuner.engine import launch
+
+    with launch.main_reports(args.launcher):
+        return _train(args)
+
+
+def _train(args: argparse.Namespace) -> int:
     import faulthandler
     import os
     import sys

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as torch_dist
 
 from xtuner.core.dist import ALL
-from xtuner.core.errors import ConfigError, XTunerError
+from xtuner.core.errors import ConfigError, InterruptedRunError, XTunerError
 from xtuner.engine.launch import Place
 from xtuner.engine.watch import Watch, store
 
@@ -71,7 +71,7 @@ def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch
         yield here, watch
         torch_dist.barrier()  # rank 0 holds the store: it leaves last
     except XTunerError as e:
-        if watch and not e.quiet:
+        if watch and (not e.quiet or isinstance(e, InterruptedRunError)):
             watch.failed(e)
         raise
     except Exception as e:

@@ -4,14 +4,15 @@ Four ways lead here: `none` (this process is all, or starts its own workers, see
 anything that sets its variables), `slurm` (srun), `mpi` (mpirun). Each is a reading of environment variables.
 """
 
+import contextlib
 import os
 import platform
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, InterruptedRunError
 from xtuner.core.machine import usable_cpus
 
 LOOPBACK = "127.0.0.1"
@@ -33,6 +34,23 @@ class Place:
     def host(self) -> str:
         """The machine, or Slurm's name for it."""
         return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+@contextlib.contextmanager
+def main_reports(launcher: str) -> Iterator[None]:
+    """A Ctrl-C, which reaches all ranks, is reported by rank 0 alone."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        try:
+            rank = place(launcher, os.environ).rank
+        except ConfigError:
+            rank = 0
+        if not rank:
+            raise
+        error = InterruptedRunError("interrupted")
+        error.quiet = True
+        raise error from None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as torch_dist
 
 from xtuner.core import dist
-from xtuner.core.errors import ConfigError, LostRankError
+from xtuner.core.errors import EXIT_BUG, EXIT_INTERRUPTED, ConfigError, InterruptedRunError, LostRankError
 from xtuner.core.log import logger
 from xtuner.engine.launch import Place
 
@@ -113,6 +113,8 @@ class Watch:
         self.place = place
         self.iteration: int | None = None  # before the first
         self.log: Path | None = None
+        self.interrupted: Callable[[], bool] = lambda: False  # whether a Ctrl-C has reached this process
+        self._told_of_interrupt = False
         self._seen: dict[int, tuple[str, float]] = {}  # rank → its last beat ("" for none yet), and when that was new
         self._begun = self._looked = self._moved = time.monotonic()
         self._progress: Any = None
@@ -161,6 +163,9 @@ class Watch:
         if self._mine.check(["failed"]):
             self._failed_since = self._failed_since or time.monotonic()
             if time.monotonic() - self._failed_since > LEAVE:
+                if self._mine.check(["interrupted"]):
+                    self._told_of_interrupt = True
+                    return self._mine.get("interrupted").decode()
                 return self._mine.get("failed").decode()
         if self.place.rank:
             if self._mine.check(["verdict"]):
@@ -233,6 +238,9 @@ class Watch:
         time.sleep(2 * BEAT)  # the others read the verdict from rank 0
         if self._closed.is_set():
             return
+        if self._told_of_interrupt or self._leaves_it_to_main():
+            (logger.warning if self.place.rank else logger.error)(trouble)
+            os._exit(EXIT_INTERRUPTED)
         tell = logger.error if self.place.rank in (0, 1) else logger.warning  # 1000 ranks need not all say it
         tell(f"this run cannot go on: {trouble}\nwhere this rank stood: {self.log or 'below'}")
         with contextlib.ExitStack() as stack:
@@ -241,14 +249,20 @@ class Watch:
             except OSError:  # a full disk, a folder that has gone: this process must end all the same
                 file = sys.stderr
             faulthandler.dump_traceback(file, all_threads=True)
-        os._exit(1)
+        os._exit(EXIT_BUG)
 
-    def explain(self, error: BaseException) -> LostRankError | None:
+    def _leaves_it_to_main(self) -> bool:
+        """Whether a loss is most likely a second Ctrl-C, which ends ranks one by one: rank 0 reports that."""
+        return self.place.rank > 0 and self.interrupted()
+
+    def explain(self, error: BaseException) -> LostRankError | InterruptedRunError | None:
         """Who is gone, if `error` (a broken connection, perhaps) comes of that; None if nobody is."""
         deadline = time.monotonic() + 8 * BEAT
         everyone = [r for r in range(self.place.size) if r != self.place.rank]
         try:
             while time.monotonic() < deadline:
+                if self._mine.check(["interrupted"]):
+                    return self._interrupted(self._mine.get("interrupted").decode())
                 for rank in everyone:
                     if self._mine.check([f"failure/{rank}"]):
                         told = self._mine.get(f"failure/{rank}").decode()
@@ -261,7 +275,15 @@ class Watch:
             return self._lost("rank 0, where all meet, is gone", self.place.rank == 1)
         return None
 
-    def _lost(self, told: str, first: bool) -> LostRankError:
+    def _interrupted(self, told: str) -> InterruptedRunError:
+        error = InterruptedRunError(told)
+        error.quiet = self.place.rank > 0
+        return error
+
+    def _lost(self, told: str, first: bool) -> LostRankError | InterruptedRunError:
+        if self._leaves_it_to_main():
+            logger.warning(told)  # into this rank's log
+            return self._interrupted(told)
         error = LostRankError(
             told,
             where=f"seen by rank {self.place.rank} on {self.place.host}, iteration {(self.iteration or 0) + 1}",
@@ -275,6 +297,8 @@ class Watch:
         """Tell the others why this rank ends."""
         text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         with contextlib.suppress(torch_dist.DistError, RuntimeError):
+            if isinstance(error, InterruptedRunError):
+                self._mine.set("interrupted", str(error))
             self._mine.set(f"failure/{self.place.rank}", text)
             self._mine.set("failed", f"rank {self.place.rank} on {self.place.host} has failed: {text}")
 

@@ -61,7 +61,7 @@ def _watch(workers: list["subprocess.Popen[bytes]"], first_rank: int) -> int:
             ended.add(i)
             if code not in (EXIT_DONE, EXIT_STOPPED) and failed is None:
                 failed, deadline = code, time.monotonic() + GRACE
-                if code != EXIT_INTERRUPTED:  # a second Ctrl-C, which ends them all: rank 0 says so
+                if code not in (EXIT_INTERRUPTED, -signal.SIGINT):  # a second Ctrl-C ends them all: rank 0 says so
                     logger.error(
                         f"rank {first_rank + i} (process {worker.pid}) {_describe(code)}; the others are ended"
                     )

@@ -33,6 +33,7 @@ class Stop:
 
     def __init__(self, work_dir: Path, ranks: Ranks, max_minutes: float | None = None) -> None:
         self.reason = ""
+        self.interrupted = False  # by a first Ctrl-C
         self._file = work_dir / FILE
         self._ranks = ranks
         self._answers = ranks.is_main  # by what a handler may use
@@ -53,6 +54,7 @@ class Stop:
         name, again = signal.Signals(number).name, ""
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # first of all: the next one may be on its way
+            self.interrupted = True
             again = "; press Ctrl-C again to stop at once without saving"
         if self._answers and (again or not self.reason):
             with contextlib.suppress(OSError):  # a handler must not log or print: it may interrupt just that

@@ -84,7 +84,7 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
         early.into_log()
         stop = Stop(work_dir, dist.ALL, options.max_minutes)
         if watch:
-            watch.log = run.log
+            watch.log, watch.interrupted = run.log, lambda: stop.interrupted
         try:
             _start(run, found)
             return loop(run, stop, watch)

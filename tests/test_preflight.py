@@ -75,9 +75,15 @@ class Plain:
     pass
 class Fails(_Hook):
     def __init__(self): raise KeyError("mine")
+class Ends(_Hook):
+    def __init__(self): raise SystemExit(0)
+class Leaves(_Sampler):
+    def describe(self): raise SystemExit(0)
 class Few:
     def __init__(self, dataset): ...
 def mine(**settings): return [1, 2, 3]
+def quits(params, lr): raise SystemExit(0)
+def ends(**settings): raise SystemExit(0)
 def broken(**settings): return {}["absent"]
 """
 # name → row. {w} is the folder of the world below.
@@ -110,6 +116,17 @@ CONFIGS: dict[str, Row] = {
         str(last("custom_hooks = [dict(type=Plain)]")(t)))),
     "hook_fails": Row(2, ["custom_hooks.0 cannot be built: KeyError", "mine"], edit=lambda t: first(CLASSES)(
         str(last("custom_hooks = [dict(type=Fails)]")(t)))),
+    "hook_ends": Row(2, ["custom_hooks.0 ends the program: SystemExit(0)", "tiny.py:"], edit=lambda t: first(CLASSES)(
+        str(last("custom_hooks = [dict(type=Ends)]")(t)))),
+    **{f"{name}_ends": Row(2, ["ends the program: SystemExit(0)", key, "tiny.py:"],
+           edit=lambda t, line=line: first(CLASSES)(str(last(line)(t))))
+       for name, key, line in (
+           ("sampler", "train_dataloader.sampler", "train_dataloader['sampler'] = dict(type=ends)"),
+           ("dataset", "train_dataloader.dataset", "train_dataloader['dataset'] = dict(type=ends)"),
+           ("model", "model", "model = dict(type=ends)"),
+           ("optimizer", "optim_wrapper.optimizer", "optim_wrapper['optimizer'] = dict(type=quits, lr=1)"),
+           ("method", "tiny.py:", "train_dataloader['sampler'] = dict(type=Leaves)"),
+       )},
     "own_sampler": Row(2, ["Few has no describe, set_epoch, share, world_size", "train_dataloader.sampler"],
         edit=lambda t: first(CLASSES)(str(last("train_dataloader['sampler'] = dict(type=Few)")(t)))),
     "own_dataset": Row(2, ["list has no documents, fingerprint", "train_dataloader"],

@@ -24,7 +24,7 @@ from xtuner.config.settings import (
 )
 from xtuner.config.told import tell
 from xtuner.config.walk import ROOTS, Spec, specs, walked
-from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.core.errors import ConfigError, did_you_mean, of_exit
 from xtuner.core.log import logger
 
 # These must be there
@@ -211,6 +211,8 @@ def _resolved(kind: Any, where: str) -> Any:
         return resolve_type(kind, where)
     except ConfigError as e:
         return e
+    except SystemExit as e:
+        return of_exit(e, where, f"importing {kind!r}")
     except Exception as e:  # of a module of the user's that is imported for the first time
         return ConfigError(f"type={kind!r} cannot be imported: {type(e).__name__}: {e}", where=where)
 
@@ -263,6 +265,8 @@ def _trial(spec: Spec) -> Iterator[ConfigError]:
         inside = e.where == spec.key or e.where.startswith(f"{spec.key}.")
         where = f"{spec.key}.{e.where}" if e.where in spec.arguments else spec.key  # a constructor names its argument
         yield ConfigError(e.what, where=e.where if inside else where, why=e.why, do=e.do)
+    except SystemExit as e:
+        yield of_exit(e, spec.key, type_name(kind))
     except (TypeError, ValueError) as e:
         yield ConfigError(f"{type_name(kind)} does not take these values: {e}", where=spec.key)
     except Exception as e:

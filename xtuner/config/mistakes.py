@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner.core.errors import CheckpointError, ConfigError, XTunerError
+from xtuner.core.errors import CheckpointError, ConfigError, XTunerError, of_exit
 
 if TYPE_CHECKING:
     from xtuner.config.load import Config
@@ -55,6 +55,8 @@ def naming(config: "Config", key: str, *others: str) -> Iterator[None]:
     except XTunerError as e:
         where = here if not e.where or key.startswith(e.where) else f"{e.where}, by {here}"
         raise type(e)(e.what, where=where, why=e.why, do=e.do) from None
+    except SystemExit as e:
+        raise of_exit(e, here, key) from None
     except OSError as e:
         what = f"{e.filename or key} cannot be read: {e.strerror or e}"
         raise CheckpointError(what, where=here) from None

@@ -15,7 +15,7 @@ from xtuner.config.literals import without_secrets
 from xtuner.config.load import Config
 from xtuner.config.told import tell
 from xtuner.core import dist, log
-from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError, DataError, DivergedError
+from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError, DataError, DivergedError, of_exit
 from xtuner.core.files import not_written, recover, write_json
 from xtuner.core.log import logger
 from xtuner.engine import fit
@@ -92,6 +92,8 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
             if is_out_of_memory(e):
                 raise out_of_memory(run, options.words, run.choice, e) from None
             raise
+        except SystemExit as e:  # of a hook's or a dataset's method
+            raise of_exit(e) from None
         except KeyboardInterrupt:
             at_the_end.close()  # with a save in flight
             raise interrupted(run, options.words) from None

@@ -127,6 +127,9 @@ CONFIGS: dict[str, Row] = {
            ("optimizer", "optim_wrapper.optimizer", "optim_wrapper['optimizer'] = dict(type=quits, lr=1)"),
            ("method", "tiny.py:", "train_dataloader['sampler'] = dict(type=Leaves)"),
        )},
+    **{f"priority_{value}": Row(2, [f"P.priority = {value!r} is neither a number nor", "NORMAL", "custom_hooks.0"],
+           edit=lambda t, v=value: first(f"{CLASSES}\nclass P(_Hook): priority = {v!r}")(
+               str(last("custom_hooks = [dict(type=P)]")(t)))) for value in ("SOON", None, [])},
     "own_sampler": Row(2, ["Few has no describe, set_epoch, share, world_size", "train_dataloader.sampler"],
         edit=lambda t: first(CLASSES)(str(last("train_dataloader['sampler'] = dict(type=Few)")(t)))),
     "own_dataset": Row(2, ["list has no documents, fingerprint", "train_dataloader"],
@@ -375,7 +378,9 @@ def test_the_right_config_is_right(world: Path, xtuner: Any, capsys: pytest.Capt
     assert xtuner("train", config, "--dry-run", "--work-dir", world / "new") == 0
     assert tree(world) == before
     good = world / "good.py"
-    good.write_text(str(pretrained(f"{world}/whole")(config.read_text())))
+    hooks = "".join(f"class P{n}(_Hook): priority = {p!r}\n" for n, p in enumerate(("NORMAL", "very_low", 99.5)))
+    hooks += "custom_hooks = [dict(type=P1), dict(type=P2), dict(type=P0)]"
+    good.write_text(str(last(f"{CLASSES}\n{hooks}")(str(pretrained(f"{world}/whole")(config.read_text())))))
     assert xtuner("check-cfg", good, "--cfg-options", f"load_from={world}/whole", f"val_folder={world}/short") == 0
     good.unlink()
 

@@ -22,6 +22,7 @@ import torch
 
 from xtuner.config.build import build, type_name
 from xtuner.config.check import problems
+from xtuner.config.legacy import PRIORITIES
 from xtuner.config.load import Config
 from xtuner.config.mistakes import Findings, naming, together
 from xtuner.config.paths import named_models
@@ -77,9 +78,23 @@ def settings(config: Config, paths: bool = True) -> list[Hook]:
                     why="the trainer calls methods of xtuner.train.hooks.Hook",
                     do="derive the class from it: from xtuner.train.hooks import Hook",
                 )
+            _priority(hook)
             hooks.append(hook)
     found.check()
     return hooks
+
+
+def _priority(hook: Hook) -> float:
+    """The number by which hooks are sorted; a class made for mmengine may give its name. Raises: ConfigError."""
+    value: Any = hook.priority
+    number = PRIORITIES.get(value.upper()) if isinstance(value, str) else value
+    if type(number) not in (int, float) or not math.isfinite(number):
+        raise ConfigError(
+            f"{type(hook).__name__}.priority = {value!r} is neither a number nor one of {', '.join(PRIORITIES)}",
+            why="hooks are called in the order of their priorities, the lowest number first",
+            do=f"leave it out for {Hook.priority}; hooks of ours measure at 10 to 20, log at 80, save at 90",
+        )
+    return number
 
 
 def prepare(
@@ -226,7 +241,7 @@ def assemble(
         with naming(config, *_data_keys(config, "val_dataset")):
             held_out: TokenizedFolder = build(config.values["val_dataset"], "val_dataset")
         hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
-    hooks.sort(key=lambda h: h.priority)
+    hooks.sort(key=_priority)
     max_epochs = config.values["train_cfg"]["max_epochs"]
     run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs)
     run.plan()

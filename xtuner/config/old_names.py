@@ -57,7 +57,20 @@ _OF_MMENGINE = {name for module, name in REPLACED if module.startswith("mmengine
 _FOREIGN = ("mmengine", "transformers", "peft", "bitsandbytes", "mmcv")
 _OLD_ROOMS = tuple(
     f"xtuner.{room}"
-    for room in ("apis", "dataset", "engine.hooks", "engine.runner", "evaluation", "parallel", "registry", "utils")
+    for room in (
+        "apis",
+        "dataset",
+        "engine._strategy",
+        "engine.hooks",
+        "engine.runner",
+        "evaluation",
+        "model.llava",
+        "model.modules",
+        "model.utils",
+        "parallel",
+        "registry",
+        "utils",
+    )
 )
 # Old names of rooms that are ours as well
 _SHARED = {"xtuner.engine": ("DeepSpeedStrategy", "HFCheckpointHook"), "xtuner.model": ("LLaVAModel",)}

@@ -88,7 +88,7 @@ def _priority(hook: Hook) -> float:
     """The number by which hooks are sorted; a class made for mmengine may give its name. Raises: ConfigError."""
     value: Any = hook.priority
     number = PRIORITIES.get(value.upper()) if isinstance(value, str) else value
-    if type(number) not in (int, float) or not math.isfinite(number):
+    if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
         raise ConfigError(
             f"{type(hook).__name__}.priority = {value!r} is neither a number nor one of {', '.join(PRIORITIES)}",
             why="hooks are called in the order of their priorities, the lowest number first",

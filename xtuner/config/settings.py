@@ -65,8 +65,8 @@ HUB = {
     "token": Only((None, False, True), "it would be written into logs", "leave it out, and set HF_TOKEN"),
 }
 TRAIN_CFG = {
-    "by_epoch": Only((True,), "a run's length is given in epochs", "give max_epochs"),
-    "max_iters": Only((None,), "a run's length is given in epochs", "give max_epochs"),
+    "by_epoch": Only((True,), "a run's length is given in epochs", "leave it out, and give max_epochs"),
+    "max_iters": Only((None,), "a run's length is given in epochs", "leave it out, and give max_epochs"),
 }
 NO_WORK_IN_RANDOMNESS = {"diff_rank_seed": "ranks draw nothing but new weights, which must be equal"}
 NO_WORK_IN_TRAIN_CFG = {

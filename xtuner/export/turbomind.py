@@ -61,7 +61,7 @@ class Source:
 def read_source(folder: Path) -> Source:
     """Raises: ConfigError for what is not a Hugging Face folder, or a model or tokenizer that cannot be converted,
     CheckpointError without config.json."""
-    kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "HF_DIR", "give {} as HF_DIR")
+    kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "HF_DIR", "give {} as the model")
     hf = read_json(folder / "config.json")
     config = read_config(hf)
     if config.attention_bias:

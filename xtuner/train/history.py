@@ -131,7 +131,7 @@ def _refuse_to_start_afresh(work_dir: Path, told: str) -> None:
 def _weights(kind: kinds.Kind) -> str:
     if kind.inner:
         return f"give one of them, such as --resume {kind.inner}, if it is of xtuner"
-    return kind.fits("start from its weights, without --resume, with load_from = {}")
+    return kind.fits("start from its weights, without --resume, with load_from = '{}'")
 
 
 def _exists(path: Path) -> bool:

@@ -190,7 +190,7 @@ def _tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
 
 def open_data(config: Config) -> PackedDataset:
     """The training data. Raises: ConfigError and DataError of the folder, its files and their order."""
-    with naming(config, *_data_keys(config, DATASET)):
+    with naming(config, DATASET, *_data_keys(config, DATASET)):
         return _with_all(config, DATASET, build(config.values["train_dataloader"]["dataset"], DATASET))
 
 
@@ -238,7 +238,7 @@ def assemble(
     loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0))
     hooks = list(hooks)
     if config.get("val_dataset"):
-        with naming(config, *_data_keys(config, "val_dataset")):
+        with naming(config, "val_dataset", *_data_keys(config, "val_dataset")):
             held_out: TokenizedFolder = build(config.values["val_dataset"], "val_dataset")
         hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
     hooks.sort(key=_priority)
@@ -247,7 +247,7 @@ def assemble(
     run.plan()
     run.data_facts, run.data_files = loader.fingerprint(), loader.files()
     _enough(run)
-    with naming(config, *_data_keys(config, DATASET)):
+    with naming(config, DATASET, *_data_keys(config, DATASET)):
         dataset[0]  # read as training reads it: ids beyond the vocabulary are seen before a run has begun
     return run
 
@@ -259,12 +259,16 @@ def _enough(run: Run) -> None:
     documents, ranks = data.documents, run.loader.dp_size
     takes = f"one iteration takes {run.packs_per_iteration}" + (f" on {ranks} ranks" if ranks > 1 else "")
     length, counts = (run.config.written(k) for k in (f"{DATASET}.packed_length", "optim_wrapper.accumulative_counts"))
+    key, lower, kept = _data_keys(run.config, DATASET)[0], f"{length} or {counts}", ""
+    if least := getattr(documents, "min_length", 0):
+        key = f"{DATASET}.dataset_cfg.min_length"
+        lower, kept = f"{run.config.written(key)}, {lower}", f", in documents of at least {least:,}"
     raise DataError(
         f"{len(data)} packs, and {takes}",
-        where=f"{documents.folder}: {documents.num_tokens:,} tokens in {len(documents)} files, "
-        f"by {run.config.where(_data_keys(run.config, DATASET)[0])}",
+        where=f"{documents.folder}: {documents.num_tokens:,} tokens in {len(documents)} files{kept}, "
+        f"by {run.config.where(key)}",
         why=f"a file's tokens that do not fill a pack of {data.packed_length:,} are dropped",
-        do=f"lower {length} or {counts}, or give more data" + (", or take fewer ranks" * (ranks > 1)),
+        do=f"lower {lower}, or give more data" + (", or take fewer ranks" * (ranks > 1)),
     )
 
 

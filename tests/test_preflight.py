@@ -216,7 +216,8 @@ CONFIGS: dict[str, Row] = {
     "model_nowhere": Row(2, ["'/nowhere/model'"], edit=pretrained("/nowhere/model")),
     **{f"model_{name}": Row(code, [*says, "tiny.py:"], edit=pretrained(f"{{w}}/{name}"))
        for name, code, says in (
-           ("tied", 2, ["tie_word_embeddings", "{w}/tied"]), ("gpt", 2, ["'gpt2'"]),
+           ("tied", 2, ["tie_word_embeddings", "{w}/tied"]), ("gpt", 2, ["'gpt2'", "{w}/gpt/config.json"]),
+           ("list", 74, ["holds [], not an object", "{w}/list/config.json"]),
            ("missing", 74, ["output.weight is missing"]), ("extra", 74, ["no place in the model", "more.weight"]),
            ("shape", 74, ["model.norm.weight is [3]"]), ("cut", 74, ["cannot be read as safetensors"]),
            ("vocab", 2, ["the model's vocabulary 300"]),
@@ -252,6 +253,7 @@ COMMAND_LINES: dict[str, Row] = {
     "memory": Row(2, ["weights, gradients and optimizer state need", "deepspeed_zero3"],
         ["hidden_size=65536", "num_layers=1000"], words=["--seed", "1"]),
     "resume_nowhere": Row(2, ["--resume", "no such folder", "/nowhere"], words=["--resume", "/nowhere"]),
+    "resume_long": Row(2, ["there is no such folder", "xxx"], words=["--resume", "x" * 300]),
     "resume_empty": Row(2, ["--resume", "an empty path"], words=["--resume", ""]),
     "resume_no_checkpoint": Row(2, ["no checkpoint there", "{w}/empty"], words=["--resume", "{w}/empty"]),
     "resume_file": Row(2, ["this is a file, not a folder", "{w}/file"], words=["--resume", "{w}/file"]),
@@ -315,6 +317,8 @@ def _models(w: Path) -> None:
     make("whole")
     make("tied", tie_word_embeddings=True)
     make("gpt", model_type="gpt2")
+    make("list")
+    (w / "list" / "config.json").write_text("[]")
     make("vocab", {"vocab_size": 300})
     change("missing", output__weight=None)
     change("extra", more__weight=torch.zeros(1))

@@ -39,7 +39,7 @@ MOST_EPOCHS = 1_000_000
 # Dicts whose "type" is a word of theirs, not something to build
 WORDS = ("clip_grad", "rope_parameters", "rope_scaling")
 # What the trainer gives to them besides
-GIVEN = {
+GIVEN: dict[str, dict[str, Any]] = {
     "train_dataloader.sampler": {"dataset": None},
     "train_dataloader.batch_sampler": {"sampler": None},
     "optim_wrapper.optimizer": {"params": None},

@@ -29,8 +29,8 @@ from xtuner.config.paths import named_models
 from xtuner.config.walk import specs, walked
 from xtuner.core import hub
 from xtuner.core.dist import Ranks
-from xtuner.core.errors import ConfigError, DataError, XTunerError
-from xtuner.core.files import not_written, read_json, require_utf8
+from xtuner.core.errors import ConfigError, DataError
+from xtuner.core.files import not_written, require_utf8
 from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
@@ -39,8 +39,8 @@ from xtuner.data.pack import PackedDataset
 from xtuner.data.place import read_only
 from xtuner.data.share import open_together
 from xtuner.engine.optim import OptimWrapper
-from xtuner.model.families import layout_of
-from xtuner.model.source import ModelSource, from_scratch
+from xtuner.model.families import read_model
+from xtuner.model.source import ModelSource, from_scratch, require_marks
 from xtuner.model.weights import WeightFolder, hf_shapes
 from xtuner.model.weights import check as check_weights
 from xtuner.train import lock
@@ -152,26 +152,16 @@ def _is_built(config: Config, key: str) -> bool:
 
 
 def _model(config: Config) -> ModelSource:
-    try:
-        source = build(config.values["model"], "model")
-    except XTunerError as e:
-        named = (s.arguments[n] for s, n, is_tokenizer in named_models(config) if not is_tokenizer)
-        if e.where.startswith("config.json") and (folder := next(named, None)):
-            raise type(e)(e.what, where=f"{folder}/{e.where}", why=e.why, do=e.do) from None
-        raise
+    source = build(config.values["model"], "model")
     if not isinstance(source, ModelSource):
         raise ConfigError(f"{type_name(config.values['model']['type'])} makes no ModelSource", where="model")
-    for name in ("bos_token_id", "eos_token_id"):
-        number, ids = getattr(source.config, name), source.config.vocab_size
-        if not 0 <= number < ids:
-            where = f"{source.folder}/config.json: {name}" if source.folder else f"model.{name}"
-            raise ConfigError(f"{name} = {number} is not an id of the vocabulary, 0 … {ids - 1}", where=where)
+    require_marks(source.config, f"{source.folder}/config.json: " if source.folder else "model.")
     return source
 
 
 def _weights_to_start_from(folder: Path, source: ModelSource | None) -> None:
     weights = folder / "weights" if (folder / TRAINER).is_file() else folder
-    layout = layout_of(read_json(weights / "config.json"))
+    layout, _ = read_model(weights)
     tensors = WeightFolder(weights)
     if source:
         check_weights(tensors, hf_shapes(source.config, layout), by="the config's model")

@@ -284,6 +284,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tokenizer_folder
         (w / name).mkdir()
     (w / "half" / "tokenizer.model").write_bytes((tokenizer_folder / "tokenizer.model").read_bytes()[:1000])
     write_bin(w / "short" / "a.bin", [[5] * 40])
+    write_bin(w / "masked" / "a.bin", [[-5] * 70] * 12)
     write_bin(w / "large" / "a.bin", [[5000] * 70, [5000] * 70])
     for name in ("torn", "bare"):
         write_corpus(w / name, 10, types=("en",))
@@ -393,6 +394,11 @@ def test_the_right_config_is_right(world: Path, xtuner: Any, capsys: pytest.Capt
     good.write_text(str(last(f"{CLASSES}\n{hooks}")(str(pretrained(f"{world}/whole")(config.read_text())))))
     assert xtuner("check-cfg", good, "--cfg-options", f"load_from={world}/whole", f"val_folder={world}/short") == 0
     good.unlink()
+    capsys.readouterr()
+    assert xtuner("check-cfg", config, "--cfg-options", f"dataset_folder={world}/masked") == 0
+    assert "the first pack has no token to learn from" in capsys.readouterr().err
+    assert xtuner("data", "stats", world / "masked", "--max-length", 32) == 0
+    assert "there is nothing to learn from" in capsys.readouterr().out
 
 
 def test_the_same_from_real_commands(world: Path) -> None:

@@ -123,23 +123,23 @@ def start(config: Config, only_look: bool = False) -> ModelSource | None:
     """
     found = Findings(config)
     source: ModelSource | None = None
-    named = [(str(s.arguments[n]), t) for s, n, t in named_models(config) if only_look or not _is_built(config, s.key)]
-    absent = [name for name, is_tokenizer in named if not hub.is_here(name, is_tokenizer)]
+    named = [(spec, f"{spec.key}.{n}", str(spec.arguments[n]), is_tok) for spec, n, is_tok in named_models(config)]
+    seen = [(name, is_tok) for spec, _, name, is_tok in named if only_look or not _is_built(config, spec.key)]
+    absent = [name for name, is_tok in seen if not hub.is_here(name, is_tok)]
     for name in dict.fromkeys(absent if only_look else ()):
         logger.info(f"{name} is not on this machine yet: whether it fits is seen when it has been downloaded")
-    models = [(spec, name) for spec, name, is_tokenizer in named_models(config) if not is_tokenizer]
-    key = next((f"{spec.key}.{name}" for spec, name in models if spec.key.startswith("model")), "model")
-    if not any(str(spec.arguments[name]) in absent for spec, name in models):
-        with found.looking(key):
+    models = [(key, name) for _, key, name, is_tok in named if not is_tok]
+    if not any(name in absent for _, name in models):
+        with found.looking(next((key for key, _ in models if key.startswith("model")), "model")):
             source = _model(config)
             if source.folder:
                 check_weights(WeightFolder(source.folder), hf_shapes(source.config, source.layout))
     if name := config.get("load_from"):
         with found.looking("load_from"):
             _weights_to_start_from(Path(name).expanduser(), source)
-    for spec, name, is_tokenizer in named_models(config):
-        if is_tokenizer and str(spec.arguments[name]) not in absent:
-            with found.looking(f"{spec.key}.{name}"):
+    for spec, key, name, is_tok in named:
+        if is_tok and name not in absent:
+            with found.looking(key):
                 _tokenizer(build({"type": spec.kind, **spec.arguments}, spec.key), source)
     found.check()
     return source
@@ -238,7 +238,12 @@ def assemble(
     run.data_facts, run.data_files = loader.fingerprint(), loader.files()
     _enough(run)
     with naming(config, DATASET, *_data_keys(config, DATASET)):
-        dataset[0]  # read as training reads it: ids beyond the vocabulary are seen before a run has begun
+        first = dataset[0]  # read as training reads it: ids beyond the vocabulary are seen before a run has begun
+    if not (first["targets"] >= 0).any():
+        logger.warning(
+            "the first pack has no token to learn from: negative ones are context only. If all packs are like it, "
+            f"training ends with exit code 65: `xtuner data stats {dataset.documents.folder}` counts"
+        )
     return run
 
 

@@ -128,7 +128,7 @@ def test_mistakes_are_explained(tiny: Path, options: list[str], words: list[str]
             ["interval = 1.5 is not a whole number", "save_steps (default_hooks.checkpoint.interval)"],
         ),
         (["evaluation_freq=x"], ["every_n_iters = 'x' is not a whole number or None"]),
-        (["evaluation_inputs=3"], ["evaluation_inputs = 3 is not a text or a list of a text"]),
+        (["evaluation_inputs=3"], ["evaluation_inputs = 3 is not a text or a list of texts"]),
         (["prompt_template=plain"], ["prompt_template = 'plain' is not ChatTemplate or None"]),
         (["train_dataloader.dataset.label_rule=old"], ["label_rule = 'old' is not one of 'internevo', 'xtuner'"]),
         (["dataloader_num_workers=x"], ["num_workers = 'x' is not a whole number"]),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import write_corpus
 
-from xtuner.core.errors import BusyError, CheckpointError, ConfigError, DataError, XTunerError
+from xtuner.core.errors import BusyError, ConfigError, DataError, XTunerError
 from xtuner.data import load_intern_repo_tokenized_dataset, meta
 from xtuner.data.format import BinFile
 from xtuner.data.pack import PackedDataset
@@ -211,7 +211,7 @@ def test_wrong_places(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command)
         (ConfigError, ("eval", "loss", tmp_path, corpus), "neither a model nor a checkpoint"),
         (ConfigError, ("chat", tmp_path, "--prompt", "x"), "neither a model nor a checkpoint"),
         (ConfigError, ("plot-loss", tmp_path), "no run has left metrics"),
-        (CheckpointError, ("convert", "pth_to_hf", tiny, tmp_path / "half", tmp_path / "hf"), "no kind of checkpoint"),
+        (ConfigError, ("convert", "pth_to_hf", tiny, tmp_path / "half", tmp_path / "hf"), "no kind of checkpoint"),
     ]
     for kind, words, message in cases:
         with pytest.raises(kind, match=message):

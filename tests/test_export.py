@@ -155,8 +155,9 @@ def test_wrong_sources_and_targets(trained: Path, tiny: Path, tmp_path: Path, xt
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     for error, source, target, message in (
-        (CheckpointError, tmp_path / "nowhere.pth", tmp_path / "a", "there is no checkpoint"),
-        (CheckpointError, tmp_path, tmp_path / "a", "no kind of checkpoint is recognised"),
+        (ConfigError, trained.parent, tmp_path / "a", f"a folder of checkpoints(?s:.*)such as {trained.parent}/iter_"),
+        (ConfigError, tmp_path / "nowhere.pth", tmp_path / "a", "there is no checkpoint"),
+        (ConfigError, tmp_path, tmp_path / "a", "no kind of checkpoint is recognised"),
         (ConfigError, trained, tmp_path / "mine", "not an earlier export"),
     ):
         with pytest.raises(error, match=message):

@@ -110,7 +110,7 @@ def test_every_door_knows_every_kind(
             assert what in text
             assert "next: " in text
         elif what == kinds.CHECKPOINT:
-            assert f"load_from = {path}" in text or f"CONFIG.py {path}" in text or "pth_to_hf" in text
+            assert f"load_from = '{path}'" in text or f"CONFIG.py {path}" in text or "pth_to_hf" in text
         elif what == kinds.SAFETENSORS:
             assert "config.json" in text
     assert not (tmp_path / "w").exists() or "--resume" in door or "weights" in door or "turbomind" in door

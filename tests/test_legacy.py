@@ -352,6 +352,7 @@ def test_what_stands_in_the_table_exists() -> None:
         ("from peft import LoraConfig", ["all weights are trained"]),
         ("from xtuner.dataset import process_hf_dataset", ["load_intern_repo_tokenized_dataset"]),
         ("from xtuner.engine import HFCheckpointHook", ["pth_to_hf"]),
+        ("from xtuner.engine._strategy import DeepSpeedStrategy", ["leave strategy out"]),
         ("from xtuner.parallel.sequence import SequenceParallelSampler", ["InternRepoSampler"]),
         ("from xtuner.utils import *", ["no xtuner.utils.*", "PROMPT_TEMPLATE"]),
         ("t = PROMPT_TEMPLATE.llama3_chat", ["PROMPT_TEMPLATE.llama3_chat", "There are internlm2_chat, plain"]),
@@ -397,9 +398,14 @@ def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
         ("error_if_nonfinite=False", "error_if_nonfinite=True", ["error_if_nonfinite = True"]),
         ("loss_scale='dynamic'", "dtype='fp8'", ["no such type to compute in"]),
         ("loss_scale='dynamic'", "paramwise_cfg=dict(bias_decay_mult=0)", ["share one rate"]),
-        ("dict(type=TrainLoop, max_epochs=max_epochs)", "dict(type=TrainLoop, max_iters=9)", ["no max_epochs"]),
+        ("TrainLoop, max_epochs=max_epochs)", "TrainLoop, max_iters=9)", ["train_cfg has no max_epochs\n"]),
+        ("type=TrainLoop, max_epochs=max_epochs)", "max_iters=9, by_epoch=False)", ["train_cfg has no max_epochs\n"]),
+        ("evaluation_inputs=evaluation_inputs", "evaluation_inputs=[1]", ["is not a text or a list of texts"]),
         ("train_cfg = dict(type=TrainLoop", "train_cfg = dict(type=print", ["loop of your own"]),
         ("launcher = 'none'", "val_cfg = dict(type='ValLoop')", ["val_cfg", "val_dataset"]),
+        ("launcher = 'none'", "auto_scale_lr = dict(enable=True, base_batch_size=16)", ["set lr itself"]),
+        ("trust_remote_code=True))", "cache_dir='/scratch'))", ["cache_dir = '/scratch'", "HF_HOME"]),
+        ("every_n_iters=evaluation_freq", "every_n_epochs=1", ["give every_n_iters"]),
         ("launcher = 'none'", "strategy = dict(type='DeepSpeedStrategy')", ["--deepspeed"]),
         (
             "end=max_epochs, conv",
@@ -427,6 +433,7 @@ def test_what_would_mean_something_else_is_refused(
         ("param_scheduler[0]['type'] = 'LinerLR'", ["no scheduler 'LinerLR'", "param_scheduler", "mean 'LinearLR'"]),
         ("param_scheduler = 'cosine'", ["param_scheduler = 'cosine' is not a list"]),
         ("optim_wrapper['optimizer']['type'] = 'AdamV'", ["no optimizer 'AdamV'", "Did you mean 'Adam"]),
+        ("optim_wrapper['optimizer']['type'] = 'FusedAdam'", ["no optimizer 'FusedAdam'", "nearest: AdamW"]),
         ("optim_wrapper['type'] = 'OptimWrapper'", ["nearest: mmengine.optim.AmpOptimWrapper"]),
         ("optim_wrapper['type'] = 'DeepSpeedOptimWrapper'", ["--deepspeed on the command line"]),
         ("custom_hooks.append(dict(type='EMAHook'))", ["no hook 'EMAHook'", "custom_hooks.4", "ThroughputHook"]),
@@ -462,7 +469,10 @@ def test_names_in_values_that_there_is_nothing_for(
 
 
 _RATE = dict(begin=0, end=10**9, last_step=-1, by_epoch=True, verbose=False)
-_LOADED = dict(pretrained_model_name_or_path="m", trust_remote_code=False)
+_LOADED = dict(
+    pretrained_model_name_or_path="m", trust_remote_code=False, cache_dir=None, code_revision=None, subfolder="",
+    force_download=False, local_files_only=False, proxies=None, revision="main", token=None,
+)  # fmt: skip
 _LOOP = dict(max_epochs=1, val_begin=1, val_interval=1)
 _SERVICE = dict(save_dir=None, init_kwargs=None)
 _SIZES = ("hidden_size", "num_layers", "vocab_size", "mlp_ratio", "is_casual", "use_activation_checkpointing")
@@ -505,7 +515,7 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "xtuner.engine.EvaluateChatHook": dict(
         tokenizer={}, evaluation_inputs=["x"], evaluation_images=None, image_processor=None, system="",
         prompt_template=None, every_n_iters=None, max_new_tokens=600, stop_word=None, stop_words=[],
-        generation_kwargs={},
+        generation_kwargs={}, every_n_epochs=None,
     ),
     "xtuner.engine.ThroughputHook": dict.fromkeys(_SIZES),
     "xtuner.engine.VarlenAttnArgsToMessageHubHook": {},
@@ -522,7 +532,7 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         max_position_embeddings=None,
     ),
     "transformers.AutoModelForCausalLM.from_pretrained": _LOADED,
-    "transformers.AutoTokenizer.from_pretrained": _LOADED,
+    "transformers.AutoTokenizer.from_pretrained": dict(encode_special_tokens=True, **_LOADED),
     "torch.utils.data.BatchSampler": dict(sampler=[], batch_size=1, drop_last=False),
 }  # fmt: skip
 
@@ -581,6 +591,8 @@ def test_other_ways_of_writing_the_same(legacy_text: str, tmp_path: Path) -> Non
     ) + text[text.index("train_cfg = ") :]  # fmt: skip
     begin = text.index("default_hooks = ")
     text = text[:begin] + "default_hooks = dict(logger=None)\n" + text[text.index("env_cfg = ") :]
+    text += "auto_scale_lr = dict(enable=False, base_batch_size=16)\n"
+    text += "train_dataloader.update(drop_last=True, prefetch_factor=2)\ntokenizer['encode_special_tokens'] = True\n"
     path = tmp_path / "other.py"
     path.write_text(text)
     c = load(str(path))
@@ -589,7 +601,9 @@ def test_other_ways_of_writing_the_same(legacy_text: str, tmp_path: Path) -> Non
     assert c.get("tokenizer.type") == "xtuner.data.legacy.AutoTokenizer.from_pretrained"
     told = "\n".join(paragraphs(c))
     assert "optim_wrapper.dtype: because bf16 on GPUs and fp32 on CPUs" in told
-    assert "train_cfg.val_interval: because" in told
+    for setting in ("train_cfg.val_interval", "train_dataloader.drop_last", "train_dataloader.prefetch_factor"):
+        assert f"{setting}: because" in told
+    assert "tokenizer.encode_special_tokens: because" in told
     assert "default_hooks.checkpoint" not in told
 
 

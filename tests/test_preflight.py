@@ -75,9 +75,15 @@ class Plain:
     pass
 class Fails(_Hook):
     def __init__(self): raise KeyError("mine")
+class Ends(_Hook):
+    def __init__(self): raise SystemExit(0)
+class Leaves(_Sampler):
+    def describe(self): raise SystemExit(0)
 class Few:
     def __init__(self, dataset): ...
 def mine(**settings): return [1, 2, 3]
+def quits(params, lr): raise SystemExit(0)
+def ends(**settings): raise SystemExit(0)
 def broken(**settings): return {}["absent"]
 """
 # name → row. {w} is the folder of the world below.
@@ -110,16 +116,30 @@ CONFIGS: dict[str, Row] = {
         str(last("custom_hooks = [dict(type=Plain)]")(t)))),
     "hook_fails": Row(2, ["custom_hooks.0 cannot be built: KeyError", "mine"], edit=lambda t: first(CLASSES)(
         str(last("custom_hooks = [dict(type=Fails)]")(t)))),
+    "hook_ends": Row(2, ["custom_hooks.0 ends the program: SystemExit(0)", "tiny.py:"], edit=lambda t: first(CLASSES)(
+        str(last("custom_hooks = [dict(type=Ends)]")(t)))),
+    **{f"{name}_ends": Row(2, ["ends the program: SystemExit(0)", key, "tiny.py:"],
+           edit=lambda t, line=line: first(CLASSES)(str(last(line)(t))))
+       for name, key, line in (
+           ("sampler", "train_dataloader.sampler", "train_dataloader['sampler'] = dict(type=ends)"),
+           ("dataset", "train_dataloader.dataset", "train_dataloader['dataset'] = dict(type=ends)"),
+           ("model", "model", "model = dict(type=ends)"),
+           ("optimizer", "optim_wrapper.optimizer", "optim_wrapper['optimizer'] = dict(type=quits, lr=1)"),
+           ("method", "tiny.py:", "train_dataloader['sampler'] = dict(type=Leaves)"),
+       )},
+    **{f"priority_{value}": Row(2, [f"P.priority = {value!r} is neither a number nor", "NORMAL", "custom_hooks.0"],
+           edit=lambda t, v=value: first(f"{CLASSES}\nclass P(_Hook): priority = {v!r}")(
+               str(last("custom_hooks = [dict(type=P)]")(t)))) for value in ("SOON", None, [])},
     "own_sampler": Row(2, ["Few has no describe, set_epoch, share, world_size", "train_dataloader.sampler"],
         edit=lambda t: first(CLASSES)(str(last("train_dataloader['sampler'] = dict(type=Few)")(t)))),
     "own_dataset": Row(2, ["list has no documents, fingerprint", "train_dataloader"],
         edit=lambda t: first(CLASSES)(str(last("train_dataloader['dataset'] = dict(type=mine)")(t)))),
-    "dataset_fails": Row(2, ["cannot be built: KeyError", "absent", "tiny.py:"],
-        edit=lambda t: first(CLASSES)(str(last("train_dataloader['dataset'] = dict(type=broken)")(t)))),
+    "dataset_fails": Row(2, ["train_dataloader.dataset cannot be built: KeyError", "absent", "tiny.py:"],
+        edit=lambda t: first(CLASSES)(str(last("train_dataset['dataset_cfg'] = dict(type=broken, folder='/')")(t)))),
     "model_no_source": Row(2, ["mine makes no ModelSource"],
         edit=lambda t: first(CLASSES)(str(last("model = dict(type=mine)")(t)))),
     # numbers
-    **{f"lr_{v}": Row(2, [f"lr = {v}", "lr (optim_wrapper.optimizer.lr)"], [f"lr={v}"]) for v in
+    **{f"lr_{v}": Row(2, [f"lr = {v} is not", "lr (optim_wrapper.optimizer.lr)"], [f"lr={v}"]) for v in
        ("nan", "inf", "-inf", "0", "-0.001")},
     "weight_decay_nan": Row(2, ["weight_decay = nan is not a finite number"], ["weight_decay=nan"]),
     "beta_inf": Row(2, ["inf is not a finite number", "betas"], ["betas=(0.9,inf)"]),
@@ -128,8 +148,10 @@ CONFIGS: dict[str, Row] = {
     "eta_min_nan": Row(2, ["eta_min = nan", "param_scheduler.1.eta_min"], ["param_scheduler.1.eta_min=nan"]),
     "begin_nan": Row(2, ["begin = nan"], ["param_scheduler.0.begin=nan"]),
     "warm_up_nan": Row(2, ["end = nan"], ["warm_up_ratio=nan"]),
-    "epochs_0": Row(2, ["max_epochs = 0"], ["max_epochs=0"]),
-    "epochs_absurd": Row(2, ["max_epochs = 1000000000000", "1,000,000"], ["max_epochs=1000000000000"]),
+    "epochs_0": Row(2, ["max_epochs = 0 is not an integer of at least 1\n  where"], ["max_epochs=0"]),
+    "epochs_1.5": Row(2, ["max_epochs = 1.5 is not an integer"], ["max_epochs=1.5"]),
+    "epochs_absurd": Row(2, ["max_epochs = 1000000000000 is above 1,000,000"], ["max_epochs=1000000000000"]),
+    "epochs_deleted": Row(2, ["the config has no 'train_cfg'\n  where"], edit=last("del train_cfg")),
     "epochs_infinite": Row(2, ["max_epochs = inf"], ["max_epochs=inf"]),
     "epochs_text": Row(2, ["max_epochs = 'x'"], ["max_epochs=x", "warm_up_ratio=1"]),
     "skipped": Row(2, ["max_skipped = 'x' is not a whole number"], ["train_cfg.max_skipped=x"]),
@@ -171,10 +193,14 @@ CONFIGS: dict[str, Row] = {
     "short_data": Row(65, ["1 packs, and one iteration takes 2", "dataset_folder", "lower max_length or accumul"],
         ["dataset_folder={w}/short"]),
     "long_packs": Row(65, ["0 packs", "max_length"], ["max_length=100000"]),
+    "long_documents": Row(65, ["0 packs", "lower train_dataset.dataset_cfg.min_length, max_length or"],
+        ["train_dataloader.dataset.dataset_cfg.min_length=1000000000"]),
     "torn_data": Row(65, ["has 3 bytes", "b.bin"], ["dataset_folder={w}/torn"]),
     "no_meta": Row(65, ["b.bin has no meta", "dataset_folder"], ["dataset_folder={w}/bare"]),
     "large_ids": Row(65, ["token id 5000 is outside", "dataset_folder"], ["dataset_folder={w}/large"]),
     "order": Row(2, ["'/nowhere.txt'", "data_order_path"], ["data_order_path=/nowhere.txt"]),
+    "order_folder": Row(2, ["the folder '{w}/empty' holds no data_order.txt"], ["data_order_path={w}/empty"]),
+    "order_device": Row(2, ["'/dev/null' is not a regular file", "data_order_path ("], ["data_order_path=/dev/null"]),
     "order_missing": Row(2, ["gone.bin", "order.txt", "data_order_path"], ["data_order_path={w}/order.txt"]),
     "order_empty": Row(2, ["data order is empty"], ["data_order_path={w}/file"]),
     "val_nowhere": Row(2, ["'/nowhere'", "set val_folder to", "val_folder (val_dataset"], ["val_folder=/nowhere"]),
@@ -190,7 +216,8 @@ CONFIGS: dict[str, Row] = {
     "model_nowhere": Row(2, ["'/nowhere/model'"], edit=pretrained("/nowhere/model")),
     **{f"model_{name}": Row(code, [*says, "tiny.py:"], edit=pretrained(f"{{w}}/{name}"))
        for name, code, says in (
-           ("tied", 2, ["tie_word_embeddings", "{w}/tied"]), ("gpt", 2, ["'gpt2'"]),
+           ("tied", 2, ["tie_word_embeddings", "{w}/tied"]), ("gpt", 2, ["'gpt2'", "{w}/gpt/config.json"]),
+           ("list", 74, ["holds [], not an object", "{w}/list/config.json"]),
            ("missing", 74, ["output.weight is missing"]), ("extra", 74, ["no place in the model", "more.weight"]),
            ("shape", 74, ["model.norm.weight is [3]"]), ("cut", 74, ["cannot be read as safetensors"]),
            ("vocab", 2, ["the model's vocabulary 300"]),
@@ -226,10 +253,11 @@ COMMAND_LINES: dict[str, Row] = {
     "memory": Row(2, ["weights, gradients and optimizer state need", "deepspeed_zero3"],
         ["hidden_size=65536", "num_layers=1000"], words=["--seed", "1"]),
     "resume_nowhere": Row(2, ["--resume", "no such folder", "/nowhere"], words=["--resume", "/nowhere"]),
+    "resume_long": Row(2, ["there is no such folder", "xxx"], words=["--resume", "x" * 300]),
     "resume_empty": Row(2, ["--resume", "an empty path"], words=["--resume", ""]),
     "resume_no_checkpoint": Row(2, ["no checkpoint there", "{w}/empty"], words=["--resume", "{w}/empty"]),
     "resume_file": Row(2, ["this is a file, not a folder", "{w}/file"], words=["--resume", "{w}/file"]),
-    "resume_hf": Row(2, ["Hugging Face", "load_from = {w}/whole"], words=["--resume", "{w}/whole"]),
+    "resume_hf": Row(2, ["Hugging Face", "load_from = '{w}/whole'"], words=["--resume", "{w}/whole"]),
     "resume_cut": Row(74, ["bytes instead of", "{w}/hurt/iter_15.pth"], words=["--resume", "{w}/hurt/iter_15.pth"]),
     "resume_only_one_cut": Row(74, ["nothing to resume from", "bytes instead of", "{w}/hurt"],
         words=["--resume", "--work-dir", "{w}/hurt"]),
@@ -256,6 +284,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tokenizer_folder
         (w / name).mkdir()
     (w / "half" / "tokenizer.model").write_bytes((tokenizer_folder / "tokenizer.model").read_bytes()[:1000])
     write_bin(w / "short" / "a.bin", [[5] * 40])
+    write_bin(w / "masked" / "a.bin", [[-5] * 70] * 12)
     write_bin(w / "large" / "a.bin", [[5000] * 70, [5000] * 70])
     for name in ("torn", "bare"):
         write_corpus(w / name, 10, types=("en",))
@@ -289,6 +318,8 @@ def _models(w: Path) -> None:
     make("whole")
     make("tied", tie_word_embeddings=True)
     make("gpt", model_type="gpt2")
+    make("list")
+    (w / "list" / "config.json").write_text("[]")
     make("vocab", {"vocab_size": 300})
     change("missing", output__weight=None)
     change("extra", more__weight=torch.zeros(1))
@@ -358,9 +389,16 @@ def test_the_right_config_is_right(world: Path, xtuner: Any, capsys: pytest.Capt
     assert xtuner("train", config, "--dry-run", "--work-dir", world / "new") == 0
     assert tree(world) == before
     good = world / "good.py"
-    good.write_text(str(pretrained(f"{world}/whole")(config.read_text())))
+    hooks = "".join(f"class P{n}(_Hook): priority = {p!r}\n" for n, p in enumerate(("NORMAL", "very_low", 99.5)))
+    hooks += "custom_hooks = [dict(type=P1), dict(type=P2), dict(type=P0)]"
+    good.write_text(str(last(f"{CLASSES}\n{hooks}")(str(pretrained(f"{world}/whole")(config.read_text())))))
     assert xtuner("check-cfg", good, "--cfg-options", f"load_from={world}/whole", f"val_folder={world}/short") == 0
     good.unlink()
+    capsys.readouterr()
+    assert xtuner("check-cfg", config, "--cfg-options", f"dataset_folder={world}/masked") == 0
+    assert "the first pack has no token to learn from" in capsys.readouterr().err
+    assert xtuner("data", "stats", world / "masked", "--max-length", 32) == 0
+    assert "there is nothing to learn from" in capsys.readouterr().out
 
 
 def test_the_same_from_real_commands(world: Path) -> None:

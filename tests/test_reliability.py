@@ -383,6 +383,7 @@ def test_a_full_disk_at_the_start(tiny: Path, tmp_path: Path) -> None:
     finally:
         os.fsync = real
     assert error.value.where.startswith(str(tmp_path / "w"))
+    assert not list(tmp_path.iterdir()), "a run that has not begun leaves nothing"
 
 
 @pytest.mark.parametrize(

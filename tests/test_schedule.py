@@ -175,7 +175,7 @@ def test_what_is_rejected_and_remarked(tiny: Path, xtuner: Command, capsys: Any)
         ("param_scheduler.1.T_max=-3", "T_max = -3 is not at least 0"),
         ("param_scheduler.1.by_epoch=False", "there are no epochs to convert"),
         (f"{other}ConstantLR','factor':2}}]", "factor = 2 is not above 0 and at most 1"),
-        (f"{other}MultiStepLR','milestones':3}}]", "milestones = 3 is not a list of a number"),
+        (f"{other}MultiStepLR','milestones':3}}]", "milestones = 3 is not a list of numbers"),
         (f"{other}MultiStepLR','milestones':[],'gamma':-1}}]", "gamma = -1 is not at least 0"),
         (f"{other}MultiStepLR'}}]", "MultiStepLR needs milestones"),
     ):

@@ -301,6 +301,7 @@ def test_ranks_share_validation_and_give_one_reply(tmp_path: Path, monkeypatch: 
         ({"gradient_accumulation_steps": 8}, "gradient_accumulation_steps is 8 .* by the config it is 2"),
         ({"gradient_clipping": 0.5}, r"gradient_clipping is 0.5 .* it is 1.0"),
         ({"bf16": {"enabled": True}}, "bf16.enabled is True .* it is False"),
+        ({"train_micro_batch_size_per_gpu": 3}, "is 3 .* it is 1\n.*_gpu\n.*one pack at a time\n.*in the JSON$"),
         ({"train_batch_size": 5}, "train_batch_size is 5 .* it is 4"),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"optimizer": {"type": "Adam"}}, "section 'optimizer'"),
@@ -309,7 +310,7 @@ def test_ranks_share_validation_and_give_one_reply(tmp_path: Path, monkeypatch: 
             ({"zero_optimization": {"stage": 2, **zero}}, message)
             for zero, message in (
                 ({"overlap_com": True}, "no setting 'zero_optimization.overlap_com'. Did you mean 'overlap_comm'"),
-                ({"stage": 7}, "zero_optimization.stage = 7: "),
+                ({"stage": 7}, "zero_optimization.stage = 7: Input should be 0, 1, 2 or 3\n"),
                 ({"stage": "two"}, 'zero_optimization.stage = "two": '),
                 ({"offload_optimizer": {"devise": "cpu"}}, "no setting 'zero_optimization.offload_optimizer.devise'"),
                 ({"offload_optimizer": {"device": "nvme"}}, "offload to NVMe is not supported"),

@@ -21,7 +21,7 @@ import torch
 from conftest import reference
 from safetensors.torch import load_file, save_file
 
-from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.errors import CheckpointError, ConfigError, XTunerError
 from xtuner.core.pickles import load_tensors
 from xtuner.export.consolidate import consolidate
 from xtuner.export.sources import recognise
@@ -372,8 +372,10 @@ def changed(path: Path, change: Callable[[Any], Any]) -> Callable[[], None]:
     return apply
 
 
-def refused(source: Path, words: str, tmp_path: Path, where: str | None = None) -> None:
-    with pytest.raises(CheckpointError, match=words) as e:
+def refused(
+    source: Path, words: str, tmp_path: Path, where: str | None = None, kind: type[XTunerError] = CheckpointError
+) -> None:
+    with pytest.raises(kind, match=words) as e:
         consolidate(source, tmp_path / "never.safetensors")
     assert (where or source.name) in e.value.where
     assert e.value.do or e.value.why
@@ -515,9 +517,9 @@ def test_files_cut_short_and_files_of_other_kinds(tmp_path: Path) -> None:
     ):
         torch.save(content, tmp_path / name)
         refused(tmp_path / name, words, tmp_path)
-    refused(tmp_path / "empty", "no kind of checkpoint is recognised", tmp_path)
-    refused(tmp_path / "torn", "not a whole checkpoint", tmp_path)
-    refused(tmp_path / "nowhere", "there is no checkpoint", tmp_path)
+    refused(tmp_path / "empty", "no kind of checkpoint is recognised", tmp_path, kind=ConfigError)
+    refused(tmp_path / "torn", "not a whole checkpoint", tmp_path, kind=ConfigError)
+    refused(tmp_path / "nowhere", "there is no checkpoint", tmp_path, kind=ConfigError)
     torch.save(weights, tmp_path / "plain.pth")  # as `zero_to_fp32.py` writes it
     consolidate(tmp_path / "plain.pth", tmp_path / "a.safetensors")
     same(tmp_path / "a.safetensors", weights)

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.data.tokenizer import load_tokenizer, single_tokens
     from xtuner.engine.join import device
     from xtuner.model.generate import Session, sample
+    from xtuner.model.source import require_marks
     from xtuner.train.evaluate import open_model
 
     log.setup("WARNING")
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.tokenizer:
         refuse_checkpoint(args.model)
     model, _ = open_model(args.model, [], device())
+    require_marks(model.config, f"{args.model}/config.json: ")
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     marks = [mark for mark in INTERNLM2_MARKS if mark in template.prompt("", "-") + template.assistant_end]
     if missing := [mark for mark in marks if mark not in tokenizer.special]:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from xtuner.config.settings import (
 )
 from xtuner.config.told import tell
 from xtuner.config.walk import ROOTS, Spec, specs, walked
-from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.core.errors import ConfigError, did_you_mean, of_exit
 from xtuner.core.log import logger
 
 # These must be there
@@ -38,10 +39,11 @@ MOST_EPOCHS = 1_000_000
 # Dicts whose "type" is a word of theirs, not something to build
 WORDS = ("clip_grad", "rope_parameters", "rope_scaling")
 # What the trainer gives to them besides
-GIVEN = {
+GIVEN: dict[str, dict[str, Any]] = {
     "train_dataloader.sampler": {"dataset": None},
     "train_dataloader.batch_sampler": {"sampler": None},
     "optim_wrapper.optimizer": {"params": None},
+    "train_cfg": {"max_epochs": 1},  # `_train_cfg` reports that it is missing
 }
 
 
@@ -64,10 +66,13 @@ def problems(config: Config, paths: bool = False) -> list[ConfigError]:
     inside = [*_not_specs(config), *rules.not_finite(config)]
     inside += [*(e for spec in specs(config) for e in _spec(spec)), *rules.of_runtime(config)]
     wrong = [e.where for e in inside]
-    wrong += ["param_scheduler"] if length else []  # its begins and ends are made from max_epochs
+    if length or "train_cfg" not in config.values:
+        wrong.append("param_scheduler")  # its begins and ends are made from max_epochs
     for spec in specs(config):
         if not any(_within(where, spec.key) or _within(spec.key, where) for where in wrong):
             inside += _trial(spec)
+    if "optim_wrapper.optimizer.lr" in wrong:  # from which eta_min is made
+        inside = [e for e in inside if not re.fullmatch(r"param_scheduler\..*eta_min", e.where)]
     found += [ConfigError(e.what, where=config.where(e.where), why=e.why, do=e.do) for e in inside]
     if paths:
         found += path_checks.problems(config)
@@ -153,16 +158,24 @@ def _is_batch_sampler(kind: Any) -> bool:
 
 
 def _train_cfg(config: Config) -> Iterator[ConfigError]:
-    values = config.get("train_cfg", {})
+    if "train_cfg" not in config.values:
+        return  # `_names` reports it
+    values = config.values["train_cfg"]
     if not isinstance(values, Mapping):
         yield ConfigError(f"expected dict(max_epochs=…), found {values!r}", where=config.where("train_cfg"))
         return
     where = config.where("train_cfg.max_epochs")
-    if values.get("max_epochs") is None:
-        yield ConfigError("train_cfg has no max_epochs", where=where, do="give max_epochs: a run's length is in epochs")
-    elif type(values["max_epochs"]) is not int or not 1 <= values["max_epochs"] <= MOST_EPOCHS:
-        what = f"train_cfg.max_epochs = {values['max_epochs']!r} is not an integer of at least 1"
-        yield ConfigError(what, where=where, why=f"the most that makes sense is {MOST_EPOCHS:,}")
+    epochs, in_iterations = values.get("max_epochs"), [n for n in TRAIN_CFG if TRAIN_CFG[n].problem(n, values.get(n))]
+    in_iterations = [n for n in in_iterations if n in values] if epochs is None else []
+    if epochs is None:
+        given = " and ".join(f"{n} = {values[n]!r}" for n in in_iterations)
+        why = f"{given}: a run's length is not given in iterations here" if given else ""
+        yield ConfigError("train_cfg has no max_epochs", where=where, why=why, do="give max_epochs, the run's length")
+    elif type(epochs) is not int or epochs < 1:
+        yield ConfigError(f"train_cfg.max_epochs = {epochs!r} is not an integer of at least 1", where=where)
+    elif epochs > MOST_EPOCHS:
+        what = f"train_cfg.max_epochs = {epochs!r} is above {MOST_EPOCHS:,}"
+        yield ConfigError(what, where=where, why="so many are taken for a slip of the pen")
     skipped = values.get("max_skipped", 0)
     if type(skipped) is not int or skipped < 0:
         what = f"train_cfg.max_skipped = {skipped!r} is not a whole number of at least 0"
@@ -176,7 +189,7 @@ def _train_cfg(config: Config) -> Iterator[ConfigError]:
                 yield ConfigError("a loop of your own would not be called", where=where, do="leave type out")
         elif name not in known:
             yield ConfigError(f"train_cfg has no setting {name!r}.{did_you_mean(name, known)}", where=where)
-        elif name in TRAIN_CFG and (p := TRAIN_CFG[name].problem(name, value)):
+        elif name in TRAIN_CFG and name not in in_iterations and (p := TRAIN_CFG[name].problem(name, value)):
             yield ConfigError(p.what, where=where, why=p.why, do=p.do)
 
 
@@ -211,6 +224,8 @@ def _resolved(kind: Any, where: str) -> Any:
         return resolve_type(kind, where)
     except ConfigError as e:
         return e
+    except SystemExit as e:
+        return of_exit(e, where, f"importing {kind!r}")
     except Exception as e:  # of a module of the user's that is imported for the first time
         return ConfigError(f"type={kind!r} cannot be imported: {type(e).__name__}: {e}", where=where)
 
@@ -263,6 +278,8 @@ def _trial(spec: Spec) -> Iterator[ConfigError]:
         inside = e.where == spec.key or e.where.startswith(f"{spec.key}.")
         where = f"{spec.key}.{e.where}" if e.where in spec.arguments else spec.key  # a constructor names its argument
         yield ConfigError(e.what, where=e.where if inside else where, why=e.why, do=e.do)
+    except SystemExit as e:
+        yield of_exit(e, spec.key, type_name(kind))
     except (TypeError, ValueError) as e:
         yield ConfigError(f"{type_name(kind)} does not take these values: {e}", where=spec.key)
     except Exception as e:

@@ -20,9 +20,11 @@ DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "param_scheduler": {"type": "xtuner.train.hooks.ParamSchedulerHook"},
     "checkpoint": {"type": "xtuner.train.legacy.CheckpointHook", "interval": 1},
 }
-_PRIORITIES = (
-    "HIGHEST", "VERY_HIGH", "HIGH", "ABOVE_NORMAL", "NORMAL", "BELOW_NORMAL", "LOW", "VERY_LOW", "LOWEST",
-)  # fmt: skip
+# mmengine's names of the order in which hooks are called: those with lower numbers first, as here
+PRIORITIES = {
+    "HIGHEST": 0, "VERY_HIGH": 10, "HIGH": 30, "ABOVE_NORMAL": 40, "NORMAL": 50, "BELOW_NORMAL": 60, "LOW": 70,
+    "VERY_LOW": 90, "LOWEST": 100,
+}  # fmt: skip
 _ONE_FILE = "a config is one whole file: copy the other one's contents into it"
 
 
@@ -100,7 +102,7 @@ def _is_our_hook(kind: Any) -> bool:
 
 def _is_priority(value: Any) -> bool:
     if isinstance(value, str):
-        return value.upper() in _PRIORITIES
+        return value.upper() in PRIORITIES
     return type(value) is int and 0 <= value <= 100
 
 

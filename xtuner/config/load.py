@@ -19,7 +19,7 @@ from typing import Any
 from xtuner.config import legacy, statements
 from xtuner.config.literals import secret_literals
 from xtuner.core import secrets
-from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.core.errors import ConfigError, did_you_mean, of_exit
 from xtuner.core.inputs import short_repr
 
 DEEPEST = 50  # brackets or signs of a value of --cfg-options
@@ -269,12 +269,7 @@ def _run(tree: ast.Module, path: Path, overrides: dict[str, Any]) -> dict[str, A
     except (ConfigError, KeyboardInterrupt):
         raise
     except SystemExit as e:
-        raise ConfigError(
-            f"the config ends the program: SystemExit({e.code!r})",
-            where=f"{path}:{_line(e, path)}",
-            why="nothing would be trained, and the exit code would not be ours",
-            do="take the call out: a config only assigns values",
-        ) from None
+        raise of_exit(e, f"{path}:{_line(e, path)}", "the config") from None
     except BaseException as e:
         line = _line(e, path)
         raise ConfigError(

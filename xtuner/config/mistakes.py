@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xtuner.core.errors import CheckpointError, ConfigError, XTunerError
+from xtuner.core.errors import CheckpointError, ConfigError, XTunerError, of_exit
 
 if TYPE_CHECKING:
     from xtuner.config.load import Config
@@ -46,15 +46,18 @@ class Findings:
 
 
 @contextlib.contextmanager
-def naming(config: "Config", key: str, *others: str) -> Iterator[None]:
-    """Errors inside say where the setting `key`, and others that may be to blame, are written; those of a user's own
-    classes become errors for users."""
-    here = " and ".join(config.where(k) for k in (key, *others))
+def naming(config: "Config", key: str, *to_blame: str) -> Iterator[None]:
+    """Errors inside say where the settings `to_blame`, or what is built at `key` itself, are written; those of a user's
+    own classes become errors for users, about `key`."""
+    to_blame = to_blame or (key,)
+    here = " and ".join(config.where(k) for k in to_blame)
     try:
         yield
     except XTunerError as e:
-        where = here if not e.where or key.startswith(e.where) else f"{e.where}, by {here}"
+        where = here if not e.where or to_blame[0].startswith(e.where) else f"{e.where}, by {here}"
         raise type(e)(e.what, where=where, why=e.why, do=e.do) from None
+    except SystemExit as e:
+        raise of_exit(e, config.where(key), key) from None
     except OSError as e:
         what = f"{e.filename or key} cannot be read: {e.strerror or e}"
         raise CheckpointError(what, where=here) from None
@@ -64,7 +67,7 @@ def naming(config: "Config", key: str, *others: str) -> Iterator[None]:
             raise  # a bug of ours
         raise ConfigError(
             f"{key} cannot be built: {type(e).__name__}: {e}",
-            where=here,
+            where=config.where(key),
             why=f"raised at {frames[-1].filename}:{frames[-1].lineno}",
         ) from None
 

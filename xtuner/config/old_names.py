@@ -57,7 +57,20 @@ _OF_MMENGINE = {name for module, name in REPLACED if module.startswith("mmengine
 _FOREIGN = ("mmengine", "transformers", "peft", "bitsandbytes", "mmcv")
 _OLD_ROOMS = tuple(
     f"xtuner.{room}"
-    for room in ("apis", "dataset", "engine.hooks", "engine.runner", "evaluation", "parallel", "registry", "utils")
+    for room in (
+        "apis",
+        "dataset",
+        "engine._strategy",
+        "engine.hooks",
+        "engine.runner",
+        "evaluation",
+        "model.llava",
+        "model.modules",
+        "model.utils",
+        "parallel",
+        "registry",
+        "utils",
+    )
 )
 # Old names of rooms that are ours as well
 _SHARED = {"xtuner.engine": ("DeepSpeedStrategy", "HFCheckpointHook"), "xtuner.model": ("LLaVAModel",)}
@@ -82,6 +95,8 @@ _PLACES = tuple(
     )
 )
 
+# Of PyTorch's optimizers those that train no model here
+_NOT_HERE = ("LBFGS", "SparseAdam")
 _TOKENIZED = "load_intern_repo_tokenized_dataset, on .bin and .bin.meta files (`xtuner data tokenize` writes them)"
 _FULL = "all weights are trained: leave it out"
 _DEEPSPEED = "--deepspeed on the command line"
@@ -92,6 +107,7 @@ _NEAREST = {
     "DefaultOptimWrapperConstructor": "none; leave constructor out",
     "DeepSpeedOptimWrapper": f"mmengine.optim.AmpOptimWrapper, and {_DEEPSPEED}",
     "DeepSpeedStrategy": f"{_DEEPSPEED}: leave strategy out",
+    "FusedAdam": "AdamW, or Adam where adam_w_mode is False",
     "HFCheckpointHook": "`xtuner convert pth_to_hf` after the run; a checkpoint's weights/ is such a folder, too",
     "HOOKS": "none, nothing is registered: define the hook in the config, and give the class itself as type",
     "Hook": "xtuner.train.run.Hook, whose methods are configure, before_run, after_iteration and after_run",
@@ -173,7 +189,8 @@ def unknown(written: str, where: str, place: str = "") -> ConfigError:
     if name in _NEAREST:
         do = f"nearest: {_NEAREST[name]}"
     else:
-        do = did_you_mean(name, known or sorted(_BARE)).strip() + " give a class, a function, or its dotted name"
+        near = [n for n in known if n not in _NOT_HERE] or sorted(_BARE)
+        do = did_you_mean(name, near).strip() + " give a class, a function, or its dotted name"
         if known and kind != "optimizer":  # of those there are dozens
             do += f"; names alone do for {', '.join(known)}"
     return ConfigError(

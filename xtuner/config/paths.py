@@ -61,11 +61,14 @@ def _folder(name: str | Path, setting: str) -> ConfigError | None:
 
 
 def _order(name: str | Path) -> ConfigError | None:
-    kind = _kind(name)
-    if kind == "file" or (kind == "folder" and (Path(name).expanduser() / ORDER_FILE).is_file()):
-        return None
+    kind, path = _kind(name), Path(name)
+    if kind:
+        path = path.expanduser()
+        if path.is_file() or (path / ORDER_FILE).is_file():
+            return None
+    found = {"folder": f"the folder {str(name)!r} holds no {ORDER_FILE}", "": f"there is no file {str(name)!r}"}
     return ConfigError(
-        f"the data order cannot be read: there is no file {str(name)!r}",
+        f"the data order cannot be read: {found.get(kind, f'{str(name)!r} is not a regular file')}",
         do="write one with `xtuner data order --data-folder DATA --save-folder DIR`",
     )
 
@@ -88,7 +91,7 @@ def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
     what = "tokenizer" if is_tokenizer else "model"
     kind = _kind(name)
     usual = (kinds.HF, kinds.BARE, kinds.UNKNOWN, kinds.NOTHING)  # which have words of their own
-    use, instead = "give {} as the model", "leave the model as it is: load_from = {} starts from its weights"
+    use, instead = "give {} as the model", "leave the model as it is: load_from = '{}' starts from its weights"
     if kind and not is_tokenizer and (other := _other_kind(Path(name).expanduser(), usual, use, instead)):
         return other
     if kind == "folder":
@@ -117,7 +120,7 @@ def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
     if not _kind(name):
         missing: ConfigError | None = ConfigError(f"there is no folder {name!r} to take weights from")
     else:
-        missing = _other_kind(Path(name).expanduser(), (kinds.CHECKPOINT, kinds.HF), "load_from = {}")
+        missing = _other_kind(Path(name).expanduser(), (kinds.CHECKPOINT, kinds.HF), "load_from = '{}'")
     yield "load_from", name, missing
 
 

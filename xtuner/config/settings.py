@@ -28,7 +28,7 @@ OLD = {
     **{f"{part}_{what}": _NO_VALIDATION for part in ("val", "test") for what in ("cfg", "dataloader", "evaluator")},
     "strategy": _ENGINE,
     "model_wrapper_cfg": _ENGINE,
-    "auto_scale_lr": Only((None,), "the rate is what the config says", "set lr itself"),
+    "auto_scale_lr": Only((None, {"enable": False}), "the rate is what the config says", "set lr itself"),
     "custom_imports": Only((None,), "nothing is registered", "import what it names at the top of the config"),
     "data_preprocessor": Only((None,), "packs go to the model as they are", "leave it out"),
     "framework": Only((None, "mmengine"), "xtuner trains by itself", "leave it out"),
@@ -46,12 +46,27 @@ NO_WORK = {
 DATALOADER = ("batch_size", "batch_sampler", "collate_fn", "dataset", "num_workers", "sampler")
 NO_WORK_IN_DATALOADER = {
     "batch_sampler": "a batch is one pack, and the sampler gives its number",
+    "drop_last": "a batch is one pack: none is incomplete",
     "persistent_workers": "workers live as long as the run",
     "pin_memory": "a pack is about 1 MB, and copied while the device computes",
+    "prefetch_factor": "packs are read ahead, as many as an iteration takes",
+}
+# Of from_pretrained, for models and tokenizers
+HUB = {
+    "cache_dir": Only((None,), "the hub's own cache is read", "leave it out; the variable HF_HOME moves the cache"),
+    "code_revision": Only((None,), "no code of a hub is run", "leave it out"),
+    "force_download": Only((False, None), "what the cache holds whole is taken", "leave it out"),
+    "local_files_only": Only((False, None), "it is set for all of a run", "leave it out, and set HF_HUB_OFFLINE=1"),
+    "proxies": Only((None,), "the hub is reached as the environment says", "leave it out, and set HTTPS_PROXY"),
+    "revision": Only(
+        (None, "main"), "the main branch is read", "download the revision, and give its folder as the model"
+    ),
+    "subfolder": Only(("", None), "the files at the top are read", "download the model, and give the sub-folder"),
+    "token": Only((None, False, True), "it would be written into logs", "leave it out, and set HF_TOKEN"),
 }
 TRAIN_CFG = {
-    "by_epoch": Only((True,), "a run's length is given in epochs", "give max_epochs"),
-    "max_iters": Only((None,), "a run's length is given in epochs", "give max_epochs"),
+    "by_epoch": Only((True,), "a run's length is given in epochs", "leave it out, and give max_epochs"),
+    "max_iters": Only((None,), "a run's length is given in epochs", "leave it out, and give max_epochs"),
 }
 NO_WORK_IN_RANDOMNESS = {"diff_rank_seed": "ranks draw nothing but new weights, which must be equal"}
 NO_WORK_IN_TRAIN_CFG = {

@@ -9,6 +9,9 @@ from typing import Any, Literal, Union
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
 
 
+_MANY = {int: "whole numbers", float: "numbers", str: "texts", dict: "dicts"}
+
+
 def parameter_types(kind: Callable[..., Any]) -> dict[str, Any]:
     """Annotations of what `kind` takes, by name; empty where they cannot be read."""
     function = kind.__init__ if inspect.isclass(kind) else inspect.unwrap(kind)
@@ -57,7 +60,7 @@ def words(wanted: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin in (list, tuple, Sequence):
-        return "a list of " + " and ".join(dict.fromkeys(words(w) for w in inner if w is not ...))
+        return "a list of " + " and ".join(dict.fromkeys(_MANY.get(w) or words(w) for w in inner if w is not ...))
     if (origin or wanted) in (Mapping, dict):
         return "a dict"
     return _WORDS.get(wanted) or str(getattr(wanted, "__name__", wanted))

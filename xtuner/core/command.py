@@ -7,7 +7,16 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from xtuner.core import streams
-from xtuner.core.errors import EXIT_BUG, EXIT_CONFIG, EXIT_INTERRUPTED, EXIT_IO, XTunerError, of_system
+from xtuner.core.errors import (
+    EXIT_BUG,
+    EXIT_CONFIG,
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    XTunerError,
+    of_exit,
+    of_system,
+    raised_by_us,
+)
 from xtuner.core.secrets import mask_text
 
 EXIT_PIPE = 141  # 128 + SIGPIPE: the reader of our output has gone, as in `xtuner ... | head`
@@ -38,7 +47,12 @@ def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: 
     add_arguments(parser)
     args = parser.parse_args(argv)
     args.words = argv  # as they were given, for who starts the same again
-    return run(args)
+    try:
+        return run(args)
+    except SystemExit as e:  # of a hook's or a dataset's method
+        if raised_by_us(e):
+            raise
+        raise of_exit(e) from None
 
 
 def exit_with(command: Callable[[], int]) -> NoReturn:

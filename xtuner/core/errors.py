@@ -7,6 +7,7 @@ and what to do next. A bug in xtuner itself is never one of these: it ends in a 
 import errno
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import TracebackType
 
@@ -99,6 +100,24 @@ def of_system(error: OSError) -> CheckpointError | None:
     )
 
 
+def of_exit(error: SystemExit, where: str = "", by: str = "") -> ConfigError:
+    """The error for code of a user's that ends the program: without it, exit code 0 would say that all is done.
+
+    Args:
+        where: the file and line, or the setting; the line that raised it if empty.
+        by: what ends the program.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return ConfigError(
+        f"{by or 'code that the config names'} ends the program: SystemExit({error.code!r})",
+        where=where or line,
+        why="nothing more would be trained, and the exit code would not be ours"
+        + (f"; raised at {line}" if where and line not in where else ""),
+        do="take the call out; an exception stops a run, too, and says why",
+    )
+
+
 _FULL = "free some space, or write to another disk"
 _ADVICE = {
     errno.ENOSPC: _FULL,
@@ -115,15 +134,21 @@ _ADVICE = {
 }
 
 
-def _is_ours(traceback: TracebackType | None) -> bool:
+def _is_ours(trace: TracebackType | None) -> bool:
     """Whether only this package, Python and installed packages took part."""
     installed = (*(f"{folder}{os.sep}" for folder in (Path(__file__).parent.parent, sys.prefix, sys.base_prefix)), "<")
-    while traceback is not None:
-        file = traceback.tb_frame.f_code.co_filename
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
         if not file.startswith(installed) and "-packages" not in file:  # site-packages, dist-packages
             return False
-        traceback = traceback.tb_next
+        trace = trace.tb_next
     return True
+
+
+def raised_by_us(error: SystemExit) -> bool:
+    """Whether this package itself ends the program."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(f"{Path(__file__).parent.parent}{os.sep}")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

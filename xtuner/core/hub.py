@@ -86,13 +86,14 @@ def indexed_files(index: Path) -> list[str]:
     """The files that an index of weights (`model.safetensors.index.json`) names, sorted. Raises: CheckpointError."""
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(
             "the index does not map the names of tensors to the names of files",
             where=f"{index}: weight_map",
             do="copy the model's file there again",
         )
-    return sorted(set(weight_map.values()))
+    return sorted(set(names))
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str], local: bool) -> Path:

@@ -51,7 +51,7 @@ class Kind:
         """What to do so that it fits.
 
         Args:
-            use: how the folder of a model is given there, as "load_from = {}".
+            use: how the folder of a model is given there, as "load_from = '{}'".
         """
         if self.what == HF:
             return use.format(self.path)

@@ -7,6 +7,7 @@ from collections.abc import Sized
 from typing import Any
 
 from xtuner.config.adapter import Only, adapter
+from xtuner.config.settings import HUB
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.data import chat_template, order, tokenizer
 from xtuner.data.chat_template import ChatTemplate
@@ -25,13 +26,24 @@ class AutoTokenizer:
             "trust_remote_code": "no code of a hub is run; tokenizer.model or tokenizer.json is read",
             "padding_side": "packs have no padding",
             "use_fast": "tokenizer.model is read if there is one, else tokenizer.json",
-        }
+            "encode_special_tokens": "only ChatGLM's tokenizer has it",
+        },
+        only=HUB,
     )
     def from_pretrained(
         pretrained_model_name_or_path: str,
         trust_remote_code: bool = False,
         padding_side: str = "right",
-        use_fast: bool = True,
+        use_fast: bool | None = True,
+        encode_special_tokens: bool | None = None,
+        cache_dir: Any = None,
+        code_revision: Any = None,
+        force_download: Any = False,
+        local_files_only: Any = False,
+        proxies: Any = None,
+        revision: Any = None,
+        subfolder: Any = "",
+        token: Any = None,
     ) -> tokenizer.Tokenizer:
         return tokenizer.load_tokenizer(pretrained_model_name_or_path)
 

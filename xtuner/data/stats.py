@@ -267,6 +267,11 @@ def as_text(found: Stats) -> str:
     ]
     if warning := dropped.warning():
         lines.append(warning)
+    if found.learned == 0 and found.tokens:
+        lines.append(
+            "there is nothing to learn from: no token is above 0, and negative ones are context only. Training "
+            "on these data would end with exit code 65"
+        )
     lines += ["", f"{'documents of':>22} {'documents':>14} {'tokens':>18}"]
     most = max((x.documents for x in found.lengths), default=1)
     for x in found.lengths:

@@ -79,7 +79,7 @@ def resolve(
     zero_keys.reject(found, where)
     zero_keys.drop(found)
     wanted = {
-        "train_micro_batch_size_per_gpu": (1, "one pack at a time"),
+        "train_micro_batch_size_per_gpu": (1, ""),
         "gradient_accumulation_steps": (optim.accumulative_counts, "accumulative_counts"),
         "train_batch_size": (optim.accumulative_counts * ranks, "accumulative_counts × ranks"),
         "gradient_clipping": (optim.max_norm or 0.0, "optim_wrapper.clip_grad.max_norm"),
@@ -90,9 +90,9 @@ def resolve(
         if theirs not in (None, AUTO) and theirs != value:
             raise ConfigError(
                 f"{key} is {theirs} in the DeepSpeed settings, and by the config it is {value}",
-                where=f"{where}: {key}; config: {ours}",
-                why="one of them would be followed without a word",
-                do=f'set it to "auto" in the JSON, or change {ours}',
+                where=f"{where}: {key}" + (f"; config: {ours}" if ours else ""),
+                why="one of them would be followed without a word" if ours else "each GPU takes one pack at a time",
+                do='set it to "auto" in the JSON' + (f", or change {ours}" if ours else ""),
             )
     found.pop("train_batch_size", None)
     found["train_micro_batch_size_per_gpu"] = 1
@@ -185,7 +185,8 @@ def _checked(settings: dict[str, Any], section: str, module: str, kind: str, whe
             near = did_you_mean(str(first["loc"][-1]), sorted(form.model_fields)) if len(first["loc"]) == 1 else ""
             raise ConfigError(f"DeepSpeed has no setting {key!r}.{near}", where=f"{where}: {key}") from None
         value = _of(settings, key)
-        raise ConfigError(f"{key} = {json.dumps(value)}: {first['msg']}", where=f"{where}: {key}") from None
+        words = "Input should be 0, 1, 2 or 3" if key == "zero_optimization.stage" else first["msg"]
+        raise ConfigError(f"{key} = {json.dumps(value)}: {words}", where=f"{where}: {key}") from None
     if "stage" in given:
         given["stage"] = int(given["stage"])
     return given

@@ -29,7 +29,7 @@ from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.place import export_folder
 from xtuner.export.turbomind_config import BASE, config_text, flat, shared_difference
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.families import layout_of, read_config
+from xtuner.model.families import read_model
 from xtuner.model.weights import stream
 
 KIND = "turbomind"
@@ -61,9 +61,9 @@ class Source:
 def read_source(folder: Path) -> Source:
     """Raises: ConfigError for what is not a Hugging Face folder, or a model or tokenizer that cannot be converted,
     CheckpointError without config.json."""
-    kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "HF_DIR", "give {} as HF_DIR")
+    kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "HF_DIR", "give {} as the model")
     hf = read_json(folder / "config.json")
-    config = read_config(hf)
+    layout, config = read_model(folder)
     if config.attention_bias:
         raise ConfigError(
             "the model has biases in attention",
@@ -73,7 +73,7 @@ def read_source(folder: Path) -> Source:
         )
     tokenizer = load_tokenizer(folder)
     speaks_chat = "<|im_start|>" in tokenizer.special
-    return Source(folder, hf, layout_of(hf), config, tokenizer.vocab_size, speaks_chat)
+    return Source(folder, hf, layout, config, tokenizer.vocab_size, speaks_chat)
 
 
 def convert(

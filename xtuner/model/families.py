@@ -6,11 +6,13 @@ Our names are InternLM2's. In the llama layout, `wqkv` falls apart into q, k and
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.files import read_json
 from xtuner.core.inputs import short_repr
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.rope import RopeScaling
@@ -65,16 +67,20 @@ def join(parts: list[torch.Tensor], c: DecoderConfig) -> torch.Tensor:
     return torch.cat((q, k, v), dim=1).reshape(-1, *tail)
 
 
-def layout_of(hf: dict[str, Any]) -> str:
-    """The layout that a `config.json` announces. Raises: ConfigError for other families."""
+def layout_of(hf: Any, where: str = "config.json: ") -> str:
+    """The layout that a `config.json` announces.
+
+    Raises: ConfigError for other families; CheckpointError for what is as little a `config.json` as a torn file.
+    """
     if not isinstance(hf, dict):
-        raise ConfigError(f"config.json holds {short_repr(hf)}, not an object", where="config.json", do=_COPY)
+        what = f"config.json holds {short_repr(hf)}, not an object"
+        raise CheckpointError(what, where=where.rstrip(": "), do=_COPY)
     kind = hf.get("model_type", "")
     if isinstance(kind, str) and kind in LAYOUTS:
         return kind
     raise ConfigError(
         f"models of type {short_repr(kind)} cannot be read",
-        where="config.json: model_type",
+        where=f"{where}model_type",
         do=f"known are: {', '.join(LAYOUTS)}",
     )
 
@@ -87,7 +93,7 @@ def read_config(hf: dict[str, Any], where: str = "config.json: ") -> DecoderConf
 
     Raises: ConfigError for what we do not compute, and for values that describe no network.
     """
-    layout = layout_of(hf)
+    layout = layout_of(hf, where)
     read = _Reader(hf, where)
     absent = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if k not in hf]
     absent += [k for k in ("num_attention_heads",) if k not in hf]
@@ -202,15 +208,22 @@ def _read_rope(read: _Reader) -> tuple[float, RopeScaling | None]:
     scaling = own or new or old
     kind: Any = scaling.get("type") or scaling.get("rope_type") or "default"
     factor = scaling.get("factor")
-    if kind in ("default", "origin", "linear") and not factor:
+    if (kind in ("default", "origin") and not factor) or (kind == "linear" and factor is None):
         return theta, None
     if kind == "linear" or kind == "dynamic":
-        return theta, RopeScaling(kind, read.above_0("rope_scaling.factor", factor or 1.0))
+        return theta, RopeScaling(kind, read.above_0("rope_scaling.factor", 1.0 if factor is None else factor))
     raise ConfigError(
         f"rope scaling {short_repr(kind)} is not supported",
         where=f"{read.where}rope_scaling",
         do="known are: linear, dynamic",
     )
+
+
+def read_model(folder: Path) -> tuple[str, DecoderConfig]:
+    """(layout, network) of a model's folder. Raises: ConfigError, CheckpointError; both name its `config.json`."""
+    path = folder / "config.json"
+    hf, where = read_json(path), f"{path}: "
+    return layout_of(hf, where), read_config(hf, where)
 
 
 def write_config(c: DecoderConfig, layout: str, dtype: torch.dtype) -> dict[str, Any]:

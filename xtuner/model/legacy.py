@@ -9,6 +9,7 @@ from typing import Any
 
 from xtuner.config.adapter import Only, adapter
 from xtuner.config.build import build
+from xtuner.config.settings import HUB
 from xtuner.model import source
 from xtuner.model.source import ModelSource
 
@@ -33,9 +34,7 @@ class AutoModelForCausalLM:
         only={
             "quantization_config": Only((None,), "quantized weights are not trained", "leave it out"),
             "device_map": Only((None,), "every process holds the model on its own device", "leave it out"),
-            "revision": Only(
-                (None, "main"), "the main branch is read", "download the revision, and give its folder as the model"
-            ),
+            **HUB,
         },
     )
     def from_pretrained(
@@ -49,7 +48,14 @@ class AutoModelForCausalLM:
         use_safetensors: bool | None = None,
         quantization_config: Any = None,
         device_map: Any = None,
-        revision: str | None = None,
+        cache_dir: Any = None,
+        code_revision: Any = None,
+        force_download: Any = False,
+        local_files_only: Any = False,
+        proxies: Any = None,
+        revision: Any = None,
+        subfolder: Any = "",
+        token: Any = None,
     ) -> ModelSource:
         return source.from_pretrained(pretrained_model_name_or_path)
 

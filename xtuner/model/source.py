@@ -9,7 +9,6 @@ import torch
 
 from xtuner.core import hub, kinds
 from xtuner.core.errors import ConfigError
-from xtuner.core.files import read_json
 from xtuner.model import attention, families
 from xtuner.model.attention import Name
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
@@ -121,9 +120,8 @@ def from_pretrained(
     _require_varlen(use_varlen_attn)
     folder = hub.resolve(str(pretrained_model_name_or_path))
     kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "pretrained_model_name_or_path", "give {} there")
-    hf = read_json(folder / "config.json")
-    layout, recompute = families.layout_of(hf), activation_checkpointing
-    return ModelSource(families.read_config(hf), folder, layout, None, recompute, attention, products)
+    layout, config = families.read_model(folder)
+    return ModelSource(config, folder, layout, None, activation_checkpointing, attention, products)
 
 
 def from_scratch(
@@ -170,6 +168,19 @@ def _require_varlen(use_varlen_attn: bool) -> None:
             why="without it the documents of a pack see each other, and the model learns from what will not be there",
             do="set use_varlen_attn = True",
         )
+
+
+def require_marks(config: DecoderConfig, where: str) -> None:
+    """Raise ConfigError if what begins or ends a text is no token of the vocabulary, for who writes text.
+
+    Args:
+        where: stands before a key in the message.
+    """
+    for name in ("bos_token_id", "eos_token_id"):
+        number = getattr(config, name)
+        if number is None or not 0 <= number < config.vocab_size:
+            what = f"{name} = {number} is not an id of the vocabulary, 0 … {config.vocab_size - 1}"
+            raise ConfigError(what, where=f"{where}{name}")
 
 
 def load_pretrained(

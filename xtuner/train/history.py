@@ -45,7 +45,7 @@ def to_resume(
         return None
     if resume is True or resume == "auto":
         return latest(work_dir, ranks, strict, contents)
-    folder = Path(resume).expanduser()
+    folder = Path(os.path.expanduser(resume))
     if ranks.on_main(lambda: _is_work_dir(folder)):
         return latest(folder, ranks, strict, contents)
     ranks.on_main(lambda: _there(folder, resume))
@@ -132,7 +132,7 @@ def _refuse_to_start_afresh(work_dir: Path, told: str) -> None:
 def _weights(kind: kinds.Kind) -> str:
     if kind.inner:
         return f"give one of them, such as --resume {kind.inner}, if it is of xtuner"
-    return kind.fits("start from its weights, without --resume, with load_from = {}")
+    return kind.fits("start from its weights, without --resume, with load_from = '{}'")
 
 
 def _exists(path: Path) -> bool:
@@ -143,11 +143,11 @@ def _exists(path: Path) -> bool:
 
 
 def _is_work_dir(folder: Path) -> bool:
-    return folder.is_dir() and not (folder / TRAINER).is_file() and bool(named(folder) or _last(folder))
+    return os.path.isdir(folder) and not os.path.isfile(folder / TRAINER) and bool(named(folder) or _last(folder))
 
 
 def _there(folder: Path, resume: str) -> None:
-    if (folder / TRAINER).is_file():
+    if os.path.isfile(folder / TRAINER):  # False, too, for what no path can be
         return
     kind = kinds.recognise(folder)
     if kind.foreign:

@@ -94,6 +94,7 @@ def DatasetInfoHook(tokenizer: Any, is_intern_repo_dataset: bool = False) -> hoo
 @adapter(
     no_work={"generation_kwargs": "samples take the most likely token each time"},
     only={
+        "every_n_epochs": Only((None,), "samples are written by the iteration", "give every_n_iters"),
         "evaluation_images": Only((None,), "models read text only", "leave it out"),
         "image_processor": Only((None,), "models read text only", "leave it out"),
     },
@@ -110,6 +111,7 @@ def EvaluateChatHook(
     generation_kwargs: Any = None,
     evaluation_images: Any = None,
     image_processor: Any = None,
+    every_n_epochs: int | None = None,
 ) -> hooks.EvaluateChatHook:
     inputs = evaluation_inputs if isinstance(evaluation_inputs, str) else list(evaluation_inputs)
     template = template_named(prompt_template) if isinstance(prompt_template, str) else prompt_template

@@ -22,14 +22,15 @@ import torch
 
 from xtuner.config.build import build, type_name
 from xtuner.config.check import problems
+from xtuner.config.legacy import PRIORITIES
 from xtuner.config.load import Config
 from xtuner.config.mistakes import Findings, naming, together
 from xtuner.config.paths import named_models
 from xtuner.config.walk import specs, walked
 from xtuner.core import hub
 from xtuner.core.dist import Ranks
-from xtuner.core.errors import ConfigError, DataError, XTunerError
-from xtuner.core.files import not_written, read_json, require_utf8
+from xtuner.core.errors import ConfigError, DataError
+from xtuner.core.files import not_written, require_utf8
 from xtuner.core.log import logger
 from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
@@ -38,8 +39,8 @@ from xtuner.data.pack import PackedDataset
 from xtuner.data.place import read_only
 from xtuner.data.share import open_together
 from xtuner.engine.optim import OptimWrapper
-from xtuner.model.families import layout_of
-from xtuner.model.source import ModelSource, from_scratch
+from xtuner.model.families import read_model
+from xtuner.model.source import ModelSource, from_scratch, require_marks
 from xtuner.model.weights import WeightFolder, hf_shapes
 from xtuner.model.weights import check as check_weights
 from xtuner.train import lock
@@ -77,9 +78,23 @@ def settings(config: Config, paths: bool = True) -> list[Hook]:
                     why="the trainer calls methods of xtuner.train.hooks.Hook",
                     do="derive the class from it: from xtuner.train.hooks import Hook",
                 )
+            _priority(hook)
             hooks.append(hook)
     found.check()
     return hooks
+
+
+def _priority(hook: Hook) -> float:
+    """The number by which hooks are sorted; a class made for mmengine may give its name. Raises: ConfigError."""
+    value: Any = hook.priority
+    number = PRIORITIES.get(value.upper()) if isinstance(value, str) else value
+    if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+        raise ConfigError(
+            f"{type(hook).__name__}.priority = {value!r} is neither a number nor one of {', '.join(PRIORITIES)}",
+            why="hooks are called in the order of their priorities, the lowest number first",
+            do=f"leave it out for {Hook.priority}; hooks of ours measure at 10 to 20, log at 80, save at 90",
+        )
+    return number
 
 
 def prepare(
@@ -108,23 +123,23 @@ def start(config: Config, only_look: bool = False) -> ModelSource | None:
     """
     found = Findings(config)
     source: ModelSource | None = None
-    named = [(str(s.arguments[n]), t) for s, n, t in named_models(config) if only_look or not _is_built(config, s.key)]
-    absent = [name for name, is_tokenizer in named if not hub.is_here(name, is_tokenizer)]
+    named = [(spec, f"{spec.key}.{n}", str(spec.arguments[n]), is_tok) for spec, n, is_tok in named_models(config)]
+    seen = [(name, is_tok) for spec, _, name, is_tok in named if only_look or not _is_built(config, spec.key)]
+    absent = [name for name, is_tok in seen if not hub.is_here(name, is_tok)]
     for name in dict.fromkeys(absent if only_look else ()):
         logger.info(f"{name} is not on this machine yet: whether it fits is seen when it has been downloaded")
-    models = [(spec, name) for spec, name, is_tokenizer in named_models(config) if not is_tokenizer]
-    key = next((f"{spec.key}.{name}" for spec, name in models if spec.key.startswith("model")), "model")
-    if not any(str(spec.arguments[name]) in absent for spec, name in models):
-        with found.looking(key):
+    models = [(key, name) for _, key, name, is_tok in named if not is_tok]
+    if not any(name in absent for _, name in models):
+        with found.looking(next((key for key, _ in models if key.startswith("model")), "model")):
             source = _model(config)
             if source.folder:
                 check_weights(WeightFolder(source.folder), hf_shapes(source.config, source.layout))
     if name := config.get("load_from"):
         with found.looking("load_from"):
             _weights_to_start_from(Path(name).expanduser(), source)
-    for spec, name, is_tokenizer in named_models(config):
-        if is_tokenizer and str(spec.arguments[name]) not in absent:
-            with found.looking(f"{spec.key}.{name}"):
+    for spec, key, name, is_tok in named:
+        if is_tok and name not in absent:
+            with found.looking(key):
                 _tokenizer(build({"type": spec.kind, **spec.arguments}, spec.key), source)
     found.check()
     return source
@@ -137,26 +152,16 @@ def _is_built(config: Config, key: str) -> bool:
 
 
 def _model(config: Config) -> ModelSource:
-    try:
-        source = build(config.values["model"], "model")
-    except XTunerError as e:
-        named = (s.arguments[n] for s, n, is_tokenizer in named_models(config) if not is_tokenizer)
-        if e.where.startswith("config.json") and (folder := next(named, None)):
-            raise type(e)(e.what, where=f"{folder}/{e.where}", why=e.why, do=e.do) from None
-        raise
+    source = build(config.values["model"], "model")
     if not isinstance(source, ModelSource):
         raise ConfigError(f"{type_name(config.values['model']['type'])} makes no ModelSource", where="model")
-    for name in ("bos_token_id", "eos_token_id"):
-        number, ids = getattr(source.config, name), source.config.vocab_size
-        if not 0 <= number < ids:
-            where = f"{source.folder}/config.json: {name}" if source.folder else f"model.{name}"
-            raise ConfigError(f"{name} = {number} is not an id of the vocabulary, 0 … {ids - 1}", where=where)
+    require_marks(source.config, f"{source.folder}/config.json: " if source.folder else "model.")
     return source
 
 
 def _weights_to_start_from(folder: Path, source: ModelSource | None) -> None:
     weights = folder / "weights" if (folder / TRAINER).is_file() else folder
-    layout = layout_of(read_json(weights / "config.json"))
+    layout, _ = read_model(weights)
     tensors = WeightFolder(weights)
     if source:
         check_weights(tensors, hf_shapes(source.config, layout), by="the config's model")
@@ -175,7 +180,7 @@ def _tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
 
 def open_data(config: Config) -> PackedDataset:
     """The training data. Raises: ConfigError and DataError of the folder, its files and their order."""
-    with naming(config, *_data_keys(config, DATASET)):
+    with naming(config, DATASET, *_data_keys(config, DATASET)):
         return _with_all(config, DATASET, build(config.values["train_dataloader"]["dataset"], DATASET))
 
 
@@ -223,17 +228,22 @@ def assemble(
     loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0))
     hooks = list(hooks)
     if config.get("val_dataset"):
-        with naming(config, *_data_keys(config, "val_dataset")):
+        with naming(config, "val_dataset", *_data_keys(config, "val_dataset")):
             held_out: TokenizedFolder = build(config.values["val_dataset"], "val_dataset")
         hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
-    hooks.sort(key=lambda h: h.priority)
+    hooks.sort(key=_priority)
     max_epochs = config.values["train_cfg"]["max_epochs"]
     run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs)
     run.plan()
     run.data_facts, run.data_files = loader.fingerprint(), loader.files()
     _enough(run)
-    with naming(config, *_data_keys(config, DATASET)):
-        dataset[0]  # read as training reads it: ids beyond the vocabulary are seen before a run has begun
+    with naming(config, DATASET, *_data_keys(config, DATASET)):
+        first = dataset[0]  # read as training reads it: ids beyond the vocabulary are seen before a run has begun
+    if not (first["targets"] >= 0).any():
+        logger.warning(
+            "the first pack has no token to learn from: negative ones are context only. If all packs are like it, "
+            f"training ends with exit code 65: `xtuner data stats {dataset.documents.folder}` counts"
+        )
     return run
 
 
@@ -244,12 +254,16 @@ def _enough(run: Run) -> None:
     documents, ranks = data.documents, run.loader.dp_size
     takes = f"one iteration takes {run.packs_per_iteration}" + (f" on {ranks} ranks" if ranks > 1 else "")
     length, counts = (run.config.written(k) for k in (f"{DATASET}.packed_length", "optim_wrapper.accumulative_counts"))
+    key, lower, kept = _data_keys(run.config, DATASET)[0], f"{length} or {counts}", ""
+    if least := getattr(documents, "min_length", 0):
+        key = f"{DATASET}.dataset_cfg.min_length"
+        lower, kept = f"{run.config.written(key)}, {lower}", f", in documents of at least {least:,}"
     raise DataError(
         f"{len(data)} packs, and {takes}",
-        where=f"{documents.folder}: {documents.num_tokens:,} tokens in {len(documents)} files, "
-        f"by {run.config.where(_data_keys(run.config, DATASET)[0])}",
+        where=f"{documents.folder}: {documents.num_tokens:,} tokens in {len(documents)} files{kept}, "
+        f"by {run.config.where(key)}",
         why=f"a file's tokens that do not fill a pack of {data.packed_length:,} are dropped",
-        do=f"lower {length} or {counts}, or give more data" + (", or take fewer ranks" * (ranks > 1)),
+        do=f"lower {lower}, or give more data" + (", or take fewer ranks" * (ranks > 1)),
     )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,16 @@ from xtuner.config.literals import without_secrets
 from xtuner.config.load import Config
 from xtuner.config.told import tell
 from xtuner.core import dist, log
-from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError, DataError, DivergedError
+from xtuner.core.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    XTunerError,
+    of_exit,
+)
 from xtuner.core.files import not_written, recover, write_json
 from xtuner.core.log import logger
 from xtuner.engine import fit
@@ -92,6 +102,8 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
             if is_out_of_memory(e):
                 raise out_of_memory(run, options.words, run.choice, e) from None
             raise
+        except SystemExit as e:  # of a hook's or a dataset's method
+            raise of_exit(e) from None
         except KeyboardInterrupt:
             at_the_end.close()  # with a save in flight
             raise interrupted(run, options.words) from None
@@ -187,11 +199,20 @@ def _open_log(run: Run, at_the_end: contextlib.ExitStack) -> None:
 
 def _make_folder(run: Run) -> Path:
     folder = run.work_dir / time.strftime("%Y%m%d_%H%M%S")
-    with _writing(folder):
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "environment.json", environment(run.config.path))
-        write_json(folder / "config.json", run.config.resolved())
-        _copy_config(run.config.path, run.work_dir)
+    copy = run.work_dir / run.config.path.name
+    new = [path for path in (folder, copy) if not os.path.lexists(path)]
+    try:
+        with _writing(folder):
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "environment.json", environment(run.config.path))
+            write_json(folder / "config.json", run.config.resolved())
+            _copy_config(run.config.path, copy)
+    except XTunerError:  # a run that has not begun leaves nothing
+        if folder in new:
+            shutil.rmtree(folder, ignore_errors=True)
+        if copy in new:
+            copy.unlink(missing_ok=True)
+        raise
     return folder
 
 
@@ -203,8 +224,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise not_written(e, "the work dir", folder, "give another one with --work-dir") from None
 
 
-def _copy_config(config: Path, folder: Path) -> None:
-    copy = folder / config.name
+def _copy_config(config: Path, copy: Path) -> None:
     if copy.exists() and copy.samefile(config):  # the config lies in the work dir
         return
     copy.write_bytes(without_secrets(config.read_bytes()))

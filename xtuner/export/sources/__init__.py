@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from xtuner.core import kinds
-from xtuner.core.errors import CheckpointError
+from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import MANIFEST, read_json, verify
 from xtuner.core.inputs import short
 from xtuner.export.sources.internevo import InternEvoFolder
 from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.families import layout_of, read_config
+from xtuner.model.families import read_model
 from xtuner.model.weights import Shape, Source, WeightFolder, ours
 
 
@@ -65,7 +65,7 @@ class Renamed(Source):
 
 
 def recognise(path: str | Path) -> Kind:
-    """What lies at `path`. Raises: CheckpointError if nothing, or nothing that is known."""
+    """What lies at `path`. Raises: ConfigError if nothing, or nothing that is known."""
     kind = kinds.recognise(path)
     if opener := _OPENERS.get(kind.what):
         return Kind(kind.path, opener)
@@ -83,7 +83,7 @@ def recognise(path: str | Path) -> Kind:
             "with *_model_states.pt (DeepSpeed), model_tp*_pp*.pt with model_config.pt (InternEvo), or a single file"
         )
         do = "give the folder that holds these files itself, such as iter_N.pth, or global_stepN of DeepSpeed's own"
-    raise CheckpointError(what, where=str(kind.path), why=why, do=do)
+    raise ConfigError(what, where=str(kind.path), why=why, do=do)
 
 
 def read_tensor(opened: Opened, name: str) -> torch.Tensor:
@@ -99,18 +99,16 @@ def read_tensor(opened: Opened, name: str) -> torch.Tensor:
 
 def _open_checkpoint(path: Path) -> Opened:
     verify(path)
-    config = read_json(path / "weights" / "config.json")
+    layout, config = read_model(path / "weights")
     trainer = read_json(path / "trainer.json")
-    source = WeightFolder(path / "weights")
-    return Opened(source, "a checkpoint of xtuner", layout_of(config), read_config(config), trainer=trainer)
+    return Opened(WeightFolder(path / "weights"), "a checkpoint of xtuner", layout, config, trainer=trainer)
 
 
 def _open_hf(path: Path) -> Opened:
     if os.path.isfile(path / MANIFEST):
         verify(path)
-    config = read_json(path / "config.json")
-    layout = layout_of(config)
-    return Opened(WeightFolder(path), f"a Hugging Face folder ({layout} layout)", layout, read_config(config))
+    layout, config = read_model(path)
+    return Opened(WeightFolder(path), f"a Hugging Face folder ({layout} layout)", layout, config)
 
 
 def _open_single(path: Path) -> Opened:

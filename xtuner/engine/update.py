@@ -13,6 +13,7 @@ from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard
 from xtuner.engine.trial import pack
 from xtuner.model.decoder import CausalLM
+from xtuner.model.linear import OwnsSums
 from xtuner.model.ops.sums import GradientSum
 from xtuner.model.weights import Part
 
@@ -45,9 +46,17 @@ def of(model: CausalLM, optim: OptimWrapper) -> Update:
 
 
 def _sums(model: CausalLM, dtype: torch.dtype) -> dict[str, GradientSum]:
+    """A sum for each parameter that learns. Modules that do not own sums hand over what autograd gives them."""
     sums = {}
-    for name, weight in model.named_parameters():
-        sums[name] = weight.gradient_sum = GradientSum(torch.empty_like(weight, dtype=dtype))  # type: ignore[attr-defined]
+    for prefix, module in model.named_modules():
+        for key, weight in module.named_parameters(prefix, recurse=False):
+            if not weight.requires_grad:
+                continue
+            sums[key] = total = GradientSum(torch.empty_like(weight, dtype=dtype))
+            if isinstance(module, OwnsSums):
+                module.gradient_sums[key.rpartition(".")[2]] = total
+            else:
+                weight.register_post_accumulate_grad_hook(total.take)
     return sums
 
 

@@ -1,7 +1,7 @@
 """Where gradients of weights are added up over the micro-batches of an iteration.
 
-A parameter with a `gradient_sum` gets its gradient there, by the matrix product itself: no copy of the gradient, no
-pass over memory to add it. Autograd then sees none. A parameter without one gets an ordinary gradient.
+A module that owns sums (`model/linear.py`) has its gradients added there, by the matrix product itself: no copy of the
+gradient, no pass over memory to add it. Autograd then sees none. Without a sum a parameter gets an ordinary gradient.
 """
 
 import torch
@@ -35,6 +35,12 @@ class GradientSum:
             self.buffer.add_(gradient)
         self.fresh = False
 
+    def take(self, parameter: torch.Tensor) -> None:
+        """Add the gradient that autograd has given a parameter, and leave it none."""
+        if parameter.grad is not None:
+            self.add(parameter.grad)
+            parameter.grad = None
+
     def add_product(self, d_TN: torch.Tensor, x_TM: torch.Tensor) -> None:
         """Add d^T x, [N, M]."""
         beta, self.fresh = 0.0 if self.fresh else 1.0, False
@@ -46,11 +52,6 @@ class GradientSum:
             self.buffer.add_(d_TN.T @ x_TM)
         else:
             self.buffer.copy_(d_TN.T @ x_TM)
-
-
-def sums_of(*weights: torch.Tensor | None) -> tuple[GradientSum | None, ...]:
-    """To be asked in the forward: what comes back from autograd's memory may be another tensor for the same weight."""
-    return tuple(getattr(w, "gradient_sum", None) for w in weights)
 
 
 def give(into: GradientSum | None, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:

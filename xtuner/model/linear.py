@@ -58,11 +58,8 @@ class Linear(OwnsSums):
 
     def is_plain(self) -> bool:
         """Whether nothing but `forward` as it is above happens when the module is called."""
-        return (
-            type(self).forward is Linear.forward
-            and self.adapter is None
-            and not (self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks)
-        )
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return type(self).forward is Linear.forward and not hooks
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
@@ -70,7 +67,7 @@ class Linear(OwnsSums):
 
 def multiply(module: nn.Module, x_TK: torch.Tensor, add_TN: torch.Tensor) -> torch.Tensor:
     """module(x) + add, in one pass where the module can."""
-    if isinstance(module, Linear) and type(module).forward is Linear.forward:
+    if isinstance(module, Linear) and module.is_plain():  # a hook is to see the module's own output
         return module(x_TK, add_TN)
     return add_TN + module(x_TK)
 

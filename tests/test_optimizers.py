@@ -63,13 +63,13 @@ def make(spec: dict[str, Any], engine: str, folder: Path) -> Strategy:
     zero, fsdp = ENGINES[engine]
     if engine == "ZeRO-3":
         zero = str(folder.parents[1] / "zero3.json")
-    optim, model = OptimWrapper(spec, None, PACKS // dist.world_size()), small()
+    optim, model = OptimWrapper(spec, None, PACKS // dist.ALL.size), small()
     return choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
 
 
 def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bool]]:
     """With a rate that changes, as in warm-ups."""
-    everything, rank, ranks = packs(), dist.rank(), dist.world_size()
+    everything, rank, ranks = packs(), dist.rank(), dist.ALL.size
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         loss = strategy.forward_backward(these[rank::ranks], sum(p.num_targets for p in these))

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from xtuner.core import dist
-from xtuner.core.errors import ConfigError
 from xtuner.data.batch import Batch
+from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, ShardedStrategy
@@ -27,24 +27,24 @@ from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
 
-MODES = ("full", "hybrid")
-
 
 class FSDPStrategy(ShardedStrategy):
     name = "fsdp"
 
-    def __init__(self, source: ModelSource, optim: OptimWrapper, device: torch.device, mode: str = "full") -> None:
+    def __init__(self, source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh) -> None:
         self.compute_dtype = optim.compute_dtype(device)
-        mesh = _mesh(device, mode)
-        self.memory = memory.of_fsdp(source, optim, device, mesh["cut"].size())
+        self.memory = memory.of_fsdp(source, optim, device, mesh.shard_size)
         model = source.empty(torch.device("meta"), torch.float32)
-        first_copy = mesh.ndim == 1 or mesh.get_local_rank("copies") == 0
-        super().__init__(source.config, {n: p.shape for n, p in model.named_parameters()}, device, gives=first_copy)
+        shapes = {n: p.shape for n, p in model.named_parameters()}
+        super().__init__(source.config, shapes, device, mesh, gives=mesh.replica == 0)
+        sizes, names = (mesh.dp_replicate, mesh.dp_shard), ("dp_replicate", "dp_shard")
+        first = int(mesh.dp_replicate == 1)
+        devices = init_device_mesh(device.type, sizes[first:], mesh_dim_names=names[first:])
         # inputs are not cast: rope angles stay fp32
         policy = MixedPrecisionPolicy(self.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in model.model.layers:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        self._root: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(block, mesh=devices, mp_policy=policy)
+        self._root: FSDPModule = fully_shard(model, mesh=devices, mp_policy=policy)
         model.to_empty(device=device)
         source.configure(model, device, self.compute_dtype)
         model.model.keeps = self.memory.plan.keeps
@@ -53,7 +53,6 @@ class FSDPStrategy(ShardedStrategy):
             cut.set_gradient_divide_factor(1.0)  # we divide by targets, not by ranks
             cut.set_force_sum_reduction_for_comms(True)  # gloo has no other
         self._model = model.train()
-        self._cut_rank, self._cut_size = mesh.get_local_rank("cut"), mesh["cut"].size()
         self.parameters = cast(dict[str, DTensor], dict(model.named_parameters()))
         # the optimizer sees plain tensors, this rank's rows: any that updates each number by itself does the same there
         self._rows = {n: torch.nn.Parameter(p.to_local().detach()) for n, p in self.parameters.items()}
@@ -85,7 +84,7 @@ class FSDPStrategy(ShardedStrategy):
             )
             loss.backward()
             total += loss.detach()
-        mean = dist.ALL.sum_on_device(total)
+        mean = self.mesh.ranks.sum_on_device(total)
         self._may_step = math.isfinite(mean)
         return mean
 
@@ -118,7 +117,7 @@ class FSDPStrategy(ShardedStrategy):
     def _begin(self, name: str) -> int:
         """FSDP cuts the first dimension into equal numbers of rows, the last ranks taking fewer or none."""
         rows = self._shapes[name][0]
-        return self._cut_rank * -(-rows // self._cut_size) * (self._shapes[name].numel() // rows)
+        return self.mesh.shard_rank * -(-rows // self.mesh.shard_size) * (self._shapes[name].numel() // rows)
 
     def _place(self, name: str, key: str, value: torch.Tensor) -> None:
         rows = self._rows[name]
@@ -127,19 +126,3 @@ class FSDPStrategy(ShardedStrategy):
     def _refresh(self) -> None:
         self._model.zero_grad(set_to_none=True)
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def _mesh(device: torch.device, mode: str) -> DeviceMesh:
-    """Ranks in a row, or in rows of a node each."""
-    size = dist.world_size()
-    if mode == "full":
-        return init_device_mesh(device.type, (size,), mesh_dim_names=("cut",))
-    within = dist.local_world_size()
-    if size % within:
-        raise ConfigError(
-            f"{size} ranks do not divide into nodes of {within}",
-            where="--fsdp hybrid",
-            why="every node is to hold one whole copy of the model",
-            do="start equally many processes on every node, or use --fsdp full",
-        )
-    return init_device_mesh(device.type, (size // within, within), mesh_dim_names=("copies", "cut"))

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from xtuner.core.dist import ALL, Ranks
 from xtuner.core.errors import CheckpointError
 from xtuner.core.files import read_json
 from xtuner.core.hub import INDEX
 from xtuner.core.log import progress
 from xtuner.data.batch import Batch
+from xtuner.dist.mesh import Mesh
 from xtuner.engine.host import HostCopy
 from xtuner.engine.memory import Memory
 from xtuner.engine.snapshot import Snapshot, divide, file_names
@@ -38,7 +38,7 @@ class Shard:
 
 
 class ShardedStrategy(ABC):
-    """What strategies have in common: snapshots and restores of a model whose parameters are cut over `ranks`.
+    """What strategies have in common: snapshots and restores of a model whose parameters are cut over the mesh.
 
     Args:
         shapes: of all parameters, by name, the same on every rank.
@@ -53,14 +53,14 @@ class ShardedStrategy(ABC):
         config: DecoderConfig,
         shapes: Mapping[str, torch.Size],
         device: torch.device,
-        ranks: Ranks = ALL,
+        mesh: Mesh,
         gives: bool = True,
     ) -> None:
         self.device = device
-        self._config, self._shapes, self._ranks, self._gives = config, shapes, ranks, gives
+        self._config, self._shapes, self._gives, self.mesh = config, shapes, gives, mesh
         groups = divide({n: 4 * s.numel() for n, s in shapes.items()})
         self._files = dict(zip(file_names("weights/model", len(groups)), groups, strict=True))
-        self._mine = dict(list(self._files.items())[ranks.rank :: ranks.size])  # weight files this rank writes
+        self._mine = dict(list(self._files.items())[mesh.rank :: mesh.size])  # weight files this rank writes
         self._host = HostCopy(pinned=device.type == "cuda")
 
     def parts(self, batch: Sequence[Batch]) -> list[int]:
@@ -91,11 +91,11 @@ class ShardedStrategy(ABC):
         shards = self._shards() if self._gives else {}
         weights = self._copy_weights(shards)
         files = {file: {n: weights[n] for n in names} for file, names in self._mine.items()}
-        snapshot = Snapshot(files, self._texts() if self._ranks.is_main else {})
+        snapshot = Snapshot(files, self._texts() if self.mesh.is_main else {})
         if optimizer and self._gives:  # also a state of nothing: it differs from a checkpoint without one
             states = self._host.of(_states(shards))
             groups = divide({n: t.nbytes for n, t in states.items()})
-            names = file_names(f"optimizer/rank_{self._ranks.rank:05d}", len(groups))
+            names = file_names(f"optimizer/rank_{self.mesh.rank:05d}", len(groups))
             for file, group in zip(names, groups, strict=True):
                 begins = {n: shards[_parameter(n)].master.begin for n in group}
                 snapshot.tensors[file] = {n: states[n] for n in group}
@@ -104,18 +104,18 @@ class ShardedStrategy(ABC):
 
     def _copy_weights(self, shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
         """The whole parameters that this rank writes. Bits are summed as integers: exact, zeros keep their sign."""
-        if self._ranks.size == 1:
+        if self.mesh.size == 1:
             return {n: self._host.of({n: shards[n].master.read().view(s)})[n] for n, s in self._shapes.items()}
         held: dict[str, torch.Tensor] = {}
         for i, names in enumerate(self._files.values()):
-            writer = i % self._ranks.size
+            writer = i % self.mesh.size
             for name in names:
                 bits = torch.zeros(self._shapes[name].numel(), dtype=torch.int32, device=self.device)
                 if name in shards:
                     part = shards[name].master
                     bits[part.begin : part.begin + len(part.values)] = part.read().view(torch.int32)
-                self._ranks.reduce(bits, writer)
-                if writer == self._ranks.rank:
+                self.mesh.ranks.reduce(bits, writer)
+                if writer == self.mesh.rank:
                     held |= self._host.of({name: bits.view(torch.float32).view(self._shapes[name])})
         return held
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from xtuner.data.batch import Batch
+from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory, update
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, ShardedStrategy
@@ -26,7 +27,7 @@ class SingleStrategy(ShardedStrategy):
         self.memory = memory.of_single(source, optim, device)
         self._model = source.empty(device, self.compute_dtype).train()
         shapes = {n: p.shape for n, p in self._model.named_parameters()}
-        super().__init__(source.config, shapes, device)
+        super().__init__(source.config, shapes, device, Mesh())
         self._model.model.keeps = self.memory.plan.keeps
         self._update = update.of(self._model, optim)
         source.fill({n: s.master for n, s in self._shards().items()}, shapes, device)

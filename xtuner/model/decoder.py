@@ -132,7 +132,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TH: torch.Tensor, add_TH: torch.Tensor, keep: Keep = EVERYTHING) -> torch.Tensor:
         """As one function, unless one of the projections is more than a product: an adapter, another class, a hook."""
-        parts = [w for w in (self.w1, self.w3, self.w2) if isinstance(w, Linear) and w.is_plain() and not w.adapter]
+        parts = [w for w in (self.w1, self.w3, self.w2) if isinstance(w, Linear) and w.is_plain() and w.adapter is None]
         if len(parts) < 3 or any(w.bias is not None or w.products is not parts[0].products for w in parts):
             return multiply(self.w2, F.silu(self.w1(x_TH)) * self.w3(x_TH), add_TH)
         weights, into = [w.weight for w in parts], tuple(w.gradient_sums.get("weight") for w in parts)

@@ -34,6 +34,7 @@ class Linear(OwnsSums):
 
     def __init__(self, in_size: int, out_size: int, bias: bool = False) -> None:
         super().__init__()
+        self.sizes = in_size, out_size  # also where an engine has taken the weight apart
         self.weight = nn.Parameter(torch.empty(out_size, in_size))
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
         self.products: Products = OWN
@@ -62,7 +63,7 @@ class Linear(OwnsSums):
         return type(self).forward is Linear.forward and not hooks
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
+        return f"{self.sizes[0]}, {self.sizes[1]}, bias={self.bias is not None}"
 
 
 def multiply(module: nn.Module, x_TK: torch.Tensor, add_TN: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ Ranks share the work: forward passes are dealt to them in turn, and all have the
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -21,7 +20,7 @@ import torch
 from xtuner.config.build import build
 from xtuner.config.load import load
 from xtuner.core import kinds
-from xtuner.core.dist import ALL, note
+from xtuner.core.dist import ALL, Ranks, note
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
 from xtuner.core.log import logger, progress
@@ -196,26 +195,31 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
 
 @torch.no_grad()
 def evaluate(
-    model: CausalLM, documents: TokenizedFolder, max_length: int, record: Record | None = None, quiet: bool = False
+    model: CausalLM,
+    documents: TokenizedFolder,
+    max_length: int,
+    record: Record | None = None,
+    quiet: bool = False,
+    ranks: Ranks = ALL,
 ) -> list[Result]:
     """Loss over all documents; the first token of a document, and of a part of one, has no prediction.
 
     Documents are taken whole, in parts of `max_length` tokens if they are longer. Several ranks call it together, with
     the same arguments and no record. Returns one result per data type, then "all": the same on every rank.
     """
-    assert record is None or ALL.size == 1
-    turns = itertools.count()
+    assert record is None or ranks.size == 1
+    mine = _Turns(ranks)
     sums: list[float] = []  # loss and number of targets of each file
     for file in documents if quiet else progress(documents, "evaluating"):
         found = record.find(file) if record else None
         if found is None:
-            found = _file_loss(model, file, max_length, turns)
+            found = _file_loss(model, file, max_length, mine)
             if record:
                 record.keep(file, *found)
         sums += found
-    if ALL.rank >= next(turns) % ALL.size > 0:
+    if mine.left_out():
         _loss(model, [torch.zeros(1, dtype=torch.int64)])  # nothing left: other ranks wait for the collectives in it
-    sums, _ = ALL.sums_and_most(sums, [])
+    sums, _ = ranks.sums_and_most(sums, [])
     by_type: dict[str, Result] = {}
     for file, total, tokens in zip(documents, sums[::2], sums[1::2], strict=True):
         kind = data_type(file.name)
@@ -224,12 +228,28 @@ def evaluate(
     return [*by_type.values(), everything]
 
 
-def _file_loss(model: CausalLM, file: BinFile, max_length: int, turns: Iterator[int]) -> tuple[float, int]:
-    """This rank's share of a file: (sum of losses, number of targets). `turns` counts the groups of all files."""
+class _Turns:
+    """Deals groups of documents to the ranks in turn."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._rank, self._size, self._dealt = ranks.rank, ranks.size, 0
+
+    def next(self) -> bool:
+        """Whether the next group is this rank's."""
+        self._dealt += 1
+        return (self._dealt - 1) % self._size == self._rank
+
+    def left_out(self) -> bool:
+        """Whether others have had one group more."""
+        return self._rank >= self._dealt % self._size > 0
+
+
+def _file_loss(model: CausalLM, file: BinFile, max_length: int, mine: "_Turns") -> tuple[float, int]:
+    """This rank's share of a file: (sum of losses, number of targets). `mine` deals the groups of all files."""
     total, count = 0.0, 0
     read = functools.lru_cache(1)(file.read_document)  # parts of a long document follow one another
     for group in _groups(file, max_length):
-        if next(turns) % ALL.size == ALL.rank:
+        if mine.next():
             parts = [torch.from_numpy(read(d, model.config.vocab_size)[begin:end]) for d, begin, end in group]
             loss, targets = _loss(model, parts)
             total, count = total + loss, count + targets

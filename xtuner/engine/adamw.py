@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 GROUP = 256
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # one number a group
 Moments = dict[str, torch.Tensor]
 
 
@@ -73,7 +74,7 @@ def new_state(weight: torch.Tensor, form: Form) -> Moments:
     state = {k: torch.zeros(n, dtype=form.moment, device=device) for k in ("exp_avg", "exp_avg_sq")}
     if form.name == "8bit":
         state["exp_avg_sq"] = state["exp_avg_sq"].view(torch.uint8)
-        state |= {f"{k}_scale": torch.zeros(-(-n // GROUP), device=device) for k in ("exp_avg", "exp_avg_sq")}
+        state |= {k: torch.zeros(-(-n // GROUP), device=device) for k in SCALES}
     if form.name == "split":
         state["low"] = torch.zeros(n, dtype=torch.int16, device=device)
     if form.name == "fp32":

@@ -1,8 +1,8 @@
 """What one process holds of weights and optimizer state, and how it comes into a checkpoint and back.
 
-Every strategy cuts a flattened parameter into consecutive ranges of elements, one a rank, maybe empty. A checkpoint
-keeps the optimizer's ranges as they are, each with where it begins, and weights whole. So one layout serves all
-strategies: a checkpoint of one resumes under any other, on any number of ranks.
+Every strategy gives a rank consecutive elements of each flattened parameter, maybe none. A checkpoint keeps the
+optimizer's state in slices (state/slices.py), and weights undivided. So one layout serves all strategies: a checkpoint
+of one resumes under any other, on any mesh.
 """
 
 import json
@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from xtuner.core.errors import CheckpointError
 from xtuner.core.files import read_json
 from xtuner.core.hub import INDEX
 from xtuner.core.log import progress
 from xtuner.data.batch import Batch
 from xtuner.dist.mesh import Mesh
+from xtuner.engine.adamw import GROUP, SCALES
 from xtuner.engine.host import HostCopy
 from xtuner.engine.memory import Memory
 from xtuner.engine.snapshot import Snapshot, divide, file_names
+from xtuner.engine.state.slices import SavedStates, cut
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import layout_of, write_config
 from xtuner.model.weights import Part, fill
@@ -78,9 +78,12 @@ class ShardedStrategy(ABC):
     def _refresh(self) -> None:
         """Bring new masters to where the network computes from, and forget gradients: they are of other weights."""
 
-    def _span(self, key: str, master: Part) -> tuple[int, int]:
-        """(begin, end) of this process's elements of an optimizer state, whose other elements other ranks hold."""
-        return master.begin, master.begin + len(master.values)
+    def _span(self, key: str, name: str, master: Part) -> tuple[int, int, torch.Size]:
+        """(begin, end) of this process's elements of a parameter's optimizer state, and the shape of the full state."""
+        shape, begin, end = self._shapes[name], master.begin, master.begin + len(master.values)
+        if key in SCALES:
+            return begin // GROUP, -(-end // GROUP), torch.Size([-(-shape.numel() // GROUP)])
+        return begin, end, shape
 
     def reserve(self, optimizer: bool) -> None:
         """Begin to take host memory for snapshots, beside training; after the first step, which makes the state."""
@@ -97,10 +100,18 @@ class ShardedStrategy(ABC):
             groups = divide({n: t.nbytes for n, t in states.items()})
             names = file_names(f"optimizer/rank_{self.mesh.rank:05d}", len(groups))
             for file, group in zip(names, groups, strict=True):
-                begins = {n: shards[_parameter(n)].master.begin for n in group}
-                snapshot.tensors[file] = {n: states[n] for n in group}
-                snapshot.metadata[file] = {"begins": json.dumps(begins, sort_keys=True)}
+                snapshot.tensors[file] = {n: states[n] for n in group if states[n].dim() != 1}
+                divided = [self._slices(n, states[n], shards) for n in group if states[n].dim() == 1]
+                slices = {key: piece for pieces in divided for key, piece in pieces.items()}
+                snapshot.tensors[file] |= {key: values for key, (values, _) in slices.items()}
+                facts = {key: facts for key, (_, facts) in slices.items()}
+                snapshot.metadata[file] = {"slices": json.dumps(facts, sort_keys=True)}
         return snapshot
+
+    def _slices(self, name: str, values: torch.Tensor, shards: Mapping[str, Shard]) -> dict[str, Any]:
+        key, _, parameter = name.partition("/")
+        begin, _, of = self._span(key, parameter, shards[parameter].master)
+        return cut(name, values, begin, of)
 
     def _copy_weights(self, shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
         """The whole parameters that this rank writes. Bits are summed as integers: exact, zeros keep their sign."""
@@ -137,71 +148,11 @@ class ShardedStrategy(ABC):
         shards = self._shards()
         for name, shard in progress(shards.items(), "reading optimizer state", total=len(shards)):
             for key in saved.keys.get(name, ()):
-                self._place(name, key, saved.read(f"{key}/{name}", *self._span(key, shard.master), self.device))
+                span = self._span(key, name, shard.master)
+                self._place(name, key, saved.read_range(f"{key}/{name}", *span, self.device))
         self.load_weights(folder / "weights")
-
-
-class SavedStates:
-    """The optimizer state in a checkpoint, of whatever strategy and number of ranks.
-
-    Raises: CheckpointError if there is none.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.keys: dict[str, list[str]] = {}  # parameter → the optimizer's keys, as `exp_avg`
-        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # name → (begin, elements, open file)
-        self._whole: dict[str, torch.Tensor] = {}  # name → a scalar, or a value of a shape of its own
-        files = sorted(folder.glob("optimizer/rank_*.safetensors"))
-        for file in files:
-            try:
-                tensors = safe_open(file, framework="pt")
-                begins = json.loads((tensors.metadata() or {})["begins"])
-                shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError, KeyError, ValueError) as e:
-                raise CheckpointError(f"{file.name} is no optimizer state of ours: {e}", where=str(file)) from None
-            for name, shape in shapes.items():
-                if name not in self._pieces and name not in self._whole:
-                    self.keys.setdefault(_parameter(name), []).append(name.partition("/")[0])
-                if len(shape) == 1:
-                    self._pieces.setdefault(name, []).append((begins[name], shape[0], tensors))
-                else:
-                    self._whole[name] = tensors.get_tensor(name)
-        if not files:
-            raise CheckpointError(
-                "the checkpoint has no optimizer state: it was saved with save_optimizer=False",
-                where=str(folder),
-                why="a resume would start AdamW's moments anew, and the run would not be the same",
-                do=f"start a new run from its weights: load_from = {str(folder)!r}, in another work_dir",
-            )
-
-    def read(self, name: str, begin: int, end: int, device: torch.device) -> torch.Tensor:
-        """`exp_avg/model.norm.weight`, packed; of what may be cut its elements from `begin` to `end`, on a device."""
-        if name in self._whole:
-            return self._whole[name].clone()
-        found, missing = torch.empty(0), end - begin
-        for at, count, tensors in self._pieces[name]:
-            first, last = max(at, begin), min(at + count, end)
-            if first < last:
-                piece = tensors.get_slice(name)[first - at : last - at]
-                if not len(found):
-                    found = torch.empty(end - begin, dtype=piece.dtype, device=device)
-                found[first - begin : last - begin] = piece
-                missing -= last - first
-        if missing:
-            raise CheckpointError(
-                f"{missing:,} elements of the optimizer state {name} are missing",
-                where=str(self.folder / "optimizer"),
-                why="the run would go on with a part of its state at random",
-                do="resume from another checkpoint, or begin a new run from this one's weights with load_from",
-            )
-        return found
 
 
 def _states(shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
     """`exp_avg/model.norm.weight` → tensor."""
     return {f"{key}/{name}": value for name, shard in shards.items() for key, value in sorted(shard.state.items())}
-
-
-def _parameter(name: str) -> str:
-    return name.partition("/")[2]

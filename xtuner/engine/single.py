@@ -16,7 +16,6 @@ from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, ShardedStrategy
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
-from xtuner.model.weights import Part
 
 
 class SingleStrategy(ShardedStrategy):
@@ -77,9 +76,6 @@ class SingleStrategy(ShardedStrategy):
 
     def _place(self, name: str, key: str, value: torch.Tensor) -> None:
         self._update.place(name, key, value)
-
-    def _span(self, key: str, master: Part) -> tuple[int, int]:
-        return 0, update.length(key, len(master.values))
 
     def _refresh(self) -> None:
         self._update.refresh()

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from xtuner.engine.adamw import GROUP, AdamW, Form, Moments, read_master, write_master
+from xtuner.engine.adamw import AdamW, Form, Moments, read_master, write_master
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard
 from xtuner.engine.trial import pack
@@ -150,8 +150,3 @@ class ByForm:
 
     def refresh(self) -> None:
         pass  # taking a master over has written the weight
-
-
-def length(key: str, numel: int) -> int:
-    """Elements that a parameter's optimizer state `key` has."""
-    return -(-numel // GROUP) if key.endswith("_scale") else numel

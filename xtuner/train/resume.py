@@ -8,7 +8,7 @@ from typing import Any
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.core.log import logger
 from xtuner.core.secrets import mask
-from xtuner.engine.shard import SavedStates
+from xtuner.engine.state.slices import SavedStates
 from xtuner.train import checkpoint, history
 from xtuner.train.changes import Change, changed_files, changes
 from xtuner.train.history import Chosen

@@ -96,7 +96,7 @@ def arrange(fsdp: str | None = None, ranks: Ranks = ALL) -> Mesh:
 
     Raises: ConfigError for a hybrid mesh of machines with unequal numbers of ranks.
     """
-    size, here = ranks.size, min(local_world_size(), ranks.size)
+    size, here = ranks.size, local_world_size()
     if fsdp != "hybrid":
         return Mesh(dp_shard=size, rank=ranks.rank, local_size=here, ranks=ranks)
     if size % here:

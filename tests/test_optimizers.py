@@ -277,11 +277,12 @@ def test_a_checkpoint_without_state_is_not_one_without_optimizer(tmp_path: Path)
 
 
 def test_memory_counts_what_an_optimizer_keeps() -> None:
+    from xtuner.dist.mesh import Mesh
     from xtuner.engine import memory
 
     def state(kind: Any, **arguments: Any) -> float:
         optim = OptimWrapper(dict(type=kind, lr=1, **arguments))
-        return memory.of_single(source(), optim, CPU).state / memory.num_parameters(source().config)
+        return memory.of_mesh(source(), optim, CPU, Mesh()).state / memory.num_parameters(source().config)
 
     assert state(torch.optim.AdamW) == 16
     assert state(torch.optim.AdamW, amsgrad=True) == 20

@@ -81,6 +81,21 @@ def test_any_slicing_is_read_in_any_other(folder: Path, data: st.DataObject, sha
             less.read_range("m/w", 0, full.numel(), shape, CPU)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [[[0], [3]], [[0, -1], [2, 2]], [[0, 0.5], [2, 2]], [[1, 0], [2, 2]], [[0, 0]], 7, None, [["a", 0], [2, 2]]],
+)
+def test_slices_that_cannot_be(folder: Path, facts: Any) -> None:
+    with pytest.raises(CheckpointError, match="not an optimizer state of ours"):
+        write(folder, [{"m/w": torch.zeros(2, 2)}], [{"slices": {"m/w": facts}}])
+
+
+def test_slices_of_another_shape(folder: Path) -> None:
+    saved = write(folder, [{"m/w": torch.zeros(2, 2)}], [{"slices": {"m/w": [[0, 0], [2, 2]]}}])
+    with pytest.raises(CheckpointError, match="4 elements of the optimizer state m/w are missing"):
+        saved.read_range("m/w", 0, 4, (4,), CPU)
+
+
 def test_what_is_not_divided(folder: Path) -> None:
     own = {"step/w": torch.tensor(3.0), "factor/w": torch.randn(1, 7)}
     saved = write(folder, [own], [{"slices": {}}])

@@ -11,7 +11,7 @@ from xtuner.dist.mesh import Mesh, arrange
 from xtuner.engine import memory, zero_config
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.single import SingleStrategy
+from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.engine.trial import ADVICE
 from xtuner.model.source import ModelSource
 
@@ -53,12 +53,16 @@ def choose(
         )
     mesh = mesh or arrange(fsdp)
     ranks = mesh.size
-    if optim.states.name != "fp32" and (deepspeed or fsdp or ranks > 1):
+    if deepspeed and optim.states.name != "fp32":
         raise ConfigError(
-            f'states = "{optim.states.name}" is for one process',
+            f'states = "{optim.states.name}" is not supported with DeepSpeed',
             where="optim_wrapper.states",
-            why="engines that cut the state over ranks keep it in fp32",
-            do='set it to "fp32"; the state is then divided by the number of ranks',
+            why="DeepSpeed keeps the optimizer's state in fp32",
+            do='set it to "fp32", or leave --deepspeed out: the state is then divided over the ranks in any form',
+        )
+    if deepspeed and source.adapter:
+        raise ConfigError(
+            "adapters are not supported with DeepSpeed", where="model.adapter", do="leave --deepspeed out"
         )
     if deepspeed:
         given = zero_config.read(deepspeed)
@@ -73,8 +77,8 @@ def choose(
     if fsdp or ranks > 1:
         mode = fsdp or "full"
         _require_cuttable(optim, device, f"--fsdp {mode}" if fsdp else f"{ranks} processes (FSDP)", zero=False)
-        return Choice(None, mode, memory.of_fsdp(source, optim, device, mesh.shard_size).state, mesh)
-    return Choice(state=memory.of_single(source, optim, device).state, mesh=mesh)
+        return Choice(None, mode, memory.of_mesh(source, optim, device, mesh).state, mesh)
+    return Choice(state=memory.of_mesh(source, optim, device, mesh).state, mesh=mesh)
 
 
 def _require_cuttable(optim: OptimWrapper, device: torch.device, engine: str, zero: bool) -> None:
@@ -100,8 +104,4 @@ def strategy(choice: Choice, source: ModelSource, optim: OptimWrapper, device: t
         from xtuner.engine.deepspeed import DeepSpeedStrategy
 
         return DeepSpeedStrategy(source, optim, device, choice.deepspeed, choice.mesh)
-    if choice.fsdp:
-        from xtuner.engine.fsdp import FSDPStrategy
-
-        return FSDPStrategy(source, optim, device, choice.mesh)
-    return SingleStrategy(source, optim, device)
+    return ShardedStrategy(source, optim, device, choice.mesh)

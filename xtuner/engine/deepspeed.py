@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from xtuner.core import dist
 from xtuner.data.batch import Batch
 from xtuner.dist.mesh import Mesh, arrange
 from xtuner.engine import memory, trial, zero_config
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.shard import Shard, ShardedStrategy
+from xtuner.engine.shard import Shard, StatefulStrategy
+from xtuner.engine.strategies.micro_batches import run_micro_batches
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
@@ -32,7 +32,7 @@ class _Piece(NamedTuple):
     length: int
 
 
-class DeepSpeedStrategy(ShardedStrategy):
+class DeepSpeedStrategy(StatefulStrategy):
     """
     Args:
         settings: a shipped name or a JSON file, as `--deepspeed` takes it.
@@ -78,19 +78,14 @@ class DeepSpeedStrategy(ShardedStrategy):
         self._to_step = bool(num_targets)
         if not num_targets:
             return 0.0
-        total = torch.zeros((), device=self.device)
-        for i, pack in enumerate(batch):  # also without targets: other ranks wait for the collectives
-            dist.note(f"forward and backward of pack {i + 1} of {len(batch)}")
-            self._engine.set_gradient_accumulation_boundary(i == len(batch) - 1)
-            b = pack.to(self.device)
-            loss = self._engine(
-                b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets
-            )
-            total += loss.detach()
-            # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
-            scale = torch.where(loss.detach().isfinite(), float(self.mesh.size), math.nan)
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
+        before = self._engine.set_gradient_accumulation_boundary
+        total = run_micro_batches(batch, self._engine, self.device, num_targets, self._backward, before, skip=False)
         return self.mesh.ranks.sum_on_device(total)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
+        scale = torch.where(loss.detach().isfinite(), float(self.mesh.size), math.nan)
+        self._engine.backward(loss * scale, scale_wrt_gas=False)
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._to_step:

@@ -10,6 +10,7 @@ import torch
 from xtuner.core import machine
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes
+from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory, zero_config
 from xtuner.engine.adamw import FORMS
 from xtuner.engine.choose import Choice
@@ -33,7 +34,7 @@ def require(choice: Choice, source: ModelSource, optim: OptimWrapper, device: to
 def why_not_alone(source: ModelSource, optim: OptimWrapper, device: torch.device) -> str:
     """In words, why one process cannot train the model on this machine; empty if it can."""
     try:
-        require(Choice(state=memory.of_single(source, optim, device).state), source, optim, device)
+        require(Choice(state=memory.of_mesh(source, optim, device, Mesh()).state), source, optim, device)
     except ConfigError as e:
         return f"`xtuner train` by one process on this machine is refused: {e}"
     return ""
@@ -50,8 +51,9 @@ def _on_host(choice: Choice, source: ModelSource, optim: OptimWrapper, device: t
     if not (choice.deepspeed or choice.fsdp):
         form = optim.own_form(device)
         return int((form.bytes if form else 8 + moments) * parameters)
-    divided = 1 if choice.deepspeed and not zero.get("stage") else mesh.shard_size
-    return int((8 + moments) * parameters * mesh.local_size / divided)
+    if not choice.deepspeed:
+        return choice.state * mesh.local_size
+    return int((8 + moments) * parameters * mesh.local_size / (mesh.size if zero.get("stage") else 1))
 
 
 def _too_large(choice: Choice, source: ModelSource, optim: OptimWrapper, needed: int, total: int) -> ConfigError:

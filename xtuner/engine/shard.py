@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.hub import INDEX
 from xtuner.core.log import progress
@@ -26,7 +27,7 @@ from xtuner.engine.snapshot import Snapshot, divide, file_names
 from xtuner.engine.state.slices import SavedStates, cut
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import layout_of, write_config
-from xtuner.model.weights import Part, fill
+from xtuner.model.weights import Part, WeightFolder, check, fill, hf_shapes
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Shard:
     state: Mapping[str, torch.Tensor]  # by the optimizer's key, in the packed form of trial.py: [n] is the master's n
 
 
-class ShardedStrategy(ABC):
+class StatefulStrategy(ABC):
     """What strategies have in common: snapshots and restores of a model whose parameters are cut over the mesh.
 
     Args:
@@ -58,8 +59,19 @@ class ShardedStrategy(ABC):
     ) -> None:
         self.device = device
         self._config, self._shapes, self._gives, self.mesh = config, shapes, gives, mesh
-        groups = divide({n: 4 * s.numel() for n, s in shapes.items()})
-        self._files = dict(zip(file_names("weights/model", len(groups)), groups, strict=True))
+        known = hf_shapes(config, "internlm2")
+        self._added = [n for n in shapes if n not in known]  # parameters of adapters
+        if missing := sorted(known.keys() - shapes.keys()):
+            raise ConfigError(
+                f"the model has no parameter {missing[0]}",
+                where="model",
+                why="what is put into a model must leave its own parameters their names: checkpoints go by them",
+            )
+        self._files: dict[str, list[str]] = {}
+        for prefix, names in (("weights/model", list(known)), ("adapter/model", self._added)):
+            groups = divide({n: 4 * shapes[n].numel() for n in names})
+            if names:
+                self._files |= zip(file_names(prefix, len(groups)), groups, strict=True)
         self._mine = dict(list(self._files.items())[mesh.rank :: mesh.size])  # weight files this rank writes
         self._host = HostCopy(pinned=device.type == "cuda")
 
@@ -132,9 +144,10 @@ class ShardedStrategy(ABC):
 
     def _texts(self) -> dict[str, Any]:
         texts: dict[str, Any] = {"weights/config.json": write_config(self._config, "internlm2", torch.float32)}
-        if len(self._files) > 1:
-            weight_map = {n: Path(f).name for f, names in self._files.items() for n in names}
-            total = 4 * sum(s.numel() for s in self._shapes.values())
+        files = {f: names for f, names in self._files.items() if f.startswith("weights/")}
+        if len(files) > 1:
+            weight_map = {n: Path(f).name for f, names in files.items() for n in names}
+            total = 4 * sum(self._shapes[n].numel() for n in weight_map)
             texts[f"weights/{INDEX}"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
         return texts
 
@@ -143,6 +156,15 @@ class ShardedStrategy(ABC):
         fill({n: s.master for n, s in self._shards().items()}, folder, layout, self._config)
         self._refresh()
 
+    def _load_adapter(self, folder: Path) -> None:
+        wanted = {n: tuple(self._shapes[n]) for n in self._added}
+        if not wanted and not folder.exists():
+            return
+        saved, shards = WeightFolder(folder), self._shards()
+        check(saved, wanted, by="the model")
+        for name in wanted.keys() & shards.keys():
+            shards[name].master.take(saved[name])
+
     def load(self, folder: Path) -> None:
         saved = SavedStates(folder)
         shards = self._shards()
@@ -150,6 +172,7 @@ class ShardedStrategy(ABC):
             for key in saved.keys.get(name, ()):
                 span = self._span(key, name, shard.master)
                 self._place(name, key, saved.read_range(f"{key}/{name}", *span, self.device))
+        self._load_adapter(folder / "adapter")
         self.load_weights(folder / "weights")
 
 

@@ -6,6 +6,7 @@ Ranks share the work: forward passes are dealt to them in turn, and all have the
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from xtuner.data.pack import IGNORE
 from xtuner.model import load_pretrained
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
+from xtuner.model.weights import base_weights
 from xtuner.train.checkpoint import TRAINER
 
 BATCH_TOKENS = 16384
@@ -187,7 +189,7 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
     kind = kinds.take(path, (kinds.CHECKPOINT, kinds.HF), "MODEL", "give {} as the model")
     if kind.what == kinds.CHECKPOINT:
         verify(path)
-        path = path / "weights"
+        path = base_weights(path)
     files = [path / "config.json", *(p for pattern in WEIGHTS for p in sorted(path.glob(pattern)))]
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return load_pretrained(path, dtype, device), hashlib.sha256(repr(stats).encode()).hexdigest()
@@ -208,16 +210,16 @@ def evaluate(
     the same arguments and no record. Returns one result per data type, then "all": the same on every rank.
     """
     assert record is None or ranks.size == 1
-    mine = _Turns(ranks)
+    turns = itertools.count()
     sums: list[float] = []  # loss and number of targets of each file
     for file in documents if quiet else progress(documents, "evaluating"):
         found = record.find(file) if record else None
         if found is None:
-            found = _file_loss(model, file, max_length, mine)
+            found = _file_loss(model, file, max_length, turns, ranks)
             if record:
                 record.keep(file, *found)
         sums += found
-    if mine.left_out():
+    if ranks.rank >= next(turns) % ranks.size > 0:
         _loss(model, [torch.zeros(1, dtype=torch.int64)])  # nothing left: other ranks wait for the collectives in it
     sums, _ = ranks.sums_and_most(sums, [])
     by_type: dict[str, Result] = {}
@@ -228,28 +230,14 @@ def evaluate(
     return [*by_type.values(), everything]
 
 
-class _Turns:
-    """Deals groups of documents to the ranks in turn."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._rank, self._size, self._dealt = ranks.rank, ranks.size, 0
-
-    def next(self) -> bool:
-        """Whether the next group is this rank's."""
-        self._dealt += 1
-        return (self._dealt - 1) % self._size == self._rank
-
-    def left_out(self) -> bool:
-        """Whether others have had one group more."""
-        return self._rank >= self._dealt % self._size > 0
-
-
-def _file_loss(model: CausalLM, file: BinFile, max_length: int, mine: "_Turns") -> tuple[float, int]:
-    """This rank's share of a file: (sum of losses, number of targets). `mine` deals the groups of all files."""
+def _file_loss(
+    model: CausalLM, file: BinFile, max_length: int, turns: Iterator[int], ranks: Ranks
+) -> tuple[float, int]:
+    """This rank's share of a file: (sum of losses, number of targets). `turns` counts the groups of all files."""
     total, count = 0.0, 0
     read = functools.lru_cache(1)(file.read_document)  # parts of a long document follow one another
     for group in _groups(file, max_length):
-        if mine.next():
+        if next(turns) % ranks.size == ranks.rank:
             parts = [torch.from_numpy(read(d, model.config.vocab_size)[begin:end]) for d, begin, end in group]
             loss, targets = _loss(model, parts)
             total, count = total + loss, count + targets

@@ -9,6 +9,7 @@ from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.core.log import logger
 from xtuner.core.secrets import mask
 from xtuner.engine.state.slices import SavedStates
+from xtuner.model.weights import base_weights
 from xtuner.train import checkpoint, history
 from xtuner.train.changes import Change, changed_files, changes
 from xtuner.train.history import Chosen
@@ -74,7 +75,7 @@ def _start_from(run: Run, folder: Path) -> None:
     weights = folder
     if (folder / checkpoint.TRAINER).is_file():
         checkpoint.check(folder, run.mesh.ranks)
-        weights = folder / "weights"
+        weights = base_weights(folder)
     run.strategy.load_weights(weights)
     logger.info(f"weights taken from {weights} (load_from); optimizer and data position are new")
 

@@ -54,18 +54,20 @@ def cut(name: str, values: torch.Tensor, begin: int, of: Sequence[int]) -> dict[
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor of a file: the slice at `offset`, or a range from `offset[0]` of the flattened tensor."""
+    """A tensor of a file: the slice at `offset` of one of shape `of`; or a range of a flattened tensor from `offset[0]`
+    on, of which `of` is not known."""
 
     key: str
     offset: Numbers
     shape: Numbers
     file: Any  # safe_open
-    flat: bool
+    of: Numbers | None = None
 
     def slices(self, of: Sequence[int]) -> Iterator[tuple[Numbers, Numbers, int]]:
         """(offset, shape, where it begins in a flat piece) of the slices it holds."""
-        if not self.flat:
-            yield self.offset, self.shape, 0
+        if self.of is not None:
+            if self.of == tuple(of):
+                yield self.offset, self.shape, 0
             return
         at = 0
         for offset, shape in blocks(self.offset[0], self.offset[0] + self.shape[0], of):
@@ -74,7 +76,7 @@ class _Piece:
 
     def read(self, shape: Numbers, at: int, inside: tuple[slice, ...]) -> torch.Tensor:
         values = self.file.get_slice(self.key)
-        if not self.flat:
+        if self.of is not None:
             found: torch.Tensor = values[inside]
             return found
         row, rows = prod(shape[1:]), inside[0]
@@ -97,7 +99,7 @@ class SavedStates:
         for file in files:
             try:
                 self._add(safe_open(file, framework="pt"))
-            except (SafetensorError, OSError, KeyError, ValueError, TypeError) as e:
+            except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as e:
                 raise CheckpointError(f"{file.name} is not an optimizer state of ours: {e}", where=str(file)) from None
         if not files:
             raise CheckpointError(
@@ -116,9 +118,12 @@ class SavedStates:
             if name not in self._pieces and name not in self._undivided:
                 self.keys.setdefault(name.partition("/")[2], []).append(name.partition("/")[0])
             if key in slices:
-                piece = _Piece(key, tuple(slices[key][0]), shape, file, False)
+                offset, of = map(_numbers, slices[key])
+                if not all(o + n <= m for o, n, m in zip(offset, shape, of, strict=True)):
+                    raise ValueError(f"{key} lies at {offset} of {of}")
+                piece = _Piece(key, offset, shape, file, of)
             elif ranges is not None and len(shape) == 1:
-                piece = _Piece(key, (int(ranges[key]),), shape, file, True)
+                piece = _Piece(key, (int(ranges[key]),), shape, file)
             else:
                 self._undivided[name] = file.get_tensor(key)
                 continue
@@ -157,3 +162,9 @@ class SavedStates:
             return self._undivided[name].clone()
         found = [self.read(name, offset, shape, of, device).view(-1) for offset, shape in blocks(begin, end, of)]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _numbers(values: Any) -> Numbers:
+    if not all(type(v) is int and v >= 0 for v in values):
+        raise ValueError(f"{values} are not counts")
+    return tuple(values)

@@ -21,7 +21,7 @@ from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import layout_of, read_config
-from xtuner.model.weights import Shape, Source, WeightFolder, ours
+from xtuner.model.weights import Shape, Source, WeightFolder, base_weights, ours
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,10 @@ def read_tensor(opened: Opened, name: str) -> torch.Tensor:
 
 def _open_checkpoint(path: Path) -> Opened:
     verify(path)
-    config = read_json(path / "weights" / "config.json")
+    weights = base_weights(path)
+    config = read_json(weights / "config.json")
     trainer = read_json(path / "trainer.json")
-    source = WeightFolder(path / "weights")
+    source = WeightFolder(weights)
     return Opened(source, "a checkpoint of xtuner", layout_of(config), read_config(config), trainer=trainer)
 
 

@@ -11,25 +11,34 @@ class GradientSum:
     """The sum of one weight's gradients, in a buffer that is used again by every iteration.
 
     Args:
-        buffer: of the weight's shape, fp32 or the weight's dtype; its first contents do not matter.
+        buffer: of the weight's shape, fp32 or the weight's dtype; its first contents do not matter. Its memory may be
+            freed (`storage.resize_(0)`) between iterations: the first addition takes it again.
     """
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self.buffer = buffer
+        self.size = buffer.untyped_storage().nbytes()
         self.fresh = True  # nothing has been added yet: the next gradient replaces what is there
 
     def reset(self) -> None:
         self.fresh = True
 
+    def _take_memory(self) -> None:
+        storage = self.buffer.untyped_storage()
+        if not storage.size():
+            storage.resize_(self.size)
+
     def value(self) -> torch.Tensor:
         """The sum; zeros where nothing was added."""
         if self.fresh:
+            self._take_memory()
             self.buffer.zero_()
             self.fresh = False
         return self.buffer
 
     def add(self, gradient: torch.Tensor) -> None:
         if self.fresh:
+            self._take_memory()
             self.buffer.copy_(gradient)
         else:
             self.buffer.add_(gradient)
@@ -43,6 +52,8 @@ class GradientSum:
 
     def add_product(self, d_TN: torch.Tensor, x_TM: torch.Tensor) -> None:
         """Add d^T x, [N, M]."""
+        if self.fresh:
+            self._take_memory()
         beta, self.fresh = 0.0 if self.fresh else 1.0, False
         if self.buffer.dtype == d_TN.dtype:
             torch.addmm(self.buffer, d_TN.T, x_TM, beta=beta, out=self.buffer)

@@ -14,7 +14,8 @@ torch 2.13 (FSDP2) and DeepSpeed 0.19.8, with the settings that are shipped:
   Gradients are reduce-scattered in fp32, hidden but for the last bucket and the embedding.
 - FSDP2: a block's weights are gathered in bf16 before its forward and again before its backward; embedding and head,
   the root's, once (they stay). Gradients are reduce-scattered in fp32, the root's and the first block's at the end.
-  All this for each micro-batch: where a pack does not fit whole, it is cut.
+  All this for each micro-batch: where a pack does not fit whole, it is cut. Our own strategy now sends at most that:
+  less where all weights, or all weights and gradients, are kept over the iteration. This is not predicted yet.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from bandwidth import bus_bytes
 from cases import PACK
 from one_gpu import GIB, MACHINES, MODELS, PASSES, THROUGH, Machine, Measured
 
+from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory, zero_config
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.flops import PEAK, matmul_parameters, training_flops
@@ -142,7 +144,9 @@ def room(m: Measured, engine: str, ranks: int, free: float) -> Room | None:
     """None if it does not fit."""
     optim, cpu = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), torch.device("cpu")
     if engine == "fsdp":
-        state = memory.of_fsdp(m.source, optim, cpu, ranks).state
+        mesh = Mesh(dp_shard=ranks)
+        division = memory.division(m.source, optim, cpu, mesh, int(free))
+        state = memory.of_mesh(m.source, optim, cpu, mesh, division).state
     else:
         settings = zero_config.read(f"deepspeed_{engine}")
         state = memory.zero_state(m.source, optim, cpu, ranks, settings)

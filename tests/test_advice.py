@@ -16,7 +16,7 @@ from test_lost_ranks import ended, started, told
 from test_train import records, with_hook
 
 from xtuner.config.load import load
-from xtuner.core import dist
+from xtuner.dist.mesh import Mesh
 from xtuner.engine.choose import choose
 from xtuner.train import preflight
 from xtuner.train.advice import _line, out_of_memory
@@ -85,17 +85,14 @@ def test_a_7b_model_on_8_gpus(
     more: list[str],
     tiny: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is advised of recompute, ZeRO's stages with offload, and shorter packs, with bytes of state."""
     data = write_corpus(tmp_path / "data", 2000)
     options = ["hidden_size=4096", "num_layers=32", "vocab_size=92544", "max_length=8192", f"dataset_folder={data}"]
     options.append("optim_wrapper.dtype=bf16")  # as on GPUs
     config = load(str(tiny), options)
-    run = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, dist.ALL)
-    for name in ("world_size", "local_world_size"):
-        monkeypatch.setattr(dist, name, lambda: 8)
-    choice = choose(run.source, run.optim, torch.device("cpu"), zero, fsdp)
+    run = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh(dp_shard=8, local_size=8))
+    choice = choose(run.source, run.optim, torch.device("cpu"), zero, fsdp, run.mesh)
     words = ["c.py", *(["--deepspeed", zero] if zero else ["--fsdp"]), "--cfg-options", "a=b"]
     error = out_of_memory(run, words, choice, torch.OutOfMemoryError("CUDA out of memory"))
     assert error.exit_code == 2
@@ -121,4 +118,4 @@ def test_a_7b_model_on_8_gpus(
     ],
 )  # fmt: skip
 def test_options_are_replaced_not_repeated(given: str, more: list[str], expected: str) -> None:
-    assert _line(shlex.split(given), more) == f"xtuner train {expected}"
+    assert _line(shlex.split(given), more, Mesh()) == f"xtuner train {expected}"

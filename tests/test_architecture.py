@@ -1,6 +1,7 @@
 """Imports run strictly downwards, as docs/architecture.md shows, and commands that need no torch import none."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "xtuner"
-LEVELS = ["core", "config", "data", "model", "engine", "export", "train", "tools", "cli"]  # bottom to top
+LEVELS = ["core", "dist", "config", "data", "model", "engine", "export", "train", "tools", "cli"]  # bottom to top
 
 
 def imports(file: Path) -> list[str]:
@@ -37,6 +38,13 @@ def test_imports_run_downwards() -> None:
 def test_files_are_small() -> None:
     for file in ROOT.rglob("*.py"):
         assert len(file.read_text().splitlines()) <= 400, file
+
+
+def test_only_the_mesh_knows_the_world() -> None:
+    """Whoever counts ranks asks the mesh, which says what kind of ranks."""
+    asks = re.compile(r"world_size\(\)|\bALL\.size|\"WORLD_SIZE\"|\"LOCAL_WORLD_SIZE\"")
+    found = {str(f.relative_to(ROOT)) for f in ROOT.rglob("*.py") if asks.search(f.read_text())}
+    assert found == {"core/dist.py", "dist/mesh.py", "engine/launch.py", "engine/join.py"}
 
 
 def test_the_map_names_every_room() -> None:

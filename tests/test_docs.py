@@ -39,11 +39,13 @@ def test_memory_by_arithmetic_is_the_programs() -> None:
     """The table of docs/*/cluster.md, from the shapes of the shipped templates' models on 8 GPUs."""
     import torch
 
+    from xtuner.dist.mesh import Mesh
     from xtuner.engine import memory, zero_config
     from xtuner.engine.optim import OptimWrapper
     from xtuner.model import from_scratch
 
     optim, cpu = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), torch.device("cpu")
+    eight = Mesh(dp_shard=8)
     shapes = {"1.8B": (2048, 24, 16, 8192), "7B": (4096, 32, 32, 14336), "20B": (6144, 48, 48, 16384)}
     for name, (hidden, layers, heads, ffn) in shapes.items():
         source = from_scratch(
@@ -53,7 +55,9 @@ def test_memory_by_arithmetic_is_the_programs() -> None:
         stages = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
         settings = {s: zero_config.read(f"deepspeed_{s}") for s in stages}
         state = {s: memory.zero_state(source, optim, cpu, 8, z) for s, z in settings.items()}
-        state["fsdp"], parameters = memory.of_fsdp(source, optim, cpu, 8).state, memory.num_parameters(source.config)
+        division = memory.division(source, optim, cpu, eight, free=79 * 2**30)
+        state["fsdp"] = memory.of_mesh(source, optim, cpu, eight, division).state
+        parameters = memory.num_parameters(source.config)
         sizes = [18 * parameters, *(state[s] for s in (*stages[:3], "fsdp", *stages[3:]))]
         row = " | ".join([name, *(f"{size / 2**30:.1f}" for size in sizes)])
         host = ", ".join(f"{n * parameters / 2**30:.0f}" for n in (12, 14))

@@ -18,7 +18,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.data.batch import Batch
 from xtuner.engine import adamw
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.single import SingleStrategy
+from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.model import attention, from_scratch, load_pretrained
 from xtuner.model.ops import elementwise
 from xtuner.model.ops.sums import GradientSum
@@ -82,7 +82,7 @@ def test_nothing_is_compiled_again_when_borders_change(name: str) -> None:
         activation_checkpointing=True, attention=name, seed=0, vocab_size=503, hidden_size=256,
         intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
-    strategy = SingleStrategy(source, OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3)), torch.device("cuda"))
+    strategy = ShardedStrategy(source, OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3)), torch.device("cuda"))
     draw, before = np.random.RandomState(0), 0
     for i in range(200):
         total = 4096 if name == "cudnn" else draw.randint(2000, 4097)
@@ -126,7 +126,7 @@ def test_deterministic_runs_are_equal_bit_for_bit(name: str, kv_heads: int, dete
         pytest.skip(why)
 
     def run() -> tuple[list[float], dict[str, torch.Tensor]]:
-        strategy = SingleStrategy(source, OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3)), device)
+        strategy = ShardedStrategy(source, OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3)), device)
         draw, numbers = np.random.RandomState(0), []
         for _ in range(6):
             borders = [0, 1500, *sorted(draw.choice(np.arange(1501, 4096), 20, replace=False)), 4096]
@@ -174,14 +174,14 @@ def test_optimizers_resume_on_a_gpu(name: str, tmp_path: Path) -> None:
         num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
 
-    def strategy() -> SingleStrategy:
+    def strategy() -> ShardedStrategy:
         optim = OptimWrapper(dict(type=getattr(torch.optim, name), lr=1e-2))
-        return SingleStrategy(source, optim, torch.device("cuda"))
+        return ShardedStrategy(source, optim, torch.device("cuda"))
 
-    def step(s: SingleStrategy, seed: int) -> dict[str, torch.Tensor]:
+    def step(s: ShardedStrategy, seed: int) -> dict[str, torch.Tensor]:
         """With gradients that are the same each time, whatever the attention does."""
         s._has_targets = s._finite = True
-        for i, gradient in enumerate(s._update.sums.values()):
+        for i, gradient in enumerate(p.sum for p in s._divided.parameters.values()):
             draw = torch.Generator("cuda").manual_seed(100 * seed + i)
             gradient.reset()
             gradient.add(torch.randn(gradient.buffer.shape, device="cuda", generator=draw))
@@ -296,7 +296,7 @@ def test_what_is_kept_changes_no_gradient(room: int | None) -> None:
     positions = torch.cat([torch.arange(n) for n in lengths])
     pack = Batch.of(dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders))
     assert [b - a for a, b in pairwise(borders.tolist())] == lengths
-    whole, cut = (SingleStrategy(source, optim, torch.device("cuda")) for _ in range(2))
+    whole, cut = (ShardedStrategy(source, optim, torch.device("cuda")) for _ in range(2))
     loss = whole.forward_backward([pack], pack.num_targets)
     plan = Plan(source.config, 2, None if room is None else room * 2**20)
     cut.model.model.keeps = plan.keeps

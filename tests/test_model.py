@@ -239,7 +239,7 @@ def test_the_single_strategy_keeps_the_contract(dtype: str, tmp_path: Path) -> N
     """Gradients are Σ over targets ÷ their number however packs are cut; masters are fp32; save and load are exact."""
     from xtuner.data.batch import Batch
     from xtuner.engine.optim import OptimWrapper
-    from xtuner.engine.single import SingleStrategy
+    from xtuner.engine.strategies.sharded import ShardedStrategy
     from xtuner.model import from_pretrained
 
     _, _, ref = facts("a_gqa")
@@ -253,7 +253,7 @@ def test_the_single_strategy_keeps_the_contract(dtype: str, tmp_path: Path) -> N
         return Batch.of({**pack, "position_ids": torch.arange(48).repeat(len(ids[rows]))})
 
     total = int((targets != -100).sum())
-    whole, cut = (SingleStrategy(source, optim, torch.device("cpu")) for _ in range(2))
+    whole, cut = (ShardedStrategy(source, optim, torch.device("cpu")) for _ in range(2))
     assert whole.compute_dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     losses = [whole.forward_backward([batch(slice(0, 2))], total)]
     losses += [cut.forward_backward([batch(slice(0, 1)), batch(slice(1, 2))], total)]
@@ -264,7 +264,7 @@ def test_the_single_strategy_keeps_the_contract(dtype: str, tmp_path: Path) -> N
         assert gradient.dtype == torch.float32
         assert (gradient - cut.gradients[name]).norm() <= tolerance * gradient.norm(), name
 
-    def masters(strategy: SingleStrategy) -> dict[str, torch.Tensor]:
+    def masters(strategy: ShardedStrategy) -> dict[str, torch.Tensor]:
         return {n: s.master.read().clone() for n, s in strategy._shards().items()}
 
     norm, applied = whole.step(1e-3, 1.0)

@@ -63,13 +63,13 @@ def make(spec: dict[str, Any], engine: str, folder: Path) -> Strategy:
     zero, fsdp = ENGINES[engine]
     if engine == "ZeRO-3":
         zero = str(folder.parents[1] / "zero3.json")
-    optim, model = OptimWrapper(spec, None, PACKS // dist.world_size()), small()
+    optim, model = OptimWrapper(spec, None, PACKS // dist.ALL.size), small()
     return choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
 
 
 def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bool]]:
     """With a rate that changes, as in warm-ups."""
-    everything, rank, ranks = packs(), dist.rank(), dist.world_size()
+    everything, rank, ranks = packs(), dist.rank(), dist.ALL.size
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         loss = strategy.forward_backward(these[rank::ranks], sum(p.num_targets for p in these))
@@ -277,11 +277,12 @@ def test_a_checkpoint_without_state_is_not_one_without_optimizer(tmp_path: Path)
 
 
 def test_memory_counts_what_an_optimizer_keeps() -> None:
+    from xtuner.dist.mesh import Mesh
     from xtuner.engine import memory
 
     def state(kind: Any, **arguments: Any) -> float:
         optim = OptimWrapper(dict(type=kind, lr=1, **arguments))
-        return memory.of_single(source(), optim, CPU).state / memory.num_parameters(source().config)
+        return memory.of_mesh(source(), optim, CPU, Mesh()).state / memory.num_parameters(source().config)
 
     assert state(torch.optim.AdamW) == 16
     assert state(torch.optim.AdamW, amsgrad=True) == 20

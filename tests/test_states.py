@@ -11,20 +11,20 @@ from xtuner.core.errors import ConfigError
 from xtuner.data.batch import Batch
 from xtuner.engine import adamw, choose, memory
 from xtuner.engine.adamw import FORMS, Rates
+from xtuner.engine.local_optimizer import ByForm
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.single import SingleStrategy
-from xtuner.engine.update import ByForm
+from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.model import from_scratch
 from xtuner.model.ops.functions import Keep
 from xtuner.model.plan import ORDER, Plan, passing_bytes
 
 
-def strategy(states: str) -> SingleStrategy:
+def strategy(states: str) -> ShardedStrategy:
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=1.0), 4, states=states)
-    return SingleStrategy(source(), optim, CPU)
+    return ShardedStrategy(source(), optim, CPU)
 
 
-def masters(s: SingleStrategy) -> dict[str, torch.Tensor]:
+def masters(s: ShardedStrategy) -> dict[str, torch.Tensor]:
     return {n: shard.master.read().clone() for n, shard in s._shards().items()}
 
 
@@ -69,7 +69,8 @@ def test_every_form_learns_and_resumes(tmp_path: Path) -> None:
     for states in FORMS:
         whole = strategy(states)
         if states == "fp32":  # as on a GPU; on CPUs it is PyTorch's own
-            whole._update = ByForm(whole.model, OptimWrapper(dict(type=torch.optim.AdamW, lr=LR)), FORMS["fp32"])
+            rows = {n: p.rows for n, p in whole._divided.parameters.items()}
+            whole._optimizer = ByForm(rows, OptimWrapper(dict(type=torch.optim.AdamW, lr=LR)), FORMS["fp32"])
             source().fill({n: s.master for n, s in whole._shards().items()}, whole._shapes, CPU)
         lines[states] = list(go(whole, range(5)))
         whole.snapshot(optimizer=True).write(tmp_path / states)
@@ -113,8 +114,9 @@ def test_forms_that_are_refused() -> None:
         OptimWrapper(dict(type=torch.optim.AdamW, lr=1), states="8bits")
     with pytest.raises(ConfigError, match=r'"8bit" is for AdamW, not for .*SGD'):
         OptimWrapper(dict(type=torch.optim.SGD, lr=1), states="8bit")
-    with pytest.raises(ConfigError, match="is for one process"):
-        choose.choose(source(), OptimWrapper(dict(type=torch.optim.AdamW, lr=1), states="8bit"), CPU, None, "full")
+    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), states="8bit")
+    with pytest.raises(ConfigError, match="is not supported with DeepSpeed"):
+        choose.choose(source(), optim, CPU, "deepspeed_zero1", None)
 
 
 def test_a_state_that_does_not_fit_is_told_with_what_would() -> None:

@@ -120,7 +120,7 @@ def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strateg
 
 
 def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bool]]:
-    everything, rank, ranks = packs(), dist.rank(), dist.world_size()
+    everything, rank, ranks = packs(), dist.rank(), dist.ALL.size
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         batch = these[rank::ranks]
@@ -401,7 +401,7 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
     targets = sum(p.num_targets for p in these)
 
     def gradient(dtype: str, zero: str | None, fsdp: str | None) -> tuple[Any, dict[str, tuple[int, torch.Tensor]]]:
-        rank, ranks = dist.rank(), dist.world_size()
+        rank, ranks = dist.rank(), dist.ALL.size
         optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype), source()
         strategy: Any = choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
         before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
@@ -473,6 +473,7 @@ MEMORY = """
 import json, resource, sys
 from pathlib import Path
 import deepspeed, torch
+import torch.distributed.fsdp  # with what it imports, which DeepSpeed will too: part of what is there before
 from safetensors import safe_open
 from test_ranks import on_ranks
 from test_strategies import large

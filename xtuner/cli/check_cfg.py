@@ -12,7 +12,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.config.load import load
     from xtuner.config.told import paragraphs
     from xtuner.core import log
-    from xtuner.core.dist import Ranks
+    from xtuner.dist.mesh import Mesh
     from xtuner.engine import fit
     from xtuner.engine.join import device
     from xtuner.train import preflight
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     hooks = preflight.settings(config)
     here = device()
     work_dir = preflight.work_dir_of(None, config)
-    run = preflight.prepare(config, hooks, work_dir, here, None, Ranks(), only_look=True)
+    run = preflight.prepare(config, hooks, work_dir, here, None, Mesh(), only_look=True)
     notes = list(run.make_schedule().remarks(run.max_iterations))
     print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))
     for note in notes:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="full",
         choices=("full", "hybrid"),
-        help="PyTorch's FSDP2: what several GPUs do anyway",
+        help="full (default): several GPUs divide the state over all of them; hybrid: over those of each machine",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
@@ -101,5 +101,5 @@ def _train(args: argparse.Namespace) -> int:
         fsdp=args.fsdp,
         words=tuple(args.words),
     )
-    with taking_part(place, group=bool(args.deepspeed or args.fsdp)) as (device, watch):
+    with taking_part(place, group=bool(args.deepspeed)) as (device, watch):
         return train(config, work_dir_of(args.work_dir, config), device, options, watch)

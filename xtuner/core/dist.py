@@ -172,10 +172,6 @@ def rank() -> int:
     return ALL.rank
 
 
-def world_size() -> int:
-    return ALL.size
-
-
 def local_world_size() -> int:
     """Ranks on this machine, as whoever has started them, or engine/join.py, says."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

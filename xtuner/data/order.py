@@ -22,9 +22,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from xtuner.core import dist
 from xtuner.core.errors import ConfigError
 from xtuner.data.place import Place, tell_once
+from xtuner.dist.mesh import arrange
 
 Numbers = npt.NDArray[np.integer[Any]]
 VERSION = 1
@@ -64,7 +64,7 @@ class InternRepoSampler:
         shuffle: a new permutation each epoch, or 0, 1, 2, …
         seed: epoch e is drawn from `RandomState(seed + e)`. InternEvo's and XTuner's samplers use 1024 whatever they
             are told; ours uses what it is told.
-        rank, world_size: which share; None for this process's own.
+        rank, world_size: which share: those of the data-parallel ranks. None where all processes take packs.
     """
 
     def __init__(
@@ -78,8 +78,9 @@ class InternRepoSampler:
         self.num_packs = len(dataset)
         self.shuffle = shuffle
         self.seed = seed
-        self.rank = dist.rank() if rank is None else rank
-        self.world_size = dist.world_size() if world_size is None else world_size
+        mesh = arrange()
+        self.rank = mesh.dp_rank if rank is None else rank
+        self.world_size = mesh.dp_size if world_size is None else world_size
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank {self.rank} of {self.world_size}", where="train_dataloader.sampler")
         self.epoch = 0

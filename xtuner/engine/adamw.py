@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 GROUP = 256
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # one number a group
 Moments = dict[str, torch.Tensor]
 
 
@@ -73,7 +74,7 @@ def new_state(weight: torch.Tensor, form: Form) -> Moments:
     state = {k: torch.zeros(n, dtype=form.moment, device=device) for k in ("exp_avg", "exp_avg_sq")}
     if form.name == "8bit":
         state["exp_avg_sq"] = state["exp_avg_sq"].view(torch.uint8)
-        state |= {f"{k}_scale": torch.zeros(-(-n // GROUP), device=device) for k in ("exp_avg", "exp_avg_sq")}
+        state |= {k: torch.zeros(-(-n // GROUP), device=device) for k in SCALES}
     if form.name == "split":
         state["low"] = torch.zeros(n, dtype=torch.int16, device=device)
     if form.name == "fp32":
@@ -93,7 +94,12 @@ def read_master(weight: torch.Tensor, state: Mapping[str, torch.Tensor], form: F
 
 @torch.no_grad()
 def write_master(
-    weight: torch.Tensor, state: Mapping[str, torch.Tensor], form: Form, values: torch.Tensor, seed: int | None = None
+    weight: torch.Tensor,
+    state: Mapping[str, torch.Tensor],
+    form: Form,
+    values: torch.Tensor,
+    seed: int | None = None,
+    begin: int = 0,
 ) -> None:
     """Make fp32 `values` [n] the weight's master: rounded to bf16 at random with a seed, else to the nearest."""
     flat = weight.detach().view(-1)
@@ -103,7 +109,7 @@ def write_master(
         return
     bits = values.contiguous().view(torch.int32)
     if seed is not None and form.name != "split":
-        high = bits + (random_bits(len(bits), seed, bits.device) & 0xFFFF).int()
+        high = bits + (random_bits(len(bits), seed, bits.device, begin) & 0xFFFF).int()
     else:
         high = bits + 0x8000
     high = high & -0x10000
@@ -112,32 +118,42 @@ def write_master(
         state["low"].copy_(bits - high)
 
 
-def random_bits(n: int, seed: int, device: torch.device) -> torch.Tensor:
-    """32 random bits for each place 0 … n − 1, in int64: a hash of place and seed ("lowbias32", C. Wellons, 2018)."""
-    x = torch.arange(n, dtype=torch.int64, device=device) ^ seed
+def random_bits(n: int, seed: int, device: torch.device, begin: int = 0) -> torch.Tensor:
+    """32 random bits for each of n elements from `begin` on, in int64: a hash of the seed and the element's index in
+    the full parameter ("lowbias32", C. Wellons, 2018)."""
+    x = (torch.arange(begin, begin + n, dtype=torch.int64, device=device) & 0xFFFFFFFF) ^ seed
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 @torch.no_grad()
-def update(name: str, weight: torch.Tensor, gradient: torch.Tensor, state: Moments, form: Form, rates: Rates) -> None:
-    """One step of one parameter, in place. This is the definition; on GPUs a kernel does the same."""
+def update(
+    name: str,
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    state: Moments,
+    form: Form,
+    rates: Rates,
+    begin: int = 0,
+) -> None:
+    """One step of one parameter, or of its elements from `begin` (a multiple of GROUP) on, in place. This is the
+    definition; on GPUs a kernel does the same."""
     seed, (c1, c2) = rates.seed(name), rates.corrections
     rate, left, scale = rates.lr / c1, 1 - rates.lr * rates.weight_decay, c2**-0.5
     if weight.is_cuda:
         from xtuner.engine import adamw_kernels
 
         numbers = (rate, left, rates.beta1, rates.beta2, rates.eps, scale)
-        adamw_kernels.update(weight, gradient, state, form.name, GROUP, rates.clip, seed, numbers)
+        adamw_kernels.update(weight, gradient, state, form.name, GROUP, rates.clip, seed, numbers, begin)
         return
     g = gradient.view(-1).float() * rates.clip
     m, v = _decode(state, "exp_avg"), _decode(state, "exp_avg_sq")
     m = m + (1 - rates.beta1) * (g - m)
     v = v + (1 - rates.beta2) * (g * g - v)
     w = read_master(weight, state, form) * left - rate * m / (v.sqrt() * scale + rates.eps)
-    write_master(weight, state, form, w, seed)
-    bits = random_bits(len(w), seed, w.device)
+    write_master(weight, state, form, w, seed, begin)
+    bits = random_bits(len(w), seed, w.device, begin)
     _encode(state, "exp_avg", m, bits >> 16 & 0xFF)
     _encode(state, "exp_avg_sq", v, bits >> 24)
 
@@ -184,10 +200,20 @@ def _encode(state: Moments, key: str, values: torch.Tensor, bits: torch.Tensor) 
 
 
 class AdamW:
-    """All parameters of a model, updated by `update`. They need no gradients of autograd's: see `gradient_sum`."""
+    """Weights updated by `update`.
 
-    def __init__(self, weights: Mapping[str, torch.nn.Parameter], form: Form, arguments: Mapping[str, Any]) -> None:
-        self.weights, self.form = dict(weights), form
+    Args:
+        begins: by name, where in the flattened parameter a weight's elements begin; {} for full parameters.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        form: Form,
+        arguments: Mapping[str, Any],
+        begins: Mapping[str, int],
+    ) -> None:
+        self.weights, self.form, self._begins = dict(weights), form, begins
         self.beta1, self.beta2 = arguments.get("betas", (0.9, 0.999))
         self.eps = arguments.get("eps", 1e-8)
         self.weight_decay = arguments.get("weight_decay", 1e-2)
@@ -198,4 +224,4 @@ class AdamW:
         self.steps += 1
         rates = Rates(lr, self.beta1, self.beta2, self.eps, self.weight_decay, self.steps, clip)
         for name, weight in self.weights.items():
-            update(name, weight, gradients[name], self.state[name], self.form, rates)
+            update(name, weight, gradients[name], self.state[name], self.form, rates, self._begins.get(name, 0))

@@ -29,10 +29,10 @@ def _chosen(share, root, chance, LEVELS: tl.constexpr, POWER: tl.constexpr):
     return low + (share - below > chance * (above - below)).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "begin"])
 def _update(
     W, G, MASTER, LOW, M, V, M_SCALE, V_SCALE, CLIP,
-    n, seed, rate, keep, beta1, beta2, eps, scale2,
+    n, begin, seed, rate, keep, beta1, beta2, eps, scale2,
     FORM: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -68,7 +68,7 @@ def _update(
         tl.store(M + at, m, mask)
         tl.store(V + at, v, mask)
     else:
-        random = _random(at.to(tl.uint32) ^ seed.to(tl.uint32))
+        random = _random((at.to(tl.uint32) + begin.to(tl.uint32)) ^ seed.to(tl.uint32))
         high = (w.to(tl.int32, bitcast=True) + (random & 0xFFFF).to(tl.int32)) & -0x10000
         tl.store(W + at, high.to(tl.float32, bitcast=True).to(W.dtype.element_ty), mask)
         m_bits, v_bits = ((random >> 16) & 0xFF).to(tl.int32), (random >> 24).to(tl.int32)
@@ -100,11 +100,12 @@ def update(
     clip: torch.Tensor,
     seed: int,
     numbers: tuple[float, ...],
+    begin: int,
 ) -> None:
     """See `adamw.update`. `numbers`: lr / first correction, what decay leaves, β1, β2, ε, second correction^(-1/2)."""
     n, none = weight.numel(), state["exp_avg"]
     _update[(triton.cdiv(n, ROWS * group),)](
         weight, gradient, state.get("master", none), state.get("low", none), state["exp_avg"], state["exp_avg_sq"],
-        state.get("exp_avg_scale", none), state.get("exp_avg_sq_scale", none), clip, n, seed, *numbers,
+        state.get("exp_avg_scale", none), state.get("exp_avg_sq_scale", none), clip, n, begin, seed, *numbers,
         FORM=form, ROWS=ROWS, GROUP=group, num_warps=8,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from xtuner.model.decoder import CausalLM
 
 
 class Strategy(Protocol):
-    """One way to train: a single process, DeepSpeed, FSDP."""
+    """One way to train: our own on any mesh, or DeepSpeed."""
 
     name: str
     device: torch.device

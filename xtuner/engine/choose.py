@@ -5,13 +5,13 @@ from typing import NamedTuple
 import torch
 
 from xtuner.config.build import type_name
-from xtuner.core import dist
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import logger
+from xtuner.dist.mesh import Mesh, arrange
 from xtuner.engine import memory, zero_config
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.single import SingleStrategy
+from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.engine.trial import ADVICE
 from xtuner.model.source import ModelSource
 
@@ -22,6 +22,7 @@ class Choice(NamedTuple):
     deepspeed: str | None = None  # a shipped name or a JSON file
     fsdp: str | None = None  # "full" or "hybrid"
     state: int = 0  # bytes of weights, gradients and optimizer that a rank holds, by arithmetic
+    mesh: Mesh = Mesh()
 
     @property
     def name(self) -> str:
@@ -29,13 +30,20 @@ class Choice(NamedTuple):
 
 
 def choose(
-    source: ModelSource, optim: OptimWrapper, device: torch.device, deepspeed: str | None, fsdp: str | None
+    source: ModelSource,
+    optim: OptimWrapper,
+    device: torch.device,
+    deepspeed: str | None,
+    fsdp: str | None,
+    mesh: Mesh | None = None,
 ) -> Choice:
-    """DeepSpeed or FSDP if asked for; else FSDP for several processes, and nothing of that for one.
+    """DeepSpeed or FSDP if requested; else FSDP for several processes, and neither for one.
+
+    Args:
+        mesh: None for all processes there are.
 
     Raises: ConfigError for what cannot be, DeepSpeed's settings included.
     """
-    ranks = dist.world_size()
     if deepspeed and fsdp:
         raise ConfigError(
             f"--deepspeed {deepspeed} and --fsdp {fsdp}",
@@ -43,29 +51,34 @@ def choose(
             why="both cut the model over the ranks, each in its way",
             do="give one of them",
         )
-    if optim.states.name != "fp32" and (deepspeed or fsdp or ranks > 1):
+    mesh = mesh or arrange(fsdp)
+    ranks = mesh.size
+    if deepspeed and optim.states.name != "fp32":
         raise ConfigError(
-            f'states = "{optim.states.name}" is for one process',
+            f'states = "{optim.states.name}" is not supported with DeepSpeed',
             where="optim_wrapper.states",
-            why="engines that cut the state over ranks keep it in fp32",
-            do='set it to "fp32"; the state is then divided by the number of ranks',
+            why="DeepSpeed keeps the optimizer's state in fp32",
+            do='set it to "fp32", or leave --deepspeed out: the state is then divided over the ranks in any form',
+        )
+    if deepspeed and source.adapter:
+        raise ConfigError(
+            "adapters are not supported with DeepSpeed", where="model.adapter", do="leave --deepspeed out"
         )
     if deepspeed:
         given = zero_config.read(deepspeed)
         settings = zero_config.resolve(given, optim, device, ranks, deepspeed)
-        if (idle := zero_config.without_effect(given)) and dist.is_main():
+        if (idle := zero_config.without_effect(given)) and mesh.is_main:
             logger.info(f"--deepspeed {deepspeed}: no effect here: {', '.join(idle)}")
         stage = settings["zero_optimization"].get("stage", 0)
         if stage:
             _require_cuttable(optim, device, f"--deepspeed {deepspeed}", zero=True)
         zero = memory.of_zero(source, optim, device, ranks, settings)
-        return Choice(deepspeed, None, zero.state)
+        return Choice(deepspeed, None, zero.state, mesh)
     if fsdp or ranks > 1:
         mode = fsdp or "full"
         _require_cuttable(optim, device, f"--fsdp {mode}" if fsdp else f"{ranks} processes (FSDP)", zero=False)
-        cut = ranks if mode == "full" else dist.local_world_size()
-        return Choice(None, mode, memory.of_fsdp(source, optim, device, cut).state)
-    return Choice(state=memory.of_single(source, optim, device).state)
+        return Choice(None, mode, memory.of_mesh(source, optim, device, mesh).state, mesh)
+    return Choice(state=memory.of_mesh(source, optim, device, mesh).state, mesh=mesh)
 
 
 def _require_cuttable(optim: OptimWrapper, device: torch.device, engine: str, zero: bool) -> None:
@@ -90,9 +103,5 @@ def strategy(choice: Choice, source: ModelSource, optim: OptimWrapper, device: t
     if choice.deepspeed:
         from xtuner.engine.deepspeed import DeepSpeedStrategy
 
-        return DeepSpeedStrategy(source, optim, device, choice.deepspeed)
-    if choice.fsdp:
-        from xtuner.engine.fsdp import FSDPStrategy
-
-        return FSDPStrategy(source, optim, device, choice.fsdp)
-    return SingleStrategy(source, optim, device)
+        return DeepSpeedStrategy(source, optim, device, choice.deepspeed, choice.mesh)
+    return ShardedStrategy(source, optim, device, choice.mesh)

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from xtuner.core import dist
 from xtuner.data.batch import Batch
+from xtuner.dist.mesh import Mesh, arrange
 from xtuner.engine import memory, trial, zero_config
 from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.shard import Shard, ShardedStrategy
+from xtuner.engine.shard import Shard, StatefulStrategy
+from xtuner.engine.strategies.micro_batches import run_micro_batches
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
@@ -31,21 +32,25 @@ class _Piece(NamedTuple):
     length: int
 
 
-class DeepSpeedStrategy(ShardedStrategy):
+class DeepSpeedStrategy(StatefulStrategy):
     """
     Args:
         settings: a shipped name or a JSON file, as `--deepspeed` takes it.
+        mesh: None for all processes there are.
     """
 
-    def __init__(self, source: ModelSource, optim: OptimWrapper, device: torch.device, settings: str) -> None:
+    def __init__(
+        self, source: ModelSource, optim: OptimWrapper, device: torch.device, settings: str, mesh: Mesh | None = None
+    ) -> None:
         deepspeed = _started(device)
-        config = zero_config.resolve(zero_config.read(settings), optim, device, dist.world_size(), settings)
+        mesh = mesh or arrange()
+        config = zero_config.resolve(zero_config.read(settings), optim, device, mesh.size, settings)
         self.stage: int = config["zero_optimization"].get("stage", 0)
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
-        self.memory = memory.of_zero(source, optim, device, dist.world_size(), config)
+        self.memory = memory.of_zero(source, optim, device, mesh.size, config)
         shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
-        super().__init__(source.config, shapes, device, gives=bool(self.stage) or dist.is_main())
+        super().__init__(source.config, shapes, device, mesh, gives=bool(self.stage) or mesh.is_main)
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=config):
                 model = CausalLM(source.config)  # each module is cut as soon as it is made
@@ -73,20 +78,14 @@ class DeepSpeedStrategy(ShardedStrategy):
         self._to_step = bool(num_targets)
         if not num_targets:
             return 0.0
-        total = torch.zeros((), device=self.device)
-        ranks = dist.world_size()
-        for i, pack in enumerate(batch):  # also without targets: other ranks wait for the collectives
-            dist.note(f"forward and backward of pack {i + 1} of {len(batch)}")
-            self._engine.set_gradient_accumulation_boundary(i == len(batch) - 1)
-            b = pack.to(self.device)
-            loss = self._engine(
-                b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets
-            )
-            total += loss.detach()
-            # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
-            scale = torch.where(loss.detach().isfinite(), float(ranks), math.nan)
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
-        return dist.ALL.sum_on_device(total)
+        before = self._engine.set_gradient_accumulation_boundary
+        total = run_micro_batches(batch, self._engine, self.device, num_targets, self._backward, before, skip=False)
+        return self.mesh.ranks.sum_on_device(total)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
+        scale = torch.where(loss.detach().isfinite(), float(self.mesh.size), math.nan)
+        self._engine.backward(loss * scale, scale_wrt_gas=False)
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._to_step:
@@ -110,7 +109,7 @@ class DeepSpeedStrategy(ShardedStrategy):
             return _Piece(parameter.data.view(-1), 0, 0, parameter.numel())
         if self.stage == 3:
             group, at, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            begin = parameter.ds_tensor.ds_numel * dist.rank()
+            begin = parameter.ds_tensor.ds_numel * self.mesh.rank
             count = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - begin))
             return _Piece(self._zero.fp32_partitioned_groups_flat[group], at, begin, count)
         mapping = parameter._hp_mapping

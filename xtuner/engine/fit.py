@@ -7,9 +7,10 @@ has, whatever else uses it now.
 
 import torch
 
-from xtuner.core import dist, machine
+from xtuner.core import machine
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes
+from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory, zero_config
 from xtuner.engine.adamw import FORMS
 from xtuner.engine.choose import Choice
@@ -33,7 +34,7 @@ def require(choice: Choice, source: ModelSource, optim: OptimWrapper, device: to
 def why_not_alone(source: ModelSource, optim: OptimWrapper, device: torch.device) -> str:
     """In words, why one process cannot train the model on this machine; empty if it can."""
     try:
-        require(Choice(state=memory.of_single(source, optim, device).state), source, optim, device)
+        require(Choice(state=memory.of_mesh(source, optim, device, Mesh()).state), source, optim, device)
     except ConfigError as e:
         return f"`xtuner train` by one process on this machine is refused: {e}"
     return ""
@@ -41,17 +42,18 @@ def why_not_alone(source: ModelSource, optim: OptimWrapper, device: torch.device
 
 def _on_host(choice: Choice, source: ModelSource, optim: OptimWrapper, device: torch.device) -> int:
     """Bytes that all processes of this machine together hold at the least."""
-    parameters, ranks, here = num_parameters(source.config), dist.world_size(), dist.local_world_size()
+    parameters, mesh = num_parameters(source.config), choice.mesh
     moments = optim.traits(device).moments
     zero = zero_config.read(choice.deepspeed)["zero_optimization"] if choice.deepspeed else {}
     if device.type == "cuda":
         masters = 4 + moments if "offload_optimizer" in zero else 0
-        return int(masters * parameters * here / ranks)
+        return int(masters * parameters * mesh.local_size / mesh.size)
     if not (choice.deepspeed or choice.fsdp):
         form = optim.own_form(device)
         return int((form.bytes if form else 8 + moments) * parameters)
-    divided = here if choice.fsdp == "hybrid" else ranks if choice.fsdp or zero.get("stage") else 1
-    return int((8 + moments) * parameters * here / divided)
+    if not choice.deepspeed:
+        return choice.state * mesh.local_size
+    return int((8 + moments) * parameters * mesh.local_size / (mesh.size if zero.get("stage") else 1))
 
 
 def _too_large(choice: Choice, source: ModelSource, optim: OptimWrapper, needed: int, total: int) -> ConfigError:
@@ -66,7 +68,7 @@ def _too_large(choice: Choice, source: ModelSource, optim: OptimWrapper, needed:
     return ConfigError(
         f"weights, gradients and optimizer state need {human_bytes(needed)} of this machine's memory, "
         f"which is {human_bytes(total)} in all",
-        where=f"model: {parameters:,} parameters; {choice.name}, ranks: {dist.world_size()}",
+        where=f"model: {parameters:,} parameters; {choice.name}, ranks: {choice.mesh.size}",
         why="the first step would run out of memory",
         do="; or ".join(ways),
     )

@@ -15,6 +15,7 @@ import torch
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, logger
 from xtuner.data.batch import Batch
+from xtuner.dist.mesh import Mesh
 from xtuner.engine.adamw import FORMS
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.flops import num_parameters
@@ -24,6 +25,7 @@ from xtuner.model.source import ModelSource
 LEAST = 4096  # tokens of a micro-batch; fewer leave the GPU's multipliers idle
 USUAL = 8192  # where not even the least fits without computing something twice
 BUFFERS = 1.5 * 2**30  # bytes: DeepSpeed's buckets as shipped, two of 200 million numbers in fp32
+COLLECTIVES = int(1.1 * 2**30)  # bytes: NCCL's buffers, and what is held back for its streams
 RESERVE = 3 * 2**30  # bytes: the libraries' own, and what the allocator cannot use
 
 
@@ -53,26 +55,61 @@ class Memory:
         )
 
 
-def of_single(source: ModelSource, optim: OptimWrapper, device: torch.device) -> Memory:
-    """For one process that holds everything."""
-    form, copy = optim.own_form(device), optim.compute_dtype(device)
-    if form:
-        return share_out(num_parameters(source.config) * form.bytes, source, optim, device)
-    each = 8 + optim.traits(device).moments + (copy.itemsize if copy != torch.float32 else 0)  # masters, gradients
-    return share_out(int(num_parameters(source.config) * each), source, optim, device)
+@dataclass(frozen=True)
+class Division:
+    """What our own strategy keeps full on every rank over an iteration; the rest is full a block at a time."""
+
+    weights: bool
+    gradients: bool
 
 
-def of_fsdp(source: ModelSource, optim: OptimWrapper, device: torch.device, cut: int) -> Memory:
-    """For one of `cut` ranks: masters and moments cut, embedding and head whole, and two blocks with a gradient.
+DIVISIONS = (Division(True, True), Division(True, False), Division(False, False))  # fastest first
+ALL_FULL = DIVISIONS[0]
 
-    Gradients come while what blocks keep goes, and need no room of their own, unless they are summed over whole packs:
-    then they are whole until the last.
+
+def division(
+    source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, free: int | None = None
+) -> Division:
+    """The fastest division that leaves room for micro-batches of USUAL tokens without recomputing; else the leanest.
+
+    Args:
+        free: bytes of a GPU; None for what this one has.
     """
-    c, itemsize = source.config, optim.compute_dtype(device).itemsize
-    parameters, ends = num_parameters(c), 2 * c.vocab_size * c.hidden_size
-    whole = ends + 2 * (parameters - ends) // c.num_layers if optim.accumulative_counts == 1 else parameters
-    divided = 4 + optim.traits(device).moments
-    return share_out(int(divided * parameters) // cut + (itemsize + 4) * whole, source, optim, device)
+    free = _free(device) if free is None else free
+    if mesh.shard_size == 1 or free is None:
+        return ALL_FULL
+    needed = Plan(source.config, optim.compute_dtype(device).itemsize).peak(USUAL) + RESERVE + COLLECTIVES
+    fitting = [d for d in DIVISIONS if state_bytes(source, optim, device, mesh, d) + needed <= free]
+    return fitting[0] if fitting else DIVISIONS[-1]
+
+
+def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, division: Division) -> int:
+    """Bytes of weights, gradients and optimizer that a rank holds, and of what is full a block at a time."""
+    c, form, copy = source.config, optim.own_form(device), optim.compute_dtype(device)
+    parameters, ends, ranks = num_parameters(c), 2 * c.vocab_size * c.hidden_size, mesh.shard_size
+    block = (parameters - ends) / c.num_layers
+    weight, gradient = (2, form.gradient.itemsize) if form else (copy.itemsize, 4)
+    # what only this rank needs: moments, and masters that are not what computes
+    own = form.bytes - weight - gradient if form else optim.traits(device).moments + 4 * (copy != torch.float32)
+    state = own * parameters / ranks
+    # a block's weights, those of the next, and those that are being freed
+    state += weight * (parameters if division.weights else ends + 3 * block + parameters / ranks)
+    # gradients of a block, and of one on their way, with what arrives of them
+    of_blocks = (ends + 2 * block) * (1 + 1 / ranks) + parameters / ranks
+    return int(state + gradient * (parameters if division.gradients else of_blocks))
+
+
+def of_mesh(
+    source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, chosen: Division | None = None
+) -> Memory:
+    """For a rank of our own strategy.
+
+    Args:
+        chosen: None for what fits.
+    """
+    chosen = chosen or division(source, optim, device, mesh)
+    state = state_bytes(source, optim, device, mesh, chosen)
+    return share_out(state, source, optim, device, reserve=RESERVE + COLLECTIVES * (mesh.size > 1))
 
 
 def of_zero(
@@ -104,7 +141,14 @@ def zero_state(
     return int(whole + parameters * divided / ranks) + int(BUFFERS)
 
 
-def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torch.device, cut: bool = True) -> Memory:
+def share_out(
+    state: int,
+    source: ModelSource,
+    optim: OptimWrapper,
+    device: torch.device,
+    cut: bool = True,
+    reserve: int = RESERVE,
+) -> Memory:
     """Plan with what the device has beside `state` bytes; to be asked before any of them is there.
 
     Args:
@@ -116,7 +160,7 @@ def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torc
         return Memory(state, Plan(source.config, itemsize))
     if free is None:
         return Memory(state, Plan(source.config, itemsize, 0))
-    plan = Plan(source.config, itemsize, max(int(free - state - RESERVE), 0))
+    plan = Plan(source.config, itemsize, max(int(free - state - reserve), 0))
     if not cut:
         return Memory(state, plan)
     largest = plan.largest(2**17)

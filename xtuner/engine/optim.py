@@ -24,8 +24,8 @@ class OptimWrapper:
         clip_grad: `dict(max_norm=…)`, the 2-norm over all parameters; None for no clipping.
         accumulative_counts: packs each rank takes per iteration (one optimizer step).
         dtype: what matrices are multiplied in: "bf16", "fp32", or "auto" (bf16 on GPUs, fp32 on CPUs).
-        states: how AdamW's masters and moments are kept: "fp32", or leaner "split", "bf16", "8bit" (see adamw.py); one
-            process only.
+        states: how AdamW's masters and moments are kept: "fp32", or leaner "split", "bf16", "8bit" (see adamw.py); not
+            with DeepSpeed.
     """
 
     def __init__(
@@ -122,9 +122,14 @@ class OptimWrapper:
         return self.kind is torch.optim.AdamW and self.arguments.keys() <= {"lr", "betas", "eps", "weight_decay"}
 
     def own_form(self, device: torch.device) -> Form | None:
-        """The form of our own AdamW that a single process takes; None for PyTorch's optimizer on fp32 masters."""
+        """The form of our own AdamW that our own strategy takes; None for PyTorch's optimizer on fp32 masters."""
         own = self.states.name != "fp32" or (device.type == "cuda" and self._is_adamw)
         return self.states if own else None
+
+    def gradient_dtype(self, device: torch.device) -> torch.dtype:
+        """Of the sums of gradients that our own strategy keeps."""
+        form = self.own_form(device)
+        return form.gradient if form else torch.float32
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer; by its fused kernel where it has one that works and nothing else is requested."""

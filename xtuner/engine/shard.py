@@ -1,8 +1,8 @@
 """What one process holds of weights and optimizer state, and how it comes into a checkpoint and back.
 
-Every strategy cuts a flattened parameter into consecutive ranges of elements, one a rank, maybe empty. A checkpoint
-keeps the optimizer's ranges as they are, each with where it begins, and weights whole. So one layout serves all
-strategies: a checkpoint of one resumes under any other, on any number of ranks.
+Every strategy gives a rank consecutive elements of each flattened parameter, maybe none. A checkpoint keeps the
+optimizer's state in slices (state/slices.py), and weights undivided. So one layout serves all strategies: a checkpoint
+of one resumes under any other, on any mesh.
 """
 
 import json
@@ -13,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from xtuner.core.dist import ALL, Ranks
-from xtuner.core.errors import CheckpointError
+from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.hub import INDEX
 from xtuner.core.log import progress
 from xtuner.data.batch import Batch
+from xtuner.dist.mesh import Mesh
+from xtuner.engine.adamw import GROUP, SCALES
 from xtuner.engine.host import HostCopy
 from xtuner.engine.memory import Memory
 from xtuner.engine.snapshot import Snapshot, divide, file_names
+from xtuner.engine.state.slices import SavedStates, cut
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import layout_of, write_config
-from xtuner.model.weights import Part, fill
+from xtuner.model.weights import Part, WeightFolder, check, fill, hf_shapes
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Shard:
     state: Mapping[str, torch.Tensor]  # by the optimizer's key, in the packed form of trial.py: [n] is the master's n
 
 
-class ShardedStrategy(ABC):
-    """What strategies have in common: snapshots and restores of a model whose parameters are cut over `ranks`.
+class StatefulStrategy(ABC):
+    """What strategies have in common: snapshots and restores of a model whose parameters are cut over the mesh.
 
     Args:
         shapes: of all parameters, by name, the same on every rank.
@@ -53,14 +54,25 @@ class ShardedStrategy(ABC):
         config: DecoderConfig,
         shapes: Mapping[str, torch.Size],
         device: torch.device,
-        ranks: Ranks = ALL,
+        mesh: Mesh,
         gives: bool = True,
     ) -> None:
         self.device = device
-        self._config, self._shapes, self._ranks, self._gives = config, shapes, ranks, gives
-        groups = divide({n: 4 * s.numel() for n, s in shapes.items()})
-        self._files = dict(zip(file_names("weights/model", len(groups)), groups, strict=True))
-        self._mine = dict(list(self._files.items())[ranks.rank :: ranks.size])  # weight files this rank writes
+        self._config, self._shapes, self._gives, self.mesh = config, shapes, gives, mesh
+        known = hf_shapes(config, "internlm2")
+        self._added = [n for n in shapes if n not in known]  # parameters of adapters
+        if missing := sorted(known.keys() - shapes.keys()):
+            raise ConfigError(
+                f"the model has no parameter {missing[0]}",
+                where="model",
+                why="what is put into a model must leave its own parameters their names: checkpoints go by them",
+            )
+        self._files: dict[str, list[str]] = {}
+        for prefix, names in (("weights/model", list(known)), ("adapter/model", self._added)):
+            groups = divide({n: 4 * shapes[n].numel() for n in names})
+            if names:
+                self._files |= zip(file_names(prefix, len(groups)), groups, strict=True)
+        self._mine = dict(list(self._files.items())[mesh.rank :: mesh.size])  # weight files this rank writes
         self._host = HostCopy(pinned=device.type == "cuda")
 
     def parts(self, batch: Sequence[Batch]) -> list[int]:
@@ -78,9 +90,12 @@ class ShardedStrategy(ABC):
     def _refresh(self) -> None:
         """Bring new masters to where the network computes from, and forget gradients: they are of other weights."""
 
-    def _span(self, key: str, master: Part) -> tuple[int, int]:
-        """(begin, end) of this process's elements of an optimizer state, whose other elements other ranks hold."""
-        return master.begin, master.begin + len(master.values)
+    def _span(self, key: str, name: str, master: Part) -> tuple[int, int, torch.Size]:
+        """(begin, end) of this process's elements of a parameter's optimizer state, and the shape of the full state."""
+        shape, begin, end = self._shapes[name], master.begin, master.begin + len(master.values)
+        if key in SCALES:
+            return begin // GROUP, -(-end // GROUP), torch.Size([-(-shape.numel() // GROUP)])
+        return begin, end, shape
 
     def reserve(self, optimizer: bool) -> None:
         """Begin to take host memory for snapshots, beside training; after the first step, which makes the state."""
@@ -91,39 +106,48 @@ class ShardedStrategy(ABC):
         shards = self._shards() if self._gives else {}
         weights = self._copy_weights(shards)
         files = {file: {n: weights[n] for n in names} for file, names in self._mine.items()}
-        snapshot = Snapshot(files, self._texts() if self._ranks.is_main else {})
+        snapshot = Snapshot(files, self._texts() if self.mesh.is_main else {})
         if optimizer and self._gives:  # also a state of nothing: it differs from a checkpoint without one
             states = self._host.of(_states(shards))
             groups = divide({n: t.nbytes for n, t in states.items()})
-            names = file_names(f"optimizer/rank_{self._ranks.rank:05d}", len(groups))
+            names = file_names(f"optimizer/rank_{self.mesh.rank:05d}", len(groups))
             for file, group in zip(names, groups, strict=True):
-                begins = {n: shards[_parameter(n)].master.begin for n in group}
-                snapshot.tensors[file] = {n: states[n] for n in group}
-                snapshot.metadata[file] = {"begins": json.dumps(begins, sort_keys=True)}
+                snapshot.tensors[file] = {n: states[n] for n in group if states[n].dim() != 1}
+                divided = [self._slices(n, states[n], shards) for n in group if states[n].dim() == 1]
+                slices = {key: piece for pieces in divided for key, piece in pieces.items()}
+                snapshot.tensors[file] |= {key: values for key, (values, _) in slices.items()}
+                facts = {key: facts for key, (_, facts) in slices.items()}
+                snapshot.metadata[file] = {"slices": json.dumps(facts, sort_keys=True)}
         return snapshot
+
+    def _slices(self, name: str, values: torch.Tensor, shards: Mapping[str, Shard]) -> dict[str, Any]:
+        key, _, parameter = name.partition("/")
+        begin, _, of = self._span(key, parameter, shards[parameter].master)
+        return cut(name, values, begin, of)
 
     def _copy_weights(self, shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
         """The whole parameters that this rank writes. Bits are summed as integers: exact, zeros keep their sign."""
-        if self._ranks.size == 1:
+        if self.mesh.size == 1:
             return {n: self._host.of({n: shards[n].master.read().view(s)})[n] for n, s in self._shapes.items()}
         held: dict[str, torch.Tensor] = {}
         for i, names in enumerate(self._files.values()):
-            writer = i % self._ranks.size
+            writer = i % self.mesh.size
             for name in names:
                 bits = torch.zeros(self._shapes[name].numel(), dtype=torch.int32, device=self.device)
                 if name in shards:
                     part = shards[name].master
                     bits[part.begin : part.begin + len(part.values)] = part.read().view(torch.int32)
-                self._ranks.reduce(bits, writer)
-                if writer == self._ranks.rank:
+                self.mesh.ranks.reduce(bits, writer)
+                if writer == self.mesh.rank:
                     held |= self._host.of({name: bits.view(torch.float32).view(self._shapes[name])})
         return held
 
     def _texts(self) -> dict[str, Any]:
         texts: dict[str, Any] = {"weights/config.json": write_config(self._config, "internlm2", torch.float32)}
-        if len(self._files) > 1:
-            weight_map = {n: Path(f).name for f, names in self._files.items() for n in names}
-            total = 4 * sum(s.numel() for s in self._shapes.values())
+        files = {f: names for f, names in self._files.items() if f.startswith("weights/")}
+        if len(files) > 1:
+            weight_map = {n: Path(f).name for f, names in files.items() for n in names}
+            total = 4 * sum(self._shapes[n].numel() for n in weight_map)
             texts[f"weights/{INDEX}"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
         return texts
 
@@ -132,76 +156,26 @@ class ShardedStrategy(ABC):
         fill({n: s.master for n, s in self._shards().items()}, folder, layout, self._config)
         self._refresh()
 
+    def _load_adapter(self, folder: Path) -> None:
+        wanted = {n: tuple(self._shapes[n]) for n in self._added}
+        if not wanted and not folder.exists():
+            return
+        saved, shards = WeightFolder(folder), self._shards()
+        check(saved, wanted, by="the model")
+        for name in wanted.keys() & shards.keys():
+            shards[name].master.take(saved[name])
+
     def load(self, folder: Path) -> None:
         saved = SavedStates(folder)
         shards = self._shards()
         for name, shard in progress(shards.items(), "reading optimizer state", total=len(shards)):
             for key in saved.keys.get(name, ()):
-                self._place(name, key, saved.read(f"{key}/{name}", *self._span(key, shard.master), self.device))
+                span = self._span(key, name, shard.master)
+                self._place(name, key, saved.read_range(f"{key}/{name}", *span, self.device))
+        self._load_adapter(folder / "adapter")
         self.load_weights(folder / "weights")
-
-
-class SavedStates:
-    """The optimizer state in a checkpoint, of whatever strategy and number of ranks.
-
-    Raises: CheckpointError if there is none.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.keys: dict[str, list[str]] = {}  # parameter → the optimizer's keys, as `exp_avg`
-        self._pieces: dict[str, list[tuple[int, int, Any]]] = {}  # name → (begin, elements, open file)
-        self._whole: dict[str, torch.Tensor] = {}  # name → a scalar, or a value of a shape of its own
-        files = sorted(folder.glob("optimizer/rank_*.safetensors"))
-        for file in files:
-            try:
-                tensors = safe_open(file, framework="pt")
-                begins = json.loads((tensors.metadata() or {})["begins"])
-                shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError, KeyError, ValueError) as e:
-                raise CheckpointError(f"{file.name} is no optimizer state of ours: {e}", where=str(file)) from None
-            for name, shape in shapes.items():
-                if name not in self._pieces and name not in self._whole:
-                    self.keys.setdefault(_parameter(name), []).append(name.partition("/")[0])
-                if len(shape) == 1:
-                    self._pieces.setdefault(name, []).append((begins[name], shape[0], tensors))
-                else:
-                    self._whole[name] = tensors.get_tensor(name)
-        if not files:
-            raise CheckpointError(
-                "the checkpoint has no optimizer state: it was saved with save_optimizer=False",
-                where=str(folder),
-                why="a resume would start AdamW's moments anew, and the run would not be the same",
-                do=f"start a new run from its weights: load_from = {str(folder)!r}, in another work_dir",
-            )
-
-    def read(self, name: str, begin: int, end: int, device: torch.device) -> torch.Tensor:
-        """`exp_avg/model.norm.weight`, packed; of what may be cut its elements from `begin` to `end`, on a device."""
-        if name in self._whole:
-            return self._whole[name].clone()
-        found, missing = torch.empty(0), end - begin
-        for at, count, tensors in self._pieces[name]:
-            first, last = max(at, begin), min(at + count, end)
-            if first < last:
-                piece = tensors.get_slice(name)[first - at : last - at]
-                if not len(found):
-                    found = torch.empty(end - begin, dtype=piece.dtype, device=device)
-                found[first - begin : last - begin] = piece
-                missing -= last - first
-        if missing:
-            raise CheckpointError(
-                f"{missing:,} elements of the optimizer state {name} are missing",
-                where=str(self.folder / "optimizer"),
-                why="the run would go on with a part of its state at random",
-                do="resume from another checkpoint, or begin a new run from this one's weights with load_from",
-            )
-        return found
 
 
 def _states(shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
     """`exp_avg/model.norm.weight` → tensor."""
     return {f"{key}/{name}": value for name, shard in shards.items() for key, value in sorted(shard.state.items())}
-
-
-def _parameter(name: str) -> str:
-    return name.partition("/")[2]

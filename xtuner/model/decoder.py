@@ -11,7 +11,6 @@ import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from xtuner.core.errors import ConfigError
 from xtuner.model import attention
-from xtuner.model.loss import linear_cross_entropy
+from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, multiply
 from xtuner.model.ops import functions
 from xtuner.model.ops.functions import EVERYTHING, Keep
-from xtuner.model.ops.products import KINDS, OWN, Products
-from xtuner.model.rope import Rope, RopeScaling, rotate
+from xtuner.model.ops.products import KINDS
+from xtuner.model.rope import Rope, RopeScaling
 
 
 @dataclass(frozen=True)
@@ -70,18 +69,6 @@ class DecoderConfig:
         return Rope(self.head_dim, self.rope_theta, self.max_position_embeddings, self.rope_scaling)
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight; the mean square in fp32, the product in x's dtype."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functions.norm(x, self.weight, self.eps)
-
-
 @dataclass
 class Layout:
     """Where documents lie in the row, and every token's angles: computed once, used by all layers."""
@@ -111,42 +98,50 @@ class Attention(nn.Module):
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
         self.num_kv_heads, self.groups, self.head_dim = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
-        self.wqkv = nn.Linear(c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=c.attention_bias)
-        self.wo = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.wqkv = Linear(c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=c.attention_bias)
+        self.wo = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
         self.attend = attention.attend_loop
 
-    def forward(self, x_TH: torch.Tensor, layout: Layout, cache: LayerCache | None = None) -> torch.Tensor:
-        T = len(x_TH)
-        qkv = self.wqkv(x_TH).view(T, self.num_kv_heads, self.groups + 2, self.head_dim)
-        q_TND = qkv[:, :, : self.groups].reshape(T, -1, self.head_dim)
-        k_TKD, v_TKD = qkv[:, :, self.groups], qkv[:, :, self.groups + 1]
-        q_TND = rotate(q_TND, layout.cos_TD, layout.sin_TD)
-        k_TKD = rotate(k_TKD, layout.cos_TD, layout.sin_TD)
-        if cache is None:
-            o_TND = self.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
-        else:
+    def forward(
+        self, x_TH: torch.Tensor, layout: Layout, cache: LayerCache | None = None, keep: Keep = EVERYTHING
+    ) -> torch.Tensor:
+        q_TND, k_TKD, v_TKD = self.heads(x_TH, layout)
+        if cache is not None:
             o_TND = attention.attend_cached(q_TND, *cache.extend(k_TKD, v_TKD))
-        return self.wo(o_TND.reshape(T, -1))
+        else:
+            recipe = functions.recipe_of(x_TH)
+            again = torch.no_grad()(lambda: self.heads(recipe.compute(*recipe.tensors), layout))
+            with nullcontext() if keep.qkv else functions.forgetting((q_TND, k_TKD, v_TKD), again):
+                o_TND = self.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
+        return self.wo(o_TND.reshape(len(x_TH), -1))
+
+    def heads(self, x_TH: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [T, N, D], k and v [T, K, D]; q and k turned by each token's angles."""
+        angles = layout.cos_TD, layout.sin_TD
+        return functions.SplitRotate.apply(self.wqkv(x_TH), *angles, self.num_kv_heads, self.head_dim)
 
 
 class FeedForward(nn.Module):
-    """w2(silu(w1 x) · w3 x)."""
+    """w2(silu(w1 x) · w3 x) + add."""
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.w3 = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.w2 = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.w1 = Linear(c.hidden_size, c.intermediate_size)
+        self.w3 = Linear(c.hidden_size, c.intermediate_size)
+        self.w2 = Linear(c.intermediate_size, c.hidden_size)
 
-    def forward(self, x_TH: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.silu(self.w1(x_TH)) * self.w3(x_TH))
+    def forward(self, x_TH: torch.Tensor, add_TH: torch.Tensor, keep: Keep = EVERYTHING) -> torch.Tensor:
+        """As one function, unless one of the projections is more than a product: an adapter, another class, a hook."""
+        parts = [w for w in (self.w1, self.w3, self.w2) if isinstance(w, Linear) and w.is_plain() and w.adapter is None]
+        if len(parts) < 3 or any(w.bias is not None or w.products is not parts[0].products for w in parts):
+            return multiply(self.w2, F.silu(self.w1(x_TH)) * self.w3(x_TH), add_TH)
+        weights, into = [w.weight for w in parts], tuple(w.gradient_sums.get("weight") for w in parts)
+        recipe, products = functions.recipe_of(x_TH), parts[0].products_now()
+        return functions.GatedProducts.apply(x_TH, add_TH, *weights, recipe, products, into, keep.gate_up)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the norm of a sum that both add to.
-
-    `forward` without gradients is the definition; with gradients the same is computed by `ops/functions.py`.
-    """
+    """Attention and MLP, each on the norm of a sum that both add to."""
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
@@ -154,38 +149,17 @@ class Block(nn.Module):
         self.attention = Attention(c)
         self.ffn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.feed_forward = FeedForward(c)
-        self.products: Products = OWN
 
     def forward(
         self, x_TH: torch.Tensor, layout: Layout, cache: LayerCache | None = None, keep: Keep = EVERYTHING
     ) -> torch.Tensor:
-        if cache is None and torch.is_grad_enabled():
-            return self._train(x_TH, layout, keep)
-        x_TH = x_TH + self.attention(self.attention_norm(x_TH), layout, cache)
-        return x_TH + self.feed_forward(self.ffn_norm(x_TH))
-
-    def _train(self, x_TH: torch.Tensor, layout: Layout, keep: Keep) -> torch.Tensor:
-        if not keep.attention:
-            return checkpoint(self._train, x_TH, layout, EVERYTHING, use_reentrant=False, preserve_rng_state=False)
-        a, mlp = self.attention, self.feed_forward
-
-        def inputs() -> tuple[Any, ...]:
-            return (x_TH, self.attention_norm.weight, a.wqkv.weight, a.wqkv.bias, layout.cos_TD, layout.sin_TD,
-                    self.attention_norm.eps, a.num_kv_heads, a.head_dim, self.products)  # fmt: skip
-
-        q_TND, k_TKD, v_TKD, x = functions.AttentionInputs.apply(*inputs())
-        forget = functions.forgetting((q_TND, k_TKD, v_TKD), lambda: functions.heads_of(*inputs()))
-        with nullcontext() if keep.qkv else forget:
-            o_TND = a.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
-        return functions.BlockOutputs.apply(
-            x, o_TND.reshape(len(x), -1), a.wo.weight, a.wo.bias, self.ffn_norm.weight,
-            mlp.w1.weight, mlp.w3.weight, mlp.w2.weight, self.ffn_norm.eps, keep, self.products,
-        )  # fmt: skip
-
-
-class Embedding(nn.Embedding):
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return functions.embed(input_ids, self.weight, self.padding_idx)
+        if not keep.attention:  # nothing but the input
+            return checkpoint(self.forward, x_TH, layout, None, EVERYTHING, use_reentrant=False,
+                              preserve_rng_state=False)  # fmt: skip
+        x_TH, normed_TH = self.attention_norm(x_TH)
+        attended_TH = self.attention(normed_TH, layout, cache, keep)
+        x_TH, normed_TH = self.ffn_norm(x_TH, attended_TH, keep.residual)
+        return self.feed_forward(normed_TH, x_TH, keep)
 
 
 class Decoder(nn.Module):
@@ -194,7 +168,7 @@ class Decoder(nn.Module):
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
         self.rope = c.rope
-        self.tok_embeddings = Embedding(c.vocab_size, c.hidden_size, padding_idx=c.pad_token_id)
+        self.tok_embeddings = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.keeps: Callable[[int], list[Keep]] = lambda tokens: [EVERYTHING] * c.num_layers  # chosen by plan.py
@@ -213,16 +187,7 @@ class Decoder(nn.Module):
         keeps = self.keeps(len(input_ids)) if torch.is_grad_enabled() else [EVERYTHING] * len(self.layers)
         for i, block in enumerate(self.layers):
             x_TH = block(x_TH, layout, caches[i] if caches else None, keeps[i])
-        return self.norm(x_TH)
-
-
-class Head(nn.Linear):
-    """The output layer: logits, or the summed loss of targets without holding all logits."""
-
-    def forward(self, x_TH: torch.Tensor, targets_T: torch.Tensor | None = None, scale: float = 1.0) -> torch.Tensor:
-        if targets_T is None:
-            return super().forward(x_TH)
-        return linear_cross_entropy(x_TH, self.weight, targets_T, scale)
+        return self.norm(x_TH)[1]
 
 
 class CausalLM(nn.Module):
@@ -232,7 +197,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.output = Head(config.hidden_size, config.vocab_size, bias=False)
+        self.output = Head(config.hidden_size, config.vocab_size)
 
     def forward(
         self,
@@ -278,8 +243,9 @@ class CausalLM(nn.Module):
 
     def use_products(self, name: str) -> None:
         """Choose how training multiplies with the weights of all layers (ops/products.py)."""
-        for block in self.model.layers:
-            block.products = KINDS[name]  # type: ignore[assignment]
+        for module in self.model.layers.modules():
+            if isinstance(module, Linear):
+                module.products = KINDS[name]
 
     def use_attention(self, name: str) -> None:
         """Choose the attention backend for all layers."""

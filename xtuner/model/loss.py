@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xtuner.model.ops.elementwise import cross_entropy_
-from xtuner.model.ops.sums import GradientSum, sums_of
+from xtuner.model.ops.sums import GradientSum
 
 CHUNK = 2**28 + 2**27  # logits a chunk: 768 MiB in bf16; 4351 tokens at InternLM2's vocabulary
 
@@ -26,10 +26,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TH: torch.Tensor, w_VH: torch.Tensor, targets_T: torch.Tensor, scale: float
+        ctx: Any,
+        x_TH: torch.Tensor,
+        w_VH: torch.Tensor,
+        targets_T: torch.Tensor,
+        scale: float,
+        into: GradientSum | None,
     ) -> torch.Tensor:
         need_x, need_w, *_ = ctx.needs_input_grad
-        (into,) = sums_of(w_VH)
         dw = (into or GradientSum(torch.empty_like(w_VH, dtype=torch.float32))) if need_w else None
         dx_TH = torch.empty_like(x_TH) if need_x else None
         total = torch.zeros((), dtype=torch.float32, device=x_TH.device)
@@ -47,26 +51,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total * scale
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (factor,) = grads
         dx_TH, dw_VH = ctx.saved_tensors
         dx = None if dx_TH is None else (dx_TH * factor).to(dx_TH.dtype)
         dw = None if dw_VH is None else (dw_VH * factor).to(ctx.dtype)
-        return dx, dw, None, None
+        return dx, dw, None, None, None
 
 
 def linear_cross_entropy(
-    x_TH: torch.Tensor, w_VH: torch.Tensor, targets_T: torch.Tensor, scale: float = 1.0
+    x_TH: torch.Tensor,
+    w_VH: torch.Tensor,
+    targets_T: torch.Tensor,
+    scale: float = 1.0,
+    into: GradientSum | None = None,
 ) -> torch.Tensor:
     """Sum of the cross entropy over all positions with a target, times `scale`, fp32 scalar, in nats.
 
-    A weight with a gradient sum gets its gradient at once: then `backward` must be called on this very value.
+    With a gradient sum the weight gets its gradient at once: then `backward` must be called on this very value.
 
     Args:
         x_TH: hidden states after the last norm, [T, H].
         w_VH: output weights, [V, H].
         targets_T: int64 [T], −100 where there is no loss.
+        into: where the gradient of the weights is added; None to return it to autograd.
     """
     if not torch.is_grad_enabled():  # autograd asks for the gradient of a parameter all the same
         x_TH, w_VH = x_TH.detach(), w_VH.detach()
-    return _LinearCrossEntropy.apply(x_TH, w_VH, targets_T, scale)
+    return _LinearCrossEntropy.apply(x_TH, w_VH, targets_T, scale, into)

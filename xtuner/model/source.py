@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,9 +15,19 @@ from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
 from xtuner.model.ops import products
 from xtuner.model.ops.products import Kind
 from xtuner.model.plan import Plan
-from xtuner.model.weights import Part, fill
+from xtuner.model.weights import Part, fill, hf_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Adapter(Protocol):
+    """What a strategy puts into the network before it trains it. Names of the network's own parameters must stay."""
+
+    def apply(self, model: CausalLM) -> None:
+        """Change modules of a network that has no contents yet (it may lie on "meta"); freeze what is not to learn."""
+
+    def initialize(self, name: str, weight: torch.Tensor) -> None:
+        """First values, in place, of a parameter that the adapter has added: the same on every rank."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +45,19 @@ class ModelSource:
     recompute: bool = False
     attention: str | None = None  # a backend's name; None: the fastest
     products: str = "own"  # or "fp8", see ops/products.py
+    adapter: "Adapter | None" = None
+
+    def network(self) -> CausalLM:
+        """The network as a strategy trains it."""
+        model = CausalLM(self.config)
+        if self.adapter is not None:
+            self.adapter.apply(model)
+        return model
 
     def empty(self, device: torch.device, dtype: torch.dtype) -> CausalLM:
         """The network with uninitialised weights on `device`, configured; on "meta" without memory, and not."""
         with torch.device("meta"):
-            model = CausalLM(self.config).to(dtype)
+            model = self.network().to(dtype)
         if device.type != "meta":
             model = model.to_empty(device=device)
             self.configure(model, device, dtype)
@@ -78,14 +96,22 @@ class ModelSource:
             device: where random values are drawn: the one that trains, wherever the parts lie, as each kind of
                 device draws its own.
         """
+        own = hf_shapes(self.config, "internlm2")
         if self.folder is not None:
             fill(parts, self.folder, self.layout, self.config)
-            return
         for name, part in parts.items():
-            in_place = type(part) is Part and len(part.values) == shapes[name].numel() and part.values.device == device
-            full = part.values.view(shapes[name]) if in_place else torch.empty(shapes[name], device=device)
-            initialize(name, full, self.config, self.seed or 0)
-            if not in_place:
+            if name in own and self.folder is not None:
+                continue
+            held, numel = part.values, shapes[name].numel()
+            full = torch.empty(shapes[name], device=device)
+            if type(part) is Part and (len(held), held.device, held.dtype) == (numel, device, torch.float32):
+                full = held.view(shapes[name])
+            if name in own:
+                initialize(name, full, self.config, self.seed or 0)
+            else:
+                assert self.adapter is not None
+                self.adapter.initialize(name, full)
+            if full.data_ptr() != held.data_ptr():
                 part.take(full)
 
     def build(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CausalLM:

@@ -129,6 +129,18 @@ def tensors_of(value: Any, path: Path) -> dict[str, torch.Tensor]:
     )
 
 
+def base_weights(checkpoint: Path) -> Path:
+    """The weights of a checkpoint. Raises: CheckpointError for one whose adapter would be lost."""
+    if (checkpoint / "adapter").is_dir():
+        raise CheckpointError(
+            "the checkpoint has an adapter, which cannot be merged into its weights yet",
+            where=str(checkpoint / "adapter"),
+            why="without it the weights are those of the model that the adapter was trained on",
+            do=f"give {checkpoint / 'weights'} if that is what you want",
+        )
+    return checkpoint / "weights"
+
+
 @dataclass(frozen=True)
 class Part:
     """Elements [begin, begin + len(values)) of a flattened parameter: what one process holds of it."""
@@ -142,7 +154,7 @@ class Part:
 
     def read(self) -> torch.Tensor:
         """The fp32 values [n]."""
-        return self.values
+        return self.values.float()
 
     @torch.no_grad()
     def take(self, full: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from xtuner.core import dist
 from xtuner.core.errors import ConfigError, InterruptedRunError
 from xtuner.core.files import MANIFEST
 from xtuner.core.log import human_bytes
+from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory, zero_config
 from xtuner.engine.adamw import FORMS
 from xtuner.engine.choose import Choice
@@ -41,7 +42,7 @@ def out_of_memory(run: Run, words: Sequence[str], choice: Choice, error: BaseExc
         words: what followed `xtuner train` on the command line.
         choice: what was trained with.
     """
-    ranks, tokens = dist.world_size(), run.loader.dataset.packed_length
+    ranks, tokens = run.mesh.size, run.loader.dataset.packed_length
     used = _in_use(run.device)
     advice = [f"{command}\n            # {effect}" for command, effect in _advice(run, list(words), choice)]
     return ConfigError(
@@ -61,9 +62,9 @@ def interrupted(run: Run, words: Sequence[str]) -> InterruptedRunError:
     error = InterruptedRunError(
         f"stopped without saving, after iteration {at}",
         where=f"newest checkpoint: {newest.parent}" if newest else f"{run.work_dir}: no checkpoint was saved",
-        do=f"to continue from it: {_line(list(words), ['--resume'])}"
+        do=f"to continue from it: {_line(list(words), ['--resume'], run.mesh)}"
         if newest
-        else f"to begin again: {_line(list(words), [])}",
+        else f"to begin again: {_line(list(words), [], run.mesh)}",
     )
     error.quiet = not dist.is_main()
     return error
@@ -74,19 +75,22 @@ def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, s
     config, resume = run.config, ["--resume", "auto"]
     if not run.source.recompute and config.get("model.llm") is None:
         again = ["--cfg-options", "model.activation_checkpointing=True", *resume]
-        yield _line(words, again), "computes each block again in the backward; the same result"
+        yield _line(words, again, run.mesh), "computes each block again in the backward; the same result"
     for name, state in _leaner(run, choice):
         slower = "; slower: the optimizer steps on the CPU" if "offload" in name else ""
-        yield _line(words, ["--deepspeed", name, *resume]), f"{human_bytes(state)} of state a GPU{slower}"
+        yield _line(words, ["--deepspeed", name, *resume], run.mesh), f"{human_bytes(state)} of state a GPU{slower}"
     if not (choice.deepspeed or choice.fsdp) and run.optim.own_form(run.device) is FORMS["fp32"]:
         for form in (FORMS["split"], FORMS["8bit"]):
             size = human_bytes(num_parameters(run.source.config) * form.bytes)
             leaner = ["--cfg-options", f"optim_wrapper.states={form.name}"]
-            yield _line(words, leaner), f"{size} of state; a new run, as the optimizer's state is another"
+            yield _line(words, leaner, run.mesh), f"{size} of state; a new run, as the optimizer's state is another"
     packed, counts = config.get("max_length"), config.get("accumulative_counts")
     if isinstance(packed, int) and isinstance(counts, int) and packed // 2 >= SHORTEST:
         shorter = ["--cfg-options", f"max_length={packed // 2}", f"accumulative_counts={counts * 2}"]
-        yield _line(words, shorter), "half the pack, as many tokens an iteration; a new run, as packs are others"
+        yield (
+            _line(words, shorter, run.mesh),
+            "half the pack, as many tokens an iteration; a new run, as packs are others",
+        )
 
 
 def _leaner(run: Run, choice: Choice) -> Iterator[tuple[str, int]]:
@@ -94,12 +98,12 @@ def _leaner(run: Run, choice: Choice) -> Iterator[tuple[str, int]]:
     at = ENGINES.index(choice.deepspeed) + 1 if choice.deepspeed in ENGINES else 0
     for name in ENGINES[at:]:
         # by arithmetic alone: the GPU is full
-        state = memory.zero_state(run.source, run.optim, run.device, dist.world_size(), zero_config.read(name))
+        state = memory.zero_state(run.source, run.optim, run.device, run.mesh.size, zero_config.read(name))
         if state < 0.9 * choice.state or (at and state <= choice.state):
             yield name, state
 
 
-def _line(words: list[str], more: list[str]) -> str:
+def _line(words: list[str], more: list[str], mesh: Mesh) -> str:
     """The command line with `more`, which replaces what was given of the same options."""
     replaced = {"--resume", *more} | ({"--fsdp"} if "--deepspeed" in more else set())
     kept, i = [], 0
@@ -110,12 +114,12 @@ def _line(words: list[str], more: list[str]) -> str:
             kept.append(words[i - 1])
         elif not value and not "".join(words[i : i + 1]).startswith("-"):
             i += 1  # its value
-    return shlex.join([*_started_by(words), "xtuner", "train", *kept, *more])
+    return shlex.join([*_started_by(words, mesh), "xtuner", "train", *kept, *more])
 
 
-def _started_by(words: list[str]) -> list[str]:
+def _started_by(words: list[str], mesh: Mesh) -> list[str]:
     """What goes before `xtuner`, so that as many processes start again."""
-    ranks, local = dist.world_size(), dist.local_world_size()
+    ranks, local = mesh.size, mesh.local_size
     if ranks == 1:
         return []
     launcher = next(

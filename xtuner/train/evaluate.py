@@ -21,7 +21,7 @@ import torch
 from xtuner.config.build import build
 from xtuner.config.load import load
 from xtuner.core import kinds
-from xtuner.core.dist import ALL, note
+from xtuner.core.dist import ALL, Ranks, note
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
 from xtuner.core.log import logger, progress
@@ -31,6 +31,7 @@ from xtuner.data.pack import IGNORE
 from xtuner.model import load_pretrained
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
+from xtuner.model.weights import base_weights
 from xtuner.train.checkpoint import TRAINER
 
 BATCH_TOKENS = 16384
@@ -188,7 +189,7 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
     kind = kinds.take(path, (kinds.CHECKPOINT, kinds.HF), "MODEL", "give {} as the model")
     if kind.what == kinds.CHECKPOINT:
         verify(path)
-        path = path / "weights"
+        path = base_weights(path)
     files = [path / "config.json", *(p for pattern in WEIGHTS for p in sorted(path.glob(pattern)))]
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return load_pretrained(path, dtype, device), hashlib.sha256(repr(stats).encode()).hexdigest()
@@ -196,26 +197,31 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
 
 @torch.no_grad()
 def evaluate(
-    model: CausalLM, documents: TokenizedFolder, max_length: int, record: Record | None = None, quiet: bool = False
+    model: CausalLM,
+    documents: TokenizedFolder,
+    max_length: int,
+    record: Record | None = None,
+    quiet: bool = False,
+    ranks: Ranks = ALL,
 ) -> list[Result]:
     """Loss over all documents; the first token of a document, and of a part of one, has no prediction.
 
     Documents are taken whole, in parts of `max_length` tokens if they are longer. Several ranks call it together, with
     the same arguments and no record. Returns one result per data type, then "all": the same on every rank.
     """
-    assert record is None or ALL.size == 1
+    assert record is None or ranks.size == 1
     turns = itertools.count()
     sums: list[float] = []  # loss and number of targets of each file
     for file in documents if quiet else progress(documents, "evaluating"):
         found = record.find(file) if record else None
         if found is None:
-            found = _file_loss(model, file, max_length, turns)
+            found = _file_loss(model, file, max_length, turns, ranks)
             if record:
                 record.keep(file, *found)
         sums += found
-    if ALL.rank >= next(turns) % ALL.size > 0:
+    if ranks.rank >= next(turns) % ranks.size > 0:
         _loss(model, [torch.zeros(1, dtype=torch.int64)])  # nothing left: other ranks wait for the collectives in it
-    sums, _ = ALL.sums_and_most(sums, [])
+    sums, _ = ranks.sums_and_most(sums, [])
     by_type: dict[str, Result] = {}
     for file, total, tokens in zip(documents, sums[::2], sums[1::2], strict=True):
         kind = data_type(file.name)
@@ -224,12 +230,14 @@ def evaluate(
     return [*by_type.values(), everything]
 
 
-def _file_loss(model: CausalLM, file: BinFile, max_length: int, turns: Iterator[int]) -> tuple[float, int]:
+def _file_loss(
+    model: CausalLM, file: BinFile, max_length: int, turns: Iterator[int], ranks: Ranks
+) -> tuple[float, int]:
     """This rank's share of a file: (sum of losses, number of targets). `turns` counts the groups of all files."""
     total, count = 0.0, 0
     read = functools.lru_cache(1)(file.read_document)  # parts of a long document follow one another
     for group in _groups(file, max_length):
-        if next(turns) % ALL.size == ALL.rank:
+        if next(turns) % ranks.size == ranks.rank:
             parts = [torch.from_numpy(read(d, model.config.vocab_size)[begin:end]) for d, begin, end in group]
             loss, targets = _loss(model, parts)
             total, count = total + loss, count + targets

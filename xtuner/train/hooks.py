@@ -57,8 +57,8 @@ class ThroughputHook(Hook):
         now = time.perf_counter()
         elapsed, self._last = now - self._last, now
         each = it.num_tokens / elapsed
-        it.record["tokens_per_s"] = each * dist.world_size()  # packs are equally long on all ranks
-        if dist.world_size() > 1:
+        it.record["tokens_per_s"] = each * run.mesh.dp_size  # packs are equally long on all ranks
+        if run.mesh.dp_size > 1:
             it.record["tokens_per_s_a_rank"] = each
         if self._peak:
             flops = training_flops(run.source.config, it.num_tokens, it.attention_pairs)
@@ -214,7 +214,7 @@ class ValidationHook(Hook):
 
     def _evaluate(self, run: Run) -> None:
         self._last = run.state.iteration
-        results = evaluate(run.strategy.model, self.documents, self.max_length, quiet=True)
+        results = evaluate(run.strategy.model, self.documents, self.max_length, quiet=True, ranks=run.mesh.ranks)
         shown = ", ".join(f"{r.name} {r.loss:.4f}" for r in results)
         logger.info(f"validation at iteration {run.state.iteration}: {shown}")
         run.metrics.write({"iter": run.state.iteration, "val_loss": results[-1].loss})
@@ -280,7 +280,7 @@ class EvaluateChatHook(Hook):
         for text in self.inputs:
             prompt = self.template.prompt(text, self.system) if self.template else text
             ids = [config.bos_token_id, *self.tokenizer.encode(prompt)]
-            agree = dist.ALL.number_from_main
+            agree = run.mesh.ranks.number_from_main
             reply = self.tokenizer.decode(list(generate(model, ids, self.max_new_tokens, stops, agree=agree)))
             logger.info(f"sample at iteration {run.state.iteration}:\n{prompt}{reply}\n")
             run.metrics.text("sample", f"{prompt}{reply}", run.state.iteration)

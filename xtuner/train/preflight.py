@@ -11,16 +11,18 @@ finds, and names the setting or file that the user wrote.
 
 import dataclasses
 import errno
+import inspect
 import math
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from xtuner.config.build import build, type_name
+from xtuner.config.build import build, resolve_type, type_name
 from xtuner.config.check import problems
 from xtuner.config.legacy import PRIORITIES
 from xtuner.config.load import Config
@@ -28,7 +30,6 @@ from xtuner.config.mistakes import Findings, naming, together
 from xtuner.config.paths import named_models
 from xtuner.config.walk import specs, walked
 from xtuner.core import hub
-from xtuner.core.dist import Ranks
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.core.files import not_written, require_utf8
 from xtuner.core.log import logger
@@ -38,6 +39,7 @@ from xtuner.data.order import InternRepoSampler
 from xtuner.data.pack import PackedDataset
 from xtuner.data.place import read_only
 from xtuner.data.share import open_together
+from xtuner.dist.mesh import Mesh
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.families import read_model
 from xtuner.model.source import ModelSource, from_scratch, require_marks
@@ -98,7 +100,7 @@ def _priority(hook: Hook) -> float:
 
 
 def prepare(
-    config: Config, hooks: list[Hook], work_dir: Path, device: torch.device, seed: int | None, ranks: Ranks,
+    config: Config, hooks: list[Hook], work_dir: Path, device: torch.device, seed: int | None, mesh: Mesh,
     only_look: bool = False,
 ) -> Run:  # fmt: skip
     """Build a run, but for its weights, from a config that `settings` has passed. All ranks call it together.
@@ -107,11 +109,11 @@ def prepare(
         seed: of random weights; None for the config's.
         only_look: fetch nothing of a hub (what is not on this machine is not looked at), write no index of the data.
     """
-    source = ranks.together(lambda: start(config, only_look))
+    source = mesh.ranks.together(lambda: start(config, only_look))
     token = read_only.set(only_look)
     try:
-        dataset = open_together(lambda: open_data(config), ranks)
-        return ranks.together(lambda: assemble(config, dataset, source, hooks, work_dir, device, seed))
+        dataset = open_together(lambda: open_data(config), mesh.ranks)
+        return mesh.ranks.together(lambda: assemble(config, dataset, source, hooks, work_dir, device, seed, mesh))
     finally:
         read_only.reset(token)
 
@@ -206,7 +208,7 @@ def _with_all(config: Config, key: str, part: Any) -> Any:
 
 def assemble(
     config: Config, dataset: PackedDataset, source: ModelSource | None, hooks: list[Hook], work_dir: Path,
-    device: torch.device, seed: int | None,
+    device: torch.device, seed: int | None, mesh: Mesh,
 ) -> Run:  # fmt: skip
     """Put a run together from parts that have been checked. Raises: ConfigError, DataError.
 
@@ -224,7 +226,7 @@ def assemble(
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
     dataloader = config.values["train_dataloader"]
     with naming(config, SAMPLER):
-        sampler = _with_all(config, SAMPLER, build(dataloader["sampler"], SAMPLER, dataset=dataset))
+        sampler = _with_all(config, SAMPLER, _sampler(dataloader["sampler"], dataset, mesh))
     loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0))
     hooks = list(hooks)
     if config.get("val_dataset"):
@@ -233,7 +235,7 @@ def assemble(
         hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
     hooks.sort(key=_priority)
     max_epochs = config.values["train_cfg"]["max_epochs"]
-    run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs)
+    run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs, mesh)
     run.plan()
     run.data_facts, run.data_files = loader.fingerprint(), loader.files()
     _enough(run)
@@ -245,6 +247,13 @@ def assemble(
             f"training ends with exit code 65: `xtuner data stats {dataset.documents.folder}` counts"
         )
     return run
+
+
+def _sampler(spec: Mapping[str, Any], dataset: PackedDataset, mesh: Mesh) -> Any:
+    """The sampler, for this data-parallel rank unless the config says which."""
+    own = {"rank": mesh.dp_rank, "world_size": mesh.dp_size}
+    takes = inspect.signature(resolve_type(spec.get("type"), SAMPLER)).parameters
+    return build(spec, SAMPLER, dataset=dataset, **{k: v for k, v in own.items() if k in takes and k not in spec})
 
 
 def _enough(run: Run) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from xtuner.core import dist, machine
+from xtuner.core import machine
 from xtuner.core.log import human, human_bytes
 from xtuner.model.attention import BACKENDS
 from xtuner.model.flops import num_parameters, training_flops
@@ -31,7 +31,7 @@ def report(run: Run) -> str:
     tokens = run.packs_per_iteration * data.packed_length
     compute = str(run.optim.compute_dtype(run.device)).removeprefix("torch.")
     flops = training_flops(config, tokens, 0)
-    each = f"on each of {dist.world_size()} ranks " if dist.world_size() > 1 else ""
+    each = f"on each of {run.mesh.size} ranks " if run.mesh.size > 1 else ""
     rows = [
         ("model", f"{parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, from {where}"),
         ("optimizer", run.optim.describe()),

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtuner.core import dist
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.core.log import logger
 from xtuner.core.secrets import mask
-from xtuner.engine.shard import SavedStates
+from xtuner.engine.state.slices import SavedStates
+from xtuner.model.weights import base_weights
 from xtuner.train import checkpoint, history
 from xtuner.train.changes import Change, changed_files, changes
 from xtuner.train.history import Chosen
@@ -39,7 +39,7 @@ def find(run: Run, resume: str | bool | None, strict: bool, allow_change: bool, 
     Makes sure that it is this run's, and fits the run to it if the number of ranks is another. Changes nothing on the
     disk: what a dry run does, too. Raises: XTunerError for whatever speaks against the resume.
     """
-    chosen = history.to_resume(run.work_dir, resume, dist.ALL, strict, contents)
+    chosen = history.to_resume(run.work_dir, resume, run.mesh.ranks, strict, contents)
     if chosen is None:
         if resume:
             logger.info("no checkpoint in the work dir: starting afresh")
@@ -52,7 +52,7 @@ def find(run: Run, resume: str | bool | None, strict: bool, allow_change: bool, 
         _same_run(run, str(where), facts, allow_change)
     except RecursionError:
         raise CheckpointError(f"{where.name} is nested too deeply", where=str(where)) from None
-    dist.ALL.on_main(lambda: SavedStates(chosen.folder) and None)
+    run.mesh.ranks.on_main(lambda: SavedStates(chosen.folder) and None)
     return Found(chosen, state, facts)
 
 
@@ -68,14 +68,14 @@ def take(run: Run, found: Found | None) -> None:
         took = time.perf_counter() - begin
         at = f"iteration {found.state.iteration}, {found.state.position}"
         logger.info(f"resumed from {found.folder} at {at}; loaded in {took:.1f} s")
-    dist.ALL.on_main(lambda: history.make_way(run.work_dir, found.chosen if found else None))
+    run.mesh.ranks.on_main(lambda: history.make_way(run.work_dir, found.chosen if found else None))
 
 
 def _start_from(run: Run, folder: Path) -> None:
     weights = folder
     if (folder / checkpoint.TRAINER).is_file():
-        checkpoint.check(folder, dist.ALL)
-        weights = folder / "weights"
+        checkpoint.check(folder, run.mesh.ranks)
+        weights = base_weights(folder)
     run.strategy.load_weights(weights)
     logger.info(f"weights taken from {weights} (load_from); optimizer and data position are new")
 

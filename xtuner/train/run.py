@@ -9,6 +9,7 @@ import torch
 
 from xtuner.config.load import Config
 from xtuner.data.loader import PackLoader
+from xtuner.dist.mesh import Mesh
 from xtuner.engine.base import Strategy
 from xtuner.engine.choose import Choice
 from xtuner.engine.optim import OptimWrapper
@@ -31,9 +32,12 @@ class Run:
     loader: PackLoader
     hooks: list["Hook"]
     max_epochs: int
-    state: TrainState = field(default_factory=TrainState)
-    without_targets: int = 0  # iterations of this start that had no token to learn from
-    saved: tuple[int, bool] = (-1, False)  # iteration of the newest save, and whether it can be resumed
+    mesh: Mesh
+    state: TrainState = field(init=False, default_factory=TrainState)
+    without_targets: int = field(init=False, default=0)  # iterations of this start that had no token to learn from
+    saved: tuple[int, bool] = field(
+        init=False, default=(-1, False)
+    )  # iteration of the newest save, and whether it can be resumed
 
     data_facts: dict[str, Any] = field(init=False)  # identity of the data as they were when the run began
     data_files: list[str] | int = field(init=False)  # by name, to say which have changed

@@ -28,6 +28,7 @@ from xtuner.core.errors import (
 )
 from xtuner.core.files import not_written, recover, write_json
 from xtuner.core.log import logger
+from xtuner.dist.mesh import arrange
 from xtuner.engine import fit
 from xtuner.engine.choose import choose, strategy
 from xtuner.engine.watch import Watch
@@ -66,7 +67,8 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
 
     Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
     """
-    ranks = dist.ALL
+    mesh = arrange(options.fsdp)
+    ranks = mesh.ranks
     log.setup(rank=ranks.rank)
     hooks = ranks.together(lambda: preflight.settings(config))
     tell(config)
@@ -75,8 +77,8 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
     torch.use_deterministic_algorithms(bool(config.get("randomness.deterministic")))  # attention is chosen by it
     log.setup(config.get("log_level", "INFO"), rank=ranks.rank)
     ranks.on_main(lambda: preflight.command_line(work_dir, options.seed, options.max_minutes))
-    run = preflight.prepare(config, hooks, work_dir, device, options.seed, ranks)
-    run.choice = ranks.together(lambda: choose(run.source, run.optim, device, options.deepspeed, options.fsdp))
+    run = preflight.prepare(config, hooks, work_dir, device, options.seed, mesh)
+    run.choice = ranks.together(lambda: choose(run.source, run.optim, device, options.deepspeed, options.fsdp, mesh))
     ranks.together(lambda: run.source.require(device, run.optim.compute_dtype(device)))
     if options.dry_run:
         found = _find(run, options, contents=False)
@@ -92,7 +94,7 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
         found = _find(run, options)
         _open_log(run, at_the_end)
         early.into_log()
-        stop = Stop(work_dir, dist.ALL, options.max_minutes)
+        stop = Stop(work_dir, ranks, options.max_minutes)
         if watch:
             watch.log, watch.interrupted = run.log, lambda: stop.interrupted
         try:
@@ -124,7 +126,7 @@ def _print_report(run: Run) -> None:
 def _find(run: Run, options: Options, contents: bool = True) -> Found | None:
     resume = options.resume if options.resume is not None else run.config.get("resume")
     found = find(run, resume, options.strict_resume, options.allow_change, contents)
-    run.schedule = dist.ALL.together(run.make_schedule)
+    run.schedule = run.mesh.ranks.together(run.make_schedule)
     return found
 
 
@@ -185,7 +187,7 @@ def _take_work_dir(work_dir: Path, at_the_end: contextlib.ExitStack) -> None:
 
 def _open_log(run: Run, at_the_end: contextlib.ExitStack) -> None:
     """In the work dir a folder for this start: logs, metrics, environment, config as written and resolved."""
-    ranks = dist.ALL
+    ranks = run.mesh.ranks
     folder = Path(ranks.on_main(lambda: str(_make_folder(run))))
     ranks.together(lambda: _see(folder))
     name = f"{folder.name}.log" if ranks.is_main else f"rank_{ranks.rank:05d}.log"
@@ -252,7 +254,8 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
         data_time = time.perf_counter() - begin
         # at least one iteration is done; all that ranks have to agree on for the next goes in one message
         stops = run.state.iteration > begun_at and stop.requested(run.saver.save_time)
-        counts, parts = dist.ALL.sums_and_most([stops, sum(b.num_targets for b in batch)], run.strategy.parts(batch))
+        counted = [stops, sum(b.num_targets for b in batch)]
+        counts, parts = run.mesh.ranks.sums_and_most(counted, run.strategy.parts(batch))
         if counts[0]:
             return _stopped(run, stop)
         num_targets = int(counts[1])
@@ -297,7 +300,7 @@ def _stopped(run: Run, stop: Stop) -> int:
 def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
     """Tell why an iteration changed no weight. Raises: DivergedError beyond the budget `train_cfg.max_skipped`."""
     number = it.state.iteration
-    packs = [p for rank in dist.ALL.gather(packs) for p in rank]
+    packs = [p for rank in run.mesh.ranks.gather(packs) for p in rank]
     if not it.num_targets:
         _without_targets(run, number, packs)
         return
@@ -311,7 +314,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         return
     run.saver.finish()
     try:
-        last = history.latest(run.work_dir, dist.ALL)
+        last = history.latest(run.work_dir, run.mesh.ranks)
     except CheckpointError:
         last = None
     again = f"xtuner train {run.config.path} --work-dir {run.work_dir}" + (f" --resume {last.folder}" if last else "")

@@ -21,7 +21,7 @@ from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import read_model
-from xtuner.model.weights import Shape, Source, WeightFolder, ours
+from xtuner.model.weights import Shape, Source, WeightFolder, base_weights, ours
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,10 @@ def read_tensor(opened: Opened, name: str) -> torch.Tensor:
 
 def _open_checkpoint(path: Path) -> Opened:
     verify(path)
-    layout, config = read_model(path / "weights")
+    weights = base_weights(path)
+    layout, config = read_model(weights)
     trainer = read_json(path / "trainer.json")
-    return Opened(WeightFolder(path / "weights"), "a checkpoint of xtuner", layout, config, trainer=trainer)
+    return Opened(WeightFolder(weights), "a checkpoint of xtuner", layout, config, trainer=trainer)
 
 
 def _open_hf(path: Path) -> Opened:

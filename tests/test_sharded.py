@@ -1,0 +1,240 @@
+"""Our own strategy on meshes: whatever is kept full and however state is divided, the numbers are one process's."""
+
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401  once, before processes are forked
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_old_checkpoints import states
+from test_ranks import on_ranks
+from test_strategies import CPU, LR, MAX_NORM, PACKS, go, packs, source
+from torch import nn
+
+from xtuner.core import dist
+from xtuner.core.dist import Ranks
+from xtuner.core.errors import CheckpointError
+from xtuner.dist.mesh import Mesh, arrange
+from xtuner.engine import memory
+from xtuner.engine.adamw import FORMS
+from xtuner.engine.memory import DIVISIONS, Division
+from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.strategies.divided import rows_each
+from xtuner.engine.strategies.sharded import ShardedStrategy
+from xtuner.model.decoder import CausalLM
+from xtuner.model.linear import Linear
+from xtuner.model.source import ModelSource, from_scratch
+from xtuner.model.weights import base_weights
+
+
+def strategy(
+    form: str = "fp32", division: Division | None = None, model: ModelSource | None = None, fsdp: str | None = None
+) -> Any:
+    optim = OptimWrapper(
+        dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // dist.ALL.size, "fp32", form
+    )
+    return ShardedStrategy(model or source(), optim, CPU, arrange(fsdp), division)
+
+
+def written(s: Any, folder: Path) -> Path:
+    s.snapshot(optimizer=True).write(folder)
+    dist.ALL.gather(None)
+    return folder
+
+
+def same(a: Path, b: Path) -> None:
+    """Two checkpoints hold the same bits, in whatever slices."""
+    for file in ("weights/model.safetensors", "adapter/model.safetensors"):
+        if (a / file).exists() or (b / file).exists():
+            first, second = load_file(a / file), load_file(b / file)
+            assert first.keys() == second.keys()
+            assert all(second[n].equal(v) for n, v in first.items()), file
+    first, second = states(a), states(b)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert second[name].equal(value), name
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("form", ["fp32", "8bit"])
+def test_what_is_kept_full_changes_nothing(division: Division, form: str, tmp_path: Path) -> None:
+    """Losses, norms and a step that meets a NaN, on two ranks of which one has to cut its packs as the other does."""
+    expected = list(go(strategy(form), range(4)))
+    tolerance = 1e-5 if form == "fp32" else 1e-3  # bf16 sums of two ranks
+
+    def on_two(_: Ranks, folder: Path) -> None:
+        s = strategy(form, division)
+        s.memory = replace(s.memory, most=44 if dist.rank() else None)
+        lines = list(go(s, range(3)))
+        assert lines == [
+            (pytest.approx(x, abs=tolerance), pytest.approx(n, rel=10 * tolerance), a) for x, n, a in expected[:3]
+        ]
+        before = written(s, folder / "before")
+        hook = None
+        if dist.rank():
+            hook = s.model.model.layers[1].register_forward_hook(lambda module, args, out: out * float("nan"))
+        ((loss, _, applied),) = go(s, range(3, 4))
+        assert loss != loss
+        assert not applied
+        same(before, written(s, folder / "after"))
+        if hook:
+            hook.remove()
+        with torch.no_grad():  # evaluation between iterations
+            s.model(packs()[0].input_ids)
+        ((loss, _, applied),) = go(s, range(3, 4))
+        assert applied
+        assert loss == pytest.approx(expected[3][0], abs=tolerance)
+
+    assert on_ranks(2, on_two, tmp_path) == [0, 0]
+
+
+def step(s: Any, seed: int) -> None:
+    """With gradients that are the same however they are divided."""
+    for name, p in s._divided.parameters.items():
+        draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        full = torch.randn(p.weight.shape, generator=draw) * 1e-3
+        p.sum.reset()
+        p.sum.add(full)
+        if s.mesh.size > 1:
+            p.own_buffer[: p.count] = full.view(-1)[p.begin : p.begin + p.count]
+    s._has_targets = s._finite = True
+    assert s.step(LR, MAX_NORM)[1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equal_gradients_make_equal_bits_on_any_mesh(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales of 8-bit groups and random bits are those of the full parameter. Resumed on 1 → 2 → 4 → 1 processes."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    straight = strategy(form)
+    for seed in range(8):
+        step(straight, seed)
+        if seed == 1:
+            written(straight, tmp_path / "at2")
+    written(straight, tmp_path / "straight")
+
+    def resumed(_: Ranks, folder: Path) -> None:
+        ranks = dist.ALL.size
+        other = strategy(form, DIVISIONS[2])
+        s = strategy(form, fsdp="hybrid" if ranks == 4 else None)
+        at = {2: 2, 4: 4}[ranks]
+        for each in (s, other):
+            each.load(tmp_path / f"at{at}")
+            for seed in range(at, at + 2):
+                step(each, seed)
+        same(written(s, tmp_path / f"at{at + 2}"), written(other, folder / "other"))
+
+    assert on_ranks(2, resumed, tmp_path / "two") == [0, 0]
+    assert on_ranks(4, resumed, tmp_path / "four") == [0] * 4
+    again = strategy(form)
+    again.load(tmp_path / "at6")
+    for seed in (6, 7):
+        step(again, seed)
+    same(tmp_path / "straight", written(again, tmp_path / "again"))
+
+
+def test_rows_keep_groups_together() -> None:
+    for shape in ((401, 64), (7,), (1000,), (4096, 4096), (6144, 4097), (3, 5, 7)):
+        for ranks in (1, 2, 3, 8):
+            each = rows_each(torch.Size(shape), ranks)
+            row = torch.Size(shape[1:]).numel()
+            assert each * ranks >= shape[0]
+            assert ranks == 1 or each * row % 256 == 0
+            assert ranks == 1 or (each - 256) * ranks < shape[0]
+
+
+class LowRank(nn.Module):
+    def __init__(self, linear: Linear, rank: int = 4) -> None:
+        super().__init__()
+        self.down, self.up = Linear(linear.sizes[0], rank), Linear(rank, linear.sizes[1])
+
+    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return self.up(self.down(x_TK))
+
+
+@dataclass(frozen=True)
+class LowRanks:
+    """Low-rank terms on wqkv and w2; nothing else learns."""
+
+    def apply(self, model: CausalLM) -> None:
+        model.requires_grad_(False)
+        for block in model.model.layers:
+            for linear in (block.attention.wqkv, block.feed_forward.w2):
+                linear.adapter = LowRank(linear)
+
+    def initialize(self, name: str, weight: torch.Tensor) -> None:
+        draw = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
+        weight.normal_(0.0, 0.1 if ".down." in name else 0.0, generator=draw)
+
+
+@pytest.mark.parametrize("division", DIVISIONS)
+def test_an_adapter_trains_and_resumes(division: Division, tmp_path: Path) -> None:
+    """The base stays as it is, without masters and moments; on two processes as on one; one resumes what two saved."""
+    model = replace(source(), adapter=LowRanks())
+    alone = strategy(model=model)
+    start = {n: s.master.read().clone() for n, s in alone._shards().items()}
+    expected = list(go(alone, range(3)))
+    half = written(alone, tmp_path / "half")
+    expected += go(alone, range(3, 6))
+    assert expected[-1][0] < expected[0][0] - 1e-3
+    learned = {n for n in start if ".adapter." in n}
+    assert len(learned) == 8
+    assert {n.partition("/")[2] for n in states(half)} == learned
+    assert load_file(half / "adapter" / "model.safetensors").keys() == learned
+    base = load_file(half / "weights" / "model.safetensors")
+    assert base.keys() == start.keys() - learned
+    assert all(start[n].equal(v.view(-1)) for n, v in base.items())
+    assert {n for n, p in alone._divided.parameters.items() if p.sum} == learned
+    again = strategy(model=model)
+    again.load(half)
+    assert list(go(again, range(3, 6))) == expected[3:]
+    same(written(again, tmp_path / "again"), written(alone, tmp_path / "end"))
+    with pytest.raises(CheckpointError, match="8 tensors have no place in the model"):
+        strategy().load(half)
+    with pytest.raises(CheckpointError, match="an adapter, which cannot be merged"):
+        base_weights(half)
+
+    def on_two(_: Ranks, folder: Path) -> None:
+        s = strategy(division=division, model=model)
+        lines = list(go(s, range(3)))
+        written(s, folder / "half")
+        lines += go(s, range(3, 6))
+        assert [x for x, _, _ in lines] == pytest.approx([x for x, _, _ in expected], abs=1e-5)
+        s.load(folder / "half")
+        assert list(go(s, range(3, 6))) == lines[3:]
+
+    assert on_ranks(2, on_two, tmp_path / "two") == [0, 0]
+    alone.load(tmp_path / "two" / "half")
+    assert [x for x, _, _ in go(alone, range(3, 6))] == pytest.approx([x for x, _, _ in expected[3:]], abs=1e-5)
+
+
+def test_what_is_kept_full_follows_from_memory() -> None:
+    """7B on four GPUs of 79 GiB, in bytes by hand; more ranks or leaner forms keep more."""
+    shape = dict(vocab_size=92544, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    seven = from_scratch(**shape, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768)
+    free = 79 * 2**30
+
+    def division(form: str, ranks: int, free: int = free) -> Division:
+        optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", states=form)
+        return memory.division(seven, optim, CPU, Mesh(dp_shard=ranks), free)
+
+    def state(form: str, ranks: int, division: Division) -> float:
+        optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", states=form)
+        return memory.state_bytes(seven, optim, CPU, Mesh(dp_shard=ranks), division)
+
+    parameters, ends = 7_737_708_544, 758_120_448
+    assert state("8bit", 4, DIVISIONS[0]) == 4 * parameters + 2 * parameters / 4
+    assert state("fp32", 4, DIVISIONS[0]) == 6 * parameters + 12 * parameters / 4
+    exact = (parameters - ends) / 32
+    assert state("fp32", 4, DIVISIONS[1]) == int(2 * parameters + 4 * (1.25 * (ends + 2 * exact)) + 16 * parameters / 4)
+    assert state("fp32", 4, DIVISIONS[2]) == int(
+        2 * (ends + 3 * exact) + 4 * (1.25 * (ends + 2 * exact)) + 18 * parameters / 4
+    )
+    assert division("8bit", 4) == DIVISIONS[0]
+    assert division("fp32", 4) == DIVISIONS[1]
+    assert division("fp32", 4, 60 * 2**30) == DIVISIONS[2]
+    assert division("fp32", 1) == DIVISIONS[0]

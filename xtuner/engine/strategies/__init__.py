@@ -1,0 +1,1 @@
+"""The ways to train: our own, on any mesh, and DeepSpeed's."""

@@ -1,0 +1,289 @@
+"""Weights and gradient sums of a model whose state is divided over the shard ranks of a mesh.
+
+    rank           0          1          2          3         rows of dim 0, in units that keep groups of 8-bit scales
+    parameter  |──────────|──────────|──────────|─────▒▒▒▒|   together; ▒ padding: the last ranks hold less, or nothing
+
+Every rank computes with full weights and makes full gradients; it holds, and updates, its own rows. Full weights and
+gradients are kept as long as memory allows (`Division`): at best over the whole iteration, so that both travel once;
+else a block's weights are gathered before it computes and freed after it, its gradients reduced and freed in each
+backward. Both travel while neighbouring blocks compute. On a mesh of ones full and own are the same tensors, and
+nothing travels.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import distributed, nn
+
+from xtuner.dist.mesh import Mesh
+from xtuner.engine.adamw import GROUP
+from xtuner.engine.local_optimizer import Rows
+from xtuner.engine.memory import Division
+from xtuner.model.decoder import CausalLM
+from xtuner.model.linear import OwnsSums
+from xtuner.model.ops.sums import GradientSum
+
+ALL_GATHER: Any = (
+    getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+)  # PyTorch < 2.13
+REDUCE_SCATTER: Any = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
+
+def rows_each(shape: torch.Size, ranks: int) -> int:
+    """Rows of dim 0 that a rank holds; the last ranks hold less, or none."""
+    if ranks == 1:
+        return shape[0]
+    unit = GROUP // math.gcd(shape[1:].numel(), GROUP)
+    return -(-shape[0] // (unit * ranks)) * unit
+
+
+class Divided:
+    """One parameter: full, and this rank's rows of it.
+
+    Args:
+        keep_weight, keep_gradient: whether the full ones stay over the whole iteration.
+
+    Attributes:
+        weight: the full parameter that modules compute with.
+        rows: this rank's part, in the dtype that computes.
+        own: the same flat, with its padding, as it travels; `full` is all ranks'.
+        sum, gradient: of the full weight in this process; of this rank's rows, summed over ranks once that is done.
+            None for a frozen parameter.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        mesh: Mesh,
+        device: torch.device,
+        sums: torch.dtype,
+        keep_weight: bool,
+        keep_gradient: bool,
+    ) -> None:
+        shape, numel, row = weight.shape, weight.numel(), weight.shape[1:].numel()
+        each = rows_each(shape, mesh.shard_size)
+        first = min(mesh.shard_rank * each, shape[0])
+        self.begin, self.count = first * row, min(each, shape[0] - first) * row
+        self.mine = slice(mesh.shard_rank * each * row, (mesh.shard_rank + 1) * each * row)
+        self.keep_weight, self.keep_gradient = keep_weight, keep_gradient
+        if mesh.shard_size == 1:
+            self.weight, self.full = weight, weight.data.view(-1)
+        else:
+            self.full = torch.empty(mesh.shard_size * each * row, dtype=weight.dtype, device=device)
+            self.weight = nn.Parameter(self.full[:numel].view(shape).data, requires_grad=weight.requires_grad)
+        self.own = self.full[self.mine]
+        if not keep_weight:
+            self.own = torch.empty_like(self.own)
+            release(self.full)
+        local = torch.Size([self.count // row, *shape[1:]])
+        self.rows = Rows(self.weight if mesh.shard_size == 1 else self.own[: self.count].view(local), self.begin)
+        self.sum: GradientSum | None = None
+        self.gradient: torch.Tensor | None = None
+        if weight.requires_grad:
+            self.buffer = torch.empty_like(self.full, dtype=sums)
+            self.sum = GradientSum(self.buffer[:numel].view(shape))
+            self.own_buffer = self.buffer[self.mine]
+            if not keep_gradient:
+                self.own_buffer = torch.zeros_like(self.own_buffer)
+                release(self.buffer)
+            self.gradient = self.own_buffer[: self.count].view(local)
+
+
+class DividedModel:
+    """The parameters of a model by name, and what travels between ranks while it computes.
+
+    A unit travels at once: the embedding, each block, and the last norm with the head.
+
+    Args:
+        model: on "meta" where the mesh divides; its parameters are made here, with contents that do not matter.
+        sums: dtype of gradient sums.
+    """
+
+    def __init__(
+        self, model: CausalLM, mesh: Mesh, device: torch.device, division: Division, sums: torch.dtype
+    ) -> None:
+        self.mesh, self._device = mesh, device
+        layers: list[nn.Module] = list(model.model.layers)
+        unit_of = {id(m): i for i, block in enumerate(layers, 1) for m in block.modules()}
+        unit_of[id(model.model.tok_embeddings)] = 0
+        self._units: list[list[Divided]] = [[] for _ in range(len(layers) + 2)]
+        self.parameters: dict[str, Divided] = {}
+        for prefix, module in model.named_modules():
+            for key, weight in list(module.named_parameters(recurse=False)):
+                unit = unit_of.get(id(module), len(layers) + 1)
+                keep_weight = division.weights or unit not in range(1, len(layers) + 1)
+                p = Divided(weight, mesh, device, sums, keep_weight, division.gradients)
+                setattr(module, key, p.weight)
+                self._connect(p, module, key)
+                self._units[unit].append(p)
+                self.parameters[f"{prefix}.{key}" if prefix else key] = p
+        self._sums = [p for p in self.parameters.values() if p.sum]
+        self._reduces_once = division.gradients
+        self._left: list[int] = []  # units whose gradients are not reduced yet in this backward
+        self._arriving: dict[int, Callable[[], object]] = {}  # units whose weights are on their way
+        self._here = {i for i, unit in enumerate(self._units) if all(p.keep_weight for p in unit)}
+        self._reducing: tuple[list[Divided], list[torch.Tensor], Callable[[], object]] | None = None
+        if mesh.shard_size > 1:
+            self._group = mesh.shard_group
+            self._hook(0, model.model.tok_embeddings)
+            for i, block in enumerate(layers, 1):
+                self._hook(i, block)
+                self._hook_block(i, block)
+            self._hook(len(layers) + 1, model.model.norm)
+        if mesh.dp_replicate > 1:
+            self._replicas = mesh.replica_group
+
+    @staticmethod
+    def _connect(p: Divided, module: nn.Module, key: str) -> None:
+        if p.sum and isinstance(module, OwnsSums):
+            module.gradient_sums[key] = p.sum
+        elif p.sum:  # a module that does not own sums hands over what autograd gives it
+            p.weight.register_post_accumulate_grad_hook(p.sum.take)
+
+    def _hook(self, i: int, module: nn.Module) -> None:
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self._need(i)
+            self._expect(i + 1)
+
+        module.register_forward_pre_hook(before)
+
+    def _hook_block(self, i: int, block: nn.Module) -> None:
+        def before_backward(_: torch.Tensor) -> None:
+            self._need(i)
+            self._expect(i - 1)
+
+        def after_backward(_: torch.Tensor) -> None:
+            self._leave(i)
+            self._reduce_down_to(i)
+
+        def around(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(after_backward)
+            if output.requires_grad:
+                output.register_hook(before_backward)
+            if i < len(self._units) - 2 or not output.requires_grad:  # the last block's backward comes at once
+                self._leave(i)
+
+        block.register_forward_hook(cast(Any, around))
+
+    # Weights
+
+    def gather(self) -> None:
+        """Begin to bring all ranks' new rows to the full weights, where these are kept."""
+        if self.mesh.shard_size == 1:
+            return
+        for i, unit in enumerate(self._units):
+            if all(p.keep_weight for p in unit):
+                self._need(i)
+                self._arriving[i] = self._all_gather(unit)
+
+    def _all_gather(self, unit: list[Divided]) -> Callable[[], object]:
+        for p in unit:
+            take(p.full)
+        if self._device.type == "cpu":  # gloo does not gather in place
+            for p in unit:
+                ALL_GATHER(p.full, p.own.clone(), group=self._group)
+            return lambda: None
+        with distributed._coalescing_manager(self._group, async_ops=True) as work:
+            for p in unit:
+                ALL_GATHER(p.full, p.own, group=self._group)
+        return cast(Callable[[], object], work.wait)
+
+    def _expect(self, i: int) -> None:
+        """Unit `i` computes next."""
+        if i not in self._here and i not in self._arriving and i < len(self._units):
+            self._arriving[i] = self._all_gather(self._units[i])
+
+    def _need(self, i: int) -> None:
+        """Unit `i` computes now."""
+        self._expect(i)
+        if i in self._arriving:
+            self._arriving.pop(i)()
+            self._here.add(i)
+
+    def _leave(self, i: int) -> None:
+        """Unit `i` has computed."""
+        if not all(p.keep_weight for p in self._units[i]):
+            self._here.discard(i)
+            for p in self._units[i]:
+                release(p.full)
+
+    # Gradients
+
+    def begin(self) -> None:
+        """Before an iteration: forget the sums of the last one."""
+        for p in self._sums:
+            assert p.sum
+            p.sum.reset()
+            if not p.keep_gradient:
+                p.own_buffer.zero_()
+
+    def before_micro_batch(self, last: bool) -> None:
+        """Args: last: of the iteration."""
+        reduces = self.mesh.shard_size > 1 and (last or not self._reduces_once)
+        self._left = list(range(len(self._units))) if reduces else []
+
+    def after_backward(self) -> None:
+        """Reduce what no hook has reduced; of a block whose input needs no gradient, for one."""
+        self._reduce_down_to(0)
+        self._finish()
+        for i in {*self._here, *self._arriving}:
+            if not all(p.keep_weight for p in self._units[i]):
+                self._need(i)
+                self._leave(i)
+
+    def end(self) -> None:
+        """After an iteration's last backward: sum over the copies of the model."""
+        if self.mesh.dp_replicate > 1:
+            for p in self._sums:
+                if p.sum and self.mesh.shard_size == 1:
+                    p.sum.value()  # zeros where this rank has nothing to add
+                distributed.all_reduce(p.own_buffer, group=self._replicas)
+
+    def _reduce_down_to(self, i: int) -> None:
+        """Units from the last to `i`: on all ranks in this order."""
+        while self._left and self._left[-1] >= i:
+            self._finish()
+            if unit := [p for p in self._units[self._left.pop()] if p.sum]:
+                self._reduce(unit)
+
+    def _reduce(self, unit: list[Divided]) -> None:
+        for p in unit:
+            assert p.sum
+            p.sum.value()  # zeros where this rank has nothing to add
+            p.sum.reset()
+        into = [p.own_buffer if p.keep_gradient else torch.empty_like(p.own_buffer) for p in unit]
+        if self._device.type == "cpu":  # gloo does not scatter all dtypes
+            for p, own in zip(unit, into, strict=True):
+                distributed.all_reduce(p.buffer, group=self._group)
+                own.copy_(p.buffer[p.mine])
+            self._reducing = unit, into, lambda: None
+            return
+        with distributed._coalescing_manager(self._group, async_ops=True) as work:
+            for p, own in zip(unit, into, strict=True):
+                REDUCE_SCATTER(own, p.buffer, group=self._group)
+        self._reducing = unit, into, work.wait
+
+    def _finish(self) -> None:
+        """Add what the reduction on its way has summed to this rank's rows."""
+        if self._reducing is None:
+            return
+        (unit, into, wait), self._reducing = self._reducing, None
+        wait()
+        for p, own in zip(unit, into, strict=True):
+            if not p.keep_gradient:
+                p.own_buffer.add_(own)
+                release(p.buffer)
+
+
+def release(tensor: torch.Tensor) -> None:
+    """Give back the memory behind a tensor and all its views, whose contents are lost."""
+    tensor.untyped_storage().resize_(0)
+
+
+def take(tensor: torch.Tensor) -> None:
+    """Memory again for a tensor that has been released."""
+    if not tensor.untyped_storage().size():
+        tensor.untyped_storage().resize_(tensor.numel() * tensor.itemsize)

@@ -1,0 +1,129 @@
+"""Our own strategy, on any mesh: one process is its mesh of ones.
+
+A pack is computed in micro-batches, cut at document borders, as large as the memory holds without recomputing anything;
+see memory.py. What is full and what is divided over ranks, `divided.py` says; what is kept of weights and optimizer,
+`local_optimizer.py` and `adamw.py`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from xtuner.data.batch import Batch
+from xtuner.dist.mesh import Mesh
+from xtuner.engine import memory
+from xtuner.engine.local_optimizer import local_optimizer
+from xtuner.engine.memory import DIVISIONS, Division
+from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.shard import Shard, StatefulStrategy
+from xtuner.engine.strategies.divided import DividedModel
+from xtuner.engine.strategies.micro_batches import run_micro_batches
+from xtuner.model.decoder import CausalLM
+from xtuner.model.source import ModelSource
+from xtuner.model.weights import Part
+
+
+class ShardedStrategy(StatefulStrategy):
+    """
+    Args:
+        mesh: None for one process.
+        division: what is kept full; None for what memory allows.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        optim: OptimWrapper,
+        device: torch.device,
+        mesh: Mesh | None = None,
+        division: Division | None = None,
+    ) -> None:
+        mesh = mesh or Mesh()
+        self.name = "single" if mesh.size == 1 else "fsdp"
+        self.compute_dtype = optim.compute_dtype(device)
+        chosen = division or memory.division(source, optim, device, mesh)
+        _, (most,) = mesh.ranks.sums_and_most([], [DIVISIONS.index(chosen)])  # what all ranks have memory for
+        self.memory = memory.of_mesh(source, optim, device, mesh, DIVISIONS[most])
+        where = device if mesh.shard_size == 1 else torch.device("meta")
+        self._model = source.empty(where, self.compute_dtype).train()
+        shapes = {n: p.shape for n, p in self._model.named_parameters()}
+        super().__init__(source.config, shapes, device, mesh, gives=mesh.replica == 0)
+        self._divided = DividedModel(self._model, mesh, device, DIVISIONS[most], optim.gradient_dtype(device))
+        if where.type == "meta":
+            source.configure(self._model, device, self.compute_dtype)
+        self._model.model.keeps = self.memory.plan.keeps
+        held = {n: p for n, p in self._divided.parameters.items() if p.count}
+        self._optimizer = local_optimizer({n: p.rows for n, p in held.items() if p.sum}, optim, device)
+        self._frozen = {n: p for n, p in held.items() if not p.sum}
+        source.fill({n: s.master for n, s in self._shards().items()}, shapes, device)
+        self._refresh()
+        self._has_targets = self._finite = False
+
+    @property
+    def model(self) -> CausalLM:
+        return self._model
+
+    @property
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Those of the last iteration, as the contract has them, by parameter: what this process holds of each."""
+        parameters = self._divided.parameters
+        if self.mesh.size == 1:
+            return {n: p.sum.value() for n, p in parameters.items() if p.sum}
+        return {n: p.gradient for n, p in parameters.items() if p.gradient is not None and p.count}
+
+    def forward_backward(self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None) -> float:
+        self._has_targets = bool(num_targets)
+        if not num_targets:
+            return 0.0
+        counts = parts or self.parts(batch)
+        pieces = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
+        divided = self._divided
+        divided.begin()
+
+        def backward(loss: torch.Tensor) -> None:
+            loss.backward()
+            divided.after_backward()
+
+        skip = self.mesh.size == 1
+        total = run_micro_batches(
+            pieces, self._model, self.device, num_targets, backward, divided.before_micro_batch, skip
+        )
+        divided.end()
+        mean = self.mesh.ranks.sum_on_device(total) if self.mesh.size > 1 else total.item()
+        self._finite = math.isfinite(mean)
+        return mean
+
+    def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
+        if not self._has_targets:
+            return 0.0, False
+        gradients = self.gradients
+        norm = self._norm(gradients)
+        value = norm.item()  # the last wait for the device: what follows it on the host goes on beside the update
+        applied = self._finite and math.isfinite(value)
+        if applied:
+            self._optimizer.apply(gradients, lr, max_norm, norm)
+            self._divided.gather()
+        return value, applied
+
+    def _norm(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        """2-norm of all gradients, a scalar on the device."""
+        if self.mesh.shard_size == 1:
+            return self._optimizer.norm(gradients)
+        square = torch.zeros((), device=self.device)
+        if gradients:
+            square = self._optimizer.norm(gradients).float().square()
+        torch.distributed.all_reduce(square, group=self.mesh.shard_group)
+        return square.sqrt()
+
+    def _shards(self) -> dict[str, Shard]:
+        frozen = {n: Shard(Part(p.rows.weight.data.view(-1), p.begin), {}) for n, p in self._frozen.items()}
+        found = self._optimizer.shards() | frozen
+        return {n: found[n] for n in self._shapes if n in found}
+
+    def _place(self, name: str, key: str, value: torch.Tensor) -> None:
+        self._optimizer.place(name, key, value)
+
+    def _refresh(self) -> None:
+        self._optimizer.refresh()
+        self._divided.gather()

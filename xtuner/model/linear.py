@@ -4,6 +4,8 @@ A module's `forward` is all there is: training, evaluation and generation call i
 that wrap it and modules put in its place take effect wherever the network is used.
 """
 
+import math
+
 import torch
 from torch import nn
 
@@ -39,6 +41,13 @@ class Linear(OwnsSums):
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
         self.products: Products = OWN
         self.adapter: nn.Module | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """PyTorch's own start for a linear layer; models of a source get theirs from `decoder.initialize`."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x_TK: torch.Tensor, add_TN: torch.Tensor | None = None) -> torch.Tensor:
         """[T, N]: the product; `add` is added to it."""
@@ -99,6 +108,7 @@ class Embedding(OwnsSums):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, size))
         self.padding = padding
+        nn.init.normal_(self.weight)
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
         padding = -1 if self.padding is None else self.padding

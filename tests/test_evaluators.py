@@ -381,7 +381,7 @@ def test_what_can_be_given(exported: Path, trained: Path, tiny: Path, tmp_path: 
         Given([str(exported)]).work_dir(exported / "w")
     with pytest.raises(ConfigError, match="no config that it could change"):
         Given([str(exported)], ["lr=1"])
-    with pytest.raises(CheckpointError, match="no checkpoint"):
+    with pytest.raises(ConfigError, match="no checkpoint"):
         Given([str(tiny), str(tmp_path / "none")])
 
 

@@ -267,3 +267,16 @@ def test_the_image_is_pinned_and_not_roots() -> None:
         assert (ROOT / name).exists(), name
     assert any("-c constraints.txt" in line for line in lines)
     assert [line for line in lines if line.startswith("USER ")][-1] == "USER 1000:1000"
+
+
+def test_a_process_group_leaves_nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process starts later is not a rank of this run."""
+    from xtuner.engine.join import taking_part
+    from xtuner.engine.launch import place
+
+    monkeypatch.setenv("RANK", "before")
+    before = dict(os.environ)
+    with taking_part(place("none", {}), group=True):
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+    after = dict(os.environ)
+    assert {**after, "PYTORCH_CUDA_ALLOC_CONF": ""} == {**before, "PYTORCH_CUDA_ALLOC_CONF": ""}

@@ -34,6 +34,10 @@ def device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank if local_rank < count else 0)  # one visible: the launcher has bound it
 
 
+# what a process group leaves in the environment, for engines and whoever else asks there
+_TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
 @contextlib.contextmanager
 def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch | None]]:
     """Yield this process's device, and what it tells how far it is (None if it is alone).
@@ -55,6 +59,7 @@ def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch
         yield here, None
         return
     meeting = store(place)
+    before = {name: os.environ.get(name) for name in _TOLD}
     os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank)}
     os.environ |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(meeting.port)}
     watch = Watch(place, meeting) if place.size > 1 else None
@@ -85,3 +90,8 @@ def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch
             watch.close()
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
+        for name, value in before.items():  # what this process starts later is not a rank of this run
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -66,7 +66,7 @@ def _train(args: argparse.Namespace) -> int:
     from xtuner.engine import launch, workers
 
     if not args.dry_run:
-        streams.survive()  # a run goes on when nobody reads what it prints
+        streams.survive()  # a run continues when nobody reads what it prints
     if not faulthandler.is_enabled():
         faulthandler.enable()  # where each thread stood if a library crashes, or a mapped file is cut off
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in words, not in frames of C++

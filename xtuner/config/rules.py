@@ -93,7 +93,7 @@ def of_runtime(config: Config) -> Iterator[ConfigError]:
 
 
 def _number(value: Any) -> bool:
-    return type(value) is int or (type(value) is float and math.isfinite(value))  # the others are told once
+    return type(value) is int or (type(value) is float and math.isfinite(value))  # the others are reported once
 
 
 def _ranges(key: str, values: Any) -> Iterator[ConfigError]:

@@ -10,8 +10,8 @@ class AppendFile:
     """A file to which whole records are appended; no method raises OSError.
 
     A record that cannot be written (a full disk, a folder that has vanished) is lost. The first such loss is reported;
-    every further record is tried again, so that the file goes on when the disk does. A record cut short by a full disk
-    is removed: readers meet whole ones only.
+    every further record is tried again, so that the file continues when the disk has room. A record cut short by a
+    full disk is removed: readers meet whole ones only.
 
     Args:
         report: takes one sentence.

@@ -3,7 +3,7 @@
 A directory published here carries `manifest.json` (size and sha256 of each file, and of itself). The manifest is
 written last, so a directory with a manifest that verifies is complete, whatever happened to the process that wrote it.
 
-Beside a target NAME there may be, each with the mark of the process that made it (`core/owner.py`):
+Next to a target NAME there may be, each with the mark of the process that made it (`core/owner.py`):
 
     .NAME.tmp-MARK         what is being written
     .NAME.old-MARK         what it replaces, until the new one has the name

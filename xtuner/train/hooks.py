@@ -116,7 +116,7 @@ class LoggerHook(Hook):
             record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
             record["memory"] = memory_in_use(run.strategy.device)
             record["tokens"] = it.state.packs * run.loader.dataset.packed_length
-            run.metrics.write(record)  # before the line: who waits for it finds the record
+            run.metrics.write(record)  # before the line, so that a reader of the line finds the record
             logger.info(log_line(record, last))
             self._averages.restart()
 

@@ -59,7 +59,7 @@ NEEDED = {  # what a user's own must have, too
 
 
 def settings(config: Config, paths: bool = True) -> list[Hook]:
-    """Check the config by itself, and build its hooks: their constructors may refuse, too.
+    """Check the config alone, and build its hooks: their constructors may refuse, too.
 
     Args:
         paths: look, too, whether the folders and files that it names are there.

@@ -99,7 +99,7 @@ class ShardedStrategy(StatefulStrategy):
             return 0.0, False
         gradients = self.gradients
         norm = self._norm(gradients)
-        value = norm.item()  # the last wait for the device: what follows it on the host goes on beside the update
+        value = norm.item()  # the last wait for the device: what follows it on the host overlaps the update
         applied = self._finite and math.isfinite(value)
         if applied:
             self._optimizer.apply(gradients, lr, max_norm, norm)

@@ -3,6 +3,7 @@
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_strategies import CPU, LR, go, packs, source
@@ -130,7 +131,7 @@ def test_a_state_that_does_not_fit_is_told_with_what_would() -> None:
 
 @pytest.mark.parametrize("most", [1, 19, 20, 44, 63, 64, 1000])
 def test_a_pack_in_parts(most: int) -> None:
-    """Parts hold everything in order, are no longer than asked or one fragment, and as few as they can be."""
+    """Parts hold each fragment once, are no longer than requested or one fragment, and as few as they can be."""
     lengths = [20, 0, 3, 41, 0, 17, 44]
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     T = sum(lengths)
@@ -138,26 +139,52 @@ def test_a_pack_in_parts(most: int) -> None:
     targets = torch.where(torch.arange(T) % 3 > 0, ids, -100)
     pack = Batch.of(dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders), 7)
     parts = pack.split(pack.num_parts(most))
-    for key in ("input_ids", "targets", "position_ids"):
-        assert torch.cat([getattr(p, key) for p in parts]).equal(getattr(pack, key))
-    assert [n for p in parts for n in p.cu_seqlens.diff().tolist()] == lengths
-    assert sum(p.num_targets for p in parts) == pack.num_targets
-    assert sum(p.attention_pairs for p in parts) == pack.attention_pairs
+    fragments = []
     for p in parts:
+        sizes = p.cu_seqlens.diff().tolist()
+        fragments += list(zip(*(t.split(sizes) for t in (p.input_ids, p.targets, p.position_ids)), strict=True))
         assert p.pack == 7
         assert p.num_tokens <= most or p.max_seqlen == p.num_tokens
-        assert p.max_seqlen == max(p.cu_seqlens.diff().tolist())
+        assert p.max_seqlen == max(sizes)
+        assert p.num_targets == (p.targets != -100).sum()
+        assert p.input_ids.equal(p.input_ids.sort().values)  # in a part, the pack's order
+    fragments = sorted((f for f in fragments if len(f[0])), key=lambda f: int(f[0][0]))
+    for i, key in enumerate(("input_ids", "targets", "position_ids")):
+        assert torch.cat([f[i] for f in fragments]).equal(getattr(pack, key))
+    assert [len(f[0]) for f in fragments] == [n for n in lengths if n]
+    assert sum(p.num_targets for p in parts) == pack.num_targets
+    assert sum(p.attention_pairs for p in parts) == pack.attention_pairs
+    expected = {1: [44, 41, 20, 17, 3], 20: [44, 41, 20, 20], 44: [44, 41, 40], 64: [64, 61]}
+    expected |= {19: expected[1], 63: expected[44]}
     if most >= T:
         assert parts == [pack]
-    elif most == 64:
-        assert [p.num_tokens for p in parts] == [64, 61]
+    else:
+        assert [p.num_tokens for p in parts] == expected[most]
     more = pack.split(9)  # than there are fragments: the last parts say nothing
     assert sum(p.num_targets for p in more) == pack.num_targets
-    assert torch.cat([p.input_ids for p in more if p.num_targets]).tolist() == [i for i in ids.tolist()]
+    assert torch.cat([p.input_ids for p in more if p.num_targets]).sort().values.tolist() == ids.tolist()
     assert [p.num_targets for p in more[-2:]] == [0, 0]
     assert (more[-1].targets == -100).all()
     assert more[-1].num_tokens == more[-1].max_seqlen == 16
     assert len(more) == 9
+
+
+def test_parts_are_about_equal() -> None:
+    """Of 32k tokens in documents of usual lengths; as few as there can be, the most attention first."""
+    draw = np.random.RandomState(0)
+    for count in (3, 4, 5):
+        lengths = []
+        while (left := 32768 - sum(lengths)) > 0:
+            lengths.append(min(int(draw.lognormal(np.log(500), 0.8)) + 1, left))
+        draw.shuffle(lengths)
+        borders = torch.tensor([0, *lengths]).cumsum(0).int()
+        ids = torch.arange(32768)
+        pack = Batch.of(dict(input_ids=ids, targets=ids, position_ids=ids, cumulative_len=borders))
+        parts = pack.split(count)
+        sizes, pairs = [p.num_tokens for p in parts], [p.attention_pairs for p in parts]
+        assert max(sizes) - min(sizes) <= 16
+        assert pairs == sorted(pairs, reverse=True)
+        assert pack.num_parts(max(sizes)) == count
 
 
 def test_parts_and_what_is_kept_change_no_gradient() -> None:

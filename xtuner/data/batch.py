@@ -1,11 +1,15 @@
-"""What the model sees: one pack, or a part of one cut at document borders."""
+"""What the model sees: one pack, or a part of one: some of its documents."""
 
+import bisect
+import heapq
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from xtuner.data.pack import IGNORE, LabelRule, RawPack
+
+EXCHANGES = 64  # between groups of fragments; a few suffice
 
 
 @dataclass(frozen=True)
@@ -66,19 +70,29 @@ class Batch:
         return int(self.cu_seqlens.diff().long().square().sum())
 
     def num_parts(self, most: int) -> int:
-        """How many parts of at most `most` tokens there are, cut at fragment borders; a longer fragment is one."""
-        return 1 if self.num_tokens <= most else len(_cut(self.cu_seqlens.diff().tolist(), most))
+        """The fewest parts, of whole fragments, with at most `most` tokens each; a longer fragment is a part alone."""
+        lengths = self.cu_seqlens.diff().tolist()
+
+        def fits(group: list[int]) -> bool:
+            held = [lengths[i] for i in group]
+            return sum(held) <= max([most, *held])
+
+        count = -(-sum(min(n, most) for n in lengths) // most)  # no fewer can do
+        while not all(map(fits, distribute(lengths, count))):
+            count += 1
+        return count
 
     def split(self, count: int) -> list["Batch"]:
-        """So many parts, cut at fragment borders, about equally long; where fragments are too few, idle ones follow."""
+        """So many parts of whole fragments, about equally long; where fragments are too few, idle ones follow.
+
+        The part with the most attention comes first: ranks that wait for each other in every part wait least if all
+        compute their costly parts together.
+        """
         if count == 1:
             return [self]
-        lengths = self.cu_seqlens.diff().tolist()
-        low, high = 1, self.num_tokens  # the least capacity that needs no more parts
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(_cut(lengths, middle)) <= count else (middle + 1, high)
-        parts = [self._part(begin, end) for begin, end in _cut(lengths, high)]
+        groups = distribute(self.cu_seqlens.diff().tolist(), count)
+        parts = [self._part(group) for group in groups if group]
+        parts.sort(key=lambda part: -part.attention_pairs)
         return parts + [self._idle()] * (count - len(parts))
 
     def _idle(self) -> "Batch":
@@ -89,18 +103,19 @@ class Batch:
         positions = torch.arange(len(ids))
         return Batch(ids, torch.full_like(ids, IGNORE), positions, borders, len(ids), 0, self.pack)
 
-    def _part(self, begin: int, end: int) -> "Batch":
-        """Fragments `begin` to `end`."""
-        borders = self.cu_seqlens[begin : end + 1]
-        tokens = slice(int(borders[0]), int(borders[-1]))
+    def _part(self, chosen: list[int]) -> "Batch":
+        """These fragments, in ascending order."""
+        borders = self.cu_seqlens.tolist()
+        lengths = torch.tensor([borders[i + 1] - borders[i] for i in chosen])
+        tokens = torch.cat([torch.arange(borders[i], borders[i + 1]) for i in chosen])
         targets = self.targets[tokens]
         return replace(
             self,
             input_ids=self.input_ids[tokens],
             targets=targets,
             position_ids=self.position_ids[tokens],
-            cu_seqlens=borders - borders[0],
-            max_seqlen=int(borders.diff().max()),
+            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(self.cu_seqlens.dtype),
+            max_seqlen=int(lengths.max()),
             num_targets=int((targets != IGNORE).sum()),
         )
 
@@ -113,12 +128,41 @@ class Batch:
         return replace(self, **{n: t.to(device, non_blocking=True) for n, t in pinned.items()})
 
 
-def _cut(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
-    """Consecutive fragments, filled up one part after another: (first, end) of each."""
-    parts, begin, held = [], 0, 0
-    for i, length in enumerate(lengths):
-        if held and held + length > capacity:
-            parts.append((begin, i))
-            begin, held = i, 0
-        held += length
-    return [*parts, (begin, len(lengths))]
+def distribute(lengths: list[int], count: int) -> list[list[int]]:
+    """Indices of `lengths` in `count` groups whose sums are about equal, ascending in each group.
+
+    The longest first, each to the group with the least so far; then the fullest group gives away, or exchanges, what
+    brings it closest to another, as long as that helps.
+    """
+    groups: list[list[int]] = [[] for _ in range(count)]
+    sums = [0] * count
+    heap = [(0, g) for g in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        _, g = heapq.heappop(heap)
+        groups[g].append(i)
+        sums[g] += lengths[i]
+        heapq.heappush(heap, (sums[g], g))
+    for _ in range(EXCHANGES):
+        full = max(range(count), key=sums.__getitem__)
+        best = (sums[full], full, -1, -1)  # (the larger of both sums, other group, what goes there, what comes back)
+        for other in range(count):
+            if other == full:
+                continue
+            back = sorted([(lengths[j], j) for j in groups[other]] + [(0, -1)])
+            wanted = (sums[full] - sums[other]) / 2
+            for i in groups[full]:
+                at = bisect.bisect_left(back, (lengths[i] - wanted, -1))
+                for length, j in back[max(at - 1, 0) : at + 1]:
+                    moved = lengths[i] - length
+                    best = min(best, (max(sums[full] - moved, sums[other] + moved), other, i, j))
+        larger, other, i, j = best
+        if larger >= sums[full]:
+            break
+        for group, goes, comes in ((full, i, j), (other, j, i)):
+            if goes >= 0:
+                groups[group].remove(goes)
+                sums[group] -= lengths[goes]
+            if comes >= 0:
+                groups[group].append(comes)
+                sums[group] += lengths[comes]
+    return [sorted(group) for group in groups]

@@ -45,18 +45,17 @@ def test_memory_by_arithmetic_is_the_programs() -> None:
     from xtuner.model import from_scratch
 
     optim, cpu = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), torch.device("cpu")
-    eight = Mesh(dp_shard=8)
+    eight = Mesh(dp_shard=8, local_size=8)
     shapes = {"1.8B": (2048, 24, 16, 8192), "7B": (4096, 32, 32, 14336), "20B": (6144, 48, 48, 16384)}
     for name, (hidden, layers, heads, ffn) in shapes.items():
         source = from_scratch(
             vocab_size=92544, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=8, intermediate_size=ffn,
+            num_key_value_heads=8, intermediate_size=ffn, activation_checkpointing=True,
         )  # fmt: skip
         stages = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
         settings = {s: zero_config.read(f"deepspeed_{s}") for s in stages}
         state = {s: memory.zero_state(source, optim, cpu, 8, z) for s, z in settings.items()}
-        division = memory.division(source, optim, cpu, eight, free=79 * 2**30)
-        state["fsdp"] = memory.of_mesh(source, optim, cpu, eight, division).state
+        state["fsdp"] = memory.of_mesh(source, optim, cpu, eight, free=79 * 2**30).state
         parameters = memory.num_parameters(source.config)
         sizes = [18 * parameters, *(state[s] for s in (*stages[:3], "fsdp", *stages[3:]))]
         row = " | ".join([name, *(f"{size / 2**30:.1f}" for size in sizes)])

@@ -16,16 +16,18 @@ from torch import nn
 
 from xtuner.core import dist
 from xtuner.core.dist import Ranks
-from xtuner.core.errors import CheckpointError
+from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.dist.mesh import Mesh, arrange
 from xtuner.engine import memory
 from xtuner.engine.adamw import FORMS
-from xtuner.engine.memory import DIVISIONS, Division
+from xtuner.engine.memory import ALL_FULL, DIVISIONS, Division, Memory
 from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.step_time import Work
 from xtuner.engine.strategies.divided import rows_each
 from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import Linear
+from xtuner.model.ops.functions import Keep
 from xtuner.model.source import ModelSource, from_scratch
 from xtuner.model.weights import base_weights
 
@@ -58,7 +60,7 @@ def same(a: Path, b: Path) -> None:
         assert second[name].equal(value), name
 
 
-@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("division", DIVISIONS.values())
 @pytest.mark.parametrize("form", ["fp32", "8bit"])
 def test_what_is_kept_full_changes_nothing(division: Division, form: str, tmp_path: Path) -> None:
     """Losses, norms and a step that meets a NaN, on two ranks of which one has to cut its packs as the other does."""
@@ -119,7 +121,7 @@ def test_equal_gradients_make_equal_bits_on_any_mesh(
 
     def resumed(_: Ranks, folder: Path) -> None:
         ranks = dist.ALL.size
-        other = strategy(form, DIVISIONS[2])
+        other = strategy(form, DIVISIONS["blocks"])
         s = strategy(form, fsdp="hybrid" if ranks == 4 else None)
         at = {2: 2, 4: 4}[ranks]
         for each in (s, other):
@@ -171,7 +173,7 @@ class LowRanks:
         weight.normal_(0.0, 0.1 if ".down." in name else 0.0, generator=draw)
 
 
-@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("division", DIVISIONS.values())
 def test_an_adapter_trains_and_resumes(division: Division, tmp_path: Path) -> None:
     """The base stays as it is, without masters and moments; on two processes as on one; one resumes what two saved."""
     model = replace(source(), adapter=LowRanks())
@@ -213,28 +215,39 @@ def test_an_adapter_trains_and_resumes(division: Division, tmp_path: Path) -> No
 
 
 def test_what_is_kept_full_follows_from_memory() -> None:
-    """7B on four GPUs of 79 GiB, in bytes by hand; more ranks or leaner forms keep more."""
+    """7B on four GPUs of 79 GiB, in bytes by hand; of what fits, the fastest."""
     shape = dict(vocab_size=92544, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-    seven = from_scratch(**shape, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768)
-    free = 79 * 2**30
+    heads = dict(num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768)
+    seven = from_scratch(**shape, **heads, activation_checkpointing=True)
 
-    def division(form: str, ranks: int, free: int = free) -> Division:
-        optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", states=form)
-        return memory.division(seven, optim, CPU, Mesh(dp_shard=ranks), free)
+    def plan(form: str, ranks: int, free: int = 79, **named: Any) -> Memory:
+        optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", states=form, **named)
+        return memory.of_mesh(seven, optim, CPU, Mesh(dp_shard=ranks, local_size=ranks), free=free * 2**30)
 
-    def state(form: str, ranks: int, division: Division) -> float:
+    def state(form: str, name: str) -> float:
         optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", states=form)
-        return memory.state_bytes(seven, optim, CPU, Mesh(dp_shard=ranks), division)
+        return memory.state_bytes(seven, optim, CPU, Mesh(dp_shard=4), DIVISIONS[name])
 
     parameters, ends = 7_737_708_544, 758_120_448
-    assert state("8bit", 4, DIVISIONS[0]) == 4 * parameters + 2 * parameters / 4
-    assert state("fp32", 4, DIVISIONS[0]) == 6 * parameters + 12 * parameters / 4
-    exact = (parameters - ends) / 32
-    assert state("fp32", 4, DIVISIONS[1]) == int(2 * parameters + 4 * (1.25 * (ends + 2 * exact)) + 16 * parameters / 4)
-    assert state("fp32", 4, DIVISIONS[2]) == int(
-        2 * (ends + 3 * exact) + 4 * (1.25 * (ends + 2 * exact)) + 18 * parameters / 4
-    )
-    assert division("8bit", 4) == DIVISIONS[0]
-    assert division("fp32", 4) == DIVISIONS[1]
-    assert division("fp32", 4, 60 * 2**30) == DIVISIONS[2]
-    assert division("fp32", 1) == DIVISIONS[0]
+    block = (parameters - ends) / 32
+    assert state("8bit", "all") == 4 * parameters + 2 * parameters / 4
+    assert state("fp32", "all") == 6 * parameters + 12 * parameters / 4
+    passing = 4 * 1.25 * (ends / 2 + block)
+    assert state("fp32", "weights") == int(2 * parameters + passing + 16 * parameters / 4)
+    assert state("fp32", "gradients") == int(2 * (ends + 3 * block) + 4 * parameters + 14 * parameters / 4)
+    assert state("fp32", "blocks") == int(2 * (ends + 3 * block) + passing + 18 * parameters / 4)
+    assert plan("8bit", 4).division == ALL_FULL
+    assert plan("8bit", 4).most == 11_520
+    assert plan("fp32", 4).division == DIVISIONS["weights"]
+    assert plan("fp32", 4, sums="bf16").division == ALL_FULL
+    assert plan("fp32", 4, 60).division == DIVISIONS["blocks"]
+    assert plan("fp32", 4, full="blocks").division == DIVISIONS["blocks"]
+    assert plan("fp32", 1).division == ALL_FULL
+    assert plan("8bit", 1, micro_batch=5000).most == 5000
+    for named in (dict(micro_batch=0), dict(full="most"), dict(sums="fp8")):
+        with pytest.raises(ConfigError, match=next(iter(named))):
+            plan("fp32", 4, **named)
+    # more ranks, longer links: the same rows of work take longer, never less
+    work = Work(seven.config, 32768, 4, [Keep()] * 32, gathered=1, reduced=4, gradient=4)
+    one, four, two_nodes = (work.seconds(Mesh(dp_shard=n, local_size=here)) for n, here in ((1, 1), (4, 4), (8, 4)))
+    assert one < four < two_nodes

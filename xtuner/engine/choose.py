@@ -23,6 +23,7 @@ class Choice(NamedTuple):
     fsdp: str | None = None  # "full" or "hybrid"
     state: int = 0  # bytes of weights, gradients and optimizer that a rank holds, by arithmetic
     mesh: Mesh = Mesh()
+    pack: int = memory.PACK  # its tokens
 
     @property
     def name(self) -> str:
@@ -36,11 +37,13 @@ def choose(
     deepspeed: str | None,
     fsdp: str | None,
     mesh: Mesh | None = None,
+    pack: int = memory.PACK,
 ) -> Choice:
     """DeepSpeed or FSDP if requested; else FSDP for several processes, and neither for one.
 
     Args:
         mesh: None for all processes there are.
+        pack: tokens of a pack.
 
     Raises: ConfigError for what cannot be, DeepSpeed's settings included.
     """
@@ -77,8 +80,8 @@ def choose(
     if fsdp or ranks > 1:
         mode = fsdp or "full"
         _require_cuttable(optim, device, f"--fsdp {mode}" if fsdp else f"{ranks} processes (FSDP)", zero=False)
-        return Choice(None, mode, memory.of_mesh(source, optim, device, mesh).state, mesh)
-    return Choice(state=memory.of_mesh(source, optim, device, mesh).state, mesh=mesh)
+        return Choice(None, mode, memory.of_mesh(source, optim, device, mesh, pack).state, mesh, pack)
+    return Choice(state=memory.of_mesh(source, optim, device, mesh, pack).state, mesh=mesh, pack=pack)
 
 
 def _require_cuttable(optim: OptimWrapper, device: torch.device, engine: str, zero: bool) -> None:
@@ -104,4 +107,4 @@ def strategy(choice: Choice, source: ModelSource, optim: OptimWrapper, device: t
         from xtuner.engine.deepspeed import DeepSpeedStrategy
 
         return DeepSpeedStrategy(source, optim, device, choice.deepspeed, choice.mesh)
-    return ShardedStrategy(source, optim, device, choice.mesh)
+    return ShardedStrategy(source, optim, device, choice.mesh, pack=choice.pack)

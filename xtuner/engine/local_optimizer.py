@@ -65,7 +65,7 @@ class ByTorch:
         if self._optimizer is None:
             return
         for name, master in self._masters.items():
-            master.grad = gradients[name]
+            master.grad = gradients[name].to(master.dtype)
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._masters.values(), max_norm, norm)
         for group in self._optimizer.param_groups:

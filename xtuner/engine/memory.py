@@ -1,9 +1,10 @@
-"""How a GPU's memory is shared out: the state of weights and optimizer first, the rest for what a pack needs.
+"""How a GPU's memory is used: state of weights and optimizer first, the rest for micro-batches.
 
-    free now = state + reserve + room;   a micro-batch gets the room
+    free at the start = state + reserve + room;   a micro-batch gets the room
 
-As many tokens are taken at once as can be computed without computing anything twice, at least LEAST; documents longer
-than that keep less (model/plan.py). On CPUs memory is not counted.
+What is kept full on every rank, how large micro-batches are, and what is recomputed: of all that fits, what takes the
+least time by arithmetic (step_time.py). Documents longer than a micro-batch keep less (model/plan.py). On CPUs memory
+is not counted.
 """
 
 from collections.abc import Mapping
@@ -18,41 +19,18 @@ from xtuner.data.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.adamw import FORMS
 from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.step_time import Work
 from xtuner.model.flops import num_parameters
 from xtuner.model.plan import ORDER, Plan
 from xtuner.model.source import ModelSource
 
+PACK = 32768  # tokens, where it is not known
 LEAST = 4096  # tokens of a micro-batch; fewer leave the GPU's multipliers idle
-USUAL = 8192  # where not even the least fits without computing something twice
+MOST_PARTS = 16  # of a pack, where something is recomputed
 BUFFERS = 1.5 * 2**30  # bytes: DeepSpeed's buckets as shipped, two of 200 million numbers in fp32
 COLLECTIVES = int(1.1 * 2**30)  # bytes: NCCL's buffers, and what is held back for its streams
-RESERVE = 3 * 2**30  # bytes: the libraries' own, and what the allocator cannot use
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Args: state: bytes; plan: for a micro-batch; most: tokens of a micro-batch, None for a whole pack."""
-
-    state: int
-    plan: Plan
-    most: int | None = None
-
-    def parts(self, pack: Batch) -> int:
-        """How many micro-batches to cut a pack into."""
-        return 1 if self.most is None else pack.num_parts(self.most)
-
-    def tell(self, pack: int) -> None:
-        """Log what has been decided, for packs of so many tokens."""
-        tokens = pack if self.most is None else min(pack, self.most)
-        keeps = self.plan.keeps(tokens)
-        shown = "nothing is computed twice"
-        if not self.plan.fits(tokens):
-            kept = {name: sum(getattr(k, name) for k in keeps) for name in ORDER}
-            shown = f"of {len(keeps)} layers keep " + ", ".join(f"{n} {count}" for n, count in kept.items())
-        logger.info(
-            f"memory: {human_bytes(self.state)} of state; micro-batches of at most {tokens:,} tokens, {shown}; "
-            f"peak {human_bytes(self.state + self.plan.peak(tokens))} expected"
-        )
+LIBRARIES = int(1.3 * 2**30)  # bytes: CUDA's and cuBLAS's own, and what the allocator cannot use, usually
+RESERVE = 3 * 2**30  # bytes: the same, at worst
 
 
 @dataclass(frozen=True)
@@ -62,25 +40,59 @@ class Division:
     weights: bool
     gradients: bool
 
+    @property
+    def name(self) -> str:
+        """As `optim_wrapper.full` has it."""
+        return next(name for name, division in DIVISIONS.items() if division == self)
 
-DIVISIONS = (Division(True, True), Division(True, False), Division(False, False))  # fastest first
-ALL_FULL = DIVISIONS[0]
+
+DIVISIONS = {
+    "all": Division(True, True),
+    "weights": Division(True, False),
+    "gradients": Division(False, True),
+    "blocks": Division(False, False),
+}
+ALL_FULL = DIVISIONS["all"]
 
 
-def division(
-    source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, free: int | None = None
-) -> Division:
-    """The fastest division that leaves room for micro-batches of USUAL tokens without recomputing; else the leanest.
+@dataclass(frozen=True)
+class Memory:
+    """Args: state: bytes; plan: for a micro-batch; most: tokens of a micro-batch, None for a whole pack; libraries:
+    bytes that the driver counts in addition; seconds: of an iteration, by arithmetic, but for attention."""
 
-    Args:
-        free: bytes of a GPU; None for what this one has.
-    """
-    free = _free(device) if free is None else free
-    if mesh.shard_size == 1 or free is None:
-        return ALL_FULL
-    needed = Plan(source.config, optim.compute_dtype(device).itemsize).peak(USUAL) + RESERVE + COLLECTIVES
-    fitting = [d for d in DIVISIONS if state_bytes(source, optim, device, mesh, d) + needed <= free]
-    return fitting[0] if fitting else DIVISIONS[-1]
+    state: int
+    plan: Plan
+    most: int | None = None
+    division: Division = ALL_FULL
+    libraries: int = LIBRARIES
+    seconds: float = 0.0
+
+    def parts(self, pack: Batch) -> int:
+        """How many micro-batches to cut a pack into."""
+        return 1 if self.most is None else pack.num_parts(self.most)
+
+    def peak(self, tokens: int) -> int:
+        """Bytes that the driver will report in use, for micro-batches of so many tokens."""
+        return self.state + self.plan.peak(tokens) + self.libraries
+
+    def fits(self, tokens: int) -> bool:
+        return self.plan.room is None or self.plan.peak(tokens) <= self.plan.room
+
+    def tell(self, pack: int, mesh: Mesh) -> None:
+        """Log what has been decided, for packs of so many tokens."""
+        tokens = pack if self.most is None else min(pack, self.most)
+        keeps = self.plan.keeps(tokens)
+        shown = "nothing is recomputed"
+        if not self.plan.fits(tokens):
+            kept = {name: sum(getattr(k, name) for k in keeps) for name in ORDER}
+            shown = f"of {len(keeps)} layers keep " + ", ".join(f"{n} {count}" for n, count in kept.items())
+        if mesh.shard_size > 1:
+            full = {"all": "weights and gradients", "blocks": "nothing"}.get(self.division.name, self.division.name)
+            shown += f"; over an iteration every rank keeps {full} full"
+        logger.info(
+            f"memory: {human_bytes(self.state)} of state; micro-batches of at most {tokens:,} tokens, {shown}; "
+            f"peak {human_bytes(self.peak(tokens))} expected"
+        )
 
 
 def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, division: Division) -> int:
@@ -88,28 +100,73 @@ def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, 
     c, form, copy = source.config, optim.own_form(device), optim.compute_dtype(device)
     parameters, ends, ranks = num_parameters(c), 2 * c.vocab_size * c.hidden_size, mesh.shard_size
     block = (parameters - ends) / c.num_layers
-    weight, gradient = (2, form.gradient.itemsize) if form else (copy.itemsize, 4)
+    weight, gradient = copy.itemsize, optim.gradient_dtype(device).itemsize
     # what only this rank needs: moments, and masters that are not what computes
-    own = form.bytes - weight - gradient if form else optim.traits(device).moments + 4 * (copy != torch.float32)
+    own = (
+        form.bytes - 2 - form.gradient.itemsize if form else optim.traits(device).moments + 4 * (copy != torch.float32)
+    )
     state = own * parameters / ranks
     # a block's weights, those of the next, and those that are being freed
     state += weight * (parameters if division.weights else ends + 3 * block + parameters / ranks)
-    # gradients of a block, and of one on their way, with what arrives of them
-    of_blocks = (ends + 2 * block) * (1 + 1 / ranks) + parameters / ranks
+    # at the end of the last block's backward: its gradients, those of the output layer, and what arrives of both
+    of_blocks = (ends / 2 + block) * (1 + 1 / ranks) + parameters / ranks
     return int(state + gradient * (parameters if division.gradients else of_blocks))
 
 
 def of_mesh(
-    source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, chosen: Division | None = None
+    source: ModelSource,
+    optim: OptimWrapper,
+    device: torch.device,
+    mesh: Mesh,
+    pack: int = PACK,
+    free: int | None = None,
+    division: Division | None = None,
 ) -> Memory:
-    """For a rank of our own strategy.
+    """For a rank of our own strategy: of what fits, what takes the least time; else what needs the least memory.
 
     Args:
-        chosen: None for what fits.
+        pack: its tokens.
+        free: bytes that all ranks can still get of a GPU; None for what this one can.
+        division: None to choose.
     """
-    chosen = chosen or division(source, optim, device, mesh)
-    state = state_bytes(source, optim, device, mesh, chosen)
-    return share_out(state, source, optim, device, reserve=RESERVE + COLLECTIVES * (mesh.size > 1))
+    free = free_bytes(device) if free is None else free
+    c, itemsize = source.config, optim.compute_dtype(device).itemsize
+    divisions = (
+        [d for name, d in DIVISIONS.items() if optim.full in (None, name)] if mesh.shard_size > 1 else [ALL_FULL]
+    )
+    divisions = [division] if division else divisions
+    if free is None or not source.recompute:
+        state = state_bytes(source, optim, device, mesh, divisions[0])
+        return Memory(state, Plan(c, itemsize, 0 if source.recompute else None), optim.micro_batch, divisions[0])
+    collectives = COLLECTIVES * (mesh.size > 1)
+    ways = []
+    for d in divisions:
+        state = state_bytes(source, optim, device, mesh, d)
+        plan = Plan(c, itemsize, max(free - state - RESERVE - collectives, 0))
+        for most in [optim.micro_batch] if optim.micro_batch else _sizes(plan, pack):
+            parts = optim.accumulative_counts * -(-pack // most)
+            work = Work(
+                c,
+                tokens=pack * optim.accumulative_counts,
+                micro_batches=parts,
+                keeps=plan.keeps(min(most, pack)),
+                gathered=1 if d.weights else 2 * parts,
+                reduced=1 if d.gradients else parts,
+                gradient=optim.gradient_dtype(device).itemsize,
+                weight=itemsize,
+            )
+            ways.append(Memory(state, plan, most, d, LIBRARIES + collectives, work.seconds(mesh)))
+    fitting = [way for way in ways if way.fits(min(way.most or pack, pack))]
+    fitting = [way for way in fitting if min(way.most or pack, pack) >= min(LEAST, pack)] or fitting
+    if fitting:
+        return min(fitting, key=lambda way: way.seconds)
+    return min(ways, key=lambda way: way.peak(min(way.most or pack, pack)))
+
+
+def _sizes(plan: Plan, pack: int) -> list[int]:
+    """Of micro-batches: the largest without recomputing, and equal parts of a pack, which documents fill nearly."""
+    equal = {-(-(pack // parts + pack // 64) // 256) * 256 for parts in range(1, MOST_PARTS + 1)}
+    return sorted(size for size in {plan.largest(2**17), *equal} if size)
 
 
 def of_zero(
@@ -120,7 +177,7 @@ def of_zero(
     Args:
         settings: DeepSpeed's, resolved.
     """
-    return share_out(zero_state(source, optim, device, ranks, settings), source, optim, device, cut=False)
+    return share_out(zero_state(source, optim, device, ranks, settings), source, optim, device)
 
 
 def zero_state(
@@ -141,40 +198,25 @@ def zero_state(
     return int(whole + parameters * divided / ranks) + int(BUFFERS)
 
 
-def share_out(
-    state: int,
-    source: ModelSource,
-    optim: OptimWrapper,
-    device: torch.device,
-    cut: bool = True,
-    reserve: int = RESERVE,
-) -> Memory:
-    """Plan with what the device has beside `state` bytes; to be asked before any of them is there.
-
-    Args:
-        cut: whether packs may be cut into micro-batches, else they keep less.
-    """
+def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torch.device) -> Memory:
+    """Plan for whole packs, with what the device has in addition to `state` bytes, none of which is there yet."""
     itemsize = optim.compute_dtype(device).itemsize
-    free = _free(device)
+    free = free_bytes(device)
     if not source.recompute:
         return Memory(state, Plan(source.config, itemsize))
     if free is None:
         return Memory(state, Plan(source.config, itemsize, 0))
-    plan = Plan(source.config, itemsize, max(int(free - state - reserve), 0))
-    if not cut:
-        return Memory(state, plan)
-    largest = plan.largest(2**17)
-    return Memory(state, plan, largest if largest >= LEAST else USUAL)
+    return Memory(state, Plan(source.config, itemsize, max(int(free - state - RESERVE), 0)))
 
 
 def require(state: int, source: ModelSource, device: torch.device) -> None:
     """Raise ConfigError if a GPU has not `state` bytes free."""
-    free = _free(device)
+    free = free_bytes(device)
     if free is not None and state + RESERVE > free:
         raise too_large(source, state, free)
 
 
-def _free(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Bytes that this process can still get of a GPU; None for CPUs."""
     if device.type != "cuda":
         return None

@@ -14,6 +14,8 @@ from xtuner.engine.adamw import FORMS, Form
 from xtuner.engine.trial import Traits
 from xtuner.model.source import DTYPES
 
+FULL = ("all", "weights", "gradients", "blocks")  # see `full`
+
 
 class OptimWrapper:
     """Described once, used by every strategy.
@@ -26,6 +28,11 @@ class OptimWrapper:
         dtype: what matrices are multiplied in: "bf16", "fp32", or "auto" (bf16 on GPUs, fp32 on CPUs).
         states: how AdamW's masters and moments are kept: "fp32", or leaner "split", "bf16", "8bit" (see adamw.py); not
             with DeepSpeed.
+        sums: "bf16" for sums of gradients that are coarser than `states` has them: half the memory and half the bytes
+            between ranks. None for those of `states`. Not with DeepSpeed, nor this and the next two.
+        micro_batch: most tokens of a micro-batch (a longer document is one alone). None for what is fastest.
+        full: what every rank keeps full over an iteration: "all" (weights and gradients), "weights", "gradients" or
+            "blocks" (a block at a time). None for what is fastest.
     """
 
     def __init__(
@@ -35,6 +42,9 @@ class OptimWrapper:
         accumulative_counts: int = 1,
         dtype: str = "auto",
         states: str = "fp32",
+        sums: str | None = None,
+        micro_batch: int | None = None,
+        full: str | None = None,
     ) -> None:
         self.kind = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
@@ -71,6 +81,15 @@ class OptimWrapper:
                 where="optim_wrapper.states",
                 do='take torch.optim.AdamW without amsgrad or maximize, or states = "fp32"',
             )
+        if sums not in (None, "bf16", "fp32"):
+            raise ConfigError(f"sums = {sums!r} is not one of bf16, fp32", where="optim_wrapper.sums")
+        if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
+            what = f"micro_batch = {micro_batch!r} is not a number of tokens above 0"
+            raise ConfigError(what, where="optim_wrapper.micro_batch")
+        if full not in (None, *FULL):
+            what = f"full = {full!r} is not one of {', '.join(FULL)}.{did_you_mean(str(full), list(FULL))}"
+            raise ConfigError(what, where="optim_wrapper.full")
+        self.sums, self.micro_batch, self.full = sums, micro_batch, full
         self.accumulative_counts = accumulative_counts
         self.dtype = dtype
         self.states = FORMS[states]
@@ -129,6 +148,8 @@ class OptimWrapper:
     def gradient_dtype(self, device: torch.device) -> torch.dtype:
         """Of the sums of gradients that our own strategy keeps."""
         form = self.own_form(device)
+        if self.sums:
+            return DTYPES[self.sums]
         return form.gradient if form else torch.float32
 
     def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

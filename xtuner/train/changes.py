@@ -11,6 +11,7 @@ HARMLESS = (
     "model.activation_checkpointing", "model.attention",
     "model.pretrained_model_name_or_path", "model.path", "model.llm",
     "optim_wrapper.accumulative_counts",  # packs an iteration of all ranks are compared themselves
+    "optim_wrapper.micro_batch", "optim_wrapper.full",
     "train_dataloader.num_workers", "train_dataloader.dataset.dataset_cfg.folder",
     "train_dataloader.dataset.dataset_cfg.data_order_path", "train_dataloader.dataset.dataset_cfg.cache_dir",
     "default_hooks.logger", "default_hooks.timer",

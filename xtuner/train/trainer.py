@@ -78,7 +78,8 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
     log.setup(config.get("log_level", "INFO"), rank=ranks.rank)
     ranks.on_main(lambda: preflight.command_line(work_dir, options.seed, options.max_minutes))
     run = preflight.prepare(config, hooks, work_dir, device, options.seed, mesh)
-    run.choice = ranks.together(lambda: choose(run.source, run.optim, device, options.deepspeed, options.fsdp, mesh))
+    how, pack = (options.deepspeed, options.fsdp, mesh), run.loader.dataset.packed_length
+    run.choice = ranks.together(lambda: choose(run.source, run.optim, device, *how, pack))
     ranks.together(lambda: run.source.require(device, run.optim.compute_dtype(device)))
     if options.dry_run:
         found = _find(run, options, contents=False)
@@ -135,7 +136,7 @@ def _start(run: Run, found: Found | None) -> None:
     _print_report(run)
     run.strategy = strategy(run.choice, run.source, run.optim, run.device)
     if run.device.type == "cuda":
-        run.strategy.memory.tell(run.loader.dataset.packed_length)
+        run.strategy.memory.tell(run.choice.pack, run.mesh)
     take(run, found)
     dist.ALL.on_main(lambda: _record_start(run, found))
     for hook in run.hooks:

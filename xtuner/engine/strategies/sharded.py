@@ -14,7 +14,7 @@ from xtuner.data.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.local_optimizer import local_optimizer
-from xtuner.engine.memory import DIVISIONS, Division
+from xtuner.engine.memory import PACK, Division
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, StatefulStrategy
 from xtuner.engine.strategies.divided import DividedModel
@@ -28,7 +28,8 @@ class ShardedStrategy(StatefulStrategy):
     """
     Args:
         mesh: None for one process.
-        division: what is kept full; None for what memory allows.
+        division: what is kept full; None for the fastest that fits.
+        pack: tokens of a pack.
     """
 
     def __init__(
@@ -38,18 +39,21 @@ class ShardedStrategy(StatefulStrategy):
         device: torch.device,
         mesh: Mesh | None = None,
         division: Division | None = None,
+        pack: int = PACK,
     ) -> None:
         mesh = mesh or Mesh()
         self.name = "single" if mesh.size == 1 else "fsdp"
         self.compute_dtype = optim.compute_dtype(device)
-        chosen = division or memory.division(source, optim, device, mesh)
-        _, (most,) = mesh.ranks.sums_and_most([], [DIVISIONS.index(chosen)])  # what all ranks have memory for
-        self.memory = memory.of_mesh(source, optim, device, mesh, DIVISIONS[most])
+        free = memory.free_bytes(device)
+        if free is not None:
+            _, (taken,) = mesh.ranks.sums_and_most([], [-free])
+            free = -taken  # of the rank that has the least: all have to choose the same
+        self.memory = memory.of_mesh(source, optim, device, mesh, pack, free, division)
         where = device if mesh.shard_size == 1 else torch.device("meta")
         self._model = source.empty(where, self.compute_dtype).train()
         shapes = {n: p.shape for n, p in self._model.named_parameters()}
         super().__init__(source.config, shapes, device, mesh, gives=mesh.replica == 0)
-        self._divided = DividedModel(self._model, mesh, device, DIVISIONS[most], optim.gradient_dtype(device))
+        self._divided = DividedModel(self._model, mesh, device, self.memory.division, optim.gradient_dtype(device))
         if where.type == "meta":
             source.configure(self._model, device, self.compute_dtype)
         self._model.model.keeps = self.memory.plan.keeps

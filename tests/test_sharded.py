@@ -251,3 +251,13 @@ def test_what_is_kept_full_follows_from_memory() -> None:
     work = Work(seven.config, 32768, 4, [Keep()] * 32, gathered=1, reduced=4, gradient=4)
     one, four, two_nodes = (work.seconds(Mesh(dp_shard=n, local_size=here)) for n, here in ((1, 1), (4, 4), (8, 4)))
     assert one < four < two_nodes
+
+
+def test_ranks_with_unequal_memory_choose_the_same(tmp_path: Path) -> None:
+    def on_two(ranks: Ranks, folder: Path) -> None:
+        memory.free_bytes = lambda device: 2**33 + ranks.rank * 2**30  # type: ignore[assignment]
+        s = strategy(model=replace(source(), recompute=True))
+        assert s.memory.division == ALL_FULL
+        assert s.memory.plan.room == 2**33 - s.memory.state - memory.RESERVE - memory.COLLECTIVES
+
+    assert on_ranks(2, on_two, tmp_path) == [0, 0]

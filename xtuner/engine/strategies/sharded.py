@@ -46,8 +46,7 @@ class ShardedStrategy(StatefulStrategy):
         self.compute_dtype = optim.compute_dtype(device)
         free = memory.free_bytes(device)
         if free is not None:
-            _, (taken,) = mesh.ranks.sums_and_most([], [-free])
-            free = -taken  # of the rank that has the least: all have to choose the same
+            free = min(mesh.ranks.gather(free))  # all ranks have to choose the same
         self.memory = memory.of_mesh(source, optim, device, mesh, pack, free, division)
         where = device if mesh.shard_size == 1 else torch.device("meta")
         self._model = source.empty(where, self.compute_dtype).train()

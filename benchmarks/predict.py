@@ -12,10 +12,9 @@ torch 2.13 (FSDP2) and DeepSpeed 0.19.8, with the settings that are shipped:
 - ZeRO-3: weights are gathered in bf16 before forward and backward; what is used again within 10⁹ parameters (head, last
   blocks) stays. Only what the prefetch (50 million, and up to the end of a tensor) covers is taken as hidden.
   Gradients are reduce-scattered in fp32, hidden but for the last bucket and the embedding.
-- FSDP2: a block's weights are gathered in bf16 before its forward and again before its backward; embedding and head,
-  the root's, once (they stay). Gradients are reduce-scattered in fp32, the root's and the first block's at the end.
-  All this for each micro-batch: where a pack does not fit whole, it is cut. Our own strategy now sends at most that:
-  less where all weights, or all weights and gradients, are kept over the iteration. This is not predicted yet.
+- FSDP, our own strategy: what `engine/memory.py` chooses to keep full. Full weights are gathered once an iteration,
+  under the first blocks' forward; otherwise a block's before its forward and again before its backward, in each micro-batch.
+  Full gradients are reduce-scattered once, under the last micro-batch's backward; otherwise in each.
 """
 
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from xtuner.engine.optim import OptimWrapper
 from xtuner.model.flops import PEAK, matmul_parameters, training_flops
 from xtuner.model.plan import Plan
 
+COPIES = 3e12  # bytes a second of memory
 ENGINES = ("fsdp", "zero1", "zero2", "zero3")
 BUCKET = 200e6  # numbers: reduce_bucket_size of the shipped settings
 PREFETCH = 50e6  # numbers: stage3_prefetch_bucket_size
@@ -48,15 +48,15 @@ TERMS = (
 class Links:
     """How fast GPUs exchange: measured by bandwidth.py, else assumed.
 
-    Assumed: NVLink 4 has 450 GB/s each way; 350 (78 %) of it is reached without multicast, and a collective takes 50 µs
-    before the first byte. While one runs, compute beside it loses 15 % (NCCL takes 16 to 24 of 132 multiprocessors).
+    Assumed: what four H100 of one host reached with 1 GiB (2026-11-27, multicast off): 300 of NVLink 4's 450 GB/s each
+    way, and 50 µs before the first byte; compute beside a collective loses 39 % of its time.
     """
 
     measured: dict[str, Any] | None = None
 
     @property
     def slowdown(self) -> float:
-        return float(self.measured["slowdown"]) if self.measured else 0.15
+        return float(self.measured["slowdown"]) if self.measured else 0.39
 
     def ms(self, name: str, size: float, ranks: int) -> float:
         """Of a collective whose whole tensor has `size` bytes."""
@@ -64,7 +64,7 @@ class Links:
             return 0.0
         sent = bus_bytes(name, int(size), ranks)
         if not self.measured:
-            return 0.05 + sent / 350e9 * 1000
+            return 0.05 + sent / 300e9 * 1000
         points = sorted((int(s), reached) for s, reached in self.measured["bytes_per_s"][name].items())
         sizes, reached = zip(*points, strict=True)
         return float(1000 * sent / np.interp(np.log(size), np.log(sizes), reached))
@@ -79,13 +79,12 @@ class Sent:
     hidden: float
 
 
-def sent(m: Measured, engine: str, ranks: int, links: Links, parts: int = 1) -> Sent:
-    """What an engine sends in an iteration of one pack, cut into so many parts by FSDP, and how much compute hides."""
+def sent(m: Measured, engine: str, ranks: int, links: Links) -> Sent:
+    """What DeepSpeed sends in an iteration of one pack, and how much compute hides."""
     layers, one = m.source.config.num_layers, m.ends / 2
     share = m.block * layers / matmul_parameters(m.source.config)  # of the products; the head has the rest
     compute = (m.products * share + m.attention + m.elementwise) / layers  # ms a block, forward and backward
-    compute /= parts
-    forward, backward = compute * 0.3, compute * 0.7  # attention's backward is 2.5, the products' 2 forwards
+    backward = compute * 0.7  # attention's is 2.5, the products' 2 forwards
 
     def gather(n: float) -> float:
         return links.ms("all_gather", 2 * n, ranks)
@@ -112,12 +111,26 @@ def sent(m: Measured, engine: str, ranks: int, links: Links, parts: int = 1) -> 
         late += scatter(BUCKET) + scatter(one) + more
         hidden = fetched * hides + gather(one) + scatter(m.parameters - one - BUCKET) - more
         return Sent(bytes_sent * each, late, hidden)
-    late = gather(m.ends) + gather(m.block) + scatter(m.block) + scatter(m.ends)
-    late += (layers - 1) * max(0, gather(m.block) - forward)
-    late += (layers - 1) * max(0, gather(m.block) + scatter(m.block) - backward)
-    everything = gather(m.ends) + 2 * layers * gather(m.block) + layers * scatter(m.block) + scatter(m.ends)
-    bytes_sent = (2 * (m.parameters + layers * m.block) + 4 * m.parameters) * each
-    return Sent(parts * bytes_sent, parts * late, parts * (everything - late))
+    raise AssertionError(engine)
+
+
+def sent_by_own(m: Measured, ranks: int, links: Links, there: "Room") -> Sent:
+    """The same of our own strategy."""
+    layers, one, parts = m.source.config.num_layers, m.ends / 2, there.parts
+    compute = (m.products + m.attention + m.elementwise) / parts  # ms a micro-batch
+    forward, backward = compute * 0.3, compute * 0.7
+    gather, scatter = (
+        lambda n: links.ms("all_gather", 2 * n, ranks),
+        lambda n: links.ms("reduce_scatter", 4 * n, ranks),
+    )
+    weights, gradients = layers * gather(m.block) + 2 * gather(one), layers * scatter(m.block) + 2 * scatter(one)
+    gathers = 1 if there.division.weights else 2 * parts
+    reductions = 1 if there.division.gradients else parts
+    first, last = gather(one), scatter(m.block) + scatter(one)  # nothing computes before, or after
+    late = first + last + gathers * max(0, weights - forward) + reductions * max(0, gradients - backward)
+    everything = gathers * weights + reductions * gradients
+    numbers = 2 * gathers + 4 * reductions
+    return Sent(numbers * m.parameters * (ranks - 1) / ranks, late, max(everything - late, 0))
 
 
 def _prefetched(m: Measured) -> float:
@@ -138,25 +151,23 @@ class Room:
     state: int
     plan: Plan
     parts: int
+    division: memory.Division = memory.ALL_FULL
 
 
 def room(m: Measured, engine: str, ranks: int, free: float) -> Room | None:
     """None if it does not fit."""
     optim, cpu = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), torch.device("cpu")
     if engine == "fsdp":
-        mesh = Mesh(dp_shard=ranks)
-        division = memory.division(m.source, optim, cpu, mesh, int(free))
-        state = memory.of_mesh(m.source, optim, cpu, mesh, division).state
-    else:
-        settings = zero_config.read(f"deepspeed_{engine}")
-        state = memory.zero_state(m.source, optim, cpu, ranks, settings)
+        mesh = Mesh(dp_shard=ranks, local_size=ranks)
+        found = memory.of_mesh(m.source, optim, cpu, mesh, PACK, int(free))
+        assert found.most
+        there = Room(found.state, found.plan, -(-PACK // found.most), found.division)
+        return there if found.fits(min(found.most, PACK)) else None
+    settings = zero_config.read(f"deepspeed_{engine}")
+    state = memory.zero_state(m.source, optim, cpu, ranks, settings)
     left = int(free - state - memory.RESERVE)
     plan = Plan(m.source.config, 2, max(left, 0))
-    parts = 1
-    if engine == "fsdp":
-        largest = plan.largest(PACK)
-        parts = -(-PACK // (largest if largest >= memory.LEAST else memory.USUAL))
-    return Room(state, plan, parts) if plan.peak(PACK // parts) <= left else None
+    return Room(state, plan, 1) if plan.peak(PACK) <= left else None
 
 
 def again(m: Measured, there: Room) -> float:
@@ -175,9 +186,12 @@ def again(m: Measured, there: Room) -> float:
     return total
 
 
-def engines_own(m: Measured, engine: str, ranks: int, slower: float, parts: int) -> float:
+def engines_own(m: Measured, engine: str, ranks: int, slower: float, parts: int, division: memory.Division) -> float:
     """ms that an engine costs beside compute, optimizer and collectives: 1.8B's on one GPU, by parameters; once for
     each part of a pack."""
+    if engine == "fsdp":  # sums of rows, where they are added up in each micro-batch: read both, write one
+        rows = 0 if division.gradients else 12 * m.parameters / ranks
+        return 1000 * parts * rows / COPIES * slower
     small = MODELS["1.8b"]
     there = room(small, engine, 1, MACHINES["H100"].free)
     assert there
@@ -214,7 +228,8 @@ def predict(m: Measured, machine: Machine, engine: str, ranks: int, squares: Flo
     there = room(m, engine, ranks, machine.free)
     if there is None:
         return None
-    collectives = sent(m, engine, ranks, links, there.parts)
+    own = engine == "fsdp"
+    collectives = sent_by_own(m, ranks, links, there) if own else sent(m, engine, ranks, links)
     each = squares[: len(squares) // ranks * ranks].reshape(-1, ranks)
     slowest = float(each.max(axis=1).mean())
     values = (
@@ -223,7 +238,7 @@ def predict(m: Measured, machine: Machine, engine: str, ranks: int, squares: Flo
         (m.elementwise + m.copies) * machine.slower,
         m.idle,
         again(m, there),
-        engines_own(m, engine, ranks, machine.slower, there.parts),
+        engines_own(m, engine, ranks, machine.slower, there.parts, there.division),
         m.optimizer * machine.slower / ranks,
         collectives.exposed,
         links.slowdown * collectives.hidden,

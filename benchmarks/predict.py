@@ -13,7 +13,7 @@ torch 2.13 (FSDP2) and DeepSpeed 0.19.8, with the settings that are shipped:
   blocks) stays. Only what the prefetch (50 million, and up to the end of a tensor) covers is taken as hidden.
   Gradients are reduce-scattered in fp32, hidden but for the last bucket and the embedding.
 - FSDP, our own strategy: what `engine/memory.py` chooses to keep full. Full weights are gathered once an iteration,
-  under the first blocks' forward; otherwise a block's before its forward and again before its backward, in each micro-batch.
+  under the first blocks' forward; otherwise a block's before its forward and before its backward, in each micro-batch.
   Full gradients are reduce-scattered once, under the last micro-batch's backward; otherwise in each.
 """
 

@@ -12,6 +12,8 @@ from xtuner.model.flops import num_parameters, training_flops
 from xtuner.train.run import Run
 
 SHOWN_FILES = 20
+LOOKED_AT = 1024  # packs of which it is worked out how long ranks wait for each other
+SUGGESTED = 16  # iterations whose packs are dealt together: `train_dataloader.balance`
 
 
 def environment(config: Path) -> dict[str, Any]:
@@ -49,6 +51,7 @@ def report(run: Run) -> str:
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))
+    rows += _dealing(run)
     left_over = run.total_packs - run.max_iterations * run.packs_per_iteration
     rows += [
         ("iteration", f"{tokens:,} tokens in packs: {run.packs_per_iteration}; {human(flops)}FLOPs without attention"),
@@ -56,6 +59,41 @@ def report(run: Run) -> str:
         ("work dir", str(run.work_dir)),
     ]
     return "what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows)
+
+
+def _dealing(run: Run) -> list[tuple[str, str]]:
+    """Which packs are dealt to ranks, and how long those wait for the slowest, by arithmetic."""
+    loader, config = run.loader, run.source.config
+    one_rank, window = loader.dp_size == 1, loader.balance
+    if one_rank and window < 2:
+        return []
+    if loader.lacks:
+        what = f"not dealt: {loader.lacks}"
+    elif not window:
+        what = "not dealt"
+    elif window > 1:
+        what = f"those of {window} iterations are dealt to them by attention cost" + ", as on several ranks" * one_rank
+    elif loader.deals:
+        what = "those of an iteration are dealt to its ranks by attention cost"
+    else:
+        what = "one of each rank in an iteration: nothing to deal"
+
+    def wait(balance: int) -> float | None:
+        def flops(squares: Any) -> Any:
+            return training_flops(config, loader.dataset.packed_length, squares)
+
+        return loader.waiting(flops, balance, most)
+
+    most = max(LOOKED_AT // run.packs_per_iteration, window, SUGGESTED)
+    undealt = None if one_rank else wait(0)
+    if undealt is not None:
+        what += f"; ranks wait {undealt:.1%} of an iteration for the slowest"
+        if loader.deals:
+            what += f" undealt, {wait(window):.1%} dealt"
+        if window < SUGGESTED:
+            what += f", {wait(SUGGESTED):.1%} with train_dataloader.balance = {SUGGESTED}"
+        what += " (by arithmetic)"
+    return [("balance", what)]
 
 
 def _masters(run: Run) -> str:

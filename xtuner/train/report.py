@@ -14,6 +14,7 @@ from xtuner.train.run import Run
 SHOWN_FILES = 20
 LOOKED_AT = 1024  # packs of which it is worked out how long ranks wait for each other
 SUGGESTED = 16  # iterations whose packs are dealt together: `train_dataloader.balance`
+WORTH = 0.005  # of an iteration, to suggest it
 
 
 def environment(config: Path) -> dict[str, Any]:
@@ -63,37 +64,32 @@ def report(run: Run) -> str:
 
 def _dealing(run: Run) -> list[tuple[str, str]]:
     """Which packs are dealt to ranks, and how long those wait for the slowest, by arithmetic."""
-    loader, config = run.loader, run.source.config
-    one_rank, window = loader.dp_size == 1, loader.balance
-    if one_rank and window < 2:
-        return []
-    if loader.lacks:
-        what = f"not dealt: {loader.lacks}"
-    elif not window:
-        what = "not dealt"
-    elif window > 1:
-        what = f"those of {window} iterations are dealt to them by attention cost" + ", as on several ranks" * one_rank
+    loader, window = run.loader, run.loader.balance
+    if loader.dp_size == 1:
+        of = f"packs of {window} iterations are dealt to them by attention cost, as on several ranks"
+        return [("balance", of)] if window > 1 else []
+    if window > 1:
+        what = f"packs of {window} iterations are dealt to them by attention cost"
     elif loader.deals:
-        what = "those of an iteration are dealt to its ranks by attention cost"
+        what = "packs of an iteration are dealt to its ranks by attention cost"
+    elif window:
+        what = "one pack a rank in an iteration, nothing to deal"
     else:
-        what = "one of each rank in an iteration: nothing to deal"
+        what = "packs are not dealt" + (f", because {loader.lacks}" if loader.lacks else "")
 
-    def wait(balance: int) -> float | None:
-        def flops(squares: Any) -> Any:
-            return training_flops(config, loader.dataset.packed_length, squares)
-
-        return loader.waiting(flops, balance, most)
+    def flops(squares: Any) -> Any:
+        return training_flops(run.source.config, loader.dataset.packed_length, squares)
 
     most = max(LOOKED_AT // run.packs_per_iteration, window, SUGGESTED)
-    undealt = None if one_rank else wait(0)
-    if undealt is not None:
-        what += f"; ranks wait {undealt:.1%} of an iteration for the slowest"
-        if loader.deals:
-            what += f" undealt, {wait(window):.1%} dealt"
-        if window < SUGGESTED:
-            what += f", {wait(SUGGESTED):.1%} with train_dataloader.balance = {SUGGESTED}"
-        what += " (by arithmetic)"
-    return [("balance", what)]
+    now, undealt, better = (loader.waiting(flops, balance, most) for balance in (window, 0, SUGGESTED))
+    if now is None or undealt is None or better is None:
+        return [("balance", what)]
+    what += f": ranks wait {now:.1%} of an iteration for the slowest"
+    if loader.deals:
+        what += f" instead of {undealt:.1%}"
+    if window < SUGGESTED and now - better >= WORTH:
+        what += f"; train_dataloader.balance = {SUGGESTED} would leave {better:.1%}"
+    return [("balance", f"{what} (by arithmetic)")]
 
 
 def _masters(run: Run) -> str:

@@ -1,6 +1,7 @@
 """Dealing packs by attention cost: which iteration has a pack, which rank computes it, and what that saves."""
 
 import json
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from conftest import reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_train import with_hook
 
 from xtuner.config.load import load
 from xtuner.core.errors import ConfigError
@@ -70,18 +72,20 @@ class Costly:
         return self.of[packs]
 
 
-def loader(data: Costly, balance: int, each: int, rank: int, ranks: int, begun_on: int) -> PackLoader:
+def loader(data: Costly, balance: int, each: int, rank: int, ranks: int, begun_on: int, origin: int) -> PackLoader:
     found = PackLoader(data, InternRepoSampler(data, rank=rank, world_size=ranks), balance=balance)  # type: ignore[arg-type]
-    found.accumulative_counts, found.begun_on, found.reshuffle = each, begun_on, True
+    found.accumulative_counts, found.begun_on, found.windows_from, found.reshuffle = each, begun_on, origin, True
     return found
 
 
-def taken(data: Costly, balance: int, packs: int, ranks: int, begun_on: int, begin: int, count: int) -> list[Any]:
+def taken(
+    data: Costly, balance: int, packs: int, ranks: int, begun_on: int, begin: int, count: int, origin: int = 0
+) -> list[Any]:
     """[iterations][ranks][packs a rank] from pack `begin` of the stream on."""
     each = packs // ranks
     position = Position().advance(begin, len(data) // begun_on * begun_on)
     rows = [
-        list(islice(loader(data, balance, each, r, ranks, begun_on).numbers_from(position), count * each))
+        list(islice(loader(data, balance, each, r, ranks, begun_on, origin).numbers_from(position), count * each))
         for r in range(ranks)
     ]
     return [[row[i : i + each] for row in rows] for i in range(0, count * each, each)]
@@ -113,20 +117,62 @@ def test_a_pure_function_of_stream_position_and_ranks(
     num_packs: int, begun_on: int, packs: int, k: int, done: int, begin: int, seed: int
 ) -> None:
     """Every iteration has the same packs on any number of ranks, those of the definition, also in a resume in the
-    middle of a window, and where earlier iterations had another number of packs."""
+    middle of a window, and where earlier iterations had other numbers of packs."""
     data = Costly(np.random.RandomState(seed).randint(1, 9, num_packs))
-    per_epoch, begin, count = num_packs // begun_on * begun_on, begin % packs, 10
+    per_epoch, count, origin = num_packs // begun_on * begun_on, 10, begin if k > 1 else 0
     sampler = InternRepoSampler(data, rank=0, world_size=1)
     stream = sampler.packs(begin, begin + (count + k) * packs, per_epoch).tolist()
     assert stream == taken(data, 0, len(stream) + begin, 1, begun_on, 0, 1)[0][0][begin:]
     expected = by_definition(data.of, stream, packs, per_epoch, begin, max(k, 1))[:count]
     for ranks in (n for n in (1, 2, 3, 4, 6) if packs % n == 0):
-        dealt = taken(data, k, packs, ranks, begun_on, begin, count)
+        dealt = taken(data, k, packs, ranks, begun_on, begin, count, origin)
         assert [sorted(chain.from_iterable(row)) for row in dealt] == [sorted(row) for row in expected]
         assert all(len(mine) == packs // ranks for row in dealt for mine in row)
         if k == 0 or ranks in (1, packs):
             assert dealt == [[row[r::ranks] for r in range(ranks)] for row in expected]
-        assert taken(data, k, packs, ranks, begun_on, begin + done * packs, count - done) == dealt[done:]
+        assert taken(data, k, packs, ranks, begun_on, begin + done * packs, count - done, origin) == dealt[done:]
+
+
+def test_dealing_may_begin_in_the_middle_of_a_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xtuner: Any
+) -> None:
+    """From iteration 3 on 4 iterations are dealt together, stopped in the middle of a window: no pack comes twice."""
+    seen: list[list[int]] = []
+    real = PackLoader.iterate_from
+
+    def recording(self: PackLoader, position: Position) -> Iterator[Batch]:
+        seen.append([])
+        for batch in real(self, position):
+            seen[-1].append(batch.pack)
+            yield batch
+
+    monkeypatch.setattr(PackLoader, "iterate_from", recording)
+    act = "os.kill(os.getpid(), signal.SIGTERM)"
+    stopping = with_hook(tiny, tmp_path / "run.py", "0 or it.state.iteration in [3, 5]", act)
+    train = (
+        "train",
+        stopping,
+        "--work-dir",
+        tmp_path / "w",
+        "--cfg-options",
+        "evaluation_inputs=[]",
+        "val_dataset=None",
+    )
+    dealt = (*train, "train_dataloader.balance=4", "--resume")
+    assert xtuner(*train) == 75
+    with pytest.raises(ConfigError, match=r"train_dataloader.balance: 1 → 4"):
+        xtuner(*dealt)
+    assert xtuner(*dealt, "--allow-change") == 75
+    assert xtuner(*dealt) == 0
+    first, second, third = seen[0][:-2], seen[1][:-2], seen[2]
+    order = InternRepoSampler(range(30)).permutation().tolist()
+    later = second + third
+    assert [first, len(second), len(third)] == [order[:6], 4, 20]
+    for begin in (0, 8, 16):
+        assert sorted(later[begin : begin + 8]) == sorted(order[6 + begin : 14 + begin])
+    assert later != order[6:]
+    facts = json.loads((tmp_path / "w" / "iter_15.pth" / "trainer.json").read_text())
+    assert (facts["balance"], facts["windows_from"]) == (4, 6)
 
 
 def test_ranks_get_equally_many_and_nearly_equal_costs() -> None:

@@ -223,7 +223,7 @@ def test_one_stream_on_any_number_of_ranks(
     for old, new in (
         ("max_epochs = 1", "max_epochs = 3"),
         ("max_length = 32", "max_length = 64"),
-        ("train_dataloader = dict(", f"train_dataloader = dict(balance={balance}, "),
+        ("    balance=1,", f"    balance={balance},"),
         ("accumulative_counts = 2 ", f"accumulative_counts = {4 // chain[0]} "),
         ("evaluation_inputs = ", "evaluation_inputs = [] and "),
     ):

@@ -3,7 +3,7 @@
 A pack costs a constant + b · Σ len² over its document fragments, and all ranks of an iteration wait for the slowest.
 
     stream       p0 p1 p2 p3 │ p4 p5 p6 p7 │ p8 …            an iteration: P packs of all ranks
-    window       iterations [0:k], [k:2k], … of the run, cut where an epoch ends
+    window       iterations [0:k], [k:2k], … of the run, or since P or k was changed; cut where an epoch ends
     iterations   k > 1: the packs of a window sorted by cost, P neighbours to each iteration     by P alone
     ranks        an iteration's packs, the costliest first, to the rank with the least so far    by P and the ranks
 
@@ -43,15 +43,17 @@ def squares(ends: Int64s, starts: Ints, packed_length: int) -> Int64s:
     return found
 
 
-def windows(begin: int, packs: int, per_epoch: int, size: int) -> Iterator[tuple[int, int, int]]:
+def windows(begin: int, origin: int, packs: int, per_epoch: int, size: int) -> Iterator[tuple[int, int, int]]:
     """What is dealt together, from pack `begin` of the stream on: (its first pack, its iterations, those of them done).
 
     Args:
-        packs: P. If `begin` is no multiple of it, iterations have had another number of packs until now.
+        origin: pack of the stream from which windows are counted.
+        packs: P.
         per_epoch: packs of an epoch; a window is cut there, and an iteration with packs of two epochs dealt alone.
         size: k, iterations of a full window.
     """
-    done, offset = divmod(begin, packs)
+    done = (begin - origin) // packs
+    offset = begin - done * packs
 
     def epochs(i: int) -> tuple[int, int]:
         """Of an iteration's first and last pack; equal for neighbours only if they lie in one epoch."""

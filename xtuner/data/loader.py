@@ -39,6 +39,7 @@ class PackLoader:
             attention cost; k > 1: those of k iterations to iterations, too. See deal.py.
         reshuffle: a new order each epoch (`DistSamplerSeedHook` sets it); otherwise epoch 0's again.
         accumulative_counts: packs that each rank takes in an iteration (the run sets it).
+        windows_from: where in the data k iterations are counted from (a resume sets it).
         begun_on: ranks that the run was begun on, which decide what an epoch is (a resume sets it).
     """
 
@@ -55,6 +56,7 @@ class PackLoader:
         self.lacks = self._what_dealing_lacks(balance)
         self.balance = 0 if self.lacks else balance
         self.accumulative_counts = 1
+        self.windows_from = 0
         self.reshuffle = False
         self.begun_on = sampler.world_size
 
@@ -87,6 +89,11 @@ class PackLoader:
     @property
     def packs_per_epoch(self) -> int:
         return packs_per_epoch(self.num_packs, self.begun_on)
+
+    def packs_before(self, position: Position) -> int:
+        """Packs of the stream, of all epochs, that lie before a position."""
+        position = position.advance(0, self.packs_per_epoch)
+        return position.epoch * self.packs_per_epoch + position.offset
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order of packs depends on. A resume compares it."""
@@ -131,8 +138,8 @@ class PackLoader:
     def _dealt(self, position: Position) -> Iterator[int]:
         """The same, of which every iteration's are chosen by cost. Costs of a window are looked up when it begins."""
         per_epoch, packs = self.packs_per_epoch, self.dp_size * self.accumulative_counts
-        begin = position.advance(0, per_epoch)
-        for first, iterations, done in windows(begin.epoch * per_epoch + begin.offset, packs, per_epoch, self.balance):
+        begin = self.packs_before(position)
+        for first, iterations, done in windows(begin, self.windows_from, packs, per_epoch, self.balance):
             window = self.sampler.packs(first, first + iterations * packs, per_epoch, self.reshuffle)
             costs = self.dataset.costs(window)
             for taken in to_iterations(costs, packs)[done:]:

@@ -80,6 +80,7 @@ class Run:
             "ranks": self.loader.dp_size,
             "begun_on": self.loader.begun_on,
             "balance": self.loader.balance,
+            "windows_from": self.loader.windows_from,
             "config": self.config.resolved(),
         }
 

@@ -14,6 +14,7 @@ from xtuner.train.run import Run
 SHOWN_FILES = 20
 LOOKED_AT = 1024  # packs of which it is worked out how long ranks wait for each other
 SUGGESTED = 16  # iterations whose packs are dealt together: `train_dataloader.balance`
+MOST = 64  # iterations that are looked at for a window of more
 WORTH = 0.005  # of an iteration, to suggest it
 
 
@@ -80,7 +81,7 @@ def _dealing(run: Run) -> list[tuple[str, str]]:
     def flops(squares: Any) -> Any:
         return training_flops(run.source.config, loader.dataset.packed_length, squares)
 
-    most = max(LOOKED_AT // run.packs_per_iteration, window, SUGGESTED)
+    most = max(LOOKED_AT // run.packs_per_iteration, min(window, MOST), SUGGESTED)
     now, undealt, better = (loader.waiting(flops, balance, most) for balance in (window, 0, SUGGESTED))
     if now is None or undealt is None or better is None:
         return [("balance", what)]

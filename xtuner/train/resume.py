@@ -49,8 +49,8 @@ def find(run: Run, resume: str | bool | None, strict: bool, allow_change: bool, 
         state, facts = checkpoint.read_trainer(chosen.folder)
         _check_facts(facts, where)
         _fit(run, str(where), facts)
-        _count_windows(run, state, facts)
         _same_run(run, str(where), facts, allow_change)
+        _count_windows(run, state, facts)
     except RecursionError:
         raise CheckpointError(f"{where.name} is nested too deeply", where=str(where)) from None
     run.mesh.ranks.on_main(lambda: SavedStates(chosen.folder) and None)
@@ -124,7 +124,10 @@ def _fit(run: Run, where: str, facts: dict[str, Any]) -> None:
 
 def _count_windows(run: Run, state: TrainState, facts: dict[str, Any]) -> None:
     """Windows of iterations whose packs are dealt together continue; of another size, they begin anew here."""
-    loader, here = run.loader, run.loader.packs_before(state.position)
+    loader = run.loader
+    if not loader.packs_per_epoch:  # changed data have fewer packs than the run was begun on ranks
+        return
+    here = loader.packs_before(state.position)
     before = max(facts.get("balance", 0), 1), facts["packs_per_iteration"], facts["data"].get("num_packs")
     same = before == (max(loader.balance, 1), run.packs_per_iteration, loader.num_packs)
     loader.windows_from = min(facts.get("windows_from", 0), here) if same else here

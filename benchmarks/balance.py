@@ -3,22 +3,32 @@
 A pack's time is  fixed + a + b · Σ len²  over its documents: matrix products and the like depend on tokens alone, which
 are equally many in all packs; attention on documents' lengths. All ranks of an iteration wait for the slowest.
 
-Dealing: the packs of a window of W iterations are sorted by cost and dealt so that the ranks of an iteration get
-neighbours. Every pack is still seen once and the window is seen whole, but which packs meet in an iteration changes
-(W = 1: nothing changes). With accumulation an iteration is a window of its own: then no iteration's packs change.
+Packs are dealt as training deals them (xtuner/data/deal.py): in windows of iterations (`train_dataloader.balance`), or
+within each iteration, which has an effect only with several packs a rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from xtuner.data import deal
 from xtuner.data.stats import pack_costs
 
 Floats = npt.NDArray[np.float64]
+Time = Callable[[Floats], Floats]  # of packs of these costs, in any unit
 
 RANKS = (2, 4, 8, 64)
-WINDOWS = (1, 4, 16, 64)
+WAYS = (  # packs a rank, iterations dealt together, in words
+    (1, 0, "one pack a rank, not dealt"),
+    (1, 4, "in 4 iterations"),
+    (1, 16, "in 16 iterations"),
+    (1, 64, "in 64 iterations"),
+    (4, 0, "4 packs a rank, not dealt"),
+    (4, 1, "in each iteration"),
+    (4, 16, "in 16 iterations"),
+)
 MIXES = {
     "lognormal, median 700": 0.0,
     "the same, 10 % of tokens in documents of 32k": 0.1,
@@ -43,32 +53,29 @@ def lengths(tokens: int, pack: int, long: float, seed: int = 0) -> npt.NDArray[n
     return every
 
 
-def waiting(times: Floats, ranks: int, window: int = 1) -> float:
-    """Part of an iteration that the average rank waits for the slowest, packs dealt in windows of iterations."""
-    iterations = len(times) // (ranks * window) * window
-    if not iterations:
-        raise ValueError(f"{len(times)} packs are no {window} iterations of {ranks} ranks")
-    dealt = np.sort(times[: iterations * ranks].reshape(-1, ranks * window), axis=1)
-    if window == 1:
-        dealt = times[: iterations * ranks]
-    each = dealt.reshape(iterations, ranks)
-    return float(1 - each.mean() / each.max(axis=1).mean())
+def waiting(costs: Floats, ranks: int, window: int = 1, each: int = 1, time: Time = lambda costs: costs) -> float:
+    """Part of an iteration that the average rank waits for the slowest, over full windows of packs."""
+    together = ranks * each * max(window, 1)
+    if len(costs) < together:
+        raise ValueError(f"{len(costs)} packs are no {window} iterations of {ranks} ranks")
+    return deal.waiting(costs[: len(costs) // together * together], time, ranks, each, window)
 
 
 def table(models: dict[str, Any], packs: int = 2**15) -> str:
     """For each model (see predict.py: fixed, a, b in ms) and mix: the wait, and what dealing leaves of it."""
     head = [f"{r} ranks" for r in RANKS]
-    lines = [f"| model, documents | Σ len² of a pack, mean ± deviation | dealt in windows of | {' | '.join(head)} |"]
+    lines = [f"| model, documents | Σ len² of a pack, mean ± deviation | dealt | {' | '.join(head)} |"]
     lines.append("|---|---|---|" + "---|" * len(RANKS))
     for mix, long in MIXES.items():
         s = squares(lengths(packs * 32768, 32768, long), 32768)
         for name, model in models.items():
-            times = model.fixed + model.a + model.b * s
-            for window in WINDOWS:
-                cells = " | ".join(f"{waiting(times, ranks, window):.2%}" for ranks in RANKS)
-                first = window == WINDOWS[0]
-                label = f"{name}, {mix}" if first else ""
-                spread = f"({s.mean() / 1e6:.0f} ± {s.std() / 1e6:.0f})·10⁶" if first else ""
-                how = f"{window} iterations" if window > 1 else "not dealt"
+
+            def time(costs: Floats, model: Any = model) -> Floats:
+                return model.fixed + model.a + model.b * costs
+
+            for i, (each, window, how) in enumerate(WAYS):
+                cells = " | ".join(f"{waiting(s, ranks, window, each, time):.2%}" for ranks in RANKS)
+                label = "" if i else f"{name}, {mix}"
+                spread = "" if i else f"({s.mean() / 1e6:.0f} ± {s.std() / 1e6:.0f})·10⁶"
                 lines.append(f"| {label} | {spread} | {how} | {cells} |")
     return "\n".join(lines)

@@ -187,12 +187,13 @@ def test_a_rank_that_dies_in_a_save_publishes_nothing(tmp_path: Path) -> None:
     assert [p for p in tmp_path.iterdir() if ".tmp-" in p.name] == []
 
 
-@pytest.mark.parametrize("chain", [(1, 2, 2, 4, 1), (2, 1, 4)])
+@pytest.mark.parametrize(("chain", "balance"), [((1, 2, 2, 4, 1), 1), ((2, 1, 4), 1), ((1, 2, 4), 3)])
 def test_one_stream_on_any_number_of_ranks(
-    chain: tuple[int, ...], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chain: tuple[int, ...], balance: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped and resumed by one command on other numbers of ranks: every iteration has the packs of a run on as many
-    ranks as it was begun on that nobody stopped. 15 packs an epoch, 4 an iteration: both borders lie inside one."""
+    ranks as it was begun on that nobody stopped. 15 packs an epoch, 4 an iteration: both borders lie inside one.
+    So do the stops inside windows of 3 iterations whose packs are dealt by cost."""
     run = [0]
     real = PackLoader.iterate_from
 
@@ -222,6 +223,7 @@ def test_one_stream_on_any_number_of_ranks(
     for old, new in (
         ("max_epochs = 1", "max_epochs = 3"),
         ("max_length = 32", "max_length = 64"),
+        ("    balance=1,", f"    balance={balance},"),
         ("accumulative_counts = 2 ", f"accumulative_counts = {4 // chain[0]} "),
         ("evaluation_inputs = ", "evaluation_inputs = [] and "),
     ):

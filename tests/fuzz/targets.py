@@ -197,7 +197,7 @@ def _options(shared: Path) -> Target:
         "param_scheduler.0.end custom_hooks param_scheduler.² model.² default_hooks.checkpoint.interval x. .x a.b.c "
     )
     keys += "train_dataloader.num_workers model train_dataloader.dataset model.type optim_wrapper.type "
-    keys += "val_interval visualizer"
+    keys += "val_interval visualizer train_dataloader.balance"
     values = [
         "{[]:1}",
         "-" * 3000 + "1",

@@ -11,11 +11,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from itertools import islice
+
     from xtuner.cli.data_show import print_packs
     from xtuner.config.build import build
     from xtuner.config.check import check
     from xtuner.config.load import load
     from xtuner.core import log
+    from xtuner.data.loader import PackLoader
+    from xtuner.data.order import Position
 
     log.setup("WARNING")
     config = load(args.config, args.cfg_options)
@@ -23,4 +27,13 @@ def run(args: argparse.Namespace) -> int:
     data = build(config.values["train_dataloader"]["dataset"], "train_dataloader.dataset")
     sampler = build(config.values["train_dataloader"]["sampler"], "train_dataloader.sampler", dataset=data)
     tokenizer = build(config.values["tokenizer"], "tokenizer") if config.get("tokenizer") else None
-    return print_packs(data, list(sampler)[: args.num_packs], args.show, tokenizer)
+    loader = PackLoader(data, sampler, balance=config.get("train_dataloader.balance", 1))
+    loader.accumulative_counts = config.get("optim_wrapper.accumulative_counts", 1)
+    if loader.balance > 1:
+        each = loader.accumulative_counts
+        print(
+            f"in the order of one process that takes {each} pack{'s' * (each > 1)} an iteration: the packs of "
+            f"{loader.balance} iterations are dealt to them by attention cost (train_dataloader.balance)"
+        )
+    packs = islice(loader.numbers_from(Position()), max(min(args.num_packs, len(data)), 0))
+    return print_packs(data, list(packs), args.show, tokenizer)

@@ -23,6 +23,7 @@ _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 # the last part of a path → the range of its number; under any parent
 _RANGES = {
     "accumulative_counts": _at_least(1),
+    "balance": _at_least(0),
     "every_n_iters": _at_least(1),
     "lr": _POSITIVE,
     "max_keep_ckpts": _COUNT,
@@ -79,6 +80,7 @@ def of_runtime(config: Config) -> Iterator[ConfigError]:
         ("work_dir", (str, type(None)), "a folder or None"),
         ("randomness", (dict, type(None)), "a dict of seed and deterministic"),
         ("train_dataloader.num_workers", (int,), "a whole number"),
+        ("train_dataloader.balance", (int,), "a whole number"),
         ("randomness.seed", (int, type(None)), "a whole number or None"),
         ("randomness.deterministic", (bool,), "True or False"),
         ("val_interval", (int,), "a whole number"),

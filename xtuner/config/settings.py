@@ -43,7 +43,7 @@ NO_WORK = {
     "log_processor": "what a log line shows is fixed",
     "visualizer": "every run writes scalars.json and TensorBoard files",
 }
-DATALOADER = ("batch_size", "batch_sampler", "collate_fn", "dataset", "num_workers", "sampler")
+DATALOADER = ("balance", "batch_size", "batch_sampler", "collate_fn", "dataset", "num_workers", "sampler")
 NO_WORK_IN_DATALOADER = {
     "batch_sampler": "a batch is one pack, and the sampler gives its number",
     "drop_last": "a batch is one pack: none is incomplete",

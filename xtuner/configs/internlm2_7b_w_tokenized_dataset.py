@@ -91,6 +91,7 @@ train_dataset = dict(
 train_dataloader = dict(
     batch_size=batch_size,
     num_workers=dataloader_num_workers,
+    balance=1,  # ranks share the packs of an iteration by attention cost; 16: those of 16 iterations; 0: as they come
     dataset=train_dataset,
     sampler=dict(type=InternRepoSampler, shuffle=True, seed=1024),
 )

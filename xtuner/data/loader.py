@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.heap import keep_freed
 from xtuner.data.batch import Batch
+from xtuner.data.deal import Costs, to_iterations, to_ranks, waiting, windows
 from xtuner.data.order import InternRepoSampler, Position, numbers, packs_per_epoch
 from xtuner.data.pack import PackedDataset, RawPack
 from xtuner.data.pool import end_with_parent
@@ -33,18 +35,48 @@ class PackLoader:
 
     Args:
         num_workers: 0 prepares packs in a thread of this process, n > 0 in n processes.
+        balance: 0: rank r of n takes `[r::n]` of the stream. 1: the packs of an iteration are dealt to ranks by
+            attention cost; k > 1: those of k iterations to iterations, too. See deal.py.
         reshuffle: a new order each epoch (`DistSamplerSeedHook` sets it); otherwise epoch 0's again.
+        accumulative_counts: packs that each rank takes in an iteration (the run sets it).
+        windows_from: where in the data k iterations are counted from (a resume sets it).
         begun_on: ranks that the run was begun on, which decide what an epoch is (a resume sets it).
     """
 
-    def __init__(self, dataset: PackedDataset, sampler: InternRepoSampler, num_workers: int = 0) -> None:
+    def __init__(
+        self, dataset: PackedDataset, sampler: InternRepoSampler, num_workers: int = 0, balance: int = 1
+    ) -> None:
         if num_workers < 0:
             raise ConfigError(f"num_workers is {num_workers}", where="train_dataloader.num_workers")
+        if balance < 0:
+            raise ConfigError(f"balance is {balance}", where="train_dataloader.balance")
         self.dataset = dataset
         self.sampler = sampler
         self.num_workers = num_workers
+        self.lacks = self._what_dealing_lacks(balance)
+        self.balance = 0 if self.lacks else balance
+        self.accumulative_counts = 1
+        self.windows_from = 0
         self.reshuffle = False
         self.begun_on = sampler.world_size
+
+    def _what_dealing_lacks(self, balance: int) -> str:
+        """A method that a dataset or sampler of the user's own does not have. Raises: ConfigError if k > 1 needs it."""
+        for part, method, ours in (
+            (self.dataset, "costs", "PackedDataset"),
+            (self.sampler, "packs", "InternRepoSampler"),
+        ):
+            if not hasattr(part, method):
+                lacks = f"{type(part).__name__} has no method `{method}`"
+                if balance > 1:
+                    raise ConfigError(
+                        f"balance = {balance}, but {lacks}",
+                        where="train_dataloader.balance",
+                        why="packs are dealt by the lengths of their documents",
+                        do=f"derive it from {ours}, give it that method, or set balance = 0",
+                    )
+                return lacks
+        return ""
 
     @property
     def num_packs(self) -> int:
@@ -57,6 +89,11 @@ class PackLoader:
     @property
     def packs_per_epoch(self) -> int:
         return packs_per_epoch(self.num_packs, self.begun_on)
+
+    def packs_before(self, position: Position) -> int:
+        """Packs of the stream, of all epochs, that lie before a position."""
+        position = position.advance(0, self.packs_per_epoch)
+        return position.epoch * self.packs_per_epoch + position.offset
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order of packs depends on. A resume compares it."""
@@ -86,9 +123,42 @@ class PackLoader:
             return self._from_processes(position, gpu)
         return prefetch(lambda: self._read(position, gpu), PREFETCH)
 
-    def _numbers(self, position: Position) -> Iterator[int]:
-        for share in self.sampler.stream(position, self.packs_per_epoch, self.reshuffle):
-            yield from numbers(share)
+    @property
+    def deals(self) -> bool:
+        """Whether costs decide anything: with one pack a rank, or one rank, an iteration has nothing to deal."""
+        return self.balance > 1 or (self.balance == 1 and self.dp_size > 1 and self.accumulative_counts > 1)
+
+    def numbers_from(self, position: Position) -> Iterator[int]:
+        """Numbers of this rank's packs from `position` on, without end."""
+        if self.deals:
+            return self._dealt(position)
+        shares = self.sampler.stream(position, self.packs_per_epoch, self.reshuffle)
+        return chain.from_iterable(map(numbers, shares))
+
+    def _dealt(self, position: Position) -> Iterator[int]:
+        """The same, of which every iteration's are chosen by cost. Costs of a window are looked up when it begins."""
+        per_epoch, packs = self.packs_per_epoch, self.dp_size * self.accumulative_counts
+        begin = self.packs_before(position)
+        for first, iterations, done in windows(begin, self.windows_from, packs, per_epoch, self.balance):
+            window = self.sampler.packs(first, first + iterations * packs, per_epoch, self.reshuffle)
+            costs = self.dataset.costs(window)
+            for taken in to_iterations(costs, packs)[done:]:
+                mine = to_ranks(costs[taken], self.dp_size)[self.sampler.rank]
+                yield from window[taken[mine]].tolist()
+
+    def waiting(self, time: Callable[[Costs], Costs], balance: int, most: int) -> float | None:
+        """Part of an iteration that ranks wait for the slowest, in the first `most` iterations of epoch 0.
+
+        Args:
+            time: that a pack takes, from Σ len² of its fragments.
+        Returns None where documents have no index, and to look at many takes long.
+        """
+        packs = self.dp_size * self.accumulative_counts
+        iterations = min(most, self.packs_per_epoch // packs)
+        if not iterations or self.lacks or not getattr(self.dataset, "indexed", True):
+            return None
+        first = self.sampler.packs(0, iterations * packs, self.packs_per_epoch, self.reshuffle)
+        return waiting(self.dataset.costs(first), time, self.dp_size, self.accumulative_counts, balance)
 
     def _read(self, position: Position, gpu: int | None) -> Iterator[Batch]:
         def begin() -> None:
@@ -100,7 +170,7 @@ class PackLoader:
 
         waiting: deque[Future[Batch]] = deque()
         with ThreadPoolExecutor(READERS, "xtuner-reader", begin) as pool:
-            for number in self._numbers(position):
+            for number in self.numbers_from(position):
                 waiting.append(pool.submit(read, number))
                 if len(waiting) > READERS:
                     yield waiting.popleft().result()
@@ -109,7 +179,7 @@ class PackLoader:
         loader: DataLoader[Any] = DataLoader(
             _Shipped(self.dataset),  # type: ignore[arg-type]
             batch_size=None,
-            sampler=self._numbers(position),
+            sampler=self.numbers_from(position),
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH,
             worker_init_fn=_begin_worker,

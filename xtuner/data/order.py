@@ -6,7 +6,8 @@ Epoch e visits `RandomState(seed + e).permutation(packs)`. For training all epoc
     ─────────────────────────▲ position: rank r of n takes stream[position:][r::n]       ranks the run was begun on
 
 E belongs to the run and the position says nothing of ranks, so another number of ranks sees the same stream. As long
-as the number stays, this is the reference's sampler: `permutation[:E][r::n]`, epoch after epoch.
+as the number stays, this is the reference's sampler: `permutation[:E][r::n]`, epoch after epoch. Where packs are dealt
+by cost (deal.py), another rank of the same iteration may take a pack.
 """
 
 import json
@@ -101,7 +102,7 @@ class InternRepoSampler:
     def share(self, offset: int = 0) -> Numbers:
         """This rank's packs from `offset` to the end of the epoch, cut so that all ranks get equally many."""
         stop = offset + (self.num_packs - offset) // self.world_size * self.world_size
-        return self._every(offset + self.rank, stop)
+        return self._every(offset + self.rank, stop, self.world_size)
 
     def stream(self, position: Position, per_epoch: int, reshuffle: bool = True) -> Iterator[Numbers]:
         """This rank's packs from `position` on, an epoch at a time, without end: `stream[position:][r::n]`.
@@ -114,15 +115,24 @@ class InternRepoSampler:
         offset, skip = position.offset, self.rank  # packs of the epoch that lie before this rank's next one
         for epoch in count(position.epoch):
             self.set_epoch(epoch if reshuffle else 0)
-            yield self._every(offset + skip, per_epoch)
+            yield self._every(offset + skip, per_epoch, self.world_size)
             skip = (skip - (per_epoch - offset)) % self.world_size
             offset = 0
 
-    def _every(self, begin: int, stop: int) -> Numbers:
-        """The permutation's packs [begin:stop:ranks]; a view."""
+    def packs(self, begin: int, stop: int, per_epoch: int, reshuffle: bool = True) -> Numbers:
+        """`stream[begin:stop]`, the packs of all ranks."""
+        parts = []
+        for epoch in range(begin // per_epoch, (stop - 1) // per_epoch + 1):
+            self.set_epoch(epoch if reshuffle else 0)
+            before = epoch * per_epoch
+            parts.append(self._every(max(begin - before, 0), min(stop - before, per_epoch), 1))
+        return np.concatenate(parts)
+
+    def _every(self, begin: int, stop: int, step: int) -> Numbers:
+        """The permutation's packs [begin:stop:step]; a view."""
         if not self.shuffle:
-            return np.arange(begin, stop, self.world_size)
-        return self.permutation()[begin : stop : self.world_size]
+            return np.arange(begin, stop, step)
+        return self.permutation()[begin:stop:step]
 
     def __iter__(self) -> Iterator[int]:
         return numbers(self.share())

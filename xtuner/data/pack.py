@@ -22,6 +22,7 @@ import torch
 from xtuner.config.build import build
 from xtuner.core.errors import ConfigError
 from xtuner.data import tables
+from xtuner.data.deal import squares
 from xtuner.data.dropped import Dropped
 from xtuner.data.format import BinFile, Int64s
 from xtuner.data.index import TokenizedFolder
@@ -192,6 +193,26 @@ class PackedDataset:
             reader = self.documents.token_cache(file) or SpanReader(file, self._long)
             self._files[file_number] = FilePacks(file, rows, ends, reader)
         return self._files[file_number]
+
+    @property
+    def indexed(self) -> bool:
+        """Whether lengths of any documents can be looked up at once: they are mapped, or few."""
+        return self._order is not None or self.documents.num_documents < tables.SMALL
+
+    def costs(self, packs: npt.NDArray[np.integer[Any]]) -> Int64s:
+        """Σ len² over the fragments of each of these packs: what attention's work goes with. No token is read."""
+        file_numbers = np.searchsorted(self._first_pack, packs, side="right") - 1
+        starts = (packs - self._first_pack[file_numbers]) * self.packed_length
+        found = np.empty(len(packs), np.int64)
+        by_file = np.argsort(file_numbers, kind="stable")
+        for part in np.split(by_file, np.flatnonzero(np.diff(file_numbers[by_file])) + 1):
+            found[part] = squares(self._ends(int(file_numbers[part[0]])), starts[part], self.packed_length)
+        return found
+
+    def _ends(self, file_number: int) -> Int64s:
+        """Mapped where there is an index: of the files that other ranks read, nothing is opened or kept."""
+        table = self._order.table(file_number) if self._order and file_number not in self._files else None
+        return table[1] if table else self.file_packs(file_number).ends
 
     def locate(self, pack: int) -> tuple[int, int]:
         """(file number, token at which the pack begins on that file's token line)."""

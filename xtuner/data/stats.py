@@ -14,6 +14,7 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.core.log import human, progress
 from xtuner.data import pool, tokens
+from xtuner.data.deal import squares
 from xtuner.data.dropped import Dropped
 from xtuner.data.format import BinFile, Int64s, data_type
 from xtuner.data.index import TokenizedFolder
@@ -167,16 +168,7 @@ def _count(job: _Job) -> _Counted:
 def pack_costs(ends: Int64s, packed_length: int) -> npt.NDArray[np.float32]:
     """Σ len² over the fragments of each pack of a file whose documents end there."""
     packs = int(ends[-1]) // packed_length if len(ends) else 0
-    costs = np.zeros(packs, np.float32)
-    step = max(BLOCK // packed_length, 1)
-    for first in range(0, packs, step):
-        last = min(first + step, packs)
-        borders = np.arange(first, last + 1) * packed_length
-        inside = ends[np.searchsorted(ends, borders[0], "right") : np.searchsorted(ends, borders[-1], "left")]
-        cuts = np.sort(np.concatenate((inside, borders)))
-        squares = np.diff(cuts).astype(np.float64) ** 2
-        costs[first:last] = np.bincount(cuts[:-1] // packed_length - first, squares, minlength=last - first)
-    return costs
+    return squares(ends, np.arange(packs) * packed_length, packed_length).astype(np.float32)
 
 
 def _lengths(documents: Int64s, counts: Int64s) -> list[Lengths]:

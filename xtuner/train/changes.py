@@ -17,6 +17,7 @@ HARMLESS = (
     "default_hooks.logger", "default_hooks.timer",
     "default_hooks.checkpoint", "train_cfg.max_skipped", "randomness.deterministic",
 )  # fmt: skip
+BALANCE = "train_dataloader.balance"  # above 1 it says which packs an iteration has
 # Changes with which the checkpoint cannot be loaded.
 IMPOSSIBLE = ("optim_wrapper.optimizer.type", "optim_wrapper.states",
               "model.vocab_size", "model.hidden_size", "model.intermediate_size",
@@ -52,7 +53,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
         values = old.get(key), new.get(key)
         if values[0] != values[1]:
             names = sorted(name for name, *both in settings if tuple(both) == values)
-            found.append(Change(key, *values, _kind(key), names[0] if len(names) == 1 else ""))
+            found.append(Change(key, *values, _kind(key, *values), names[0] if len(names) == 1 else ""))
     return found
 
 
@@ -80,7 +81,10 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if names[3:] else "")
 
 
-def _kind(key: str) -> str:
+def _kind(key: str, before: Any, now: Any) -> str:
+    if key == BALANCE and all(value in (None, 0, 1) for value in (before, now)):
+        return "harmless"  # other ranks compute the same packs
+
     def under(prefixes: tuple[str, ...]) -> bool:
         return any(f"{key}.".startswith(f"{p}.") for p in prefixes)
 

@@ -227,7 +227,7 @@ def assemble(
     dataloader = config.values["train_dataloader"]
     with naming(config, SAMPLER):
         sampler = _with_all(config, SAMPLER, _sampler(dataloader["sampler"], dataset, mesh))
-    loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0))
+    loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0), dataloader.get("balance", 1))
     hooks = list(hooks)
     if config.get("val_dataset"):
         with naming(config, "val_dataset", *_data_keys(config, "val_dataset")):

@@ -12,6 +12,10 @@ from xtuner.model.flops import num_parameters, training_flops
 from xtuner.train.run import Run
 
 SHOWN_FILES = 20
+LOOKED_AT = 1024  # packs of which it is worked out how long ranks wait for each other
+SUGGESTED = 16  # iterations whose packs are dealt together: `train_dataloader.balance`
+MOST = 64  # iterations that are looked at for a window of more
+WORTH = 0.005  # of an iteration, to suggest it
 
 
 def environment(config: Path) -> dict[str, Any]:
@@ -49,6 +53,7 @@ def report(run: Run) -> str:
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))
+    rows += _dealing(run)
     left_over = run.total_packs - run.max_iterations * run.packs_per_iteration
     rows += [
         ("iteration", f"{tokens:,} tokens in packs: {run.packs_per_iteration}; {human(flops)}FLOPs without attention"),
@@ -56,6 +61,36 @@ def report(run: Run) -> str:
         ("work dir", str(run.work_dir)),
     ]
     return "what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows)
+
+
+def _dealing(run: Run) -> list[tuple[str, str]]:
+    """Which packs are dealt to ranks, and how long those wait for the slowest, by arithmetic."""
+    loader, window = run.loader, run.loader.balance
+    if loader.dp_size == 1:
+        of = f"packs of {window} iterations are dealt to them by attention cost, as on several ranks"
+        return [("balance", of)] if window > 1 else []
+    if window > 1:
+        what = f"packs of {window} iterations are dealt to them by attention cost"
+    elif loader.deals:
+        what = "packs of an iteration are dealt to its ranks by attention cost"
+    elif window:
+        what = "one pack a rank in an iteration, nothing to deal"
+    else:
+        what = "packs are not dealt" + (f", because {loader.lacks}" if loader.lacks else "")
+
+    def flops(squares: Any) -> Any:
+        return training_flops(run.source.config, loader.dataset.packed_length, squares)
+
+    most = max(LOOKED_AT // run.packs_per_iteration, min(window, MOST), SUGGESTED)
+    now, undealt, better = (loader.waiting(flops, balance, most) for balance in (window, 0, SUGGESTED))
+    if now is None or undealt is None or better is None:
+        return [("balance", what)]
+    what += f": ranks wait {now:.1%} of an iteration for the slowest"
+    if loader.deals:
+        what += f" instead of {undealt:.1%}"
+    if window < SUGGESTED and now - better >= WORTH:
+        what += f"; train_dataloader.balance = {SUGGESTED} would leave {better:.1%}"
+    return [("balance", f"{what} (by arithmetic)")]
 
 
 def _masters(run: Run) -> str:

@@ -50,6 +50,7 @@ def find(run: Run, resume: str | bool | None, strict: bool, allow_change: bool, 
         _check_facts(facts, where)
         _fit(run, str(where), facts)
         _same_run(run, str(where), facts, allow_change)
+        _count_windows(run, state, facts)
     except RecursionError:
         raise CheckpointError(f"{where.name} is nested too deeply", where=str(where)) from None
     run.mesh.ranks.on_main(lambda: SavedStates(chosen.folder) and None)
@@ -83,6 +84,8 @@ def _start_from(run: Run, folder: Path) -> None:
 def _check_facts(facts: dict[str, Any], where: Path) -> None:
     counts = ("packs_per_iteration", "max_iterations", "ranks", "begun_on")
     wrong = next((k for k in counts if type(facts.get(k)) is not int or facts[k] < 1), None)
+    later = ("balance", "windows_from")  # absent from older checkpoints
+    wrong = wrong or next((k for k in later if type(facts.get(k, 0)) is not int or facts.get(k, 0) < 0), None)
     wrong = wrong or next((k for k in ("data", "config") if not isinstance(facts.get(k), dict)), None)
     if wrong:
         raise CheckpointError(f"{where.name} is not of this version: {wrong} is missing or wrong", where=str(where))
@@ -117,6 +120,17 @@ def _fit(run: Run, where: str, facts: dict[str, Any]) -> None:
             f"the run was begun, on {begun_on} ranks), {packs} together as before"
         )
     run.plan()
+
+
+def _count_windows(run: Run, state: TrainState, facts: dict[str, Any]) -> None:
+    """Windows of iterations whose packs are dealt together continue; of another size, they begin anew here."""
+    loader = run.loader
+    if not loader.packs_per_epoch:  # changed data have fewer packs than the run was begun on ranks
+        return
+    here = loader.packs_before(state.position)
+    before = max(facts.get("balance", 0), 1), facts["packs_per_iteration"], facts["data"].get("num_packs")
+    same = before == (max(loader.balance, 1), run.packs_per_iteration, loader.num_packs)
+    loader.windows_from = min(facts.get("windows_from", 0), here) if same else here
 
 
 def _same_run(run: Run, where: str, facts: dict[str, Any], allow_change: bool) -> None:

@@ -53,6 +53,7 @@ class Run:
     def plan(self) -> None:
         """Work out what follows from the packs an iteration takes."""
         self.max_iterations = self.total_packs // self.packs_per_iteration
+        self.loader.accumulative_counts = self.optim.accumulative_counts
         self.make_schedule = lambda: Schedule(self.optim.lr)
         for hook in self.hooks:
             hook.configure(self)
@@ -78,6 +79,8 @@ class Run:
             "max_iterations": self.max_iterations,
             "ranks": self.loader.dp_size,
             "begun_on": self.loader.begun_on,
+            "balance": self.loader.balance,
+            "windows_from": self.loader.windows_from,
             "config": self.config.resolved(),
         }
 

@@ -1,0 +1,116 @@
+"""Which packs an iteration has, and which rank computes which of them, when packs are dealt by their attention cost.
+
+A pack costs a constant + b · Σ len² over its document fragments, and all ranks of an iteration wait for the slowest.
+
+    stream       p0 p1 p2 p3 │ p4 p5 p6 p7 │ p8 …            an iteration: P packs of all ranks
+    window       iterations [0:k], [k:2k], … of the run, or since P or k was changed; cut where an epoch ends
+    iterations   k > 1: the packs of a window sorted by cost, P neighbours to each iteration     by P alone
+    ranks        an iteration's packs, the costliest first, to the rank with the least so far    by P and the ranks
+
+With k = 1 every iteration has the packs that it has undealt. No window reaches from one epoch into the next, so that
+the two visits of a pack never meet in one iteration.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator
+from itertools import count, groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.integer[Any]]
+Int64s = npt.NDArray[np.int64]
+Costs = npt.NDArray[Any]
+BLOCK = 2**20  # tokens of packs whose documents are looked at together: bounds what that takes
+
+
+def squares(ends: Int64s, starts: Ints, packed_length: int) -> Int64s:
+    """Σ len² over the fragments of packs that begin at tokens `starts` of a file whose documents end at `ends`."""
+    found = np.empty(len(starts), np.int64)
+    step = max(BLOCK // packed_length, 1)
+    for i in range(0, len(starts), step):
+        begins = starts[i : i + step]
+        stops = begins + packed_length
+        first, last = np.searchsorted(ends, begins, "right"), np.searchsorted(ends, stops, "left")
+        counts = last - first + 1  # fragments of each pack
+        heads = np.cumsum(counts) - counts  # where a pack's fragments begin among those of all
+        inside = np.arange(int(counts.sum())) + np.repeat(first - heads, counts)
+        cuts = np.minimum(ends[inside], np.repeat(stops, counts))
+        lengths = np.diff(cuts, prepend=0)
+        lengths[heads] = cuts[heads] - begins
+        found[i : i + step] = np.add.reduceat(lengths * lengths, heads)
+    return found
+
+
+def windows(begin: int, origin: int, packs: int, per_epoch: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """What is dealt together, from pack `begin` of the stream on: (its first pack, its iterations, those of them done).
+
+    Args:
+        origin: pack of the stream from which windows are counted.
+        packs: P.
+        per_epoch: packs of an epoch; a window is cut there, and an iteration with packs of two epochs dealt alone.
+        size: k, iterations of a full window.
+    """
+    done = (begin - origin) // packs
+    offset = begin - done * packs
+
+    def epochs(i: int) -> tuple[int, int]:
+        """Of an iteration's first and last pack; equal for neighbours only if they lie in one epoch."""
+        return (offset + i * packs) // per_epoch, (offset + (i + 1) * packs - 1) // per_epoch
+
+    for start in count(done // size * size, size):
+        for _, group in groupby(range(start, start + size), epochs):
+            together = list(group)
+            if together[-1] >= done:
+                yield offset + together[0] * packs, len(together), max(done - together[0], 0)
+
+
+def to_iterations(costs: Costs, packs: int) -> Ints:
+    """Indices into a window [iterations, P]: packs of like cost together, in the order of the stream.
+
+    The order of iterations is that of their first packs in the stream, so that it says nothing of the cost.
+    """
+    groups = np.sort(np.argsort(costs, kind="stable").reshape(-1, packs), axis=1)
+    return groups[np.argsort(groups[:, 0])]
+
+
+def to_ranks(costs: Costs, ranks: int) -> Ints:
+    """Indices into an iteration [ranks, packs a rank], each rank's costliest first; of one rank, as they come.
+
+    Greedy: the costliest pack left goes to the rank with the least cost that has not got all of its packs.
+    """
+    each = len(costs) // ranks
+    if 1 in (each, ranks):
+        return np.arange(len(costs)).reshape(ranks, each)
+    taken: list[list[int]] = [[] for _ in range(ranks)]
+    least = [(0, rank) for rank in range(ranks)]
+    for i in np.argsort(-costs, kind="stable").tolist():
+        cost, rank = heapq.heappop(least)
+        taken[rank].append(i)
+        if len(taken[rank]) < each:
+            heapq.heappush(least, (cost + costs[i].item(), rank))
+    return np.array(taken)
+
+
+def waiting(costs: Costs, time: Callable[[Costs], Costs], ranks: int, each: int = 1, window: int = 0) -> float:
+    """Part of an iteration that the mean rank waits for the slowest, over packs in the order of the stream.
+
+    Args:
+        costs: of each pack, by which it is dealt; those of a last incomplete iteration are left out.
+        time: what a pack of a cost takes, in any unit.
+        each: packs of a rank.
+        window: iterations dealt together; 0: packs are not dealt.
+    """
+    packs = ranks * each
+    costs = costs[: len(costs) // packs * packs]
+    if not window:
+        dealt = costs.reshape(-1, each, ranks).swapaxes(1, 2)
+    else:
+        rows = []
+        for first in range(0, len(costs), packs * window):
+            inside = costs[first : first + packs * window]
+            rows += [inside[row][to_ranks(inside[row], ranks)] for row in to_iterations(inside, packs)]
+        dealt = np.array(rows)
+    times = time(dealt).sum(axis=2)
+    return float(1 - times.mean() / times.max(axis=1).mean())

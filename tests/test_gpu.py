@@ -1,5 +1,6 @@
 """What only a GPU can show: attention backends, kernels against their definitions, bf16. Skipped without one."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from test_train import with_hook
 
 from xtuner.cli.main import main
 from xtuner.core.errors import ConfigError
+from xtuner.core.log import logger
 from xtuner.data.batch import Batch
 from xtuner.engine import adamw
 from xtuner.engine.optim import OptimWrapper
@@ -344,3 +346,51 @@ def test_memory_that_runs_out_ends_with_advice(tiny: Path, tmp_path: Path) -> No
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert error.value.exit_code == 2
     assert "model.activation_checkpointing=True --resume auto" in error.value.do
+
+
+def test_memory_that_runs_out_at_the_first_size_does_not_end_a_run() -> None:
+    """The allocator gets 60 % of what a pack needs by arithmetic: the iteration is repeated until that is enough."""
+    device, tokens = torch.device("cuda"), 32768
+    source = from_scratch(
+        activation_checkpointing=True, seed=0, vocab_size=503, hidden_size=1024, intermediate_size=4096,
+        num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
+    )  # fmt: skip
+    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3))
+    s, undisturbed = (ShardedStrategy(source, optim, device, pack=tokens) for _ in range(2))
+
+    def pack(documents: int) -> Batch:
+        ids, borders = torch.randint(3, 503, (documents * 1024,)), torch.arange(documents + 1).int() * 1024
+        positions = torch.arange(1024).repeat(documents)
+        return Batch.of(dict(input_ids=ids, targets=ids.roll(-1), position_ids=positions, cumulative_len=borders))
+
+    one, small = pack(tokens // 1024), pack(4)
+    assert s.memory.parts(one) == 1
+    for each in (s, undisturbed):  # kernels, libraries
+        each.forward_backward([small], small.num_targets)
+        assert each.step(1e-3, 1.0)[1]
+    logged: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    torch.cuda.empty_cache()
+    limit = torch.cuda.memory_reserved() + 0.6 * s.memory.plan.peak(tokens)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+    try:
+        loss = s.forward_backward([one], one.num_targets, iteration=7)
+        norm, applied = s.step(1e-3, 1.0)
+        assert logged[0].startswith(
+            "iteration 7: memory ran out with micro-batches of up to 32,768 tokens; repeated with "
+        )
+        assert s.memory.most is not None
+        assert s.memory.most < 0.8 * tokens
+        count = len(logged)
+        s.forward_backward([one], one.num_targets, iteration=8)
+        assert len(logged) == count  # remembered
+    finally:
+        logger.removeHandler(handler)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    undisturbed.memory = s.memory
+    undisturbed.model.model.keeps = s.memory.plan.keeps
+    assert loss == pytest.approx(undisturbed.forward_backward([one], one.num_targets), abs=1e-3)
+    assert norm == pytest.approx(undisturbed.step(1e-3, 1.0)[0], rel=1e-2)
+    assert applied

@@ -97,13 +97,13 @@ class Ranks:
         _distributed().all_reduce(total, group=self._group)
         return float(total)
 
-    def sum_on_device(self, value: Any) -> float:
-        """Sum of a tensor of one element, summed where it lies: on GPUs without the detour over hosts."""
+    def sum_on_device(self, value: Any) -> Any:
+        """Sum of a small tensor, as `tolist` gives it, summed where it lies: on GPUs without the detour over hosts."""
         total = value.double().clone()
         if self.size > 1:
             note("a sum over all")
             _distributed().all_reduce(total, group=self._group)
-        return float(total)
+        return total.tolist()
 
     def sums_and_most(self, sums: Sequence[float], values: Sequence[int]) -> tuple[list[float], list[int]]:
         """Over all ranks, the sums of some numbers and the largest of others, in one message.

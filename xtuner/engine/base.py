@@ -31,13 +31,17 @@ class Strategy(Protocol):
     def parts(self, batch: Sequence[Batch]) -> list[int]:
         """How many micro-batches this rank's memory needs each pack cut into."""
 
-    def forward_backward(self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None) -> float:
-        """One iteration's packs on this rank.
+    def forward_backward(
+        self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None, iteration: int = 0
+    ) -> float:
+        """One iteration's packs on this rank. Our own strategy repeats it with less memory where that ran out, as long
+        as there is a way to.
 
         Args:
             num_targets: of all ranks; when 0, nothing is computed.
             parts: micro-batches to cut each pack into, on all ranks the same: the most that any of them needs. None:
                 what this rank needs.
+            iteration: its number, for messages.
 
         Returns the mean loss over all targets of all ranks, in nats: the same number on every rank; 0 without targets.
         """

@@ -74,7 +74,9 @@ class DeepSpeedStrategy(StatefulStrategy):
     def model(self) -> CausalLM:
         return self._model
 
-    def forward_backward(self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None) -> float:
+    def forward_backward(
+        self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None, iteration: int = 0
+    ) -> float:
         self._to_step = bool(num_targets)
         if not num_targets:
             return 0.0

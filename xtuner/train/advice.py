@@ -13,6 +13,7 @@ from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory, zero_config
 from xtuner.engine.adamw import FORMS
 from xtuner.engine.choose import Choice
+from xtuner.engine.strategies.out_of_memory import OutOfMemory
 from xtuner.model.flops import num_parameters
 from xtuner.train.run import Run
 
@@ -27,14 +28,6 @@ OPTIONS = ("--deepspeed", "--fsdp", "--resume")  # replaced, not repeated
 SHORTEST = 2048  # tokens of a pack below which shorter ones are no advice
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's allocator, CUDA itself (pinned memory, libraries), or the host's allocator."""
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and any(w in str(error) for w in words)
-    )
-
-
 def out_of_memory(run: Run, words: Sequence[str], choice: Choice, error: BaseException) -> ConfigError:
     """The error to end with.
 
@@ -45,7 +38,7 @@ def out_of_memory(run: Run, words: Sequence[str], choice: Choice, error: BaseExc
     ranks, tokens = run.mesh.size, run.loader.dataset.packed_length
     used = _in_use(run.device)
     advice = [f"{command}\n            # {effect}" for command, effect in _advice(run, list(words), choice)]
-    return ConfigError(
+    found = ConfigError(
         f"memory ran out in iteration {run.state.iteration + 1}{used}: {str(error).splitlines()[0][:200]}",
         where=f"{choice.name}, ranks: {ranks}, packs of {tokens:,} tokens, on {run.device}",
         why=f"weights, gradients and optimizer take {human_bytes(choice.state)} here by arithmetic; "
@@ -53,6 +46,8 @@ def out_of_memory(run: Run, words: Sequence[str], choice: Choice, error: BaseExc
         do="one of these, first what costs least:\n        "
         + "\n        ".join([*advice, "or more GPUs: what is divided over ranks becomes less on each"]),
     )
+    found.quiet = isinstance(error, OutOfMemory) and error.rank != run.mesh.rank
+    return found
 
 
 def interrupted(run: Run, words: Sequence[str]) -> InterruptedRunError:

@@ -31,9 +31,10 @@ from xtuner.core.log import logger
 from xtuner.dist.mesh import arrange
 from xtuner.engine import fit
 from xtuner.engine.choose import choose, strategy
+from xtuner.engine.strategies.out_of_memory import is_out_of_memory
 from xtuner.engine.watch import Watch
 from xtuner.train import history, preflight
-from xtuner.train.advice import interrupted, is_out_of_memory, out_of_memory
+from xtuner.train.advice import interrupted, out_of_memory
 from xtuner.train.lock import WorkDirLock
 from xtuner.train.metrics import MetricWriter
 from xtuner.train.report import environment, report
@@ -261,7 +262,7 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
             return _stopped(run, stop)
         num_targets = int(counts[1])
         lr = run.schedule(run.state.iteration)
-        loss = run.strategy.forward_backward(batch, num_targets, parts)
+        loss = run.strategy.forward_backward(batch, num_targets, parts, run.state.iteration + 1)
         grad_norm, applied = run.strategy.step(lr, run.optim.max_norm)
         run.state = _advance(run, num_targets)
         it = Iteration(

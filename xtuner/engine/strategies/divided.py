@@ -11,7 +11,8 @@ nothing travels.
 """
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,7 @@ from xtuner.model.ops.sums import GradientSum
 ALL_GATHER: Any = (
     getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 )  # PyTorch < 2.13
+Collective = tuple[str, int]  # ("forward" or "backward", unit whose weights are gathered for it), ("reduce", unit)
 REDUCE_SCATTER: Any = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
 
@@ -94,7 +96,9 @@ class Divided:
 class DividedModel:
     """The parameters of a model by name, and what travels between ranks while it computes.
 
-    A unit travels at once: the embedding, each block, and the last norm with the head.
+    A unit travels at once: the embedding, each block, and the last norm with the head. All ranks start the collectives
+    of a micro-batch in the order of `_collectives`, a hook those up to its own: a rank that cannot compute knows what
+    the others wait for.
 
     Args:
         model: on "meta" where the mesh divides; its parameters are made here, with contents that do not matter.
@@ -121,9 +125,12 @@ class DividedModel:
                 self.parameters[f"{prefix}.{key}" if prefix else key] = p
         self._sums = [p for p in self.parameters.values() if p.sum]
         self._reduces_once = division.gradients
-        self._left: list[int] = []  # units whose gradients are not reduced yet in this backward
+        self._gathered = {i for i, unit in enumerate(self._units) if not all(p.keep_weight for p in unit)}
+        self._learning = {i for i, unit in enumerate(self._units) if any(p.sum for p in unit)}
+        self._collecting: deque[Collective] = deque()  # of this micro-batch, those that have not been started
+        self.to_come = 0  # micro-batches of this iteration that have not begun
         self._arriving: dict[int, Callable[[], object]] = {}  # units whose weights are on their way
-        self._here = {i for i, unit in enumerate(self._units) if all(p.keep_weight for p in unit)}
+        self._here = set(range(len(self._units))) - self._gathered
         self._reducing: tuple[list[Divided], list[torch.Tensor], Callable[[], object]] | None = None
         if mesh.shard_size > 1:
             self._group = mesh.shard_group
@@ -145,6 +152,7 @@ class DividedModel:
     def _hook(self, i: int, module: nn.Module) -> None:
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._need(i)
+            self._start_up_to("forward", i + 1)
             self._expect(i + 1)
 
         module.register_forward_pre_hook(before)
@@ -152,11 +160,11 @@ class DividedModel:
     def _hook_block(self, i: int, block: nn.Module) -> None:
         def before_backward(_: torch.Tensor) -> None:
             self._need(i)
-            self._expect(i - 1)
+            self._start_up_to("backward", i - 1)
 
         def after_backward(_: torch.Tensor) -> None:
             self._leave(i)
-            self._reduce_down_to(i)
+            self._start_up_to("reduce", i)
 
         def around(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
             if inputs[0].requires_grad:
@@ -168,6 +176,33 @@ class DividedModel:
 
         block.register_forward_hook(cast(Any, around))
 
+    # The order of what travels
+
+    def _collectives(self, reduces: bool) -> Iterator["Collective"]:
+        """Those of one micro-batch. Weights come a block ahead; a unit's gradients go after its backward."""
+        yield from (("forward", i) for i in sorted(self._gathered))
+        last, lowest = len(self._units) - 1, min(self._learning, default=0)
+        for i in reversed(range(last)):
+            if i > lowest and i - 1 in self._gathered:
+                yield "backward", i - 1
+            for unit in (last, i) if i == last - 1 else (i,):
+                if reduces and unit in self._learning:
+                    yield "reduce", unit
+
+    def _start_up_to(self, when: str, i: int) -> None:
+        while (when, i) in self._collecting:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        """What takes memory comes before what other ranks see, so that a collective is started as a whole or not."""
+        when, i = self._collecting[0]
+        if when == "reduce":
+            self._finish()
+            self._reduce([p for p in self._units[i] if p.sum])
+        else:
+            self._arriving[i] = self._all_gather(self._units[i])
+        self._collecting.popleft()
+
     # Weights
 
     def gather(self) -> None:
@@ -175,7 +210,7 @@ class DividedModel:
         if self.mesh.shard_size == 1:
             return
         for i, unit in enumerate(self._units):
-            if all(p.keep_weight for p in unit):
+            if i not in self._gathered:
                 self._need(i)
                 self._arriving[i] = self._all_gather(unit)
 
@@ -183,8 +218,8 @@ class DividedModel:
         for p in unit:
             take(p.full)
         if self._device.type == "cpu":  # gloo does not gather in place
-            for p in unit:
-                ALL_GATHER(p.full, p.own.clone(), group=self._group)
+            for p, own in [(p, p.own.clone()) for p in unit]:
+                ALL_GATHER(p.full, own, group=self._group)
             return lambda: None
         with distributed._coalescing_manager(self._group, async_ops=True) as work:
             for p in unit:
@@ -205,15 +240,17 @@ class DividedModel:
 
     def _leave(self, i: int) -> None:
         """Unit `i` has computed."""
-        if not all(p.keep_weight for p in self._units[i]):
+        if i in self._gathered:
             self._here.discard(i)
             for p in self._units[i]:
                 release(p.full)
 
     # Gradients
 
-    def begin(self) -> None:
-        """Before an iteration: forget the sums of the last one."""
+    def begin(self, micro_batches: int) -> None:
+        """Before an iteration of so many micro-batches: forget the sums of the last one."""
+        self.to_come = micro_batches
+        self._collecting.clear()
         for p in self._sums:
             assert p.sum
             p.sum.reset()
@@ -222,17 +259,42 @@ class DividedModel:
 
     def before_micro_batch(self, last: bool) -> None:
         """Args: last: of the iteration."""
-        reduces = self.mesh.shard_size > 1 and (last or not self._reduces_once)
-        self._left = list(range(len(self._units))) if reduces else []
+        self.to_come -= 1
+        if self.mesh.shard_size > 1:
+            self._collecting.extend(self._collectives(reduces=last or not self._reduces_once))
 
     def after_backward(self) -> None:
-        """Reduce what no hook has reduced; of a block whose input needs no gradient, for one."""
-        self._reduce_down_to(0)
+        """Start what no hook has started: of a block whose input needs no gradient, for one."""
+        while self._collecting:
+            self._start_next()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for what is on its way; blocks' weights go."""
         self._finish()
-        for i in {*self._here, *self._arriving}:
-            if not all(p.keep_weight for p in self._units[i]):
-                self._need(i)
-                self._leave(i)
+        for i in [*self._arriving]:
+            self._need(i)
+        for i in self._gathered:
+            self._leave(i)
+
+    def abandon(self) -> None:
+        """After memory ran out in a micro-batch: this rank computes no more in this iteration, whose sums are lost, but
+        takes part in all collectives that other ranks will start until its end. The graph must be gone by now."""
+        self._settle()
+        for p in self._sums:
+            assert p.sum
+            p.sum.reset()
+            p.weight.grad = None
+            if not p.keep_gradient:
+                release(p.buffer)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        while self._collecting or self.to_come:
+            if not self._collecting:
+                self.before_micro_batch(self.to_come == 1)
+            if self._collecting:
+                self._start_next()
+            self._settle()
 
     def end(self) -> None:
         """After an iteration's last backward: sum over the copies of the model."""
@@ -242,19 +304,12 @@ class DividedModel:
                     p.sum.value()  # zeros where this rank has nothing to add
                 distributed.all_reduce(p.own_buffer, group=self._replicas)
 
-    def _reduce_down_to(self, i: int) -> None:
-        """Units from the last to `i`: on all ranks in this order."""
-        while self._left and self._left[-1] >= i:
-            self._finish()
-            if unit := [p for p in self._units[self._left.pop()] if p.sum]:
-                self._reduce(unit)
-
     def _reduce(self, unit: list[Divided]) -> None:
+        into = [p.own_buffer if p.keep_gradient else torch.empty_like(p.own_buffer) for p in unit]
         for p in unit:
             assert p.sum
             p.sum.value()  # zeros where this rank has nothing to add
             p.sum.reset()
-        into = [p.own_buffer if p.keep_gradient else torch.empty_like(p.own_buffer) for p in unit]
         if self._device.type == "cpu":  # gloo does not scatter all dtypes
             for p, own in zip(unit, into, strict=True):
                 distributed.all_reduce(p.buffer, group=self._group)

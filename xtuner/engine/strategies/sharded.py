@@ -1,8 +1,9 @@
 """Our own strategy, on any mesh: one process is its mesh of ones.
 
 A pack is computed in micro-batches, cut at document borders, as large as the memory holds without recomputing anything;
-see memory.py. What is full and what is divided over ranks, `divided.py` says; what is kept of weights and optimizer,
-`local_optimizer.py` and `adamw.py`.
+see memory.py. An iteration for which that was too large is repeated with smaller ones; see out_of_memory.py. What is
+full and what is divided over ranks, `divided.py` says; what is kept of weights and optimizer, `local_optimizer.py` and
+`adamw.py`.
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from xtuner.core.log import logger
 from xtuner.data.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
@@ -19,6 +21,7 @@ from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, StatefulStrategy
 from xtuner.engine.strategies.divided import DividedModel
 from xtuner.engine.strategies.micro_batches import run_micro_batches
+from xtuner.engine.strategies.out_of_memory import Failure, agree_on_smaller, drop_graph, is_out_of_memory
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
@@ -75,27 +78,59 @@ class ShardedStrategy(StatefulStrategy):
             return {n: p.sum.value() for n, p in parameters.items() if p.sum}
         return {n: p.gradient for n, p in parameters.items() if p.gradient is not None and p.count}
 
-    def forward_backward(self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None) -> float:
+    def forward_backward(
+        self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None, iteration: int = 0
+    ) -> float:
         self._has_targets = bool(num_targets)
         if not num_targets:
             return 0.0
         counts = parts or self.parts(batch)
-        pieces = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
-        divided = self._divided
-        divided.begin()
+        while True:
+            pieces = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
+            total, failure = self._attempt(pieces, num_targets)
+            mean, failures = self.mesh.ranks.sum_on_device(total) if self.mesh.size > 1 else total.tolist()
+            if not failures:
+                break
+            self._take_less(failure, max(b.num_tokens for b in batch), iteration)
+            _, counts = self.mesh.ranks.sums_and_most([], self.parts(batch))
+        self._finite = math.isfinite(mean)
+        return mean
+
+    def _attempt(self, pieces: Sequence[Batch], num_targets: int) -> tuple[torch.Tensor, Failure | None]:
+        """Forward and backward of micro-batches. Returns [this rank's part of the loss, 1 where its memory ran out], on
+        the device; in that case gradients are of no use on any rank."""
+        divided, failure = self._divided, None
+        total = torch.zeros(2, device=self.device)
 
         def backward(loss: torch.Tensor) -> None:
             loss.backward()
             divided.after_backward()
 
-        skip = self.mesh.size == 1
-        total = run_micro_batches(
-            pieces, self._model, self.device, num_targets, backward, divided.before_micro_batch, skip
-        )
+        divided.begin(len(pieces))
+        try:
+            total[0] = run_micro_batches(
+                pieces, self._model, self.device, num_targets, backward, divided.before_micro_batch, self.mesh.size == 1
+            )
+        except Exception as e:
+            if not is_out_of_memory(e) or isinstance(e, torch.distributed.DistError):
+                raise
+            begun = pieces[: len(pieces) - divided.to_come] or pieces[:1]
+            failure = Failure(max(begun, key=lambda p: p.num_tokens), str(e))
+        if failure:
+            drop_graph()
+            divided.abandon()
+            total[0], total[1] = 0.0, 1.0
         divided.end()
-        mean = self.mesh.ranks.sum_on_device(total) if self.mesh.size > 1 else total.item()
-        self._finite = math.isfinite(mean)
-        return mean
+        return total, failure
+
+    def _take_less(self, failure: Failure | None, pack: int, iteration: int) -> None:
+        """Of memory, from here on: on all ranks the same, after some of them had a failure."""
+        self.memory, text = agree_on_smaller(self.memory, failure, self.mesh)
+        self._model.model.keeps = self.memory.plan.keeps
+        logger.warning(f"iteration {iteration}: {text}")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            self.memory.tell(pack, self.mesh)
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._has_targets:

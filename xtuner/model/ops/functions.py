@@ -270,7 +270,9 @@ def forgetting(tensors: Tensors, again: Callable[[], Tensors]) -> Iterator[None]
 
     def pack(tensor: torch.Tensor) -> Any:
         i, numel = which.get(tensor.data_ptr(), (0, -1))
-        return tensor if tensor.numel() != numel else (i, tensor.shape, tensor.stride())
+        if tensor.numel() != numel:
+            return tensor.detach()  # an output that kept its own node would keep the graph alive after an error
+        return i, tensor.shape, tensor.stride()
 
     def unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):

@@ -43,7 +43,7 @@ from xtuner.dist.mesh import Mesh
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.families import read_model
 from xtuner.model.source import ModelSource, from_scratch, require_marks
-from xtuner.model.weights import WeightFolder, hf_shapes
+from xtuner.model.weights import WeightFolder, base_weights, hf_shapes
 from xtuner.model.weights import check as check_weights
 from xtuner.train import lock
 from xtuner.train.checkpoint import TRAINER
@@ -162,7 +162,7 @@ def _model(config: Config) -> ModelSource:
 
 
 def _weights_to_start_from(folder: Path, source: ModelSource | None) -> None:
-    weights = folder / "weights" if (folder / TRAINER).is_file() else folder
+    weights = base_weights(folder) if (folder / TRAINER).is_file() else folder
     layout, _ = read_model(weights)
     tensors = WeightFolder(weights)
     if source:

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xtuner.config.load import Config
+    from xtuner.config.config import Config
     from xtuner.tools.jobs import Job
 
 ONLY_FOR = {  # option → schedulers that have a use for it

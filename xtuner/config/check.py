@@ -10,7 +10,7 @@ from xtuner.config import paths as path_checks
 from xtuner.config import rules, types
 from xtuner.config.adapter import adapter_of
 from xtuner.config.build import build, check_arguments, resolve_type, type_name
-from xtuner.config.load import Config
+from xtuner.config.config import Config
 from xtuner.config.mistakes import together
 from xtuner.config.settings import (
     DATALOADER,

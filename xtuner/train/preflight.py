@@ -24,8 +24,8 @@ import torch
 
 from xtuner.config.build import build, resolve_type, type_name
 from xtuner.config.check import problems
+from xtuner.config.config import Config
 from xtuner.config.legacy import PRIORITIES
-from xtuner.config.load import Config
 from xtuner.config.mistakes import Findings, naming, together
 from xtuner.config.paths import named_models
 from xtuner.config.walk import specs, walked

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xtuner.config.load import Config
+from xtuner.config.config import Config
 from xtuner.data.loader import PackLoader
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.base import Strategy

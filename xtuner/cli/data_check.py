@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     log.setup()
     if args.vocab_size is not None and args.vocab_size < 1:
         raise ConfigError(f"a vocabulary of {args.vocab_size} has no ids", where="--vocab-size")
-    folder = Path(args.folder).expanduser()
-    report = check(folder, args.vocab_size, args.fix_meta, args.workers, args.file_type)
+    report = check(Path(args.folder), args.vocab_size, args.fix_meta, args.workers, args.file_type)
     coloured = use_colour(sys.stdout)
     for line in table(report, lambda kind, text: f"{COLOURS[kind]}{text}{RESET}" if coloured else text):
         print(line)

@@ -55,23 +55,10 @@ _OF_MMENGINE = {name for module, name in REPLACED if module.startswith("mmengine
 
 # Packages that a config may name things of by the table alone
 _FOREIGN = ("mmengine", "transformers", "peft", "bitsandbytes", "mmcv")
-_OLD_ROOMS = tuple(
-    f"xtuner.{room}"
-    for room in (
-        "apis",
-        "dataset",
-        "engine._strategy",
-        "engine.hooks",
-        "engine.runner",
-        "evaluation",
-        "model.llava",
-        "model.modules",
-        "model.utils",
-        "parallel",
-        "registry",
-        "utils",
-    )
-)
+_OLD_ROOMS = tuple(f"xtuner.{room}" for room in (
+    "apis", "dataset", "engine._strategy", "engine.hooks", "engine.runner", "evaluation", "model.llava",
+    "model.modules", "model.utils", "parallel", "registry", "utils",
+))  # fmt: skip
 # Old names of rooms that are ours as well
 _SHARED = {"xtuner.engine": ("DeepSpeedStrategy", "HFCheckpointHook"), "xtuner.model": ("LLaVAModel",)}
 

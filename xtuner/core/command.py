@@ -1,4 +1,5 @@
-"""Running one command: arguments parsed, errors for users shown without a traceback, exit codes that are the truth."""
+"""Running one command: arguments parsed, log lines on standard error, errors for users shown without a traceback, exit
+codes that are the truth."""
 
 import argparse
 import contextlib
@@ -6,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from xtuner.core import errors, streams
+from xtuner.core import errors, log, streams
 from xtuner.core.secrets import mask_text
 
 EXIT_PIPE = 141  # 128 + SIGPIPE: the reader of our output has gone, as in `xtuner ... | head`
@@ -37,6 +38,7 @@ def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: 
     add_arguments(parser)
     args = parser.parse_args(argv)
     args.words = argv  # as they were given, for who starts the same again
+    log.setup()
     try:
         return run(args)
     except SystemExit as e:  # of a hook's or a dataset's method

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from xtuner.config.config import value_at
 from xtuner.core.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,7 +52,7 @@ class Adapter:
 
     def refused(self, arguments: Mapping[str, Any]) -> Iterator[ConfigError]:
         for name, only in self.only.items():
-            value = value_at(arguments, name)
+            value = value_at(arguments, name, ABSENT)
             if value is not ABSENT and (problem := only.problem(name, value)):
                 yield problem
 
@@ -61,7 +62,7 @@ class Adapter:
             yield "", self.idle
         for setting, why in self.no_work.items():
             name, _, only = setting.partition("=")
-            value = value_at(arguments, name)
+            value = value_at(arguments, name, ABSENT)
             if value is not ABSENT and only in ("", str(value)):
                 yield name, why
 
@@ -109,13 +110,3 @@ def adapter(
 def adapter_of(kind: Any) -> Adapter | None:
     found = getattr(kind, "xtuner_adapter", None)
     return found if isinstance(found, Adapter) else None
-
-
-def value_at(arguments: Mapping[str, Any], name: str) -> Any:
-    """The value at a dotted path, or ABSENT."""
-    value: Any = arguments
-    for part in name.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            return ABSENT
-        value = value[part]
-    return value

@@ -1,6 +1,7 @@
 """A config that has been run: what it assigns, and where each value is written."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,7 @@ class Config:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value at a dotted path, or `default`."""
-        value: Any = self.values
-        for part in key.split("."):
-            if not isinstance(value, dict) or part not in value:
-                return default
-            value = value[part]
-        return value
+        return value_at(self.values, key, default)
 
     def where(self, key: str) -> str:
         """`file:line key` for messages: where the value is written, or the nearest part of the path that is.
@@ -70,6 +66,16 @@ class Config:
     def resolved(self) -> dict[str, Any]:
         """All values as JSON: classes and functions by their dotted names, `***` for secrets."""
         return {key: secrets.mask(_plain(value), key) for key, value in self.values.items()}
+
+
+def value_at(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """The value at a dotted path, or `default`."""
+    value: Any = values
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return default
+        value = value[part]
+    return value
 
 
 def _plain(value: Any) -> Any:

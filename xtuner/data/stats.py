@@ -91,7 +91,6 @@ class _Job(NamedTuple):
 
 
 class _Counted(NamedTuple):
-    number: int
     documents: Int64s  # [BUCKETS]
     tokens: Int64s
     costs: npt.NDArray[np.float32]  # [packs]
@@ -162,7 +161,7 @@ def _count(job: _Job) -> _Counted:
         counts += np.bincount(bucket, lengths, minlength=BUCKETS).astype(np.int64)
     table = job.tables.table(job.number) if job.tables else None
     ends = (table or order_of(job.file, job.seed))[1]
-    return _Counted(job.number, documents, counts, pack_costs(ends, job.packed_length))
+    return _Counted(documents, counts, pack_costs(ends, job.packed_length))
 
 
 def pack_costs(ends: Int64s, packed_length: int) -> npt.NDArray[np.float32]:

@@ -63,24 +63,21 @@ _OLD_ROOMS = tuple(f"xtuner.{room}" for room in (
 _SHARED = {"xtuner.engine": ("DeepSpeedStrategy", "HFCheckpointHook"), "xtuner.model": ("LLaVAModel",)}
 
 # A place in a config → what is described there. Only there is a name without dots a registry's.
-_PLACES = tuple(
-    (re.compile(pattern), kind)
-    for pattern, kind in (
-        (r"(default|custom)_hooks\.[^.]+", "hook"),
-        (r"param_scheduler(\.\d+)?", "scheduler"),
-        (r"optim_wrapper", "optimizer wrapper"),
-        (r"optim_wrapper\.optimizer", "optimizer"),
-        (r"train_cfg", "loop"),
-        (r"train_dataloader\.sampler", "sampler"),
-        (r"train_dataloader\.batch_sampler", "batch sampler"),
-        (r"train_dataloader\.collate_fn", "collate function"),
-        (r"train_dataloader\.dataset(\.dataset_cfg)?|val_dataset", "dataset"),
-        (r"model(\.llm)?", "model"),
-        (r"tokenizer|custom_hooks\.[^.]+\.tokenizer", "tokenizer"),
-        (r"visualizer", "visualizer"),
-        (r"visualizer\.vis_backends(\.\d+)?", "visualizer's backend"),
-    )
-)
+_PLACES = {
+    r"(default|custom)_hooks\.[^.]+": "hook",
+    r"param_scheduler(\.\d+)?": "scheduler",
+    r"optim_wrapper": "optimizer wrapper",
+    r"optim_wrapper\.optimizer": "optimizer",
+    r"train_cfg": "loop",
+    r"train_dataloader\.sampler": "sampler",
+    r"train_dataloader\.batch_sampler": "batch sampler",
+    r"train_dataloader\.collate_fn": "collate function",
+    r"train_dataloader\.dataset(\.dataset_cfg)?|val_dataset": "dataset",
+    r"model(\.llm)?": "model",
+    r"tokenizer|custom_hooks\.[^.]+\.tokenizer": "tokenizer",
+    r"visualizer": "visualizer",
+    r"visualizer\.vis_backends(\.\d+)?": "visualizer's backend",
+}
 
 # Of PyTorch's optimizers those that train no model here
 _NOT_HERE = ("LBFGS", "SparseAdam")
@@ -118,7 +115,7 @@ _NEAREST = {
 
 def kind_of(place: str) -> str:
     """What a config describes at a dotted path, `default_hooks.logger`; empty where nothing is built."""
-    return next((kind for pattern, kind in _PLACES if pattern.fullmatch(place)), "")
+    return next((kind for pattern, kind in _PLACES.items() if re.fullmatch(pattern, place)), "")
 
 
 def find(written: str, place: str = "") -> str | None:

@@ -119,10 +119,8 @@ def stats(
     """
     workers = pool.usable_workers(workers)
     found = Stats(str(data.folder), packed_length, seed, data.min_length, data.num_documents, data.num_tokens)
-    names = data.catalog.names
-    for name, documents, count in zip(
-        names, data.catalog.documents.tolist(), data.catalog.tokens.tolist(), strict=True
-    ):
+    c = data.catalog
+    for name, documents, count in zip(c.names, c.documents.tolist(), c.tokens.tolist(), strict=True):
         found.files.append(FileStats(name, documents, count, count // packed_length, count % packed_length))
     found.repeated = data.num_repeated
     found.packs, found.tail = sum(f.packs for f in found.files), sum(f.tail for f in found.files)

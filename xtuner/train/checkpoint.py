@@ -57,8 +57,15 @@ def write(
 
 
 def _begin(target: Path, needed: int) -> str:
-    """Make the temporary folder if the disk has room."""
-    _room(target.parent, needed)
+    """Make the temporary folder. Raises: CheckpointError if the disk has no room for `needed` bytes and some more."""
+    free = shutil.disk_usage(target.parent).free
+    if free < needed * 1.01 + 2**20:
+        raise CheckpointError(
+            f"a checkpoint needs {human_bytes(needed)} ({needed:,} bytes), the disk has {human_bytes(free)} ({free:,})",
+            where=str(target.parent),
+            why="nothing was written; the older checkpoints are untouched",
+            do="free some space, keep fewer checkpoints (save_total_limit), or save_optimizer = False",
+        )
     return str(files.temporary_folder(target))
 
 
@@ -92,18 +99,6 @@ def _publish(folder: Path, target: Path, entries: dict[str, Any], iteration: int
         f.write(target.name + "\n")
     for _, old in found(target.parent)[:-keep] if keep > 0 else ():
         files.discard(old)
-
-
-def _room(work_dir: Path, needed: int) -> None:
-    """Raise CheckpointError if the disk has no room for `needed` bytes and a little more."""
-    free = shutil.disk_usage(work_dir).free
-    if free < needed * 1.01 + 2**20:
-        raise CheckpointError(
-            f"a checkpoint needs {human_bytes(needed)} ({needed:,} bytes), the disk has {human_bytes(free)} ({free:,})",
-            where=str(work_dir),
-            why="nothing was written; the older checkpoints are untouched",
-            do="free some space, keep fewer checkpoints (save_total_limit), or save_optimizer = False",
-        )
 
 
 def named(work_dir: Path) -> list[tuple[int, Path]]:

@@ -107,13 +107,16 @@ def RuntimeInfoHook() -> hooks.Hook:
     return hooks.Hook()
 
 
-@adapter(no_work={name: (NO_WORK_IN_TRAIN_CFG[name], int) for name in ("val_begin", "val_interval")}, only=TRAIN_CFG)
+_VALIDATION = {name: (NO_WORK_IN_TRAIN_CFG[name], int) for name in ("val_begin", "val_interval")}
+
+
+@adapter(no_work=_VALIDATION, only=TRAIN_CFG)
 def TrainLoop(max_epochs: int) -> dict[str, int]:
     """Never built: the trainer reads max_epochs where it stands."""
     return {"max_epochs": max_epochs}
 
 
-@adapter(no_work=NO_WORK_IN_TRAIN_CFG, only=TRAIN_CFG)
+@adapter(no_work={**_VALIDATION, "dynamic_intervals": NO_WORK_IN_TRAIN_CFG["dynamic_intervals"]}, only=TRAIN_CFG)
 def EpochBasedTrainLoop(max_epochs: int) -> dict[str, int]:
     """Never built, as above."""
     return {"max_epochs": max_epochs}

@@ -102,5 +102,12 @@ def slurm() -> Iterator[own_slurm.Slurm]:
 def xtuner() -> Callable[..., int]:
     """Run a command line in this process; returns the exit code. Errors for users are raised."""
     from xtuner.cli.main import main
+    from xtuner.core.log import logger
 
-    return lambda *words: main([str(w) for w in words])
+    def run(*words: object) -> int:
+        try:
+            return main([str(w) for w in words])
+        finally:
+            logger.propagate = True  # where its own process would have ended: to pytest's caplog
+
+    return run

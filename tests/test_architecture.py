@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,18 @@ def test_imports_run_downwards() -> None:
             assert LEVELS.index(other) <= LEVELS.index(room), f"{file} imports from xtuner.{other}, which lies above"
             if other == "train":
                 assert room in ("train", "cli")
+
+
+def test_no_imports_in_circles() -> None:
+    """Not between two files either: those inside functions and for type hints count."""
+    files = {".".join(f.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): f
+             for f in ROOT.rglob("*.py")}  # fmt: skip
+    wanted: dict[str, set[str]] = {}
+    for name, file in files.items():
+        nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom) and n.module]
+        named = {(f"{n.module}.{a.name}", str(n.module)) for n in nodes for a in n.names}
+        wanted[name] = {inner if inner in files else outer for inner, outer in named} - {name}
+    TopologicalSorter(wanted).prepare()
 
 
 def test_files_are_small() -> None:

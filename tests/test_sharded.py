@@ -1,6 +1,7 @@
 """Our own strategy on meshes: whatever is kept full and however state is divided, the numbers are one process's."""
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import Linear
 from xtuner.model.ops.functions import Keep
 from xtuner.model.source import ModelSource, from_scratch
-from xtuner.model.weights import base_weights
+from xtuner.train import checkpoint
+from xtuner.train.state import TrainState
 
 
 def strategy(
@@ -197,8 +199,6 @@ def test_an_adapter_trains_and_resumes(division: Division, tmp_path: Path) -> No
     same(written(again, tmp_path / "again"), written(alone, tmp_path / "end"))
     with pytest.raises(CheckpointError, match="8 tensors have no place in the model"):
         strategy().load(half)
-    with pytest.raises(CheckpointError, match="an adapter, which cannot be merged"):
-        base_weights(half)
 
     def on_two(_: Ranks, folder: Path) -> None:
         s = strategy(division=division, model=model)
@@ -212,6 +212,34 @@ def test_an_adapter_trains_and_resumes(division: Division, tmp_path: Path) -> No
     assert on_ranks(2, on_two, tmp_path / "two") == [0, 0]
     alone.load(tmp_path / "two" / "half")
     assert [x for x, _, _ in go(alone, range(3, 6))] == pytest.approx([x for x, _, _ in expected[3:]], abs=1e-5)
+
+
+def test_commands_refuse_weights_without_their_adapter(
+    tiny: Path, corpus: Path, tmp_path: Path, xtuner: Callable[..., int]
+) -> None:
+    """Export, evaluation and `load_from` say what, where, why and what to do, and write nothing; the advice works."""
+    snapshot = strategy(model=replace(source(), adapter=LowRanks())).snapshot(optimizer=True)
+    saved, _ = checkpoint.write(tmp_path, TrainState(3), snapshot, {}, dist.ALL)
+    start, before = ("--cfg-options", f"load_from={saved}"), sorted(tmp_path.rglob("*"))
+    for words in (
+        ("convert", "pth_to_hf", tiny, saved, tmp_path / "hf"),
+        ("convert", "weights", saved, tmp_path / "all.safetensors"),
+        ("eval", "loss", saved, corpus, "--max-length", "64"),
+        ("check-cfg", tiny, *start),
+        ("train", tiny, "--work-dir", tmp_path / "run", "--dry-run", *start),
+        ("train", tiny, "--work-dir", tmp_path / "run", *start),
+    ):
+        with pytest.raises(CheckpointError) as caught:  # exit code 74
+            xtuner(*words)
+        error = caught.value
+        assert error.what == "the checkpoint has an adapter, which cannot be merged into its weights yet", words
+        by = f", by {tiny}:" if start[1] in words else ""
+        assert error.where.startswith(f"{saved / 'adapter'}{by}"), words
+        assert error.where.endswith(" load_from" if by else "adapter"), words
+        assert error.why == "without it the weights are those of the model that the adapter was trained on", words
+        assert error.do == f"give {saved / 'weights'} if that is what you want", words
+        assert sorted(tmp_path.rglob("*")) == before, words
+    assert xtuner("eval", "loss", saved / "weights", corpus, "--max-length", "64") == 0
 
 
 def test_what_is_kept_full_follows_from_memory() -> None:

@@ -1,13 +1,17 @@
 """xtuner chat MODEL: talk with a model on the terminal, or let it continue a text."""
 
 import argparse
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from xtuner.core import log
+from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.core.files import read_json
+from xtuner.core.log import logger
 from xtuner.core.streams import as_text
-
-if TYPE_CHECKING:
-    from xtuner.data.tokenizer import Tokenizer
+from xtuner.data.chat_template import INTERNLM2_MARKS, PROMPT_TEMPLATE
+from xtuner.data.tokenizer import Tokenizer, load_tokenizer, single_tokens
 
 HELP = "an empty line is ignored; /reset begins a new conversation, /exit or Ctrl-D ends"
 
@@ -32,11 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from xtuner.core import log
-    from xtuner.core.errors import ConfigError, did_you_mean
-    from xtuner.core.log import logger
-    from xtuner.data.chat_template import INTERNLM2_MARKS, PROMPT_TEMPLATE
-    from xtuner.data.tokenizer import load_tokenizer, single_tokens
     from xtuner.engine.join import device
     from xtuner.model.generate import Session, sample
     from xtuner.model.source import require_marks
@@ -101,11 +100,6 @@ def run(args: argparse.Namespace) -> int:
 
 def refuse_checkpoint(model: str) -> None:
     """A checkpoint holds no tokenizer, and no file may be added to it. Raises: ConfigError that names the run's."""
-    from pathlib import Path
-
-    from xtuner.core.errors import ConfigError
-    from xtuner.core.files import read_json
-
     facts = Path(model).expanduser() / "trainer.json"
     if not facts.is_file():
         return
@@ -123,8 +117,6 @@ def refuse_checkpoint(model: str) -> None:
 
 def asked() -> Iterator[str | None]:
     """What the user types, line by line; None for a new conversation."""
-    import sys
-
     print(HELP, file=sys.stderr)
     while True:
         try:
@@ -139,7 +131,7 @@ def asked() -> Iterator[str | None]:
             yield line
 
 
-def spoken(tokens: Iterator[int], tokenizer: "Tokenizer", stop_words: list[str]) -> Iterator[str]:
+def spoken(tokens: Iterator[int], tokenizer: Tokenizer, stop_words: list[str]) -> Iterator[str]:
     """Text as it grows, whole characters only; ends before a stop word, of which no beginning is shown early."""
     held: list[int] = []
     shown = 0

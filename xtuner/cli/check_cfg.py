@@ -11,13 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from xtuner.config.load import load
     from xtuner.config.told import paragraphs
-    from xtuner.core import log
     from xtuner.dist.mesh import Mesh
     from xtuner.engine import fit
     from xtuner.engine.join import device
     from xtuner.train import preflight
 
-    log.setup()
     config = load(args.config, args.cfg_options)
     hooks = preflight.settings(config)
     here = device()

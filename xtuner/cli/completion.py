@@ -9,6 +9,8 @@ The script holds all words itself, so a key press starts no Python. What a verb 
 import argparse
 from dataclasses import dataclass, field
 
+from xtuner.tools import jobs
+
 SHELLS = ("bash", "zsh", "fish")
 
 
@@ -56,11 +58,6 @@ def verbs() -> dict[str, Words]:
     return found
 
 
-def _heads(table: dict[str, Words]) -> list[str]:
-    """First words of all verbs."""
-    return list(dict.fromkeys(name.split()[0] for name in table))
-
-
 def _groups(table: dict[str, Words]) -> dict[str, list[str]]:
     """First words of verbs of two words → the second ones."""
     groups: dict[str, list[str]] = {}
@@ -71,114 +68,60 @@ def _groups(table: dict[str, Words]) -> dict[str, list[str]]:
     return groups
 
 
+def _values(table: dict[str, Words], choose: str) -> str:
+    """A case for each option that has choices; `choose` is what is done with them."""
+    found = ((name, *pair) for name, words in table.items() for pair in words.values.items())
+    return "\n".join(
+        f'        "{name} {o}") {choose.format(" ".join(choices))}; return ;;' for name, o, choices in found
+    )
+
+
 def bash(table: dict[str, Words]) -> str:
-    lines = [
-        "# xtuner: words for bash. source <(xtuner completion bash)",
-        "_xtuner() {",
-        '    local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"',
-        '    local verb="${COMP_WORDS[1]}" at=2 words="" options="" first="" files=',
-        f'    if (( COMP_CWORD == 1 )); then COMPREPLY=( $(compgen -W "{" ".join(_heads(table))} --help --version" '
-        '-- "$current") ); return; fi',
-        '    case "$verb" in',
-    ]
-    for head, rest in _groups(table).items():
-        lines.append(f'        {head}) words="{" ".join(rest)}"; verb="$verb ${{COMP_WORDS[2]}}"; at=3 ;;')
-    lines += [
-        "    esac",
-        '    if (( COMP_CWORD < at )); then COMPREPLY=( $(compgen -W "$words" -- "$current") ); return; fi',
-        '    case "$verb $previous" in',
-        *_bash_values(table),
-        "    esac",
-        '    case "$verb" in',
-    ]
-    for name, words in table.items():
-        more = "; files=1" if words.files else ""
-        lines.append(f'        "{name}") options="{" ".join(words.options)}"; first="{" ".join(words.first)}"{more} ;;')
-    lines += [
-        "    esac",
-        '    if [[ "$current" == -* ]]; then COMPREPLY=( $(compgen -W "$options" -- "$current") ); return; fi',
-        "    (( COMP_CWORD == at )) || return 0  # no words: files, by -o default",
-        '    COMPREPLY=( $(compgen -W "$first" -- "$current") )',
-        '    if [[ "$files" ]]; then',
-        "        local IFS=$'\\n'",
-        '        COMPREPLY+=( $(compgen -f -- "$current") )',
-        "        compopt -o filenames 2> /dev/null",
-        "    fi",
-        "    return 0",
-        "}",
-        "complete -o default -F _xtuner xtuner",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _bash_values(table: dict[str, Words]) -> list[str]:
-    return [
-        f'        "{name} {option}") COMPREPLY=( $(compgen -W "{" ".join(choices)}" -- "$current") ); return ;;'
+    groups = (
+        f'        {head}) words="{" ".join(rest)}"; verb="$verb ${{COMP_WORDS[2]}}"; at=3 ;;'
+        for head, rest in _groups(table).items()
+    )
+    verbs = (
+        f'        "{name}") options="{" ".join(words.options)}"; first="{" ".join(words.first)}"'
+        f"{'; files=1' if words.files else ''} ;;"
         for name, words in table.items()
-        for option, choices in words.values.items()
-    ]
+    )
+    values = _values(table, 'COMPREPLY=( $(compgen -W "{}" -- "$current") )')
+    return _filled("bash", table, groups="\n".join(groups), values=values, verbs="\n".join(verbs))
 
 
 def zsh(table: dict[str, Words]) -> str:
+    groups = (
+        f"        {head}) at=4\n"
+        f"            if (( CURRENT == 3 )); then compadd -- {' '.join(rest)}; return; fi\n"
+        f'            verb="$verb $words[3]" ;;'
+        for head, rest in _groups(table).items()
+    )
+    verbs = (
+        f'        "{name}") if [[ "$current" == -* ]]; then compadd -- {" ".join(words.options)}; return; fi\n'
+        f"            first=({' '.join(words.first)}) ;;"
+        for name, words in table.items()
+    )
     with_files = "|".join(name.replace(" ", "\\ ") for name, words in table.items() if words.files)
-    lines = [
-        "#compdef xtuner",
-        "# xtuner: words for zsh. source <(xtuner completion zsh), after compinit",
-        "_xtuner() {",
-        '    local verb="$words[2]" current="$words[CURRENT]" previous="$words[CURRENT-1]"',
-        "    local -i at=3",
-        "    local -a first",
-        f"    if (( CURRENT == 2 )); then compadd -- {' '.join(_heads(table))} --help --version; return; fi",
-        '    case "$verb" in',
-    ]
-    for head, rest in _groups(table).items():
-        lines.append(f"        {head}) at=4")
-        lines.append(f"            if (( CURRENT == 3 )); then compadd -- {' '.join(rest)}; return; fi")
-        lines.append('            verb="$verb $words[3]" ;;')
-    lines += ["    esac", '    case "$verb $previous" in']
-    for name, words in table.items():
-        for option, choices in words.values.items():
-            lines.append(f'        "{name} {option}") compadd -- {" ".join(choices)}; return ;;')
-    lines += ["    esac", '    case "$verb" in']
-    for name, words in table.items():
-        options = f'if [[ "$current" == -* ]]; then compadd -- {" ".join(words.options)}; return; fi'
-        lines.append(f'        "{name}") {options}')
-        lines.append(f"            first=({' '.join(words.first)}) ;;")
-    lines += [
-        "    esac",
-        "    if (( CURRENT == at && $#first )); then",
-        "        compadd -a first",
-        f'        [[ "$verb" == ({with_files}) ]] || return 0',
-        "    fi",
-        "    _files",
-        "}",
-        "compdef _xtuner xtuner",
-    ]
-    return "\n".join(lines) + "\n"
+    values = _values(table, "compadd -- {}")
+    return _filled("zsh", table, groups="\n".join(groups), values=values, verbs="\n".join(verbs), with_files=with_files)
 
 
 def fish(table: dict[str, Words]) -> str:
-    at = "__xtuner_at"
-    lines = [
-        "# xtuner: words for fish. xtuner completion fish | source",
-        f"function {at}  # the words before the cursor begin with these",
-        "    set -l given (commandline -opc)",
-        '    string match -q -- "$argv *" "$given[2..] "',
-        "end",
-        f"function {at}_first  # and nothing but options follows them",
-        "    set -l given (commandline -opc)",
-        '    test "$given[2..]" = "$argv"',
-        "end",
-        f"complete -c xtuner -n '{at}_first' -f -a '{' '.join(_heads(table))}'",
-    ]
-    for head, rest in _groups(table).items():
-        lines.append(f"complete -c xtuner -n '{at}_first {head}' -f -a '{' '.join(rest)}'")
+    at = "complete -c xtuner -n '__xtuner_at"
+    lines = [f"{at}_first {head}' -f -a '{' '.join(rest)}'" for head, rest in _groups(table).items()]
     for name, words in table.items():
         if words.first:
             files = "" if words.files else " -f"
-            lines.append(f"complete -c xtuner -n '{at}_first {name}'{files} -a '{' '.join(words.first)}'")
+            lines.append(f"{at}_first {name}'{files} -a '{' '.join(words.first)}'")
         for option in words.options:
             flag = f"-l {option[2:]}" if option.startswith("--") else f"-s {option[1:]}"
             choices = f" -x -a '{' '.join(words.values[option])}'" if option in words.values else ""
-            lines.append(f"complete -c xtuner -n '{at} {name}' {flag}{choices}")
-    return "\n".join(lines) + "\n"
+            lines.append(f"{at} {name}' {flag}{choices}")
+    return _filled("fish", table, verbs="\n".join(lines))
+
+
+def _filled(shell: str, table: dict[str, Words], **parts: str) -> str:
+    """`templates/completion.SHELL`, with the first words of all verbs and further parts."""
+    heads = " ".join(dict.fromkeys(name.split()[0] for name in table))
+    return jobs.filled(f"completion.{shell}", heads=heads, **parts)

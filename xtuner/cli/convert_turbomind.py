@@ -27,7 +27,6 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.export.turbomind import check, convert, read_source
     from xtuner.export.turbomind_config import BASE, CHAT, template_by_path
 
-    log.setup()
     source = read_source(hub.resolve(args.model_path))
     if args.check:
         files = check(source, Path(args.check).expanduser())

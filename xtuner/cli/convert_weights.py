@@ -17,7 +17,6 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core import log
     from xtuner.export.consolidate import consolidate
 
-    log.setup()
     target = consolidate(args.checkpoint, args.target)
     log.logger.info(f"written {target}: {log.human_bytes(target.stat().st_size)}")
     return 0

@@ -12,12 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.core import log
     from xtuner.core.errors import CheckpointError
     from xtuner.core.log import human_bytes
     from xtuner.data.cache import make
 
-    log.setup()
     data = opened(args)
     made = make(data, args.seed, not args.index_only, args.workers)
     if made.index:

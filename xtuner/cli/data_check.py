@@ -24,16 +24,13 @@ def run(args: argparse.Namespace) -> int:
     import sys
     from pathlib import Path
 
-    from xtuner.core import log
     from xtuner.core.errors import EXIT_DATA, EXIT_DONE, ConfigError
     from xtuner.core.log import use_colour
     from xtuner.data.check import check, table
 
-    log.setup()
     if args.vocab_size is not None and args.vocab_size < 1:
         raise ConfigError(f"a vocabulary of {args.vocab_size} has no ids", where="--vocab-size")
-    folder = Path(args.folder).expanduser()
-    report = check(folder, args.vocab_size, args.fix_meta, args.workers, args.file_type)
+    report = check(Path(args.folder), args.vocab_size, args.fix_meta, args.workers, args.file_type)
     coloured = use_colour(sys.stdout)
     for line in table(report, lambda kind, text: f"{COLOURS[kind]}{text}{RESET}" if coloured else text):
         print(line)

@@ -1,11 +1,16 @@
 """xtuner data show FOLDER: packs as a person reads them."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
+
+from xtuner.core import log
+from xtuner.core.errors import ConfigError, DataError, did_you_mean
+from xtuner.core.log import use_colour
+from xtuner.data.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from xtuner.data.pack import PackedDataset
-    from xtuner.data.tokenizer import Tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.core import log
     from xtuner.data import load_intern_repo_tokenized_dataset
     from xtuner.data.pack import PackedDataset
-    from xtuner.data.tokenizer import load_tokenizer
 
     log.setup("WARNING")
     documents = load_intern_repo_tokenized_dataset(args.folder, data_order_path=args.data_order)
@@ -35,12 +38,8 @@ def run(args: argparse.Namespace) -> int:
     return print_packs(data, [args.pack], args.show or ("text" if tokenizer else "input_ids"), tokenizer)
 
 
-def print_packs(data: "PackedDataset", packs: list[int], way: str, tokenizer: "Tokenizer | None") -> int:
+def print_packs(data: "PackedDataset", packs: list[int], way: str, tokenizer: Tokenizer | None) -> int:
     """Show packs on the terminal; see `show_pack`."""
-    import sys
-
-    from xtuner.core.errors import ConfigError, DataError, did_you_mean
-    from xtuner.core.log import use_colour
     from xtuner.data.show import WAYS, show_pack
 
     if way not in WAYS:

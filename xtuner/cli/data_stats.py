@@ -19,14 +19,12 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from xtuner.core import log
     from xtuner.core.errors import CheckpointError, ConfigError
     from xtuner.core.files import atomic_file
     from xtuner.core.log import logger
     from xtuner.data.page import page
     from xtuner.data.stats import as_text, stats
 
-    log.setup()
     if args.max_length < 1:
         raise ConfigError(f"no pack has {args.max_length} tokens", where="--max-length")
     words = [word.strip() for word in args.ranks.split(",") if word.strip()]

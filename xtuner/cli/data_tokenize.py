@@ -46,11 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.core import log
     from xtuner.data.tokenize.run import tokenize
     from xtuner.data.tokenize.settings import Settings
 
-    log.setup()
     settings = Settings(
         tokenizer=args.tokenizer,
         format=args.format,

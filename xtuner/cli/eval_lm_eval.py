@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 from xtuner.cli.evaluators import add_shared, environment
+from xtuner.core.errors import ConfigError
+from xtuner.tools.evaluators.environment import exclusive
 
 COMMAND = "xtuner eval lm-eval"
 
@@ -22,14 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.core import log
-    from xtuner.core.errors import ConfigError
     from xtuner.tools.evaluators import lm_eval
-    from xtuner.tools.evaluators.environment import exclusive
     from xtuner.tools.evaluators.model import Given
     from xtuner.tools.evaluators.table import text
 
-    log.setup()
     if args.install and not args.model:
         environment(args, COMMAND)
         return 0

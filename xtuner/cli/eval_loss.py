@@ -16,13 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from xtuner.core import log
     from xtuner.core.errors import ConfigError
     from xtuner.data import load_intern_repo_tokenized_dataset
     from xtuner.engine.join import device
     from xtuner.train.evaluate import Record, check_place, evaluate, open_model
 
-    log.setup()
     if args.max_length < 2:
         raise ConfigError("a part needs at least 2 tokens", where=f"--max-length {args.max_length}")
     save = Path(args.save).expanduser() if args.save else None

@@ -2,12 +2,11 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from xtuner.cli.evaluators import add_shared, environment
-
-if TYPE_CHECKING:
-    from xtuner.tools.evaluators.environment import Environment
+from xtuner.core import log
+from xtuner.core.errors import ConfigError
+from xtuner.tools.evaluators.environment import Environment, exclusive
 
 COMMAND = "xtuner eval opencompass"
 
@@ -44,15 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.core import log
-    from xtuner.core.errors import ConfigError
     from xtuner.export.opencompass import Settings, config_text, has_chat_template
     from xtuner.tools.evaluators import opencompass
-    from xtuner.tools.evaluators.environment import exclusive
     from xtuner.tools.evaluators.model import Given
     from xtuner.tools.evaluators.table import text
 
-    log.setup()
     turbomind = args.backend == "turbomind"
     if args.install and not args.model:
         environment(args, COMMAND, turbomind)
@@ -90,8 +85,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raises: ConfigError."""
-    from xtuner.core.errors import ConfigError
-
     if not args.datasets and not args.custom:
         raise ConfigError("nothing is asked", where=COMMAND, do="give --datasets NAME …, or --custom FILE.jsonl")
     if args.infer and not args.custom:
@@ -105,10 +98,8 @@ def _check_options(args: argparse.Namespace) -> None:
             raise ConfigError(f"{value} cannot be", where=f"--{option.replace('_', '-')}", do=f"give {least} or more")
 
 
-def _gpus(args: argparse.Namespace, place: "Environment") -> int:
+def _gpus(args: argparse.Namespace, place: Environment) -> int:
     """How many hold one copy of the model. Raises: ConfigError for a backend, or GPUs, that are not there."""
-    from xtuner.core.errors import ConfigError
-
     turbomind, where = args.backend == "turbomind", f"--backend {args.backend}"
     if turbomind and args.gpus == 0:
         raise ConfigError("TurboMind computes on GPUs only", where="--gpus 0", do="give 1 or more, or --backend hf")

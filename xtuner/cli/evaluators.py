@@ -2,10 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from xtuner.tools.evaluators.environment import Environment
+from xtuner.tools.evaluators.environment import Environment, default_folder
 
 
 def add_shared(parser: argparse.ArgumentParser, who: str) -> None:
@@ -22,10 +20,8 @@ def add_shared(parser: argparse.ArgumentParser, who: str) -> None:
     )
 
 
-def environment(args: argparse.Namespace, command: str, turbomind: bool = False) -> "Environment":
+def environment(args: argparse.Namespace, command: str, turbomind: bool = False) -> Environment:
     """The one that is asked for, installed if that is asked for."""
-    from xtuner.tools.evaluators.environment import Environment, default_folder
-
     found = Environment(args.env or default_folder(), command)
     if args.install:
         found.install(turbomind)

@@ -1,11 +1,17 @@
 """xtuner launch --scheduler slurm|k8s|dlc CONFIG: a job script for a cluster. It submits nothing."""
 
 import argparse
-from typing import TYPE_CHECKING
+import re
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
-if TYPE_CHECKING:
-    from xtuner.config.load import Config
-    from xtuner.tools.jobs import Job
+from xtuner.config.config import Config
+from xtuner.core.errors import ConfigError
+from xtuner.core.files import atomic_file
+from xtuner.tools import jobs
+from xtuner.tools.jobs import Job
 
 ONLY_FOR = {  # option → schedulers that have a use for it
     "partition": ("slurm",),
@@ -37,16 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import sys
-
     from xtuner.config.load import load
     from xtuner.config.told import tell
-    from xtuner.core import log
-    from xtuner.core.errors import ConfigError
-    from xtuner.tools import jobs
     from xtuner.train import preflight
 
-    log.setup()
     for option, schedulers in ONLY_FOR.items():
         if getattr(args, option) and args.scheduler not in schedulers:
             what = f"--{option} means nothing to --scheduler {args.scheduler}"
@@ -64,14 +64,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _job(args: argparse.Namespace, config: "Config") -> "Job":
-    from dataclasses import replace
-    from pathlib import Path
-
-    from xtuner.tools import jobs
-
+def _job(args: argparse.Namespace, config: Config) -> Job:
     work_dir = args.work_dir or config.get("work_dir")
-    job = jobs.Job(
+    job = Job(
         config=jobs.path(str(config.path.resolve()), "CONFIG"),
         work_dir=jobs.path(
             str(Path(work_dir or Path("work_dirs") / config.name).expanduser().absolute()), "--work-dir"
@@ -90,15 +85,8 @@ def _job(args: argparse.Namespace, config: "Config") -> "Job":
     return _in_containers(job, config, work_dir, args.pvc or [])
 
 
-def _in_containers(job: "Job", config: "Config", work_dir: str | None, claims: list[str]) -> "Job":
+def _in_containers(job: Job, config: Config, work_dir: str | None, claims: list[str]) -> Job:
     """The job with paths as its containers see them, and the files of this machine that it brings along."""
-    import re
-    from dataclasses import replace
-    from pathlib import Path, PurePosixPath
-
-    from xtuner.core.errors import ConfigError
-    from xtuner.tools import jobs
-
     if not job.image:
         raise ConfigError("no image is given", where="--image", do="build one with xtuner/templates/Dockerfile")
     volumes = tuple(map(jobs.volume, claims))
@@ -125,25 +113,16 @@ def _in_containers(job: "Job", config: "Config", work_dir: str | None, claims: l
 
 
 def _write(output: str, text: str) -> None:
-    from pathlib import Path
-
-    from xtuner.core.errors import ConfigError
-    from xtuner.core.files import atomic_file
-    from xtuner.tools.jobs import MARK
-
     target = Path(output).expanduser()
     if target.exists():
         head = target.read_bytes()[:500] if target.is_file() else b""
-        if MARK.encode() not in head:
+        if jobs.MARK.encode() not in head:
             raise ConfigError("this is not a script of `xtuner launch`", where=output, do="choose another --output")
     with atomic_file(target) as f:
         f.write(text)
 
 
-def _submit(scheduler: str, job: "Job", output: str | None) -> str:
-    import shlex
-    from pathlib import Path
-
+def _submit(scheduler: str, job: Job, output: str | None) -> str:
     file = shlex.quote(str(Path(output).expanduser())) if output else ""
     if scheduler == "dlc":
         start = f"bash {shlex.quote(str(Path(output).expanduser().resolve()))}" if output else "bash FILE"

@@ -16,14 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.core import log
     from xtuner.core.errors import ConfigError
     from xtuner.tools.loss_plot import draw, read_runs
 
     work_dir = Path(args.work_dir)
     if args.smoothing is not None and not args.smoothing >= 0:
         raise ConfigError(f"--smoothing {args.smoothing:g} is negative or not a number", do="give a number from 0 on")
-    log.setup()
     runs = read_runs(work_dir)
     if not runs:
         raise ConfigError(

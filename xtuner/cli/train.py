@@ -61,7 +61,7 @@ def _train(args: argparse.Namespace) -> int:
     import sys
 
     from xtuner.config.load import load
-    from xtuner.core import log, streams
+    from xtuner.core import streams
     from xtuner.core.errors import ConfigError
     from xtuner.engine import launch, workers
 
@@ -79,7 +79,6 @@ def _train(args: argparse.Namespace) -> int:
 
         asked = launch.nodes(os.environ, device_count())
         if asked and asked.workers * asked.nodes > 1:
-            log.setup()
             return workers.start(asked, [sys.executable, "-m", "xtuner", "train", *args.words])
     workers.end_with_parent()
     place = launch.place(args.launcher, os.environ)

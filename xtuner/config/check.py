@@ -7,22 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xtuner.config import paths as path_checks
-from xtuner.config import rules, types
+from xtuner.config import rules, settings, types
 from xtuner.config.adapter import adapter_of
 from xtuner.config.build import build, check_arguments, resolve_type, type_name
-from xtuner.config.load import Config
+from xtuner.config.config import Config
 from xtuner.config.mistakes import together
-from xtuner.config.settings import (
-    DATALOADER,
-    NO_WORK,
-    NO_WORK_IN_DATALOADER,
-    NO_WORK_IN_TRAIN_CFG,
-    OLD,
-    ONLY,
-    OPTIONAL,
-    REQUIRED,
-    TRAIN_CFG,
-)
 from xtuner.config.told import tell
 from xtuner.config.walk import ROOTS, Spec, specs, walked
 from xtuner.core.errors import ConfigError, did_you_mean, of_exit
@@ -81,11 +70,11 @@ def problems(config: Config, paths: bool = False) -> list[ConfigError]:
 
 
 def _names(config: Config) -> list[ConfigError]:
-    known = [*REQUIRED, *OPTIONAL, *ONLY]
-    accepted = [*known, *NO_WORK, *OLD]
+    known = [*settings.REQUIRED, *settings.OPTIONAL, *settings.ONLY]
+    accepted = [*known, *settings.NO_WORK, *settings.OLD]
     missing = [
         ConfigError(f"the config has no {name!r}", where=str(config.path), do="compare with a shipped config")
-        for name in REQUIRED
+        for name in settings.REQUIRED
         if name not in config.values
     ]
     unknown = []
@@ -107,7 +96,7 @@ def _names(config: Config) -> list[ConfigError]:
 
 
 def _only(config: Config) -> Iterator[ConfigError]:
-    for name, only in (ONLY | OLD).items():
+    for name, only in (settings.ONLY | settings.OLD).items():
         if name in config.values and (problem := only.problem(name, config.values[name])):
             yield ConfigError(problem.what, where=config.where(name), why=problem.why, do=problem.do)
 
@@ -124,18 +113,20 @@ def _dataloader(config: Config) -> Iterator[ConfigError]:
     if not isinstance(loader, Mapping):
         yield ConfigError(f"expected dict(dataset=…, …), found {loader!r}", where=config.where("train_dataloader"))
         return
-    known = [*DATALOADER, *NO_WORK_IN_DATALOADER]
+    known = [*settings.DATALOADER, *settings.NO_WORK_IN_DATALOADER]
     for name in sorted(set(loader) - set(known)):
         where = config.where(f"train_dataloader.{name}")
         yield ConfigError(f"train_dataloader has no setting {name!r}.{did_you_mean(name, known)}", where=where)
     for key in ("batch_size", "batch_sampler.batch_size"):
         size = config.get(f"train_dataloader.{key}", 1)
         told = config.values.get("batch_size", 1) != 1  # as a setting of the file
-        if not told and (p := ONLY["batch_size"].problem(key, size)):
+        if not told and (p := settings.ONLY["batch_size"].problem(key, size)):
             yield ConfigError(p.what, where=config.where(f"train_dataloader.{key}"), why=p.why, do=p.do)
-    for name, right in (("collate_fn", _is_idle), ("batch_sampler", _is_batch_sampler)):
-        spec = loader.get(name)
-        key = f"train_dataloader.{name}"
+    for name, right in (
+        ("collate_fn", lambda kind: (facts := adapter_of(kind)) is not None and facts.idle),
+        ("batch_sampler", lambda kind: type_name(kind).rpartition(".")[2] == "BatchSampler"),
+    ):
+        spec, key = loader.get(name), f"train_dataloader.{name}"
         kind = _resolved(spec["type"], key) if isinstance(spec, Mapping) and "type" in spec else None
         if isinstance(kind, ConfigError):
             continue  # `_not_specs` reports it
@@ -148,15 +139,6 @@ def _dataloader(config: Config) -> Iterator[ConfigError]:
             )
 
 
-def _is_idle(kind: Any) -> bool:
-    facts = adapter_of(kind)
-    return bool(facts and facts.idle)
-
-
-def _is_batch_sampler(kind: Any) -> bool:
-    return type_name(kind).rpartition(".")[2] == "BatchSampler"
-
-
 def _train_cfg(config: Config) -> Iterator[ConfigError]:
     if "train_cfg" not in config.values:
         return  # `_names` reports it
@@ -165,8 +147,8 @@ def _train_cfg(config: Config) -> Iterator[ConfigError]:
         yield ConfigError(f"expected dict(max_epochs=…), found {values!r}", where=config.where("train_cfg"))
         return
     where = config.where("train_cfg.max_epochs")
-    epochs, in_iterations = values.get("max_epochs"), [n for n in TRAIN_CFG if TRAIN_CFG[n].problem(n, values.get(n))]
-    in_iterations = [n for n in in_iterations if n in values] if epochs is None else []
+    epochs, only = values.get("max_epochs"), settings.TRAIN_CFG
+    in_iterations = [n for n in only if n in values and epochs is None and only[n].problem(n, values[n])]
     if epochs is None:
         given = " and ".join(f"{n} = {values[n]!r}" for n in in_iterations)
         why = f"{given}: a run's length is not given in iterations here" if given else ""
@@ -180,7 +162,7 @@ def _train_cfg(config: Config) -> Iterator[ConfigError]:
     if type(skipped) is not int or skipped < 0:
         what = f"train_cfg.max_skipped = {skipped!r} is not a whole number of at least 0"
         yield ConfigError(what, where=config.where("train_cfg.max_skipped"))
-    known = ["max_epochs", "max_skipped", *TRAIN_CFG, *NO_WORK_IN_TRAIN_CFG]
+    known = ["max_epochs", "max_skipped", *only, *settings.NO_WORK_IN_TRAIN_CFG]
     for name, value in values.items():
         where = config.where(f"train_cfg.{name}")
         if name == "type":
@@ -189,7 +171,7 @@ def _train_cfg(config: Config) -> Iterator[ConfigError]:
                 yield ConfigError("a loop of your own would not be called", where=where, do="leave type out")
         elif name not in known:
             yield ConfigError(f"train_cfg has no setting {name!r}.{did_you_mean(name, known)}", where=where)
-        elif name in TRAIN_CFG and name not in in_iterations and (p := TRAIN_CFG[name].problem(name, value)):
+        elif name in only and name not in in_iterations and (p := only[name].problem(name, value)):
             yield ConfigError(p.what, where=where, why=p.why, do=p.do)
 
 

@@ -5,10 +5,10 @@ matter how a name got there: written in place, assigned, or put together by a lo
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from xtuner.config import old_names, walk
+from xtuner.config.config import Replacement
 from xtuner.config.mistakes import together
 from xtuner.core.errors import ConfigError
 
@@ -26,17 +26,6 @@ PRIORITIES = {
     "VERY_LOW": 90, "LOWEST": 100,
 }  # fmt: skip
 _ONE_FILE = "a config is one whole file: copy the other one's contents into it"
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """A name of an older tool as written, and what is taken instead."""
-
-    old: str
-    new: str
-
-    def __str__(self) -> str:
-        return f"{self.old} → {self.new}"
 
 
 def replace_imports(tree: ast.Module, path: str) -> tuple[ast.Module, list[Replacement]]:

@@ -5,12 +5,9 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from xtuner.config.config import Config
 from xtuner.core.errors import CheckpointError, ConfigError, XTunerError, of_exit
-
-if TYPE_CHECKING:
-    from xtuner.config.load import Config
 
 _OURS = Path(__file__).resolve().parents[1]
 _INSTALLED = [Path(p) for p in (sys.prefix, sys.base_prefix)]
@@ -26,7 +23,7 @@ def together(problems: Sequence[XTunerError], what: str = "mistakes in the confi
 class Findings:
     """Errors of several things that are looked at one after another."""
 
-    def __init__(self, config: "Config") -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
         self.errors: list[XTunerError] = []
 
@@ -46,7 +43,7 @@ class Findings:
 
 
 @contextlib.contextmanager
-def naming(config: "Config", key: str, *to_blame: str) -> Iterator[None]:
+def naming(config: Config, key: str, *to_blame: str) -> Iterator[None]:
     """Errors inside say where the settings `to_blame`, or what is built at `key` itself, are written; those of a user's
     own classes become errors for users, about `key`."""
     to_blame = to_blame or (key,)

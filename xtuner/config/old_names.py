@@ -55,45 +55,29 @@ _OF_MMENGINE = {name for module, name in REPLACED if module.startswith("mmengine
 
 # Packages that a config may name things of by the table alone
 _FOREIGN = ("mmengine", "transformers", "peft", "bitsandbytes", "mmcv")
-_OLD_ROOMS = tuple(
-    f"xtuner.{room}"
-    for room in (
-        "apis",
-        "dataset",
-        "engine._strategy",
-        "engine.hooks",
-        "engine.runner",
-        "evaluation",
-        "model.llava",
-        "model.modules",
-        "model.utils",
-        "parallel",
-        "registry",
-        "utils",
-    )
-)
+_OLD_ROOMS = tuple(f"xtuner.{room}" for room in (
+    "apis", "dataset", "engine._strategy", "engine.hooks", "engine.runner", "evaluation", "model.llava",
+    "model.modules", "model.utils", "parallel", "registry", "utils",
+))  # fmt: skip
 # Old names of rooms that are ours as well
 _SHARED = {"xtuner.engine": ("DeepSpeedStrategy", "HFCheckpointHook"), "xtuner.model": ("LLaVAModel",)}
 
 # A place in a config → what is described there. Only there is a name without dots a registry's.
-_PLACES = tuple(
-    (re.compile(pattern), kind)
-    for pattern, kind in (
-        (r"(default|custom)_hooks\.[^.]+", "hook"),
-        (r"param_scheduler(\.\d+)?", "scheduler"),
-        (r"optim_wrapper", "optimizer wrapper"),
-        (r"optim_wrapper\.optimizer", "optimizer"),
-        (r"train_cfg", "loop"),
-        (r"train_dataloader\.sampler", "sampler"),
-        (r"train_dataloader\.batch_sampler", "batch sampler"),
-        (r"train_dataloader\.collate_fn", "collate function"),
-        (r"train_dataloader\.dataset(\.dataset_cfg)?|val_dataset", "dataset"),
-        (r"model(\.llm)?", "model"),
-        (r"tokenizer|custom_hooks\.[^.]+\.tokenizer", "tokenizer"),
-        (r"visualizer", "visualizer"),
-        (r"visualizer\.vis_backends(\.\d+)?", "visualizer's backend"),
-    )
-)
+_PLACES = {
+    r"(default|custom)_hooks\.[^.]+": "hook",
+    r"param_scheduler(\.\d+)?": "scheduler",
+    r"optim_wrapper": "optimizer wrapper",
+    r"optim_wrapper\.optimizer": "optimizer",
+    r"train_cfg": "loop",
+    r"train_dataloader\.sampler": "sampler",
+    r"train_dataloader\.batch_sampler": "batch sampler",
+    r"train_dataloader\.collate_fn": "collate function",
+    r"train_dataloader\.dataset(\.dataset_cfg)?|val_dataset": "dataset",
+    r"model(\.llm)?": "model",
+    r"tokenizer|custom_hooks\.[^.]+\.tokenizer": "tokenizer",
+    r"visualizer": "visualizer",
+    r"visualizer\.vis_backends(\.\d+)?": "visualizer's backend",
+}
 
 # Of PyTorch's optimizers those that train no model here
 _NOT_HERE = ("LBFGS", "SparseAdam")
@@ -131,7 +115,7 @@ _NEAREST = {
 
 def kind_of(place: str) -> str:
     """What a config describes at a dotted path, `default_hooks.logger`; empty where nothing is built."""
-    return next((kind for pattern, kind in _PLACES if pattern.fullmatch(place)), "")
+    return next((kind for pattern, kind in _PLACES.items() if re.fullmatch(pattern, place)), "")
 
 
 def find(written: str, place: str = "") -> str | None:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from xtuner.config.load import Config
+from xtuner.config.config import Config
 from xtuner.config.walk import Spec, specs
 from xtuner.core import hub, kinds
 from xtuner.core.errors import ConfigError

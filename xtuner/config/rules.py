@@ -6,7 +6,7 @@ from typing import Any
 
 from xtuner.config.adapter import ABSENT
 from xtuner.config.build import type_name
-from xtuner.config.load import Config
+from xtuner.config.config import Config
 from xtuner.config.walk import ROOTS, Spec, walked
 from xtuner.core.errors import ConfigError
 

@@ -64,13 +64,10 @@ HUB = {
     "subfolder": Only(("", None), "the files at the top are read", "download the model, and give the sub-folder"),
     "token": Only((None, False, True), "it would be written into logs", "leave it out, and set HF_TOKEN"),
 }
-TRAIN_CFG = {
-    "by_epoch": Only((True,), "a run's length is given in epochs", "leave it out, and give max_epochs"),
-    "max_iters": Only((None,), "a run's length is given in epochs", "leave it out, and give max_epochs"),
-}
+_LENGTH = ("a run's length is given in epochs", "leave it out, and give max_epochs")
+TRAIN_CFG = {"by_epoch": Only((True,), *_LENGTH), "max_iters": Only((None,), *_LENGTH)}
 NO_WORK_IN_RANDOMNESS = {"diff_rank_seed": "ranks draw nothing but new weights, which must be equal"}
-NO_WORK_IN_TRAIN_CFG = {
-    "dynamic_intervals": "val_interval at the top level says how often val_dataset is measured",
-    "val_begin": "val_interval at the top level says how often val_dataset is measured",
-    "val_interval": "val_interval at the top level says how often val_dataset is measured",
-}
+NO_WORK_IN_TRAIN_CFG = dict.fromkeys(
+    ("dynamic_intervals", "val_begin", "val_interval"),
+    "val_interval at the top level says how often val_dataset is measured",
+)

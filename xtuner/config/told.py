@@ -8,7 +8,7 @@ from typing import Any
 
 from xtuner.config.adapter import adapter_of
 from xtuner.config.build import resolve_type, type_name
-from xtuner.config.load import Config
+from xtuner.config.config import Config
 from xtuner.config.old_names import written_name
 from xtuner.config.settings import NO_WORK, NO_WORK_IN_DATALOADER, NO_WORK_IN_RANDOMNESS, NO_WORK_IN_TRAIN_CFG
 from xtuner.config.walk import specs

@@ -3,12 +3,10 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from xtuner.config.config import Config
 from xtuner.config.old_names import kind_of
-
-if TYPE_CHECKING:  # load imports us
-    from xtuner.config.load import Config
 
 ROOTS = (
     "tokenizer", "model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "default_hooks",
@@ -32,7 +30,7 @@ class Spec:
         return parameter.default if parameter and parameter.default is not parameter.empty else None
 
 
-def specs(config: "Config") -> Iterator[Spec]:
+def specs(config: Config) -> Iterator[Spec]:
     """Each dict once, under the path where it is met first."""
     seen: set[int] = set()
     for root in ROOTS:

@@ -1,4 +1,5 @@
-"""Running one command: arguments parsed, errors for users shown without a traceback, exit codes that are the truth."""
+"""Running one command: arguments parsed, log lines on standard error, errors for users shown without a traceback, exit
+codes that are the truth."""
 
 import argparse
 import contextlib
@@ -6,17 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from xtuner.core import streams
-from xtuner.core.errors import (
-    EXIT_BUG,
-    EXIT_CONFIG,
-    EXIT_INTERRUPTED,
-    EXIT_IO,
-    XTunerError,
-    of_exit,
-    of_system,
-    raised_by_us,
-)
+from xtuner.core import errors, log, streams
 from xtuner.core.secrets import mask_text
 
 EXIT_PIPE = 141  # 128 + SIGPIPE: the reader of our output has gone, as in `xtuner ... | head`
@@ -38,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         complain(f"error: {mask_text(message)}", self.prog)  # it repeats what was given
-        sys.exit(EXIT_CONFIG)
+        sys.exit(errors.EXIT_CONFIG)
 
 
 def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: list[str]) -> int:
@@ -47,12 +38,13 @@ def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: 
     add_arguments(parser)
     args = parser.parse_args(argv)
     args.words = argv  # as they were given, for who starts the same again
+    log.setup()
     try:
         return run(args)
     except SystemExit as e:  # of a hook's or a dataset's method
-        if raised_by_us(e):
+        if errors.raised_by_us(e):
             raise
-        raise of_exit(e) from None
+        raise errors.of_exit(e) from None
 
 
 def exit_with(command: Callable[[], int]) -> NoReturn:
@@ -66,7 +58,7 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
         streams.discard()
     except OSError as e:
         complain(f"standard output cannot be written: {e.strerror}")
-        code = EXIT_IO
+        code = errors.EXIT_IO
         streams.discard()
     sys.exit(code)
 
@@ -74,26 +66,26 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
 def _code(command: Callable[[], int]) -> int | str | None:
     try:
         return command()
-    except XTunerError as e:
+    except errors.XTunerError as e:
         if not e.quiet:
             complain(str(e))
         return e.exit_code
     except KeyboardInterrupt:
         complain("interrupted")
-        return EXIT_INTERRUPTED
+        return errors.EXIT_INTERRUPTED
     except SystemExit as e:  # argparse, after --help or a mistake
         return e.code
     except BrokenPipeError:
         raise
     except Exception as e:
-        if isinstance(e, OSError) and (refusal := of_system(e)):
+        if isinstance(e, OSError) and (refusal := errors.of_system(e)):
             complain(str(refusal))
             return refusal.exit_code
         import traceback  # a bug; its message may show a value of the config
 
         with contextlib.suppress(OSError):
             print(mask_text(traceback.format_exc()), end="", file=sys.stderr)
-        return EXIT_BUG
+        return errors.EXIT_BUG
 
 
 def complain(message: str, label: str = "xtuner") -> None:

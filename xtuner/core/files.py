@@ -195,12 +195,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"the manifest names a file outside its directory: {short_repr(name)}", where=str(path)
             )
-        if not (
-            isinstance(entry, dict)
-            and type(entry.get("bytes")) is int
-            and entry["bytes"] >= 0
-            and isinstance(entry.get("sha256"), str)
-        ):
+        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if type(size) is not int or size < 0 or not isinstance(digest, str):
             raise CheckpointError(f"the manifest has no size and sha256 of {short_repr(name)}", where=str(path))
     own = manifest.pop("sha256", None)
     sealed = {**manifest, "sha256": own} if own is not None else manifest

@@ -14,9 +14,9 @@ from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.log import logger
 
-_TOKENIZER = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"]
-_TOKENIZER += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
-_SMALL = ["config.json", "generation_config.json", *_TOKENIZER]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"]
+TOKENIZER_FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+_SMALL = ["config.json", "generation_config.json", *TOKENIZER_FILES]
 INDEX = "model.safetensors.index.json"
 _SAFETENSORS = ["*.safetensors", INDEX]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
@@ -68,7 +68,7 @@ def is_here(name_or_path: str, tokenizer_only: bool = False) -> bool:
 def missing_files(folder: Path, tokenizer_only: bool = False) -> list[str]:
     """What a folder lacks to be used, judged by its own index of weights; empty if nothing."""
     if tokenizer_only:
-        return [] if any(os.path.isfile(folder / name) for name in _TOKENIZER[:3]) else ["a tokenizer"]
+        return [] if any(os.path.isfile(folder / name) for name in TOKENIZER_FILES[:3]) else ["a tokenizer"]
     missing = [] if os.path.isfile(folder / "config.json") else ["config.json"]
     for index, pattern in ((INDEX, "*.safetensors"), (_PICKLES[1], _PICKLES[0])):
         if os.path.exists(folder / index):

@@ -61,15 +61,13 @@ class Kind:
         if self.what == SAFETENSORS:
             folder = f"a folder that holds it as model.safetensors, with the config.json of its model: {use}"
             return folder.format("that folder")
-        if self.what == BARE:
-            return "copy the config.json of its model there"
-        if self.what == PARTIAL:
-            return "give another one: this was being removed, or has been copied in part"
-        if self.what == ADAPTER:
-            return "merge it into its model with the tool that trained it, then " + use.format("the merged model")
-        if self.what == TURBOMIND:
-            return "give the Hugging Face folder that it was made from: " + use.format("HF_DIR")
-        return "give a Hugging Face folder, or an iter_N.pth checkpoint of xtuner"
+        others = {
+            BARE: "copy the config.json of its model there",
+            PARTIAL: "give another one: this was being removed, or has been copied in part",
+            ADAPTER: f"merge it into its model with the tool that trained it, then {use.format('the merged model')}",
+            TURBOMIND: f"give the Hugging Face folder that it was made from: {use.format('HF_DIR')}",
+        }
+        return others.get(self.what, "give a Hugging Face folder, or an iter_N.pth checkpoint of xtuner")
 
 
 def take(path: str | Path, kinds: Collection[str], where: str, use: str, checkpoint: str = "") -> Kind:

@@ -20,6 +20,7 @@ logger = logging.getLogger("xtuner")
 _COLOURS = {logging.DEBUG: DIM, logging.WARNING: YELLOW, logging.ERROR: RED, logging.CRITICAL: RED}
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # in samples and file names: a terminal would obey them
 _CLOCK = "%H:%M:%S"
+_TELL_EVERY = 5.0  # s between lines on the progress in a log
 _REDRAW = 0.1  # s at least between two states of the progress line
 
 
@@ -145,7 +146,7 @@ def show_progress(*parts: str) -> None:
             handler.show_progress(parts)
 
 
-def progress(items: Iterable[T], what: str, total: int | None = None, every_s: float = 5.0) -> Iterator[T]:
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar on a terminal, or a line every few seconds in a log."""
     if total is None:
         total = len(items)  # type: ignore[arg-type]
@@ -157,18 +158,18 @@ def progress(items: Iterable[T], what: str, total: int | None = None, every_s: f
         return
     last = time.monotonic()
     for done, item in enumerate(items):
-        if time.monotonic() - last > every_s:
+        if time.monotonic() - last > _TELL_EVERY:
             last = time.monotonic()
             logger.info(f"{what}: {done}/{total}")
         yield item
 
 
-def human(number: float, unit: str = "") -> str:
+def human(number: float) -> str:
     """`1889110016` → `1.89 B`; counts only (powers of 1000)."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
-            return f"{number / size:.2f} {letter}{unit}"
-    return f"{number:g} {unit}".rstrip()
+            return f"{number / size:.2f} {letter}"
+    return f"{number:g}"
 
 
 def human_bytes(number: float) -> str:

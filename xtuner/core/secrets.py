@@ -130,11 +130,6 @@ def _mask_text(text: str, known: tuple[str, ...]) -> str:
     return "".join((*parts, text[done:]))
 
 
-def mask_forms(text: str) -> str:
-    """As `mask_text`, whatever stands behind a name."""
-    return _mask_forms(text, _known())
-
-
 def _mask_forms(text: str, known: tuple[str, ...]) -> str:
     for secret in known:
         text = text.replace(secret, MASK)

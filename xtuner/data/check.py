@@ -5,6 +5,7 @@ All text is read, in parts of some MB by several processes; no part, and no line
 
 import contextlib
 import hashlib
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -16,14 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from xtuner.core.errors import ConfigError, DataError
+from xtuner.core.errors import DataError
 from xtuner.core.files import PendingFile
 from xtuner.core.inputs import open_regular
 from xtuner.core.log import progress
 from xtuner.data import pool
 from xtuner.data.meta import MetaView, meta_path
 from xtuner.data.scan import KEPT, Found, Part, Scanner, parts_of
-from xtuner.data.walk import walk
+from xtuner.data.walk import no_files, require_folder, walk
 
 PROBLEM, NOTE, MENDED = "problem", "note", "mended"
 NPY_HEADER = 128  # bytes
@@ -84,14 +85,12 @@ def check(
         workers: processes; None for one a core.
     Raises: ConfigError, DataError for a folder in which nothing can be checked.
     """
-    if not os.path.isdir(folder):
-        how = "a file" if os.path.exists(folder) else "not there"
-        raise ConfigError(f"the data folder is {how}", where=str(folder))
+    folder = require_folder(folder)
     workers = pool.usable_workers(workers)
     everything = list(walk(folder, ""))
     names = [name for name in everything if name.endswith(ending)]
     if not names:
-        raise DataError(f"no {ending} file in the data folder", where=str(folder))
+        raise no_files(folder, ending)
     report = Report(files=len(names))
     sizes = _places(folder, names, report)
     jobs = [_Job(i, part, vocab_size, fix_meta) for i in sizes for part in parts_of(folder / names[i], sizes[i])]
@@ -167,13 +166,10 @@ def compare(meta: MetaView, part: Part, rows: npt.NDArray[np.int64]) -> str:
     told = meta.between(part.begin, part.end)
     n = min(len(told), len(rows))
     differ = np.flatnonzero((told[:n] != rows[:n]).any(axis=1))
-    if not len(differ):
-        if len(told) == len(rows):
-            return ""
-        if len(told) > n:
-            return f"byte {told[n, 0]}: the meta has a document there, the text none"
-        return f"byte {rows[n, 0]}: a document that is not in the meta"
-    (here, there) = rows[differ[0]].tolist(), told[differ[0]].tolist()
+    i = int(differ[0]) if len(differ) else n
+    if i == len(told) == len(rows):
+        return ""
+    here, there = (found[i].tolist() if i < len(found) else (math.inf, 0) for found in (rows, told))
     if here[0] == there[0]:
         return f"byte {here[0]}: a document of {here[1]} tokens, {there[1]} in the meta"
     if here[0] < there[0]:

@@ -9,7 +9,6 @@ id = abs(token); learned iff token > 0, so id 0 is never learned.
 
 import hashlib
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,10 +122,8 @@ class BinFile:
 
         Raises: DataError: the text or the meta cannot be read.
         """
-        return self.facts.identity if self.facts else self._identity
-
-    @cached_property
-    def _identity(self) -> bytes:
+        if self.facts:
+            return self.facts.identity
         try:
             with self.open() as f:
                 size = f.seek(0, os.SEEK_END)
@@ -201,13 +198,13 @@ class BinFile:
                 do="make the meta from the text (xtuner data check FOLDER --fix-meta), or write the file again",
             )
 
-    def read_document(self, document: int, vocab_size: int | None = None, text: BinaryIO | None = None) -> Int64s:
-        """Signed tokens of one document, int64 [length]. `text`: what `open` gave, to read many from.
+    def read_document(self, document: int, vocab_size: int | None = None) -> Int64s:
+        """Signed tokens of one document, int64 [length].
 
         Raises: DataError if the line is not what the format and the meta say, or an id is not below `vocab_size`.
         """
         offset, length = int(self.offsets[document]), int(self.lengths[document])
-        with nullcontext(text) if text else self.open() as f:
+        with self.open() as f:
             line = read_line(f, offset, length)
         tokens = parse_line(line, where=f"{self.path}:{offset}")
         self.check_document(tokens, document, offset, length, vocab_size)

@@ -4,7 +4,6 @@ Files that have not changed since they were last examined are known by their siz
 are examined: the whole meta, the ends of the text.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from xtuner.core.errors import ConfigError, DataError
+from xtuner.core.errors import DataError
 from xtuner.core.log import logger, progress
 from xtuner.data import catalog as catalogs
 from xtuner.data import tables, tokens
@@ -24,7 +23,7 @@ from xtuner.data.format import BinFile, Signature
 from xtuner.data.place import Place, tell_once
 from xtuner.data.pool import ordered, usable_workers
 from xtuner.data.tables import ALONE, MOST_WORKERS, Tables
-from xtuner.data.walk import read_order, walk
+from xtuner.data.walk import no_files, read_order, require_folder, walk
 
 SHOWN = 20  # problems in one message
 STATS = 256  # files whose sizes and times a thread asks for at a time
@@ -109,13 +108,7 @@ def load_intern_repo_tokenized_dataset(
 
     Raises: ConfigError for a folder that is not there, DataError for files that are.
     """
-    root = Path(os.path.expanduser(folder))
-    if not os.path.isdir(root):
-        raise ConfigError(
-            "the data folder is not there" if not os.path.exists(root) else "the data folder is a file",
-            where=str(folder),
-            do="give the folder that holds your .bin and .bin.meta files, at any depth",
-        )
+    root = require_folder(folder)
     place = Place(root, cache_dir)
     asked = [str(root), str(min_length), str(data_order_path), file_type]
     if (known := shared.get()) and known["asked"] == asked and (found := _open_shared(known)):
@@ -124,11 +117,7 @@ def load_intern_repo_tokenized_dataset(
         return whole
     names = list(walk(root, file_type)) if data_order_path is None else read_order(data_order_path, root, file_type)
     if not names:
-        raise DataError(
-            f"no {file_type} file in the data folder",
-            where=str(root),
-            do=f"{file_type} and {file_type}.meta files are looked for at any depth: give a folder above them",
-        )
+        raise no_files(root, file_type)
     catalog = catalog_of(root, list(dict.fromkeys(names)), min_length, place)
     if len(names) > len(catalog):  # a data order names files more than once
         row = {name: i for i, name in enumerate(catalog.names)}
@@ -186,11 +175,8 @@ def signatures_of(folder: Path, names: list[str]) -> npt.NDArray[np.int64]:
         return [_signature(folder / name) for name in part]
 
     parts = [names[i : i + STATS] for i in range(0, len(names), STATS)]
-    if len(parts) == 1:
-        found = ask(names)
-    else:
-        with ThreadPoolExecutor(THREADS) as pool:  # a network file system answers many at once
-            found = [s for part in pool.map(ask, parts) for s in part]
+    with ThreadPoolExecutor(THREADS) as pool:  # a network file system answers many at once
+        found = [s for part in pool.map(ask, parts) for s in part]
     return np.array(found, np.int64).reshape(-1, 4)
 
 

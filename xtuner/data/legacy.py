@@ -13,7 +13,9 @@ from xtuner.data import chat_template, order, tokenizer
 from xtuner.data.chat_template import ChatTemplate
 
 _SEED = 1024  # what the old sampler draws from, whatever its seed
-_VARLEN = Only((True,), "without it the documents of a pack see each other", "set use_varlen_attn = True")
+_VARLEN = {
+    "use_varlen_attn": Only((True,), "without it the documents of a pack see each other", "set use_varlen_attn = True")
+}
 _ITSELF = "the loader makes batches of packs itself"
 
 
@@ -23,58 +25,40 @@ class AutoTokenizer:
     @staticmethod
     @adapter(
         no_work={
-            "trust_remote_code": "no code of a hub is run; tokenizer.model or tokenizer.json is read",
-            "padding_side": "packs have no padding",
-            "use_fast": "tokenizer.model is read if there is one, else tokenizer.json",
-            "encode_special_tokens": "only ChatGLM's tokenizer has it",
+            "trust_remote_code": ("no code of a hub is run; tokenizer.model or tokenizer.json is read", bool),
+            "padding_side": ("packs have no padding", str),
+            "use_fast": ("tokenizer.model is read if there is one, else tokenizer.json", bool | None),
+            "encode_special_tokens": ("only ChatGLM's tokenizer has it", bool | None),
         },
         only=HUB,
     )
-    def from_pretrained(
-        pretrained_model_name_or_path: str,
-        trust_remote_code: bool = False,
-        padding_side: str = "right",
-        use_fast: bool | None = True,
-        encode_special_tokens: bool | None = None,
-        cache_dir: Any = None,
-        code_revision: Any = None,
-        force_download: Any = False,
-        local_files_only: Any = False,
-        proxies: Any = None,
-        revision: Any = None,
-        subfolder: Any = "",
-        token: Any = None,
-    ) -> tokenizer.Tokenizer:
+    def from_pretrained(pretrained_model_name_or_path: str) -> tokenizer.Tokenizer:
         return tokenizer.load_tokenizer(pretrained_model_name_or_path)
 
 
-@adapter(no_work={"seed": "the old sampler always draws from 1024, and so does ours"})
-def InternRepoSampler(dataset: Sized, shuffle: bool = True, seed: int | None = None) -> order.InternRepoSampler:
+@adapter(no_work={"seed": ("the old sampler always draws from 1024, and so does ours", int | None)})
+def InternRepoSampler(dataset: Sized, shuffle: bool = True) -> order.InternRepoSampler:
     return order.InternRepoSampler(dataset, shuffle, _SEED)
 
 
 InternlmRepoSampler = InternRepoSampler  # the same under its first name
 
 
-@adapter(no_work={"round_up": "no pack is given twice; the last ones that do not go round are left out of an epoch"})
-def DefaultSampler(
-    dataset: Sized, shuffle: bool = True, seed: int | None = None, round_up: bool = True
-) -> order.InternRepoSampler:
+@adapter(
+    no_work={"round_up": ("no pack is given twice; the last ones that do not go round are left out of an epoch", bool)}
+)
+def DefaultSampler(dataset: Sized, shuffle: bool = True, seed: int | None = None) -> order.InternRepoSampler:
     """mmengine's: also a permutation an epoch, though another one (and a random one without a seed)."""
     return order.InternRepoSampler(dataset, shuffle, _SEED if seed is None else seed)
 
 
-@adapter(idle=_ITSELF, only={"use_varlen_attn": _VARLEN})
-def intern_repo_collate_fn(
-    instances: Any = None, packed_length: int | None = None, use_varlen_attn: bool = True
-) -> Any:
+@adapter(_ITSELF, only=_VARLEN, ignored={"packed_length": int | None})
+def intern_repo_collate_fn(instances: Any = None) -> Any:
     return instances
 
 
-@adapter(idle=_ITSELF, only={"use_varlen_attn": _VARLEN})
-def default_collate_fn(
-    instances: Any = None, use_varlen_attn: bool = True, pad_index: int = 0, return_hf_format: bool = False
-) -> Any:
+@adapter(_ITSELF, only=_VARLEN, ignored={"pad_index": int, "return_hf_format": bool})
+def default_collate_fn(instances: Any = None) -> Any:
     return instances
 
 

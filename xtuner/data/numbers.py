@@ -97,9 +97,8 @@ def _parse(text: bytes) -> tuple[Int64s, Int64s] | None:
         return None
     if ((body[starts] == _ZERO) & (lengths > 1)).any():  # 01 is no number in JSON
         return None
-    words = np.ndarray(len(body) + 1, "<u8", padded, 0, (1,))[
-        ends
-    ]  # word i holds the 8 bytes before byte i of the body
+    # word i holds the 8 bytes before byte i of the body
+    words = np.ndarray(len(body) + 1, "<u8", padded, 0, (1,))[ends]
     unused = ((8 - lengths) << 3).view(np.uint64)
     words >>= unused
     words <<= unused

@@ -5,6 +5,7 @@ memory that this takes depends neither on a file's size nor on a line's.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -70,26 +71,14 @@ class Scanner:
         """Raises: OSError."""
         fd = os.open(self.part.path, os.O_RDONLY)
         try:
-            at = self._first_line(fd)
+            begin = self.part.begin
+            at = self._skip(fd, begin - 1, digest=False, end=self.part.end) if begin else 0
             while at < self.part.end and (block := os.pread(fd, BLOCK, at)):
                 at = self._block(fd, at, block)
         finally:
             os.close(fd)
         self.found.digest = self._digest.digest()
         return self.found
-
-    def _first_line(self, fd: int) -> int:
-        """Where the first line of the part begins; its end or beyond if none does."""
-        at = self.part.begin
-        if not at:
-            return 0
-        at -= 1
-        while at < self.part.end and (block := os.pread(fd, BLOCK, at)):
-            end = block.find(b"\n")
-            if end >= 0:
-                return at + end + 1
-            at += len(block)
-        return self.part.end
 
     def _block(self, fd: int, at: int, block: bytes) -> int:
         """Takes the whole lines at the beginning of a block. Returns where the next one begins."""
@@ -185,15 +174,14 @@ class Scanner:
         self._tokens(at, tokens[done:])
         self._row(at, len(tokens))
 
-    def _skip(self, fd: int, at: int, digest: bool = True) -> int:
-        """Where the line after the one at `at` begins."""
-        while block := os.pread(fd, BLOCK, at):
-            end = block.find(b"\n")
-            part = block if end < 0 else block[: end + 1]
+    def _skip(self, fd: int, at: int, digest: bool = True, end: float = math.inf) -> int:
+        """Where the line after the one at `at` begins; `end` or beyond if it does not before."""
+        while at < end and (block := os.pread(fd, BLOCK, at)):
+            part = block[: block.find(b"\n") + 1] or block
             if digest:
                 self._digest.update(part)
             at += len(part)
-            if end >= 0:
+            if part.endswith(b"\n"):
                 break
         return at
 

@@ -9,6 +9,7 @@ import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -144,11 +145,16 @@ class SpanReader:
             if self._rows is None:
                 self._rows = Rows(meta, self.file)
             rows = [self._row(meta, span) for span in spans]
-            if len(spans) == 1 and spans[0].length > LONG:
-                return [self._part(text, rows[0], spans[0], vocab_size)]
-            if any(span.length > LONG for span in (spans[0], spans[-1])):
-                return self._mixed(text, rows, spans, vocab_size)
-            return [self._whole(text, rows, spans, vocab_size)]
+            parts = []
+            ends = (0, len(spans) - 1)  # those between are whole documents, and read with their neighbours
+            for is_long, group in groupby(range(len(spans)), lambda i: i in ends and spans[i].length > LONG):
+                numbers = list(group)
+                if is_long:
+                    parts += [self._part(text, rows[i], spans[i], vocab_size) for i in numbers]
+                else:
+                    taken = slice(numbers[0], numbers[-1] + 1)
+                    parts.append(self._whole(text, rows[taken], spans[taken], vocab_size))
+            return parts
 
     def _row(self, meta: BinaryIO, span: Span) -> tuple[int, int]:
         """(byte offset, bytes up to the next row's line, 0 if that is not known)."""
@@ -158,21 +164,6 @@ class SpanReader:
             raise self.file.changed(self.file.path, f"row {span.row} of its meta says {length}, not {span.length}")
         size = after - offset
         return offset, size if 0 < size <= 64 + 16 * length else 0
-
-    def _mixed(
-        self, text: BinaryIO, rows: list[tuple[int, int]], spans: Sequence[Span], vocab_size: int | None
-    ) -> list[Int64s]:
-        parts = []
-        if spans[0].length > LONG:
-            parts.append(self._part(text, rows[0], spans[0], vocab_size))
-            rows, spans = rows[1:], spans[1:]
-        last = spans[-1] if spans and spans[-1].length > LONG else None
-        inner = spans[:-1] if last else spans
-        if inner:
-            parts.append(self._whole(text, rows[: len(inner)], inner, vocab_size))
-        if last:
-            parts.append(self._part(text, rows[-1], last, vocab_size))
-        return parts
 
     def _whole(
         self, text: BinaryIO, rows: list[tuple[int, int]], spans: Sequence[Span], vocab_size: int | None

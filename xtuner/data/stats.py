@@ -91,7 +91,6 @@ class _Job(NamedTuple):
 
 
 class _Counted(NamedTuple):
-    number: int
     documents: Int64s  # [BUCKETS]
     tokens: Int64s
     costs: npt.NDArray[np.float32]  # [packs]
@@ -120,10 +119,8 @@ def stats(
     """
     workers = pool.usable_workers(workers)
     found = Stats(str(data.folder), packed_length, seed, data.min_length, data.num_documents, data.num_tokens)
-    names = data.catalog.names
-    for name, documents, count in zip(
-        names, data.catalog.documents.tolist(), data.catalog.tokens.tolist(), strict=True
-    ):
+    c = data.catalog
+    for name, documents, count in zip(c.names, c.documents.tolist(), c.tokens.tolist(), strict=True):
         found.files.append(FileStats(name, documents, count, count // packed_length, count % packed_length))
     found.repeated = data.num_repeated
     found.packs, found.tail = sum(f.packs for f in found.files), sum(f.tail for f in found.files)
@@ -162,7 +159,7 @@ def _count(job: _Job) -> _Counted:
         counts += np.bincount(bucket, lengths, minlength=BUCKETS).astype(np.int64)
     table = job.tables.table(job.number) if job.tables else None
     ends = (table or order_of(job.file, job.seed))[1]
-    return _Counted(job.number, documents, counts, pack_costs(ends, job.packed_length))
+    return _Counted(documents, counts, pack_costs(ends, job.packed_length))
 
 
 def pack_costs(ends: Int64s, packed_length: int) -> npt.NDArray[np.float32]:

@@ -15,11 +15,6 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.inputs import read_regular, short_repr
 
-FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
-
 # InternLM2's tokenizer.model holds its chat tokens as unused pieces; their names are only in its tokenizer_config.json.
 _INTERNLM2_PIECES = {f"[UNUSED_TOKEN_{141 + i}]": 92538 + i for i in range(6)}
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens in settings files: `bos_token`
@@ -105,9 +100,7 @@ class _SentencePiece:
             found = ((piece, self._model.encode(piece)) for piece in dict.fromkeys(spelt))
             self._dangerous = [piece for piece, ids in found if not self._by_id.keys().isdisjoint(ids)]
         except (RuntimeError, OSError, UnicodeDecodeError) as e:  # of the library, whose texts may be any bytes
-            raise ConfigError(
-                f"tokenizer.model cannot be read: {e}", where=str(path), do="copy the model's file there again"
-            ) from None
+            raise _unreadable(path, e) from None
 
     def _names(self) -> dict[str, int]:
         """The model's control pieces, what InternLM2 leaves unsaid, and `tokenizer_config.json`, which wins."""
@@ -176,20 +169,13 @@ class _Fast:
                 self._model = tokenizers.Tokenizer.from_file(str(path))
                 self._without_names = tokenizers.Tokenizer.from_file(str(path))
             except Exception as e:  # the library raises bare Exception
-                raise self._unreadable(e) from None
+                raise _unreadable(path, e) from None
         self._without_names.encode_special_tokens = True
         self.special: Mapping[str, int] = {
             t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special
         }
         config = _config(folder)
         self.bos_id, self.eos_id = self._named(config.get("bos_token")), self._named(config.get("eos_token"))
-
-    def _unreadable(self, error: BaseException) -> ConfigError:
-        return ConfigError(
-            f"tokenizer.json cannot be read: {error}",
-            where=str(self.folder / "tokenizer.json"),
-            do="copy the model's file there again",
-        )
 
     @contextlib.contextmanager
     def _panics(self) -> Iterator[None]:
@@ -198,7 +184,7 @@ class _Fast:
             yield
         except BaseException as e:
             if type(e).__name__ == "PanicException":
-                raise self._unreadable(e) from None
+                raise _unreadable(self.folder / "tokenizer.json", e) from None
             raise
 
     def _named(self, token: Any) -> int | None:
@@ -235,6 +221,10 @@ class _Fast:
         return _identity(self.folder / "tokenizer.json", {**self.special, "bos": self.bos_id, "eos": self.eos_id})
 
 
+def _unreadable(path: Path, error: BaseException) -> ConfigError:
+    return ConfigError(f"{path.name} cannot be read: {error}", where=str(path), do="copy the model's file there again")
+
+
 def _id(i: int) -> int | None:
     return int(i) if i >= 0 else None  # SentencePiece says -1 for "none"
 
@@ -245,9 +235,7 @@ def _identity(vocabulary: Path, names: Mapping[str, int | None]) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    found = read_json(path) if os.path.exists(path) else {}
-    return found if isinstance(found, dict) else {}
+    return _object(folder / "tokenizer_config.json")
 
 
 def _named_tokens(folder: Path) -> dict[str, int]:

@@ -15,6 +15,26 @@ SHOWN = 5  # names in one message
 CACHE = ".xtuner-cache"  # ours, beside the data: holds no data files
 
 
+def require_folder(folder: str | Path) -> Path:
+    """A data folder, `~` expanded. Raises: ConfigError unless it is there."""
+    root = Path(os.path.expanduser(folder))
+    if not os.path.isdir(root):
+        raise ConfigError(
+            f"the data folder is {'a file' if os.path.exists(root) else 'not there'}",
+            where=str(folder),
+            do="give the folder that holds your .bin and .bin.meta files, at any depth",
+        )
+    return root
+
+
+def no_files(folder: Path, file_type: str) -> DataError:
+    return DataError(
+        f"no {file_type} file in the data folder",
+        where=str(folder),
+        do=f"{file_type} and {file_type}.meta files are looked for at any depth: give a folder above them",
+    )
+
+
 def walk(folder: Path, file_type: str = ".bin") -> Iterator[str]:
     """Relative POSIX paths of all token files below `folder`: a folder's files by code point, then its sub-folders.
 
@@ -62,11 +82,9 @@ def write_order(folder: Path, save_folder: Path, file_type: str = ".bin") -> tup
     """Write `save_folder/data_order.txt`. Returns (the file, number of names). Raises: ConfigError, DataError."""
     from xtuner.core.files import atomic_file
 
-    if not os.path.isdir(folder):
-        raise ConfigError("the data folder is not there", where=str(folder))
-    names = list(walk(folder, file_type))
+    names = list(walk(require_folder(folder), file_type))
     if not names:
-        raise DataError(f"no {file_type} file in the data folder", where=str(folder))
+        raise no_files(folder, file_type)
     broken = [n for n in names if "\n" in n or "\r" in n]
     if broken:
         raise DataError("a file name holds a line break", where=repr(broken[0]), do="rename the file")

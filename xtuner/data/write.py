@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from xtuner.core.files import PendingFile, atomic_file, file_entry
@@ -66,9 +65,7 @@ class PairWriter:
     def __enter__(self) -> "PairWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pending is not None:  # not committed
             self._pending.drop()
 

@@ -87,7 +87,7 @@ class Mesh:
         return distributed.new_subgroups_by_enumeration(members)[0]
 
 
-def arrange(fsdp: str | None = None, ranks: Ranks = ALL) -> Mesh:
+def arrange(fsdp: str | None = None) -> Mesh:
     """The mesh of the processes there are.
 
     Args:
@@ -96,7 +96,7 @@ def arrange(fsdp: str | None = None, ranks: Ranks = ALL) -> Mesh:
 
     Raises: ConfigError for a hybrid mesh of machines with unequal numbers of ranks.
     """
-    size, here = ranks.size, local_world_size()
+    ranks, size, here = ALL, ALL.size, local_world_size()
     if fsdp != "hybrid":
         return Mesh(dp_shard=size, rank=ranks.rank, local_size=here, ranks=ranks)
     if size % here:

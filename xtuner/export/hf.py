@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import require_utf8, write_json
-from xtuner.core.hub import INDEX
+from xtuner.core.hub import INDEX, TOKENIZER_FILES
 from xtuner.core.log import human_bytes, logger, progress
-from xtuner.data.tokenizer import FILES as TOKENIZER_FILES
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.card import card
 from xtuner.export.opencompass import write_configs

@@ -14,9 +14,7 @@ by our own reader, which maps them, too.
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -27,7 +25,7 @@ from xtuner.core.files import MANIFEST, read_json
 from xtuner.core.log import logger
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.place import export_folder
-from xtuner.export.turbomind_config import BASE, config_text, flat, shared_difference
+from xtuner.export.turbomind_config import BASE, Source, config_text, flat, shared_difference
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.families import read_model
 from xtuner.model.weights import stream
@@ -39,23 +37,6 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 KERNELS = (64, 128)  # head sizes that lmdeploy 0.9.2.post1 says TurboMind computes
 
 Blocks = Iterator[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A Hugging Face folder as it will be converted."""
-
-    folder: Path
-    hf: dict[str, Any]  # its config.json
-    layout: str
-    config: DecoderConfig
-    tokenizer_size: int
-    speaks_chat: bool  # its tokenizer knows <|im_start|>
-
-    def dtype(self, wanted: str) -> str:
-        """ "auto" by LMDeploy's rule: bf16 stays, everything else becomes fp16."""
-        found = self.hf.get("torch_dtype") or self.hf.get("dtype")
-        return wanted if wanted != "auto" else "bfloat16" if found == "bfloat16" else "float16"
 
 
 def read_source(folder: Path) -> Source:
@@ -100,7 +81,7 @@ def convert(
         (folder / WEIGHTS).mkdir(parents=True)
         for name in _companions(source.folder):
             shutil.copyfile(source.folder / name, folder / name)
-        text = config_text(source.hf, c, source.layout, source.tokenizer_size, tp, dtype, model_name, chat_template)
+        text = config_text(source, tp, dtype, model_name, chat_template)
         (folder / WEIGHTS / "config.yaml").write_text(text, encoding="utf-8")
         for name, blocks in _files(source, tp, DTYPES[dtype], "writing weights"):
             with open(folder / WEIGHTS / name, "wb") as f:
@@ -127,7 +108,7 @@ def check(source: Source, existing: Path) -> int:
     except (KeyError, ValueError) as e:
         raise CheckpointError(f"config.yaml cannot be understood: {e}", where=str(place)) from None
     _check_tp(source.config, tp)
-    text = config_text(source.hf, source.config, source.layout, source.tokenizer_size, tp, dtype, name, template)
+    text = config_text(source, tp, dtype, name, template)
     if difference := shared_difference(found, flat(text)):
         raise CheckpointError(difference, where=str(place), why="it belongs to another model than the source")
     for companion in _companions(source.folder):

@@ -4,6 +4,8 @@ A small YAML of our own serves: maps in maps, lists of numbers, plain values, ke
 """
 
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from xtuner.model.decoder import DecoderConfig
@@ -29,23 +31,32 @@ _MODEL = {  # of features that these models do not have
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Source:
+    """A Hugging Face folder as it will be converted."""
+
+    folder: Path
+    hf: dict[str, Any]  # its config.json
+    layout: str
+    config: DecoderConfig
+    tokenizer_size: int
+    speaks_chat: bool  # its tokenizer knows <|im_start|>
+
+    def dtype(self, wanted: str) -> str:
+        """ "auto" by LMDeploy's rule: bf16 stays, everything else becomes fp16."""
+        found = self.hf.get("torch_dtype") or self.hf.get("dtype")
+        return wanted if wanted != "auto" else "bfloat16" if found == "bfloat16" else "float16"
+
+
 def template_by_path(path: str) -> str:
     """The chat template that LMDeploy takes for a model of this path, which is all that it looks at."""
     path = path.lower()
     return CHAT if "internlm2" in path and ("chat" in path or "math" in path) else BASE
 
 
-def config_text(
-    hf: dict[str, Any],
-    c: DecoderConfig,
-    layout: str,
-    tokenizer_size: int,
-    tp: int,
-    dtype: str,
-    model_name: str,
-    chat_template: str,
-) -> str:
-    """The file's text. `hf` is the source's config.json, from which `c` was read."""
+def config_text(source: Source, tp: int, dtype: str, model_name: str, chat_template: str) -> str:
+    """The file's text."""
+    hf, c = source.hf, source.config
     rope: dict[str, Any] = {**_ROPE, "base": c.rope_theta, "dim": c.head_dim}
     if c.rope_scaling:
         factor = (hf.get("rope_scaling") or {}).get("factor", c.rope_scaling.factor)  # as it is written there, 2 or 2.0
@@ -58,10 +69,10 @@ def config_text(
         "mlp_tp_size": tp,
         "chat_template": chat_template,
         "model_name": model_name,
-        "model_arch": ARCHITECTURES[layout],
+        "model_arch": ARCHITECTURES[source.layout],
         "vocab_size": c.vocab_size,
         "embedding_size": c.vocab_size,
-        "tokenizer_size": min(tokenizer_size, c.vocab_size),
+        "tokenizer_size": min(source.tokenizer_size, c.vocab_size),
         "num_layer": c.num_layers,
         "hidden_units": c.hidden_size,
         "inter_size": [c.intermediate_size + -c.intermediate_size % tp] * c.num_layers,

@@ -52,6 +52,11 @@ class _Template(string.Template):
     delimiter = "@"  # shell has a use for $
 
 
+def filled(template: str, **values: object) -> str:
+    """A file of `templates/` with values at its places `@{NAME}`."""
+    return _Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(values)
+
+
 def slurm(job: Job) -> str:
     directives = {"partition": job.partition, "time": job.time}
     return _fill(
@@ -92,17 +97,17 @@ RENDER: dict[str, Callable[[Job], str]] = {"slurm": slurm, "k8s": k8s, "dlc": dl
 
 
 def _fill(template: str, quote: Callable[[str], str], job: Job, **more: str) -> str:
-    text = (TEMPLATES / template).read_text(encoding="utf-8")
-    filled = _Template(text).substitute(
-        more,
+    text = filled(
+        template,
         config=quote(job.config),
         work_dir=quote(job.work_dir),
         name=job.name if quote is shlex.quote else yaml_text(job.name),
         nodes=job.nodes,
         gpus=job.gpus,
         engine=shlex.join(job.engine),
+        **more,
     )
-    return filled.rstrip("\n") + "\n"
+    return text.rstrip("\n") + "\n"
 
 
 def yaml_text(text: str) -> str:

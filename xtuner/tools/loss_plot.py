@@ -31,26 +31,11 @@ SMOOTHED_OVER = 1 / 20  # of the run: the window of the smoothed loss
 OUTLIERS = 0.01  # share of the single losses that may lie above the picture if they tower over the others
 INK, FAINT = "#1f2328", "#d1d9e0"
 FONTS = (  # for the title, which is a folder's name: matplotlib's own, then usual ones with Chinese characters
-    "DejaVu Sans",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Noto Sans SC",
-    "Source Han Sans SC",
-    "Source Han Sans CN",
-    "WenQuanYi Micro Hei",
-    "WenQuanYi Zen Hei",
-    "PingFang SC",
-    "PingFang HK",
-    "Heiti TC",
-    "Hiragino Sans GB",
-    "Microsoft YaHei",
-    "SimHei",
-    "SimSun",
-    "Arial Unicode MS",
-    "Noto Serif CJK SC",
-    "Noto Serif CJK JP",
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
+    "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC", "PingFang HK", "Heiti TC", "Hiragino Sans GB",
+    "Microsoft YaHei", "SimHei", "SimSun", "Arial Unicode MS", "Noto Serif CJK SC", "Noto Serif CJK JP",
     "Droid Sans Fallback",
-)
+)  # fmt: skip
 
 
 def read_runs(work_dir: Path) -> list[list[Record]]:

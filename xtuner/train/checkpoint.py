@@ -15,22 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from xtuner.core import files
 from xtuner.core.dist import Ranks, attempt
 from xtuner.core.errors import CheckpointError
-from xtuner.core.files import (
-    MANIFEST,
-    atomic_file,
-    discard,
-    publish,
-    read_json,
-    read_manifest,
-    remove_tree,
-    sync_folder,
-    temporary_folder,
-    usual_permissions,
-    verify,
-    write_manifest,
-)
 from xtuner.core.log import human_bytes, logger
 from xtuner.engine.snapshot import Snapshot
 from xtuner.train.state import TrainState
@@ -64,15 +51,22 @@ def write(
             _agreed(ranks, target, lambda: None)
     except CheckpointError:
         if ranks.is_main:
-            remove_tree(Path(folder))
+            files.remove_tree(Path(folder))
         raise
     return target, needed
 
 
 def _begin(target: Path, needed: int) -> str:
-    """Make the temporary folder if the disk has room."""
-    _room(target.parent, needed)
-    return str(temporary_folder(target))
+    """Make the temporary folder. Raises: CheckpointError if the disk has no room for `needed` bytes and some more."""
+    free = shutil.disk_usage(target.parent).free
+    if free < needed * 1.01 + 2**20:
+        raise CheckpointError(
+            f"a checkpoint needs {human_bytes(needed)} ({needed:,} bytes), the disk has {human_bytes(free)} ({free:,})",
+            where=str(target.parent),
+            why="nothing was written; the older checkpoints are untouched",
+            do="free some space, keep fewer checkpoints (save_total_limit), or save_optimizer = False",
+        )
+    return str(files.temporary_folder(target))
 
 
 def _agreed(ranks: Ranks, target: Path, action: Callable[[], Any]) -> list[Any]:
@@ -97,26 +91,14 @@ def _agreed(ranks: Ranks, target: Path, action: Callable[[], Any]) -> list[Any]:
 
 def _publish(folder: Path, target: Path, entries: dict[str, Any], iteration: int, keep: int) -> None:
     for inner in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        usual_permissions(inner)
-        sync_folder(inner)
-    write_manifest(folder, entries, kind="checkpoint", iteration=iteration)
-    publish(folder, target)
-    with atomic_file(target.parent / LAST) as f:
+        files.usual_permissions(inner)
+        files.sync_folder(inner)
+    files.write_manifest(folder, entries, kind="checkpoint", iteration=iteration)
+    files.publish(folder, target)
+    with files.atomic_file(target.parent / LAST) as f:
         f.write(target.name + "\n")
     for _, old in found(target.parent)[:-keep] if keep > 0 else ():
-        discard(old)
-
-
-def _room(work_dir: Path, needed: int) -> None:
-    """Raise CheckpointError if the disk has no room for `needed` bytes and a little more."""
-    free = shutil.disk_usage(work_dir).free
-    if free < needed * 1.01 + 2**20:
-        raise CheckpointError(
-            f"a checkpoint needs {human_bytes(needed)} ({needed:,} bytes), the disk has {human_bytes(free)} ({free:,})",
-            where=str(work_dir),
-            why="nothing was written; the older checkpoints are untouched",
-            do="free some space, keep fewer checkpoints (save_total_limit), or save_optimizer = False",
-        )
+        files.discard(old)
 
 
 def named(work_dir: Path) -> list[tuple[int, Path]]:
@@ -127,12 +109,12 @@ def named(work_dir: Path) -> list[tuple[int, Path]]:
 
 def found(work_dir: Path) -> list[tuple[int, Path]]:
     """Published checkpoints by iteration, oldest first."""
-    return [(n, p) for n, p in named(work_dir) if (p / MANIFEST).is_file()]
+    return [(n, p) for n, p in named(work_dir) if (p / files.MANIFEST).is_file()]
 
 
 def _is_export(folder: Path) -> bool:
     try:
-        return bool(read_manifest(folder).get("kind") == "export")
+        return bool(files.read_manifest(folder).get("kind") == "export")
     except CheckpointError:
         return False  # none, or damaged, which whoever reads it will say
 
@@ -153,20 +135,20 @@ def check(folder: Path, ranks: Ranks, contents: bool = True) -> None:
 
 
 def _checked(folder: Path, ranks: Ranks, contents: bool) -> dict[str, Any]:
-    manifest = verify(folder, ranks.rank, ranks.size, contents)
+    manifest = files.verify(folder, ranks.rank, ranks.size, contents)
     saved = read_trainer(folder)[0].iteration
     if (manifest.get("kind"), manifest.get("iteration")) != ("checkpoint", saved):
         raise CheckpointError(
             f"the manifest is altered: it is of {manifest.get('kind')!r} {manifest.get('iteration')!r}, "
             f"{TRAINER} of iteration {saved}",
-            where=str(folder / MANIFEST),
+            where=str(folder / files.MANIFEST),
         )
     return manifest
 
 
 def read_trainer(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     """(state, facts) of a checkpoint. Raises: CheckpointError."""
-    facts = read_json(folder / TRAINER)
+    facts = files.read_json(folder / TRAINER)
     try:
         return TrainState.from_json(facts.pop("state")), facts
     except (AttributeError, KeyError, TypeError, ValueError) as e:

@@ -41,6 +41,11 @@ class Row:
     do: str = ""
 
 
+def _row(name: str, bad: bool, found: str, do: str, state: str = NOTE) -> Row:
+    """`do` and `state` are for what is bad."""
+    return Row(name, state if bad else OK, found, do if bad else "")
+
+
 def examine(work_dir: Path, step: Callable[[int], object] = lambda done: None) -> Iterator[Row]:
     """All checks, one after the other; `step` is told the bytes that the measuring of the disk has done."""
     checks: list[tuple[str, Callable[[], Iterator[Row]]]] = [
@@ -58,10 +63,8 @@ def examine(work_dir: Path, step: Callable[[int], object] = lambda done: None) -
 
 
 def _python() -> Iterator[Row]:
-    version = sys.version.split()[0]
-    enough = sys.version_info >= PYTHON
-    do = "" if enough else f"install Python {PYTHON[0]}.{PYTHON[1]} or newer"
-    yield Row("python", OK if enough else PROBLEM, version, do)
+    do = f"install Python {PYTHON[0]}.{PYTHON[1]} or newer"
+    yield _row("python", sys.version_info < PYTHON, sys.version.split()[0], do, PROBLEM)
 
 
 def _packages() -> Iterator[Row]:
@@ -83,8 +86,7 @@ def _packages() -> Iterator[Row]:
                 yield Row(name, PROBLEM, found, f"pip install --force-reinstall '{name}>={floor}'")
     for name, use in USES.items():
         version = machine.installed(name)
-        do = "" if version else f"if you want it: pip install {name}"
-        yield Row(name, OK if version else NOTE, f"{version or 'not installed'}, for {use}", do)
+        yield _row(name, not version, f"{version or 'not installed'}, for {use}", f"if you want it: pip install {name}")
 
 
 def _gpus() -> Iterator[Row]:
@@ -95,10 +97,9 @@ def _gpus() -> Iterator[Row]:
     for i, gpu in enumerate(found):
         facts = f"{gpu['name']}, {human_bytes(gpu['memory'])}, capability {gpu['capability']}"
         facts += f", driver {driver}" if driver else ""
-        able = gpu["bf16"]
-        do = "" if able else "train in fp32: --cfg-options optim_wrapper.dtype=fp32"
-        told = "bf16" if able else "no bf16 (that needs capability 8.0)"
-        yield Row(f"gpu {i}", OK if able else PROBLEM, f"{facts}, {told}", do)
+        told = "bf16" if gpu["bf16"] else "no bf16 (that needs capability 8.0)"
+        do = "train in fp32: --cfg-options optim_wrapper.dtype=fp32"
+        yield _row(f"gpu {i}", not gpu["bf16"], f"{facts}, {told}", do, PROBLEM)
     if found:
         return
     if driver is None:
@@ -135,13 +136,13 @@ def _cuda() -> Iterator[Row]:
         if wanted[0] > served[0]:
             yield Row("cuda", PROBLEM, both, f"update the driver, or install a torch built for CUDA {served[0]}")
         else:
-            older = wanted > served  # within a major version older drivers serve what needs nothing new
-            yield Row("cuda", NOTE if older else OK, both, "update the driver if kernels fail" if older else "")
+            # within a major version older drivers serve what needs nothing new
+            yield _row("cuda", wanted > served, both, "update the driver if kernels fail")
 
 
 def _nccl() -> Iterator[Row]:
     version = machine.nccl_version()
-    yield Row("nccl", OK if version else NOTE, version or "none in this torch: one GPU, or none, does without")
+    yield _row("nccl", not version, version or "none in this torch: one GPU, or none, does without", "")
 
 
 def _cpus() -> Iterator[Row]:
@@ -151,8 +152,7 @@ def _cpus() -> Iterator[Row]:
     told = os.environ.get("OMP_NUM_THREADS")
     found = f"{usable} usable of {os.cpu_count()}, torch uses {threads} threads"
     found += f" (OMP_NUM_THREADS={told})" if told else ""
-    many = threads > usable
-    yield Row("cpu", NOTE if many else OK, found, f"export OMP_NUM_THREADS={usable}" if many else "")
+    yield _row("cpu", threads > usable, found, f"export OMP_NUM_THREADS={usable}")
 
 
 def _memory() -> Iterator[Row]:
@@ -160,9 +160,8 @@ def _memory() -> Iterator[Row]:
     if total is None or free is None:
         yield Row("memory", NOTE, "unknown")
         return
-    little = total < ENOUGH["memory"]
     found = f"{human_bytes(total)}, {human_bytes(free)} free"
-    yield Row("memory", NOTE if little else OK, found, "enough for tiny models alone" if little else "")
+    yield _row("memory", total < ENOUGH["memory"], found, "enough for tiny models alone")
 
 
 def _shared_memory() -> Iterator[Row]:
@@ -170,51 +169,43 @@ def _shared_memory() -> Iterator[Row]:
         yield Row("/dev/shm", NOTE, "none: num_workers = 0 must stay")
         return
     total, _, free = shutil.disk_usage("/dev/shm")
-    little = total < ENOUGH["shm"]
-    do = "workers and NCCL use it: start the container with --shm-size=8g or --ipc=host" if little else ""
-    yield Row("/dev/shm", NOTE if little else OK, f"{human_bytes(total)}, {human_bytes(free)} free", do)
+    do = "workers and NCCL use it: start the container with --shm-size=8g or --ipc=host"
+    yield _row("/dev/shm", total < ENOUGH["shm"], f"{human_bytes(total)}, {human_bytes(free)} free", do)
 
 
 def _open_files() -> Iterator[Row]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    little = 0 <= soft < ENOUGH["files"]
     told = [("without limit" if n == resource.RLIM_INFINITY else f"{n:,}") for n in (soft, hard)]
-    do = f"with many workers: ulimit -n {hard if 0 <= hard < 65536 else 65536}" if little else ""
-    yield Row("open files", NOTE if little else OK, f"{told[0]} (at most {told[1]})", do)
+    do = f"with many workers: ulimit -n {hard if 0 <= hard < 65536 else 65536}"
+    yield _row("open files", 0 <= soft < ENOUGH["files"], f"{told[0]} (at most {told[1]})", do)
 
 
 def _work_dir(wanted: Path, step: Callable[[int], object]) -> Iterator[Row]:
     place = disk.nearest(wanted)
     free = shutil.disk_usage(place).free
-    little = free < CHECKPOINT
     do = f"a checkpoint of the 1.8B model takes {human_bytes(CHECKPOINT)}: give --work-dir on a larger disk"
     found = f"{human_bytes(free)} free in {place}"
-    yield Row("work dir", PROBLEM if free < GIB / 4 else NOTE if little else OK, found, do if little else "")
+    yield _row("work dir", free < CHECKPOINT, found, do, PROBLEM if free < GIB / 4 else NOTE)
     try:
         with tempfile.TemporaryDirectory(prefix=".xtuner-doctor-", dir=place) as folder:
             broken = list(disk.broken_promises(Path(folder)))
-            yield Row(
-                "locks",
-                PROBLEM if broken else OK,
-                "; ".join(broken) or "hard links, rename and fsync work",
-                "give --work-dir on another file system" if broken else "",
-            )
+            found = "; ".join(broken) or "hard links, rename and fsync work"
+            yield _row("locks", bool(broken), found, "give --work-dir on another file system", PROBLEM)
             write, read = disk.speed(Path(folder), min(SPEED_BYTES, free // 10), step)
     except OSError as e:
         yield Row("work dir", PROBLEM, f"{place} cannot be written: {e.strerror}", "give another --work-dir")
         return
-    slow = write < ENOUGH["speed"]
     do = f"a checkpoint of the 1.8B model takes {CHECKPOINT / max(write, 1) / 60:.0f} minutes: give a faster disk"
     found = f"writes {write / 1e6:,.0f} MB/s (with fsync), reads {read / 1e6:,.0f} MB/s"
-    yield Row("disk speed", NOTE if slow else OK, found, do if slow else "")
+    yield _row("disk speed", write < ENOUGH["speed"], found, do)
 
 
 def _variables() -> Iterator[Row]:
     given = machine.variables()
     offline = given.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
-    do = "HF_HUB_OFFLINE: models come from the cache or a folder alone" if offline else ""
     found = ", ".join(f"{name}={value}" for name, value in given.items())
-    yield Row("variables", NOTE if offline else OK, found or "none that matter", do)
+    do = "HF_HUB_OFFLINE: models come from the cache or a folder alone"
+    yield _row("variables", offline, found or "none that matter", do)
 
 
 def _self_test() -> Iterator[Row]:
@@ -227,14 +218,13 @@ def _self_test() -> Iterator[Row]:
         device = torch.device(name)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         backend, error = packed_error(device, dtype)
-        right = error < TOLERANCE[dtype]
         precision = str(dtype).removeprefix("torch.")
         found = f"{precision} gradients, attention by {BACKENDS[backend].about}, are right to {error:.1e}"
-        do = "" if right else "do not train on it: reinstall torch, or look at the hardware"
-        yield Row(f"test {name}", OK if right else PROBLEM, found, do)
+        do = "do not train on it: reinstall torch, or look at the hardware"
+        yield _row(f"test {name}", not error < TOLERANCE[dtype], found, do, PROBLEM)
         if better := to_install(device, dtype, HEAD_DIM):
             yield Row(f"fast {name}", NOTE, f"{better.about} is not installed; it is faster", better.install)
         product = matmul_error(device)
-        right = product < TOLERANCE[torch.bfloat16]
-        do = "" if right else "do not train in bf16 on it"
-        yield Row(f"bf16 {name}", OK if right else PROBLEM, f"a matrix product is right to {product:.1e}", do)
+        found = f"a matrix product is right to {product:.1e}"
+        wrong = not product < TOLERANCE[torch.bfloat16]
+        yield _row(f"bf16 {name}", wrong, found, "do not train in bf16 on it", PROBLEM)

@@ -24,8 +24,8 @@ import torch
 
 from xtuner.config.build import build, resolve_type, type_name
 from xtuner.config.check import problems
+from xtuner.config.config import Config
 from xtuner.config.legacy import PRIORITIES
-from xtuner.config.load import Config
 from xtuner.config.mistakes import Findings, naming, together
 from xtuner.config.paths import named_models
 from xtuner.config.walk import specs, walked
@@ -43,7 +43,7 @@ from xtuner.dist.mesh import Mesh
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.families import read_model
 from xtuner.model.source import ModelSource, from_scratch, require_marks
-from xtuner.model.weights import WeightFolder, hf_shapes
+from xtuner.model.weights import WeightFolder, base_weights, hf_shapes
 from xtuner.model.weights import check as check_weights
 from xtuner.train import lock
 from xtuner.train.checkpoint import TRAINER
@@ -162,7 +162,7 @@ def _model(config: Config) -> ModelSource:
 
 
 def _weights_to_start_from(folder: Path, source: ModelSource | None) -> None:
-    weights = folder / "weights" if (folder / TRAINER).is_file() else folder
+    weights = base_weights(folder) if (folder / TRAINER).is_file() else folder
     layout, _ = read_model(weights)
     tensors = WeightFolder(weights)
     if source:

@@ -165,9 +165,8 @@ def _same_data(facts: dict[str, Any], now: dict[str, Any], found: list[Change], 
         return
     told = [str(c) for c in found if c.key.startswith(DATA) and c.kind == "changes the result"]
     seen = ("data", "num_packs") if not told else tuple(before)  # what needs, or has, other words
-    if not any("min_length" in change for change in told) and (
-        files := changed_files(facts.get("files"), now["files"])
-    ):
+    files = changed_files(facts.get("files"), now["files"])
+    if files and not any("min_length" in change for change in told):
         told.append(files)
     told += [f"{k}: {v!r} → {here.get(k)!r}" for k, v in before.items() if here.get(k) != v and k not in seen]
     if not told:  # the checkpoint does not list its files

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xtuner.config.load import Config
+from xtuner.config.config import Config
 from xtuner.data.loader import PackLoader
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.base import Strategy
@@ -35,9 +35,8 @@ class Run:
     mesh: Mesh
     state: TrainState = field(init=False, default_factory=TrainState)
     without_targets: int = field(init=False, default=0)  # iterations of this start that had no token to learn from
-    saved: tuple[int, bool] = field(
-        init=False, default=(-1, False)
-    )  # iteration of the newest save, and whether it can be resumed
+    # iteration of the newest save, and whether it can be resumed
+    saved: tuple[int, bool] = field(init=False, default=(-1, False))
 
     data_facts: dict[str, Any] = field(init=False)  # identity of the data as they were when the run began
     data_files: list[str] | int = field(init=False)  # by name, to say which have changed

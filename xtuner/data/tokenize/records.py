@@ -1,7 +1,7 @@
 """One record → signed tokens, by format."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -75,7 +75,8 @@ def _text_document(record: str, tokenizer: Tokenizer, settings: Settings) -> Doc
     if not text.strip():
         return None
     ids = _encoded(partial(tokenizer.encode_plain, text, settings.allow_special))
-    return Document([*_begin(tokenizer, settings), *ids, *_end(tokenizer, settings)])
+    begin, end = _ends(tokenizer, settings)
+    return Document([*begin, *ids, *end])
 
 
 def _text(record: str, settings: Settings) -> str:
@@ -100,7 +101,7 @@ def _text(record: str, settings: Settings) -> str:
 def _chat_document(record: str, tokenizer: Tokenizer, settings: Settings) -> Document | None:
     value = parse(record)
     limit = settings.max_length
-    begin, end = _begin(tokenizer, settings), _end(tokenizer, settings)
+    begin, end = _ends(tokenizer, settings)
     if settings.template == "internevo":
         body = _encoded(partial(alpaca.internevo, value, tokenizer, settings.allow_special))
         keep = len(body) if limit is None else limit - len(begin) - len(end)  # the end token is never cut off
@@ -111,12 +112,10 @@ def _chat_document(record: str, tokenizer: Tokenizer, settings: Settings) -> Doc
     return Document(tokens[:limit], cut=limit is not None and len(tokens) > limit)
 
 
-def _begin(tokenizer: Tokenizer, settings: Settings) -> list[int]:
-    return [tokenizer.bos_id] if settings.add_bos and tokenizer.bos_id is not None else []
-
-
-def _end(tokenizer: Tokenizer, settings: Settings) -> list[int]:
-    return [tokenizer.eos_id] if settings.add_eos and tokenizer.eos_id is not None else []
+def _ends(tokenizer: Tokenizer, settings: Settings) -> Iterator[list[int]]:
+    """The begin token, and the end token, where they are wanted."""
+    for wanted, token in ((settings.add_bos, tokenizer.bos_id), (settings.add_eos, tokenizer.eos_id)):
+        yield [token] if wanted and token is not None else []
 
 
 def parse(record: str) -> Any:

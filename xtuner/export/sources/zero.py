@@ -65,14 +65,10 @@ class ZeroFolder(Source):
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
+        self._shapes: dict[str, Shape] = {}
         optim = self._by_rank(_OPTIM)
         if not optim:
-            raise CheckpointError(
-                "the *_optim_states.pt files are missing",
-                where=str(folder),
-                why="the fp32 weights lie in them",
-                do=_COPY,
-            )
+            raise self._all_missing("optim", "the fp32 weights")
         _allow_open_files(2 * len(optim))
         first = self._optimizer(optim[min(optim)])
         self.ranks = _ranks(first.get("partition_count"), optim[min(optim)])
@@ -86,7 +82,6 @@ class ZeroFolder(Source):
                 do="copy all files of one checkpoint again",
             )
         self.stage = _number(first.get("zero_stage"), 3 if "fp32_flat_groups" in first else 2)
-        self._shapes: dict[str, Shape] = {}
         self._pieces: dict[str, list[tuple[_Line, int, int]]] = {}  # (line, begin, count) that make up a tensor
         model = self._model_states()
         groups: list[dict[str, Shape]] = []
@@ -132,6 +127,10 @@ class ZeroFolder(Source):
                 )
         return found
 
+    def _all_missing(self, kind: str, what: str) -> CheckpointError:
+        what, why = f"the *_{kind}_states.pt files are missing", f"{what} lie in them"
+        return CheckpointError(what, where=str(self.path), why=why, do=_COPY)
+
     def _complete(self, files: dict[int, Path], kind: str) -> None:
         """Raise CheckpointError unless there is one file for each rank."""
         name = files[min(files)].name
@@ -162,12 +161,7 @@ class ZeroFolder(Source):
     def _model_states(self) -> dict[str, Any]:
         files = self._by_rank(_MODEL)
         if not files:
-            raise CheckpointError(
-                "the *_model_states.pt files are missing",
-                where=str(self.path),
-                why="names and shapes of the weights lie in them",
-                do=_COPY,
-            )
+            raise self._all_missing("model", "names and shapes of the weights")
         self._models = files
         self._model_file = files[min(files)]
         return _dict(load_tensors(self._model_file, opaque=True), self._model_file, "a model")

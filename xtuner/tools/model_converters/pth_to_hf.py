@@ -35,7 +35,6 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core import log
     from xtuner.export.hf import parse_size, summary
 
-    log.setup()
     dtype = torch.float32 if args.fp32 else torch.bfloat16
     size = parse_size(args.max_shard_size)
     how = {"layout": args.layout, "dtype": dtype, "max_shard_bytes": size, "with_code": args.with_code}

@@ -1,0 +1,90 @@
+"""A config that has been run: what it assigns, and where each value is written."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xtuner.core import secrets
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A name of an older tool as written, and what is taken instead."""
+
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.old} → {self.new}"
+
+
+@dataclass
+class Config:
+    """The values that a config file assigns at its top level, and where each comes from."""
+
+    path: Path
+    source: str
+    values: dict[str, Any]
+    lines: dict[str, int] = field(default_factory=dict)  # "train_dataloader.sampler.seed" → line
+    unread: list[str] = field(default_factory=list)  # names that the file itself makes no use of
+    unmet: list[str] = field(default_factory=list)  # overridden names that the file does not assign
+    names: dict[str, str] = field(default_factory=dict)  # "train_dataloader.dataset" → "train_dataset", as written
+    replaced: list[Replacement] = field(default_factory=list)  # names of older tools
+    dropped: dict[str, str] = field(default_factory=dict)  # settings taken out → why they have no effect
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value at a dotted path, or `default`."""
+        return value_at(self.values, key, default)
+
+    def where(self, key: str) -> str:
+        """`file:line key` for messages: where the value is written, or the nearest part of the path that is.
+
+        `lr` in `optimizer=dict(lr=lr)` is written where `lr` is assigned: `file:40 lr (optim_wrapper.optimizer.lr)`.
+        """
+        written = self.written(key)
+        known = [".".join(written.split(".")[:n]) for n in range(written.count(".") + 1, 0, -1)]
+        line = next((f":{self.lines[part]}" for part in known if part in self.lines), "")
+        return f"{self.path}{line} {written}" + (f" ({key})" if written != key else "")
+
+    def written(self, key: str) -> str:
+        """The path by which the file itself writes the value at `key`, `dataset_folder` for example."""
+        for _ in range(10):  # a = b, b = c, …
+            parts = key.split(".")
+            heads = ((".".join(parts[:n]), parts[n:]) for n in range(len(parts), 0, -1))
+            found = next(((self.names[head], rest) for head, rest in heads if head in self.names), None)
+            if found is None:
+                break
+            key = ".".join((found[0], *found[1]))
+        return key
+
+    def resolved(self) -> dict[str, Any]:
+        """All values as JSON: classes and functions by their dotted names, `***` for secrets."""
+        return {key: secrets.mask(_plain(value), key) for key, value in self.values.items()}
+
+
+def value_at(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """The value at a dotted path, or `default`."""
+    value: Any = values
+    for part in key.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return default
+        value = value[part]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if inspect.isclass(value) or inspect.isroutine(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)

@@ -1,0 +1,11 @@
+# xtuner: words for fish. xtuner completion fish | source
+function __xtuner_at  # the words before the cursor begin with these
+    set -l given (commandline -opc)
+    string match -q -- "$argv *" "$given[2..] "
+end
+function __xtuner_at_first  # and nothing but options follows them
+    set -l given (commandline -opc)
+    test "$given[2..]" = "$argv"
+end
+complete -c xtuner -n '__xtuner_at_first' -f -a '@{heads}'
+@{verbs}

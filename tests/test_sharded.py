@@ -104,7 +104,8 @@ def step(s: Any, seed: int) -> None:
         p.sum.add(full)
         if s.mesh.size > 1:
             p.own_buffer[: p.count] = full.view(-1)[p.begin : p.begin + p.count]
-    s._has_targets = s._finite = True
+    s._has_targets = True
+    s._settle(torch.zeros(2))
     assert s.step(LR, MAX_NORM)[1]
 
 

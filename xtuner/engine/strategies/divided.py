@@ -83,6 +83,7 @@ class Divided:
         self.rows = Rows(self.weight if mesh.shard_size == 1 else self.own[: self.count].view(local), self.begin)
         self.sum: GradientSum | None = None
         self.gradient: torch.Tensor | None = None
+        self.is_new = True  # nothing has been summed for these rows in this iteration
         if weight.requires_grad:
             self.buffer = torch.empty_like(self.full, dtype=sums)
             self.sum = GradientSum(self.buffer[:numel].view(shape))
@@ -254,8 +255,7 @@ class DividedModel:
         for p in self._sums:
             assert p.sum
             p.sum.reset()
-            if not p.keep_gradient:
-                p.own_buffer.zero_()
+            p.is_new = True
 
     def before_micro_batch(self, last: bool) -> None:
         """Args: last: of the iteration."""
@@ -305,9 +305,10 @@ class DividedModel:
                 distributed.all_reduce(p.own_buffer, group=self._replicas)
 
     def _reduce(self, unit: list[Divided]) -> None:
-        into = [p.own_buffer if p.keep_gradient else torch.empty_like(p.own_buffer) for p in unit]
+        into = [p.own_buffer if p.keep_gradient or p.is_new else torch.empty_like(p.own_buffer) for p in unit]
         for p in unit:
             assert p.sum
+            p.is_new = False
             p.sum.value()  # zeros where this rank has nothing to add
             p.sum.reset()
         if self._device.type == "cpu":  # gloo does not scatter all dtypes
@@ -328,8 +329,9 @@ class DividedModel:
         (unit, into, wait), self._reducing = self._reducing, None
         wait()
         for p, own in zip(unit, into, strict=True):
-            if not p.keep_gradient:
+            if own is not p.own_buffer:
                 p.own_buffer.add_(own)
+            if not p.keep_gradient:
                 release(p.buffer)
 
 

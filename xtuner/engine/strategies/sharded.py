@@ -65,6 +65,7 @@ class ShardedStrategy(StatefulStrategy):
         source.fill({n: s.master for n, s in self._shards().items()}, shapes, device)
         self._refresh()
         self._has_targets = self._finite = False
+        self._norm = 0.0  # of the last iteration's gradients
 
     @property
     def model(self) -> CausalLM:
@@ -88,12 +89,11 @@ class ShardedStrategy(StatefulStrategy):
         while True:
             pieces = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
             total, failure = self._attempt(pieces, num_targets)
-            mean, failures = self.mesh.ranks.sum_on_device(total) if self.mesh.size > 1 else total.tolist()
+            mean, failures = self._settle(total)
             if not failures:
                 break
             self._take_less(failure, max(b.num_tokens for b in batch), iteration)
             _, counts = self.mesh.ranks.sums_and_most([], self.parts(batch))
-        self._finite = math.isfinite(mean)
         return mean
 
     def _attempt(self, pieces: Sequence[Batch], num_targets: int) -> tuple[torch.Tensor, Failure | None]:
@@ -132,27 +132,30 @@ class ShardedStrategy(StatefulStrategy):
             torch.cuda.empty_cache()
             self.memory.tell(pack, self.mesh)
 
+    def _settle(self, total: torch.Tensor) -> tuple[float, float]:
+        """Sum `_attempt`'s total over ranks, and the norm of gradients with it.
+
+        The one wait for the device in an iteration: what the host does before the next backward overlaps the step.
+        """
+        gradients = self.gradients
+        norm = self._optimizer.norm(gradients).float() if gradients else torch.zeros((), device=self.device)
+        if self.mesh.size == 1:
+            mean, failures, self._norm = torch.stack([*total, norm]).tolist()
+        else:
+            square = norm.double().square() / self.mesh.dp_replicate  # each copy of the model has the same
+            mean, failures, square = self.mesh.ranks.sum_on_device(torch.stack([*total.double(), square]))
+            self._norm = math.sqrt(square)
+        self._finite = math.isfinite(mean) and math.isfinite(self._norm)
+        return mean, failures
+
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._has_targets:
             return 0.0, False
-        gradients = self.gradients
-        norm = self._norm(gradients)
-        value = norm.item()  # the last wait for the device: what follows it on the host overlaps the update
-        applied = self._finite and math.isfinite(value)
-        if applied:
-            self._optimizer.apply(gradients, lr, max_norm, norm)
+        if self._finite:
+            norm = torch.full((), self._norm, device=self.device)
+            self._optimizer.apply(self.gradients, lr, max_norm, norm)
             self._divided.gather()
-        return value, applied
-
-    def _norm(self, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
-        """2-norm of all gradients, a scalar on the device."""
-        if self.mesh.shard_size == 1:
-            return self._optimizer.norm(gradients)
-        square = torch.zeros((), device=self.device)
-        if gradients:
-            square = self._optimizer.norm(gradients).float().square()
-        torch.distributed.all_reduce(square, group=self.mesh.shard_group)
-        return square.sqrt()
+        return self._norm, self._finite
 
     def _shards(self) -> dict[str, Shard]:
         frozen = {n: Shard(Part(p.rows.weight.data.view(-1), p.begin), {}) for n, p in self._frozen.items()}

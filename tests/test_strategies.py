@@ -109,12 +109,13 @@ def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strateg
     if kind in OTHER:
         settings = zero_config.read(zero)
         settings["zero_optimization"] |= OTHER[kind]
+        settings["xtuner"] = {"sums": "deepspeed"}
         zero = str(folder / f"{kind}_{dist.rank()}.json")
         Path(zero).write_text(json.dumps(settings))
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks)
     model = source(products)
     strategy = choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
-    if kind == "fsdp_hybrid" and dist.rank() % 2:  # these cut packs in two: the others have to follow
+    if kind in ("fsdp_hybrid", "zero1", "zero2_other", "zero3") and dist.rank() % 2:  # these cut packs in two: the others have to follow
         strategy.memory = replace(strategy.memory, most=44)
     return strategy
 
@@ -370,7 +371,7 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
         *(f"zero_optimization.{k}" for k in config._REMOVED_ZERO_CONFIG_KEYS),
     ]
     assert set(removed) <= zero_keys.REJECTED.keys()
-    tables = (zero_keys.HANDED_ON, zero_keys.WITHOUT_EFFECT.keys(), zero_keys.REJECTED.keys())
+    tables = (zero_keys.HANDED_ON, zero_keys.OURS, zero_keys.WITHOUT_EFFECT.keys(), zero_keys.REJECTED.keys())
     assert sum(map(len, tables)) == len(zero_keys.KNOWN)
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dtype="bf16")
     usual = {  # as in JSONs of other projects
@@ -389,10 +390,10 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
     assert [told.partition(" ")[0] for told in zero_config.without_effect(usual)] == [
         "activation_checkpointing", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     ]  # fmt: skip
-    one = {**usual, "zero_optimization": {"stage": 1}}
-    assert "data_types" not in zero_config.resolve(one, optim, CPU, 2, "one.json")
-    with pytest.raises(ConfigError, match="grad_accum_dtype = fp32 is not supported with ZeRO-1"):
-        zero_config.resolve({**one, "data_types": {"grad_accum_dtype": "fp32"}}, optim, CPU, 2, "one.json")
+    one = {**usual, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+    assert "data_types" not in zero_config.resolve(one, optim, CPU, 2, "one.json")  # DeepSpeed has no such sums
+    with pytest.raises(ConfigError, match="DeepSpeed's own sums of ZeRO-1"):
+        zero_config.resolve({**one, "xtuner": {"sums": "deepspeed"}}, optim, CPU, 2, "one.json")
 
 
 def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> None:
@@ -400,12 +401,14 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
     these = packs()[:32]
     targets = sum(p.num_targets for p in these)
 
-    def gradient(dtype: str, zero: str | None, fsdp: str | None) -> tuple[Any, dict[str, tuple[int, torch.Tensor]]]:
+    def gradient(
+        dtype: str, zero: str | None, fsdp: str | None, parts: int = 1
+    ) -> tuple[Any, dict[str, tuple[int, torch.Tensor]]]:
         rank, ranks = dist.rank(), dist.ALL.size
         optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype), source()
         strategy: Any = choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
         before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
-        strategy.forward_backward(these[rank::ranks], targets)
+        strategy.forward_backward(these[rank::ranks], targets, [parts] * (32 // ranks))
         assert strategy.step(1.0, None)[1]
         lost = {n: (s.master.begin, before[n] - s.master.read()) for n, s in strategy._shards().items()}
         return strategy, lost

@@ -8,7 +8,7 @@ from xtuner.config.build import type_name
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import logger
 from xtuner.dist.mesh import Mesh, arrange
-from xtuner.engine import memory, zero_config
+from xtuner.engine import memory, zero_config, zero_memory
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.strategies.sharded import ShardedStrategy
@@ -68,14 +68,13 @@ def choose(
             "adapters are not supported with DeepSpeed", where="model.adapter", do="leave --deepspeed out"
         )
     if deepspeed:
-        given = zero_config.read(deepspeed)
-        settings = zero_config.resolve(given, optim, device, ranks, deepspeed)
-        if (idle := zero_config.without_effect(given)) and mesh.is_main:
+        settings = zero_config.prepare(deepspeed, source, optim, device, ranks)
+        if (idle := zero_config.without_effect(zero_config.read(deepspeed))) and mesh.is_main:
             logger.info(f"--deepspeed {deepspeed}: no effect here: {', '.join(idle)}")
         stage = settings["zero_optimization"].get("stage", 0)
         if stage:
             _require_cuttable(optim, device, f"--deepspeed {deepspeed}", zero=True)
-        zero = memory.of_zero(source, optim, device, ranks, settings)
+        zero = zero_memory.of_zero(source, optim, device, mesh, settings)
         return Choice(deepspeed, None, zero.state, mesh)
     if fsdp or ranks > 1:
         mode = fsdp or "full"

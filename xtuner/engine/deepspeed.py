@@ -8,16 +8,18 @@ for one number of ranks, are never written.
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 
 from xtuner.data.batch import Batch
 from xtuner.dist.mesh import Mesh, arrange
-from xtuner.engine import memory, trial, zero_config
+from xtuner.engine import trial, zero_config, zero_memory
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, StatefulStrategy
 from xtuner.engine.strategies.micro_batches import run_micro_batches
+from xtuner.engine.zero_sums import WholeSums
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
@@ -44,11 +46,17 @@ class DeepSpeedStrategy(StatefulStrategy):
     ) -> None:
         deepspeed = _started(device)
         mesh = mesh or arrange()
-        config = zero_config.resolve(zero_config.read(settings), optim, device, mesh.size, settings)
+        config = zero_config.prepare(settings, source, optim, device, mesh.size)
         self.stage: int = config["zero_optimization"].get("stage", 0)
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
-        self.memory = memory.of_zero(source, optim, device, mesh.size, config)
+        sums = zero_memory.of_zero(source, optim, device, mesh, config).sums
+        _, (most,) = mesh.ranks.sums_and_most([], [zero_config.SUMS.index(sums)])  # what all ranks have memory for
+        chosen = zero_memory.of_zero(source, optim, device, mesh, config, zero_config.SUMS[most])
+        self.memory = chosen
+        if mesh.is_main:
+            zero_memory.suggest_own(chosen, source, optim, device, mesh, settings)
+        config.pop("xtuner")
         shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
         super().__init__(source.config, shapes, device, mesh, gives=bool(self.stage) or mesh.is_main)
         if self.stage == 3:
@@ -66,6 +74,13 @@ class DeepSpeedStrategy(StatefulStrategy):
         self._parameters = dict(model.named_parameters())
         self._traits = optim.traits  # by device: offloaded states lie on the host
         self._model = model.train()
+        self._sums: WholeSums | None = None
+        self._sums_once = chosen.sums == "fp32"
+        if chosen.sums != "deepspeed":
+            dtype = torch.float32 if self._sums_once else self.compute_dtype
+            sent = torch.bfloat16 if config.get("communication_data_type") == "bf16" else torch.float32
+            bucket = int(config["zero_optimization"]["reduce_bucket_size"])
+            self._sums = WholeSums(self._zero, model, mesh.size, mesh.rank, dtype, bucket, sent)
         source.fill({n: s.master for n, s in self._shards().items()}, shapes, device)
         self._refresh()
         self._to_step = False
@@ -78,14 +93,37 @@ class DeepSpeedStrategy(StatefulStrategy):
         self._to_step = bool(num_targets)
         if not num_targets:
             return 0.0
-        before = self._engine.set_gradient_accumulation_boundary
-        total = run_micro_batches(batch, self._engine, self.device, num_targets, self._backward, before, skip=False)
-        return self.mesh.ranks.sum_on_device(total)
+        counts = parts or self.parts(batch)
+        pieces = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
+        run = self._run_with_sums if self._sums else self._run
+        return self.mesh.ranks.sum_on_device(run(pieces, counts, num_targets))
 
-    def _backward(self, loss: torch.Tensor) -> None:
-        # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
-        scale = torch.where(loss.detach().isfinite(), float(self.mesh.size), math.nan)
-        self._engine.backward(loss * scale, scale_wrt_gas=False)
+    def _run(self, pieces: list[Batch], counts: Sequence[int], num_targets: int) -> torch.Tensor:
+        """DeepSpeed sends gradients: of each micro-batch, or under stage 0 and 1 after the last."""
+
+        def backward(loss: torch.Tensor) -> None:
+            # DeepSpeed averages over ranks
+            self._engine.backward(_marked(loss) * self.mesh.size, scale_wrt_gas=False)
+
+        before = self._engine.set_gradient_accumulation_boundary
+        return run_micro_batches(pieces, self._engine, self.device, num_targets, backward, before, skip=False)
+
+    def _run_with_sums(self, pieces: list[Batch], counts: Sequence[int], num_targets: int) -> torch.Tensor:
+        """Gradients are summed here; DeepSpeed's engine has no part in it before the step."""
+        assert self._sums
+        sums, done = self._sums, 0
+        ends = {len(pieces)} if self._sums_once else set(accumulate(counts))
+        sums.begin()
+
+        def backward(loss: torch.Tensor) -> None:
+            nonlocal done
+            _marked(loss).backward()
+            done += 1
+            if done in ends:
+                sums.send()
+
+        before = self._engine.set_gradient_accumulation_boundary
+        return run_micro_batches(pieces, self._model, self.device, num_targets, backward, before, skip=False)
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._to_step:
@@ -158,6 +196,11 @@ class DeepSpeedStrategy(StatefulStrategy):
             if self._zero.persistent_parameters:  # small ones, which stay whole on every rank
                 self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
         self._engine.zero_grad()
+
+
+def _marked(loss: torch.Tensor) -> torch.Tensor:
+    """A loss that is not finite must not leave finite gradients."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def _started(device: torch.device) -> Any:

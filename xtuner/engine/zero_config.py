@@ -15,7 +15,12 @@ from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.engine import zero_keys
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.zero_keys import AUTO
+from xtuner.model.flops import num_parameters
+from xtuner.model.source import ModelSource
 
+BUCKET = 200_000_000  # numbers that are sent at once: 0.8 GB in fp32, of which links of GPUs reach their full speed
+BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+SUMS = ("fp32", "bf16", "deepspeed")  # how gradients are summed; zero_memory.py says what each does
 SHIPPED = Path(__file__).parents[1] / "configs" / "deepspeed"
 
 
@@ -66,6 +71,17 @@ def package() -> Any:
     return deepspeed
 
 
+def prepare(name: str, source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int) -> dict[str, Any]:
+    """The settings of a shipped name or a file, complete for a model. Raises: ConfigError."""
+    found = resolve(read(name), optim, device, ranks, name)
+    c, zero = source.config, found["zero_optimization"]
+    block = (num_parameters(c) - (2 * c.vocab_size + 1) * c.hidden_size) // c.num_layers
+    # less than a block, and each block waits for the rest of its weights
+    sizes = dict.fromkeys(BUCKETS[:2], BUCKET) | ({BUCKETS[2]: block} if zero.get("stage") == 3 else {})
+    found["zero_optimization"] = sizes | zero
+    return found
+
+
 def resolve(
     settings: dict[str, Any], optim: OptimWrapper, device: torch.device, ranks: int, name: str
 ) -> dict[str, Any]:
@@ -78,6 +94,9 @@ def resolve(
     found.pop("fp16", None)
     zero_keys.reject(found, where)
     zero_keys.drop(found)
+    for key in BUCKETS:
+        if found["zero_optimization"].get(key) == AUTO:
+            del found["zero_optimization"][key]  # for `prepare`
     wanted = {
         "train_micro_batch_size_per_gpu": (1, ""),
         "gradient_accumulation_steps": (optim.accumulative_counts, "accumulative_counts"),
@@ -103,7 +122,7 @@ def resolve(
     found["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's default is true
     if not bf16:
         found.pop("communication_data_type", None)
-    elif found.get("communication_data_type") not in (None, "fp32", "bf16"):
+    elif found.setdefault("communication_data_type", "fp32") not in ("fp32", "bf16"):
         raise ConfigError(
             f"communication_data_type = {json.dumps(found['communication_data_type'])} is not fp32 or bf16",
             where=f"{where}: communication_data_type",
@@ -119,6 +138,7 @@ def resolve(
         raise ConfigError(
             f"{strange} is not supported", where=f"{where}: {strange}", why="DeepSpeed 0.19.8 has no such setting"
         )
+    _check_ours(found, bf16, where)
     _set_sums(found, bf16, where)
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         to = (zero.get(part) or {}).get("device", "none")
@@ -143,8 +163,34 @@ def resolve(
     return found
 
 
+def _check_ours(found: dict[str, Any], bf16: bool, where: str) -> None:
+    """Raise ConfigError for values of the section "xtuner", which DeepSpeed does not see, that cannot be followed."""
+    ours = found.setdefault("xtuner", {})
+    tokens, sums = ours.get("micro_batch_tokens"), ours.get("sums")
+    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
+        raise ConfigError(
+            f"xtuner.micro_batch_tokens = {json.dumps(tokens)} is not a number of tokens",
+            where=f"{where}: xtuner.micro_batch_tokens",
+        )
+    if sums is None:
+        return
+    at, stage = f"{where}: xtuner.sums", _of(found, "zero_optimization.stage") or 0
+    if sums not in SUMS:
+        raise ConfigError(f"xtuner.sums = {json.dumps(sums)} is not one of {', '.join(SUMS)}", where=at)
+    if sums == "deepspeed":
+        return
+    to = _of(found, "zero_optimization.offload_optimizer.device") or "none"
+    if stage not in (1, 2) or to != "none" or (sums == "bf16" and not bf16):
+        raise ConfigError(
+            f'xtuner.sums = "{sums}" is not supported with these settings',
+            where=at,
+            why="only ZeRO-1 and ZeRO-2 without offload keep whole gradients, in fp32 or in what is computed in",
+            do="leave it out",
+        )
+
+
 def _set_sums(found: dict[str, Any], bf16: bool, where: str) -> None:
-    """In what gradients are summed over the packs of an iteration: fp32, if the stage can; bf16 on request.
+    """In what gradients are summed over the packs of an iteration: fp32; bf16 on request.
 
     In bf16 the error of the sum grows with the number of packs.
     """
@@ -155,15 +201,26 @@ def _set_sums(found: dict[str, Any], bf16: bool, where: str) -> None:
     if wanted not in ((None, "fp32", "bf16") if bf16 else (None, "fp32")):
         may = "fp32 or bf16" if bf16 else "fp32, in which everything is computed"
         raise ConfigError(f"data_types.grad_accum_dtype = {json.dumps(wanted)} is not {may}", where=at)
-    if bf16 and wanted == "fp32" and stage == 1:
+    if wanted == "bf16" and found["xtuner"].setdefault("sums", "deepspeed") != "deepspeed":
         raise ConfigError(
-            "data_types.grad_accum_dtype = fp32 is not supported with ZeRO-1",
-            where=at,
-            why="DeepSpeed takes another optimizer for it, whose state xtuner does not read",
-            do="take stage 2, which sums in fp32; or leave it out: stage 1 sums in bf16",
+            f'data_types.grad_accum_dtype = "bf16", and xtuner.sums = "{found["xtuner"]["sums"]}"',
+            where=f"{at}; xtuner.sums",
+            why="both say how gradients are summed",
+            do="delete one of them",
         )
-    if bf16 and stage in (2, 3):
+    if not bf16:
+        return
+    # of stage 1 DeepSpeed knows this with offload alone; else zero_sums.py sums in fp32
+    offload = (_of(found, "zero_optimization.offload_optimizer.device") or "none") != "none"
+    if stage in (2, 3) or (stage == 1 and offload):
         found["data_types"] = {"grad_accum_dtype": wanted or "fp32"}
+    if stage == 1 and wanted == "fp32" and found["xtuner"].get("sums") == "deepspeed" and not offload:
+        raise ConfigError(
+            "data_types.grad_accum_dtype = fp32 is not what DeepSpeed's own sums of ZeRO-1 can be",
+            where=f"{at}; xtuner.sums",
+            why="DeepSpeed takes another optimizer for it, whose state xtuner does not read",
+            do="leave xtuner.sums out: gradients are then summed in fp32",
+        )
 
 
 def without_effect(settings: dict[str, Any]) -> list[str]:

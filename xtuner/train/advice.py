@@ -10,7 +10,7 @@ from xtuner.core.errors import ConfigError, InterruptedRunError
 from xtuner.core.files import MANIFEST
 from xtuner.core.log import human_bytes
 from xtuner.dist.mesh import Mesh
-from xtuner.engine import memory, zero_config
+from xtuner.engine import zero_config, zero_memory
 from xtuner.engine.adamw import FORMS
 from xtuner.engine.choose import Choice
 from xtuner.model.flops import num_parameters
@@ -98,7 +98,7 @@ def _leaner(run: Run, choice: Choice) -> Iterator[tuple[str, int]]:
     at = ENGINES.index(choice.deepspeed) + 1 if choice.deepspeed in ENGINES else 0
     for name in ENGINES[at:]:
         # by arithmetic alone: the GPU is full
-        state = memory.zero_state(run.source, run.optim, run.device, run.mesh.size, zero_config.read(name))
+        state = zero_memory.zero_state(run.source, run.optim, run.device, run.mesh.size, zero_config.read(name))
         if state < 0.9 * choice.state or (at and state <= choice.state):
             yield name, state
 

@@ -1,0 +1,111 @@
+"""Whole gradients under ZeRO-1 and ZeRO-2: summed on every rank as micro-batches compute, sent to their owners once.
+
+    DeepSpeed's flat weights     |── rank 0 ──|── rank 1 ──|── rank 2 ──|── rank 3 ──|   each owns a part
+    this rank's gradient sums    |▒▒▒         |▒▒▒         |▒▒▒         |▒▒▒         |   laid out alike
+    one message, ▒               a bucket: an equal share of every part; each rank gets its own, summed over ranks
+
+DeepSpeed itself reduces to all ranks what only one of them needs, and in the weights' dtype sums over micro-batches;
+what is sent here goes into the fp32 gradient that its step takes.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed
+
+from xtuner.engine.strategies.divided import REDUCE_SCATTER
+from xtuner.model.decoder import CausalLM
+from xtuner.model.linear import OwnsSums
+from xtuner.model.ops.sums import GradientSum
+
+
+class _Group(NamedTuple):
+    """Of DeepSpeed's optimizer."""
+
+    whole: torch.Tensor  # [ranks, n]
+    sums: list[GradientSum]  # of each parameter, in `whole`
+
+
+class WholeSums:
+    """
+    Args:
+        zero: DeepSpeed's optimizer of stage 1 or 2, without offload; it reduces nothing from here on.
+        dtype: of sums on this rank.
+        bucket: numbers that are sent at once.
+        sent: dtype in which they are, and are summed over ranks.
+    """
+
+    def __init__(
+        self, zero: Any, model: CausalLM, ranks: int, rank: int, dtype: torch.dtype, bucket: int, sent: torch.dtype
+    ) -> None:
+        self._zero, self._rank, self._bucket, self._sent = zero, rank, max(bucket // ranks, 1), sent
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
+        zero.gradient_accumulation_dtype = torch.float32
+        by_parameter: dict[int, GradientSum] = {}
+        self._groups: list[_Group] = []
+        for flat, parameters in zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True):
+            buffer = torch.zeros(flat.numel(), dtype=dtype, device=flat.device)
+            sums = []
+            for p in parameters:
+                at = (p.data_ptr() - flat.data_ptr()) // flat.itemsize
+                sums.append(GradientSum(buffer[at : at + p.numel()].view(p.shape)))
+                by_parameter[id(p)] = sums[-1]
+            self._groups.append(_Group(buffer.view(ranks, -1), sums))
+        for module in model.modules():
+            for key, p in module.named_parameters(recurse=False):
+                if isinstance(module, OwnsSums) and id(p) in by_parameter:
+                    module.gradient_sums[key] = by_parameter[id(p)]
+                elif id(p) in by_parameter:
+                    p.register_post_accumulate_grad_hook(by_parameter[id(p)].take)
+
+    def begin(self) -> None:
+        """Before an iteration: forget what an earlier one has left."""
+        for i, group in enumerate(self._groups):
+            self._zero.averaged_gradients[i] = None
+            for s in group.sums:
+                s.reset()
+
+    def send(self) -> None:
+        """Add the sums of all ranks to what their owners hold, and begin new ones."""
+        for i, group in enumerate(self._groups):
+            for s in group.sums:
+                s.value()  # zeros where this rank has nothing to add
+                s.reset()
+            first = self._zero.averaged_gradients.get(i) is None
+            if first:
+                self._zero.averaged_gradients[i] = self._zero._build_compact_grad_partition_buffer(i)
+            self._reduce(group.whole, self._zero.averaged_gradients[i].flat_partition, first)
+
+    def _reduce(self, whole: torch.Tensor, own: torch.Tensor, first: bool) -> None:
+        ranks, each = whole.shape
+        size = min(self._bucket, each)
+        if ranks == 1:
+            own.add_(whole[0])
+            return
+        buffers = [whole.new_empty(ranks * size, dtype=self._sent) for _ in range(2)]
+        arriving: list[tuple[Any, torch.Tensor, slice]] = []
+
+        def finish() -> None:
+            work, into, place = arriving.pop(0)
+            work.wait()
+            if into is not own:
+                own[place].add_(into)
+
+        for turn, begin in enumerate(range(0, each, size)):
+            if len(arriving) == 2:  # its buffer is needed again
+                finish()
+            place = slice(begin, min(begin + size, each))
+            n = place.stop - begin
+            bucket = buffers[turn % 2][: ranks * n]
+            bucket.view(ranks, n).copy_(whole[:, place])
+            if whole.device.type == "cpu":  # gloo does not scatter all dtypes
+                distributed.all_reduce(bucket)
+                own[place].add_(bucket.view(ranks, n)[self._rank])
+                continue
+            straight = first and self._sent == own.dtype
+            into = own[place] if straight else bucket.new_empty(n)
+            work = REDUCE_SCATTER(into, bucket, async_op=True)
+            arriving.append((work, own if straight else into, place))
+        while arriving:
+            finish()

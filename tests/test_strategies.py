@@ -109,13 +109,15 @@ def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strateg
     if kind in OTHER:
         settings = zero_config.read(zero)
         settings["zero_optimization"] |= OTHER[kind]
-        settings["xtuner"] = {"sums": "deepspeed"}
         zero = str(folder / f"{kind}_{dist.rank()}.json")
         Path(zero).write_text(json.dumps(settings))
-    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks)
+    full = "weights" if kind == "zero2_other" else None  # DeepSpeed's own reduction
+    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks, full=full)
     model = source(products)
     strategy = choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
-    if kind in ("fsdp_hybrid", "zero1", "zero2_other", "zero3") and dist.rank() % 2:  # these cut packs in two: the others have to follow
+    if (
+        kind in ("fsdp_hybrid", "zero1", "zero2_other", "zero3") and dist.rank() % 2
+    ):  # these cut packs in two: the others have to follow
         strategy.memory = replace(strategy.memory, most=44)
     return strategy
 
@@ -371,7 +373,7 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
         *(f"zero_optimization.{k}" for k in config._REMOVED_ZERO_CONFIG_KEYS),
     ]
     assert set(removed) <= zero_keys.REJECTED.keys()
-    tables = (zero_keys.HANDED_ON, zero_keys.OURS, zero_keys.WITHOUT_EFFECT.keys(), zero_keys.REJECTED.keys())
+    tables = (zero_keys.HANDED_ON, zero_keys.WITHOUT_EFFECT.keys(), zero_keys.REJECTED.keys())
     assert sum(map(len, tables)) == len(zero_keys.KNOWN)
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dtype="bf16")
     usual = {  # as in JSONs of other projects
@@ -392,8 +394,9 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
     ]  # fmt: skip
     one = {**usual, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
     assert "data_types" not in zero_config.resolve(one, optim, CPU, 2, "one.json")  # DeepSpeed has no such sums
-    with pytest.raises(ConfigError, match="DeepSpeed's own sums of ZeRO-1"):
-        zero_config.resolve({**one, "xtuner": {"sums": "deepspeed"}}, optim, CPU, 2, "one.json")
+    coarser = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dtype="bf16", sums="bf16")
+    with pytest.raises(ConfigError, match=r"grad_accum_dtype is fp32 in the .* by the config it is bf16"):
+        zero_config.resolve(one, coarser, CPU, 2, "one.json")
 
 
 def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> None:

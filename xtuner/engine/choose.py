@@ -74,8 +74,8 @@ def choose(
         stage = settings["zero_optimization"].get("stage", 0)
         if stage:
             _require_cuttable(optim, device, f"--deepspeed {deepspeed}", zero=True)
-        zero = zero_memory.of_zero(source, optim, device, mesh, settings)
-        return Choice(deepspeed, None, zero.state, mesh)
+        zero = zero_memory.of_zero(source, optim, device, mesh, settings, pack)
+        return Choice(deepspeed, None, zero.state, mesh, pack)
     if fsdp or ranks > 1:
         mode = fsdp or "full"
         _require_cuttable(optim, device, f"--fsdp {mode}" if fsdp else f"{ranks} processes (FSDP)", zero=False)
@@ -105,5 +105,5 @@ def strategy(choice: Choice, source: ModelSource, optim: OptimWrapper, device: t
     if choice.deepspeed:
         from xtuner.engine.deepspeed import DeepSpeedStrategy
 
-        return DeepSpeedStrategy(source, optim, device, choice.deepspeed, choice.mesh)
+        return DeepSpeedStrategy(source, optim, device, choice.deepspeed, choice.mesh, choice.pack)
     return ShardedStrategy(source, optim, device, choice.mesh, pack=choice.pack)

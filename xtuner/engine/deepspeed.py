@@ -15,7 +15,7 @@ import torch
 
 from xtuner.data.batch import Batch
 from xtuner.dist.mesh import Mesh, arrange
-from xtuner.engine import trial, zero_config, zero_memory
+from xtuner.engine import memory, trial, zero_config, zero_memory
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, StatefulStrategy
 from xtuner.engine.strategies.micro_batches import run_micro_batches
@@ -39,10 +39,17 @@ class DeepSpeedStrategy(StatefulStrategy):
     Args:
         settings: a shipped name or a JSON file, as `--deepspeed` takes it.
         mesh: None for all processes there are.
+        pack: tokens of a pack.
     """
 
     def __init__(
-        self, source: ModelSource, optim: OptimWrapper, device: torch.device, settings: str, mesh: Mesh | None = None
+        self,
+        source: ModelSource,
+        optim: OptimWrapper,
+        device: torch.device,
+        settings: str,
+        mesh: Mesh | None = None,
+        pack: int = memory.PACK,
     ) -> None:
         deepspeed = _started(device)
         mesh = mesh or arrange()
@@ -50,13 +57,11 @@ class DeepSpeedStrategy(StatefulStrategy):
         self.stage: int = config["zero_optimization"].get("stage", 0)
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
-        sums = zero_memory.of_zero(source, optim, device, mesh, config).sums
-        _, (most,) = mesh.ranks.sums_and_most([], [zero_config.SUMS.index(sums)])  # what all ranks have memory for
-        chosen = zero_memory.of_zero(source, optim, device, mesh, config, zero_config.SUMS[most])
-        self.memory = chosen
-        if mesh.is_main:
-            zero_memory.suggest_own(chosen, source, optim, device, mesh, settings)
-        config.pop("xtuner")
+        free = memory.free_bytes(device)
+        free = free if free is None else min(mesh.ranks.gather(free))  # all ranks have to choose the same
+        chosen = self.memory = zero_memory.of_zero(source, optim, device, mesh, config, pack, free)
+        if free is not None and mesh.is_main:
+            zero_memory.suggest_own(chosen, source, optim, device, mesh, settings, pack, free)
         shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
         super().__init__(source.config, shapes, device, mesh, gives=bool(self.stage) or mesh.is_main)
         if self.stage == 3:
@@ -75,8 +80,8 @@ class DeepSpeedStrategy(StatefulStrategy):
         self._traits = optim.traits  # by device: offloaded states lie on the host
         self._model = model.train()
         self._sums: WholeSums | None = None
-        self._sums_once = chosen.sums == "fp32"
-        if chosen.sums != "deepspeed":
+        self._sums_once = chosen.way == "fp32"
+        if chosen.way != "deepspeed":
             dtype = torch.float32 if self._sums_once else self.compute_dtype
             sent = torch.bfloat16 if config.get("communication_data_type") == "bf16" else torch.float32
             bucket = int(config["zero_optimization"]["reduce_bucket_size"])

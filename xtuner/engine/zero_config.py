@@ -20,7 +20,6 @@ from xtuner.model.source import ModelSource
 
 BUCKET = 200_000_000  # numbers that are sent at once: 0.8 GB in fp32, of which links of GPUs reach their full speed
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
-SUMS = ("fp32", "bf16", "deepspeed")  # how gradients are summed; zero_memory.py says what each does
 SHIPPED = Path(__file__).parents[1] / "configs" / "deepspeed"
 
 
@@ -138,8 +137,7 @@ def resolve(
         raise ConfigError(
             f"{strange} is not supported", where=f"{where}: {strange}", why="DeepSpeed 0.19.8 has no such setting"
         )
-    _check_ours(found, bf16, where)
-    _set_sums(found, bf16, where)
+    _set_sums(found, optim, bf16, where)
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         to = (zero.get(part) or {}).get("device", "none")
         if to == "nvme":
@@ -163,64 +161,39 @@ def resolve(
     return found
 
 
-def _check_ours(found: dict[str, Any], bf16: bool, where: str) -> None:
-    """Raise ConfigError for values of the section "xtuner", which DeepSpeed does not see, that cannot be followed."""
-    ours = found.setdefault("xtuner", {})
-    tokens, sums = ours.get("micro_batch_tokens"), ours.get("sums")
-    if tokens is not None and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
-        raise ConfigError(
-            f"xtuner.micro_batch_tokens = {json.dumps(tokens)} is not a number of tokens",
-            where=f"{where}: xtuner.micro_batch_tokens",
-        )
-    if sums is None:
-        return
-    at, stage = f"{where}: xtuner.sums", _of(found, "zero_optimization.stage") or 0
-    if sums not in SUMS:
-        raise ConfigError(f"xtuner.sums = {json.dumps(sums)} is not one of {', '.join(SUMS)}", where=at)
-    if sums == "deepspeed":
-        return
-    to = _of(found, "zero_optimization.offload_optimizer.device") or "none"
-    if stage not in (1, 2) or to != "none" or (sums == "bf16" and not bf16):
-        raise ConfigError(
-            f'xtuner.sums = "{sums}" is not supported with these settings',
-            where=at,
-            why="only ZeRO-1 and ZeRO-2 without offload keep whole gradients, in fp32 or in what is computed in",
-            do="leave it out",
-        )
-
-
-def _set_sums(found: dict[str, Any], bf16: bool, where: str) -> None:
+def _set_sums(found: dict[str, Any], optim: OptimWrapper, bf16: bool, where: str) -> None:
     """In what gradients are summed over the packs of an iteration: fp32; bf16 on request.
 
     In bf16 the error of the sum grows with the number of packs.
     """
     wanted = (found.pop("data_types", None) or {}).get("grad_accum_dtype")
     wanted = None if wanted == AUTO else wanted
-    stage = _of(found, "zero_optimization.stage")
+    stage = _of(found, "zero_optimization.stage") or 0
     at = f"{where}: data_types.grad_accum_dtype"
     if wanted not in ((None, "fp32", "bf16") if bf16 else (None, "fp32")):
         may = "fp32 or bf16" if bf16 else "fp32, in which everything is computed"
         raise ConfigError(f"data_types.grad_accum_dtype = {json.dumps(wanted)} is not {may}", where=at)
-    if wanted == "bf16" and found["xtuner"].setdefault("sums", "deepspeed") != "deepspeed":
+    if wanted and optim.sums and wanted != optim.sums:
         raise ConfigError(
-            f'data_types.grad_accum_dtype = "bf16", and xtuner.sums = "{found["xtuner"]["sums"]}"',
-            where=f"{at}; xtuner.sums",
-            why="both say how gradients are summed",
-            do="delete one of them",
+            f"data_types.grad_accum_dtype is {wanted} in the DeepSpeed settings, and by the config it is {optim.sums}",
+            where=f"{at}; config: optim_wrapper.sums",
+            why="one of them would be followed without a word",
+            do='set it to "auto" in the JSON, or change optim_wrapper.sums',
         )
-    if not bf16:
-        return
-    # of stage 1 DeepSpeed knows this with offload alone; else zero_sums.py sums in fp32
+    full = {1: ("all",), 2: ("all", "weights"), 3: ("blocks",)}.get(stage, ())
+    if optim.full and optim.full not in full:
+        raise ConfigError(
+            f'full = "{optim.full}" is not what ZeRO-{stage} can do',
+            where=f"optim_wrapper.full; {where}: zero_optimization.stage",
+            do=f"take one of {', '.join(full)}, or leave it out" if full else "leave it out",
+        )
     offload = (_of(found, "zero_optimization.offload_optimizer.device") or "none") != "none"
-    if stage in (2, 3) or (stage == 1 and offload):
-        found["data_types"] = {"grad_accum_dtype": wanted or "fp32"}
-    if stage == 1 and wanted == "fp32" and found["xtuner"].get("sums") == "deepspeed" and not offload:
-        raise ConfigError(
-            "data_types.grad_accum_dtype = fp32 is not what DeepSpeed's own sums of ZeRO-1 can be",
-            where=f"{at}; xtuner.sums",
-            why="DeepSpeed takes another optimizer for it, whose state xtuner does not read",
-            do="leave xtuner.sums out: gradients are then summed in fp32",
-        )
+    if not bf16 or not stage:
+        return
+    # of stage 1 DeepSpeed knows fp32 with offload alone; else zero_sums.py sums, in stage 2 where memory allows
+    if stage > 1 or offload or wanted == "bf16":
+        by_whom = wanted or (optim.sums if stage == 3 or offload else None)
+        found["data_types"] = {"grad_accum_dtype": by_whom or "fp32"}
 
 
 def without_effect(settings: dict[str, Any]) -> list[str]:

@@ -36,9 +36,6 @@ HANDED_ON = {
     )),
 }  # fmt: skip
 
-# Not DeepSpeed's: what xtuner does around it. Not handed on.
-OURS = {"xtuner", "xtuner.micro_batch_tokens", "xtuner.sums"}
-
 _CHECKPOINTS = "checkpoints are written and read by xtuner alone"
 _ITS_OWN = "xtuner does this itself, or not at all"
 WITHOUT_EFFECT = {
@@ -129,8 +126,8 @@ REJECTED = {
     "zero_optimization.offload_optimizer.super_offload": Rejected("it needs DeepSpeed's CPU Adam"),
 }  # fmt: skip
 SECTIONS = ("bf16", "data_types", "zero_optimization", "zero_optimization.offload_optimizer",
-            "zero_optimization.offload_param", "xtuner")  # fmt: skip
-KNOWN = sorted({*HANDED_ON, *OURS, *WITHOUT_EFFECT, *REJECTED})
+            "zero_optimization.offload_param")  # fmt: skip
+KNOWN = sorted({*HANDED_ON, *WITHOUT_EFFECT, *REJECTED})
 
 
 def walk(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -127,6 +127,7 @@ def resolve(
             where=f"{where}: communication_data_type",
             why="gradients would leave the range of other types",
         )
+    _set_sums(found, optim, bf16, where)
     if left := [key for key in _flat(found) if _of(found, key) == AUTO]:
         raise ConfigError(f'no setting of the config decides {left[0]} = "auto"', where=where, do="give it a value")
     zero = found["zero_optimization"] = _checked(
@@ -137,7 +138,6 @@ def resolve(
         raise ConfigError(
             f"{strange} is not supported", where=f"{where}: {strange}", why="DeepSpeed 0.19.8 has no such setting"
         )
-    _set_sums(found, optim, bf16, where)
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         to = (zero.get(part) or {}).get("device", "none")
         if to == "nvme":

@@ -18,7 +18,7 @@ import torch
 from xtuner.core.log import logger
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
-from xtuner.engine.memory import COLLECTIVES, DIVISIONS, LIBRARIES, PACK, RESERVE, Memory
+from xtuner.engine.memory import COLLECTIVES, DIVISIONS, LEAST, LIBRARIES, PACK, RESERVE, Memory
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.step_time import Work, link
 from xtuner.engine.zero_config import BUCKET
@@ -28,7 +28,6 @@ from xtuner.model.source import ModelSource
 
 COPIED = 24  # bytes a parameter that DeepSpeed reads and writes again to send a micro-batch's gradients
 COPYING = 2.5e12  # bytes a second of an H100's memory
-USUAL = 8192  # tokens: sums in fp32 must leave room for a micro-batch of so many, of which nothing is recomputed
 WORTH = 1.03  # our own sharding is mentioned if it is so many times faster
 Settings = Mapping[str, Any]  # DeepSpeed's, of `zero_config.prepare` or as the JSON has them
 
@@ -62,7 +61,7 @@ def of_zero(
         (source, optim, device, mesh.size, settings),
     )
     collectives = COLLECTIVES * (mesh.size > 1)
-    usual = Plan(c, itemsize).peak(min(USUAL, pack, optim.micro_batch or pack))
+    least = Plan(c, itemsize).peak(min(LEAST, pack))  # of which nothing is recomputed
     for way in ways(optim, device, settings):
         state, division = zero_state(*case, way), DIVISIONS[_full(way, settings)]
         if free is None or not source.recompute:
@@ -73,7 +72,7 @@ def of_zero(
         for most in [optim.micro_batch] if optim.micro_batch else memory.sizes(plan, pack):
             seconds = _seconds(source, optim, device, mesh, settings, way, plan, pack, most)
             found.append(ZeroMemory(state, plan, most, division, LIBRARIES + collectives, seconds, way))
-        if max(free - state - RESERVE - collectives, 0) >= max(usual, _after(*case, way)):
+        if (plan.room or 0) >= max(least, _after(*case, way)):
             break
     fitting = [m for m in found if m.fits(min(m.most or pack, pack))]
     if fitting:
@@ -127,7 +126,7 @@ def zero_state(
         full = copy.itemsize * parameters
     if way == "deepspeed":
         sums = (settings.get("data_types") or {}).get("grad_accum_dtype")
-        own += 4 if sums == "fp32" else copy.itemsize
+        own += 2 if sums == "bf16" else 4
         full += copy.itemsize * parameters * (stage == 1 and several)
         # what fills as gradients come (two of them under stage 1 and 2), and what is sent of it
         full += _bucket(settings) * (copy.itemsize * (2 if stage == 3 else 3) + _sent(settings) * (stage == 3) + 4)

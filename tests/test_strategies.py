@@ -244,14 +244,15 @@ def test_any_number_of_ranks_and_any_strategy(alone: Path, tmp_path: Path) -> No
 
 def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
     def poisoned(_: Ranks, folder: Path) -> None:
-        for kind in ("zero1", "zero2", "zero3", "fsdp"):
+        for kind in ("zero1", "zero2", "zero2_other", "zero3", "fsdp"):
             strategy = make(kind, folder, 2)
             list(go(strategy, range(2)))
             before = written(strategy, folder / f"{kind}_before")
             block = strategy.model.model.layers[1]
             hook = None
-            if dist.rank() == 1:
-                hook = block.register_forward_hook(lambda module, args, out: out * float("nan"))
+            if dist.rank() == 1:  # in the first micro-batch alone
+                once = itertools.chain([float("nan")], itertools.repeat(1.0))
+                hook = block.register_forward_hook(lambda module, args, out, once=once: out * next(once))
             ((loss, _, applied),) = go(strategy, range(2, 3))
             assert loss != loss
             assert not applied
@@ -405,10 +406,10 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
     targets = sum(p.num_targets for p in these)
 
     def gradient(
-        dtype: str, zero: str | None, fsdp: str | None, parts: int = 1
+        dtype: str, zero: str | None, fsdp: str | None, parts: int = 1, **kept: str
     ) -> tuple[Any, dict[str, tuple[int, torch.Tensor]]]:
         rank, ranks = dist.rank(), dist.ALL.size
-        optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype), source()
+        optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype, **kept), source()
         strategy: Any = choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
         before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
         strategy.forward_backward(these[rank::ranks], targets, [parts] * (32 // ranks))
@@ -431,8 +432,8 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
 
     def on_two(_: Ranks, folder: Path) -> None:
         assert error(gradient("bf16", None, "full")[1]) < 1.001 * least
-        for stage in ("2", "3", "2_offload", "3_offload"):
-            strategy, found = gradient("bf16", f"deepspeed_zero{stage}", None)
+        for stage in ("1", "2", "3", "2_offload", "3_offload"):
+            strategy, found = gradient("bf16", f"deepspeed_zero{stage}", None, parts=2)
             assert error(found) < 1.001 * least, stage
             block = strategy.model.model.layers[1]
             hook = block.register_forward_hook(lambda module, args, out: out * float("nan"))
@@ -441,6 +442,10 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
             assert not strategy.step(1.0, None)[1]
             assert all(s.master.read().equal(before[n]) for n, s in strategy._shards().items())
             hook.remove()
+        assert error(gradient("bf16", "deepspeed_zero2", None, full="weights")[1]) < 1.001 * least
+        # what of stage 1 does not fit in fp32: coarser over the micro-batches of a pack, not over packs
+        assert error(gradient("bf16", "deepspeed_zero1", None, sums="bf16")[1]) < 1.001 * least
+        assert 1.001 * least < error(gradient("bf16", "deepspeed_zero1", None, 2, sums="bf16")[1]) < 7e-3
         settings = zero_config.read("deepspeed_zero2")
         settings["data_types"]["grad_accum_dtype"] = "bf16"  # on request
         (folder / f"{dist.rank()}.json").write_text(json.dumps(settings))

@@ -20,6 +20,7 @@ from xtuner.model.source import ModelSource
 
 BUCKET = 200_000_000  # numbers that are sent at once: 0.8 GB in fp32, of which links of GPUs reach their full speed
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+GRADIENTS = "data_types.grad_accum_dtype"
 SHIPPED = Path(__file__).parents[1] / "configs" / "deepspeed"
 
 
@@ -127,8 +128,7 @@ def resolve(
             where=f"{where}: communication_data_type",
             why="gradients would leave the range of other types",
         )
-    _set_sums(found, optim, bf16, where)
-    if left := [key for key in _flat(found) if _of(found, key) == AUTO]:
+    if left := [key for key in _flat(found) if _of(found, key) == AUTO and key != GRADIENTS]:
         raise ConfigError(f'no setting of the config decides {left[0]} = "auto"', where=where, do="give it a value")
     zero = found["zero_optimization"] = _checked(
         found, "zero_optimization", "zero.config", "DeepSpeedZeroConfig", where
@@ -138,6 +138,7 @@ def resolve(
         raise ConfigError(
             f"{strange} is not supported", where=f"{where}: {strange}", why="DeepSpeed 0.19.8 has no such setting"
         )
+    _set_sums(found, optim, bf16, where)
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         to = (zero.get(part) or {}).get("device", "none")
         if to == "nvme":

@@ -42,9 +42,11 @@ def test_gradients_are_summed_as_precisely_as_fits() -> None:
     assert [chosen("1.8B", stage, 4).way for stage in (1, 2, 3)] == ["fp32", "fp32", "deepspeed"]
     assert [chosen("7B", stage, 4).way for stage in (1, 2, 3)] == ["bf16", "deepspeed", "deepspeed"]
     assert [chosen("7B", stage, 8).way for stage in (1, 2)] == ["fp32", "fp32"]
+    assert [chosen("7B", stage, 4, int(0.75 * FREE)).way for stage in (1, 2)] == ["deepspeed", "deepspeed"]
     assert chosen("7B", 2, 4, sums="bf16").way == "bf16"
     assert chosen("7B", 2, 8, full="weights").way == "deepspeed"
-    assert chosen("7B", 1, 4, sums="fp32").way == "fp32"  # by name, though hardly anything is left
+    assert chosen("7B", 1, 4, sums="fp32").way == "deepspeed"  # over packs and ranks
+    assert chosen("7B", 1, 4, full="all", sums="fp32").way == "fp32"  # by name, though hardly anything is left
 
 
 def test_micro_batches_are_of_the_size_that_takes_the_least_time() -> None:

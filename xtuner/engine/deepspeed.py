@@ -60,6 +60,10 @@ class DeepSpeedStrategy(StatefulStrategy):
         free = memory.free_bytes(device)
         free = free if free is None else min(mesh.ranks.gather(free))  # all ranks have to choose the same
         chosen = self.memory = zero_memory.of_zero(source, optim, device, mesh, config, pack, free)
+        if (takes := zero_memory.stage_of(config, chosen.way)) != self.stage:
+            config["zero_optimization"]["stage"] = takes
+            if self.compute_dtype == torch.bfloat16:
+                config["data_types"] = {"grad_accum_dtype": "fp32"}
         if free is not None and mesh.is_main:
             zero_memory.suggest_own(chosen, source, optim, device, mesh, settings, pack, free)
         shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}

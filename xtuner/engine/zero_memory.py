@@ -5,8 +5,8 @@
     bf16         whole, summed over a pack in bf16                       once a pack, summed in fp32    1, 2
     deepspeed    a micro-batch's in bf16; the rank's own part in fp32    with each micro-batch          0, 2, 3, offload
 
-Stage 1 sums in fp32 or, if that does not fit, in bf16; stage 2 in fp32 or in DeepSpeed's way. Few large micro-batches
-send less and multiply faster, but have to compute more of their forward twice; the time of either is predicted.
+The first that fits is taken: of stage 1 any, of stage 2 not bf16. Of stage 1, DeepSpeed's way is that of its stage 2.
+Few large micro-batches send less and multiply faster, but compute more of their forward twice; the time is predicted.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ import torch
 from xtuner.core.log import logger
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
-from xtuner.engine.memory import COLLECTIVES, DIVISIONS, LEAST, LIBRARIES, PACK, RESERVE, Memory
+from xtuner.engine.memory import COLLECTIVES, DIVISIONS, LEAST, LIBRARIES, PACK, RESERVE, Division, Memory
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.step_time import Work, link
 from xtuner.engine.zero_config import BUCKET
@@ -63,7 +63,7 @@ def of_zero(
     collectives = COLLECTIVES * (mesh.size > 1)
     least = Plan(c, itemsize).peak(min(LEAST, pack))  # of which nothing is recomputed
     for way in ways(optim, device, settings):
-        state, division = zero_state(*case, way), DIVISIONS[_full(way, settings)]
+        state, division = zero_state(*case, way), _division(settings, way)
         if free is None or not source.recompute:
             plan = Plan(c, itemsize, 0 if source.recompute else None)
             return ZeroMemory(state, plan, optim.micro_batch, division, way=way)
@@ -86,17 +86,26 @@ def ways(optim: OptimWrapper, device: torch.device, settings: Settings) -> tuple
     stage, asked = zero.get("stage", 0), (settings.get("data_types") or {}).get("grad_accum_dtype")
     if stage not in (1, 2) or zero.get("offload_optimizer") or (bf16 and asked == "bf16"):
         return ("deepspeed",)
-    if bf16 and optim.sums == "bf16":
-        return ("bf16",)
-    if stage == 2 and optim.full != "all":
-        return ("deepspeed",) if optim.full else ("fp32", "deepspeed")
-    return ("fp32", "bf16") if bf16 and stage == 1 and optim.sums is None else ("fp32",)
+    if optim.full == "weights":
+        return ("deepspeed",)
+    whole = ["fp32"] * (not bf16 or optim.sums != "bf16")
+    whole += ["bf16"] * (bf16 and (optim.sums == "bf16" or (optim.sums is None and stage == 1)))
+    return (*whole, *["deepspeed"] * (optim.full is None and optim.sums != "bf16"))
 
 
-def _full(way: str, settings: Settings) -> str:
-    """What every rank keeps full over an iteration, by its name in memory.py."""
-    stage = settings["zero_optimization"].get("stage", 0)
-    return "all" if way != "deepspeed" or stage < 2 else "weights" if stage == 2 else "blocks"
+def stage_of(settings: Settings, way: str) -> int:
+    """DeepSpeed's stage that takes the steps."""
+    zero, sums = settings["zero_optimization"], (settings.get("data_types") or {}).get("grad_accum_dtype")
+    stage: int = zero.get("stage", 0)
+    if stage == 1 and way == "deepspeed" and not zero.get("offload_optimizer") and sums != "bf16":
+        return 2  # stage 1 would keep whole gradients, and sum them in the weights' dtype
+    return stage
+
+
+def _division(settings: Settings, way: str) -> Division:
+    """What every rank keeps full over an iteration."""
+    stage = stage_of(settings, way)
+    return DIVISIONS["all" if way != "deepspeed" or stage < 2 else "weights" if stage == 2 else "blocks"]
 
 
 def zero_state(
@@ -114,8 +123,9 @@ def zero_state(
         way: None for the leanest.
     """
     zero, moments, copy = settings["zero_optimization"], optim.traits(device).moments, optim.compute_dtype(device)
-    parameters, stage, several = num_parameters(source.config), zero.get("stage", 0), optim.accumulative_counts > 1
+    parameters, several = num_parameters(source.config), optim.accumulative_counts > 1
     way = way or ways(optim, device, settings)[-1]
+    stage = stage_of(settings, way)
     if not stage:
         return int((8 + moments) * parameters)
     own = (4 + moments) * (not zero.get("offload_optimizer"))  # bytes a parameter of what is divided over ranks
@@ -171,7 +181,7 @@ def _seconds(
 ) -> float:
     """Of an iteration in micro-batches of at most so many tokens."""
     c, copy, packs = source.config, optim.compute_dtype(device).itemsize, optim.accumulative_counts
-    stage, sent, parts = settings["zero_optimization"].get("stage", 0), _sent(settings), packs * -(-pack // most)
+    stage, sent, parts = stage_of(settings, way), _sent(settings), packs * -(-pack // most)
     keeps, tokens = plan.keeps(min(most, pack)), pack * packs
     parameters = num_parameters(c)
     once = parameters * (1 - 1 / mesh.size) / link(mesh)  # seconds to gather or to reduce a byte of each parameter

@@ -78,7 +78,12 @@ def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, s
         yield _line(words, again, run.mesh), "computes each block again in the backward; the same result"
     for name, state in _leaner(run, choice):
         slower = "; slower: the optimizer steps on the CPU" if "offload" in name else ""
-        yield _line(words, ["--deepspeed", name, *resume], run.mesh), f"{human_bytes(state)} of state a GPU{slower}"
+        # or stage 2 sums whole gradients, where there is memory at the start
+        lean = ["--cfg-options", "optim_wrapper.full=weights"] if name == "deepspeed_zero2" else []
+        yield (
+            _line(words, ["--deepspeed", name, *lean, *resume], run.mesh),
+            f"{human_bytes(state)} of state a GPU{slower}",
+        )
     if not (choice.deepspeed or choice.fsdp) and run.optim.own_form(run.device) is FORMS["fp32"]:
         for form in (FORMS["split"], FORMS["8bit"]):
             size = human_bytes(num_parameters(run.source.config) * form.bytes)

@@ -38,6 +38,11 @@ class ZeroMemory(Memory):
 
     way: str = "deepspeed"
 
+    def tell(self, pack: int, mesh: Mesh) -> None:
+        super().tell(pack, mesh)
+        if self.way == "bf16":
+            logger.info("gradients of a pack are summed in bf16, those of packs and ranks in fp32")
+
 
 def of_zero(
     source: ModelSource,

@@ -52,6 +52,7 @@ KINDS = {  # name → (ranks, --deepspeed, --fsdp)
 
 
 OTHER = {  # name → zero_optimization otherwise than shipped
+    "zero1": {"reduce_bucket_size": 999},  # a bucket is a part of a parameter
     "zero3": {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000},  # else nothing is cut
     "zero2_other": {
         "contiguous_gradients": False, "overlap_comm": False, "reduce_scatter": False, "parameter_alignment": True,

@@ -89,7 +89,7 @@ class DeepSpeedStrategy(StatefulStrategy):
             dtype = torch.float32 if self._sums_once else self.compute_dtype
             sent = torch.bfloat16 if config.get("communication_data_type") == "bf16" else torch.float32
             bucket = int(config["zero_optimization"]["reduce_bucket_size"])
-            self._sums = WholeSums(self._zero, model, mesh.size, mesh.rank, dtype, bucket, sent)
+            self._sums = WholeSums(self._zero, model, mesh, dtype, bucket, sent)
         source.fill({n: s.master for n, s in self._shards().items()}, shapes, device)
         self._refresh()
         self._to_step = False

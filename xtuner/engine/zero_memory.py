@@ -193,8 +193,9 @@ def _seconds(
     exposed = copy * once if stage in (1, 2) else 0.0  # new weights, after the step
     gathered = reduced = 0
     if way != "deepspeed":
-        times = packs if way == "bf16" else 1
-        exposed += times * (sent * once + (4 if way == "fp32" else copy) * parameters / COPYING)
+        whole = copy if way == "bf16" else 4
+        travels = min(whole, sent) if mesh.local_size == mesh.size else sent  # see zero_sums.py
+        exposed += (packs if way == "bf16" else 1) * (travels * once + (whole + 2 * sent) * parameters / COPYING)
     elif stage == 2:
         reduced = 2 * parts  # to all ranks
     elif stage == 3:

@@ -8,11 +8,13 @@ DeepSpeed itself reduces to all ranks what only one of them needs, and in the we
 what is sent here goes into the fp32 gradient that its step takes.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
 
+from xtuner.dist.mesh import Mesh
 from xtuner.engine.strategies.divided import REDUCE_SCATTER
 from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import OwnsSums
@@ -32,13 +34,18 @@ class WholeSums:
         zero: DeepSpeed's optimizer of stage 1 or 2, without offload; it reduces nothing from here on.
         dtype: of sums on this rank.
         bucket: numbers that are sent at once.
-        sent: dtype in which they are, and are summed over ranks.
+        sent: dtype in which they are summed over ranks.
     """
 
     def __init__(
-        self, zero: Any, model: CausalLM, ranks: int, rank: int, dtype: torch.dtype, bucket: int, sent: torch.dtype
+        self, zero: Any, model: CausalLM, mesh: Mesh, dtype: torch.dtype, bucket: int, sent: torch.dtype
     ) -> None:
-        self._zero, self._rank, self._bucket, self._sent = zero, rank, max(bucket // ranks, 1), sent
+        ranks = mesh.size
+        self._zero, self._rank, self._bucket = zero, mesh.rank, max(bucket // ranks, 1)
+        # sums in bf16 are sent as such even if they are summed in fp32: half the bytes. Between nodes it would be more,
+        # as there a reduction sends what the ranks of a node have summed
+        self._exact = dtype.itemsize < sent.itemsize and mesh.local_size == ranks
+        self._sent = dtype if self._exact else sent
         for hook in zero._grad_acc_hooks:
             hook.remove()
         zero.gradient_accumulation_dtype = torch.float32
@@ -78,34 +85,49 @@ class WholeSums:
             self._reduce(group.whole, self._zero.averaged_gradients[i].flat_partition, first)
 
     def _reduce(self, whole: torch.Tensor, own: torch.Tensor, first: bool) -> None:
+        """Args: whole: this rank's sums [ranks, n]. own: [n], all ranks' are added; nothing is there yet if `first`."""
         ranks, each = whole.shape
-        size = min(self._bucket, each)
         if ranks == 1:
             own.add_(whole[0])
             return
+        size = min(self._bucket, each)
         buffers = [whole.new_empty(ranks * size, dtype=self._sent) for _ in range(2)]
-        arriving: list[tuple[Any, torch.Tensor, slice]] = []
-
-        def finish() -> None:
-            work, into, place = arriving.pop(0)
-            work.wait()
-            if into is not own:
-                own[place].add_(into)
-
+        arriving: list[Callable[[], object]] = []
         for turn, begin in enumerate(range(0, each, size)):
             if len(arriving) == 2:  # its buffer is needed again
-                finish()
-            place = slice(begin, min(begin + size, each))
-            n = place.stop - begin
-            bucket = buffers[turn % 2][: ranks * n]
-            bucket.view(ranks, n).copy_(whole[:, place])
-            if whole.device.type == "cpu":  # gloo does not scatter all dtypes
-                distributed.all_reduce(bucket)
-                own[place].add_(bucket.view(ranks, n)[self._rank])
-                continue
-            straight = first and self._sent == own.dtype
-            into = own[place] if straight else bucket.new_empty(n)
-            work = REDUCE_SCATTER(into, bucket, async_op=True)
-            arriving.append((work, own if straight else into, place))
-        while arriving:
+                arriving.pop(0)()
+            part = slice(begin, min(begin + size, each))
+            bucket = buffers[turn % 2][: ranks * (part.stop - begin)].view(ranks, -1)
+            bucket.copy_(whole[:, part])
+            arriving.append(
+                self._exchange(bucket, own[part]) if self._exact else self._scatter(bucket, own[part], first)
+            )
+        for finish in arriving:
             finish()
+
+    def _exchange(self, bucket: torch.Tensor, own: torch.Tensor) -> Callable[[], None]:
+        """Each rank gets all ranks' sums of its part as they are, and sums them in `own`'s dtype."""
+        received = torch.empty_like(bucket)
+        work = distributed.all_to_all_single(received.view(-1), bucket.view(-1), async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            own.add_(received.sum(0, dtype=own.dtype))
+
+        return finish
+
+    def _scatter(self, bucket: torch.Tensor, own: torch.Tensor, first: bool) -> Callable[[], None]:
+        if bucket.device.type == "cpu":  # gloo does not scatter all dtypes
+            distributed.all_reduce(bucket)
+            own.add_(bucket[self._rank])
+            return lambda: None
+        straight = first and bucket.dtype == own.dtype
+        into = own if straight else torch.empty_like(bucket[0])
+        work = REDUCE_SCATTER(into, bucket.view(-1), async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            if not straight:
+                own.add_(into)
+
+        return finish

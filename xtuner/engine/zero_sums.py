@@ -99,9 +99,8 @@ class WholeSums:
             part = slice(begin, min(begin + size, each))
             bucket = buffers[turn % 2][: ranks * (part.stop - begin)].view(ranks, -1)
             bucket.copy_(whole[:, part])
-            arriving.append(
-                self._exchange(bucket, own[part]) if self._exact else self._scatter(bucket, own[part], first)
-            )
+            into = own[part]
+            arriving.append(self._exchange(bucket, into) if self._exact else self._scatter(bucket, into, first))
         for finish in arriving:
             finish()
 

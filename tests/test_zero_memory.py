@@ -20,10 +20,10 @@ CPU, PACK, FREE = torch.device("cpu"), 32768, int(78.6 * 2**30)
 SHAPES = {"1.8B": (2048, 24, 16, 8192), "7B": (4096, 32, 32, 14336)}
 
 
-def source(name: str) -> ModelSource:
+def source(name: str, recompute: bool = True) -> ModelSource:
     hidden, layers, heads, ffn = SHAPES[name]
     return from_scratch(
-        activation_checkpointing=True, vocab_size=92544, hidden_size=hidden, num_hidden_layers=layers,
+        activation_checkpointing=recompute, vocab_size=92544, hidden_size=hidden, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=8, intermediate_size=ffn,
     )  # fmt: skip
 
@@ -32,8 +32,8 @@ def wrapper(**given: Any) -> OptimWrapper:
     return OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", **given)
 
 
-def chosen(name: str, stage: int, ranks: int, free: int = FREE, **given: Any) -> ZeroMemory:
-    model, optim = source(name), wrapper(**given)
+def chosen(name: str, stage: int, ranks: int, free: int = FREE, recompute: bool = True, **given: Any) -> ZeroMemory:
+    model, optim = source(name, recompute), wrapper(**given)
     settings = zero_config.prepare(f"deepspeed_zero{stage}", model, optim, CPU, ranks)
     return zero_memory.of_zero(model, optim, CPU, Mesh(dp_shard=ranks, local_size=ranks), settings, PACK, free)
 
@@ -41,6 +41,7 @@ def chosen(name: str, stage: int, ranks: int, free: int = FREE, **given: Any) ->
 def test_gradients_are_summed_as_precisely_as_fits() -> None:
     assert [chosen("1.8B", stage, 4).way for stage in (1, 2, 3)] == ["fp32", "fp32", "deepspeed"]
     assert [chosen("7B", stage, 4).way for stage in (1, 2, 3)] == ["bf16", "deepspeed", "deepspeed"]
+    assert [chosen("7B", stage, 4, recompute=False).way for stage in (1, 2)] == ["bf16", "deepspeed"]
     assert [chosen("7B", stage, 8).way for stage in (1, 2)] == ["fp32", "fp32"]
     assert [chosen("7B", stage, 4, int(0.75 * FREE)).way for stage in (1, 2)] == ["deepspeed", "deepspeed"]
     assert chosen("7B", 2, 4, sums="bf16").way == "bf16"

@@ -68,17 +68,19 @@ def of_zero(
     collectives = COLLECTIVES * (mesh.size > 1)
     least = Plan(c, itemsize).peak(min(LEAST, pack))  # of which nothing is recomputed
     for way in ways(optim, device, settings):
-        state, division = zero_state(*case, way), _division(settings, way)
-        if free is None or not source.recompute:
-            plan = Plan(c, itemsize, 0 if source.recompute else None)
-            return ZeroMemory(state, plan, optim.micro_batch, division, way=way)
-        plan = Plan(c, itemsize, max(free - state - RESERVE - collectives, 0))
-        found = []
-        for most in [optim.micro_batch] if optim.micro_batch else memory.sizes(plan, pack):
-            seconds = _seconds(source, optim, device, mesh, settings, way, plan, pack, most)
-            found.append(ZeroMemory(state, plan, most, division, LIBRARIES + collectives, seconds, way))
-        if (plan.room or 0) >= max(least, _after(*case, way)):
+        state, room = zero_state(*case, way), None
+        if free is not None:
+            room = max(free - state - RESERVE - collectives, 0)
+        if room is None or room >= max(least, _after(*case, way)):
             break
+    division = _division(settings, way)
+    if room is None or not source.recompute:
+        plan = Plan(c, itemsize, 0 if source.recompute else None)
+        return ZeroMemory(state, plan, optim.micro_batch, division, way=way)
+    plan, found = Plan(c, itemsize, room), []
+    for most in [optim.micro_batch] if optim.micro_batch else memory.sizes(plan, pack):
+        seconds = _seconds(source, optim, device, mesh, settings, way, plan, pack, most)
+        found.append(ZeroMemory(state, plan, most, division, LIBRARIES + collectives, seconds, way))
     fitting = [m for m in found if m.fits(min(m.most or pack, pack))]
     if fitting:
         return min(fitting, key=lambda m: m.seconds)

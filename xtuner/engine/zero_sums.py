@@ -20,6 +20,8 @@ from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import OwnsSums
 from xtuner.model.ops.sums import GradientSum
 
+LEAST = 2**16  # numbers sent at once; fewer, and an iteration would send for hours
+
 
 class _Group(NamedTuple):
     """Of DeepSpeed's optimizer."""
@@ -41,7 +43,7 @@ class WholeSums:
         self, zero: Any, model: CausalLM, mesh: Mesh, dtype: torch.dtype, bucket: int, sent: torch.dtype
     ) -> None:
         ranks = mesh.size
-        self._zero, self._rank, self._bucket = zero, mesh.rank, max(bucket // ranks, 1)
+        self._zero, self._rank, self._bucket = zero, mesh.rank, max(bucket, LEAST) // ranks
         # sums in bf16 are sent as such even if they are summed in fp32: half the bytes. Between nodes it would be more,
         # as there a reduction sends what the ranks of a node have summed
         self._exact = dtype.itemsize < sent.itemsize and mesh.local_size == ranks

@@ -28,7 +28,7 @@ from cases import PACK
 from one_gpu import GIB, MACHINES, MODELS, PASSES, THROUGH, Machine, Measured
 
 from xtuner.dist.mesh import Mesh
-from xtuner.engine import memory, zero_config
+from xtuner.engine import memory, zero_config, zero_memory
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model.flops import PEAK, matmul_parameters, training_flops
 from xtuner.model.plan import Plan
@@ -164,7 +164,7 @@ def room(m: Measured, engine: str, ranks: int, free: float) -> Room | None:
         there = Room(found.state, found.plan, -(-PACK // found.most), found.division)
         return there if found.fits(min(found.most, PACK)) else None
     settings = zero_config.read(f"deepspeed_{engine}")
-    state = memory.zero_state(m.source, optim, cpu, ranks, settings)
+    state = zero_memory.zero_state(m.source, optim, cpu, ranks, settings)
     left = int(free - state - memory.RESERVE)
     plan = Plan(m.source.config, 2, max(left, 0))
     return Room(state, plan, 1) if plan.peak(PACK) <= left else None

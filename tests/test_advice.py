@@ -99,9 +99,10 @@ def test_a_7b_model_on_8_gpus(
     found = commands(str(error))
     start = "NPROC_PER_NODE=8 xtuner train c.py"
     engine = f"--deepspeed {zero}" if zero else "--fsdp"
+    full = {"zero2": " --cfg-options optim_wrapper.full=weights"}
     assert found == [
         f"{start} {engine} --cfg-options a=b --cfg-options model.activation_checkpointing=True --resume auto",
-        *(f"{start} --cfg-options a=b --deepspeed deepspeed_{name} --resume auto" for name in more),
+        *(f"{start} --cfg-options a=b --deepspeed deepspeed_{name}{full.get(name, '')} --resume auto" for name in more),
         f"{start} {engine} --cfg-options a=b --cfg-options max_length=4096 accumulative_counts=4",
     ]
     assert len(re.findall(r"# \d+\.\d\d GiB of state a GPU", str(error))) == len(more)

@@ -52,6 +52,7 @@ KINDS = {  # name → (ranks, --deepspeed, --fsdp)
 
 
 OTHER = {  # name → zero_optimization otherwise than shipped
+    "zero1": {"reduce_bucket_size": 999},  # a bucket is a part of a parameter
     "zero3": {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000},  # else nothing is cut
     "zero2_other": {
         "contiguous_gradients": False, "overlap_comm": False, "reduce_scatter": False, "parameter_alignment": True,
@@ -111,10 +112,13 @@ def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strateg
         settings["zero_optimization"] |= OTHER[kind]
         zero = str(folder / f"{kind}_{dist.rank()}.json")
         Path(zero).write_text(json.dumps(settings))
-    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks)
+    full = "weights" if kind == "zero2_other" else None  # DeepSpeed's own reduction
+    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks, full=full)
     model = source(products)
     strategy = choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
-    if kind == "fsdp_hybrid" and dist.rank() % 2:  # these cut packs in two: the others have to follow
+    if (
+        kind in ("fsdp_hybrid", "zero1", "zero2_other", "zero3") and dist.rank() % 2
+    ):  # these cut packs in two: the others have to follow
         strategy.memory = replace(strategy.memory, most=44)
     return strategy
 
@@ -241,14 +245,15 @@ def test_any_number_of_ranks_and_any_strategy(alone: Path, tmp_path: Path) -> No
 
 def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
     def poisoned(_: Ranks, folder: Path) -> None:
-        for kind in ("zero1", "zero2", "zero3", "fsdp"):
+        for kind in ("zero1", "zero2", "zero2_other", "zero3", "fsdp"):
             strategy = make(kind, folder, 2)
             list(go(strategy, range(2)))
             before = written(strategy, folder / f"{kind}_before")
             block = strategy.model.model.layers[1]
             hook = None
-            if dist.rank() == 1:
-                hook = block.register_forward_hook(lambda module, args, out: out * float("nan"))
+            if dist.rank() == 1:  # in the first micro-batch alone
+                once = itertools.chain([float("nan")], itertools.repeat(1.0))
+                hook = block.register_forward_hook(lambda module, args, out, once=once: out * next(once))
             ((loss, _, applied),) = go(strategy, range(2, 3))
             assert loss != loss
             assert not applied
@@ -389,10 +394,11 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
     assert [told.partition(" ")[0] for told in zero_config.without_effect(usual)] == [
         "activation_checkpointing", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     ]  # fmt: skip
-    one = {**usual, "zero_optimization": {"stage": 1}}
-    assert "data_types" not in zero_config.resolve(one, optim, CPU, 2, "one.json")
-    with pytest.raises(ConfigError, match="grad_accum_dtype = fp32 is not supported with ZeRO-1"):
-        zero_config.resolve({**one, "data_types": {"grad_accum_dtype": "fp32"}}, optim, CPU, 2, "one.json")
+    one = {**usual, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+    assert "data_types" not in zero_config.resolve(one, optim, CPU, 2, "one.json")  # DeepSpeed has no such sums
+    coarser = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dtype="bf16", sums="bf16")
+    with pytest.raises(ConfigError, match=r"grad_accum_dtype is fp32 in the .* by the config it is bf16"):
+        zero_config.resolve(one, coarser, CPU, 2, "one.json")
 
 
 def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> None:
@@ -400,12 +406,14 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
     these = packs()[:32]
     targets = sum(p.num_targets for p in these)
 
-    def gradient(dtype: str, zero: str | None, fsdp: str | None) -> tuple[Any, dict[str, tuple[int, torch.Tensor]]]:
+    def gradient(
+        dtype: str, zero: str | None, fsdp: str | None, parts: int = 1, **kept: str
+    ) -> tuple[Any, dict[str, tuple[int, torch.Tensor]]]:
         rank, ranks = dist.rank(), dist.ALL.size
-        optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype), source()
+        optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype, **kept), source()
         strategy: Any = choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
         before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
-        strategy.forward_backward(these[rank::ranks], targets)
+        strategy.forward_backward(these[rank::ranks], targets, [parts] * (32 // ranks))
         assert strategy.step(1.0, None)[1]
         lost = {n: (s.master.begin, before[n] - s.master.read()) for n, s in strategy._shards().items()}
         return strategy, lost
@@ -425,8 +433,8 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
 
     def on_two(_: Ranks, folder: Path) -> None:
         assert error(gradient("bf16", None, "full")[1]) < 1.001 * least
-        for stage in ("2", "3", "2_offload", "3_offload"):
-            strategy, found = gradient("bf16", f"deepspeed_zero{stage}", None)
+        for stage in ("1", "2", "3", "2_offload", "3_offload"):
+            strategy, found = gradient("bf16", f"deepspeed_zero{stage}", None, parts=2)
             assert error(found) < 1.001 * least, stage
             block = strategy.model.model.layers[1]
             hook = block.register_forward_hook(lambda module, args, out: out * float("nan"))
@@ -435,6 +443,12 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
             assert not strategy.step(1.0, None)[1]
             assert all(s.master.read().equal(before[n]) for n, s in strategy._shards().items())
             hook.remove()
+        assert error(gradient("bf16", "deepspeed_zero2", None, full="weights")[1]) < 1.001 * least
+        # what of stage 1 does not fit in fp32: coarser over the micro-batches of a pack, not over packs and ranks
+        assert error(gradient("bf16", "deepspeed_zero1", None, sums="bf16")[1]) < 1.001 * least
+        for here in ("1", "2"):  # one rank a node; both on one
+            os.environ["LOCAL_WORLD_SIZE"] = here
+            assert 1.001 * least < error(gradient("bf16", "deepspeed_zero1", None, 2, sums="bf16")[1]) < 7e-3
         settings = zero_config.read("deepspeed_zero2")
         settings["data_types"]["grad_accum_dtype"] = "bf16"  # on request
         (folder / f"{dist.rank()}.json").write_text(json.dumps(settings))

@@ -8,7 +8,7 @@ from xtuner.config.build import type_name
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import logger
 from xtuner.dist.mesh import Mesh, arrange
-from xtuner.engine import memory, zero_config
+from xtuner.engine import memory, zero_config, zero_memory
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.strategies.sharded import ShardedStrategy
@@ -68,15 +68,14 @@ def choose(
             "adapters are not supported with DeepSpeed", where="model.adapter", do="leave --deepspeed out"
         )
     if deepspeed:
-        given = zero_config.read(deepspeed)
-        settings = zero_config.resolve(given, optim, device, ranks, deepspeed)
-        if (idle := zero_config.without_effect(given)) and mesh.is_main:
+        settings = zero_config.prepare(deepspeed, source, optim, device, ranks)
+        if (idle := zero_config.without_effect(zero_config.read(deepspeed))) and mesh.is_main:
             logger.info(f"--deepspeed {deepspeed}: no effect here: {', '.join(idle)}")
         stage = settings["zero_optimization"].get("stage", 0)
         if stage:
             _require_cuttable(optim, device, f"--deepspeed {deepspeed}", zero=True)
-        zero = memory.of_zero(source, optim, device, ranks, settings)
-        return Choice(deepspeed, None, zero.state, mesh)
+        zero = zero_memory.of_zero(source, optim, device, mesh, settings, pack)
+        return Choice(deepspeed, None, zero.state, mesh, pack)
     if fsdp or ranks > 1:
         mode = fsdp or "full"
         _require_cuttable(optim, device, f"--fsdp {mode}" if fsdp else f"{ranks} processes (FSDP)", zero=False)
@@ -106,5 +105,5 @@ def strategy(choice: Choice, source: ModelSource, optim: OptimWrapper, device: t
     if choice.deepspeed:
         from xtuner.engine.deepspeed import DeepSpeedStrategy
 
-        return DeepSpeedStrategy(source, optim, device, choice.deepspeed, choice.mesh)
+        return DeepSpeedStrategy(source, optim, device, choice.deepspeed, choice.mesh, choice.pack)
     return ShardedStrategy(source, optim, device, choice.mesh, pack=choice.pack)

@@ -8,16 +8,18 @@ for one number of ranks, are never written.
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 
 from xtuner.data.batch import Batch
 from xtuner.dist.mesh import Mesh, arrange
-from xtuner.engine import memory, trial, zero_config
+from xtuner.engine import memory, trial, zero_config, zero_memory
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, StatefulStrategy
 from xtuner.engine.strategies.micro_batches import run_micro_batches
+from xtuner.engine.zero_sums import WholeSums
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
@@ -37,18 +39,33 @@ class DeepSpeedStrategy(StatefulStrategy):
     Args:
         settings: a shipped name or a JSON file, as `--deepspeed` takes it.
         mesh: None for all processes there are.
+        pack: tokens of a pack.
     """
 
     def __init__(
-        self, source: ModelSource, optim: OptimWrapper, device: torch.device, settings: str, mesh: Mesh | None = None
+        self,
+        source: ModelSource,
+        optim: OptimWrapper,
+        device: torch.device,
+        settings: str,
+        mesh: Mesh | None = None,
+        pack: int = memory.PACK,
     ) -> None:
         deepspeed = _started(device)
         mesh = mesh or arrange()
-        config = zero_config.resolve(zero_config.read(settings), optim, device, mesh.size, settings)
+        config = zero_config.prepare(settings, source, optim, device, mesh.size)
         self.stage: int = config["zero_optimization"].get("stage", 0)
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
-        self.memory = memory.of_zero(source, optim, device, mesh.size, config)
+        free = memory.free_bytes(device)
+        free = free if free is None else min(mesh.ranks.gather(free))  # all ranks have to choose the same
+        chosen = self.memory = zero_memory.of_zero(source, optim, device, mesh, config, pack, free)
+        if (takes := zero_memory.stage_of(config, chosen.way)) != self.stage:
+            config["zero_optimization"]["stage"] = takes
+            if self.compute_dtype == torch.bfloat16:
+                config["data_types"] = {"grad_accum_dtype": "fp32"}
+        if free is not None and mesh.is_main:
+            zero_memory.suggest_own(chosen, source, optim, device, mesh, settings, pack, free)
         shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
         super().__init__(source.config, shapes, device, mesh, gives=bool(self.stage) or mesh.is_main)
         if self.stage == 3:
@@ -66,6 +83,13 @@ class DeepSpeedStrategy(StatefulStrategy):
         self._parameters = dict(model.named_parameters())
         self._traits = optim.traits  # by device: offloaded states lie on the host
         self._model = model.train()
+        self._sums: WholeSums | None = None
+        self._sums_once = chosen.way == "fp32"
+        if chosen.way != "deepspeed":
+            dtype = torch.float32 if self._sums_once else self.compute_dtype
+            sent = torch.bfloat16 if config.get("communication_data_type") == "bf16" else torch.float32
+            bucket = int(config["zero_optimization"]["reduce_bucket_size"])
+            self._sums = WholeSums(self._zero, model, mesh, dtype, bucket, sent)
         source.fill({n: s.master for n, s in self._shards().items()}, shapes, device)
         self._refresh()
         self._to_step = False
@@ -80,14 +104,37 @@ class DeepSpeedStrategy(StatefulStrategy):
         self._to_step = bool(num_targets)
         if not num_targets:
             return 0.0
-        before = self._engine.set_gradient_accumulation_boundary
-        total = run_micro_batches(batch, self._engine, self.device, num_targets, self._backward, before, skip=False)
-        return self.mesh.ranks.sum_on_device(total)
+        counts = parts or self.parts(batch)
+        pieces = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
+        run = self._run_with_sums if self._sums else self._run
+        return self.mesh.ranks.sum_on_device(run(pieces, counts, num_targets))
 
-    def _backward(self, loss: torch.Tensor) -> None:
-        # DeepSpeed averages over ranks; a loss that is not finite must not leave finite gradients
-        scale = torch.where(loss.detach().isfinite(), float(self.mesh.size), math.nan)
-        self._engine.backward(loss * scale, scale_wrt_gas=False)
+    def _run(self, pieces: list[Batch], counts: Sequence[int], num_targets: int) -> torch.Tensor:
+        """DeepSpeed sends gradients: of each micro-batch, or under stage 0 and 1 after the last."""
+
+        def backward(loss: torch.Tensor) -> None:
+            # DeepSpeed averages over ranks
+            self._engine.backward(_marked(loss) * self.mesh.size, scale_wrt_gas=False)
+
+        before = self._engine.set_gradient_accumulation_boundary
+        return run_micro_batches(pieces, self._engine, self.device, num_targets, backward, before, skip=False)
+
+    def _run_with_sums(self, pieces: list[Batch], counts: Sequence[int], num_targets: int) -> torch.Tensor:
+        """Gradients are summed here; DeepSpeed's engine has no part in it before the step."""
+        assert self._sums
+        sums, done = self._sums, 0
+        ends = {len(pieces)} if self._sums_once else set(accumulate(counts))
+        sums.begin()
+
+        def backward(loss: torch.Tensor) -> None:
+            nonlocal done
+            _marked(loss).backward()
+            done += 1
+            if done in ends:
+                sums.send()
+
+        before = self._engine.set_gradient_accumulation_boundary
+        return run_micro_batches(pieces, self._model, self.device, num_targets, backward, before, skip=False)
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._to_step:
@@ -160,6 +207,11 @@ class DeepSpeedStrategy(StatefulStrategy):
             if self._zero.persistent_parameters:  # small ones, which stay whole on every rank
                 self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
         self._engine.zero_grad()
+
+
+def _marked(loss: torch.Tensor) -> torch.Tensor:
+    """A loss that is not finite must not leave finite gradients."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def _started(device: torch.device) -> Any:

@@ -7,9 +7,7 @@ least time by arithmetic (step_time.py). Documents longer than a micro-batch kee
 is not counted.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -27,7 +25,6 @@ from xtuner.model.source import ModelSource
 PACK = 32768  # tokens, where it is not known
 LEAST = 4096  # tokens of a micro-batch; fewer leave the GPU's multipliers idle
 MOST_PARTS = 16  # of a pack, where something is recomputed
-BUFFERS = 1.5 * 2**30  # bytes: DeepSpeed's buckets as shipped, two of 200 million numbers in fp32
 COLLECTIVES = int(1.1 * 2**30)  # bytes: NCCL's buffers, and what is held back for its streams
 LIBRARIES = int(1.3 * 2**30)  # bytes: CUDA's and cuBLAS's own, and what the allocator cannot use, usually
 RESERVE = 3 * 2**30  # bytes: the same, at worst
@@ -143,7 +140,7 @@ def of_mesh(
     for d in divisions:
         state = state_bytes(source, optim, device, mesh, d)
         plan = Plan(c, itemsize, max(free - state - RESERVE - collectives, 0))
-        for most in [optim.micro_batch] if optim.micro_batch else _sizes(plan, pack):
+        for most in [optim.micro_batch] if optim.micro_batch else sizes(plan, pack):
             parts = optim.accumulative_counts * -(-pack // most)
             work = Work(
                 c,
@@ -163,50 +160,10 @@ def of_mesh(
     return min(ways, key=lambda way: way.peak(min(way.most or pack, pack)))
 
 
-def _sizes(plan: Plan, pack: int) -> list[int]:
+def sizes(plan: Plan, pack: int) -> list[int]:
     """Of micro-batches: the largest without recomputing, and equal parts of a pack, which documents fill nearly."""
     equal = {-(-(pack // parts + pack // 64) // 256) * 256 for parts in range(1, MOST_PARTS + 1)}
     return sorted(size for size in {plan.largest(2**17), *equal} if size)
-
-
-def of_zero(
-    source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int, settings: Mapping[str, Any]
-) -> Memory:
-    """For one of `ranks` of DeepSpeed's, whose packs are not cut.
-
-    Args:
-        settings: DeepSpeed's, resolved.
-    """
-    return share_out(zero_state(source, optim, device, ranks, settings), source, optim, device)
-
-
-def zero_state(
-    source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int, settings: Mapping[str, Any]
-) -> int:
-    """Bytes of weights to compute with, fp32 masters and moments, gradients, buffers to send from; by arithmetic."""
-    zero, moments = settings["zero_optimization"], optim.traits(device).moments
-    parameters, stage = num_parameters(source.config), zero.get("stage", 0)
-    copy = optim.compute_dtype(device).itemsize
-    sums = (settings.get("data_types") or {}).get("grad_accum_dtype")
-    kept = 4 if sums == "fp32" else 2 if sums == "bf16" else copy  # gradients
-    live = min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))  # whole at a time under stage 3
-    whole = {0: (8 + moments) * parameters, 1: copy * parameters, 2: copy * parameters, 3: copy * live}[stage]
-    whole += copy * parameters * (stage == 1 and optim.accumulative_counts > 1)  # gradients, until the last pack
-    # masters, moments, gradients; under stage 3 the weights, and what it copies as it steps
-    divided = {0: 0.0, 1: 4 + moments + copy, 2: 4 + moments + kept, 3: 6 + moments + kept + copy}[stage]
-    divided -= (4 + moments) * ("offload_optimizer" in zero) + copy * ("offload_param" in zero)
-    return int(whole + parameters * divided / ranks) + int(BUFFERS)
-
-
-def share_out(state: int, source: ModelSource, optim: OptimWrapper, device: torch.device) -> Memory:
-    """Plan for whole packs, with what the device has in addition to `state` bytes, none of which is there yet."""
-    itemsize = optim.compute_dtype(device).itemsize
-    free = free_bytes(device)
-    if not source.recompute:
-        return Memory(state, Plan(source.config, itemsize))
-    if free is None:
-        return Memory(state, Plan(source.config, itemsize, 0))
-    return Memory(state, Plan(source.config, itemsize, max(int(free - state - RESERVE), 0)))
 
 
 def require(state: int, source: ModelSource, device: torch.device) -> None:

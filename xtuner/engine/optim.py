@@ -29,10 +29,10 @@ class OptimWrapper:
         states: how AdamW's masters and moments are kept: "fp32", or leaner "split", "bf16", "8bit" (see adamw.py); not
             with DeepSpeed.
         sums: "bf16" for sums of gradients that are coarser than `states` has them: half the memory and half the bytes
-            between ranks. None for those of `states`. Not with DeepSpeed, nor this and the next two.
+            between ranks. None for those of `states`. What it is with DeepSpeed, zero_memory.py says.
         micro_batch: most tokens of a micro-batch (a longer document is one alone). None for what is fastest.
         full: what every rank keeps full over an iteration: "all" (weights and gradients), "weights", "gradients" or
-            "blocks" (a block at a time). None for what is fastest.
+            "blocks" (a block at a time). None for what is fastest. ZeRO-2 takes "all" and "weights".
     """
 
     def __init__(

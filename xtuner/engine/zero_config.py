@@ -15,7 +15,12 @@ from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.engine import zero_keys
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.zero_keys import AUTO
+from xtuner.model.flops import num_parameters
+from xtuner.model.source import ModelSource
 
+BUCKET = 200_000_000  # numbers that are sent at once: 0.8 GB in fp32, of which links of GPUs reach their full speed
+BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+GRADIENTS = "data_types.grad_accum_dtype"
 SHIPPED = Path(__file__).parents[1] / "configs" / "deepspeed"
 
 
@@ -66,6 +71,17 @@ def package() -> Any:
     return deepspeed
 
 
+def prepare(name: str, source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int) -> dict[str, Any]:
+    """The settings of a shipped name or a file, complete for a model. Raises: ConfigError."""
+    found = resolve(read(name), optim, device, ranks, name)
+    c, zero = source.config, found["zero_optimization"]
+    block = (num_parameters(c) - (2 * c.vocab_size + 1) * c.hidden_size) // c.num_layers
+    # less than a block, and each block waits for the rest of its weights
+    sizes = dict.fromkeys(BUCKETS[:2], BUCKET) | ({BUCKETS[2]: block} if zero.get("stage") == 3 else {})
+    found["zero_optimization"] = sizes | zero
+    return found
+
+
 def resolve(
     settings: dict[str, Any], optim: OptimWrapper, device: torch.device, ranks: int, name: str
 ) -> dict[str, Any]:
@@ -78,6 +94,9 @@ def resolve(
     found.pop("fp16", None)
     zero_keys.reject(found, where)
     zero_keys.drop(found)
+    for key in BUCKETS:
+        if found["zero_optimization"].get(key) == AUTO:
+            del found["zero_optimization"][key]  # for `prepare`
     wanted = {
         "train_micro_batch_size_per_gpu": (1, ""),
         "gradient_accumulation_steps": (optim.accumulative_counts, "accumulative_counts"),
@@ -103,13 +122,13 @@ def resolve(
     found["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's default is true
     if not bf16:
         found.pop("communication_data_type", None)
-    elif found.get("communication_data_type") not in (None, "fp32", "bf16"):
+    elif found.setdefault("communication_data_type", "fp32") not in ("fp32", "bf16"):
         raise ConfigError(
             f"communication_data_type = {json.dumps(found['communication_data_type'])} is not fp32 or bf16",
             where=f"{where}: communication_data_type",
             why="gradients would leave the range of other types",
         )
-    if left := [key for key in _flat(found) if _of(found, key) == AUTO]:
+    if left := [key for key in _flat(found) if _of(found, key) == AUTO and key != GRADIENTS]:
         raise ConfigError(f'no setting of the config decides {left[0]} = "auto"', where=where, do="give it a value")
     zero = found["zero_optimization"] = _checked(
         found, "zero_optimization", "zero.config", "DeepSpeedZeroConfig", where
@@ -119,7 +138,7 @@ def resolve(
         raise ConfigError(
             f"{strange} is not supported", where=f"{where}: {strange}", why="DeepSpeed 0.19.8 has no such setting"
         )
-    _set_sums(found, bf16, where)
+    _set_sums(found, optim, bf16, where)
     for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
         to = (zero.get(part) or {}).get("device", "none")
         if to == "nvme":
@@ -143,27 +162,39 @@ def resolve(
     return found
 
 
-def _set_sums(found: dict[str, Any], bf16: bool, where: str) -> None:
-    """In what gradients are summed over the packs of an iteration: fp32, if the stage can; bf16 on request.
+def _set_sums(found: dict[str, Any], optim: OptimWrapper, bf16: bool, where: str) -> None:
+    """In what gradients are summed over the packs of an iteration: fp32; bf16 on request.
 
     In bf16 the error of the sum grows with the number of packs.
     """
     wanted = (found.pop("data_types", None) or {}).get("grad_accum_dtype")
     wanted = None if wanted == AUTO else wanted
-    stage = _of(found, "zero_optimization.stage")
+    stage = _of(found, "zero_optimization.stage") or 0
     at = f"{where}: data_types.grad_accum_dtype"
     if wanted not in ((None, "fp32", "bf16") if bf16 else (None, "fp32")):
         may = "fp32 or bf16" if bf16 else "fp32, in which everything is computed"
         raise ConfigError(f"data_types.grad_accum_dtype = {json.dumps(wanted)} is not {may}", where=at)
-    if bf16 and wanted == "fp32" and stage == 1:
+    if wanted and optim.sums and wanted != optim.sums:
         raise ConfigError(
-            "data_types.grad_accum_dtype = fp32 is not supported with ZeRO-1",
-            where=at,
-            why="DeepSpeed takes another optimizer for it, whose state xtuner does not read",
-            do="take stage 2, which sums in fp32; or leave it out: stage 1 sums in bf16",
+            f"data_types.grad_accum_dtype is {wanted} in the DeepSpeed settings, and by the config it is {optim.sums}",
+            where=f"{at}; config: optim_wrapper.sums",
+            why="one of them would be followed without a word",
+            do='set it to "auto" in the JSON, or change optim_wrapper.sums',
         )
-    if bf16 and stage in (2, 3):
-        found["data_types"] = {"grad_accum_dtype": wanted or "fp32"}
+    full = {1: ("all",), 2: ("all", "weights"), 3: ("blocks",)}.get(stage, ())
+    if optim.full and optim.full not in full:
+        raise ConfigError(
+            f'full = "{optim.full}" is not what ZeRO-{stage} can do',
+            where=f"optim_wrapper.full; {where}: zero_optimization.stage",
+            do=f"take one of {', '.join(full)}, or leave it out" if full else "leave it out",
+        )
+    offload = (_of(found, "zero_optimization.offload_optimizer.device") or "none") != "none"
+    if not bf16 or not stage:
+        return
+    # of stage 1 DeepSpeed knows fp32 with offload alone; else zero_sums.py sums, in stage 2 where memory allows
+    if stage > 1 or offload or wanted == "bf16":
+        by_whom = wanted or (optim.sums if stage == 3 or offload else None)
+        found["data_types"] = {"grad_accum_dtype": by_whom or "fp32"}
 
 
 def without_effect(settings: dict[str, Any]) -> list[str]:

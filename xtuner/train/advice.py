@@ -10,7 +10,7 @@ from xtuner.core.errors import ConfigError, InterruptedRunError
 from xtuner.core.files import MANIFEST
 from xtuner.core.log import human_bytes
 from xtuner.dist.mesh import Mesh
-from xtuner.engine import memory, zero_config
+from xtuner.engine import zero_config, zero_memory
 from xtuner.engine.adamw import FORMS
 from xtuner.engine.choose import Choice
 from xtuner.engine.strategies.out_of_memory import OutOfMemory
@@ -73,7 +73,12 @@ def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, s
         yield _line(words, again, run.mesh), "computes each block again in the backward; the same result"
     for name, state in _leaner(run, choice):
         slower = "; slower: the optimizer steps on the CPU" if "offload" in name else ""
-        yield _line(words, ["--deepspeed", name, *resume], run.mesh), f"{human_bytes(state)} of state a GPU{slower}"
+        # or stage 2 sums whole gradients, where there is memory at the start
+        lean = ["--cfg-options", "optim_wrapper.full=weights"] if name == "deepspeed_zero2" else []
+        yield (
+            _line(words, ["--deepspeed", name, *lean, *resume], run.mesh),
+            f"{human_bytes(state)} of state a GPU{slower}",
+        )
     if not (choice.deepspeed or choice.fsdp) and run.optim.own_form(run.device) is FORMS["fp32"]:
         for form in (FORMS["split"], FORMS["8bit"]):
             size = human_bytes(num_parameters(run.source.config) * form.bytes)
@@ -93,7 +98,7 @@ def _leaner(run: Run, choice: Choice) -> Iterator[tuple[str, int]]:
     at = ENGINES.index(choice.deepspeed) + 1 if choice.deepspeed in ENGINES else 0
     for name in ENGINES[at:]:
         # by arithmetic alone: the GPU is full
-        state = memory.zero_state(run.source, run.optim, run.device, run.mesh.size, zero_config.read(name))
+        state = zero_memory.zero_state(run.source, run.optim, run.device, run.mesh.size, zero_config.read(name))
         if state < 0.9 * choice.state or (at and state <= choice.state):
             yield name, state
 

@@ -1,0 +1,102 @@
+"""What ZeRO is arranged like on GPUs of a size, by arithmetic: nothing here needs one."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xtuner.core.errors import ConfigError
+from xtuner.dist.mesh import Mesh
+from xtuner.engine import zero_config, zero_memory
+from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.zero_memory import ZeroMemory
+from xtuner.model import from_scratch
+from xtuner.model.source import ModelSource
+
+CPU, PACK, FREE = torch.device("cpu"), 32768, int(78.6 * 2**30)
+SHAPES = {"1.8B": (2048, 24, 16, 8192), "7B": (4096, 32, 32, 14336)}
+
+
+def source(name: str, recompute: bool = True) -> ModelSource:
+    hidden, layers, heads, ffn = SHAPES[name]
+    return from_scratch(
+        activation_checkpointing=recompute, vocab_size=92544, hidden_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, intermediate_size=ffn,
+    )  # fmt: skip
+
+
+def wrapper(**given: Any) -> OptimWrapper:
+    return OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", **given)
+
+
+def chosen(name: str, stage: int, ranks: int, free: int = FREE, recompute: bool = True, **given: Any) -> ZeroMemory:
+    model, optim = source(name, recompute), wrapper(**given)
+    settings = zero_config.prepare(f"deepspeed_zero{stage}", model, optim, CPU, ranks)
+    return zero_memory.of_zero(model, optim, CPU, Mesh(dp_shard=ranks, local_size=ranks), settings, PACK, free)
+
+
+def test_gradients_are_summed_as_precisely_as_fits() -> None:
+    assert [chosen("1.8B", stage, 4).way for stage in (1, 2, 3)] == ["fp32", "fp32", "deepspeed"]
+    assert [chosen("7B", stage, 4).way for stage in (1, 2, 3)] == ["bf16", "deepspeed", "deepspeed"]
+    assert [chosen("7B", stage, 4, recompute=False).way for stage in (1, 2)] == ["bf16", "deepspeed"]
+    assert [chosen("7B", stage, 8).way for stage in (1, 2)] == ["fp32", "fp32"]
+    assert [chosen("7B", stage, 4, int(0.75 * FREE)).way for stage in (1, 2)] == ["deepspeed", "deepspeed"]
+    assert chosen("7B", 2, 4, sums="bf16").way == "bf16"
+    assert chosen("7B", 2, 8, full="weights").way == "deepspeed"
+    assert chosen("7B", 1, 4, sums="fp32").way == "deepspeed"  # over packs and ranks
+    assert chosen("7B", 1, 4, full="all", sums="fp32").way == "fp32"  # by name, though hardly anything is left
+
+
+def test_micro_batches_are_of_the_size_that_takes_the_least_time() -> None:
+    for stage in (1, 2, 3):
+        found = chosen("7B", stage, 4)
+        assert found.most
+        assert 4096 <= found.most < PACK
+        assert found.fits(found.most)
+        others = [chosen("7B", stage, 4, micro_batch=most) for most in (PACK, 16896, 11520, 8704, 6144)]
+        assert [m.most for m in others] == [PACK, 16896, 11520, 8704, 6144]
+        assert all(found.seconds <= m.seconds for m in others)
+        assert found.peak(found.most) <= FREE
+    # what is sent with each micro-batch makes few large ones faster, of which more is recomputed
+    once, each, small = (chosen(name, stage, 4).most or 0 for name, stage in (("7B", 1), ("7B", 3), ("1.8B", 3)))
+    assert 0 < once < each < PACK <= small
+
+
+def test_our_own_sharding_is_mentioned_where_it_is_faster(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for name, stage, told in (("7B", 3, True), ("7B", 2, True), ("7B", 1, False)):
+        caplog.clear()
+        four = Mesh(dp_shard=4, local_size=4)
+        zero_memory.suggest_own(chosen(name, stage, 4), source(name), wrapper(), CPU, four, "mine", PACK, FREE)
+        assert ("--deepspeed mine: without it" in caplog.text) == told
+
+
+def test_sizes_of_buckets_that_the_json_leaves_open(tmp_path: Path) -> None:
+    model, path = source("7B"), tmp_path / "ds.json"
+    three = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}
+    for zero, expected in (
+        (three, {"reduce_bucket_size": 200_000_000, "stage3_prefetch_bucket_size": 218_112_000}),
+        ({**three, "stage3_prefetch_bucket_size": 7}, {"stage3_prefetch_bucket_size": 7}),
+        ({"stage": 1, "reduce_bucket_size": 9}, {"reduce_bucket_size": 9, "allgather_bucket_size": 200_000_000}),
+    ):
+        path.write_text(json.dumps({"zero_optimization": zero}))
+        found = zero_config.prepare(str(path), model, wrapper(), CPU, 4)
+        assert found["zero_optimization"] == zero | found["zero_optimization"] | expected
+        assert found["communication_data_type"] == "fp32"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    small, large = (
+        zero_memory.zero_state(model, wrapper(), CPU, 4, {"zero_optimization": {"stage": 2, "reduce_bucket_size": n}})
+        for n in (10**6, 10**9)
+    )
+    assert large - small > 8 * (10**9 - 10**6)
+
+
+@pytest.mark.parametrize(
+    ("stage", "full", "message"), [(3, "all", "ZeRO-3 can do"), (1, "weights", "one of all"), (2, "blocks", "all, wei")]
+)
+def test_what_a_stage_cannot_keep_full(stage: int, full: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        chosen("7B", stage, 4, full=full)

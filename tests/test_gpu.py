@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -308,6 +309,29 @@ def test_what_is_kept_changes_no_gradient(room: int | None) -> None:
     assert abs(loss - cut.forward_backward(parts, pack.num_targets)) < 1e-3
     for name, gradient in whole.gradients.items():
         assert (cut.gradients[name] - gradient).norm() < 1e-2 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("scaling", [None, dict(type="dynamic", factor=2.0)])
+def test_the_host_runs_ahead_of_the_gpu(scaling: dict[str, Any] | None) -> None:
+    """Nothing of forward and backward waits for the device; an iteration does once, for loss and norm."""
+    source = from_scratch(
+        activation_checkpointing=True, seed=0, vocab_size=503, hidden_size=256, intermediate_size=512,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_scaling=scaling,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    s = ShardedStrategy(source, OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3)), torch.device("cuda"))
+    ids, borders = torch.randint(3, 503, (1024,)), torch.tensor([0, 300, 1024], dtype=torch.int32)
+    positions = torch.cat([torch.arange(300), torch.arange(724)])
+    pack = Batch.of(dict(input_ids=ids, targets=ids, position_ids=positions, cumulative_len=borders))
+    for mode in ("default", "error"):  # first kernels are compiled, pinned memory is taken
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            total, failure = s._attempt(pack.split(2), 1024)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert failure is None
+        assert s._settle(total)[0] > 0
+        assert s.step(1e-3, 1.0)[1]
 
 
 def test_logits_of_a_reference_model() -> None:

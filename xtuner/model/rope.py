@@ -30,7 +30,8 @@ class Rope:
         """(cos, sin), fp32 [T, D/2], of tokens at `position_ids` [T] in documents with borders `cu_seqlens` [n + 1]."""
         position = position_ids.float()
         if self.scaling is None or self.scaling.kind == "linear":
-            frequency_D = self._frequencies(torch.tensor(self.theta, device=position.device))
+            theta = torch.full((), self.theta, device=position.device)  # a copy from the host would wait for the GPU
+            frequency_D = self._frequencies(theta)
             if self.scaling is not None:
                 position = position / self.scaling.factor
             angle_TD = position[:, None] * frequency_D

@@ -29,6 +29,7 @@ from xtuner.model.ops.sums import GradientSum
 ALL_GATHER: Any = (
     getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 )  # PyTorch < 2.13
+FINISHED_BEFORE = 2  # unit of the next forward: the embedding's gradients, reduced last, arrive beside the first block
 Collective = tuple[str, int]  # ("forward" or "backward", unit whose weights are gathered for it), ("reduce", unit)
 REDUCE_SCATTER: Any = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
@@ -152,6 +153,8 @@ class DividedModel:
 
     def _hook(self, i: int, module: nn.Module) -> None:
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if i == FINISHED_BEFORE:
+                self._finish()
             self._need(i)
             self._start_up_to("forward", i + 1)
             self._expect(i + 1)
@@ -267,11 +270,12 @@ class DividedModel:
         """Start what no hook has started: of a block whose input needs no gradient, for one."""
         while self._collecting:
             self._start_next()
-        self._settle()
+        if not self.to_come:
+            self._finish()
+        self._free_blocks()
 
-    def _settle(self) -> None:
-        """Wait for what is on its way; blocks' weights go."""
-        self._finish()
+    def _free_blocks(self) -> None:
+        """Blocks' weights go, those on their way too."""
         for i in [*self._arriving]:
             self._need(i)
         for i in self._gathered:
@@ -280,7 +284,8 @@ class DividedModel:
     def abandon(self) -> None:
         """After memory ran out in a micro-batch: this rank computes no more in this iteration, whose sums are lost, but
         takes part in all collectives that other ranks will start until its end. The graph must be gone by now."""
-        self._settle()
+        self._finish()
+        self._free_blocks()
         for p in self._sums:
             assert p.sum
             p.sum.reset()
@@ -294,7 +299,8 @@ class DividedModel:
                 self.before_micro_batch(self.to_come == 1)
             if self._collecting:
                 self._start_next()
-            self._settle()
+            self._finish()
+            self._free_blocks()
 
     def end(self) -> None:
         """After an iteration's last backward: sum over the copies of the model."""

@@ -1,5 +1,6 @@
 """Our own strategy on meshes: whatever is kept full and however state is divided, the numbers are one process's."""
 
+import logging
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -243,11 +244,13 @@ def test_commands_refuse_weights_without_their_adapter(
     assert xtuner("eval", "loss", saved / "weights", corpus, "--max-length", "64") == 0
 
 
-def test_what_is_kept_full_follows_from_memory() -> None:
+def test_what_is_kept_full_follows_from_memory(caplog: pytest.LogCaptureFixture) -> None:
     """7B on four GPUs of 79 GiB, in bytes by hand; of what fits, the fastest."""
     shape = dict(vocab_size=92544, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
     heads = dict(num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768)
     seven = from_scratch(**shape, **heads, activation_checkpointing=True)
+    larger = dict(hidden_size=6144, intermediate_size=16384, num_hidden_layers=48, num_attention_heads=48)
+    twenty = from_scratch(**{**shape, **heads, **larger}, activation_checkpointing=True)
 
     def plan(form: str, ranks: int, free: int = 79, **named: Any) -> Memory:
         optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", states=form, **named)
@@ -280,6 +283,16 @@ def test_what_is_kept_full_follows_from_memory() -> None:
     work = Work(seven.config, 32768, 4, [Keep()] * 32, gathered=1, reduced=4, gradient=4)
     one, four, two_nodes = (work.seconds(Mesh(dp_shard=n, local_size=here)) for n, here in ((1, 1), (4, 4), (8, 4)))
     assert one < four < two_nodes
+    # on nodes of 8, 7B is faster if only a node's ranks exchange weights; on nodes of 4, 20B does not fit so
+    optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16")
+    caplog.set_level(logging.INFO)
+    for model, here, told in ((seven, 8, True), (twenty, 8, True), (twenty, 4, False), (seven, 32, False)):
+        mesh, free = Mesh(dp_shard=32, local_size=here), 79 * 2**30
+        chosen = memory.of_mesh(model, optim, CPU, mesh, free=free)
+        caplog.clear()
+        memory.suggest_mesh(chosen, model, optim, CPU, mesh, memory.PACK, free)
+        assert ("--fsdp hybrid would be" in caplog.text) == told
+        assert bool(caplog.text) == told
 
 
 def test_ranks_with_unequal_memory_choose_the_same(tmp_path: Path) -> None:

@@ -46,6 +46,9 @@ class Work:
         computing = self._products() + self._recomputed()
         moving = self._moved() * (1 - 1 / mesh.shard_size) / link(mesh)
         hidden = min(moving, computing)
+        if mesh.dp_replicate > 1:  # each rank's rows, to all ranks that hold the same ones: after the last backward
+            own = self.gradient * num_parameters(self.config) / mesh.shard_size
+            moving += 2 * own * (1 - 1 / mesh.dp_replicate) / BETWEEN_NODES
         waiting = UNEVEN * computing if mesh.shard_size > 1 and max(self.gathered, self.reduced) > 1 else 0.0
         return computing + SLOWED * hidden + (moving - hidden) + waiting
 

@@ -18,7 +18,7 @@ import torch
 from xtuner.core.log import logger
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
-from xtuner.engine.memory import COLLECTIVES, DIVISIONS, LEAST, LIBRARIES, PACK, RESERVE, Division, Memory
+from xtuner.engine.memory import COLLECTIVES, DIVISIONS, LEAST, LIBRARIES, PACK, RESERVE, WORTH, Division, Memory
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.step_time import Work, link
 from xtuner.engine.zero_config import BUCKET
@@ -28,7 +28,6 @@ from xtuner.model.source import ModelSource
 
 COPIED = 24  # bytes a parameter that DeepSpeed reads and writes again to send a micro-batch's gradients
 COPYING = 2.5e12  # bytes a second of an H100's memory
-WORTH = 1.03  # our own sharding is mentioned if it is so many times faster
 Settings = Mapping[str, Any]  # DeepSpeed's, of `zero_config.prepare` or as the JSON has them
 
 

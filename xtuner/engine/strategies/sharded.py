@@ -51,6 +51,8 @@ class ShardedStrategy(StatefulStrategy):
         if free is not None:
             free = min(mesh.ranks.gather(free))  # all ranks have to choose the same
         self.memory = memory.of_mesh(source, optim, device, mesh, pack, free, division)
+        if free is not None and mesh.is_main:
+            memory.suggest_mesh(self.memory, source, optim, device, mesh, pack, free)
         where = device if mesh.shard_size == 1 else torch.device("meta")
         self._model = source.empty(where, self.compute_dtype).train()
         shapes = {n: p.shape for n, p in self._model.named_parameters()}

@@ -159,7 +159,7 @@ def room(m: Measured, engine: str, ranks: int, free: float) -> Room | None:
     optim, cpu = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), torch.device("cpu")
     if engine == "fsdp":
         mesh = Mesh(dp_shard=ranks, local_size=ranks)
-        found = memory.of_mesh(m.source, optim, cpu, mesh, PACK, int(free))
+        found = memory.of_mesh(m.source, optim, torch.device("cuda"), mesh, PACK, int(free))
         assert found.most
         there = Room(found.state, found.plan, -(-PACK // found.most), found.division)
         return there if found.fits(min(found.most, PACK)) else None

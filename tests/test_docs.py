@@ -58,9 +58,9 @@ def test_memory_by_arithmetic_is_the_programs() -> None:
         for stage, zero in settings.items():
             free = None if "offload" in stage else 79 * 2**30
             state[stage] = zero_memory.of_zero(source, optim, cpu, eight, zero, free=free).state
-        state["fsdp"] = memory.of_mesh(source, optim, cpu, eight, free=79 * 2**30).state
+        state["fsdp"] = memory.of_mesh(source, optim, torch.device("cuda"), eight, free=79 * 2**30).state
         parameters = memory.num_parameters(source.config)
-        sizes = [18 * parameters, *(state[s] for s in (*stages[:3], "fsdp", *stages[3:]))]
+        sizes = [16 * parameters, *(state[s] for s in (*stages[:3], "fsdp", *stages[3:]))]
         row = " | ".join([name, *(f"{size / 2**30:.1f}" for size in sizes)])
         host = ", ".join(f"{n * parameters / 2**30:.0f}" for n in (12, 14))
         for folder in ("en", "zh_cn"):

@@ -30,10 +30,10 @@ def test_what_each_engine_sends(bench: Any) -> None:
     # our own strategy keeps both full: weights in bf16, gathered once; gradients in fp32, reduce-scattered once
     there = predict.room(m, "fsdp", 8, one_gpu.MACHINES["H100"].free)
     assert predict.sent_by_own(m, 8, links, there).bytes == 7 / 8 * (2 + 4) * 1_889_110_016
-    # 7B on four: gradients for each of 4 micro-batches
+    # 7B on four: gradients for each of 3 micro-batches
     seven = one_gpu.MODELS["7b"]
     there = predict.room(seven, "fsdp", 4, one_gpu.MACHINES["H100"].free)
-    assert predict.sent_by_own(seven, 4, links, there).bytes == 3 / 4 * (2 + 4 * 4) * 7_737_708_544
+    assert predict.sent_by_own(seven, 4, links, there).bytes == 3 / 4 * (2 + 3 * 4) * 7_737_708_544
     # head and 5 blocks stay: (10⁹ − 2 heads) ÷ 2 blocks of 62,918,741 is 4.9
     zero3 = (2 * (2 * 1_889_110_016 - 189_530_112 - 5 * 1_510_049_792 / 24) + 4 * 1_889_110_016) / 2
     assert predict.sent(m, "zero3", 2, links).bytes == pytest.approx(zero3, rel=1e-9)

@@ -46,7 +46,7 @@ lr = 4e-5
 betas = (0.9, 0.95)
 weight_decay = 0.01
 max_norm = 1  # gradients are clipped to this norm
-states = "fp32"  # how AdamW keeps masters and moments; "split", "bf16", "8bit" need less
+states = "fp32"  # how AdamW keeps masters and moments; "bf16", "8bit" need less
 warm_up_ratio = 0.025  # of all iterations
 
 # Save

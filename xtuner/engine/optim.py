@@ -26,7 +26,7 @@ class OptimWrapper:
         clip_grad: `dict(max_norm=…)`, the 2-norm over all parameters; None for no clipping.
         accumulative_counts: packs each rank takes per iteration (one optimizer step).
         dtype: what matrices are multiplied in: "bf16", "fp32", or "auto" (bf16 on GPUs, fp32 on CPUs).
-        states: how AdamW's masters and moments are kept: "fp32", or leaner "split", "bf16", "8bit" (see adamw.py); not
+        states: how AdamW's masters and moments are kept: "fp32" ("split" on GPUs: the same in less memory), or leaner "bf16", "8bit" (see adamw.py); not
             with DeepSpeed.
         sums: "bf16" for sums of gradients that are coarser than `states` has them: half the memory and half the bytes
             between ranks. None for those of `states`. What it is with DeepSpeed, zero_memory.py says.
@@ -142,8 +142,12 @@ class OptimWrapper:
 
     def own_form(self, device: torch.device) -> Form | None:
         """The form of our own AdamW that our own strategy takes; None for PyTorch's optimizer on fp32 masters."""
-        own = self.states.name != "fp32" or (device.type == "cuda" and self._is_adamw)
-        return self.states if own else None
+        if self.states.name != "fp32":
+            return self.states
+        if device.type != "cuda" or not self._is_adamw:
+            return None
+        # beside bf16 that computes, the 16 bits it lacks make the same fp32 masters in less memory
+        return FORMS["split" if self.compute_dtype(device) == torch.bfloat16 else "fp32"]
 
     def gradient_dtype(self, device: torch.device) -> torch.dtype:
         """Of the sums of gradients that our own strategy keeps."""

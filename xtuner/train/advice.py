@@ -79,11 +79,10 @@ def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, s
             _line(words, ["--deepspeed", name, *lean, *resume], run.mesh),
             f"{human_bytes(state)} of state a GPU{slower}",
         )
-    if not (choice.deepspeed or choice.fsdp) and run.optim.own_form(run.device) is FORMS["fp32"]:
-        for form in (FORMS["split"], FORMS["8bit"]):
-            size = human_bytes(num_parameters(run.source.config) * form.bytes)
-            leaner = ["--cfg-options", f"optim_wrapper.states={form.name}"]
-            yield _line(words, leaner, run.mesh), f"{size} of state; a new run, as the optimizer's state is another"
+    if not (choice.deepspeed or choice.fsdp) and run.optim.own_form(run.device) in (FORMS["fp32"], FORMS["split"]):
+        size = human_bytes(num_parameters(run.source.config) * FORMS["8bit"].bytes)
+        leaner = ["--cfg-options", "optim_wrapper.states=8bit"]
+        yield _line(words, leaner, run.mesh), f"{size} of state; a new run, as the optimizer's state is another"
     packed, counts = config.get("max_length"), config.get("accumulative_counts")
     if isinstance(packed, int) and isinstance(counts, int) and packed // 2 >= SHORTEST:
         shorter = ["--cfg-options", f"max_length={packed // 2}", f"accumulative_counts={counts * 2}"]

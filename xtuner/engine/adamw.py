@@ -2,7 +2,7 @@
 
 | form  | weights                                    | gradient sums | moments        | bytes a parameter on a GPU |
 |-------|--------------------------------------------|---------------|----------------|----------------------------|
-| fp32  | fp32 masters and what computes             | fp32          | fp32           | 18; where bf16 computes, split is taken |
+| fp32  | fp32 masters and a copy that computes      | fp32          | fp32           | 18 (split, if it is bf16)  |
 | split | bf16 that computes and the 16 bits it lacks | fp32         | fp32           | 16 (the same fp32 masters) |
 | bf16  | bf16, rounded at random                    | bf16          | bf16, at random | 8                         |
 | 8bit  | bf16, rounded at random                    | bf16          | 8 bits, at random | 6                       |

@@ -26,8 +26,8 @@ class OptimWrapper:
         clip_grad: `dict(max_norm=…)`, the 2-norm over all parameters; None for no clipping.
         accumulative_counts: packs each rank takes per iteration (one optimizer step).
         dtype: what matrices are multiplied in: "bf16", "fp32", or "auto" (bf16 on GPUs, fp32 on CPUs).
-        states: how AdamW's masters and moments are kept: "fp32" ("split" on GPUs: the same in less memory), or leaner "bf16", "8bit" (see adamw.py); not
-            with DeepSpeed.
+        states: how AdamW's masters and moments are kept: "fp32" ("split" on GPUs: the same in less memory), or leaner
+            "bf16", "8bit" (see adamw.py); not with DeepSpeed.
         sums: "bf16" for sums of gradients that are coarser than `states` has them: half the memory and half the bytes
             between ranks. None for those of `states`. What it is with DeepSpeed, zero_memory.py says.
         micro_batch: most tokens of a micro-batch (a longer document is one alone). None for what is fastest.

@@ -1,12 +1,15 @@
 """The same work by others: one loop for all peers, on the packs, with the state of AdamW and the figures of ours.
 
-A peer is a function that builds its model and a loss from a `Settings`; the loop is a plain one as their trainers run
-it: one pack of 32,768 tokens a step, documents kept apart, clipping to norm 1, AdamW. Reading data is not counted, to
-the peer's favour. State of AdamW, as nearly as the peers' ways allow:
+A peer is a function that builds its model and a loss from `Settings`; the loop is a plain one as their trainers run
+it: one pack of 32,768 tokens a step and rank, documents kept apart, clipping to norm 1, AdamW. It starts from the
+weights that ours starts from. Reading data is not counted, to the peer's favour. State of AdamW, as nearly as the
+peers' ways allow:
 
     fp32    fp32 weights, gradients and moments (16 bytes a parameter), computed in bf16; fused AdamW
     bf16    everything in bf16 (8 bytes); fused AdamW
     8bit    bf16 weights rounded at random, 8-bit moments (6 bytes): torchao's AdamW8bit   # pip install torchao
+
+On several GPUs (peers.py) the fp32 state is sharded by FSDP2, gradients are summed in fp32.
 """
 
 import argparse
@@ -14,27 +17,33 @@ import importlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from cases import PACK, PACKS, VOCABULARY, Case, in_order, write_data
 from table import shape_of
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from xtuner.data.batch import Batch
-from xtuner.model.decoder import DecoderConfig
+from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
+from xtuner.model.families import split
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.train.profile import KernelTimer, by_part
 
+Weights = dict[str, torch.Tensor]
+LR = 4e-5
 TINY, TINY_PACK = DecoderConfig(VOCABULARY, 128, 512, 2, 1, 1, 128), 512
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a peer is asked for; None leaves a choice to it."""
+    """What is requested of a peer; None leaves a choice to it."""
 
     engine: str
     shape: DecoderConfig
@@ -44,6 +53,7 @@ class Settings:
     attention: str | None = None
     recompute: str | None = None
     compute: torch.dtype = torch.bfloat16
+    mesh: DeviceMesh | None = None  # of several ranks: the state is sharded over them
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,16 +63,47 @@ class Settings:
 
 @dataclass
 class Peer:
+    """Args: model: with its buffers; the contents of parameters do not matter.  loss: mean over a pack's targets."""
+
     name: str  # the engine with what was chosen, as the table shows it
     attention: str
     versions: str
     model: nn.Module
-    loss: Callable[[Batch], torch.Tensor]  # mean over a pack's targets
+    loss: Callable[[Batch], torch.Tensor]
+    rename: Callable[[Weights], Weights] = lambda weights: weights  # of the llama layout, by the model's own names
+
+    def start(self, shape: DecoderConfig) -> None:
+        """Give the model the random weights that ours starts from, one tensor at a time."""
+        with torch.device("meta"):
+            ours = dict(CausalLM(shape).named_parameters())
+        theirs = dict(self.model.named_parameters())
+        device = next(iter(theirs.values())).device
+        for name, parameter in ours.items():
+            full = torch.empty(parameter.shape, device=device)
+            initialize(name, full, shape, 0)
+            for key, weight in self.rename(split(name, full, "llama", shape)).items():
+                put(theirs.pop(key), weight)
+        if theirs:
+            raise RuntimeError(f"{self.name} has weights that ours has not: {', '.join(theirs)}")
+
+
+@torch.no_grad()
+def put(parameter: torch.Tensor, full: torch.Tensor) -> None:
+    """Of a parameter that FSDP shards this rank's rows."""
+    if isinstance(parameter, DTensor):
+        mesh, held = parameter.device_mesh, parameter.to_local()
+        rows = full.chunk(mesh.size(), 0)
+        full = rows[mesh.get_local_rank()] if mesh.get_local_rank() < len(rows) else full[:0]
+        held.copy_(full)
+    else:
+        parameter.copy_(full)
 
 
 def build(s: Settings) -> Peer:
     if s.states == "split":
         raise SystemExit("peers know no --states split: take fp32")
+    if s.mesh and s.states != "fp32":
+        raise SystemExit("peers on several GPUs are measured with fp32 state")
     module = "peer_titan" if s.engine == "torchtitan" else "peer_hf"
     try:
         return importlib.import_module(module).build(s)
@@ -71,58 +112,104 @@ def build(s: Settings) -> Peer:
 
 
 def optimizer_of(states: str, model: nn.Module) -> torch.optim.Optimizer:
+    chosen: dict[str, Any] = dict(lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
     if states == "8bit":
         try:
             from torchao.optim import AdamW8bit
         except ModuleNotFoundError as e:
             raise SystemExit(f"{e}; AdamW with 8-bit moments is torchao's: pip install torchao") from e
 
-        return AdamW8bit(model.parameters(), lr=4e-5, weight_decay=0.01, bf16_stochastic_round=True)
-    return torch.optim.AdamW(model.parameters(), lr=4e-5, weight_decay=0.01, fused=True)
+        return AdamW8bit(model.parameters(), bf16_stochastic_round=True, **chosen)
+    return torch.optim.AdamW(model.parameters(), fused=True, **chosen)
+
+
+class Loop:
+    """What a plain trainer does. Of several ranks each takes one of an iteration's packs."""
+
+    def __init__(self, peer: Peer, s: Settings) -> None:
+        self.peer, self.device = peer, s.device
+        self.rank = s.mesh.get_local_rank() if s.mesh else 0
+        peer.start(s.shape)
+        peer.model.train()
+        self.parameters = list(peer.model.parameters())
+        self.optimizer = optimizer_of(s.states, peer.model)
+
+    def backward(self, packs: Sequence[Batch]) -> torch.Tensor:
+        """The mean loss over the targets of all ranks, whose gradient it is: FSDP adds up, here and in torchtitan.
+
+        Args:
+            packs: of the iteration, one for each rank.
+        """
+        mine = packs[self.rank]
+        share = mine.num_targets / sum(pack.num_targets for pack in packs)
+        loss = self.peer.loss(mine.to(self.device)) * share
+        loss.backward()
+        loss = loss.detach()
+        if len(packs) > 1:
+            dist.all_reduce(loss)
+        return loss
+
+    def step(self) -> torch.Tensor:
+        """The norm of the gradient of all ranks."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def iterate(self, iterations: Sequence[Sequence[Batch]], rates: Sequence[float] = ()) -> Iterator["Iterated"]:
+        """
+        Args:
+            rates: the learning rate of each iteration; without them it stays.
+        """
+        for i, packs in enumerate(iterations):
+            for group in self.optimizer.param_groups if rates else ():
+                group["lr"] = rates[i]
+            start = time.perf_counter()
+            loss = self.backward(packs)
+            norm = self.step()
+            found = loss.item(), norm.item()  # waits for the device, and for all ranks
+            took = time.perf_counter() - start
+            if self.rank == 0:
+                print(f"iter {i + 1} loss {found[0]:.4f} {packs[0].num_tokens / took:,.0f} tok/s a rank", flush=True)
+            yield Iterated(took, *found)
+
+
+@dataclass(frozen=True)
+class Iterated:
+    seconds: float
+    loss: float
+    norm: float
 
 
 def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
-    """Train a peer's model for `a.iterations`; the row of the table. `begin`: when the command did, for `first`."""
+    """Train a peer's model for `a.iterations` on one device; the row of the table. `begin`: when the command did."""
     if not a.tiny and not torch.cuda.is_available():
         raise SystemExit("peers are measured on a GPU; --tiny tries one on a CPU")
     device = torch.device("cpu" if a.tiny else "cuda")
     shape, length = (TINY, TINY_PACK) if a.tiny else (shape_of(case.name), PACK)
     settings = Settings(a.engine, shape, device, case.states, case.long, a.attention, a.recompute)
-    torch.manual_seed(0)
     peer = build(settings)
     if a.tiny and peer.attention != "sdpa":
         raise SystemExit("on a CPU only sdpa has a backward: --attention sdpa, for torchtitan a -long case")
-    peer.model.train()
-    optimizer = optimizer_of(case.states, peer.model)
+    loop = Loop(peer, settings)
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), 6 if a.tiny else PACKS, PACK if case.long else 0)
         data, order = in_order(Path(folder), length)
-        packs = [Batch.of(data[i]) for i in order[: a.iterations + 2]]
-
-    def backward(pack: Batch) -> torch.Tensor:
-        loss = peer.loss(pack.to(device))
-        loss.backward()
-        return loss.detach()
-
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(peer.model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    times, speeds, losses, first = [], [], [], 0.0
-    for i, pack in enumerate(packs[: a.iterations]):
-        if i == a.warm and not a.tiny:
-            torch.cuda.reset_peak_memory_stats()  # compilers tried kernels out before
-        start = time.perf_counter()
-        loss = backward(pack)
-        step()
-        losses.append(loss.item())  # waits for the device
-        took = time.perf_counter() - start
+        packs = [[Batch.of(data[i])] for i in order[: a.iterations + 2]]
+    found, first = [], 0.0
+    for i, iterated in enumerate(loop.iterate(packs[: a.iterations])):
         first = first or time.perf_counter() - begin
-        print(f"iter {i + 1} loss {losses[-1]:.4f} {length / took:,.0f} tok/s", flush=True)
-        if i >= a.warm:
-            times.append(took)
-            speeds.append(training_flops(shape, length, pack.attention_pairs) / took)
+        found.append(iterated)
+        if i + 1 == a.warm and not a.tiny:
+            torch.cuda.reset_peak_memory_stats()  # compilers tried kernels out before
+    counted = found[a.warm :]
+    speeds = [
+        training_flops(shape, length, pack.attention_pairs) / it.seconds
+        for (pack,), it in zip(packs[a.warm : a.iterations], counted, strict=True)
+    ]
+    times = [it.seconds for it in counted]
     wall, peak = statistics.median(times), peak_flops(device)
     return {
         "engine": peer.name,
@@ -133,24 +220,22 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
         "memory": 0 if a.tiny else torch.cuda.max_memory_allocated(),
         "data_time": None,
         "first": first,
-        "losses": losses[a.warm :],
-        "profile": profile(backward, step, packs[a.iterations :], wall * 1e3) if a.profile and not a.tiny else None,
+        "losses": [it.loss for it in counted],
+        "profile": profile(loop, packs[a.iterations :], wall * 1e3) if a.profile and not a.tiny else None,
     }
 
 
-def profile(
-    backward: Callable[[Batch], Any], step: Callable[[], None], packs: list[Batch], wall: float
-) -> dict[str, float]:
+def profile(loop: Loop, packs: list[list[Batch]], wall: float) -> dict[str, float]:
     """ms an iteration by part, of `wall`. All of `step` is the optimizer's: names of compiled kernels do not say so."""
     kernels: dict[str, float] = {}
     stepping = 0.0
     for pack in packs:
         timer = KernelTimer()
-        backward(pack)
+        loop.backward(pack)
         for name, ms in timer.stop()[0].items():
             kernels[name] = kernels.get(name, 0.0) + ms / len(packs)
         timer = KernelTimer()
-        step()
+        loop.step()
         stepping += sum(timer.stop()[0].values()) / len(packs)
     for name, ms in sorted(kernels.items(), key=lambda pair: -pair[1])[:20]:
         print(f"{ms:9.1f} ms  {name[:100]}")

@@ -1,14 +1,17 @@
 """Hugging Face transformers: its Llama with FlexAttention, and with Liger's kernels.   # pip install liger-kernel
 
-As its Trainer runs it on one GPU: fp32 weights under autocast (`bf16=True`), or a model loaded in bf16; full recompute.
-Documents are kept apart by positions that begin again, from which transformers makes the mask.
+On one GPU as its Trainer runs it: fp32 weights under autocast (`bf16=True`), or a model loaded in bf16. On several as
+accelerate's FSDP2 does: layers sharded one by one, embedding and head with the root. Full recompute. Documents are kept
+apart by positions that begin again, from which transformers makes the mask.
 """
 
 from importlib.metadata import version
 
 import torch
 from peer import Peer, Settings
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from xtuner.data.batch import Batch
 from xtuner.model.families import write_config
@@ -18,7 +21,7 @@ def build(s: Settings) -> Peer:
     liger = s.engine == "hf-liger"
     attention = s.attention or ("sdpa" if s.long or s.device.type == "cpu" else "flex")
     recompute = s.recompute or "full"
-    if attention not in ("flex", "sdpa") or recompute == "selective":
+    if attention not in ("flex", "sdpa") or recompute not in ("none", "full"):
         raise SystemExit("transformers: --attention is flex or sdpa, --recompute none or full")
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -26,19 +29,32 @@ def build(s: Settings) -> Peer:
         apply_liger_kernel_to_llama()
     config = LlamaConfig.from_dict(write_config(s.shape, "llama", s.dtype))
     config._attn_implementation = {"flex": "flex_attention"}.get(attention, attention)
-    torch.set_default_dtype(s.dtype)
-    with s.device:
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(s.dtype)
     if recompute == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if s.mesh:
+        shard(model, s)
+    model.to_empty(device=s.device)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config, s.device)  # frequencies are not parameters
 
     def loss(pack: Batch) -> torch.Tensor:
         row = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "labels": pack.targets}
         row = {name: value[None] for name, value in row.items()}
-        with torch.autocast(s.device.type, s.compute, enabled=s.compute != s.dtype):
+        with torch.autocast(s.device.type, s.compute, enabled=s.compute != s.dtype and not s.mesh):
             return model(**row, shift_labels=row["labels"], use_cache=False).loss
 
     packages = ["transformers", *(["liger-kernel"] if liger else [])]
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return Peer(f"{s.engine} {attention} {recompute}", attention, versions, model, loss)
+
+
+def shard(model: LlamaForCausalLM, s: Settings) -> None:
+    """Over the ranks of the mesh; gradients are added up, not averaged."""
+    policy = MixedPrecisionPolicy(param_dtype=s.compute, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=s.mesh, mp_policy=policy)
+    fully_shard(model, mesh=s.mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)

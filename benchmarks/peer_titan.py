@@ -2,11 +2,12 @@
 
     pip install torchtitan==0.2.2    # of the time of torch 2.11; 0.3.0 wants a newer one
 
-`parallelize_llama` as it is for one GPU (activation checkpointing, torch.compile); FlexAttention under its block-causal
-mask or its variable-length attention, SDPA where a pack is one document. It gets no positions, as from its trainer:
-rotary positions are relative. Weights in fp32 are computed in bf16 by its FSDP on a mesh of one rank, as it trains on
-more. Logits are held whole, since 0.2.2 has no other loss: bf16 [T, V], and their gradient. By arithmetic, packs of
-32,768 tokens fit into 80 GB with 'selective' at 1.8B (60 GiB) and with 'full' at 7B (50 GiB).
+`parallelize_llama` as it is (activation checkpointing, torch.compile, on several GPUs its FSDP); FlexAttention under its
+block-causal mask or its variable-length attention, SDPA where a pack is one document. It gets no positions, as from its
+trainer: rotary positions are relative. On one GPU weights in fp32 are computed in bf16 by its FSDP on a mesh of one
+rank. Logits are held whole, since 0.2.2 has no other loss: bf16 [T, V], and their gradient. By arithmetic, packs of
+32,768 tokens fit into 80 GB with 'selective' at 1.8B (60 GiB) and with 'full' at 7B (50 GiB). 'budget-0.3' leaves the
+choice to the compiler, within that part of what it would keep.
 """
 
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from peer import Peer, Settings
+from peer import Peer, Settings, Weights
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -26,6 +27,7 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from xtuner.data.batch import Batch
 from xtuner.model.decoder import DecoderConfig
 
+MODES = {"none": "none", "selective": "selective", "full": "full", "budget": "memory_budget"}
 END = SimpleNamespace(eos_id=1)  # what its masks take for a document's last token, in a row that marks just these
 
 
@@ -53,23 +55,30 @@ def build(s: Settings) -> Peer:
     if attention == "sdpa" and not s.long:
         raise SystemExit("torchtitan's sdpa keeps no documents apart: take a case whose packs are one document (-long)")
     recompute = s.recompute or ("full" if s.shape.hidden_size > 2048 else "selective")
+    mode, _, budget = recompute.partition("-")
+    if mode not in MODES or bool(budget) != (mode == "budget"):
+        raise SystemExit("torchtitan: --recompute is none, selective, full or budget-PART, as budget-0.3")
     job = JobConfig()
     job.compile.enable = True
-    job.activation_checkpoint.mode = recompute
+    job.activation_checkpoint.mode = MODES[mode]
     job.activation_checkpoint.selective_ac_option = "op"
+    job.activation_checkpoint.memory_budget = float(budget or 1)
+    job.training.mixed_precision_param = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[s.compute]
     torch.set_default_dtype(s.dtype)
-    with s.device:
+    with torch.device("meta"):
         model = Transformer(model_args(s.shape, attention))
-    assert model.layers["0"].feed_forward.w1.out_features == s.shape.intermediate_size
-    with torch.no_grad():
-        model.init_weights()
     torch.set_default_dtype(torch.float32)
-    parallelize_llama(model, ParallelDims(1, 1, 1, 1, 1, 1, 1, world_size=1), job)
-    if s.dtype != s.compute:
+    assert model.layers["0"].feed_forward.w1.out_features == s.shape.intermediate_size
+    ranks = s.mesh.size() if s.mesh else 1
+    parallelize_llama(model, ParallelDims(1, ranks, 1, 1, 1, 1, 1, world_size=ranks), job)
+    if ranks == 1 and s.dtype != s.compute:
         backend = "nccl" if s.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         mesh = dist.init_device_mesh(s.device.type, (1,), mesh_dim_names=("fsdp",))
         apply_fsdp(model, mesh, param_dtype=s.compute, reduce_dtype=torch.float32, pp_enabled=False)
+    model.to_empty(device=s.device)
+    with torch.no_grad():
+        model.init_weights(s.device)  # also frequencies, which are not parameters
     cross_entropy = build_cross_entropy_loss(job)
 
     def loss(pack: Batch) -> torch.Tensor:
@@ -82,13 +91,22 @@ def build(s: Settings) -> Peer:
         return cross_entropy(logits, pack.targets[None]) / pack.num_targets
 
     versions = f"torchtitan {version('torchtitan')}"
-    return Peer(f"torchtitan {attention} {recompute}", attention, versions, model, loss)
+    names = own_names(model)
+
+    def rename(weights: Weights) -> Weights:
+        return {names[name]: weight for name, weight in from_hf(model, weights).items()}
+
+    return Peer(f"torchtitan {attention} {recompute}", attention, versions, model, loss, rename)
 
 
-def from_hf(model: Transformer, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the llama layout by the model's own names: with rows of q and k for its interleaved rotation."""
-    found = Llama3StateDictAdapter(model.model_args, None).from_hf(weights)
-    names = {
-        name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): name for name in model.state_dict()
+def own_names(model: Transformer) -> dict[str, str]:
+    """Names as they were before modules were wrapped → as they are."""
+    return {
+        name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): name
+        for name, _ in model.named_parameters()
     }
-    return {names[name]: weight for name, weight in found.items()}
+
+
+def from_hf(model: Transformer, weights: Weights) -> Weights:
+    """Weights of the llama layout by names before wrapping: with rows of q and k for its interleaved rotation."""
+    return Llama3StateDictAdapter(model.model_args, None).from_hf(weights)

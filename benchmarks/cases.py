@@ -1,5 +1,6 @@
 """The cases that are measured, for ours and for peers: shape, state of AdamW, documents."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Shape:
 SHAPES = {
     "1.8b": Shape("1_8b", 2048, 24, 16, 8192),
     "7b": Shape("7b", 4096, 32, 32, 14336),
+    "20b": Shape("20b", 6144, 48, 48, 16384),
     "short": Shape("1_8b", 2048, 4, 16, 8192),  # 1.8B's width, 4 of its layers: for faults, not for speed
     "tiny": Shape("1_8b", 64, 2, 4, 128, 2, 512),  # for CPUs
 }
@@ -73,11 +75,26 @@ CASES = {
 def write_data(folder: Path, packs: int, length: int = 0, pack: int = PACK, vocabulary: int = VOCABULARY) -> None:
     """Documents for so many packs, all of `length` tokens, or of lognormal lengths."""
     if length:
-        draw = np.random.RandomState(0)
-        texts = [draw.randint(3, vocabulary, size=length).tolist() for _ in range(packs * pack // length)]
+        texts = of_lengths([length] * (packs * pack // length), vocabulary)
     else:
         texts = documents(packs * pack, vocabulary, MEDIAN * pack // PACK, pack, 0)
     write_bin(folder / "synthetic.bin", texts)
+
+
+def write_mixed(folder: Path, packs: int, pack: int = PACK, vocabulary: int = VOCABULARY) -> None:
+    """A third of the tokens in documents of a quarter of a pack up to a pack, a sixth in documents of two packs, one of
+    which fills a pack wherever it begins, the others of lognormal lengths."""
+    draw, lengths = np.random.RandomState(1), [2 * pack] * (packs // 12)
+    while sum(lengths) < packs * pack // 2:
+        lengths.append(int(draw.randint(pack // 4, pack)))
+    short = documents(packs * pack - sum(lengths), vocabulary, MEDIAN * pack // PACK, pack, 0)
+    write_bin(folder / "synthetic.bin", [*of_lengths(lengths, vocabulary), *short])
+
+
+def of_lengths(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
+    """Random documents."""
+    draw = np.random.RandomState(0)
+    return [draw.randint(3, vocabulary, size=length).tolist() for length in lengths]
 
 
 def in_order(folder: Path, pack: int = PACK) -> tuple[PackedDataset, list[int]]:

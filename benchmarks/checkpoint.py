@@ -1,46 +1,95 @@
 """Saving beside training, and resuming, of `xtuner train` itself, beside what the disk alone can do.
 
-    python benchmarks/checkpoint.py 1.8b --folder /scratch
+    python benchmarks/checkpoint.py 1.8b --folder /scratch    # one GPU; `several.py run` does it on more
 
 A run saves after 8 iterations and is killed (SIGKILL) when the checkpoint is whole; then it is resumed, and killed
-after its first iteration. Told: how long training waited for the save, an iteration's usual time, bytes a second of
+after its first iteration. Reported: how long training waited for the save, an iteration's usual time, bytes a second of
 save and load, the disk's own bytes a second, seconds from the command to the first iteration after the resume.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cases import CASES, machine, write_data
 from ours import config_of, watched, words_of
 
 SAVE_AT = 8
 SIZE = 4 * 2**30  # bytes of the file that measures the disk
+SAVED = r"saved .* in ([\d.]+) s .*training waited ([\d.]+) s"
 
 
-def disk(folder: Path) -> tuple[float, float]:
+def disk(folder: Path, size: int = SIZE) -> tuple[float, float]:
     """Bytes a second that one file is written with, synced, and read with from the disk itself."""
-    path, block = folder / "disk", os.urandom(2**26)
+    path, block = folder / "disk", os.urandom(min(2**26, size))
     begin = time.perf_counter()
     with open(path, "wb") as f:
-        for _ in range(SIZE // len(block)):
+        for _ in range(size // len(block)):
             f.write(block)
         f.flush()
         os.fsync(f.fileno())
-        written = SIZE / (time.perf_counter() - begin)
+        written = size / (time.perf_counter() - begin)
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     begin = time.perf_counter()
     with open(path, "rb", buffering=0) as f:
         while f.read(2**26):
             pass
-    read = SIZE / (time.perf_counter() - begin)
+    read = size / (time.perf_counter() - begin)
     path.unlink()
     return written, read
+
+
+def save_and_resume(
+    words: Sequence[str], work: Path, log: Path, environ: Mapping[str, str] = os.environ, size: int = SIZE
+) -> dict[str, Any]:
+    """Figures of a run into `work` that is killed after its first checkpoint and resumed; both write to `log`.
+
+    Args:
+        words: the run's command, which saves at SAVE_AT and nowhere before.
+        size: of the file that measures the disk.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    written, read = disk(work, size)
+    found: dict[str, Any] = {"disk_writes": written, "disk_reads": read}
+    with open(log, "w") as f:
+        for until, more in ((SAVED, []), (r"iter +\d+/", ["--resume"])):
+            first, line = math.nan, ""
+            for seconds, line in watched([*words, *more], until, environ):
+                f.write(line)
+                if math.isnan(first) and re.search(r"iter +\d+/", line):
+                    first = seconds
+                if saved := re.search(SAVED, line):
+                    (folder,) = work.glob("iter_*.pth")
+                    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                    found |= {"bytes": held, "saved": float(saved[1]), "waited": float(saved[2])}
+                if loaded := re.search(r"loaded in ([\d.]+) s", line):
+                    found["loaded"] = float(loaded[1])
+            found["resumed" if more else "first"] = first
+            if math.isnan(first) or "saved" not in found:
+                return found | {"failed": line or "no output"}
+    scalars = min(work.glob("*/vis_data/scalars.json"))  # of the first of the two
+    times = [json.loads(line)["time"] for line in scalars.read_text().splitlines()]
+    return found | {"seconds": statistics.median(times[3:SAVE_AT]), "beside": times[SAVE_AT:]}
+
+
+def shown(r: Mapping[str, Any]) -> str:
+    """What `save_and_resume` has found, in a sentence."""
+    mib, beside = 2**20, f"; iterations beside the save {max(r['beside']):.2f} s at most" if r["beside"] else ""
+    return (
+        f"{r['bytes'] / 2**30:.1f} GiB saved in {r['saved']:.1f} s ({r['bytes'] / r['saved'] / mib:,.0f} MiB/s; the "
+        f"disk alone writes {r['disk_writes'] / mib:,.0f}, reads {r['disk_reads'] / mib:,.0f}), training waited "
+        f"{r['waited']:.2f} s; an iteration takes {r['seconds']:.2f} s{beside}; first iteration {r['first']:.0f} s "
+        f"after the command, after a resume {r['resumed']:.0f} s, of which loading takes {r['loaded']:.1f} s"
+    )
 
 
 def main() -> None:
@@ -52,15 +101,10 @@ def main() -> None:
     write_data(folder / "data", 64)
     (folder / "config.py").write_text(config_of(CASES[a.case], folder / "data", None, 0))
     words = [*words_of(folder / "config.py", folder / "w", "single"), "--cfg-options", f"save_steps={SAVE_AT}"]
-    written, read = disk(folder)
-    print(f"the disk alone: writes {written / 2**20:,.0f} MiB/s, reads {read / 2**20:,.0f} MiB/s", flush=True)
-    for _, line in watched(words, "saved .*training waited"):
-        print(line, end="", flush=True)
-    (scalars,) = folder.glob("w/*/vis_data/scalars.json")
-    times = [json.loads(line)["time"] for line in scalars.read_text().splitlines()]
-    print(f"an iteration: {statistics.median(times[3:]):.2f} s; all: {times}")
-    for seconds, line in watched([*words, "--resume"], r"iter +\d+/"):
-        print(f"{seconds:6.1f} s  {line}", end="", flush=True)
+    found = save_and_resume(words, folder / "w", folder / "log")
+    if "failed" in found:
+        raise SystemExit(f"{found['failed']}\nsee {folder / 'log'}")
+    print(shown(found))
     print(json.dumps(machine()))
     shutil.rmtree(folder)
 

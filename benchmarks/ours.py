@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,13 @@ from xtuner.config.load import SHIPPED
 ENGINES = ("single", "zero1", "zero2", "zero3", "fsdp")
 
 
-def config_of(case: Case, data: Path, tokenizer: str | None, profile: int) -> str:
-    """The shipped template with random weights of its shape, and nothing else changed."""
+def config_of(case: Case, data: Path, tokenizer: str | None, profile: int, counted: Path | None = None) -> str:
+    """The shipped template with random weights of its shape, and nothing else changed.
+
+    Args:
+        profile: the iteration that is timed by part; 0 for none.
+        counted: where ranks write how much of their GPU is in use (in_use.py); needs this folder on PYTHONPATH.
+    """
     text = (SHIPPED / f"internlm2_{SHAPES[case.shape].template}_w_tokenized_dataset.py").read_text()
     shape = ", ".join(f"{key}={value}" for key, value in SHAPES[case.shape].fields().items())
     text = re.sub(r"(?s)\nmodel = dict\(.*?\n\)\n", f"\nmodel = dict(type=from_scratch, {shape}, seed=0,\n"
@@ -36,6 +42,9 @@ def config_of(case: Case, data: Path, tokenizer: str | None, profile: int) -> st
     else:  # the two hooks that need one
         text = re.sub(r"(?s)\n    dict\(type=DatasetInfoHook.*?\),\n", "\n", text)
         text = re.sub(r"(?s)\n    dict\(\n        type=EvaluateChatHook.*?\n    \),\n", "\n", text)
+    if counted:
+        text += "\nfrom in_use import InUseHook\n"
+        text += f'custom_hooks.append(dict(type=InUseHook, folder="{counted}"))\n'
     if profile:
         text += "\nfrom xtuner.train.profile import ProfileHook\n"
         text += f"custom_hooks.append(dict(type=ProfileHook, begin={profile}, iterations=2))\n"
@@ -48,42 +57,59 @@ def words_of(config: Path, work: Path, engine: str) -> list[str]:
     return words + {"single": [], "fsdp": ["--fsdp", "full"]}.get(engine, ["--deepspeed", f"deepspeed_{engine}"])
 
 
-def watched(words: list[str], until: str, environ: Mapping[str, str] = os.environ) -> Iterator[tuple[float, str]]:
-    """(seconds since the start, line) of a command, which is killed after a line that matches `until`."""
+def watched(
+    words: list[str], until: str, environ: Mapping[str, str] = os.environ, deadline: float = math.inf
+) -> Iterator[tuple[float, str]]:
+    """(seconds since the start, line) of a command, which is killed after a line that matches `until`, or is the first
+    after `deadline` (of time.monotonic). Ends when all processes have ended that hold the command's output."""
     begin, environ = time.perf_counter(), {**environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
     assert process.stdout is not None
     for line in process.stdout:
         yield time.perf_counter() - begin, line
-        if re.search(until, line):
+        if re.search(until, line) or time.monotonic() > deadline:
             process.kill()
     process.wait()
 
 
 @dataclass
 class Followed:
-    """What a run has told: seconds to its first iteration, the memory that it expected, its last line."""
+    """What a run has logged: seconds to its first iteration, the memory that it expected, how far it got, its last
+    line, and what it said of memory that ran out."""
 
     first: float | None = None
     expected: str = ""
+    iteration: int = 0
     last: str = ""
+    short: list[str] = field(default_factory=list)
 
 
 def follow(
-    words: list[str], iterations: int, log: Path, environ: Mapping[str, str] = os.environ, echo: bool = False
+    words: list[str],
+    iterations: int,
+    log: Path,
+    environ: Mapping[str, str] = os.environ,
+    echo: bool = False,
+    deadline: float = math.inf,
 ) -> Followed:
     """Run `xtuner train` until so many iterations are done; its output goes to `log`."""
-    told = Followed()
+    found = Followed()
     with open(log, "w") as f:
-        for seconds, told.last in watched(words, rf"iter +{iterations}/", environ):
-            f.write(told.last)
+        for seconds, found.last in watched(words, rf"iter +{iterations}/", environ, deadline):
+            f.write(found.last)
             if echo:
-                print(told.last, end="", flush=True)
-            if told.first is None and re.search(r"iter +1/", told.last):
-                told.first = seconds
-            if found := re.search(r"memory: .*", told.last):
-                told.expected = found[0]
-    return told
+                print(found.last, end="", flush=True)
+            if at := re.search(r"iter +(\d+)/", found.last):
+                found.iteration = int(at[1])
+                found.first = found.first or seconds
+            if expected := re.search(r"memory: .*", found.last):
+                found.expected = expected[0]
+            if (
+                re.search(r"memory ran out|out of memory|OutOfMemory", found.last, re.IGNORECASE)
+                and len(found.short) < 9
+            ):
+                found.short.append(found.last.strip())
+    return found
 
 
 def figures(work: Path, warm: int, last: int) -> dict[str, Any]:
@@ -118,14 +144,14 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     config.write_text(config_of(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0))
     words = words_of(config, folder / "work", a.engine)
     words += ["--cfg-options", *(f"model.{name}={value}" for name, value in chosen.items())] if chosen else []
-    told = follow(words, a.iterations, folder / "log", echo=True)
-    if told.first is None:
+    ended = follow(words, a.iterations, folder / "log", echo=True)
+    if ended.first is None:
         raise SystemExit(f"{case.name} did not get to its first iteration; see {folder / 'log'}")
     profiles = list((folder / "work").glob("*/profile.json"))
     return {
         "engine": engine,
         **figures(folder / "work", a.warm, last),
-        "first": told.first,
-        "expected": told.expected,
+        "first": ended.first,
+        "expected": ended.expected,
         "profile": json.loads(profiles[0].read_text())["parts"] if profiles else None,
     }

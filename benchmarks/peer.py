@@ -71,6 +71,7 @@ class Peer:
     model: nn.Module
     loss: Callable[[Batch], torch.Tensor]
     rename: Callable[[Weights], Weights] = lambda weights: weights  # of the llama layout, by the model's own names
+    adds_up: bool = False  # gradients of several ranks, which FSDP averages by itself
 
     def start(self, shape: DecoderConfig) -> None:
         """Give the model the random weights that ours starts from, one tensor at a time."""
@@ -135,7 +136,7 @@ class Loop:
         self.optimizer = optimizer_of(s.states, peer.model)
 
     def backward(self, packs: Sequence[Batch]) -> torch.Tensor:
-        """The mean loss over the targets of all ranks, whose gradient it is: FSDP adds up, here and in torchtitan.
+        """The mean loss over the targets of all ranks, whose gradient all get.
 
         Args:
             packs: of the iteration, one for each rank.
@@ -143,7 +144,7 @@ class Loop:
         mine = packs[self.rank]
         share = mine.num_targets / sum(pack.num_targets for pack in packs)
         loss = self.peer.loss(mine.to(self.device)) * share
-        loss.backward()
+        (loss if self.peer.adds_up else loss * len(packs)).backward()
         loss = loss.detach()
         if len(packs) > 1:
             dist.all_reduce(loss)

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import torch
 from peer import Peer, Settings
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -36,7 +36,8 @@ def build(s: Settings) -> Peer:
     if s.mesh:
         shard(model, s)
     model.to_empty(device=s.device)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config, s.device)  # frequencies are not parameters
+    with s.device:
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # frequencies are not parameters
 
     def loss(pack: Batch) -> torch.Tensor:
         row = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "labels": pack.targets}
@@ -50,11 +51,8 @@ def build(s: Settings) -> Peer:
 
 
 def shard(model: LlamaForCausalLM, s: Settings) -> None:
-    """Over the ranks of the mesh; gradients are added up, not averaged."""
+    """Over the ranks of the mesh."""
     policy = MixedPrecisionPolicy(param_dtype=s.compute, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=s.mesh, mp_policy=policy)
     fully_shard(model, mesh=s.mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)

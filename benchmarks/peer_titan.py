@@ -2,7 +2,7 @@
 
     pip install torchtitan==0.2.2    # of the time of torch 2.11; 0.3.0 wants a newer one
 
-`parallelize_llama` as it is (activation checkpointing, torch.compile, on several GPUs its FSDP); FlexAttention under its
+`parallelize_llama` as it is (activation checkpointing, torch.compile, FSDP on several GPUs); FlexAttention under its
 block-causal mask or its variable-length attention, SDPA where a pack is one document. It gets no positions, as from its
 trainer: rotary positions are relative. On one GPU weights in fp32 are computed in bf16 by its FSDP on a mesh of one
 rank. Logits are held whole, since 0.2.2 has no other loss: bf16 [T, V], and their gradient. By arithmetic, packs of
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from peer import Peer, Settings, Weights
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
@@ -76,6 +77,9 @@ def build(s: Settings) -> Peer:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         mesh = dist.init_device_mesh(s.device.type, (1,), mesh_dim_names=("fsdp",))
         apply_fsdp(model, mesh, param_dtype=s.compute, reduce_dtype=torch.float32, pp_enabled=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and s.device.type == "cpu":  # gloo multiplies no sums, as 0.2.2 requests
+            module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=s.device)
     with torch.no_grad():
         model.init_weights(s.device)  # also frequencies, which are not parameters
@@ -96,7 +100,7 @@ def build(s: Settings) -> Peer:
     def rename(weights: Weights) -> Weights:
         return {names[name]: weight for name, weight in from_hf(model, weights).items()}
 
-    return Peer(f"torchtitan {attention} {recompute}", attention, versions, model, loss, rename)
+    return Peer(f"torchtitan {attention} {recompute}", attention, versions, model, loss, rename, adds_up=True)
 
 
 def own_names(model: Transformer) -> dict[str, str]:

@@ -200,7 +200,8 @@ def table(results: Path, of_ours: Path) -> str:
     ours = {
         (job.shape, job.gpus): r
         for r in runs.read(of_ours)
-        if "failed" not in r and (job := runs.Job(*r["job"])) == runs.Job("speed", job.shape, "fsdp", job.gpus, job.gpus)
+        if "failed" not in r
+        and (job := runs.Job(*r["job"])) == runs.Job("speed", job.shape, "fsdp", job.gpus, job.gpus)
     }
     latest = {PeerJob(*r["job"]): r for r in runs.read(results)}
     lines = [
@@ -216,7 +217,7 @@ def table(results: Path, of_ours: Path) -> str:
         for job, r in theirs.items():
             if "failed" in r:
                 why = "out of memory" if r["out_of_memory"] else r["failed"][:80].replace("|", "/")
-                lines.append(f"| {shape}, {gpus} | {job.engine} {job.recompute} | failed: {why} |" + " |" * 3)
+                lines.append(f"| {shape}, {gpus} | {job.name} | failed: {why} |" + " |" * 3)
                 continue
             off = ""
             if mine and job.data == "usual":
@@ -233,9 +234,14 @@ def table(results: Path, of_ours: Path) -> str:
 
 def _row(what: str, by: str, gpus: int, r: Record, off: str) -> str:
     low, high = (speed / gpus / 1e3 for speed in r["spread"])
-    cells = [what, by, f"{r['tokens_per_s'] / gpus:,.0f} ({low:.1f}–{high:.1f}k)", f"{r['mfu']:.3f}" if r["mfu"] else ""]
-    driver = f", {r['in_use'] / 2**30:.1f}" if r.get("in_use") else ""
-    return f"| {' | '.join([*cells, f'{r["memory"] / 2**30:.1f}{driver}', off])} |"
+    cells = [
+        what,
+        by,
+        f"{r['tokens_per_s'] / gpus:,.0f} ({low:.1f}–{high:.1f}k)",
+        f"{r['mfu']:.3f}" if r["mfu"] else "",
+    ]
+    cells.append(f"{r['memory'] / 2**30:.1f}" + (f", {r['in_use'] / 2**30:.1f}" if r.get("in_use") else ""))
+    return f"| {' | '.join([*cells, off])} |"
 
 
 if __name__ == "__main__":

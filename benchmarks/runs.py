@@ -3,20 +3,27 @@
 Speed is measured with one pack a rank and iteration, where collectives weigh most: an iteration of N GPUs is N packs.
 The loss to compare with comes from one GPU that takes the same N packs an iteration (accumulative_counts = N), fp32
 state and a few iterations; where that state does not fit one GPU (7B on 80 GB), from FSDP on the same GPUs. An "even"
-run of FSDP, whose packs all cost the same, shows what the others lose by waiting for the slowest rank. Runs that need
-fewer GPUs than there are run side by side; what is in the results is not run again.
+run of FSDP, whose packs all cost the same, shows what the others lose by waiting for the slowest rank. On the most GPUs
+there are also runs of our own sharding with other settings (VARIANTS), "mixed" runs of many iterations with long
+documents, which must not run out of memory, and "save" runs (checkpoint.py).
+
+Runs that need fewer GPUs than there are run side by side; what is in the results is not run again. Each is ended as
+soon as its iterations are done.
 """
 
 import json
+import math
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import one_gpu
@@ -24,33 +31,73 @@ import predict
 import torch
 from balance import Floats
 from bandwidth import OFF
-from cases import PACK, SHAPES, Case, in_order, write_data
+from cases import PACK, SHAPES, Case, in_order, write_data, write_mixed
+from checkpoint import SAVE_AT, SIZE, save_and_resume, shown
+from in_use import most as most_in_use
 from ours import config_of, figures, follow, words_of
 
+from xtuner.data import deal
 from xtuner.data.stats import pack_costs
+from xtuner.engine.adamw import FORMS
 from xtuner.engine.memory import RESERVE
 
 ITERATIONS, WARM, COMPARED = 12, 4, 4  # of a speed run, of these not counted, of a reference
+MANY = 200  # iterations of a mixed run
+WINDOW = 16  # iterations that are dealt together at most: those before it do not count
 MOST = 8  # packs of an iteration
 EVEN = 2860  # tokens of every document of "even" packs: Σ len² is the mean of lognormal ones
 TINY_PACK = 512
 PATIENCE = "120"  # s that no rank may get on
+VARIANTS = {
+    "fp8": ["model.products=fp8"],
+    "8bit": ["states=8bit"],
+    "split": ["states=split"],
+    "sums-bf16": ["optim_wrapper.sums=bf16"],
+    **{f"balance-{k}": [f"train_dataloader.balance={k}"] for k in (0, 1, WINDOW)},
+}
+DEALT = {f"balance-{k}": k for k in (1, WINDOW)}
 
 
 class Job(NamedTuple):
-    kind: str  # "speed", "even", "reference"
+    kind: str  # "speed", "even", "reference", "mixed", "save"
     shape: str
     engine: str
     gpus: int
     packs: int  # an iteration
+    variant: str = ""
 
     @property
     def iterations(self) -> int:
+        if self.kind == "mixed":
+            return MANY
+        if self.variant.startswith("balance"):
+            return 2 * WINDOW
+        if self.shape == "20b":
+            return 30
         return COMPARED if self.kind == "reference" else ITERATIONS
 
     @property
+    def warm(self) -> int:
+        """Iterations that do not count."""
+        return WINDOW if self.variant.startswith("balance") else min(WARM, self.iterations - 1)
+
+    @property
+    def epochs(self) -> int:
+        return -(-self.iterations * self.packs // (2 * WINDOW * MOST))
+
+    @property
     def name(self) -> str:
-        return f"{self.shape}-{self.engine}-{self.gpus}-{self.kind}-{self.packs}"
+        return f"{self.shape}-{self.engine}-{self.gpus}-{self.kind}-{self.packs}" + f"-{self.variant}" * bool(
+            self.variant
+        )
+
+
+class HasName(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=HasName)
 
 
 def gpus_here() -> int:
@@ -63,23 +110,43 @@ def device(tiny: bool = False) -> str:
 
 def jobs(counts: Sequence[int], shapes: Sequence[str], engines: Sequence[str]) -> list[Job]:
     """Those that fit into this machine's GPUs; those that need most of them first."""
-    found = []
+    found, most = [], max(counts)
+    usual = [shape for shape in shapes if shape != "20b"]
     for n in sorted((n for n in counts if n > 1), reverse=True):
-        for shape in shapes:
+        for shape in usual:
             found += [Job("speed", shape, engine, n, n) for engine in engines]
-            found += [Job("even", shape, "fsdp", n, n)] if "fsdp" in engines and n == max(counts) else []
-    for shape in shapes:
+            found += [Job("even", shape, "fsdp", n, n)] if "fsdp" in engines and n == most else []
+    for shape in usual:
         found += [Job("reference", shape, "single", 1, n) for n in counts if n > 1]
         found += [Job("speed", shape, "single", 1, 1)] if 1 in counts else []
+    if most > 1 and "fsdp" in engines:
+        found += [Job("speed", "20b", "fsdp", most, most, "8bit")] if "20b" in shapes else []
+        for shape in usual:
+            named = [v for v in VARIANTS if (shape, v) != ("tiny", "fp8")]  # which CPUs do not have
+            found += [Job("speed", shape, "fsdp", most, most, variant) for variant in named]
+        found += [Job(kind, shape, "fsdp", most, most) for kind in ("mixed", "save") for shape in usual]
     fitting = [job for job in found if _fits(job)]
     if left_out := [job.name for job in found if job not in fitting]:
         print(f"By arithmetic these do not fit, and are not run: {', '.join(left_out)}", flush=True)
     return fitting
 
 
+def select(every: Sequence[Named], only: str | None) -> list[Named]:
+    """Those whose names match one of the patterns, in the patterns' order. Raises: ValueError for one without any."""
+    if only is None:
+        return list(every)
+    found: dict[Named, None] = {}
+    for pattern in only.split(","):
+        matching = [job for job in every if fnmatch(job.name, pattern)]
+        if not matching:
+            raise ValueError(f"no run is called {pattern}; there are: {', '.join(job.name for job in every)}")
+        found |= dict.fromkeys(matching)
+    return list(found)
+
+
 def _fits(job: Job) -> bool:
     model, there = one_gpu.MODELS.get(job.shape), _machine(device())
-    if model is None or there is None or job == Job("speed", "7b", "single", 1, 1):  # the last: 8-bit moments
+    if model is None or there is None or job.variant or job == Job("speed", "7b", "single", 1, 1):  # 8-bit moments
         return True
     if job.engine == "single":  # fp32 state of 18 bytes a parameter, the libraries, a micro-batch
         return 18 * model.parameters + 2 * RESERVE <= there.free
@@ -90,12 +157,16 @@ def _machine(name: str) -> one_gpu.Machine | None:
     return next((machine for kind, machine in one_gpu.MACHINES.items() if kind in name), None)
 
 
-def data(folder: Path, tiny: bool, even: bool = False) -> Path:
-    """The packs of all runs, written once."""
-    path = folder / (("tiny-" if tiny else "") + ("even" if even else "usual"))
+def data(folder: Path, tiny: bool, kind: str = "usual") -> Path:
+    """Packs, written once: "usual", "even", "long" (each is one document) or "mixed"."""
+    path = folder / (("tiny-" if tiny else "") + kind)
     if not (path / "synthetic.bin.meta").exists():
         pack, vocabulary = (TINY_PACK, SHAPES["tiny"].vocabulary) if tiny else (PACK, SHAPES["7b"].vocabulary)
-        write_data(path, (ITERATIONS + 2) * MOST, EVEN * pack // PACK if even else 0, pack, vocabulary)
+        packs, length = 2 * WINDOW * MOST, {"even": EVEN * pack // PACK, "long": pack}.get(kind, 0)
+        if kind == "mixed":
+            write_mixed(path, packs, pack, vocabulary)
+        else:
+            write_data(path, packs, length, pack, vocabulary)
     return path
 
 
@@ -108,21 +179,21 @@ def squares(path: Path, tiny: bool) -> Floats:
     return np.concatenate(costs).astype(float)[order]
 
 
-def run(jobs: Sequence[Job], results: Path, folder: Path, tiny: bool, minutes: float) -> int:
-    """Do what is not in `results` yet, beginning nothing after so many minutes; returns how many runs failed."""
+def run(jobs: Sequence[Job], results: Path, folder: Path, tiny: bool, deadline: float) -> int:
+    """Do what is not in `results` yet, beginning nothing after `deadline` (of time.monotonic); returns how many runs
+    failed."""
     given = "0,1" if tiny else os.environ.get("CUDA_VISIBLE_DEVICES")
     free = given.split(",") if given else [str(i) for i in range(gpus_here())]
-    deadline = time.monotonic() + 60 * minutes
-    done = {Job(*r["job"]) for r in read(results) if "failed" not in r}
+    done = {Job(*r["job"]) for r in read(results) if "failed" not in r and "cut" not in r}
     left = [job for job in jobs if job not in done]
-    for even in (False, True):
-        data(folder, tiny, even)
+    for kind in dict.fromkeys(map(kind_of_data, left)):
+        data(folder, tiny, kind)
     change, failed, futures = threading.Condition(), [], []
 
     def do(job: Job, gpus: list[str]) -> None:
         record: dict[str, Any] = {}
         try:
-            record = measure(job, folder, tiny, gpus)
+            record = measure(job, folder, tiny, gpus, deadline)
         finally:
             with change:
                 if not record or "failed" in record:
@@ -147,27 +218,45 @@ def run(jobs: Sequence[Job], results: Path, folder: Path, tiny: bool, minutes: f
     return len(failed)
 
 
-def measure(job: Job, folder: Path, tiny: bool, gpus: Sequence[str]) -> dict[str, Any]:
-    """One run, ended after its last iteration."""
+def kind_of_data(job: Job) -> str:
+    return job.kind if job.kind in ("even", "mixed") else "usual"
+
+
+def measure(job: Job, folder: Path, tiny: bool, gpus: Sequence[str], deadline: float) -> dict[str, Any]:
+    """One run, ended after its last iteration; a mixed one at `deadline` at the latest."""
     place = folder / f"{job.name}-{time.strftime('%H%M%S')}"
     place.mkdir()
+    work, log = place / "work", place / "log"
     states = "8bit" if (job.shape, job.kind, job.engine) == ("7b", "speed", "single") else "fp32"
-    case = Case(job.shape, job.shape, states)
-    (place / "config.py").write_text(config_of(case, data(folder, tiny, job.kind == "even"), None, 0))
-    words = words_of(place / "config.py", place / "work", job.engine)
-    words += ["--cfg-options", f"accumulative_counts={job.packs // job.gpus}", "save_optimizer=False"]
+    case, packs = Case(job.shape, job.shape, states), data(folder, tiny, kind_of_data(job))
+    (place / "config.py").write_text(config_of(case, packs, None, 0, place))
+    words = words_of(place / "config.py", work, job.engine)
+    words += ["--cfg-options", f"accumulative_counts={job.packs // job.gpus}", *VARIANTS.get(job.variant, [])]
+    words += [f"save_steps={SAVE_AT}", "save_total_limit=1"] if job.kind == "save" else ["save_optimizer=False"]
+    words += [f"max_epochs={job.epochs}"] if job.kind == "mixed" else []
     words += [f"max_length={TINY_PACK}"] if tiny else []
     environ = {**os.environ, **OFF, "NPROC_PER_NODE": str(job.gpus), "XTUNER_STUCK_SECONDS": PATIENCE}
     environ["CUDA_VISIBLE_DEVICES"] = "" if tiny else ",".join(gpus)
-    told = follow(words, job.iterations, place / "log", environ)
+    environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    states = job.variant if job.variant in FORMS else states
     record: dict[str, Any] = {"job": list(job), "states": states, "tiny": tiny, "date": time.strftime("%Y-%m-%d")}
     record |= {"device": device(tiny), "torch": torch.__version__}
-    if not re.search(rf"iter +{job.iterations}/", told.last):
-        print(f"{job.name}: failed, see {place / 'log'}\n  {told.last}", flush=True)
-        return record | {"failed": told.last}
-    found = figures(place / "work", min(WARM, job.iterations - 1), job.iterations)
+    if job.kind == "save":
+        found = save_and_resume(words, work, log, environ, 2**20 if tiny else SIZE)
+        print(f"{job.name}: " + ("failed" if "failed" in found else shown(found)) + f", see {log}", flush=True)
+        for folder in work.glob("iter_*"):  # tens of GiB
+            shutil.rmtree(folder, ignore_errors=True)
+        return record | found
+    ended = follow(words, job.iterations, log, environ, deadline=deadline if job.kind == "mixed" else math.inf)
+    record |= {"first": ended.first, "expected": ended.expected, "short": ended.short, "in_use": most_in_use(place)}
+    if ended.iteration < job.iterations:
+        if job.kind != "mixed" or time.monotonic() < deadline or ended.iteration <= job.warm:
+            print(f"{job.name}: failed in iteration {ended.iteration + 1}, see {log}\n  {ended.last}", flush=True)
+            return record | {"failed": (ended.short or [ended.last])[-1]}
+        record["cut"] = ended.iteration
+    found = figures(work, job.warm, min(job.iterations, ended.iteration))
     print(f"{job.name}: {found['mean'] / job.gpus:,.0f} tok/s/GPU, loss {found['losses'][-1]:.4f}", flush=True)
-    return record | found | {"first": told.first, "expected": told.expected}
+    return record | found
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -178,22 +267,24 @@ def table(results: Path, folder: Path, links: Callable[[int], predict.Links]) ->
     """Measured beside predicted, and whether losses are one GPU's."""
     records = {Job(*r["job"]): r for r in read(results)}
     lines = [
-        "| shape, engine, GPUs | tok/s/GPU | predicted | measured ÷ predicted | MFU | GiB | of one GPU "
-        "| losses, norms differ from | by at most | equal |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| shape, engine, GPUs | tok/s/GPU | predicted | measured ÷ predicted | MFU | GiB by PyTorch "
+        "| by the driver, expected, off | of one GPU | losses, norms differ from | by at most | equal |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    waits = []
+    waits, saves, gains = [], [], []
     for job, r in records.items():
         if "failed" in r:
-            lines.append(f"| {job.name} | failed: {r['failed'].strip()} |" + " |" * 8)
+            lines.append(f"| {job.name} | failed: {r['failed'].strip()} |" + " |" * 9)
             continue
-        if job.kind == "reference":
+        if job.kind == "save":
+            saves.append(f"{job.name}: {shown(r)}")
+        if job.kind in ("reference", "save"):
             continue
         speed, alone = r["mean"] / job.gpus, records.get(Job("speed", job.shape, "single", 1, 1), {}).get("mean")
         expected = _predicted(job, r, folder, links(job.gpus))
-        cells = [f"{job.shape}, {job.engine}, {job.gpus}" + " (even)" * (job.kind == "even"), f"{speed:,.0f}"]
+        cells = [f"{job.shape}, {job.engine}, {job.gpus}{_noted(job, r)}", f"{speed:,.0f}"]
         cells += [f"{expected:,.0f}", f"{speed / expected:.3f}"] if expected else ["", ""]
-        cells += [f"{r['mfu']:.3f}" if r["mfu"] else "", f"{r['memory'] / 2**30:.1f}"]
+        cells += [f"{r['mfu']:.3f}" if r["mfu"] else "", f"{r['memory'] / 2**30:.1f}", _memory(r)]
         cells += [f"{speed / alone:.1%}" if alone else "", *_compared(job, r, records)]
         lines.append(f"| {' | '.join(cells)} |")
         if job.kind == "even" and (uneven := records.get(job._replace(kind="speed"), {}).get("mean")):
@@ -201,15 +292,50 @@ def table(results: Path, folder: Path, links: Callable[[int], predict.Links]) ->
             waits.append(f"{job.shape}, {job.gpus} GPUs: packs of unequal cost take {longer} longer")
             other = _predicted(job._replace(kind="speed"), r, folder, links(job.gpus))
             waits[-1] += f" ({expected / other - 1:.1%} predicted)" if expected and other else ""
-    return "\n".join([*lines, "", "The wait for the slowest rank: " + "; ".join(waits or ["not measured"])])
+        if job.variant in DEALT and (undealt := records.get(job._replace(variant="balance-0"), {}).get("mean")):
+            gain = f"{job.name}: {r['mean'] / undealt - 1:+.1%} tok/s against balance-0"
+            gains.append(gain + (f" ({promised:+.1%} predicted)" if (promised := _dealt(job, folder)) else ""))
+    found = {"The wait for the slowest rank": waits, "Packs dealt by cost": gains, "Checkpoints": saves}
+    return "\n".join([*lines, "", *(f"{what}: {'; '.join(said or ['not measured'])}" for what, said in found.items())])
+
+
+def _noted(job: Job, r: dict[str, Any]) -> str:
+    notes = [job.variant] if job.variant else []
+    notes += [job.kind] if job.kind != "speed" else []
+    if job.kind == "mixed":
+        notes.append(f"{r.get('cut', job.iterations)} of {job.iterations} iterations")
+    notes += [f"memory ran out {len(r['short'])} times"] if r.get("short") else []
+    return f" ({', '.join(notes)})" if notes else ""
+
+
+def _memory(r: dict[str, Any]) -> str:
+    """Of the driver's count, what was expected, and by how much that was off."""
+    found = re.search(r"peak ([\d.]+) GiB expected", r.get("expected") or "")
+    if not r.get("in_use"):
+        return ""
+    used = r["in_use"] / 2**30
+    return f"{used:.1f}" + (f", {found[1]}, {float(found[1]) / used - 1:+.1%}" if found and not r["tiny"] else "")
+
+
+def _dealt(job: Job, folder: Path) -> float | None:
+    """Gain of tokens a second that is expected of dealing, on the iterations that count."""
+    if job.shape not in one_gpu.MODELS:
+        return None
+    model = one_gpu.MODELS[job.shape]
+    costs = squares(data(folder, False), False)[job.warm * job.packs : job.iterations * job.packs]
+    undealt, dealt = (
+        deal.waiting(costs, lambda c: model.fixed + model.a + model.b * c, job.gpus, job.packs // job.gpus, window)
+        for window in (0, DEALT[job.variant])
+    )
+    return (1 - dealt) / (1 - undealt) - 1
 
 
 def _predicted(job: Job, r: dict[str, Any], folder: Path, links: predict.Links) -> float | None:
     """Tokens a second of one GPU, from the packs of the iterations that counted."""
     machine = _machine(r["device"])
-    if machine is None or job.shape not in one_gpu.MODELS:
+    if machine is None or job.shape not in one_gpu.MODELS or job.variant or job.kind == "mixed":
         return None
-    every = squares(data(folder, False, job.kind == "even"), False)[WARM * job.gpus : ITERATIONS * job.gpus]
+    every = squares(data(folder, False, kind_of_data(job)), False)[WARM * job.gpus : ITERATIONS * job.gpus]
     model = one_gpu.MODELS[job.shape]
     if job.engine == "single":
         return predict.alone(model, machine, every)
@@ -224,7 +350,7 @@ def _compared(job: Job, r: dict[str, Any], records: dict[Job, dict[str, Any]]) -
     FSDP, ZeRO-1 and ZeRO-2 were seen to differ by 3e-4 (of a loss of 11): sums are rounded in another order. 1e-3 is
     three times that; a lost micro-batch or a wrong divisor would show in the norm, to which 2 % are left.
     """
-    if job.kind == "even" or job.gpus == 1:
+    if job.kind != "speed" or job.gpus == 1 or job.variant:
         return "", "", ""
     other = records.get(Job("reference", job.shape, "single", 1, job.packs))
     name = "one GPU"

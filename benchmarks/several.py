@@ -4,26 +4,34 @@
     python benchmarks/several.py bandwidth             # collectives over 1 MiB … 1 GiB, to bandwidth-N.json
     python benchmarks/several.py predict               # from one GPU's times: every term, 2, 4 and 8 GPUs
     python benchmarks/several.py run --gpus 1,2,4,8    # `xtuner train` itself, to runs.jsonl; then the table
+    python benchmarks/several.py peers                 # torchtitan, transformers + Liger on the same packs, beside ours
     python benchmarks/several.py faults                # SIGTERM and N → N/2 → N, kill −9, a rank that stands still
     python benchmarks/several.py balance               # the wait for the slowest rank, what dealing packs would gain
 
+`--only '7b-fsdp-4-speed-4*,7b-torchtitan*'` selects runs of `run` and `peers` by name, in that order; a name that
+matches none lists all. With --minutes nothing begins later, and what is left out is done by the same command again.
+
 With --tiny all of it runs on two CPU processes in minutes. NVLink multicast is off in everything that is started
-(NCCL_NVLS_ENABLE=0). See predict.py, balance.py, bandwidth.py and faults.py for what each does, runs.py for the runs.
+(NCCL_NVLS_ENABLE=0). predict.py, balance.py, bandwidth.py, faults.py and peers.py say what each does, runs.py the runs.
 """
 
 import argparse
 import json
 import os
 import re
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import balance
 import bandwidth
 import faults
 import one_gpu
+import peers
 import predict
 import runs
 
+SHAPES = ("1.8b", "7b", "20b")
 FOLDER = Path(__file__).parent / "several"
 
 
@@ -52,10 +60,18 @@ def show_prediction(a: argparse.Namespace) -> None:
         print(f"\n{gpus} GPUs, exchange {how}\n\n{predict.table(found, squares, gpus)}", flush=True)
 
 
-def show_runs(a: argparse.Namespace) -> int:
-    jobs = runs.jobs(a.gpus, a.shapes, a.engines)
-    failed = runs.run(jobs, a.results / "runs.jsonl", a.folder, a.tiny, a.minutes)
+def show_runs(a: argparse.Namespace, chosen: Sequence[runs.Job]) -> int:
+    failed = runs.run(chosen, a.results / "runs.jsonl", a.folder, a.tiny, a.deadline)
     print(runs.table(a.results / "runs.jsonl", a.folder, lambda n: links(a.results, n)), flush=True)
+    return failed
+
+
+def show_peers(a: argparse.Namespace, chosen: Sequence[peers.PeerJob]) -> int:
+    """Ours first, where it is not in the results, so that both are measured on one machine."""
+    ours = dict.fromkeys(runs.Job("speed", job.shape, "fsdp", job.gpus, job.gpus) for job in chosen)
+    failed = runs.run(list(ours), a.results / "runs.jsonl", a.folder, a.tiny, a.deadline)
+    failed += peers.run(chosen, a.results / "peers.jsonl", a.folder, a.tiny, a.deadline)
+    print(peers.table(a.results / "peers.jsonl", a.results / "runs.jsonl"), flush=True)
     return failed
 
 
@@ -76,9 +92,10 @@ def numbers(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("all", "bandwidth", "predict", "run", "faults", "balance"))
+    parser.add_argument("verb", choices=("all", "bandwidth", "predict", "run", "peers", "faults", "balance"))
     parser.add_argument("--gpus", type=numbers, help="as 1,2,4,8 (default: all powers of two that are here)")
-    parser.add_argument("--shapes", nargs="+", default=["1.8b", "7b"], choices=["1.8b", "7b"])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--only", metavar="NAME,…", help="only the runs of these names or patterns, in this order")
     parser.add_argument("--engines", nargs="+", default=list(predict.ENGINES), choices=predict.ENGINES)
     parser.add_argument("--drills", nargs="+", default=list(faults.NAMES), choices=faults.NAMES)
     parser.add_argument("--minutes", type=float, default=1e9, help="no run begins later; again: go on with the others")
@@ -110,13 +127,22 @@ def main() -> None:
     print("NVLink multicast is off: NCCL_NVLS_ENABLE=0", flush=True)
     a.results.mkdir(parents=True, exist_ok=True)
     a.folder.mkdir(parents=True, exist_ok=True)
+    a.deadline = time.monotonic() + 60 * a.minutes
+    mine = runs.jobs(a.gpus, a.shapes, a.engines) if a.verb in ("run", "all") else []
+    theirs = peers.jobs(a.gpus[-1], a.shapes) if a.verb in ("peers", "all") else []
+    try:
+        chosen = runs.select([*mine, *theirs], a.only)
+    except ValueError as e:
+        parser.error(str(e))
     failed = 0
     if a.verb in ("bandwidth", "all"):
         show_bandwidth(a)
     if a.verb in ("predict", "all"):
         show_prediction(a)
     if a.verb in ("run", "all"):
-        failed += show_runs(a)
+        failed += show_runs(a, [job for job in chosen if isinstance(job, runs.Job)])
+    if a.verb in ("peers", "all"):
+        failed += show_peers(a, [job for job in chosen if isinstance(job, peers.PeerJob)])
     if a.verb in ("faults", "all"):
         failed += show_faults(a)
     if a.verb == "all":

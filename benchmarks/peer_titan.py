@@ -1,6 +1,8 @@
 """torchtitan: its Llama 3 with its own recompute, compiled block by block, its loss compiled.
 
-    pip install torchtitan==0.2.2    # of the time of torch 2.11; 0.3.0 wants a newer one
+    pip install --no-deps torchtitan==0.2.2    # of the time of torch 2.11; 0.3.0 wants a newer one
+
+What its model imports and this does not use, readers of data and of command lines, may be missing (`Absent`).
 
 `parallelize_llama` as it is (activation checkpointing, torch.compile, FSDP on several GPUs); FlexAttention under its
 block-causal mask or its variable-length attention, SDPA where a pack is one document. It gets no positions, as from its
@@ -10,23 +12,57 @@ rank. Logits are held whole, since 0.2.2 has no other loss: bf16 [T, V], and the
 choice to the compiler, within that part of what it would keep.
 """
 
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from peer import Peer, Settings, Weights
 from torch.distributed.fsdp import FSDPModule
-from torchtitan.components.loss import build_cross_entropy_loss
-from torchtitan.config import JobConfig
-from torchtitan.distributed import ParallelDims
-from torchtitan.models.llama3 import Transformer, TransformerModelArgs
-from torchtitan.models.llama3.infra.parallelize import apply_fsdp, parallelize_llama
-from torchtitan.models.llama3.model.args import RoPEScalingArgs
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 
-from xtuner.data.batch import Batch
-from xtuner.model.decoder import DecoderConfig
+
+class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Packages that are not installed, as modules that have every name: an empty class, or if it is in lower case an
+    empty module."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = {name for name in names if importlib.util.find_spec(name) is None}
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> Any:
+        there = name.partition(".")[0] in self.names
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if there else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        def named(name: str) -> Any:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            if name != name.lower():
+                return type(name, (), {})
+            empty = ModuleType(name)
+            self.exec_module(empty)
+            return empty
+
+        module.__dict__["__getattr__"] = named
+
+
+sys.meta_path.append(Absent("datasets", "torchdata", "tyro"))
+
+from torchtitan.components.loss import build_cross_entropy_loss  # noqa: E402
+from torchtitan.config import JobConfig  # noqa: E402
+from torchtitan.distributed import ParallelDims, parallel_dims  # noqa: E402
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs  # noqa: E402
+from torchtitan.models.llama3.infra.parallelize import apply_fsdp, parallelize_llama  # noqa: E402
+from torchtitan.models.llama3.model.args import RoPEScalingArgs  # noqa: E402
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter  # noqa: E402
+
+from xtuner.data.batch import Batch  # noqa: E402
+from xtuner.model.decoder import DecoderConfig  # noqa: E402
 
 MODES = {"none": "none", "selective": "selective", "full": "full", "budget": "memory_budget"}
 END = SimpleNamespace(eos_id=1)  # what its masks take for a document's last token, in a row that marks just these
@@ -39,7 +75,8 @@ def model_args(c: DecoderConfig, attention: str) -> TransformerModelArgs:
         n_heads=c.num_heads,
         n_kv_heads=c.num_kv_heads,
         vocab_size=c.vocab_size,
-        multiple_of=c.intermediate_size,  # the next multiple above 8/3 · dim is then this
+        ffn_dim_multiplier=c.intermediate_size / (4 * c.hidden_size),  # of 8/3 · dim: two thirds of the width,
+        multiple_of=c.intermediate_size,  # of which the next multiple is the width
         norm_eps=c.rms_norm_eps,
         rope_theta=c.rope_theta,
         rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),  # none
@@ -70,6 +107,7 @@ def build(s: Settings) -> Peer:
         model = Transformer(model_args(s.shape, attention))
     torch.set_default_dtype(torch.float32)
     assert model.layers["0"].feed_forward.w1.out_features == s.shape.intermediate_size
+    parallel_dims.device_type = s.device.type  # it does not think of CPUs
     ranks = s.mesh.size() if s.mesh else 1
     parallelize_llama(model, ParallelDims(1, ranks, 1, 1, 1, 1, 1, world_size=ranks), job)
     if ranks == 1 and s.dtype != s.compute:

@@ -25,6 +25,7 @@ from ours import config_of, watched, words_of
 
 SAVE_AT = 8
 SIZE = 4 * 2**30  # bytes of the file that measures the disk
+ROUNDED = 0.05  # s: what the log shows as 0.0
 SAVED = r"saved .* in ([\d.]+) s .*training waited ([\d.]+) s"
 
 
@@ -70,7 +71,7 @@ def save_and_resume(
                 if saved := re.search(SAVED, line):
                     (folder,) = work.glob("iter_*.pth")
                     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                    found |= {"bytes": held, "saved": float(saved[1]), "waited": float(saved[2])}
+                    found |= {"bytes": held, "saved": max(float(saved[1]), ROUNDED), "waited": float(saved[2])}
                 if loaded := re.search(r"loaded in ([\d.]+) s", line):
                     found["loaded"] = float(loaded[1])
             found["resumed" if more else "first"] = first

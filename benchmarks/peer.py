@@ -131,6 +131,8 @@ class Loop:
         self.peer, self.device = peer, s.device
         self.rank = s.mesh.get_local_rank() if s.mesh else 0
         peer.start(s.shape)
+        if s.device.type == "cuda":
+            torch.cuda.empty_cache()  # of whole tensors that were drawn
         peer.model.train()
         self.parameters = list(peer.model.parameters())
         self.optimizer = optimizer_of(s.states, peer.model)

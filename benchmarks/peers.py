@@ -145,9 +145,7 @@ def worker(job: PeerJob, data: Path, place: Path, tiny: bool, rank: int) -> None
     mesh = dist.init_device_mesh(device.type, (ranks,), mesh_dim_names=("fsdp",))
     shape = SHAPES[job.shape].config
     compute = torch.float32 if tiny else torch.bfloat16
-    settings = Settings(
-        job.engine, shape, device, "fp32", job.data == "long", None, job.recompute, compute, mesh if ranks > 1 else None
-    )
+    settings = Settings(job.engine, shape, device, "fp32", job.data == "long", None, job.recompute, compute, mesh)
     packs, order = in_order(data, length)
     read = [Batch.of(packs[i]) for i in order[: runs.ITERATIONS * ranks]]
     iterations = [read[i : i + ranks] for i in range(0, len(read), ranks)]

@@ -118,22 +118,26 @@ def main() -> None:
     a.gpus = a.gpus or [n for n in (1, 2, 4, 8) if n <= here]
     if a.verb != "predict" and a.gpus[-1] > here:
         parser.error(f"--gpus {a.gpus[-1]}: there are {here} here")
+    if a.verb == "peers" and a.gpus[-1] == 1:
+        parser.error("--gpus 1: peers on one GPU are for train.py")
+    if a.only is not None and a.verb not in ("run", "peers", "all"):
+        parser.error(f"--only selects among runs; {a.verb} has none")
     if a.verb in ("faults", "all") and a.gpus[-1] % 2:
         parser.error(f"--gpus {a.gpus[-1]}: faults resume on half as many")
     a.shapes = ["tiny"] if a.tiny else a.shapes
     a.results = a.results or FOLDER / re.sub(r"\W+", "-", runs.device(a.tiny).lower())
     a.folder = a.folder or a.results / "work"
-    os.environ |= bandwidth.OFF
-    print("NVLink multicast is off: NCCL_NVLS_ENABLE=0", flush=True)
-    a.results.mkdir(parents=True, exist_ok=True)
-    a.folder.mkdir(parents=True, exist_ok=True)
-    a.deadline = time.monotonic() + 60 * a.minutes
     mine = runs.jobs(a.gpus, a.shapes, a.engines) if a.verb in ("run", "all") else []
     theirs = peers.jobs(a.gpus[-1], a.shapes) if a.verb in ("peers", "all") else []
     try:
         chosen = runs.select([*mine, *theirs], a.only)
     except ValueError as e:
         parser.error(str(e))
+    os.environ |= bandwidth.OFF
+    print("NVLink multicast is off: NCCL_NVLS_ENABLE=0", flush=True)
+    a.results.mkdir(parents=True, exist_ok=True)
+    a.folder.mkdir(parents=True, exist_ok=True)
+    a.deadline = time.monotonic() + 60 * a.minutes
     failed = 0
     if a.verb in ("bandwidth", "all"):
         show_bandwidth(a)

@@ -53,16 +53,15 @@ def ours() -> CausalLM:
 )
 def test_peers_do_the_same_work(package: str, engine: str, attention: str, ours: CausalLM) -> None:
     pytest.importorskip(package)
-    from peer import Settings, build
+    from peer import Settings, build, put
 
     settings = Settings(engine, SHAPE, torch.device("cpu"), "fp32", attention=attention, compute=torch.float32)
     peer = build(settings)
     weights = {k: v for name, p in ours.named_parameters() for k, v in split(name, p.data, "llama", SHAPE).items()}
-    if engine == "torchtitan":
-        from peer_titan import from_hf
-
-        weights = from_hf(peer.model, weights)
-    peer.model.load_state_dict(weights)
+    theirs = dict(peer.model.named_parameters())
+    for name, weight in peer.rename(weights).items():
+        put(theirs.pop(name), weight)
+    assert not theirs
     apart, together = pack(BORDERS), pack([0, 128])
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling is the GPU's business
         wanted, mixed = (

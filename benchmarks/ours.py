@@ -113,10 +113,11 @@ def follow(
 
 
 def figures(work: Path, warm: int, last: int) -> dict[str, Any]:
-    """What a run has written of its iterations after the first `warm`, up to `last`; losses and norms of all."""
+    """What a run has written of its iterations after the first `warm`; losses and norms of all, up to `last`."""
     (scalars,) = work.glob("*/vis_data/scalars.json")
     every = [json.loads(line) for line in scalars.read_text().splitlines()]
-    records = [r for r in every if warm < r["iter"] <= last]
+    every = [r for r in every if r["iter"] <= last]  # it may have begun one more before it was ended
+    records = [r for r in every if r["iter"] > warm]
     return {
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
         "mean": statistics.harmonic_mean([r["tokens_per_s"] for r in records]),

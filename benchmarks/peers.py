@@ -1,8 +1,8 @@
 """Peers on several GPUs of one host, on the packs of `xtuner train` there, beside what `runs.py` found of ours.
 
 A process for each GPU, which takes pack order[i · N + rank] in iteration i, runs peer.py's loop with the state sharded
-by FSDP2, at ours' learning rates and from ours' weights: losses must be ours. A peer that runs out of memory is not
-tried again; any that does not end in time, or that loses a rank, is ended whole.
+by FSDP2, at ours' learning rates and from ours' weights: losses must be ours. A peer that does not end in time, or that
+loses a rank, is ended whole; one that ran out of memory, or of LIMIT, is not tried again.
 """
 
 import importlib.util
@@ -34,6 +34,7 @@ from xtuner.model.flops import peak_flops, training_flops
 Record = dict[str, Any]
 PACKAGES = {"hf": "transformers", "hf-liger": "liger_kernel", "torchtitan": "torchtitan"}
 LIMIT = 300.0  # s for one peer, compilers included
+LATE = "not done in {:.0f} s"
 ENOUGH = 1.2  # times the best peer
 # What is tried of each on GPUs; (torchtitan, 7b): the second may run out of memory, and would be the faster
 CHOICES = {
@@ -73,7 +74,8 @@ def jobs(gpus: int, shapes: Sequence[str]) -> list[PeerJob]:
 
 def run(chosen: Sequence[PeerJob], results: Path, folder: Path, tiny: bool, deadline: float) -> int:
     """Do what is not in `results` yet, one after the other; returns how many failed but for want of memory."""
-    done = {PeerJob(*r["job"]) for r in runs.read(results) if "failed" not in r or r["out_of_memory"]}
+    final = (None, LATE.format(LIMIT))
+    done = {PeerJob(*r["job"]) for r in runs.read(results) if r.get("failed") in final or r.get("out_of_memory")}
     failed = 0
     for job in chosen:
         if job in done:
@@ -119,7 +121,7 @@ def measure(job: PeerJob, folder: Path, tiny: bool, limit: float) -> Record:
     if any(codes):
         text = "\n".join(log.read_text() for log in logs)
         why = re.findall(r"^.*(?:Error|error:|SystemExit|benchmarks/\S+ says).*$", text, re.MULTILINE)
-        ended = why[0] if why else f"not done in {limit:.0f} s" if max(codes) <= 0 else text.strip()[-300:]
+        ended = why[0] if why else LATE.format(limit) if max(codes) <= 0 else text.strip()[-300:]
         print(f"{job.name}: failed, see {place}\n  {ended}", flush=True)
         return record | {"failed": ended.strip(), "out_of_memory": "OutOfMemoryError" in text}
     record |= json.loads((place / "found.json").read_text())

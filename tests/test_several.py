@@ -219,9 +219,13 @@ def test_a_peer_that_fails_ends_whole(bench: Any, tmp_path: Path, capsys: pytest
     slow = peers.measure(fine, tmp_path / "work", True, 0.2)
     assert slow["failed"] == "not done in 0 s"
     assert not slow["out_of_memory"]
-    (tmp_path / "r").write_text(record(refused, failed="x", out_of_memory=True))
+    for done in ({"failed": "x", "out_of_memory": True}, {"failed": "not done in 300 s", "out_of_memory": False}, {}):
+        (tmp_path / "r").write_text(record(refused, **done))
+        assert peers.run([refused], tmp_path / "r", tmp_path / "work", True, time.monotonic() + 60) == 0
+        assert len(runs.read(tmp_path / "r")) == 1
+    (tmp_path / "r").write_text(record(refused, failed="x", out_of_memory=False))
     assert peers.run([refused, fine], tmp_path / "r", tmp_path / "work", True, time.monotonic() - 1) == 0
-    assert capsys.readouterr().out.endswith("tiny-hf-full-2 and what follows is left for another call\n")
+    assert capsys.readouterr().out.endswith("tiny-hf-selective-2 and what follows is left for another call\n")
     assert len(runs.read(tmp_path / "r")) == 1
 
 

@@ -75,18 +75,6 @@ MODELS = {
     "1.8b": Measured("1.8b", 466, 66, 643, 85, 22, 5, 48_495, 95.6e6),
     "7b": Measured("7b", 2079, 182, 1795, 187, 22 * 7.738 / 1.889, 14, 12_618, 110.7e6),  # fp32 AdamW: by parameters
 }
-# 1.8B on one H100 through each stage of DeepSpeed: (tokens a second, Σ len² of a pack of that run, its median)
-THROUGH = {
-    "zero1": (44_734, 66.2e6),
-    "zero2": (43_894, 74.1e6),
-    "zero3": (45_602, 65.5e6),
-}
-# Of these costs, passes over memory in bytes a parameter, as read: (over all parameters, over this rank's part of them)
-PASSES = {
-    "zero1": (18, 30),  # gradient to bucket, divided, flattened, cast to fp32; taken, flattened, cast, norm, clip, cast
-    "zero2": (18, 30),
-    "zero3": (30, 32),  # gathered copied twice, cast, interleaved, divided; taken, cast, norm, clip, cast
-}
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
 """Several GPUs of one host, predicted by arithmetic from one GPU's measured times (one_gpu.py). Every term is printed.
 
-    time = compute + computed again + engine's own + optimizer ÷ ranks + collectives that nothing hides
+    time = compute + computed again + copies of gradients + optimizer ÷ ranks + collectives that nothing hides
          + what hidden ones take from the compute beside them + attention of the rank with the most of it
 
 Each rank takes one pack an iteration (accumulative_counts = 1, where collectives weigh most). What is sent was read in
-torch 2.13 (FSDP2) and DeepSpeed 0.19.8, with the settings that are shipped:
+DeepSpeed 0.19.8, with the settings that are shipped:
 
-- ZeRO-1, ZeRO-2: gradients are bf16, cast to fp32 (communication_data_type) and *all-reduced* in buckets of 200 million
-  (use_multi_rank_bucket_allreduce is on by default: every rank receives all, and keeps its part). Hidden under the
-  backward (overlap_comm), but for the last bucket and the embedding. Then all weights are gathered in bf16: not hidden.
-- ZeRO-3: weights are gathered in bf16 before forward and backward; what is used again within 10⁹ parameters (head, last
-  blocks) stays. Only what the prefetch (50 million, and up to the end of a tensor) covers is taken as hidden.
-  Gradients are reduce-scattered in fp32, hidden but for the last bucket and the embedding.
+- ZeRO as `engine/zero_memory.py` chooses. Whole sums of gradients: sent once to their owners, in fp32, or in bf16 as
+  they are; then all weights are gathered in bf16; neither is hidden. DeepSpeed's own way, with each micro-batch: under
+  stage 2 gradients are cast to fp32 and *all-reduced* in buckets, hidden under the backward (overlap_comm) but for the
+  last bucket and the embedding. Under stage 3 weights are gathered in bf16 before forward and backward, what is used
+  again within 10⁹ parameters (head, last blocks) stays; gradients are reduce-scattered in fp32, hidden but for the last
+  bucket and the embedding.
 - FSDP, our own strategy: what `engine/memory.py` chooses to keep full. Full weights are gathered once an iteration,
   under the first blocks' forward; otherwise a block's before its forward and before its backward, in each micro-batch.
   Full gradients are reduce-scattered once, under the last micro-batch's backward; otherwise in each.
@@ -25,7 +25,7 @@ import torch
 from balance import Floats
 from bandwidth import bus_bytes
 from cases import PACK
-from one_gpu import GIB, MACHINES, MODELS, PASSES, THROUGH, Machine, Measured
+from one_gpu import GIB, MACHINES, MODELS, Machine, Measured
 
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory, zero_config, zero_memory
@@ -33,13 +33,11 @@ from xtuner.engine.optim import OptimWrapper
 from xtuner.model.flops import PEAK, matmul_parameters, training_flops
 from xtuner.model.plan import Plan
 
-COPIES = 3e12  # bytes a second of memory
 ENGINES = ("fsdp", "zero1", "zero2", "zero3")
 BUCKET = 200e6  # numbers: reduce_bucket_size of the shipped settings
-PREFETCH = 50e6  # numbers: stage3_prefetch_bucket_size
 REUSE = 1e9  # numbers: stage3_max_reuse_distance, DeepSpeed's default
 TERMS = (
-    "products", "attention", "elementwise, copies", "idle", "computed again", "engine", "optimizer",
+    "products", "attention", "elementwise, copies", "idle", "computed again", "gradients", "optimizer",
     "exposed", "beside hidden", "slowest rank",
 )  # fmt: skip
 
@@ -49,14 +47,14 @@ class Links:
     """How fast GPUs exchange: measured by bandwidth.py, else assumed.
 
     Assumed: what four H100 of one host reached with 1 GiB (2026-11-27, multicast off): 300 of NVLink 4's 450 GB/s each
-    way, and 50 µs before the first byte; compute beside a collective loses 39 % of its time.
+    way, and 50 µs before the first byte; compute beside a collective loses 30 % of its time.
     """
 
     measured: dict[str, Any] | None = None
 
     @property
     def slowdown(self) -> float:
-        return float(self.measured["slowdown"]) if self.measured else 0.39
+        return float(self.measured["slowdown"]) if self.measured else 0.3
 
     def ms(self, name: str, size: float, ranks: int) -> float:
         """Of a collective whose whole tensor has `size` bytes."""
@@ -79,39 +77,39 @@ class Sent:
     hidden: float
 
 
-def sent(m: Measured, engine: str, ranks: int, links: Links) -> Sent:
+def sent_by_zero(m: Measured, engine: str, ranks: int, links: Links, there: "Room") -> Sent:
     """What DeepSpeed sends in an iteration of one pack, and how much compute hides."""
-    layers, one = m.source.config.num_layers, m.ends / 2
+    layers, one, each, parts = m.source.config.num_layers, m.ends / 2, (ranks - 1) / ranks, there.parts
     share = m.block * layers / matmul_parameters(m.source.config)  # of the products; the head has the rest
     compute = (m.products * share + m.attention + m.elementwise) / layers  # ms a block, forward and backward
-    backward = compute * 0.7  # attention's is 2.5, the products' 2 forwards
+    backward = compute / parts * 0.7  # attention's is 2.5, the products' 2 forwards
 
     def gather(n: float) -> float:
         return links.ms("all_gather", 2 * n, ranks)
 
-    def scatter(n: float) -> float:
-        return links.ms("reduce_scatter", 4 * n, ranks)
+    def scatter(n: float, itemsize: int = 4) -> float:
+        return links.ms("reduce_scatter", itemsize * n, ranks)
 
     def reduce(n: float) -> float:
         return links.ms("all_reduce", 4 * n, ranks)
 
-    each = (ranks - 1) / ranks
-    if engine in ("zero1", "zero2"):
+    if there.way != "deepspeed":
+        itemsize = 4 if there.way == "fp32" else 2
+        late = scatter(m.parameters, itemsize) + gather(m.parameters)
+        return Sent((itemsize + 2) * m.parameters * each, late, 0)
+    if engine != "zero3":
         buckets = max((m.parameters - one) / BUCKET - 1, 0)
         beside = backward * BUCKET / m.block
-        late = reduce(BUCKET) + reduce(one) + gather(m.parameters) + buckets * max(0, reduce(BUCKET) - beside)
-        return Sent((8 + 2) * m.parameters * each, late, buckets * min(reduce(BUCKET), beside))
-    if engine == "zero3":
-        staying = int(max(REUSE - 2 * one, 0) / (2 * m.block)) + 1  # blocks; and the head
-        covered, fetched = _prefetched(m), layers + layers - staying
-        late = fetched * gather(m.block - covered) + 2 * gather(one)  # the embedding, first and last
-        hides = gather(covered)
-        more = layers * max(0, scatter(m.block) + hides - backward)
-        bytes_sent = 2 * (2 * m.parameters - one - staying * m.block) + 4 * m.parameters
-        late += scatter(BUCKET) + scatter(one) + more
-        hidden = fetched * hides + gather(one) + scatter(m.parameters - one - BUCKET) - more
-        return Sent(bytes_sent * each, late, hidden)
-    raise AssertionError(engine)
+        late = reduce(BUCKET) + reduce(one) + buckets * max(0, reduce(BUCKET) - beside)
+        hidden = buckets * min(reduce(BUCKET), beside)
+        return Sent((8 * parts + 2) * m.parameters * each, parts * late + gather(m.parameters), parts * hidden)
+    staying = int(max(REUSE - 2 * one, 0) / (2 * m.block)) + 1  # blocks; and the head
+    fetched, hides = layers + layers - staying, gather(m.block)
+    more = layers * max(0, scatter(m.block) + hides - backward)
+    bytes_sent = 2 * (2 * m.parameters - one - staying * m.block) + 4 * m.parameters
+    late = 2 * gather(one) + scatter(BUCKET) + scatter(one) + more  # the embedding, first and last
+    hidden = fetched * hides + gather(one) + scatter(m.parameters - one - BUCKET) - more
+    return Sent(parts * bytes_sent * each, parts * late, parts * hidden)
 
 
 def sent_by_own(m: Measured, ranks: int, links: Links, there: "Room") -> Sent:
@@ -133,17 +131,6 @@ def sent_by_own(m: Measured, ranks: int, links: Links, there: "Room") -> Sent:
     return Sent(numbers * m.parameters * (ranks - 1) / ranks, late, max(everything - late, 0))
 
 
-def _prefetched(m: Measured) -> float:
-    """Numbers of a block that ZeRO-3 gathers before they are needed: whole tensors, until there are 50 million."""
-    c, covered = m.source.config, 0.0
-    joint = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
-    ffn = c.hidden_size * c.intermediate_size
-    for tensor in (c.hidden_size * joint, c.num_heads * c.head_dim * c.hidden_size, ffn, ffn, ffn):
-        if covered < PREFETCH:
-            covered += tensor
-    return covered
-
-
 @dataclass(frozen=True)
 class Room:
     """As engine/memory.py decides: bytes of state, what blocks may keep, micro-batches that a pack is cut into."""
@@ -152,22 +139,22 @@ class Room:
     plan: Plan
     parts: int
     division: memory.Division = memory.ALL_FULL
+    way: str = ""  # in which ZeRO sums gradients
 
 
 def room(m: Measured, engine: str, ranks: int, free: float) -> Room | None:
     """None if it does not fit."""
-    optim, cpu = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), torch.device("cpu")
+    optim, mesh = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), Mesh(dp_shard=ranks, local_size=ranks)
+    way, found = "", None
     if engine == "fsdp":
-        mesh = Mesh(dp_shard=ranks, local_size=ranks)
         found = memory.of_mesh(m.source, optim, torch.device("cuda"), mesh, PACK, int(free))
-        assert found.most
-        there = Room(found.state, found.plan, -(-PACK // found.most), found.division)
-        return there if found.fits(min(found.most, PACK)) else None
-    settings = zero_config.read(f"deepspeed_{engine}")
-    state = zero_memory.zero_state(m.source, optim, cpu, ranks, settings)
-    left = int(free - state - memory.RESERVE)
-    plan = Plan(m.source.config, 2, max(left, 0))
-    return Room(state, plan, 1) if plan.peak(PACK) <= left else None
+    else:  # on a CPU PyTorch's AdamW has the same states, and needs no GPU to be asked
+        settings = zero_config.read(f"deepspeed_{engine}")
+        found = zero_memory.of_zero(m.source, optim, torch.device("cpu"), mesh, settings, PACK, int(free))
+        way = found.way
+    assert found.most
+    there = Room(found.state, found.plan, -(-PACK // found.most), found.division, way)
+    return there if found.fits(min(found.most, PACK)) else None
 
 
 def again(m: Measured, there: Room) -> float:
@@ -186,21 +173,15 @@ def again(m: Measured, there: Room) -> float:
     return total
 
 
-def engines_own(m: Measured, engine: str, ranks: int, slower: float, parts: int, division: memory.Division) -> float:
-    """ms that an engine costs beside compute, optimizer and collectives: 1.8B's on one GPU, by parameters; once for
-    each part of a pack."""
-    if engine == "fsdp":  # sums of rows, where they are added up in each micro-batch: read both, write one
-        rows = 0 if division.gradients else 12 * m.parameters / ranks
-        return 1000 * parts * rows / COPIES * slower
-    small = MODELS["1.8b"]
-    there = room(small, engine, 1, MACHINES["H100"].free)
-    assert there
-    tokens_per_s, squares = THROUGH[engine]
-    compute = small.fixed + small.a + small.b * squares
-    cost = 1000 * PACK / tokens_per_s - compute - again(small, there)
-    everywhere, mine = PASSES[engine]
-    left = (everywhere + mine / ranks) / (everywhere + mine)
-    return cost * left * slower * parts * m.parameters / small.parameters
+def copies(m: Measured, ranks: int, there: Room) -> float:
+    """ms of an H100's memory that sums of gradients take beside the products that make them, by arithmetic."""
+    if not there.way:  # sums of rows, where they are added up in each micro-batch: read both, write one
+        moved = 0 if there.division.gradients else 12 * m.parameters / ranks * there.parts
+    elif there.way == "deepspeed":
+        moved = zero_memory.COPIED * m.parameters * there.parts
+    else:  # to the buckets that are sent
+        moved = (12 if there.way == "fp32" else 6) * m.parameters
+    return 1000 * moved / zero_memory.COPYING
 
 
 @dataclass(frozen=True)
@@ -229,7 +210,7 @@ def predict(m: Measured, machine: Machine, engine: str, ranks: int, squares: Flo
     if there is None:
         return None
     own = engine == "fsdp"
-    collectives = sent_by_own(m, ranks, links, there) if own else sent(m, engine, ranks, links)
+    collectives = sent_by_own(m, ranks, links, there) if own else sent_by_zero(m, engine, ranks, links, there)
     each = squares[: len(squares) // ranks * ranks].reshape(-1, ranks)
     slowest = float(each.max(axis=1).mean())
     values = (
@@ -238,7 +219,7 @@ def predict(m: Measured, machine: Machine, engine: str, ranks: int, squares: Flo
         (m.elementwise + m.copies) * machine.slower,
         m.idle,
         again(m, there),
-        engines_own(m, engine, ranks, machine.slower, there.parts, there.division),
+        copies(m, ranks, there) * machine.slower,
         m.optimizer * machine.slower / ranks,
         collectives.exposed,
         links.slowdown * collectives.hidden,

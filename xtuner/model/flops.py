@@ -29,7 +29,7 @@ def _biases(c: DecoderConfig) -> int:
     return c.num_layers * one_layer if c.attention_bias else 0
 
 
-def training_flops(c: DecoderConfig, tokens: int, attention_pairs: int) -> float:
+def training_flops(c: DecoderConfig, tokens: int, attention_pairs: float) -> float:
     """FLOPs of forward and backward over `tokens` tokens whose documents have Σ len² = `attention_pairs`."""
     return 6.0 * matmul_parameters(c) * tokens + 6.0 * c.num_layers * c.num_heads * c.head_dim * attention_pairs
 

@@ -105,7 +105,7 @@ class Iteration:
     applied: bool
     num_targets: int
     num_tokens: int  # of this rank
-    attention_pairs: int  # of this rank, Σ len²
+    attention_pairs: float  # Σ len² of a rank's packs, the mean of all ranks
     data_time: float  # s this rank waited for packs
     record: dict[str, Any] = field(default_factory=dict)
 

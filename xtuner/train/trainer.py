@@ -256,7 +256,7 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
         data_time = time.perf_counter() - begin
         # at least one iteration is done; all that ranks have to agree on for the next goes in one message
         stops = run.state.iteration > begun_at and stop.requested(run.saver.save_time)
-        counted = [stops, sum(b.num_targets for b in batch)]
+        counted = [stops, sum(b.num_targets for b in batch), sum(b.attention_pairs for b in batch)]
         counts, parts = run.mesh.ranks.sums_and_most(counted, run.strategy.parts(batch))
         if counts[0]:
             return _stopped(run, stop)
@@ -273,7 +273,7 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
             applied=applied,
             num_targets=num_targets,
             num_tokens=sum(b.num_tokens for b in batch),
-            attention_pairs=sum(b.attention_pairs for b in batch),
+            attention_pairs=counts[2] / run.mesh.dp_size,
             data_time=data_time,
         )
         if not applied:

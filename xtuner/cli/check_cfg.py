@@ -17,10 +17,10 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.train import preflight
 
     config = load(args.config, args.cfg_options)
-    hooks = preflight.settings(config)
+    parts = preflight.settings(config)
     here = device()
     work_dir = preflight.work_dir_of(None, config)
-    run = preflight.prepare(config, hooks, work_dir, here, None, Mesh(), only_look=True)
+    run = preflight.prepare(config, parts.hooks, work_dir, here, None, Mesh(), only_look=True)
     notes = list(run.make_schedule().remarks(run.max_iterations))
     print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))
     for note in notes:

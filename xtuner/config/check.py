@@ -177,7 +177,7 @@ def _train_cfg(config: Config) -> Iterator[ConfigError]:
 
 def _not_specs(config: Config) -> Iterator[ConfigError]:
     wanted = {key: config.get(key) for key in BUILT}
-    for name in ("default_hooks", "custom_hooks", "param_scheduler"):
+    for name in ("default_hooks", "custom_hooks", "trackers", "param_scheduler"):
         parts = config.get(name)
         if not parts:
             continue

@@ -6,7 +6,7 @@ from xtuner.config.adapter import Only
 REQUIRED = ("model", "train_dataloader", "optim_wrapper", "train_cfg")
 OPTIONAL = (
     "custom_hooks", "default_hooks", "load_from", "log_level", "param_scheduler", "randomness", "resume", "tokenizer",
-    "val_dataset", "val_interval", "work_dir",
+    "trackers", "val_dataset", "val_interval", "work_dir",
 )  # fmt: skip
 # Settings of which only some values are built or make sense
 ONLY = {

@@ -10,7 +10,7 @@ from xtuner.config.old_names import kind_of
 
 ROOTS = (
     "tokenizer", "model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "default_hooks",
-    "custom_hooks", "val_dataset", "visualizer",
+    "custom_hooks", "trackers", "val_dataset", "visualizer",
 )  # fmt: skip
 
 

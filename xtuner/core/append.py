@@ -54,6 +54,12 @@ class AppendFile:
                 os.ftruncate(self._fd, size)
             raise
 
+    def close_and_report(self) -> None:
+        """Close, and say how many records were lost."""
+        self.close()
+        if self.lost:
+            self._report(f"{self.lost} records of {self.path} were lost")
+
     def close(self) -> None:
         if self._fd is not None:
             with contextlib.suppress(OSError):

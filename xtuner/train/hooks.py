@@ -116,7 +116,7 @@ class LoggerHook(Hook):
             record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
             record["memory"] = memory_in_use(run.strategy.device)
             record["tokens"] = it.state.packs * run.loader.dataset.packed_length
-            run.metrics.write(record)  # before the line, so that a reader of the line finds the record
+            run.metrics.log(record)  # before the line, so that a reader of the line finds the record
             logger.info(log_line(record, last))
             self._averages.restart()
 
@@ -217,7 +217,7 @@ class ValidationHook(Hook):
         results = evaluate(run.strategy.model, self.documents, self.max_length, quiet=True, ranks=run.mesh.ranks)
         shown = ", ".join(f"{r.name} {r.loss:.4f}" for r in results)
         logger.info(f"validation at iteration {run.state.iteration}: {shown}")
-        run.metrics.write({"iter": run.state.iteration, "val_loss": results[-1].loss})
+        run.metrics.log({"iter": run.state.iteration, "val_loss": results[-1].loss})
 
 
 class DatasetInfoHook(Hook):

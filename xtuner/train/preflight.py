@@ -25,7 +25,6 @@ import torch
 from xtuner.config.build import build, resolve_type, type_name
 from xtuner.config.check import problems
 from xtuner.config.config import Config
-from xtuner.config.legacy import PRIORITIES
 from xtuner.config.mistakes import Findings, naming, together
 from xtuner.config.paths import named_models
 from xtuner.config.walk import specs, walked
@@ -48,6 +47,7 @@ from xtuner.model.weights import check as check_weights
 from xtuner.train import lock
 from xtuner.train.checkpoint import TRAINER
 from xtuner.train.hooks import ValidationHook
+from xtuner.train.parts import Parts, build_parts, priority_of
 from xtuner.train.run import Hook, Run
 
 DATASET, SAMPLER = "train_dataloader.dataset", "train_dataloader.sampler"
@@ -58,8 +58,8 @@ NEEDED = {  # what a user's own must have, too
 }  # fmt: skip
 
 
-def settings(config: Config, paths: bool = True) -> list[Hook]:
-    """Check the config alone, and build its hooks: their constructors may refuse, too.
+def settings(config: Config, paths: bool = True) -> Parts:
+    """Check the config alone, and build its hooks and trackers: their constructors may refuse, too.
 
     Args:
         paths: look, too, whether the folders and files that it names are there.
@@ -67,36 +67,9 @@ def settings(config: Config, paths: bool = True) -> list[Hook]:
     if wrong := problems(config, paths):
         raise together(wrong)
     found = Findings(config)
-    hooks = []
-    parts = [(f"default_hooks.{k}", spec) for k, spec in (config.get("default_hooks") or {}).items()]
-    parts += [(f"custom_hooks.{i}", spec) for i, spec in enumerate(config.get("custom_hooks") or [])]
-    for key, spec in parts:
-        with found.looking(key):
-            hook = build(spec, key)
-            if not isinstance(hook, Hook):
-                raise ConfigError(
-                    f"{type_name(spec['type'])} is not a hook",
-                    where=key,
-                    why="the trainer calls methods of xtuner.train.hooks.Hook",
-                    do="derive the class from it: from xtuner.train.hooks import Hook",
-                )
-            _priority(hook)
-            hooks.append(hook)
+    parts = build_parts(config, found)
     found.check()
-    return hooks
-
-
-def _priority(hook: Hook) -> float:
-    """The number by which hooks are sorted; a class made for mmengine may give its name. Raises: ConfigError."""
-    value: Any = hook.priority
-    number = PRIORITIES.get(value.upper()) if isinstance(value, str) else value
-    if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
-        raise ConfigError(
-            f"{type(hook).__name__}.priority = {value!r} is neither a number nor one of {', '.join(PRIORITIES)}",
-            why="hooks are called in the order of their priorities, the lowest number first",
-            do=f"leave it out for {Hook.priority}; hooks of ours measure at 10 to 20, log at 80, save at 90",
-        )
-    return number
+    return parts
 
 
 def prepare(
@@ -233,7 +206,7 @@ def assemble(
         with naming(config, "val_dataset", *_data_keys(config, "val_dataset")):
             held_out: TokenizedFolder = build(config.values["val_dataset"], "val_dataset")
         hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
-    hooks.sort(key=_priority)
+    hooks.sort(key=priority_of)
     max_epochs = config.values["train_cfg"]["max_epochs"]
     run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs, mesh)
     run.plan()

@@ -15,9 +15,9 @@ from xtuner.engine.choose import Choice
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.schedule import Schedule
 from xtuner.model.source import ModelSource
-from xtuner.train.metrics import MetricWriter
 from xtuner.train.saver import Saver
 from xtuner.train.state import TrainState
+from xtuner.train.trackers import Trackers
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Run:
     schedule: Schedule = field(init=False)  # made when it is known what an iteration is: a resume may change that
     choice: Choice = field(init=False)  # which strategy it will be
     strategy: Strategy = field(init=False)
-    metrics: MetricWriter = field(init=False)
+    metrics: Trackers = field(init=False)
     saver: Saver = field(init=False)
     log: Path = field(init=False)  # of this rank
 

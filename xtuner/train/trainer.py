@@ -36,13 +36,15 @@ from xtuner.engine.watch import Watch
 from xtuner.train import history, preflight
 from xtuner.train.advice import interrupted, out_of_memory
 from xtuner.train.lock import WorkDirLock
-from xtuner.train.metrics import MetricWriter
 from xtuner.train.report import environment, report
 from xtuner.train.resume import Found, find, take
 from xtuner.train.run import Iteration, Run
 from xtuner.train.saver import Saver
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
+from xtuner.train.trackers import Tracker, Trackers
+from xtuner.train.trackers.json_lines import JsonLines
+from xtuner.train.trackers.tensorboard import TensorBoard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +73,14 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
     mesh = arrange(options.fsdp)
     ranks = mesh.ranks
     log.setup(rank=ranks.rank)
-    hooks = ranks.together(lambda: preflight.settings(config))
+    parts = ranks.together(lambda: preflight.settings(config))
     tell(config)
     if config.get("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(bool(config.get("randomness.deterministic")))  # attention is chosen by it
     log.setup(config.get("log_level", "INFO"), rank=ranks.rank)
     ranks.on_main(lambda: preflight.command_line(work_dir, options.seed, options.max_minutes))
-    run = preflight.prepare(config, hooks, work_dir, device, options.seed, mesh)
+    run = preflight.prepare(config, parts.hooks, work_dir, device, options.seed, mesh)
     how, pack = (options.deepspeed, options.fsdp, mesh), run.loader.dataset.packed_length
     run.choice = ranks.together(lambda: choose(run.source, run.optim, device, *how, pack))
     ranks.together(lambda: run.source.require(device, run.optim.compute_dtype(device)))
@@ -94,7 +96,7 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
         logger.addHandler(early)
         ranks.on_main(lambda: _take_work_dir(work_dir, at_the_end))
         found = _find(run, options)
-        _open_log(run, at_the_end)
+        _open_log(run, parts.trackers, at_the_end)
         early.into_log()
         stop = Stop(work_dir, ranks, options.max_minutes)
         if watch:
@@ -187,7 +189,7 @@ def _take_work_dir(work_dir: Path, at_the_end: contextlib.ExitStack) -> None:
         recover(work_dir, "last_checkpoint")
 
 
-def _open_log(run: Run, at_the_end: contextlib.ExitStack) -> None:
+def _open_log(run: Run, trackers: list[Tracker], at_the_end: contextlib.ExitStack) -> None:
     """In the work dir a folder for this start: logs, metrics, environment, config as written and resolved."""
     ranks = run.mesh.ranks
     folder = Path(ranks.on_main(lambda: str(_make_folder(run))))
@@ -195,8 +197,9 @@ def _open_log(run: Run, at_the_end: contextlib.ExitStack) -> None:
     name = f"{folder.name}.log" if ranks.is_main else f"rank_{ranks.rank:05d}.log"
     run.log = folder / name
     log.setup(run.config.get("log_level", "INFO"), run.log, ranks.rank)
-    run.metrics = MetricWriter(folder / "vis_data" if ranks.is_main else None)
+    run.metrics = Trackers([JsonLines(), TensorBoard(), *trackers] if ranks.is_main else [])
     at_the_end.callback(run.metrics.close)
+    run.metrics.begin(folder, run.config.resolved())
     run.saver = Saver(run.work_dir, ranks)
     at_the_end.callback(run.saver.close)
 

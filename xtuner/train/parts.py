@@ -1,0 +1,62 @@
+"""What a config adds to a run and needs nothing of it to be built: hooks, trackers."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from xtuner.config.build import build, type_name
+from xtuner.config.config import Config
+from xtuner.config.legacy import PRIORITIES
+from xtuner.config.mistakes import Findings
+from xtuner.core.errors import ConfigError
+from xtuner.train.run import Hook
+from xtuner.train.trackers import Tracker
+
+T = TypeVar("T")
+
+
+class Parts(NamedTuple):
+    hooks: list[Hook]
+    trackers: list[Tracker]
+
+
+def build_parts(config: Config, found: Findings) -> Parts:
+    """Mistakes go to `found`, whose `check` raises them."""
+    hooks, trackers = [], []
+    named = [(f"default_hooks.{k}", spec) for k, spec in (config.get("default_hooks") or {}).items()]
+    for name in ("custom_hooks", "trackers"):
+        named += [(f"{name}.{i}", spec) for i, spec in enumerate(config.get(name) or [])]
+    for key, spec in named:
+        with found.looking(key):
+            part = build(spec, key)
+            if key.startswith("trackers."):
+                trackers.append(_require(part, Tracker, "a tracker", "xtuner.train.trackers", key, spec))
+            else:
+                hook = _require(part, Hook, "a hook", "xtuner.train.hooks", key, spec)
+                priority_of(hook)
+                hooks.append(hook)
+    return Parts(hooks, trackers)
+
+
+def _require(part: Any, base: type[T], what: str, module: str, key: str, spec: Mapping[str, Any]) -> T:
+    if isinstance(part, base):
+        return part
+    raise ConfigError(
+        f"{type_name(spec['type'])} is not {what}",
+        where=key,
+        why=f"the trainer calls methods of {module}.{base.__name__}",
+        do=f"derive the class from it: from {module} import {base.__name__}",
+    )
+
+
+def priority_of(hook: Hook) -> float:
+    """The number by which hooks are sorted; a class made for mmengine may give its name. Raises: ConfigError."""
+    value: Any = hook.priority
+    number = PRIORITIES.get(value.upper()) if isinstance(value, str) else value
+    if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
+        raise ConfigError(
+            f"{type(hook).__name__}.priority = {value!r} is neither a number nor one of {', '.join(PRIORITIES)}",
+            why="hooks are called in the order of their priorities, the lowest number first",
+            do=f"leave it out for {Hook.priority}; hooks of ours measure at 10 to 20, log at 80, save at 90",
+        )
+    return number

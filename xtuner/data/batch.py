@@ -90,8 +90,9 @@ class Batch:
         """
         if count == 1:
             return [self]
-        groups = distribute(self.cu_seqlens.diff().tolist(), count)
-        parts = [self._part(group) for group in groups if group]
+        lengths = self.cu_seqlens.diff().tolist()
+        groups = distribute(lengths, count)
+        parts = [self._part(group) for group in groups if any(lengths[i] for i in group)]  # documents may be empty
         parts.sort(key=lambda part: -part.attention_pairs)
         return parts + [self._idle()] * (count - len(parts))
 

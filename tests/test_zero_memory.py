@@ -32,7 +32,7 @@ def wrapper(**given: Any) -> OptimWrapper:
     return OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", **given)
 
 
-def chosen(name: str, stage: int, ranks: int, free: int = FREE, recompute: bool = True, **given: Any) -> ZeroMemory:
+def chosen(name: str, stage: int | str, ranks: int, free: int = FREE, recompute: bool = True, **given: Any) -> ZeroMemory:
     model, optim = source(name, recompute), wrapper(**given)
     settings = zero_config.prepare(f"deepspeed_zero{stage}", model, optim, CPU, ranks)
     return zero_memory.of_zero(model, optim, CPU, Mesh(dp_shard=ranks, local_size=ranks), settings, PACK, free)
@@ -95,8 +95,31 @@ def test_sizes_of_buckets_that_the_json_leaves_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "full", "message"), [(3, "all", "ZeRO-3 can do"), (1, "weights", "one of all"), (2, "blocks", "all, wei")]
+    ("stage", "full", "message"),
+    [
+        ("3", "all", "ZeRO-3 can do"),
+        ("1", "weights", "one of all"),
+        ("2", "blocks", "all, weights"),
+        ("2_offload", "all", "ZeRO-2 can do with offload"),
+    ],
 )
-def test_what_a_stage_cannot_keep_full(stage: int, full: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_what_a_stage_cannot_keep_full(stage: str, full: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
         chosen("7B", stage, 4, full=full)
+    assert message in str(error.value)
+
+
+def test_sums_of_micro_batches_that_deepspeed_sends_are_as_named(tmp_path: Path) -> None:
+    def sums(stage: str, **given: Any) -> Any:
+        settings = zero_config.prepare(stage, source("7B"), wrapper(**given), CPU, 4)
+        return settings["data_types"]["grad_accum_dtype"]
+
+    for stage in ("2", "2_offload", "3"):
+        full = None if stage == "3" else "weights"
+        assert sums(f"deepspeed_zero{stage}", full=full) == "fp32"
+        assert sums(f"deepspeed_zero{stage}", full=full, sums="bf16") == "bf16"
+    coarse = zero_config.read("deepspeed_zero2") | {"data_types": {"grad_accum_dtype": "bf16"}}
+    (tmp_path / "coarse.json").write_text(json.dumps(coarse))
+    assert sums(str(tmp_path / "coarse.json"), full="weights") == "bf16"
+    with pytest.raises(ConfigError, match="with sums in bf16"):  # those of whole gradients are ours
+        sums(str(tmp_path / "coarse.json"), full="all")

@@ -181,20 +181,21 @@ def _set_sums(found: dict[str, Any], optim: OptimWrapper, bf16: bool, where: str
             why="one of them would be followed without a word",
             do='set it to "auto" in the JSON, or change optim_wrapper.sums',
         )
-    full = {1: ("all",), 2: ("all", "weights"), 3: ("blocks",)}.get(stage, ())
+    offload = (_of(found, "zero_optimization.offload_optimizer.device") or "none") != "none"
+    by_deepspeed = "with offload" if offload else "with sums in bf16" if bf16 and wanted == "bf16" else ""
+    full = {1: ("all",), 2: ("weights",) if by_deepspeed else ("all", "weights"), 3: ("blocks",)}.get(stage, ())
     if optim.full and optim.full not in full:
         raise ConfigError(
-            f'full = "{optim.full}" is not what ZeRO-{stage} can do',
+            f'full = "{optim.full}" is not what ZeRO-{stage} can do {by_deepspeed}'.rstrip(),
             where=f"optim_wrapper.full; {where}: zero_optimization.stage",
             do=f"take one of {', '.join(full)}, or leave it out" if full else "leave it out",
         )
-    offload = (_of(found, "zero_optimization.offload_optimizer.device") or "none") != "none"
     if not bf16 or not stage:
         return
     # of stage 1 DeepSpeed knows fp32 with offload alone; else zero_sums.py sums, in stage 2 where memory allows
     if stage > 1 or offload or wanted == "bf16":
-        by_whom = wanted or (optim.sums if stage == 3 or offload else None)
-        found["data_types"] = {"grad_accum_dtype": by_whom or "fp32"}
+        by_name = optim.sums if stage == 3 or offload or optim.full == "weights" else None
+        found["data_types"] = {"grad_accum_dtype": wanted or by_name or "fp32"}
 
 
 def without_effect(settings: dict[str, Any]) -> list[str]:

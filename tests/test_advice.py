@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
@@ -17,7 +18,10 @@ from test_train import records, with_hook
 
 from xtuner.config.load import load
 from xtuner.dist.mesh import Mesh
+from xtuner.engine import zero_memory
+from xtuner.engine.adamw import FORMS
 from xtuner.engine.choose import choose
+from xtuner.model.plan import Plan
 from xtuner.train import preflight
 from xtuner.train.advice import _line, out_of_memory
 
@@ -106,6 +110,17 @@ def test_a_7b_model_on_8_gpus(
         f"{start} {engine} --cfg-options a=b --cfg-options max_length=4096 accumulative_counts=4",
     ]
     assert len(re.findall(r"# \d+\.\d\d GiB of state a GPU", str(error))) == len(more)
+    run.optim.full = "all"  # what another stage, or sums by DeepSpeed, would refuse is taken back
+    run.strategy = SimpleNamespace(memory=zero_memory.ZeroMemory(0, Plan(run.source.config, 2), 8200))  # type: ignore
+    full = {"zero2": "weights"} | dict.fromkeys(("zero1", "zero2_offload", "zero3", "zero3_offload"))
+    found = commands(str(out_of_memory(run, words, choice, torch.OutOfMemoryError("CUDA out of memory"))))
+    smaller = [f"{start} {engine} --cfg-options a=b --cfg-options optim_wrapper.micro_batch=4096 --resume auto"]
+    again = "--cfg-options a=b --deepspeed deepspeed_"
+    assert found[1:-1] == (smaller if zero else []) + [
+        f"{start} {again}{name} --cfg-options optim_wrapper.full={full[name]} --resume auto" for name in more
+    ]
+    run.optim.states = FORMS["split"]  # not with DeepSpeed
+    assert len(commands(str(out_of_memory(run, words, choice, torch.OutOfMemoryError("CUDA"))))) == 2 + bool(zero)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ def wrapper(**given: Any) -> OptimWrapper:
     return OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", **given)
 
 
-def chosen(name: str, stage: int | str, ranks: int, free: int = FREE, recompute: bool = True, **given: Any) -> ZeroMemory:
+def chosen(
+    name: str, stage: int | str, ranks: int, free: int = FREE, recompute: bool = True, **given: Any
+) -> ZeroMemory:
     model, optim = source(name, recompute), wrapper(**given)
     settings = zero_config.prepare(f"deepspeed_zero{stage}", model, optim, CPU, ranks)
     return zero_memory.of_zero(model, optim, CPU, Mesh(dp_shard=ranks, local_size=ranks), settings, PACK, free)

@@ -1,5 +1,6 @@
 """What to do when a run has ended early, as command lines that can be run as they are."""
 
+import copy
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,6 +14,7 @@ from xtuner.dist.mesh import Mesh
 from xtuner.engine import zero_config, zero_memory
 from xtuner.engine.adamw import FORMS
 from xtuner.engine.choose import Choice
+from xtuner.engine.memory import LEAST
 from xtuner.engine.strategies.out_of_memory import OutOfMemory
 from xtuner.model.flops import num_parameters
 from xtuner.train.run import Run
@@ -24,6 +26,8 @@ ENGINES = (
     "deepspeed_zero3",
     "deepspeed_zero3_offload",
 )
+# `optim_wrapper.full` with each; without it stage 2 sums whole gradients, where there is memory at the start
+FULL = dict.fromkeys(ENGINES) | {"deepspeed_zero2": "weights"}
 OPTIONS = ("--deepspeed", "--fsdp", "--resume")  # replaced, not repeated
 SHORTEST = 2048  # tokens of a pack below which shorter ones are no advice
 
@@ -71,10 +75,15 @@ def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, s
     if not run.source.recompute and config.get("model.llm") is None:
         again = ["--cfg-options", "model.activation_checkpointing=True", *resume]
         yield _line(words, again, run.mesh), "computes each block again in the backward; the same result"
+    tokens = run.loader.dataset.packed_length
+    if choice.deepspeed and hasattr(run, "strategy"):  # our own has tried it
+        half = min(run.strategy.memory.most or tokens, tokens) // 2
+        if half >= LEAST:
+            smaller = ["--cfg-options", f"optim_wrapper.micro_batch={half}", *resume]
+            yield _line(words, smaller, run.mesh), "micro-batches half as long, if documents are; the same result"
     for name, state in _leaner(run, choice):
         slower = "; slower: the optimizer steps on the CPU" if "offload" in name else ""
-        # or stage 2 sums whole gradients, where there is memory at the start
-        lean = ["--cfg-options", "optim_wrapper.full=weights"] if name == "deepspeed_zero2" else []
+        lean = ["--cfg-options", f"optim_wrapper.full={FULL[name]}"] if FULL[name] != run.optim.full else []
         yield (
             _line(words, ["--deepspeed", name, *lean, *resume], run.mesh),
             f"{human_bytes(state)} of state a GPU{slower}",
@@ -94,10 +103,14 @@ def _advice(run: Run, words: list[str], choice: Choice) -> Iterator[tuple[str, s
 
 def _leaner(run: Run, choice: Choice) -> Iterator[tuple[str, int]]:
     """Settings of DeepSpeed's that need less, and bytes of state a GPU: those after the present ones, or all."""
+    if run.optim.states is not FORMS["fp32"] or run.source.adapter:
+        return  # not with DeepSpeed
     at = ENGINES.index(choice.deepspeed) + 1 if choice.deepspeed in ENGINES else 0
+    optim = copy.copy(run.optim)
     for name in ENGINES[at:]:
+        optim.full = FULL[name]
         # by arithmetic alone: the GPU is full
-        state = zero_memory.zero_state(run.source, run.optim, run.device, run.mesh.size, zero_config.read(name))
+        state = zero_memory.zero_state(run.source, optim, run.device, run.mesh.size, zero_config.read(name))
         if state < 0.9 * choice.state or (at and state <= choice.state):
             yield name, state
 

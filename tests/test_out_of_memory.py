@@ -27,10 +27,11 @@ from xtuner.core import dist
 from xtuner.core.dist import Ranks
 from xtuner.core.log import logger
 from xtuner.data.batch import Batch
+from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.memory import DIVISIONS, Memory
 from xtuner.engine.strategies import divided
-from xtuner.engine.strategies.out_of_memory import OutOfMemory, smaller
+from xtuner.engine.strategies.out_of_memory import Failure, OutOfMemory, agree_on_smaller, smaller
 from xtuner.model.ops.functions import NOTHING
 from xtuner.model.ops.sums import GradientSum
 from xtuner.model.plan import Plan
@@ -272,6 +273,17 @@ def test_sizes_go_down_until_nothing_is_left() -> None:
         sizes = [m.most for m in steps(Memory(0, Plan(config, 2, room)), half)]
         assert sizes == [None, 24576, 18432, 13824, 10368, 7776, 5832, 4374, 4096]
         assert len(steps(Memory(0, Plan(config, 2, room)), lambda _: (32768,))) == 1
+
+
+def test_after_a_long_document_what_did_not_fit_is_cut() -> None:
+    """The document was larger, but fitted: it kept nothing."""
+    config = from_scratch(vocab_size=401, hidden_size=64, intermediate_size=120, num_hidden_layers=2,
+                          num_attention_heads=4).config  # fmt: skip
+    now, long, others = Memory(0, Plan(config, 2, 0), 8192), pack(0, (30000,)), pack(1, (2048,) * 4)
+    assert smaller(now, long) is None
+    assert agree_on_smaller(now, Failure(long, others, ""), Mesh())[0].most == 6144
+    with pytest.raises(OutOfMemory):
+        agree_on_smaller(now, Failure(long, long, ""), Mesh())
 
 
 def fail(run: Any) -> None:

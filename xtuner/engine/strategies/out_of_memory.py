@@ -29,10 +29,11 @@ class OutOfMemory(MemoryError):
 
 @dataclass(frozen=True)
 class Failure:
-    """The largest of the micro-batches at which this rank's memory ran out, and what the error says. Not the error
+    """Of the micro-batches up to the one at which this rank's memory ran out, and what the error says. Not the error
     itself: its traceback holds the graph."""
 
-    piece: Batch
+    largest: Batch
+    last: Batch
     text: str
 
 
@@ -78,8 +79,9 @@ def agree_on_smaller(now: Memory, failure: Failure | None, mesh: Mesh) -> tuple[
     """
     mine = None
     if failure:
-        found = smaller(now, failure.piece)
-        mine = [failure.text, failure.piece.num_tokens, found and [found.most, found.plan.room]]
+        # a long document may have fitted, and what comes after it not
+        found = smaller(now, failure.largest) or smaller(now, failure.last)
+        mine = [failure.text, failure.largest.num_tokens, found and [found.most, found.plan.room]]
     heard = mesh.ranks.gather(mine) if mesh.size > 1 else [mine]
     failures = {rank: message for rank, message in enumerate(heard) if message}
     after = now

@@ -117,7 +117,7 @@ class ShardedStrategy(StatefulStrategy):
             if not is_out_of_memory(e) or isinstance(e, torch.distributed.DistError):
                 raise
             begun = pieces[: len(pieces) - divided.to_come] or pieces[:1]
-            failure = Failure(max(begun, key=lambda p: p.num_tokens), str(e))
+            failure = Failure(max(begun, key=lambda p: p.num_tokens), begun[-1], str(e))
         if failure:
             drop_graph()
             divided.abandon()

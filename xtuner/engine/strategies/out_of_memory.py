@@ -39,7 +39,7 @@ class Failure:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA's allocator, CUDA itself (pinned memory, libraries), or the host's allocator."""
-    words = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    words = ("out of memory", "can't allocate memory", "std::bad_alloc", "STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(w in str(error) for w in words)
     )

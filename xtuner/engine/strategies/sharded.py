@@ -68,6 +68,7 @@ class ShardedStrategy(StatefulStrategy):
         self._refresh()
         self._has_targets = self._finite = False
         self._norm = 0.0  # of the last iteration's gradients
+        self._total = torch.zeros(2, device=device)  # of `_attempt`: made once, before memory can run out
 
     @property
     def model(self) -> CausalLM:
@@ -102,7 +103,7 @@ class ShardedStrategy(StatefulStrategy):
         """Forward and backward of micro-batches. Returns [this rank's part of the loss, 1 where its memory ran out], on
         the device; in that case gradients are of no use on any rank."""
         divided, failure = self._divided, None
-        total = torch.zeros(2, device=self.device)
+        total = self._total.zero_()
 
         def backward(loss: torch.Tensor) -> None:
             loss.backward()

@@ -19,7 +19,7 @@ help:
 	@echo "make llamacpp  fetch llama.cpp's converter to GGUF and build its tokenizer (77 MB, a minute), which a test runs; skipped without"
 	@echo "make mmengine  fetch mmengine 0.10.7 (15 MB), whose learning rates a test compares ours with; skipped without"
 	@echo "make bench-table  what benchmarks/train.py has measured on this machine's GPU"
-	@echo "make bench-several  on a host with several GPUs: collectives, speed beside the prediction and peers, faults (what is done is kept)"
+	@echo "make bench-several  on a host with several GPUs: collectives, speed next to the prediction and peers, faults (what is done is kept)"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare what they say with ours (minutes)"
 	@echo "make fuzz  odd inputs for every reader of foreign bytes, FUZZ_SECONDS=600 for each (TARGET=name for one); finds are kept in fuzz-finds"
 	@echo "make bench-data  measure the data path; beside megatron-core with PEER=python-that-has-it (FOLDER keeps the data)"

@@ -71,7 +71,7 @@ class Peer:
     model: nn.Module
     loss: Callable[[Batch], torch.Tensor]
     rename: Callable[[Weights], Weights] = lambda weights: weights  # of the llama layout, by the model's own names
-    adds_up: bool = False  # gradients of several ranks, which FSDP averages by itself
+    adds_up: bool = False  # gradients of several ranks, which FSDP averages by default
 
     def start(self, shape: DecoderConfig) -> None:
         """Give the model the random weights that ours starts from, one tensor at a time."""

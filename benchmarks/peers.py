@@ -1,4 +1,4 @@
-"""Peers on several GPUs of one host, on the packs of `xtuner train` there, beside what `runs.py` found of ours.
+"""Peers on several GPUs of one host, on the packs of `xtuner train` there, next to what `runs.py` found of ours.
 
 A process for each GPU, which takes pack order[i · N + rank] in iteration i, runs peer.py's loop with the state sharded
 by FSDP2, at ours' learning rates and from ours' weights: losses must be ours. A peer that does not end in time, or that

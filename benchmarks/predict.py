@@ -38,7 +38,7 @@ BUCKET = 200e6  # numbers: reduce_bucket_size of the shipped settings
 REUSE = 1e9  # numbers: stage3_max_reuse_distance, DeepSpeed's default
 TERMS = (
     "products", "attention", "elementwise, copies", "idle", "computed again", "gradients", "optimizer",
-    "exposed", "beside hidden", "slowest rank",
+    "exposed", "slowed by hidden", "slowest rank",
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ class Links:
     """How fast GPUs exchange: measured by bandwidth.py, else assumed.
 
     Assumed: what four H100 of one host reached with 1 GiB (2026-11-27, multicast off): 300 of NVLink 4's 450 GB/s each
-    way, and 50 µs before the first byte; compute beside a collective loses 30 % of its time.
+    way, and 50 µs before the first byte; compute during a collective loses 30 % of its time.
     """
 
     measured: dict[str, Any] | None = None
@@ -99,9 +99,9 @@ def sent_by_zero(m: Measured, engine: str, ranks: int, links: Links, there: "Roo
         return Sent((itemsize + 2) * m.parameters * each, late, 0)
     if engine != "zero3":
         buckets = max((m.parameters - one) / BUCKET - 1, 0)
-        beside = backward * BUCKET / m.block
-        late = reduce(BUCKET) + reduce(one) + buckets * max(0, reduce(BUCKET) - beside)
-        hidden = buckets * min(reduce(BUCKET), beside)
+        meanwhile = backward * BUCKET / m.block  # ms that compute takes until the next bucket
+        late = reduce(BUCKET) + reduce(one) + buckets * max(0, reduce(BUCKET) - meanwhile)
+        hidden = buckets * min(reduce(BUCKET), meanwhile)
         return Sent((8 * parts + 2) * m.parameters * each, parts * late + gather(m.parameters), parts * hidden)
     staying = int(max(REUSE - 2 * one, 0) / (2 * m.block)) + 1  # blocks; and the head
     fetched, hides = layers + layers - staying, gather(m.block)
@@ -154,7 +154,7 @@ def room(m: Measured, engine: str, ranks: int, free: float) -> Room | None:
         way = found.way
     assert found.most
     there = Room(found.state, found.plan, -(-PACK // found.most), found.division, way)
-    return there if found.fits(min(found.most, PACK)) else None
+    return there if found.fits(found.tokens(PACK)) else None
 
 
 def again(m: Measured, there: Room) -> float:
@@ -174,7 +174,7 @@ def again(m: Measured, there: Room) -> float:
 
 
 def copies(m: Measured, ranks: int, there: Room) -> float:
-    """ms of an H100's memory that sums of gradients take beside the products that make them, by arithmetic."""
+    """ms of an H100's memory that sums of gradients take in addition to the products that make them, by arithmetic."""
     if not there.way:  # sums of rows, where they are added up in each micro-batch: read both, write one
         moved = 0 if there.division.gradients else 12 * m.parameters / ranks * there.parts
     elif there.way == "deepspeed":

@@ -4,7 +4,7 @@
     python benchmarks/several.py bandwidth             # collectives over 1 MiB … 1 GiB, to bandwidth-N.json
     python benchmarks/several.py predict               # from one GPU's times: every term, 2, 4 and 8 GPUs
     python benchmarks/several.py run --gpus 1,2,4,8    # `xtuner train` itself, to runs.jsonl; then the table
-    python benchmarks/several.py peers                 # torchtitan, transformers + Liger on the same packs, beside ours
+    python benchmarks/several.py peers                 # torchtitan, transformers + Liger next to ours, same packs
     python benchmarks/several.py faults                # SIGTERM and N → N/2 → N, kill −9, a rank that stands still
     python benchmarks/several.py balance               # the wait for the slowest rank, what dealing packs would gain
 

@@ -57,8 +57,7 @@ class DeepSpeedStrategy(StatefulStrategy):
         self.stage: int = config["zero_optimization"].get("stage", 0)
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
-        free = memory.free_bytes(device)
-        free = free if free is None else min(mesh.ranks.gather(free))  # all ranks have to choose the same
+        free = memory.free_of_all(device, mesh)
         chosen = self.memory = zero_memory.of_zero(source, optim, device, mesh, config, pack, free)
         if (takes := zero_memory.stage_of(config, chosen.way)) != self.stage:
             config["zero_optimization"]["stage"] = takes
@@ -105,7 +104,7 @@ class DeepSpeedStrategy(StatefulStrategy):
         if not num_targets:
             return 0.0
         counts = parts or self.parts(batch)
-        pieces = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
+        pieces = self._cut(batch, counts)
         run = self._run_with_sums if self._sums else self._run
         return self.mesh.ranks.sum_on_device(run(pieces, counts, num_targets))
 

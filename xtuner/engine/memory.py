@@ -7,7 +7,9 @@ least time by arithmetic (step_time.py). Documents longer than a micro-batch kee
 is not counted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -69,6 +71,10 @@ class Memory:
         """How many micro-batches to cut a pack into."""
         return 1 if self.most is None else pack.num_parts(self.most)
 
+    def tokens(self, pack: int) -> int:
+        """Of the largest micro-batch of a pack of so many tokens."""
+        return pack if self.most is None else min(pack, self.most)
+
     def peak(self, tokens: int) -> int:
         """Bytes that the driver will report in use, for micro-batches of so many tokens."""
         return self.state + self.plan.peak(tokens) + self.libraries
@@ -78,7 +84,7 @@ class Memory:
 
     def tell(self, pack: int, mesh: Mesh) -> None:
         """Log what has been decided, for packs of so many tokens."""
-        tokens = pack if self.most is None else min(pack, self.most)
+        tokens = self.tokens(pack)
         keeps = self.plan.keeps(tokens)
         shown = "nothing is recomputed"
         if not self.plan.fits(tokens):
@@ -91,6 +97,9 @@ class Memory:
             f"memory: {human_bytes(self.state)} of state; micro-batches of at most {tokens:,} tokens, {shown}; "
             f"peak {human_bytes(self.peak(tokens))} expected"
         )
+
+
+M = TypeVar("M", bound=Memory)
 
 
 def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, division: Division) -> int:
@@ -154,11 +163,15 @@ def of_mesh(
                 weight=itemsize,
             )
             ways.append(Memory(state, plan, most, d, LIBRARIES + collectives, work.seconds(mesh)))
-    fitting = [way for way in ways if way.fits(min(way.most or pack, pack))]
-    fitting = [way for way in fitting if min(way.most or pack, pack) >= min(LEAST, pack)] or fitting
-    if fitting:
+    busy = [way for way in ways if way.tokens(pack) >= min(LEAST, pack) and way.fits(way.tokens(pack))]
+    return fastest(busy or ways, pack)
+
+
+def fastest(ways: Sequence[M], pack: int) -> M:
+    """Of those that fit, what takes the least time; if none does, what needs the least memory."""
+    if fitting := [way for way in ways if way.fits(way.tokens(pack))]:
         return min(fitting, key=lambda way: way.seconds)
-    return min(ways, key=lambda way: way.peak(min(way.most or pack, pack)))
+    return min(ways, key=lambda way: way.peak(way.tokens(pack)))
 
 
 def suggest_mesh(
@@ -171,7 +184,7 @@ def suggest_mesh(
     shards = mesh.local_size if full else mesh.size
     other = Mesh(mesh.size // shards, shards, local_size=mesh.local_size)
     found = of_mesh(source, optim, device, other, pack, free)
-    if found.fits(min(found.most or pack, pack)) and chosen.seconds >= WORTH * found.seconds:
+    if found.fits(found.tokens(pack)) and chosen.seconds >= WORTH * found.seconds:
         logger.info(
             f"--fsdp {'hybrid' if full else 'full'} would be {100 * (chosen.seconds / found.seconds - 1):.0f} % faster "
             "here, by arithmetic; a checkpoint of either resumes under the other"
@@ -197,6 +210,12 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + cached
+
+
+def free_of_all(device: torch.device, mesh: Mesh) -> int | None:
+    """What the rank with the least of it can still get: all ranks have to choose the same. All call it together."""
+    free = free_bytes(device)
+    return None if free is None else min(mesh.ranks.gather(free))
 
 
 def too_large(source: ModelSource, state: int, free: int) -> ConfigError:

@@ -146,7 +146,7 @@ class OptimWrapper:
             return self.states
         if device.type != "cuda" or not self._is_adamw:
             return None
-        # beside bf16 that computes, the 16 bits it lacks make the same fp32 masters in less memory
+        # bf16 that computes and the 16 bits it lacks are the same fp32 masters in less memory
         return FORMS["split" if self.compute_dtype(device) == torch.bfloat16 else "fp32"]
 
     def gradient_dtype(self, device: torch.device) -> torch.dtype:

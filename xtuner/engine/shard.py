@@ -78,6 +78,11 @@ class StatefulStrategy(ABC):
     def parts(self, batch: Sequence[Batch]) -> list[int]:
         return [self.memory.parts(pack) for pack in batch]
 
+    @staticmethod
+    def _cut(batch: Sequence[Batch], counts: Sequence[int]) -> list[Batch]:
+        """The micro-batches of an iteration: so many of each pack."""
+        return [piece for pack, count in zip(batch, counts, strict=True) for piece in pack.split(count)]
+
     @abstractmethod
     def _shards(self) -> dict[str, Shard]:
         """What this process holds, by parameter."""

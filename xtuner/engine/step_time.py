@@ -16,7 +16,7 @@ FLOPS = 700e12  # a second, of large bf16 products
 LOST_TOKENS = 300  # a micro-batch of m tokens takes as long as m + 300: one more addition to gradients, shorter kernels
 WITHIN_NODE = 300e9  # bytes a second and GPU, of collectives of 1 GiB by NVLink
 BETWEEN_NODES = 45e9  # one 400 Gbit/s card a GPU
-SLOWED = 0.3  # of a collective's time is lost by the products that it runs beside
+SLOWED = 0.3  # of a collective's time is lost by the products that run at the same time
 UNEVEN = 0.02  # of compute, where ranks wait for each other in every micro-batch and not once an iteration
 ATTENTION = 0.3  # of the time of a block's products: its attention's forward, where documents are long
 

@@ -80,10 +80,7 @@ def of_zero(
     for most in [optim.micro_batch] if optim.micro_batch else memory.sizes(plan, pack):
         seconds = _seconds(source, optim, device, mesh, settings, way, plan, pack, most)
         found.append(ZeroMemory(state, plan, most, division, LIBRARIES + collectives, seconds, way))
-    fitting = [m for m in found if m.fits(min(m.most or pack, pack))]
-    if fitting:
-        return min(fitting, key=lambda m: m.seconds)
-    return min(found, key=lambda m: m.peak(min(m.most or pack, pack)))
+    return memory.fastest(found, pack)
 
 
 def ways(optim: OptimWrapper, device: torch.device, settings: Settings) -> tuple[str, ...]:
@@ -220,8 +217,7 @@ def suggest_own(
 ) -> None:
     """Log it if our own sharding fits and would be faster by arithmetic."""
     own = memory.of_mesh(source, optim, device, mesh, pack, free)
-    tokens = min(own.most or pack, pack)
-    if mesh.size == 1 or not own.seconds or not own.fits(tokens):
+    if mesh.size == 1 or not own.seconds or not own.fits(own.tokens(pack)):
         return
     gained = chosen.seconds / own.seconds - 1
     if 1 + gained >= WORTH:

@@ -151,7 +151,7 @@ class SavedStates:
             raise CheckpointError(
                 f"{missing:,} elements of the optimizer state {name} are missing",
                 where=str(self.folder / "optimizer"),
-                why="the run would go on with a part of its state at random",
+                why="the run would continue with a part of its state at random",
                 do="resume from another checkpoint, or begin a new run from this one's weights with load_from",
             )
         return found

@@ -29,7 +29,7 @@ from xtuner.model.ops.sums import GradientSum
 ALL_GATHER: Any = (
     getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 )  # PyTorch < 2.13
-FINISHED_BEFORE = 2  # unit of the next forward: the embedding's gradients, reduced last, arrive beside the first block
+FINISHED_BEFORE = 2  # unit of the next forward; by then the embedding's gradients, reduced last, have arrived
 Collective = tuple[str, int]  # ("forward" or "backward", unit whose weights are gathered for it), ("reduce", unit)
 REDUCE_SCATTER: Any = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 

@@ -47,9 +47,7 @@ class ShardedStrategy(StatefulStrategy):
         mesh = mesh or Mesh()
         self.name = "single" if mesh.size == 1 else "fsdp"
         self.compute_dtype = optim.compute_dtype(device)
-        free = memory.free_bytes(device)
-        if free is not None:
-            free = min(mesh.ranks.gather(free))  # all ranks have to choose the same
+        free = memory.free_of_all(device, mesh)
         self.memory = memory.of_mesh(source, optim, device, mesh, pack, free, division)
         if free is not None and mesh.is_main:
             memory.suggest_mesh(self.memory, source, optim, device, mesh, pack, free)
@@ -90,8 +88,7 @@ class ShardedStrategy(StatefulStrategy):
             return 0.0
         counts = parts or self.parts(batch)
         while True:
-            pieces = [p for pack, count in zip(batch, counts, strict=True) for p in pack.split(count)]
-            total, failure = self._attempt(pieces, num_targets)
+            total, failure = self._attempt(self._cut(batch, counts), num_targets)
             mean, failures = self._settle(total)
             if not failures:
                 break

@@ -138,15 +138,9 @@ def update(
     begin: int = 0,
 ) -> None:
     """One step of one parameter, or of its elements from `begin` (a multiple of GROUP) on, in place. This is the
-    definition; on GPUs a kernel does the same."""
+    definition; on GPUs a kernel does the same for all parameters at once."""
     seed, (c1, c2) = rates.seed(name), rates.corrections
     rate, left, scale = rates.lr / c1, 1 - rates.lr * rates.weight_decay, c2**-0.5
-    if weight.is_cuda:
-        from xtuner.engine import adamw_kernels
-
-        numbers = (rate, left, rates.beta1, rates.beta2, rates.eps, scale)
-        adamw_kernels.update(weight, gradient, state, form.name, GROUP, rates.clip, seed, numbers, begin)
-        return
     g = gradient.view(-1).float() * rates.clip
     m, v = _decode(state, "exp_avg"), _decode(state, "exp_avg_sq")
     m = m + (1 - rates.beta1) * (g - m)
@@ -223,5 +217,21 @@ class AdamW:
     def step(self, gradients: Mapping[str, torch.Tensor], lr: float, clip: torch.Tensor) -> None:
         self.steps += 1
         rates = Rates(lr, self.beta1, self.beta2, self.eps, self.weight_decay, self.steps, clip)
+        if clip.is_cuda:
+            self._step_on_gpu(gradients, rates)
+            return
         for name, weight in self.weights.items():
             update(name, weight, gradients[name], self.state[name], self.form, rates, self._begins.get(name, 0))
+
+    def _step_on_gpu(self, gradients: Mapping[str, torch.Tensor], rates: Rates) -> None:
+        from xtuner.engine import adamw_kernels
+
+        c1, c2 = rates.corrections
+        rate, keep = rates.lr / c1, 1 - rates.lr * rates.weight_decay
+        groups: dict[tuple[torch.dtype, torch.dtype], list[adamw_kernels.Entry]] = {}
+        for name, weight in self.weights.items():
+            gradient, begin = gradients[name], self._begins.get(name, 0)
+            entry = adamw_kernels.Entry(weight, gradient, self.state[name], begin, rates.seed(name), rate, keep)
+            groups.setdefault((weight.dtype, gradient.dtype), []).append(entry)
+        for entries in groups.values():
+            adamw_kernels.update(entries, self.form.name, rates.clip, self.beta1, self.beta2, self.eps, c2**-0.5)

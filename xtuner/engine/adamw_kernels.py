@@ -1,7 +1,7 @@
 """`adamw.update` as one GPU kernel (Triton) for all parameters: everything is read once and written once.
 
-A launch takes the host longer than a small parameter takes the GPU: a kernel for each of 171 (1.8B over 4 GPUs) was 19 ms
-of launches for 5 ms of work. So one kernel finds its parameter in a table of addresses, which is sent before it.
+A launch takes the host longer than a small parameter takes the GPU: a kernel for each of 171 (1.8B over 4 GPUs) was
+19 ms of launches for 5 ms of work. So one kernel finds its parameter in a table of addresses, which is sent before it.
 
 Random bits are those of the definition, so that both round alike. Arithmetic costs as much as memory here: divisions by
 what is known before are products, and constants stay within fp32's range (1e-38 would turn all of it into fp64).

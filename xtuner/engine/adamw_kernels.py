@@ -22,6 +22,7 @@ RUN = 32  # programs that look up the same line of the table of runs
 COLUMNS = 12  # of a parameter's line in the table of addresses
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 KINDS = {"fp32": tl.float32, "split": tl.float32, "bf16": tl.bfloat16, "8bit": tl.int8}  # of first moments
+REST = {"fp32": "master", "split": "low", "bf16": "", "8bit": ""}  # what a weight lacks of its master
 
 
 class Entry(NamedTuple):
@@ -155,11 +156,10 @@ def update(
     entries: Sequence[Entry], form: str, clip: torch.Tensor, beta1: float, beta2: float, eps: float, scale: float
 ) -> None:
     """See `adamw.update`; weights have one dtype, gradients too. `scale`: second correction^(-1/2)."""
-    rest = {"split": "low", "fp32": "master"}.get(form)
     rates = torch.tensor([(e.rate, e.keep) for e in entries]).view(torch.int32).tolist()
     lines = []
     for (weight, gradient, state, begin, seed, *_), bits in zip(entries, rates, strict=True):
-        tensors = (weight, gradient, state.get(rest), *map(state.get, ("exp_avg", "exp_avg_sq", *SCALES)))
+        tensors = (weight, gradient, state.get(REST[form]), *map(state.get, ("exp_avg", "exp_avg_sq", *SCALES)))
         lines.append([*(0 if t is None else t.data_ptr() for t in tensors), weight.numel(), begin, seed, *bits])
     # else numbers are read one by one
     unit = 1 if any(number % 16 for line in lines for number in line[:8]) else 16

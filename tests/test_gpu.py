@@ -321,7 +321,7 @@ def test_what_is_kept_changes_no_gradient(room: int | None) -> None:
 
 @pytest.mark.parametrize("scaling", [None, dict(type="dynamic", factor=2.0)])
 def test_the_host_runs_ahead_of_the_gpu(scaling: dict[str, Any] | None) -> None:
-    """Nothing of forward and backward waits for the device; an iteration does once, for loss and norm."""
+    """Nothing of forward, backward and step waits for the device; an iteration does once, for loss and norm."""
     source = from_scratch(
         activation_checkpointing=True, seed=0, vocab_size=503, hidden_size=256, intermediate_size=512,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rope_scaling=scaling,
@@ -331,15 +331,18 @@ def test_the_host_runs_ahead_of_the_gpu(scaling: dict[str, Any] | None) -> None:
     ids, borders = torch.randint(3, 503, (1024,)), torch.tensor([0, 300, 1024], dtype=torch.int32)
     positions = torch.cat([torch.arange(300), torch.arange(724)])
     pack = Batch.of(dict(input_ids=ids, targets=ids, position_ids=positions, cumulative_len=borders))
-    for mode in ("default", "error"):  # first kernels are compiled, pinned memory is taken
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            total, failure = s._attempt(pack.split(2), 1024)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    s.forward_backward([pack], 1024, [2])  # kernels are compiled, pinned memory is taken
+    assert s.step(1e-3, 1.0)[1]
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        total, failure = s._attempt(pack.split(2), 1024)
+        torch.cuda.set_sync_debug_mode("default")
         assert failure is None
         assert s._settle(total)[0] > 0
+        torch.cuda.set_sync_debug_mode("error")
         assert s.step(1e-3, 1.0)[1]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_logits_of_a_reference_model() -> None:

@@ -63,9 +63,10 @@ class Rates:
     def corrections(self) -> tuple[float, float]:
         return 1 - self.beta1**self.step, 1 - self.beta2**self.step
 
-    def seed(self, name: str) -> int:
-        """Of the random bits for one parameter in this step, 31 bits."""
-        return zlib.crc32(f"{name} {self.step}".encode()) >> 1
+
+def seed_of(name: str, step: int) -> int:
+    """Of the random bits for one parameter in a step, 31 bits."""
+    return zlib.crc32(f"{name} {step}".encode()) >> 1
 
 
 def new_state(weight: torch.Tensor, form: Form) -> Moments:
@@ -139,7 +140,7 @@ def update(
 ) -> None:
     """One step of one parameter, or of its elements from `begin` (a multiple of GROUP) on, in place. This is the
     definition; on GPUs a kernel does the same for all parameters at once."""
-    seed, (c1, c2) = rates.seed(name), rates.corrections
+    seed, (c1, c2) = seed_of(name, rates.step), rates.corrections
     rate, left, scale = rates.lr / c1, 1 - rates.lr * rates.weight_decay, c2**-0.5
     g = gradient.view(-1).float() * rates.clip
     m, v = _decode(state, "exp_avg"), _decode(state, "exp_avg_sq")
@@ -213,25 +214,39 @@ class AdamW:
         self.weight_decay = arguments.get("weight_decay", 1e-2)
         self.steps = 0
         self.state = {name: new_state(w, form) for name, w in self.weights.items()}
+        self._prepared: list[tuple[list[str], Any]] = []  # names of parameters, and what a launch takes for them
+
+    def prepare(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """On a GPU, host work of the next step that needs no rate, done while the GPU still computes."""
+        if not any(w.is_cuda for w in self.weights.values()):
+            return
+        from xtuner.engine import adamw_kernels
+
+        groups: dict[tuple[torch.dtype, torch.dtype], dict[str, adamw_kernels.Entry]] = {}
+        for name, weight in self.weights.items():
+            begin, seed = self._begins.get(name, 0), seed_of(name, self.steps + 1)
+            entry = adamw_kernels.Entry(weight, gradients[name], self.state[name], begin, seed)
+            groups.setdefault((weight.dtype, gradients[name].dtype), {})[name] = entry
+        self._prepared = [(list(g), adamw_kernels.prepare(list(g.values()), self.form.name)) for g in groups.values()]
 
     def step(self, gradients: Mapping[str, torch.Tensor], lr: float, clip: torch.Tensor) -> None:
+        """Args: gradients: those that have been prepared, if that was done."""
+        if clip.is_cuda and not self._prepared:
+            self.prepare(gradients)
         self.steps += 1
         rates = Rates(lr, self.beta1, self.beta2, self.eps, self.weight_decay, self.steps, clip)
-        if clip.is_cuda:
-            self._step_on_gpu(gradients, rates)
+        if self._prepared:
+            self._step_on_gpu(rates)
             return
         for name, weight in self.weights.items():
             update(name, weight, gradients[name], self.state[name], self.form, rates, self._begins.get(name, 0))
 
-    def _step_on_gpu(self, gradients: Mapping[str, torch.Tensor], rates: Rates) -> None:
+    def _step_on_gpu(self, rates: Rates) -> None:
         from xtuner.engine import adamw_kernels
 
         c1, c2 = rates.corrections
-        rate, keep = rates.lr / c1, 1 - rates.lr * rates.weight_decay
-        groups: dict[tuple[torch.dtype, torch.dtype], list[adamw_kernels.Entry]] = {}
-        for name, weight in self.weights.items():
-            gradient, begin = gradients[name], self._begins.get(name, 0)
-            entry = adamw_kernels.Entry(weight, gradient, self.state[name], begin, rates.seed(name), rate, keep)
-            groups.setdefault((weight.dtype, gradient.dtype), []).append(entry)
-        for entries in groups.values():
-            adamw_kernels.update(entries, self.form.name, rates.clip, self.beta1, self.beta2, self.eps, c2**-0.5)
+        each = rates.lr / c1, 1 - rates.lr * rates.weight_decay
+        for names, prepared in self._prepared:
+            numbers = (rates.clip, self.beta1, self.beta2, self.eps, c2**-0.5)
+            adamw_kernels.update(prepared, self.form.name, [each] * len(names), *numbers)
+        self._prepared = []

@@ -19,7 +19,7 @@ from xtuner.engine.adamw import GROUP, SCALES
 
 ROWS = 8  # groups a program
 RUN = 32  # programs that look up the same line of the table of runs
-COLUMNS = 12  # of a parameter's line in the table of addresses
+COLUMNS = 10  # of a parameter's line in the table of addresses
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 KINDS = {"fp32": tl.float32, "split": tl.float32, "bf16": tl.bfloat16, "8bit": tl.int8}  # of first moments
 REST = {"fp32": "master", "split": "low", "bf16": "", "8bit": ""}  # what a weight lacks of its master
@@ -33,8 +33,16 @@ class Entry(NamedTuple):
     state: dict[str, torch.Tensor]
     begin: int  # of these elements in the full parameter
     seed: int
-    rate: float  # lr / first correction
-    keep: float  # what weight decay leaves
+
+
+class Prepared(NamedTuple):
+    """All of a step but its rates, on the GPU: for parameters of one dtype, whose gradients have one dtype, too."""
+
+    table: torch.Tensor  # [parameters, COLUMNS] int64
+    runs: torch.Tensor  # [runs, 2] int32
+    unit: int  # what all addresses and lengths are multiples of
+    weight: tl.dtype
+    gradient: tl.dtype
 
 
 @triton.jit
@@ -61,24 +69,20 @@ def _address(TABLE, line, COLUMN: tl.constexpr, TYPE: tl.constexpr, UNIT: tl.con
 
 
 @triton.jit
-def _fp32(TABLE, line, COLUMN: tl.constexpr):
-    return tl.load(TABLE + line + COLUMN).to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _update(
-    TABLE, RUNS, CLIP, beta1, beta2, eps, scale2,
+    TABLE, RUNS, RATES, CLIP, beta1, beta2, eps, scale2,
     FORM: tl.constexpr, W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, UNIT: tl.constexpr,
     COLUMNS: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) // RUN * 2
-    line = tl.load(RUNS + run) * COLUMNS
+    parameter = tl.load(RUNS + run)
+    line = parameter * COLUMNS
     first = (tl.load(RUNS + run + 1) * RUN + tl.program_id(0) % RUN) * ROWS
     n = tl.multiple_of(tl.load(TABLE + line + 7).to(tl.int32), UNIT)
     if first * GROUP >= n:
         return
     begin, seed = tl.load(TABLE + line + 8).to(tl.uint32), tl.load(TABLE + line + 9).to(tl.uint32)
-    rate, keep = _fp32(TABLE, line, 10), _fp32(TABLE, line, 11)
+    rate, keep = tl.load(RATES + parameter * 2), tl.load(RATES + parameter * 2 + 1)
     W, G = _address(TABLE, line, 0, W_TYPE, UNIT), _address(TABLE, line, 1, G_TYPE, UNIT)
     M = _address(TABLE, line, 3, M_TYPE, UNIT)
     V = _address(TABLE, line, 4, tl.uint8 if FORM == "8bit" else M_TYPE, UNIT)
@@ -152,21 +156,43 @@ def _runs(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(lines, dtype=torch.int32).to(device)
 
 
-def update(
-    entries: Sequence[Entry], form: str, clip: torch.Tensor, beta1: float, beta2: float, eps: float, scale: float
-) -> None:
-    """See `adamw.update`; weights have one dtype, gradients too. `scale`: second correction^(-1/2)."""
-    rates = torch.tensor([(e.rate, e.keep) for e in entries]).view(torch.int32).tolist()
+def prepare(entries: Sequence[Entry], form: str) -> Prepared:
+    """Send the table: host work that need not wait for what is computed now."""
     lines = []
-    for (weight, gradient, state, begin, seed, *_), bits in zip(entries, rates, strict=True):
+    for weight, gradient, state, begin, seed in entries:
         tensors = (weight, gradient, state.get(REST[form]), *map(state.get, ("exp_avg", "exp_avg_sq", *SCALES)))
-        lines.append([*(0 if t is None else t.data_ptr() for t in tensors), weight.numel(), begin, seed, *bits])
+        lines.append([*(0 if t is None else t.data_ptr() for t in tensors), weight.numel(), begin, seed])
     # else numbers are read one by one
     unit = 1 if any(number % 16 for line in lines for number in line[:8]) else 16
-    table = torch.tensor(lines, pin_memory=clip.is_cuda).to(clip.device, non_blocking=True)
-    runs = _runs(tuple(line[7] for line in lines), clip.device)
+    weight, gradient, *_ = entries[0]
+    runs = _runs(tuple(line[7] for line in lines), weight.device)
+    return Prepared(_sent(lines, torch.int64, weight.device), runs, unit, TYPES[weight.dtype], TYPES[gradient.dtype])
+
+
+def _sent(numbers: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for it."""
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def update(
+    prepared: Prepared,
+    form: str,
+    rates: Sequence[tuple[float, float]],
+    clip: torch.Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    scale: float,
+) -> None:
+    """See `adamw.update`.
+
+    Args:
+        rates: of each parameter lr / first correction, and what weight decay leaves.
+        scale: second correction^(-1/2).
+    """
+    table, runs, unit, weight, gradient = prepared
     _update[(len(runs) * RUN,)](
-        table, runs, clip, beta1, beta2, eps, scale,
-        FORM=form, W_TYPE=TYPES[entries[0].weight.dtype], G_TYPE=TYPES[entries[0].gradient.dtype], M_TYPE=KINDS[form],
-        UNIT=unit, COLUMNS=COLUMNS, RUN=RUN, ROWS=ROWS, GROUP=GROUP, num_warps=8,
+        table, runs, _sent(rates, torch.float32, clip.device), clip, beta1, beta2, eps, scale,
+        FORM=form, W_TYPE=weight, G_TYPE=gradient, M_TYPE=KINDS[form], UNIT=unit,
+        COLUMNS=COLUMNS, RUN=RUN, ROWS=ROWS, GROUP=GROUP, num_warps=8,
     )  # fmt: skip

@@ -3,7 +3,7 @@
 It is made by any optimizer of PyTorch's with fp32 masters, or by our own AdamW in one of its forms (adamw.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,9 @@ class LocalOptimizer(Protocol):
     def norm(self, gradients: Tensors) -> torch.Tensor:
         """2-norm of these gradients, a scalar on the device."""
 
+    def prepare(self, gradients: Tensors) -> None:
+        """Host work of the step that need not wait for the norm."""
+
     def apply(self, gradients: Tensors, lr: float, max_norm: float | None, norm: torch.Tensor) -> None:
         """Clip, by the `norm` of all gradients, and step."""
 
@@ -48,6 +51,11 @@ def local_optimizer(rows: Mapping[str, Rows], optim: OptimWrapper, device: torch
     return ByForm(rows, optim, form) if form else ByTorch(rows, optim)
 
 
+def norm_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """2-norm of all, in fp32: each is read once, as it is."""
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).norm()
+
+
 class ByTorch:
     """One of `torch.optim` on fp32 masters. Weights that compute in fp32 are their own masters."""
 
@@ -60,6 +68,9 @@ class ByTorch:
 
     def norm(self, gradients: Tensors) -> torch.Tensor:
         return torch.nn.utils.get_total_norm(list(gradients.values()))
+
+    def prepare(self, gradients: Tensors) -> None:
+        pass  # PyTorch's do theirs in the step
 
     def apply(self, gradients: Tensors, lr: float, max_norm: float | None, norm: torch.Tensor) -> None:
         if self._optimizer is None:
@@ -124,7 +135,10 @@ class ByForm:
         self._adamw = AdamW({n: r.weight for n, r in rows.items()}, form, optim.arguments, self._begins)
 
     def norm(self, gradients: Tensors) -> torch.Tensor:
-        return torch.stack(torch._foreach_norm(list(gradients.values()), 2, dtype=torch.float32)).norm()
+        return norm_of(list(gradients.values()))
+
+    def prepare(self, gradients: Tensors) -> None:
+        self._adamw.prepare(gradients)
 
     def apply(self, gradients: Tensors, lr: float, max_norm: float | None, norm: torch.Tensor) -> None:
         clip = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)

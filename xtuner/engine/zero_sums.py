@@ -8,13 +8,14 @@ DeepSpeed itself reduces to all ranks what only one of them needs, and in the we
 what is sent here goes into the fp32 gradient that its step takes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
 
 from xtuner.dist.mesh import Mesh
+from xtuner.engine.local_optimizer import norm_of
 from xtuner.engine.strategies.divided import REDUCE_SCATTER
 from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import OwnsSums
@@ -28,6 +29,14 @@ class _Group(NamedTuple):
 
     whole: torch.Tensor  # [ranks, n]
     sums: list[GradientSum]  # of each parameter, in `whole`
+
+
+def _norm(gradients: Sequence[torch.Tensor], parameters: object, norm_type: int = 2) -> torch.Tensor:
+    """In place of DeepSpeed's, which copies each gradient to fp64 and launches kernels for each parameter: of a group's
+    own gradients of all ranks; -1, as there, if it is not finite."""
+    square = norm_of(gradients).double().square()
+    distributed.all_reduce(square)
+    return torch.where(square.isfinite(), square.sqrt(), -1.0).float()
 
 
 class WholeSums:
@@ -50,6 +59,7 @@ class WholeSums:
         self._sent = dtype if self._exact else sent
         for hook in zero._grad_acc_hooks:
             hook.remove()
+        zero.get_grad_norm_direct = _norm
         zero.gradient_accumulation_dtype = torch.float32
         by_parameter: dict[int, GradientSum] = {}
         self._groups: list[_Group] = []

@@ -133,7 +133,7 @@ class DividedModel:
         self.to_come = 0  # micro-batches of this iteration that have not begun
         self._arriving: dict[int, Callable[[], object]] = {}  # units whose weights are on their way
         self._here = set(range(len(self._units))) - self._gathered
-        self._reducing: tuple[list[Divided], list[torch.Tensor], Callable[[], object]] | None = None
+        self._reducing: list[tuple[list[Divided], list[torch.Tensor], Callable[[], object]]] = []
         if mesh.shard_size > 1:
             self._group = mesh.shard_group
             self._hook(0, model.model.tok_embeddings)
@@ -163,6 +163,7 @@ class DividedModel:
 
     def _hook_block(self, i: int, block: nn.Module) -> None:
         def before_backward(_: torch.Tensor) -> None:
+            self._start_up_to("reduce", i + 1)  # the output layer's; a block's have been started
             self._need(i)
             self._start_up_to("backward", i - 1)
 
@@ -185,13 +186,12 @@ class DividedModel:
     def _collectives(self, reduces: bool) -> Iterator["Collective"]:
         """Those of one micro-batch. Weights come a block ahead; a unit's gradients go after its backward."""
         yield from (("forward", i) for i in sorted(self._gathered))
-        last, lowest = len(self._units) - 1, min(self._learning, default=0)
-        for i in reversed(range(last)):
-            if i > lowest and i - 1 in self._gathered:
+        lowest = min(self._learning, default=0)
+        for i in reversed(range(len(self._units))):
+            if lowest < i < len(self._units) - 1 and i - 1 in self._gathered:
                 yield "backward", i - 1
-            for unit in (last, i) if i == last - 1 else (i,):
-                if reduces and unit in self._learning:
-                    yield "reduce", unit
+            if reduces and i in self._learning:
+                yield "reduce", i
 
     def _start_up_to(self, when: str, i: int) -> None:
         while (when, i) in self._collecting:
@@ -201,7 +201,8 @@ class DividedModel:
         """What takes memory comes before what other ranks see, so that a collective is started as a whole or not."""
         when, i = self._collecting[0]
         if when == "reduce":
-            self._finish()
+            if i:  # the embedding's come after block 1's with nothing between: to wait for those would idle the device
+                self._finish()
             self._reduce([p for p in self._units[i] if p.sum])
         else:
             self._arriving[i] = self._all_gather(self._units[i])
@@ -321,24 +322,23 @@ class DividedModel:
             for p, own in zip(unit, into, strict=True):
                 distributed.all_reduce(p.buffer, group=self._group)
                 own.copy_(p.buffer[p.mine])
-            self._reducing = unit, into, lambda: None
+            self._reducing.append((unit, into, lambda: None))
             return
         with distributed._coalescing_manager(self._group, async_ops=True) as work:
             for p, own in zip(unit, into, strict=True):
                 REDUCE_SCATTER(own, p.buffer, group=self._group)
-        self._reducing = unit, into, work.wait
+        self._reducing.append((unit, into, work.wait))
 
     def _finish(self) -> None:
-        """Add what the reduction on its way has summed to this rank's rows."""
-        if self._reducing is None:
-            return
-        (unit, into, wait), self._reducing = self._reducing, None
-        wait()
-        for p, own in zip(unit, into, strict=True):
-            if own is not p.own_buffer:
-                p.own_buffer.add_(own)
-            if not p.keep_gradient:
-                release(p.buffer)
+        """Add what the reductions on their way have summed to this rank's rows."""
+        while self._reducing:
+            unit, into, wait = self._reducing.pop(0)
+            wait()
+            for p, own in zip(unit, into, strict=True):
+                if own is not p.own_buffer:
+                    p.own_buffer.add_(own)
+                if not p.keep_gradient:
+                    release(p.buffer)
 
 
 def release(tensor: torch.Tensor) -> None:

@@ -139,6 +139,7 @@ class ShardedStrategy(StatefulStrategy):
         """
         gradients = self.gradients
         norm = self._optimizer.norm(gradients).float() if gradients else torch.zeros((), device=self.device)
+        self._optimizer.prepare(gradients)
         if self.mesh.size == 1:
             mean, failures, self._norm = torch.stack([*total, norm]).tolist()
         else:

@@ -40,6 +40,7 @@ from xtuner.data.place import read_only
 from xtuner.data.share import open_together
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.parameter_groups import require_matches
 from xtuner.model.families import read_model
 from xtuner.model.source import ModelSource, from_scratch, require_marks
 from xtuner.model.weights import WeightFolder, base_weights, hf_shapes
@@ -189,6 +190,7 @@ def assemble(
         source: None for a model that is not known: the run can be planned, not trained.
     """
     seed = seed if seed is not None else (config.get("randomness.seed") or 0)
+    known = source is not None
     if source is None:
         source = from_scratch(vocab_size=4, hidden_size=2, intermediate_size=1, num_hidden_layers=1,
                               num_attention_heads=1)  # fmt: skip
@@ -197,6 +199,9 @@ def assemble(
     if source.seed is None:
         source = dataclasses.replace(source, seed=seed)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
+    if known:
+        with naming(config, "optim_wrapper.parameter_groups"):
+            require_matches(source.trained_names(), optim.parameter_groups)
     dataloader = config.values["train_dataloader"]
     with naming(config, SAMPLER):
         sampler = _with_all(config, SAMPLER, _sampler(dataloader["sampler"], dataset, mesh))

@@ -48,11 +48,12 @@ def report(run: Run) -> str:
         ("state", f"{human_bytes(run.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
         (
             "data",
-            f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {files}, {documents.folder}",
+            f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {files}, {documents.location}",
         ),
         ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {lost} of file tails fill none"),
     ]
-    for file, packs, tail in zip(documents[:SHOWN_FILES], data.packs_per_file, tails, strict=False):
+    shown = (documents.file(i) for i in range(min(len(documents), SHOWN_FILES)))
+    for file, packs, tail in zip(shown, data.packs_per_file, tails, strict=False):
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))

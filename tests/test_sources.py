@@ -17,7 +17,7 @@ from xtuner.data import build_packed_dataset, load_intern_repo_tokenized_dataset
 from xtuner.data.batch import Batch
 from xtuner.data.pack import PackedDataset, RawPack
 from xtuner.data.share import open_together
-from xtuner.data.source import SourceList
+from xtuner.data.source import DocumentSource, SourceList
 from xtuner.model.source import from_scratch
 from xtuner.train.evaluate import evaluate
 
@@ -189,6 +189,20 @@ def test_ranks_must_see_the_same_source(tmp_path: Path) -> None:
     assert on_ranks(2, opened, tmp_path) == [0, 0]
 
 
+def unplugged(i: int) -> Any:
+    raise OSError(5, "the disk is away")
+
+
+class Derived(DocumentSource):
+    """Of the protocol's class, which gives it no member."""
+
+    def __init__(self) -> None:
+        self.lengths = np.array([4])
+
+    def __len__(self) -> int:
+        return 1
+
+
 ONE = [(np.array([1, 2, 3, 4]), np.ones(4, bool))]
 
 
@@ -197,6 +211,9 @@ ONE = [(np.array([1, 2, 3, 4]), np.ones(4, bool))]
     [
         (3, "int is not a source of documents: it has no __len__, lengths, read, fingerprint"),
         ([Given(ONE), dict()], "dict is not a source of documents: it has no lengths, read, fingerprint"),
+        (Derived(), "Derived is not a source of documents: it has no read, fingerprint"),
+        (Given(ONE, read=lambda i: ONE[0][0]), r"document 0 is a ndarray instead of \(ids, learned\)"),
+        (Given(ONE, read=unplugged, name="x.npz"), r"document 0 cannot be read: .*the disk is away\n  where: x.npz"),
         (Given(ONE, lengths=[4.0]), r"lengths are float64 \[1\] instead of integers \[1\]"),
         (Given(ONE, lengths=[4, 4]), r"lengths are int64 \[2\] instead of integers \[1\]"),
         (Given(ONE, lengths=[-4]), "the length of document 0 is -4"),

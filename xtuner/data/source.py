@@ -36,20 +36,20 @@ _LARGEST = 2**31 - 2  # of an id: 32 bits hold the one after it, with a sign
 
 
 class DocumentSource(Protocol):
-    """Documents of token ids, numbered from 0. It may have a `name`, by which messages call it.
+    """Documents of token ids, numbered from 0. It may have a `name`, by which messages call it. A class with these
+    members is one, derived from this or not.
 
     `read` is called by two threads at once, and in forked worker processes (`num_workers`): what it opens must not be
     shared between calls in a way that they disturb each other.
     """
 
+    lengths: Integers  # tokens of each document
+
     def __len__(self) -> int: ...
 
-    @property
-    def lengths(self) -> Integers:
-        """Tokens of each document."""
-
     def read(self, i: int) -> tuple[Any, Any]:
-        """(ids, learned) of one document; see `Document`."""
+        """(ids, learned) of one document, see `Document`: a view of mapped arrays, if it is long. Of it only what a pack
+        takes is looked at. An OSError is reported as a fault of the data."""
 
     def fingerprint(self) -> str:
         """Another one for any other contents, the same wherever they lie. A resume compares it."""
@@ -145,11 +145,11 @@ class CheckedSource:
     def __init__(self, source: DocumentSource) -> None:
         """Raises: ConfigError for what is not a source; DataError for lengths that are not."""
         self.source = source
-        if missing := [name for name in _NEEDED if not hasattr(source, name)]:
+        if missing := [member for member in _NEEDED if not _has(source, member)]:
             raise ConfigError(
                 f"{type(source).__name__} is not a source of documents: it has no {', '.join(missing)}",
                 why="packs are made of the documents that it reads",
-                do=f"derive it from {__name__}.DocumentSource, which says what it needs",
+                do=f"{__name__}.DocumentSource says what each has to be",
             )
         self.name = str(getattr(source, "name", None) or type(source).__name__)
         self.num_documents = len(source)
@@ -185,12 +185,18 @@ class CheckedSource:
         return ids[start:stop], learned[start:stop]
 
     def _document(self, i: int) -> Document:
-        ids, learned = map(np.asarray, self.source.read(i))
+        try:
+            found: Any = self.source.read(i)
+        except OSError as e:
+            raise DataError(f"document {i} cannot be read: {e}", where=self.name) from None
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            raise self._wrong(f"document {i} is a {type(found).__name__} instead of (ids, learned)")
+        ids, learned = map(np.asarray, found)
         shape = (int(self.lengths[i]),)
         types_fit = not ids.size or (ids.dtype.kind in "iu" and learned.dtype == np.bool_)
         if not types_fit or not ids.shape == learned.shape == shape:
-            found = f"ids {ids.dtype} {list(ids.shape)} and learned {learned.dtype} {list(learned.shape)}"
-            raise self._wrong(f"document {i} has {found} instead of integers and bools {list(shape)}")
+            shown = f"ids {ids.dtype} {list(ids.shape)} and learned {learned.dtype} {list(learned.shape)}"
+            raise self._wrong(f"document {i} has {shown} instead of integers and bools {list(shape)}")
         return ids, learned
 
     def _check_ids(self, ids: Integers, i: int, vocab_size: int | None) -> None:
@@ -212,6 +218,11 @@ class CheckedSource:
         return DataError(
             f"{name} cannot be packed: {how}", where=self.name, do=f"see {__name__}.DocumentSource, and mend {name}"
         )
+
+
+def _has(source: object, member: str) -> bool:
+    """Whether it is its own, not what `DocumentSource` only declares."""
+    return hasattr(source, member) and getattr(type(source), member, None) is not vars(DocumentSource).get(member, ...)
 
 
 class SourceReader:

@@ -21,6 +21,7 @@ from xtuner.core.log import logger
 from xtuner.data.batch import Batch
 from xtuner.engine import adamw
 from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.parameter_groups import ParameterGroup
 from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.model import attention, from_scratch, load_pretrained
 from xtuner.model.ops import elementwise
@@ -266,12 +267,12 @@ def test_products_are_added_up_in_fp32() -> None:
 @pytest.mark.parametrize("sizes", [(3000, 1, 4096, 70_001), (256, 4096, 140_032)])
 @pytest.mark.parametrize("name", adamw.FORMS)
 def test_adamw_equals_its_definition(name: str, sizes: tuple[int, ...]) -> None:
-    """Of parameters of several sizes, one of them the later part of a full parameter."""
-    form, begins = adamw.FORMS[name], {"0": 512}
+    """Of parameters of several sizes, one the later part of a full parameter, one with a rate and decay of its own."""
+    form, begins, groups = adamw.FORMS[name], {"0": 512}, {"1": ParameterGroup("1", 0.5, 1.0)}
     optimizers = []
     for device in map(torch.device, ("cpu", "cuda")):
         weights = {str(i): torch.nn.Parameter(torch.zeros(n).bfloat16().to(device)) for i, n in enumerate(sizes)}
-        optimizers.append(adamw.AdamW(weights, form, {"betas": (0.9, 0.95), "weight_decay": 0.1}, begins))
+        optimizers.append(adamw.AdamW(weights, form, {"betas": (0.9, 0.95), "weight_decay": 0.1}, begins, groups))
     starts = {name: torch.randn(w.numel()) for name, w in optimizers[0].weights.items()}
     for o in optimizers:
         for key, w in o.weights.items():

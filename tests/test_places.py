@@ -1,5 +1,6 @@
 """Where a process stands, from what launchers leave in the environment; what is missing or contradicts is refused."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -211,3 +212,61 @@ workers.start(Nodes(2), [sys.executable, "-c", {worker!r}])
     read.kill()
     assert read.stdout.read() == ""  # the end of the pipe: nobody holds it any more
     read.wait()
+
+
+# ------------------------------------------------------------------------------------------- a launcher of one's own
+
+CLUSTER = '''
+"""Tasks of a cluster that knows TASK=2/4@HOST, or is a machine of which all cores are ours."""
+from xtuner.dist.launchers import Launcher, Nodes, Place
+
+class Cluster(Launcher):
+    def place(self, environ):
+        if "LOCAL_RANK" in environ:  # a worker of ours
+            return Place(*(int(environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")), "127.0.0.1",
+                         int(environ["MASTER_PORT"]))
+        task, _, host = environ["TASK"].partition("@")
+        rank, tasks = map(int, task.split("/"))
+        return Place(rank, tasks, rank % 2, host, 29500)
+
+    def nodes(self, environ, gpus):
+        return Nodes(int(environ["CORES"])) if "CORES" in environ and "LOCAL_RANK" not in environ else None
+
+class Half:
+    def place(self, environ):
+        return (0, 1)
+
+class Odd(Half):
+    nodes = Launcher.nodes
+'''
+
+
+def test_a_launcher_of_ones_own(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xtuner: Callable[..., int]
+) -> None:
+    """One file outside the package: says where a process stands, and starts the two workers of a run."""
+    (tmp_path / "my_cluster.py").write_text(CLUSTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert place("my_cluster.Cluster", {"TASK": "3/4@first"}) == Place(3, 4, 1, "first", 29500)
+    for name, environ, message in (
+        ("my_cluster.Cluster", {}, "TASK is not in the environment\n  where: --launcher my_cluster.Cluster"),
+        ("my_cluster.Cluster", {"TASK": "one"}, "invalid literal|not enough values"),
+        ("my_cluster.Cluster", {"TASK": "4/4@a"}, r"rank 4 \(local rank 0\) of 4"),
+        ("my_cluster.Half", {}, "Half is not a launcher: it has no nodes"),
+        ("my_cluster.Odd", {}, r"`place` returns \(0, 1\), not a xtuner.dist.launchers.Place"),
+        ("my_cluster.Clustre", {}, "cannot be imported: .*Clustre"),
+        ("your_cluster.Cluster", {}, "No module named 'your_cluster'(.|\n)*PYTHONPATH"),
+        ("my_cluster.Place.host", {}, "No module named 'my_cluster.Place'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            place(name, environ)
+    with pytest.raises(SystemExit) as refused:  # argparse says which there are
+        xtuner("train", tiny, "--launcher", "slrum")
+    assert refused.value.code == 2
+    monkeypatch.setenv("CORES", "2")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).resolve().parent.parent}")
+    words = ["train", tiny, "--work-dir", tmp_path / "w", "--launcher", "my_cluster.Cluster", "--cfg-options"]
+    assert xtuner(*words, "custom_hooks=[]", "accumulative_counts=4") == 0
+    report = "".join(log.read_text() for log in (tmp_path / "w").glob("*/2*.log"))
+    assert "on each of 2 ranks" in report
+    assert "done: 3 iterations, 24 packs" in report

@@ -2,6 +2,8 @@
 
 import argparse
 
+from xtuner.dist.launchers import LAUNCHERS, Names
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, or the name of a shipped one")
@@ -29,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher",
         default="none",
-        choices=("none", "pytorch", "slurm", "mpi"),
-        help="what has started the processes: torchrun, srun, mpirun; none (default): this one works alone, or starts "
-        "a process for each GPU if NPROC_PER_NODE says so",
+        choices=Names(LAUNCHERS),
+        help="what has started the processes: torchrun, srun, mpirun, or package.module.Class for a launcher of your "
+        "own; none (default): this one works alone, or starts a process for each GPU if NPROC_PER_NODE says so",
     )
     parser.add_argument(
         "--deepspeed",
@@ -60,10 +62,13 @@ def _train(args: argparse.Namespace) -> int:
     import os
     import sys
 
+    from torch.cuda import device_count
+
     from xtuner.config.load import load
     from xtuner.core import streams
     from xtuner.core.errors import ConfigError
-    from xtuner.engine import launch, workers
+    from xtuner.dist import launchers
+    from xtuner.engine import workers
 
     if not args.dry_run:
         streams.survive()  # a run continues when nobody reads what it prints
@@ -74,14 +79,11 @@ def _train(args: argparse.Namespace) -> int:
         if getattr(args, option[2:].replace("-", "_")) == "":  # as a rule a variable of a script that is not set
             raise ConfigError(f"{option} is empty", where=option, do="give a value, or leave the option out")
     config = load(args.config, args.cfg_options)
-    if args.launcher in ("none", "pytorch"):
-        from torch.cuda import device_count
-
-        asked = launch.nodes(os.environ, device_count())
-        if asked and asked.workers * asked.nodes > 1:
-            return workers.start(asked, [sys.executable, "-m", "xtuner", "train", *args.words])
+    nodes = launchers.find_launcher(args.launcher).nodes(os.environ, device_count())
+    if nodes and nodes.workers * nodes.nodes > 1:
+        return workers.start(nodes, [sys.executable, "-m", "xtuner", "train", *args.words])
     workers.end_with_parent()
-    place = launch.place(args.launcher, os.environ)
+    place = launchers.place(args.launcher, os.environ)
 
     from xtuner.data import place as data_place
     from xtuner.engine.join import taking_part

@@ -210,6 +210,17 @@ class BinFile:
         self.check_document(tokens, document, offset, length, vocab_size)
         return tokens
 
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def read(self, i: int, vocab_size: int | None = None) -> tuple[Int64s, npt.NDArray[np.bool_]]:
+        """(ids, learned) of one document, both [length]. Raises: DataError."""
+        signed = self.read_document(i, vocab_size)
+        return np.abs(signed), signed > 0
+
+    def fingerprint(self) -> str:
+        return self.identity().hex()
+
     def check_document(
         self, tokens: Int64s, document: int, offset: int, length: int, vocab_size: int | None = None
     ) -> None:

@@ -22,6 +22,7 @@ from xtuner.data.catalog import COLUMNS, Catalog
 from xtuner.data.format import BinFile, Signature
 from xtuner.data.place import Place, tell_once
 from xtuner.data.pool import ordered, usable_workers
+from xtuner.data.spans import LongLines, SpanReader
 from xtuner.data.tables import ALONE, MOST_WORKERS, Tables
 from xtuner.data.walk import no_files, read_order, require_folder, walk
 
@@ -61,6 +62,21 @@ class TokenizedFolder:
     def __iter__(self) -> Iterator[BinFile]:
         return (self[i] for i in range(len(self)))
 
+    def file(self, i: int) -> BinFile:
+        return self[i]
+
+    @property
+    def location(self) -> str:
+        return str(self.folder)
+
+    @property
+    def names(self) -> list[str]:
+        return self.catalog.names
+
+    @property
+    def tokens_per_file(self) -> npt.NDArray[np.int64]:
+        return self.catalog.tokens
+
     @property
     def num_repeated(self) -> int:
         """Files that are here more than once, as a data order may name them."""
@@ -78,11 +94,21 @@ class TokenizedFolder:
         """Identity of the contents: size, meta, first and last bytes of each file in order. No names, no times."""
         return self.catalog.fingerprint()
 
+    def identities(self) -> Iterator[str]:
+        return (bytes(row[:8]).hex() for row in self.catalog.identities)
+
     def ordered_by(self, seed: int, small: int | None = None) -> Tables | None:
         """The tables of this seed; see `tables.find_or_build`."""
         if self.tables is None or self.tables.seed != seed:
             self.tables = tables.find_or_build(self.catalog, self.folder, self.min_length, seed, self.place, small)
         return self.tables
+
+    def order(self, i: int, seed: int) -> tuple[tables.Rows, npt.NDArray[np.int64]]:
+        return tables.order_of(self[i], seed)
+
+    def reader(self, i: int, long: LongLines) -> tokens.TokenCache | SpanReader:
+        file = self[i]
+        return self.token_cache(file) or SpanReader(file, long)
 
     def token_cache(self, file: BinFile) -> tokens.TokenCache | None:
         return tokens.find(file, self.place)

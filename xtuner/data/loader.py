@@ -108,12 +108,11 @@ class PackLoader:
 
     def files(self) -> list[str] | int:
         """`IDENTITY NAME` of the files in order, so that a resume can say which are others; of very many, how many."""
-        catalog = self.dataset.documents.catalog
-        if len(catalog) > LISTED:
-            return len(catalog)
-        identities = (bytes(row[:8]).hex() for row in catalog.identities)
-        names = (name.encode(errors="backslashreplace").decode() for name in catalog.names)
-        return [f"{identity} {name}" for identity, name in zip(identities, names, strict=True)]
+        documents = self.dataset.documents
+        if len(documents) > LISTED:
+            return len(documents)
+        names = (name.encode(errors="backslashreplace").decode() for name in documents.names)
+        return [f"{identity} {name}" for identity, name in zip(documents.identities(), names, strict=True)]
 
     def iterate_from(self, position: Position) -> Iterator[Batch]:
         """Yield this rank's batches from `position` on, without end. Nothing before it is read."""

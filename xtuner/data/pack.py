@@ -11,9 +11,9 @@ reference loader's (InternLM's XTuner 0.2).
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,21 +24,14 @@ from xtuner.core.errors import ConfigError
 from xtuner.data import tables
 from xtuner.data.deal import squares
 from xtuner.data.dropped import Dropped
-from xtuner.data.format import BinFile, Int64s
-from xtuner.data.index import TokenizedFolder
-from xtuner.data.spans import LongLines, Places, Span, SpanReader
+from xtuner.data.format import Int64s
+from xtuner.data.source import Documents, DocumentSource, Reader, SourceFile, documents_of
+from xtuner.data.spans import LongLines, Places, Span
 
 LabelRule = Literal["internevo", "xtuner"]
 IGNORE = -100  # no loss at this position
+SHOWN = 10  # documents in a message
 Int32s = npt.NDArray[np.int32]
-
-
-class Reader(Protocol):
-    """Reads parts of documents: from the text, or from a token cache."""
-
-    def read(
-        self, places: Places, vocab_size: int | None = None
-    ) -> tuple[npt.NDArray[np.signedinteger[Any]], int | None]: ...
 
 
 class RawPack(NamedTuple):
@@ -47,22 +40,26 @@ class RawPack(NamedTuple):
     signed: Int32s  # [T]
     borders: Int32s  # [n + 1] from 0
     following: int  # the signed token that follows in the last fragment's document, 0 when it ends there
+    id_offset: int = 0  # id n is ±(n + id_offset), see `Reader`
 
     def buffer(self) -> Int32s:
         """All of it in one array, as worker processes ship it."""
-        return np.concatenate((np.array([len(self.borders), self.following], np.int32), self.borders, self.signed))
+        head = np.array([len(self.borders), self.following, self.id_offset], np.int32)
+        return np.concatenate((head, self.borders, self.signed))
 
     @classmethod
     def of(cls, buffer: Int32s) -> "RawPack":
-        borders = int(buffer[0])
-        return cls(buffer[2 + borders :], buffer[2 : 2 + borders], int(buffer[1]))
+        borders, following, id_offset = buffer[:3].tolist()
+        return cls(buffer[3 + borders :], buffer[3 : 3 + borders], following, id_offset)
 
     def input_ids(self, out: Int64s) -> None:
         np.abs(self.signed, out=out)
+        if self.id_offset:
+            out -= self.id_offset
 
     def labels(self, out: Int64s) -> None:
         """Not shifted."""
-        out[:] = self.signed
+        np.subtract(self.signed, self.id_offset, out=out)
         out[self.signed <= 0] = IGNORE
 
     def targets(self, rule: LabelRule, out: Int64s) -> int:
@@ -80,7 +77,7 @@ class RawPack(NamedTuple):
             following[ends[ends > 0] - 1] = 0
             following[-1] = self.following
         learned = following > 0
-        following -= IGNORE
+        following -= IGNORE + self.id_offset
         following *= learned  # where nothing is learned: 0, which becomes IGNORE; faster than to choose
         np.add(following, IGNORE, out=out)
         return int(np.count_nonzero(learned))
@@ -99,8 +96,8 @@ def _counting(n: int) -> Int32s:
 class FilePacks:
     """The pack table of one file: documents in packing order and where each ends on the file's token line."""
 
-    file: BinFile
-    rows: npt.NDArray[np.uint32]  # of the meta
+    file: SourceFile
+    rows: npt.NDArray[np.uint32]  # by which the reader knows documents: those of the meta
     ends: Int64s  # [documents] tokens up to and with each document
     reader: Reader
 
@@ -115,7 +112,7 @@ class FilePacks:
         borders = np.zeros(len(places.rows) + 1, np.int32)
         np.cumsum(places.stops - places.starts, out=borders[1:])
         signed, following = self.reader.read(places, vocab_size)
-        return RawPack(signed.astype(np.int32, copy=False), borders, following or 0)
+        return RawPack(signed.astype(np.int32, copy=False), borders, following or 0, self.reader.id_offset)
 
     def spans(self, start: int, stop: int) -> list[Span]:
         return self.places(start, stop).spans()
@@ -139,10 +136,14 @@ class FilePacks:
 
 
 class PackedDataset:
-    """All packs of a folder. `dataset[i]` is a dict of tensors; see `__getitem__`."""
+    """All packs of a folder, or of another source. `dataset[i]` is a dict of tensors; see `__getitem__`."""
 
     def __init__(
-        self, documents: TokenizedFolder, packed_length: int, seed: int = 1024, label_rule: LabelRule = "internevo"
+        self,
+        documents: Documents | DocumentSource | Sequence[DocumentSource],
+        packed_length: int,
+        seed: int = 1024,
+        label_rule: LabelRule = "internevo",
     ) -> None:
         if packed_length < 1:
             raise ConfigError(f"packed_length is {packed_length}", where="train_dataset.packed_length")
@@ -150,12 +151,13 @@ class PackedDataset:
             raise ConfigError(f"seed is {seed}, not in 0 … 2^32 - 1", where="train_dataset.seed")
         if label_rule not in get_args(LabelRule):
             raise ConfigError(f"label_rule is {label_rule!r}, not one of {get_args(LabelRule)}", where="train_dataset")
-        self.documents = documents
+        self.documents = documents = documents_of(documents)
         self.packed_length = packed_length
         self.seed = seed
         self.label_rule = label_rule
         self.vocab_size: int | None = None  # set by who knows the model: larger ids are refused
-        self._packs = documents.catalog.tokens // packed_length
+        self._tokens = documents.tokens_per_file
+        self._packs = self._tokens // packed_length
         self._first_pack = np.concatenate(([0], np.cumsum(self._packs)))
         self._files: dict[int, FilePacks] = {}
         self._long = LongLines()
@@ -171,13 +173,11 @@ class PackedDataset:
     @property
     def tail_tokens_per_file(self) -> list[int]:
         """Tokens dropped at each file's end because they fill no pack."""
-        return (self.documents.catalog.tokens % self.packed_length).tolist()
+        return (self._tokens % self.packed_length).tolist()
 
     def dropped(self) -> Dropped:
-        tokens = self.documents.catalog.tokens
-        used = int(self._packs.sum()) * self.packed_length
-        total = int(tokens.sum())
-        return Dropped(self.packed_length, total, total - used, len(tokens), int((self._packs == 0).sum()))
+        used, total = int(self._packs.sum()) * self.packed_length, int(self._tokens.sum())
+        return Dropped(self.packed_length, total, total - used, len(self._tokens), int((self._packs == 0).sum()))
 
     def fingerprint(self) -> str:
         """Identity of what pack `i` holds, for all `i`: contents, order of files, packed_length, seed."""
@@ -187,11 +187,10 @@ class PackedDataset:
     def file_packs(self, file_number: int) -> FilePacks:
         """Pack table of one file, from the index or made now; its text is opened for each use."""
         if file_number not in self._files:
-            file = self.documents[file_number]
             table = self._order.table(file_number) if self._order else None
-            rows, ends = table or tables.order_of(file, self.seed)
-            reader = self.documents.token_cache(file) or SpanReader(file, self._long)
-            self._files[file_number] = FilePacks(file, rows, ends, reader)
+            rows, ends = table or self.documents.order(file_number, self.seed)
+            reader = self.documents.reader(file_number, self._long)
+            self._files[file_number] = FilePacks(self.documents.file(file_number), rows, ends, reader)
         return self._files[file_number]
 
     @property
@@ -221,6 +220,17 @@ class PackedDataset:
         file_number = int(np.searchsorted(self._first_pack, pack, side="right")) - 1
         return file_number, (pack - int(self._first_pack[file_number])) * self.packed_length
 
+    def how_to_show(self, pack: int, more: str = "") -> str:
+        """A command that shows a pack, or in which documents of a source it lies. No token is read."""
+        if folder := self.documents.folder:
+            options = f"--pack {pack} --max-length {self.packed_length} --seed {self.seed}"
+            return f"xtuner data show {folder} {options} {more}".rstrip()
+        file_number, start = self.locate(pack)
+        file = self.file_packs(file_number)
+        rows = list(map(str, file.places(start, start + self.packed_length).rows.tolist()))
+        others = f", … and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+        return f"documents {', '.join(rows[:SHOWN])}{others} of {file.file.name}"
+
     def raw(self, pack: int) -> RawPack:
         """One pack as it is read. Raises: DataError for data that are not what the format and the index say."""
         file_number, start = self.locate(pack)
@@ -246,10 +256,10 @@ class PackedDataset:
 def build_packed_dataset(
     dataset_cfg: Mapping[str, Any], packed_length: int, seed: int = 1024, label_rule: LabelRule = "internevo"
 ) -> PackedDataset:
-    """Index the folder that `dataset_cfg` (`dict(type=load_intern_repo_tokenized_dataset, …)`) describes, and pack it.
+    """Pack the documents that `dataset_cfg` (`dict(type=load_intern_repo_tokenized_dataset, …)`) describes.
 
     Args:
-        dataset_cfg: builds a `TokenizedFolder`.
+        dataset_cfg: builds a `TokenizedFolder`, a `DocumentSource` of your own (source.py), or a list of those.
         packed_length: tokens a pack.
         seed: of the documents' order inside each file, 0 … 2^32 - 1.
         label_rule: "internevo" (targets never cross documents) or "xtuner" (plain shift, to reproduce old runs).

@@ -42,7 +42,7 @@ def _told(data: Any) -> dict[str, Any] | None:
     if documents is None:  # a dataset of the user's own
         return {"asked": None, "fingerprint": None}
     tables = documents.tables
-    names = None if tables or len(documents) > NAMED else documents.catalog.names
+    names = None if tables or len(documents) > NAMED else documents.names
     where = {"path": str(tables.path.absolute()), "key": tables.key} if tables else {"path": None, "key": None}
     return {"asked": documents.asked, "fingerprint": data.fingerprint(), "names": names, **where}
 
@@ -75,12 +75,12 @@ def _compare(data: Any, told: dict[str, Any]) -> None:
     if told["fingerprint"] is None or data.fingerprint() == told["fingerprint"]:
         return
     documents = data.documents
-    names = set(documents.catalog.names)
+    names = set(documents.names)
     if told["names"] and (missing := [n for n in told["names"] if n not in names]):
-        raise _not_seen(missing, str(documents.folder))
+        raise _not_seen(missing, documents.location)
     raise DataError(
         f"the data on {platform.node()} are not those that rank 0 sees",
-        where=str(documents.folder),
+        where=documents.location,
         why="ranks that count other packs would train on others than the run says",
         do="copy the folder again, or give one that all nodes share",
     )

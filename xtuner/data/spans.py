@@ -119,6 +119,8 @@ class LongLines:
 class SpanReader:
     """Reads spans of one file's documents from its text."""
 
+    id_offset = 0  # of the format, in which id 0 is never learned
+
     def __init__(self, file: BinFile, long: LongLines) -> None:
         self.file = file
         self.long = long

@@ -34,14 +34,19 @@ MOST_WORKERS = 16
 Rows = npt.NDArray[np.uint32]
 
 
-def order_of(file: BinFile, seed: int) -> tuple[Rows, Int64s]:
-    """(rows of the meta in packing order, tokens up to and with each document). The reference loader's order."""
-    order = np.arange(file.num_documents, dtype=np.uint32)  # the draws do not depend on the item type
+def packing_order(lengths: Int64s, seed: int) -> tuple[Rows, Int64s]:
+    """(numbers of documents in packing order, tokens up to and with each). The reference loader's order."""
+    order = np.arange(len(lengths), dtype=np.uint32)  # the draws do not depend on the item type
     np.random.RandomState(seed).shuffle(order)
+    return order, np.cumsum(lengths[order])
+
+
+def order_of(file: BinFile, seed: int) -> tuple[Rows, Int64s]:
+    """(rows of the meta in packing order, tokens up to and with each document)."""
     lengths = file.lengths
-    if len(lengths) != len(order):
-        raise file.changed(file.path, f"its meta has {len(lengths):,} documents instead of {len(order):,}")
-    ends = np.cumsum(lengths[order])
+    if len(lengths) != file.num_documents:
+        raise file.changed(file.path, f"its meta has {len(lengths):,} documents instead of {file.num_documents:,}")
+    order, ends = packing_order(lengths, seed)
     return (order if file.kept is None else file.kept[order].astype(np.uint32)), ends
 
 

@@ -41,6 +41,8 @@ def _facts(signature: Signature, documents: int, tokens: int) -> dict[str, Any]:
 class TokenCache:
     """Reads spans of one file's documents, as `SpanReader` does, from its cache."""
 
+    id_offset = 0
+
     def __init__(self, file: BinFile, path: Path, documents: int, tokens: int) -> None:
         self.file, self.path = file, path
         self.documents, self.tokens = documents, tokens

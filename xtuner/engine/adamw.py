@@ -17,9 +17,12 @@ in −127 … 127, the second s·(q/255)^4, q in 0 … 255; powers, as most mome
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
+
+from xtuner.engine.parameter_groups import REST, ParameterGroup
 
 GROUP = 256
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # one number a group
@@ -199,6 +202,7 @@ class AdamW:
 
     Args:
         begins: by name, where in the flattened parameter a weight's elements begin; {} for full parameters.
+        groups: by name, learning rate and weight decay that are not everyone's.
     """
 
     def __init__(
@@ -207,11 +211,13 @@ class AdamW:
         form: Form,
         arguments: Mapping[str, Any],
         begins: Mapping[str, int],
+        groups: Mapping[str, ParameterGroup] = MappingProxyType({}),
     ) -> None:
         self.weights, self.form, self._begins = dict(weights), form, begins
         self.beta1, self.beta2 = arguments.get("betas", (0.9, 0.999))
         self.eps = arguments.get("eps", 1e-8)
         self.weight_decay = arguments.get("weight_decay", 1e-2)
+        self._groups = {name: groups.get(name, REST) for name in self.weights}
         self.steps = 0
         self.state = {name: new_state(w, form) for name, w in self.weights.items()}
         self._prepared: list[tuple[list[str], Any]] = []  # names of parameters, and what a launch takes for them
@@ -234,19 +240,24 @@ class AdamW:
         if clip.is_cuda and not self._prepared:
             self.prepare(gradients)
         self.steps += 1
-        rates = Rates(lr, self.beta1, self.beta2, self.eps, self.weight_decay, self.steps, clip)
+        of_group = {group: self._rates(lr, clip, group) for group in set(self._groups.values())}
+        rates = {name: of_group[group] for name, group in self._groups.items()}
         if self._prepared:
-            self._step_on_gpu(rates)
+            self._step_on_gpu(rates, clip)
             return
         for name, weight in self.weights.items():
-            update(name, weight, gradients[name], self.state[name], self.form, rates, self._begins.get(name, 0))
+            begin = self._begins.get(name, 0)
+            update(name, weight, gradients[name], self.state[name], self.form, rates[name], begin)
 
-    def _step_on_gpu(self, rates: Rates) -> None:
+    def _rates(self, lr: float, clip: torch.Tensor, group: ParameterGroup) -> Rates:
+        decay = self.weight_decay if group.weight_decay is None else group.weight_decay
+        return Rates(lr * group.lr_scale, self.beta1, self.beta2, self.eps, decay, self.steps, clip)
+
+    def _step_on_gpu(self, rates: Mapping[str, Rates], clip: torch.Tensor) -> None:
         from xtuner.engine import adamw_kernels
 
-        c1, c2 = rates.corrections
-        each = rates.lr / c1, 1 - rates.lr * rates.weight_decay
+        c1, c2 = next(iter(rates.values())).corrections
         for names, prepared in self._prepared:
-            numbers = (rates.clip, self.beta1, self.beta2, self.eps, c2**-0.5)
-            adamw_kernels.update(prepared, self.form.name, [each] * len(names), *numbers)
+            each = [(rates[n].lr / c1, 1 - rates[n].lr * rates[n].weight_decay) for n in names]
+            adamw_kernels.update(prepared, self.form.name, each, clip, self.beta1, self.beta2, self.eps, c2**-0.5)
         self._prepared = []

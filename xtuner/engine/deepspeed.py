@@ -17,6 +17,7 @@ from xtuner.data.batch import Batch
 from xtuner.dist.mesh import Mesh, arrange
 from xtuner.engine import memory, trial, zero_config, zero_memory
 from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.parameter_groups import set_lr
 from xtuner.engine.shard import Shard, StatefulStrategy
 from xtuner.engine.strategies.micro_batches import run_micro_batches
 from xtuner.engine.zero_sums import WholeSums
@@ -75,7 +76,7 @@ class DeepSpeedStrategy(StatefulStrategy):
         else:
             model = source.empty(device, self.compute_dtype)
         model.model.keeps = self.memory.plan.keeps
-        optimizer = optim.build(model.parameters())
+        optimizer = optim.build(dict(model.named_parameters()))
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._zero = self._engine.optimizer
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer if self.stage else optimizer
@@ -138,8 +139,7 @@ class DeepSpeedStrategy(StatefulStrategy):
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._to_step:
             return 0.0, False
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         if not self.stage:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
             if not norm.isfinite():

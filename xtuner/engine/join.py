@@ -10,7 +10,7 @@ import torch.distributed as torch_dist
 
 from xtuner.core.dist import ALL
 from xtuner.core.errors import ConfigError, InterruptedRunError, XTunerError
-from xtuner.engine.launch import Place
+from xtuner.dist.launchers import Place
 from xtuner.engine.watch import Watch, store
 
 # Collectives may wait as long as another rank prepares data or a checkpoint; the watch finds those that hang.

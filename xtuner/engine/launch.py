@@ -1,39 +1,21 @@
-"""Where a process of a run stands: which rank, of how many, on which device, and where the others meet.
+"""The launchers that come with xtuner (see dist/launchers.py): each reads environment variables.
 
-Four ways lead here: `none` (this process is all, or starts its own workers, see workers.py), `pytorch` (torchrun, or
-anything that sets its variables), `slurm` (srun), `mpi` (mpirun). Each is a reading of environment variables.
+`none` (this process is all, or starts its own workers, see workers.py), `pytorch` (torchrun, or anything that sets its
+variables), `slurm` (srun), `mpi` (mpirun).
 """
 
 import contextlib
 import os
-import platform
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from xtuner.core.errors import ConfigError, InterruptedRunError
 from xtuner.core.machine import usable_cpus
+from xtuner.dist.launchers import LOOPBACK, Launcher, Nodes, Place, place
 
-LOOPBACK = "127.0.0.1"
 PORTS = range(20000, 32000)  # below Linux's ephemeral ports
 _NODES = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "ADDR", "PORT")
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process among those of the run."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    address: str = LOOPBACK  # of rank 0's machine
-    port: int = 0
-
-    @property
-    def host(self) -> str:
-        """The machine, or Slurm's name for it."""
-        return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 @contextlib.contextmanager
@@ -51,17 +33,6 @@ def main_reports(launcher: str) -> Iterator[None]:
         error = InterruptedRunError("interrupted")
         error.quiet = True
         raise error from None
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """Machines on each of which `xtuner train` starts a worker for each GPU."""
-
-    workers: int  # on each node
-    nodes: int = 1
-    node_rank: int = 0
-    address: str = LOOPBACK
-    port: int = 0  # 0 for a free one
 
 
 def nodes(environ: Mapping[str, str], gpus: int) -> Nodes | None:
@@ -110,37 +81,36 @@ def nodes(environ: Mapping[str, str], gpus: int) -> Nodes | None:
     return found
 
 
-def place(launcher: str, environ: Mapping[str, str]) -> Place:
-    """This process's place. Raises: ConfigError for variables that are missing or contradict each other."""
-    if launcher == "none":
-        found = _torchrun(environ) if "LOCAL_RANK" in environ else _alone(environ)
-    else:
-        found = {"pytorch": _torchrun, "slurm": _slurm, "mpi": _mpi}[launcher](environ)
-    if not (0 <= found.rank < found.size and found.local_rank <= found.rank):
-        raise ConfigError(
-            f"rank {found.rank} (local rank {found.local_rank}) of {found.size}",
-            where=f"--launcher {launcher}",
-            why="the variables that say so contradict each other",
-            do="start all processes with one launcher, and unset what an outer one has left",
-        )
-    return found
-
-
-def _alone(environ: Mapping[str, str]) -> Place:
+class Alone(Launcher):
     """One process is all, unless something has started several of it that would not know of each other."""
-    started = {"slurm": ("SLURM_STEP_NUM_TASKS", "srun"), "mpi": ("OMPI_COMM_WORLD_SIZE", "mpirun")}
-    for launcher, (name, program) in started.items():
-        if environ.get(name, "1") != "1" and "SLURM_PTY_PORT" not in environ:  # a shell of srun --pty is one process
-            raise ConfigError(
-                f"{program} has started {environ[name]} processes, and --launcher is none",
-                where=f"environment: {name}",
-                why="each would train alone, all in the same work dir",
-                do=f"add --launcher {launcher}, or start one process",
-            )
-    return Place()
+
+    def place(self, environ: Mapping[str, str]) -> Place:
+        if "LOCAL_RANK" in environ:
+            return read_torchrun(environ)
+        started = {"slurm": ("SLURM_STEP_NUM_TASKS", "srun"), "mpi": ("OMPI_COMM_WORLD_SIZE", "mpirun")}
+        for launcher, (name, program) in started.items():
+            if environ.get(name, "1") != "1" and "SLURM_PTY_PORT" not in environ:  # a shell of srun --pty is one
+                raise ConfigError(
+                    f"{program} has started {environ[name]} processes, and --launcher is none",
+                    where=f"environment: {name}",
+                    why="each would train alone, all in the same work dir",
+                    do=f"add --launcher {launcher}, or start one process",
+                )
+        return Place()
+
+    def nodes(self, environ: Mapping[str, str], gpus: int) -> Nodes | None:
+        return nodes(environ, gpus)
 
 
-def _torchrun(environ: Mapping[str, str]) -> Place:
+class Torchrun(Launcher):
+    def place(self, environ: Mapping[str, str]) -> Place:
+        return read_torchrun(environ)
+
+    def nodes(self, environ: Mapping[str, str], gpus: int) -> Nodes | None:
+        return nodes(environ, gpus)
+
+
+def read_torchrun(environ: Mapping[str, str]) -> Place:
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     _require(
         environ, needed, "pytorch", "start with torchrun --nproc-per-node N -m xtuner train …, or NPROC_PER_NODE=N"
@@ -149,37 +119,38 @@ def _torchrun(environ: Mapping[str, str]) -> Place:
     return Place(rank, size, local, environ["MASTER_ADDR"], port)
 
 
-def _slurm(environ: Mapping[str, str]) -> Place:
-    _require(environ, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "slurm", "start with srun xtuner train …")
-    rank, size, local = (_number(n, environ[n]) for n in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
-    if size > 1 and "SLURM_STEP_ID" not in environ:
-        raise ConfigError(
-            f"the Slurm job has {size} tasks, and this process is none of them but the job's script",
-            where="--launcher slurm",
-            why="it would wait for the others for ever: srun starts them",
-            do="start with srun xtuner train …",
+class Slurm(Launcher):
+    def place(self, environ: Mapping[str, str]) -> Place:
+        _require(environ, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "slurm", "start with srun xtuner train …")
+        rank, size, local = (_number(n, environ[n]) for n in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+        if size > 1 and "SLURM_STEP_ID" not in environ:
+            raise ConfigError(
+                f"the Slurm job has {size} tasks, and this process is none of them but the job's script",
+                where="--launcher slurm",
+                why="it would wait for the others for ever: srun starts them",
+                do="start with srun xtuner train …",
+            )
+        listed = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+        address = environ.get("MASTER_ADDR") or (first_node(listed) if _number_of_nodes(environ) > 1 else LOOPBACK)
+        job = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
+        return Place(rank, size, local, address, _port(environ, job))
+
+
+class Mpi(Launcher):
+    def place(self, environ: Mapping[str, str]) -> Place:
+        kinds = (
+            ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+            ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
         )
-    listed = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
-    address = environ.get("MASTER_ADDR") or (first_node(listed) if _number_of_nodes(environ) > 1 else LOOPBACK)
-    job = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
-    return Place(rank, size, local, address, _port(environ, job))
-
-
-def _mpi(environ: Mapping[str, str]) -> Place:
-    kinds = (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    )
-    names = next((names for names in kinds if names[0] in environ), kinds[0])
-    _require(environ, names, "mpi", "start with mpirun -n N xtuner train …")
-    rank, size, local = (_number(n, environ[n]) for n in names)
-    here = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", environ.get("MPI_LOCALNRANKS"))
-    if here and int(here) < size:
-        fix = "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 …"
-        _require(environ, ("MASTER_ADDR", "MASTER_PORT"), "mpi", fix)
-    return Place(
-        rank, size, local, environ.get("MASTER_ADDR", LOOPBACK), _port(environ, environ.get("PMIX_NAMESPACE", ""))
-    )
+        names = next((names for names in kinds if names[0] in environ), kinds[0])
+        _require(environ, names, "mpi", "start with mpirun -n N xtuner train …")
+        rank, size, local = (_number(n, environ[n]) for n in names)
+        here = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", environ.get("MPI_LOCALNRANKS"))
+        if here and int(here) < size:
+            fix = "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 …"
+            _require(environ, ("MASTER_ADDR", "MASTER_PORT"), "mpi", fix)
+        port = _port(environ, environ.get("PMIX_NAMESPACE", ""))
+        return Place(rank, size, local, environ.get("MASTER_ADDR", LOOPBACK), port)
 
 
 def first_node(listed: str) -> str:

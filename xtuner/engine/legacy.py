@@ -14,7 +14,10 @@ from xtuner.engine.optim import OptimWrapper
 
 _DTYPES = {None: "auto", "float16": "auto", "bfloat16": "bf16", "float32": "fp32"}
 _FP16 = "bf16 on GPUs and fp32 on CPUs are used instead"
-_ONE_RATE = "all parameters share one rate and one decay"
+_ONE_RATE = (
+    "all parameters of this wrapper share one rate and one decay",
+    "leave it out; xtuner.engine.optim.OptimWrapper takes parameter_groups = [dict(match='norm', weight_decay=0.0)]",
+)
 _FRESH = {
     "last_step": Only((-1,), "a resumed run finds its place by itself", "leave it out"),
 }
@@ -38,8 +41,8 @@ _QUIET = {"verbose": "the rate stands in every log line"}
             "leave it out: bf16 on GPUs, fp32 on CPUs",
         ),
         "use_fsdp": Only((False,), "the engine is chosen on the command line", "leave it out, and give --fsdp"),
-        "paramwise_cfg": Only((None,), _ONE_RATE, "leave it out"),
-        "constructor": Only((None, "DefaultOptimWrapperConstructor"), _ONE_RATE, "leave it out"),
+        "paramwise_cfg": Only((None,), *_ONE_RATE),
+        "constructor": Only((None, "DefaultOptimWrapperConstructor"), *_ONE_RATE),
     },
 )
 def AmpOptimWrapper(

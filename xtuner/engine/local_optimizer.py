@@ -11,6 +11,7 @@ import torch
 
 from xtuner.engine.adamw import AdamW, Form, Moments, read_master, write_master
 from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.parameter_groups import group_of, set_lr
 from xtuner.engine.shard import Shard
 from xtuner.engine.trial import pack
 from xtuner.model.weights import Part
@@ -63,7 +64,7 @@ class ByTorch:
         self._rows = rows
         self._masters = {n: _master(r.weight) for n, r in rows.items()}
         # of a rank that holds nothing there is nothing to optimize
-        self._optimizer = optim.build(self._masters.values()) if rows else None
+        self._optimizer = optim.build(self._masters) if rows else None
         self._traits = optim.traits(next(iter(rows.values())).weight.device) if rows else None
 
     def norm(self, gradients: Tensors) -> torch.Tensor:
@@ -79,8 +80,7 @@ class ByTorch:
             master.grad = gradients[name].to(master.dtype)
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._masters.values(), max_norm, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.refresh()
@@ -132,7 +132,8 @@ class ByForm:
 
     def __init__(self, rows: Mapping[str, Rows], optim: OptimWrapper, form: Form) -> None:
         self._begins = {n: r.begin for n, r in rows.items()}
-        self._adamw = AdamW({n: r.weight for n, r in rows.items()}, form, optim.arguments, self._begins)
+        groups = {n: group_of(n, optim.parameter_groups) for n in rows}
+        self._adamw = AdamW({n: r.weight for n, r in rows.items()}, form, optim.arguments, self._begins, groups)
 
     def norm(self, gradients: Tensors) -> torch.Tensor:
         return norm_of(list(gradients.values()))

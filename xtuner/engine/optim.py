@@ -1,7 +1,7 @@
 """The `optim_wrapper` of a config: which optimizer, how gradients are clipped and accumulated, in what precision."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ from xtuner.config.build import check_arguments, resolve_type, type_name
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.engine import trial
 from xtuner.engine.adamw import FORMS, Form
+from xtuner.engine.parameter_groups import read_groups, split
 from xtuner.engine.trial import Traits
 from xtuner.model.source import DTYPES
 
@@ -22,7 +23,7 @@ class OptimWrapper:
 
     Args:
         optimizer: `dict(type=AdamW, lr=…, betas=…, weight_decay=…)`: a class of `torch.optim` or another of its kind,
-            if it passes the trial of trial.py. All parameters decay.
+            if it passes the trial of trial.py. All parameters decay, but for `parameter_groups`.
         clip_grad: `dict(max_norm=…)`, the 2-norm over all parameters; None for no clipping.
         accumulative_counts: packs each rank takes per iteration (one optimizer step).
         dtype: what matrices are multiplied in: "bf16", "fp32", or "auto" (bf16 on GPUs, fp32 on CPUs).
@@ -33,6 +34,7 @@ class OptimWrapper:
         micro_batch: most tokens of a micro-batch (a longer document is one alone). None for what is fastest.
         full: what every rank keeps full over an iteration: "all" (weights and gradients), "weights", "gradients" or
             "blocks" (a block at a time). None for what is fastest. ZeRO-2 takes "all" and "weights".
+        parameter_groups: learning rate and weight decay by names of parameters; see parameter_groups.py.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class OptimWrapper:
         sums: str | None = None,
         micro_batch: int | None = None,
         full: str | None = None,
+        parameter_groups: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.kind = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
@@ -95,6 +98,7 @@ class OptimWrapper:
         self.states = FORMS[states]
         self._flags: dict[str, dict[str, bool]] = {}  # what `build` adds, by the kind of device of parameters
         self._traits: dict[str, Traits] = {}
+        self.parameter_groups = read_groups(parameter_groups)
         self._try()
 
     def _try(self) -> None:
@@ -102,10 +106,34 @@ class OptimWrapper:
         there = {k: v for k, v in self.arguments.items() if k not in ("capturable", "fused")}  # GPUs have more of these
         try:
             trial.examine(partial(self.kind, **there), type_name(self.kind), torch.device("cpu"))
+            self._take_groups(there, [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)])
         except ConfigError as e:
             known = getattr(self.kind, "__module__", "").startswith("torch.optim")
             if known or e.__cause__ is None or isinstance(e.__cause__, TypeError):
                 raise  # else it may need a GPU: `traits` reports it where the run is
+
+    def _take_groups(self, arguments: Mapping[str, Any], parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Raise ConfigError for an optimizer that does not follow the settings of parameter groups."""
+        if not self.parameter_groups:
+            return
+        try:
+            groups = [dict(params=[p]) for p in parameters]
+            built = self.kind(groups, **arguments)
+            whole = built.param_groups
+        except Exception as e:
+            raise self._without_groups(f"does not take parameter groups: {e}") from None
+        if len(whole) != len(groups):
+            raise self._without_groups("makes groups of its own")
+        if any(g.weight_decay is not None for g in self.parameter_groups) and "weight_decay" not in whole[0]:
+            raise self._without_groups("has no weight_decay")
+
+    def _without_groups(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"{type_name(self.kind)} {why}",
+            where="optim_wrapper.parameter_groups",
+            why="the settings of groups would have no effect",
+            do=f"leave parameter_groups out; or {trial.ADVICE}",
+        )
 
     def traits(self, device: torch.device) -> Traits:
         """What the optimizer does with parameters on a device. Raises: ConfigError if it cannot be used there."""
@@ -156,12 +184,12 @@ class OptimWrapper:
             return DTYPES[self.sums]
         return form.gradient if form else torch.float32
 
-    def build(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    def build(self, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer; by its fused kernel where it has one that works and nothing else is requested."""
-        parameters = list(parameters)
-        device = parameters[0].device
+        device = next(iter(parameters.values())).device
         self.traits(device)
-        return self.kind(parameters, **self.arguments, **self._flags[device.type])
+        groups = split(parameters, self.parameter_groups) if self.parameter_groups else list(parameters.values())
+        return self.kind(groups, **self.arguments, **self._flags[device.type])
 
     def describe(self) -> str:
         clip = f"gradients clipped to norm {self.max_norm:g}" if self.max_norm is not None else "no clipping"

@@ -24,7 +24,7 @@ import torch.distributed as torch_dist
 from xtuner.core import dist
 from xtuner.core.errors import EXIT_BUG, EXIT_INTERRUPTED, ConfigError, InterruptedRunError, LostRankError
 from xtuner.core.log import logger
-from xtuner.engine.launch import Place
+from xtuner.dist.launchers import Place
 
 
 def seconds(what: str, usual: float) -> float:

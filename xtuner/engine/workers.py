@@ -11,7 +11,8 @@ from types import FrameType
 
 from xtuner.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED
 from xtuner.core.log import logger
-from xtuner.engine.launch import LOOPBACK, Nodes, environment_of_workers
+from xtuner.dist.launchers import LOOPBACK, Nodes
+from xtuner.engine.launch import environment_of_workers
 
 GRACE = 12.0  # s that the others have, after one has ended badly, to say what they saw
 KILL_AFTER = 5.0  # s between SIGTERM and SIGKILL

@@ -63,6 +63,11 @@ class ModelSource:
             self.configure(model, device, dtype)
         return model
 
+    def trained_names(self) -> list[str]:
+        """Names of the parameters that are trained, as checkpoints have them."""
+        model = self.empty(torch.device("meta"), torch.float32)
+        return [name for name, p in model.named_parameters() if p.requires_grad]
+
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention backend, how products are computed, and what the backward keeps."""
         self.require(device, dtype)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from xtuner.config.build import build
@@ -25,9 +26,9 @@ from xtuner.core.dist import ALL, Ranks, note
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
 from xtuner.core.log import logger, progress
-from xtuner.data.format import BinFile, data_type
-from xtuner.data.index import TokenizedFolder
+from xtuner.data.format import data_type
 from xtuner.data.pack import IGNORE
+from xtuner.data.source import Documents, SourceFile
 from xtuner.model import load_pretrained
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
@@ -35,6 +36,7 @@ from xtuner.model.weights import base_weights
 from xtuner.train.checkpoint import TRAINER
 
 BATCH_TOKENS = 16384
+Part = tuple[torch.Tensor, torch.Tensor]  # ids and unshifted labels of a document, or of a part of one
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")  # what tells models apart
 
 
@@ -108,15 +110,15 @@ class Record:
             )
         logger.info(f"{len(self.entries)} files are in {path} already")
 
-    def find(self, file: BinFile) -> tuple[float, int] | None:
+    def find(self, file: SourceFile) -> tuple[float, int] | None:
         entry = self.entries.get(file.name)
-        if not entry or entry["identity"] != file.identity().hex():
+        if not entry or entry["identity"] != file.fingerprint():
             return None
         return entry["total"], entry["tokens"]
 
-    def keep(self, file: BinFile, total: float, tokens: int) -> None:
+    def keep(self, file: SourceFile, total: float, tokens: int) -> None:
         if self.path is not None:
-            entry = {"identity": file.identity().hex(), "total": total, "tokens": tokens}
+            entry = {"identity": file.fingerprint(), "total": total, "tokens": tokens}
             self.entries[file.name] = entry
             self._append(_line({"file": file.name, **entry}))
 
@@ -198,7 +200,7 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
 @torch.no_grad()
 def evaluate(
     model: CausalLM,
-    documents: TokenizedFolder,
+    documents: Documents,
     max_length: int,
     record: Record | None = None,
     quiet: bool = False,
@@ -212,7 +214,8 @@ def evaluate(
     assert record is None or ranks.size == 1
     turns = itertools.count()
     sums: list[float] = []  # loss and number of targets of each file
-    for file in documents if quiet else progress(documents, "evaluating"):
+    files = (documents.file(i) for i in range(len(documents)))
+    for file in files if quiet else progress(files, "evaluating", total=len(documents)):
         found = record.find(file) if record else None
         if found is None:
             found = _file_loss(model, file, max_length, turns, ranks)
@@ -220,31 +223,37 @@ def evaluate(
                 record.keep(file, *found)
         sums += found
     if ranks.rank >= next(turns) % ranks.size > 0:
-        _loss(model, [torch.zeros(1, dtype=torch.int64)])  # nothing left: other ranks wait for the collectives in it
+        nothing = torch.zeros(1, dtype=torch.int64)
+        _loss(model, [(nothing, nothing)])  # other ranks wait for the collectives in it
     sums, _ = ranks.sums_and_most(sums, [])
     by_type: dict[str, Result] = {}
-    for file, total, tokens in zip(documents, sums[::2], sums[1::2], strict=True):
-        kind = data_type(file.name)
+    for name, total, tokens in zip(documents.names, sums[::2], sums[1::2], strict=True):
+        kind = data_type(name)
         by_type.setdefault(kind, Result(kind)).add(total, int(tokens))
     everything = Result("all", sum(r.total for r in by_type.values()), sum(r.tokens for r in by_type.values()))
     return [*by_type.values(), everything]
 
 
 def _file_loss(
-    model: CausalLM, file: BinFile, max_length: int, turns: Iterator[int], ranks: Ranks
+    model: CausalLM, file: SourceFile, max_length: int, turns: Iterator[int], ranks: Ranks
 ) -> tuple[float, int]:
     """This rank's share of a file: (sum of losses, number of targets). `turns` counts the groups of all files."""
     total, count = 0.0, 0
-    read = functools.lru_cache(1)(file.read_document)  # parts of a long document follow one another
+
+    @functools.lru_cache(1)  # parts of a long document follow one another
+    def read(document: int) -> Part:
+        ids, learned = file.read(document, model.config.vocab_size)
+        return torch.from_numpy(ids), torch.from_numpy(np.where(learned, ids, IGNORE))
+
     for group in _groups(file, max_length):
         if next(turns) % ranks.size == ranks.rank:
-            parts = [torch.from_numpy(read(d, model.config.vocab_size)[begin:end]) for d, begin, end in group]
-            loss, targets = _loss(model, parts)
+            found = ((*read(d), slice(begin, end)) for d, begin, end in group)
+            loss, targets = _loss(model, [(ids[part], labels[part]) for ids, labels, part in found])
             total, count = total + loss, count + targets
     return total, count
 
 
-def _groups(file: BinFile, max_length: int) -> Iterator[list[tuple[int, int, int]]]:
+def _groups(file: SourceFile, max_length: int) -> Iterator[list[tuple[int, int, int]]]:
     """(document, begin, end) of documents and their parts, up to BATCH_TOKENS (or one part) at a time."""
     group: list[tuple[int, int, int]] = []
     held = 0
@@ -260,13 +269,13 @@ def _groups(file: BinFile, max_length: int) -> Iterator[list[tuple[int, int, int
         yield group
 
 
-def _loss(model: CausalLM, parts: list[torch.Tensor]) -> tuple[float, int]:
+def _loss(model: CausalLM, parts: list[Part]) -> tuple[float, int]:
     """(sum of losses, number of targets) of documents laid end to end."""
-    signed = torch.cat(parts)
-    cu_seqlens = torch.tensor([0] + [len(p) for p in parts]).cumsum(0).int()
-    targets = torch.where(signed > 0, signed, IGNORE).roll(-1)
+    ids, labels = map(torch.cat, zip(*parts, strict=True))
+    cu_seqlens = torch.tensor([0] + [len(part) for part, _ in parts]).cumsum(0).int()
+    targets = labels.roll(-1)
     targets[cu_seqlens[1:].long() - 1] = IGNORE
     device = model.output.weight.device
     note("evaluating")
-    total = model(signed.abs().to(device), cu_seqlens.to(device), targets.to(device))
+    total = model(ids.to(device), cu_seqlens.to(device), targets.to(device))
     return float(total), int((targets != IGNORE).sum())

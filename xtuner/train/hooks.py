@@ -16,7 +16,7 @@ from xtuner.core import dist
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, human_time, logger, show_progress
 from xtuner.data.chat_template import ChatTemplate
-from xtuner.data.index import TokenizedFolder
+from xtuner.data.source import Documents
 from xtuner.data.tokenizer import Tokenizer, single_tokens
 from xtuner.engine.schedule import Schedule
 from xtuner.model.flops import peak_flops, training_flops
@@ -200,7 +200,7 @@ class ValidationHook(Hook):
 
     priority = 85
 
-    def __init__(self, documents: TokenizedFolder, interval: int, max_length: int) -> None:
+    def __init__(self, documents: Documents, interval: int, max_length: int) -> None:
         self.documents, self.interval, self.max_length = documents, interval, max_length
         self._last = -1
 

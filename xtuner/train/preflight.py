@@ -32,14 +32,15 @@ from xtuner.core import hub
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.core.files import not_written, require_utf8
 from xtuner.core.log import logger
-from xtuner.data.index import TokenizedFolder
 from xtuner.data.loader import PackLoader
 from xtuner.data.order import InternRepoSampler
 from xtuner.data.pack import PackedDataset
 from xtuner.data.place import read_only
 from xtuner.data.share import open_together
+from xtuner.data.source import documents_of
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.parameter_groups import require_matches
 from xtuner.model.families import read_model
 from xtuner.model.source import ModelSource, from_scratch, require_marks
 from xtuner.model.weights import WeightFolder, base_weights, hf_shapes
@@ -189,6 +190,7 @@ def assemble(
         source: None for a model that is not known: the run can be planned, not trained.
     """
     seed = seed if seed is not None else (config.get("randomness.seed") or 0)
+    known = source is not None
     if source is None:
         source = from_scratch(vocab_size=4, hidden_size=2, intermediate_size=1, num_hidden_layers=1,
                               num_attention_heads=1)  # fmt: skip
@@ -197,6 +199,9 @@ def assemble(
     if source.seed is None:
         source = dataclasses.replace(source, seed=seed)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
+    if known:
+        with naming(config, "optim_wrapper.parameter_groups"):
+            require_matches(source.trained_names(), optim.parameter_groups)
     dataloader = config.values["train_dataloader"]
     with naming(config, SAMPLER):
         sampler = _with_all(config, SAMPLER, _sampler(dataloader["sampler"], dataset, mesh))
@@ -204,7 +209,7 @@ def assemble(
     hooks = list(hooks)
     if config.get("val_dataset"):
         with naming(config, "val_dataset", *_data_keys(config, "val_dataset")):
-            held_out: TokenizedFolder = build(config.values["val_dataset"], "val_dataset")
+            held_out = documents_of(build(config.values["val_dataset"], "val_dataset"))
         hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
     hooks.sort(key=priority_of)
     max_epochs = config.values["train_cfg"]["max_epochs"]
@@ -215,9 +220,10 @@ def assemble(
     with naming(config, DATASET, *_data_keys(config, DATASET)):
         first = dataset[0]  # read as training reads it: ids beyond the vocabulary are seen before a run has begun
     if not (first["targets"] >= 0).any():
+        counts = f": `xtuner data stats {folder}` counts" if (folder := dataset.documents.folder) else ""
         logger.warning(
             "the first pack has no token to learn from: negative ones are context only. If all packs are like it, "
-            f"training ends with exit code 65: `xtuner data stats {dataset.documents.folder}` counts"
+            f"training ends with exit code 65{counts}"
         )
     return run
 
@@ -242,7 +248,7 @@ def _enough(run: Run) -> None:
         lower, kept = f"{run.config.written(key)}, {lower}", f", in documents of at least {least:,}"
     raise DataError(
         f"{len(data)} packs, and {takes}",
-        where=f"{documents.folder}: {documents.num_tokens:,} tokens in {len(documents)} files{kept}, "
+        where=f"{documents.location}: {documents.num_tokens:,} tokens in {len(documents)} files{kept}, "
         f"by {run.config.where(key)}",
         why=f"a file's tokens that do not fill a pack of {data.packed_length:,} are dropped",
         do=f"lower {lower}, or give more data" + (", or take fewer ranks" * (ranks > 1)),

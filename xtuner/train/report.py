@@ -1,5 +1,6 @@
 """What a run tells before its first step: every derived number with its unit, and the machine it runs on."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 from xtuner.core import machine
 from xtuner.core.log import human, human_bytes
+from xtuner.engine.parameter_groups import group_of
 from xtuner.model.attention import BACKENDS
 from xtuner.model.flops import num_parameters, training_flops
 from xtuner.train.run import Run
@@ -39,17 +41,19 @@ def report(run: Run) -> str:
     rows = [
         ("model", f"{parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, from {where}"),
         ("optimizer", run.optim.describe()),
+        *_groups(run),
         ("strategy", run.choice.name),
         ("precision", f"{_masters(run)}, compute in {compute} on {run.device}{_products(run)}"),
         ("attention", BACKENDS[run.source.attention_backend(run.device, run.optim.compute_dtype(run.device))].about),
         ("state", f"{human_bytes(run.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
         (
             "data",
-            f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {files}, {documents.folder}",
+            f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {files}, {documents.location}",
         ),
         ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {lost} of file tails fill none"),
     ]
-    for file, packs, tail in zip(documents[:SHOWN_FILES], data.packs_per_file, tails, strict=False):
+    shown = (documents.file(i) for i in range(min(len(documents), SHOWN_FILES)))
+    for file, packs, tail in zip(shown, data.packs_per_file, tails, strict=False):
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))
@@ -61,6 +65,13 @@ def report(run: Run) -> str:
         ("work dir", str(run.work_dir)),
     ]
     return "what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows)
+
+
+def _groups(run: Run) -> list[tuple[str, str]]:
+    """What the config's parameter groups take."""
+    groups = run.optim.parameter_groups
+    taken = Counter(group_of(name, groups) for name in (run.source.trained_names() if groups else ()))
+    return [("", f"{taken[g]:,} parameters that match {g.match!r}: {g}") for g in groups]
 
 
 def _dealing(run: Run) -> list[tuple[str, str]]:

@@ -313,7 +313,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
     what = f"iteration {number}: loss {it.loss}, gradient norm {it.grad_norm}; the step was not applied"
     budget = run.config.get("train_cfg.max_skipped", 0)
     data = run.loader.dataset
-    files = {data.documents[data.locate(p)[0]].name for p in packs}
+    files = {data.documents.file(data.locate(p)[0]).name for p in packs}
     if run.state.skipped <= budget:
         logger.warning(f"{what} (packs {packs}; {run.state.skipped} of at most {budget} such iterations)")
         return
@@ -328,8 +328,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         where=f"packs {packs} of {', '.join(sorted(files))}",
         why="weights that met a NaN would be lost; these are as they were before the iteration",
         do=f"run the same iterations again: {again}\n"
-        f"        look at a pack: xtuner data show {data.documents.folder} --pack {packs[0]} "
-        f"--max-length {data.packed_length} --seed {data.seed} --tokenizer DIR\n"
+        f"        look at a pack: {data.how_to_show(packs[0], '--tokenizer DIR')}\n"
         f"        or go on without such iterations: --cfg-options train_cfg.max_skipped=10",
     )
     error.quiet = not dist.is_main()
@@ -354,11 +353,11 @@ def _without_targets(run: Run, number: int, packs: list[int]) -> None:
     if not run.state.targets and ended:
         error = DataError(
             f"no token to learn from in {run.state.packs:,} packs: nothing was trained",
-            where=str(data.documents.folder),
+            where=data.documents.location,
             why="a token is learned if it is above 0 in the .bin; negative ones are context only",
-            do=f"count them: xtuner data stats {data.documents.folder}\n"
-            f"        look at a pack: xtuner data show {data.documents.folder} --pack {packs[0]} "
-            f"--max-length {data.packed_length} --seed {data.seed}",
+            do=f"count them: xtuner data stats {data.documents.folder}\n        look at a pack: "
+            * bool(data.documents.folder)
+            + data.how_to_show(packs[0]),
         )
         error.quiet = not dist.is_main()
         raise error

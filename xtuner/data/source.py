@@ -48,7 +48,7 @@ class DocumentSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> tuple[Any, Any]:
-        """(ids, learned) of one document, see `Document`: a view of mapped arrays, if it is long. Of it only what a pack
+        """(ids, learned) of one document, see `Document`: of a long one a view of mapped arrays. Only what a pack
         takes is looked at. An OSError is reported as a fault of the data."""
 
     def fingerprint(self) -> str:

@@ -228,12 +228,14 @@ class AdamW:
             return
         from xtuner.engine import adamw_kernels
 
+        keys = ({"fp32": "master", "split": "low"}.get(self.form.name, ""), "exp_avg", "exp_avg_sq", *SCALES)
         groups: dict[tuple[torch.dtype, torch.dtype], dict[str, adamw_kernels.Entry]] = {}
         for name, weight in self.weights.items():
             begin, seed = self._begins.get(name, 0), seed_of(name, self.steps + 1)
-            entry = adamw_kernels.Entry(weight, gradients[name], self.state[name], begin, seed)
+            state = [self.state[name].get(key) for key in keys]
+            entry = adamw_kernels.Entry(weight, gradients[name], state, begin, seed)
             groups.setdefault((weight.dtype, gradients[name].dtype), {})[name] = entry
-        self._prepared = [(list(g), adamw_kernels.prepare(list(g.values()), self.form.name)) for g in groups.values()]
+        self._prepared = [(list(g), adamw_kernels.prepare(list(g.values()), GROUP)) for g in groups.values()]
 
     def step(self, gradients: Mapping[str, torch.Tensor], lr: float, clip: torch.Tensor) -> None:
         """Args: gradients: those that have been prepared, if that was done."""

@@ -15,14 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from xtuner.engine.adamw import GROUP, SCALES
-
 ROWS = 8  # groups a program
 RUN = 32  # programs that look up the same line of the table of runs
 COLUMNS = 10  # of a parameter's line in the table of addresses
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 KINDS = {"fp32": tl.float32, "split": tl.float32, "bf16": tl.bfloat16, "8bit": tl.int8}  # of first moments
-REST = {"fp32": "master", "split": "low", "bf16": "", "8bit": ""}  # what a weight lacks of its master
 
 
 class Entry(NamedTuple):
@@ -30,7 +27,7 @@ class Entry(NamedTuple):
 
     weight: torch.Tensor
     gradient: torch.Tensor
-    state: dict[str, torch.Tensor]
+    state: Sequence[torch.Tensor | None]  # what the weight lacks of its master, both moments, their scales
     begin: int  # of these elements in the full parameter
     seed: int
 
@@ -43,6 +40,7 @@ class Prepared(NamedTuple):
     unit: int  # what all addresses and lengths are multiples of
     weight: tl.dtype
     gradient: tl.dtype
+    group: int  # elements that share a scale
 
 
 @triton.jit
@@ -149,24 +147,25 @@ def _update(
 
 
 @lru_cache(8)
-def _runs(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _runs(sizes: tuple[int, ...], group: int, device: torch.device) -> torch.Tensor:
     """[runs, 2] int32: of each RUN programs their parameter, and which of its runs they are."""
-    counts = [triton.cdiv(n, RUN * ROWS * GROUP) for n in sizes]
+    counts = [triton.cdiv(n, RUN * ROWS * group) for n in sizes]
     lines = [(i, run) for i, count in enumerate(counts) for run in range(count)]
     return torch.tensor(lines, dtype=torch.int32).to(device)
 
 
-def prepare(entries: Sequence[Entry], form: str) -> Prepared:
+def prepare(entries: Sequence[Entry], group: int) -> Prepared:
     """Send the table: host work that need not wait for what is computed now."""
     lines = []
     for weight, gradient, state, begin, seed in entries:
-        tensors = (weight, gradient, state.get(REST[form]), *map(state.get, ("exp_avg", "exp_avg_sq", *SCALES)))
-        lines.append([*(0 if t is None else t.data_ptr() for t in tensors), weight.numel(), begin, seed])
+        addresses = (0 if t is None else t.data_ptr() for t in (weight, gradient, *state))
+        lines.append([*addresses, weight.numel(), begin, seed])
     # else numbers are read one by one
     unit = 1 if any(number % 16 for line in lines for number in line[:8]) else 16
-    weight, gradient, *_ = entries[0]
-    runs = _runs(tuple(line[7] for line in lines), weight.device)
-    return Prepared(_sent(lines, torch.int64, weight.device), runs, unit, TYPES[weight.dtype], TYPES[gradient.dtype])
+    weight, gradient = entries[0].weight, entries[0].gradient
+    runs = _runs(tuple(line[7] for line in lines), group, weight.device)
+    types = TYPES[weight.dtype], TYPES[gradient.dtype]
+    return Prepared(_sent(lines, torch.int64, weight.device), runs, unit, *types, group)
 
 
 def _sent(numbers: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -190,9 +189,9 @@ def update(
         rates: of each parameter lr / first correction, and what weight decay leaves.
         scale: second correction^(-1/2).
     """
-    table, runs, unit, weight, gradient = prepared
+    table, runs, unit, weight, gradient, group = prepared
     _update[(len(runs) * RUN,)](
         table, runs, _sent(rates, torch.float32, clip.device), clip, beta1, beta2, eps, scale,
         FORM=form, W_TYPE=weight, G_TYPE=gradient, M_TYPE=KINDS[form], UNIT=unit,
-        COLUMNS=COLUMNS, RUN=RUN, ROWS=ROWS, GROUP=GROUP, num_warps=8,
+        COLUMNS=COLUMNS, RUN=RUN, ROWS=ROWS, GROUP=group, num_warps=8,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from xtuner.core.files import atomic_file, sweep
 from xtuner.core.inputs import open_regular, short
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.export.sources import Opened, read_tensor, recognise
+from xtuner.families import OWN
 from xtuner.model.weights import Shape, Source, check, hf_shapes
 
 CHUNK = 4 * 2**20  # elements that are widened and written at once: 16 MiB
@@ -61,10 +62,10 @@ def _checked_shapes(opened: Opened) -> dict[str, Shape]:
     """Our tensors, name → shape, compared with the network that the checkpoint describes, or else with layer 0."""
     if opened.config:
         check(opened.source, hf_shapes(opened.config, opened.layout))
-        return hf_shapes(opened.config, "internlm2")
-    if opened.layout != "internlm2":
+        return hf_shapes(opened.config)
+    if opened.layout is not OWN:
         raise CheckpointError(
-            f"the names are those of the {opened.layout} layout, and how many heads there are is not said",
+            f"the names are those of the {opened.layout.name} layout, and how many heads there are is not said",
             where=str(opened.source.path),
             why="q, k and v cannot be put together without it",
             do="xtuner convert pth_to_hf CONFIG SRC DST --fp32: the config describes the network",

@@ -40,7 +40,7 @@ from xtuner.data.place import read_only
 from xtuner.data.share import open_together
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.optim import OptimWrapper
-from xtuner.model.families import read_model
+from xtuner.families import read_model
 from xtuner.model.source import ModelSource, from_scratch, require_marks
 from xtuner.model.weights import WeightFolder, base_weights, hf_shapes
 from xtuner.model.weights import check as check_weights

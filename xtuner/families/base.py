@@ -20,7 +20,7 @@ from xtuner.families.network import DecoderConfig
 
 
 @dataclass(frozen=True)
-class Rows:
+class Stored:
     """A tensor of a family's files as a part of one of ours.
 
     Dimension 0 of ours is `groups` equal groups of rows. The file has rows [begin, end) of each, one group after the
@@ -62,7 +62,7 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def stored(self, name: str, c: DecoderConfig) -> tuple[Rows, ...]:
+    def stored(self, name: str, c: DecoderConfig) -> tuple[Stored, ...]:
         """Where its files keep our tensor `name`: parts that are all of its rows."""
 
     def not_served(self, c: DecoderConfig) -> list[str]:

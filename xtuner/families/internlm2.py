@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
-from xtuner.families.base import ModelFamily, Rows
+from xtuner.families.base import ModelFamily, Stored
 from xtuner.families.chat import ANSWERS, CALLS, ROLES, ChatTemplate, Message, Piece
 from xtuner.families.hf_config import FIELDS, Reader, read_network, write_network
 from xtuner.families.network import DecoderConfig
@@ -113,8 +113,8 @@ class InternLM2(ModelFamily):
             **write_network(c, dtype),
         }
 
-    def stored(self, name: str, c: DecoderConfig) -> tuple[Rows, ...]:
-        return (Rows(name),)
+    def stored(self, name: str, c: DecoderConfig) -> tuple[Stored, ...]:
+        return (Stored(name),)
 
     def not_served(self, c: DecoderConfig) -> list[str]:
         found = {

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from xtuner.families.base import ModelFamily, Rows
+from xtuner.families.base import ModelFamily, Stored
 from xtuner.families.hf_config import FIELDS, Reader, read_network, write_network
 from xtuner.families.internlm2 import INTERNLM2
 from xtuner.families.network import DecoderConfig
@@ -44,16 +44,16 @@ class Llama(ModelFamily):
             **write_network(c, dtype),
         }
 
-    def stored(self, name: str, c: DecoderConfig) -> tuple[Rows, ...]:
+    def stored(self, name: str, c: DecoderConfig) -> tuple[Stored, ...]:
         in_layer = re.fullmatch(r"(model\.layers\.\d+\.)(.+)", name)
         layer, rest = in_layer.groups() if in_layer else ("", name)
         matrix, _, kind = rest.rpartition(".")
         if matrix != "attention.wqkv":
-            return (Rows(layer + self.names[rest]),)
+            return (Stored(layer + self.names[rest]),)
         q = c.num_heads // c.num_kv_heads * c.head_dim  # rows of a kv head's group: its q, then k, then v
         borders = (0, q, q + c.head_dim, q + 2 * c.head_dim)
         parts = zip(self.qkv, borders, borders[1:], strict=False)
-        return tuple(Rows(f"{layer}{part}.{kind}", c.num_kv_heads, begin, end) for part, begin, end in parts)
+        return tuple(Stored(f"{layer}{part}.{kind}", c.num_kv_heads, begin, end) for part, begin, end in parts)
 
 
 LLAMA = Llama()

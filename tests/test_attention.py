@@ -105,9 +105,8 @@ def test_a_backend_from_outside(
             words = ("--work-dir", tmp_path / name, "--cfg-options", "custom_hooks=[]", f"model.attention={name}")
             assert xtuner("train", tmp_path / "config.py", *words) == 0
             (record,) = (tmp_path / name).rglob("scalars.json")
-            losses.append(
-                [entry["loss"] for line in record.read_text().splitlines() if "loss" in (entry := json.loads(line))]
-            )
+            entries = [json.loads(line) for line in record.read_text().splitlines()]
+            losses.append([entry["loss"] for entry in entries if "loss" in entry])
         import masked_attention
 
         assert len(masked_attention.calls) >= len(losses[1]) > 5

@@ -125,7 +125,7 @@ def test_what_a_family_cannot_be(granite: Any, tmp_path: Path) -> None:
         from_scratch(family="granit")
     with pytest.raises(ConfigError, match="from_scratch has no setting 'bias'"):
         from_scratch(family="granite", bias=True)
-    with pytest.raises(Mistake, match="unknown role 'tool'.* Known: system, user, assistant"):
+    with pytest.raises(Mistake, match=r"unknown role 'tool'.* Known: system, user, assistant"):
         messages([{"role": "tool", "content": "x"}], granite.CHAT.roles)
     for name, message in (("granite.START", "is a str, not a ChatTemplate"), ("granite.X", "no attribute 'X'")):
         with pytest.raises(ConfigError, match=message):

@@ -24,6 +24,7 @@ from xtuner.model.ops import varlen
 from xtuner.model.ops.varlen import Attend
 
 Name = Literal["flash4", "varlen", "cudnn", "flex", "loop"]  # of a shipped backend
+_SETTING, _OTHERWISE = "model.attention", "leave it out: then the fastest that runs is taken"
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -103,11 +104,15 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str 
     if wanted is None:
         fit = (n for n, b in BACKENDS.items() if b.by_itself and b.why_not(device, dtype, head_dim, groups) is None)
         return next(fit)
-    do = "leave it out: then the fastest that runs is taken"
-    backend = BACKENDS.find(wanted, "model.attention", do)
+    backend = find(wanted)
     if why := backend.why_not(device, dtype, head_dim, groups):
-        raise ConfigError(f"attention by {backend.about} cannot run here: {why}", where="model.attention", do=do)
+        raise ConfigError(f"attention by {backend.about} cannot run here: {why}", where=_SETTING, do=_OTHERWISE)
     return wanted
+
+
+def find(name: str) -> Backend:
+    """The backend that `model.attention` names. Raises: ConfigError."""
+    return BACKENDS.find(name, _SETTING, _OTHERWISE)
 
 
 def to_install(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend | None:
@@ -118,7 +123,7 @@ def to_install(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backe
 
 def attend_by(name: str) -> Attend:
     """The backend of that name; it has to be there."""
-    attend = BACKENDS[name].find()
+    attend = find(name).find()
     assert attend is not None
     return attend
 

@@ -48,6 +48,10 @@ class ModelSource:
     products: str = "own"  # or "fp8", see ops/products.py
     adapter: "Adapter | None" = None
 
+    def __post_init__(self) -> None:
+        if self.attention is not None:
+            attention.find(self.attention)
+
     def network(self) -> CausalLM:
         """The network as a strategy trains it."""
         model = CausalLM(self.config)

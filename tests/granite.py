@@ -6,7 +6,7 @@ data by `xtuner data tokenize --template granite.CHAT`.
 
 from typing import Any, ClassVar
 
-from xtuner.families import FAMILIES
+from xtuner.families import register
 from xtuner.families.base import ModelFamily, Stored
 from xtuner.families.chat import ChatTemplate
 from xtuner.families.hf_config import FIELDS, Reader, read_network, write_network
@@ -72,4 +72,4 @@ class Granite(ModelFamily):
         return (Stored(name),)
 
 
-GRANITE = FAMILIES.register("granite", Granite())
+GRANITE = register(Granite())

@@ -19,6 +19,7 @@ from xtuner.data.tokenizer import load_tokenizer
 from xtuner.families import FAMILIES, INTERNLM2, LLAMA, read_config
 from xtuner.families.chat import Message
 from xtuner.model import from_scratch, load_pretrained
+from xtuner.model.weights import hf_shapes
 
 Command = Callable[..., int]
 TALK = [
@@ -109,7 +110,7 @@ def test_a_family_from_outside(granite: Any, marked: Path, tiny: Path, tmp_path:
         load_pretrained(hf)
 
 
-def test_what_a_family_cannot_be(granite: Any, tmp_path: Path) -> None:
+def test_what_a_family_cannot_be(granite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shipped names stay; a network that it does not have, and a setting of another family, are refused."""
     with pytest.raises(ConfigError, match="there is a shipped model family 'llama'"):
         FAMILIES.register("llama", granite.GRANITE)
@@ -127,6 +128,9 @@ def test_what_a_family_cannot_be(granite: Any, tmp_path: Path) -> None:
         from_scratch(family="granite", bias=True)
     with pytest.raises(Mistake, match=r"unknown role 'tool'.* Known: system, user, assistant"):
         messages([{"role": "tool", "content": "x"}], granite.CHAT.roles)
+    monkeypatch.setitem(granite.Granite.names, "attention_norm", "post_attention_layernorm")  # as the other norm
+    with pytest.raises(AssertionError, match="granite: 592 of 600 numbers have a place"):
+        hf_shapes(network, granite.GRANITE)
     for name, message in (("granite.START", "is a str, not a ChatTemplate"), ("granite.X", "no attribute 'X'")):
         with pytest.raises(ConfigError, match=message):
             find_template(name)

@@ -12,7 +12,8 @@ from xtuner.core.log import logger
 from xtuner.core.streams import as_text
 from xtuner.data.chat_template import find_template
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer, single_tokens
-from xtuner.families import FAMILIES, OWN
+from xtuner.families import FAMILIES
+from xtuner.families.chat import PLAIN
 
 HELP = "an empty line is ignored; /reset begins a new conversation, /exit or Ctrl-D ends"
 
@@ -57,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     model, _ = open_model(args.model, [], device())
     require_marks(model.config, f"{args.model}/config.json: ")
     tokenizer = load_tokenizer(args.tokenizer or args.model)
-    template = template or FAMILIES.get(model.config.family, OWN).chat or find_template("plain")
+    if template is None:
+        family = FAMILIES.find(model.config.family, args.model, "say with --template how it speaks")
+        template = family.chat or PLAIN
     if missing := [mark for mark in template.turn_marks if mark not in tokenizer.special]:
         logger.warning(
             f"the tokenizer has no special token {', '.join(missing)}, which the template {template.name} writes. "

@@ -40,7 +40,7 @@ def find_template(name: str, where: str = "--template", others: tuple[str, ...] 
     if module:
         try:
             template = getattr(importlib.import_module(module), last)
-        except (ImportError, AttributeError) as e:
+        except Exception as e:  # of whatever that module does
             raise ConfigError(f"the template {name!r} cannot be imported: {e}", where=where) from None
         if not isinstance(template, ChatTemplate):
             raise ConfigError(f"{name} is a {type(template).__name__}, not a ChatTemplate", where=where)

@@ -75,6 +75,7 @@ def export(
             raise ConfigError(what, where="--with-code", do=f"leave it out: {form.name} needs no code")
         _check_tokenizer(tokenizer_folder, config)
         _check_readers(config, form)
+        hf_shapes(config, form)  # all weights have a place
         settings = form.write_config(config, str(dtype).removeprefix("torch."))
         _write_shards(opened, folder, config, form, dtype, max_shard_bytes)
         code = _copy_code(folder, form) if with_code else {}

@@ -25,6 +25,11 @@ _FAMILY = "xtuner_family"  # in a checkpoint's config.json: the model's, where t
 _COPY = "copy the model's own config.json there again"
 
 
+def register(family: ModelFamily) -> ModelFamily:
+    """Make a family of one's own known, in a config or in a module that it imports. Raises: ConfigError."""
+    return FAMILIES.register(family.name, family)
+
+
 def chat_templates() -> dict[str, ChatTemplate]:
     """The families' own by name, then the one that marks nothing."""
     return {chat.name: chat for family in FAMILIES.values() if (chat := family.chat)} | {PLAIN.name: PLAIN}

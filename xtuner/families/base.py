@@ -1,12 +1,14 @@
 """What the toolkit has to know of a family of models: `ModelFamily`.
 
 The decoder holds every family's weights under its own names, which are InternLM2's. A family says where its files keep
-each of them, and what else its `config.json` and its users mean. A new family is a subclass in one file and
+each of them, and what else its `config.json` and its users mean. A new family is a subclass in one file and, for a
+shipped one, a name in the table of `families/__init__.py`; for one's own
 
-    FAMILIES.register(family.name, family)
+    from xtuner.families import register
+    register(MyFamily())
 
-in a config, or in a module that the config imports; `model = dict(type=from_scratch, family="its name", …)` then starts
-one, and a folder whose `config.json` names it as `model_type` is read. tests/test_families.py has one to copy.
+in a config, or in a module that the config imports. `model = dict(type=from_scratch, family="its name", …)` then starts
+one, and a folder whose `config.json` names it as `model_type` is read. tests/granite.py is one to copy.
 """
 
 from abc import ABC, abstractmethod

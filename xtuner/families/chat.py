@@ -46,8 +46,8 @@ class ChatTemplate:
 
     def prompt(self, user: str, system: str = "") -> str:
         """The text after which the model answers."""
-        opening = self.system.format(text=system) if system else ""
-        return opening + self.user.format(text=user) + self.assistant_begin
+        opening = self.system.replace("{text}", system) if system else ""
+        return opening + self.user.replace("{text}", user) + self.assistant_begin
 
     @property
     def turn_marks(self) -> list[str]:

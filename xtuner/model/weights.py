@@ -3,6 +3,7 @@
 `Source` is what every reader of weights looks like, those of other tools' checkpoints in `export/sources` included.
 """
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
@@ -186,7 +187,10 @@ def hf_shapes(c: DecoderConfig, family: ModelFamily = OWN) -> dict[str, Shape]:
     with torch.device("meta"):
         parameters = dict(CausalLM(c).named_parameters())
     parts = [split(name, p, family, c) for name, p in parameters.items()]
-    return {name: tuple(tensor.shape) for part in parts for name, tensor in part.items()}
+    shapes = {name: tuple(tensor.shape) for part in parts for name, tensor in part.items()}
+    held, numbers = sum(map(math.prod, shapes.values())), sum(p.numel() for p in parameters.values())
+    assert held == numbers, f"{family.name}: {held:,} of {numbers:,} numbers have a place in its files"
+    return shapes
 
 
 def check(source: Source, wanted: Mapping[str, Shape], by: str = "config.json") -> None:

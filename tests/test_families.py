@@ -52,7 +52,9 @@ def marked(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_family_from_outside(granite: Any, marked: Path, tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+def test_a_family_from_outside(
+    granite: Any, marked: Path, tiny: Path, tmp_path: Path, xtuner: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Tokenized by its template, trained from a config that imports it, saved, exported under its names, loaded by
     transformers: equal logits, the same conversation in the same ids, the same tokens to stop at."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteForCausalLM
@@ -79,6 +81,8 @@ def test_a_family_from_outside(granite: Any, marked: Path, tiny: Path, tmp_path:
     config.write_text(text)
     options = [f"dataset_folder={tmp_path / 'data' / 'train'}", f"tokenizer_path={marked}"]
     assert xtuner("train", config, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
+    again = ("--resume", "--allow-change", "--cfg-options", *options, "max_epochs=2")
+    assert xtuner("train", config, "--work-dir", tmp_path / "w", *again) == 0
     checkpoint = tmp_path / "w" / (tmp_path / "w" / "last_checkpoint").read_text().strip()
     masters = load_file(checkpoint / "weights" / "model.safetensors")
     hf = tmp_path / "hf"
@@ -103,7 +107,12 @@ def test_a_family_from_outside(granite: Any, marked: Path, tiny: Path, tmp_path:
         "<s>" + granite.CHAT.prompt(TALK[1]["content"], TALK[0]["content"])
     )
 
+    assert xtuner("chat", hf, "--prompt", "And?", "--max-new-tokens", "1") == 0
+    assert "no special token" not in capsys.readouterr().err
+
     FAMILIES.pop("granite")
+    with pytest.raises(ConfigError, match=r"no model family 'granite'[\s\S]*say with --template"):
+        xtuner("chat", checkpoint, "--tokenizer", marked, "--prompt", "x")
     with pytest.raises(ConfigError, match=r"no model family 'granite'[\s\S]*import the module that registers it"):
         xtuner("convert", "pth_to_hf", tiny, checkpoint, tmp_path / "again")
     with pytest.raises(ConfigError, match="models of type 'granite' cannot be read"):

@@ -35,8 +35,8 @@ class Registry(dict[str, T], Generic[T]):
 
     def find(self, name: str, where: str, otherwise: str = "") -> T:
         """The part of that name. Raises: ConfigError that lists the known ones, with what to do `otherwise`."""
-        if name in self:
+        if isinstance(name, str) and name in self:  # a config may say anything
             return self[name]
-        what = f"there is no {self._what} {name!r}.{did_you_mean(name, list(self))}"
+        what = f"there is no {self._what} {name!r}.{did_you_mean(str(name), list(self))}"
         known = f"it is one of {', '.join(self)}"
         raise ConfigError(what, where=where, do=f"{known}; or {otherwise}" if otherwise else known)

@@ -88,4 +88,4 @@ def family_by_names(names: Collection[str]) -> ModelFamily:
     """The family whose files have tensors of such names; OWN if none has."""
     some = DecoderConfig(2, 2, 2, 1, 1, 1, 2)
     known = ((family, family.stored("model.tok_embeddings.weight", some)) for family in FAMILIES.values())
-    return next((family for family, (rows,) in known if rows.name in names), OWN)
+    return next((family for family, stored in known if stored[0].name in names), OWN)

@@ -79,7 +79,8 @@ class ChatTemplate:
 
     def _cut(self, text: str, learned: bool) -> Iterator[Piece]:
         """A text of the template itself, cut at its marks."""
-        parts = re.split(f"({'|'.join(map(re.escape, self.marks))})", text) if self.marks else [text]
+        longest_first = "|".join(re.escape(mark) for mark in sorted(self.marks, key=len, reverse=True))
+        parts = re.split(f"({longest_first})", text) if self.marks else [text]
         yield from (Piece(part, learned, part in self.marks) for part in parts if part)
 
 

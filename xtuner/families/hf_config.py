@@ -90,9 +90,8 @@ def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> Dec
     Raises: ConfigError for what we do not compute, and for values that describe no network.
     """
     hf = read.hf
-    absent = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if k not in hf]
-    absent += [k for k in ("num_attention_heads",) if k not in hf]
-    if absent:
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if absent := [key for key in needed if key not in hf]:
         raise ConfigError(f"config.json lacks {', '.join(absent)}", where=read.where.rstrip(": ."))
     read.only("hidden_act", ("silu", "swish"), "silu")
     read.only("tie_word_embeddings", (False,), False)
@@ -108,6 +107,8 @@ def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> Dec
         at = "head_dim" if hf.get("head_dim") else "hidden_size"
         raise read.wrong(at, f"head_dim {head_dim} is odd, and rotary positions turn pairs")
     theta, scaling = _read_rope(read)
+    if head_dim < 4 and scaling and scaling.kind == "dynamic":  # the base grows by the power D / (D - 2)
+        raise read.wrong("rope_scaling", f"dynamic rope scaling cannot turn heads of {head_dim}")
     shared: dict[str, Any] = dict(
         vocab_size=vocabulary,
         hidden_size=hidden,

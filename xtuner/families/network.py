@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from xtuner.core.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -33,20 +31,3 @@ class DecoderConfig:
     eos_token_id: int = 2
     pad_token_id: int | None = 2  # its embedding row gets no gradient, as in the original
     family: str = field(default="internlm2", compare=False)  # which the model belongs to; not a part of the network
-
-    def __post_init__(self) -> None:
-        """Raises: ConfigError for a shape that cannot be computed."""
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"{self.num_heads} query heads cannot share {self.num_kv_heads} kv heads",
-                where="num_attention_heads, num_key_value_heads",
-                why="each kv head serves an equal number of query heads",
-            )
-        where = "head_dim (hidden_size / num_attention_heads where it is not given)"
-        if self.head_dim % 2:
-            raise ConfigError(
-                f"head_dim {self.head_dim} is odd", where=where, why="rotary positions turn pairs of numbers"
-            )
-        if self.head_dim < 4 and self.rope_scaling and self.rope_scaling.kind == "dynamic":
-            why = "the base grows by the power head_dim / (head_dim - 2)"
-            raise ConfigError(f"dynamic rope scaling cannot turn heads of {self.head_dim}", where=where, why=why)

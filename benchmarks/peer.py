@@ -31,9 +31,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from xtuner.data.batch import Batch
+from xtuner.families import LLAMA
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
-from xtuner.model.families import split
 from xtuner.model.flops import peak_flops, training_flops
+from xtuner.model.weights import split
 from xtuner.train.profile import KernelTimer, by_part
 
 Weights = dict[str, torch.Tensor]
@@ -82,7 +83,7 @@ class Peer:
         for name, parameter in ours.items():
             full = torch.empty(parameter.shape, device=device)
             initialize(name, full, shape, 0)
-            for key, weight in self.rename(split(name, full, "llama", shape)).items():
+            for key, weight in self.rename(split(name, full, LLAMA, shape)).items():
                 put(theirs.pop(key), weight)
         if theirs:
             raise RuntimeError(f"{self.name} has weights that ours has not: {', '.join(theirs)}")

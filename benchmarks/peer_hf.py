@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from xtuner.data.batch import Batch
-from xtuner.model.families import write_config
+from xtuner.families import LLAMA
 
 
 def build(s: Settings) -> Peer:
@@ -27,7 +27,7 @@ def build(s: Settings) -> Peer:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    config = LlamaConfig.from_dict(write_config(s.shape, "llama", s.dtype))
+    config = LlamaConfig.from_dict(LLAMA.write_config(s.shape, str(s.dtype)[6:]))
     config._attn_implementation = {"flex": "flex_attention"}.get(attention, attention)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(s.dtype)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent / "xtuner"
-LEVELS = ["core", "dist", "config", "data", "model", "engine", "export", "train", "tools", "cli"]  # bottom to top
+# bottom to top
+LEVELS = ["core", "dist", "config", "families", "data", "model", "engine", "export", "train", "tools", "cli"]
 
 
 def imports(file: Path) -> list[str]:
@@ -34,6 +35,14 @@ def test_imports_run_downwards() -> None:
             assert LEVELS.index(other) <= LEVELS.index(room), f"{file} imports from xtuner.{other}, which lies above"
             if other == "train":
                 assert room in ("train", "cli")
+
+
+def test_families_are_light() -> None:
+    """What `data` and `model` both use imports `core` alone, and no library that is heavy."""
+    for file in (ROOT / "families").rglob("*.py"):
+        assert set(imports(file)) <= {"core", "families"}, file
+    code = "import sys, xtuner.families; assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_imports_in_circles() -> None:

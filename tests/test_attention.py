@@ -1,5 +1,8 @@
 """Which attention is chosen, and FlexAttention's mask; how exact each is, GPUs show (test_gpu.py)."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -66,3 +69,53 @@ def test_the_fastest_that_runs_is_chosen() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert flash.why_not(gpu, torch.bfloat16, 80) == "heads of 80 are not among 64, 96, 128"
+
+
+OUTSIDE = """
+import torch
+from xtuner.model.attention import BACKENDS, Backend
+
+calls = []
+
+
+def attend(q, k, v, cu_seqlens, max_seqlen):
+    token = torch.arange(len(q))
+    document = torch.searchsorted(cu_seqlens, token, right=True)
+    seen = (document[:, None] == document) & (token[:, None] >= token)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qnd,snd->nqs", q, k) * q.shape[-1] ** -0.5
+    calls.append(len(q))
+    return torch.einsum("nqs,snd->qnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+BACKENDS.register("masked", Backend("one mask for all", lambda: attend, devices=("cpu",), dtypes=()))
+"""
+
+
+def test_a_backend_from_outside(
+    tiny: Path, tmp_path: Path, xtuner: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered by a module that the config imports, chosen by name: it is what trains, and is named in the report."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "masked_attention.py").write_text(OUTSIDE)
+    (tmp_path / "config.py").write_text("import masked_attention\n" + tiny.read_text())
+    losses = []
+    try:
+        for name in ("loop", "masked"):
+            words = ("--work-dir", tmp_path / name, "--cfg-options", "custom_hooks=[]", f"model.attention={name}")
+            assert xtuner("train", tmp_path / "config.py", *words) == 0
+            (record,) = (tmp_path / name).rglob("scalars.json")
+            entries = [json.loads(line) for line in record.read_text().splitlines()]
+            losses.append([entry["loss"] for entry in entries if "loss" in entry])
+        import masked_attention
+
+        assert len(masked_attention.calls) >= len(losses[1]) > 5
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert losses[0] != losses[1]
+        assert "one mask for all" in next((tmp_path / "masked").rglob("*.log")).read_text()
+        with pytest.raises(ConfigError, match="one mask for all cannot run here: it does not run on cuda"):
+            attention.choose(torch.device("cuda"), torch.bfloat16, 64, "masked")
+        with pytest.raises(ConfigError, match="there is a shipped attention backend 'loop'"):
+            attention.BACKENDS.register("loop", attention.BACKENDS["masked"])
+    finally:
+        attention.BACKENDS.pop("masked", None)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from xtuner.data.batch import Batch
+from xtuner.families import LLAMA
 from xtuner.model.decoder import CausalLM, DecoderConfig
-from xtuner.model.families import split
 from xtuner.model.flops import training_flops, whole_pack_flops
+from xtuner.model.weights import split
 from xtuner.train.profile import by_part
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -57,7 +58,7 @@ def test_peers_do_the_same_work(package: str, engine: str, attention: str, ours:
 
     settings = Settings(engine, SHAPE, torch.device("cpu"), "fp32", attention=attention, compute=torch.float32)
     peer = build(settings)
-    weights = {k: v for name, p in ours.named_parameters() for k, v in split(name, p.data, "llama", SHAPE).items()}
+    weights = {k: v for name, p in ours.named_parameters() for k, v in split(name, p.data, LLAMA, SHAPE).items()}
     theirs = dict(peer.model.named_parameters())
     for name, weight in peer.rename(weights).items():
         put(theirs.pop(name), weight)

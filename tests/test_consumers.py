@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import SHARED, VOCABULARY, reference, train_tokenizer
 from safetensors.torch import save_file
 from test_turbomind import CACHE
@@ -19,8 +18,8 @@ from xtuner.core import log
 from xtuner.core.errors import ConfigError
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.hf import export
+from xtuner.families import INTERNLM2
 from xtuner.model import from_scratch
-from xtuner.model.families import write_config
 
 Command = Callable[..., int]
 LLAMACPP = CACHE / "llama-cpp-python-0.3.36"
@@ -32,7 +31,7 @@ def model_folder(folder: Path, **shape: Any) -> Path:
     source = from_scratch(**{"vocab_size": VOCABULARY, **SHAPE, **shape})
     folder.mkdir()
     save_file(source.build().state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(write_config(source.config, "internlm2", torch.float32)))
+    (folder / "config.json").write_text(json.dumps(INTERNLM2.write_config(source.config, "float32")))
     return folder
 
 

@@ -86,7 +86,7 @@ def test_our_own_remote_code(
     from transformers import AutoModelForCausalLM
 
     from xtuner.export.hf import _copy_code
-    from xtuner.model.families import write_config
+    from xtuner.families import INTERNLM2
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     words = (tiny, trained, tmp_path / "exported", "--fp32", "--with-code")
@@ -99,7 +99,7 @@ def test_our_own_remote_code(
         folders.append(tmp_path / name)
         folders[-1].mkdir()
         save_file(model.state_dict(), folders[-1] / "model.safetensors", metadata={"format": "pt"})
-        config = {**_copy_code(folders[-1]), **write_config(model.config, "internlm2", torch.float32)}
+        config = {**_copy_code(folders[-1]), **INTERNLM2.write_config(model.config, "float32")}
         (folders[-1] / "config.json").write_text(json.dumps(config))
     for folder in folders:
         ours = load_pretrained(folder)
@@ -131,7 +131,8 @@ def test_the_reference_models_in_transformers(tmp_path: Path) -> None:
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 
-    from xtuner.model.families import split, write_config
+    from xtuner.families import LLAMA
+    from xtuner.model.weights import split
 
     names = ["a_gqa", "b_mha", "d_mqa_bias", "e_linear"] if SHARED.is_dir() else ["a_gqa"]
     for name in names:
@@ -140,11 +141,11 @@ def test_the_reference_models_in_transformers(tmp_path: Path) -> None:
         folder.mkdir()
         tensors: dict[str, torch.Tensor] = {}
         for key, tensor in model.state_dict().items():
-            tensors |= {k: t.contiguous() for k, t in split(key, tensor, "llama", model.config).items()}
+            tensors |= {k: t.contiguous() for k, t in split(key, tensor, LLAMA, model.config).items()}
         if "model.layers.0.self_attn.o_proj.bias" in tensors:
             assert model.config.attention_bias
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(write_config(model.config, "llama", torch.float32)))
+        (folder / "config.json").write_text(json.dumps(LLAMA.write_config(model.config, "float32")))
         theirs = LlamaForCausalLM.from_pretrained(folder).eval()
         ids = torch.arange(3, 100)
         with torch.no_grad():
@@ -243,7 +244,7 @@ from pathlib import Path
 import torch
 from xtuner.core.files import seal, write_json
 from xtuner.export.hf import export
-from xtuner.model.families import write_config
+from xtuner.families import INTERNLM2
 from xtuner.model import from_scratch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -255,7 +256,7 @@ def checkpoint(name, layers):
     model = source.build()
     (folder / name / "weights").mkdir(parents=True)
     save_file(dict(model.state_dict()), folder / name / "weights" / "model.safetensors")
-    write_json(folder / name / "weights" / "config.json", write_config(source.config, "internlm2", torch.float32))
+    write_json(folder / name / "weights" / "config.json", INTERNLM2.write_config(source.config, "float32"))
     facts = dict(state=dict(iteration=1, packs=1, targets=1), max_iterations=1, config={},
                  data=dict(packed_length=1, label_rule="", data=""))
     write_json(folder / name / "trainer.json", facts)

@@ -151,13 +151,14 @@ launcher = 'none'
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of a tiny InternLM2."""
     from xtuner.core.files import write_json
-    from xtuner.model import families, from_scratch
+    from xtuner.families import INTERNLM2
+    from xtuner.model import from_scratch
 
     sizes = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
     source = from_scratch(seed=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32, **sizes)
     folder = tmp_path_factory.mktemp("weights")
     save_file({n: p.detach() for n, p in source.build().named_parameters()}, folder / "model.safetensors")
-    write_json(folder / "config.json", families.write_config(source.config, "internlm2", torch.float32))
+    write_json(folder / "config.json", INTERNLM2.write_config(source.config, "float32"))
     return folder
 
 

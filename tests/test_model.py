@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.families import FAMILIES, LLAMA, read_config
 from xtuner.model import load_pretrained
 from xtuner.model.decoder import CausalLM
-from xtuner.model.families import hf_names, join, read_config, split, write_config
 from xtuner.model.generate import Session, generate
 from xtuner.model.loss import linear_cross_entropy
 from xtuner.model.plan import Plan
+from xtuner.model.weights import join, split
 
 MODELS = ["a_gqa", "b_mha", "c_dynamic_ntk", "d_mqa_bias", "e_linear"]
 
@@ -177,15 +178,15 @@ def test_layouts_are_exact_and_reversible(name: str) -> None:
     config = read_config(json.loads((folder / "config.json").read_text()))
     llama = {}
     for key, tensor in weights.items():
-        parts = split(key, tensor, "llama", config)
-        assert list(parts) == hf_names(key, "llama")
-        assert join(list(parts.values()), config).equal(tensor)
+        parts = split(key, tensor, LLAMA, config)
+        assert list(parts) == [rows.name for rows in LLAMA.stored(key, config)]
+        assert join(parts, key, LLAMA, config).equal(tensor)
         llama.update(parts)
     assert llama.keys() == info["llama_tensors"].keys()
     for key, expected in info["llama_tensors"].items():
         assert hashlib.sha256(llama[key].contiguous().numpy().tobytes()).hexdigest() == expected["sha256_fp32_le"], key
     for layout in ("internlm2", "llama"):
-        assert read_config(write_config(config, layout, torch.float32)) == config
+        assert read_config(FAMILIES[layout].write_config(config, "float32")) == config
 
 
 def test_foreign_pickles_give_the_same_model(tmp_path: Path) -> None:

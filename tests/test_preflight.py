@@ -23,7 +23,7 @@ from xtuner.cli.main import main
 from xtuner.config.load import load
 from xtuner.core.errors import XTunerError
 from xtuner.data.write import write_bin
-from xtuner.model.families import read_config, write_config
+from xtuner.families import INTERNLM2, read_config
 from xtuner.model.weights import hf_shapes
 from xtuner.train.lock import WorkDirLock
 
@@ -307,8 +307,8 @@ def _models(w: Path) -> None:
     def make(name: str, config: dict[str, Any] | None = None, **changes: Any) -> None:
         c = read_config({"model_type": "internlm2", "bias": False, "vocab_size": VOCABULARY, **MODEL, **(config or {})})
         (w / name).mkdir()
-        (w / name / "config.json").write_text(json.dumps(write_config(c, "internlm2", torch.float32) | changes))
-        save_file({n: torch.zeros(s) for n, s in hf_shapes(c, "internlm2").items()}, w / name / "model.safetensors")
+        (w / name / "config.json").write_text(json.dumps(INTERNLM2.write_config(c, "float32") | changes))
+        save_file({n: torch.zeros(s) for n, s in hf_shapes(c).items()}, w / name / "model.safetensors")
 
     def change(name: str, **tensors: Any) -> None:
         make(name)

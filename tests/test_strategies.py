@@ -28,7 +28,7 @@ from xtuner.data.batch import Batch
 from xtuner.engine import choose, zero_config, zero_keys
 from xtuner.engine.base import Strategy
 from xtuner.engine.optim import OptimWrapper
-from xtuner.model.families import write_config
+from xtuner.families import INTERNLM2
 from xtuner.model.generate import generate
 from xtuner.model.ops.products import Kind
 from xtuner.model.source import ModelSource, from_scratch
@@ -540,7 +540,7 @@ def test_zero3_is_built_shard_by_shard(tmp_path: Path) -> None:
     source = large()
     tensors = {name: p.data for name, p in source.build().named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(write_config(source.config, "internlm2", torch.float32)))
+    (tmp_path / "config.json").write_text(json.dumps(INTERNLM2.write_config(source.config, "float32")))
     settings = zero_config.read("deepspeed_zero3")
     small = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "reduce_bucket_size")
     settings["zero_optimization"] |= dict.fromkeys((*small, "stage3_prefetch_bucket_size"), 10**6)

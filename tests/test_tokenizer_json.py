@@ -110,19 +110,20 @@ def test_an_export_generates(internlm2: Path, tmp_path: Path, xtuner: Callable[.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from xtuner.export.hf import _copy_tokenizer, _generation
+    from xtuner.families import LLAMA
     from xtuner.model import from_scratch
-    from xtuner.model.families import split, write_config
+    from xtuner.model.weights import split
 
     source = from_scratch(
         vocab_size=92544, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in source.build().state_dict().items():
-        tensors |= {k: t.contiguous() for k, t in split(name, tensor, "llama", source.config).items()}
+        tensors |= {k: t.contiguous() for k, t in split(name, tensor, LLAMA, source.config).items()}
     from safetensors.torch import save_file
 
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(write_config(source.config, "llama", torch.float32)))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA.write_config(source.config, "float32")))
     (tmp_path / "given").mkdir()
     shutil.copy(internlm2 / "tokenizer.model", tmp_path / "given")
     stops = _copy_tokenizer(tmp_path / "given", tmp_path, source.config)

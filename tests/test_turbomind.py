@@ -34,8 +34,9 @@ def make(
     """A Hugging Face folder: random weights, a tokenizer of 4 ids. `hf` goes into its config.json."""
     from tokenizers import Tokenizer, models
 
+    from xtuner.families import FAMILIES
     from xtuner.model import from_scratch
-    from xtuner.model.families import split, write_config
+    from xtuner.model.weights import split
 
     shape = {"vocab_size": 400, "intermediate_size": 320, "num_hidden_layers": 2, **D128}
     given = {k: v for k, v in hf.items() if k in (*shape, "head_dim")}
@@ -43,7 +44,9 @@ def make(
     model = source.build()
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
-        tensors |= {k: t.to(dtype).contiguous() for k, t in split(name, tensor, layout, source.config).items()}
+        tensors |= {
+            k: t.to(dtype).contiguous() for k, t in split(name, tensor, FAMILIES[layout], source.config).items()
+        }
     folder.mkdir(parents=True)
     names = sorted(tensors)
     files = {f"model-{i}.safetensors": names[i::shards] for i in range(shards)}
@@ -51,7 +54,9 @@ def make(
         save_file({n: tensors[n] for n in inside}, folder / file, metadata={"format": "pt"})
     index = {"weight_map": {n: file for file, inside in files.items() for n in inside}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps({**write_config(source.config, layout, dtype), **hf}))
+    (folder / "config.json").write_text(
+        json.dumps({**FAMILIES[layout].write_config(source.config, str(dtype)[6:]), **hf})
+    )
     Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "d": 3}, [])).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder

@@ -26,8 +26,9 @@ from xtuner.core.pickles import load_tensors
 from xtuner.export.consolidate import consolidate
 from xtuner.export.sources import recognise
 from xtuner.export.sources.zero import ZeroFolder
+from xtuner.families import LLAMA
 from xtuner.model import load_pretrained
-from xtuner.model.families import split
+from xtuner.model.weights import split
 
 Command = Callable[..., int]
 Tensors = dict[str, torch.Tensor]
@@ -225,7 +226,7 @@ def test_names_of_the_llama_layout(tmp_path: Path, xtuner: Command) -> None:
     state = model.state_dict()
     llama: Tensors = {}
     for name, tensor in state.items():
-        llama |= split(name, tensor, "llama", model.config)
+        llama |= split(name, tensor, LLAMA, model.config)
     torch.save({"state_dict": {f"llm.{n}": t.clone() for n, t in llama.items()}}, tmp_path / "iter_1.pth")
     with pytest.raises(CheckpointError, match=r"(?s)how many heads there are is not said.*pth_to_hf CONFIG"):
         consolidate(tmp_path / "iter_1.pth", tmp_path / "a.safetensors")

@@ -38,8 +38,8 @@ from xtuner.data.tokenizer import load_tokenizer
 from xtuner.data.walk import read_order
 from xtuner.data.write import write_bin
 from xtuner.export.consolidate import consolidate
+from xtuner.families import FAMILIES, read_config
 from xtuner.model import from_pretrained
-from xtuner.model.families import read_config
 from xtuner.model.weights import WeightFolder, hf_shapes
 from xtuner.train.checkpoint import read_trainer
 from xtuner.train.state import TrainState
@@ -306,7 +306,7 @@ def _network() -> Target:
         source = from_pretrained(str(folder))
         config = read_config(json.loads(case["config.json"]))
         for layout in ("internlm2", "llama"):
-            hf_shapes(config, layout)
+            hf_shapes(config, FAMILIES[layout])
         source.empty(torch.device("meta"), torch.bfloat16)
 
     return Target("network", json_bytes(NETWORK).map(lambda data: {"config.json": data}), right, read)

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xtuner.core import log
-from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.log import logger
 from xtuner.core.streams import as_text
-from xtuner.data.chat_template import INTERNLM2_MARKS, PROMPT_TEMPLATE
+from xtuner.data.chat_template import find_template
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer, single_tokens
+from xtuner.families import FAMILIES
+from xtuner.families.chat import PLAIN
 
 HELP = "an empty line is ignored; /reset begins a new conversation, /exit or Ctrl-D ends"
 
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face folder, checkpoint")
     parser.add_argument("--prompt", type=as_text, help="answer this one text and end; without it: a conversation")
     parser.add_argument(
-        "--template", default="internlm2_chat", help="internlm2_chat (default), or plain to continue texts"
+        "--template", help="default: that of the model's family, such as internlm2_chat; plain continues texts"
     )
     parser.add_argument(
         "--tokenizer", help="folder or hub id of the tokenizer, where the model has none: a checkpoint has not"
@@ -42,12 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.train.evaluate import open_model
 
     log.setup("WARNING")
-    templates = vars(PROMPT_TEMPLATE)
-    if args.template not in templates:
-        hint = did_you_mean(args.template, list(templates))
-        raise ConfigError(
-            f"no template {args.template!r}.{hint}", where="--template", do=f"one of {', '.join(templates)}"
-        )
+    template = find_template(args.template) if args.template else None
     for option, ok, range_ in (
         ("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
         ("top-p", 0 < args.top_p <= 1, "above 0 and at most 1"),
@@ -56,16 +53,17 @@ def run(args: argparse.Namespace) -> int:
         if not ok:
             value = getattr(args, option.replace("-", "_"))
             raise ConfigError(f"--{option} {value} cannot be", where=f"--{option}", do=f"give {range_}")
-    template = templates[args.template]
     if not args.tokenizer:
         refuse_checkpoint(args.model)
     model, _ = open_model(args.model, [], device())
     require_marks(model.config, f"{args.model}/config.json: ")
     tokenizer = load_tokenizer(args.tokenizer or args.model)
-    marks = [mark for mark in INTERNLM2_MARKS if mark in template.prompt("", "-") + template.assistant_end]
-    if missing := [mark for mark in marks if mark not in tokenizer.special]:
+    if template is None:
+        family = FAMILIES.find(model.config.family, args.model, "say with --template how it speaks")
+        template = family.chat or PLAIN
+    if missing := [mark for mark in template.turn_marks if mark not in tokenizer.special]:
         logger.warning(
-            f"the tokenizer has no special token {', '.join(missing)}, which the template {args.template} writes. "
+            f"the tokenizer has no special token {', '.join(missing)}, which the template {template.name} writes. "
             "Spelt in ordinary pieces, they are not what a chat model learned: the answer may be empty or nonsense. "
             "Give the chat model's tokenizer with --tokenizer, or continue a text with --template plain"
         )

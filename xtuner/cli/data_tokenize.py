@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--whole-record", action="store_true", help="tokenize a record's JSON, as InternEvo's tool does"
     )
     parser.add_argument(
-        "--template", default="internlm2_chat", help="for alpaca: internlm2_chat (default), or internevo, bit by bit"
+        "--template",
+        default="internlm2_chat",
+        help="of conversations: internlm2_chat (default), another family's, or package.module.NAME of your own; "
+        "internevo writes alpaca records as that tool does, bit by bit",
     )
     parser.add_argument("--add-bos", action=both, help="begin each document with the begin token (default: yes)")
     parser.add_argument("--add-eos", action=both, help="end each with the end token (default: text yes, chat no)")

@@ -1,114 +1,49 @@
-"""How a conversation is written as text for a chat model."""
+"""Chat templates by name, for configs: `PROMPT_TEMPLATE.internlm2_chat`, `PROMPT_TEMPLATE.plain`."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import NamedTuple
+import importlib
 
-# A tool turn is the model's call of a tool ("function" is the same); what the tool answers is an environment turn.
-CALLS = ("tool", "function")
-ANSWERS = ("assistant", "thought")
-ROLES = ("system", "user", "environment", *ANSWERS, *CALLS)
-_NAME_MARKS = {"plugin": "<|plugin|>", "interpreter": "<|interpreter|>"}
+from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.families import chat_templates
+from xtuner.families.chat import ChatTemplate, Message, Piece
+from xtuner.families.internlm2 import MARKS as INTERNLM2_MARKS
+from xtuner.families.internlm2 import InternLM2
 
+__all__ = ["INTERNLM2_MARKS", "PROMPT_TEMPLATE", "ChatTemplate", "Message", "Piece", "internlm2_chat"]
 
-class Message(NamedTuple):
-    """One message. `loss` None: learned if it is the model's own, and as the message before it in the same turn."""
-
-    role: str
-    content: str
-    name: str = ""
-    loss: bool | None = None
+internlm2_chat = InternLM2.chat.pieces
 
 
-class Piece(NamedTuple):
-    """A part of a conversation: a text, or a mark, which is the name of a special token."""
-
-    text: str
-    learned: bool = False
-    is_mark: bool = False
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """`{text}` stands for a turn's content. A model stops at any of `stop_words`."""
-
-    system: str
-    user: str
-    assistant_begin: str
-    assistant_end: str
-    stop_words: tuple[str, ...]
-
-    def prompt(self, user: str, system: str = "") -> str:
-        """The text after which the model answers."""
-        opening = self.system.format(text=system) if system else ""
-        return opening + self.user.format(text=user) + self.assistant_begin
+class _Templates:
+    def __getattr__(self, name: str) -> ChatTemplate:
+        known = chat_templates()
+        if name not in known:
+            hint = did_you_mean(name, list(known))
+            raise AttributeError(f"no template PROMPT_TEMPLATE.{name}.{hint} There are {', '.join(known)}")
+        return known[name]
 
 
-PROMPT_TEMPLATE = SimpleNamespace(
-    internlm2_chat=ChatTemplate(
-        system="<|im_start|>system\n{text}<|im_end|>\n",
-        user="<|im_start|>user\n{text}<|im_end|>\n",
-        assistant_begin="<|im_start|>assistant\n",
-        assistant_end="<|im_end|>\n",
-        stop_words=("<|im_end|>",),
-    ),
-    plain=ChatTemplate(system="{text}\n", user="{text}", assistant_begin="", assistant_end="\n", stop_words=()),
-)
-
-INTERNLM2_MARKS = ("<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", *_NAME_MARKS.values())
+PROMPT_TEMPLATE = _Templates()
 
 
-def internlm2_chat(messages: Iterable[Message]) -> Iterator[Piece]:
-    """The pieces of a conversation, without the begin token.
+def find_template(name: str, where: str = "--template", others: tuple[str, ...] = ()) -> ChatTemplate:
+    """The template of that name, or `package.module.NAME`: one of your own, which any process can import.
 
-    The model's turn is an assistant or thought message and the calls that follow it; its contents, its calls and its
-    end are learned, everything else is not:
+    Args:
+        others: words that are also known at `where`.
 
-        <|im_start|>assistant\\n CONTENT <|action_start|><|plugin|>\\n CALL <|action_end|>\\n <|im_end|>\\n
-                                └──────────────────────── learned ─────────────────────────────────┘
+    Raises: ConfigError.
     """
-    is_open = learned = False
-    for message in messages:
-        is_call = message.role in CALLS
-        if is_open and not is_call:
-            yield from _end(learned)
-            is_open = False
-        if message.role in ANSWERS or (is_call and not is_open):
-            yield from _begin("assistant", "" if is_call else message.name)
-            is_open = learned = True
-        if not is_open:
-            yield from _begin(message.role, message.name)
-            yield Piece(message.content)
-            yield from _end(learned=False)
-            continue
-        if message.loss is not None:
-            learned = message.loss
-        if is_call:
-            yield Piece("<|action_start|>", learned, is_mark=True)
-            yield _name(message.name, learned)
-            yield Piece("\n", learned)
-        yield Piece(message.content, learned)
-        if is_call:
-            yield Piece("<|action_end|>", learned, is_mark=True)
-            yield Piece("\n", learned)
-    if is_open:
-        yield from _end(learned)
-
-
-def _begin(role: str, name: str) -> Iterator[Piece]:
-    yield Piece("<|im_start|>", is_mark=True)
-    yield Piece(role)
-    if name:
-        yield Piece(" name=")
-        yield _name(name, learned=False)
-    yield Piece("\n")
-
-
-def _end(learned: bool) -> Iterator[Piece]:
-    yield Piece("<|im_end|>", learned, is_mark=True)
-    yield Piece("\n", learned)
-
-
-def _name(name: str, learned: bool) -> Piece:
-    return Piece(_NAME_MARKS.get(name, name), learned, is_mark=name in _NAME_MARKS)
+    known = chat_templates()
+    if name in known:
+        return known[name]
+    module, _, last = name.rpartition(".")
+    if module:
+        try:
+            template = getattr(importlib.import_module(module), last)
+        except Exception as e:  # of whatever that module does
+            raise ConfigError(f"the template {name!r} cannot be imported: {e}", where=where) from None
+        if not isinstance(template, ChatTemplate):
+            raise ConfigError(f"{name} is a {type(template).__name__}, not a ChatTemplate", where=where)
+        return template
+    names = [*known, *others]
+    raise ConfigError(f"no template {name!r}.{did_you_mean(name, names)}", where=where, do=f"one of {', '.join(names)}")

@@ -8,9 +8,9 @@ from typing import Any
 
 from xtuner.config.adapter import Only, adapter
 from xtuner.config.settings import HUB
-from xtuner.core.errors import ConfigError, did_you_mean
-from xtuner.data import chat_template, order, tokenizer
-from xtuner.data.chat_template import ChatTemplate
+from xtuner.core.errors import ConfigError
+from xtuner.data import order, tokenizer
+from xtuner.data.chat_template import PROMPT_TEMPLATE, ChatTemplate
 
 _SEED = 1024  # what the old sampler draws from, whatever its seed
 _VARLEN = {
@@ -60,21 +60,6 @@ def intern_repo_collate_fn(instances: Any = None) -> Any:
 @adapter(_ITSELF, only=_VARLEN, ignored={"pad_index": int, "return_hf_format": bool})
 def default_collate_fn(instances: Any = None) -> Any:
     return instances
-
-
-class _Templates:
-    """`PROMPT_TEMPLATE.internlm2_chat`, with words for what is not there."""
-
-    def __getattr__(self, name: str) -> ChatTemplate:
-        known = vars(chat_template.PROMPT_TEMPLATE)
-        if name not in known:
-            hint = did_you_mean(name, list(known))
-            raise AttributeError(f"no template PROMPT_TEMPLATE.{name}.{hint} There are {', '.join(known)}")
-        template: ChatTemplate = known[name]
-        return template
-
-
-PROMPT_TEMPLATE = _Templates()
 
 
 def template_named(name: str) -> ChatTemplate:

@@ -14,18 +14,9 @@ from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.inputs import read_regular, short_repr
+from xtuner.families import FAMILIES
 
-# InternLM2's tokenizer.model holds its chat tokens as unused pieces; their names are only in its tokenizer_config.json.
-_INTERNLM2_PIECES = {f"[UNUSED_TOKEN_{141 + i}]": 92538 + i for i in range(6)}
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens in settings files: `bos_token`
-_INTERNLM2_NAMES = {
-    "<|plugin|>": 92538,
-    "<|interpreter|>": 92539,
-    "<|action_end|>": 92540,
-    "<|action_start|>": 92541,
-    "<|im_end|>": 92542,
-    "<|im_start|>": 92543,
-}
 
 
 class Tokenizer(Protocol):
@@ -103,11 +94,13 @@ class _SentencePiece:
             raise _unreadable(path, e) from None
 
     def _names(self) -> dict[str, int]:
-        """The model's control pieces, what InternLM2 leaves unsaid, and `tokenizer_config.json`, which wins."""
+        """The model's control pieces, what its family leaves unsaid, and `tokenizer_config.json`, which wins."""
         model = self._model
         names = {model.id_to_piece(i): i for i in (model.unk_id(), model.bos_id(), model.eos_id()) if i >= 0}
-        if model.vocab_size() == 92544 and all(model.id_to_piece(i) == p for p, i in _INTERNLM2_PIECES.items()):
-            names |= _INTERNLM2_NAMES
+        for unnamed in (family.unnamed_tokens for family in FAMILIES.values()):
+            is_last = 1 + max(unnamed, default=0) == model.vocab_size()
+            if is_last and all(model.id_to_piece(i) == piece for i, (piece, _) in unnamed.items()):
+                names |= {name: i for i, (_, name) in unnamed.items()}
         pieces = ((name, model.piece_to_id(name)) for name in _mentioned(self.folder))
         names |= {name: i for name, i in pieces if i != model.unk_id()}
         listed = _added_tokens(self.folder)

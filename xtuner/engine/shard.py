@@ -25,8 +25,8 @@ from xtuner.engine.host import HostCopy
 from xtuner.engine.memory import Memory
 from xtuner.engine.snapshot import Snapshot, divide, file_names
 from xtuner.engine.state.slices import SavedStates, cut
+from xtuner.families import checkpoint_config, family_of
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.families import layout_of, write_config
 from xtuner.model.weights import Part, WeightFolder, check, fill, hf_shapes
 
 
@@ -59,7 +59,7 @@ class StatefulStrategy(ABC):
     ) -> None:
         self.device = device
         self._config, self._shapes, self._gives, self.mesh = config, shapes, gives, mesh
-        known = hf_shapes(config, "internlm2")
+        known = hf_shapes(config)
         self._added = [n for n in shapes if n not in known]  # parameters of adapters
         if missing := sorted(known.keys() - shapes.keys()):
             raise ConfigError(
@@ -148,7 +148,7 @@ class StatefulStrategy(ABC):
         return held
 
     def _texts(self) -> dict[str, Any]:
-        texts: dict[str, Any] = {"weights/config.json": write_config(self._config, "internlm2", torch.float32)}
+        texts: dict[str, Any] = {"weights/config.json": checkpoint_config(self._config)}
         files = {f: names for f, names in self._files.items() if f.startswith("weights/")}
         if len(files) > 1:
             weight_map = {n: Path(f).name for f, names in files.items() for n in names}
@@ -157,8 +157,8 @@ class StatefulStrategy(ABC):
         return texts
 
     def load_weights(self, folder: Path) -> None:
-        layout = layout_of(read_json(folder / "config.json"))
-        fill({n: s.master for n, s in self._shards().items()}, folder, layout, self._config)
+        family = family_of(read_json(folder / "config.json"))
+        fill({n: s.master for n, s in self._shards().items()}, folder, family, self._config)
         self._refresh()
 
     def _load_adapter(self, folder: Path) -> None:

@@ -11,10 +11,12 @@ import torch
 import xtuner
 from xtuner.core.files import MANIFEST, read_json
 from xtuner.export.sources import Opened
+from xtuner.families import FAMILIES
+from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import DecoderConfig
 
 
-def card(checkpoint: Path, opened: Opened, c: DecoderConfig, layout: str, dtype: torch.dtype) -> str:
+def card(checkpoint: Path, opened: Opened, c: DecoderConfig, layout: ModelFamily, dtype: torch.dtype) -> str:
     """README.md as text. Raises: CheckpointError."""
     title, run = checkpoint.resolve().name, ""
     origin = f"Converted with xtuner {xtuner.__version__} from {opened.what}.\nE"
@@ -23,11 +25,11 @@ def card(checkpoint: Path, opened: Opened, c: DecoderConfig, layout: str, dtype:
         origin, run = f"Trained with xtuner {xtuner.__version__}, e", _run(checkpoint, trainer)
     return f"""---
 library_name: transformers
-tags: [xtuner, internlm2]
+tags: [{", ".join(("xtuner", *FAMILIES[c.family].tags))}]
 ---
 # {title}
 
-{origin}xported in the `{layout}` layout as {str(dtype)[6:]}.
+{origin}xported in the `{layout.name}` layout as {str(dtype)[6:]}.
 
 | | |
 |---|---|

@@ -20,6 +20,8 @@ from xtuner.core.files import atomic_file, sweep
 from xtuner.core.inputs import open_regular, short
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.export.sources import Opened, read_tensor, recognise
+from xtuner.families import OWN
+from xtuner.families.network import DecoderConfig
 from xtuner.model.weights import Shape, Source, check, hf_shapes
 
 CHUNK = 4 * 2**20  # elements that are widened and written at once: 16 MiB
@@ -61,10 +63,10 @@ def _checked_shapes(opened: Opened) -> dict[str, Shape]:
     """Our tensors, name → shape, compared with the network that the checkpoint describes, or else with layer 0."""
     if opened.config:
         check(opened.source, hf_shapes(opened.config, opened.layout))
-        return hf_shapes(opened.config, "internlm2")
-    if opened.layout != "internlm2":
+        return hf_shapes(opened.config)
+    if opened.layout is not OWN:
         raise CheckpointError(
-            f"the names are those of the {opened.layout} layout, and how many heads there are is not said",
+            f"the names are those of the {opened.layout.name} layout, and how many heads there are is not said",
             where=str(opened.source.path),
             why="q, k and v cannot be put together without it",
             do="xtuner convert pth_to_hf CONFIG SRC DST --fp32: the config describes the network",
@@ -76,14 +78,9 @@ def _checked_shapes(opened: Opened) -> dict[str, Shape]:
 
 def expected_shapes(source: Source) -> dict[str, Shape]:
     """The tensors of an InternLM2 network of as many layers, shaped as layer 0. Raises: CheckpointError."""
-    found = source.shapes
+    found, first = source.shapes, "model.layers.0."
     layers = 1 + max((int(m[1]) for n in found if (m := re.match(r"model\.layers\.(\d{1,4})\.", n))), default=0)
-    first = {n: s for n, s in found.items() if n.startswith("model.layers.0.")}
-    ends = ("model.tok_embeddings.weight", "model.norm.weight", "output.weight")
-    matrices = [f"attention.{n}" for n in ("wqkv", "wo")] + [f"feed_forward.{n}" for n in ("w1", "w3", "w2")]
-    needed = [f"model.layers.0.{n}.weight" for n in (*matrices, "attention_norm", "ffn_norm")]
-    absent = [n for n in (*ends, *needed) if n not in found]
-    if absent:
+    if absent := [n for n in hf_shapes(DecoderConfig(2, 2, 2, 1, 1, 1, 2)) if n not in found]:
         shown = short(", ".join(list(found)[:3])) or "none"
         raise CheckpointError(
             f"tensor {absent[0]} is missing",
@@ -91,24 +88,20 @@ def expected_shapes(source: Source) -> dict[str, Shape]:
             why=f"these are no weights of InternLM2, or not all; found were {shown}",
             do="give a checkpoint of all weights",
         )
-    hidden = found[ends[0]][-1:]
-    inner = {n: found[f"model.layers.0.{n}.weight"] for n in matrices}
-    widths = {n: s[:1] if n in ("attention.wqkv", "feed_forward.w1") else s[1:] for n, s in inner.items()}
-    widths["feed_forward.w3"] = widths["feed_forward.w2"] = widths["feed_forward.w1"]
-    layer: dict[str, Shape] = {}
-    for name in first:
-        rest = name.removeprefix("model.layers.0.")
-        matrix = rest.rpartition(".")[0]
-        down = matrix in ("attention.wo", "feed_forward.w2")
-        if rest.endswith(".weight") and matrix in widths:
-            layer[rest] = (*hidden, *widths[matrix]) if down else (*widths[matrix], *hidden)
-        elif rest.endswith("norm.weight") or rest == "attention.wo.bias":
-            layer[rest] = hidden
-        elif rest == "attention.wqkv.bias":
-            layer[rest] = widths[matrix]
-    wanted: dict[str, Shape] = {ends[0]: found[ends[0]]}
-    wanted |= {f"model.layers.{i}.{rest}": shape for i in range(layers) for rest, shape in layer.items()}
-    return wanted | {ends[1]: hidden, ends[2]: found[ends[0]]}
+
+    def size(name: str, dim: int) -> int:
+        shape = found[name]
+        return max(1, shape[dim]) if len(shape) == 2 else 1
+
+    embedding, wqkv = "model.tok_embeddings.weight", f"{first}attention.wqkv"
+    q = size(f"{first}attention.wo.weight", 1)
+    kv = max(1, (size(f"{wqkv}.weight", 0) - q) // 2)  # as one kv head: other heads have the same shapes
+    vocabulary, hidden, inner = size(embedding, 0), size(embedding, 1), size(f"{first}feed_forward.w1.weight", 0)
+    bias = f"{wqkv}.bias" in found
+    one = hf_shapes(DecoderConfig(vocabulary, hidden, inner, 1, max(1, q // kv), 1, kv, attention_bias=bias))
+    layer = {n.removeprefix(first): one.pop(n) for n in list(one) if n.startswith(first)}
+    wanted = {embedding: one.pop(embedding)}
+    return wanted | {f"model.layers.{i}.{n}": s for i in range(layers) for n, s in layer.items()} | one
 
 
 def _write(file: IO[bytes], shapes: Mapping[str, Shape], opened: Opened) -> None:

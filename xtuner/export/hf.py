@@ -23,11 +23,13 @@ from xtuner.export.opencompass import write_configs
 from xtuner.export.place import export_folder
 from xtuner.export.sources import Opened, read_tensor, recognise
 from xtuner.export.tokenizer_json import complete
+from xtuner.families import FAMILIES, OWN
+from xtuner.families.base import ModelFamily
+from xtuner.families.chat import ChatTemplate
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.families import LAYOUTS, split, write_config
-from xtuner.model.weights import check, hf_shapes
+from xtuner.model.weights import check, hf_shapes, split
 
-IM_END = "<|im_end|>"
+LOADABLE = "transformers"  # as a layout: the one in which transformers loads the model without code
 KIND = "export"  # in the manifest: what may be replaced by the next export
 
 
@@ -35,7 +37,7 @@ def export(
     checkpoint: str | Path,
     target: str | Path,
     tokenizer_folder: Path | None,
-    layout: str = "internlm2",
+    layout: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = 2 * 10**9,
     with_code: bool = False,
@@ -46,7 +48,8 @@ def export(
     Args:
         checkpoint: an `iter_N.pth` directory, which is verified first, or whatever else `sources.recognise` knows.
         tokenizer_folder: whose tokenizer files are copied; None for none.
-        layout: "internlm2" (LMDeploy's and llama.cpp's own; not known to transformers) or "llama" (loads everywhere).
+        layout: "internlm2" (LMDeploy's and llama.cpp's own; not known to transformers), "llama" (loads everywhere),
+            another family's name, or LOADABLE; None for the model's own family.
         dtype: of the weights written.
         max_shard_bytes: a shard is at most this large, unless one tensor alone is larger.
         with_code: also write our two .py files, with which transformers 5 loads the internlm2 layout
@@ -56,12 +59,8 @@ def export(
     Raises: CheckpointError, ConfigError.
     """
     target = Path(target).expanduser().resolve()
-    if layout not in LAYOUTS:
-        raise ConfigError(f"--layout {layout!r} is not one of {', '.join(LAYOUTS)}", where="--layout")
-    if with_code and layout != "internlm2":
-        raise ConfigError(
-            "--with-code belongs to the internlm2 layout", where="--with-code", do="leave it out: llama needs no code"
-        )
+    if layout not in (None, LOADABLE, *FAMILIES):
+        raise ConfigError(f"--layout {layout!r} is not one of {', '.join(FAMILIES)}", where="--layout")
     require_utf8(target, "target")
     kind = recognise(checkpoint)
     with export_folder(target, kind.path.resolve(), KIND) as folder:  # fails at once if nothing can be written there
@@ -69,14 +68,21 @@ def export(
         logger.info(f"{kind.path}: {opened.what}")
         config = opened.config
         assert config
+        its = FAMILIES.find(config.family, str(kind.path), "import the module that registers it in the run's config")
+        form = FAMILIES[(its.loads_as or its.name) if layout == LOADABLE else layout or its.name]
+        if with_code and not form.auto_map:
+            what = f"--with-code belongs to the {', '.join(n for n, f in FAMILIES.items() if f.auto_map)} layout"
+            raise ConfigError(what, where="--with-code", do=f"leave it out: {form.name} needs no code")
         _check_tokenizer(tokenizer_folder, config)
-        _check_readers(config, layout)
-        _write_shards(opened, folder, config, layout, dtype, max_shard_bytes)
-        code = _copy_code(folder) if with_code else {}
-        write_json(folder / "config.json", {**code, **write_config(config, layout, dtype)})
-        stops = _copy_tokenizer(tokenizer_folder, folder, config)
+        _check_readers(config, form)
+        hf_shapes(config, form)  # all weights have a place
+        settings = form.write_config(config, str(dtype).removeprefix("torch."))
+        _write_shards(opened, folder, config, form, dtype, max_shard_bytes)
+        code = _copy_code(folder, form) if with_code else {}
+        write_json(folder / "config.json", {**code, **settings})
+        stops = _copy_tokenizer(tokenizer_folder, folder, config, its.chat)
         write_json(folder / "generation_config.json", _generation(config, stops))
-        (folder / "README.md").write_text(card(kind.path, opened, config, layout, dtype), encoding="utf-8")
+        (folder / "README.md").write_text(card(kind.path, opened, config, form, dtype), encoding="utf-8")
         write_configs(folder, target)
     return target
 
@@ -109,14 +115,16 @@ def with_network(opened: Opened, network: Callable[[], DecoderConfig] | None) ->
 
 
 def _tensors(
-    opened: Opened, config: DecoderConfig, layout: str, dtype: torch.dtype
+    opened: Opened, config: DecoderConfig, layout: ModelFamily, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in progress(list(hf_shapes(config, "internlm2")), "writing weights"):
+    for name in progress(list(hf_shapes(config)), "writing weights"):
         for hf_name, tensor in split(name, read_tensor(opened, name), layout, config).items():
             yield hf_name, tensor.to(dtype).contiguous()
 
 
-def _write_shards(opened: Opened, folder: Path, c: DecoderConfig, layout: str, dtype: torch.dtype, limit: int) -> None:
+def _write_shards(
+    opened: Opened, folder: Path, c: DecoderConfig, layout: ModelFamily, dtype: torch.dtype, limit: int
+) -> None:
     """Fill shards in the order of the network; names get their final count at the end."""
     shard: dict[str, torch.Tensor] = {}
     files: list[list[str]] = []
@@ -149,13 +157,11 @@ def _write_shards(opened: Opened, folder: Path, c: DecoderConfig, layout: str, d
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
 
 
-def _copy_code(folder: Path) -> dict[str, Any]:
+def _copy_code(folder: Path, layout: ModelFamily = OWN) -> dict[str, Any]:
     """Write the .py files; returns what `config.json` says of them."""
-    for name in ("configuration_internlm2.py", "modeling_internlm2.py"):
+    for name in {f"{cls.partition('.')[0]}.py" for cls in layout.auto_map.values()}:
         shutil.copyfile(Path(__file__).parent / "remote" / name, folder / name)
-    model = "modeling_internlm2.InternLM2"
-    config, causal = "configuration_internlm2.InternLM2Config", f"{model}ForCausalLM"
-    return {"auto_map": {"AutoConfig": config, "AutoModel": f"{model}Model", "AutoModelForCausalLM": causal}}
+    return {"auto_map": layout.auto_map}
 
 
 def _check_tokenizer(folder: Path | None, config: DecoderConfig) -> None:
@@ -187,32 +193,29 @@ def _check_tokenizer(folder: Path | None, config: DecoderConfig) -> None:
         logger.info(f"the tokenizer has {ids:,} ids; the embedding's other {config.vocab_size - ids:,} rows stay")
 
 
-def _check_readers(c: DecoderConfig, layout: str) -> None:
-    """Warn of what servers' readers of the internlm2 layout take for granted."""
-    if layout != "internlm2":
-        return
-    found = {
-        f"heads of {c.head_dim}, which is not hidden_size / num_attention_heads": c.head_dim * c.num_heads
-        != c.hidden_size,
-        "biases in attention": c.attention_bias,
-    }
-    if what := [text for text, is_there in found.items() if is_there]:
+def _check_readers(c: DecoderConfig, layout: ModelFamily) -> None:
+    """Warn of what servers' readers of the layout take for granted."""
+    if what := layout.not_served(c):
         logger.warning(
             f"the model has {' and '.join(what)}: vLLM, SGLang, LMDeploy and llama.cpp do not read that from the "
-            "internlm2 layout, and some leave it out without a message. Give --layout llama for them"
+            f"{layout.name} layout, and some leave it out without a message"
+            + (f". Give --layout {layout.loads_as} for them" if layout.loads_as else "")
         )
 
 
-def _copy_tokenizer(source: Path | None, folder: Path, config: DecoderConfig) -> list[int]:
+def _copy_tokenizer(
+    source: Path | None, folder: Path, config: DecoderConfig, chat: ChatTemplate | None = OWN.chat
+) -> list[int]:
     """Copy tokenizer files, and add what loading needs; return the ids at which a chat model stops."""
     if source is None:
         return [config.eos_token_id]
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    complete(folder)
-    end = load_tokenizer(folder).special.get(IM_END)
-    return [config.eos_token_id] + ([end] if end is not None and end != config.eos_token_id else [])
+    complete(folder, chat)
+    special = load_tokenizer(folder).special
+    ends = [special[word] for word in (chat.stop_words if chat else ()) if word in special]
+    return list(dict.fromkeys((config.eos_token_id, *ends)))
 
 
 def _generation(c: DecoderConfig, stops: list[int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import xtuner
 from xtuner.core.files import read_json
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.model.families import layout_of, read_config
+from xtuner.families import family_of, read_config
 
 BACKENDS = ("hf", "turbomind")
 CLASSES = {
@@ -48,7 +48,8 @@ def stop_words(folder: Path) -> list[str]:
     path = folder / "generation_config.json"
     ids = read_json(path).get("eos_token_id", []) if path.is_file() else read_config(_hf(folder)).eos_token_id
     found = [names[i] for i in (ids if isinstance(ids, list) else [ids]) if i in names]
-    return list(dict.fromkeys([*found, *(name for name in names.values() if name == "<|im_end|>")]))
+    chat = family_of(_hf(folder)).chat
+    return list(dict.fromkeys([*found, *(name for name in names.values() if chat and name in chat.stop_words)]))
 
 
 def config_text(folder: Path, backend: str, path: Path, name: str, chosen: Settings | None = None) -> str:
@@ -102,9 +103,9 @@ def write_configs(folder: Path, target: Path) -> None:
 
 def _notes(folder: Path, backend: str) -> list[str]:
     notes = [f"# xtuner eval opencompass HF_DIR --backend {backend} --datasets NAME   does all that is needed."]
-    if backend == "hf" and layout_of(_hf(folder)) == "internlm2":
+    if backend == "hf" and (other := family_of(_hf(folder)).loads_as):
         notes += [
-            "# transformers does not know this layout (--layout llama it does); `xtuner eval opencompass` converts."
+            f"# transformers does not know this layout (--layout {other} it does); `xtuner eval opencompass` converts."
         ]
     if backend == "hf":
         notes += ["# On a machine without a GPU: num_gpus=0. A model that only continues texts: HuggingFaceBaseModel."]

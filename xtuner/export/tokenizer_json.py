@@ -11,29 +11,28 @@ from typing import Any
 from xtuner.core.files import read_json, write_json
 from xtuner.core.log import logger
 from xtuner.data.tokenizer import load_tokenizer
+from xtuner.families import OWN
+from xtuner.families.chat import ChatTemplate
 
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # types of pieces
 BPE = 2  # type of model
 SPACE = "▁"
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
 _LIBRARY = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_input_names": ["input_ids", "attention_mask"],  # without it, `generate` is given token_type_ids
 }
 
 
-def complete(folder: Path) -> None:
+def complete(folder: Path, chat: ChatTemplate | None = OWN.chat) -> None:
     """Make a folder's tokenizer load without remote code, with the same ids everywhere.
 
     A `tokenizer.model` that is alone gets a `tokenizer.json` and a `tokenizer_config.json` that goes with it. A
     `tokenizer_config.json` that names remote code, which is not there, names the library's class instead; its other
     settings stay. Models that the library cannot follow exactly (not BPE, or rewriting text before) are left, with a
     warning.
+
+    Args:
+        chat: written into a new `tokenizer_config.json` if the tokenizer has the template's special tokens.
     """
     path = folder / "tokenizer_config.json"
     found = read_json(path) if path.is_file() else {}
@@ -54,7 +53,7 @@ def complete(folder: Path) -> None:
         special = {i: name for name, i in load_tokenizer(folder).special.items()}
         text = json.dumps(_library_form(model, special), ensure_ascii=False)
         (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-        defaults = _defaults(model, special)
+        defaults = _defaults(model, special, chat)
         listed = {**defaults["added_tokens_decoder"], **found.get("added_tokens_decoder", {})}
         settings = {**defaults, **settings, "added_tokens_decoder": listed, **_LIBRARY}
     if settings != found:
@@ -142,17 +141,17 @@ def _added(name: str) -> dict[str, Any]:
     return {"content": name, **flags}
 
 
-def _defaults(model: Any, special: dict[int, str]) -> dict[str, Any]:
+def _defaults(model: Any, special: dict[int, str], chat: ChatTemplate | None) -> dict[str, Any]:
     """tokenizer_config.json where none says otherwise."""
     trainer = model.trainer_spec
     bos, eos, unk = (special.get(i) for i in (trainer.bos_id, trainer.eos_id, trainer.unk_id))
-    chat = {"chat_template": CHAT_TEMPLATE} if {"<|im_start|>", "<|im_end|>"} <= set(special.values()) else {}
+    speaks = chat and set(chat.turn_marks) <= set(special.values())
     return {
         "bos_token": bos,
         "eos_token": eos,
         "unk_token": unk,
         "pad_token": eos,
         "clean_up_tokenization_spaces": False,
-        **chat,
+        **({"chat_template": chat.jinja()} if chat and speaks else {}),
         "added_tokens_decoder": {str(i): _added(name) for i, name in sorted(special.items())},
     }

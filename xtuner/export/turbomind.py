@@ -26,8 +26,8 @@ from xtuner.core.log import logger
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.place import export_folder
 from xtuner.export.turbomind_config import BASE, Source, config_text, flat, shared_difference
+from xtuner.families import read_model
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.families import read_model
 from xtuner.model.weights import stream
 
 KIND = "turbomind"
@@ -53,7 +53,7 @@ def read_source(folder: Path) -> Source:
             do="serve the folder itself with LMDeploy 0.10 or newer, or with another server",
         )
     tokenizer = load_tokenizer(folder)
-    speaks_chat = "<|im_start|>" in tokenizer.special
+    speaks_chat = layout.chat is not None and any(mark in tokenizer.special for mark in layout.chat.turn_marks)
     return Source(folder, hf, layout, config, tokenizer.vocab_size, speaks_chat)
 
 

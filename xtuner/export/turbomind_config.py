@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import DecoderConfig
 
 CHAT, BASE = "internlm2", "base"  # LMDeploy's names of chat templates: InternLM2's, and none
-ARCHITECTURES = {"internlm2": "InternLM2ForCausalLM", "llama": "LlamaForCausalLM"}
 
 _ROPE = {
     "attention_factor": 1.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "high_freq_factor": None,
@@ -37,10 +37,10 @@ class Source:
 
     folder: Path
     hf: dict[str, Any]  # its config.json
-    layout: str
+    layout: ModelFamily
     config: DecoderConfig
     tokenizer_size: int
-    speaks_chat: bool  # its tokenizer knows <|im_start|>
+    speaks_chat: bool  # its tokenizer knows a mark of the family's chat template
 
     def dtype(self, wanted: str) -> str:
         """ "auto" by LMDeploy's rule: bf16 stays, everything else becomes fp16."""
@@ -69,7 +69,7 @@ def config_text(source: Source, tp: int, dtype: str, model_name: str, chat_templ
         "mlp_tp_size": tp,
         "chat_template": chat_template,
         "model_name": model_name,
-        "model_arch": ARCHITECTURES[source.layout],
+        "model_arch": source.layout.architecture,
         "vocab_size": c.vocab_size,
         "embedding_size": c.vocab_size,
         "tokenizer_size": min(source.tokenizer_size, c.vocab_size),

@@ -4,6 +4,11 @@
 
 Token t sees the tokens of its own document up to itself. N is a multiple of K (grouped queries). A backend is chosen
 once, when the model is built, by device, dtype and what is installed; each is exact for the documents it is given.
+
+One of your own is a function with this contract, whose result autograd can differentiate, and a line in a config or in
+a module that it imports; `model = dict(…, attention="mine")` then chooses it:
+
+    BACKENDS.register("mine", Backend("what it is, for reports", lambda: attend, devices=("cuda",)))
 """
 
 from collections.abc import Callable, Collection
@@ -14,10 +19,12 @@ import torch
 from torch.nn import functional as F
 
 from xtuner.core.errors import ConfigError
+from xtuner.core.registry import Registry
 from xtuner.model.ops import varlen
 from xtuner.model.ops.varlen import Attend
 
-Name = Literal["flash4", "varlen", "cudnn", "flex", "loop"]  # of a backend
+Name = Literal["flash4", "varlen", "cudnn", "flex", "loop"]  # of a shipped backend
+_SETTING, _OTHERWISE = "model.attention", "leave it out: then the fastest that runs is taken"
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -72,7 +79,7 @@ def attend_loop(
 
 
 # Fastest first, as measured on an H100 (docs/performance.md).
-BACKENDS = {
+_SHIPPED: dict[str, Backend] = {
     "flash4": Backend(
         "FlashAttention-4",
         varlen.flash_4,
@@ -88,6 +95,7 @@ BACKENDS = {
     "flex": Backend("FlexAttention", varlen.flex),
     "loop": Backend("PyTorch, document by document", lambda: attend_loop, devices=(), dtypes=()),
 }
+BACKENDS: Registry[Backend] = Registry("attention backend", _SHIPPED)
 
 
 def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str | None = None, groups: int = 1) -> str:
@@ -96,19 +104,15 @@ def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str 
     if wanted is None:
         fit = (n for n, b in BACKENDS.items() if b.by_itself and b.why_not(device, dtype, head_dim, groups) is None)
         return next(fit)
-    if wanted not in BACKENDS:
-        raise ConfigError(
-            f"there is no attention backend {wanted!r}",
-            where="model.attention",
-            do=f"it is one of {', '.join(BACKENDS)}, or is left out: then the fastest that runs is taken",
-        )
-    if why := BACKENDS[wanted].why_not(device, dtype, head_dim, groups):
-        raise ConfigError(
-            f"attention by {BACKENDS[wanted].about} cannot run here: {why}",
-            where="model.attention",
-            do="leave it out: then the fastest that runs is taken",
-        )
+    backend = find(wanted)
+    if why := backend.why_not(device, dtype, head_dim, groups):
+        raise ConfigError(f"attention by {backend.about} cannot run here: {why}", where=_SETTING, do=_OTHERWISE)
     return wanted
+
+
+def find(name: str) -> Backend:
+    """The backend that `model.attention` names. Raises: ConfigError."""
+    return BACKENDS.find(name, _SETTING, _OTHERWISE)
 
 
 def to_install(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend | None:
@@ -119,7 +123,7 @@ def to_install(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backe
 
 def attend_by(name: str) -> Attend:
     """The backend of that name; it has to be there."""
-    attend = BACKENDS[name].find()
+    attend = find(name).find()
     assert attend is not None
     return attend
 

@@ -4,7 +4,7 @@ Readable top to bottom. One micro-batch is one row of T tokens: documents laid e
 
     T tokens   H hidden   N query heads   K kv heads   G = N/K queries a kv head   D head dim   F ffn   V vocabulary
 
-Parameter names are InternLM2's own; `families.py` knows the others'.
+Parameter names are InternLM2's own; `xtuner/families/` knows the others'.
 """
 
 import zlib
@@ -17,56 +17,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from xtuner.core.errors import ConfigError
+from xtuner.families.network import DecoderConfig
 from xtuner.model import attention
 from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, multiply
 from xtuner.model.ops import functions
 from xtuner.model.ops.functions import EVERYTHING, Keep
 from xtuner.model.ops.products import KINDS
-from xtuner.model.rope import Rope, RopeScaling
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape and constants of a model. `families.py` reads it from and writes it to a Hugging Face `config.json`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 1e6
-    rope_scaling: RopeScaling | None = None
-    max_position_embeddings: int = 32768
-    attention_bias: bool = False
-    initializer_range: float = 0.02
-    bos_token_id: int = 1
-    eos_token_id: int = 2
-    pad_token_id: int | None = 2  # its embedding row gets no gradient, as in the original
-
-    def __post_init__(self) -> None:
-        """Raises: ConfigError for a shape that cannot be computed."""
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"{self.num_heads} query heads cannot share {self.num_kv_heads} kv heads",
-                where="num_attention_heads, num_key_value_heads",
-                why="each kv head serves an equal number of query heads",
-            )
-        where = "head_dim (hidden_size / num_attention_heads where it is not given)"
-        if self.head_dim % 2:
-            raise ConfigError(
-                f"head_dim {self.head_dim} is odd", where=where, why="rotary positions turn pairs of numbers"
-            )
-        if self.head_dim < 4 and self.rope_scaling and self.rope_scaling.kind == "dynamic":
-            why = "the base grows by the power head_dim / (head_dim - 2)"
-            raise ConfigError(f"dynamic rope scaling cannot turn heads of {self.head_dim}", where=where, why=why)
-
-    @property
-    def rope(self) -> Rope:
-        return Rope(self.head_dim, self.rope_theta, self.max_position_embeddings, self.rope_scaling)
+from xtuner.model.rope import Rope
 
 
 @dataclass
@@ -167,7 +124,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
-        self.rope = c.rope
+        self.rope = Rope(c.head_dim, c.rope_theta, c.max_position_embeddings, c.rope_scaling)
         self.tok_embeddings = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)

@@ -6,15 +6,10 @@ length s and the factor f:  theta · (f·s/m − (f − 1))^(D/(D−2)); at or b
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    kind: Literal["linear", "dynamic"]
-    factor: float
+from xtuner.families.network import RopeScaling
 
 
 @dataclass(frozen=True)

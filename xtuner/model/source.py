@@ -9,8 +9,9 @@ import torch
 
 from xtuner.core import hub, kinds
 from xtuner.core.errors import ConfigError
-from xtuner.model import attention, families
-from xtuner.model.attention import Name
+from xtuner.families import FAMILIES, OWN, read_config, read_model
+from xtuner.families.base import ModelFamily
+from xtuner.model import attention
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
 from xtuner.model.ops import products
 from xtuner.model.ops.products import Kind
@@ -34,18 +35,22 @@ class Adapter(Protocol):
 class ModelSource:
     """A model that is not in memory yet.
 
-    `folder` holds weights in `layout`; None means random weights drawn from `seed`
+    `folder` holds weights under the names of `layout`; None means random weights drawn from `seed`
     (the run's own seed if that is None).
     """
 
     config: DecoderConfig
     folder: Path | None
-    layout: str = "internlm2"
+    layout: ModelFamily = OWN
     seed: int | None = None
     recompute: bool = False
     attention: str | None = None  # a backend's name; None: the fastest
     products: str = "own"  # or "fp8", see ops/products.py
     adapter: "Adapter | None" = None
+
+    def __post_init__(self) -> None:
+        if self.attention is not None:
+            attention.find(self.attention)
 
     def network(self) -> CausalLM:
         """The network as a strategy trains it."""
@@ -101,7 +106,7 @@ class ModelSource:
             device: where random values are drawn: the one that trains, wherever the parts lie, as each kind of
                 device draws its own.
         """
-        own = hf_shapes(self.config, "internlm2")
+        own = hf_shapes(self.config)
         if self.folder is not None:
             fill(parts, self.folder, self.layout, self.config)
         for name, part in parts.items():
@@ -133,7 +138,7 @@ def from_pretrained(
     pretrained_model_name_or_path: str,
     use_varlen_attn: bool = True,
     activation_checkpointing: bool = False,
-    attention: Name | None = None,
+    attention: str | None = None,
     products: Kind = "own",
 ) -> ModelSource:
     """Start from weights in a folder, in the Hugging Face cache, or on a hub.
@@ -144,23 +149,25 @@ def from_pretrained(
         use_varlen_attn: must be True; documents of a pack do not see each other.
         activation_checkpointing: compute again in the backward what memory cannot hold; on CPUs all but each block's
             input.
-        attention: a backend by name, flash4, varlen, cudnn, flex or loop; without one, the fastest that runs.
+        attention: a backend by name: flash4, varlen, cudnn, flex, loop, or a registered one (model/attention.py);
+            without one, the fastest that runs.
         products: what blocks multiply with their weights in while they learn: "own", the dtype of everything else, or
             "fp8" (Hopper and later GPUs; see ops/products.py).
     """
     _require_varlen(use_varlen_attn)
     folder = hub.resolve(str(pretrained_model_name_or_path))
     kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "pretrained_model_name_or_path", "give {} there")
-    layout, config = families.read_model(folder)
+    layout, config = read_model(folder)
     return ModelSource(config, folder, layout, None, activation_checkpointing, attention, products)
 
 
 def from_scratch(
     use_varlen_attn: bool = True,
     activation_checkpointing: bool = False,
-    attention: Name | None = None,
+    attention: str | None = None,
     products: Kind = "own",
     seed: int | None = None,
+    family: str = OWN.name,
     **shape: Any,
 ) -> ModelSource:
     """Start from random weights of a given shape.
@@ -168,27 +175,21 @@ def from_scratch(
     Args:
         activation_checkpointing, attention, products: as of `from_pretrained`.
         seed: of the weights; None for the run's own (`randomness`, --seed).
-        shape: fields of InternLM2's `config.json`: vocab_size, hidden_size, intermediate_size, num_hidden_layers,
+        family: of the model, by name: internlm2, llama, or a registered one (families/base.py).
+        shape: fields of the family's `config.json`: vocab_size, hidden_size, intermediate_size, num_hidden_layers,
             num_attention_heads, num_key_value_heads, rope_theta, max_position_embeddings, …
     """
     _require_varlen(use_varlen_attn)
-    hf = {"model_type": "internlm2", "bias": False, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "pad_token_id": 2}
-    unknown = sorted(set(shape) - _SHAPE_KEYS)
+    its = FAMILIES.find(family, "model.family")
+    unknown = sorted(set(shape) - its.fields)
     if unknown:
         raise ConfigError(
             f"from_scratch has no setting {unknown[0]!r}",
             where="model",
-            do=f"it takes: {', '.join(sorted(_SHAPE_KEYS))}",
+            do=f"it takes: {', '.join(sorted(its.fields))}",
         )
-    config = families.read_config({**hf, **shape}, where="model.")
-    return ModelSource(config, None, "internlm2", seed, activation_checkpointing, attention, products)
-
-
-_SHAPE_KEYS = {
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-    "initializer_range", "bias", "bos_token_id", "eos_token_id", "pad_token_id",
-}  # fmt: skip
+    config = read_config({"model_type": its.name, **its.defaults, **shape}, where="model.")
+    return ModelSource(config, None, OWN, seed, activation_checkpointing, attention, products)
 
 
 def _require_varlen(use_varlen_attn: bool) -> None:

@@ -3,6 +3,7 @@
 `Source` is what every reader of weights looks like, those of other tools' checkpoints in `export/sources` included.
 """
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
@@ -18,8 +19,9 @@ from xtuner.core.errors import CheckpointError
 from xtuner.core.hub import INDEX, indexed_files
 from xtuner.core.inputs import check_regular, short, short_repr
 from xtuner.core.log import progress
+from xtuner.families import OWN
+from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import CausalLM, DecoderConfig
-from xtuner.model.families import hf_names, join, split
 
 Shape = tuple[int, ...]
 
@@ -162,12 +164,33 @@ class Part:
         self.values.copy_(full.reshape(-1)[self.begin : self.begin + len(self.values)])
 
 
-def hf_shapes(c: DecoderConfig, layout: str) -> dict[str, Shape]:
-    """The tensors of the network `c` in a layout: name → shape."""
+def split(name: str, tensor: torch.Tensor, family: ModelFamily, c: DecoderConfig) -> dict[str, torch.Tensor]:
+    """Our tensor as the family's files keep it, by their names."""
+    stored, tail = family.stored(name, c), tensor.shape[1:]
+    if len(stored) == 1:
+        return {stored[0].name: tensor}
+    grouped = ((r, tensor.reshape(r.groups, -1, *tail)) for r in stored)
+    return {r.name: rows[:, r.begin : r.end].reshape(-1, *tail) for r, rows in grouped}
+
+
+def join(parts: Mapping[str, torch.Tensor] | Source, name: str, family: ModelFamily, c: DecoderConfig) -> torch.Tensor:
+    """The inverse of `split`: our tensor `name` from tensors by the names of the family's files."""
+    tensors = [(r, parts[r.name]) for r in family.stored(name, c)]
+    if len(tensors) == 1:
+        return tensors[0][1]
+    tail = tensors[0][1].shape[1:]
+    return torch.cat([t.reshape(r.groups, -1, *tail) for r, t in tensors], dim=1).reshape(-1, *tail)
+
+
+def hf_shapes(c: DecoderConfig, family: ModelFamily = OWN) -> dict[str, Shape]:
+    """The tensors of the network `c` in a family's files, by default under our own names: name → shape."""
     with torch.device("meta"):
         parameters = dict(CausalLM(c).named_parameters())
-    parts = [split(name, p, layout, c) for name, p in parameters.items()]
-    return {name: tuple(tensor.shape) for part in parts for name, tensor in part.items()}
+    parts = [split(name, p, family, c) for name, p in parameters.items()]
+    shapes = {name: tuple(tensor.shape) for part in parts for name, tensor in part.items()}
+    held, numbers = sum(map(math.prod, shapes.values())), sum(p.numel() for p in parameters.values())
+    assert held == numbers, f"{family.name}: {held:,} of {numbers:,} numbers have a place in its files"
+    return shapes
 
 
 def check(source: Source, wanted: Mapping[str, Shape], by: str = "config.json") -> None:
@@ -198,14 +221,9 @@ def check(source: Source, wanted: Mapping[str, Shape], by: str = "config.json") 
             )
 
 
-def ours(source: Source, name: str, layout: str, c: DecoderConfig) -> torch.Tensor:
-    """Our tensor `name`, put together from a source in the given layout that `check` has passed."""
-    return join([source[n] for n in hf_names(name, layout)], c)
-
-
 def stream(
     folder: str | Path,
-    layout: str,
+    family: ModelFamily,
     c: DecoderConfig,
     what: str = "reading weights",
     only: Collection[str] | None = None,
@@ -213,19 +231,20 @@ def stream(
     """The network's tensors by our names, in its order, one at a time.
 
     Args:
+        family: whose names the folder has.
         what: shown as progress.
         only: which of them to read; None for all.
 
     Raises: CheckpointError as `check`.
     """
     weights = WeightFolder(folder)
-    check(weights, hf_shapes(c, layout))
-    names = [n for n in hf_shapes(c, "internlm2") if only is None or n in only]
+    check(weights, hf_shapes(c, family))
+    names = [n for n in hf_shapes(c) if only is None or n in only]
     for name in progress(names, what):
-        yield name, ours(weights, name, layout, c)
+        yield name, join(weights, name, family, c)
 
 
-def fill(parts: Mapping[str, Part], folder: str | Path, layout: str, c: DecoderConfig) -> None:
+def fill(parts: Mapping[str, Part], folder: str | Path, family: ModelFamily, c: DecoderConfig) -> None:
     """Copy weights into this process's `parts` (ours by name), as `stream` reads them."""
-    for name, tensor in stream(folder, layout, c, only=parts):
+    for name, tensor in stream(folder, family, c, only=parts):
         parts[name].take(tensor)

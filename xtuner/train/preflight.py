@@ -41,7 +41,7 @@ from xtuner.data.source import documents_of
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.parameter_groups import require_matches
-from xtuner.model.families import read_model
+from xtuner.families import read_model
 from xtuner.model.source import ModelSource, from_scratch, require_marks
 from xtuner.model.weights import WeightFolder, base_weights, hf_shapes
 from xtuner.model.weights import check as check_weights

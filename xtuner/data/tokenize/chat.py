@@ -5,16 +5,17 @@ from typing import Any
 
 from xtuner.core.errors import did_you_mean
 from xtuner.core.inputs import short_repr
-from xtuner.data.chat_template import ROLES, Message, Piece
+from xtuner.data.chat_template import Message, Piece
 from xtuner.data.tokenize.read import Mistake
 from xtuner.data.tokenizer import Tokenizer
+from xtuner.families.chat import ROLES
 
 # Keys of another format, in which a tool message is the tool's answer. Taken for ours it would be learned.
 _OPENAI_KEYS = ("tool_calls", "tool_call_id", "function_call")
 
 
-def messages(record: Any) -> list[Message]:
-    """Raises: Mistake."""
+def messages(record: Any, roles: Collection[str] = ROLES) -> list[Message]:
+    """Raises: Mistake, also for a role that is not one of `roles`."""
     if isinstance(record, dict):
         if "messages" not in record:
             raise Mistake(f"no key 'messages'; the record has {', '.join(map(short_repr, list(record)[:8])) or 'none'}")
@@ -23,10 +24,10 @@ def messages(record: Any) -> list[Message]:
         raise Mistake(f"the messages are a {type(record).__name__}, not a list")
     if not record:
         raise Mistake("a conversation without messages")
-    return [_message(n, value) for n, value in enumerate(record, 1)]
+    return [_message(n, value, roles) for n, value in enumerate(record, 1)]
 
 
-def _message(n: int, value: Any) -> Message:
+def _message(n: int, value: Any, roles: Collection[str]) -> Message:
     if not isinstance(value, dict):
         raise Mistake(f"message {n} is a {type(value).__name__}, not an object")
     for key in ("role", "content"):
@@ -35,10 +36,10 @@ def _message(n: int, value: Any) -> Message:
         if not isinstance(value[key], str):
             raise Mistake(f"message {n}: {key!r} is a {type(value[key]).__name__}, not a text")
     role, name, loss = value["role"], value.get("name"), value.get("loss")
-    if role not in ROLES:
-        known = ", ".join(ROLES)
+    if role not in roles:
+        known = ", ".join(roles)
         raise Mistake(
-            f"message {n} has the unknown role {short_repr(role)}.{did_you_mean(role, list(ROLES))} Known: {known}"
+            f"message {n} has the unknown role {short_repr(role)}.{did_you_mean(role, list(roles))} Known: {known}"
         )
     foreign = [key for key in _OPENAI_KEYS if value.get(key)]
     if foreign:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from xtuner.core.errors import ConfigError
 from xtuner.core.inputs import short_repr
-from xtuner.data.chat_template import INTERNLM2_MARKS, internlm2_chat
+from xtuner.data.chat_template import find_template
 from xtuner.data.tokenize import alpaca, chat
 from xtuner.data.tokenize.read import Mistake
-from xtuner.data.tokenize.settings import CHATS, Settings
+from xtuner.data.tokenize.settings import CHATS, INTERNEVO, Settings
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -53,7 +53,7 @@ def _check(tokenizer: Tokenizer, settings: Settings) -> None:
             kind = option[-3:]
             do = f"leave it out with --no-add-{kind}, or set {kind}_token in tokenizer_config.json"
             raise ConfigError(f"the tokenizer has no {kind} token", where=str(tokenizer.folder), do=do)
-    needs = INTERNLM2_MARKS[:4] if settings.template == "internlm2_chat" else ()
+    needs = find_template(settings.template).marks if settings.template not in ("", INTERNEVO) else ()
     missing = [name for name in (*needs, *settings.allow_special) if name not in tokenizer.special]
     if missing:
         raise ConfigError(
@@ -62,7 +62,7 @@ def _check(tokenizer: Tokenizer, settings: Settings) -> None:
             why="spelt in ordinary pieces it would not be what the model and its servers look for",
             do="use a chat model's tokenizer, or list it in added_tokens_decoder of tokenizer_config.json",
         )
-    if settings.template == "internevo" and tokenizer.vocab_size <= alpaca.INTERNEVO_END:
+    if settings.template == INTERNEVO and tokenizer.vocab_size <= alpaca.INTERNEVO_END:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids; the internevo template uses {alpaca.INTERNEVO_END}",
             where=str(tokenizer.folder),
@@ -102,12 +102,13 @@ def _chat_document(record: str, tokenizer: Tokenizer, settings: Settings) -> Doc
     value = parse(record)
     limit = settings.max_length
     begin, end = _ends(tokenizer, settings)
-    if settings.template == "internevo":
+    if settings.template == INTERNEVO:
         body = _encoded(partial(alpaca.internevo, value, tokenizer, settings.allow_special))
         keep = len(body) if limit is None else limit - len(begin) - len(end)  # the end token is never cut off
         return Document([*begin, *body[:keep], *end], cut=keep < len(body))
-    messages = alpaca.messages(value) if settings.format == "alpaca" else chat.messages(value)
-    body = _encoded(partial(chat.encode, internlm2_chat(messages), tokenizer, settings.allow_special))
+    template = find_template(settings.template)
+    messages = alpaca.messages(value) if settings.format == "alpaca" else chat.messages(value, template.roles)
+    body = _encoded(partial(chat.encode, template.pieces(messages), tokenizer, settings.allow_special))
     tokens = [*begin, *body, *end]
     return Document(tokens[:limit], cut=limit is not None and len(tokens) > limit)
 

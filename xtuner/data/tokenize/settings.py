@@ -4,11 +4,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.data.chat_template import find_template
+from xtuner.families.internlm2 import InternLM2
 
 TEXTS = ("txt", "json", "jsonl")
 CHATS = ("alpaca", "chat", "ftdp")
 FORMATS = TEXTS + CHATS
-TEMPLATES = ("internlm2_chat", "internevo")
+OWN_TEMPLATE = InternLM2.chat.name
+INTERNEVO = "internevo"  # the old tool's own rule for alpaca records, which is not a chat template
 RULES = 1  # raise it when the same input and settings give other bytes than before: old outputs are then made again
 FTDP_LENGTH = 32768
 INTERNEVO_LENGTH = 2048
@@ -22,7 +25,7 @@ class Settings:
     format: str = "auto"
     text_key: str = "text"
     whole_record: bool = False  # tokenize a record's JSON, as InternEvo's tool does, instead of its text
-    template: str = "internlm2_chat"
+    template: str = OWN_TEMPLATE
     add_bos: bool | None = None
     add_eos: bool | None = None
     max_length: int | None = None
@@ -32,22 +35,21 @@ class Settings:
 
     def check(self) -> None:
         """Raises: ConfigError."""
-        for option, value, known in (
-            ("--format", self.format, ("auto", *FORMATS)),
-            ("--template", self.template, TEMPLATES),
-        ):
-            if value not in known:
-                hint = did_you_mean(value, list(known))
-                raise ConfigError(f"unknown {value!r}.{hint}", where=option, do=f"one of {', '.join(known)}")
+        known = ("auto", *FORMATS)
+        if self.format not in known:
+            hint = did_you_mean(self.format, list(known))
+            raise ConfigError(f"unknown {self.format!r}.{hint}", where="--format", do=f"one of {', '.join(known)}")
+        if self.template != INTERNEVO:
+            find_template(self.template, others=(INTERNEVO,))
         if not 0 <= self.valid_fraction <= 1:
             raise ConfigError(f"{self.valid_fraction} is no fraction", where="--valid-fraction", do="from 0 to 1")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"{self.max_length} tokens hold no document", where="--max-length", do="2 or more")
-        if self.template == "internevo" and self.format not in ("auto", "alpaca"):
+        if self.template == INTERNEVO and self.format not in ("auto", "alpaca"):
             raise ConfigError(
                 f"the internevo template writes alpaca records only, not {self.format}",
                 where="--template internevo",
-                do="--format alpaca, or --template internlm2_chat",
+                do=f"--format alpaca, or --template {OWN_TEMPLATE}",
             )
 
     def resolved(self, kind: str) -> "Settings":
@@ -60,7 +62,7 @@ class Settings:
                 why="the rest of each would be lost; packing cuts them without loss",
                 do="leave --max-length out",
             )
-        internevo = kind == "alpaca" and self.template == "internevo"
+        internevo = kind == "alpaca" and self.template == INTERNEVO
         default_length = INTERNEVO_LENGTH if internevo else FTDP_LENGTH if kind == "ftdp" else None
         keyed = kind in ("json", "jsonl")
         return replace(
@@ -68,7 +70,7 @@ class Settings:
             format=kind,
             text_key=self.text_key if keyed and not self.whole_record else "",
             whole_record=self.whole_record and keyed,
-            template="" if is_text else "internevo" if internevo else "internlm2_chat",
+            template="" if is_text else self.template if internevo or self.template != INTERNEVO else OWN_TEMPLATE,
             add_bos=True if self.add_bos is None else self.add_bos,
             add_eos=(is_text or internevo) if self.add_eos is None else self.add_eos,
             max_length=self.max_length or default_length,
@@ -78,4 +80,5 @@ class Settings:
 
     def recipe(self, tokenizer_identity: str) -> dict[str, Any]:
         """As the record beside an output keeps it: no paths, so that a moved tokenizer is the same tokenizer."""
-        return {"rules": RULES, **asdict(self), "tokenizer": tokenizer_identity}
+        own = {"wording": repr(find_template(self.template))} if "." in self.template else {}  # it may change
+        return {"rules": RULES, **asdict(self), "tokenizer": tokenizer_identity, **own}

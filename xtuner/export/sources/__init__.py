@@ -19,9 +19,10 @@ from xtuner.core.inputs import short
 from xtuner.export.sources.internevo import InternEvoFolder
 from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
+from xtuner.families import OWN, family_by_names, read_model
+from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.families import read_model
-from xtuner.model.weights import Shape, Source, WeightFolder, base_weights, ours
+from xtuner.model.weights import Shape, Source, WeightFolder, base_weights, join
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Opened:
 
     source: Source
     what: str  # for people
-    layout: str  # of its names
+    layout: ModelFamily  # whose names it has
     config: DecoderConfig | None = None  # None: the checkpoint does not describe its network
     network: Mapping[str, Any] = field(default_factory=dict)  # or only these fields of it
     trainer: Mapping[str, Any] | None = None  # `trainer.json` of our own checkpoints
@@ -89,7 +90,7 @@ def recognise(path: str | Path) -> Kind:
 def read_tensor(opened: Opened, name: str) -> torch.Tensor:
     """Tensor `name` (ours) of an opened source, as stored. Raises: CheckpointError for integers (quantized weights)."""
     c = opened.config
-    tensor = ours(opened.source, name, opened.layout, c) if c else opened.source[name]
+    tensor = join(opened.source, name, opened.layout, c) if c else opened.source[name]
     if not tensor.is_floating_point():
         raise CheckpointError(
             f"{name} is {tensor.dtype}", where=str(opened.source.path), why="quantized weights are not read"
@@ -109,24 +110,26 @@ def _open_hf(path: Path) -> Opened:
     if os.path.isfile(path / MANIFEST):
         verify(path)
     layout, config = read_model(path)
-    return Opened(WeightFolder(path), f"a Hugging Face folder ({layout} layout)", layout, config)
+    return Opened(WeightFolder(path), f"a Hugging Face folder ({layout.name} layout)", layout, config)
 
 
 def _open_single(path: Path) -> Opened:
     source = _without_wrapper(SingleFile(path))
-    return Opened(source, "a single file of torch.save", _layout(source))
+    return Opened(source, "a single file of torch.save", family_by_names(source.shapes))
 
 
 def _open_zero(path: Path) -> Opened:
     zero = ZeroFolder(path)
     source = _without_wrapper(zero)
-    return Opened(source, f"a DeepSpeed checkpoint, ZeRO-{zero.stage}, {zero.ranks} ranks", _layout(source))
+    return Opened(
+        source, f"a DeepSpeed checkpoint, ZeRO-{zero.stage}, {zero.ranks} ranks", family_by_names(source.shapes)
+    )
 
 
 def _open_internevo(path: Path) -> Opened:
     source = InternEvoFolder(path)
     what = f"an InternEvo checkpoint, {source.tp} tensor × {source.pp} pipeline ranks"
-    return Opened(source, what, "internlm2", network=source.network)
+    return Opened(source, what, OWN, network=source.network)
 
 
 def _without_wrapper(source: Source) -> Source:
@@ -139,10 +142,6 @@ def _without_wrapper(source: Source) -> Source:
             do="merge them into their model with the tool that trained them, and give that",
         )
     return Renamed(source, "llm.") if names and all(name.startswith("llm.") for name in names) else source
-
-
-def _layout(source: Source) -> str:
-    return "llama" if "model.embed_tokens.weight" in source else "internlm2"
 
 
 _OPENERS = {

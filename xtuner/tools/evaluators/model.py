@@ -1,6 +1,6 @@
 """What is evaluated, as a folder that evaluators read: a Hugging Face folder as it is, or a checkpoint with its config.
 
-transformers 4 knows the llama layout only. What is in another one is written again in that, below the work dir.
+transformers 4 has no InternLM2. What is in its layout is written again in that of llama, below the work dir.
 """
 
 import os
@@ -13,9 +13,9 @@ from xtuner.core import hub, kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import MANIFEST, file_entry, read_json
 from xtuner.core.log import logger, progress
-from xtuner.export.hf import export
+from xtuner.export.hf import LOADABLE, export
 from xtuner.export.sources import recognise
-from xtuner.model.families import layout_of
+from xtuner.families import family_of
 from xtuner.tools.model_converters.pth_to_hf import from_config
 
 COPY = "model"  # of the work dir
@@ -53,21 +53,22 @@ class Given:
         return found
 
     def folder(self, work_dir: Path, any_layout: bool = False) -> Path:
-        """Where the evaluators find it, in the llama layout unless `any_layout` will do.
+        """Where the evaluators find it, in a layout of transformers unless `any_layout` will do.
 
         Raises: ConfigError, CheckpointError.
         """
         target = work_dir / COPY
         if len(self._words) == 2:
             logger.info(f"exporting {self._words[1]} to {target}")
-            return from_config(self._words[0], self._options, self._words[1], target, layout="llama")
+            return from_config(self._words[0], self._options, self._words[1], target, layout=LOADABLE)
         folder, hf = self._hf, read_json(self._hf / "config.json")
         _check_weights(folder)
-        if (folder / "tokenizer.json").is_file() and (any_layout or layout_of(hf) == "llama"):
+        if (folder / "tokenizer.json").is_file() and (any_layout or not family_of(hf).loads_as):
             return folder
         dtype = _DTYPES.get(str(hf.get("torch_dtype") or hf.get("dtype")), torch.bfloat16)
-        logger.info(f"transformers 4 does not read {folder} as it is; writing it to {target} in the llama layout")
-        return export(folder, target, folder, "llama", dtype)
+        layout = family_of(hf).loads_as or family_of(hf).name
+        logger.info(f"transformers 4 does not read {folder} as it is; writing it to {target} in the {layout} layout")
+        return export(folder, target, folder, layout, dtype)
 
 
 def _check(folder: Path) -> None:

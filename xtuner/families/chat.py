@@ -1,0 +1,89 @@
+"""How a conversation is written as text for a chat model."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# A tool turn is the model's call of a tool ("function" is the same); what the tool answers is an environment turn.
+CALLS = ("tool", "function")
+ANSWERS = ("assistant", "thought")
+ROLES = ("system", "user", "environment", *ANSWERS, *CALLS)
+
+
+class Message(NamedTuple):
+    """One message. `loss` None: learned if it is the model's own, and as the message before it in the same turn."""
+
+    role: str
+    content: str
+    name: str = ""
+    loss: bool | None = None
+
+
+class Piece(NamedTuple):
+    """A part of a conversation: a text, or a mark, which is the name of a special token."""
+
+    text: str
+    learned: bool = False
+    is_mark: bool = False
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """`{text}` stands for a turn's content. A model stops at any of `stop_words`.
+
+    A template with more than these turns, such as calls of tools, is a subclass with its own `pieces` and `jinja`.
+    """
+
+    system: str
+    user: str
+    assistant_begin: str
+    assistant_end: str
+    stop_words: tuple[str, ...]
+    name: str = ""  # for settings and options
+    marks: tuple[str, ...] = ()  # names of special tokens that it writes
+    roles: tuple[str, ...] = ("system", "user", "assistant")  # that `pieces` knows
+
+    def prompt(self, user: str, system: str = "") -> str:
+        """The text after which the model answers."""
+        opening = self.system.replace("{text}", system) if system else ""
+        return opening + self.user.replace("{text}", user) + self.assistant_begin
+
+    @property
+    def turn_marks(self) -> list[str]:
+        """Those of `marks` without which no turn can be written."""
+        return [mark for mark in self.marks if mark in self.prompt("", "-") + self.assistant_end]
+
+    def pieces(self, messages: Iterable[Message]) -> Iterator[Piece]:
+        """The pieces of a conversation, without the begin token. Contents and ends of answers are learned."""
+        for role, content, _, loss in messages:
+            before, _, after = self._turn(role).partition("{text}")
+            learned = role == "assistant" and loss is not False
+            yield from self._cut(before, learned=False)
+            yield Piece(content, learned)
+            yield from self._cut(after, learned)
+
+    def jinja(self) -> str:
+        """The same in the form of `tokenizer_config.json`, with the begin token."""
+        turns = ""
+        for role in ("system", "user", "assistant"):
+            before, _, after = self._turn(role).partition("{text}")
+            word = "elif" if turns else "if"
+            turns += f"{{% {word} message['role'] == '{role}' %}}{{{{ {before!r} + message['content'] + {after!r} }}}}"
+        answer = f"{{% if add_generation_prompt %}}{{{{ {self.assistant_begin!r} }}}}{{% endif %}}"
+        return "{{ bos_token }}{% for message in messages %}" + turns + "{% endif %}{% endfor %}" + answer
+
+    def _turn(self, role: str) -> str:
+        answer = self.assistant_begin + "{text}" + self.assistant_end
+        return {"system": self.system, "user": self.user, "assistant": answer}[role]
+
+    def _cut(self, text: str, learned: bool) -> Iterator[Piece]:
+        """A text of the template itself, cut at its marks."""
+        longest_first = "|".join(re.escape(mark) for mark in sorted(self.marks, key=len, reverse=True))
+        parts = re.split(f"({longest_first})", text) if self.marks else [text]
+        yield from (Piece(part, learned, part in self.marks) for part in parts if part)
+
+
+PLAIN = ChatTemplate(
+    system="{text}\n", user="{text}", assistant_begin="", assistant_end="\n", stop_words=(), name="plain"
+)

@@ -1,0 +1,172 @@
+"""The fields of a Hugging Face `config.json` that most families share: read with care, and written."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from xtuner.core.errors import ConfigError
+from xtuner.core.inputs import short_repr
+from xtuner.families.network import DecoderConfig, RopeScaling
+
+FIELDS = frozenset({
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
+})  # fmt: skip
+# Larger than any network that is. A layer takes a millisecond before anything is known of its weights.
+_LARGEST = {
+    "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1000,
+    "num_attention_heads": 2**13, "num_key_value_heads": 2**13, "head_dim": 2**13, "max_position_embeddings": 2**40,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Values of a `config.json`, which anybody may have written. `null` is as good as nothing.
+
+    `where` stands before a key in messages.
+    """
+
+    hf: dict[str, Any]
+    where: str
+
+    def wrong(self, key: str, what: str) -> ConfigError:
+        return ConfigError(what, where=f"{self.where}{key}", why="no network can be built from it")
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A whole number that a size of a network can be. Of settings with a default, 0 means it."""
+        value = self.hf.get(key)
+        if default is not None and (value is None or value == 0):
+            return default
+        whole = int(value) if isinstance(value, float) and value.is_integer() else value
+        if type(whole) is not int or not 1 <= whole <= _LARGEST[key]:
+            raise self.wrong(key, f"{key} = {short_repr(value)} is not a whole number from 1 to {_LARGEST[key]:,}")
+        return whole
+
+    def number(self, key: str, default: float) -> float:
+        """A number above 0."""
+        value = self.hf.get(key)
+        return default if value is None else self.above_0(key, value)
+
+    def above_0(self, key: str, value: Any) -> float:
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            raise self.wrong(key, f"{key} = {short_repr(value)} is not a number above 0")
+        return float(value)
+
+    def only(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        value = self.hf.get(key, default)
+        if not any(type(value) is type(known) and value == known for known in allowed):
+            what = f"{key} = {short_repr(value)} is not supported"
+            raise ConfigError(what, where=f"{self.where}{key}", why="the network would differ")
+        return value
+
+    def token(self, key: str, default: int) -> Any:
+        """An id, the first of several, or None for none."""
+        ids = self.hf.get(key, default)
+        value = ids[0] if isinstance(ids, list) and ids else ids
+        if value is not None and (type(value) is not int or not -(2**31) <= value < 2**31):
+            raise self.wrong(key, f"{key} = {short_repr(ids)} is not the id of a token")
+        return value
+
+    def padding(self, vocabulary: int) -> int | None:
+        value = self.hf.get("pad_token_id")
+        if value is not None and (type(value) is not int or not -vocabulary <= value < vocabulary):
+            raise self.wrong("pad_token_id", f"pad_token_id = {short_repr(value)} is not below {vocabulary:,}")
+        return value
+
+    def inner(self, key: str) -> dict[str, Any]:
+        """An object inside, empty if there is none."""
+        value = self.hf.get(key) or {}
+        if not isinstance(value, dict):
+            raise self.wrong(key, f"{key} = {short_repr(value)} is not an object")
+        return value
+
+
+def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> DecoderConfig:
+    """A network from the shared fields.
+
+    Args:
+        more: fields of `DecoderConfig` that the family reads itself.
+
+    Raises: ConfigError for what we do not compute, and for values that describe no network.
+    """
+    hf = read.hf
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if absent := [key for key in needed if key not in hf]:
+        raise ConfigError(f"config.json lacks {', '.join(absent)}", where=read.where.rstrip(": ."))
+    read.only("hidden_act", ("silu", "swish"), "silu")
+    read.only("tie_word_embeddings", (False,), False)
+    read.only("mlp_bias", (False,), False)
+    heads, hidden, vocabulary = read.size("num_attention_heads"), read.size("hidden_size"), read.size("vocab_size")
+    kv_heads = read.size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise read.wrong("num_key_value_heads", f"{heads} heads cannot share {kv_heads} key-value heads")
+    if not hf.get("head_dim") and hidden % heads:
+        raise read.wrong("hidden_size", f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    head_dim = read.size("head_dim", hidden // heads)
+    if head_dim % 2:
+        at = "head_dim" if hf.get("head_dim") else "hidden_size"
+        raise read.wrong(at, f"head_dim {head_dim} is odd, and rotary positions turn pairs")
+    theta, scaling = _read_rope(read)
+    if head_dim < 4 and scaling and scaling.kind == "dynamic":  # the base grows by the power D / (D - 2)
+        raise read.wrong("rope_scaling", f"dynamic rope scaling cannot turn heads of {head_dim}")
+    shared: dict[str, Any] = dict(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=read.size("intermediate_size"),
+        num_layers=read.size("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=read.size("max_position_embeddings", 2048),
+        attention_bias=attention_bias,
+        initializer_range=read.number("initializer_range", 0.02),
+        bos_token_id=read.token("bos_token_id", 1),
+        eos_token_id=read.token("eos_token_id", 2),
+        pad_token_id=read.padding(vocabulary),
+    )
+    return DecoderConfig(**{**shared, **more})
+
+
+def write_network(c: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """The shared fields."""
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.max_position_embeddings,
+        "initializer_range": c.initializer_range,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": c.rope_scaling and {"type": c.rope_scaling.kind, "factor": c.rope_scaling.factor},
+        "use_cache": True,
+        "tie_word_embeddings": False,
+        "bos_token_id": c.bos_token_id,
+        "eos_token_id": c.eos_token_id,
+        "pad_token_id": c.pad_token_id,
+        "torch_dtype": dtype,
+    }
+
+
+def _read_rope(read: Reader) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) from `rope_theta`, `rope_parameters` (transformers 5) or `rotary` (early InternLM2)."""
+    new, old, own = (read.inner(key) for key in ("rope_parameters", "rotary", "rope_scaling"))
+    theta = read.above_0("rope_theta", new.get("rope_theta") or read.hf.get("rope_theta") or old.get("base") or 10000)
+    scaling = own or new or old
+    kind: Any = scaling.get("type") or scaling.get("rope_type") or "default"
+    factor = scaling.get("factor")
+    if (kind in ("default", "origin") and not factor) or (kind == "linear" and factor is None):
+        return theta, None
+    if kind == "linear" or kind == "dynamic":
+        return theta, RopeScaling(kind, read.above_0("rope_scaling.factor", 1.0 if factor is None else factor))
+    raise ConfigError(
+        f"rope scaling {short_repr(kind)} is not supported",
+        where=f"{read.where}rope_scaling",
+        do="known are: linear, dynamic",
+    )

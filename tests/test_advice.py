@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
@@ -20,10 +19,10 @@ from xtuner.config.load import load
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import zero_memory
 from xtuner.engine.adamw import FORMS
-from xtuner.engine.choose import choose
 from xtuner.model.plan import Plan
 from xtuner.train import preflight
 from xtuner.train.advice import _line, out_of_memory
+from xtuner.train.plan import make_plan
 
 # After an iteration the process may take 1 MiB more; the next one needs more than that.
 LIMIT = """exec('import resource; n = next(x for x in open("/proc/self/status") if x.startswith("VmData")); \
@@ -93,12 +92,13 @@ def test_a_7b_model_on_8_gpus(
     """What is advised of recompute, ZeRO's stages with offload, and shorter packs, with bytes of state."""
     data = write_corpus(tmp_path / "data", 2000)
     options = ["hidden_size=4096", "num_layers=32", "vocab_size=92544", "max_length=8192", f"dataset_folder={data}"]
-    options.append("optim_wrapper.dtype=bf16")  # as on GPUs
+    options += ["optim_wrapper.dtype=bf16", "param_scheduler=[]"]  # as on GPUs; one iteration
     config = load(str(tiny), options)
-    run = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh(dp_shard=8, local_size=8))
-    choice = choose(run.source, run.optim, torch.device("cpu"), zero, fsdp, run.mesh)
+    mesh = Mesh(dp_shard=8, local_size=8)
+    run = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, mesh)
+    plan = make_plan(run, deepspeed=zero, fsdp=fsdp)
     words = ["c.py", *(["--deepspeed", zero] if zero else ["--fsdp"]), "--cfg-options", "a=b"]
-    error = out_of_memory(run, words, choice, torch.OutOfMemoryError("CUDA out of memory"))
+    error = out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"))
     assert error.exit_code == 2
     found = commands(str(error))
     start = "NPROC_PER_NODE=8 xtuner train c.py"
@@ -111,16 +111,16 @@ def test_a_7b_model_on_8_gpus(
     ]
     assert len(re.findall(r"# \d+\.\d\d GiB of state a GPU", str(error))) == len(more)
     run.optim.full = "all"  # what another stage, or sums by DeepSpeed, would refuse is taken back
-    run.strategy = SimpleNamespace(memory=zero_memory.ZeroMemory(0, Plan(run.source.config, 2), 8200))  # type: ignore
+    now = zero_memory.ZeroMemory(0, Plan(run.source.config, 2), 8200)
     full = {"zero2": "weights"} | dict.fromkeys(("zero1", "zero2_offload", "zero3", "zero3_offload"))
-    found = commands(str(out_of_memory(run, words, choice, torch.OutOfMemoryError("CUDA out of memory"))))
+    found = commands(str(out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"), now)))
     smaller = [f"{start} {engine} --cfg-options a=b --cfg-options optim_wrapper.micro_batch=4096 --resume auto"]
     again = "--cfg-options a=b --deepspeed deepspeed_"
     assert found[1:-1] == (smaller if zero else []) + [
         f"{start} {again}{name} --cfg-options optim_wrapper.full={full[name]} --resume auto" for name in more
     ]
     run.optim.states = FORMS["split"]  # not with DeepSpeed
-    assert len(commands(str(out_of_memory(run, words, choice, torch.OutOfMemoryError("CUDA"))))) == 2 + bool(zero)
+    assert len(commands(str(out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA"), now)))) == 2 + bool(zero)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from xtuner.cli.main import VERBS, main
-from xtuner.config.load import load
+from xtuner.compat.translate import load
 from xtuner.core.errors import ConfigError
 
 Command = Callable[..., int]

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from xtuner.compat.translate import load
 from xtuner.config.check import check
-from xtuner.config.load import load, parse_option, shipped_names
+from xtuner.config.load import parse_option, shipped_names
 from xtuner.core.errors import ConfigError
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from xtuner.data.pack import PackedDataset
 from xtuner.data.stats import pack_costs
 from xtuner.dist.mesh import Mesh
 from xtuner.train import preflight
+from xtuner.train.plan import make_plan
 from xtuner.train.report import report
 
 CASES = sorted(p.parent for p in reference("packing").glob("*/expected.json"))
@@ -224,13 +224,13 @@ def test_the_report_says_what_is_dealt(
 ) -> None:
     monkeypatch.setattr("xtuner.train.report.WORTH", 0)  # attention is little of what a tiny model does
     config = load(str(tiny), options)
-    run = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh(dp_shard=ranks))
-    run.choice = SimpleNamespace(name="none", state=0)  # type: ignore[assignment]
-    lines = [line for line in report(run).split("\n") if line.startswith("  balance ")]
+    settings = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh(dp_shard=ranks))
+    plan = make_plan(settings)
+    lines = [line for line in report(settings, plan).split("\n") if line.startswith("  balance ")]
     assert len(lines) == bool(words)
     for word in words:
         assert word in lines[0]
-    assert run.facts()["balance"] == config.get("train_dataloader.balance", 1)
+    assert plan.facts["balance"] == config.get("train_dataloader.balance", 1)
 
 
 def test_log_dataset_shows_the_packs_that_come_first(tiny: Path, capsys: Any, xtuner: Any) -> None:

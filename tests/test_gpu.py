@@ -393,7 +393,7 @@ def test_memory_that_runs_out_at_the_first_size_does_not_end_a_run() -> None:
         num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
     )  # fmt: skip
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3))
-    s, undisturbed = (ShardedStrategy(source, optim, device, pack=tokens) for _ in range(2))
+    s, undisturbed = (ShardedStrategy(source, optim, device) for _ in range(2))
 
     def pack(documents: int) -> Batch:
         ids, borders = torch.randint(3, 503, (documents * 1024,)), torch.arange(documents + 1).int() * 1024

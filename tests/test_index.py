@@ -174,13 +174,12 @@ def test_where_caches_are_kept(data: Path, tmp_path: Path, caplog: Any, monkeypa
     assert opened(data)._order is None
     assert caplog.text.count("the index of") == 1
     assert "give a --cache-dir" in caplog.text
-    for how in ("argument", "variable", "chosen"):
+    for how in ("argument", "variable", "option"):
         folder = tmp_path / how
-        token = place.chosen.set(str(folder) if how == "chosen" else None)
         if how == "variable":
             monkeypatch.setenv(place.VARIABLE, str(folder))
-        found = opened(data, cache_dir=folder if how == "argument" else None)
-        place.chosen.reset(token)
+        opening = place.Opening(str(folder) if how == "option" else None)
+        found = opened(data, cache_dir=folder if how == "argument" else None, opening=opening)
         assert found._order is not None
         assert folder in found._order.path.parents
         assert contents(found) == expected
@@ -259,26 +258,26 @@ def ranks_open(ranks: Ranks, folder: Path) -> None:
     walks, true = [], index.walk
     index.walk = lambda *a: walks.append(a) or true(*a)  # type: ignore[func-returns-value,assignment]
 
-    def build() -> PackedDataset:
-        return opened(Path("shared"))
+    def build(name: str) -> Any:
+        return lambda known: opened(Path(name), opening=place.Opening(known=known))
 
-    data = open_together(build, ranks)
+    data = open_together(build("shared"), ranks)
     assert data._order is not None
     assert len(walks) == (ranks.rank == 0)
     fingerprints = ranks.gather(data.fingerprint())
     assert len(set(fingerprints)) == 1
-    data = open_together(lambda: opened(Path("copied")), ranks)
+    data = open_together(build("copied"), ranks)
     assert len(walks) == {0: 2, 1: 0, 2: 1}[ranks.rank]
     assert len(set(map(str, ranks.gather(contents(data)[1])))) == 1
     for name, words in (("lost", "en/b.bin cannot be seen on there"), ("other", "not those that rank 0 sees")):
         with pytest.raises(DataError, match=words) as error:
-            open_together(lambda name=name: opened(Path(name)), ranks)  # type: ignore[misc]
+            open_together(build(name), ranks)
         assert error.value.quiet == (ranks.rank != 2)
     tables.SMALL = 10**6  # without an index
     shutil.rmtree(folder / "here" / "lost" / CACHE, ignore_errors=True)
     ranks.gather(None)
     with pytest.raises(DataError, match=r"en/b\.bin cannot be seen on there"):
-        open_together(lambda: opened(Path("lost")), ranks)
+        open_together(build("lost"), ranks)
 
 
 def test_ranks_open_one_folder(tmp_path: Path) -> None:

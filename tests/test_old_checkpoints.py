@@ -16,8 +16,8 @@ from test_lost_ranks import ended, started, told
 from test_ranks import on_ranks
 from test_train import records
 
+from xtuner.compat.translate import load
 from xtuner.config.build import build
-from xtuner.config.load import load
 from xtuner.core import dist
 from xtuner.core.dist import Ranks
 from xtuner.engine import choose

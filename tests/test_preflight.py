@@ -20,7 +20,7 @@ from conftest import VOCABULARY, write_corpus
 from safetensors.torch import load_file, save_file
 
 from xtuner.cli.main import main
-from xtuner.config.load import load
+from xtuner.compat.translate import load
 from xtuner.core.errors import XTunerError
 from xtuner.data.write import write_bin
 from xtuner.families import INTERNLM2, read_config

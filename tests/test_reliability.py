@@ -255,8 +255,8 @@ def test_stopped_on_request(
 def test_a_nan_is_not_applied(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     """The run ends with the packs and a command to see it again; with a budget it goes on without that iteration."""
     weight = "run.strategy.model.output.weight.data"
-    config = with_hook(tiny, tmp_path / "poison.py", 1, f"run.keep = {weight}.clone(); {weight}.fill_(float('nan'))")
-    heal = f"        if it.state.iteration == 2:\n            {weight}.copy_(run.keep)\n"
+    config = with_hook(tiny, tmp_path / "poison.py", 1, f"self.keep = {weight}.clone(); {weight}.fill_(float('nan'))")
+    heal = f"        if it.state.iteration == 2:\n            {weight}.copy_(self.keep)\n"
     config.write_text(config.read_text().replace("\n\nfrom xtuner.data", f"\n{heal}\nfrom xtuner.data", 1))
     options = ["evaluation_inputs=[]", *SHORT[1:]]
     train = ("train", config, "--work-dir")

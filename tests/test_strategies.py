@@ -491,8 +491,8 @@ import torch.distributed.fsdp  # with what it imports, which DeepSpeed will too:
 from safetensors import safe_open
 from test_ranks import on_ranks
 from test_strategies import large
-from xtuner.engine import zero_config
-from xtuner.engine.deepspeed import DeepSpeedStrategy
+import xtuner.engine.deepspeed
+from xtuner.engine import choose, zero_config
 from xtuner.engine.optim import OptimWrapper
 from xtuner.model import from_pretrained
 
@@ -511,7 +511,8 @@ def body(ranks, where):
     limit = int(field.split()[1]) * 1024 + shard + 4 * largest + mapped + CONSTANT
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3))
-    strategy = DeepSpeedStrategy(from_pretrained(str(folder)), optim, torch.device("cpu"), str(folder / "zero3.json"))
+    parts = from_pretrained(str(folder)), optim, torch.device("cpu")
+    strategy = choose.strategy(choose.choose(*parts, str(folder / "zero3.json")), *parts)
     try:  # the control: one rank holding all weights beside its shard
         whole = from_pretrained(str(folder)).build()
     except RuntimeError as e:

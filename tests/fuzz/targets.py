@@ -20,8 +20,9 @@ from safetensors.torch import save
 from test_weights_convert import internlm2, write_internevo, write_zero
 
 from fuzz.strategies import ABSURD, DEEP, changed, json_bytes, mutated, one_changed, pickles
+from xtuner.compat.translate import load
 from xtuner.config.check import problems
-from xtuner.config.load import SHIPPED, load
+from xtuner.config.load import SHIPPED
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.files import file_entry, verify, write_manifest

@@ -9,22 +9,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.config.load import load
-    from xtuner.config.told import paragraphs
+    from xtuner.compat.report import paragraphs
+    from xtuner.compat.translate import load
+    from xtuner.data.place import Opening
     from xtuner.dist.mesh import Mesh
     from xtuner.engine import fit
     from xtuner.engine.join import device
     from xtuner.train import preflight
+    from xtuner.train.plan import make_plan
 
     config = load(args.config, args.cfg_options)
     parts = preflight.settings(config)
     here = device()
     work_dir = preflight.work_dir_of(None, config)
-    run = preflight.prepare(config, parts.hooks, work_dir, here, None, Mesh(), only_look=True)
-    notes = list(run.make_schedule().remarks(run.max_iterations))
+    settings = preflight.prepare(config, parts.hooks, work_dir, here, None, Mesh(), Opening(read_only=True))
+    plan = make_plan(settings)
+    notes = list(plan.schedule.remarks(plan.max_iterations))
     print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))
     for note in notes:
         print(f"note: {note}")
-    if why_not := fit.why_not_alone(run.source, run.optim, here):
+    if why_not := fit.why_not_alone(settings.source, settings.optim, here):
         print(f"note: {why_not}")
     return 0

@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.config.load import load
-    from xtuner.config.told import tell
+    from xtuner.compat.report import tell
+    from xtuner.compat.translate import load
     from xtuner.train import preflight
 
     for option, schedulers in ONLY_FOR.items():

@@ -1,10 +1,11 @@
-"""xtuner list-cfg: names of the shipped configs."""
+"""xtuner list-cfg: names of the shipped configs, or all settings."""
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--pattern", default="", help="only names that contain this, or match it (`*7b*`)")
+    parser.add_argument("--settings", action="store_true", help="list all settings of a config, with what each means")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -13,6 +14,14 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.config.load import ALIASES, shipped_names
     from xtuner.core.errors import ConfigError
 
+    if args.settings:
+        from xtuner.tools.settings_pages import listed
+
+        found = list(listed(args.pattern))
+        if not found:
+            raise ConfigError(f"no setting has {args.pattern!r} in it", do="`xtuner list-cfg --settings` lists all")
+        print("\n".join(found))
+        return 0
     wanted = args.pattern.lower()
     names, older = ([n for n in known if wanted in n or fnmatch(n, wanted)] for known in (shipped_names(), ALIASES))
     names = names or [f"{n} (an older name of {ALIASES[n]})" for n in older]

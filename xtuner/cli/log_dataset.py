@@ -14,9 +14,9 @@ def run(args: argparse.Namespace) -> int:
     from itertools import islice
 
     from xtuner.cli.data_show import print_packs
+    from xtuner.compat.translate import load
     from xtuner.config.build import build
     from xtuner.config.check import check
-    from xtuner.config.load import load
     from xtuner.core import log
     from xtuner.data.loader import PackLoader
     from xtuner.data.order import Position
@@ -27,8 +27,13 @@ def run(args: argparse.Namespace) -> int:
     data = build(config.values["train_dataloader"]["dataset"], "train_dataloader.dataset")
     sampler = build(config.values["train_dataloader"]["sampler"], "train_dataloader.sampler", dataset=data)
     tokenizer = build(config.values["tokenizer"], "tokenizer") if config.get("tokenizer") else None
-    loader = PackLoader(data, sampler, balance=config.get("train_dataloader.balance", 1))
-    loader.accumulative_counts = config.get("optim_wrapper.accumulative_counts", 1)
+    loader = PackLoader(
+        data,
+        sampler,
+        balance=config.setting("train_dataloader.balance"),
+        accumulative_counts=config.setting("optim_wrapper.accumulative_counts"),
+        reshuffle=config.setting("train_dataloader.reshuffle"),
+    )
     if loader.balance > 1:
         each = loader.accumulative_counts
         print(

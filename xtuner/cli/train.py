@@ -64,7 +64,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from torch.cuda import device_count
 
-    from xtuner.config.load import load
+    from xtuner.compat.translate import load
     from xtuner.core import streams
     from xtuner.core.errors import ConfigError
     from xtuner.dist import launchers
@@ -85,12 +85,10 @@ def _train(args: argparse.Namespace) -> int:
     workers.end_with_parent()
     place = launchers.place(args.launcher, os.environ)
 
-    from xtuner.data import place as data_place
     from xtuner.engine.join import taking_part
     from xtuner.train.preflight import work_dir_of
     from xtuner.train.trainer import Options, train
 
-    data_place.chosen.set(args.cache_dir)
     options = Options(
         resume=args.resume,
         strict_resume=args.strict_resume,
@@ -98,6 +96,7 @@ def _train(args: argparse.Namespace) -> int:
         seed=args.seed,
         dry_run=args.dry_run,
         max_minutes=args.max_minutes,
+        cache_dir=args.cache_dir,
         deepspeed=args.deepspeed,
         fsdp=args.fsdp,
         words=tuple(args.words),

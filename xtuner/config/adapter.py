@@ -16,30 +16,10 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from xtuner.config.config import value_at
+from xtuner.config.schema import ABSENT, Only
 from xtuner.core.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
-ABSENT = object()
-
-
-@dataclass(frozen=True)
-class Only:
-    """The values of a setting that mean the same here as there; a dict, all that say nothing else of its keys."""
-
-    allowed: tuple[Any, ...]
-    why: str
-    do: str
-
-    def problem(self, name: str, value: Any) -> ConfigError | None:
-        if any(_equal(value, a) for a in self.allowed):
-            return None
-        return ConfigError(f"{name} = {value!r} is not supported", where=name, why=self.why, do=self.do)
-
-
-def _equal(value: Any, allowed: Any) -> bool:
-    if isinstance(allowed, Mapping):
-        return isinstance(value, Mapping) and all(_equal(value.get(k, a), a) for k, a in allowed.items())
-    return type(value) is type(allowed) and value == allowed  # 1 == True, but batch_size=True is no batch size
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from xtuner.config import old_names
 from xtuner.core.errors import ConfigError, did_you_mean
 
 
@@ -13,16 +12,12 @@ def resolve_type(kind: Any, where: str = "") -> Callable[..., Any]:
     """The callable behind `type=`: itself, or what a name stands for.
 
     Args:
-        kind: a class or function, `package.module.name`, `package.module.Class.name`, or an old tool's name.
-        where: its dotted path in the config; without one, a name without dots is nobody's.
+        kind: a class or function, `package.module.name`, or `package.module.Class.name`.
+        where: its dotted path in the config.
 
-    Raises: ConfigError with the nearest names.
+    Raises: ConfigError.
     """
     if isinstance(kind, str):
-        place = where.removesuffix(".type")
-        kind = old_names.find(kind, place) or kind
-        if old_names.is_unknown(kind):
-            raise old_names.unknown(kind, where, place)
         module, _, name = kind.rpartition(".")
         owner, _, last = module.rpartition(".")
         try:

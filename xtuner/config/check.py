@@ -7,26 +7,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from xtuner.config import paths as path_checks
-from xtuner.config import rules, settings, types
+from xtuner.config import rules, types
 from xtuner.config.adapter import adapter_of
 from xtuner.config.build import build, check_arguments, resolve_type, type_name
 from xtuner.config.config import Config
 from xtuner.config.mistakes import together
-from xtuner.config.told import tell
+from xtuner.config.schema import NEEDED
 from xtuner.config.walk import ROOTS, Spec, specs, walked
 from xtuner.core.errors import ConfigError, did_you_mean, of_exit
 from xtuner.core.log import logger
 
-# These must be there
-PARTS = ("train_dataloader.dataset", "train_dataloader.sampler", "optim_wrapper.optimizer")
-# These must be dict(type=…)
-BUILT = (
-    "model", "tokenizer", "optim_wrapper", "optim_wrapper.optimizer", "train_dataloader.dataset",
-    "train_dataloader.dataset.dataset_cfg", "train_dataloader.sampler", "val_dataset",
-)  # fmt: skip
-MOST_EPOCHS = 1_000_000
-# Dicts whose "type" is a word of theirs, not something to build
-WORDS = ("clip_grad", "rope_parameters", "rope_scaling")
 # What the trainer gives to them besides
 GIVEN: dict[str, dict[str, Any]] = {
     "train_dataloader.sampler": {"dataset": None},
@@ -34,26 +24,29 @@ GIVEN: dict[str, dict[str, Any]] = {
     "optim_wrapper.optimizer": {"params": None},
     "train_cfg": {"max_epochs": 1},  # `_train_cfg` reports that it is missing
 }
+# Dicts whose "type" is a word of theirs, not something to build
+WORDS = ("clip_grad", "rope_parameters", "rope_scaling")
 
 
 def check(config: Config, paths: bool = False) -> None:
-    """Raise one ConfigError that lists every mistake found, each with its file and line; else tell what an older
-    config is run as.
+    """Raise one ConfigError that lists every mistake found, each with its file and line.
 
     Args:
         paths: look, too, whether the folders and files that it names are there.
     """
     if found := problems(config, paths):
         raise together(found)
-    tell(config)
 
 
 def problems(config: Config, paths: bool = False) -> list[ConfigError]:
     """All mistakes, each with its file and line."""
-    length = list(_train_cfg(config))
-    found = [*_names(config), *_only(config), *_parts(config), *_dataloader(config), *length]
-    inside = [*_not_specs(config), *rules.not_finite(config)]
-    inside += [*(e for spec in specs(config) for e in _spec(spec)), *rules.of_runtime(config)]
+    length, found = list(_train_cfg(config)), _names(config)
+    one_pack = config.values.get("batch_size", 1) != 1  # said once, by the name that the file uses
+    inside = [*_section(config, "", closed=False), *_parts(config), *_dataloader(config), *length]
+    inside += [e for e in _section(config, "train_dataloader") if not (one_pack and e.where.endswith(".batch_size"))]
+    inside += [*_section(config, "randomness"), *_section(config, "optim_wrapper.clip_grad", closed=False)]
+    inside += [*_not_specs(config), *rules.not_finite(config)]
+    inside += [e for spec in specs(config) for e in _spec(config, spec)]
     wrong = [e.where for e in inside]
     if length or "train_cfg" not in config.values:
         wrong.append("param_scheduler")  # its begins and ends are made from max_epochs
@@ -70,12 +63,12 @@ def problems(config: Config, paths: bool = False) -> list[ConfigError]:
 
 
 def _names(config: Config) -> list[ConfigError]:
-    known = [*settings.REQUIRED, *settings.OPTIONAL, *settings.ONLY]
-    accepted = [*known, *settings.NO_WORK, *settings.OLD]
+    top = list(config.schema.inside(""))
+    known, accepted = [s.name for s in top if not s.old], [s.name for s in top]
     missing = [
-        ConfigError(f"the config has no {name!r}", where=str(config.path), do="compare with a shipped config")
-        for name in settings.REQUIRED
-        if name not in config.values
+        ConfigError(f"the config has no {s.name!r}", where=str(config.path), do="compare with a shipped config")
+        for s in top
+        if s.default is NEEDED and s.name not in config.values
     ]
     unknown = []
     for name in config.unmet:
@@ -95,115 +88,102 @@ def _names(config: Config) -> list[ConfigError]:
     return missing + unknown
 
 
-def _only(config: Config) -> Iterator[ConfigError]:
-    for name, only in (settings.ONLY | settings.OLD).items():
-        if name in config.values and (problem := only.problem(name, config.values[name])):
-            yield ConfigError(problem.what, where=config.where(name), why=problem.why, do=problem.do)
+def _section(config: Config, parent: str, closed: bool = True) -> Iterator[ConfigError]:
+    """Mistakes in the settings directly below a path, which are no arguments of a `dict(type=…)`.
+
+    Args:
+        closed: there are no others than those that are declared.
+    """
+    values = config.get(parent) if parent else config.values
+    if not isinstance(values, Mapping):
+        return
+    settings = {s.name: s for s in config.schema.inside(parent)}
+    for name, value in values.items():
+        key = f"{parent}.{name}".lstrip(".")
+        if name not in settings:
+            if closed and name != "type":
+                yield ConfigError(f"{parent} has no setting {name!r}.{did_you_mean(name, [*settings])}", where=key)
+        elif not settings[name].built and (problem := settings[name].problem(key, value)):
+            yield problem
 
 
 def _parts(config: Config) -> Iterator[ConfigError]:
-    for key in PARTS:
-        parent, _, name = key.rpartition(".")
-        if isinstance(whole := config.get(parent), Mapping) and whole.get(name) is None:
-            yield ConfigError(f"{parent} has no {name}", where=config.where(key), do="compare with a shipped config")
+    for s in config.schema.settings:
+        if s.built and s.default is NEEDED and s.parent and not s.of:
+            whole = config.get(s.parent)
+            if isinstance(whole, Mapping) and whole.get(s.name) is None:
+                yield ConfigError(f"{s.parent} has no {s.name}", where=s.key, do="compare with a shipped config")
 
 
 def _dataloader(config: Config) -> Iterator[ConfigError]:
-    loader = config.get("train_dataloader", {})
-    if not isinstance(loader, Mapping):
-        yield ConfigError(f"expected dict(dataset=…, …), found {loader!r}", where=config.where("train_dataloader"))
-        return
-    known = [*settings.DATALOADER, *settings.NO_WORK_IN_DATALOADER]
-    for name in sorted(set(loader) - set(known)):
-        where = config.where(f"train_dataloader.{name}")
-        yield ConfigError(f"train_dataloader has no setting {name!r}.{did_you_mean(name, known)}", where=where)
-    for key in ("batch_size", "batch_sampler.batch_size"):
-        size = config.get(f"train_dataloader.{key}", 1)
-        told = config.values.get("batch_size", 1) != 1  # as a setting of the file
-        if not told and (p := settings.ONLY["batch_size"].problem(key, size)):
-            yield ConfigError(p.what, where=config.where(f"train_dataloader.{key}"), why=p.why, do=p.do)
+    """What the settings of older tools in it would call."""
+    loader = config.get("train_dataloader")
     for name, right in (
         ("collate_fn", lambda kind: (facts := adapter_of(kind)) is not None and facts.idle),
         ("batch_sampler", lambda kind: type_name(kind).rpartition(".")[2] == "BatchSampler"),
     ):
-        spec, key = loader.get(name), f"train_dataloader.{name}"
-        kind = _resolved(spec["type"], key) if isinstance(spec, Mapping) and "type" in spec else None
+        spec, key = loader.get(name) if isinstance(loader, Mapping) else None, f"train_dataloader.{name}"
+        kind = _resolved(config, spec["type"], key) if isinstance(spec, Mapping) and "type" in spec else None
         if isinstance(kind, ConfigError):
             continue  # `_not_specs` reports it
         if spec is not None and not right(kind):
             yield ConfigError(
                 f"this {name} would not be called",
-                where=config.where(f"train_dataloader.{name}"),
+                where=key,
                 why="the loader makes batches of packs itself",
                 do="leave it out; to change batches, give a dataset of your own",
             )
+    size = "train_dataloader.batch_sampler.batch_size"
+    if (one := config.schema.find(size)) and (problem := one.problem(size, config.get(size, 1))):
+        yield problem
 
 
 def _train_cfg(config: Config) -> Iterator[ConfigError]:
-    if "train_cfg" not in config.values:
-        return  # `_names` reports it
-    values = config.values["train_cfg"]
+    values, found = config.values.get("train_cfg"), list(_section(config, "train_cfg"))
     if not isinstance(values, Mapping):
-        yield ConfigError(f"expected dict(max_epochs=…), found {values!r}", where=config.where("train_cfg"))
-        return
-    where = config.where("train_cfg.max_epochs")
-    epochs, only = values.get("max_epochs"), settings.TRAIN_CFG
-    in_iterations = [n for n in only if n in values and epochs is None and only[n].problem(n, values[n])]
-    if epochs is None:
-        given = " and ".join(f"{n} = {values[n]!r}" for n in in_iterations)
+        return  # reported with the other settings of the top level
+    if values.get("max_epochs") is None:
+        iterations = [e for e in found if e.where in ("train_cfg.by_epoch", "train_cfg.max_iters")]
+        given = " and ".join(f"{name} = {values[name]!r}" for name in (e.where.partition(".")[2] for e in iterations))
         why = f"{given}: a run's length is not given in iterations here" if given else ""
-        yield ConfigError("train_cfg has no max_epochs", where=where, why=why, do="give max_epochs, the run's length")
-    elif type(epochs) is not int or epochs < 1:
-        yield ConfigError(f"train_cfg.max_epochs = {epochs!r} is not an integer of at least 1", where=where)
-    elif epochs > MOST_EPOCHS:
-        what = f"train_cfg.max_epochs = {epochs!r} is above {MOST_EPOCHS:,}"
-        yield ConfigError(what, where=where, why="so many are taken for a slip of the pen")
-    skipped = values.get("max_skipped", 0)
-    if type(skipped) is not int or skipped < 0:
-        what = f"train_cfg.max_skipped = {skipped!r} is not a whole number of at least 0"
-        yield ConfigError(what, where=config.where("train_cfg.max_skipped"))
-    known = ["max_epochs", "max_skipped", *only, *settings.NO_WORK_IN_TRAIN_CFG]
-    for name, value in values.items():
-        where = config.where(f"train_cfg.{name}")
-        if name == "type":
-            kind = _resolved(value, "train_cfg")
-            if not isinstance(kind, ConfigError) and adapter_of(kind) is None:
-                yield ConfigError("a loop of your own would not be called", where=where, do="leave type out")
-        elif name not in known:
-            yield ConfigError(f"train_cfg has no setting {name!r}.{did_you_mean(name, known)}", where=where)
-        elif name in only and name not in in_iterations and (p := only[name].problem(name, value)):
-            yield ConfigError(p.what, where=where, why=p.why, do=p.do)
+        do = "give max_epochs, the run's length"
+        found = [e for e in found if e not in iterations and e.where != "train_cfg.max_epochs"]
+        found.append(ConfigError("train_cfg has no max_epochs", where="train_cfg.max_epochs", why=why, do=do))
+    if "type" in values:
+        kind = _resolved(config, values["type"], "train_cfg")
+        if not isinstance(kind, ConfigError) and adapter_of(kind) is None:
+            found.append(ConfigError("a loop of your own would not be called", where="train_cfg", do="leave type out"))
+    yield from found
 
 
 def _not_specs(config: Config) -> Iterator[ConfigError]:
-    wanted = {key: config.get(key) for key in BUILT}
+    built = [s.key for s in config.schema.settings if s.built]
+    wanted = {key: config.get(key) for key in built}
     for name in ("default_hooks", "custom_hooks", "trackers", "param_scheduler"):
-        parts = config.get(name)
-        if not parts:
-            continue
+        parts = config.get(name) or []
         if name == "param_scheduler" and isinstance(parts, Mapping):
             parts = [parts]
-        if not isinstance(parts, Mapping if name == "default_hooks" else list | tuple):
-            yield ConfigError(f"{name} = {parts!r} is not a {'dict' if name[0] == 'd' else 'list'}", where=name)
-            continue
-        items = parts.items() if isinstance(parts, Mapping) else enumerate(parts)
+        items = (
+            parts.items() if isinstance(parts, Mapping) else enumerate(parts) if isinstance(parts, list | tuple) else ()
+        )
         wanted |= {f"{name}.{key}": spec for key, spec in items}
     for key, spec in wanted.items():
-        absent = spec is None and key in BUILT
+        absent = spec is None and key in built
         if not absent and not (isinstance(spec, Mapping) and "type" in spec):
             yield ConfigError(f"expected dict(type=…, …), found {spec!r}", where=key)
     for root in ROOTS:
         for key, value in walked(root, config.values.get(root)):
             if isinstance(value, Mapping) and "type" in value and not key.endswith(WORDS):
-                problem = _resolved(value["type"], f"{key}.type")
+                problem = _resolved(config, value["type"], key)
                 if isinstance(problem, ConfigError):
                     yield problem
 
 
-def _resolved(kind: Any, where: str) -> Any:
-    """The class or function behind `type=`, or what is wrong with it."""
+def _resolved(config: Config, kind: Any, key: str) -> Any:
+    """The class or function behind `type=` of what is described at `key`, or what is wrong with it."""
+    where = f"{key}.type"
     try:
-        return resolve_type(kind, where)
+        return config.unknown.get(key) or resolve_type(kind, where)
     except ConfigError as e:
         return e
     except SystemExit as e:
@@ -212,30 +192,31 @@ def _resolved(kind: Any, where: str) -> Any:
         return ConfigError(f"type={kind!r} cannot be imported: {type(e).__name__}: {e}", where=where)
 
 
-def _spec(spec: Spec) -> Iterator[ConfigError]:
+def _spec(config: Config, spec: Spec) -> Iterator[ConfigError]:
     """Mistakes in one dict(type=…): settings that its type does not take or lacks, values of other types or out of
     range, what an adapter refuses."""
-    kind = _resolved(spec.kind, spec.key)
+    kind = _resolved(config, spec.kind, spec.key)
     if isinstance(kind, ConfigError):
         return  # told above
     try:
         check_arguments(kind, spec.arguments | GIVEN.get(spec.key, {}), spec.key)
     except ConfigError as e:
         yield e
-    wrong = set()
-    if spec.key != "train_cfg":
-        hints = types.parameter_types(kind)
-        for name in spec.arguments.keys() & hints.keys():
-            value = spec.arguments[name]
-            if not types.fits(value, hints[name]):
-                wrong.add(name)
-                words = types.words(hints[name])
-                yield ConfigError(f"{name} = {value!r} is not {words}", where=f"{spec.key}.{name}")
-        facts = adapter_of(kind)
-        for problem in facts.refused(spec.arguments) if facts else ():
-            name = problem.where
-            yield ConfigError(problem.what, where=f"{spec.key}.{name}", why=problem.why, do=problem.do)
-    yield from rules.of_spec(spec, kind)
+    if spec.key == "train_cfg":
+        return  # `_train_cfg` reports it
+    hints, facts = types.parameter_types(kind), adapter_of(kind)
+    for name, value in spec.arguments.items():
+        key, problem = f"{spec.key}.{name}", None
+        if name in hints and not types.fits(value, hints[name]):
+            yield ConfigError(f"{name} = {value!r} is not {types.words(hints[name])}", where=key)
+        elif setting := config.schema.find(key, type_name(kind)):
+            problem = setting.problem(name, value, typed=bool(setting.of) and name not in hints)
+        if problem:
+            yield ConfigError(problem.what, where=key, why=problem.why)
+    for problem in facts.refused(spec.arguments) if facts else ():
+        yield ConfigError(problem.what, where=f"{spec.key}.{problem.where}", why=problem.why, do=problem.do)
+    if spec.key == "model":
+        yield from rules.shape(spec)
 
 
 def _within(key: str, other: str) -> bool:

@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from xtuner.config.schema import ABSENT, Schema
+from xtuner.config.settings import SCHEMA
 from xtuner.core import secrets
+from xtuner.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Config:
     names: dict[str, str] = field(default_factory=dict)  # "train_dataloader.dataset" → "train_dataset", as written
     replaced: list[Replacement] = field(default_factory=list)  # names of older tools
     dropped: dict[str, str] = field(default_factory=dict)  # settings taken out → why they have no effect
+    unknown: dict[str, ConfigError] = field(default_factory=dict)  # dict(type=…) of another tool that is not ours → why
+    schema: Schema = SCHEMA
 
     @property
     def name(self) -> str:
@@ -41,6 +46,11 @@ class Config:
     def get(self, key: str, default: Any = None) -> Any:
         """The value at a dotted path, or `default`."""
         return value_at(self.values, key, default)
+
+    def setting(self, key: str) -> Any:
+        """The value of a declared setting, or its default."""
+        value = self.get(key, ABSENT)
+        return self.schema.default(key) if value is ABSENT else value
 
     def where(self, key: str) -> str:
         """`file:line key` for messages: where the value is written, or the nearest part of the path that is.

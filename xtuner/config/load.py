@@ -11,12 +11,16 @@ import math
 import re
 import tokenize
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtuner.config import legacy, statements
-from xtuner.config.config import Config
+from xtuner.config import statements
+from xtuner.config.config import Config, Replacement
 from xtuner.config.literals import secret_literals
+from xtuner.config.schema import Schema
+from xtuner.config.settings import SCHEMA
 from xtuner.core import secrets
 from xtuner.core.errors import ConfigError, did_you_mean, of_exit
 from xtuner.core.inputs import short_repr
@@ -56,18 +60,34 @@ def find(name_or_path: str) -> Path:
     )
 
 
-def load(name_or_path: str, options: list[str] | None = None) -> Config:
+@dataclass(frozen=True)
+class Dialect:
+    """How configs of other tools are read as ours (compat/).
+
+    Args:
+        schema: all settings that they may have.
+        imports: replaces what the file imports; values: what it assigns; overridden: after overrides with dots.
+    """
+
+    schema: Schema = SCHEMA
+    imports: Callable[[ast.Module, str], tuple[ast.Module, list[Replacement]]] = lambda tree, path: (tree, [])
+    values: Callable[[Config], None] = lambda config: None
+    overridden: Callable[[Config], None] = lambda config: None
+
+
+def load(name_or_path: str, options: list[str] | None = None, dialect: Dialect = Dialect()) -> Config:
     """Run a config file with overrides.
 
     Args:
         options: `key=value` each, as given to --cfg-options.
+        dialect: in which the file may be written; by default ours alone.
 
     Raises: ConfigError for a file that cannot be run and for overrides that meet nothing.
     """
     path = find(name_or_path)
     source = _read(path)
     try:
-        return _load(path, source, options or [])
+        return _load(path, source, options or [], dialect)
     except SyntaxError as e:
         raise ConfigError(f"the config is not Python: {e.msg}", where=f"{path}:{e.lineno or 1}") from None
     except ValueError as e:  # of ast.parse: zero bytes
@@ -107,36 +127,30 @@ def _first_wrong_byte(data: bytes, encoding: str) -> int | None:
     return None
 
 
-def _load(path: Path, source: str, options: list[str]) -> Config:
+def _load(path: Path, source: str, options: list[str], dialect: Dialect) -> Config:
     tree = ast.parse(source, str(path))
     read, (lines, names) = statements.names_read(tree), statements.written_lines(tree)
-    tree, imported = legacy.replace_imports(tree, str(path))
+    tree, imported = dialect.imports(tree, str(path))
     overrides = dict(parse_option(o) for o in options)
     secrets.learn(overrides)
     for node, name in secret_literals(tree):
         secrets.learn(getattr(node, "value", None), name)
     replacer = statements.Override({k: v for k, v in overrides.items() if "." not in k})
     tree = ast.fix_missing_locations(replacer.visit(tree))
-    config = Config(path, source, _run(tree, path, overrides), lines, names=names, replaced=imported)
+    assigned = _run(tree, path, overrides)
+    config = Config(path, source, assigned, lines, names=names, replaced=imported, schema=dialect.schema)
     values = config.values
-    _replace_names(config)
-    legacy.complete_hooks(values, config.replaced)
+    dialect.values(config)
     for key, value in overrides.items():
         if "." in key:
             _set(values, key, value)
         elif key not in replacer.met:
             values[key] = value  # `check` knows whether there is such a key
-    _replace_names(config)  # of hooks and overrides
+    dialect.overridden(config)
     secrets.learn(values)  # also those that were computed
     config.unmet = [key for key in overrides if "." not in key and key not in replacer.met]
     config.unread = [name for name in values if name not in read and name not in config.unmet]
     return config
-
-
-def _replace_names(config: Config) -> None:
-    replaced, dropped = legacy.replace_names(config.values, config.where)
-    config.replaced = list({r.old: r for r in [*config.replaced, *replaced]}.values())
-    config.dropped |= dropped
 
 
 def parse_option(option: str) -> tuple[str, Any]:

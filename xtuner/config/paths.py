@@ -39,6 +39,13 @@ def _data(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
             yield f"{spec.key}.data_order_path", order, _order(order)
 
 
+def data_keys(config: Config, root: str) -> list[str]:
+    """The settings below `root` that name a data folder, and the order of its files; else `root` itself."""
+    inside = [s for s in specs(config) if f"{s.key}.".startswith(f"{root}.")]
+    named = [(s.key, n) for s in inside for n in ("folder", "data_order_path") if s.arguments.get(n) is not None]
+    return [f"{key}.{name}" for key, name in named] or [root]
+
+
 def _kind(name: str | Path) -> str:
     """ "folder", "file", or "" for what is not there and what no path can be."""
     if not str(name):  # to Path, the folder that we are in

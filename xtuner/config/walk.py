@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from xtuner.config.config import Config
-from xtuner.config.old_names import kind_of
 
 ROOTS = (
     "tokenizer", "model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "default_hooks",
@@ -35,7 +34,7 @@ def specs(config: Config) -> Iterator[Spec]:
     seen: set[int] = set()
     for root in ROOTS:
         for key, value in walked(root, config.values.get(root), seen):
-            if isinstance(value, Mapping) and "type" in value and _is_kind(key, value["type"]):
+            if isinstance(value, Mapping) and "type" in value and _is_kind(value["type"]):
                 yield Spec(key, value["type"], {str(k): v for k, v in value.items() if k != "type"})
 
 
@@ -52,6 +51,6 @@ def walked(key: str, value: Any, seen: set[int] | None = None) -> Iterator[tuple
         yield from walked(f"{key}.{name}", part, seen)
 
 
-def _is_kind(key: str, value: Any) -> bool:
+def _is_kind(value: Any) -> bool:
     """clip_grad=dict(type="norm") and rope_scaling=dict(type="dynamic") are values, not objects to build."""
-    return callable(value) or (isinstance(value, str) and ("." in value or bool(kind_of(key))))
+    return callable(value) or (isinstance(value, str) and "." in value)

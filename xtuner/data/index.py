@@ -5,9 +5,8 @@ are examined: the whole meta, the ends of the text.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,7 +19,7 @@ from xtuner.data import catalog as catalogs
 from xtuner.data import tables, tokens
 from xtuner.data.catalog import COLUMNS, Catalog
 from xtuner.data.format import BinFile, Signature
-from xtuner.data.place import Place, tell_once
+from xtuner.data.place import Opening, Place, tell_once
 from xtuner.data.pool import ordered, usable_workers
 from xtuner.data.spans import LongLines, SpanReader
 from xtuner.data.tables import ALONE, MOST_WORKERS, Tables
@@ -29,7 +28,6 @@ from xtuner.data.walk import no_files, read_order, require_folder, walk
 SHOWN = 20  # problems in one message
 STATS = 256  # files whose sizes and times a thread asks for at a time
 THREADS = 16
-shared: ContextVar[dict[str, Any] | None] = ContextVar("shared", default=None)  # what another rank has found: `share`
 
 
 class TokenizedFolder:
@@ -120,6 +118,7 @@ def load_intern_repo_tokenized_dataset(
     data_order_path: str | Path | None = None,
     file_type: str = ".bin",
     cache_dir: str | Path | None = None,
+    opening: Opening = Opening(),  # noqa: B008
 ) -> TokenizedFolder:
     """Index a folder of tokenized files. Of the text, only the ends of files that are not known yet are read.
 
@@ -131,13 +130,14 @@ def load_intern_repo_tokenized_dataset(
         file_type: ending of the token files.
         cache_dir: where the index is kept; None for beside the data, or the user's cache folder if that cannot be
             written. Little data need none.
+        opening: by the run that opens it.
 
     Raises: ConfigError for a folder that is not there, DataError for files that are.
     """
     root = require_folder(folder)
-    place = Place(root, cache_dir)
+    place = Place(root, opening.cache_dir or cache_dir, opening.read_only)
     asked = [str(root), str(min_length), str(data_order_path), file_type]
-    if (known := shared.get()) and known["asked"] == asked and (found := _open_shared(known)):
+    if (known := opening.known) and known["asked"] == asked and (found := _open_shared(known)):
         whole = TokenizedFolder(root, found.catalog, min_length, place, asked)
         whole.tables = found
         return whole
@@ -155,7 +155,7 @@ def load_intern_repo_tokenized_dataset(
     return TokenizedFolder(root, catalog, min_length, place, asked)
 
 
-def _open_shared(known: dict[str, Any]) -> Tables | None:
+def _open_shared(known: Mapping[str, Any]) -> Tables | None:
     try:
         return Tables(Path(known["path"]), known["key"])
     except (OSError, ValueError):

@@ -1,13 +1,14 @@
 """What configs of XTuner 0.1 and 0.2 name of tokenizers, samplers, collate functions and templates, as ours.
 
-`config/legacy.py` puts these in place of the old names.
+`compat/translate.py` puts these in place of the old names.
 """
 
 from collections.abc import Sized
 from typing import Any
 
-from xtuner.config.adapter import Only, adapter
-from xtuner.config.settings import HUB
+from xtuner.compat.settings import HUB
+from xtuner.config.adapter import adapter
+from xtuner.config.schema import Only
 from xtuner.core.errors import ConfigError
 from xtuner.data import order, tokenizer
 from xtuner.data.chat_template import PROMPT_TEMPLATE, ChatTemplate

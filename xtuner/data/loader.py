@@ -37,14 +37,22 @@ class PackLoader:
         num_workers: 0 prepares packs in a thread of this process, n > 0 in n processes.
         balance: 0: rank r of n takes `[r::n]` of the stream. 1: the packs of an iteration are dealt to ranks by
             attention cost; k > 1: those of k iterations to iterations, too. See deal.py.
-        reshuffle: a new order each epoch (`DistSamplerSeedHook` sets it); otherwise epoch 0's again.
-        accumulative_counts: packs that each rank takes in an iteration (the run sets it).
-        windows_from: where in the data k iterations are counted from (a resume sets it).
-        begun_on: ranks that the run was begun on, which decide what an epoch is (a resume sets it).
+        accumulative_counts: packs that each rank takes in an iteration.
+        reshuffle: a new order each epoch; otherwise epoch 0's again.
+        begun_on: ranks that the run was begun on, which decide what an epoch is; None for those of the sampler.
+        windows_from: where in the data k iterations are counted from.
     """
 
     def __init__(
-        self, dataset: PackedDataset, sampler: InternRepoSampler, num_workers: int = 0, balance: int = 1
+        self,
+        dataset: PackedDataset,
+        sampler: InternRepoSampler,
+        num_workers: int = 0,
+        balance: int = 1,
+        accumulative_counts: int = 1,
+        reshuffle: bool = False,
+        begun_on: int | None = None,
+        windows_from: int = 0,
     ) -> None:
         if num_workers < 0:
             raise ConfigError(f"num_workers is {num_workers}", where="train_dataloader.num_workers")
@@ -53,30 +61,12 @@ class PackLoader:
         self.dataset = dataset
         self.sampler = sampler
         self.num_workers = num_workers
-        self.lacks = self._what_dealing_lacks(balance)
+        self.lacks = what_dealing_lacks(dataset, sampler, balance)
         self.balance = 0 if self.lacks else balance
-        self.accumulative_counts = 1
-        self.windows_from = 0
-        self.reshuffle = False
-        self.begun_on = sampler.world_size
-
-    def _what_dealing_lacks(self, balance: int) -> str:
-        """A method that a dataset or sampler of the user's own does not have. Raises: ConfigError if k > 1 needs it."""
-        for part, method, ours in (
-            (self.dataset, "costs", "PackedDataset"),
-            (self.sampler, "packs", "InternRepoSampler"),
-        ):
-            if not hasattr(part, method):
-                lacks = f"{type(part).__name__} has no method `{method}`"
-                if balance > 1:
-                    raise ConfigError(
-                        f"balance = {balance}, but {lacks}",
-                        where="train_dataloader.balance",
-                        why="packs are dealt by the lengths of their documents",
-                        do=f"derive it from {ours}, give it that method, or set balance = 0",
-                    )
-                return lacks
-        return ""
+        self.accumulative_counts = accumulative_counts
+        self.windows_from = windows_from
+        self.reshuffle = reshuffle
+        self.begun_on = sampler.world_size if begun_on is None else begun_on
 
     @property
     def num_packs(self) -> int:
@@ -89,30 +79,6 @@ class PackLoader:
     @property
     def packs_per_epoch(self) -> int:
         return packs_per_epoch(self.num_packs, self.begun_on)
-
-    def packs_before(self, position: Position) -> int:
-        """Packs of the stream, of all epochs, that lie before a position."""
-        position = position.advance(0, self.packs_per_epoch)
-        return position.epoch * self.packs_per_epoch + position.offset
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What the order of packs depends on. A resume compares it."""
-        return {
-            "data": self.dataset.fingerprint(),
-            "packed_length": self.dataset.packed_length,
-            "label_rule": self.dataset.label_rule,
-            "num_packs": self.num_packs,
-            "reshuffle": self.reshuffle,
-            **self.sampler.describe(),
-        }
-
-    def files(self) -> list[str] | int:
-        """`IDENTITY NAME` of the files in order, so that a resume can say which are others; of very many, how many."""
-        documents = self.dataset.documents
-        if len(documents) > LISTED:
-            return len(documents)
-        names = (name.encode(errors="backslashreplace").decode() for name in documents.names)
-        return [f"{identity} {name}" for identity, name in zip(documents.identities(), names, strict=True)]
 
     def iterate_from(self, position: Position) -> Iterator[Batch]:
         """Yield this rank's batches from `position` on, without end. Nothing before it is read."""
@@ -137,7 +103,7 @@ class PackLoader:
     def _dealt(self, position: Position) -> Iterator[int]:
         """The same, of which every iteration's are chosen by cost. Costs of a window are looked up when it begins."""
         per_epoch, packs = self.packs_per_epoch, self.dp_size * self.accumulative_counts
-        begin = self.packs_before(position)
+        begin = position.packs_before(per_epoch)
         for first, iterations, done in windows(begin, self.windows_from, packs, per_epoch, self.balance):
             window = self.sampler.packs(first, first + iterations * packs, per_epoch, self.reshuffle)
             costs = self.dataset.costs(window)
@@ -200,6 +166,43 @@ class PackLoader:
         finally:
             atexit.unregister(items._shutdown_workers)
             items._shutdown_workers()
+
+
+def what_dealing_lacks(dataset: PackedDataset, sampler: InternRepoSampler, balance: int) -> str:
+    """A method that a dataset or sampler of the user's own does not have. Raises: ConfigError if k > 1 needs it."""
+    for part, method, ours in ((dataset, "costs", "PackedDataset"), (sampler, "packs", "InternRepoSampler")):
+        if not hasattr(part, method):
+            lacks = f"{type(part).__name__} has no method `{method}`"
+            if balance > 1:
+                raise ConfigError(
+                    f"balance = {balance}, but {lacks}",
+                    where="train_dataloader.balance",
+                    why="packs are dealt by the lengths of their documents",
+                    do=f"derive it from {ours}, give it that method, or set balance = 0",
+                )
+            return lacks
+    return ""
+
+
+def identity(dataset: PackedDataset, sampler: InternRepoSampler, reshuffle: bool) -> dict[str, Any]:
+    """What the order of packs depends on. A resume compares it."""
+    return {
+        "data": dataset.fingerprint(),
+        "packed_length": dataset.packed_length,
+        "label_rule": dataset.label_rule,
+        "num_packs": len(dataset),
+        "reshuffle": reshuffle,
+        **sampler.describe(),
+    }
+
+
+def listed_files(dataset: PackedDataset) -> list[str] | int:
+    """`IDENTITY NAME` of the files in order, so that a resume can say which are others; of very many, how many."""
+    documents = dataset.documents
+    if len(documents) > LISTED:
+        return len(documents)
+    names = (name.encode(errors="backslashreplace").decode() for name in documents.names)
+    return [f"{identity} {name}" for identity, name in zip(documents.identities(), names, strict=True)]
 
 
 def _begin_worker(worker: int) -> None:

@@ -53,6 +53,11 @@ class Position:
         epochs, offset = divmod(self.offset + packs, per_epoch)
         return Position(self.epoch + epochs, offset)
 
+    def packs_before(self, per_epoch: int) -> int:
+        """Packs of the stream, of all epochs, that lie before this position."""
+        position = self.advance(0, per_epoch)
+        return position.epoch * per_epoch + position.offset
+
     def __str__(self) -> str:
         return f"epoch {self.epoch + 1}, pack {self.offset:,} of it"
 

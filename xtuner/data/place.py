@@ -9,8 +9,8 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,8 +20,6 @@ from xtuner.core.log import logger
 from xtuner.data.walk import CACHE
 
 VARIABLE = "XTUNER_DATA_CACHE"
-read_only: ContextVar[bool] = ContextVar("read_only", default=False)  # look at caches, write none
-chosen: ContextVar[str | None] = ContextVar("chosen", default=None)  # by `--cache-dir`, for all folders
 _told: set[str] = set()
 _telling = threading.Lock()  # two threads read packs
 
@@ -34,21 +32,37 @@ def tell_once(text: str, level: Callable[[str], None] = logger.warning) -> None:
     level(text)
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How a run opens its data folders.
+
+    Args:
+        cache_dir: of `--cache-dir`, before what a config says.
+        read_only: look at caches, write none.
+        known: what another rank has found (share.py).
+    """
+
+    cache_dir: str | None = None
+    read_only: bool = False
+    known: Mapping[str, Any] | None = None
+
+
 class Place:
     """The folders in which caches of one data folder may lie.
 
     Args:
-        cache_dir: the one place to use; None for `--cache-dir`, $XTUNER_DATA_CACHE, else beside the data, else the
-            user's cache folder.
+        cache_dir: the one place to use; None for $XTUNER_DATA_CACHE, else beside the data, else the user's cache
+            folder.
+        read_only: look at caches, write none.
     """
 
-    def __init__(self, folder: Path, cache_dir: str | Path | None = None) -> None:
+    def __init__(self, folder: Path, cache_dir: str | Path | None = None, read_only: bool = False) -> None:
         self.folder = folder
         self.failures: list[str] = []
-        self.read_only = read_only.get()
+        self.read_only = read_only
         root = Path(os.path.abspath(folder))
         own = f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
-        given = chosen.get() or cache_dir or os.environ.get(VARIABLE)
+        given = cache_dir or os.environ.get(VARIABLE)
         if given:
             self.dirs = [Path(os.path.expanduser(given)) / own]
         else:

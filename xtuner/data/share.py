@@ -13,19 +13,23 @@ import numpy as np
 
 from xtuner.core.dist import Ranks
 from xtuner.core.errors import DataError
-from xtuner.data.index import shared, signatures_of
+from xtuner.data.index import signatures_of
 from xtuner.data.pack import PackedDataset
 
 NAMED = 10_000  # files whose names rank 0 tells where there is no index to tell them
 
 
-def open_together(build: Callable[[], PackedDataset], ranks: Ranks) -> PackedDataset:
+Known = dict[str, Any]  # what another rank has found
+Build = Callable[[Known | None], PackedDataset]
+
+
+def open_together(build: Build, ranks: Ranks) -> PackedDataset:
     """Build the same data on all ranks. Raises, on all: what `build` raises on any; DataError for other data."""
     if ranks.size == 1:
-        return build()
+        return build(None)
     nodes = ranks.gather(platform.node())
     first = nodes.index(nodes[ranks.rank])
-    data = ranks.together(lambda: build() if ranks.is_main else None)
+    data = ranks.together(lambda: build(None) if ranks.is_main else None)
     found = ranks.from_main(_told(data))
     data = ranks.together(lambda: _first_of_node(build, found) if data is None and first == ranks.rank else data)
     of_node = ranks.gather(_told(data))[first]
@@ -34,7 +38,7 @@ def open_together(build: Callable[[], PackedDataset], ranks: Ranks) -> PackedDat
     return data
 
 
-def _told(data: Any) -> dict[str, Any] | None:
+def _told(data: Any) -> Known | None:
     """A path and a hash, and by what they are recognised; None for no data."""
     if data is None:
         return None
@@ -47,17 +51,11 @@ def _told(data: Any) -> dict[str, Any] | None:
     return {"asked": documents.asked, "fingerprint": data.fingerprint(), "names": names, **where}
 
 
-def _given(build: Callable[[], PackedDataset], told: dict[str, Any]) -> PackedDataset:
-    if told["asked"] is None or told["path"] is None:
-        return build()
-    token = shared.set(told)
-    try:
-        return build()
-    finally:
-        shared.reset(token)
+def _given(build: Build, told: Known) -> PackedDataset:
+    return build(None if told["asked"] is None or told["path"] is None else told)
 
 
-def _first_of_node(build: Callable[[], PackedDataset], told: dict[str, Any]) -> PackedDataset:
+def _first_of_node(build: Build, told: Known) -> PackedDataset:
     data = _given(build, told)
     documents = getattr(data, "documents", None)
     if documents is None or documents.tables is None or documents.tables.key != told["key"]:
@@ -68,10 +66,10 @@ def _first_of_node(build: Callable[[], PackedDataset], told: dict[str, Any]) -> 
         raise _not_seen([documents.catalog.names[i] for i in unseen], str(documents.folder))
     if (seen == documents.catalog.numbers[:, :4]).all():
         return data
-    return build()  # a copy of its own, with times of its own
+    return build(None)  # a copy of its own, with times of its own
 
 
-def _compare(data: Any, told: dict[str, Any]) -> None:
+def _compare(data: Any, told: Known) -> None:
     if told["fingerprint"] is None or data.fingerprint() == told["fingerprint"]:
         return
     documents = data.documents

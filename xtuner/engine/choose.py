@@ -1,6 +1,8 @@
-"""Which strategy a run is trained with."""
+"""Which strategy a run is trained with, and how it uses the memory."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,40 +12,58 @@ from xtuner.core.log import logger
 from xtuner.dist.mesh import Mesh, arrange
 from xtuner.engine import memory, zero_config, zero_memory
 from xtuner.engine.base import Strategy
+from xtuner.engine.memory import PACK, Memory
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.engine.trial import ADVICE
 from xtuner.model.source import ModelSource
 
 
-class Choice(NamedTuple):
-    """What will train, known before anything is loaded."""
+@dataclass(frozen=True)
+class Choice:
+    """What will train, known before anything is loaded.
 
-    deepspeed: str | None = None  # a shipped name or a JSON file
-    fsdp: str | None = None  # "full" or "hybrid"
-    state: int = 0  # bytes of weights, gradients and optimizer that a rank holds, by arithmetic
-    mesh: Mesh = Mesh()
-    pack: int = memory.PACK  # its tokens
+    Args:
+        memory: how a rank uses it; the strategy takes it from here.
+        deepspeed: a shipped name or a JSON file; fsdp: "full" or "hybrid".
+        settings: DeepSpeed's, complete.
+        remark: what would be faster here, by arithmetic.
+    """
+
+    memory: Memory
+    mesh: Mesh
+    pack: int = PACK  # its tokens
+    deepspeed: str | None = None
+    fsdp: str | None = None
+    settings: Mapping[str, Any] | None = None
+    remark: str = ""
 
     @property
     def name(self) -> str:
         return self.deepspeed or (f"FSDP, {self.fsdp}" if self.fsdp else "one process")
+
+    @property
+    def state(self) -> int:
+        """Bytes of weights, gradients and optimizer that a rank holds, by arithmetic."""
+        return self.memory.state
 
 
 def choose(
     source: ModelSource,
     optim: OptimWrapper,
     device: torch.device,
-    deepspeed: str | None,
-    fsdp: str | None,
+    deepspeed: str | None = None,
+    fsdp: str | None = None,
     mesh: Mesh | None = None,
-    pack: int = memory.PACK,
+    pack: int = PACK,
+    free: int | None = None,
 ) -> Choice:
     """DeepSpeed or FSDP if requested; else FSDP for several processes, and neither for one.
 
     Args:
         mesh: None for all processes there are.
         pack: tokens of a pack.
+        free: bytes that every rank can still get of its GPU (`memory.free_of_all`); None for what this one can.
 
     Raises: ConfigError for what cannot be, DeepSpeed's settings included.
     """
@@ -55,32 +75,45 @@ def choose(
             do="give one of them",
         )
     mesh = mesh or arrange(fsdp)
-    ranks = mesh.size
-    if deepspeed and optim.states.name != "fp32":
+    if deepspeed:
+        return _zero(source, optim, device, deepspeed, mesh, pack, free)
+    mode = fsdp or ("full" if mesh.size > 1 else None)
+    if mode:
+        engine = f"--fsdp {mode}" if fsdp else f"{mesh.size} processes (FSDP)"
+        _require_cuttable(optim, device, engine, zero=False)
+    found = memory.of_mesh(source, optim, device, mesh, pack, free)
+    remark = memory.faster_mesh(found, source, optim, device, mesh, pack, free)
+    return Choice(found, mesh, pack, fsdp=mode, remark=remark)
+
+
+def _zero(
+    source: ModelSource,
+    optim: OptimWrapper,
+    device: torch.device,
+    name: str,
+    mesh: Mesh,
+    pack: int,
+    free: int | None,
+) -> Choice:
+    if optim.states.name != "fp32":
         raise ConfigError(
             f'states = "{optim.states.name}" is not supported with DeepSpeed',
             where="optim_wrapper.states",
             why="DeepSpeed keeps the optimizer's state in fp32",
             do='set it to "fp32", or leave --deepspeed out: the state is then divided over the ranks in any form',
         )
-    if deepspeed and source.adapter:
+    if source.adapter:
         raise ConfigError(
             "adapters are not supported with DeepSpeed", where="model.adapter", do="leave --deepspeed out"
         )
-    if deepspeed:
-        settings = zero_config.prepare(deepspeed, source, optim, device, ranks)
-        if (idle := zero_config.without_effect(zero_config.read(deepspeed))) and mesh.is_main:
-            logger.info(f"--deepspeed {deepspeed}: no effect here: {', '.join(idle)}")
-        stage = settings["zero_optimization"].get("stage", 0)
-        if stage:
-            _require_cuttable(optim, device, f"--deepspeed {deepspeed}", zero=True)
-        zero = zero_memory.of_zero(source, optim, device, mesh, settings, pack)
-        return Choice(deepspeed, None, zero.state, mesh, pack)
-    if fsdp or ranks > 1:
-        mode = fsdp or "full"
-        _require_cuttable(optim, device, f"--fsdp {mode}" if fsdp else f"{ranks} processes (FSDP)", zero=False)
-        return Choice(None, mode, memory.of_mesh(source, optim, device, mesh, pack).state, mesh, pack)
-    return Choice(state=memory.of_mesh(source, optim, device, mesh, pack).state, mesh=mesh, pack=pack)
+    settings = zero_config.prepare(name, source, optim, device, mesh.size)
+    if (idle := zero_config.without_effect(zero_config.read(name))) and mesh.is_main:
+        logger.info(f"--deepspeed {name}: no effect here: {', '.join(idle)}")
+    if settings["zero_optimization"].get("stage", 0):
+        _require_cuttable(optim, device, f"--deepspeed {name}", zero=True)
+    found = zero_memory.of_zero(source, optim, device, mesh, settings, pack, free)
+    remark = zero_memory.faster_own(found, source, optim, device, mesh, name, pack, free)
+    return Choice(found, mesh, pack, name, settings=settings, remark=remark)
 
 
 def _require_cuttable(optim: OptimWrapper, device: torch.device, engine: str, zero: bool) -> None:
@@ -102,8 +135,9 @@ def _require_cuttable(optim: OptimWrapper, device: torch.device, engine: str, ze
 
 def strategy(choice: Choice, source: ModelSource, optim: OptimWrapper, device: torch.device) -> Strategy:
     """What `choose` has chosen."""
-    if choice.deepspeed:
+    if choice.settings is not None:
         from xtuner.engine.deepspeed import DeepSpeedStrategy
 
-        return DeepSpeedStrategy(source, optim, device, choice.deepspeed, choice.mesh, choice.pack)
-    return ShardedStrategy(source, optim, device, choice.mesh, pack=choice.pack)
+        assert isinstance(choice.memory, zero_memory.ZeroMemory)
+        return DeepSpeedStrategy(source, optim, device, choice.settings, choice.mesh, choice.memory)
+    return ShardedStrategy(source, optim, device, choice.mesh, choice.memory)

@@ -5,21 +5,23 @@ range of its elements, which is all that our checkpoints need to know (shard.py)
 for one number of ranks, are never written.
 """
 
+import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 
 from xtuner.data.batch import Batch
-from xtuner.dist.mesh import Mesh, arrange
-from xtuner.engine import memory, trial, zero_config, zero_memory
+from xtuner.dist.mesh import Mesh
+from xtuner.engine import trial, zero_config
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.parameter_groups import set_lr
 from xtuner.engine.shard import Shard, StatefulStrategy
 from xtuner.engine.strategies.micro_batches import run_micro_batches
+from xtuner.engine.zero_memory import ZeroMemory, stage_of
 from xtuner.engine.zero_sums import WholeSums
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
@@ -38,9 +40,8 @@ class _Piece(NamedTuple):
 class DeepSpeedStrategy(StatefulStrategy):
     """
     Args:
-        settings: a shipped name or a JSON file, as `--deepspeed` takes it.
-        mesh: None for all processes there are.
-        pack: tokens of a pack.
+        settings: DeepSpeed's, complete (`zero_config.prepare`).
+        memory: how it is used, and in which way gradients are summed.
     """
 
     def __init__(
@@ -48,24 +49,20 @@ class DeepSpeedStrategy(StatefulStrategy):
         source: ModelSource,
         optim: OptimWrapper,
         device: torch.device,
-        settings: str,
-        mesh: Mesh | None = None,
-        pack: int = memory.PACK,
+        settings: Mapping[str, Any],
+        mesh: Mesh,
+        memory: ZeroMemory,
     ) -> None:
         deepspeed = _started(device)
-        mesh = mesh or arrange()
-        config = zero_config.prepare(settings, source, optim, device, mesh.size)
+        config = copy.deepcopy(dict(settings))
         self.stage: int = config["zero_optimization"].get("stage", 0)
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
-        free = memory.free_of_all(device, mesh)
-        chosen = self.memory = zero_memory.of_zero(source, optim, device, mesh, config, pack, free)
-        if (takes := zero_memory.stage_of(config, chosen.way)) != self.stage:
+        self.memory = memory
+        if (takes := stage_of(config, memory.way)) != self.stage:
             config["zero_optimization"]["stage"] = takes
             if self.compute_dtype == torch.bfloat16:
                 config["data_types"] = {"grad_accum_dtype": "fp32"}
-        if free is not None and mesh.is_main:
-            zero_memory.suggest_own(chosen, source, optim, device, mesh, settings, pack, free)
         shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
         super().__init__(source.config, shapes, device, mesh, gives=bool(self.stage) or mesh.is_main)
         if self.stage == 3:
@@ -84,8 +81,8 @@ class DeepSpeedStrategy(StatefulStrategy):
         self._traits = optim.traits  # by device: offloaded states lie on the host
         self._model = model.train()
         self._sums: WholeSums | None = None
-        self._sums_once = chosen.way == "fp32"
-        if chosen.way != "deepspeed":
+        self._sums_once = memory.way == "fp32"
+        if memory.way != "deepspeed":
             dtype = torch.float32 if self._sums_once else self.compute_dtype
             sent = torch.bfloat16 if config.get("communication_data_type") == "bf16" else torch.float32
             bucket = int(config["zero_optimization"]["reduce_bucket_size"])

@@ -34,7 +34,7 @@ def require(choice: Choice, source: ModelSource, optim: OptimWrapper, device: to
 def why_not_alone(source: ModelSource, optim: OptimWrapper, device: torch.device) -> str:
     """In words, why one process cannot train the model on this machine; empty if it can."""
     try:
-        require(Choice(state=memory.of_mesh(source, optim, device, Mesh()).state), source, optim, device)
+        require(Choice(memory.of_mesh(source, optim, device, Mesh()), Mesh()), source, optim, device)
     except ConfigError as e:
         return f"`xtuner train` by one process on this machine is refused: {e}"
     return ""

@@ -1,6 +1,6 @@
 """What configs of XTuner 0.1 and 0.2 name of mmengine's optimizer wrapper and schedulers, as ours.
 
-`config/legacy.py` puts these in place of the old names. Defaults are mmengine's.
+`compat/translate.py` puts these in place of the old names. Defaults are mmengine's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from xtuner.config.adapter import Only, adapter
+from xtuner.config.adapter import adapter
+from xtuner.config.schema import Only
 from xtuner.engine import schedule
 from xtuner.engine.optim import OptimWrapper
 

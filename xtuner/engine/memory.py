@@ -174,21 +174,23 @@ def fastest(ways: Sequence[M], pack: int) -> M:
     return min(ways, key=lambda way: way.peak(way.tokens(pack)))
 
 
-def suggest_mesh(
-    chosen: Memory, source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, pack: int, free: int
-) -> None:
-    """Log it if dividing the state over the ranks of each node, or over those of all, would be faster by arithmetic."""
+def faster_mesh(
+    chosen: Memory, source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, pack: int,
+    free: int | None,
+) -> str:  # fmt: skip
+    """Says so if dividing the state over the ranks of each node, or over all, would be faster by arithmetic."""
     if mesh.size == mesh.local_size or mesh.size % mesh.local_size or not chosen.seconds:
-        return
+        return ""
     full = mesh.dp_replicate == 1
     shards = mesh.local_size if full else mesh.size
     other = Mesh(mesh.size // shards, shards, local_size=mesh.local_size)
     found = of_mesh(source, optim, device, other, pack, free)
-    if found.fits(found.tokens(pack)) and chosen.seconds >= WORTH * found.seconds:
-        logger.info(
-            f"--fsdp {'hybrid' if full else 'full'} would be {100 * (chosen.seconds / found.seconds - 1):.0f} % faster "
-            "here, by arithmetic; a checkpoint of either resumes under the other"
-        )
+    if not found.fits(found.tokens(pack)) or chosen.seconds < WORTH * found.seconds:
+        return ""
+    return (
+        f"--fsdp {'hybrid' if full else 'full'} would be {100 * (chosen.seconds / found.seconds - 1):.0f} % faster "
+        "here, by arithmetic; a checkpoint of either resumes under the other"
+    )
 
 
 def sizes(plan: Plan, pack: int) -> list[int]:

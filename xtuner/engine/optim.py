@@ -1,5 +1,6 @@
 """The `optim_wrapper` of a config: which optimizer, how gradients are clipped and accumulated, in what precision."""
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -154,6 +155,12 @@ class OptimWrapper:
                 self._flags[device.type] = flags
                 break
         return self._traits[device.type]
+
+    def taking(self, packs: int) -> "OptimWrapper":
+        """The same with so many packs a rank and iteration."""
+        other = copy.copy(self)
+        other.accumulative_counts = packs
+        return other
 
     @property
     def lr(self) -> float:

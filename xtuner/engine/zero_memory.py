@@ -205,7 +205,7 @@ def _seconds(
     return exposed + Work(c, tokens, parts, keeps, gathered, reduced, sent, copy).seconds(mesh)
 
 
-def suggest_own(
+def faster_own(
     chosen: ZeroMemory,
     source: ModelSource,
     optim: OptimWrapper,
@@ -213,15 +213,16 @@ def suggest_own(
     mesh: Mesh,
     name: str,
     pack: int,
-    free: int,
-) -> None:
-    """Log it if our own sharding fits and would be faster by arithmetic."""
+    free: int | None,
+) -> str:
+    """Says so if our own sharding fits and would be faster by arithmetic."""
     own = memory.of_mesh(source, optim, device, mesh, pack, free)
     if mesh.size == 1 or not own.seconds or not own.fits(own.tokens(pack)):
-        return
+        return ""
     gained = chosen.seconds / own.seconds - 1
-    if 1 + gained >= WORTH:
-        logger.info(
-            f"--deepspeed {name}: without it (or with --fsdp full) xtuner's own sharding trains the same, by "
-            f"arithmetic {100 * gained:.0f} % faster; a checkpoint of either resumes under the other"
-        )
+    if 1 + gained < WORTH:
+        return ""
+    return (
+        f"--deepspeed {name}: without it (or with --fsdp full) xtuner's own sharding trains the same, by "
+        f"arithmetic {100 * gained:.0f} % faster; a checkpoint of either resumes under the other"
+    )

@@ -1,15 +1,16 @@
 """What configs of XTuner 0.1 and 0.2 name of models, as ours.
 
-`config/legacy.py` puts these in place of the old names.
+`compat/translate.py` puts these in place of the old names.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from xtuner.config.adapter import Only, adapter
+from xtuner.compat.settings import HUB
+from xtuner.config.adapter import adapter
 from xtuner.config.build import build
-from xtuner.config.settings import HUB
+from xtuner.config.schema import Only
 from xtuner.model import source
 from xtuner.model.source import ModelSource
 

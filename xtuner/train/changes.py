@@ -1,28 +1,11 @@
 """What has changed in a config and its data between a checkpoint and its resume, and what that means."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# What training reads; other names of a config are helpers whose effect shows in these.
-READ = ("model", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg", "default_hooks", "randomness")
-# Changes that no weight feels. Data are compared by their contents, not by where they lie.
-HARMLESS = (
-    "model.activation_checkpointing", "model.attention",
-    "model.pretrained_model_name_or_path", "model.path", "model.llm",
-    "optim_wrapper.accumulative_counts",  # packs an iteration of all ranks are compared themselves
-    "optim_wrapper.micro_batch", "optim_wrapper.full",
-    "train_dataloader.num_workers", "train_dataloader.dataset.dataset_cfg.folder",
-    "train_dataloader.dataset.dataset_cfg.data_order_path", "train_dataloader.dataset.dataset_cfg.cache_dir",
-    "default_hooks.logger", "default_hooks.timer",
-    "default_hooks.checkpoint", "train_cfg.max_skipped", "randomness.deterministic",
-)  # fmt: skip
-BALANCE = "train_dataloader.balance"  # above 1 it says which packs an iteration has
-# Changes with which the checkpoint cannot be loaded.
-IMPOSSIBLE = ("optim_wrapper.optimizer.type", "optim_wrapper.states",
-              "model.vocab_size", "model.hidden_size", "model.intermediate_size",
-              "model.num_hidden_layers", "model.num_attention_heads", "model.num_key_value_heads", "model.head_dim",
-              "model.bias")  # fmt: skip
+from xtuner.compat.settings import SCHEMA
+from xtuner.config.schema import NOTHING
 
 
 @dataclass(frozen=True)
@@ -42,18 +25,19 @@ class Change:
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """Differences of two resolved configs, in the order of their keys."""
-    old, new = dict(_flat(before)), dict(_flat(now))
+    compared = [s.name for s in SCHEMA.inside("") if s.resume not in (None, NOTHING)]
+    old, new = dict(_flat(before, compared)), dict(_flat(now, compared))
     settings = [
         (name, before[name], now[name])
         for name in before.keys() & now.keys()
-        if name not in READ and before[name] != now[name]
+        if name not in compared and before[name] != now[name]
     ]
     found = []
     for key in sorted(old.keys() | new.keys()):
         values = old.get(key), new.get(key)
         if values[0] != values[1]:
             names = sorted(name for name, *both in settings if tuple(both) == values)
-            found.append(Change(key, *values, _kind(key, *values), names[0] if len(names) == 1 else ""))
+            found.append(Change(key, *values, SCHEMA.resume(key, *values), names[0] if len(names) == 1 else ""))
     return found
 
 
@@ -81,17 +65,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if names[3:] else "")
 
 
-def _kind(key: str, before: Any, now: Any) -> str:
-    if key == BALANCE and all(value in (None, 0, 1) for value in (before, now)):
-        return "harmless"  # other ranks compute the same packs
-
-    def under(prefixes: tuple[str, ...]) -> bool:
-        return any(f"{key}.".startswith(f"{p}.") for p in prefixes)
-
-    return "impossible" if under(IMPOSSIBLE) else "harmless" if under(HARMLESS) else "changes the result"
-
-
-def _flat(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat(config: dict[str, Any], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
         if items is None:
@@ -100,6 +74,6 @@ def _flat(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             for k, v in items:
                 yield from walk(f"{key}.{k}", v)
 
-    for name in READ:
+    for name in names:
         if name in config:
             yield from walk(name, config[name])

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from xtuner.compat.translate import load
 from xtuner.config.build import build
-from xtuner.config.load import load
 from xtuner.core import kinds
 from xtuner.core.dist import ALL, Ranks, note
 from xtuner.core.errors import CheckpointError, ConfigError

@@ -1,12 +1,11 @@
-"""Hooks: what a config may add to the loop. They set up, observe and save; none carries data to the model.
+"""Hooks: what a config may add to the loop. They observe and save; what training does is a setting.
 
-`configure` comes before weights are loaded, the others in the course of the run, in the order of `priority`: hooks
-that measure fill `it.record`, LoggerHook writes it, CheckpointHook comes last.
+They are called in the order of `priority`: hooks that measure fill `it.record`, LoggerHook writes it, CheckpointHook
+comes last.
 """
 
 import resource
 import time
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from xtuner.core.log import human_bytes, human_time, logger, show_progress
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.data.source import Documents
 from xtuner.data.tokenizer import Tokenizer, single_tokens
-from xtuner.engine.schedule import Schedule
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.generate import generate
 from xtuner.train.averages import Averages
@@ -66,24 +64,11 @@ class ThroughputHook(Hook):
 
 
 class ParamSchedulerHook(Hook):
-    """Applies `param_scheduler`. Without this hook the learning rate stays the optimizer's."""
-
-    def configure(self, run: Run) -> None:
-        run.make_schedule = lambda: self._schedule(run)
-
-    def _schedule(self, run: Run) -> Schedule:
-        per_epoch = Fraction(run.packs_per_epoch, run.packs_per_iteration)
-        try:
-            return Schedule.of(run.optim.lr, run.config.get("param_scheduler"), per_epoch, run.max_iterations)
-        except ConfigError as e:
-            raise ConfigError(e.what, where=run.config.where(e.where), why=e.why, do=e.do) from None
+    """Stands for a setting: `param_scheduler` is applied unless another hook has this one's name."""
 
 
 class DistSamplerSeedHook(Hook):
-    """A new order of packs each epoch. Without this hook every epoch repeats the first one's."""
-
-    def configure(self, run: Run) -> None:
-        run.loader.reshuffle = True
+    """Stands for a setting: `train_dataloader.reshuffle` is True unless another hook has this one's name."""
 
 
 class LoggerHook(Hook):
@@ -115,7 +100,7 @@ class LoggerHook(Hook):
         if number % self.interval == 0 or number == last:
             record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
             record["memory"] = memory_in_use(run.strategy.device)
-            record["tokens"] = it.state.packs * run.loader.dataset.packed_length
+            record["tokens"] = it.state.packs * run.dataset.packed_length
             run.metrics.log(record)  # before the line, so that a reader of the line finds the record
             logger.info(log_line(record, last))
             self._averages.restart()
@@ -227,10 +212,10 @@ class DatasetInfoHook(Hook):
         self.tokenizer = tokenizer
 
     def before_run(self, run: Run) -> None:
-        logger.info(f"train dataset: {run.loader.num_packs:,} packs")
+        logger.info(f"train dataset: {run.plan.num_packs:,} packs")
         tokenizer: Tokenizer = build(self.tokenizer, "custom_hooks: DatasetInfoHook.tokenizer")
-        if run.loader.num_packs and dist.is_main():
-            ids = run.loader.dataset[0]["input_ids"][:200].tolist()
+        if run.plan.num_packs and dist.is_main():
+            ids = run.dataset[0]["input_ids"][:200].tolist()
             logger.info("first pack begins:\n" + tokenizer.decode(ids))
 
 

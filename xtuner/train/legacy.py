@@ -1,4 +1,4 @@
-"""What configs of XTuner 0.1 and 0.2 name of hooks and loops, as ours. `config/legacy.py` puts these in place of the
+"""What configs of XTuner 0.1 and 0.2 name of hooks and loops, as ours. `compat/translate.py` puts these in place of the
 old names. Defaults are the old tool's.
 """
 
@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtuner.config.adapter import Only, adapter
-from xtuner.config.settings import NO_WORK, NO_WORK_IN_TRAIN_CFG, TRAIN_CFG
+from xtuner.compat.settings import SCHEMA
+from xtuner.config.adapter import adapter
+from xtuner.config.schema import Only
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.data.legacy import template_named
 from xtuner.train import hooks
@@ -107,22 +108,24 @@ def RuntimeInfoHook() -> hooks.Hook:
     return hooks.Hook()
 
 
-_VALIDATION = {name: (NO_WORK_IN_TRAIN_CFG[name], int) for name in ("val_begin", "val_interval")}
+_LENGTH = {s.name: s.only for s in SCHEMA.inside("train_cfg") if s.only}
+_IDLE = {s.name: s.idle for s in SCHEMA.settings if s.idle and s.parent in ("", "train_cfg")}
+_VALIDATION = {name: (_IDLE[name], int) for name in ("val_begin", "val_interval")}
 
 
-@adapter(no_work=_VALIDATION, only=TRAIN_CFG)
+@adapter(no_work=_VALIDATION, only=_LENGTH)
 def TrainLoop(max_epochs: int) -> dict[str, int]:
     """Never built: the trainer reads max_epochs where it stands."""
     return {"max_epochs": max_epochs}
 
 
-@adapter(no_work={**_VALIDATION, "dynamic_intervals": NO_WORK_IN_TRAIN_CFG["dynamic_intervals"]}, only=TRAIN_CFG)
+@adapter(no_work={**_VALIDATION, "dynamic_intervals": _IDLE["dynamic_intervals"]}, only=_LENGTH)
 def EpochBasedTrainLoop(max_epochs: int) -> dict[str, int]:
     """Never built, as above."""
     return {"max_epochs": max_epochs}
 
 
-_SCALARS = NO_WORK["visualizer"]
+_SCALARS = _IDLE["visualizer"]
 _FOLDER = {"save_dir": str | None}
 _FIGURE = ("image", "fig_save_cfg", "fig_show_cfg")
 _BACKENDS = Sequence[Mapping[str, Any]] | Mapping[str, Any] | None

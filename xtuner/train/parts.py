@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from xtuner.compat.translate import PRIORITIES
 from xtuner.config.build import build, type_name
 from xtuner.config.config import Config
-from xtuner.config.legacy import PRIORITIES
 from xtuner.config.mistakes import Findings
 from xtuner.core.errors import ConfigError
 from xtuner.train.run import Hook

@@ -5,18 +5,18 @@
     command_line   options, the work dir and its lock                    dry run, train
 
 What depends on the machine is asked of engine/choose.py, engine/fit.py and the model's source; what depends on a
-checkpoint, of train/resume.py. Of weights only the headers are read. Each function raises one error for all that it
-finds, and names the setting or file that the user wrote.
+checkpoint, of train/resume.py and train/plan.py. Of weights only the headers are read. Each function raises one error
+for all that it finds, and names the setting or file that the user wrote.
 """
 
-import dataclasses
 import errno
 import inspect
 import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,15 @@ from xtuner.config.build import build, resolve_type, type_name
 from xtuner.config.check import problems
 from xtuner.config.config import Config
 from xtuner.config.mistakes import Findings, naming, together
-from xtuner.config.paths import named_models
-from xtuner.config.walk import specs, walked
+from xtuner.config.paths import data_keys, named_models
+from xtuner.config.walk import walked
 from xtuner.core import hub
-from xtuner.core.errors import ConfigError, DataError
+from xtuner.core.errors import ConfigError
 from xtuner.core.files import not_written, require_utf8
 from xtuner.core.log import logger
-from xtuner.data.loader import PackLoader
 from xtuner.data.order import InternRepoSampler
 from xtuner.data.pack import PackedDataset
-from xtuner.data.place import read_only
+from xtuner.data.place import Opening
 from xtuner.data.share import open_together
 from xtuner.data.source import documents_of
 from xtuner.dist.mesh import Mesh
@@ -49,7 +48,7 @@ from xtuner.train import lock
 from xtuner.train.checkpoint import TRAINER
 from xtuner.train.hooks import ValidationHook
 from xtuner.train.parts import Parts, build_parts, priority_of
-from xtuner.train.run import Hook, Run
+from xtuner.train.run import Hook, Settings
 
 DATASET, SAMPLER = "train_dataloader.dataset", "train_dataloader.sampler"
 NEEDED = {  # what a user's own must have, too
@@ -74,22 +73,18 @@ def settings(config: Config, paths: bool = True) -> Parts:
 
 
 def prepare(
-    config: Config, hooks: list[Hook], work_dir: Path, device: torch.device, seed: int | None, mesh: Mesh,
-    only_look: bool = False,
-) -> Run:  # fmt: skip
-    """Build a run, but for its weights, from a config that `settings` has passed. All ranks call it together.
+    config: Config, hooks: Sequence[Hook], work_dir: Path, device: torch.device, seed: int | None, mesh: Mesh,
+    opening: Opening = Opening(),  # noqa: B008
+) -> Settings:  # fmt: skip
+    """Build what a config that `settings` has passed describes, but for weights. All ranks call it together.
 
     Args:
         seed: of random weights; None for the config's.
-        only_look: fetch nothing of a hub (what is not on this machine is not looked at), write no index of the data.
+        opening: of its data. Read-only: fetch nothing of a hub, too; what is not on this machine is not looked at.
     """
-    source = mesh.ranks.together(lambda: start(config, only_look))
-    token = read_only.set(only_look)
-    try:
-        dataset = open_together(lambda: open_data(config), mesh.ranks)
-        return mesh.ranks.together(lambda: assemble(config, dataset, source, hooks, work_dir, device, seed, mesh))
-    finally:
-        read_only.reset(token)
+    source = mesh.ranks.together(lambda: start(config, opening.read_only))
+    dataset = open_together(lambda known: open_data(config, replace(opening, known=known)), mesh.ranks)
+    return mesh.ranks.together(lambda: assemble(config, dataset, source, hooks, work_dir, device, seed, mesh, opening))
 
 
 def start(config: Config, only_look: bool = False) -> ModelSource | None:
@@ -110,7 +105,7 @@ def start(config: Config, only_look: bool = False) -> ModelSource | None:
             source = _model(config)
             if source.folder:
                 check_weights(WeightFolder(source.folder), hf_shapes(source.config, source.layout))
-    if name := config.get("load_from"):
+    if name := config.setting("load_from"):
         with found.looking("load_from"):
             _weights_to_start_from(Path(name).expanduser(), source)
     for spec, key, name, is_tok in named:
@@ -154,17 +149,20 @@ def _tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
         )
 
 
-def open_data(config: Config) -> PackedDataset:
+def open_data(config: Config, opening: Opening) -> PackedDataset:
     """The training data. Raises: ConfigError and DataError of the folder, its files and their order."""
-    with naming(config, DATASET, *_data_keys(config, DATASET)):
-        return _with_all(config, DATASET, build(config.values["train_dataloader"]["dataset"], DATASET))
+    with naming(config, DATASET, *data_keys(config, DATASET)):
+        return _with_all(config, DATASET, build(_opened_by(opening, config.get(DATASET), DATASET), DATASET))
 
 
-def _data_keys(config: Config, root: str) -> list[str]:
-    """The settings below `root` that name a data folder, and the order of its files."""
-    inside = [s for s in specs(config) if f"{s.key}.".startswith(f"{root}.")]
-    named = [(s.key, n) for s in inside for n in ("folder", "data_order_path") if s.arguments.get(n) is not None]
-    return [f"{key}.{name}" for key, name in named] or [root]
+def _opened_by(opening: Opening, spec: Any, key: str) -> Any:
+    """A spec with `opening` for what takes it, at any depth."""
+    if not isinstance(spec, Mapping):
+        return spec
+    inside = {name: _opened_by(opening, value, f"{key}.{name}") for name, value in spec.items()}
+    if "type" in spec and "opening" in inspect.signature(resolve_type(spec["type"], key)).parameters:
+        inside["opening"] = opening
+    return inside
 
 
 def _with_all(config: Config, key: str, part: Any) -> Any:
@@ -181,15 +179,15 @@ def _with_all(config: Config, key: str, part: Any) -> Any:
 
 
 def assemble(
-    config: Config, dataset: PackedDataset, source: ModelSource | None, hooks: list[Hook], work_dir: Path,
-    device: torch.device, seed: int | None, mesh: Mesh,
-) -> Run:  # fmt: skip
-    """Put a run together from parts that have been checked. Raises: ConfigError, DataError.
+    config: Config, dataset: PackedDataset, source: ModelSource | None, hooks: Sequence[Hook], work_dir: Path,
+    device: torch.device, seed: int | None, mesh: Mesh, opening: Opening,
+) -> Settings:  # fmt: skip
+    """Settings of parts that have been checked. Raises: ConfigError, DataError.
 
     Args:
         source: None for a model that is not known: the run can be planned, not trained.
     """
-    seed = seed if seed is not None else (config.get("randomness.seed") or 0)
+    seed = seed if seed is not None else (config.setting("randomness.seed") or 0)
     known = source is not None
     if source is None:
         source = from_scratch(vocab_size=4, hidden_size=2, intermediate_size=1, num_hidden_layers=1,
@@ -197,35 +195,35 @@ def assemble(
     else:
         dataset.vocab_size = source.config.vocab_size
     if source.seed is None:
-        source = dataclasses.replace(source, seed=seed)
+        source = replace(source, seed=seed)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
     if known:
         with naming(config, "optim_wrapper.parameter_groups"):
             require_matches(source.trained_names(), optim.parameter_groups)
-    dataloader = config.values["train_dataloader"]
     with naming(config, SAMPLER):
-        sampler = _with_all(config, SAMPLER, _sampler(dataloader["sampler"], dataset, mesh))
-    loader = PackLoader(dataset, sampler, dataloader.get("num_workers", 0), dataloader.get("balance", 1))
-    hooks = list(hooks)
+        sampler = _with_all(config, SAMPLER, _sampler(config.get(SAMPLER), dataset, mesh))
+    held_out: list[Hook] = []
     if config.get("val_dataset"):
-        with naming(config, "val_dataset", *_data_keys(config, "val_dataset")):
-            held_out = documents_of(build(config.values["val_dataset"], "val_dataset"))
-        hooks.append(ValidationHook(held_out, config.get("val_interval", 500), dataset.packed_length))
-    hooks.sort(key=priority_of)
-    max_epochs = config.values["train_cfg"]["max_epochs"]
-    run = Run(config, work_dir, device, source, optim, loader, hooks, max_epochs, mesh)
-    run.plan()
-    run.data_facts, run.data_files = loader.fingerprint(), loader.files()
-    _enough(run)
-    with naming(config, DATASET, *_data_keys(config, DATASET)):
-        first = dataset[0]  # read as training reads it: ids beyond the vocabulary are seen before a run has begun
+        with naming(config, "val_dataset", *data_keys(config, "val_dataset")):
+            spec = _opened_by(opening, config.get("val_dataset"), "val_dataset")
+            documents = documents_of(build(spec, "val_dataset"))
+        held_out.append(ValidationHook(documents, config.setting("val_interval"), dataset.packed_length))
+    ordered = tuple(sorted([*hooks, *held_out], key=priority_of))
+    if len(dataset):
+        _look_at_first_pack(config, dataset)
+    return Settings(config, work_dir, device, mesh, source, optim, dataset, sampler, ordered)
+
+
+def _look_at_first_pack(config: Config, dataset: PackedDataset) -> None:
+    """Read it as training reads it: ids beyond the vocabulary are seen before a run has begun. Raises: DataError."""
+    with naming(config, DATASET, *data_keys(config, DATASET)):
+        first = dataset[0]
     if not (first["targets"] >= 0).any():
         counts = f": `xtuner data stats {folder}` counts" if (folder := dataset.documents.folder) else ""
         logger.warning(
             "the first pack has no token to learn from: negative ones are context only. If all packs are like it, "
             f"training ends with exit code 65{counts}"
         )
-    return run
 
 
 def _sampler(spec: Mapping[str, Any], dataset: PackedDataset, mesh: Mesh) -> Any:
@@ -233,26 +231,6 @@ def _sampler(spec: Mapping[str, Any], dataset: PackedDataset, mesh: Mesh) -> Any
     own = {"rank": mesh.dp_rank, "world_size": mesh.dp_size}
     takes = inspect.signature(resolve_type(spec.get("type"), SAMPLER)).parameters
     return build(spec, SAMPLER, dataset=dataset, **{k: v for k, v in own.items() if k in takes and k not in spec})
-
-
-def _enough(run: Run) -> None:
-    if run.max_iterations:
-        return
-    data = run.loader.dataset
-    documents, ranks = data.documents, run.loader.dp_size
-    takes = f"one iteration takes {run.packs_per_iteration}" + (f" on {ranks} ranks" if ranks > 1 else "")
-    length, counts = (run.config.written(k) for k in (f"{DATASET}.packed_length", "optim_wrapper.accumulative_counts"))
-    key, lower, kept = _data_keys(run.config, DATASET)[0], f"{length} or {counts}", ""
-    if least := getattr(documents, "min_length", 0):
-        key = f"{DATASET}.dataset_cfg.min_length"
-        lower, kept = f"{run.config.written(key)}, {lower}", f", in documents of at least {least:,}"
-    raise DataError(
-        f"{len(data)} packs, and {takes}",
-        where=f"{documents.location}: {documents.num_tokens:,} tokens in {len(documents)} files{kept}, "
-        f"by {run.config.where(key)}",
-        why=f"a file's tokens that do not fill a pack of {data.packed_length:,} are dropped",
-        do=f"lower {lower}, or give more data" + (", or take fewer ranks" * (ranks > 1)),
-    )
 
 
 def command_line(work_dir: Path, seed: int | None = None, max_minutes: float | None = None) -> None:
@@ -308,7 +286,7 @@ def _exists(path: Path) -> bool:
 
 def work_dir_of(given: str | None, config: Config) -> Path:
     """--work-dir, else the config's, else work_dirs/CONFIG. Raises: ConfigError for a ~user that is not known."""
-    named = given or config.get("work_dir")
+    named = given or config.setting("work_dir")
     default = Path("work_dirs") / config.name
     try:
         return Path(named).expanduser() if isinstance(named, str) else default  # `settings` refuses other types

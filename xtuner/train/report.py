@@ -11,7 +11,7 @@ from xtuner.core.log import human, human_bytes
 from xtuner.engine.parameter_groups import group_of
 from xtuner.model.attention import BACKENDS
 from xtuner.model.flops import num_parameters, training_flops
-from xtuner.train.run import Run
+from xtuner.train.run import Plan, Settings
 
 SHOWN_FILES = 20
 LOOKED_AT = 1024  # packs of which it is worked out how long ranks wait for each other
@@ -25,27 +25,28 @@ def environment(config: Path) -> dict[str, Any]:
     return machine.facts(config.resolve().parent)
 
 
-def report(run: Run) -> str:
+def report(settings: Settings, plan: Plan) -> str:
     """The numbers that follow from config and data, for standard output."""
-    data, config = run.loader.dataset, run.source.config
+    data, config = settings.dataset, settings.source.config
     documents, tails, dropped = data.documents, data.tail_tokens_per_file, data.dropped()
     files, lost = f"{len(documents):,} files", f"{dropped.dropped:,} tokens ({dropped.share})"
     if documents.num_repeated:
         files += f" ({documents.num_repeated:,} named more than once)"
     parameters = num_parameters(config)
-    where = str(run.source.folder) if run.source.folder else f"random weights, seed {run.source.seed}"
-    tokens = run.packs_per_iteration * data.packed_length
-    compute = str(run.optim.compute_dtype(run.device)).removeprefix("torch.")
+    where = str(settings.source.folder) if settings.source.folder else f"random weights, seed {settings.source.seed}"
+    tokens = plan.packs_per_iteration * data.packed_length
+    device, dtype = settings.device, settings.optim.compute_dtype(settings.device)
+    compute = str(dtype).removeprefix("torch.")
     flops = training_flops(config, tokens, 0)
-    each = f"on each of {run.mesh.size} ranks " if run.mesh.size > 1 else ""
+    each = f"on each of {settings.mesh.size} ranks " if settings.mesh.size > 1 else ""
     rows = [
         ("model", f"{parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, from {where}"),
-        ("optimizer", run.optim.describe()),
-        *_groups(run),
-        ("strategy", run.choice.name),
-        ("precision", f"{_masters(run)}, compute in {compute} on {run.device}{_products(run)}"),
-        ("attention", BACKENDS[run.source.attention_backend(run.device, run.optim.compute_dtype(run.device))].about),
-        ("state", f"{human_bytes(run.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
+        ("optimizer", settings.optim.describe()),
+        *_groups(settings),
+        ("strategy", plan.choice.name),
+        ("precision", f"{_masters(settings)}, compute in {compute} on {device}{_products(settings)}"),
+        ("attention", BACKENDS[settings.source.attention_backend(device, dtype)].about),
+        ("state", f"{human_bytes(plan.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
         (
             "data",
             f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {files}, {documents.location}",
@@ -57,26 +58,26 @@ def report(run: Run) -> str:
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))
-    rows += _dealing(run)
-    left_over = run.total_packs - run.max_iterations * run.packs_per_iteration
+    rows += _dealing(settings, plan)
+    left_over = plan.total_packs - plan.max_iterations * plan.packs_per_iteration
     rows += [
-        ("iteration", f"{tokens:,} tokens in packs: {run.packs_per_iteration}; {human(flops)}FLOPs without attention"),
-        ("run", f"{run.max_iterations:,} iterations; epochs: {run.max_epochs}; packs left over: {left_over}"),
-        ("work dir", str(run.work_dir)),
+        ("iteration", f"{tokens:,} tokens in packs: {plan.packs_per_iteration}; {human(flops)}FLOPs without attention"),
+        ("run", f"{plan.max_iterations:,} iterations; epochs: {plan.max_epochs}; packs left over: {left_over}"),
+        ("work dir", str(settings.work_dir)),
     ]
     return "what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows)
 
 
-def _groups(run: Run) -> list[tuple[str, str]]:
+def _groups(settings: Settings) -> list[tuple[str, str]]:
     """What the config's parameter groups take."""
-    groups = run.optim.parameter_groups
-    taken = Counter(group_of(name, groups) for name in (run.source.trained_names() if groups else ()))
+    groups = settings.optim.parameter_groups
+    taken = Counter(group_of(name, groups) for name in (settings.source.trained_names() if groups else ()))
     return [("", f"{taken[g]:,} parameters that match {g.match!r}: {g}") for g in groups]
 
 
-def _dealing(run: Run) -> list[tuple[str, str]]:
+def _dealing(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
     """Which packs are dealt to ranks, and how long those wait for the slowest, by arithmetic."""
-    loader, window = run.loader, run.loader.balance
+    loader, window = plan.loader(settings), plan.balance
     if loader.dp_size == 1:
         of = f"packs of {window} iterations are dealt to them by attention cost, as on several ranks"
         return [("balance", of)] if window > 1 else []
@@ -90,9 +91,9 @@ def _dealing(run: Run) -> list[tuple[str, str]]:
         what = "packs are not dealt" + (f", because {loader.lacks}" if loader.lacks else "")
 
     def flops(squares: Any) -> Any:
-        return training_flops(run.source.config, loader.dataset.packed_length, squares)
+        return training_flops(settings.source.config, loader.dataset.packed_length, squares)
 
-    most = max(LOOKED_AT // run.packs_per_iteration, min(window, MOST), SUGGESTED)
+    most = max(LOOKED_AT // plan.packs_per_iteration, min(window, MOST), SUGGESTED)
     now, undealt, better = (loader.waiting(flops, balance, most) for balance in (window, 0, SUGGESTED))
     if now is None or undealt is None or better is None:
         return [("balance", what)]
@@ -104,10 +105,10 @@ def _dealing(run: Run) -> list[tuple[str, str]]:
     return [("balance", f"{what} (by arithmetic)")]
 
 
-def _masters(run: Run) -> str:
-    form = run.optim.states
+def _masters(settings: Settings) -> str:
+    form = settings.optim.states
     return "fp32 masters" if form.moment == torch.float32 else f"bf16 weights, {form.name} moments"
 
 
-def _products(run: Run) -> str:
-    return "" if run.source.products == "own" else f", products of blocks in {run.source.products}"
+def _products(settings: Settings) -> str:
+    return "" if settings.source.products == "own" else f", products of blocks in {settings.source.products}"

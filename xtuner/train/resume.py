@@ -5,20 +5,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from xtuner.compat.translate import apply_hook_settings
+from xtuner.config.config import Config
+from xtuner.core.dist import Ranks
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.core.log import logger
 from xtuner.core.secrets import mask
+from xtuner.engine.base import Strategy
 from xtuner.engine.state.slices import SavedStates
 from xtuner.model.weights import base_weights
 from xtuner.train import checkpoint, history
 from xtuner.train.changes import Change, changed_files, changes
 from xtuner.train.history import Chosen
-from xtuner.train.run import Run
+from xtuner.train.run import Lengths, Progress
 from xtuner.train.state import TrainState
 
 # Where a config says what the packs are and in which order they come
 SOURCE = "train_dataloader.dataset.dataset_cfg."
-DATA = ("train_dataloader.dataset", "train_dataloader.sampler", "default_hooks.sampler_seed")
+DATA = ("train_dataloader.dataset", "train_dataloader.sampler", "train_dataloader.reshuffle")
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,20 @@ class Found:
     def folder(self) -> Path:
         return self.chosen.folder
 
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return str(self.folder / checkpoint.TRAINER)
 
-def find(run: Run, resume: str | bool | None, strict: bool, allow_change: bool, contents: bool = True) -> Found | None:
+
+def find(
+    work_dir: Path, resume: str | bool | None, ranks: Ranks, strict: bool = False, contents: bool = True
+) -> Found | None:
     """The checkpoint to resume from, or None for a fresh start. All ranks call it together.
 
-    Makes sure that it is this run's, and fits the run to it if the number of ranks is another. Changes nothing on the
-    disk: what a dry run does, too. Raises: XTunerError for whatever speaks against the resume.
+    Changes nothing on the disk: what a dry run does, too. Raises: XTunerError for one that cannot be read.
     """
-    chosen = history.to_resume(run.work_dir, resume, run.mesh.ranks, strict, contents)
+    chosen = history.to_resume(work_dir, resume, ranks, strict, contents)
     if chosen is None:
         if resume:
             logger.info("no checkpoint in the work dir: starting afresh")
@@ -49,36 +59,36 @@ def find(run: Run, resume: str | bool | None, strict: bool, allow_change: bool, 
     try:
         state, facts = checkpoint.read_trainer(chosen.folder)
         _check_facts(facts, where)
-        _fit(run, str(where), facts)
-        _same_run(run, str(where), facts, allow_change)
-        _count_windows(run, state, facts)
     except RecursionError:
-        raise CheckpointError(f"{where.name} is nested too deeply", where=str(where)) from None
-    run.mesh.ranks.on_main(lambda: SavedStates(chosen.folder) and None)
+        raise _too_deep(where) from None
+    ranks.on_main(lambda: SavedStates(chosen.folder) and None)
     return Found(chosen, state, facts)
 
 
-def take(run: Run, found: Found | None) -> None:
-    """Bring the run's strategy and state to where it begins, and move what does not lead there out of the way."""
+def _too_deep(where: Path) -> CheckpointError:
+    return CheckpointError(f"{where.name} is nested too deeply", where=str(where))
+
+
+def load_into(strategy: Strategy, config: Config, found: Found | None, ranks: Ranks) -> Progress:
+    """Bring a strategy to where the run begins. Returns what the run has done by then."""
     begin = time.perf_counter()
     if found is None:
-        if run.config.get("load_from"):
-            _start_from(run, Path(run.config.values["load_from"]).expanduser())
-    else:
-        run.strategy.load(found.folder)
-        run.state, run.saved = found.state, (found.state.iteration, True)
-        took = time.perf_counter() - begin
-        at = f"iteration {found.state.iteration}, {found.state.position}"
-        logger.info(f"resumed from {found.folder} at {at}; loaded in {took:.1f} s")
-    run.mesh.ranks.on_main(lambda: history.make_way(run.work_dir, found.chosen if found else None))
+        if config.setting("load_from"):
+            _start_from(strategy, Path(config.setting("load_from")).expanduser(), ranks)
+        return Progress()
+    strategy.load(found.folder)
+    took = time.perf_counter() - begin
+    at = f"iteration {found.state.iteration}, {found.state.position}"
+    logger.info(f"resumed from {found.folder} at {at}; loaded in {took:.1f} s")
+    return Progress(found.state, (found.state.iteration, True))
 
 
-def _start_from(run: Run, folder: Path) -> None:
+def _start_from(strategy: Strategy, folder: Path, ranks: Ranks) -> None:
     weights = folder
     if (folder / checkpoint.TRAINER).is_file():
-        checkpoint.check(folder, run.mesh.ranks)
+        checkpoint.check(folder, ranks)
         weights = base_weights(folder)
-    run.strategy.load_weights(weights)
+    strategy.load_weights(weights)
     logger.info(f"weights taken from {weights} (load_from); optimizer and data position are new")
 
 
@@ -97,53 +107,66 @@ def _counts(config: dict[str, Any]) -> Any:
     return wrapper.get("accumulative_counts", 1) if isinstance(wrapper, dict) else None
 
 
-def _fit(run: Run, where: str, facts: dict[str, Any]) -> None:
-    """On another number of ranks each takes more or fewer packs, so that an iteration stays what it was.
+def fitted_counts(found: Found, counts: int, ranks: int) -> int:
+    """Packs that each of `ranks` takes in an iteration, so that it stays what it was on another number of ranks.
 
     accumulative_counts may say what it said when the run was begun or last saved, or what fits these ranks; anything
-    else is a change, which `_same_run` judges.
+    else is a change, which `require_same_run` judges.
     """
-    packs, ranks, begun_on = facts["packs_per_iteration"], run.loader.dp_size, facts["begun_on"]
-    run.loader.begun_on = begun_on
-    counts = run.optim.accumulative_counts
-    if counts * ranks != packs and (counts == _counts(facts["config"]) or counts * begun_on == packs):
-        if packs % ranks:
-            sizes = ", ".join(str(n) for n in range(1, packs + 1) if packs % n == 0)
-            raise ConfigError(
-                f"{packs} packs an iteration cannot be divided over {ranks} ranks",
-                where=where,
-                why=f"the run was begun with so many (on {begun_on} ranks), and its schedule counts on them",
-                do=f"resume on one of these numbers of ranks: {sizes}",
-            )
-        run.optim.accumulative_counts = packs // ranks
-        logger.info(
-            f"each rank takes {packs // ranks} packs an iteration (accumulative_counts = {counts} says how many when "
-            f"the run was begun, on {begun_on} ranks), {packs} together as before"
+    facts = found.facts
+    packs, begun_on = facts["packs_per_iteration"], facts["begun_on"]
+    if counts * ranks == packs or not (counts == _counts(facts["config"]) or counts * begun_on == packs):
+        return counts
+    if packs % ranks:
+        sizes = ", ".join(str(n) for n in range(1, packs + 1) if packs % n == 0)
+        raise ConfigError(
+            f"{packs} packs an iteration cannot be divided over {ranks} ranks",
+            where=found.where,
+            why=f"the run was begun with so many (on {begun_on} ranks), and its schedule counts on them",
+            do=f"resume on one of these numbers of ranks: {sizes}",
         )
-    run.plan()
+    logger.info(
+        f"each rank takes {packs // ranks} packs an iteration (accumulative_counts = {counts} says how many when "
+        f"the run was begun, on {begun_on} ranks), {packs} together as before"
+    )
+    return int(packs // ranks)
 
 
-def _count_windows(run: Run, state: TrainState, facts: dict[str, Any]) -> None:
+def windows_from(found: Found, balance: int, lengths: Lengths) -> int:
     """Windows of iterations whose packs are dealt together continue; of another size, they begin anew here."""
-    loader = run.loader
-    if not loader.packs_per_epoch:  # changed data have fewer packs than the run was begun on ranks
-        return
-    here = loader.packs_before(state.position)
+    facts = found.facts
+    if not lengths.packs_per_epoch:  # changed data have fewer packs than the run was begun on ranks
+        return 0
+    here = found.state.position.packs_before(lengths.packs_per_epoch)
     before = max(facts.get("balance", 0), 1), facts["packs_per_iteration"], facts["data"].get("num_packs")
-    same = before == (max(loader.balance, 1), run.packs_per_iteration, loader.num_packs)
-    loader.windows_from = min(facts.get("windows_from", 0), here) if same else here
+    same = before == (max(balance, 1), lengths.packs_per_iteration, lengths.num_packs)
+    return min(facts.get("windows_from", 0), here) if same else here
 
 
-def _same_run(run: Run, where: str, facts: dict[str, Any], allow_change: bool) -> None:
-    """Report what has changed since the checkpoint; refuse what would make another run of it."""
-    now = run.facts()
-    found = changes(mask(facts["config"]), now["config"])  # older checkpoints hold a config that is not masked
+def require_same_run(found: Found, now: dict[str, Any], allow_change: bool) -> None:
+    """Report what has changed since the checkpoint; refuse what would make another run of it.
+
+    Args:
+        now: facts of the run that would resume, as those that are found.
+    """
+    try:
+        _require_same_run(found.facts, now, found.where, allow_change)
+    except RecursionError:
+        raise _too_deep(Path(found.where)) from None
+
+
+def _require_same_run(facts: dict[str, Any], now: dict[str, Any], where: str, allow_change: bool) -> None:
+    before = mask(facts["config"])  # older checkpoints hold a config that is not masked
+    if "version" not in facts:
+        apply_hook_settings(before, absent=True)
+    changed = changes(before, now["config"])
     if facts["data"] == now["data"]:  # wherever a source finds them
-        found = [replace(c, kind="harmless") if c.key.startswith(SOURCE) else c for c in found]
+        changed = [replace(c, kind="harmless") if c.key.startswith(SOURCE) else c for c in changed]
     if not allow_change:
-        _same_data(facts, now, found, where)
-        _same_length(facts, now, found, where)
-    by_kind = {kind: [c for c in found if c.kind == kind] for kind in ("impossible", "changes the result", "harmless")}
+        _same_data(facts, now, changed, where)
+        _same_length(facts, now, changed, where)
+    kinds = ("impossible", "changes the result", "harmless")
+    by_kind = {kind: [c for c in changed if c.kind == kind] for kind in kinds}
     if by_kind["impossible"]:
         told = "; ".join(map(str, by_kind["impossible"]))
         why = "its weights or its optimizer state would not fit"

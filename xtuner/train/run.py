@@ -1,6 +1,14 @@
-"""A run as hooks see it: everything it is made of, what an iteration did, and what a hook may do about it."""
+"""The three stages of a run, each complete before the next begins, and none changed afterwards:
 
-from collections.abc import Callable
+    Settings   what a config and a command line describe, built but for weights    preflight.prepare
+    Plan       what follows from them and from the checkpoint to resume            plan.make_plan
+    Run        everything that trains; what hooks see                              trainer
+
+What a run has done so far is its `Progress`.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +16,11 @@ from typing import Any
 import torch
 
 from xtuner.config.config import Config
+from xtuner.core.log import logger
+from xtuner.core.secrets import mask_text
 from xtuner.data.loader import PackLoader
+from xtuner.data.order import InternRepoSampler, packs_per_epoch
+from xtuner.data.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.base import Strategy
 from xtuner.engine.choose import Choice
@@ -20,76 +32,129 @@ from xtuner.train.state import TrainState
 from xtuner.train.trackers import Trackers
 
 
-@dataclass
-class Run:
-    """Everything of one run; what hooks see."""
-
+@dataclass(frozen=True)
+class Settings:
     config: Config
     work_dir: Path
     device: torch.device
+    mesh: Mesh
     source: ModelSource
     optim: OptimWrapper
-    loader: PackLoader
-    hooks: list["Hook"]
+    dataset: PackedDataset
+    sampler: InternRepoSampler
+    hooks: tuple["Hook", ...]  # in the order in which they are called
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many packs an iteration, an epoch and the run have.
+
+    Args:
+        dp_size: ranks that take packs of their own; begun_on: those on which the run was begun.
+        accumulative_counts: packs that each of them takes in an iteration.
+        num_packs: of the data.
+    """
+
+    dp_size: int
+    begun_on: int
+    accumulative_counts: int
+    num_packs: int
     max_epochs: int
-    mesh: Mesh
-    state: TrainState = field(init=False, default_factory=TrainState)
-    without_targets: int = field(init=False, default=0)  # iterations of this start that had no token to learn from
-    # iteration of the newest save, and whether it can be resumed
-    saved: tuple[int, bool] = field(init=False, default=(-1, False))
-
-    data_facts: dict[str, Any] = field(init=False)  # identity of the data as they were when the run began
-    data_files: list[str] | int = field(init=False)  # by name, to say which have changed
-    max_iterations: int = field(init=False)
-    make_schedule: Callable[[], Schedule] = field(init=False)  # for the packs an iteration takes when it is called
-    schedule: Schedule = field(init=False)  # made when it is known what an iteration is: a resume may change that
-    choice: Choice = field(init=False)  # which strategy it will be
-    strategy: Strategy = field(init=False)
-    metrics: Trackers = field(init=False)
-    saver: Saver = field(init=False)
-    log: Path = field(init=False)  # of this rank
-
-    def plan(self) -> None:
-        """Work out what follows from the packs an iteration takes."""
-        self.max_iterations = self.total_packs // self.packs_per_iteration
-        self.loader.accumulative_counts = self.optim.accumulative_counts
-        self.make_schedule = lambda: Schedule(self.optim.lr)
-        for hook in self.hooks:
-            hook.configure(self)
 
     @property
     def packs_per_iteration(self) -> int:
-        return self.optim.accumulative_counts * self.loader.dp_size
+        return self.accumulative_counts * self.dp_size
 
     @property
     def packs_per_epoch(self) -> int:
-        return self.loader.packs_per_epoch
+        return packs_per_epoch(self.num_packs, self.begun_on)
 
     @property
     def total_packs(self) -> int:
         return self.packs_per_epoch * self.max_epochs
 
-    def facts(self) -> dict[str, Any]:
-        """What the run depends on, kept with every checkpoint."""
-        return {
-            "data": self.data_facts,
-            "files": self.data_files,
-            "packs_per_iteration": self.packs_per_iteration,
-            "max_iterations": self.max_iterations,
-            "ranks": self.loader.dp_size,
-            "begun_on": self.loader.begun_on,
-            "balance": self.loader.balance,
-            "windows_from": self.loader.windows_from,
-            "config": self.config.resolved(),
-        }
+    @property
+    def max_iterations(self) -> int:
+        return self.total_packs // self.packs_per_iteration
+
+
+@dataclass(frozen=True)
+class Plan(Lengths):
+    """What a run will do.
+
+    Args:
+        reshuffle: a new order of packs each epoch.
+        balance: how packs are dealt to ranks; windows_from: see `PackLoader`.
+        schedule: the learning rate of every iteration.
+        choice: which strategy trains, and how it uses the memory.
+        facts: what the run depends on, kept with every checkpoint.
+    """
+
+    reshuffle: bool
+    balance: int
+    windows_from: int
+    schedule: Schedule
+    choice: Choice
+    facts: Mapping[str, Any]
+
+    def loader(self, settings: Settings) -> PackLoader:
+        return PackLoader(
+            settings.dataset,
+            settings.sampler,
+            settings.config.setting("train_dataloader.num_workers"),
+            self.balance,
+            accumulative_counts=self.accumulative_counts,
+            reshuffle=self.reshuffle,
+            begun_on=self.begun_on,
+            windows_from=self.windows_from,
+        )
+
+
+@dataclass
+class Progress:
+    """What a run has done so far.
+
+    Args:
+        saved: iteration of the newest save, and whether it can be resumed.
+        without_targets: iterations of this start that had no token to learn from.
+    """
+
+    state: TrainState = field(default_factory=TrainState)
+    saved: tuple[int, bool] = (-1, False)
+    without_targets: int = 0
+
+
+@dataclass(frozen=True)
+class Run(Settings):
+    """Everything of one run.
+
+    Args:
+        log: of this rank.
+    """
+
+    plan: Plan
+    loader: PackLoader
+    strategy: Strategy
+    metrics: Trackers
+    saver: Saver
+    log: Path
+    progress: Progress
+
+    @property
+    def state(self) -> TrainState:
+        return self.progress.state
+
+    @property
+    def max_iterations(self) -> int:
+        return self.plan.max_iterations
 
     def save(self, optimizer: bool = True, keep: int = -1, last: bool = False) -> None:
         """Save the present state, unless that has been done; with `last`, wait until it is on the disk."""
-        iteration, resumable = self.saved
+        iteration, resumable = self.progress.saved
         if iteration != self.state.iteration or (optimizer and not resumable):
-            facts = {**self.facts(), "strategy": self.strategy.name}
+            facts = {**self.plan.facts, "strategy": self.strategy.name}
             self.saver.save(self.state, self.strategy, facts, optimizer, keep)
-            self.saved = self.state.iteration, optimizer
+            self.progress.saved = self.state.iteration, optimizer
         if last:
             self.saver.finish(last=True)
 
@@ -111,9 +176,51 @@ class Iteration:
 
 
 class Hook:
+    """What a config adds to a run: it observes and saves. Called on every rank, in the order of `priority`.
+
+    An error in one of the first four ends the run. One in `on_error` or `on_end` is logged, and hides no other.
+    """
+
     priority = 50
 
-    def configure(self, run: Run) -> None: ...
-    def before_run(self, run: Run) -> None: ...
+    def before_run(self, run: Run) -> None:
+        """Before the first iteration; weights and state are those that the run begins from."""
+
     def after_iteration(self, run: Run, it: Iteration) -> None: ...
-    def after_run(self, run: Run) -> None: ...
+
+    def after_checkpoint(self, run: Run, folder: Path) -> None:
+        """A checkpoint is on the disk, whole. Ranks may notice at different iterations: send no messages to others."""
+
+    def after_run(self, run: Run) -> None:
+        """After the last iteration; not of a run that is stopped or fails."""
+
+    def on_error(self, run: Run, error: BaseException) -> None:
+        """The run ends with this error."""
+
+    def on_end(self, run: Run) -> None:
+        """However the run ends, last of all, where `before_run` has been called."""
+
+
+@contextlib.contextmanager
+def hooks_of(run: Run) -> Iterator[None]:
+    """Begin the hooks of a run, and end them after the block, in reverse order."""
+    begun: list[Hook] = []
+
+    def call(hook: Hook, name: str, *more: Any) -> None:
+        try:
+            getattr(hook, name)(run, *more)
+        except Exception as e:
+            logger.warning(f"{type(hook).__name__}.{name} failed: {mask_text(f'{type(e).__name__}: {e}')}")
+
+    try:
+        for hook in run.hooks:
+            begun.append(hook)
+            hook.before_run(run)
+        yield
+    except BaseException as e:
+        for hook in reversed(begun):
+            call(hook, "on_error", e)
+        raise
+    finally:
+        for hook in reversed(begun):
+            call(hook, "on_end")

@@ -1,6 +1,7 @@
 """Checkpoints beside training: a step waits for the copy to host memory only, a thread brings it to the disk."""
 
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Saver:
         self._flying: Future[None] | None = None
         self._failures = 0
         self.save_time = 0.0  # s that the last save took
+        self.written: deque[Path] = deque()  # checkpoints that are on the disk, for who takes them out
 
     def save(
         self, state: TrainState, strategy: Strategy, facts: dict[str, Any], optimizer: bool = True, keep: int = -1
@@ -46,6 +48,7 @@ class Saver:
             except CheckpointError as e:
                 logger.error(str(e))
                 raise
+            self.written.append(folder)
             self.save_time = took = time.perf_counter() - begin
             logger.info(
                 f"saved {folder}: {human_bytes(size)} in {took:.1f} s ({human_bytes(size / took)}/s); "

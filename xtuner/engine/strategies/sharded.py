@@ -14,9 +14,8 @@ import torch
 from xtuner.core.log import logger
 from xtuner.data.batch import Batch
 from xtuner.dist.mesh import Mesh
-from xtuner.engine import memory
 from xtuner.engine.local_optimizer import local_optimizer
-from xtuner.engine.memory import PACK, Division
+from xtuner.engine.memory import Memory, free_of_all, of_mesh
 from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.shard import Shard, StatefulStrategy
 from xtuner.engine.strategies.divided import DividedModel
@@ -31,8 +30,7 @@ class ShardedStrategy(StatefulStrategy):
     """
     Args:
         mesh: None for one process.
-        division: what is kept full; None for the fastest that fits.
-        pack: tokens of a pack.
+        memory: how it is used, as `choose` has found; None for what is fastest with packs of unknown length.
     """
 
     def __init__(
@@ -41,16 +39,12 @@ class ShardedStrategy(StatefulStrategy):
         optim: OptimWrapper,
         device: torch.device,
         mesh: Mesh | None = None,
-        division: Division | None = None,
-        pack: int = PACK,
+        memory: Memory | None = None,
     ) -> None:
         mesh = mesh or Mesh()
         self.name = "single" if mesh.size == 1 else "fsdp"
         self.compute_dtype = optim.compute_dtype(device)
-        free = memory.free_of_all(device, mesh)
-        self.memory = memory.of_mesh(source, optim, device, mesh, pack, free, division)
-        if free is not None and mesh.is_main:
-            memory.suggest_mesh(self.memory, source, optim, device, mesh, pack, free)
+        self.memory = memory or of_mesh(source, optim, device, mesh, free=free_of_all(device, mesh))
         where = device if mesh.shard_size == 1 else torch.device("meta")
         self._model = source.empty(where, self.compute_dtype).train()
         shapes = {n: p.shape for n, p in self._model.named_parameters()}

@@ -50,8 +50,8 @@ def from_config(
 
     Args: how: further arguments of `export.hf.export`.
     """
+    from xtuner.compat.translate import load
     from xtuner.config.build import build
-    from xtuner.config.load import load
     from xtuner.export.hf import export
     from xtuner.model.decoder import DecoderConfig
     from xtuner.model.source import ModelSource

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from xtuner.compat.names import written_name
+from xtuner.compat.settings import SCHEMA
 from xtuner.config.adapter import adapter_of
 from xtuner.config.build import resolve_type, type_name
 from xtuner.config.config import Config
-from xtuner.config.old_names import written_name
-from xtuner.config.settings import NO_WORK, NO_WORK_IN_DATALOADER, NO_WORK_IN_RANDOMNESS, NO_WORK_IN_TRAIN_CFG
 from xtuner.config.walk import specs
 from xtuner.core import dist
 from xtuner.core.log import logger
@@ -36,19 +36,11 @@ def paragraphs(config: Config) -> Iterator[str]:
 
 
 def _without_effect(config: Config) -> Iterator[str]:
-    for name, why in NO_WORK.items():
-        if name in config.values and not (name == "visualizer" and config.get("visualizer.type")):
-            yield f"{name}: because {why}"
-    for parent, names in (
-        ("train_dataloader", NO_WORK_IN_DATALOADER),
-        ("train_cfg", NO_WORK_IN_TRAIN_CFG),
-        ("randomness", NO_WORK_IN_RANDOMNESS),
-    ):
-        values = config.values.get(parent)
+    for s in SCHEMA.settings:
+        values = config.get(s.parent) if s.parent else config.values
         plain = isinstance(values, Mapping) and "type" not in values  # a TrainLoop speaks for itself
-        for name, why in names.items() if plain else ():
-            if name in config.values[parent]:
-                yield f"{parent}.{name}: because {why}"
+        if s.idle and plain and s.name in values and not (s.key == "visualizer" and config.get("visualizer.type")):
+            yield f"{s.key}: because {s.idle}"
     for spec in specs(config):
         if facts := adapter_of(resolve_type(spec.kind, spec.key)):
             for name, why in facts.without_work(spec.arguments):

@@ -94,7 +94,7 @@ _NEAREST = {
     "FusedAdam": "AdamW, or Adam where adam_w_mode is False",
     "HFCheckpointHook": "`xtuner convert pth_to_hf` after the run; a checkpoint's weights/ is such a folder, too",
     "HOOKS": "none, nothing is registered: define the hook in the config, and give the class itself as type",
-    "Hook": "xtuner.train.run.Hook, whose methods are configure, before_run, after_iteration and after_run",
+    "Hook": "xtuner.train.hooks.Hook: before_run, after_iteration, after_checkpoint, after_run, on_error, on_end",
     "InfiniteSampler": "InternRepoSampler of xtuner.dataset.samplers",
     "IterBasedTrainLoop": "xtuner.engine.runner.TrainLoop with max_epochs",
     "LLaVAModel": "SupervisedFinetune: models read text only",

@@ -1,5 +1,5 @@
 """Configs of XTuner 0.1 and 0.2 run as they are: what they name of mmengine, transformers and the old package is
-replaced by ours (`old_names`), first where it is imported, then in the values that the config comes to. So it does not
+replaced by ours (`names`), first where it is imported, then in the values that the config comes to. So it does not
 matter how a name got there: written in place, assigned, or put together by a loop. None of those packages is needed.
 """
 
@@ -7,8 +7,11 @@ import ast
 from collections.abc import Callable
 from typing import Any
 
-from xtuner.config import old_names, walk
-from xtuner.config.config import Replacement
+from xtuner.compat import names as old_names
+from xtuner.compat.settings import SCHEMA
+from xtuner.config import load as load_ours
+from xtuner.config import walk
+from xtuner.config.config import Config, Replacement
 from xtuner.config.mistakes import together
 from xtuner.core.errors import ConfigError
 
@@ -26,6 +29,11 @@ PRIORITIES = {
     "VERY_LOW": 90, "LOWEST": 100,
 }  # fmt: skip
 _ONE_FILE = "a config is one whole file: copy the other one's contents into it"
+
+
+def load(name_or_path: str, options: list[str] | None = None) -> Config:
+    """`config.load.load` for configs of any of these tools."""
+    return load_ours.load(name_or_path, options, DIALECT)
 
 
 def replace_imports(tree: ast.Module, path: str) -> tuple[ast.Module, list[Replacement]]:
@@ -77,10 +85,60 @@ def replace_names(values: dict[str, Any], where: Callable[[str], str]) -> tuple[
     return replaced, dropped
 
 
+def find_unknown(values: dict[str, Any]) -> dict[str, ConfigError]:
+    """Names of other tools, and of nobody, at `type` of what is built, for which there is nothing: path → error."""
+    found = {}
+    for key, spec in (pair for root in walk.ROOTS for pair in walk.walked(root, values.get(root))):
+        written = spec.get("type") if isinstance(spec, dict) else None
+        if isinstance(written, str) and old_names.is_unknown(written):
+            found[key] = old_names.unknown(written, f"{key}.type", key)
+    return found
+
+
+def _translate(config: Config) -> None:
+    replaced, dropped = replace_names(config.values, config.where)
+    config.replaced = list({r.old: r for r in [*config.replaced, *replaced]}.values())
+    config.dropped |= dropped
+
+
+def _values(config: Config) -> None:
+    _translate(config)
+    complete_hooks(config.values, config.replaced)
+
+
+def _overridden(config: Config) -> None:
+    _translate(config)
+    apply_hook_settings(config.values)
+    config.unknown = find_unknown(config.values)
+
+
+def apply_hook_settings(values: dict[str, Any], absent: bool = False) -> None:
+    """Two settings by the names of hooks that switch them on: where another hook has the name, or None, they are off.
+
+    Args:
+        absent: a config that has no such hook means "off", too, as configs did before these were settings.
+    """
+    hooks = values.get("default_hooks") or {}
+    if not isinstance(hooks, dict):
+        return
+    custom = values.get("custom_hooks")
+    given = [*hooks.values(), *(custom if isinstance(custom, list | tuple) else ())]
+    kinds = {old_names.written_name(spec.get("type")).rpartition(".")[2] for spec in given if isinstance(spec, dict)}
+    for name, hook in (("param_scheduler", "ParamSchedulerHook"), ("sampler_seed", "DistSamplerSeedHook")):
+        if hook in kinds or not (absent or name in hooks):
+            continue
+        loader = values.get("train_dataloader")
+        if name == "param_scheduler":
+            values["param_scheduler"] = None
+        elif isinstance(loader, dict):
+            values["train_dataloader"] = {"reshuffle": False, **loader}
+
+
 def complete_hooks(values: dict[str, Any], replaced: list[Replacement]) -> None:
     """Give a config made for mmengine's runner the hooks that the runner adds, without those it switches off (None)."""
     hooks = values.get("default_hooks") or {}
     if isinstance(hooks, dict) and any(old_names.is_of_mmengine(r.old) for r in replaced):
+        apply_hook_settings(values)
         hooks = {**DEFAULT_HOOKS, **hooks}
         values["default_hooks"] = {name: spec for name, spec in hooks.items() if spec is not None}
 
@@ -144,3 +202,6 @@ class _Imports(ast.NodeTransformer):
                     )
                 )
         return node
+
+
+DIALECT = load_ours.Dialect(SCHEMA, replace_imports, _values, _overridden)

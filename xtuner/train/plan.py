@@ -1,0 +1,98 @@
+"""Settings and what is known of the checkpoint to resume → the plan of a run."""
+
+from fractions import Fraction
+from typing import Any
+
+from xtuner.config.config import Config
+from xtuner.config.paths import data_keys
+from xtuner.core.errors import ConfigError, DataError
+from xtuner.data.loader import identity, listed_files, what_dealing_lacks
+from xtuner.engine.choose import choose
+from xtuner.engine.schedule import Schedule
+from xtuner.train.resume import Found, fitted_counts, require_same_run, windows_from
+from xtuner.train.run import Lengths, Plan, Settings
+
+DATASET = "train_dataloader.dataset"
+
+
+def make_plan(
+    settings: Settings,
+    found: Found | None = None,
+    allow_change: bool = False,
+    deepspeed: str | None = None,
+    fsdp: str | None = None,
+    free: int | None = None,
+) -> Plan:
+    """The plan of a run. Asks no other rank, loads nothing.
+
+    Args:
+        found: the checkpoint to resume.
+        allow_change: also if settings or data that change the result have changed since.
+        deepspeed, fsdp: as on the command line.
+        free: bytes of a GPU that every rank can still get (`memory.free_of_all`).
+
+    Raises: ConfigError, DataError for what cannot be planned, and for another run's checkpoint.
+    """
+    config, optim, dp_size = settings.config, settings.optim, settings.sampler.world_size
+    counts = fitted_counts(found, optim.accumulative_counts, dp_size) if found else optim.accumulative_counts
+    lengths = Lengths(
+        dp_size=dp_size,
+        begun_on=found.facts["begun_on"] if found else dp_size,
+        accumulative_counts=counts,
+        num_packs=len(settings.dataset),
+        max_epochs=config.get("train_cfg.max_epochs"),
+    )
+    _require_an_iteration(settings, lengths)
+    reshuffle = config.setting("train_dataloader.reshuffle")
+    balance = config.setting("train_dataloader.balance")
+    if what_dealing_lacks(settings.dataset, settings.sampler, balance):
+        balance = 0
+    data = identity(settings.dataset, settings.sampler, reshuffle)
+    origin = windows_from(found, balance, lengths) if found else 0
+    facts = {
+        "version": 2,  # before it, schedule and reshuffling were switched on by hooks
+        "data": data,
+        "files": listed_files(settings.dataset),
+        "packs_per_iteration": lengths.packs_per_iteration,
+        "max_iterations": lengths.max_iterations,
+        "ranks": dp_size,
+        "begun_on": lengths.begun_on,
+        "balance": balance,
+        "windows_from": origin,
+        "config": config.resolved(),
+    }
+    if found:
+        require_same_run(found, facts, allow_change)
+    schedule = _schedule(config, optim.lr, lengths)
+    pack = settings.dataset.packed_length
+    choice = choose(settings.source, optim.taking(counts), settings.device, deepspeed, fsdp, settings.mesh, pack, free)
+    return Plan(**vars(lengths), reshuffle=reshuffle, balance=balance, windows_from=origin, schedule=schedule,
+                choice=choice, facts=facts)  # fmt: skip
+
+
+def _schedule(config: Config, lr: float, lengths: Lengths) -> Schedule:
+    per_epoch = Fraction(lengths.packs_per_epoch, lengths.packs_per_iteration)
+    try:
+        return Schedule.of(lr, config.setting("param_scheduler"), per_epoch, lengths.max_iterations)
+    except ConfigError as e:
+        raise ConfigError(e.what, where=config.where(e.where), why=e.why, do=e.do) from None
+
+
+def _require_an_iteration(settings: Settings, lengths: Lengths) -> None:
+    if lengths.max_iterations:
+        return
+    config, data, ranks = settings.config, settings.dataset, lengths.dp_size
+    documents: Any = data.documents
+    takes = f"one iteration takes {lengths.packs_per_iteration}" + (f" on {ranks} ranks" if ranks > 1 else "")
+    length, counts = (config.written(k) for k in (f"{DATASET}.packed_length", "optim_wrapper.accumulative_counts"))
+    key, lower, kept = data_keys(config, DATASET)[0], f"{length} or {counts}", ""
+    if least := getattr(documents, "min_length", 0):
+        key = f"{DATASET}.dataset_cfg.min_length"
+        lower, kept = f"{config.written(key)}, {lower}", f", in documents of at least {least:,}"
+    raise DataError(
+        f"{len(data)} packs, and {takes}",
+        where=f"{documents.location}: {documents.num_tokens:,} tokens in {len(documents)} files{kept}, "
+        f"by {config.where(key)}",
+        why=f"a file's tokens that do not fill a pack of {data.packed_length:,} are dropped",
+        do=f"lower {lower}, or give more data" + (", or take fewer ranks" * (ranks > 1)),
+    )

@@ -64,7 +64,7 @@ class Setting:
         help, zh: what it is, in English and Chinese.
         resume: what another value than the checkpoint's means; None: as for what it is a part of.
         rules: which values are accepted.
-        of: of a class or function with this name (or one that ends so) alone.
+        of: of a class or function with this name alone.
         built: described as `dict(type=…, …)`.
         only: some values are built; idle: accepted, and why it has no effect.
         harmless: values among which a change is harmless, whatever `resume` says.
@@ -103,7 +103,7 @@ class Setting:
         return re.compile(re.escape(self.key).replace(r"\*", "[^.]*"))
 
     def is_meant(self, key: str, kind: str | None) -> bool:
-        return bool(self.pattern.fullmatch(key)) and (kind is None or kind.endswith(self.of))
+        return bool(self.pattern.fullmatch(key)) and (kind is None or self.of in ("", kind))
 
     @property
     def type_words(self) -> str:
@@ -145,6 +145,13 @@ class Schema:
         found = self.find(key)
         assert found is not None and found.default is not NEEDED, key  # noqa: PT018
         return found.default
+
+    def require(self, parent: str, **values: Any) -> None:
+        """For who is built by arguments of these names. Raises: ConfigError for one that its declaration rejects."""
+        for name, value in values.items():
+            setting = self.find(f"{parent}.{name}")
+            if setting and (problem := setting.problem(name, value)):
+                raise ConfigError(problem.what, where=f"{parent}.{name}", why=problem.why)
 
     def resume(self, key: str, before: Any, now: Any) -> Resume:
         """What a change of a value at `key`, declared or part of something that is, means for a resume."""

@@ -16,6 +16,10 @@ def at_least(least: int) -> tuple[Rule, ...]:
     return (Rule(lambda v: v >= least, f"is not at least {least}", f"≥ {least}"),)
 
 
+def one_of(*names: str, why: str = "") -> tuple[Rule, ...]:
+    return (Rule(lambda v: v in names, f"is not one of {', '.join(names)}", ", ".join(names), why),)
+
+
 ABOVE_0 = (Rule(lambda v: v > 0, "is not above 0", "> 0"),)
 SIZE = (
     Rule(lambda v: v > 0, "is not a whole number above 0", "> 0"),
@@ -30,7 +34,7 @@ EPOCHS = (
     Rule(lambda v: v >= 1, "is not an integer of at least 1", "≥ 1"),
     Rule(lambda v: v <= MOST_EPOCHS, f"is above {MOST_EPOCHS:,}", why="so many are taken for a slip of the pen"),
 )
-LEVEL = (Rule(lambda v: v.upper() in LEVELS, f"is not one of {', '.join(LEVELS)}"),)
+LEVEL = (Rule(lambda v: v.upper() in LEVELS, f"is not one of {', '.join(LEVELS)}", ", ".join(LEVELS)),)
 PATH = (Rule(lambda v: v != "", "is not a folder or None"),)
 RESUME = (Rule(lambda v: v != "", "is not True, False or a checkpoint"),)
 
@@ -129,17 +133,22 @@ OWN_SETTINGS = (
     Setting("optim_wrapper.accumulative_counts", int, 1,
             "packs each rank takes in an iteration; of all ranks they stay",
             "每个 rank 每次迭代的 pack 数；所有 rank 的总数保持不变", HARMLESS, at_least(1)),
-    Setting("optim_wrapper.dtype", str, "auto", "what matrices are multiplied in: bf16, fp32, auto (bf16 on GPUs)",
-            "矩阵乘法的类型：bf16、fp32、auto（GPU 上为 bf16）"),
-    Setting("optim_wrapper.states", str, "fp32", "how AdamW keeps masters and moments: fp32, bf16, 8bit (or split)",
-            "AdamW 的主权重与动量：fp32、bf16、8bit（或 split）", IMPOSSIBLE),
-    Setting("optim_wrapper.sums", str | None, None, "bf16: coarser sums of gradients, half the memory",
-            "bf16：较粗的梯度和，显存减半", RESULT),
+    Setting("optim_wrapper.dtype", str, "auto", "what matrices are multiplied in; auto: bf16 on GPUs, fp32 on CPUs",
+            "矩阵乘法的类型；auto：GPU 上 bf16，CPU 上 fp32",
+            rules=one_of("auto", "bf16", "fp32", why="fp16 needs loss scaling, which is not built"),
+            of="OptimWrapper"),
+    Setting("optim_wrapper.states", str, "fp32",
+            "how AdamW keeps masters and moments (split: fp32 in less memory on GPUs); not fp32: not with DeepSpeed",
+            "AdamW 的主权重与动量（split：GPU 上更省显存的 fp32）；DeepSpeed 只支持 fp32", IMPOSSIBLE,
+            one_of("fp32", "split", "bf16", "8bit")),
+    Setting("optim_wrapper.sums", str | None, None,
+            "sums of gradients that are coarser than those of `states`, in half the memory",
+            "比 `states` 更粗的梯度和，显存减半", RESULT, one_of("bf16", "fp32")),
     Setting("optim_wrapper.micro_batch", int | None, None, "most tokens of a micro-batch; None: the fastest",
             "micro-batch 的最大 token 数；None：最快者", HARMLESS, at_least(1)),
-    Setting("optim_wrapper.full", str | None, None,
-            "what ranks keep full: all, weights, gradients, blocks; None: the fastest",
-            "各 rank 完整保留什么：all、weights、gradients、blocks；None：最快者", HARMLESS),
+    Setting("optim_wrapper.full", str | None, None, "what every rank keeps full over an iteration; None: the fastest",
+            "各 rank 在一次迭代中完整保留什么；None：最快者", HARMLESS,
+            one_of("all", "weights", "gradients", "blocks")),
     Setting("optim_wrapper.parameter_groups", list, (),
             "learning rates and decay by names of parameters: dict(match=…)",
             "按参数名设置学习率与权重衰减：dict(match=…)"),
@@ -194,8 +203,7 @@ OWN_SETTINGS = (
             rules=at_least(1), of="EvaluateChatHook"),
     Setting("trackers", list | None, None, "a list of what else gets the figures", "额外接收指标的 tracker 列表",
             NOTHING, words="a list"),
-    Setting("log_level", str, "INFO", "CRITICAL, ERROR, WARNING, INFO or DEBUG",
-            "CRITICAL、ERROR、WARNING、INFO 或 DEBUG", NOTHING, LEVEL),
+    Setting("log_level", str, "INFO", "of the log file and the terminal", "日志文件与终端的级别", NOTHING, LEVEL),
     Setting("resume", bool | str | None, None, "True: from the newest checkpoint of the work dir; or a checkpoint",
             "True：从工作目录最新的检查点恢复；或指定检查点", NOTHING, RESUME, words="True, False or a checkpoint"),
     Setting("work_dir", str | None, None, "where checkpoints and logs go (`--work-dir` has precedence)",

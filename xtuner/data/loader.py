@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.heap import keep_freed
 from xtuner.data.batch import Batch
@@ -54,10 +55,7 @@ class PackLoader:
         begun_on: int | None = None,
         windows_from: int = 0,
     ) -> None:
-        if num_workers < 0:
-            raise ConfigError(f"num_workers is {num_workers}", where="train_dataloader.num_workers")
-        if balance < 0:
-            raise ConfigError(f"balance is {balance}", where="train_dataloader.balance")
+        SCHEMA.require("train_dataloader", num_workers=num_workers, balance=balance)
         self.dataset = dataset
         self.sampler = sampler
         self.num_workers = num_workers

@@ -13,14 +13,14 @@ import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from xtuner.config.build import build
-from xtuner.core.errors import ConfigError
+from xtuner.config.settings import SCHEMA
 from xtuner.data import tables
 from xtuner.data.deal import squares
 from xtuner.data.dropped import Dropped
@@ -145,12 +145,7 @@ class PackedDataset:
         seed: int = 1024,
         label_rule: LabelRule = "internevo",
     ) -> None:
-        if packed_length < 1:
-            raise ConfigError(f"packed_length is {packed_length}", where="train_dataset.packed_length")
-        if not 0 <= seed < 2**32:
-            raise ConfigError(f"seed is {seed}, not in 0 … 2^32 - 1", where="train_dataset.seed")
-        if label_rule not in get_args(LabelRule):
-            raise ConfigError(f"label_rule is {label_rule!r}, not one of {get_args(LabelRule)}", where="train_dataset")
+        SCHEMA.require("train_dataloader.dataset", packed_length=packed_length, seed=seed, label_rule=label_rule)
         self.documents = documents = documents_of(documents)
         self.packed_length = packed_length
         self.seed = seed

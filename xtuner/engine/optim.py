@@ -9,33 +9,20 @@ from typing import Any
 import torch
 
 from xtuner.config.build import check_arguments, resolve_type, type_name
-from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.config.settings import SCHEMA
+from xtuner.core.errors import ConfigError
 from xtuner.engine import trial
 from xtuner.engine.adamw import FORMS, Form
 from xtuner.engine.parameter_groups import read_groups, split
 from xtuner.engine.trial import Traits
 from xtuner.model.source import DTYPES
 
-FULL = ("all", "weights", "gradients", "blocks")  # see `full`
-
 
 class OptimWrapper:
     """Described once, used by every strategy.
 
-    Args:
-        optimizer: `dict(type=AdamW, lr=…, betas=…, weight_decay=…)`: a class of `torch.optim` or another of its kind,
-            if it passes the trial of trial.py. All parameters decay, but for `parameter_groups`.
-        clip_grad: `dict(max_norm=…)`, the 2-norm over all parameters; None for no clipping.
-        accumulative_counts: packs each rank takes per iteration (one optimizer step).
-        dtype: what matrices are multiplied in: "bf16", "fp32", or "auto" (bf16 on GPUs, fp32 on CPUs).
-        states: how AdamW's masters and moments are kept: "fp32" ("split" on GPUs: the same in less memory), or leaner
-            "bf16", "8bit" (see adamw.py); not with DeepSpeed.
-        sums: "bf16" for sums of gradients that are coarser than `states` has them: half the memory and half the bytes
-            between ranks. None for those of `states`. What it is with DeepSpeed, zero_memory.py says.
-        micro_batch: most tokens of a micro-batch (a longer document is one alone). None for what is fastest.
-        full: what every rank keeps full over an iteration: "all" (weights and gradients), "weights", "gradients" or
-            "blocks" (a block at a time). None for what is fastest. ZeRO-2 takes "all" and "weights".
-        parameter_groups: learning rate and weight decay by names of parameters; see parameter_groups.py.
+    Its arguments are declared in config/settings.py. The optimizer is a class of `torch.optim` or another of its kind
+    that passes the trial of trial.py; states: see adamw.py; sums with DeepSpeed: zero_memory.py; parameter_groups.py.
     """
 
     def __init__(
@@ -50,6 +37,8 @@ class OptimWrapper:
         full: str | None = None,
         parameter_groups: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        SCHEMA.require("optim_wrapper", accumulative_counts=accumulative_counts, dtype=dtype, states=states, sums=sums,
+                       micro_batch=micro_batch, full=full)  # fmt: skip
         self.kind = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
         check_arguments(self.kind, {"params": None, **self.arguments}, "optim_wrapper.optimizer")
@@ -67,32 +56,13 @@ class OptimWrapper:
         if clip_grad is not None and set(clip_grad) - {"max_norm"}:
             other = ", ".join(sorted(set(clip_grad) - {"max_norm"}))
             raise ConfigError(f"clip_grad takes max_norm alone, not {other}", where="optim_wrapper.clip_grad")
-        if dtype not in ("auto", "bf16", "fp32"):
-            raise ConfigError(
-                f"dtype = {dtype!r} is not one of auto, bf16, fp32",
-                where="optim_wrapper.dtype",
-                why="fp16 needs loss scaling, which is not built yet" if dtype in ("fp16", "float16") else "",
-            )
         self.max_norm = float(clip_grad["max_norm"]) if clip_grad and clip_grad.get("max_norm") is not None else None
-        if states not in FORMS:
-            raise ConfigError(
-                f"states = {states!r} is not one of {', '.join(FORMS)}.{did_you_mean(states, list(FORMS))}",
-                where="optim_wrapper.states",
-            )
         if states != "fp32" and not self._is_adamw:
             raise ConfigError(
                 f'states = "{states}" is for AdamW, not for {type_name(self.kind)}({self._shown()})',
                 where="optim_wrapper.states",
                 do='take torch.optim.AdamW without amsgrad or maximize, or states = "fp32"',
             )
-        if sums not in (None, "bf16", "fp32"):
-            raise ConfigError(f"sums = {sums!r} is not one of bf16, fp32", where="optim_wrapper.sums")
-        if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
-            what = f"micro_batch = {micro_batch!r} is not a number of tokens above 0"
-            raise ConfigError(what, where="optim_wrapper.micro_batch")
-        if full not in (None, *FULL):
-            what = f"full = {full!r} is not one of {', '.join(FULL)}.{did_you_mean(str(full), list(FULL))}"
-            raise ConfigError(what, where="optim_wrapper.full")
         self.sums, self.micro_batch, self.full = sums, micro_batch, full
         self.accumulative_counts = accumulative_counts
         self.dtype = dtype

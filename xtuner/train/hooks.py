@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from xtuner.config.build import build
+from xtuner.config.settings import SCHEMA
 from xtuner.core import dist
-from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, human_time, logger, show_progress
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.data.source import Documents
@@ -80,8 +80,7 @@ class LoggerHook(Hook):
     priority = 80
 
     def __init__(self, interval: int = 10) -> None:
-        if interval < 1:
-            raise ConfigError(f"interval = {interval}", where="default_hooks.logger.interval")
+        SCHEMA.require("default_hooks.logger", interval=interval)
         self.interval = interval
         self._averages = Averages()
 
@@ -140,21 +139,14 @@ def memory_in_use(device: torch.device) -> int:
 
 
 class CheckpointHook(Hook):
-    """Saves every `interval` iterations (or epochs), at the end, and keeps the newest ones.
-
-    Args:
-        interval: iterations, or epochs with by_epoch; -1 for none but the last.
-        max_keep_ckpts: how many stay; -1 for all.
-        save_optimizer: False writes weights only: smaller, but nothing to resume from.
-    """
+    """Saves every `interval` iterations (or epochs), at the end, and keeps the newest ones."""
 
     priority = 90
 
     def __init__(
         self, interval: int = -1, by_epoch: bool = False, max_keep_ckpts: int = -1, save_optimizer: bool = True
     ) -> None:
-        if interval == 0 or interval < -1:
-            raise ConfigError(f"interval = {interval}", where="default_hooks.checkpoint.interval")
+        SCHEMA.require("default_hooks.checkpoint", interval=interval, max_keep_ckpts=max_keep_ckpts)
         self.interval, self.by_epoch = interval, by_epoch
         self.max_keep_ckpts, self.save_optimizer = max_keep_ckpts, save_optimizer
 
@@ -220,16 +212,7 @@ class DatasetInfoHook(Hook):
 
 
 class EvaluateChatHook(Hook):
-    """Lets the model answer `evaluation_inputs` before the run, every n iterations, and at the end.
-
-    Args:
-        tokenizer: `dict(type=load_tokenizer, name_or_path=…)`.
-        evaluation_inputs: what a user says.
-        every_n_iters: None for before and after only.
-        system: system prompt.
-        prompt_template: of `PROMPT_TEMPLATE`; None completes the text as it is.
-        max_new_tokens: at most so many tokens a reply.
-    """
+    """Lets the model answer `evaluation_inputs` before the run, every n iterations, and at the end."""
 
     priority = 70
 

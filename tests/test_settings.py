@@ -99,6 +99,18 @@ def test_what_is_built_takes_what_is_declared(parent: str, built: Any) -> None:
             assert plain == set(get_args(setting.kind) or [setting.kind]), name
 
 
+def test_the_plan_of_other_machines(tiny: Path, xtuner: Any, capsys: Any) -> None:
+    """By one process, without weights: what 16 would do."""
+    options = ["--cfg-options", "accumulative_counts=1", "max_length=8"]
+    assert xtuner("train", tiny, "--dry-run", "--ranks", 16, "--fsdp", "hybrid", *options) == 0
+    report = capsys.readouterr().out
+    for words in ("FSDP, hybrid", "on each of 16 ranks", "tokens in packs: 16;", "one pack a rank in an iteration"):
+        assert words in report
+    for words in (["--ranks", 16], ["--ranks", 0, "--dry-run"]):
+        with pytest.raises(ConfigError, match="is for --dry-run"):
+            xtuner("train", tiny, *words)
+
+
 def test_a_list_of_settings_needs_no_torch() -> None:
     code = "import sys\nfrom xtuner.cli.main import main\n"
     code += "main(['list-cfg', '--settings'])\nassert 'torch' not in sys.modules"

@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of random weights; overrides randomness.seed")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
     parser.add_argument("--dry-run", action="store_true", help="check and report everything, train nothing")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="with --dry-run: report the run of N processes, 8 on each machine"
+    )
     parser.add_argument("--max-minutes", type=float, metavar="M", help="save and stop (exit 75) within so many minutes")
     parser.add_argument("--cache-dir", metavar="DIR", help="where data indexes are kept (default: beside the data)")
     parser.add_argument(
@@ -78,9 +81,12 @@ def _train(args: argparse.Namespace) -> int:
     for option in ("--work-dir", "--cache-dir", "--deepspeed"):
         if getattr(args, option[2:].replace("-", "_")) == "":  # as a rule a variable of a script that is not set
             raise ConfigError(f"{option} is empty", where=option, do="give a value, or leave the option out")
+    if args.ranks is not None and (not args.dry_run or args.ranks < 1):
+        do = "give both, and a number of processes from 1 on; a run has those that the launcher starts"
+        raise ConfigError(f"--ranks {args.ranks} is for --dry-run", where="--ranks", do=do)
     config = load(args.config, args.cfg_options)
     nodes = launchers.find_launcher(args.launcher).nodes(os.environ, device_count())
-    if nodes and nodes.workers * nodes.nodes > 1:
+    if not args.ranks and nodes and nodes.workers * nodes.nodes > 1:
         return workers.start(nodes, [sys.executable, "-m", "xtuner", "train", *args.words])
     workers.end_with_parent()
     place = launchers.place(args.launcher, os.environ)
@@ -95,6 +101,7 @@ def _train(args: argparse.Namespace) -> int:
         allow_change=args.allow_change,
         seed=args.seed,
         dry_run=args.dry_run,
+        ranks=args.ranks,
         max_minutes=args.max_minutes,
         cache_dir=args.cache_dir,
         deepspeed=args.deepspeed,

@@ -87,16 +87,17 @@ class Mesh:
         return distributed.new_subgroups_by_enumeration(members)[0]
 
 
-def arrange(fsdp: str | None = None) -> Mesh:
+def arrange(fsdp: str | None = None, planned: int | None = None) -> Mesh:
     """The mesh of the processes there are.
 
     Args:
+        planned: of so many, 8 on each machine, in place of those there are: nothing can be sent in it.
         fsdp: "hybrid" to keep a copy of the state on each machine, divided over its ranks; otherwise one copy is
             divided over all ranks.
 
     Raises: ConfigError for a hybrid mesh of machines with unequal numbers of ranks.
     """
-    ranks, size, here = ALL, ALL.size, local_world_size()
+    ranks, size, here = (Ranks(), planned, min(planned, 8)) if planned else (ALL, ALL.size, local_world_size())
     if fsdp != "hybrid":
         return Mesh(dp_shard=size, rank=ranks.rank, local_size=here, ranks=ranks)
     if size % here:

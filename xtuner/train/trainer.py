@@ -41,6 +41,7 @@ class Options:
     allow_change: bool = False  # resume although settings or data that change the result have changed
     seed: int | None = None  # of random weights; None for the config's
     dry_run: bool = False  # report everything, load no weights, train nothing
+    ranks: int | None = None  # of a dry run: plan for so many processes
     max_minutes: float | None = None  # stop in time to have saved by then
     cache_dir: str | None = None  # where data indexes are kept
     deepspeed: str | None = None  # a shipped name or a JSON file
@@ -56,7 +57,7 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
 
     Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
     """
-    mesh = arrange(options.fsdp)
+    mesh = arrange(options.fsdp, options.ranks)
     ranks = mesh.ranks
     log.setup(rank=ranks.rank)
     parts = ranks.together(lambda: preflight.settings(config))
@@ -71,7 +72,8 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
         found = _find(settings, options, contents=False)
         plan = _plan(settings, options, found)
         _print_report(settings, plan)
-        _require_memory(settings, plan)
+        if options.ranks is None:  # else it is another machine's memory
+            _require_memory(settings, plan)
         logger.info("dry run: nothing was trained" + (f"; it would resume from {found.folder}" if found else ""))
         return EXIT_DONE
     with contextlib.ExitStack() as at_the_end:

@@ -181,10 +181,10 @@ def test_a_source_of_a_config_trains_and_resumes(
 
 def test_ranks_must_see_the_same_source(tmp_path: Path) -> None:
     def opened(ranks: Ranks, folder: Path) -> None:
-        same = open_together(lambda: PackedDataset(Given(drawn(40, 9)), 32), ranks)
+        same = open_together(lambda _: PackedDataset(Given(drawn(40, 9)), 32), ranks)
         assert len(set(ranks.gather(same.fingerprint()))) == 1
         with pytest.raises(DataError, match="are not those that rank 0 sees\n  where: Given"):
-            open_together(lambda: PackedDataset(Given(drawn(40, 9, ranks.rank)), 32), ranks)
+            open_together(lambda _: PackedDataset(Given(drawn(40, 9, ranks.rank)), 32), ranks)
 
     assert on_ranks(2, opened, tmp_path) == [0, 0]
 

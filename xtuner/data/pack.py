@@ -9,6 +9,7 @@ does not reach back. Every file starts from the same seed and loses its own tail
 reference loader's (InternLM's XTuner 0.2).
 """
 
+import copy
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -150,13 +151,19 @@ class PackedDataset:
         self.packed_length = packed_length
         self.seed = seed
         self.label_rule = label_rule
-        self.vocab_size: int | None = None  # set by who knows the model: larger ids are refused
+        self.vocab_size: int | None = None
         self._tokens = documents.tokens_per_file
         self._packs = self._tokens // packed_length
         self._first_pack = np.concatenate(([0], np.cumsum(self._packs)))
         self._files: dict[int, FilePacks] = {}
         self._long = LongLines()
         self._order = documents.ordered_by(seed)
+
+    def of_vocabulary(self, size: int) -> "PackedDataset":
+        """The same packs, of which ids from `size` on are rejected."""
+        other = copy.copy(self)
+        other.vocab_size = size
+        return other
 
     def __len__(self) -> int:
         return int(self._first_pack[-1])

@@ -192,8 +192,8 @@ def assemble(
     if source is None:
         source = from_scratch(vocab_size=4, hidden_size=2, intermediate_size=1, num_hidden_layers=1,
                               num_attention_heads=1)  # fmt: skip
-    else:
-        dataset.vocab_size = source.config.vocab_size
+    elif isinstance(dataset, PackedDataset):  # one of a user's own answers for its ids itself
+        dataset = dataset.of_vocabulary(source.config.vocab_size)
     if source.seed is None:
         source = replace(source, seed=seed)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")

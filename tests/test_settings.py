@@ -1,25 +1,32 @@
 """A setting is declared once; everything that knows settings reads the declaration."""
 
 import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 
 from xtuner.compat.translate import load
 from xtuner.config import types
 from xtuner.config.check import check
 from xtuner.config.schema import NEEDED, Rule, Setting
 from xtuner.config.settings import SCHEMA
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
+from xtuner.dist.mesh import Mesh
 from xtuner.engine import OptimWrapper
 from xtuner.model import from_pretrained, from_scratch
 from xtuner.tools.settings_pages import LANGUAGES, page
-from xtuner.train import hooks
+from xtuner.train import hooks, preflight
 from xtuner.train.changes import changes
+from xtuner.train.history import Chosen
+from xtuner.train.plan import make_plan
+from xtuner.train.resume import Found, require_same_run
+from xtuner.train.state import TrainState
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NEW = Setting(
@@ -116,3 +123,22 @@ def test_a_list_of_settings_needs_no_torch() -> None:
     code += "main(['list-cfg', '--settings'])\nassert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
     assert done.stdout.count("\n") > 100
+
+
+def test_a_resume_knows_what_hooks_once_switched_on(tiny: Path, tmp_path: Path) -> None:
+    """Of a checkpoint of before: without these hooks, it had no schedule, and the first epoch's order in all epochs."""
+    config = load(str(tiny))
+    facts = make_plan(preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh())).facts
+    before = json.loads(json.dumps({k: v for k, v in facts.items() if k != "version"}))
+    found = Found(Chosen(tmp_path), TrainState(), before)
+    require_same_run(found, dict(facts), allow_change=False)
+    del before["config"]["default_hooks"]["param_scheduler"]
+    with pytest.raises(ConfigError, match=r"param_scheduler.0.type: None → "):
+        require_same_run(found, dict(facts), allow_change=False)
+    del before["config"]["default_hooks"]["sampler_seed"]
+    before["data"]["reshuffle"] = False
+    with pytest.raises(DataError, match=r"train_dataloader.reshuffle: False → None"):
+        require_same_run(found, dict(facts), allow_change=False)
+    before["version"] = 2  # since then they are settings
+    before["data"]["reshuffle"] = True
+    require_same_run(found, dict(facts), allow_change=False)

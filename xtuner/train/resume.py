@@ -12,7 +12,6 @@ from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.core.log import logger
 from xtuner.core.secrets import mask
 from xtuner.engine.base import Strategy
-from xtuner.engine.state.slices import SavedStates
 from xtuner.model.weights import base_weights
 from xtuner.train import checkpoint, history
 from xtuner.train.changes import Change, changed_files, changes
@@ -61,7 +60,6 @@ def find(
         _check_facts(facts, where)
     except RecursionError:
         raise _too_deep(where) from None
-    ranks.on_main(lambda: SavedStates(chosen.folder) and None)
     return Found(chosen, state, facts)
 
 

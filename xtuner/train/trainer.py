@@ -17,6 +17,7 @@ from xtuner.data.place import Opening
 from xtuner.dist.mesh import arrange
 from xtuner.engine import fit, memory
 from xtuner.engine.choose import strategy
+from xtuner.engine.state.slices import SavedStates
 from xtuner.engine.strategies.out_of_memory import is_out_of_memory
 from xtuner.engine.watch import Watch
 from xtuner.train import history, preflight
@@ -121,7 +122,10 @@ def _plan(settings: Settings, options: Options, found: Found | None) -> Plan:
     ranks.together(lambda: optim.traits(device))
     free = memory.free_of_all(device, settings.mesh)
     how = options.allow_change, options.deepspeed, options.fsdp, free
-    return ranks.together(lambda: make_plan(settings, found, *how))
+    plan = ranks.together(lambda: make_plan(settings, found, *how))
+    if found:
+        ranks.on_main(lambda: SavedStates(found.folder) and None)  # the optimizer's state is there
+    return plan
 
 
 def _require_memory(settings: Settings, plan: Plan) -> None:

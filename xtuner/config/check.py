@@ -41,12 +41,13 @@ def check(config: Config, paths: bool = False) -> None:
 def problems(config: Config, paths: bool = False) -> list[ConfigError]:
     """All mistakes, each with its file and line."""
     length, found = list(_train_cfg(config)), _names(config)
-    one_pack = config.values.get("batch_size", 1) != 1  # said once, by the name that the file uses
     inside = [*_section(config, "", closed=False), *_parts(config), *_dataloader(config), *length]
-    inside += [e for e in _section(config, "train_dataloader") if not (one_pack and e.where.endswith(".batch_size"))]
-    inside += [*_section(config, "randomness"), *_section(config, "optim_wrapper.clip_grad", closed=False)]
+    inside += [*_section(config, "train_dataloader"), *_section(config, "randomness")]
+    inside += [*_section(config, "optim_wrapper.clip_grad", closed=False)]
     inside += [*_not_specs(config), *rules.not_finite(config)]
     inside += [e for spec in specs(config) for e in _spec(config, spec)]
+    if config.values.get("batch_size", 1) != 1:  # said once, by the name that the file uses
+        inside = [e for e in inside if not e.where.endswith(".batch_size")]
     wrong = [e.where for e in inside]
     if length or "train_cfg" not in config.values:
         wrong.append("param_scheduler")  # its begins and ends are made from max_epochs
@@ -102,7 +103,7 @@ def _section(config: Config, parent: str, closed: bool = True) -> Iterator[Confi
         key = f"{parent}.{name}".lstrip(".")
         if name not in settings:
             if closed and name != "type":
-                yield ConfigError(f"{parent} has no setting {name!r}.{did_you_mean(name, [*settings])}", where=key)
+                yield ConfigError(f"{parent} has no setting {name!r}.{did_you_mean(str(name), [*settings])}", where=key)
         elif not settings[name].built and (problem := settings[name].problem(key, value)):
             yield problem
 
@@ -133,9 +134,6 @@ def _dataloader(config: Config) -> Iterator[ConfigError]:
                 why="the loader makes batches of packs itself",
                 do="leave it out; to change batches, give a dataset of your own",
             )
-    size = "train_dataloader.batch_sampler.batch_size"
-    if (one := config.schema.find(size)) and (problem := one.problem(size, config.get(size, 1))):
-        yield problem
 
 
 def _train_cfg(config: Config) -> Iterator[ConfigError]:
@@ -163,9 +161,8 @@ def _not_specs(config: Config) -> Iterator[ConfigError]:
         parts = config.get(name) or []
         if name == "param_scheduler" and isinstance(parts, Mapping):
             parts = [parts]
-        items = (
-            parts.items() if isinstance(parts, Mapping) else enumerate(parts) if isinstance(parts, list | tuple) else ()
-        )
+        parts = dict(enumerate(parts)) if isinstance(parts, list | tuple) else parts
+        items = parts.items() if isinstance(parts, Mapping) else ()
         wanted |= {f"{name}.{key}": spec for key, spec in items}
     for key, spec in wanted.items():
         absent = spec is None and key in built
@@ -210,9 +207,11 @@ def _spec(config: Config, spec: Spec) -> Iterator[ConfigError]:
         if name in hints and not types.fits(value, hints[name]):
             yield ConfigError(f"{name} = {value!r} is not {types.words(hints[name])}", where=key)
         elif setting := config.schema.find(key, type_name(kind)):
-            problem = setting.problem(name, value, typed=bool(setting.of) and name not in hints)
+            problem = setting.problem(
+                key if setting.only else name, value, typed=bool(setting.of) and name not in hints
+            )
         if problem:
-            yield ConfigError(problem.what, where=key, why=problem.why)
+            yield ConfigError(problem.what, where=key, why=problem.why, do=problem.do)
     for problem in facts.refused(spec.arguments) if facts else ():
         yield ConfigError(problem.what, where=f"{spec.key}.{problem.where}", why=problem.why, do=problem.do)
     if spec.key == "model":

@@ -22,7 +22,7 @@ _ONE_RATE = (
 _FRESH = {
     "last_step": Only((-1,), "a resumed run finds its place by itself", "leave it out"),
 }
-_QUIET = {"verbose": "the rate stands in every log line"}
+_QUIET = {"verbose": ("the rate stands in every log line", bool)}
 
 
 @adapter(
@@ -51,10 +51,6 @@ def AmpOptimWrapper(
     clip_grad: Mapping[str, Any] | None = None,
     accumulative_counts: int = 1,
     dtype: str | torch.dtype | None = None,
-    loss_scale: Any = "dynamic",
-    use_fsdp: bool = False,
-    paramwise_cfg: Any = None,
-    constructor: Any = None,
 ) -> OptimWrapper:
     norm = {k: v for k, v in (clip_grad or {}).items() if k not in ("error_if_nonfinite", "norm_type", "type")}
     name = str(dtype).removeprefix("torch.") if dtype is not None else None
@@ -69,8 +65,6 @@ def LinearLR(
     end: float | None = None,
     by_epoch: bool = True,
     convert_to_iter_based: bool = False,
-    last_step: int = -1,
-    verbose: bool = False,
 ) -> schedule.LinearLR:
     return schedule.LinearLR(begin, end, by_epoch, convert_to_iter_based, start_factor, end_factor)
 
@@ -82,8 +76,6 @@ def ConstantLR(
     end: float | None = None,
     by_epoch: bool = True,
     convert_to_iter_based: bool = False,
-    last_step: int = -1,
-    verbose: bool = False,
 ) -> schedule.ConstantLR:
     return schedule.ConstantLR(begin, end, by_epoch, convert_to_iter_based, factor)
 
@@ -96,8 +88,6 @@ def MultiStepLR(
     end: float | None = None,
     by_epoch: bool = True,
     convert_to_iter_based: bool = False,
-    last_step: int = -1,
-    verbose: bool = False,
 ) -> schedule.MultiStepLR:
     return schedule.MultiStepLR(begin, end, by_epoch, convert_to_iter_based, gamma, milestones=milestones)
 
@@ -111,7 +101,5 @@ def CosineAnnealingLR(
     convert_to_iter_based: bool = False,
     T_max: float | None = None,
     eta_min_ratio: float | None = None,
-    last_step: int = -1,
-    verbose: bool = False,
 ) -> schedule.CosineAnnealingLR:
     return schedule.CosineAnnealingLR(begin, end, by_epoch, convert_to_iter_based, eta_min, eta_min_ratio, T_max)

@@ -24,13 +24,13 @@ class AutoModelForCausalLM:
     @staticmethod
     @adapter(
         no_work={
-            "trust_remote_code": "no code of a hub is run",
+            "trust_remote_code": ("no code of a hub is run", bool),
             "torch_dtype": _DTYPE,
             "dtype": _DTYPE,
-            "attn_implementation": "the fastest attention that there is for the device is taken",
-            "low_cpu_mem_usage": "weights are read a tensor at a time",
-            "use_cache": "training keeps no cache",
-            "use_safetensors": "safetensors are taken where there are any",
+            "attn_implementation": ("the fastest attention that there is for the device is taken", str | None),
+            "low_cpu_mem_usage": ("weights are read a tensor at a time", bool | None),
+            "use_cache": ("training keeps no cache", bool | None),
+            "use_safetensors": ("safetensors are taken where there are any", bool | None),
         },
         only={
             "quantization_config": Only((None,), "quantized weights are not trained", "leave it out"),
@@ -38,26 +38,7 @@ class AutoModelForCausalLM:
             **HUB,
         },
     )
-    def from_pretrained(
-        pretrained_model_name_or_path: str,
-        trust_remote_code: bool = False,
-        torch_dtype: Any = None,
-        dtype: Any = None,
-        attn_implementation: str | None = None,
-        low_cpu_mem_usage: bool | None = None,
-        use_cache: bool | None = None,
-        use_safetensors: bool | None = None,
-        quantization_config: Any = None,
-        device_map: Any = None,
-        cache_dir: Any = None,
-        code_revision: Any = None,
-        force_download: Any = False,
-        local_files_only: Any = False,
-        proxies: Any = None,
-        revision: Any = None,
-        subfolder: Any = "",
-        token: Any = None,
-    ) -> ModelSource:
+    def from_pretrained(pretrained_model_name_or_path: str) -> ModelSource:
         return source.from_pretrained(pretrained_model_name_or_path)
 
 
@@ -79,10 +60,6 @@ class AutoModelForCausalLM:
 def SupervisedFinetune(
     llm: Mapping[str, Any],
     use_varlen_attn: bool = True,
-    lora: Any = None,
-    peft_model: Any = None,
-    tokenizer: Any = None,
-    max_position_embeddings: int | None = None,
     use_activation_checkpointing: bool = True,
 ) -> ModelSource:
     """The model that `llm` describes; activation checkpointing is on unless it is switched off."""

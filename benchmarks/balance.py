@@ -3,8 +3,8 @@
 A pack's time is  fixed + a + b · Σ len²  over its documents: matrix products and the like depend on tokens alone, which
 are equally many in all packs; attention on documents' lengths. All ranks of an iteration wait for the slowest.
 
-Packs are dealt as training deals them (xtuner/data/deal.py): in windows of iterations (`train_dataloader.balance`), or
-within each iteration, which has an effect only with several packs a rank.
+Packs are dealt as training deals them (xtuner/data/loading/balance.py): in windows of iterations
+(`train_dataloader.balance`), or within each iteration, which has an effect only with several packs a rank.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xtuner.data import deal
-from xtuner.data.stats import pack_costs
+from xtuner.data.inspect.statistics import pack_costs
+from xtuner.data.loading import balance
 
 Floats = npt.NDArray[np.float64]
 Time = Callable[[Floats], Floats]  # of packs of these costs, in any unit
@@ -58,7 +58,7 @@ def waiting(costs: Floats, ranks: int, window: int = 1, each: int = 1, time: Tim
     together = ranks * each * max(window, 1)
     if len(costs) < together:
         raise ValueError(f"{len(costs)} packs are no {window} iterations of {ranks} ranks")
-    return deal.waiting(costs[: len(costs) // together * together], time, ranks, each, window)
+    return balance.waiting(costs[: len(costs) // together * together], time, ranks, each, window)
 
 
 def table(models: dict[str, Any], packs: int = 2**15) -> str:

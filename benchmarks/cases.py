@@ -8,8 +8,8 @@ import numpy as np
 from synthetic import documents
 
 from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
-from xtuner.data.pack import PackedDataset
-from xtuner.data.write import write_bin
+from xtuner.data.format.writer import write_bin
+from xtuner.data.packing.pack import PackedDataset
 from xtuner.model import from_scratch
 from xtuner.model.decoder import DecoderConfig
 

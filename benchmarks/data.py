@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from xtuner.core.heap import keep_freed
+from xtuner.core.system.malloc import keep_freed
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
-from xtuner.data.batch import Batch
-from xtuner.data.cache import make
-from xtuner.data.loader import PackLoader
-from xtuner.data.order import Position
-from xtuner.data.pack import FilePacks, PackedDataset, RawPack
-from xtuner.data.spans import SpanReader
-from xtuner.data.walk import CACHE
+from xtuner.data.format.file_order import CACHE
+from xtuner.data.format.text_reader import SpanReader
+from xtuner.data.inspect.build_caches import make
+from xtuner.data.loading.batch import Batch
+from xtuner.data.loading.loader import PackLoader
+from xtuner.data.loading.sampler import Position
+from xtuner.data.packing.pack import FilePacks, PackedDataset, RawPack
 
 FILES, DOCUMENTS, TOKENS = 20, 200_000, 200_000_000
 LENGTH = 32768  # tokens of a pack
@@ -266,7 +266,7 @@ PROBE = """
 import resource, sys, time
 import torch
 from xtuner.data import load_intern_repo_tokenized_dataset
-from xtuner.data.pack import PackedDataset
+from xtuner.data.packing.pack import PackedDataset
 def private():
     lines = open('/proc/self/smaps_rollup').read().splitlines()[1:]
     return sum(int(v.split()[0]) for k, v in (x.split(':') for x in lines) if k == 'Private_Dirty') / 1024

@@ -46,7 +46,7 @@ def config_of(case: Case, data: Path, tokenizer: str | None, profile: int, count
         text += "\nfrom in_use import InUseHook\n"
         text += f'custom_hooks.append(dict(type=InUseHook, folder="{counted}"))\n'
     if profile:
-        text += "\nfrom xtuner.train.profile import ProfileHook\n"
+        text += "\nfrom xtuner.train.reporting.profile import ProfileHook\n"
         text += f"custom_hooks.append(dict(type=ProfileHook, begin={profile}, iterations=2))\n"
     return text
 

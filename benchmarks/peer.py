@@ -30,12 +30,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from xtuner.data.batch import Batch
+from xtuner.data.loading.batch import Batch
 from xtuner.families import LLAMA
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.weights import split
-from xtuner.train.profile import KernelTimer, by_part
+from xtuner.train.reporting.profile import KernelTimer, by_part
 
 Weights = dict[str, torch.Tensor]
 LR = 4e-5

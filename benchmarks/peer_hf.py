@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from xtuner.data.batch import Batch
+from xtuner.data.loading.batch import Batch
 from xtuner.families import LLAMA
 
 

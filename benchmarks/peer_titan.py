@@ -61,7 +61,7 @@ from torchtitan.models.llama3.infra.parallelize import apply_fsdp, parallelize_l
 from torchtitan.models.llama3.model.args import RoPEScalingArgs  # noqa: E402
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter  # noqa: E402
 
-from xtuner.data.batch import Batch  # noqa: E402
+from xtuner.data.loading.batch import Batch  # noqa: E402
 from xtuner.model.decoder import DecoderConfig  # noqa: E402
 
 MODES = {"none": "none", "selective": "selective", "full": "full", "budget": "memory_budget"}

@@ -26,10 +26,10 @@ from cases import PACK, SHAPES, in_order
 from in_use import in_use
 from peer import LR, Loop, Settings, build
 
-from xtuner.data.batch import Batch
+from xtuner.data.loading.batch import Batch
 from xtuner.engine import CosineAnnealingLR, LinearLR
-from xtuner.engine.schedule import Schedule
 from xtuner.model.flops import peak_flops, training_flops
+from xtuner.optim.schedule import Schedule
 
 Record = dict[str, Any]
 PACKAGES = {"hf": "transformers", "hf-liger": "liger_kernel", "torchtitan": "torchtitan"}

@@ -6,10 +6,10 @@
 Each rank takes one pack an iteration (accumulative_counts = 1, where collectives weigh most). What is sent was read in
 DeepSpeed 0.19.8, with the settings that are shipped:
 
-- ZeRO as `engine/zero_memory.py` chooses. Whole sums of gradients: sent once to their owners, in fp32, or in bf16 as
-  they are; then all weights are gathered in bf16; neither is hidden. DeepSpeed's own way, with each micro-batch: under
-  stage 2 gradients are cast to fp32 and *all-reduced* in buckets, hidden under the backward (overlap_comm) but for the
-  last bucket and the embedding. Under stage 3 weights are gathered in bf16 before forward and backward, what is used
+- ZeRO as `engine/zero/zero_memory.py` chooses. Whole sums of gradients: sent once to their owners, in fp32, or in bf16
+  as they are; then all weights are gathered in bf16; neither is hidden. DeepSpeed's own way, with each micro-batch:
+  under stage 2 gradients are cast to fp32 and *all-reduced* in buckets, hidden under the backward but for the last
+  bucket and the embedding. Under stage 3 weights are gathered in bf16 before forward and backward, what is used
   again within 10⁹ parameters (head, last blocks) stays; gradients are reduce-scattered in fp32, hidden but for the last
   bucket and the embedding.
 - FSDP, our own strategy: what `engine/memory.py` chooses to keep full. Full weights are gathered once an iteration,
@@ -28,10 +28,11 @@ from cases import PACK
 from one_gpu import GIB, MACHINES, MODELS, Machine, Measured
 
 from xtuner.dist.mesh import Mesh
-from xtuner.engine import memory, zero_config, zero_memory
-from xtuner.engine.optim import OptimWrapper
+from xtuner.engine import memory
+from xtuner.engine.zero import deepspeed_config, zero_memory
+from xtuner.model.activation_memory import Plan
 from xtuner.model.flops import PEAK, matmul_parameters, training_flops
-from xtuner.model.plan import Plan
+from xtuner.optim.optim_wrapper import OptimWrapper
 
 ENGINES = ("fsdp", "zero1", "zero2", "zero3")
 BUCKET = 200e6  # numbers: reduce_bucket_size of the shipped settings
@@ -149,7 +150,7 @@ def room(m: Measured, engine: str, ranks: int, free: float) -> Room | None:
     if engine == "fsdp":
         found = memory.of_mesh(m.source, optim, torch.device("cuda"), mesh, PACK, int(free))
     else:  # on a CPU PyTorch's AdamW has the same states, and needs no GPU to be asked
-        settings = zero_config.read(f"deepspeed_{engine}")
+        settings = deepspeed_config.read(f"deepspeed_{engine}")
         found = zero_memory.of_zero(m.source, optim, torch.device("cpu"), mesh, settings, PACK, int(free))
         way = found.way
     assert found.most

@@ -36,10 +36,10 @@ from checkpoint import SAVE_AT, SIZE, save_and_resume, shown
 from in_use import most as most_in_use
 from ours import config_of, figures, follow, words_of
 
-from xtuner.data import deal
-from xtuner.data.stats import pack_costs
-from xtuner.engine.adamw import FORMS
+from xtuner.data.inspect.statistics import pack_costs
+from xtuner.data.loading import balance
 from xtuner.engine.memory import RESERVE
+from xtuner.optim.adamw import FORMS
 
 ITERATIONS, WARM, COMPARED = 12, 4, 4  # of a speed run, of these not counted, of a reference
 MANY = 200  # iterations of a mixed run
@@ -324,7 +324,7 @@ def _dealt(job: Job, folder: Path) -> float | None:
     model = one_gpu.MODELS[job.shape]
     costs = squares(data(folder, False), False)[job.warm * job.packs : job.iterations * job.packs]
     undealt, dealt = (
-        deal.waiting(costs, lambda c: model.fixed + model.a + model.b * c, job.gpus, job.packs // job.gpus, window)
+        balance.waiting(costs, lambda c: model.fixed + model.a + model.b * c, job.gpus, job.packs // job.gpus, window)
         for window in (0, DEALT[job.variant])
     )
     return (1 - dealt) / (1 - undealt) - 1

@@ -23,9 +23,9 @@ from cases import CASES
 from ours import config_of, watched
 
 from xtuner.core.log import progress
+from xtuner.data.format.writer import write_bin
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.data.write import write_bin
-from xtuner.engine.adamw import FORMS
+from xtuner.optim.adamw import FORMS
 
 WAYS = {form: [f"states={form}"] for form in FORMS} | {"fp8": ["states=fp32", "model.products=fp8"]}
 DEMO = "internlm2_tiny_w_tokenized_dataset_copy.py"

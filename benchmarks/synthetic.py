@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xtuner.data.write import write_bin
+from xtuner.data.format.writer import write_bin
 
 
 def documents(tokens: int, vocabulary: int, median: int, longest: int, seed: int) -> list[list[int]]:

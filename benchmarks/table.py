@@ -10,7 +10,7 @@ from cases import CASES, PACK, SHAPES
 
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import peak_of, whole_pack_flops
-from xtuner.train.profile import PARTS
+from xtuner.train.reporting.profile import PARTS
 
 Row = dict[str, Any]
 LEGEND = (

@@ -88,7 +88,7 @@ def prepare() -> None:
     import sentencepiece
 
     from xtuner.core.log import progress
-    from xtuner.data.write import write_bin
+    from xtuner.data.format.writer import write_bin
 
     files = corpus()
     texts = [text for file in files for text in file]

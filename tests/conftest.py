@@ -25,7 +25,7 @@ def reference(*parts: str) -> Path:
 
 def write_corpus(folder: Path, documents: int, seed: int = 0, types: tuple[str, ...] = ("en", "code")) -> Path:
     """Random documents of 3 to 40 tokens in two files a type; some runs of tokens are not learned."""
-    from xtuner.data.write import write_bin
+    from xtuner.data.format.writer import write_bin
 
     draw = np.random.RandomState(seed)
     for kind in types:

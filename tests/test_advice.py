@@ -17,12 +17,12 @@ from test_train import records, with_hook
 
 from xtuner.config.load import load
 from xtuner.dist.mesh import Mesh
-from xtuner.engine import zero_memory
-from xtuner.engine.adamw import FORMS
-from xtuner.model.plan import Plan
+from xtuner.engine.zero import zero_memory
+from xtuner.model.activation_memory import Plan
+from xtuner.optim.adamw import FORMS
 from xtuner.train import preflight
-from xtuner.train.advice import _line, out_of_memory
 from xtuner.train.plan import make_plan
+from xtuner.train.reporting.failure_advice import _line, out_of_memory
 
 # After an iteration the process may take 1 MiB more; the next one needs more than that.
 LIMIT = """exec('import resource; n = next(x for x in open("/proc/self/status") if x.startswith("VmData")); \

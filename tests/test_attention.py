@@ -10,7 +10,7 @@ import torch
 
 from xtuner.core.errors import ConfigError
 from xtuner.model import attention, from_scratch
-from xtuner.model.ops.varlen import BLOCK, document_mask
+from xtuner.model.ops.attention_backends import BLOCK, document_mask
 
 SHAPE = dict(
     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,

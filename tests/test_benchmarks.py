@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from xtuner.data.batch import Batch
+from xtuner.data.loading.batch import Batch
 from xtuner.families import LLAMA
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.flops import training_flops, whole_pack_flops
 from xtuner.model.weights import split
-from xtuner.train.profile import by_part
+from xtuner.train.reporting.profile import by_part
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SHAPE = DecoderConfig(300, 128, 512, 2, 2, 1, 64)

@@ -17,14 +17,17 @@ import pytest
 from conftest import VOCABULARY, write_corpus
 
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
-from xtuner.data import load_intern_repo_tokenized_dataset, place, scan, tables
-from xtuner.data.batch import Batch
-from xtuner.data.check import check
-from xtuner.data.pack import PackedDataset
-from xtuner.data.scan import Scanner, parts_of
-from xtuner.data.tokens import TokenCache
-from xtuner.data.walk import CACHE
-from xtuner.data.write import write_bin
+from xtuner.data import load_intern_repo_tokenized_dataset
+from xtuner.data.format import cache_dirs
+from xtuner.data.format.file_order import CACHE
+from xtuner.data.format.token_cache import TokenCache
+from xtuner.data.format.writer import write_bin
+from xtuner.data.inspect import scan
+from xtuner.data.inspect.check_files import check
+from xtuner.data.inspect.scan import Scanner, parts_of
+from xtuner.data.loading.batch import Batch
+from xtuner.data.packing import document_order
+from xtuner.data.packing.pack import PackedDataset
 
 Command = Callable[..., int]
 
@@ -32,7 +35,7 @@ Command = Callable[..., int]
 @pytest.fixture(autouse=True)
 def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(place, "_told", set())
+    monkeypatch.setattr(cache_dirs, "_told", set())
 
 
 @pytest.fixture
@@ -213,7 +216,7 @@ def test_statistics_are_those_of_the_packs(
     if cached:
         assert xtuner("data", "cache", data, "--min-length", min_length) == 0
         capsys.readouterr()
-    monkeypatch.setattr("xtuner.data.stats.BLOCK", 100)  # several blocks of packs and of rows
+    monkeypatch.setattr("xtuner.data.inspect.statistics.BLOCK", 100)  # several blocks of packs and of rows
     words = (
         "data",
         "stats",
@@ -330,7 +333,7 @@ def limited(words: list[str]) -> None:
 
 def test_a_disk_that_is_full_while_caching(data: Path) -> None:
     """Exit code 74, nothing half-written; what fits is there, and a run goes on without the rest."""
-    assert tables.SMALL > 120
+    assert document_order.SMALL > 120
     child = multiprocessing.get_context("fork").Process(
         target=limited, args=(["data", "cache", str(data), "--workers", "1"],)
     )

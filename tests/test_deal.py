@@ -16,16 +16,18 @@ from test_train import with_hook
 
 from xtuner.config.load import load
 from xtuner.core.errors import ConfigError
-from xtuner.data import InternRepoSampler, deal, load_intern_repo_tokenized_dataset, tables
-from xtuner.data.batch import Batch
-from xtuner.data.loader import PackLoader
-from xtuner.data.order import Position
-from xtuner.data.pack import PackedDataset
-from xtuner.data.stats import pack_costs
+from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
+from xtuner.data.inspect.statistics import pack_costs
+from xtuner.data.loading import balance as deal
+from xtuner.data.loading.batch import Batch
+from xtuner.data.loading.loader import PackLoader
+from xtuner.data.loading.sampler import Position
+from xtuner.data.packing import document_order
+from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.train import preflight
 from xtuner.train.plan import make_plan
-from xtuner.train.report import report
+from xtuner.train.reporting.start_report import report
 
 CASES = sorted(p.parent for p in reference("packing").glob("*/expected.json"))
 
@@ -33,7 +35,7 @@ CASES = sorted(p.parent for p in reference("packing").glob("*/expected.json"))
 @pytest.mark.parametrize("indexed", [False, True])
 def test_costs_are_those_of_the_batches(indexed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Looked up in any order, from memory and from a mapped index; of all reference folders that can be read."""
-    monkeypatch.setattr(tables, "SMALL", 0 if indexed else tables.SMALL)
+    monkeypatch.setattr(document_order, "SMALL", 0 if indexed else document_order.SMALL)
     monkeypatch.setattr(deal, "BLOCK", 100)
     seen = 0
     for case in CASES:
@@ -222,7 +224,7 @@ def test_a_dataset_without_costs_is_not_dealt() -> None:
 def test_the_report_says_what_is_dealt(
     options: list[str], ranks: int, words: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xtuner.train.report.WORTH", 0)  # attention is little of what a tiny model does
+    monkeypatch.setattr("xtuner.train.reporting.start_report.WORTH", 0)  # attention is little of what a tiny model does
     config = load(str(tiny), options)
     settings = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh(dp_shard=ranks))
     plan = make_plan(settings)

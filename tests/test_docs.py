@@ -40,9 +40,10 @@ def test_memory_by_arithmetic_is_the_programs() -> None:
     import torch
 
     from xtuner.dist.mesh import Mesh
-    from xtuner.engine import memory, zero_config, zero_memory
-    from xtuner.engine.optim import OptimWrapper
+    from xtuner.engine import memory
+    from xtuner.engine.zero import deepspeed_config, zero_memory
     from xtuner.model import from_scratch
+    from xtuner.optim.optim_wrapper import OptimWrapper
 
     optim, cpu = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), torch.device("cpu")
     eight = Mesh(dp_shard=8, local_size=8)
@@ -53,7 +54,7 @@ def test_memory_by_arithmetic_is_the_programs() -> None:
             num_key_value_heads=8, intermediate_size=ffn, activation_checkpointing=True,
         )  # fmt: skip
         stages = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-        settings = {s: zero_config.read(f"deepspeed_{s}") for s in stages}
+        settings = {s: deepspeed_config.read(f"deepspeed_{s}") for s in stages}
         state = {}
         for stage, zero in settings.items():
             free = None if "offload" in stage else 79 * 2**30

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_cli import shell
 
-from xtuner.core import disk, machine
+from xtuner.core.system import disk, sysinfo
 
 
 def test_this_machine(tmp_path: Path) -> None:
@@ -54,10 +54,10 @@ def test_wrong_machines(tmp_path: Path) -> None:
 
 
 def test_versions() -> None:
-    assert machine.release("2.13.0+cpu") > machine.release("2.9") == machine.release("2.9rc1")
-    assert machine.requirements()["torch"] == "2.11"
-    assert "pytest" not in machine.requirements()
-    assert machine.installed("no-such-package") is None
+    assert sysinfo.release("2.13.0+cpu") > sysinfo.release("2.9") == sysinfo.release("2.9rc1")
+    assert sysinfo.requirements()["torch"] == "2.11"
+    assert "pytest" not in sysinfo.requirements()
+    assert sysinfo.installed("no-such-package") is None
 
 
 def test_the_disk(tmp_path: Path) -> None:
@@ -77,38 +77,38 @@ def test_git_state(tmp_path: Path, monkeypatch: Any) -> None:
         done = subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
-    assert machine.git_state(tmp_path) is None
+    assert sysinfo.git_state(tmp_path) is None
     git("init")
     (tmp_path / "a").write_text("1")
     git("add", "a")
-    assert machine.git_state(tmp_path) is None  # no commit yet
+    assert sysinfo.git_state(tmp_path) is None  # no commit yet
     git("commit", "-m", "x")
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "log").write_text("what a run writes is no change of the code")
     commit = git("rev-parse", "HEAD")
-    assert machine.git_state(tmp_path / "inner") == {"commit": commit, "dirty": False}
+    assert sysinfo.git_state(tmp_path / "inner") == {"commit": commit, "dirty": False}
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     (tmp_path / "a").write_text("2")
-    assert machine.git_state(tmp_path) == {"commit": commit, "dirty": True}
+    assert sysinfo.git_state(tmp_path) == {"commit": commit, "dirty": True}
     slow = tmp_path / "bin" / "git"
     slow.parent.mkdir()
     slow.write_text("#!/bin/sh\nexec tail -f /dev/null\n")
     slow.chmod(0o755)
-    monkeypatch.setattr(machine, "GIT_SECONDS", 0.1)
+    monkeypatch.setattr(sysinfo, "GIT_SECONDS", 0.1)
     monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
-    assert machine.git_state(tmp_path) is None
+    assert sysinfo.git_state(tmp_path) is None
     monkeypatch.setenv("PATH", "/nowhere")
-    assert machine.git_state(tmp_path) is None
+    assert sysinfo.git_state(tmp_path) is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu() -> None:
-    facts = machine.facts()
+    facts = sysinfo.facts()
     assert facts["driver"]
     assert facts["nccl"]
     assert facts["gpu_count"] == torch.cuda.device_count()
-    assert machine.driver_cuda() is not None
+    assert sysinfo.driver_cuda() is not None
     report = json.loads(shell("doctor", "--json").stdout)
     tests = {row["name"]: row["state"] for row in report["checks"] if row["name"] in ("gpu 0", "test cuda:0")}
     assert tests == {"gpu 0": "ok", "test cuda:0": "ok"}

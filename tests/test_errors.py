@@ -13,11 +13,12 @@ import pytest
 from conftest import write_corpus
 
 from xtuner.core.errors import BusyError, ConfigError, DataError, XTunerError
-from xtuner.data import load_intern_repo_tokenized_dataset, meta
-from xtuner.data.format import BinFile
-from xtuner.data.pack import PackedDataset
-from xtuner.data.write import write_bin
-from xtuner.train.lock import DEAD_AFTER, WorkDirLock, _myself
+from xtuner.data import load_intern_repo_tokenized_dataset
+from xtuner.data.format import meta
+from xtuner.data.format.bin_file import BinFile
+from xtuner.data.format.writer import write_bin
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.train.checkpoints.work_dir_lock import DEAD_AFTER, WorkDirLock, _myself
 
 Command = Callable[..., int]
 LINES = [b'{"tokens": [1, 2, 3]}\n', b'{"tokens": [4, 5]}\n', b'{"tokens": [6]}\n']

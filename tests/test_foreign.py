@@ -26,23 +26,24 @@ from safetensors.torch import save_file
 from test_weights_convert import internlm2, write_internevo, write_zero
 
 from xtuner.config.load import find, parse_option
-from xtuner.core import hub, machine
+from xtuner.core import hub
 from xtuner.core.errors import CheckpointError, ConfigError, DataError, XTunerError
 from xtuner.core.files import read_json, verify, write_manifest
-from xtuner.core.inputs import open_regular, short_repr
+from xtuner.core.foreign_inputs import open_regular, short_repr
 from xtuner.core.pickles import load_tensors
-from xtuner.data import load_intern_repo_tokenized_dataset, pool
-from xtuner.data.check import check
+from xtuner.core.system import sysinfo
+from xtuner.data import load_intern_repo_tokenized_dataset, process_pool
+from xtuner.data.format.file_order import read_order, walk
+from xtuner.data.format.writer import write_bin
+from xtuner.data.inspect.check_files import check
 from xtuner.data.tokenize.run import tokenize
 from xtuner.data.tokenize.settings import Settings
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.data.walk import read_order, walk
-from xtuner.data.write import write_bin
 from xtuner.export.consolidate import consolidate
 from xtuner.model import from_pretrained, from_scratch
 from xtuner.model.weights import WeightFolder
-from xtuner.train.checkpoint import read_trainer
-from xtuner.train.lock import WorkDirLock
+from xtuner.train.checkpoints.checkpoint import read_trainer
+from xtuner.train.checkpoints.work_dir_lock import WorkDirLock
 
 Command = Callable[..., int]
 
@@ -531,11 +532,11 @@ def test_records_of_what_was_tokenized(tokenizer_folder: Path, tmp_path: Path) -
 
 def test_caches_with_crafted_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made again; nothing is read by what they say."""
-    from xtuner.data import tables
-    from xtuner.data.cache import make
-    from xtuner.data.pack import PackedDataset
+    from xtuner.data.inspect.build_caches import make
+    from xtuner.data.packing import document_order
+    from xtuner.data.packing.pack import PackedDataset
 
-    monkeypatch.setattr(tables, "SMALL", 0)
+    monkeypatch.setattr(document_order, "SMALL", 0)
     folder = write_corpus(tmp_path / "data", 10, types=("en",))
     dataset = PackedDataset(load_intern_repo_tokenized_dataset(folder), 16)
     expected = [dataset[i]["input_ids"].tolist() for i in range(len(dataset))]
@@ -587,7 +588,7 @@ def test_a_long_value_is_not_repeated_in_messages(tmp_path: Path, xtuner: Comman
 
 def test_a_quota_of_cpus_bounds_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `xtuner doctor` counts them: a container of one CPU on a host of 64 gets one worker."""
-    monkeypatch.setattr(machine.Path, "read_text", lambda self: "100000 100000\n")
-    assert pool.usable_workers(None) == machine.usable_cpus() == 1
-    assert pool.usable_workers(5) == 5
-    assert pickle.loads(pickle.dumps(pool.usable_workers))(2) == 2
+    monkeypatch.setattr(sysinfo.Path, "read_text", lambda self: "100000 100000\n")
+    assert process_pool.usable_workers(None) == sysinfo.usable_cpus() == 1
+    assert process_pool.usable_workers(5) == 5
+    assert pickle.loads(pickle.dumps(process_pool.usable_workers))(2) == 2

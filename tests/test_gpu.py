@@ -18,16 +18,16 @@ from test_train import with_hook
 from xtuner.cli.main import main
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import logger
-from xtuner.data.batch import Batch
-from xtuner.engine import adamw
-from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.parameter_groups import ParameterGroup
+from xtuner.data.loading.batch import Batch
 from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.model import attention, from_scratch, load_pretrained
+from xtuner.model.activation_memory import Plan
 from xtuner.model.ops import elementwise
-from xtuner.model.ops.sums import GradientSum
-from xtuner.model.ops.varlen import Attend
-from xtuner.model.plan import Plan
+from xtuner.model.ops.attention_backends import Attend
+from xtuner.model.ops.gradient_sums import GradientSum
+from xtuner.optim import adamw
+from xtuner.optim.optim_wrapper import OptimWrapper
+from xtuner.optim.parameter_groups import ParameterGroup
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first use; for deterministic runs
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -63,11 +63,11 @@ def test_attention_against_fp64(name: str, heads: int, kv_heads: int, dim: int, 
 
 def compiled() -> int:
     """Kernels and graphs that this process has made so far."""
-    from xtuner.engine import adamw_kernels
-    from xtuner.model.ops import kernels
+    from xtuner.model.ops import elementwise_kernels
+    from xtuner.optim import adamw_kernels
 
     count = sum(torch._dynamo.utils.counters["stats"].values())
-    for module in (kernels, adamw_kernels):
+    for module in (elementwise_kernels, adamw_kernels):
         for function in vars(module).values():
             count += sum(len(caches[0]) for caches in getattr(function, "device_caches", {}).values())
     if flash := sys.modules.get("flash_attn.cute.interface"):

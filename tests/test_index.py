@@ -15,14 +15,18 @@ import pytest
 from conftest import write_corpus
 from test_ranks import on_ranks
 
-from xtuner.core.dist import Ranks
 from xtuner.core.errors import DataError
-from xtuner.data import InternRepoSampler, catalog, index, load_intern_repo_tokenized_dataset, order, place, tables
-from xtuner.data.format import BinFile
-from xtuner.data.pack import PackedDataset
-from xtuner.data.share import open_together
-from xtuner.data.walk import CACHE, walk
-from xtuner.data.write import write_bin
+from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
+from xtuner.data.format import cache_dirs, file_catalog
+from xtuner.data.format import folder as index
+from xtuner.data.format.bin_file import BinFile
+from xtuner.data.format.file_order import CACHE, walk
+from xtuner.data.format.writer import write_bin
+from xtuner.data.loading import sampler as order
+from xtuner.data.loading.open_on_ranks import open_together
+from xtuner.data.packing import document_order
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.dist.collectives import Ranks
 
 FILES = ["code/a.bin", "code/b.bin", "en/a.bin", "en/b.bin"]
 
@@ -30,9 +34,9 @@ FILES = ["code/a.bin", "code/b.bin", "en/a.bin", "en/b.bin"]
 @pytest.fixture(autouse=True)
 def always_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Little data get an index, too; the user's cache folder is the test's."""
-    monkeypatch.setattr(tables, "SMALL", 0)
+    monkeypatch.setattr(document_order, "SMALL", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(place, "_told", set())
+    monkeypatch.setattr(cache_dirs, "_told", set())
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_the_index_holds_what_is_made_without(data: Path, min_length: int, seed:
     expected = in_memory(data, min_length=min_length, seed=seed)
     assert index_of(data)
     monkeypatch.setattr(BinFile, "examined", None)  # a warm start reads no meta
-    monkeypatch.setattr(tables, "order_of", None)
+    monkeypatch.setattr(document_order, "order_of", None)
     warm = opened(data, min_length, seed)
     assert warm._order is not None
     assert contents(warm) == expected
@@ -75,7 +79,7 @@ def test_the_index_holds_what_is_made_without(data: Path, min_length: int, seed:
 
 
 def test_little_data_leave_nothing_behind(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "SMALL", 1000)
+    monkeypatch.setattr(document_order, "SMALL", 1000)
     assert opened(data)._order is None
     assert not (data / CACHE).exists()
 
@@ -84,7 +88,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "cut": ("torn", lambda p: os.truncate(p, p.stat().st_size - 1)),
     "empty": ("torn", lambda p: os.truncate(p, 0)),
     "head": ("torn", lambda p: overwrite(p, 3, b"?")),
-    "names": ("torn", lambda p: overwrite(p, catalog.HEADER + 40, b"?")),
+    "names": ("torn", lambda p: overwrite(p, file_catalog.HEADER + 40, b"?")),
     "version": ("of version 0, not 1", lambda p: swap(p, b'"version": 1', b'"version": 0')),
     "table": ("damaged", lambda p: overwrite(p, p.stat().st_size - 30, b"?")),
 }
@@ -116,7 +120,7 @@ def test_damaged_caches_are_made_again(damage: str, which: str, data: Path, capl
     assert words in caplog.text
     assert caplog.text.count(str(file)) == 1
     caplog.clear()
-    place._told.clear()
+    cache_dirs._told.clear()
     assert contents(opened(data)) == expected  # and it is whole now
     assert contents(opened(data)) == expected
     assert "torn" not in caplog.text
@@ -126,8 +130,8 @@ def test_changed_files_are_seen(data: Path, caplog: Any, monkeypatch: pytest.Mon
     """Only they are examined and ordered anew; an added file takes its place, a lost one is gone."""
     caplog.set_level("INFO", "xtuner")
     opened(data)
-    ordered, true = [], tables.order_of
-    monkeypatch.setattr(tables, "order_of", lambda f, s: ordered.append(f.name) or true(f, s))  # type: ignore[func-returns-value]
+    ordered, true = [], document_order.order_of
+    monkeypatch.setattr(document_order, "order_of", lambda f, s: ordered.append(f.name) or true(f, s))  # type: ignore[func-returns-value]
     write_bin(data / "en" / "a.bin", [[1, 2, 3] * 30])
     changed = opened(data)
     assert ordered == ["en/a.bin"]
@@ -154,7 +158,7 @@ def test_a_moved_folder_with_its_cache(data: Path, tmp_path: Path, monkeypatch: 
     expected = contents(opened(data))
     os.rename(data, tmp_path / "moved")
     monkeypatch.setattr(BinFile, "examined", None)
-    monkeypatch.setattr(tables, "order_of", None)
+    monkeypatch.setattr(document_order, "order_of", None)
     assert contents(opened(tmp_path / "moved")) == expected
 
 
@@ -177,8 +181,8 @@ def test_where_caches_are_kept(data: Path, tmp_path: Path, caplog: Any, monkeypa
     for how in ("argument", "variable", "option"):
         folder = tmp_path / how
         if how == "variable":
-            monkeypatch.setenv(place.VARIABLE, str(folder))
-        opening = place.Opening(str(folder) if how == "option" else None)
+            monkeypatch.setenv(cache_dirs.VARIABLE, str(folder))
+        opening = cache_dirs.Opening(str(folder) if how == "option" else None)
         found = opened(data, cache_dir=folder if how == "argument" else None, opening=opening)
         assert found._order is not None
         assert folder in found._order.path.parents
@@ -209,7 +213,7 @@ def test_builders_at_once(data: Path) -> None:
     for locks in (True, False):
         shutil.rmtree(data / CACHE)
         if not locks:
-            place.fcntl.flock = no_locks
+            cache_dirs.fcntl.flock = no_locks
         try:
             fork = multiprocessing.get_context("fork")
             children = [fork.Process(target=builder, args=(data, expected)) for _ in range(6)]
@@ -218,12 +222,12 @@ def test_builders_at_once(data: Path) -> None:
             for child in children:
                 child.join()
         finally:
-            place.fcntl.flock = FLOCK
+            cache_dirs.fcntl.flock = FLOCK
         assert [child.exitcode for child in children] == [0] * 6
         assert sorted(p.name for p in (data / CACHE).iterdir()) == ["files-0.cat", "lock", index_of(data).name]
 
 
-FLOCK = place.fcntl.flock
+FLOCK = cache_dirs.fcntl.flock
 
 
 def no_locks(*_: Any) -> None:
@@ -243,7 +247,7 @@ def test_the_order_of_packs_is_shared(data: Path, monkeypatch: pytest.MonkeyPatc
         (file,) = (data / CACHE).glob(f"packs-{1024 + epoch}-*.order")
         for harm in (lambda f: os.truncate(f, 4097), lambda f: overwrite(f, 4100, b"?"), lambda f: f.write_bytes(b"")):
             harm(file)
-            place._told.clear()
+            cache_dirs._told.clear()
             assert np.array_equal(order.permutation(1024 + epoch, len(dataset), dataset.documents.place), expected)
             assert f"{file} is torn" in caplog.text
             assert file.stat().st_size == order.HEADER + 4 * len(dataset)
@@ -259,7 +263,7 @@ def ranks_open(ranks: Ranks, folder: Path) -> None:
     index.walk = lambda *a: walks.append(a) or true(*a)  # type: ignore[func-returns-value,assignment]
 
     def build(name: str) -> Any:
-        return lambda known: opened(Path(name), opening=place.Opening(known=known))
+        return lambda known: opened(Path(name), opening=cache_dirs.Opening(known=known))
 
     data = open_together(build("shared"), ranks)
     assert data._order is not None
@@ -273,7 +277,7 @@ def ranks_open(ranks: Ranks, folder: Path) -> None:
         with pytest.raises(DataError, match=words) as error:
             open_together(build(name), ranks)
         assert error.value.quiet == (ranks.rank != 2)
-    tables.SMALL = 10**6  # without an index
+    document_order.SMALL = 10**6  # without an index
     shutil.rmtree(folder / "here" / "lost" / CACHE, ignore_errors=True)
     ranks.gather(None)
     with pytest.raises(DataError, match=r"en/b\.bin cannot be seen on there"):

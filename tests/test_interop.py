@@ -16,8 +16,8 @@ import torch
 from conftest import VOCABULARY, train_tokenizer
 
 from xtuner.data.chat_template import PROMPT_TEMPLATE
+from xtuner.data.format.writer import write_bin
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.data.write import write_bin
 from xtuner.tools.evaluators.environment import MARK, Environment
 from xtuner.tools.evaluators.process import ToolError, environ
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from xtuner.core import kinds
-from xtuner.core.dist import attempt
+from xtuner.core import path_kinds
 from xtuner.core.errors import XTunerError
+from xtuner.dist.collectives import attempt
 
 Command = Callable[..., int]
 
@@ -34,38 +34,38 @@ def given(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     (folder / "x.pth").write_bytes(b"")
     (folder / "half" / "weights").mkdir(parents=True)
     found = {
-        kinds.CHECKPOINT: ours,
-        kinds.HF: folder / "hf",
-        kinds.TURBOMIND: folder / "tm",
-        kinds.SAFETENSORS: folder / "one.safetensors",
-        kinds.ZERO: folder / "zero",
-        kinds.INTERNEVO: folder / "internevo",
-        kinds.ADAPTER: folder / "lora",
-        kinds.BARE: folder / "bare",
-        kinds.UNKNOWN: folder / "no",
-        kinds.SINGLE: folder / "x.pth",
-        kinds.FILE: folder / "no" / "notes.txt",
-        kinds.PARTIAL: folder / "half",
-        kinds.WORK_DIR: folder / "w",
-        kinds.NOTHING: folder / "nothing",
+        path_kinds.CHECKPOINT: ours,
+        path_kinds.HF: folder / "hf",
+        path_kinds.TURBOMIND: folder / "tm",
+        path_kinds.SAFETENSORS: folder / "one.safetensors",
+        path_kinds.ZERO: folder / "zero",
+        path_kinds.INTERNEVO: folder / "internevo",
+        path_kinds.ADAPTER: folder / "lora",
+        path_kinds.BARE: folder / "bare",
+        path_kinds.UNKNOWN: folder / "no",
+        path_kinds.SINGLE: folder / "x.pth",
+        path_kinds.FILE: folder / "no" / "notes.txt",
+        path_kinds.PARTIAL: folder / "half",
+        path_kinds.WORK_DIR: folder / "w",
+        path_kinds.NOTHING: folder / "nothing",
     }
-    assert {kinds.recognise(path).what for path in found.values()} == found.keys()
-    assert all(kinds.recognise(path).what == what for what, path in found.items())
+    assert {path_kinds.recognise(path).what for path in found.values()} == found.keys()
+    assert all(path_kinds.recognise(path).what == what for what, path in found.items())
     found["a folder of theirs"] = folder / "zeros"
     return found
 
 
-CONVERT = (kinds.ZERO, kinds.INTERNEVO, kinds.SINGLE)
+CONVERT = (path_kinds.ZERO, path_kinds.INTERNEVO, path_kinds.SINGLE)
 DOORS = {  # command line with {} for the path → the kinds it takes
-    "check-cfg {tiny} --cfg-options load_from={}": (kinds.CHECKPOINT, kinds.HF),
-    "train {tiny} --dry-run --cfg-options load_from={}": (kinds.CHECKPOINT, kinds.HF),
-    "train {tiny} --work-dir {w} --resume {}": (kinds.CHECKPOINT, kinds.WORK_DIR),
-    "check-cfg {model} --cfg-options path={}": (kinds.HF,),
-    "eval loss {} {data} --max-length 64": (kinds.CHECKPOINT, kinds.HF),
-    "chat {} --prompt x --max-new-tokens 1 --tokenizer {tokenizer}": (kinds.CHECKPOINT, kinds.HF),
-    "convert turbomind {} --dst-path {w}": (kinds.HF,),
-    "convert weights {} {w}/a.safetensors": (kinds.CHECKPOINT, kinds.HF, kinds.FILE, *CONVERT),
-    "eval lm-eval {}": (kinds.HF,),
+    "check-cfg {tiny} --cfg-options load_from={}": (path_kinds.CHECKPOINT, path_kinds.HF),
+    "train {tiny} --dry-run --cfg-options load_from={}": (path_kinds.CHECKPOINT, path_kinds.HF),
+    "train {tiny} --work-dir {w} --resume {}": (path_kinds.CHECKPOINT, path_kinds.WORK_DIR),
+    "check-cfg {model} --cfg-options path={}": (path_kinds.HF,),
+    "eval loss {} {data} --max-length 64": (path_kinds.CHECKPOINT, path_kinds.HF),
+    "chat {} --prompt x --max-new-tokens 1 --tokenizer {tokenizer}": (path_kinds.CHECKPOINT, path_kinds.HF),
+    "convert turbomind {} --dst-path {w}": (path_kinds.HF,),
+    "convert weights {} {w}/a.safetensors": (path_kinds.CHECKPOINT, path_kinds.HF, path_kinds.FILE, *CONVERT),
+    "eval lm-eval {}": (path_kinds.HF,),
 }
 
 
@@ -93,7 +93,9 @@ def test_every_door_knows_every_kind(
             if "lm-eval" not in door:  # which would need an environment
                 failure = attempt(partial(xtuner, *words))[1]  # the next thing that is not right, if there is any
                 assert (
-                    failure is None or what in (*CONVERT, kinds.FILE) or "was trained on: max_length" in failure["what"]
+                    failure is None
+                    or what in (*CONVERT, path_kinds.FILE)
+                    or "was trained on: max_length" in failure["what"]
                 )
             continue
         with pytest.raises(XTunerError) as error:
@@ -103,14 +105,14 @@ def test_every_door_knows_every_kind(
         if what in CONVERT:
             assert what in text
             assert f"xtuner convert pth_to_hf CONFIG {path} HF_DIR --fp32" in text
-        elif what in (kinds.WORK_DIR, "a folder of theirs"):
-            newest = given[kinds.CHECKPOINT] if what == kinds.WORK_DIR else path / "global_step7"
+        elif what in (path_kinds.WORK_DIR, "a folder of theirs"):
+            newest = given[path_kinds.CHECKPOINT] if what == path_kinds.WORK_DIR else path / "global_step7"
             assert str(newest) in text
-        elif what in (kinds.TURBOMIND, kinds.ADAPTER, kinds.PARTIAL):
+        elif what in (path_kinds.TURBOMIND, path_kinds.ADAPTER, path_kinds.PARTIAL):
             assert what in text
             assert "next: " in text
-        elif what == kinds.CHECKPOINT:
+        elif what == path_kinds.CHECKPOINT:
             assert f"load_from = '{path}'" in text or f"CONFIG.py {path}" in text or "pth_to_hf" in text
-        elif what == kinds.SAFETENSORS:
+        elif what == path_kinds.SAFETENSORS:
             assert "config.json" in text
     assert not (tmp_path / "w").exists() or "--resume" in door or "weights" in door or "turbomind" in door

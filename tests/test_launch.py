@@ -18,7 +18,7 @@ import pytest
 from slurm import Slurm
 
 from xtuner.core.errors import ConfigError
-from xtuner.tools.jobs import TEMPLATES
+from xtuner.tools.job_scripts import TEMPLATES
 
 Command = Callable[..., int]
 ROOT = Path(__file__).resolve().parent.parent
@@ -271,8 +271,8 @@ def test_the_image_is_pinned_and_not_roots() -> None:
 
 def test_a_process_group_leaves_nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process starts later is not a rank of this run."""
-    from xtuner.engine.join import taking_part
-    from xtuner.engine.launch import place
+    from xtuner.dist.environment import place
+    from xtuner.dist.process_group import taking_part
 
     monkeypatch.setenv("RANK", "before")
     before = dict(os.environ)

@@ -238,9 +238,9 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = "\n".join(r.getMessage() for r in caplog.records)
     for line in (
         "mmengine.hooks.IterTimerHook → xtuner.train.hooks.IterTimerHook",
-        "mmengine.hooks.CheckpointHook → xtuner.train.legacy.CheckpointHook",
-        "xtuner.model.SupervisedFinetune → xtuner.model.legacy.SupervisedFinetune",
-        "xtuner.utils.PROMPT_TEMPLATE → xtuner.data.legacy.PROMPT_TEMPLATE",
+        "mmengine.hooks.CheckpointHook → xtuner.compat.adapters.train.CheckpointHook",
+        "xtuner.model.SupervisedFinetune → xtuner.compat.adapters.model.SupervisedFinetune",
+        "xtuner.utils.PROMPT_TEMPLATE → xtuner.compat.adapters.data.PROMPT_TEMPLATE",
         "train_dataloader.collate_fn (intern_repo_collate_fn): because",
         "train_dataloader.batch_sampler: because",
         "optim_wrapper.loss_scale: because bf16 on GPUs",
@@ -255,7 +255,7 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
         "tokenizer.trust_remote_code: because",
         "model.llm.trust_remote_code: because",
         "default_hooks.logger.log_metric_by_epoch: because",
-        "LinearLR → xtuner.engine.legacy.LinearLR",
+        "LinearLR → xtuner.compat.adapters.engine.LinearLR",
         "differences from XTuner 0.1 and 0.2:",
         "mean over the learned tokens of all its packs",
         "count iterations (optimizer steps); there they counted packs",
@@ -600,7 +600,7 @@ def test_other_ways_of_writing_the_same(legacy_text: str, tmp_path: Path) -> Non
     c = load(str(path))
     check(c)
     assert list(c.values["default_hooks"]) == ["timer", "sampler_seed", "param_scheduler", "checkpoint"]
-    assert c.get("tokenizer.type") == "xtuner.data.legacy.AutoTokenizer.from_pretrained"
+    assert c.get("tokenizer.type") == "xtuner.compat.adapters.data.AutoTokenizer.from_pretrained"
     told = "\n".join(paragraphs(c))
     assert "optim_wrapper.dtype: because bf16 on GPUs and fp32 on CPUs" in told
     for setting in ("train_cfg.val_interval", "train_dataloader.drop_last", "train_dataloader.prefetch_factor"):
@@ -615,16 +615,20 @@ def test_names_on_the_command_line_and_classes_of_the_real_packages(legacy: Path
     assert config.get("optim_wrapper.optimizer.type") == "torch.optim.SGD"
     config.values["default_hooks"]["logger"]["type"] = of_mmengine
     replaced, _ = replace_names(config.values, config.where)
-    assert [str(r) for r in replaced] == ["mmengine.hooks.logger_hook.LoggerHook → xtuner.train.legacy.LoggerHook"]
-    assert resolve_type(config.get("default_hooks.logger.type")) is resolve_type("xtuner.train.legacy.LoggerHook")
+    assert [str(r) for r in replaced] == [
+        "mmengine.hooks.logger_hook.LoggerHook → xtuner.compat.adapters.train.LoggerHook"
+    ]
+    assert resolve_type(config.get("default_hooks.logger.type")) is resolve_type(
+        "xtuner.compat.adapters.train.LoggerHook"
+    )
 
 
 def test_adapters_give_what_their_names_say() -> None:
+    from xtuner.compat.adapters.data import DefaultSampler, InternRepoSampler
+    from xtuner.compat.adapters.engine import AmpOptimWrapper, CosineAnnealingLR, LinearLR
+    from xtuner.compat.adapters.train import CheckpointHook, EvaluateChatHook
     from xtuner.data.chat_template import PROMPT_TEMPLATE
-    from xtuner.data.legacy import DefaultSampler, InternRepoSampler
-    from xtuner.engine.legacy import AmpOptimWrapper, CosineAnnealingLR, LinearLR
-    from xtuner.engine.schedule import Schedule
-    from xtuner.train.legacy import CheckpointHook, EvaluateChatHook
+    from xtuner.optim.schedule import Schedule
 
     assert InternRepoSampler(range(9), seed=7).seed == 1024
     assert DefaultSampler(range(9), seed=7).seed == 7

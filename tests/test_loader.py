@@ -15,9 +15,9 @@ from conftest import reference
 
 from xtuner.core.errors import DataError
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
-from xtuner.data.loader import PackLoader
-from xtuner.data.order import Position
-from xtuner.data.pack import PackedDataset
+from xtuner.data.loading.loader import PackLoader
+from xtuner.data.loading.sampler import Position
+from xtuner.data.packing.pack import PackedDataset
 
 
 def open_loader(case: str = "g02_three_files_pl37", length: int = 37, workers: int = 0, **share: int) -> PackLoader:

@@ -21,8 +21,8 @@ from test_train import with_hook
 from xtuner.cli.main import main
 from xtuner.core import files
 from xtuner.core.command import exit_with
-from xtuner.engine import watch
-from xtuner.engine.launch import Place
+from xtuner.dist import heartbeat
+from xtuner.dist.environment import Place
 
 __all__ = ["alone"]  # the fixture
 HERE = re.escape(Place().host)
@@ -32,14 +32,14 @@ HERE = re.escape(Place().host)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks look at each other often."""
     for name, seconds in (("BEAT", 0.1), ("LEAVE", 1.0), ("ASLEEP", 60.0)):
-        monkeypatch.setattr(watch, name, seconds)
+        monkeypatch.setattr(heartbeat, name, seconds)
 
 
 @pytest.fixture
 def impatient(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds instead of minutes until a rank counts as lost."""
     for name, seconds in (("SILENT", 3.0), ("STUCK", 4.0)):
-        monkeypatch.setattr(watch, name, seconds)
+        monkeypatch.setattr(heartbeat, name, seconds)
 
 
 def started(words: list[Any], folder: Path, ranks: int = 2) -> list[Any]:
@@ -196,7 +196,7 @@ def test_too_few_packs_for_the_ranks(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_suspended_job_goes_on(monkeypatch: pytest.MonkeyPatch, impatient: None, tiny: Path, tmp_path: Path) -> None:
     """All ranks stopped for longer than a rank may be silent, as by `scontrol suspend`: nobody is taken for lost."""
-    monkeypatch.setattr(watch, "ASLEEP", 0.8)
+    monkeypatch.setattr(heartbeat, "ASLEEP", 0.8)
     children = started(train(tiny, tmp_path, "pass"), tmp_path)
     wait(tmp_path, children)
     for child in children:

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.families import FAMILIES, LLAMA, read_config
 from xtuner.model import load_pretrained
+from xtuner.model.activation_memory import Plan
 from xtuner.model.decoder import CausalLM
 from xtuner.model.generate import Session, generate
 from xtuner.model.loss import linear_cross_entropy
-from xtuner.model.plan import Plan
 from xtuner.model.weights import join, split
 
 MODELS = ["a_gqa", "b_mha", "c_dynamic_ntk", "d_mqa_bias", "e_linear"]
@@ -238,10 +238,10 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_single_strategy_keeps_the_contract(dtype: str, tmp_path: Path) -> None:
     """Gradients are Σ over targets ÷ their number however packs are cut; masters are fp32; save and load are exact."""
-    from xtuner.data.batch import Batch
-    from xtuner.engine.optim import OptimWrapper
+    from xtuner.data.loading.batch import Batch
     from xtuner.engine.strategies.sharded import ShardedStrategy
     from xtuner.model import from_pretrained
+    from xtuner.optim.optim_wrapper import OptimWrapper
 
     _, _, ref = facts("a_gqa")
     ids, targets = ref["input_ids"], shifted(ref["labels"]).view(2, 48)

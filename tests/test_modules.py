@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from xtuner.model import from_scratch
+from xtuner.model.activation_memory import Plan
 from xtuner.model.decoder import CausalLM, positions
 from xtuner.model.generate import Session
 from xtuner.model.linear import Linear, RMSNorm
-from xtuner.model.plan import Plan
 from xtuner.model.rope import rotate
 
 SHAPE = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

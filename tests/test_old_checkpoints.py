@@ -18,10 +18,10 @@ from test_train import records
 
 from xtuner.compat.translate import load
 from xtuner.config.build import build
-from xtuner.core import dist
-from xtuner.core.dist import Ranks
-from xtuner.engine import choose
-from xtuner.train.checkpoint import read_trainer
+from xtuner.dist import collectives
+from xtuner.dist.collectives import Ranks
+from xtuner.engine.strategies import select
+from xtuner.train.checkpoints.checkpoint import read_trainer
 
 LINES = json.loads((KEPT / "losses.json").read_text())
 SAME_MACHINE = LINES["computed_by"] == [torch.__version__, torch.backends.cpu.get_cpu_capability()]
@@ -88,11 +88,11 @@ def test_old_masters_and_moments_are_taken_bit_for_bit(name: str, ranks: int, tm
 
     def taken(_: Ranks, folder: Path) -> None:
         source, optim = (build(config.values[key], key) for key in ("model", "optim_wrapper"))
-        choice = choose.choose(source, optim, torch.device("cpu"), zero, None)
-        strategy = choose.strategy(choice, source, optim, torch.device("cpu"))
+        choice = select.choose(source, optim, torch.device("cpu"), zero, None)
+        strategy = select.strategy(choice, source, optim, torch.device("cpu"))
         strategy.load(KEPT / name)
         strategy.snapshot(optimizer=True).write(folder)
-        dist.ALL.gather(None)
+        collectives.ALL.gather(None)
 
     assert on_ranks(ranks, taken, tmp_path) == [0] * ranks
     old, new = (load_file(folder / "weights" / "model.safetensors") for folder in (KEPT / name, tmp_path))

@@ -16,13 +16,14 @@ import torch
 from test_ranks import on_ranks
 from test_strategies import CPU, packs, source
 
-from xtuner.core import dist
-from xtuner.core.dist import Ranks
 from xtuner.core.errors import CheckpointError, ConfigError
-from xtuner.engine import choose, zero_config
+from xtuner.dist import collectives
+from xtuner.dist.collectives import Ranks
 from xtuner.engine.base import Strategy
-from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.strategies import select
+from xtuner.engine.zero import deepspeed_config
 from xtuner.model.source import ModelSource, from_scratch
+from xtuner.optim.optim_wrapper import OptimWrapper
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKS, LR = 2, 1e-2
@@ -63,13 +64,13 @@ def make(spec: dict[str, Any], engine: str, folder: Path) -> Strategy:
     zero, fsdp = ENGINES[engine]
     if engine == "ZeRO-3":
         zero = str(folder.parents[1] / "zero3.json")
-    optim, model = OptimWrapper(spec, None, PACKS // dist.ALL.size), small()
-    return choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
+    optim, model = OptimWrapper(spec, None, PACKS // collectives.ALL.size), small()
+    return select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
 
 
 def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bool]]:
     """With a rate that changes, as in warm-ups."""
-    everything, rank, ranks = packs(), dist.rank(), dist.ALL.size
+    everything, rank, ranks = packs(), collectives.rank(), collectives.ALL.size
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         loss = strategy.forward_backward(these[rank::ranks], sum(p.num_targets for p in these))
@@ -85,7 +86,7 @@ def trained(spec: dict[str, Any], engine: str, folder: Path) -> list[tuple[float
     whole = make(spec, engine, folder)
     lines = list(go(whole, range(2)))
     whole.snapshot(optimizer=True).write(folder)
-    dist.ALL.gather(None)
+    collectives.ALL.gather(None)
     lines += go(whole, range(2, 4))
     again = make(spec, engine, folder)
     again.load(folder)
@@ -93,7 +94,7 @@ def trained(spec: dict[str, Any], engine: str, folder: Path) -> list[tuple[float
     for name, master in masters(again).items():
         assert master.equal(masters(whole)[name]), name
     assert all(applied for _, _, applied in lines)
-    dist.ALL.gather(None)
+    collectives.ALL.gather(None)
     return lines
 
 
@@ -130,10 +131,10 @@ def test_what_the_docs_say_of_each_optimizer_happens(tmp_path: Path) -> None:
                         assert abs(norm - true_norm) < 1e-3 * true_norm, (name, engine)
 
                 found[name].append(outcome(run, REJECTED_BY_TRAIN))
-        if dist.is_main():
+        if collectives.is_main():
             (folder / "found.json").write_text(json.dumps(found))
 
-    settings = zero_config.read("deepspeed_zero3")  # as shipped every weight of so small a model stays whole
+    settings = deepspeed_config.read("deepspeed_zero3")  # as shipped every weight of so small a model stays whole
     settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000}
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "zero3.json").write_text(json.dumps(settings))

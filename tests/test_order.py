@@ -11,9 +11,9 @@ from conftest import reference, write_corpus
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import load_intern_repo_tokenized_dataset
-from xtuner.data.cache import make
-from xtuner.data.pack import PackedDataset
-from xtuner.data.walk import read_order, walk
+from xtuner.data.format.file_order import read_order, walk
+from xtuner.data.inspect.build_caches import make
+from xtuner.data.packing.pack import PackedDataset
 
 Command = Callable[..., int]
 

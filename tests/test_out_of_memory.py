@@ -23,18 +23,18 @@ from test_sharded import LowRanks, same, strategy, written
 from test_strategies import HERE, LR, MAX_NORM, source
 from test_train import records, with_hook
 
-from xtuner.core import dist
-from xtuner.core.dist import Ranks
 from xtuner.core.log import logger
-from xtuner.data.batch import Batch
+from xtuner.data.loading.batch import Batch
+from xtuner.dist import collectives
+from xtuner.dist.collectives import Ranks
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.memory import DIVISIONS, Memory
 from xtuner.engine.strategies import divided
 from xtuner.engine.strategies.out_of_memory import Failure, OutOfMemory, agree_on_smaller, smaller
+from xtuner.model.activation_memory import Plan
 from xtuner.model.ops.functions import NOTHING
-from xtuner.model.ops.sums import GradientSum
-from xtuner.model.plan import Plan
+from xtuner.model.ops.gradient_sums import GradientSum
 from xtuner.model.source import from_scratch
 
 LENGTHS = (8, 20, 5, 3, 16, 12)  # 64 tokens
@@ -56,8 +56,8 @@ def train(
     Args:
         more: bytes that this process may take in forward and backward.
     """
-    batch = [pack(100 * iteration + 2 * dist.rank() + i, lengths) for i in range(2)]
-    (targets,), parts = dist.ALL.sums_and_most([sum(p.num_targets for p in batch)], s.parts(batch))
+    batch = [pack(100 * iteration + 2 * collectives.rank() + i, lengths) for i in range(2)]
+    (targets,), parts = collectives.ALL.sums_and_most([sum(p.num_targets for p in batch)], s.parts(batch))
     if more is not None:
         limit_data(more)
     loss = s.forward_backward(batch, int(targets), parts, iteration)
@@ -175,9 +175,9 @@ def test_it_is_repeated_as_if_nothing_had_been(
         for n, of_ranks in enumerate(faults, 1):
             keeps = n % 2 * 150_000  # bytes: all but q, k and v in one layer; or nothing
             use(s, replace(s.memory, plan=replace(s.memory.plan, room=keeps), most=48))
-            fault = Fault(s, *of_ranks[dist.rank()]) if dist.rank() in of_ranks else None
+            fault = Fault(s, *of_ranks[collectives.rank()]) if collectives.rank() in of_ranks else None
             line = train(s, n, fault)
-            failed = [r for r, met in enumerate(dist.ALL.gather(fault is not None and fault.left <= 0)) if met]
+            failed = [r for r, met in enumerate(collectives.ALL.gather(fault is not None and fault.left <= 0)) if met]
             gathers = division in ("gradients", "blocks")
             assert failed == [r for r, (point, _) in of_ranks.items() if r < ranks and (gathers or point != "gather")]
             text = next(logged)
@@ -201,7 +201,7 @@ def test_it_is_repeated_as_if_nothing_had_been(
         # nothing smaller is left: all ranks raise what rank 0 has met
         memory.LEAST = 4096
         use(s, replace(s.memory, plan=replace(s.memory.plan, room=0)))
-        fault = None if dist.rank() else Fault(s, "backward", 1)
+        fault = None if collectives.rank() else Fault(s, "backward", 1)
         with pytest.raises(OutOfMemory, match="Tried to allocate 1 GiB") as error:
             train(s, 100, fault)
         assert error.value.rank == 0
@@ -211,13 +211,13 @@ def test_it_is_repeated_as_if_nothing_had_been(
 
 def refused(_: Ranks, folder: Path) -> None:
     """6 MiB for forward and backward are not enough; to the last rank, the system gives no more."""
-    memory.LEAST, lengths, ranks = 64, (64,) * 16, dist.ALL.size
+    memory.LEAST, lengths, ranks = 64, (64,) * 16, collectives.ALL.size
     s, undisturbed = (strategy(division=DIVISIONS["blocks"] if ranks > 1 else None) for _ in range(2))
     use(s, replace(s.memory, most=64))
     use(undisturbed, s.memory)
     assert train(s, 0, lengths=lengths) == train(undisturbed, 0, lengths=lengths)
     use(s, replace(s.memory, most=None))
-    line = train(s, 1, None, lengths, more=6 * 2**20 if dist.rank() == ranks - 1 else None)
+    line = train(s, 1, None, lengths, more=6 * 2**20 if collectives.rank() == ranks - 1 else None)
     assert s.memory.most is not None
     assert 64 < s.memory.most < 800
     use(undisturbed, s.memory)
@@ -292,7 +292,7 @@ def fail(run: Any) -> None:
     begun, once = run.state.iteration, []
 
     def hook(*_: Any) -> None:
-        if dist.rank() == 1 and (not once or run.state.iteration > begun):
+        if collectives.rank() == 1 and (not once or run.state.iteration > begun):
             once.append(None)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 

@@ -12,12 +12,13 @@ import torch
 from conftest import COPIED, SHARED, reference
 
 from xtuner.core.errors import DataError, XTunerError
-from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset, spans
-from xtuner.data.format import BinFile
-from xtuner.data.order import Position, numbers, packs_per_epoch
-from xtuner.data.pack import PackedDataset
-from xtuner.data.spans import LongLine, LongLines, SpanReader
-from xtuner.data.write import write_bin
+from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
+from xtuner.data.format import text_reader
+from xtuner.data.format.bin_file import BinFile
+from xtuner.data.format.text_reader import LongLine, LongLines, SpanReader
+from xtuner.data.format.writer import write_bin
+from xtuner.data.loading.sampler import Position, numbers, packs_per_epoch
+from xtuner.data.packing.pack import PackedDataset
 
 ROOT = next(r for r in (SHARED, COPIED) if (r / "packing").is_dir())
 CASES = sorted(p.name for p in (ROOT / "packing").iterdir() if p.is_dir())
@@ -104,16 +105,16 @@ def test_targets(name: str) -> None:
 
 def test_a_document_of_many_packs_is_gone_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then each pack reads what it needs; and the text is opened once a pack, however many documents it has."""
-    monkeypatch.setattr(spans, "LONG", 9)
-    monkeypatch.setattr(spans, "BLOCK", 32)
+    monkeypatch.setattr(text_reader, "LONG", 9)
+    monkeypatch.setattr(text_reader, "BLOCK", 32)
     documents = [list(range(1, 100)), [1, 2], [3], [4, 5, 6], [7] * 25]
     write_bin(tmp_path / "a.bin", documents)
     folder = load_intern_repo_tokenized_dataset(tmp_path)
     opened, noted, cut = [], [], []
-    true_open, true_note, true_list = BinFile.open, SpanReader._note, spans.parse_list
+    true_open, true_note, true_list = BinFile.open, SpanReader._note, text_reader.parse_list
     monkeypatch.setattr(BinFile, "open", lambda self: opened.append(self) or true_open(self))  # type: ignore[func-returns-value]
     monkeypatch.setattr(SpanReader, "_note", lambda *a: noted.append(a) or true_note(*a))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(spans, "parse_list", lambda text: cut.append(len(text)) or true_list(text))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(text_reader, "parse_list", lambda text: cut.append(len(text)) or true_list(text))  # type: ignore[func-returns-value]
     dataset = PackedDataset(folder, 10)
     packs = [dataset[i] for i in (*range(13), *range(13))]
     assert len(packs) == 26 == len(opened)

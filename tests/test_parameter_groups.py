@@ -12,14 +12,15 @@ from test_optimizers import Lion, masters, small
 from test_ranks import on_ranks
 from test_strategies import CPU, packs
 
-from xtuner.core import dist
-from xtuner.core.dist import Ranks
 from xtuner.core.errors import ConfigError
-from xtuner.engine import choose, zero_config
-from xtuner.engine.adamw import FORMS
-from xtuner.engine.local_optimizer import ByForm
-from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.parameter_groups import require_matches
+from xtuner.dist import collectives
+from xtuner.dist.collectives import Ranks
+from xtuner.engine.strategies import select
+from xtuner.engine.strategies.local_optimizer import ByForm
+from xtuner.engine.zero import deepspeed_config
+from xtuner.optim.adamw import FORMS
+from xtuner.optim.optim_wrapper import OptimWrapper
+from xtuner.optim.parameter_groups import require_matches
 
 PACKS, LR, MAX_NORM = 2, 1e-2, 1.0
 ADAMW = dict(type=torch.optim.AdamW, lr=LR, betas=(0.9, 0.95), weight_decay=0.5)
@@ -41,15 +42,15 @@ GROUPS = [
 def make(engine: str = "", groups: Any = (), folder: Path = Path(), **settings: Any) -> Any:
     zero, fsdp, more = ENGINES.get(engine, (None, None, {}))
     zero = str(folder / zero) if zero and zero.endswith(".json") else zero
-    counts = PACKS // dist.ALL.size
+    counts = PACKS // collectives.ALL.size
     optim = OptimWrapper(ADAMW, dict(max_norm=MAX_NORM), counts, parameter_groups=groups, **settings | more)
     model = small()
-    return choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
+    return select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
 
 
 def go(strategy: Any, *iterations: int) -> list[dict[str, torch.Tensor]]:
     """Returns each iteration's gradients and, as "norm", their norm; of one process alone."""
-    record, everything, rank, ranks = [], packs(), dist.rank(), dist.ALL.size
+    record, everything, rank, ranks = [], packs(), collectives.rank(), collectives.ALL.size
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         strategy.forward_backward(these[rank::ranks], sum(p.num_targets for p in these))
@@ -143,7 +144,7 @@ def test_every_engine_has_groups_and_resumes(tmp_path: Path) -> None:
             go(again, 2, 3)
             near(again)
 
-    settings = zero_config.read("deepspeed_zero3")  # as shipped every weight of so small a model stays full
+    settings = deepspeed_config.read("deepspeed_zero3")  # as shipped every weight of so small a model stays full
     settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000}
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "zero3.json").write_text(json.dumps(settings))

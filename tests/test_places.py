@@ -13,8 +13,8 @@ import pytest
 
 from xtuner.core import log
 from xtuner.core.errors import ConfigError
-from xtuner.engine import watch, workers
-from xtuner.engine.launch import PORTS, Nodes, Place, environment_of_workers, first_node, nodes, place
+from xtuner.dist import heartbeat, workers
+from xtuner.dist.environment import PORTS, Nodes, Place, environment_of_workers, first_node, nodes, place
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "77"}
 SLURM |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]"}
@@ -115,16 +115,16 @@ def test_rank_0_cannot_be_reached(
     how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Said within XTUNER_MEET_SECONDS, by default in less than a minute; also where another program listens."""
-    assert watch.MEET + watch.ANSWER < 60
+    assert heartbeat.MEET + heartbeat.ANSWER < 60
     for name, seconds in (("MEET", 0.6), ("ANSWER", 0.3), ("SAY", 0.1)):
-        monkeypatch.setattr(watch, name, seconds)
+        monkeypatch.setattr(heartbeat, name, seconds)
     log.setup()
     server = listening()
     port = server.getsockname()[1]
     if how != "somebody else":
         server.close()
     with pytest.raises(ConfigError, match=r"rank 1 on .* cannot reach rank 0: ") as error:
-        watch.store(Place(1, 2, 1, "no-such-host.invalid" if how == "no such host" else "127.0.0.1", port))
+        heartbeat.store(Place(1, 2, 1, "no-such-host.invalid" if how == "no such host" else "127.0.0.1", port))
     server.close()
     assert str(port) in error.value.where
     assert "XTUNER_MEET_SECONDS" in error.value.do
@@ -134,7 +134,7 @@ def test_rank_0_cannot_be_reached(
 def test_the_port_is_taken() -> None:
     server = listening()
     with pytest.raises(ConfigError, match=f"port {server.getsockname()[1]} is taken") as error:
-        watch.store(Place(0, 2, 0, "127.0.0.1", server.getsockname()[1]))
+        heartbeat.store(Place(0, 2, 0, "127.0.0.1", server.getsockname()[1]))
     server.close()
     assert "MASTER_PORT" in error.value.do
 
@@ -143,9 +143,9 @@ def test_the_port_is_taken() -> None:
 def test_times_that_are_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XTUNER_MEET_SECONDS", text)
     with pytest.raises(ConfigError, match=f"XTUNER_MEET_SECONDS = '{text}' is no number of seconds"):
-        watch.seconds("MEET", 50.0)
+        heartbeat.seconds("MEET", 50.0)
     monkeypatch.setenv("XTUNER_MEET_SECONDS", "7.5")
-    assert watch.seconds("MEET", 50.0) == 7.5
+    assert heartbeat.seconds("MEET", 50.0) == 7.5
 
 
 # ---------------------------------------------------------------------------------------------------- workers
@@ -197,11 +197,11 @@ def stop_when_begun(folder: Path) -> Callable[[float], None]:
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """However that ends: SIGKILL to it, and the kernel ends them."""
-    worker = "from xtuner.engine.workers import end_with_parent as e; e(); print('up', flush=True); input()"
+    worker = "from xtuner.dist.workers import end_with_parent as e; e(); print('up', flush=True); input()"
     parent = f"""
 import sys
 from xtuner.engine import workers
-from xtuner.engine.launch import Nodes
+from xtuner.dist.environment import Nodes
 workers.start(Nodes(2), [sys.executable, "-c", {worker!r}])
 """
     read = subprocess.Popen(

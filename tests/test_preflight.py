@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from xtuner.cli.main import main
 from xtuner.compat.translate import load
 from xtuner.core.errors import XTunerError
-from xtuner.data.write import write_bin
+from xtuner.data.format.writer import write_bin
 from xtuner.families import INTERNLM2, read_config
 from xtuner.model.weights import hf_shapes
-from xtuner.train.lock import WorkDirLock
+from xtuner.train.checkpoints.work_dir_lock import WorkDirLock
 
 Edit = Callable[[str], str | bytes]
 MODEL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -68,8 +68,8 @@ def pretrained(folder: str) -> Edit:
 
 
 CLASSES = """
-from xtuner.data.order import InternRepoSampler as _Sampler
-from xtuner.data.pack import build_packed_dataset as _packed
+from xtuner.data.loading.sampler import InternRepoSampler as _Sampler
+from xtuner.data.packing.pack import build_packed_dataset as _packed
 from xtuner.train.hooks import Hook as _Hook
 class Plain:
     pass

@@ -8,7 +8,7 @@ import torch
 from xtuner.core.errors import ConfigError
 from xtuner.model import from_scratch
 from xtuner.model.linear import Linear
-from xtuner.model.ops.products import KINDS, OWN, Kind, quantize_columns, quantize_rows
+from xtuner.model.ops.matmul import KINDS, OWN, Kind, quantize_columns, quantize_rows
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

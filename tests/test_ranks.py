@@ -16,13 +16,13 @@ from test_lost_ranks import ended, started, told
 from test_train import records, with_hook
 
 from xtuner.core import files
-from xtuner.core.dist import ALL, Ranks
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
-from xtuner.data.batch import Batch
-from xtuner.data.loader import PackLoader
-from xtuner.data.order import Position
-from xtuner.engine.snapshot import Snapshot
-from xtuner.train import checkpoint, history
+from xtuner.data.loading.batch import Batch
+from xtuner.data.loading.loader import PackLoader
+from xtuner.data.loading.sampler import Position
+from xtuner.dist.collectives import ALL, Ranks
+from xtuner.engine.state.snapshot import Snapshot
+from xtuner.train.checkpoints import checkpoint, history
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 

@@ -15,17 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner.core.errors import DataError
-from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset, place, scan, spans, tables, tokens
-from xtuner.data.cache import make
-from xtuner.data.loader import PackLoader
-from xtuner.data.meta import MetaView, read_meta
-from xtuner.data.numbers import parse_line, parse_list
-from xtuner.data.order import Position
-from xtuner.data.pack import PackedDataset, RawPack
-from xtuner.data.spans import SpanReader
-from xtuner.data.tokens import TokenCache
-from xtuner.data.walk import CACHE
-from xtuner.data.write import write_bin
+from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
+from xtuner.data.format import cache_dirs, text_reader, token_cache
+from xtuner.data.format.file_order import CACHE
+from xtuner.data.format.meta import MetaView, read_meta
+from xtuner.data.format.parse_tokens import parse_line, parse_list
+from xtuner.data.format.text_reader import SpanReader
+from xtuner.data.format.token_cache import TokenCache
+from xtuner.data.format.writer import write_bin
+from xtuner.data.inspect import scan
+from xtuner.data.inspect.build_caches import make
+from xtuner.data.loading.loader import PackLoader
+from xtuner.data.loading.sampler import Position
+from xtuner.data.packing import document_order
+from xtuner.data.packing.pack import PackedDataset, RawPack
 
 MANY = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 DOCUMENT = st.lists(
@@ -35,7 +38,7 @@ DOCUMENT = st.lists(
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "_told", set())
+    monkeypatch.setattr(cache_dirs, "_told", set())
 
 
 def definition(documents: list[list[int]], seed: int, min_length: int, length: int) -> list[dict[str, Any]]:
@@ -78,8 +81,14 @@ def definition(documents: list[list[int]], seed: int, min_length: int, length: i
 def test_text_cache_and_definition_agree(
     documents: list[list[int]], seed: int, min_length: int, length: int, long: int, block: int, separator: str
 ) -> None:
-    before = spans.LONG, spans.BLOCK, tables.SMALL, scan.BLOCK, scan.PART
-    spans.LONG, spans.BLOCK, tables.SMALL, scan.BLOCK, scan.PART = long, block, 0, max(block, 40), 3 * block
+    before = text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.PART
+    text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.PART = (
+        long,
+        block,
+        0,
+        max(block, 40),
+        3 * block,
+    )
     try:
         with tempfile.TemporaryDirectory() as folder:
             write_bin(Path(folder, "a.bin"), documents)
@@ -87,7 +96,7 @@ def test_text_cache_and_definition_agree(
                 tighten(Path(folder, "a.bin"))
             compare(Path(folder), documents, seed, min_length, length)
     finally:
-        spans.LONG, spans.BLOCK, tables.SMALL, scan.BLOCK, scan.PART = before
+        text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.PART = before
 
 
 def tighten(path: Path) -> None:
@@ -114,7 +123,7 @@ def compare(folder: Path, documents: list[list[int]], seed: int, min_length: int
     parsed._files.clear()
     table = cached.file_packs(0)
     assert isinstance(table.reader, TokenCache)
-    text = SpanReader(table.file, spans.LongLines())
+    text = SpanReader(table.file, text_reader.LongLines())
     for i, pack in enumerate(expected):
         from_cache = table.read(i * length, (i + 1) * length)
         places = table.places(i * length, (i + 1) * length)
@@ -223,7 +232,7 @@ def test_a_token_cache_that_is_not_fresh_is_told(tmp_path: Path, caplog: Any) ->
     folder = write_corpus(tmp_path / "data", 30, types=("en",))
     expected = [b.input_ids.tolist() for b in islice(stream(folder), 60)]
     make(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
-    file = folder / CACHE / tokens.cache_name("en/a.bin")
+    file = folder / CACHE / token_cache.cache_name("en/a.bin")
     whole = file.read_bytes()
     for harm, words in (
         (lambda: os.truncate(file, len(whole) - 4), "is torn or of another version"),
@@ -233,7 +242,7 @@ def test_a_token_cache_that_is_not_fresh_is_told(tmp_path: Path, caplog: Any) ->
     ):
         file.write_bytes(whole)
         harm()
-        place._told.clear()
+        cache_dirs._told.clear()
         caplog.clear()
         assert [b.input_ids.tolist() for b in islice(stream(folder), 60)] == expected
         assert caplog.text.count(words) == 1
@@ -249,8 +258,8 @@ def test_a_token_cache_that_is_not_fresh_is_told(tmp_path: Path, caplog: Any) ->
 
 def test_a_line_of_a_gigabyte_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here one of 3 MB, and a limit to match: in the usual form of any length, in another one up to a limit."""
-    monkeypatch.setattr(spans, "BLOCK", 2**12)
-    monkeypatch.setattr(spans, "ODD_LINE", 2**14)
+    monkeypatch.setattr(text_reader, "BLOCK", 2**12)
+    monkeypatch.setattr(text_reader, "ODD_LINE", 2**14)
     document = np.random.RandomState(0).randint(-90000, 90000, size=400_000).tolist()
     write_bin(tmp_path / "a.bin", [[1, 2, 3], document, [4, 5]])
     data = PackedDataset(load_intern_repo_tokenized_dataset(tmp_path), 4096)

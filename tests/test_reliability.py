@@ -22,7 +22,7 @@ from test_train import contents, records, with_hook
 from xtuner.cli.main import main
 from xtuner.core import files
 from xtuner.core.errors import CheckpointError, DataError, DivergedError, XTunerError
-from xtuner.train.saver import TOLERATED
+from xtuner.train.checkpoints.async_saver import TOLERATED
 
 Command = Callable[..., int]
 SHORT = ["custom_hooks=[]", "max_length=128", "save_steps=1", "save_total_limit=2"]  # 3 iterations

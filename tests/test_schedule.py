@@ -16,7 +16,7 @@ from test_turbomind import CACHE
 
 from xtuner.core.errors import ConfigError
 from xtuner.engine import ConstantLR, CosineAnnealingLR, LinearLR, MultiStepLR
-from xtuner.engine.schedule import Schedule
+from xtuner.optim.schedule import Schedule
 
 HERE = Path(__file__).parent
 Command = Callable[..., int]
@@ -27,7 +27,7 @@ KINDS = ["LinearLR", "LinearLR", "CosineAnnealingLR", "CosineAnnealingLR", "Cons
 
 def ours(case: dict[str, Any]) -> Schedule:
     """As `param_scheduler` of an old config is built. Raises: ConfigError."""
-    specs = [{**s, "type": f"xtuner.engine.legacy.{s['type']}"} for s in case["schedulers"]]
+    specs = [{**s, "type": f"xtuner.compat.adapters.engine.{s['type']}"} for s in case["schedulers"]]
     return Schedule.of(case["lr"], specs, case["epoch_length"], case["epochs"] * case["epoch_length"])
 
 

@@ -22,9 +22,9 @@ from xtuner.engine import OptimWrapper
 from xtuner.model import from_pretrained, from_scratch
 from xtuner.tools.settings_pages import LANGUAGES, page
 from xtuner.train import hooks, preflight
-from xtuner.train.changes import changes
-from xtuner.train.history import Chosen
+from xtuner.train.checkpoints.history import Chosen
 from xtuner.train.plan import make_plan
+from xtuner.train.reporting.config_changes import changes
 from xtuner.train.resume import Found, require_same_run
 from xtuner.train.state import TrainState
 

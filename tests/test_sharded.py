@@ -15,14 +15,12 @@ from test_ranks import on_ranks
 from test_strategies import CPU, LR, MAX_NORM, PACKS, go, packs, source
 from torch import nn
 
-from xtuner.core import dist
-from xtuner.core.dist import Ranks
 from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.dist import collectives
+from xtuner.dist.collectives import Ranks
 from xtuner.dist.mesh import Mesh, arrange
 from xtuner.engine import memory
-from xtuner.engine.adamw import FORMS
 from xtuner.engine.memory import ALL_FULL, DIVISIONS, Division, Memory
-from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.step_time import Work
 from xtuner.engine.strategies.divided import rows_each
 from xtuner.engine.strategies.sharded import ShardedStrategy
@@ -30,7 +28,9 @@ from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import Linear
 from xtuner.model.ops.functions import Keep
 from xtuner.model.source import ModelSource, from_scratch
-from xtuner.train import checkpoint
+from xtuner.optim.adamw import FORMS
+from xtuner.optim.optim_wrapper import OptimWrapper
+from xtuner.train.checkpoints import checkpoint
 from xtuner.train.state import TrainState
 
 GPU = torch.device("cuda")  # of which only arithmetic speaks here
@@ -40,7 +40,7 @@ def strategy(
     form: str = "fp32", division: Division | None = None, model: ModelSource | None = None, fsdp: str | None = None
 ) -> Any:
     optim = OptimWrapper(
-        dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // dist.ALL.size, "fp32", form
+        dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // collectives.ALL.size, "fp32", form
     )
     model, mesh = model or source(), arrange(fsdp)
     free = memory.free_of_all(CPU, mesh)
@@ -51,7 +51,7 @@ def strategy(
 
 def written(s: Any, folder: Path) -> Path:
     s.snapshot(optimizer=True).write(folder)
-    dist.ALL.gather(None)
+    collectives.ALL.gather(None)
     return folder
 
 
@@ -77,14 +77,14 @@ def test_what_is_kept_full_changes_nothing(division: Division, form: str, tmp_pa
 
     def on_two(_: Ranks, folder: Path) -> None:
         s = strategy(form, division)
-        s.memory = replace(s.memory, most=44 if dist.rank() else None)
+        s.memory = replace(s.memory, most=44 if collectives.rank() else None)
         lines = list(go(s, range(3)))
         assert lines == [
             (pytest.approx(x, abs=tolerance), pytest.approx(n, rel=10 * tolerance), a) for x, n, a in expected[:3]
         ]
         before = written(s, folder / "before")
         hook = None
-        if dist.rank():
+        if collectives.rank():
             hook = s.model.model.layers[1].register_forward_hook(lambda module, args, out: out * float("nan"))
         ((loss, _, applied),) = go(s, range(3, 4))
         assert loss != loss
@@ -129,7 +129,7 @@ def test_equal_gradients_make_equal_bits_on_any_mesh(
     written(straight, tmp_path / "straight")
 
     def resumed(_: Ranks, folder: Path) -> None:
-        ranks = dist.ALL.size
+        ranks = collectives.ALL.size
         other = strategy(form, DIVISIONS["blocks"])
         s = strategy(form, fsdp="hybrid" if ranks == 4 else None)
         at = {2: 2, 4: 4}[ranks]
@@ -226,7 +226,7 @@ def test_commands_refuse_weights_without_their_adapter(
 ) -> None:
     """Export, evaluation and `load_from` say what, where, why and what to do, and write nothing; the advice works."""
     snapshot = strategy(model=replace(source(), adapter=LowRanks())).snapshot(optimizer=True)
-    saved, _ = checkpoint.write(tmp_path, TrainState(3), snapshot, {}, dist.ALL)
+    saved, _ = checkpoint.write(tmp_path, TrainState(3), snapshot, {}, collectives.ALL)
     start, before = ("--cfg-options", f"load_from={saved}"), sorted(tmp_path.rglob("*"))
     for words in (
         ("convert", "pth_to_hf", tiny, saved, tmp_path / "hf"),

@@ -11,13 +11,13 @@ import pytest
 from test_ranks import on_ranks
 from test_train import contents, records
 
-from xtuner.core.dist import Ranks
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import build_packed_dataset, load_intern_repo_tokenized_dataset
-from xtuner.data.batch import Batch
-from xtuner.data.pack import PackedDataset, RawPack
-from xtuner.data.share import open_together
-from xtuner.data.source import DocumentSource, SourceList
+from xtuner.data.loading.batch import Batch
+from xtuner.data.loading.open_on_ranks import open_together
+from xtuner.data.packing.document_source import DocumentSource, SourceList
+from xtuner.data.packing.pack import PackedDataset, RawPack
+from xtuner.dist.collectives import Ranks
 from xtuner.model.source import from_scratch
 from xtuner.train.evaluate import evaluate
 

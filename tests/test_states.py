@@ -9,15 +9,17 @@ import torch
 from test_strategies import CPU, LR, go, packs, source
 
 from xtuner.core.errors import ConfigError
-from xtuner.data.batch import Batch
-from xtuner.engine import adamw, choose, memory
-from xtuner.engine.adamw import FORMS, Rates
-from xtuner.engine.local_optimizer import ByForm
-from xtuner.engine.optim import OptimWrapper
+from xtuner.data.loading.batch import Batch
+from xtuner.engine import memory
+from xtuner.engine.strategies import select
+from xtuner.engine.strategies.local_optimizer import ByForm
 from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.model import from_scratch
+from xtuner.model.activation_memory import ORDER, Plan, passing_bytes
 from xtuner.model.ops.functions import Keep
-from xtuner.model.plan import ORDER, Plan, passing_bytes
+from xtuner.optim import adamw
+from xtuner.optim.adamw import FORMS, Rates
+from xtuner.optim.optim_wrapper import OptimWrapper
 
 
 def strategy(states: str) -> ShardedStrategy:
@@ -117,7 +119,7 @@ def test_forms_that_are_refused() -> None:
         OptimWrapper(dict(type=torch.optim.SGD, lr=1), states="8bit")
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), states="8bit")
     with pytest.raises(ConfigError, match="is not supported with DeepSpeed"):
-        choose.choose(source(), optim, CPU, "deepspeed_zero1", None)
+        select.choose(source(), optim, CPU, "deepspeed_zero1", None)
 
 
 def test_a_state_that_does_not_fit_is_told_with_what_would() -> None:

@@ -20,18 +20,19 @@ from conftest import write_corpus
 from safetensors.torch import load_file, save_file
 from test_ranks import on_ranks
 
-from xtuner.core import dist
-from xtuner.core.dist import Ranks
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.data import load_intern_repo_tokenized_dataset
-from xtuner.data.batch import Batch
-from xtuner.engine import choose, zero_config, zero_keys
+from xtuner.data.loading.batch import Batch
+from xtuner.dist import collectives
+from xtuner.dist.collectives import Ranks
 from xtuner.engine.base import Strategy
-from xtuner.engine.optim import OptimWrapper
+from xtuner.engine.strategies import select
+from xtuner.engine.zero import deepspeed_config, deepspeed_settings
 from xtuner.families import INTERNLM2
 from xtuner.model.generate import generate
-from xtuner.model.ops.products import Kind
+from xtuner.model.ops.matmul import Kind
 from xtuner.model.source import ModelSource, from_scratch
+from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import evaluate
 
 ITERATIONS, PACKS, LR, MAX_NORM = 10, 4, 1e-3, 1.0
@@ -104,38 +105,38 @@ def packs() -> list[Batch]:
 def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strategy:
     _, zero, fsdp = KINDS.get(kind, (1, None, None))
     if zero == "zero0.json":
-        settings = {**zero_config.read("deepspeed_zero1"), "zero_optimization": {"stage": 0}}
-        zero = str(folder / f"zero0_{dist.rank()}.json")  # each rank its own: another may read it half written
+        settings = {**deepspeed_config.read("deepspeed_zero1"), "zero_optimization": {"stage": 0}}
+        zero = str(folder / f"zero0_{collectives.rank()}.json")  # each rank its own: another may read it half written
         Path(zero).write_text(json.dumps(settings))
     if kind in OTHER:
-        settings = zero_config.read(zero)
+        settings = deepspeed_config.read(zero)
         settings["zero_optimization"] |= OTHER[kind]
-        zero = str(folder / f"{kind}_{dist.rank()}.json")
+        zero = str(folder / f"{kind}_{collectives.rank()}.json")
         Path(zero).write_text(json.dumps(settings))
     full = "weights" if kind == "zero2_other" else None  # DeepSpeed's own reduction
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks, full=full)
     model = source(products)
-    strategy = choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
+    strategy = select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
     if (
-        kind in ("fsdp_hybrid", "zero1", "zero2_other", "zero3") and dist.rank() % 2
+        kind in ("fsdp_hybrid", "zero1", "zero2_other", "zero3") and collectives.rank() % 2
     ):  # these cut packs in two: the others have to follow
         strategy.memory = replace(strategy.memory, most=44)
     return strategy
 
 
 def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bool]]:
-    everything, rank, ranks = packs(), dist.rank(), dist.ALL.size
+    everything, rank, ranks = packs(), collectives.rank(), collectives.ALL.size
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         batch = these[rank::ranks]
-        (targets,), parts = dist.ALL.sums_and_most([sum(p.num_targets for p in batch)], strategy.parts(batch))
+        (targets,), parts = collectives.ALL.sums_and_most([sum(p.num_targets for p in batch)], strategy.parts(batch))
         loss = strategy.forward_backward(batch, int(targets), parts)
         yield (loss, *strategy.step(LR, MAX_NORM))
 
 
 def written(strategy: Strategy, folder: Path) -> Path:
     strategy.snapshot(optimizer=True).write(folder)
-    dist.ALL.gather(None)
+    collectives.ALL.gather(None)
     return folder
 
 
@@ -176,7 +177,7 @@ def test_a_strategy_equals_one_process(kind: str, alone: Path, tmp_path: Path, m
         end = written(strategy, folder / "end")
         same(end, alone / "end", 1e-5)
         strategy.snapshot(optimizer=False).write(folder / "light")
-        dist.ALL.gather(None)
+        collectives.ALL.gather(None)
         same(folder / "light", end, 0.0)
         assert not (folder / "light" / "optimizer").exists()
         strategy.load(half)  # resumed: bit for bit what went on
@@ -251,7 +252,7 @@ def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
             before = written(strategy, folder / f"{kind}_before")
             block = strategy.model.model.layers[1]
             hook = None
-            if dist.rank() == 1:  # in the first micro-batch alone
+            if collectives.rank() == 1:  # in the first micro-batch alone
                 once = itertools.chain([float("nan")], itertools.repeat(1.0))
                 hook = block.register_forward_hook(lambda module, args, out, once=once: out * next(once))
             ((loss, _, applied),) = go(strategy, range(2, 3))
@@ -348,12 +349,12 @@ def test_ranks_share_validation_and_give_one_reply(tmp_path: Path, monkeypatch: 
 )
 def test_settings_that_contradict_the_config(change: dict[str, object], message: str, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({**zero_config.read("deepspeed_zero2"), **change}))
+    path.write_text(json.dumps({**deepspeed_config.read("deepspeed_zero2"), **change}))
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=1.0), 2)
     with pytest.raises(ConfigError, match=message):
-        zero_config.resolve(zero_config.read(str(path)), optim, CPU, 2, str(path))
+        deepspeed_config.resolve(deepspeed_config.read(str(path)), optim, CPU, 2, str(path))
     with pytest.raises(ConfigError, match="Did you mean 'deepspeed_zero1'"):
-        zero_config.read("deepspeed_zero_1")
+        deepspeed_config.read("deepspeed_zero_1")
 
 
 def test_every_setting_of_deepspeed_has_its_place() -> None:
@@ -369,14 +370,18 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
         ("bf16", precision_config.DeepSpeedBF16Config),
     ):
         for name, field in form.model_fields.items():
-            assert f"{section}.{field.alias or name}" in zero_keys.KNOWN
+            assert f"{section}.{field.alias or name}" in deepspeed_settings.KNOWN
     removed = [
         *config._REMOVED_TOP_LEVEL_CONFIG_KEYS,
         *(f"zero_optimization.{k}" for k in config._REMOVED_ZERO_CONFIG_KEYS),
     ]
-    assert set(removed) <= zero_keys.REJECTED.keys()
-    tables = (zero_keys.HANDED_ON, zero_keys.WITHOUT_EFFECT.keys(), zero_keys.REJECTED.keys())
-    assert sum(map(len, tables)) == len(zero_keys.KNOWN)
+    assert set(removed) <= deepspeed_settings.REJECTED.keys()
+    tables = (
+        deepspeed_settings.HANDED_ON,
+        deepspeed_settings.WITHOUT_EFFECT.keys(),
+        deepspeed_settings.REJECTED.keys(),
+    )
+    assert sum(map(len, tables)) == len(deepspeed_settings.KNOWN)
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dtype="bf16")
     usual = {  # as in JSONs of other projects
         "fp16": {"enabled": False, "initial_scale_power": 16}, "bf16": {"enabled": True}, "optimizer": None,
@@ -388,17 +393,17 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
             "round_robin_gradients": False, "offload_optimizer": {"device": "none"}, "offload_param": None,
         },
     }  # fmt: skip
-    resolved = zero_config.resolve(usual, optim, CPU, 2, "usual.json")
+    resolved = deepspeed_config.resolve(usual, optim, CPU, 2, "usual.json")
     assert resolved["zero_optimization"] == {"stage": 3}
     assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert [told.partition(" ")[0] for told in zero_config.without_effect(usual)] == [
+    assert [told.partition(" ")[0] for told in deepspeed_config.without_effect(usual)] == [
         "activation_checkpointing", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     ]  # fmt: skip
     one = {**usual, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
-    assert "data_types" not in zero_config.resolve(one, optim, CPU, 2, "one.json")  # DeepSpeed has no such sums
+    assert "data_types" not in deepspeed_config.resolve(one, optim, CPU, 2, "one.json")  # DeepSpeed has no such sums
     coarser = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dtype="bf16", sums="bf16")
     with pytest.raises(ConfigError, match=r"grad_accum_dtype is fp32 in the .* by the config it is bf16"):
-        zero_config.resolve(one, coarser, CPU, 2, "one.json")
+        deepspeed_config.resolve(one, coarser, CPU, 2, "one.json")
 
 
 def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> None:
@@ -409,9 +414,9 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
     def gradient(
         dtype: str, zero: str | None, fsdp: str | None, parts: int = 1, **kept: str
     ) -> tuple[Any, dict[str, tuple[int, torch.Tensor]]]:
-        rank, ranks = dist.rank(), dist.ALL.size
+        rank, ranks = collectives.rank(), collectives.ALL.size
         optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype, **kept), source()
-        strategy: Any = choose.strategy(choose.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
+        strategy: Any = select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
         before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
         strategy.forward_backward(these[rank::ranks], targets, [parts] * (32 // ranks))
         assert strategy.step(1.0, None)[1]
@@ -426,7 +431,7 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
             true = exact[name][1].view(-1)[begin : begin + values.numel()]
             square += (values.view(-1) - true).square().sum().item()
             total += true.square().sum().item()
-        return float((dist.ALL.sum(square) / dist.ALL.sum(total)) ** 0.5)
+        return float((collectives.ALL.sum(square) / collectives.ALL.sum(total)) ** 0.5)
 
     least = error(gradient("bf16", None, None)[1])
     assert 5e-3 < least < 7e-3
@@ -439,7 +444,7 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
             block = strategy.model.model.layers[1]
             hook = block.register_forward_hook(lambda module, args, out: out * float("nan"))
             before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
-            strategy.forward_backward(these[dist.rank() :: 2], targets)
+            strategy.forward_backward(these[collectives.rank() :: 2], targets)
             assert not strategy.step(1.0, None)[1]
             assert all(s.master.read().equal(before[n]) for n, s in strategy._shards().items())
             hook.remove()
@@ -449,10 +454,10 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
         for here in ("1", "2"):  # one rank a node; both on one
             os.environ["LOCAL_WORLD_SIZE"] = here
             assert 1.001 * least < error(gradient("bf16", "deepspeed_zero1", None, 2, sums="bf16")[1]) < 7e-3
-        settings = zero_config.read("deepspeed_zero2")
+        settings = deepspeed_config.read("deepspeed_zero2")
         settings["data_types"]["grad_accum_dtype"] = "bf16"  # on request
-        (folder / f"{dist.rank()}.json").write_text(json.dumps(settings))
-        assert error(gradient("bf16", str(folder / f"{dist.rank()}.json"), None)[1]) > 1.2 * least
+        (folder / f"{collectives.rank()}.json").write_text(json.dumps(settings))
+        assert error(gradient("bf16", str(folder / f"{collectives.rank()}.json"), None)[1]) > 1.2 * least
 
     assert on_ranks(2, on_two, tmp_path) == [0, 0]
 
@@ -491,9 +496,9 @@ import torch.distributed.fsdp  # with what it imports, which DeepSpeed will too:
 from safetensors import safe_open
 from test_ranks import on_ranks
 from test_strategies import large
-import xtuner.engine.deepspeed
+import xtuner.engine.zero.deepspeed_strategy
 from xtuner.engine import choose, zero_config
-from xtuner.engine.optim import OptimWrapper
+from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.model import from_pretrained
 
 CONSTANT = 32 * 2**20
@@ -542,7 +547,7 @@ def test_zero3_is_built_shard_by_shard(tmp_path: Path) -> None:
     tensors = {name: p.data for name, p in source.build().named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(INTERNLM2.write_config(source.config, "float32")))
-    settings = zero_config.read("deepspeed_zero3")
+    settings = deepspeed_config.read("deepspeed_zero3")
     small = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "reduce_bucket_size")
     settings["zero_optimization"] |= dict.fromkeys((*small, "stage3_prefetch_bucket_size"), 10**6)
     (tmp_path / "zero3.json").write_text(json.dumps(settings))

@@ -24,10 +24,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import with_hook
 
 from xtuner.cli.main import main
-from xtuner.core import files, streams
-from xtuner.core.append import AppendFile
+from xtuner.core import files
 from xtuner.core.command import exit_with
+from xtuner.core.growing_files import AppendFile
 from xtuner.core.log import setup
+from xtuner.core.system import stdio
 
 Command = Callable[..., int]
 XTUNER = [sys.executable, "-m", "xtuner"]
@@ -212,7 +213,7 @@ def test_other_encodings_and_paths_that_are_not_utf8(corpus: Path, tiny: Path, t
     out.write(f"é—中{NOT_UTF8}😀")
     out.flush()
     assert out.buffer.getvalue() == "é".encode("gbk") + b"\xa1\xaa\xd6\xd0caf\xe9\\U0001f600"  # type: ignore[attr-defined]
-    assert streams.as_text(NOT_UTF8) == "caf\N{REPLACEMENT CHARACTER}"
+    assert stdio.as_text(NOT_UTF8) == "caf\N{REPLACEMENT CHARACTER}"
     order = tmp_path / f"order{NOT_UTF8}"
     assert xtuner("data", "order", "--data-folder", tmp_path, "--save-folder", order) == 0
     text = (order / "data_order.txt").read_bytes()
@@ -281,7 +282,7 @@ def test_a_log_line_obeys_no_control_character(tmp_path: Path, monkeypatch: pyte
 
 
 def test_signals_of_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xtuner.engine.workers import stop_signals
+    from xtuner.dist.workers import stop_signals
 
     assert signal.SIGHUP in stop_signals()
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -292,4 +293,4 @@ def test_signals_of_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_colours_are_for_people() -> None:
-    assert not streams.use_colour(io.StringIO())
+    assert not stdio.use_colour(io.StringIO())

@@ -18,10 +18,10 @@ from xtuner.cli.chat import spoken
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.chat_template import PROMPT_TEMPLATE
-from xtuner.data.pack import PackedDataset
-from xtuner.data.show import show_pack
+from xtuner.data.format.writer import write_bin
+from xtuner.data.inspect.show_packs import show_pack
+from xtuner.data.packing.pack import PackedDataset
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.data.write import write_bin
 
 Command = Callable[..., int]
 

@@ -17,13 +17,13 @@ import pytest
 from conftest import HERE, reference
 
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
-from xtuner.data import pool
+from xtuner.data import process_pool
 from xtuner.data.chat_template import INTERNLM2_MARKS, PROMPT_TEMPLATE, Message, internlm2_chat
-from xtuner.data.index import load_intern_repo_tokenized_dataset
-from xtuner.data.meta import read_meta
+from xtuner.data.format.folder import load_intern_repo_tokenized_dataset
+from xtuner.data.format.meta import read_meta
+from xtuner.data.format.writer import write_bin
 from xtuner.data.tokenize import read, run, work
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer
-from xtuner.data.write import write_bin
 
 Command = Callable[..., int]
 ROOT = HERE.parent
@@ -480,7 +480,7 @@ def test_few_chunks_are_under_way(small: Path) -> None:
             yield read.Chunk(0, settings, data=b"text\n")
 
     ahead = []
-    for given, result in enumerate(pool.ordered(work.encode_chunk, chunks(), 2), 1):
+    for given, result in enumerate(process_pool.ordered(work.encode_chunk, chunks(), 2), 1):
         assert result.train.counts[0] == len(load_tokenizer(small).encode("text")) + 2
         ahead.append(taken - given)
     assert given == 100

@@ -223,7 +223,7 @@ def test_a_line_is_the_mean_since_the_one_before(tiny: Path, tmp_path: Path, xtu
 
 def test_averages_of_odd_iterations() -> None:
     """NaN is left out of the mean, iterations without targets weigh nothing, rates are weighted by seconds."""
-    from xtuner.train.averages import Averages
+    from xtuner.train.reporting.averages import Averages
     from xtuner.train.run import Iteration
     from xtuner.train.state import TrainState
 
@@ -275,7 +275,7 @@ def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, xtuner: Command, ca
 
 
 def test_an_iteration_without_targets_changes_no_weight(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
-    from xtuner.data.write import write_bin
+    from xtuner.data.format.writer import write_bin
 
     for i in range(3):
         learned = i == 1
@@ -293,7 +293,7 @@ def test_an_iteration_without_targets_changes_no_weight(tiny: Path, tmp_path: Pa
 
 def test_data_without_anything_to_learn(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     """Reported once and then counted; a whole epoch, or a whole run, without a target is an error (65)."""
-    from xtuner.data.write import write_bin
+    from xtuner.data.format.writer import write_bin
 
     write_bin(tmp_path / "data" / "a.bin", [[-5] * 32] * 25)
     options = [f"dataset_folder={tmp_path / 'data'}", "accumulative_counts=1", "save_steps=1", *PLAIN]
@@ -314,7 +314,7 @@ def test_data_without_anything_to_learn(tiny: Path, tmp_path: Path, xtuner: Comm
 
 def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     """Small files and long packs: how much is lost and what to do, which then works."""
-    from xtuner.data.write import write_bin
+    from xtuner.data.format.writer import write_bin
 
     for i in range(10):
         write_bin(tmp_path / "data" / "en" / f"{i}.bin", [[5] * 10] * (4 if i else 40))

@@ -9,11 +9,11 @@ import torch
 
 from xtuner.core.errors import ConfigError
 from xtuner.dist.mesh import Mesh
-from xtuner.engine import zero_config, zero_memory
-from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.zero_memory import ZeroMemory
+from xtuner.engine.zero import deepspeed_config, zero_memory
+from xtuner.engine.zero.zero_memory import ZeroMemory
 from xtuner.model import from_scratch
 from xtuner.model.source import ModelSource
+from xtuner.optim.optim_wrapper import OptimWrapper
 
 CPU, PACK, FREE = torch.device("cpu"), 32768, int(78.6 * 2**30)
 SHAPES = {"1.8B": (2048, 24, 16, 8192), "7B": (4096, 32, 32, 14336)}
@@ -35,7 +35,7 @@ def chosen(
     name: str, stage: int | str, ranks: int, free: int = FREE, recompute: bool = True, **given: Any
 ) -> ZeroMemory:
     model, optim = source(name, recompute), wrapper(**given)
-    settings = zero_config.prepare(f"deepspeed_zero{stage}", model, optim, CPU, ranks)
+    settings = deepspeed_config.prepare(f"deepspeed_zero{stage}", model, optim, CPU, ranks)
     return zero_memory.of_zero(model, optim, CPU, Mesh(dp_shard=ranks, local_size=ranks), settings, PACK, free)
 
 
@@ -83,7 +83,7 @@ def test_sizes_of_buckets_that_the_json_leaves_open(tmp_path: Path) -> None:
         ({"stage": 1, "reduce_bucket_size": 9}, {"reduce_bucket_size": 9, "allgather_bucket_size": 200_000_000}),
     ):
         path.write_text(json.dumps({"zero_optimization": zero}))
-        found = zero_config.prepare(str(path), model, wrapper(), CPU, 4)
+        found = deepspeed_config.prepare(str(path), model, wrapper(), CPU, 4)
         assert found["zero_optimization"] == zero | found["zero_optimization"] | expected
         assert found["communication_data_type"] == "fp32"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
@@ -111,14 +111,14 @@ def test_what_a_stage_cannot_keep_full(stage: str, full: str, message: str) -> N
 
 def test_sums_of_micro_batches_that_deepspeed_sends_are_as_named(tmp_path: Path) -> None:
     def sums(stage: str, **given: Any) -> Any:
-        settings = zero_config.prepare(stage, source("7B"), wrapper(**given), CPU, 4)
+        settings = deepspeed_config.prepare(stage, source("7B"), wrapper(**given), CPU, 4)
         return settings["data_types"]["grad_accum_dtype"]
 
     for stage in ("2", "2_offload", "3"):
         full = None if stage == "3" else "weights"
         assert sums(f"deepspeed_zero{stage}", full=full) == "fp32"
         assert sums(f"deepspeed_zero{stage}", full=full, sums="bf16") == "bf16"
-    coarse = zero_config.read("deepspeed_zero2") | {"data_types": {"grad_accum_dtype": "bf16"}}
+    coarse = deepspeed_config.read("deepspeed_zero2") | {"data_types": {"grad_accum_dtype": "bf16"}}
     (tmp_path / "coarse.json").write_text(json.dumps(coarse))
     assert sums(str(tmp_path / "coarse.json"), full="weights") == "bf16"
     with pytest.raises(ConfigError, match="with sums in bf16"):  # those of whole gradients are ours

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from xtuner.core import files
-from xtuner.core.dist import attempt
 from xtuner.core.errors import CheckpointError
+from xtuner.dist.collectives import attempt
 
 
 def make(target: Path, text: str) -> None:

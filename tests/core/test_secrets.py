@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from xtuner.config.literals import without_secrets
 from xtuner.config.load import SHIPPED
+from xtuner.config.redact import without_secrets
 from xtuner.core import secrets
 from xtuner.core.errors import ConfigError
 from xtuner.core.secrets import MASK, is_secret_name, mask, mask_command, mask_text

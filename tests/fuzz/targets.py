@@ -27,22 +27,23 @@ from xtuner.core import hub
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.files import file_entry, verify, write_manifest
 from xtuner.core.pickles import load_tensors
-from xtuner.data import load_intern_repo_tokenized_dataset, tables
-from xtuner.data.cache import make
+from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.chat_template import INTERNLM2_MARKS
-from xtuner.data.check import check
-from xtuner.data.pack import PackedDataset
-from xtuner.data.stats import stats
+from xtuner.data.format.file_order import read_order
+from xtuner.data.format.writer import write_bin
+from xtuner.data.inspect.build_caches import make
+from xtuner.data.inspect.check_files import check
+from xtuner.data.inspect.statistics import stats
+from xtuner.data.packing import document_order
+from xtuner.data.packing.pack import PackedDataset
 from xtuner.data.tokenize.run import tokenize
 from xtuner.data.tokenize.settings import Settings
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.data.walk import read_order
-from xtuner.data.write import write_bin
 from xtuner.export.consolidate import consolidate
 from xtuner.families import FAMILIES, read_config
 from xtuner.model import from_pretrained
 from xtuner.model.weights import WeightFolder, hf_shapes
-from xtuner.train.checkpoint import read_trainer
+from xtuner.train.checkpoints.checkpoint import read_trainer
 from xtuner.train.state import TrainState
 
 Files = dict[str, bytes]
@@ -63,7 +64,7 @@ def targets(sandbox: Path) -> dict[str, Target]:
     """All of them. `sandbox`: a folder for what they share, such as a tokenizer."""
     shared = sandbox / "shared"
     shared.mkdir(exist_ok=True)
-    tables.SMALL = 0
+    document_order.SMALL = 0
     made = [_data(), _caches(shared), _order(), _options(shared), _config(shared), _checkpoint(shared), _network()]
     made += [_weights(), _pickle(), _zip(), *_foreign(shared), *_tokenizers(shared), *_inputs(shared)]
     return {target.name: target for target in made}

@@ -9,7 +9,7 @@ from xtuner.core import log
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.log import logger
-from xtuner.core.streams import as_text
+from xtuner.core.system.stdio import as_text
 from xtuner.data.chat_template import find_template
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer, single_tokens
 from xtuner.families import FAMILIES
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from xtuner.engine.join import device
+    from xtuner.dist.process_group import device
     from xtuner.model.generate import Session, sample
     from xtuner.model.source import require_marks
     from xtuner.train.evaluate import open_model

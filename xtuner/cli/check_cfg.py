@@ -11,10 +11,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from xtuner.compat.report import paragraphs
     from xtuner.compat.translate import load
-    from xtuner.data.place import Opening
+    from xtuner.data.format.cache_dirs import Opening
     from xtuner.dist.mesh import Mesh
-    from xtuner.engine import fit
-    from xtuner.engine.join import device
+    from xtuner.dist.process_group import device
+    from xtuner.engine import capacity
     from xtuner.train import preflight
     from xtuner.train.plan import make_plan
 
@@ -28,6 +28,6 @@ def run(args: argparse.Namespace) -> int:
     print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))
     for note in notes:
         print(f"note: {note}")
-    if why_not := fit.why_not_alone(settings.source, settings.optim, here):
+    if why_not := capacity.why_not_alone(settings.source, settings.optim, here):
         print(f"note: {why_not}")
     return 0

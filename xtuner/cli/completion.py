@@ -9,7 +9,7 @@ The script holds all words itself, so a key press starts no Python. What a verb 
 import argparse
 from dataclasses import dataclass, field
 
-from xtuner.tools import jobs
+from xtuner.tools import job_scripts
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -124,4 +124,4 @@ def fish(table: dict[str, Words]) -> str:
 def _filled(shell: str, table: dict[str, Words], **parts: str) -> str:
     """`templates/completion.SHELL`, with the first words of all verbs and further parts."""
     heads = " ".join(dict.fromkeys(name.split()[0] for name in table))
-    return jobs.filled(f"completion.{shell}", heads=heads, **parts)
+    return job_scripts.filled(f"completion.{shell}", heads=heads, **parts)

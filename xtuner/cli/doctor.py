@@ -18,11 +18,11 @@ def run(args: argparse.Namespace) -> int:
     from dataclasses import asdict
     from pathlib import Path
 
-    from xtuner.core import machine
     from xtuner.core.errors import EXIT_CONFIG, EXIT_DONE
     from xtuner.core.log import human_bytes, use_colour
     from xtuner.core.secrets import mask, mask_text
-    from xtuner.train.doctor import NOTE, PROBLEM, Row, examine
+    from xtuner.core.system import sysinfo
+    from xtuner.tools.doctor import NOTE, PROBLEM, Row, examine
 
     colour, watched = use_colour(sys.stdout), use_colour(sys.stderr)
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         facts = None
         with contextlib.suppress(ImportError, OSError, RuntimeError):  # a torch that is absent or broken: a row says so
-            facts = mask(machine.facts())
+            facts = mask(sysinfo.facts())
         report = {"ok": not problems, "problems": problems, "notes": notes}
         print(json.dumps(report | {"checks": [asdict(r) for r in rows], "machine": facts}, indent=2))
     else:

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from xtuner.config.config import Config
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import atomic_file
-from xtuner.tools import jobs
-from xtuner.tools.jobs import Job
+from xtuner.tools import job_scripts
+from xtuner.tools.job_scripts import Job
 
 ONLY_FOR = {  # option → schedulers that have a use for it
     "partition": ("slurm",),
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     preflight.settings(config, paths=False)  # of the cluster, which may see other disks
     tell(config)
     job = _job(args, config)
-    text = jobs.RENDER[args.scheduler](job)
+    text = job_scripts.RENDER[args.scheduler](job)
     if args.output:
         _write(args.output, text)
     else:
@@ -67,21 +67,23 @@ def run(args: argparse.Namespace) -> int:
 def _job(args: argparse.Namespace, config: Config) -> Job:
     work_dir = args.work_dir or config.get("work_dir")
     job = Job(
-        config=jobs.path(str(config.path.resolve()), "CONFIG"),
-        work_dir=jobs.path(
+        config=job_scripts.path(str(config.path.resolve()), "CONFIG"),
+        work_dir=job_scripts.path(
             str(Path(work_dir or Path("work_dirs") / config.name).expanduser().absolute()), "--work-dir"
         ),
-        name=jobs.name(args.name, args.scheduler) if args.name else jobs.name_from(config.name, args.scheduler),
-        nodes=jobs.count(args.nodes, "--nodes"),
-        gpus=jobs.count(args.gpus_per_node, "--gpus-per-node"),
-        engine=jobs.engine(args.deepspeed, args.fsdp),
-        partition=jobs.slurm_word(args.partition, "--partition") if args.partition else None,
-        time=jobs.duration(args.time) if args.time else None,
-        image=jobs.image(args.image) if args.image else None,
+        name=job_scripts.name(args.name, args.scheduler)
+        if args.name
+        else job_scripts.name_from(config.name, args.scheduler),
+        nodes=job_scripts.count(args.nodes, "--nodes"),
+        gpus=job_scripts.count(args.gpus_per_node, "--gpus-per-node"),
+        engine=job_scripts.engine(args.deepspeed, args.fsdp),
+        partition=job_scripts.slurm_word(args.partition, "--partition") if args.partition else None,
+        time=job_scripts.duration(args.time) if args.time else None,
+        image=job_scripts.image(args.image) if args.image else None,
     )
     if args.scheduler != "k8s":
         return job
-    job = replace(job, namespace=jobs.namespace(args.namespace or "default"))
+    job = replace(job, namespace=job_scripts.namespace(args.namespace or "default"))
     return _in_containers(job, config, work_dir, args.pvc or [])
 
 
@@ -89,7 +91,7 @@ def _in_containers(job: Job, config: Config, work_dir: str | None, claims: list[
     """The job with paths as its containers see them, and the files of this machine that it brings along."""
     if not job.image:
         raise ConfigError("no image is given", where="--image", do="build one with xtuner/templates/Dockerfile")
-    volumes = tuple(map(jobs.volume, claims))
+    volumes = tuple(map(job_scripts.volume, claims))
     if len({mounted.rstrip("/") for _, mounted in volumes}) < len(volumes):
         raise ConfigError("two volumes at one path", where="--pvc")
     target = work_dir or (f"{volumes[0][1].rstrip('/')}/work_dirs/{config.name}" if volumes else "")
@@ -105,18 +107,20 @@ def _in_containers(job: Job, config: Config, work_dir: str | None, claims: list[
     files, engine = {name: config.source}, job.engine
     if engine[-1].endswith(".json"):
         files["deepspeed.json"] = Path(engine[-1]).read_text(encoding="utf-8")
-        engine = ("--deepspeed", f"{jobs.MOUNTED}/deepspeed.json")
-    if sum(len(text.encode()) for text in files.values()) > jobs.CONFIG_MAP_BYTES:
+        engine = ("--deepspeed", f"{job_scripts.MOUNTED}/deepspeed.json")
+    if sum(len(text.encode()) for text in files.values()) > job_scripts.CONFIG_MAP_BYTES:
         raise ConfigError("the config is larger than a ConfigMap may be (1 MiB)", where=str(config.path))
-    work = jobs.path(target, "--work-dir")
-    return replace(job, config=f"{jobs.MOUNTED}/{name}", work_dir=work, volumes=volumes, files=files, engine=engine)
+    work = job_scripts.path(target, "--work-dir")
+    return replace(
+        job, config=f"{job_scripts.MOUNTED}/{name}", work_dir=work, volumes=volumes, files=files, engine=engine
+    )
 
 
 def _write(output: str, text: str) -> None:
     target = Path(output).expanduser()
     if target.exists():
         head = target.read_bytes()[:500] if target.is_file() else b""
-        if jobs.MARK.encode() not in head:
+        if job_scripts.MARK.encode() not in head:
             raise ConfigError("this is not a script of `xtuner launch`", where=output, do="choose another --output")
     with atomic_file(target) as f:
         f.write(text)

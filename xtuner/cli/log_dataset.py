@@ -13,13 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from itertools import islice
 
-    from xtuner.cli.data_show import print_packs
+    from xtuner.cli.data.show import print_packs
     from xtuner.compat.translate import load
     from xtuner.config.build import build
     from xtuner.config.check import check
     from xtuner.core import log
-    from xtuner.data.loader import PackLoader
-    from xtuner.data.order import Position
+    from xtuner.data.loading.loader import PackLoader
+    from xtuner.data.loading.sampler import Position
 
     log.setup("WARNING")
     config = load(args.config, args.cfg_options)

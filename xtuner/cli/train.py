@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.engine import launch
+    from xtuner.dist import environment
 
-    with launch.main_reports(args.launcher):
+    with environment.main_reports(args.launcher):
         return _train(args)
 
 
@@ -68,13 +68,12 @@ def _train(args: argparse.Namespace) -> int:
     from torch.cuda import device_count
 
     from xtuner.compat.translate import load
-    from xtuner.core import streams
     from xtuner.core.errors import ConfigError
-    from xtuner.dist import launchers
-    from xtuner.engine import workers
+    from xtuner.core.system import stdio
+    from xtuner.dist import launchers, workers
 
     if not args.dry_run:
-        streams.survive()  # a run continues when nobody reads what it prints
+        stdio.survive()  # a run continues when nobody reads what it prints
     if not faulthandler.is_enabled():
         faulthandler.enable()  # where each thread stood if a library crashes, or a mapped file is cut off
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in words, not in frames of C++
@@ -91,7 +90,7 @@ def _train(args: argparse.Namespace) -> int:
     workers.end_with_parent()
     place = launchers.place(args.launcher, os.environ)
 
-    from xtuner.engine.join import taking_part
+    from xtuner.dist.process_group import taking_part
     from xtuner.train.preflight import work_dir_of
     from xtuner.train.trainer import Options, train
 

@@ -15,35 +15,38 @@ import inspect
 import re
 from typing import Any
 
+from xtuner.compat.moved import find_current
 from xtuner.core.errors import ConfigError, did_you_mean
 
 _HOOKS = "DatasetInfoHook EvaluateChatHook ThroughputHook VarlenAttnArgsToMessageHubHook"
 _DATASETS = "build_packed_dataset load_intern_repo_tokenized_dataset"
 _BACKENDS = "Aim ClearML DVCLive Local MLflow Neptune Tensorboard Wandb"
 
+_SCHEDULERS = "ConstantLR CosineAnnealingLR LinearLR MultiStepLR"
+
 # (what it is, old modules, names, our module). A module below one of these gives the same names.
 _TABLE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
-    ("hook", ("mmengine.hooks",), "CheckpointHook LoggerHook RuntimeInfoHook", "xtuner.train.legacy"),
+    ("hook", ("mmengine.hooks",), "CheckpointHook LoggerHook RuntimeInfoHook", "xtuner.compat.adapters.train"),
     ("hook", ("mmengine.hooks",), "DistSamplerSeedHook IterTimerHook ParamSchedulerHook", "xtuner.train.hooks"),
-    ("hook", ("xtuner.engine", "xtuner.engine.hooks"), _HOOKS, "xtuner.train.legacy"),
-    ("scheduler", ("mmengine.optim",), "ConstantLR CosineAnnealingLR LinearLR MultiStepLR", "xtuner.engine.legacy"),
-    ("optimizer wrapper", ("mmengine.optim",), "AmpOptimWrapper", "xtuner.engine.legacy"),
-    ("loop", ("xtuner.engine.runner", "xtuner.engine"), "TrainLoop", "xtuner.train.legacy"),
-    ("loop", ("mmengine.runner",), "EpochBasedTrainLoop", "xtuner.train.legacy"),
+    ("hook", ("xtuner.engine", "xtuner.engine.hooks"), _HOOKS, "xtuner.compat.adapters.train"),
+    ("scheduler", ("mmengine.optim",), _SCHEDULERS, "xtuner.compat.adapters.engine"),
+    ("optimizer wrapper", ("mmengine.optim",), "AmpOptimWrapper", "xtuner.compat.adapters.engine"),
+    ("loop", ("xtuner.engine.runner", "xtuner.engine"), "TrainLoop", "xtuner.compat.adapters.train"),
+    ("loop", ("mmengine.runner",), "EpochBasedTrainLoop", "xtuner.compat.adapters.train"),
     ("sampler", ("xtuner.dataset.samplers", "xtuner.dataset"), "InternRepoSampler InternlmRepoSampler",
-     "xtuner.data.legacy"),
-    ("sampler", ("mmengine.dataset",), "DefaultSampler", "xtuner.data.legacy"),
+     "xtuner.compat.adapters.data"),
+    ("sampler", ("mmengine.dataset",), "DefaultSampler", "xtuner.compat.adapters.data"),
     ("batch sampler", ("torch.utils.data",), "BatchSampler", "torch.utils.data"),
     ("collate function", ("xtuner.dataset.collate_fns", "xtuner.dataset"),
-     "default_collate_fn intern_repo_collate_fn", "xtuner.data.legacy"),
+     "default_collate_fn intern_repo_collate_fn", "xtuner.compat.adapters.data"),
     ("dataset", ("xtuner.dataset.intern_repo", "xtuner.dataset"), _DATASETS, "xtuner.data"),
-    ("model", ("xtuner.model", "xtuner.model.sft"), "SupervisedFinetune", "xtuner.model.legacy"),
-    ("model", ("transformers",), "AutoModelForCausalLM", "xtuner.model.legacy"),
-    ("tokenizer", ("transformers",), "AutoTokenizer", "xtuner.data.legacy"),
-    ("template", ("xtuner.utils",), "PROMPT_TEMPLATE", "xtuner.data.legacy"),
-    ("visualizer", ("mmengine.visualization",), "Visualizer", "xtuner.train.legacy"),
+    ("model", ("xtuner.model", "xtuner.model.sft"), "SupervisedFinetune", "xtuner.compat.adapters.model"),
+    ("model", ("transformers",), "AutoModelForCausalLM", "xtuner.compat.adapters.model"),
+    ("tokenizer", ("transformers",), "AutoTokenizer", "xtuner.compat.adapters.data"),
+    ("template", ("xtuner.utils",), "PROMPT_TEMPLATE", "xtuner.compat.adapters.data"),
+    ("visualizer", ("mmengine.visualization",), "Visualizer", "xtuner.compat.adapters.train"),
     ("visualizer's backend", ("mmengine.visualization",),
-     " ".join(f"{name}VisBackend" for name in _BACKENDS.split()), "xtuner.train.legacy"),
+     " ".join(f"{name}VisBackend" for name in _BACKENDS.split()), "xtuner.compat.adapters.train"),
 )  # fmt: skip
 
 # (module, name) → what is imported instead
@@ -101,7 +104,7 @@ _NEAREST = {
     "LocalAttnArgsToMessageHubHook": "none; the borders of documents come with each batch",
     "LoraConfig": _FULL,
     "OptimWrapper": "mmengine.optim.AmpOptimWrapper",
-    "ProfilerHook": "xtuner.train.profile.ProfileHook",
+    "ProfilerHook": "xtuner.train.reporting.profile.ProfileHook",
     "SYSTEM_TEMPLATE": "the system prompt itself, as a string",
     "SequenceParallelSampler": "xtuner.dataset.samplers.InternRepoSampler; there is no sequence parallelism",
     "load_dataset": _TOKENIZED,
@@ -128,6 +131,8 @@ def find(written: str, place: str = "") -> str | None:
     module, name, method = _split(written)
     if "" in written.split("."):
         return None
+    if (now := find_current(written)) != written:
+        return now
     kind, new = kind_of(place), None
     if module in ("", "mmengine") and (kind or module):
         new = _BARE.get(name) or (_torch_optimizers().get(name) if kind == "optimizer" else None)

@@ -11,14 +11,14 @@ from xtuner.compat.settings import SCHEMA
 from xtuner.config.adapter import adapter_of
 from xtuner.config.build import resolve_type, type_name
 from xtuner.config.config import Config
-from xtuner.config.walk import specs
-from xtuner.core import dist
+from xtuner.config.specs import specs
 from xtuner.core.log import logger
+from xtuner.dist import collectives
 
 
 def tell(config: Config) -> None:
     """Log it, once, on the main process; nothing for a config of our own."""
-    if dist.is_main():
+    if collectives.is_main():
         for paragraph in paragraphs(config):
             logger.info(paragraph)
 
@@ -109,16 +109,16 @@ DIFFERENCES = (
     Difference(
         "Documents of a pack do not see each other, and positions restart in each; there only with "
         "`use_varlen_attn=True`, and a model without that setting had it off.",
-        _builds("legacy.SupervisedFinetune", "use_varlen_attn"),
+        _builds("adapters.model.SupervisedFinetune", "use_varlen_attn"),
     ),
     Difference(
         "Matrices are multiplied in bf16 on GPUs and in fp32 on CPUs, never in fp16; weights are kept in fp32.",
-        _builds("legacy.AmpOptimWrapper"),
+        _builds("adapters.engine.AmpOptimWrapper"),
     ),
     Difference(
         "Checkpoints are directories named `iter_N.pth`, N in iterations, also with `by_epoch=True` (the default of "
         "`CheckpointHook`), which named them `epoch_N.pth` there.",
-        _builds("legacy.CheckpointHook", "by_epoch", True),
+        _builds("adapters.train.CheckpointHook", "by_epoch", True),
     ),
     Difference(
         "Without `data_order_path`, sub-folders come in sorted order; there they came in the file system's.",
@@ -126,15 +126,15 @@ DIFFERENCES = (
     ),
     Difference(
         "`DefaultSampler` draws another order of the packs than there; `InternRepoSampler` draws the same.",
-        _builds("legacy.DefaultSampler"),
+        _builds("adapters.data.DefaultSampler"),
     ),
     Difference(
         "Samples take the most likely token each time; there tokens were drawn at random.",
-        _builds("legacy.EvaluateChatHook"),
+        _builds("adapters.train.EvaluateChatHook"),
     ),
     Difference(
         "Tokens a second count the tokens of packs, and FLOPs the arithmetic of the model; there padding and "
         "recomputation were counted as well.",
-        _builds("legacy.ThroughputHook"),
+        _builds("adapters.train.ThroughputHook"),
     ),
 )

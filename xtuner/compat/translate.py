@@ -8,20 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 from xtuner.compat import names as old_names
+from xtuner.compat.moved import find_current
 from xtuner.compat.settings import SCHEMA
 from xtuner.config import load as load_ours
-from xtuner.config import walk
+from xtuner.config import specs
 from xtuner.config.config import Config, Replacement
-from xtuner.config.mistakes import together
+from xtuner.config.findings import together
 from xtuner.core.errors import ConfigError
 
 # mmengine adds these to a config's default_hooks by itself
 DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "timer": {"type": "xtuner.train.hooks.IterTimerHook"},
     "sampler_seed": {"type": "xtuner.train.hooks.DistSamplerSeedHook"},
-    "logger": {"type": "xtuner.train.legacy.LoggerHook"},
+    "logger": {"type": "xtuner.compat.adapters.train.LoggerHook"},
     "param_scheduler": {"type": "xtuner.train.hooks.ParamSchedulerHook"},
-    "checkpoint": {"type": "xtuner.train.legacy.CheckpointHook", "interval": 1},
+    "checkpoint": {"type": "xtuner.compat.adapters.train.CheckpointHook", "interval": 1},
 }
 # mmengine's names of the order in which hooks are called: those with lower numbers first, as here
 PRIORITIES = {
@@ -62,7 +63,7 @@ def replace_names(values: dict[str, Any], where: Callable[[str], str]) -> tuple[
     """
     replaced, dropped, problems = [], {}, []
     seen: set[int] = set()
-    for key, spec in (pair for root in walk.ROOTS for pair in walk.walked(root, values.get(root), seen)):
+    for key, spec in (pair for root in specs.ROOTS for pair in specs.walked(root, values.get(root), seen)):
         if not isinstance(spec, dict):
             continue
         if "_delete_" in spec:
@@ -71,7 +72,7 @@ def replace_names(values: dict[str, Any], where: Callable[[str], str]) -> tuple[
             continue
         written = old_names.written_name(spec["type"])
         if new := old_names.find(written, key):
-            if new != written:
+            if new != find_current(written):
                 replaced.append(Replacement(written, new))
             spec["type"] = new
         if isinstance(spec.get("_scope_"), str):
@@ -88,7 +89,7 @@ def replace_names(values: dict[str, Any], where: Callable[[str], str]) -> tuple[
 def find_unknown(values: dict[str, Any]) -> dict[str, ConfigError]:
     """Names of other tools, and of nobody, at `type` of what is built, for which there is nothing: path → error."""
     found = {}
-    for key, spec in (pair for root in walk.ROOTS for pair in walk.walked(root, values.get(root))):
+    for key, spec in (pair for root in specs.ROOTS for pair in specs.walked(root, values.get(root))):
         written = spec.get("type") if isinstance(spec, dict) else None
         if isinstance(written, str) and old_names.is_unknown(written):
             found[key] = old_names.unknown(written, f"{key}.type", key)
@@ -144,7 +145,7 @@ def complete_hooks(values: dict[str, Any], replaced: list[Replacement]) -> None:
 
 
 def _is_our_hook(kind: Any) -> bool:
-    return old_names.written_name(kind).startswith("xtuner.train.")
+    return old_names.written_name(kind).startswith(("xtuner.train.", "xtuner.compat.adapters.train."))
 
 
 def _is_priority(value: Any) -> bool:
@@ -179,7 +180,7 @@ class _Imports(ast.NodeTransformer):
                     self.problems.append(old_names.unknown(old, f"{self.path}:{alias.lineno}"))
                 kept.append(alias)
                 continue
-            if new != old:
+            if new != find_current(old):
                 self.replaced.append(Replacement(old, new))
             room, _, name = new.rpartition(".")
             own = ast.alias(name=name, asname=alias.asname or alias.name)

@@ -11,9 +11,9 @@ from xtuner.config import rules, types
 from xtuner.config.adapter import adapter_of
 from xtuner.config.build import build, check_arguments, resolve_type, type_name
 from xtuner.config.config import Config
-from xtuner.config.mistakes import together
+from xtuner.config.findings import together
 from xtuner.config.schema import NEEDED
-from xtuner.config.walk import ROOTS, Spec, specs, walked
+from xtuner.config.specs import ROOTS, Spec, specs, walked
 from xtuner.core.errors import ConfigError, did_you_mean, of_exit
 from xtuner.core.log import logger
 

@@ -18,12 +18,12 @@ from typing import Any
 
 from xtuner.config import statements
 from xtuner.config.config import Config, Replacement
-from xtuner.config.literals import secret_literals
+from xtuner.config.redact import secret_literals
 from xtuner.config.schema import Schema
 from xtuner.config.settings import SCHEMA
 from xtuner.core import secrets
 from xtuner.core.errors import ConfigError, did_you_mean, of_exit
-from xtuner.core.inputs import short_repr
+from xtuner.core.foreign_inputs import short_repr
 
 DEEPEST = 50  # brackets or signs of a value of --cfg-options
 _NOT_FINITE = {"nan": math.nan, **{f"{sign}inf": float(f"{sign}inf") for sign in ("", "+", "-")}}

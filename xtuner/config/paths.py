@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.config.config import Config
-from xtuner.config.walk import Spec, specs
-from xtuner.core import hub, kinds
+from xtuner.config.specs import Spec, specs
+from xtuner.core import hub, path_kinds
 from xtuner.core.errors import ConfigError
 
 _MODEL = ("name_or_path", "pretrained_model_name_or_path")
@@ -97,7 +97,7 @@ def _models(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
 def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
     what = "tokenizer" if is_tokenizer else "model"
     kind = _kind(name)
-    usual = (kinds.HF, kinds.BARE, kinds.UNKNOWN, kinds.NOTHING)  # which have words of their own
+    usual = (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN, path_kinds.NOTHING)  # which have words of their own
     use, instead = "give {} as the model", "leave the model as it is: load_from = '{}' starts from its weights"
     if kind and not is_tokenizer and (other := _other_kind(Path(name).expanduser(), usual, use, instead)):
         return other
@@ -127,14 +127,14 @@ def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
     if not _kind(name):
         missing: ConfigError | None = ConfigError(f"there is no folder {name!r} to take weights from")
     else:
-        missing = _other_kind(Path(name).expanduser(), (kinds.CHECKPOINT, kinds.HF), "load_from = '{}'")
+        missing = _other_kind(Path(name).expanduser(), (path_kinds.CHECKPOINT, path_kinds.HF), "load_from = '{}'")
     yield "load_from", name, missing
 
 
 def _other_kind(path: Path, taken: Collection[str], use: str, checkpoint: str = "") -> ConfigError | None:
     """The error for a path that holds something else than `taken`."""
     try:
-        kinds.take(path, taken, "", use, checkpoint)
+        path_kinds.take(path, taken, "", use, checkpoint)
     except ConfigError as e:
         return e
     return None

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from xtuner.config.config import Config
-from xtuner.config.walk import ROOTS, Spec, walked
+from xtuner.config.specs import ROOTS, Spec, walked
 from xtuner.core.errors import ConfigError
 
 

@@ -1,7 +1,8 @@
 """What is known of a setting, in one declaration each (settings.py).
 
-`check-cfg`, messages, `xtuner list-cfg --settings`, the reference page (reference.py) and the list of changes of a
-resume (train/changes.py) read it. So do the uses: `Config.setting` gives the value, or the declared default.
+`check-cfg`, messages, `xtuner list-cfg --settings`, the reference page (tools/settings_pages.py) and the list of
+changes of a resume (train/reporting/config_changes.py) read it. So do the uses: `Config.setting` gives the value, or
+the declared default.
 """
 
 import math

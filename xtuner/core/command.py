@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from xtuner.core import errors, log, streams
+from xtuner.core import errors, log
 from xtuner.core.secrets import mask_text
+from xtuner.core.system import stdio
 
 EXIT_PIPE = 141  # 128 + SIGPIPE: the reader of our output has gone, as in `xtuner ... | head`
 
@@ -49,17 +50,17 @@ def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: 
 
 def exit_with(command: Callable[[], int]) -> NoReturn:
     """Run `command` and end the process with its exit code, or with that of the error it raises."""
-    streams.prepare()
+    stdio.prepare()
     try:
         code = _code(command)
         sys.stdout.flush()
     except BrokenPipeError:
         code = EXIT_PIPE
-        streams.discard()
+        stdio.discard()
     except OSError as e:
         complain(f"standard output cannot be written: {e.strerror}")
         code = errors.EXIT_IO
-        streams.discard()
+        stdio.discard()
     sys.exit(code)
 
 
@@ -91,8 +92,8 @@ def _code(command: Callable[[], int]) -> int | str | None:
 def complain(message: str, label: str = "xtuner") -> None:
     """Print an error for the user, its first line in red on a terminal; lost if nobody can read it."""
     first, newline, rest = f"{label}: {message}".partition("\n")
-    if streams.use_colour(sys.stderr):
-        first = f"{streams.BOLD_RED}{first}{streams.RESET}"
+    if stdio.use_colour(sys.stderr):
+        first = f"{stdio.BOLD_RED}{first}{stdio.RESET}"
     with contextlib.suppress(OSError):
         print(first + newline + rest, file=sys.stderr, flush=True)
 

@@ -3,7 +3,7 @@
 A directory published here carries `manifest.json` (size and sha256 of each file, and of itself). The manifest is
 written last, so a directory with a manifest that verifies is complete, whatever happened to the process that wrote it.
 
-Next to a target NAME there may be, each with the mark of the process that made it (`core/owner.py`):
+Next to a target NAME there may be, each with the mark of the process that made it (`core/file_owner.py`):
 
     .NAME.tmp-MARK         what is being written
     .NAME.old-MARK         what it replaces, until the new one has the name
@@ -23,11 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
-from xtuner.core.dist import note
 from xtuner.core.errors import DISK_ERRORS, CheckpointError, ConfigError, XTunerError
-from xtuner.core.inputs import open_regular, read_regular, short, short_repr
+from xtuner.core.file_owner import made_by_living, mark
+from xtuner.core.foreign_inputs import open_regular, read_regular, short, short_repr
 from xtuner.core.log import logger
-from xtuner.core.owner import made_by_living, mark
+from xtuner.core.progress import record_progress
 
 MANIFEST = "manifest.json"
 HASHERS = 4  # files hashed side by side; one core hashes about 1.5 GB/s
@@ -241,7 +241,7 @@ def verify(folder: str | Path, rank: int = 0, ranks: int = 1, contents: bool = T
             raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}", where=str(file))
     with ThreadPoolExecutor(HASHERS) as pool:
         for name, found in zip(hashed, pool.map(lambda name: sha256(folder / name), hashed), strict=True):
-            note(f"{name} read")
+            record_progress(f"{name} read")
             if found != files[name]["sha256"]:
                 raise CheckpointError(f"{name} is altered: its sha256 is not the manifest's", where=str(folder / name))
     unknown = [n for p in folder.rglob("*") if p.is_file() and (n := p.relative_to(folder).as_posix()) not in files]

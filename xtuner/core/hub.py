@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from xtuner.core import kinds
+from xtuner.core import path_kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.log import logger
@@ -40,7 +40,7 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
     if re.fullmatch(ID, name_or_path) and not os.path.exists(path):
         return _from_hub(name_or_path, revision, tokenizer_only)
     if os.path.isfile(path):
-        kinds.take(path, (), str(path.absolute()), "give {} as the model")
+        path_kinds.take(path, (), str(path.absolute()), "give {} as the model")
     raise ConfigError(
         f"the model {name_or_path!r} is no folder here, and no hub id",
         where=str(path.absolute()),

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from xtuner.core.append import AppendFile
+from xtuner.core.growing_files import AppendFile
 from xtuner.core.secrets import mask_text
-from xtuner.core.streams import CYAN, DIM, ERASE_LINE, RED, RESET, YELLOW, is_terminal, use_colour
+from xtuner.core.system.stdio import CYAN, DIM, ERASE_LINE, RED, RESET, YELLOW, is_terminal, use_colour
 
 T = TypeVar("T")
 logger = logging.getLogger("xtuner")

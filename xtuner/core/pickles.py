@@ -34,7 +34,7 @@ from typing import Any, BinaryIO
 import torch
 
 from xtuner.core.errors import CheckpointError
-from xtuner.core.inputs import open_regular, short, short_repr
+from xtuner.core.foreign_inputs import open_regular, short, short_repr
 
 _RUNS_CODE = "a pickle can run any program of whoever wrote it, so only tensors and plain values are read"
 _CONVERT = "if you trust whoever wrote it, load it where that is safe and save the weights as .safetensors"

@@ -7,16 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xtuner.data.index import load_intern_repo_tokenized_dataset
-    from xtuner.data.order import InternRepoSampler
-    from xtuner.data.pack import build_packed_dataset
+    from xtuner.data.format.folder import load_intern_repo_tokenized_dataset
+    from xtuner.data.loading.sampler import InternRepoSampler
+    from xtuner.data.packing.pack import build_packed_dataset
 
 __all__ = ["InternRepoSampler", "build_packed_dataset", "load_intern_repo_tokenized_dataset"]
 
 _HOME = {
-    "InternRepoSampler": "order",
-    "build_packed_dataset": "pack",
-    "load_intern_repo_tokenized_dataset": "index",
+    "InternRepoSampler": "loading.sampler",
+    "build_packed_dataset": "packing.pack",
+    "load_intern_repo_tokenized_dataset": "format.folder",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
-from xtuner.core.inputs import read_regular, short_repr
+from xtuner.core.foreign_inputs import read_regular, short_repr
 from xtuner.families import FAMILIES
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens in settings files: `bos_token`

@@ -67,10 +67,10 @@ class Launcher(Protocol):
 
 
 LAUNCHERS = {
-    "none": "xtuner.engine.launch.Alone",
-    "pytorch": "xtuner.engine.launch.Torchrun",
-    "slurm": "xtuner.engine.launch.Slurm",
-    "mpi": "xtuner.engine.launch.Mpi",
+    "none": "xtuner.dist.environment.Alone",
+    "pytorch": "xtuner.dist.environment.Torchrun",
+    "slurm": "xtuner.dist.environment.Slurm",
+    "mpi": "xtuner.dist.environment.Mpi",
 }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from xtuner.core.dist import ALL, Ranks, local_world_size
+from xtuner.dist.collectives import ALL, Ranks, local_world_size
 from xtuner.core.errors import ConfigError
 
 

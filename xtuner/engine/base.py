@@ -10,9 +10,9 @@ from typing import Protocol
 
 import torch
 
-from xtuner.data.batch import Batch
+from xtuner.data.loading.batch import Batch
 from xtuner.engine.memory import Memory
-from xtuner.engine.snapshot import Snapshot
+from xtuner.engine.state.snapshot import Snapshot
 from xtuner.model.decoder import CausalLM
 
 

@@ -3,8 +3,8 @@
     free at the start = state + reserve + room;   a micro-batch gets the room
 
 What is kept full on every rank, how large micro-batches are, and what is recomputed: of all that fits, what takes the
-least time by arithmetic (step_time.py). Documents longer than a micro-batch keep less (model/plan.py). On CPUs memory
-is not counted.
+least time by arithmetic (step_time.py). Documents longer than a micro-batch keep less (model/activation_memory.py). On
+CPUs memory is not counted.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ import torch
 
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, logger
-from xtuner.data.batch import Batch
+from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
-from xtuner.engine.adamw import FORMS
-from xtuner.engine.optim import OptimWrapper
 from xtuner.engine.step_time import Work
+from xtuner.model.activation_memory import ORDER, Plan
 from xtuner.model.flops import num_parameters
-from xtuner.model.plan import ORDER, Plan
 from xtuner.model.source import ModelSource
+from xtuner.optim.adamw import FORMS
+from xtuner.optim.optim_wrapper import OptimWrapper
 
 PACK = 32768  # tokens, where it is not known
 LEAST = 4096  # tokens of a micro-batch; fewer leave the GPU's multipliers idle

@@ -17,7 +17,7 @@ import torch
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import atomic_file, sweep
-from xtuner.core.inputs import open_regular, short
+from xtuner.core.foreign_inputs import open_regular, short
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.export.sources import Opened, read_tensor, recognise
 from xtuner.families import OWN

@@ -18,9 +18,9 @@ from xtuner.core.files import require_utf8, write_json
 from xtuner.core.hub import INDEX, TOKENIZER_FILES
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.export.card import card
+from xtuner.export.destination import export_folder
+from xtuner.export.model_card import card
 from xtuner.export.opencompass import write_configs
-from xtuner.export.place import export_folder
 from xtuner.export.sources import Opened, read_tensor, recognise
 from xtuner.export.tokenizer_json import complete
 from xtuner.families import FAMILIES, OWN

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from xtuner.core import kinds
+from xtuner.core import path_kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import MANIFEST, read_json
 from xtuner.core.log import logger
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.export.place import export_folder
+from xtuner.export.destination import export_folder
 from xtuner.export.turbomind_config import BASE, Source, config_text, flat, shared_difference
 from xtuner.families import read_model
 from xtuner.model.decoder import DecoderConfig
@@ -42,7 +42,7 @@ Blocks = Iterator[torch.Tensor]
 def read_source(folder: Path) -> Source:
     """Raises: ConfigError for what is not a Hugging Face folder, or a model or tokenizer that cannot be converted,
     CheckpointError without config.json."""
-    kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "HF_DIR", "give {} as the model")
+    path_kinds.take(folder, (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN), "HF_DIR", "give {} as the model")
     hf = read_json(folder / "config.json")
     layout, config = read_model(folder)
     if config.attention_bias:

@@ -10,7 +10,7 @@ from typing import Any
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import read_json
-from xtuner.core.inputs import short_repr
+from xtuner.core.foreign_inputs import short_repr
 from xtuner.core.registry import Registry
 from xtuner.families.base import ModelFamily
 from xtuner.families.chat import PLAIN, ChatTemplate

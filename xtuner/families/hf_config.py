@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from xtuner.core.errors import ConfigError
-from xtuner.core.inputs import short_repr
+from xtuner.core.foreign_inputs import short_repr
 from xtuner.families.network import DecoderConfig, RopeScaling
 
 FIELDS = frozenset({

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from xtuner.core.errors import ConfigError
 from xtuner.core.registry import Registry
-from xtuner.model.ops import varlen
-from xtuner.model.ops.varlen import Attend
+from xtuner.model.ops import attention_backends
+from xtuner.model.ops.attention_backends import Attend
 
 Name = Literal["flash4", "varlen", "cudnn", "flex", "loop"]  # of a shipped backend
 _SETTING, _OTHERWISE = "model.attention", "leave it out: then the fastest that runs is taken"
@@ -82,17 +82,22 @@ def attend_loop(
 _SHIPPED: dict[str, Backend] = {
     "flash4": Backend(
         "FlashAttention-4",
-        varlen.flash_4,
+        attention_backends.flash_4,
         "pip install 'xtuner[flash]'",
         majors=(9, 10),
         head_dims=(64, 96, 128),
         repeats=False,
     ),
-    "varlen": Backend("PyTorch's varlen_attn", varlen.varlen, majors=(8, 9, 10, 11, 12)),
+    "varlen": Backend("PyTorch's varlen_attn", attention_backends.varlen, majors=(8, 9, 10, 11, 12)),
     "cudnn": Backend(
-        "cuDNN", varlen.cudnn, "pip install 'xtuner[cudnn]'", majors=(9, 10), head_dims=(64, 128), by_itself=False
+        "cuDNN",
+        attention_backends.cudnn,
+        "pip install 'xtuner[cudnn]'",
+        majors=(9, 10),
+        head_dims=(64, 128),
+        by_itself=False,
     ),
-    "flex": Backend("FlexAttention", varlen.flex),
+    "flex": Backend("FlexAttention", attention_backends.flex),
     "loop": Backend("PyTorch, document by document", lambda: attend_loop, devices=(), dtypes=()),
 }
 BACKENDS: Registry[Backend] = Registry("attention backend", _SHIPPED)

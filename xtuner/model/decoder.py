@@ -22,7 +22,7 @@ from xtuner.model import attention
 from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, multiply
 from xtuner.model.ops import functions
 from xtuner.model.ops.functions import EVERYTHING, Keep
-from xtuner.model.ops.products import KINDS
+from xtuner.model.ops.matmul import KINDS
 from xtuner.model.rope import Rope
 
 
@@ -128,7 +128,9 @@ class Decoder(nn.Module):
         self.tok_embeddings = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.keeps: Callable[[int], list[Keep]] = lambda tokens: [EVERYTHING] * c.num_layers  # chosen by plan.py
+        self.keeps: Callable[[int], list[Keep]] = lambda tokens: (
+            [EVERYTHING] * c.num_layers
+        )  # chosen by activation_memory.py
 
     def forward(
         self,

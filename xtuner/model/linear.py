@@ -11,8 +11,8 @@ from torch import nn
 
 from xtuner.model.loss import linear_cross_entropy
 from xtuner.model.ops import functions
-from xtuner.model.ops.products import OWN, Products
-from xtuner.model.ops.sums import GradientSum
+from xtuner.model.ops.gradient_sums import GradientSum
+from xtuner.model.ops.matmul import OWN, Products
 
 
 class OwnsSums(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from xtuner.model.ops.elementwise import cross_entropy_
-from xtuner.model.ops.sums import GradientSum
+from xtuner.model.ops.gradient_sums import GradientSum
 
 CHUNK = 2**28 + 2**27  # logits a chunk: 768 MiB in bf16; 4351 tokens at InternLM2's vocabulary
 

@@ -7,15 +7,15 @@ from typing import Any, Protocol
 
 import torch
 
-from xtuner.core import hub, kinds
+from xtuner.core import hub, path_kinds
 from xtuner.core.errors import ConfigError
 from xtuner.families import FAMILIES, OWN, read_config, read_model
 from xtuner.families.base import ModelFamily
 from xtuner.model import attention
+from xtuner.model.activation_memory import Plan
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
-from xtuner.model.ops import products
-from xtuner.model.ops.products import Kind
-from xtuner.model.plan import Plan
+from xtuner.model.ops import matmul as products
+from xtuner.model.ops.matmul import Kind
 from xtuner.model.weights import Part, fill, hf_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -156,7 +156,9 @@ def from_pretrained(
     """
     _require_varlen(use_varlen_attn)
     folder = hub.resolve(str(pretrained_model_name_or_path))
-    kinds.take(folder, (kinds.HF, kinds.BARE, kinds.UNKNOWN), "pretrained_model_name_or_path", "give {} there")
+    path_kinds.take(
+        folder, (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN), "pretrained_model_name_or_path", "give {} there"
+    )
     layout, config = read_model(folder)
     return ModelSource(config, folder, layout, None, activation_checkpointing, attention, products)
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from xtuner.core.errors import CheckpointError
+from xtuner.core.foreign_inputs import check_regular, short, short_repr
 from xtuner.core.hub import INDEX, indexed_files
-from xtuner.core.inputs import check_regular, short, short_repr
 from xtuner.core.log import progress
 from xtuner.families import OWN
 from xtuner.families.base import ModelFamily

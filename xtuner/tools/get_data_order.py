@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from xtuner.data.walk import write_order
+    from xtuner.data.format.file_order import write_order
 
     folder, save = (Path(p).expanduser() for p in (args.data_folder, args.save_folder))
     target, count = write_order(folder, save, args.file_type)

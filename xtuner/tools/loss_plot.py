@@ -14,9 +14,9 @@ from typing import Any
 
 from xtuner.core.errors import CheckpointError
 from xtuner.core.files import atomic_file, read_json
-from xtuner.core.inputs import read_regular
+from xtuner.core.foreign_inputs import read_regular
 from xtuner.core.log import human, logger
-from xtuner.core.streams import as_text
+from xtuner.core.system.stdio import as_text
 
 Record = dict[str, Any]
 

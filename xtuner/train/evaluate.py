@@ -21,19 +21,20 @@ import torch
 
 from xtuner.compat.translate import load
 from xtuner.config.build import build
-from xtuner.core import kinds
-from xtuner.core.dist import ALL, Ranks, note
+from xtuner.core import path_kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
 from xtuner.core.log import logger, progress
-from xtuner.data.format import data_type
-from xtuner.data.pack import IGNORE
-from xtuner.data.source import Documents, SourceFile
+from xtuner.core.progress import record_progress
+from xtuner.data.format.bin_file import data_type
+from xtuner.data.packing.document_source import Documents, SourceFile
+from xtuner.data.packing.pack import IGNORE
+from xtuner.dist.collectives import ALL, Ranks
 from xtuner.model import load_pretrained
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import base_weights
-from xtuner.train.checkpoint import TRAINER
+from xtuner.train.checkpoints.checkpoint import TRAINER
 
 BATCH_TOKENS = 16384
 Part = tuple[torch.Tensor, torch.Tensor]  # ids and unshifted labels of a document, or of a part of one
@@ -188,8 +189,8 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
         config = load(name, options)
         source: ModelSource = build(config.values["model"], "model")
         return source.build(device, dtype).eval(), f"{config.resolved()['model']}"
-    kind = kinds.take(path, (kinds.CHECKPOINT, kinds.HF), "MODEL", "give {} as the model")
-    if kind.what == kinds.CHECKPOINT:
+    kind = path_kinds.take(path, (path_kinds.CHECKPOINT, path_kinds.HF), "MODEL", "give {} as the model")
+    if kind.what == path_kinds.CHECKPOINT:
         verify(path)
         path = base_weights(path)
     files = [path / "config.json", *(p for pattern in WEIGHTS for p in sorted(path.glob(pattern)))]
@@ -276,6 +277,6 @@ def _loss(model: CausalLM, parts: list[Part]) -> tuple[float, int]:
     targets = labels.roll(-1)
     targets[cu_seqlens[1:].long() - 1] = IGNORE
     device = model.output.weight.device
-    note("evaluating")
+    record_progress("evaluating")
     total = model(ids.to(device), cu_seqlens.to(device), targets.to(device))
     return float(total), int((targets != IGNORE).sum())

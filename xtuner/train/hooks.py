@@ -12,15 +12,15 @@ import torch
 
 from xtuner.config.build import build
 from xtuner.config.settings import SCHEMA
-from xtuner.core import dist
 from xtuner.core.log import human_bytes, human_time, logger, show_progress
 from xtuner.data.chat_template import ChatTemplate
-from xtuner.data.source import Documents
+from xtuner.data.packing.document_source import Documents
 from xtuner.data.tokenizer import Tokenizer, single_tokens
+from xtuner.dist import collectives
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.generate import generate
-from xtuner.train.averages import Averages
 from xtuner.train.evaluate import evaluate
+from xtuner.train.reporting.averages import Averages
 from xtuner.train.run import Hook, Iteration, Run
 
 
@@ -72,7 +72,7 @@ class DistSamplerSeedHook(Hook):
 
 
 class LoggerHook(Hook):
-    """A line in the log, in scalars.json and TensorBoard every `interval` iterations; see `train/averages.py`.
+    """A line in the log, in scalars.json and TensorBoard every `interval` iterations; see reporting/averages.py.
 
     On a terminal also a progress line, at every iteration.
     """
@@ -85,7 +85,7 @@ class LoggerHook(Hook):
         self._averages = Averages()
 
     def after_iteration(self, run: Run, it: Iteration) -> None:
-        if not dist.is_main():
+        if not collectives.is_main():
             return
         self._averages.add(it)
         number, last = it.state.iteration, run.max_iterations
@@ -206,7 +206,7 @@ class DatasetInfoHook(Hook):
     def before_run(self, run: Run) -> None:
         logger.info(f"train dataset: {run.plan.num_packs:,} packs")
         tokenizer: Tokenizer = build(self.tokenizer, "custom_hooks: DatasetInfoHook.tokenizer")
-        if run.plan.num_packs and dist.is_main():
+        if run.plan.num_packs and collectives.is_main():
             ids = run.dataset[0]["input_ids"][:200].tolist()
             logger.info("first pack begins:\n" + tokenizer.decode(ids))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 from xtuner.compat.translate import PRIORITIES
 from xtuner.config.build import build, type_name
 from xtuner.config.config import Config
-from xtuner.config.mistakes import Findings
+from xtuner.config.findings import Findings
 from xtuner.core.errors import ConfigError
 from xtuner.train.run import Hook
 from xtuner.train.trackers import Tracker

@@ -6,9 +6,9 @@ from typing import Any
 from xtuner.config.config import Config
 from xtuner.config.paths import data_keys
 from xtuner.core.errors import ConfigError, DataError
-from xtuner.data.loader import identity, listed_files, what_dealing_lacks
-from xtuner.engine.choose import choose
-from xtuner.engine.schedule import Schedule
+from xtuner.data.loading.loader import identity, listed_files, what_dealing_lacks
+from xtuner.engine.strategies.select import choose
+from xtuner.optim.schedule import Schedule
 from xtuner.train.resume import Found, fitted_counts, require_same_run, windows_from
 from xtuner.train.run import Lengths, Plan, Settings
 

@@ -4,9 +4,9 @@
     prepare        weights, tokenizers and data that it names            check-cfg, dry run, train
     command_line   options, the work dir and its lock                    dry run, train
 
-What depends on the machine is asked of engine/choose.py, engine/fit.py and the model's source; what depends on a
-checkpoint, of train/resume.py and train/plan.py. Of weights only the headers are read. Each function raises one error
-for all that it finds, and names the setting or file that the user wrote.
+What depends on the machine is asked of engine/strategies/select.py, engine/capacity.py and the model's source; what
+depends on a checkpoint, of train/resume.py and train/plan.py. Of weights only the headers are read. Each function
+raises one error for all that it finds, and names the setting or file that the user wrote.
 """
 
 import errno
@@ -25,27 +25,27 @@ import torch
 from xtuner.config.build import build, resolve_type, type_name
 from xtuner.config.check import problems
 from xtuner.config.config import Config
-from xtuner.config.mistakes import Findings, naming, together
+from xtuner.config.findings import Findings, naming, together
 from xtuner.config.paths import data_keys, named_models
-from xtuner.config.walk import walked
+from xtuner.config.specs import walked
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import not_written, require_utf8
 from xtuner.core.log import logger
-from xtuner.data.order import InternRepoSampler
-from xtuner.data.pack import PackedDataset
-from xtuner.data.place import Opening
-from xtuner.data.share import open_together
-from xtuner.data.source import documents_of
+from xtuner.data.format.cache_dirs import Opening
+from xtuner.data.loading.open_on_ranks import open_together
+from xtuner.data.loading.sampler import InternRepoSampler
+from xtuner.data.packing.document_source import documents_of
+from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
-from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.parameter_groups import require_matches
 from xtuner.families import read_model
 from xtuner.model.source import ModelSource, from_scratch, require_marks
 from xtuner.model.weights import WeightFolder, base_weights, hf_shapes
 from xtuner.model.weights import check as check_weights
-from xtuner.train import lock
-from xtuner.train.checkpoint import TRAINER
+from xtuner.optim.optim_wrapper import OptimWrapper
+from xtuner.optim.parameter_groups import require_matches
+from xtuner.train.checkpoints import work_dir_lock
+from xtuner.train.checkpoints.checkpoint import TRAINER
 from xtuner.train.hooks import ValidationHook
 from xtuner.train.parts import Parts, build_parts, priority_of
 from xtuner.train.run import Hook, Settings
@@ -255,7 +255,7 @@ def command_line(work_dir: Path, seed: int | None = None, max_minutes: float | N
             raise NotADirectoryError(None, "it is a file" if there.is_file() else "it is no folder", str(there))
         _try_to_write(there)
         if there == work_dir.absolute():
-            lock.require_dead(there / lock.NAME, time.time())
+            work_dir_lock.require_dead(there / work_dir_lock.NAME, time.time())
     except ValueError as e:
         raise ConfigError(f"the work dir cannot be made: {e}", where=repr(str(work_dir))) from None
     except OSError as e:

@@ -7,15 +7,15 @@ from typing import Any
 
 from xtuner.compat.translate import apply_hook_settings
 from xtuner.config.config import Config
-from xtuner.core.dist import Ranks
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.core.log import logger
 from xtuner.core.secrets import mask
+from xtuner.dist.collectives import Ranks
 from xtuner.engine.base import Strategy
 from xtuner.model.weights import base_weights
-from xtuner.train import checkpoint, history
-from xtuner.train.changes import Change, changed_files, changes
-from xtuner.train.history import Chosen
+from xtuner.train.checkpoints import checkpoint, history
+from xtuner.train.checkpoints.history import Chosen
+from xtuner.train.reporting.config_changes import Change, changed_files, changes
 from xtuner.train.run import Lengths, Progress
 from xtuner.train.state import TrainState
 

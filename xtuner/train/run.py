@@ -18,16 +18,16 @@ import torch
 from xtuner.config.config import Config
 from xtuner.core.log import logger
 from xtuner.core.secrets import mask_text
-from xtuner.data.loader import PackLoader
-from xtuner.data.order import InternRepoSampler, packs_per_epoch
-from xtuner.data.pack import PackedDataset
+from xtuner.data.loading.loader import PackLoader
+from xtuner.data.loading.sampler import InternRepoSampler, packs_per_epoch
+from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.base import Strategy
-from xtuner.engine.choose import Choice
-from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.schedule import Schedule
+from xtuner.engine.strategies.select import Choice
 from xtuner.model.source import ModelSource
-from xtuner.train.saver import Saver
+from xtuner.optim.optim_wrapper import OptimWrapper
+from xtuner.optim.schedule import Schedule
+from xtuner.train.checkpoints.async_saver import Saver
 from xtuner.train.state import TrainState
 from xtuner.train.trackers import Trackers
 

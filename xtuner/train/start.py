@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from xtuner.config.literals import without_secrets
-from xtuner.core import dist, log
+from xtuner.config.redact import without_secrets
+from xtuner.core import log
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.files import not_written, recover, write_json
 from xtuner.core.log import logger
-from xtuner.train.lock import WorkDirLock
-from xtuner.train.report import environment
+from xtuner.dist import collectives
+from xtuner.train.checkpoints.work_dir_lock import WorkDirLock
+from xtuner.train.reporting.start_report import environment
 from xtuner.train.resume import Found
 from xtuner.train.run import Progress, Settings
 from xtuner.train.trackers import Tracker, Trackers
@@ -119,7 +120,7 @@ def _copy_config(config: Path, copy: Path) -> None:
 def _see(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(
-            f"rank {dist.rank()} on {platform.node()} does not see the work dir that rank 0 has made",
+            f"rank {collectives.rank()} on {platform.node()} does not see the work dir that rank 0 has made",
             where=str(folder),
             why="all ranks write their parts of a checkpoint there",
             do="give a --work-dir on a file system that all nodes share, as an absolute path",

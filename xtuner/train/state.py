@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from xtuner.data.order import Position
+from xtuner.data.loading.sampler import Position
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from xtuner.core.dist import Ranks
 from xtuner.core.log import logger
-from xtuner.core.streams import ERASE_LINE, is_terminal
-from xtuner.engine.workers import stop_signals
+from xtuner.core.system.stdio import ERASE_LINE, is_terminal
+from xtuner.dist.collectives import Ranks
+from xtuner.dist.workers import stop_signals
 
 FILE = "STOP"
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970

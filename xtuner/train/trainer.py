@@ -10,23 +10,25 @@ import torch
 
 from xtuner.compat.report import tell
 from xtuner.config.config import Config
-from xtuner.core import dist, log
+from xtuner.core import log
 from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, DivergedError, of_exit
 from xtuner.core.log import logger
-from xtuner.data.place import Opening
+from xtuner.data.format.cache_dirs import Opening
+from xtuner.dist import collectives
+from xtuner.dist.heartbeat import Watch
 from xtuner.dist.mesh import arrange
-from xtuner.engine import fit, memory
-from xtuner.engine.choose import strategy
+from xtuner.engine import capacity, memory
 from xtuner.engine.state.slices import SavedStates
 from xtuner.engine.strategies.out_of_memory import is_out_of_memory
-from xtuner.engine.watch import Watch
-from xtuner.train import history, preflight
-from xtuner.train.advice import interrupted, out_of_memory
+from xtuner.engine.strategies.select import strategy
+from xtuner.train import preflight
+from xtuner.train.checkpoints import history
+from xtuner.train.checkpoints.async_saver import Saver
 from xtuner.train.plan import make_plan
-from xtuner.train.report import report
+from xtuner.train.reporting.failure_advice import interrupted, out_of_memory
+from xtuner.train.reporting.start_report import report
 from xtuner.train.resume import Found, find, load_into
 from xtuner.train.run import Iteration, Plan, Progress, Run, Settings, hooks_of
-from xtuner.train.saver import Saver
 from xtuner.train.start import EarlyLog, open_log, open_trackers, record_start, take_work_dir
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
@@ -130,14 +132,14 @@ def _plan(settings: Settings, options: Options, found: Found | None) -> Plan:
 
 def _require_memory(settings: Settings, plan: Plan) -> None:
     def require() -> None:
-        fit.require(plan.choice, settings.source, settings.optim, settings.device)
+        capacity.require(plan.choice, settings.source, settings.optim, settings.device)
 
     settings.mesh.ranks.together(require)
 
 
 def _print_report(settings: Settings, plan: Plan) -> None:
     """On rank 0. Its result goes to standard output; what happens while training goes to standard error."""
-    if dist.is_main():
+    if collectives.is_main():
         log.print_result(report(settings, plan))
         if warning := settings.dataset.dropped().warning():
             logger.warning(warning)
@@ -156,7 +158,7 @@ def _build(
     saver = Saver(settings.work_dir, ranks)
     at_the_end.callback(saver.close)
     _print_report(settings, plan)
-    if plan.choice.remark and dist.is_main():
+    if plan.choice.remark and collectives.is_main():
         logger.info(plan.choice.remark)
     trains = strategy(plan.choice, settings.source, settings.optim, settings.device)
     if settings.device.type == "cuda":
@@ -264,7 +266,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         f"        look at a pack: {data.how_to_show(packs[0], '--tokenizer DIR')}\n"
         f"        or go on without such iterations: --cfg-options train_cfg.max_skipped=10",
     )
-    error.quiet = not dist.is_main()
+    error.quiet = not collectives.is_main()
     raise error
 
 
@@ -292,7 +294,7 @@ def _without_targets(run: Run, number: int, packs: list[int]) -> None:
             * bool(data.documents.folder)
             + data.how_to_show(packs[0]),
         )
-        error.quiet = not dist.is_main()
+        error.quiet = not collectives.is_main()
         raise error
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from xtuner.core.inputs import short_repr
+from xtuner.core.foreign_inputs import short_repr
 from xtuner.data.chat_template import Message
 from xtuner.data.tokenize.read import Mistake
 from xtuner.data.tokenizer import Tokenizer

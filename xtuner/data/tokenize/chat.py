@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from xtuner.core.errors import did_you_mean
-from xtuner.core.inputs import short_repr
+from xtuner.core.foreign_inputs import short_repr
 from xtuner.data.chat_template import Message, Piece
 from xtuner.data.tokenize.read import Mistake
 from xtuner.data.tokenizer import Tokenizer

@@ -14,10 +14,10 @@ from typing import Any
 
 from xtuner.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from xtuner.core.files import file_entry, read_json, sha256, write_json
-from xtuner.core.inputs import check_regular
+from xtuner.core.foreign_inputs import check_regular
 from xtuner.core.log import logger
-from xtuner.data.format import meta_path
-from xtuner.data.index import walk
+from xtuner.data.format.bin_file import meta_path
+from xtuner.data.format.folder import walk
 from xtuner.data.tokenize.read import first_record, is_list
 from xtuner.data.tokenize.settings import Settings
 

@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from xtuner.core.errors import ConfigError
-from xtuner.core.inputs import short_repr
+from xtuner.core.foreign_inputs import short_repr
 from xtuner.data.chat_template import find_template
 from xtuner.data.tokenize import alpaca, chat
 from xtuner.data.tokenize.read import Mistake

@@ -8,14 +8,14 @@ from typing import Any
 
 from xtuner.core.errors import CheckpointError, DataError
 from xtuner.core.log import logger, progress
-from xtuner.data.pool import ordered, usable_workers
+from xtuner.data.format.writer import PairWriter, remove_leftovers
+from xtuner.data.process_pool import ordered, usable_workers
 from xtuner.data.tokenize.plan import PARTS, SHOWN, Job, is_done, jobs
 from xtuner.data.tokenize.read import CHUNK, Chunk, chunks
 from xtuner.data.tokenize.records import encoder, forget
 from xtuner.data.tokenize.settings import Settings
 from xtuner.data.tokenize.work import MISTAKES, Result, encode_chunk
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.data.write import PairWriter, remove_leftovers
 
 
 @dataclass

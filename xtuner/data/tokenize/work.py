@@ -4,10 +4,10 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 
+from xtuner.data.format.writer import Block, line_of
 from xtuner.data.tokenize.read import Chunk, Mistake
 from xtuner.data.tokenize.records import Document, encoder
 from xtuner.data.tokenize.settings import CHATS, Settings
-from xtuner.data.write import Block, line_of
 
 MISTAKES = 20  # as many are shown; then we stop
 

@@ -19,12 +19,12 @@ import torch
 from torch import distributed, nn
 
 from xtuner.dist.mesh import Mesh
-from xtuner.engine.adamw import GROUP
-from xtuner.engine.local_optimizer import Rows
 from xtuner.engine.memory import Division
+from xtuner.engine.strategies.local_optimizer import Rows
 from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import OwnsSums
-from xtuner.model.ops.sums import GradientSum
+from xtuner.model.ops.gradient_sums import GradientSum
+from xtuner.optim.adamw import GROUP
 
 ALL_GATHER: Any = (
     getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor

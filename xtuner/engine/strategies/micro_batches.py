@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from xtuner.core import dist
-from xtuner.data.batch import Batch
+from xtuner.core.progress import record_progress
+from xtuner.data.loading.batch import Batch
 from xtuner.model.decoder import CausalLM
 
 
@@ -27,7 +27,7 @@ def run_micro_batches(
     """
     total = torch.zeros((), device=device)
     for i, piece in enumerate(pieces):
-        dist.note(f"forward and backward of micro-batch {i + 1} of {len(pieces)}")
+        record_progress(f"forward and backward of micro-batch {i + 1} of {len(pieces)}")
         before(i == len(pieces) - 1)
         if skip and not piece.num_targets:
             continue

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from xtuner.core.log import human_bytes
-from xtuner.data.batch import Batch
+from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.memory import Memory

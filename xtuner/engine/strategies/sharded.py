@@ -12,18 +12,18 @@ from collections.abc import Sequence
 import torch
 
 from xtuner.core.log import logger
-from xtuner.data.batch import Batch
+from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
-from xtuner.engine.local_optimizer import local_optimizer
 from xtuner.engine.memory import Memory, free_of_all, of_mesh
-from xtuner.engine.optim import OptimWrapper
-from xtuner.engine.shard import Shard, StatefulStrategy
+from xtuner.engine.state.shards import Shard, StatefulStrategy
 from xtuner.engine.strategies.divided import DividedModel
+from xtuner.engine.strategies.local_optimizer import local_optimizer
 from xtuner.engine.strategies.micro_batches import run_micro_batches
 from xtuner.engine.strategies.out_of_memory import Failure, agree_on_smaller, drop_graph, is_out_of_memory
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import Part
+from xtuner.optim.optim_wrapper import OptimWrapper
 
 
 class ShardedStrategy(StatefulStrategy):

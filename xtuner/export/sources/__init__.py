@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from xtuner.core import kinds
+from xtuner.core import path_kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import MANIFEST, read_json, verify
-from xtuner.core.inputs import short
+from xtuner.core.foreign_inputs import short
 from xtuner.export.sources.internevo import InternEvoFolder
 from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
@@ -67,14 +67,14 @@ class Renamed(Source):
 
 def recognise(path: str | Path) -> Kind:
     """What lies at `path`. Raises: ConfigError if nothing, or nothing that is known."""
-    kind = kinds.recognise(path)
+    kind = path_kinds.recognise(path)
     if opener := _OPENERS.get(kind.what):
         return Kind(kind.path, opener)
     if not kind.exists:
         what = "this is not a file" if os.path.exists(kind.path) else "there is no checkpoint"
         why = ""
         do = "give a work_dirs/CONFIG/iter_N.pth; work_dirs/CONFIG/last_checkpoint names the newest"
-    elif kind.what != kinds.UNKNOWN:
+    elif kind.what != path_kinds.UNKNOWN:
         what, why = f"this is {kind.what}", "it cannot be converted as it is"
         do = f"give one of them, such as {kind.inner}" if kind.inner else kind.fits("convert that: {}")
     else:
@@ -145,10 +145,10 @@ def _without_wrapper(source: Source) -> Source:
 
 
 _OPENERS = {
-    kinds.CHECKPOINT: _open_checkpoint,
-    kinds.HF: _open_hf,
-    kinds.ZERO: _open_zero,
-    kinds.INTERNEVO: _open_internevo,
-    kinds.SINGLE: _open_single,
-    kinds.FILE: _open_single,  # whatever its name, it says itself what it is
+    path_kinds.CHECKPOINT: _open_checkpoint,
+    path_kinds.HF: _open_hf,
+    path_kinds.ZERO: _open_zero,
+    path_kinds.INTERNEVO: _open_internevo,
+    path_kinds.SINGLE: _open_single,
+    path_kinds.FILE: _open_single,  # whatever its name, it says itself what it is
 }

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from xtuner.core.errors import CheckpointError
-from xtuner.core.inputs import short_repr
+from xtuner.core.foreign_inputs import short_repr
 from xtuner.core.log import progress
 from xtuner.core.pickles import Opaque, load_tensors
 from xtuner.model.weights import Shape, Source, tensors_of

@@ -1,6 +1,6 @@
 """What a block computes beside matrix products and attention, forward and backward: defined here in PyTorch.
 
-On GPUs each is one kernel that reads and writes memory once (`kernels.py`); `tests/test_gpu.py` compares the two.
+On GPUs each is one kernel that reads and writes memory once (elementwise_kernels.py); tests/test_gpu.py compares both.
 
     T tokens   H hidden   N query heads   K kv heads   G = N/K   D head dim   F ffn   V vocabulary
 """
@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from xtuner.data.pack import IGNORE
+from xtuner.data.packing.pack import IGNORE
 from xtuner.model.rope import rotate
 
 
@@ -32,9 +32,9 @@ def rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + add, its norm times w). The mean square is taken in fp32, the product in x's dtype."""
     if _fast(x_TH):
-        from xtuner.model.ops import kernels
+        from xtuner.model.ops import elementwise_kernels
 
-        return kernels.rms_norm(x_TH, w_H, eps, add_TH)
+        return elementwise_kernels.rms_norm(x_TH, w_H, eps, add_TH)
     if add_TH is not None:
         x_TH = x_TH + add_TH
     x32 = x_TH.float()
@@ -47,9 +47,9 @@ def rms_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of x, of w in fp32) from that of the norm; `residual`, x's gradient by another way, is added."""
     if _fast(x_TH):
-        from xtuner.model.ops import kernels
+        from xtuner.model.ops import elementwise_kernels
 
-        return kernels.rms_norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
+        return elementwise_kernels.rms_norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
     x32, d32 = x_TH.float(), d_TH.float()
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     normed = x32 * scale
@@ -66,9 +66,9 @@ def split_rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[T, K·(G+2)·D] → q [T, N, D], k and v [T, K, D], q and k turned by each token's angles; all contiguous."""
     if _fast(qkv):
-        from xtuner.model.ops import kernels
+        from xtuner.model.ops import elementwise_kernels
 
-        return kernels.split_rotate(qkv, cos_TD, sin_TD, kv_heads, head_dim)
+        return elementwise_kernels.split_rotate(qkv, cos_TD, sin_TD, kv_heads, head_dim)
     T = len(qkv)
     heads = qkv.view(T, kv_heads, -1, head_dim)
     q_TND = heads[:, :, :-2].reshape(T, -1, head_dim)
@@ -81,9 +81,9 @@ def split_rotate_backward(
 ) -> torch.Tensor:
     """Gradients of q, k and v → that of the joint projection [T, K·(G+2)·D]."""
     if _fast(dq_TND):
-        from xtuner.model.ops import kernels
+        from xtuner.model.ops import elementwise_kernels
 
-        return kernels.split_rotate_backward(dq_TND, dk_TKD, dv_TKD, cos_TD, sin_TD)
+        return elementwise_kernels.split_rotate_backward(dq_TND, dk_TKD, dv_TKD, cos_TD, sin_TD)
     T, kv_heads, head_dim = dk_TKD.shape
     dq = rotate(dq_TND, cos_TD, -sin_TD).view(T, kv_heads, -1, head_dim)
     dk = rotate(dk_TKD, cos_TD, -sin_TD).view(T, kv_heads, 1, head_dim)
@@ -93,9 +93,9 @@ def split_rotate_backward(
 def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up."""
     if _fast(gate_TF):
-        from xtuner.model.ops import kernels
+        from xtuner.model.ops import elementwise_kernels
 
-        return kernels.swiglu(gate_TF, up_TF)
+        return elementwise_kernels.swiglu(gate_TF, up_TF)
     return F.silu(gate_TF) * up_TF
 
 
@@ -104,9 +104,9 @@ def swiglu_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradient of gate, of up, and silu(gate) · up again); on GPUs in the memory of the three inputs."""
     if _fast(gate_TF):
-        from xtuner.model.ops import kernels
+        from xtuner.model.ops import elementwise_kernels
 
-        return kernels.swiglu_backward_(gate_TF, up_TF, d_TF)
+        return elementwise_kernels.swiglu_backward_(gate_TF, up_TF, d_TF)
     sigmoid = torch.sigmoid(gate_TF.float())
     silu = (gate_TF * sigmoid).to(gate_TF.dtype)
     d_gate = d_TF.float() * up_TF * (sigmoid * (1 + gate_TF * (1 - sigmoid)))
@@ -119,9 +119,9 @@ def cross_entropy_(logits_TV: torch.Tensor, targets_T: torch.Tensor, scale: floa
     Without a scale no gradient is made, and the logits stay.
     """
     if _fast(logits_TV):
-        from xtuner.model.ops import kernels
+        from xtuner.model.ops import elementwise_kernels
 
-        return kernels.cross_entropy_(logits_TV, targets_T, scale)
+        return elementwise_kernels.cross_entropy_(logits_TV, targets_T, scale)
     unlearned, column = targets_T == IGNORE, targets_T.clamp(min=0)[:, None]
     scores = logits_TV.float()
     target_logit = scores.gather(1, column)

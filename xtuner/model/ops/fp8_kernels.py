@@ -1,10 +1,10 @@
-"""Scaling and rounding to fp8 as GPU kernels (Triton). Defined in `products.py`."""
+"""Scaling and rounding to fp8 as GPU kernels (Triton). Defined in `matmul.py`."""
 
 import torch
 import triton
 import triton.language as tl
 
-from xtuner.model.ops.kernels import warps
+from xtuner.model.ops.elementwise_kernels import warps
 
 LARGEST, SMALLEST = tl.constexpr(448.0), tl.constexpr(1e-30)
 TILE = 64

@@ -11,7 +11,7 @@ Of the rest a block may keep, in bytes a token with 2-byte numbers:
     residual    the sum after attention           2·H
     gate_up     both factors of SwiGLU            4·F
 
-`plan.py` chooses. How products with weights are computed, `products.py` says; where their gradients go, `sums.py`.
+activation_memory.py chooses. matmul.py computes products with weights; gradient_sums.py says where their gradients go.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from xtuner.model.ops import elementwise as e
-from xtuner.model.ops.products import Products
-from xtuner.model.ops.sums import GradientSum, give, give_product
+from xtuner.model.ops.gradient_sums import GradientSum, give, give_product
+from xtuner.model.ops.matmul import Products
 
 Tensors = tuple[torch.Tensor, ...]
 Optionals = tuple[torch.Tensor | None, ...]

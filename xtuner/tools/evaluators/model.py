@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from xtuner.core import hub, kinds
+from xtuner.core import hub, path_kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import MANIFEST, file_entry, read_json
 from xtuner.core.log import logger, progress
@@ -73,8 +73,8 @@ class Given:
 
 def _check(folder: Path) -> None:
     """Raises: ConfigError for what is no export."""
-    usual = (kinds.HF, kinds.BARE, kinds.UNKNOWN)
-    kinds.take(folder, usual, "MODEL", "give {} as the model", "give its config, too: CONFIG.py {}")
+    usual = (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN)
+    path_kinds.take(folder, usual, "MODEL", "give {} as the model", "give its config, too: CONFIG.py {}")
     missing = hub.missing_files(folder) + hub.missing_files(folder, tokenizer_only=True)
     if missing:
         raise ConfigError(

@@ -1,0 +1,36 @@
+"""xtuner data cache FOLDER: index and token caches made before a run, so that it starts at once and parses nothing."""
+
+import argparse
+
+from xtuner.cli.data.common import add_shared, opened
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder of .bin and .bin.meta files")
+    parser.add_argument("--index-only", action="store_true", help="12 bytes a document; no tokens (4 bytes each)")
+    add_shared(parser, "where caches go")
+
+
+def run(args: argparse.Namespace) -> int:
+    from xtuner.core.errors import CheckpointError
+    from xtuner.core.log import human_bytes
+    from xtuner.data.inspect.build_caches import make
+
+    data = opened(args)
+    made = make(data, args.seed, not args.index_only, args.workers)
+    if made.index:
+        size = human_bytes(made.index.stat().st_size)
+        print(
+            f"index of {data.num_documents:,} documents in {len(data):,} files, seed {args.seed}: {made.index} ({size})"
+        )
+    if made.tokens:
+        print(f"token caches: {made.tokens:,} files ({made.made:,} made now), {human_bytes(made.bytes)}")
+    if made.failed or made.index is None:
+        name, why = made.failed[0] if made.failed else ("the index", "; ".join(data.place.failures))
+        raise CheckpointError(
+            f"{len(made.failed)} token caches could not be written" if made.failed else "the index is not kept",
+            where=name,
+            why=why,
+            do="make room, or give another --cache-dir; a run goes on without: it reads the text",
+        )
+    return 0

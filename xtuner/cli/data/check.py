@@ -1,0 +1,42 @@
+"""xtuner data check FOLDER: every file against its meta and the format, before a cluster reads them."""
+
+import argparse
+
+COLOURS = {"problem": "\033[31m", "note": "\033[33m", "mended": "\033[32m"}
+RESET = "\033[0m"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder of .bin and .bin.meta files")
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="ids from N on are wrong (default: any id is right)"
+    )
+    parser.add_argument(
+        "--fix-meta",
+        action="store_true",
+        help="make absent or wrong metas from their texts, if those are right",
+    )
+    parser.add_argument("--file-type", default=".bin", help="ending of the token files (default: .bin)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import sys
+    from pathlib import Path
+
+    from xtuner.core.errors import EXIT_DATA, EXIT_DONE, ConfigError
+    from xtuner.core.log import use_colour
+    from xtuner.data.inspect.check_files import check, table
+
+    if args.vocab_size is not None and args.vocab_size < 1:
+        raise ConfigError(f"a vocabulary of {args.vocab_size} has no ids", where="--vocab-size")
+    report = check(Path(args.folder), args.vocab_size, args.fix_meta, args.workers, args.file_type)
+    coloured = use_colour(sys.stdout)
+    for line in table(report, lambda kind, text: f"{COLOURS[kind]}{text}{RESET}" if coloured else text):
+        print(line)
+    share = f" ({report.learned / report.tokens:.1%} learned)" if report.tokens else ""
+    print(
+        f"{report.files:,} files, {report.documents:,} documents, {report.tokens:,} tokens{share}, "
+        f"largest id {report.largest:,}; problems: {report.problems}"
+    )
+    return EXIT_DATA if report.problems else EXIT_DONE

@@ -1,0 +1,61 @@
+"""xtuner data show FOLDER: packs as a person reads them."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from xtuner.core import log
+from xtuner.core.errors import ConfigError, DataError, did_you_mean
+from xtuner.core.log import use_colour
+from xtuner.data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from xtuner.data.packing.pack import PackedDataset
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="folder of .bin and .bin.meta files")
+    parser.add_argument("--pack", type=int, default=0, help="number of the pack (default: 0)")
+    parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer; without it numbers are shown")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens of a pack (default: 2048)")
+    parser.add_argument("--seed", type=int, default=1024, help="of the documents' order (default: 1024)")
+    parser.add_argument("--data-order", help="data_order.txt (default: folders in sorted order)")
+    parser.add_argument(
+        "--show",
+        default=None,
+        help="text, masked_text, input_ids, labels or all (default: text with a tokenizer, else input_ids)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from xtuner.data import load_intern_repo_tokenized_dataset
+    from xtuner.data.packing.pack import PackedDataset
+
+    log.setup("WARNING")
+    documents = load_intern_repo_tokenized_dataset(args.folder, data_order_path=args.data_order)
+    data = PackedDataset(documents, args.max_length, args.seed)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    return print_packs(data, [args.pack], args.show or ("text" if tokenizer else "input_ids"), tokenizer)
+
+
+def print_packs(data: "PackedDataset", packs: list[int], way: str, tokenizer: Tokenizer | None) -> int:
+    """Show packs on the terminal; see `show_pack`."""
+    from xtuner.data.inspect.show_packs import WAYS, show_pack
+
+    if way not in WAYS:
+        raise ConfigError(
+            f"no way {way!r}.{did_you_mean(way, list(WAYS))}", where="--show", do=f"one of {', '.join(WAYS)}"
+        )
+    if way in ("text", "masked_text", "all") and tokenizer is None:
+        raise ConfigError("text needs a tokenizer", where=f"--show {way}", do="give --tokenizer FOLDER")
+    if not len(data):
+        raise DataError(
+            "there is no pack",
+            where=f"{data.documents.folder}: {data.documents.num_tokens:,} tokens",
+            why=f"no file has {data.packed_length:,} tokens",
+            do="give a smaller --max-length",
+        )
+    for pack in packs:
+        for line in show_pack(data, pack, way, tokenizer, use_colour(sys.stdout)):
+            print(line)
+    return 0

@@ -1,0 +1,37 @@
+"""xtuner eval loss MODEL DATA: mean loss and perplexity on tokenized data."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hugging Face folder, checkpoint, or config (its starting weights)")
+    parser.add_argument("data_folder", help="folder of .bin and .bin.meta files")
+    parser.add_argument("--max-length", type=int, default=32768, help="longer documents are cut into such parts")
+    parser.add_argument(
+        "--save", metavar="FILE", help="keep results by file, and continue them after a stop (default: not kept)"
+    )
+    parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from xtuner.core.errors import ConfigError
+    from xtuner.data import load_intern_repo_tokenized_dataset
+    from xtuner.dist.process_group import device
+    from xtuner.train.evaluate import Record, check_place, evaluate, open_model
+
+    if args.max_length < 2:
+        raise ConfigError("a part needs at least 2 tokens", where=f"--max-length {args.max_length}")
+    save = Path(args.save).expanduser() if args.save else None
+    if save:
+        check_place(save)
+    documents = load_intern_repo_tokenized_dataset(args.data_folder)
+    model, identity = open_model(args.model, args.cfg_options, device())
+    record = Record(save, identity, args.max_length)
+    results = evaluate(model, documents, args.max_length, record)
+    width = max(len(r.name) for r in results)
+    print(f"{'':<{width}}  {'tokens':>12}  {'loss':>8}  {'perplexity':>10}")
+    for r in results:
+        print(f"{r.name:<{width}}  {r.tokens:>12,}  {r.loss:>8.4f}  {r.perplexity:>10.2f}")
+    return 0

@@ -1,0 +1,73 @@
+"""What configs of XTuner 0.1 and 0.2 name of tokenizers, samplers, collate functions and templates, as ours.
+
+`compat/translate.py` puts these in place of the old names.
+"""
+
+from collections.abc import Sized
+from typing import Any
+
+from xtuner.compat.settings import HUB
+from xtuner.config.adapter import adapter
+from xtuner.config.schema import Only
+from xtuner.core.errors import ConfigError
+from xtuner.data import tokenizer
+from xtuner.data.chat_template import PROMPT_TEMPLATE, ChatTemplate
+from xtuner.data.loading import sampler
+
+_SEED = 1024  # what the old sampler draws from, whatever its seed
+_VARLEN = {
+    "use_varlen_attn": Only((True,), "without it the documents of a pack see each other", "set use_varlen_attn = True")
+}
+_ITSELF = "the loader makes batches of packs itself"
+
+
+class AutoTokenizer:
+    """Stands for transformers' class of this name in a config."""
+
+    @staticmethod
+    @adapter(
+        no_work={
+            "trust_remote_code": ("no code of a hub is run; tokenizer.model or tokenizer.json is read", bool),
+            "padding_side": ("packs have no padding", str),
+            "use_fast": ("tokenizer.model is read if there is one, else tokenizer.json", bool | None),
+            "encode_special_tokens": ("only ChatGLM's tokenizer has it", bool | None),
+        },
+        only=HUB,
+    )
+    def from_pretrained(pretrained_model_name_or_path: str) -> tokenizer.Tokenizer:
+        return tokenizer.load_tokenizer(pretrained_model_name_or_path)
+
+
+@adapter(no_work={"seed": ("the old sampler always draws from 1024, and so does ours", int | None)})
+def InternRepoSampler(dataset: Sized, shuffle: bool = True) -> sampler.InternRepoSampler:
+    return sampler.InternRepoSampler(dataset, shuffle, _SEED)
+
+
+InternlmRepoSampler = InternRepoSampler  # the same under its first name
+
+
+@adapter(
+    no_work={"round_up": ("no pack is given twice; the last ones that do not go round are left out of an epoch", bool)}
+)
+def DefaultSampler(dataset: Sized, shuffle: bool = True, seed: int | None = None) -> sampler.InternRepoSampler:
+    """mmengine's: also a permutation an epoch, though another one (and a random one without a seed)."""
+    return sampler.InternRepoSampler(dataset, shuffle, _SEED if seed is None else seed)
+
+
+@adapter(_ITSELF, only=_VARLEN, ignored={"packed_length": int | None})
+def intern_repo_collate_fn(instances: Any = None) -> Any:
+    return instances
+
+
+@adapter(_ITSELF, only=_VARLEN, ignored={"pad_index": int, "return_hf_format": bool})
+def default_collate_fn(instances: Any = None) -> Any:
+    return instances
+
+
+def template_named(name: str) -> ChatTemplate:
+    """`xtuner.utils.PROMPT_TEMPLATE.internlm2_chat`, as the old tool dumped a template. Raises: ConfigError."""
+    try:
+        template: ChatTemplate = getattr(PROMPT_TEMPLATE, name.rpartition(".")[2])
+    except AttributeError as e:
+        raise ConfigError(str(e), where="prompt_template") from None
+    return template

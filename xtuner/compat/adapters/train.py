@@ -1,0 +1,159 @@
+"""What configs of XTuner 0.1 and 0.2 name of hooks and loops, as ours. `compat/translate.py` puts these in place of the
+old names. Defaults are the old tool's.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xtuner.compat.adapters.data import template_named
+from xtuner.compat.settings import SCHEMA
+from xtuner.config.adapter import adapter
+from xtuner.config.schema import Only
+from xtuner.data.chat_template import ChatTemplate
+from xtuner.train import hooks
+
+_NO_BEST = Only((None,), "checkpoints are kept by age", "leave it out; `xtuner eval loss` compares")
+_DISK = Only((None,), "files are written to this machine's file systems", "leave it out; mount the storage")
+_DISKS = {"backend_args": _DISK, "file_client_args": _DISK}
+_LOGS = "logs lie in the work dir, one folder a start"
+_BARE = ChatTemplate(system="", user="{text}", assistant_begin="", assistant_end="", stop_words=())
+
+
+@adapter(
+    no_work={
+        "save_param_scheduler": ("the rate follows from the iteration; there is nothing to save", bool),
+        "filename_tmpl": ("checkpoints are named iter_N.pth", str | None),
+        "save_begin": ("checkpoints are saved from the first interval on", int),
+    },
+    only={
+        "out_dir": Only((None,), "checkpoints lie in the work dir", "give --work-dir"),
+        **dict.fromkeys(("save_best", "rule", "greater_keys", "less_keys"), _NO_BEST),
+        **_DISKS,
+        "save_last": Only((True,), "the end of a run is always saved", "leave it out"),
+        "published_keys": Only((None,), "weights are published by `xtuner convert pth_to_hf`", "leave it out"),
+    },
+)
+def CheckpointHook(
+    interval: int = -1, by_epoch: bool = True, save_optimizer: bool = True, max_keep_ckpts: int = -1
+) -> hooks.CheckpointHook:
+    return hooks.CheckpointHook(interval, by_epoch, max_keep_ckpts, save_optimizer)
+
+
+@adapter(
+    no_work={
+        "log_metric_by_epoch": ("a line counts iterations", bool),
+        "ignore_last": ("the last iteration is always logged", bool),
+        "interval_exp_name": ("the log file is named after the start", int),
+        "out_dir": (_LOGS, str | None),
+        "out_suffix": _LOGS,
+        "keep_local": (_LOGS, bool),
+    },
+    only=_DISKS,
+)
+def LoggerHook(interval: int = 10) -> hooks.LoggerHook:
+    return hooks.LoggerHook(interval)
+
+
+@adapter(no_work={"is_intern_repo_dataset": ("all data are tokenized", bool)})
+def DatasetInfoHook(tokenizer: Any) -> hooks.DatasetInfoHook:
+    return hooks.DatasetInfoHook(tokenizer)
+
+
+@adapter(
+    no_work={"generation_kwargs": "samples take the most likely token each time"},
+    only={
+        "every_n_epochs": Only((None,), "samples are written by the iteration", "give every_n_iters"),
+        **dict.fromkeys(
+            ("evaluation_images", "image_processor"), Only((None,), "models read text only", "leave it out")
+        ),
+    },
+)
+def EvaluateChatHook(
+    tokenizer: Any,
+    evaluation_inputs: str | Sequence[str],
+    every_n_iters: int | None = None,
+    system: str = "",
+    prompt_template: ChatTemplate | str | None = None,
+    max_new_tokens: int = 600,
+    stop_word: str | None = None,
+    stop_words: Sequence[str] = (),
+) -> hooks.EvaluateChatHook:
+    inputs = evaluation_inputs if isinstance(evaluation_inputs, str) else list(evaluation_inputs)
+    template = template_named(prompt_template) if isinstance(prompt_template, str) else prompt_template
+    stops = [*stop_words, *([stop_word] if stop_word else [])]
+    if stops:
+        template = template or _BARE
+        template = dataclasses.replace(template, stop_words=(*template.stop_words, *stops))
+    return hooks.EvaluateChatHook(tokenizer, inputs, every_n_iters, system, template, max_new_tokens)
+
+
+_SIZES = ("hidden_size", "num_layers", "vocab_size")
+_SWITCHES = ("use_activation_checkpointing", "is_casual")
+_KNOWN = dict.fromkeys(_SIZES, int | None) | dict.fromkeys(_SWITCHES, bool | None) | {"mlp_ratio": float | None}
+
+
+@adapter(no_work={name: ("read from the model", kind) for name, kind in _KNOWN.items()})
+def ThroughputHook() -> hooks.ThroughputHook:
+    return hooks.ThroughputHook()
+
+
+@adapter("the borders of documents come with each batch")
+def VarlenAttnArgsToMessageHubHook() -> hooks.Hook:
+    return hooks.Hook()
+
+
+@adapter("the trainer knows the iteration itself")
+def RuntimeInfoHook() -> hooks.Hook:
+    return hooks.Hook()
+
+
+_LENGTH = {s.name: s.only for s in SCHEMA.inside("train_cfg") if s.only}
+_IDLE = {s.name: s.idle for s in SCHEMA.settings if s.idle and s.parent in ("", "train_cfg")}
+_VALIDATION = {name: (_IDLE[name], int) for name in ("val_begin", "val_interval")}
+
+
+@adapter(no_work=_VALIDATION, only=_LENGTH)
+def TrainLoop(max_epochs: int) -> dict[str, int]:
+    """Never built: the trainer reads max_epochs where it stands."""
+    return {"max_epochs": max_epochs}
+
+
+@adapter(no_work={**_VALIDATION, "dynamic_intervals": _IDLE["dynamic_intervals"]}, only=_LENGTH)
+def EpochBasedTrainLoop(max_epochs: int) -> dict[str, int]:
+    """Never built, as above."""
+    return {"max_epochs": max_epochs}
+
+
+_SCALARS = _IDLE["visualizer"]
+_FOLDER = {"save_dir": str | None}
+_FIGURE = ("image", "fig_save_cfg", "fig_show_cfg")
+_BACKENDS = Sequence[Mapping[str, Any]] | Mapping[str, Any] | None
+
+
+@adapter(_SCALARS, ignored=_FOLDER | {"name": str, "vis_backends": _BACKENDS} | dict.fromkeys(_FIGURE, Any))
+def Visualizer() -> None: ...
+
+
+@adapter(_SCALARS, ignored=_FOLDER | dict.fromkeys(("img_save_dir", "config_save_file", "scalar_save_file"), str))
+def LocalVisBackend() -> None: ...
+
+
+@adapter(_SCALARS, ignored=_FOLDER)
+def TensorboardVisBackend() -> None: ...
+
+
+def _remote(name: str, service: str) -> Any:
+    @adapter(f"nothing is sent to {service}; scalars.json and TensorBoard files hold the numbers")
+    def backend(save_dir: str | None = None, **settings: Any) -> None: ...
+
+    backend.__name__ = backend.__qualname__ = name
+    return backend
+
+
+WandbVisBackend = _remote("WandbVisBackend", "Weights & Biases")
+MLflowVisBackend = _remote("MLflowVisBackend", "MLflow")
+ClearMLVisBackend = _remote("ClearMLVisBackend", "ClearML")
+NeptuneVisBackend = _remote("NeptuneVisBackend", "Neptune")
+DVCLiveVisBackend = _remote("DVCLiveVisBackend", "DVCLive")
+AimVisBackend = _remote("AimVisBackend", "Aim")

@@ -1,0 +1,22 @@
+"""Modules of ours that have moved: configs and checkpoints name classes and functions by where they were."""
+
+MOVED = {
+    "xtuner.data.index": "xtuner.data.format.folder",
+    "xtuner.data.legacy": "xtuner.compat.adapters.data",
+    "xtuner.data.order": "xtuner.data.loading.sampler",
+    "xtuner.data.pack": "xtuner.data.packing.pack",
+    "xtuner.engine.legacy": "xtuner.compat.adapters.engine",
+    "xtuner.engine.optim": "xtuner.optim.optim_wrapper",
+    "xtuner.engine.schedule": "xtuner.optim.schedule",
+    "xtuner.model.legacy": "xtuner.compat.adapters.model",
+    "xtuner.train.legacy": "xtuner.compat.adapters.train",
+    "xtuner.train.profile": "xtuner.train.reporting.profile",
+}
+
+
+def find_current(written: str) -> str:
+    """The dotted name of a module, or of something in one, by where it is now."""
+    module, _, name = written.rpartition(".")
+    if written in MOVED or not module:
+        return MOVED.get(written, written)
+    return f"{find_current(module)}.{name}"

@@ -1,0 +1,296 @@
+"""One `.bin` / `.bin.meta` pair, InternEvo's tokenized format.
+
+    NAME.bin        one JSON object a line: {"tokens": [1, 320, -15, ...]}
+                    a negative token stands for the id with its sign flipped, and is not learned
+    NAME.bin.meta   npy integer array, one row a document: byte offset of its line, ..., number of tokens
+
+id = abs(token); learned iff token > 0, so id 0 is never learned.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from xtuner.core.errors import DataError
+from xtuner.core.foreign_inputs import open_regular, read_regular
+from xtuner.data.format.meta import meta_path, read_meta
+from xtuner.data.format.parse_tokens import Int64s, parse_line
+
+_CHUNK = 2**20  # bytes a read, where the length of what is sought is not known
+
+
+class Signature(NamedTuple):
+    """What tells that a pair has not changed, without reading it. Times in ns."""
+
+    size: int
+    time: int
+    meta_size: int
+    meta_time: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Signature":
+        """Raises: OSError."""
+        text, meta = os.stat(path), os.stat(meta_path(path))
+        return cls(text.st_size, text.st_mtime_ns, meta.st_size, meta.st_mtime_ns)
+
+
+def data_type(name: str) -> str:
+    """Of a file: the first folder below the data folder; "." for files that lie in none."""
+    return name.split("/")[0] if "/" in name else "."
+
+
+class Facts(NamedTuple):
+    """What is known of a pair once it has been examined. `documents` and `tokens` count those that are used."""
+
+    signature: Signature
+    documents: int
+    tokens: int
+    identity: bytes
+
+
+@dataclass(frozen=True)
+class BinFile:
+    """A `.bin` file and the documents of it that are used (those of at least `min_length` tokens).
+
+    With `facts` it is known to be right, and to be another if its signature is.
+    """
+
+    path: Path
+    name: str  # relative to the data folder, POSIX style; what logs and data orders show
+    min_length: int = 0
+    facts: Facts | None = None
+
+    def examined(self) -> "BinFile":
+        """This file with its facts; nothing else is kept. Raises: DataError for a pair that is not right."""
+        try:
+            signature = Signature.of(self.path)
+        except OSError:
+            signature = None  # `check` knows what to say of it
+        fresh = BinFile(self.path, self.name, self.min_length)
+        fresh.check()
+        if signature is None:
+            raise DataError(f"{self.name} has appeared just now", where=str(self.path), do="start again")
+        facts = Facts(signature, fresh.num_documents, fresh.num_tokens, fresh.identity())
+        return BinFile(self.path, self.name, self.min_length, facts)
+
+    @cached_property
+    def whole_table(self) -> tuple[Int64s, Int64s]:
+        """(byte offsets, token counts), one entry a document of the file, used or not."""
+        try:
+            return read_meta(self.path)
+        except (DataError, OSError):
+            self.check_unchanged()  # if it has changed just now, that is what to say
+            raise
+
+    @cached_property
+    def kept(self) -> npt.NDArray[np.int64] | None:
+        """Which rows of the meta are used; None for all."""
+        lengths = self.whole_table[1]
+        keep = lengths >= self.min_length
+        return None if keep.all() else np.flatnonzero(keep)
+
+    @cached_property
+    def table(self) -> tuple[Int64s, Int64s]:
+        """(byte offsets, token counts), one entry a document that is used."""
+        offsets, lengths = self.whole_table
+        return (offsets, lengths) if self.kept is None else (offsets[self.kept], lengths[self.kept])
+
+    @property
+    def offsets(self) -> Int64s:
+        return self.table[0]
+
+    @property
+    def lengths(self) -> Int64s:
+        return self.table[1]
+
+    @property
+    def num_documents(self) -> int:
+        return self.facts.documents if self.facts else len(self.lengths)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return self.facts.tokens if self.facts else int(self.lengths.sum())
+
+    def identity(self) -> bytes:
+        """sha256 over the size, the ends of the text, the whole meta and min_length. Reads 8 KiB of the text.
+
+        Raises: DataError: the text or the meta cannot be read.
+        """
+        if self.facts:
+            return self.facts.identity
+        try:
+            with self.open() as f:
+                size = f.seek(0, os.SEEK_END)
+                ends = os.pread(f.fileno(), 4096, 0) + os.pread(f.fileno(), 4096, max(size - 4096, 0))
+            meta = read_regular(meta_path(self.path))
+        except OSError as e:
+            raise DataError(f"{self.name} or its meta cannot be read: {e.strerror}", where=str(self.path)) from None
+        return hashlib.sha256(f"{size} {self.min_length}\0".encode() + ends + meta).digest()
+
+    def open(self) -> BinaryIO:
+        """The text, unbuffered. Opened for each use: folders of more files than a process may hold open are common.
+
+        Raises: DataError: a dangling link, no permission; or it is not the file any more that `facts` are of.
+        """
+        return self._open(self.path, self.facts and self.facts.signature[:2])
+
+    def open_meta(self) -> BinaryIO:
+        """The meta, likewise."""
+        return self._open(meta_path(self.path), self.facts and self.facts.signature[2:])
+
+    def _open(self, path: Path, known: tuple[int, ...] | None) -> BinaryIO:
+        try:
+            f = open_regular(path, buffering=0)
+        except OSError as e:
+            raise DataError(f"{path.name} cannot be opened: {e.strerror}", where=str(path)) from None
+        if known:
+            stat = os.fstat(f.fileno())
+            if (stat.st_size, stat.st_mtime_ns) != known:
+                f.close()
+                raise self.changed(path, f"it had {known[0]:,} bytes, and has {stat.st_size:,}")
+        return f
+
+    def check_unchanged(self) -> None:
+        """Raises: DataError if the text is not the file any more that `facts` are of."""
+        try:
+            stat = os.stat(self.path)
+        except OSError as e:
+            raise DataError(f"{self.name} cannot be read: {e.strerror}", where=str(self.path)) from None
+        known = self.facts and self.facts.signature[:2]
+        if known and (stat.st_size, stat.st_mtime_ns) != known:
+            raise self.changed(self.path, f"it had {known[0]:,} bytes, and has {stat.st_size:,}")
+
+    def changed(self, path: Path, how: str) -> DataError:
+        return DataError(
+            f"{path.name} has changed since it was indexed: {how}",
+            where=str(path),
+            why="its documents would be read from wrong places, or would be others than the run has counted",
+            do="put the file back as it was, or start the command again to take the data as they are now",
+        )
+
+    def check(self) -> None:
+        """Raise DataError unless the text can be opened and ends where the meta says its last document ends."""
+        with self.open() as f:
+            offsets = self.whole_table[0]
+            last, end, closed = 0, 0, True
+            if len(offsets):
+                last = int(offsets[offsets.argmax()])
+                end, closed = _line_end(f, last)
+            beyond = _find_text(f, end)
+        if not closed:
+            raise DataError(
+                "the last line is not complete",
+                where=f"{self.path}:{last}",
+                why="the .bin is cut short",
+                do="write the file again",
+            )
+        if beyond is not None:
+            raise DataError(
+                "the .bin goes on after the last document of its meta",
+                where=f"{self.path}:{beyond}",
+                why="the meta is older than the text, or belongs to another file",
+                do="make the meta from the text (xtuner data check FOLDER --fix-meta), or write the file again",
+            )
+
+    def read_document(self, document: int, vocab_size: int | None = None) -> Int64s:
+        """Signed tokens of one document, int64 [length].
+
+        Raises: DataError if the line is not what the format and the meta say, or an id is not below `vocab_size`.
+        """
+        offset, length = int(self.offsets[document]), int(self.lengths[document])
+        with self.open() as f:
+            line = read_line(f, offset, length)
+        tokens = parse_line(line, where=f"{self.path}:{offset}")
+        self.check_document(tokens, document, offset, length, vocab_size)
+        return tokens
+
+    def __len__(self) -> int:
+        return self.num_documents
+
+    def read(self, i: int, vocab_size: int | None = None) -> tuple[Int64s, npt.NDArray[np.bool_]]:
+        """(ids, learned) of one document, both [length]. Raises: DataError."""
+        signed = self.read_document(i, vocab_size)
+        return np.abs(signed), signed > 0
+
+    def fingerprint(self) -> str:
+        return self.identity().hex()
+
+    def check_document(
+        self, tokens: Int64s, document: int, offset: int, length: int, vocab_size: int | None = None
+    ) -> None:
+        """Raises: DataError if a document has another number of tokens than its meta says, or an id that is none."""
+        where = f"{self.path}:{offset} (document {document})"
+        if len(tokens) != length:
+            raise self.wrong_count(len(tokens), length, where)
+        self.check_ids(tokens, where, vocab_size)
+
+    def check_ids(self, tokens: Int64s, where: str, vocab_size: int | None) -> None:
+        """Raises: DataError if an id is not below `vocab_size`."""
+        if vocab_size is not None and len(tokens) and (largest := int(np.abs(tokens).max())) >= vocab_size:
+            raise DataError(
+                f"token id {largest} is outside the vocabulary of {vocab_size}",
+                where=where,
+                why="the data were made with another tokenizer than the model's",
+                do="tokenize the text again with the model's tokenizer, or take the model that belongs to the data",
+            )
+
+    def wrong_count(self, found: int, length: int, where: str) -> DataError:
+        return DataError(
+            f"a document has {found} tokens, its meta says {length}",
+            where=where,
+            why="every pack after it in this file would be shifted",
+            do="write the file again, or make its meta from the text: xtuner data check FOLDER --fix-meta",
+        )
+
+
+def read_line(f: BinaryIO, offset: int, length: int, most: int | None = None) -> bytes:
+    """Bytes from `offset` to the end of that line, or of the file; not many more than `most` of them.
+
+    `length`: tokens it should hold.
+    """
+    f.seek(offset)
+    size = 64 + 8 * length  # most lines fit: 6 digits, a comma and a space a token
+    size = size if most is None else min(size, most + 1)
+    parts: list[bytes] = []
+    total = 0
+    while chunk := f.read(size):
+        end = chunk.find(b"\n")
+        if end >= 0:
+            parts.append(chunk[:end])
+            break
+        parts.append(chunk)
+        total += len(chunk)
+        if most is not None and total > most:
+            break
+        size = max(size, _CHUNK)
+    return b"".join(parts)
+
+
+def _line_end(f: BinaryIO, offset: int) -> tuple[int, bool]:
+    """(where the line that begins at `offset` ends, whether a `}` closes it). Holds a part of the line at a time."""
+    f.seek(offset)
+    last = b""
+    while chunk := f.read(_CHUNK):
+        end = chunk.find(b"\n")
+        part = chunk if end < 0 else chunk[:end]
+        last = part.rstrip()[-1:] or last
+        offset += len(part)
+        if end >= 0:
+            break
+    return offset, last == b"}"
+
+
+def _find_text(f: BinaryIO, offset: int) -> int | None:
+    """Where the first byte that is no white space stands, from `offset` on."""
+    f.seek(offset)
+    while chunk := f.read(_CHUNK):
+        if text := chunk.lstrip():
+            return offset + len(chunk) - len(text)
+        offset += len(chunk)
+    return None

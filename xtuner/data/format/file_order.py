@@ -1,0 +1,170 @@
+"""Which token files a folder holds, in the loader's order, and what a data-order file makes of that order."""
+
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from xtuner.core.errors import ConfigError, DataError
+from xtuner.core.foreign_inputs import read_regular, short_repr
+from xtuner.core.log import logger
+
+ORDER_FILE = "data_order.txt"
+SHOWN = 5  # names in one message
+CACHE = ".xtuner-cache"  # ours, beside the data: holds no data files
+
+
+def require_folder(folder: str | Path) -> Path:
+    """A data folder, `~` expanded. Raises: ConfigError unless it is there."""
+    root = Path(os.path.expanduser(folder))
+    if not os.path.isdir(root):
+        raise ConfigError(
+            f"the data folder is {'a file' if os.path.exists(root) else 'not there'}",
+            where=str(folder),
+            do="give the folder that holds your .bin and .bin.meta files, at any depth",
+        )
+    return root
+
+
+def no_files(folder: Path, file_type: str) -> DataError:
+    return DataError(
+        f"no {file_type} file in the data folder",
+        where=str(folder),
+        do=f"{file_type} and {file_type}.meta files are looked for at any depth: give a folder above them",
+    )
+
+
+def walk(folder: Path, file_type: str = ".bin") -> Iterator[str]:
+    """Relative POSIX paths of all token files below `folder`: a folder's files by code point, then its sub-folders.
+
+    The same on every file system. Links are followed; a link to a folder above itself is skipped, so loops end.
+    """
+    try:
+        above = [p.stat() for p in folder.resolve().parents]
+    except (OSError, RuntimeError) as e:  # links that lead in a circle
+        raise DataError(f"a folder cannot be read: {e}", where=str(folder)) from None
+    # What is still to be walked, last first: (path below `folder`, the folders above it). Folders may nest deeper than
+    # functions can.
+    left = [("", tuple((s.st_dev, s.st_ino) for s in above))]
+    while left:
+        prefix, over = left.pop()
+        here = os.path.join(folder, prefix)
+        try:
+            stat = os.stat(here)
+            with os.scandir(here) as entries:
+                found = sorted(entries, key=lambda e: e.name)
+        except OSError as e:
+            raise DataError(f"a folder cannot be read: {e.strerror}", where=str(here)) from None
+        identity = (stat.st_dev, stat.st_ino)
+        if identity in over:
+            logger.warning(f"{here} is a link to a folder above it: not followed")
+            continue
+        folders = []
+        for entry in found:
+            if entry.name == CACHE:
+                continue
+            if _is_folder(entry):
+                folders.append(entry.name)
+            elif entry.name.endswith(file_type):
+                yield prefix + entry.name
+        left += [(f"{prefix}{name}/", (*over, identity)) for name in reversed(folders)]
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return os.path.isdir(entry)
+    except OSError:  # a link that leads nowhere is taken for a file, and whoever opens it says what is wrong
+        return False
+
+
+def write_order(folder: Path, save_folder: Path, file_type: str = ".bin") -> tuple[Path, int]:
+    """Write `save_folder/data_order.txt`. Returns (the file, number of names). Raises: ConfigError, DataError."""
+    from xtuner.core.files import atomic_file
+
+    names = list(walk(require_folder(folder), file_type))
+    if not names:
+        raise no_files(folder, file_type)
+    broken = [n for n in names if "\n" in n or "\r" in n]
+    if broken:
+        raise DataError("a file name holds a line break", where=repr(broken[0]), do="rename the file")
+    with atomic_file(save_folder / ORDER_FILE) as f:
+        f.writelines(name + "\n" for name in names)
+    return save_folder / ORDER_FILE, len(names)
+
+
+def read_order(path: str | Path, folder: Path, file_type: str = ".bin") -> list[str]:
+    """Files of `folder` in the order that a data-order file gives, as paths relative to `folder`.
+
+    The order may have been written for a folder above `folder`: entries are looked up from the nearest folder P,
+    `folder` itself first, under which one of them is a file of `folder`. Entries that lie elsewhere below P are counted
+    and left out; entries that should lie in `folder` must exist. A file that several entries name is taken as often,
+    as the reference loader does: so users raise its share. Files that no entry names are reported: they are not
+    trained on.
+
+    Raises: ConfigError with the lines that are wrong.
+    """
+    path = Path(os.path.expanduser(path))
+    path = path / ORDER_FILE if os.path.isdir(path) else path
+    entries = _read_entries(path)
+    roots = dict.fromkeys((Path(os.path.abspath(folder)), folder.resolve()))  # as it is called, and where links lead
+    for root, base in ((r, b) for r in roots for b in (r, *r.parents)):
+        prefix = "" if base == root else root.relative_to(base).as_posix() + "/"
+        inside = {n: e.removeprefix(prefix) for n, e in entries.items() if e.startswith(prefix)}
+        if any(os.path.isfile(folder / name) for name in inside.values()):
+            break
+    else:
+        raise ConfigError(
+            "no entry of the data order is a file of the data folder, or lies below a folder above it",
+            where=f"{path}, line {next(iter(entries))}: {short_repr(next(iter(entries.values())))} (folder {folder})",
+            why="it was written for another folder",
+            do=f"xtuner data order --data-folder {folder} --save-folder DIR",
+        )
+    absent = [n for n, name in inside.items() if not os.path.isfile(folder / name)]
+    if absent:
+        lines = ", ".join(map(str, absent[:10])) + (", …" if len(absent) > 10 else "")
+        raise ConfigError(
+            f"{len(absent)} files of the data order are not there; the first is {short_repr(inside[absent[0]])}",
+            where=f"{path}, lines {lines} (folder {folder})",
+            why="the packs after a missing file would be numbered differently from what the order promises",
+            do="write the order again, or bring the files back",
+        )
+    if len(entries) > len(inside):
+        logger.info(f"{len(entries) - len(inside)} entries of {path} lie outside {folder}: left out")
+    named = Counter(inside.values())
+    if repeated := [f"{name} {times} times" for name, times in named.items() if times > 1]:
+        more = f", … and {len(repeated) - SHOWN} more" if len(repeated) > SHOWN else ""
+        logger.info(
+            f"{path} names {len(repeated)} of its {len(named)} files more than once; each is taken as often: "
+            f"{', '.join(repeated[:SHOWN])}{more}"
+        )
+    unnamed = [name for name in walk(folder, file_type) if name not in named]
+    if unnamed:
+        logger.warning(
+            f"{len(unnamed)} files of {folder} are not in {path} and not trained on; the first is {unnamed[0]}"
+        )
+    return list(inside.values())
+
+
+def _read_entries(path: Path) -> dict[int, str]:
+    """Line number → relative path, none leaving its folder."""
+    try:
+        text = read_regular(path).decode("utf-8-sig", "surrogateescape")  # names of files, whatever their bytes
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(
+            f"the data order cannot be read: {getattr(e, 'strerror', None) or e}",
+            where=str(path),
+            do="write one with `xtuner data order --data-folder DATA --save-folder DIR`",
+        ) from None
+    entries: dict[int, str] = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if not line.strip():
+            continue
+        entry = posixpath.normpath(line)
+        if entry.startswith(("/", "../")):
+            raise ConfigError(f"the entry {short_repr(line)} leaves its folder", where=f"{path}, line {number}")
+        entries[number] = entry
+    if not entries:
+        raise ConfigError("the data order is empty", where=str(path))
+    return entries

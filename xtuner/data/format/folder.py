@@ -1,0 +1,273 @@
+"""A folder of `.bin` files as one sequence: by the sorted walk, or by a data-order file.
+
+Files that have not changed since they were last examined are known by their sizes and times (`catalog`); all others
+are examined: the whole meta, the ends of the text.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from xtuner.core.errors import DataError
+from xtuner.core.log import logger, progress
+from xtuner.data.format import file_catalog as catalogs
+from xtuner.data.format import token_cache as tokens
+from xtuner.data.format.bin_file import BinFile, Signature
+from xtuner.data.format.cache_dirs import Opening, Place, tell_once
+from xtuner.data.format.file_catalog import COLUMNS, Catalog
+from xtuner.data.format.file_order import no_files, read_order, require_folder, walk
+from xtuner.data.format.text_reader import LongLines, SpanReader
+from xtuner.data.packing import document_order
+from xtuner.data.packing.document_order import ALONE, MOST_WORKERS, Tables
+from xtuner.data.process_pool import ordered, usable_workers
+
+SHOWN = 20  # problems in one message
+STATS = 256  # files whose sizes and times a thread asks for at a time
+THREADS = 16
+
+
+class TokenizedFolder:
+    """The documents of a folder of tokenized files, as a sequence of `BinFile`s without the empty ones.
+
+    A file that a data order names several times is in it as often.
+    """
+
+    def __init__(self, folder: Path, catalog: Catalog, min_length: int, place: Place, asked: list[str]) -> None:
+        self.folder = folder
+        self.catalog = catalog
+        self.min_length = min_length
+        self.place = place
+        self.asked = asked  # how it was asked for, in words that another rank can compare
+        self.tables: Tables | None = None
+
+    def __len__(self) -> int:
+        return len(self.catalog)
+
+    @overload
+    def __getitem__(self, i: int) -> BinFile: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[BinFile]: ...
+    def __getitem__(self, i: int | slice) -> BinFile | list[BinFile]:
+        numbers = range(len(self))[i]
+        if isinstance(numbers, range):
+            return [self[n] for n in numbers]
+        return self.catalog.file(numbers, self.folder, self.min_length)
+
+    def __iter__(self) -> Iterator[BinFile]:
+        return (self[i] for i in range(len(self)))
+
+    def file(self, i: int) -> BinFile:
+        return self[i]
+
+    @property
+    def location(self) -> str:
+        return str(self.folder)
+
+    @property
+    def names(self) -> list[str]:
+        return self.catalog.names
+
+    @property
+    def tokens_per_file(self) -> npt.NDArray[np.int64]:
+        return self.catalog.tokens
+
+    @property
+    def num_repeated(self) -> int:
+        """Files that are here more than once, as a data order may name them."""
+        return sum(times > 1 for times in Counter(self.catalog.names).values())
+
+    @property
+    def num_documents(self) -> int:
+        return int(self.catalog.documents.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.catalog.tokens.sum())
+
+    def fingerprint(self) -> str:
+        """Identity of the contents: size, meta, first and last bytes of each file in order. No names, no times."""
+        return self.catalog.fingerprint()
+
+    def identities(self) -> Iterator[str]:
+        return (bytes(row[:8]).hex() for row in self.catalog.identities)
+
+    def ordered_by(self, seed: int, small: int | None = None) -> Tables | None:
+        """The tables of this seed; see `document_order.find_or_build`."""
+        if self.tables is None or self.tables.seed != seed:
+            self.tables = document_order.find_or_build(
+                self.catalog, self.folder, self.min_length, seed, self.place, small
+            )
+        return self.tables
+
+    def order(self, i: int, seed: int) -> tuple[document_order.Rows, npt.NDArray[np.int64]]:
+        return document_order.order_of(self[i], seed)
+
+    def reader(self, i: int, long: LongLines) -> tokens.TokenCache | SpanReader:
+        file = self[i]
+        return self.token_cache(file) or SpanReader(file, long)
+
+    def token_cache(self, file: BinFile) -> tokens.TokenCache | None:
+        return tokens.find(file, self.place)
+
+
+def load_intern_repo_tokenized_dataset(
+    folder: str | Path,
+    min_length: int = 0,
+    data_order_path: str | Path | None = None,
+    file_type: str = ".bin",
+    cache_dir: str | Path | None = None,
+    opening: Opening = Opening(),  # noqa: B008
+) -> TokenizedFolder:
+    """Index a folder of tokenized files. Of the text, only the ends of files that are not known yet are read.
+
+    Args:
+        folder: holds `*.bin` and `*.bin.meta`, at any depth.
+        min_length: documents with fewer tokens are left out; files that have none left, too.
+        data_order_path: a file with one relative path a line, a file as often as it is named; None for the sorted
+            walk.
+        file_type: ending of the token files.
+        cache_dir: where the index is kept; None for beside the data, or the user's cache folder if that cannot be
+            written. Little data need none.
+        opening: by the run that opens it.
+
+    Raises: ConfigError for a folder that is not there, DataError for files that are.
+    """
+    root = require_folder(folder)
+    place = Place(root, opening.cache_dir or cache_dir, opening.read_only)
+    asked = [str(root), str(min_length), str(data_order_path), file_type]
+    if (known := opening.known) and known["asked"] == asked and (found := _open_shared(known)):
+        whole = TokenizedFolder(root, found.catalog, min_length, place, asked)
+        whole.tables = found
+        return whole
+    names = list(walk(root, file_type)) if data_order_path is None else read_order(data_order_path, root, file_type)
+    if not names:
+        raise no_files(root, file_type)
+    catalog = catalog_of(root, list(dict.fromkeys(names)), min_length, place)
+    if len(names) > len(catalog):  # a data order names files more than once
+        row = {name: i for i, name in enumerate(catalog.names)}
+        catalog = catalog.select([row[name] for name in names])
+    kept = np.flatnonzero(catalog.documents)
+    if len(kept) < len(names):
+        logger.info(f"{len(names) - len(kept)} files have no document of at least {min_length} tokens: left out")
+        catalog = catalog.select(kept)
+    return TokenizedFolder(root, catalog, min_length, place, asked)
+
+
+def _open_shared(known: Mapping[str, Any]) -> Tables | None:
+    try:
+        return Tables(Path(known["path"]), known["key"])
+    except (OSError, ValueError):
+        return None  # not on this node: it looks itself
+
+
+def catalog_of(folder: Path, names: list[str], min_length: int, place: Place) -> Catalog:
+    """The catalog of these files, with those examined that are not known. Raises: DataError of all that is wrong."""
+    signatures = signatures_of(folder, names)
+    catalog, fresh = _known(names, signatures, place, f"files-{min_length}.cat")
+    unknown = np.flatnonzero(~fresh).tolist()
+    if unknown:
+        meta_bytes = int(signatures[unknown, 2].clip(min=0).sum())
+        _examine(catalog, unknown, folder, min_length, meta_bytes)
+        if int(catalog.documents.sum()) >= document_order.SMALL and not place.read_only:
+            keep(catalog, place, min_length)
+    return catalog
+
+
+def keep(catalog: Catalog, place: Place, min_length: int) -> None:
+    """Write a catalog for the next start, with what older ones know of other files of the folder."""
+    name = f"files-{min_length}.cat"
+    with place.alone():
+        for path in place.candidates(name):
+            try:
+                older, _ = catalogs.unpack(path.read_bytes())
+            except (OSError, ValueError):
+                continue
+            ours = set(catalog.names)
+            others = older.select([i for i, n in enumerate(older.names) if n not in ours])
+            catalog = Catalog(
+                catalog.names + others.names,
+                np.concatenate((catalog.numbers, others.numbers)),
+                np.concatenate((catalog.identities, others.identities)),
+            )
+        place.write(name, lambda f: f.write(catalogs.pack(catalog)), f"the index of {place.folder}")
+
+
+def signatures_of(folder: Path, names: list[str]) -> npt.NDArray[np.int64]:
+    """Sizes and times, int64 [files, 4]; -1 where a file or its meta cannot be seen."""
+
+    def ask(part: list[str]) -> list[tuple[int, ...]]:
+        return [_signature(folder / name) for name in part]
+
+    parts = [names[i : i + STATS] for i in range(0, len(names), STATS)]
+    with ThreadPoolExecutor(THREADS) as pool:  # a network file system answers many at once
+        found = [s for part in pool.map(ask, parts) for s in part]
+    return np.array(found, np.int64).reshape(-1, 4)
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    try:
+        return Signature.of(path)
+    except OSError:
+        return (-1, -1, -1, -1)
+
+
+def _known(
+    names: list[str], signatures: npt.NDArray[np.int64], place: Place, cache: str
+) -> tuple[Catalog, npt.NDArray[np.bool_]]:
+    """What catalogs on disk know of files with these signatures; and which they know."""
+    catalog = Catalog(names, np.zeros((len(names), COLUMNS), np.int64), np.zeros((len(names), 32), np.uint8))
+    fresh = np.zeros(len(names), np.bool_)
+    for path in place.candidates(cache):
+        try:
+            older, _ = catalogs.unpack(path.read_bytes())
+        except (OSError, ValueError) as e:
+            tell_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
+            continue
+        where = {name: i for i, name in enumerate(older.names)}
+        rows = np.array([where.get(name, -1) for name in names], np.int64)
+        same = (older.numbers[rows, :4] == signatures).all(axis=1) if len(older) else rows >= 0
+        changed = int(np.count_nonzero((rows >= 0) & ~same))
+        if changed:
+            logger.info(f"{changed} files of {place.folder} have changed since they were indexed: examined again")
+        take = (rows >= 0) & same & ~fresh
+        catalog.numbers[take, :6] = older.numbers[rows[take], :6]
+        catalog.identities[take] = older.identities[rows[take]]
+        fresh |= take
+    return catalog, fresh
+
+
+def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int, meta_bytes: int) -> None:
+    """Read every meta of `unknown` files, of so many bytes, into the catalog; one error tells all that is wrong."""
+    files = [BinFile(folder / catalog.names[i], catalog.names[i], min_length) for i in unknown]
+    large = len(files) > 1 and meta_bytes >= 16 * ALONE
+    workers = min(usable_workers(None), MOST_WORKERS) if large else 1
+    problems = []
+    results = ordered(_examined, files, workers)
+    for i, found in zip(unknown, progress(results, "reading metas", total=len(files)), strict=True):
+        if isinstance(found, DataError):
+            problems.append(found)
+            continue
+        assert found.facts is not None
+        catalog.numbers[i, :6] = *found.facts.signature, found.facts.documents, found.facts.tokens
+        catalog.identities[i] = np.frombuffer(found.facts.identity, np.uint8)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        shown = "\n".join(f"* {p}" for p in problems[:SHOWN])
+        more = f"\n… and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise DataError(f"{len(problems)} of {len(catalog)} data files are faulty\n{shown}{more}")
+
+
+def _examined(file: BinFile) -> BinFile | DataError:
+    """For `ordered`: the file with its facts, or what is wrong with it."""
+    try:
+        return file.examined()
+    except DataError as e:
+        return e
+    except OSError as e:  # it has gone meanwhile
+        return DataError(f"{file.name} cannot be read: {e.strerror}", where=str(file.path))

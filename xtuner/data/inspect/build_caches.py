@@ -1,0 +1,125 @@
+"""What `xtuner data cache` makes of a folder: the index of one seed, and the tokens of each file as int32."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from xtuner.core.errors import DataError
+from xtuner.core.log import progress
+from xtuner.data import process_pool
+from xtuner.data.format import token_cache as tokens
+from xtuner.data.format.bin_file import BinFile, Int64s
+from xtuner.data.format.cache_dirs import Place
+from xtuner.data.format.folder import TokenizedFolder, keep
+from xtuner.data.format.meta import MetaView
+from xtuner.data.inspect.check_files import compare
+from xtuner.data.inspect.scan import Scanner, parts_of
+
+
+@dataclass
+class Made:
+    """What lies where afterwards. `failed`: (file, why) of token caches that could not be made."""
+
+    index: Path | None = None
+    tokens: int = 0  # files with a fresh token cache
+    made: int = 0  # of them, just now
+    bytes: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+
+class _Job(NamedTuple):
+    file: BinFile
+    place: Place
+
+
+class _Result(NamedTuple):
+    name: str
+    bytes: int = 0
+    failure: str = ""
+    error: DataError | None = None
+
+
+def make(data: TokenizedFolder, seed: int, with_tokens: bool = True, workers: int | None = None) -> Made:
+    """Make what is not there yet.
+
+    Raises: DataError for a text that is not what its meta says; other files' caches are made nevertheless.
+    """
+    workers = process_pool.usable_workers(workers)
+    rows = {name: i for i, name in enumerate(data.catalog.names)}
+    keep(data.catalog.select(list(rows.values())), data.place, data.min_length)
+    tables = data.ordered_by(seed, small=0)
+    made = Made(tables.path if tables else None)
+    jobs = []
+    for file in {file.name: file for file in data}.values():
+        cache = data.token_cache(file)
+        if cache is not None:
+            made.tokens += 1
+            made.bytes += cache.path.stat().st_size
+        elif with_tokens:
+            jobs.append(_Job(file, data.place))
+    errors = []
+    results = process_pool.ordered(cache_tokens, jobs, min(workers, max(len(jobs), 1)))
+    for result in progress(results, "caching tokens", total=len(jobs)):
+        if result.error:
+            errors.append(result.error)
+        elif result.failure:
+            made.failed.append((result.name, result.failure))
+        else:
+            made.tokens, made.made, made.bytes = made.tokens + 1, made.made + 1, made.bytes + result.bytes
+    if errors:
+        more = f" (and {len(errors) - 1} other files)" if len(errors) > 1 else ""
+        first = errors[0]
+        raise DataError(first.what + more, where=first.where, why=first.why, do="see all: xtuner data check FOLDER")
+    return made
+
+
+def cache_tokens(job: _Job) -> _Result:
+    """Write one file's token cache; for a worker process."""
+    size = 0
+
+    def fill(f: IO[bytes]) -> None:
+        nonlocal size
+        size = _fill(f, job.file)
+
+    try:
+        path = job.place.write(
+            tokens.cache_name(job.file.name), fill, f"the token cache of {job.file.name}", quiet=True
+        )
+    except DataError as e:
+        return _Result(job.file.name, error=e)
+    failure = "" if path else "; ".join(job.place.failures)
+    return _Result(job.file.name, size, failure)
+
+
+def _fill(f: IO[bytes], file: BinFile) -> int:
+    """Returns the bytes written. Raises: DataError, OSError."""
+    assert file.facts is not None
+    meta = MetaView(file.path)
+    meta.check()
+    if not meta.in_order:
+        raise DataError(
+            "the rows of the meta are not in the order of the text",
+            where=str(file.path),
+            why="a token cache is made in one pass over both",
+        )
+    total = 0
+
+    def take(part: Int64s) -> None:
+        nonlocal total
+        total += len(part)
+        f.write(part.astype(np.int32).data)
+
+    tokens.begin(f, meta.lengths, file.facts.signature)
+    for part in parts_of(file.path, os.stat(file.path).st_size):
+        found = Scanner(part, take=take).run()
+        wrong = f"byte {found.problems[0][0]}: {found.problems[0][1]}" if found.problems else ""
+        wrong = wrong or compare(meta, part, found.table())
+        if wrong:
+            raise DataError(
+                "the text is not what its meta says", where=str(file.path), why=wrong, do="xtuner data check FOLDER"
+            )
+    file.check_unchanged()
+    return f.tell()

@@ -1,0 +1,294 @@
+"""What is in a folder of tokenized data: documents, lengths, packs, and how unequal the packs' work is.
+
+Lengths and packs follow from the metas; the learned share needs the tokens, from their cache or from the text. Work
+goes through files in parts; what is held grows with the number of packs alone (4 bytes each).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from xtuner.core.errors import DataError
+from xtuner.core.log import human, progress
+from xtuner.data import process_pool
+from xtuner.data.format import token_cache as tokens
+from xtuner.data.format.bin_file import BinFile, Int64s, data_type
+from xtuner.data.format.folder import TokenizedFolder
+from xtuner.data.format.meta import MetaView
+from xtuner.data.inspect.scan import Part, Scanner, parts_of
+from xtuner.data.loading.balance import squares
+from xtuner.data.loading.sampler import permutation
+from xtuner.data.packing.document_order import Tables, order_of
+from xtuner.data.packing.dropped_tokens import Dropped
+
+BUCKETS = 33  # of lengths: 0, 1, 2–3, 4–7, …
+BLOCK = 2**20  # rows, tokens or packs at a time
+COSTS = 24  # bars of the histogram of costs
+SAMPLER_SEED = 1024
+
+
+@dataclass
+class FileStats:
+    name: str
+    documents: int
+    tokens: int
+    packs: int
+    tail: int  # tokens that fill no pack
+    learned: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return data_type(self.name)
+
+
+@dataclass
+class Lengths:
+    """Documents of `least` to `most` tokens."""
+
+    least: int
+    most: int
+    documents: int
+    tokens: int
+
+
+@dataclass
+class Stats:
+    """Costs are Σ len² over the fragments of a pack, what the work of attention goes with."""
+
+    folder: str
+    packed_length: int
+    seed: int
+    min_length: int
+    documents: int = 0
+    tokens: int = 0
+    packs: int = 0
+    tail: int = 0
+    learned: int | None = None
+    types: list[FileStats] = field(default_factory=list)
+    files: list[FileStats] = field(default_factory=list)
+    lengths: list[Lengths] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict)  # mean, least, median, p95, most
+    cost_bars: list[tuple[float, float, int]] = field(default_factory=list)  # from, to, packs
+    imbalance: list[dict[str, float]] = field(default_factory=list)  # ranks, mean and p95 of the slowest over the mean
+    repeated: int = 0  # files that the data order names more than once
+
+    def dropped(self) -> Dropped:
+        without_pack = sum(not file.packs for file in self.files)
+        return Dropped(self.packed_length, self.tokens, self.tail, len(self.files), without_pack)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Job(NamedTuple):
+    number: int
+    file: BinFile
+    seed: int
+    packed_length: int
+    tables: Tables | None
+
+
+class _Counted(NamedTuple):
+    documents: Int64s  # [BUCKETS]
+    tokens: Int64s
+    costs: npt.NDArray[np.float32]  # [packs]
+
+
+class _Learn(NamedTuple):
+    number: int
+    part: Part
+    cache: tokens.TokenCache | None  # instead of the text
+
+
+def stats(
+    data: TokenizedFolder,
+    packed_length: int,
+    seed: int = 1024,
+    ranks: Sequence[int] = (8, 64, 512),
+    with_text: bool = True,
+    workers: int | None = None,
+) -> Stats:
+    """Count everything.
+
+    Args:
+        ranks: sizes of which the imbalance is told, each rank taking a pack at a time in the order of epoch 0.
+        with_text: count the learned tokens, for which all tokens are read.
+    Raises: DataError for a text that is not what its format says.
+    """
+    workers = process_pool.usable_workers(workers)
+    found = Stats(str(data.folder), packed_length, seed, data.min_length, data.num_documents, data.num_tokens)
+    c = data.catalog
+    for name, documents, count in zip(c.names, c.documents.tolist(), c.tokens.tolist(), strict=True):
+        found.files.append(FileStats(name, documents, count, count // packed_length, count % packed_length))
+    found.repeated = data.num_repeated
+    found.packs, found.tail = sum(f.packs for f in found.files), sum(f.tail for f in found.files)
+    tables = data.ordered_by(seed)
+    jobs = [_Job(i, file, seed, packed_length, tables) for i, file in enumerate(data)]
+    documents, counts = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
+    costs = []
+    done = process_pool.ordered(_count, jobs, _workers(workers, found.documents // BLOCK, len(jobs)))
+    for result in progress(done, "reading metas", total=len(jobs)):
+        documents += result.documents
+        counts += result.tokens
+        costs.append(result.costs)
+    found.lengths = _lengths(documents, counts)
+    _balance(found, np.concatenate(costs) if costs else np.zeros(0, np.float32), ranks)
+    if with_text:
+        _learned(found, data, workers)
+    found.types = _types(found.files)
+    return found
+
+
+def _workers(workers: int, work: int, jobs: int) -> int:
+    """Few for little work: a worker takes longer to start."""
+    return max(1, min(workers, work + 1, jobs))
+
+
+def _count(job: _Job) -> _Counted:
+    """For a worker process: lengths and costs of one file."""
+    meta = MetaView(job.file.path)
+    documents, counts = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
+    steps = 2 ** np.arange(BUCKETS - 1, dtype=np.int64)
+    for i in range(0, len(meta), BLOCK):
+        lengths = meta.lengths[i : i + BLOCK].astype(np.int64)
+        lengths = lengths[lengths >= job.file.min_length]
+        bucket = np.searchsorted(steps, lengths, side="right")
+        documents += np.bincount(bucket, minlength=BUCKETS)
+        counts += np.bincount(bucket, lengths, minlength=BUCKETS).astype(np.int64)
+    table = job.tables.table(job.number) if job.tables else None
+    ends = (table or order_of(job.file, job.seed))[1]
+    return _Counted(documents, counts, pack_costs(ends, job.packed_length))
+
+
+def pack_costs(ends: Int64s, packed_length: int) -> npt.NDArray[np.float32]:
+    """Σ len² over the fragments of each pack of a file whose documents end there."""
+    packs = int(ends[-1]) // packed_length if len(ends) else 0
+    return squares(ends, np.arange(packs) * packed_length, packed_length).astype(np.float32)
+
+
+def _lengths(documents: Int64s, counts: Int64s) -> list[Lengths]:
+    used = np.flatnonzero(documents)
+    if not len(used):
+        return []
+    return [
+        Lengths(2 ** (i - 1) if i else 0, 2**i - 1 if i else 0, int(documents[i]), int(counts[i]))
+        for i in range(int(used[0]), int(used[-1]) + 1)
+    ]
+
+
+def _balance(found: Stats, costs: npt.NDArray[np.float32], ranks: Sequence[int]) -> None:
+    if not len(costs):
+        return
+    least, median, p95, most = np.quantile(costs, (0, 0.5, 0.95, 1)).tolist()
+    found.cost = {"mean": float(costs.mean()), "least": least, "median": median, "p95": p95, "most": most}
+    bars, edges = np.histogram(costs, COSTS if most > least else [least, most], (least, most))
+    found.cost_bars = list(zip(edges[:-1].tolist(), edges[1:].tolist(), bars.tolist(), strict=True))
+    order = permutation(SAMPLER_SEED, len(costs))
+    for size in ranks:
+        steps = len(costs) // size
+        if steps:
+            shares = costs[order[: steps * size]].reshape(steps, size).astype(np.float64)
+            slowest = shares.max(axis=1) / shares.mean(axis=1)
+            found.imbalance.append(
+                {"ranks": size, "mean": float(slowest.mean()), "p95": float(np.quantile(slowest, 0.95))}
+            )
+
+
+def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
+    jobs = []
+    for i, file in enumerate(data):
+        cache = data.token_cache(file)
+        assert file.facts is not None
+        if cache:
+            jobs.append(_Learn(i, Part(cache.path, 0, cache.tokens), cache))
+        else:
+            jobs += [_Learn(i, part, None) for part in parts_of(file.path, file.facts.signature.size)]
+    sums = [0] * len(data)
+    size = sum(job.part.end - job.part.begin for job in jobs)
+    results = process_pool.ordered(_learned_part, jobs, _workers(workers, size // 2**25, len(jobs)))
+    for i, learned in progress(results, "reading tokens", total=len(jobs)):
+        sums[i] += learned
+    for file_stats, learned in zip(found.files, sums, strict=True):
+        file_stats.learned = learned
+    found.learned = sum(sums)
+
+
+def _learned_part(job: _Learn) -> tuple[int, int]:
+    """For a worker process."""
+    if job.cache:
+        cached = job.cache.mapped()[1]
+        steps = range(0, len(cached), BLOCK)
+        return job.number, sum(int(np.count_nonzero(cached[i : i + BLOCK] > 0)) for i in steps)
+    found = Scanner(job.part).run()
+    if found.problems:
+        byte, what = found.problems[0]
+        raise DataError(what, where=f"{job.part.path}:{byte}", do="see all of it: xtuner data check FOLDER")
+    return job.number, found.learned
+
+
+def _types(files: list[FileStats]) -> list[FileStats]:
+    types: dict[str, FileStats] = {}
+    for file in files:
+        kind = types.setdefault(file.kind, FileStats(f"{file.kind}/", 0, 0, 0, 0))
+        kind.documents += file.documents
+        kind.tokens += file.tokens
+        kind.packs += file.packs
+        kind.tail += file.tail
+        if file.learned is not None:
+            kind.learned = (kind.learned or 0) + file.learned
+    return list(types.values())
+
+
+SHOWN = 40  # files in the text; JSON has all
+
+
+def as_text(found: Stats) -> str:
+    """For a terminal."""
+    dropped = found.dropped()
+    repeated = f" ({found.repeated:,} named more than once)" if found.repeated else ""
+    lines = [
+        f"{found.folder}: {len(found.files):,} files{repeated}, {found.documents:,} documents, {found.tokens:,} tokens"
+        + _share(found.learned, found.tokens),
+        f"packs of {found.packed_length:,}: {found.packs:,}; "
+        f"tails that fill none: {found.tail:,} tokens ({dropped.share})",
+    ]
+    if warning := dropped.warning():
+        lines.append(warning)
+    if found.learned == 0 and found.tokens:
+        lines.append(
+            "there is nothing to learn from: no token is above 0, and negative ones are context only. Training "
+            "on these data would end with exit code 65"
+        )
+    lines += ["", f"{'documents of':>22} {'documents':>14} {'tokens':>18}"]
+    most = max((x.documents for x in found.lengths), default=1)
+    for x in found.lengths:
+        bar = "█" * max(round(30 * x.documents / most), 1 if x.documents else 0)
+        lines.append(f"{f'{x.least:,}–{x.most:,} tokens':>22} {x.documents:>14,} {x.tokens:>18,}  {bar}")
+    width = max(10, *(len(f.name) for f in (*found.types, *found.files[:SHOWN])))
+    lines += ["", f"{'':<{width}} {'documents':>14} {'tokens':>18} {'learned':>8} {'packs':>10} {'tail':>12}"]
+    for rows in (found.types, found.files[:SHOWN]):
+        for f in rows:
+            learned = f"{f.learned / f.tokens:.1%}" if f.learned is not None and f.tokens else "–"
+            lines.append(
+                f"{f.name:<{width}} {f.documents:>14,} {f.tokens:>18,} {learned:>8} {f.packs:>10,} {f.tail:>12,}"
+            )
+    if len(found.files) > SHOWN:
+        lines.append(f"… and {len(found.files) - SHOWN:,} more files (--json has all)")
+    if found.cost:
+        c = found.cost
+        lines += [
+            "",
+            "attention of a pack, Σ len² of its fragments: "
+            + ", ".join(f"{k} {human(c[k])}" for k in ("least", "median", "mean", "p95", "most")),
+        ]
+        for row in found.imbalance:
+            told = f"the slowest has {row['mean']:.2f} × the mean of a step (p95 {row['p95']:.2f})"
+            lines.append(f"{row['ranks']:>6.0f} ranks: {told}")
+    return "\n".join(lines)
+
+
+def _share(learned: int | None, of: int) -> str:
+    return f", {learned / of:.1%} learned" if learned is not None and of else ""

@@ -1,0 +1,219 @@
+"""The order of every file's documents and where each ends, for one seed: 12 bytes a document, made once and mapped.
+
+    the catalog (see file_catalog.py), with where each file's table begins and its checksum
+    a file's table:   uint32 [documents]  rows of the meta, in packing order; then, aligned,
+                      int64  [documents]  tokens up to and with each document
+
+All ranks and workers of a node share the mapped pages; a rank's own memory holds none of it. The file is named by what
+it was made from (names, sizes, times, contents, min_length, seed, version), so it is never stale; a table whose
+checksum is wrong is made again in memory, and the file removed.
+"""
+
+import contextlib
+import mmap
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from xtuner.core.foreign_inputs import open_regular
+from xtuner.core.log import logger, progress
+from xtuner.data.format.bin_file import BinFile, Int64s
+from xtuner.data.format.cache_dirs import Place, tell_once
+from xtuner.data.format.file_catalog import HEADER, Catalog, pack, unpack
+from xtuner.data.process_pool import ordered, usable_workers
+
+SMALL = 100_000  # documents; fewer are ordered in milliseconds, and nothing is written for them
+ALONE = 3_000_000  # documents below which one process does the work
+MOST_WORKERS = 16
+Rows = npt.NDArray[np.uint32]
+
+
+def packing_order(lengths: Int64s, seed: int) -> tuple[Rows, Int64s]:
+    """(numbers of documents in packing order, tokens up to and with each). The reference loader's order."""
+    order = np.arange(len(lengths), dtype=np.uint32)  # the draws do not depend on the item type
+    np.random.RandomState(seed).shuffle(order)
+    return order, np.cumsum(lengths[order])
+
+
+def order_of(file: BinFile, seed: int) -> tuple[Rows, Int64s]:
+    """(rows of the meta in packing order, tokens up to and with each document)."""
+    lengths = file.lengths
+    if len(lengths) != file.num_documents:
+        raise file.changed(file.path, f"its meta has {len(lengths):,} documents instead of {file.num_documents:,}")
+    order, ends = packing_order(lengths, seed)
+    return (order if file.kept is None else file.kept[order].astype(np.uint32)), ends
+
+
+def _sizes(documents: int) -> tuple[int, int]:
+    """Bytes of (rows with what aligns the ends, the whole table)."""
+    rows = -(-4 * documents // 8) * 8
+    return rows, rows + 8 * documents
+
+
+class Tables:
+    """The tables of all files of a catalog, mapped read-only."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        """Raises: OSError; ValueError for a file that is not whole, or not of this key."""
+        self.path, self.key = path, key
+        with open_regular(path) as f:
+            size = os.fstat(f.fileno()).st_size
+            if size < HEADER:
+                raise ValueError("torn")
+            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self.catalog, head = unpack(self._map)
+        if head.get("key") != key or head.get("size") != size:
+            raise ValueError("torn" if head.get("key") == key else "of other data")
+        self.min_length, self.seed = head.get("min_length"), head.get("seed")
+        if type(self.min_length) is not int or type(self.seed) is not int:
+            raise ValueError("torn")
+        self._sound: set[int] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tables, (self.path, self.key)
+
+    def table(self, i: int) -> tuple[Rows, Int64s] | None:
+        """Rows and ends of file i, mapped; None, told, if they are not what was written."""
+        documents, begin, checksum = self.catalog.numbers[i, [4, 6, 7]].tolist()
+        rows, size = _sizes(documents)
+        if i not in self._sound:
+            inside = documents >= 0 and 0 <= begin <= len(self._map) - size
+            if not inside or zlib.crc32(memoryview(self._map)[begin : begin + size]) != checksum:
+                tell_once(f"the index {self.path} is damaged: it is removed, and made again at the next start")
+                with contextlib.suppress(OSError):
+                    self.path.unlink()
+                return None
+            self._sound.add(i)
+        return (
+            np.frombuffer(self._map, np.uint32, documents, begin),
+            np.frombuffer(self._map, np.int64, documents, begin + rows),
+        )
+
+
+def find(catalog: Catalog, min_length: int, seed: int, place: Place) -> Tables | None:
+    key = catalog.key(min_length=min_length, seed=seed)
+    for path in place.candidates(_name(key)):
+        try:
+            return Tables(path, key)
+        except (OSError, ValueError) as e:
+            tell_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
+    return None
+
+
+def find_or_build(
+    catalog: Catalog, folder: Path, min_length: int, seed: int, place: Place, small: int | None = None
+) -> Tables | None:
+    """Tables of all files, made and kept if they are not there. None for little data, or where nothing can be kept.
+
+    Raises: DataError for a meta that has changed meanwhile.
+    """
+    if found := find(catalog, min_length, seed, place):
+        return found
+    if place.read_only or int(catalog.documents.sum()) < (SMALL if small is None else small):
+        return None
+    with place.alone():
+        if found := find(catalog, min_length, seed, place):  # another process was faster
+            return found
+        key = catalog.key(min_length=min_length, seed=seed)
+        build = _Build(catalog, folder, min_length, seed, place, key)
+        path = place.write(_name(key), build.fill, f"the index of {folder}")
+    return Tables(path, key) if path else None
+
+
+def _name(key: str) -> str:
+    return f"order-{key[:32]}.idx"
+
+
+class _Job(NamedTuple):
+    """One file's table, written into a file that is being made."""
+
+    file: BinFile
+    seed: int
+    target: str
+    begin: int
+
+
+def make_table(job: _Job) -> int:
+    """Returns the checksum. Raises: DataError, OSError."""
+    rows, ends = order_of(job.file, job.seed)
+    padded = rows.tobytes().ljust(_sizes(len(rows))[0], b"\0")
+    fd = os.open(job.target, os.O_WRONLY)
+    try:
+        _write_at(fd, padded, job.begin)
+        _write_at(fd, ends.data.cast("B"), job.begin + len(padded))
+    finally:
+        os.close(fd)
+    return zlib.crc32(ends.data, zlib.crc32(padded))
+
+
+def _write_at(fd: int, data: Any, at: int) -> None:
+    view = memoryview(data)
+    while len(view):  # a full disk writes less than was asked for, then fails
+        written = os.pwrite(fd, view, at)
+        view, at = view[written:], at + written
+
+
+@dataclass
+class _Build:
+    catalog: Catalog
+    folder: Path
+    min_length: int
+    seed: int
+    place: Place
+    key: str
+
+    def fill(self, f: IO[bytes]) -> None:
+        """Raises: OSError, DataError."""
+        catalog, documents = self.catalog, self.catalog.documents
+        facts: dict[str, Any] = {"key": self.key, "min_length": self.min_length, "seed": self.seed}
+        at = -(-(len(pack(catalog, **facts)) + 64) // HEADER) * HEADER
+        sizes = [_sizes(n)[1] for n in documents.tolist()]
+        catalog.numbers[:, 6] = at + np.concatenate(([0], np.cumsum(sizes)))[:-1]
+        facts["size"] = at + sum(sizes)
+        os.truncate(f.fileno(), facts["size"])
+        old = dict(self._old())
+        jobs = []
+        for i in range(len(catalog)):
+            if not self._copy(f, i, old.get(catalog.identities[i].tobytes())):
+                jobs.append(i)
+        target = os.path.realpath(f"/proc/self/fd/{f.fileno()}")
+        files = [catalog.file(i, self.folder, self.min_length) for i in jobs]
+        begins = catalog.numbers[jobs, 6].tolist()
+        work = [_Job(file, self.seed, target, begin) for file, begin in zip(files, begins, strict=True)]
+        count = int(documents[jobs].sum())
+        if count:
+            logger.info(f"ordering {count:,} documents of {len(jobs):,} files, once for this seed")
+        workers = min(usable_workers(None), MOST_WORKERS, len(jobs)) if count >= ALONE else 1
+        done = ordered(make_table, work, max(workers, 1))
+        for i, checksum in zip(jobs, progress(done, "ordering documents", total=len(jobs)), strict=True):
+            catalog.numbers[i, 7] = checksum
+        f.seek(0)
+        f.write(pack(catalog, **facts))
+
+    def _old(self) -> Iterator[tuple[bytes, tuple["Tables", int]]]:
+        """Tables of the same files in older indexes, by identity: what has not changed is copied."""
+        for folder in self.place.dirs:
+            for path in sorted(folder.glob("order-*.idx")):
+                with contextlib.suppress(OSError, ValueError):
+                    with open_regular(path) as f:
+                        _, head = unpack(f.read(HEADER + 2**26))
+                    if head.get("seed") == self.seed and head.get("min_length") == self.min_length:
+                        tables = Tables(path, str(head.get("key")))
+                        for i, identity in enumerate(tables.catalog.identities):
+                            yield identity.tobytes(), (tables, i)
+
+    def _copy(self, f: IO[bytes], i: int, old: tuple[Tables, int] | None) -> bool:
+        if old is None or old[0].table(old[1]) is None:
+            return False
+        tables, j = old
+        begin, checksum = tables.catalog.numbers[j, 6:8].tolist()
+        size = _sizes(int(self.catalog.documents[i]))[1]
+        _write_at(f.fileno(), memoryview(tables._map)[begin : begin + size], int(self.catalog.numbers[i, 6]))
+        self.catalog.numbers[i, 7] = checksum
+        return True

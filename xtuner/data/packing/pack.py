@@ -1,0 +1,270 @@
+"""Packs: every file's documents in shuffled order, laid end to end and cut every `packed_length` tokens.
+
+    documents of a file, shuffled     [ d4      ][ d0  ][ d2               ][d1][ d3    ]
+    packs of packed_length tokens     |     pack 0     |     pack 1     |   (tail, dropped)
+    cu_seqlens of pack 1               0  ^ the rest of d2 ^  d1  ^ the beginning of d3
+
+A document cut by a border goes on in the next pack as a fragment of its own: positions start again at 0, attention
+does not reach back. Every file starts from the same seed and loses its own tail. All numbers are equal to the
+reference loader's (InternLM's XTuner 0.2).
+"""
+
+import copy
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from xtuner.config.build import build
+from xtuner.config.settings import SCHEMA
+from xtuner.data.format.bin_file import Int64s
+from xtuner.data.format.text_reader import LongLines, Places, Span
+from xtuner.data.loading.balance import squares
+from xtuner.data.packing import document_order
+from xtuner.data.packing.document_source import Documents, DocumentSource, Reader, SourceFile, documents_of
+from xtuner.data.packing.dropped_tokens import Dropped
+
+LabelRule = Literal["internevo", "xtuner"]
+IGNORE = -100  # no loss at this position
+SHOWN = 10  # documents in a message
+Int32s = npt.NDArray[np.int32]
+
+
+class RawPack(NamedTuple):
+    """All that is known of a pack of T tokens with n fragments; `expand` makes the rest of it."""
+
+    signed: Int32s  # [T]
+    borders: Int32s  # [n + 1] from 0
+    following: int  # the signed token that follows in the last fragment's document, 0 when it ends there
+    id_offset: int = 0  # id n is ±(n + id_offset), see `Reader`
+
+    def buffer(self) -> Int32s:
+        """All of it in one array, as worker processes ship it."""
+        head = np.array([len(self.borders), self.following, self.id_offset], np.int32)
+        return np.concatenate((head, self.borders, self.signed))
+
+    @classmethod
+    def of(cls, buffer: Int32s) -> "RawPack":
+        borders, following, id_offset = buffer[:3].tolist()
+        return cls(buffer[3 + borders :], buffer[3 : 3 + borders], following, id_offset)
+
+    def input_ids(self, out: Int64s) -> None:
+        np.abs(self.signed, out=out)
+        if self.id_offset:
+            out -= self.id_offset
+
+    def labels(self, out: Int64s) -> None:
+        """Not shifted."""
+        np.subtract(self.signed, self.id_offset, out=out)
+        out[self.signed <= 0] = IGNORE
+
+    def targets(self, rule: LabelRule, out: Int64s) -> int:
+        """Next-token targets. Returns how many positions have one.
+
+        "internevo": they stay inside documents. The last token of a document predicts nothing; the last position of a
+        pack predicts its true next token when its document goes on.
+        "xtuner": shifted over the whole pack, so that a document's last token predicts the next one's first.
+        """
+        following = np.empty_like(self.signed)
+        following[:-1] = self.signed[1:]
+        following[-1] = 0
+        if rule == "internevo":
+            ends = self.borders[1:]
+            following[ends[ends > 0] - 1] = 0
+            following[-1] = self.following
+        learned = following > 0
+        following -= IGNORE + self.id_offset
+        following *= learned  # where nothing is learned: 0, which becomes IGNORE; faster than to choose
+        np.add(following, IGNORE, out=out)
+        return int(np.count_nonzero(learned))
+
+    def position_ids(self, out: Int64s) -> None:
+        """From 0 in each fragment."""
+        np.subtract(_counting(len(out)), np.repeat(self.borders[:-1], np.diff(self.borders)), out=out)
+
+
+@functools.lru_cache(2)
+def _counting(n: int) -> Int32s:
+    return np.arange(n, dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class FilePacks:
+    """The pack table of one file: documents in packing order and where each ends on the file's token line."""
+
+    file: SourceFile
+    rows: npt.NDArray[np.uint32]  # by which the reader knows documents: those of the meta
+    ends: Int64s  # [documents] tokens up to and with each document
+    reader: Reader
+
+    @property
+    def order(self) -> npt.NDArray[np.integer[Any]]:
+        """Numbers of the documents among those that are used, in packing order."""
+        return self.rows if self.file.kept is None else np.searchsorted(self.file.kept, self.rows)
+
+    def read(self, start: int, stop: int, vocab_size: int | None = None) -> RawPack:
+        """Tokens `start` to `stop` of the file's token line."""
+        places = self.places(start, stop)
+        borders = np.zeros(len(places.rows) + 1, np.int32)
+        np.cumsum(places.stops - places.starts, out=borders[1:])
+        signed, following = self.reader.read(places, vocab_size)
+        return RawPack(signed.astype(np.int32, copy=False), borders, following or 0, self.reader.id_offset)
+
+    def spans(self, start: int, stop: int) -> list[Span]:
+        return self.places(start, stop).spans()
+
+    def places(self, start: int, stop: int) -> Places:
+        """The parts of documents that lie between tokens `start` and `stop` of the file's token line.
+
+        Empty documents count to the pack in which they stand; those at its very end open the next one.
+        """
+        first, last = np.searchsorted(self.ends, (start, stop)).tolist()
+        if self.ends[first] == start and self._begin(first) < start:
+            first += 1  # it ends where we begin
+        ends = self.ends[first : last + 1]
+        begins = np.empty_like(ends)
+        begins[0], begins[1:] = self._begin(first), ends[:-1]
+        starts, stops = np.maximum(start - begins, 0), np.minimum(stop, ends) - begins
+        return Places(self.rows[first : last + 1], starts, stops, ends - begins)
+
+    def _begin(self, i: int) -> int:
+        return int(self.ends[i - 1]) if i else 0
+
+
+class PackedDataset:
+    """All packs of a folder, or of another source. `dataset[i]` is a dict of tensors; see `__getitem__`."""
+
+    def __init__(
+        self,
+        documents: Documents | DocumentSource | Sequence[DocumentSource],
+        packed_length: int,
+        seed: int = 1024,
+        label_rule: LabelRule = "internevo",
+    ) -> None:
+        SCHEMA.require("train_dataloader.dataset", packed_length=packed_length, seed=seed, label_rule=label_rule)
+        self.documents = documents = documents_of(documents)
+        self.packed_length = packed_length
+        self.seed = seed
+        self.label_rule = label_rule
+        self.vocab_size: int | None = None
+        self._tokens = documents.tokens_per_file
+        self._packs = self._tokens // packed_length
+        self._first_pack = np.concatenate(([0], np.cumsum(self._packs)))
+        self._files: dict[int, FilePacks] = {}
+        self._long = LongLines()
+        self._order = documents.ordered_by(seed)
+
+    def of_vocabulary(self, size: int) -> "PackedDataset":
+        """The same packs, of which ids from `size` on are rejected."""
+        other = copy.copy(self)
+        other.vocab_size = size
+        return other
+
+    def __len__(self) -> int:
+        return int(self._first_pack[-1])
+
+    @property
+    def packs_per_file(self) -> list[int]:
+        return self._packs.tolist()
+
+    @property
+    def tail_tokens_per_file(self) -> list[int]:
+        """Tokens dropped at each file's end because they fill no pack."""
+        return (self._tokens % self.packed_length).tolist()
+
+    def dropped(self) -> Dropped:
+        used, total = int(self._packs.sum()) * self.packed_length, int(self._tokens.sum())
+        return Dropped(self.packed_length, total, total - used, len(self._tokens), int((self._packs == 0).sum()))
+
+    def fingerprint(self) -> str:
+        """Identity of what pack `i` holds, for all `i`: contents, order of files, packed_length, seed."""
+        facts = f"{self.documents.fingerprint()} {self.packed_length} {self.seed}"
+        return hashlib.sha256(facts.encode()).hexdigest()
+
+    def file_packs(self, file_number: int) -> FilePacks:
+        """Pack table of one file, from the index or made now; its text is opened for each use."""
+        if file_number not in self._files:
+            table = self._order.table(file_number) if self._order else None
+            rows, ends = table or self.documents.order(file_number, self.seed)
+            reader = self.documents.reader(file_number, self._long)
+            self._files[file_number] = FilePacks(self.documents.file(file_number), rows, ends, reader)
+        return self._files[file_number]
+
+    @property
+    def indexed(self) -> bool:
+        """Whether lengths of any documents can be looked up at once: they are mapped, or few."""
+        return self._order is not None or self.documents.num_documents < document_order.SMALL
+
+    def costs(self, packs: npt.NDArray[np.integer[Any]]) -> Int64s:
+        """Σ len² over the fragments of each of these packs: what attention's work goes with. No token is read."""
+        file_numbers = np.searchsorted(self._first_pack, packs, side="right") - 1
+        starts = (packs - self._first_pack[file_numbers]) * self.packed_length
+        found = np.empty(len(packs), np.int64)
+        by_file = np.argsort(file_numbers, kind="stable")
+        for part in np.split(by_file, np.flatnonzero(np.diff(file_numbers[by_file])) + 1):
+            found[part] = squares(self._ends(int(file_numbers[part[0]])), starts[part], self.packed_length)
+        return found
+
+    def _ends(self, file_number: int) -> Int64s:
+        """Mapped where there is an index: of the files that other ranks read, nothing is opened or kept."""
+        table = self._order.table(file_number) if self._order and file_number not in self._files else None
+        return table[1] if table else self.file_packs(file_number).ends
+
+    def locate(self, pack: int) -> tuple[int, int]:
+        """(file number, token at which the pack begins on that file's token line)."""
+        if not 0 <= pack < len(self):
+            raise IndexError(f"pack {pack} of {len(self)}")
+        file_number = int(np.searchsorted(self._first_pack, pack, side="right")) - 1
+        return file_number, (pack - int(self._first_pack[file_number])) * self.packed_length
+
+    def how_to_show(self, pack: int, more: str = "") -> str:
+        """A command that shows a pack, or in which documents of a source it lies. No token is read."""
+        if folder := self.documents.folder:
+            options = f"--pack {pack} --max-length {self.packed_length} --seed {self.seed}"
+            return f"xtuner data show {folder} {options} {more}".rstrip()
+        file_number, start = self.locate(pack)
+        file = self.file_packs(file_number)
+        rows = list(map(str, file.places(start, start + self.packed_length).rows.tolist()))
+        others = f", … and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
+        return f"documents {', '.join(rows[:SHOWN])}{others} of {file.file.name}"
+
+    def raw(self, pack: int) -> RawPack:
+        """One pack as it is read. Raises: DataError for data that are not what the format and the index say."""
+        file_number, start = self.locate(pack)
+        return self.file_packs(file_number).read(start, start + self.packed_length, self.vocab_size)
+
+    def __getitem__(self, pack: int) -> dict[str, torch.Tensor]:
+        """One pack of T = packed_length tokens with n document fragments.
+
+        Returns int64 tensors `input_ids` [T], `labels` [T] (unshifted), `targets` [T] (shifted by the label rule),
+        `position_ids` [T], and int32 `cumulative_len` [n + 1]. -100 marks no loss.
+        """
+        raw = self.raw(pack)
+        names = ("input_ids", "labels", "targets", "position_ids")
+        block = torch.empty((len(names), len(raw.signed)), dtype=torch.int64)
+        input_ids, labels, targets, position_ids = block.numpy()
+        raw.input_ids(input_ids)
+        raw.labels(labels)
+        raw.targets(self.label_rule, targets)
+        raw.position_ids(position_ids)
+        return {**dict(zip(names, block, strict=True)), "cumulative_len": torch.from_numpy(raw.borders)}
+
+
+def build_packed_dataset(
+    dataset_cfg: Mapping[str, Any], packed_length: int, seed: int = 1024, label_rule: LabelRule = "internevo"
+) -> PackedDataset:
+    """Pack the documents that `dataset_cfg` (`dict(type=load_intern_repo_tokenized_dataset, …)`) describes.
+
+    Args:
+        dataset_cfg: builds a `TokenizedFolder`, a `DocumentSource` of your own (document_source.py),
+            or a list of these.
+        packed_length: tokens a pack.
+        seed: of the documents' order inside each file, 0 … 2^32 - 1.
+        label_rule: "internevo" (targets never cross documents) or "xtuner" (plain shift, to reproduce old runs).
+    """
+    return PackedDataset(build(dataset_cfg), packed_length, seed, label_rule)

@@ -1,0 +1,97 @@
+"""Taking part in a run of several processes: meet, watch each other, and leave in order."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as torch_dist
+
+from xtuner.dist.collectives import ALL
+from xtuner.core.errors import ConfigError, InterruptedRunError, XTunerError
+from xtuner.dist.launchers import Place
+from xtuner.dist.heartbeat import Watch, store
+
+# Collectives may wait as long as another rank prepares data or a checkpoint; the watch finds those that hang.
+PATIENCE = timedelta(days=2)
+_SEGMENTS = "expandable_segments:True"  # micro-batches of changing lengths would leave holes between fixed ones
+_PINNING = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"  # 21 GiB in 2.7 s instead of 16
+
+
+def device(local_rank: int = 0) -> torch.device:
+    """The GPU of a process, or the CPU where there is none. Raises: ConfigError for more processes than GPUs."""
+    count = torch.cuda.device_count()
+    if not count:
+        return torch.device("cpu")
+    if count > 1 and local_rank >= count:
+        raise ConfigError(
+            f"local rank {local_rank}, and {count} GPUs are visible",
+            where=f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}",
+            why="two processes would share a GPU, and its memory",
+            do="start as many processes on a node as it has GPUs",
+        )
+    return torch.device("cuda", local_rank if local_rank < count else 0)  # one visible: the launcher has bound it
+
+
+# what a process group leaves in the environment, for engines and whoever else asks there
+_TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextlib.contextmanager
+def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch | None]]:
+    """Yield this process's device, and what it tells how far it is (None if it is alone).
+
+    Args:
+        group: make a process group for a single process, too, as engines want it.
+
+    An error inside is told to the others; one that comes of another's end becomes that one's story.
+    """
+    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    for about, wanted in (("pinned", _PINNING), ("expandable_segments", _SEGMENTS)):
+        if about not in settings:
+            settings = ",".join(filter(None, (settings, wanted)))
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings
+    here = device(place.local_rank)
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    if place.size == 1 and not group:
+        yield here, None
+        return
+    meeting = store(place)
+    before = {name: os.environ.get(name) for name in _TOLD}
+    os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank)}
+    os.environ |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(meeting.port)}
+    watch = Watch(place, meeting) if place.size > 1 else None
+    try:
+        torch_dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo",
+            store=torch_dist.PrefixStore("run", meeting),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=PATIENCE,
+        )
+        hosts = ALL.gather(place.host)
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(hosts.count(place.host)))  # srun and mpirun do not say it
+        yield here, watch
+        torch_dist.barrier()  # rank 0 holds the store: it leaves last
+    except XTunerError as e:
+        if watch and (not e.quiet or isinstance(e, InterruptedRunError)):
+            watch.failed(e)
+        raise
+    except Exception as e:
+        if watch and (lost := watch.explain(e)):
+            raise lost from None
+        if watch:
+            watch.failed(e)
+        raise
+    finally:
+        if watch:
+            watch.close()
+        if torch_dist.is_initialized():
+            torch_dist.destroy_process_group()
+        for name, value in before.items():  # what this process starts later is not a rank of this run
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

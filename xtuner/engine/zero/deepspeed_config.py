@@ -1,0 +1,238 @@
+"""`--deepspeed NAME_OR_JSON`: DeepSpeed's own settings, with "auto" where the config decides.
+
+What stands in both must agree: the config is what a run is known by, and DeepSpeed would silently follow its JSON.
+"""
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.engine.zero import deepspeed_settings
+from xtuner.engine.zero.deepspeed_settings import AUTO
+from xtuner.model.flops import num_parameters
+from xtuner.model.source import ModelSource
+from xtuner.optim.optim_wrapper import OptimWrapper
+
+BUCKET = 200_000_000  # numbers that are sent at once: 0.8 GB in fp32, of which links of GPUs reach their full speed
+BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+GRADIENTS = "data_types.grad_accum_dtype"
+SHIPPED = Path(__file__).parents[2] / "configs" / "deepspeed"
+
+
+def shipped() -> list[str]:
+    return sorted(p.stem for p in SHIPPED.glob("*.json"))
+
+
+def read(name: str) -> dict[str, Any]:
+    """The JSON of a shipped name or a file. Raises: ConfigError."""
+    where = f"--deepspeed {name}"
+    path = SHIPPED / f"{name}.json" if name in shipped() else Path(name).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"there are no such DeepSpeed settings.{did_you_mean(name, shipped())}",
+            where=where,
+            do=f"give a JSON file, or one of: {', '.join(shipped())}",
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"the DeepSpeed settings are not JSON: {e}", where=str(path)) from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
+        raise ConfigError("the DeepSpeed settings have no zero_optimization", where=str(path))
+    if "bfloat16" in settings:  # its name of old
+        settings["bf16"] = settings.pop("bfloat16")
+    for key in settings:
+        if key not in (*deepspeed_settings.KNOWN, "fp16"):
+            near = did_you_mean(key, [k for k in deepspeed_settings.KNOWN if "." not in k])
+            raise ConfigError(f"DeepSpeed has no setting {key!r}.{near}", where=str(path))
+    return settings
+
+
+def package() -> Any:
+    """DeepSpeed itself. Raises: ConfigError if it is not installed."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it looks for others and warns
+    try:
+        import deepspeed
+    except ImportError:
+        raise ConfigError(
+            "DeepSpeed is not installed",
+            where="--deepspeed",
+            do="pip install 'xtuner[deepspeed]', or train without it: --fsdp needs nothing more",
+        ) from None
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    return deepspeed
+
+
+def prepare(name: str, source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int) -> dict[str, Any]:
+    """The settings of a shipped name or a file, complete for a model. Raises: ConfigError."""
+    found = resolve(read(name), optim, device, ranks, name)
+    c, zero = source.config, found["zero_optimization"]
+    block = (num_parameters(c) - (2 * c.vocab_size + 1) * c.hidden_size) // c.num_layers
+    # less than a block, and each block waits for the rest of its weights
+    sizes = dict.fromkeys(BUCKETS[:2], BUCKET) | ({BUCKETS[2]: block} if zero.get("stage") == 3 else {})
+    found["zero_optimization"] = sizes | zero
+    return found
+
+
+def resolve(
+    settings: dict[str, Any], optim: OptimWrapper, device: torch.device, ranks: int, name: str
+) -> dict[str, Any]:
+    """Settings in which the config has filled every "auto". Raises: ConfigError naming both where they disagree."""
+    where = f"--deepspeed {name}"
+    found = json.loads(json.dumps(settings))
+    bf16 = optim.compute_dtype(device) == torch.bfloat16
+    if _of(found, "fp16.enabled") not in (None, False, AUTO):
+        raise ConfigError("fp16 is not supported", where=f"{where}: fp16.enabled", do="bf16 needs no loss scale")
+    found.pop("fp16", None)
+    deepspeed_settings.reject(found, where)
+    deepspeed_settings.drop(found)
+    for key in BUCKETS:
+        if found["zero_optimization"].get(key) == AUTO:
+            del found["zero_optimization"][key]  # for `prepare`
+    wanted = {
+        "train_micro_batch_size_per_gpu": (1, ""),
+        "gradient_accumulation_steps": (optim.accumulative_counts, "accumulative_counts"),
+        "train_batch_size": (optim.accumulative_counts * ranks, "accumulative_counts × ranks"),
+        "gradient_clipping": (optim.max_norm or 0.0, "optim_wrapper.clip_grad.max_norm"),
+        "bf16.enabled": (bf16, "optim_wrapper.dtype"),
+    }
+    for key, (value, ours) in wanted.items():
+        theirs = _of(found, key)
+        if theirs not in (None, AUTO) and theirs != value:
+            raise ConfigError(
+                f"{key} is {theirs} in the DeepSpeed settings, and by the config it is {value}",
+                where=f"{where}: {key}" + (f"; config: {ours}" if ours else ""),
+                why="one of them would be followed without a word" if ours else "each GPU takes one pack at a time",
+                do='set it to "auto" in the JSON' + (f", or change {ours}" if ours else ""),
+            )
+    found.pop("train_batch_size", None)
+    found["train_micro_batch_size_per_gpu"] = 1
+    found["gradient_accumulation_steps"] = optim.accumulative_counts
+    found["gradient_clipping"] = optim.max_norm or 0.0
+    found["bf16"] = {**(found.get("bf16") or {}), "enabled": bf16}
+    found["zero_allow_untested_optimizer"] = True
+    found["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's default is true
+    if not bf16:
+        found.pop("communication_data_type", None)
+    elif found.setdefault("communication_data_type", "fp32") not in ("fp32", "bf16"):
+        raise ConfigError(
+            f"communication_data_type = {json.dumps(found['communication_data_type'])} is not fp32 or bf16",
+            where=f"{where}: communication_data_type",
+            why="gradients would leave the range of other types",
+        )
+    if left := [key for key in _flat(found) if _of(found, key) == AUTO and key != GRADIENTS]:
+        raise ConfigError(f'no setting of the config decides {left[0]} = "auto"', where=where, do="give it a value")
+    zero = found["zero_optimization"] = _checked(
+        found, "zero_optimization", "zero.config", "DeepSpeedZeroConfig", where
+    )
+    found["bf16"] = _checked(found, "bf16", "precision_config", "DeepSpeedBF16Config", where)
+    if strange := next((key for key, _ in deepspeed_settings.walk(found) if key not in deepspeed_settings.KNOWN), None):
+        raise ConfigError(
+            f"{strange} is not supported", where=f"{where}: {strange}", why="DeepSpeed 0.19.8 has no such setting"
+        )
+    _set_sums(found, optim, bf16, where)
+    for part, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        to = (zero.get(part) or {}).get("device", "none")
+        if to == "nvme":
+            raise ConfigError(
+                "offload to NVMe is not supported",
+                where=f"{where}: zero_optimization.{part}.device",
+                why="checkpoints could not read the optimizer's state there",
+                do='take "cpu"',
+            )
+        if to == "none":
+            zero.pop(part, None)
+        elif zero.get("stage", 0) < least:
+            raise ConfigError(
+                f"{part} needs stage {least} or higher",
+                where=f"{where}: zero_optimization.{part}",
+                why=f"stage {zero.get('stage', 0)} keeps this whole on every GPU",
+            )
+    if not zero.get("stage") and bf16:
+        raise ConfigError("stage 0 in bf16 keeps no fp32 weights", where=f"{where}: zero_optimization.stage",
+                          do="take deepspeed_zero1")  # fmt: skip
+    return found
+
+
+def _set_sums(found: dict[str, Any], optim: OptimWrapper, bf16: bool, where: str) -> None:
+    """In what gradients are summed over the packs of an iteration: fp32; bf16 on request.
+
+    In bf16 the error of the sum grows with the number of packs.
+    """
+    wanted = (found.pop("data_types", None) or {}).get("grad_accum_dtype")
+    wanted = None if wanted == AUTO else wanted
+    stage = _of(found, "zero_optimization.stage") or 0
+    at = f"{where}: data_types.grad_accum_dtype"
+    if wanted not in ((None, "fp32", "bf16") if bf16 else (None, "fp32")):
+        may = "fp32 or bf16" if bf16 else "fp32, in which everything is computed"
+        raise ConfigError(f"data_types.grad_accum_dtype = {json.dumps(wanted)} is not {may}", where=at)
+    if wanted and optim.sums and wanted != optim.sums:
+        raise ConfigError(
+            f"data_types.grad_accum_dtype is {wanted} in the DeepSpeed settings, and by the config it is {optim.sums}",
+            where=f"{at}; config: optim_wrapper.sums",
+            why="one of them would be followed without a word",
+            do='set it to "auto" in the JSON, or change optim_wrapper.sums',
+        )
+    offload = (_of(found, "zero_optimization.offload_optimizer.device") or "none") != "none"
+    by_deepspeed = "with offload" if offload else "with sums in bf16" if bf16 and wanted == "bf16" else ""
+    full = {1: ("all",), 2: ("weights",) if by_deepspeed else ("all", "weights"), 3: ("blocks",)}.get(stage, ())
+    if optim.full and optim.full not in full:
+        raise ConfigError(
+            f'full = "{optim.full}" is not what ZeRO-{stage} can do {by_deepspeed}'.rstrip(),
+            where=f"optim_wrapper.full; {where}: zero_optimization.stage",
+            do=f"take one of {', '.join(full)}, or leave it out" if full else "leave it out",
+        )
+    if not bf16 or not stage:
+        return
+    # of stage 1 DeepSpeed knows fp32 with offload alone; else gradient_exchange.py sums, in stage 2 where memory allows
+    if stage > 1 or offload or wanted == "bf16":
+        by_name = optim.sums if stage == 3 or offload or optim.full == "weights" else None
+        found["data_types"] = {"grad_accum_dtype": wanted or by_name or "fp32"}
+
+
+def without_effect(settings: dict[str, Any]) -> list[str]:
+    """Settings that change nothing here, each with its reason."""
+    return deepspeed_settings.drop(json.loads(json.dumps(settings)))
+
+
+def _checked(settings: dict[str, Any], section: str, module: str, kind: str, where: str) -> dict[str, Any]:
+    """A section that DeepSpeed's own description of it accepts. Raises: ConfigError naming the first wrong key."""
+    given = dict(settings[section])
+    package()
+    form = getattr(importlib.import_module(f"deepspeed.runtime.{module}"), kind)
+    try:
+        form(**given)
+    except ValueError as e:  # pydantic's ValidationError is one
+        first = e.errors()[0] if hasattr(e, "errors") else {"loc": (), "msg": str(e), "type": ""}
+        key = ".".join(map(str, (section, *first["loc"])))
+        if first["type"] == "extra_forbidden":
+            near = did_you_mean(str(first["loc"][-1]), sorted(form.model_fields)) if len(first["loc"]) == 1 else ""
+            raise ConfigError(f"DeepSpeed has no setting {key!r}.{near}", where=f"{where}: {key}") from None
+        value = _of(settings, key)
+        words = "Input should be 0, 1, 2 or 3" if key == "zero_optimization.stage" else first["msg"]
+        raise ConfigError(f"{key} = {json.dumps(value)}: {words}", where=f"{where}: {key}") from None
+    if "stage" in given:
+        given["stage"] = int(given["stage"])
+    return given
+
+
+def _of(settings: dict[str, Any], key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in settings.items():
+        keys += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return keys

@@ -66,6 +66,14 @@ def test_files_are_small() -> None:
         assert len(file.read_text().splitlines()) <= 400, file
 
 
+def test_nothing_passes_arguments_by_the_side() -> None:
+    """No context variables, no fields that are filled later; globals are a cache, and what the heartbeat reports."""
+    for file in ROOT.rglob("*.py"):
+        assert not re.search(r"\bContextVar\b|\binit=False\b", file.read_text()), file
+    found = {str(f.relative_to(ROOT)) for f in ROOT.rglob("*.py") if re.search(r"^ +global ", f.read_text(), re.M)}
+    assert found == {"core/dist.py", "core/secrets.py"}
+
+
 def test_only_the_mesh_knows_the_world() -> None:
     """Whoever counts ranks asks the mesh, which says what kind of ranks."""
     asks = re.compile(r"world_size\(\)|\bALL\.size|\"WORLD_SIZE\"|\"LOCAL_WORLD_SIZE\"")

@@ -200,7 +200,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     worker = "from xtuner.dist.workers import end_with_parent as e; e(); print('up', flush=True); input()"
     parent = f"""
 import sys
-from xtuner.engine import workers
+from xtuner.dist import workers
 from xtuner.dist.environment import Nodes
 workers.start(Nodes(2), [sys.executable, "-c", {worker!r}])
 """

@@ -497,7 +497,7 @@ from safetensors import safe_open
 from test_ranks import on_ranks
 from test_strategies import large
 import xtuner.engine.zero.deepspeed_strategy
-from xtuner.engine import choose, zero_config
+from xtuner.engine.strategies import select as choose; from xtuner.engine.zero import deepspeed_config as zero_config
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.model import from_pretrained
 

@@ -50,22 +50,22 @@ settings: .venv/installed
 
 lmdeploy: $(LMDEPLOY)/installed
 
-$(LMDEPLOY)/installed: tests/lmdeploy.txt | .venv/installed
+$(LMDEPLOY)/installed: tests/external/lmdeploy.txt | .venv/installed
 	rm -rf "$(LMDEPLOY)"
-	$(BIN)/python -m pip install -q --no-deps --target "$(LMDEPLOY)" -r tests/lmdeploy.txt
+	$(BIN)/python -m pip install -q --no-deps --target "$(LMDEPLOY)" -r tests/external/lmdeploy.txt
 	rm -rf "$(LMDEPLOY)/lmdeploy/lib"  # 300 MB of compiled code, which the converter only imports
 	touch "$@"
 
 llamacpp: $(LLAMACPP)/tokenize
 
-$(LLAMACPP)/tokenize: tests/llamacpp.sh tests/llamacpp_tokenize.cpp | .venv/installed
-	PATH="$(abspath $(BIN)):$$PATH" bash tests/llamacpp.sh 0.3.36 "$(LLAMACPP)"
+$(LLAMACPP)/tokenize: tests/external/llamacpp.sh tests/external/llamacpp_tokenize.cpp | .venv/installed
+	PATH="$(abspath $(BIN)):$$PATH" bash tests/external/llamacpp.sh 0.3.36 "$(LLAMACPP)"
 
 mmengine: $(MMENGINE)/installed
 
-$(MMENGINE)/installed: tests/mmengine.txt | .venv/installed
+$(MMENGINE)/installed: tests/external/mmengine.txt | .venv/installed
 	rm -rf "$(MMENGINE)"
-	$(BIN)/python -m pip install -q --no-deps --target "$(MMENGINE)" -r tests/mmengine.txt
+	$(BIN)/python -m pip install -q --no-deps --target "$(MMENGINE)" -r tests/external/mmengine.txt
 	touch "$@"
 
 .venv/installed: pyproject.toml constraints.txt

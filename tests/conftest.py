@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import slurm as own_slurm
+from helpers import slurm as own_slurm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / "shared" / "reference"
-COPIED = HERE / "data"  # the packing cases and two small models, so that a bare clone tests itself
+COPIED = HERE / "reference"  # the packing cases and two small models, so that a bare clone tests itself
 VOCABULARY = 400
 
 

@@ -17,7 +17,7 @@ from conftest import train_tokenizer
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from safetensors.torch import save
-from test_weights_convert import internlm2, write_internevo, write_zero
+from test_sources import internlm2, write_internevo, write_zero
 
 from fuzz.strategies import ABSURD, DEEP, changed, json_bytes, mutated, one_changed, pickles
 from xtuner.compat.translate import load

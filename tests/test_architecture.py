@@ -118,3 +118,15 @@ heavy = {{"torch", "numpy", "rich", "transformers"}} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_no_test_imports_another() -> None:
+    """What several share lies in tests/helpers; a module's program in a child process may import the module itself."""
+    files = [f for f in ROOT.parent.joinpath("tests").rglob("*.py") if "reference" not in f.parts]
+    tests = {f.stem for f in files if f.stem.startswith("test_")}
+    assert len(tests) == sum(f.stem.startswith("test_") for f in files), "two files of one name"
+    for file in files:
+        found = re.findall(r"^\s*(?:from|import) (conftest|test_\w+)", file.read_text(), re.M)
+        assert set(found) <= {file.stem}, file
+    for room in (f.parent.name for f in files if f.stem.startswith("test_") and f.parent.name != "tests"):
+        assert room in (*LEVELS, "benchmarks", "fuzz", "scenarios"), room

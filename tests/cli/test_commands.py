@@ -10,20 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.paths import ROOT
+from helpers.processes import shell
 
 from xtuner.cli.main import VERBS, main
 from xtuner.compat.translate import load
 from xtuner.core.errors import ConfigError
 
 Command = Callable[..., int]
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def shell(*words: Any, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    full = [sys.executable, "-m", "xtuner.cli.main", *map(str, words)]
-    return subprocess.run(full, capture_output=True, text=True, cwd=cwd, env={**os.environ, **env})
 
 
 def test_list_and_copy(tmp_path: Path, corpus: Path, xtuner: Command, capsys: Any) -> None:

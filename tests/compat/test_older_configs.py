@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HERE, VOCABULARY
+from helpers.corpus import VOCABULARY
+from helpers.paths import COPIED, ROOT
 from safetensors.torch import load_file, save_file
 
 from xtuner.compat.names import REPLACED
@@ -174,7 +175,7 @@ def legacy(legacy_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-FORMS = sorted((HERE / "reference" / "legacy_configs").glob("*.py"))
+FORMS = sorted((COPIED / "legacy_configs").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +270,7 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 def section(language: str, number: int) -> str:
     """One of the sub-sections of the documentation's part on old configs."""
-    text = (HERE.parent / "docs" / language / "config.md").read_text()
+    text = (ROOT / "docs" / language / "config.md").read_text()
     return text.split("\n### ")[number].split("\n## ")[0]
 
 
@@ -311,12 +312,12 @@ def test_the_documentation_has_the_same_lists() -> None:
     ],
 )  # fmt: skip
 def test_what_is_dropped_or_differs_is_reported(form: str, line: str, told: str, tmp_path: Path) -> None:
-    text = (HERE / "reference" / "legacy_configs" / f"{form}.py").read_text()
+    text = (COPIED / "legacy_configs" / f"{form}.py").read_text()
     (tmp_path / "other.py").write_text(f"{text}\n{line}\n")
     config = load(str(tmp_path / "other.py"))
     assert problems(config) == []
     assert told in "\n".join(paragraphs(config))
-    plain = load(str(HERE / "reference" / "legacy_configs" / "xtuner_0_1_14.py"))
+    plain = load(str(COPIED / "legacy_configs" / "xtuner_0_1_14.py"))
     assert told not in "\n".join(paragraphs(plain)), "reported of a config that it does not concern"
 
 

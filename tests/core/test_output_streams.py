@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.configs import with_hook
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_trainer import with_hook
 
 from xtuner.cli.main import main
 from xtuner.core import files

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import reference
+from helpers.configs import with_hook
+from helpers.paths import reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_trainer import with_hook
 
 from xtuner.config.load import load
 from xtuner.core.errors import ConfigError

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_corpus
-from test_rank_protocol import on_ranks
+from helpers.corpus import write_corpus
+from helpers.ranks import on_ranks
 
 from xtuner.core.errors import DataError
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset

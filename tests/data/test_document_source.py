@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_rank_protocol import on_ranks
-from test_trainer import contents, records
+from helpers.ranks import on_ranks
+from helpers.runs import contents, records
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import build_packed_dataset, load_intern_repo_tokenized_dataset

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import reference, write_corpus
+from helpers.corpus import write_corpus
+from helpers.paths import reference
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import load_intern_repo_tokenized_dataset

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import VOCABULARY, write_corpus
+from helpers.corpus import VOCABULARY, write_corpus
 
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.data import load_intern_repo_tokenized_dataset

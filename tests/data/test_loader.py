@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from conftest import reference
+from helpers.paths import reference
 
 from xtuner.core.errors import DataError
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import COPIED, SHARED, reference
+from helpers.paths import COPIED, SHARED, reference
 
 from xtuner.core.errors import DataError, XTunerError
 from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset

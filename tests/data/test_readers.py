@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_corpus
+from helpers.corpus import write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

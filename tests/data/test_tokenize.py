@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HERE, reference
+from helpers.paths import ROOT, TOKENIZER_TEXT, reference
 
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.data import process_pool
@@ -26,7 +26,6 @@ from xtuner.data.tokenize import read, run, work
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer
 
 Command = Callable[..., int]
-ROOT = HERE.parent
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("small")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter((HERE / "conftest.py").read_text().split("\n")),
+        sentence_iterator=iter(TOKENIZER_TEXT.read_text().split("\n")),
         model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=400, byte_fallback=True,
         add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity",
         hard_vocab_limit=False, minloglevel=2,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HERE, reference
+from helpers.paths import TOKENIZER_TEXT, reference
 
 from xtuner.core.errors import ConfigError
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer
@@ -70,7 +70,7 @@ def test_names_that_are_pieces_of_the_model(tmp_path: Path) -> None:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter((HERE / "conftest.py").read_text().split("\n")),
+        sentence_iterator=iter(TOKENIZER_TEXT.read_text().split("\n")),
         model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=380, byte_fallback=True,
         add_dummy_prefix=False, hard_vocab_limit=False, minloglevel=2, user_defined_symbols=["<|im_start|>", "<tab>"],
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_corpus
+from helpers.corpus import write_corpus
 
 from xtuner.core.errors import BusyError, ConfigError, DataError, XTunerError
 from xtuner.data import load_intern_repo_tokenized_dataset

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.processes import listening_socket
 
 from xtuner.core import log
 from xtuner.core.errors import ConfigError
@@ -103,11 +104,6 @@ def test_a_shell_inside_a_step_is_one_process() -> None:
 # ---------------------------------------------------------------------------------------------------- meeting
 
 
-def listening() -> socket.socket:
-    server = socket.socket()
-    server.bind(("127.0.0.1", 0))
-    server.listen()
-    return server
 
 
 @pytest.mark.parametrize("how", ["nobody", "no such host", "somebody else"])
@@ -119,7 +115,7 @@ def test_rank_0_cannot_be_reached(
     for name, seconds in (("MEET", 0.6), ("ANSWER", 0.3), ("SAY", 0.1)):
         monkeypatch.setattr(heartbeat, name, seconds)
     log.setup()
-    server = listening()
+    server = listening_socket()
     port = server.getsockname()[1]
     if how != "somebody else":
         server.close()
@@ -132,7 +128,7 @@ def test_rank_0_cannot_be_reached(
 
 
 def test_the_port_is_taken() -> None:
-    server = listening()
+    server = listening_socket()
     with pytest.raises(ConfigError, match=f"port {server.getsockname()[1]} is taken") as error:
         heartbeat.store(Place(0, 2, 0, "127.0.0.1", server.getsockname()[1]))
     server.close()

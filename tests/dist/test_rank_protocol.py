@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_lost_ranks import ended, started, told
-from test_trainer import records, with_hook
+from helpers.configs import with_hook
+from helpers.ranks import exit_codes, on_ranks, start_ranks, stderr_of
+from helpers.runs import records
 
 from xtuner.core import files
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
@@ -27,30 +28,8 @@ from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 
 
-def on_ranks(size: int, body: Callable[[Ranks, Path], None], folder: Path) -> list[int | None]:
-    """Run `body(ranks, folder)` in `size` processes; returns their exit codes, negative for signals."""
-    folder.mkdir(exist_ok=True)
-    fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=_rank, args=(rank, size, body, folder)) for rank in range(size)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    return [child.exitcode for child in children]
 
 
-def _rank(rank: int, size: int, body: Callable[[Ranks, Path], None], folder: Path) -> None:
-    gc.freeze()  # DeepSpeed collects garbage for every engine: a second each, with all that is imported
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # DeepSpeed looks; nobody connects
-    try:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-        body(ALL, folder)
-        ALL.gather(None)  # nobody leaves while others still talk
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
 
 
 def part(rank: int, value: float = 1.0) -> Snapshot:
@@ -213,8 +192,8 @@ def test_one_stream_on_any_number_of_ranks(
     def trained(config: Path, work_dir: Path, ranks: int) -> list[set[int]]:
         run[0] += 1
         words = ["train", config, "--work-dir", work_dir, "--resume", "auto", "--launcher", "pytorch"]
-        (code,) = set(ended(started(words, tmp_path, ranks)))
-        assert code in (0, 75), told(tmp_path, 0)
+        (code,) = set(exit_codes(start_ranks(words, tmp_path, ranks)))
+        assert code in (0, 75), stderr_of(tmp_path, 0)
         taken = iterations(ranks)
         return taken[:-1] if code == 75 else taken  # ranks agree on a stop with the next iteration's packs in hand
 
@@ -251,7 +230,7 @@ def test_one_stream_on_any_number_of_ranks(
     assert divmod(state.packs, per_epoch) == (state.position.epoch, state.position.offset)
     assert state.position.epoch < 3
     left = 3 * per_epoch - state.packs
-    assert f"done: {len(straight)} iterations, {state.packs} packs" in told(tmp_path, 0)
-    assert f"{left} packs at the end filled no iteration" in told(tmp_path, 0)
+    assert f"done: {len(straight)} iterations, {state.packs} packs" in stderr_of(tmp_path, 0)
+    assert f"{left} packs at the end filled no iteration" in stderr_of(tmp_path, 0)
     facts = files.read_json(tmp_path / "w" / last / "trainer.json")
     assert (facts["begun_on"], facts["ranks"], facts["packs_per_iteration"]) == (chain[0], chain[-1], 4)

@@ -16,12 +16,10 @@ import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
 import torch._dynamo  # imported by optimizers: once, before processes are forked
-from test_failure_advice import commands
-from test_lost_ranks import ended, started, told
-from test_rank_protocol import on_ranks
-from test_sharded import LowRanks, same, strategy, written
-from test_strategies import LR, MAX_NORM, source
-from test_trainer import records, with_hook
+from helpers.configs import with_hook
+from helpers.models import LR, MAX_NORM, LowRanks, odd_model, save_snapshot, sharded_strategy
+from helpers.ranks import exit_codes, on_ranks, start_ranks, stderr_of
+from helpers.runs import assert_same_state, records, train_commands
 
 from xtuner.core.log import logger
 from xtuner.data.loading.batch import Batch
@@ -163,10 +161,12 @@ def test_it_is_repeated_as_if_nothing_had_been(
     """In step with a run that has had the smaller micro-batches from the iteration's start: losses, norms, all bits."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(memory, "LEAST", 16)
-    model = replace(source(), adapter=LowRanks()) if kind == "adapter" else source()
+    model = replace(odd_model(), adapter=LowRanks()) if kind == "adapter" else odd_model()
 
     def new() -> Any:
-        return strategy("fp32", DIVISIONS[division] if ranks > 1 else None, model, kind if kind == "hybrid" else None)
+        return sharded_strategy(
+            "fp32", DIVISIONS[division] if ranks > 1 else None, model, kind if kind == "hybrid" else None
+        )
 
     def body(_: Ranks, folder: Path) -> None:
         s, undisturbed = new(), new()
@@ -193,7 +193,7 @@ def test_it_is_repeated_as_if_nothing_had_been(
             use(undisturbed, s.memory)
             assert line == train(undisturbed, n)
             assert line[2]
-        same(written(s, folder / "a"), written(undisturbed, folder / "b"))
+        assert_same_state(save_snapshot(s, folder / "a"), save_snapshot(undisturbed, folder / "b"))
         again = new()
         use(again, s.memory)
         again.load(folder / "a")
@@ -212,7 +212,7 @@ def test_it_is_repeated_as_if_nothing_had_been(
 def refused(_: Ranks, folder: Path) -> None:
     """6 MiB for forward and backward are not enough; to the last rank, the system gives no more."""
     memory.LEAST, lengths, ranks = 64, (64,) * 16, collectives.ALL.size
-    s, undisturbed = (strategy(division=DIVISIONS["blocks"] if ranks > 1 else None) for _ in range(2))
+    s, undisturbed = (sharded_strategy(division=DIVISIONS["blocks"] if ranks > 1 else None) for _ in range(2))
     use(s, replace(s.memory, most=64))
     use(undisturbed, s.memory)
     assert train(s, 0, lengths=lengths) == train(undisturbed, 0, lengths=lengths)
@@ -227,7 +227,7 @@ def refused(_: Ranks, folder: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 def test_the_system_refuses_memory(tmp_path: Path) -> None:
     """At whatever allocation that is; to a single process, and to one of two."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     env |= {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}  # what is freed goes back at once
     code = f"""
 from pathlib import Path
@@ -302,10 +302,13 @@ def fail(run: Any) -> None:
 def test_a_run_says_so_and_ends_with_advice_if_nothing_helps(tiny: Path, tmp_path: Path) -> None:
     config = with_hook(tiny, tmp_path / "run.py", 1, "import test_out_of_memory; test_out_of_memory.fail(run)")
     words = ["train", config, "--work-dir", tmp_path / "w", "--launcher", "pytorch", "--fsdp"]
-    assert ended(started([*words, "--cfg-options", "evaluation_inputs=[]", "max_length=64"], tmp_path)) == [2, 2]
+    assert exit_codes(start_ranks([*words, "--cfg-options", "evaluation_inputs=[]", "max_length=64"], tmp_path)) == [
+        2,
+        2,
+    ]
     assert sorted(records(tmp_path / "w")) == [1, 2]
-    first, second = told(tmp_path, 0), told(tmp_path, 1)
+    first, second = stderr_of(tmp_path, 0), stderr_of(tmp_path, 1)
     assert first.count("iteration 2: memory ran out on rank 1 with micro-batches of up to ") == 1
     assert "xtuner: memory ran out in iteration 3: CUDA out of memory. Tried to allocate 1 GiB" in second
-    assert commands(second)
+    assert train_commands(second)
     assert "xtuner: " not in first

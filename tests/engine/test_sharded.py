@@ -2,32 +2,37 @@
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
+from helpers.models import (
+    LR,
+    MAX_NORM,
+    LowRanks,
+    odd_model,
+    save_snapshot,
+    sharded_strategy,
+    train_iterations,
+    uneven_packs,
+)
+from helpers.ranks import on_ranks
+from helpers.runs import assert_same_state, optimizer_states
 from safetensors.torch import load_file
-from test_old_checkpoints import states
-from test_rank_protocol import on_ranks
-from test_strategies import CPU, LR, MAX_NORM, PACKS, go, packs, source
-from torch import nn
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.dist import collectives
 from xtuner.dist.collectives import Ranks
-from xtuner.dist.mesh import Mesh, arrange
+from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.memory import ALL_FULL, DIVISIONS, Division, Memory
 from xtuner.engine.step_time import Work
 from xtuner.engine.strategies.divided import rows_each
-from xtuner.engine.strategies.sharded import ShardedStrategy
-from xtuner.model.decoder import CausalLM
-from xtuner.model.linear import Linear
 from xtuner.model.ops.functions import Keep
-from xtuner.model.source import ModelSource, from_scratch
+from xtuner.model.source import from_scratch
 from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train.checkpoints import checkpoint
@@ -36,65 +41,33 @@ from xtuner.train.state import TrainState
 GPU = torch.device("cuda")  # of which only arithmetic speaks here
 
 
-def strategy(
-    form: str = "fp32", division: Division | None = None, model: ModelSource | None = None, fsdp: str | None = None
-) -> Any:
-    optim = OptimWrapper(
-        dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // collectives.ALL.size, "fp32", form
-    )
-    model, mesh = model or source(), arrange(fsdp)
-    free = memory.free_of_all(CPU, mesh)
-    return ShardedStrategy(
-        model, optim, CPU, mesh, memory.of_mesh(model, optim, CPU, mesh, free=free, division=division)
-    )
-
-
-def written(s: Any, folder: Path) -> Path:
-    s.snapshot(optimizer=True).write(folder)
-    collectives.ALL.gather(None)
-    return folder
-
-
-def same(a: Path, b: Path) -> None:
-    """Two checkpoints hold the same bits, in whatever slices."""
-    for file in ("weights/model.safetensors", "adapter/model.safetensors"):
-        if (a / file).exists() or (b / file).exists():
-            first, second = load_file(a / file), load_file(b / file)
-            assert first.keys() == second.keys()
-            assert all(second[n].equal(v) for n, v in first.items()), file
-    first, second = states(a), states(b)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert second[name].equal(value), name
-
-
 @pytest.mark.parametrize("division", DIVISIONS.values())
 @pytest.mark.parametrize("form", ["fp32", "8bit"])
 def test_what_is_kept_full_changes_nothing(division: Division, form: str, tmp_path: Path) -> None:
     """Losses, norms and a step that meets a NaN, on two ranks of which one has to cut its packs as the other does."""
-    expected = list(go(strategy(form), range(4)))
+    expected = list(train_iterations(sharded_strategy(form), range(4)))
     tolerance = 1e-5 if form == "fp32" else 1e-3  # bf16 sums of two ranks
 
     def on_two(_: Ranks, folder: Path) -> None:
-        s = strategy(form, division)
+        s = sharded_strategy(form, division)
         s.memory = replace(s.memory, most=44 if collectives.rank() else None)
-        lines = list(go(s, range(3)))
+        lines = list(train_iterations(s, range(3)))
         assert lines == [
             (pytest.approx(x, abs=tolerance), pytest.approx(n, rel=10 * tolerance), a) for x, n, a in expected[:3]
         ]
-        before = written(s, folder / "before")
+        before = save_snapshot(s, folder / "before")
         hook = None
         if collectives.rank():
             hook = s.model.model.layers[1].register_forward_hook(lambda module, args, out: out * float("nan"))
-        ((loss, _, applied),) = go(s, range(3, 4))
+        ((loss, _, applied),) = train_iterations(s, range(3, 4))
         assert loss != loss
         assert not applied
-        same(before, written(s, folder / "after"))
+        assert_same_state(before, save_snapshot(s, folder / "after"))
         if hook:
             hook.remove()
         with torch.no_grad():  # evaluation between iterations
-            s.model(packs()[0].input_ids)
-        ((loss, _, applied),) = go(s, range(3, 4))
+            s.model(uneven_packs()[0].input_ids)
+        ((loss, _, applied),) = train_iterations(s, range(3, 4))
         assert applied
         assert loss == pytest.approx(expected[3][0], abs=tolerance)
 
@@ -121,31 +94,31 @@ def test_equal_gradients_make_equal_bits_on_any_mesh(
 ) -> None:
     """Scales of 8-bit groups and random bits are those of the full parameter. Resumed on 1 → 2 → 4 → 1 processes."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    straight = strategy(form)
+    straight = sharded_strategy(form)
     for seed in range(8):
         step(straight, seed)
         if seed == 1:
-            written(straight, tmp_path / "at2")
-    written(straight, tmp_path / "straight")
+            save_snapshot(straight, tmp_path / "at2")
+    save_snapshot(straight, tmp_path / "straight")
 
     def resumed(_: Ranks, folder: Path) -> None:
         ranks = collectives.ALL.size
-        other = strategy(form, DIVISIONS["blocks"])
-        s = strategy(form, fsdp="hybrid" if ranks == 4 else None)
+        other = sharded_strategy(form, DIVISIONS["blocks"])
+        s = sharded_strategy(form, fsdp="hybrid" if ranks == 4 else None)
         at = {2: 2, 4: 4}[ranks]
         for each in (s, other):
             each.load(tmp_path / f"at{at}")
             for seed in range(at, at + 2):
                 step(each, seed)
-        same(written(s, tmp_path / f"at{at + 2}"), written(other, folder / "other"))
+        assert_same_state(save_snapshot(s, tmp_path / f"at{at + 2}"), save_snapshot(other, folder / "other"))
 
     assert on_ranks(2, resumed, tmp_path / "two") == [0, 0]
     assert on_ranks(4, resumed, tmp_path / "four") == [0] * 4
-    again = strategy(form)
+    again = sharded_strategy(form)
     again.load(tmp_path / "at6")
     for seed in (6, 7):
         step(again, seed)
-    same(tmp_path / "straight", written(again, tmp_path / "again"))
+    assert_same_state(tmp_path / "straight", save_snapshot(again, tmp_path / "again"))
 
 
 def test_rows_keep_groups_together() -> None:
@@ -158,74 +131,52 @@ def test_rows_keep_groups_together() -> None:
             assert ranks == 1 or (each - 256) * ranks < shape[0]
 
 
-class LowRank(nn.Module):
-    def __init__(self, linear: Linear, rank: int = 4) -> None:
-        super().__init__()
-        self.down, self.up = Linear(linear.sizes[0], rank), Linear(rank, linear.sizes[1])
-
-    def forward(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return self.up(self.down(x_TK))
-
-
-@dataclass(frozen=True)
-class LowRanks:
-    """Low-rank terms on wqkv and w2; nothing else learns."""
-
-    def apply(self, model: CausalLM) -> None:
-        model.requires_grad_(False)
-        for block in model.model.layers:
-            for linear in (block.attention.wqkv, block.feed_forward.w2):
-                linear.adapter = LowRank(linear)
-
-    def initialize(self, name: str, weight: torch.Tensor) -> None:
-        draw = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
-        weight.normal_(0.0, 0.1 if ".down." in name else 0.0, generator=draw)
-
-
 @pytest.mark.parametrize("division", DIVISIONS.values())
 def test_an_adapter_trains_and_resumes(division: Division, tmp_path: Path) -> None:
     """The base stays as it is, without masters and moments; on two processes as on one; one resumes what two saved."""
-    model = replace(source(), adapter=LowRanks())
-    alone = strategy(model=model)
+    model = replace(odd_model(), adapter=LowRanks())
+    alone = sharded_strategy(model=model)
     start = {n: s.master.read().clone() for n, s in alone._shards().items()}
-    expected = list(go(alone, range(3)))
-    half = written(alone, tmp_path / "half")
-    expected += go(alone, range(3, 6))
+    expected = list(train_iterations(alone, range(3)))
+    half = save_snapshot(alone, tmp_path / "half")
+    expected += train_iterations(alone, range(3, 6))
     assert expected[-1][0] < expected[0][0] - 1e-3
     learned = {n for n in start if ".adapter." in n}
     assert len(learned) == 8
-    assert {n.partition("/")[2] for n in states(half)} == learned
+    assert {n.partition("/")[2] for n in optimizer_states(half)} == learned
     assert load_file(half / "adapter" / "model.safetensors").keys() == learned
     base = load_file(half / "weights" / "model.safetensors")
     assert base.keys() == start.keys() - learned
     assert all(start[n].equal(v.view(-1)) for n, v in base.items())
     assert {n for n, p in alone._divided.parameters.items() if p.sum} == learned
-    again = strategy(model=model)
+    again = sharded_strategy(model=model)
     again.load(half)
-    assert list(go(again, range(3, 6))) == expected[3:]
-    same(written(again, tmp_path / "again"), written(alone, tmp_path / "end"))
+    assert list(train_iterations(again, range(3, 6))) == expected[3:]
+    assert_same_state(save_snapshot(again, tmp_path / "again"), save_snapshot(alone, tmp_path / "end"))
     with pytest.raises(CheckpointError, match="8 tensors have no place in the model"):
-        strategy().load(half)
+        sharded_strategy().load(half)
 
     def on_two(_: Ranks, folder: Path) -> None:
-        s = strategy(division=division, model=model)
-        lines = list(go(s, range(3)))
-        written(s, folder / "half")
-        lines += go(s, range(3, 6))
+        s = sharded_strategy(division=division, model=model)
+        lines = list(train_iterations(s, range(3)))
+        save_snapshot(s, folder / "half")
+        lines += train_iterations(s, range(3, 6))
         assert [x for x, _, _ in lines] == pytest.approx([x for x, _, _ in expected], abs=1e-5)
         s.load(folder / "half")
-        assert list(go(s, range(3, 6))) == lines[3:]
+        assert list(train_iterations(s, range(3, 6))) == lines[3:]
 
     assert on_ranks(2, on_two, tmp_path / "two") == [0, 0]
     alone.load(tmp_path / "two" / "half")
-    assert [x for x, _, _ in go(alone, range(3, 6))] == pytest.approx([x for x, _, _ in expected[3:]], abs=1e-5)
+    assert [x for x, _, _ in train_iterations(alone, range(3, 6))] == pytest.approx(
+        [x for x, _, _ in expected[3:]], abs=1e-5
+    )
 
 
 def test_commands_refuse_weights_without_their_adapter(
     tiny: Path, corpus: Path, tmp_path: Path, xtuner: Callable[..., int]
 ) -> None:
     """Export, evaluation and `load_from` say what, where, why and what to do, and write nothing; the advice works."""
-    snapshot = strategy(model=replace(source(), adapter=LowRanks())).snapshot(optimizer=True)
+    snapshot = sharded_strategy(model=replace(odd_model(), adapter=LowRanks())).snapshot(optimizer=True)
     saved, _ = checkpoint.write(tmp_path, TrainState(3), snapshot, {}, collectives.ALL)
     start, before = ("--cfg-options", f"load_from={saved}"), sorted(tmp_path.rglob("*"))
     for words in (
@@ -301,7 +252,7 @@ def test_what_is_kept_full_follows_from_memory() -> None:
 def test_ranks_with_unequal_memory_choose_the_same(tmp_path: Path) -> None:
     def on_two(ranks: Ranks, folder: Path) -> None:
         memory.free_bytes = lambda device: 2**33 + ranks.rank * 2**30  # type: ignore[assignment]
-        s = strategy(model=replace(source(), recompute=True))
+        s = sharded_strategy(model=replace(odd_model(), recompute=True))
         assert s.memory.division == ALL_FULL
         assert s.memory.plan.room == 2**33 - s.memory.state - memory.RESERVE - memory.COLLECTIVES
 

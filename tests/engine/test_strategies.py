@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,24 @@ from typing import Any
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
-from conftest import write_corpus
+from helpers.corpus import write_corpus
+from helpers.models import (
+    CPU,
+    ITERATIONS,
+    LR,
+    MAX_NORM,
+    PACKS,
+    large_model,
+    odd_model,
+    save_snapshot,
+    train_iterations,
+    uneven_packs,
+)
+from helpers.ranks import on_ranks
 from safetensors.torch import load_file, save_file
-from test_rank_protocol import on_ranks
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.data import load_intern_repo_tokenized_dataset
-from xtuner.data.loading.batch import Batch
 from xtuner.dist import collectives
 from xtuner.dist.collectives import Ranks
 from xtuner.engine.base import Strategy
@@ -31,12 +41,9 @@ from xtuner.engine.zero import deepspeed_config, deepspeed_settings
 from xtuner.families import INTERNLM2
 from xtuner.model.generate import generate
 from xtuner.model.ops.matmul import Kind
-from xtuner.model.source import ModelSource, from_scratch
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import evaluate
 
-ITERATIONS, PACKS, LR, MAX_NORM = 10, 4, 1e-3, 1.0
-CPU = torch.device("cpu")
 KINDS = {  # name → (ranks, --deepspeed, --fsdp)
     "zero0": (2, "zero0.json", None),
     "zero1": (2, "deepspeed_zero1", None),
@@ -69,38 +76,6 @@ OTHER = {  # name → zero_optimization otherwise than shipped
 }  # fmt: skip
 
 
-def source(products: Kind = "own") -> ModelSource:
-    """An odd vocabulary and kv rows, so that nothing divides evenly over ranks."""
-    return from_scratch(
-        activation_checkpointing=True,
-        products=products,
-        seed=0,
-        vocab_size=401,
-        hidden_size=64,
-        intermediate_size=120 if products == "own" else 112,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-
-
-def packs() -> list[Batch]:
-    """Of all iterations and ranks; each third has few targets, each fifth none."""
-    draw = torch.Generator().manual_seed(1)
-    found = []
-    for i in range(PACKS * ITERATIONS):
-        ids = torch.randint(3, 401, (64,), generator=draw)
-        targets = ids.roll(-1)
-        targets[-1] = -100
-        targets[10:60] = -100 if i % 3 == 1 else targets[10:60]
-        targets[:] = -100 if i % 5 == 3 else targets
-        borders = torch.tensor([0, 20, 64], dtype=torch.int32)
-        positions = torch.cat((torch.arange(20), torch.arange(44)))
-        found.append(Batch.of(dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders), i))
-    return found
-
-
 def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strategy:
     _, zero, fsdp = KINDS.get(kind, (1, None, None))
     if zero == "zero0.json":
@@ -114,29 +89,13 @@ def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strateg
         Path(zero).write_text(json.dumps(settings))
     full = "weights" if kind == "zero2_other" else None  # DeepSpeed's own reduction
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks, full=full)
-    model = source(products)
+    model = odd_model(products)
     strategy = select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
     if (
         kind in ("fsdp_hybrid", "zero1", "zero2_other", "zero3") and collectives.rank() % 2
     ):  # these cut packs in two: the others have to follow
         strategy.memory = replace(strategy.memory, most=44)
     return strategy
-
-
-def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bool]]:
-    everything, rank, ranks = packs(), collectives.rank(), collectives.ALL.size
-    for n in iterations:
-        these = everything[PACKS * n : PACKS * (n + 1)]
-        batch = these[rank::ranks]
-        (targets,), parts = collectives.ALL.sums_and_most([sum(p.num_targets for p in batch)], strategy.parts(batch))
-        loss = strategy.forward_backward(batch, int(targets), parts)
-        yield (loss, *strategy.step(LR, MAX_NORM))
-
-
-def written(strategy: Strategy, folder: Path) -> Path:
-    strategy.snapshot(optimizer=True).write(folder)
-    collectives.ALL.gather(None)
-    return folder
 
 
 def same(a: Path, b: Path, tolerance: float) -> None:
@@ -150,10 +109,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process: its losses, norms and checkpoints after 5 and 10 iterations."""
     folder = tmp_path_factory.mktemp("alone")
     strategy = make("single", folder, 1)
-    lines = list(go(strategy, range(5)))
-    written(strategy, folder / "half")
-    lines += list(go(strategy, range(5, ITERATIONS)))
-    written(strategy, folder / "end")
+    lines = list(train_iterations(strategy, range(5)))
+    save_snapshot(strategy, folder / "half")
+    lines += list(train_iterations(strategy, range(5, ITERATIONS)))
+    save_snapshot(strategy, folder / "end")
     (folder / "lines.json").write_text(json.dumps(lines))
     return folder
 
@@ -166,30 +125,32 @@ def test_a_strategy_equals_one_process(kind: str, alone: Path, tmp_path: Path, m
 
     def trained(_: Ranks, folder: Path) -> None:
         strategy = make(kind, folder, ranks)
-        lines = list(go(strategy, range(5)))
-        half = written(strategy, folder / "half")
-        lines += go(strategy, range(5, ITERATIONS))
+        lines = list(train_iterations(strategy, range(5)))
+        half = save_snapshot(strategy, folder / "half")
+        lines += train_iterations(strategy, range(5, ITERATIONS))
         for (loss, norm, applied), (true_loss, true_norm, _) in zip(lines, expected, strict=True):
             assert applied
             assert abs(loss - true_loss) < 1e-5
             assert abs(norm - true_norm) < 1e-5 * true_norm
-        end = written(strategy, folder / "end")
+        end = save_snapshot(strategy, folder / "end")
         same(end, alone / "end", 1e-5)
         strategy.snapshot(optimizer=False).write(folder / "light")
         collectives.ALL.gather(None)
         same(folder / "light", end, 0.0)
         assert not (folder / "light" / "optimizer").exists()
         strategy.load(half)  # resumed: bit for bit what went on
-        again = list(go(strategy, range(5, ITERATIONS)))
+        again = list(train_iterations(strategy, range(5, ITERATIONS)))
         assert again == lines[5:]
-        same(written(strategy, folder / "resumed"), end, 0.0)
+        same(save_snapshot(strategy, folder / "resumed"), end, 0.0)
         strategy.load(alone / "half")  # begun by one process
-        for (loss, norm, _), (true_loss, true_norm, _) in zip(go(strategy, range(5, 10)), expected[5:], strict=True):
+        for (loss, norm, _), (true_loss, true_norm, _) in zip(
+            train_iterations(strategy, range(5, 10)), expected[5:], strict=True
+        ):
             assert abs(loss - true_loss) < 1e-5
             assert abs(norm - true_norm) < 1e-5 * true_norm
-        assert strategy.forward_backward(packs()[:1], 0) == 0.0  # nobody has a target: nothing changes
+        assert strategy.forward_backward(uneven_packs()[:1], 0) == 0.0  # nobody has a target: nothing changes
         assert strategy.step(LR, MAX_NORM)[1] is False
-        same(written(strategy, folder / "after"), written(strategy, folder / "before"), 0.0)
+        same(save_snapshot(strategy, folder / "after"), save_snapshot(strategy, folder / "before"), 0.0)
 
     assert on_ranks(ranks, trained, tmp_path) == [0] * ranks
     files = sorted(p.name for p in (tmp_path / "end" / "optimizer").iterdir())
@@ -197,17 +158,17 @@ def test_a_strategy_equals_one_process(kind: str, alone: Path, tmp_path: Path, m
     assert files == [f"rank_{r:05d}.safetensors" for r in range(parts)]
     strategy = make("single", tmp_path, 1)  # and one process goes on with what the ranks have saved
     strategy.load(tmp_path / "half")
-    for (loss, _, _), (true_loss, _, _) in zip(go(strategy, range(5, 10)), expected[5:], strict=True):
+    for (loss, _, _), (true_loss, _, _) in zip(train_iterations(strategy, range(5, 10)), expected[5:], strict=True):
         assert abs(loss - true_loss) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp"])
 def test_engines_multiply_in_fp8_as_one_process_does(kind: str, tmp_path: Path) -> None:
     """One iteration; after it, weights that differ in their last bits are rounded to other numbers of 8 bits."""
-    ((expected, norm, _),) = go(make("single", tmp_path, 1, "fp8"), range(1))
+    ((expected, norm, _),) = train_iterations(make("single", tmp_path, 1, "fp8"), range(1))
 
     def trained(_: Ranks, folder: Path) -> None:
-        ((loss, their_norm, applied),) = go(make(kind, folder, 2, "fp8"), range(1))
+        ((loss, their_norm, applied),) = train_iterations(make(kind, folder, 2, "fp8"), range(1))
         assert applied
         assert abs(loss - expected) < 1e-5
         assert abs(their_norm - norm) < 1e-5 * norm
@@ -221,21 +182,21 @@ def test_any_number_of_ranks_and_any_strategy(alone: Path, tmp_path: Path) -> No
 
     def on_two(_: Ranks, folder: Path) -> None:
         strategy = make("zero3", folder, 2)
-        list(go(strategy, range(3)))
-        written(strategy, folder.parent / "three")
+        list(train_iterations(strategy, range(3)))
+        save_snapshot(strategy, folder.parent / "three")
 
     def on_four(_: Ranks, folder: Path) -> None:
         strategy = make("fsdp", folder, 4)
         strategy.load(folder.parent / "three")
-        for line, true in zip(go(strategy, range(3, 5)), expected[3:5], strict=True):
+        for line, true in zip(train_iterations(strategy, range(3, 5)), expected[3:5], strict=True):
             assert abs(line[0] - true[0]) < 1e-5
-        written(strategy, folder.parent / "five")
+        save_snapshot(strategy, folder.parent / "five")
 
     assert on_ranks(2, on_two, tmp_path / "two") == [0, 0]
     assert on_ranks(4, on_four, tmp_path / "four") == [0] * 4
     strategy = make("single", tmp_path, 1)
     strategy.load(tmp_path / "five")
-    for line, true in zip(go(strategy, range(5, 10)), expected[5:], strict=True):
+    for line, true in zip(train_iterations(strategy, range(5, 10)), expected[5:], strict=True):
         assert abs(line[0] - true[0]) < 1e-5
     gone = sorted((tmp_path / "three" / "optimizer").iterdir())[0]
     gone.unlink()
@@ -247,20 +208,20 @@ def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
     def poisoned(_: Ranks, folder: Path) -> None:
         for kind in ("zero1", "zero2", "zero2_other", "zero3", "fsdp"):
             strategy = make(kind, folder, 2)
-            list(go(strategy, range(2)))
-            before = written(strategy, folder / f"{kind}_before")
+            list(train_iterations(strategy, range(2)))
+            before = save_snapshot(strategy, folder / f"{kind}_before")
             block = strategy.model.model.layers[1]
             hook = None
             if collectives.rank() == 1:  # in the first micro-batch alone
                 once = itertools.chain([float("nan")], itertools.repeat(1.0))
                 hook = block.register_forward_hook(lambda module, args, out, once=once: out * next(once))
-            ((loss, _, applied),) = go(strategy, range(2, 3))
+            ((loss, _, applied),) = train_iterations(strategy, range(2, 3))
             assert loss != loss
             assert not applied
             if hook:
                 hook.remove()
-            same(written(strategy, folder / f"{kind}_after"), before, 0.0)
-            ((loss, _, applied),) = go(strategy, range(2, 3))  # and it goes on
+            same(save_snapshot(strategy, folder / f"{kind}_after"), before, 0.0)
+            ((loss, _, applied),) = train_iterations(strategy, range(2, 3))  # and it goes on
             assert loss == loss
             assert applied
 
@@ -407,14 +368,14 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
 
 def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> None:
     """In bf16, 2 × 16 packs, SGD with a rate of 1: what masters lose is the gradient. Against one process in fp32."""
-    these = packs()[:32]
+    these = uneven_packs()[:32]
     targets = sum(p.num_targets for p in these)
 
     def gradient(
         dtype: str, zero: str | None, fsdp: str | None, parts: int = 1, **kept: str
     ) -> tuple[Any, dict[str, tuple[int, torch.Tensor]]]:
         rank, ranks = collectives.rank(), collectives.ALL.size
-        optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype, **kept), source()
+        optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype, **kept), odd_model()
         strategy: Any = select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
         before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
         strategy.forward_backward(these[rank::ranks], targets, [parts] * (32 // ranks))
@@ -493,8 +454,8 @@ from pathlib import Path
 import deepspeed, torch
 import torch.distributed.fsdp  # with what it imports, which DeepSpeed will too: part of what is there before
 from safetensors import safe_open
-from test_rank_protocol import on_ranks
-from test_strategies import large
+from helpers.models import large_model
+from helpers.ranks import on_ranks
 import xtuner.engine.zero.deepspeed_strategy
 from xtuner.engine.strategies import select as choose; from xtuner.engine.zero import deepspeed_config as zero_config
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -504,7 +465,7 @@ CONSTANT = 32 * 2**20
 RANKS = 2
 folder = Path(sys.argv[1])
 file = folder / "model.safetensors"
-shapes = {n: p.shape for n, p in large().empty(torch.device("meta"), torch.float32).named_parameters()}
+shapes = {n: p.shape for n, p in large_model().empty(torch.device("meta"), torch.float32).named_parameters()}
 total, largest = sum(s.numel() for s in shapes.values()), max(s.numel() for s in shapes.values())
 assert 4 * total > 4 * (4 * largest + CONSTANT), "too small a model to show anything"
 
@@ -533,16 +494,11 @@ assert on_ranks(RANKS, body, folder / "store") == [0] * RANKS
 """
 
 
-def large() -> ModelSource:
-    sizes = dict(vocab_size=4000, hidden_size=768, intermediate_size=3072, num_hidden_layers=5)
-    return from_scratch(seed=0, num_attention_heads=8, num_key_value_heads=4, **sizes)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 def test_zero3_is_built_shard_by_shard(tmp_path: Path) -> None:
     """From safetensors: the system itself refuses a rank more than its shard + the largest tensor + 32 MiB; with all
     weights on a rank it fails. What each holds then are the numbers of the file."""
-    source = large()
+    source = large_model()
     tensors = {name: p.data for name, p in source.build().named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(INTERNLM2.write_config(source.config, "float32")))
@@ -550,7 +506,7 @@ def test_zero3_is_built_shard_by_shard(tmp_path: Path) -> None:
     small = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "reduce_bucket_size")
     settings["zero_optimization"] |= dict.fromkeys((*small, "stage3_prefetch_bucket_size"), 10**6)
     (tmp_path / "zero3.json").write_text(json.dumps(settings))
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     env |= {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_ARENA_MAX": "1"}  # what is freed goes back at once
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

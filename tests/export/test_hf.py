@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.paths import SHARED, reference
 from safetensors.torch import load_file
 
 from xtuner.core.errors import CheckpointError, ConfigError
@@ -81,7 +82,6 @@ def test_our_own_remote_code(
     trained: Path, tiny: Path, tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--with-code, and the reference models: transformers 5 gives our logits, generates with its cache, learns."""
-    from conftest import SHARED, reference
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
@@ -127,7 +127,6 @@ def test_our_own_remote_code(
 
 def test_the_reference_models_in_transformers(tmp_path: Path) -> None:
     """Biases, linear and dynamic rope, grouped heads: our llama layout means the same to transformers."""
-    from conftest import SHARED, reference
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 

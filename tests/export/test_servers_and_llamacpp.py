@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHARED, VOCABULARY, reference, train_tokenizer
+from helpers.corpus import VOCABULARY, train_tokenizer
+from helpers.paths import CACHE, SHARED, reference
 from safetensors.torch import save_file
-from test_turbomind import CACHE
 
 from xtuner.core import log
 from xtuner.core.errors import ConfigError

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import reference
+from helpers.checkpoints import Tensors, internlm2_weights, write_internevo, write_zero
+from helpers.paths import reference
 from safetensors.torch import load_file, save_file
 
 from xtuner.core.errors import CheckpointError, ConfigError, XTunerError
@@ -31,7 +31,6 @@ from xtuner.model import load_pretrained
 from xtuner.model.weights import split
 
 Command = Callable[..., int]
-Tensors = dict[str, torch.Tensor]
 STAGES = ("zero1_bf16_2ranks", "zero2_bf16_2ranks", "zero3_bf16_2ranks")
 NOT_READ = ("zero_pp_rank_1_mp_rank_00_model_states.pt",)  # says what rank 0's says, unless parameters are frozen
 SHAPES = {  # the networks of the reference checkpoints
@@ -126,74 +125,9 @@ def test_hugging_face_folders_and_our_checkpoints(tmp_path: Path, tiny: Path, xt
 # ---- ZeRO folders of any shape ------------------------------------------------------------------------------------
 
 
-def internlm2(layers: int = 1, hidden: int = 6, inner: int = 10, vocabulary: int = 7, seed: int = 0) -> Tensors:
-    """Random weights: 3 heads, 1 of them for keys and values each."""
-    draw = torch.Generator().manual_seed(seed)
-    shapes = {"model.tok_embeddings.weight": (vocabulary, hidden)}
-    for i in range(layers):
-        at = f"model.layers.{i}"
-        shapes |= {f"{at}.attention.wqkv.weight": (hidden // 3 * 5, hidden), f"{at}.attention.wo.weight": (hidden,) * 2}
-        shapes |= {f"{at}.feed_forward.w{n}.weight": (inner, hidden) for n in (1, 3)}
-        shapes |= {f"{at}.feed_forward.w2.weight": (hidden, inner)}
-        shapes |= {f"{at}.{n}_norm.weight": (hidden,) for n in ("attention", "ffn")}
-    shapes |= {"model.norm.weight": (hidden,), "output.weight": (vocabulary, hidden)}
-    return {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
-
-
-def write_zero(
-    folder: Path, weights: Tensors, stage: int, ranks: int, frozen: tuple[str, ...] = (), padding: int = 0
-) -> Path:
-    """A DeepSpeed folder of two parameter groups: matrices and norms. padding: numbers behind each parameter."""
-    folder.mkdir(parents=True)
-    learned = {f"llm.{n}": t for n, t in weights.items() if n not in frozen}
-    fixed = {f"llm.{n}": weights[n] for n in frozen}
-    groups = [{n: t for n, t in learned.items() if (t.dim() == d)} for d in (2, 1)]
-    masters: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
-
-    def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-        each = -(-tensor.numel() // ranks)
-        return list(torch.nn.functional.pad(tensor.flatten(), (0, each * ranks - tensor.numel())).split(each))
-
-    for group in groups:
-        if stage == 3:
-            cut = [parts(t) for t in group.values()]
-            for rank in range(ranks):
-                masters[rank].append(torch.cat([c[rank] for c in cut]))
-        else:
-            line = torch.cat([torch.nn.functional.pad(t.flatten(), (0, padding)) for t in group.values()])
-            for rank, part in enumerate(parts(line)):  # the last is saved without what fills it up
-                masters[rank].append(part[: max(0, len(line) - rank * len(part))].clone())
-    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-    model: dict[str, Any] = {
-        "param_shapes": [OrderedDict((n, t.shape) for n, t in group.items()) for group in groups],
-        "frozen_param_shapes": {n: t.shape for n, t in fixed.items()} if fixed and stage > 1 else None,
-        "buffer_names": ["llm.model.layers.0.attention.rotary_emb.inv_freq"],
-        "module": {"llm.model.layers.0.attention.rotary_emb.inv_freq": torch.ones(1)} | (fixed if stage == 1 else {}),
-        "shared_params": {},
-    }
-    for rank in range(ranks):
-        state = {"zero_stage": stage, "partition_count": ranks if stage == 3 else [ranks, ranks], key: masters[rank]}
-        if stage < 3:
-            state |= {"param_alignment_paddings": [[padding] * len(g) for g in groups]} if padding else {}
-            state |= {"base_optimizer_state": {"state": {0: {"step": torch.tensor(3.0)}}}}
-        torch.save({"optimizer_state_dict": state}, folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        if stage == 3 or rank == 0:
-            fragments = {n: parts(t)[rank].clone() if stage == 3 else t for n, t in fixed.items()} or None
-            name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
-            torch.save({**model, "frozen_param_fragments": fragments}, folder / f"{name}_model_states.pt")
-    return folder
-
-
-def write_single(path: Path, weights: Tensors, *_: int) -> Path:
-    """One file of bf16 weights."""
-    path.parent.mkdir(exist_ok=True)
-    torch.save({"state_dict": {f"llm.{n}": t.bfloat16() for n, t in weights.items()}}, path)
-    return path
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_groups_padding_and_frozen_parameters(stage: int, tmp_path: Path) -> None:
-    weights = internlm2(layers=2)
+    weights = internlm2_weights(layers=2)
     frozen = ("model.tok_embeddings.weight", "model.norm.weight")
     for ranks in (1, 2, 3, 8, 13):
         for padding in (0, 5) if stage < 3 else (0,):
@@ -204,7 +138,7 @@ def test_groups_padding_and_frozen_parameters(stage: int, tmp_path: Path) -> Non
 
 
 def test_shared_parameters(tmp_path: Path, xtuner: Command) -> None:
-    weights = internlm2()
+    weights = internlm2_weights()
     folder = write_zero(tmp_path / "z", {n: t for n, t in weights.items() if n != "output.weight"}, 2, 2)
     path = folder / "mp_rank_00_model_states.pt"
     model = torch.load(path, weights_only=False)
@@ -241,41 +175,12 @@ def test_names_of_the_llama_layout(tmp_path: Path, xtuner: Command) -> None:
 # ---- InternEvo ----------------------------------------------------------------------------------------------------
 
 
-def write_internevo(folder: Path, weights: Tensors, tp: int, stages: list[int], **changes: Any) -> Path:
-    """Cut InternLM2 weights as InternEvo does. stages: layers of each pipeline stage."""
-    folder.mkdir(parents=True)
-    shape = weights["model.tok_embeddings.weight"].shape
-    config = {"num_layers": sum(stages), "hidden_size": shape[1], "vocab_size": shape[0], "num_attention_heads": 3}
-    config |= {"num_kv_attention_heads": 1, "no_bias": True, "adapt_hf": True, "embed_split_hidden": False, **changes}
-    torch.save(config, folder / "model_config.pt")
-    first = 0
-    for p, layers in enumerate(stages):
-        for t in range(tp):
-            part = {}
-            for name, tensor in weights.items():
-                inner = name.removeprefix("model.")
-                if name.startswith("model.layers."):
-                    layer, _, rest = inner.removeprefix("layers.").partition(".")
-                    if not first <= int(layer) < first + layers:
-                        continue
-                    inner = f"layers.{int(layer) - first}.{rest}"
-                elif p != (0 if "embed" in name else len(stages) - 1):
-                    continue
-                columns = inner.endswith(("wo.weight", "w2.weight"))
-                columns |= "embed" in name and config["embed_split_hidden"]
-                cut = tensor.dim() == 2
-                part[f"model.{inner}"] = tensor.tensor_split(tp, 1 if columns else 0)[t].clone() if cut else tensor
-            torch.save(part, folder / f"model_tp{t}_pp{p}.pt")
-        first += layers
-    return folder
-
-
 class Config(dict):  # type: ignore[type-arg]
     """InternEvo's runs save a class of their own."""
 
 
 def test_pipeline_stages_and_embeddings_cut_by_columns(tmp_path: Path) -> None:
-    weights = internlm2(layers=5)
+    weights = internlm2_weights(layers=5)
     for i, (stages, columns) in enumerate((([5], True), ([2, 3], False), ([1, 1, 3], True))):
         folder = write_internevo(tmp_path / str(i), weights, 1 + i, stages, embed_split_hidden=columns)
         consolidate(folder, tmp_path / "a.safetensors")
@@ -290,7 +195,7 @@ def test_pairs_become_halves(tmp_path: Path) -> None:
     """`adapt_hf` false: exactly what InternEvo's own converter makes of wqkv."""
     case = np.load(reference("internevo_ckpt", "wqkv_permute.npz"))
     native, wanted = (torch.from_numpy(case[f"wqkv_{n}"]) for n in ("native", "hf"))
-    weights = internlm2(hidden=native.shape[1])
+    weights = internlm2_weights(hidden=native.shape[1])
     weights["model.layers.0.attention.wqkv.weight"] = native
     weights["model.layers.0.attention.wo.weight"] = torch.zeros(32, 32)
     heads = {"num_attention_heads": int(case["num_heads"]), "num_kv_attention_heads": int(case["num_kv_heads"])}
@@ -342,7 +247,7 @@ class Call:
 @pytest.mark.parametrize("real", [False, True])
 def test_bombs_in_every_file(real: bool, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
-    weights = internlm2(layers=2)
+    weights = internlm2_weights(layers=2)
     cases = [(write_zero(tmp_path / f"zero{n}", weights, n, 2), weights, "") for n in (1, 2, 3)]
     cases += [(write_internevo(tmp_path / "internevo", weights, 3, [1, 1]), weights, "")]
     for source, expected, _ in sources() if real else cases:
@@ -385,7 +290,7 @@ def refused(
 
 def test_a_rank_is_missing_or_of_another_run(tmp_path: Path) -> None:
     for stage in (2, 3):
-        folder = write_zero(tmp_path / f"zero{stage}", internlm2(), stage, 4, ("model.norm.weight",))
+        folder = write_zero(tmp_path / f"zero{stage}", internlm2_weights(), stage, 4, ("model.norm.weight",))
         name = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
         for rank in (0, 2, 3):
             path = folder / name.format(rank)
@@ -417,7 +322,7 @@ def test_a_rank_is_missing_or_of_another_run(tmp_path: Path) -> None:
 
 
 def test_contradictions_in_zero_files(tmp_path: Path) -> None:
-    weights = internlm2()
+    weights = internlm2_weights()
     output = "llm.output.weight"
 
     def shape(*sizes: int) -> Callable[[Any], Any]:
@@ -455,7 +360,7 @@ def test_contradictions_in_zero_files(tmp_path: Path) -> None:
 
 
 def test_parts_of_internevo_that_do_not_fit(tmp_path: Path) -> None:
-    weights = internlm2(layers=2)
+    weights = internlm2_weights(layers=2)
     number = iter(range(99))
 
     def folder(**changes: Any) -> Path:
@@ -499,7 +404,7 @@ def test_files_cut_short_and_files_of_other_kinds(tmp_path: Path) -> None:
             path.write_bytes(path.read_bytes()[:-100])
             if name not in NOT_READ:
                 refused(copy, "cut short", tmp_path, name)
-    weights = internlm2()
+    weights = internlm2_weights()
     (tmp_path / "empty").mkdir()
     (tmp_path / "torn" / "weights").mkdir(parents=True)
     half = {n: t for n, t in weights.items() if ".w2." not in n}
@@ -527,7 +432,7 @@ def test_files_cut_short_and_files_of_other_kinds(tmp_path: Path) -> None:
 
 
 def test_only_its_own_output_is_replaced(tmp_path: Path) -> None:
-    weights = internlm2()
+    weights = internlm2_weights()
     folder = write_zero(tmp_path / "z", weights, 2, 2)
     (tmp_path / "folder.safetensors").mkdir()
     save_file(weights, tmp_path / "mine.safetensors")
@@ -580,14 +485,14 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import torch
-from test_sources import internlm2, write_single, write_zero
+from helpers.checkpoints import internlm2_weights, write_single, write_zero
 from xtuner.export.consolidate import CHUNK, consolidate
 from xtuner.export.sources import read_tensor, recognise
 
 folder, stage = Path(sys.argv[1]), int(sys.argv[2])
 write = write_zero if stage else write_single
-write(folder / "small", internlm2(), stage, 2)
-weights = internlm2(layers=5, hidden=768, inner=3072, vocabulary=4000)
+write(folder / "small", internlm2_weights(), stage, 2)
+weights = internlm2_weights(layers=5, hidden=768, inner=3072, vocabulary=4000)
 total, largest = sum(t.nbytes for t in weights.values()), max(t.nbytes for t in weights.values())
 write(folder / "large", weights, stage, 100)
 del weights
@@ -618,19 +523,19 @@ def test_memory_is_a_tensor(stage: int, tmp_path: Path) -> None:
 
     A single bf16 file (0), and ZeRO folders of 100 ranks, which are more files than a process may open at first.
     """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     env["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # what is freed goes back at once, as tensors of a real model do
     words = [sys.executable, "-c", MEMORY, str(tmp_path), str(stage)]
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    weights = internlm2(layers=5, hidden=768, inner=3072, vocabulary=4000)
+    weights = internlm2_weights(layers=5, hidden=768, inner=3072, vocabulary=4000)
     same(tmp_path / "out.safetensors", weights if stage else {n: t.bfloat16().float() for n, t in weights.items()})
     shutil.rmtree(tmp_path)
 
 
 def test_kinds_are_told_by_file_names_alone(tmp_path: Path) -> None:
     """Nothing is opened to find out; the header of what is written is plain."""
-    folder = write_zero(tmp_path / "z", internlm2(), 2, 2)
+    folder = write_zero(tmp_path / "z", internlm2_weights(), 2, 2)
     opened = recognise(folder).open()
     assert isinstance(opened.config, type(None))
     target = consolidate(folder, tmp_path / "a.safetensors")
@@ -640,4 +545,4 @@ def test_kinds_are_told_by_file_names_alone(tmp_path: Path) -> None:
     assert header.pop("__metadata__")["format"] == "pt"
     assert len(data) == 8 + length + sum(4 * math.prod(entry["shape"]) for entry in header.values())
     assert (8 + length) % 8 == 0
-    assert ZeroFolder(folder)["llm.output.weight"].equal(internlm2()["output.weight"])
+    assert ZeroFolder(folder)["llm.output.weight"].equal(internlm2_weights()["output.weight"])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, reference, train_tokenizer
+from helpers.corpus import train_tokenizer
+from helpers.paths import ROOT, TESTS, reference
 
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.tokenizer_json import complete
@@ -59,7 +60,7 @@ def test_chats_of_the_reference(internlm2: Path) -> None:
 def texts(count: int) -> list[str]:
     """Pieces of this repository's text, and letters, blanks and signs of many scripts thrown together."""
     draw = random.Random(0)
-    files = [*HERE.rglob("*.py"), *(HERE.parent / "docs").rglob("*.md")]
+    files = [*TESTS.rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
     text = "\n".join(p.read_text() for p in files).replace("<", "[").replace("UNUSED", "")
     letters = [*"ab 1 \t\n中文éａＥ😀▁ا한", "  ", "aaaa", "ааа", "\u200b", "23"]
     cut = [text[(i := draw.randrange(len(text))) : i + draw.randrange(1, 200)] for _ in range(count)]

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import D64, D128, WEIGHTS, read_files, write_hf_folder
+from helpers.paths import EXTERNAL, LMDEPLOY
 from safetensors.torch import load_file, save_file
 
 from xtuner.core.errors import CheckpointError, ConfigError
@@ -20,53 +22,6 @@ from xtuner.export.tokenizer_json import complete
 from xtuner.export.turbomind_config import flat, template_by_path
 
 Command = Callable[..., int]
-EXTERNAL = Path(__file__).resolve().parents[1] / "external"
-CACHE = Path(os.environ.get("XTUNER_TEST_CACHE") or Path.home() / ".cache" / "xtuner-tests")
-LMDEPLOY = CACHE / "lmdeploy-0.9.2.post1"
-WEIGHTS = Path("triton_models") / "weights"
-D128 = {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-D64 = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def make(
-    folder: Path, layout: str = "internlm2", dtype: torch.dtype = torch.bfloat16, shards: int = 1, **hf: Any
-) -> Path:
-    """A Hugging Face folder: random weights, a tokenizer of 4 ids. `hf` goes into its config.json."""
-    from tokenizers import Tokenizer, models
-
-    from xtuner.families import FAMILIES
-    from xtuner.model import from_scratch
-    from xtuner.model.weights import split
-
-    shape = {"vocab_size": 400, "intermediate_size": 320, "num_hidden_layers": 2, **D128}
-    given = {k: v for k, v in hf.items() if k in (*shape, "head_dim")}
-    source = from_scratch(**{**shape, **given}, rope_theta=1e6)
-    model = source.build()
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        tensors |= {
-            k: t.to(dtype).contiguous() for k, t in split(name, tensor, FAMILIES[layout], source.config).items()
-        }
-    folder.mkdir(parents=True)
-    names = sorted(tensors)
-    files = {f"model-{i}.safetensors": names[i::shards] for i in range(shards)}
-    for file, inside in files.items():
-        save_file({n: tensors[n] for n in inside}, folder / file, metadata={"format": "pt"})
-    index = {"weight_map": {n: file for file, inside in files.items() for n in inside}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(
-        json.dumps({**FAMILIES[layout].write_config(source.config, str(dtype)[6:]), **hf})
-    )
-    Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "d": 3}, [])).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return folder
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    """Every file but our manifest."""
-    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    files.pop("manifest.json", None)
-    return files
 
 
 def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner: Command, capsys: Any) -> None:
@@ -75,17 +30,23 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
     dynamic = {"rope_scaling": {"type": "dynamic", "factor": 3}, "max_position_embeddings": 4096}
     linear = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rms_norm_eps": 1e-6}
     cases: list[tuple[Path, list[str]]] = [
-        (make(tmp_path / "internlm2-chat-7b"), ["--tp", "1"]),
-        (make(tmp_path / "a", shards=3, **dynamic), ["--tp", "2", "--dtype", "bfloat16"]),
-        (make(tmp_path / "b", dtype=torch.float32, vocab_size=503, intermediate_size=321, **linear), ["--tp", "4"]),
+        (write_hf_folder(tmp_path / "internlm2-chat-7b"), ["--tp", "1"]),
+        (write_hf_folder(tmp_path / "a", shards=3, **dynamic), ["--tp", "2", "--dtype", "bfloat16"]),
         (
-            make(tmp_path / "c", dtype=torch.float16),
+            write_hf_folder(tmp_path / "b", dtype=torch.float32, vocab_size=503, intermediate_size=321, **linear),
+            ["--tp", "4"],
+        ),
+        (
+            write_hf_folder(tmp_path / "c", dtype=torch.float16),
             ["--tp", "4", "--dtype", "bfloat16", "--chat-template", "internlm2"],
         ),
-        (make(tmp_path / "d", "llama", vocab_size=3, **D128), ["--tp", "1"]),
-        (make(tmp_path / "e", "llama", dtype=torch.float32, **dynamic), ["--tp", "2"]),
-        (make(tmp_path / "f", "llama", intermediate_size=321, **D64, rope_theta=50000000), ["--tp", "4"]),
-        (make(tmp_path / "g", "llama", **{**D64, "num_key_value_heads": 1}), ["--tp", "4", "--dtype", "float16"]),
+        (write_hf_folder(tmp_path / "d", "llama", vocab_size=3, **D128), ["--tp", "1"]),
+        (write_hf_folder(tmp_path / "e", "llama", dtype=torch.float32, **dynamic), ["--tp", "2"]),
+        (write_hf_folder(tmp_path / "f", "llama", intermediate_size=321, **D64, rope_theta=50000000), ["--tp", "4"]),
+        (
+            write_hf_folder(tmp_path / "g", "llama", **{**D64, "num_key_value_heads": 1}),
+            ["--tp", "4", "--dtype", "float16"],
+        ),
     ]
     for name in ("merges.txt", "qwen.tiktoken", "README.md", "chat_template.jinja"):
         (tmp_path / "a" / name).write_text(name)  # README.md and .jinja stay behind
@@ -106,7 +67,7 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
     for folder, words in cases:
         old, new = tmp_path / "old" / folder.name, tmp_path / "new" / folder.name
         assert xtuner("convert", "turbomind", "it's: 7b", folder, "--dst-path", new, *words) == 0
-        ours, expected = tree(new), tree(old)
+        ours, expected = read_files(new), read_files(old)
         assert ours.keys() == expected.keys(), folder.name
         for name in expected:
             assert ours[name] == expected[name], f"{folder.name}: {name}"
@@ -123,10 +84,10 @@ def test_any_head_dim(tmp_path: Path, xtuner: Command, caplog: Any) -> None:
         shape = {"hidden_size": 384, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
         made = []
         for layout in ("internlm2", "llama"):
-            source = make(tmp_path / f"{layout}-{heads}", layout, **shape)
+            source = write_hf_folder(tmp_path / f"{layout}-{heads}", layout, **shape)
             target = tmp_path / f"{layout}-{heads}-tm"
             assert xtuner("convert", "turbomind", source, "--dst-path", target, "--tp", tp) == 0
-            made.append({n: b for n, b in tree(target / WEIGHTS).items() if n.endswith(".weight")})
+            made.append({n: b for n, b in read_files(target / WEIGHTS).items() if n.endswith(".weight")})
         assert made[0] == made[1]
 
 
@@ -135,7 +96,9 @@ def test_attention_means_the_same(tmp_path: Path, xtuner: Command) -> None:
     from xtuner.model import load_pretrained
     from xtuner.model.decoder import Layout
 
-    source = make(tmp_path / "hf", hidden_size=48, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=1)
+    source = write_hf_folder(
+        tmp_path / "hf", hidden_size=48, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=1
+    )
     assert xtuner("convert", "turbomind", source, "--dst-path", tmp_path / "tm", "--tp", "2", "--dtype", "bf16") == 0
     T, D, heads, kv_heads = 9, 6, 4, 1  # of each of the two ranks
     x = torch.randn(T, 48, generator=torch.Generator().manual_seed(0))
@@ -163,7 +126,7 @@ def test_attention_means_the_same(tmp_path: Path, xtuner: Command) -> None:
 
 
 def test_check_names_the_first_difference(tmp_path: Path, xtuner: Command) -> None:
-    source = make(tmp_path / "hf")
+    source = write_hf_folder(tmp_path / "hf")
     good = tmp_path / "tm"
     assert xtuner("convert", "turbomind", "internlm2-chat-7b", source, "--dst-path", good, "--tp", "2") == 0
     config = good / WEIGHTS / "config.yaml"
@@ -200,7 +163,7 @@ def test_check_names_the_first_difference(tmp_path: Path, xtuner: Command) -> No
 
 
 def test_refusals(tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = make(tmp_path / "hf")
+    source = write_hf_folder(tmp_path / "hf")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
 
@@ -248,7 +211,9 @@ def test_refusals(tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPat
 
 def test_what_is_told(tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     """An ignored name, a chat model without a chat template, a head size that TurboMind lacks, too many ids."""
-    source = make(tmp_path / "hf", hidden_size=40, num_attention_heads=4, num_key_value_heads=4, vocab_size=3)
+    source = write_hf_folder(
+        tmp_path / "hf", hidden_size=40, num_attention_heads=4, num_key_value_heads=4, vocab_size=3
+    )
     added = {"id": 4, "content": "<|im_start|>", "special": True}
     added |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
@@ -273,14 +238,14 @@ import json, resource, sys
 from pathlib import Path
 import torch
 from safetensors import safe_open
-from test_turbomind import make
+from helpers.checkpoints import write_hf_folder
 from xtuner.export import turbomind
 
 folder = Path(sys.argv[1])
 turbomind.BLOCK = 2**20
 shape = dict(hidden_size=768, num_attention_heads=6, num_key_value_heads=6, intermediate_size=3072, vocab_size=8000)
-small = turbomind.read_source(make(folder / "small", **shape, num_hidden_layers=1))
-large = make(folder / "large", dtype=torch.float32, **shape, num_hidden_layers=14)
+small = turbomind.read_source(write_hf_folder(folder / "small", **shape, num_hidden_layers=1))
+large = write_hf_folder(folder / "large", dtype=torch.float32, **shape, num_hidden_layers=14)
 turbomind.convert(small, folder / "out")  # imports and caches are there now
 total = (large / "model-0.safetensors").stat().st_size  # is mapped: counted by the system, although it takes no memory
 wqkv, CONSTANT = 3 * 768 * 768 * 4, 16 * 2**20

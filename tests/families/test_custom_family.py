@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, train_tokenizer
+from helpers.corpus import VOCABULARY, train_tokenizer
 from safetensors.torch import load_file
 
 from xtuner.core.errors import ConfigError

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_corpus
+from helpers.checkpoints import internlm2_weights, write_internevo, write_zero
+from helpers.corpus import write_corpus
 from safetensors.torch import save_file
-from test_sources import internlm2, write_internevo, write_zero
 
 from fuzz.targets import MARKS, NETWORK, archive
 from xtuner.config.load import find, parse_option
@@ -265,7 +265,7 @@ def test_files_of_torch_that_hold_something_else(tmp_path: Path) -> None:
     ],
 )
 def test_crafted_files_of_deepspeed(key: str, value: Any, words: str, tmp_path: Path) -> None:
-    folder = write_zero(tmp_path / "z", internlm2(), 2, 2, padding=1)
+    folder = write_zero(tmp_path / "z", internlm2_weights(), 2, 2, padding=1)
     first = "optimizer" if key.startswith("optimizer") else "mp_rank"
     path = next(p for p in sorted(folder.iterdir()) if ("optim" if first == "optimizer" else "model") in p.name)
     content = torch.load(path, weights_only=False)
@@ -285,9 +285,9 @@ def test_crafted_files_of_internevo(tmp_path: Path) -> None:
         ({"norm_head": [[]]}, r"norm_head = \[\[\]\]"), ({"hidden_size": 0}, "hidden_size = 0"),
         ({"num_kv_attention_heads": 2**31}, "num_kv_attention_heads"), ({"num_attention_heads": 7}, "asks for"),
     )):  # fmt: skip
-        folder = write_internevo(tmp_path / str(i), internlm2(), 1, [1], **changes)
+        folder = write_internevo(tmp_path / str(i), internlm2_weights(), 1, [1], **changes)
         refused(lambda folder=folder: consolidate(folder, tmp_path / "o.safetensors"), words, CheckpointError)
-    folder = write_internevo(tmp_path / "far", internlm2(), 1, [1])
+    folder = write_internevo(tmp_path / "far", internlm2_weights(), 1, [1])
     (folder / "model_tp0_pp0.pt").rename(folder / f"model_tp{'9' * 200}_pp0.pt")
     refused(lambda: consolidate(folder, tmp_path / "o.safetensors"), r"model_tp0_pp0\.pt is missing", CheckpointError)
 

@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from conftest import write_corpus
+
+from helpers.corpus import write_corpus
 
 KEPT = Path(__file__).resolve().parents[1] / "reference" / "checkpoints_337ac99"
 AT, LOSSES = 5, 10

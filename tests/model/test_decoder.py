@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import reference
+from helpers.paths import reference
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 

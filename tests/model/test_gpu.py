@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import reference
-from test_trainer import with_hook
+from helpers.configs import with_hook
+from helpers.paths import reference
 
 from xtuner.cli.main import main
 from xtuner.core.errors import ConfigError

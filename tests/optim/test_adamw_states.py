@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_strategies import CPU, LR, go, packs, source
+from helpers.models import CPU, LR, odd_model, train_iterations, uneven_packs
 
 from xtuner.core.errors import ConfigError
 from xtuner.data.loading.batch import Batch
@@ -24,7 +24,7 @@ from xtuner.optim.optim_wrapper import OptimWrapper
 
 def strategy(states: str) -> ShardedStrategy:
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=1.0), 4, states=states)
-    return ShardedStrategy(source(), optim, CPU)
+    return ShardedStrategy(odd_model(), optim, CPU)
 
 
 def masters(s: ShardedStrategy) -> dict[str, torch.Tensor]:
@@ -74,17 +74,17 @@ def test_every_form_learns_and_resumes(tmp_path: Path) -> None:
         if states == "fp32":  # as on a GPU; on CPUs it is PyTorch's own
             rows = {n: p.rows for n, p in whole._divided.parameters.items()}
             whole._optimizer = ByForm(rows, OptimWrapper(dict(type=torch.optim.AdamW, lr=LR)), FORMS["fp32"])
-            source().fill({n: s.master for n, s in whole._shards().items()}, whole._shapes, CPU)
-        lines[states] = list(go(whole, range(5)))
+            odd_model().fill({n: s.master for n, s in whole._shards().items()}, whole._shapes, CPU)
+        lines[states] = list(train_iterations(whole, range(5)))
         whole.snapshot(optimizer=True).write(tmp_path / states)
         if states != "fp32":
             again = strategy(states)
             again.load(tmp_path / states)
             assert masters(again).keys() == masters(whole).keys()
             assert all(m.equal(masters(again)[n]) for n, m in masters(whole).items())
-            assert list(go(again, range(5, 8))) == list(go(whole, range(5, 8)))
+            assert list(train_iterations(again, range(5, 8))) == list(train_iterations(whole, range(5, 8)))
             assert all(m.equal(masters(again)[n]) for n, m in masters(whole).items())
-    torch_lines = list(go(strategy("fp32"), range(5)))
+    torch_lines = list(train_iterations(strategy("fp32"), range(5)))
     for states, tolerance in (("fp32", 1e-5), ("split", 5e-3), ("bf16", 2e-2), ("8bit", 2e-2)):
         for (loss, norm, applied), (true_loss, true_norm, _) in zip(lines[states], torch_lines, strict=True):
             assert applied
@@ -119,7 +119,7 @@ def test_forms_that_are_refused() -> None:
         OptimWrapper(dict(type=torch.optim.SGD, lr=1), states="8bit")
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), states="8bit")
     with pytest.raises(ConfigError, match="is not supported with DeepSpeed"):
-        select.choose(source(), optim, CPU, "deepspeed_zero1", None)
+        select.choose(odd_model(), optim, CPU, "deepspeed_zero1", None)
 
 
 def test_a_state_that_does_not_fit_is_told_with_what_would() -> None:
@@ -191,7 +191,7 @@ def test_parts_are_about_equal() -> None:
 
 def test_parts_and_what_is_kept_change_no_gradient() -> None:
     """Whole packs against parts, for every choice of what blocks keep."""
-    these = packs()[:4]
+    these = uneven_packs()[:4]
     targets = sum(p.num_targets for p in these)
     whole = strategy("fp32")
     loss = whole.forward_backward(these, targets)
@@ -206,7 +206,7 @@ def test_parts_and_what_is_kept_change_no_gradient() -> None:
 
 
 def test_plans_fit_their_room() -> None:
-    c = source().config
+    c = odd_model().config
     assert Plan(c, 4).fits(10**6)
     assert Plan(c, 4, 0).keeps(64) == [Keep(False, False, False, False)] * 2
     before = [0] * 4

@@ -8,9 +8,8 @@ from typing import Any
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
-from test_rank_protocol import on_ranks
-from test_strategies import CPU, packs
-from test_torch_optimizers import Lion, masters, small
+from helpers.models import CPU, Lion, read_masters, small_model, uneven_packs
+from helpers.ranks import on_ranks
 
 from xtuner.core.errors import ConfigError
 from xtuner.dist import collectives
@@ -44,13 +43,13 @@ def make(engine: str = "", groups: Any = (), folder: Path = Path(), **settings: 
     zero = str(folder / zero) if zero and zero.endswith(".json") else zero
     counts = PACKS // collectives.ALL.size
     optim = OptimWrapper(ADAMW, dict(max_norm=MAX_NORM), counts, parameter_groups=groups, **settings | more)
-    model = small()
+    model = small_model()
     return select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
 
 
 def go(strategy: Any, *iterations: int) -> list[dict[str, torch.Tensor]]:
     """Returns each iteration's gradients and, as "norm", their norm; of one process alone."""
-    record, everything, rank, ranks = [], packs(), collectives.rank(), collectives.ALL.size
+    record, everything, rank, ranks = [], uneven_packs(), collectives.rank(), collectives.ALL.size
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         strategy.forward_backward(these[rank::ranks], sum(p.num_targets for p in these))
@@ -91,36 +90,36 @@ def test_groups_are_those_of_torch(states: str) -> None:
         if states == "fp32":  # as on a GPU; on CPUs it is PyTorch's own
             rows = {n: p.rows for n, p in whole._divided.parameters.items()}
             whole._optimizer = ByForm(rows, OptimWrapper(ADAMW, parameter_groups=groups), FORMS["fp32"])
-            small().fill({n: s.master for n, s in whole._shards().items()}, whole._shapes, CPU)
+            small_model().fill({n: s.master for n, s in whole._shards().items()}, whole._shapes, CPU)
         return whole
 
     whole = strategy(GROUPS)
-    start = masters(whole)
+    start = read_masters(whole)
     record = go(whole, *range(4))
     tolerance = {"fp32": 1e-5, "split": 1e-5}.get(states, 2e-2)
     for name, value in expected(start, record).items():
-        assert (masters(whole)[name] - value).abs().max() < tolerance, name
+        assert (read_masters(whole)[name] - value).abs().max() < tolerance, name
     plain, same = strategy(()), strategy([dict(match=".", lr_scale=1.0, weight_decay=0.5)])
     go(plain, 0, 1)
     go(same, 0, 1)
-    assert all(value.equal(masters(same)[name]) for name, value in masters(plain).items())
+    assert all(value.equal(read_masters(same)[name]) for name, value in read_masters(plain).items())
 
 
 def test_every_engine_has_groups_and_resumes(tmp_path: Path) -> None:
     """As torch.optim.AdamW in one process, and from its checkpoint; bit for bit from a checkpoint of their own."""
     alone = make("", GROUPS)
-    start = masters(alone)
+    start = read_masters(alone)
     record = go(alone, 0, 1)
     alone.snapshot(optimizer=True).write(tmp_path / "alone")
     record += go(alone, 2, 3)
-    right = masters(alone)
+    right = read_masters(alone)
     assert all(value.equal(right[name]) for name, value in expected(start, record).items())
     plain = make()
     go(plain, 0, 1, 2, 3)
-    assert all((value - right[name]).abs().max() > 1e-3 for name, value in masters(plain).items())
+    assert all((value - right[name]).abs().max() > 1e-3 for name, value in read_masters(plain).items())
     one = make("", [dict(match=".", weight_decay=0.5)])
     go(one, 0, 1, 2, 3)
-    assert all(value.equal(masters(one)[name]) for name, value in masters(plain).items())
+    assert all(value.equal(read_masters(one)[name]) for name, value in read_masters(plain).items())
 
     def near(strategy: Any) -> None:
         for name, shard in strategy._shards().items():
@@ -139,7 +138,7 @@ def test_every_engine_has_groups_and_resumes(tmp_path: Path) -> None:
             again = make(engine, GROUPS, folder)
             again.load(folder / engine)
             go(again, 2, 3)
-            assert all(value.equal(masters(whole)[name]) for name, value in masters(again).items())
+            assert all(value.equal(read_masters(whole)[name]) for name, value in read_masters(again).items())
             again.load(tmp_path / "alone")
             go(again, 2, 3)
             near(again)
@@ -185,7 +184,7 @@ def test_groups_that_are_rejected(groups: Any, optimizer: Any, message: str) -> 
 
 def test_a_group_has_to_take_a_parameter(tiny: Path, tmp_path: Path, xtuner: Callable[..., int], caplog: Any) -> None:
     """Found by check-cfg with file and line; what the groups take is reported, and a change of it on a resume."""
-    names = small().trained_names()
+    names = small_model().trained_names()
     require_matches(names, OptimWrapper(ADAMW, parameter_groups=GROUPS).parameter_groups)
     config = tmp_path / "grouped.py"
     group = "dict(match='norm', weight_decay=0.0)"

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_turbomind import CACHE
+from helpers.paths import CACHE, EXTERNAL
 
 from xtuner.core.errors import ConfigError
 from xtuner.engine import ConstantLR, CosineAnnealingLR, LinearLR, MultiStepLR
 from xtuner.optim.schedule import Schedule
 
-HERE = Path(__file__).parents[1] / "external"
 Command = Callable[..., int]
 MMENGINE = CACHE / "mmengine-0.10.7"
 COMBINATIONS = 500
@@ -106,7 +105,7 @@ def test_equal_to_mmengine() -> None:
     env = {**os.environ, "PYTHONPATH": str(MMENGINE), "OMP_NUM_THREADS": "1"}
     lines = "".join(json.dumps(case) + "\n" for case in cases)
     done = subprocess.run(
-        [sys.executable, HERE / "mmengine_rates.py"], input=lines, env=env, text=True, capture_output=True
+        [sys.executable, EXTERNAL / "mmengine_rates.py"], input=lines, env=env, text=True, capture_output=True
     )
     assert done.returncode == 0, done.stderr
     seen = {"equal": 0, "rejected": 0, "overlapping": 0}

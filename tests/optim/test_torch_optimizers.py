@@ -13,8 +13,9 @@ from typing import Any
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
-from test_rank_protocol import on_ranks
-from test_strategies import CPU, packs, source
+from helpers.models import CPU, Lion, odd_model, read_masters, small_model, uneven_packs
+from helpers.paths import ROOT
+from helpers.ranks import on_ranks
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.dist import collectives
@@ -22,10 +23,8 @@ from xtuner.dist.collectives import Ranks
 from xtuner.engine.base import Strategy
 from xtuner.engine.strategies import select
 from xtuner.engine.zero import deepspeed_config
-from xtuner.model.source import ModelSource, from_scratch
 from xtuner.optim.optim_wrapper import OptimWrapper
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKS, LR = 2, 1e-2
 ENGINES = {  # as columns of the docs: --deepspeed, --fsdp
     "one process": (None, None),
@@ -53,32 +52,21 @@ def rows() -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
-def small() -> ModelSource:
-    return from_scratch(
-        seed=0, vocab_size=401, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128,
-    )  # fmt: skip
-
-
 def make(spec: dict[str, Any], engine: str, folder: Path) -> Strategy:
     zero, fsdp = ENGINES[engine]
     if engine == "ZeRO-3":
         zero = str(folder.parents[1] / "zero3.json")
-    optim, model = OptimWrapper(spec, None, PACKS // collectives.ALL.size), small()
+    optim, model = OptimWrapper(spec, None, PACKS // collectives.ALL.size), small_model()
     return select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
 
 
 def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bool]]:
     """With a rate that changes, as in warm-ups."""
-    everything, rank, ranks = packs(), collectives.rank(), collectives.ALL.size
+    everything, rank, ranks = uneven_packs(), collectives.rank(), collectives.ALL.size
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         loss = strategy.forward_backward(these[rank::ranks], sum(p.num_targets for p in these))
         yield (loss, *strategy.step(LR * (n + 1), None))
-
-
-def masters(strategy: Any) -> dict[str, torch.Tensor]:
-    return {name: shard.master.read().clone() for name, shard in strategy._shards().items()}
 
 
 def trained(spec: dict[str, Any], engine: str, folder: Path) -> list[tuple[float, float, bool]]:
@@ -91,8 +79,8 @@ def trained(spec: dict[str, Any], engine: str, folder: Path) -> list[tuple[float
     again = make(spec, engine, folder)
     again.load(folder)
     assert list(go(again, range(2, 4))) == lines[2:]
-    for name, master in masters(again).items():
-        assert master.equal(masters(whole)[name]), name
+    for name, master in read_masters(again).items():
+        assert master.equal(read_masters(whole)[name]), name
     assert all(applied for _, _, applied in lines)
     collectives.ALL.gather(None)
     return lines
@@ -150,28 +138,6 @@ def test_what_the_docs_say_of_each_optimizer_happens(tmp_path: Path) -> None:
 
 
 # ---- optimizers of other packages -----------------------------------------------------------------------------------
-
-
-class Lion(torch.optim.Optimizer):
-    """Sign of a mean: each number by itself. Counts in plain numbers, of which a checkpoint keeps the kind."""
-
-    def __init__(self, params: Any, lr: float = 1e-3, beta: float = 0.9) -> None:
-        super().__init__(params, dict(lr=lr, beta=beta))
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    state = self.state[p]
-                    if not state:
-                        state |= dict(mean=torch.zeros_like(p), calls=0, share=0.0, warm=False, nothing=None)
-                    assert [type(state[k]) for k in ("calls", "share", "warm")] == [int, float, bool]
-                    state["calls"] += 1
-                    state["share"] += 0.1
-                    state["warm"] = True
-                    state["mean"].lerp_(p.grad, 1 - group["beta"])
-                    p.add_(state["mean"].sign(), alpha=-group["lr"] * state["share"] / state["calls"])
 
 
 class Lars(Lion):
@@ -283,7 +249,7 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
 
     def state(kind: Any, **arguments: Any) -> float:
         optim = OptimWrapper(dict(type=kind, lr=1, **arguments))
-        return memory.of_mesh(source(), optim, CPU, Mesh()).state / memory.num_parameters(source().config)
+        return memory.of_mesh(odd_model(), optim, CPU, Mesh()).state / memory.num_parameters(odd_model().config)
 
     assert state(torch.optim.AdamW) == 16
     assert state(torch.optim.AdamW, amsgrad=True) == 20

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_corpus
+from helpers.corpus import write_corpus
 
 from xtuner.cli.chat import spoken
 from xtuner.core.errors import CheckpointError, ConfigError

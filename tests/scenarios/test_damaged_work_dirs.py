@@ -14,13 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_interrupted_runs import SHORT, killed_at, resumed, straight
+from helpers.processes import SHORT, assert_resume_is_exact, killed_at
 
 from xtuner.cli.main import main
 from xtuner.core import files
 from xtuner.core.errors import BusyError, CheckpointError, ConfigError, XTunerError
-
-__all__ = ["straight"]  # the fixture
 
 Command = Callable[..., int]
 
@@ -118,7 +116,7 @@ def test_two_jobs_on_a_work_dir(tiny: Path, tmp_path: Path, straight: Path) -> N
         assert error.value.exit_code == 73
 
     assert killed_at(20, words, meanwhile=second)
-    resumed(tiny, tmp_path / "w", straight)
+    assert_resume_is_exact(tiny, tmp_path / "w", straight)
 
 
 @pytest.mark.parametrize("point", [9, 13, 17, 21])
@@ -134,7 +132,7 @@ def test_a_signal_during_a_save(point: int, tiny: Path, tmp_path: Path, straight
     assert killed_at(point, words, signalled=twice) == 75
     for folder in work_dir.glob("iter_*.pth"):
         files.verify(folder)
-    resumed(tiny, work_dir, straight)
+    assert_resume_is_exact(tiny, work_dir, straight)
 
 
 @pytest.fixture

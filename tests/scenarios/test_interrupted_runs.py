@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_corpus
-from test_trainer import contents, records, with_hook
+from helpers.configs import with_hook
+from helpers.corpus import write_corpus
+from helpers.processes import SHORT, assert_resume_is_exact, killed_at
+from helpers.runs import contents, records
 
 from xtuner.cli.main import main
 from xtuner.core import files
@@ -25,75 +27,6 @@ from xtuner.core.errors import CheckpointError, DataError, DivergedError, XTuner
 from xtuner.train.checkpoints.async_saver import TOLERATED
 
 Command = Callable[..., int]
-SHORT = ["custom_hooks=[]", "max_length=128", "save_steps=1", "save_total_limit=2"]  # 3 iterations
-POINTS = ("fsync", "rename", "replace", "unlink", "rmdir")  # every system call that makes a write last, or undoes one
-
-
-@pytest.fixture(scope="module")
-def straight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The end of a run that nothing disturbed."""
-    work_dir = tmp_path_factory.mktemp("straight")
-    assert main(["train", str(tiny), "--work-dir", str(work_dir), "--cfg-options", *SHORT]) == 0
-    return work_dir / (work_dir / "last_checkpoint").read_text().strip()
-
-
-def resumed(tiny: Path, work_dir: Path, straight: Path) -> None:
-    """Resume to the end; the end is the undisturbed run's."""
-    assert main(["train", str(tiny), "--work-dir", str(work_dir), "--resume", "--cfg-options", *SHORT]) == 0
-    assert contents(work_dir / straight.name) == contents(straight)
-    assert records(work_dir) == records(straight.parent)
-    assert [p for p in work_dir.iterdir() if p.name.startswith(".")] == []  # nothing is left of what was killed
-    assert all((p / files.MANIFEST).is_file() for p in work_dir.glob("iter_*.pth"))
-
-
-def stand_still_at(point: int, pipe: int, go: int, words: list[str]) -> None:
-    """Run a command in this (forked) process; at the `point`-th write point tell the parent and wait for it."""
-    seen = 0
-
-    def pausing(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            nonlocal seen
-            seen += 1
-            if seen == point:
-                os.write(pipe, b"x")
-                os.read(go, 1)
-            return call(*args, **kwargs)
-
-        return wrapped
-
-    for name in POINTS:
-        setattr(os, name, pausing(getattr(os, name)))
-    code = main(words)
-    os.write(pipe, b"e")  # the run has fewer points
-    os._exit(code)
-
-
-def killed_at(
-    point: int,
-    words: list[str],
-    meanwhile: Callable[[], None] = lambda: None,
-    signalled: Callable[[int], None] | None = None,
-) -> int:
-    """Kill a run at a write point; 0 if it ended before. With `signalled` signal it there, let it go on, and return
-    its exit code. `meanwhile` is called while it stands still."""
-    read, write = os.pipe()
-    wait, go = os.pipe()
-    child = multiprocessing.get_context("fork").Process(target=stand_still_at, args=(point, write, wait, words))
-    child.start()
-    os.close(write)
-    os.close(wait)
-    reached = os.read(read, 1) == b"x"
-    if reached:
-        meanwhile()
-    if reached and signalled and child.pid:
-        signalled(child.pid)
-        os.write(go, b"x")
-    else:
-        child.kill()
-    child.join()
-    os.close(read)
-    os.close(go)
-    return (child.exitcode or 0) if signalled else int(reached)
 
 
 def test_killed_at_every_write_point_of_every_save(tiny: Path, tmp_path: Path, straight: Path) -> None:
@@ -106,7 +39,7 @@ def test_killed_at_every_write_point_of_every_save(tiny: Path, tmp_path: Path, s
             break
         saved += any(work_dir.glob("iter_*.pth"))
         assert all((p / files.MANIFEST).is_file() for p in work_dir.glob("iter_*.pth"))  # pruned ones included
-        resumed(tiny, work_dir, straight)
+        assert_resume_is_exact(tiny, work_dir, straight)
         shutil.rmtree(work_dir)
         point += 1
     assert point > 30
@@ -121,7 +54,7 @@ def test_killed_at_write_points_of_a_resume_and_of_exports(tiny: Path, tmp_path:
         work_dir = tmp_path / f"w{point}"
         shutil.copytree(begun, work_dir)
         assert killed_at(point, ["train", str(tiny), "--work-dir", str(work_dir), "--resume", "--cfg-options", *SHORT])
-        resumed(tiny, work_dir, straight)
+        assert_resume_is_exact(tiny, work_dir, straight)
     export = ["convert", "pth_to_hf", str(tiny), str(straight), str(tmp_path / "hf")]
     turbomind = ["convert", "turbomind", str(tmp_path / "hf"), "--dst-path", str(tmp_path / "tm")]
     for words, target in ((export, tmp_path / "hf"), (turbomind, tmp_path / "tm")):
@@ -179,7 +112,7 @@ def test_every_damage_of_every_file(tiny: Path, tmp_path: Path, straight: Path) 
                 with pytest.raises(CheckpointError):
                     main([*train, "--cfg-options", *SHORT])
                 assert not (work_dir / f"{straight.name}.damaged").exists()
-            resumed(tiny, work_dir, straight)
+            assert_resume_is_exact(tiny, work_dir, straight)
             if name != files.MANIFEST or damage != "gone":
                 assert (work_dir / f"{straight.name}.damaged").is_dir(), (name, damage)
             shutil.rmtree(work_dir)
@@ -211,7 +144,7 @@ def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path, straight: Path, x
     assert "the checkpoint cannot be written: rank 0: " in log
     assert log.count("training goes on") == TOLERATED
     assert [p.name for p in work_dir.glob(".iter*")] == []
-    resumed(tiny, work_dir, straight)
+    assert_resume_is_exact(tiny, work_dir, straight)
 
 
 def test_no_room_is_known_before(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +182,7 @@ def test_stopped_on_request(
     assert main([*words, "--cfg-options", *options, "save_steps=-1", "evaluation_inputs=[]"]) == 75
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     files.verify(work_dir / "iter_1.pth")
-    resumed(tiny, work_dir, straight)
+    assert_resume_is_exact(tiny, work_dir, straight)
 
 
 def test_a_nan_is_not_applied(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
@@ -365,7 +298,7 @@ def test_a_checkpoint_of_an_older_version(tiny: Path, tmp_path: Path, straight: 
         with pytest.raises(CheckpointError, match="is damaged: the manifest is altered: it is of "):
             xtuner(*train)
     files.write_json(folder / files.MANIFEST, manifest)
-    resumed(tiny, work_dir, straight)
+    assert_resume_is_exact(tiny, work_dir, straight)
 
 
 def test_a_full_disk_at_the_start(tiny: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from test_commands import shell
+from helpers.processes import shell
 
 HOOK = '''
 from xtuner.train.hooks import Hook

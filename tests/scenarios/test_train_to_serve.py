@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY
+from helpers.checkpoints import WEIGHTS, read_files
+from helpers.corpus import VOCABULARY
+from helpers.paths import EXTERNAL, LMDEPLOY
 from safetensors.torch import load_file
-from test_turbomind import EXTERNAL, LMDEPLOY, WEIGHTS, tree
 
 from xtuner.cli.main import main
 from xtuner.core.errors import ConfigError
@@ -67,7 +68,7 @@ def test_turbomind_from_both_layouts(folder: Path, tmp_path: Path, xtuner: Comma
         words = ["internlm2-chat-7b", folder / layout, "--dst-path", target, "--chat-template", "base"]
         assert xtuner("convert", "turbomind", *words) == 0
         assert xtuner("convert", "turbomind", folder / layout, "--check", target) == 0
-        trees.append(tree(target))
+        trees.append(read_files(target))
     weights = [{n: b for n, b in t.items() if n.endswith(".weight")} for t in trees]
     assert weights[0] == weights[1]
     if not (LMDEPLOY / "installed").is_file():
@@ -81,7 +82,7 @@ def test_turbomind_from_both_layouts(folder: Path, tmp_path: Path, xtuner: Comma
     done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for layout, ours in zip(LAYOUTS, trees, strict=True):
-        expected = tree(tmp_path / f"old.{layout}")
+        expected = read_files(tmp_path / f"old.{layout}")
         assert expected == ours, layout
         assert len([n for n in expected if n.startswith(WEIGHTS.as_posix())]) == 18  # 17 of weights
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_commands import shell
+from helpers.processes import shell
 
 from xtuner.core.system import disk, sysinfo
 

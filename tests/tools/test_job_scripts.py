@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.paths import ROOT
 from helpers.slurm import Slurm
 
 from xtuner.core.errors import ConfigError
 from xtuner.tools.job_scripts import TEMPLATES
 
 Command = Callable[..., int]
-ROOT = Path(__file__).resolve().parents[2]
 NASTY = 'it\'s "a" $(touch PWNED) `touch PWNED` $HOME ; # é: {x} \\n % @{name} *'  # a folder's name
 RESUME = ["--resume", "auto"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, train_tokenizer
+from helpers.corpus import VOCABULARY, train_tokenizer
 
 from xtuner.data.chat_template import PROMPT_TEMPLATE
 from xtuner.data.format.writer import write_bin

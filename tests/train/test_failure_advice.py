@@ -10,10 +10,11 @@ from pathlib import Path
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
-from conftest import write_corpus
-from test_launchers import ROOT
-from test_lost_ranks import ended, started, told
-from test_trainer import records, with_hook
+from helpers.configs import with_hook
+from helpers.corpus import write_corpus
+from helpers.paths import ROOT
+from helpers.ranks import exit_codes, start_ranks, stderr_of
+from helpers.runs import records, train_commands
 
 from xtuner.config.load import load
 from xtuner.dist.mesh import Mesh
@@ -27,10 +28,6 @@ from xtuner.train.reporting.failure_advice import _line, out_of_memory
 # After an iteration the process may take 1 MiB more; the next one needs more than that.
 LIMIT = """exec('import resource; n = next(x for x in open("/proc/self/status") if x.startswith("VmData")); \
 n = int(n.split()[1]) * 1024 + 2**20; resource.setrlimit(resource.RLIMIT_DATA, (n, n))')"""
-
-
-def commands(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if re.match(r"\s+(\w+=\S+ |torchrun .*)?xtuner train ", line)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
@@ -52,7 +49,7 @@ def test_memory_runs_out(tiny: Path, tmp_path: Path) -> None:
     error = text[text.index("xtuner: memory ran out in iteration 3: ") :]
     assert "one process, ranks: 1, packs of 128 tokens, on cpu" in error
     assert re.search(r"take [\d.]+ MiB here by arithmetic", error)
-    again = commands(error)[0]
+    again = train_commands(error)[0]
     assert again.endswith("--cfg-options model.activation_checkpointing=True --resume auto")
     program = shlex.split(again)
     assert program[:2] == ["xtuner", "train"]
@@ -66,11 +63,11 @@ def test_the_rank_whose_memory_it_was_tells(tiny: Path, tmp_path: Path) -> None:
     raises = "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB')"
     config = with_hook(tiny, tmp_path / "run.py", 1, f"if os.environ['RANK'] == '1':\n                {raises}")
     words = ["train", config, "--work-dir", tmp_path / "w", "--launcher", "pytorch", "--deepspeed", "deepspeed_zero1"]
-    assert ended(started([*words, "--cfg-options", "evaluation_inputs=[]"], tmp_path)) == [1, 2]
-    assert "rank 1 has failed: ConfigError: memory ran out in iteration 2: CUDA out of memory" in told(tmp_path, 0)
-    text = told(tmp_path, 1)
+    assert exit_codes(start_ranks([*words, "--cfg-options", "evaluation_inputs=[]"], tmp_path)) == [1, 2]
+    assert "rank 1 has failed: ConfigError: memory ran out in iteration 2: CUDA out of memory" in stderr_of(tmp_path, 0)
+    text = stderr_of(tmp_path, 1)
     assert "deepspeed_zero1, ranks: 2" in text
-    assert commands(text)[0].startswith(f"torchrun --nproc-per-node=2 -m xtuner train {config} --work-dir ")
+    assert train_commands(text)[0].startswith(f"torchrun --nproc-per-node=2 -m xtuner train {config} --work-dir ")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +97,7 @@ def test_a_7b_model_on_8_gpus(
     words = ["c.py", *(["--deepspeed", zero] if zero else ["--fsdp"]), "--cfg-options", "a=b"]
     error = out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"))
     assert error.exit_code == 2
-    found = commands(str(error))
+    found = train_commands(str(error))
     start = "NPROC_PER_NODE=8 xtuner train c.py"
     engine = f"--deepspeed {zero}" if zero else "--fsdp"
     full = {"zero2": " --cfg-options optim_wrapper.full=weights"}
@@ -113,14 +110,16 @@ def test_a_7b_model_on_8_gpus(
     run.optim.full = "all"  # what another stage, or sums by DeepSpeed, would refuse is taken back
     now = zero_memory.ZeroMemory(0, Plan(run.source.config, 2), 8200)
     full = {"zero2": "weights"} | dict.fromkeys(("zero1", "zero2_offload", "zero3", "zero3_offload"))
-    found = commands(str(out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"), now)))
+    found = train_commands(str(out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"), now)))
     smaller = [f"{start} {engine} --cfg-options a=b --cfg-options optim_wrapper.micro_batch=4096 --resume auto"]
     again = "--cfg-options a=b --deepspeed deepspeed_"
     assert found[1:-1] == (smaller if zero else []) + [
         f"{start} {again}{name} --cfg-options optim_wrapper.full={full[name]} --resume auto" for name in more
     ]
     run.optim.states = FORMS["split"]  # not with DeepSpeed
-    assert len(commands(str(out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA"), now)))) == 2 + bool(zero)
+    assert len(
+        train_commands(str(out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA"), now)))
+    ) == 2 + bool(zero)
 
 
 @pytest.mark.parametrize(

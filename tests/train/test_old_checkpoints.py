@@ -8,13 +8,11 @@ from pathlib import Path
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
-from conftest import write_corpus
+from helpers.corpus import write_corpus
 from helpers.make_old_checkpoints import AT, KEPT, LOSSES, RUNS
-from safetensors import safe_open
+from helpers.ranks import exit_codes, on_ranks, start_ranks, stderr_of
+from helpers.runs import optimizer_states, records
 from safetensors.torch import load_file
-from test_lost_ranks import ended, started, told
-from test_rank_protocol import on_ranks
-from test_trainer import records
 
 from xtuner.compat.translate import load
 from xtuner.config.build import build
@@ -40,7 +38,9 @@ def test_an_old_run_continues(
     if ranks == 1:
         assert xtuner(*words) == 0
     else:
-        assert ended(started([*words, "--launcher", "pytorch"], tmp_path, ranks)) == [0] * ranks, told(tmp_path, 0)
+        assert exit_codes(start_ranks([*words, "--launcher", "pytorch"], tmp_path, ranks)) == [0] * ranks, stderr_of(
+            tmp_path, 0
+        )
     lines = records(tmp_path / "w")
     assert min(lines) == AT + 1
     losses = [lines[AT + 1 + i]["loss"] for i in range(LOSSES)]
@@ -49,34 +49,6 @@ def test_an_old_run_continues(
         assert losses == LINES[name]
     before, after = (read_trainer(folder)[0] for folder in (KEPT / name, tmp_path / "w" / "iter_30.pth"))
     assert (before.iteration, before.packs, after.iteration, after.packs) == (AT, 2 * AT, 30, 60)
-
-
-def states(folder: Path) -> dict[str, torch.Tensor]:
-    """The optimizer's state in a checkpoint by name, flat; put together from slices by another way than ours."""
-    shapes = {n: t.shape for n, t in load_file(folder / "weights" / "model.safetensors").items()}
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("optimizer/*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            metadata = {k: json.loads(v) for k, v in tensors.metadata().items()}
-            for key in tensors.keys():  # noqa: SIM118
-                value, name = tensors.get_tensor(key), key.partition(":")[0]
-                if not value.dim():
-                    found[name] = value
-                elif "begins" in metadata:
-                    begin = metadata["begins"][key]
-                    whole = found.setdefault(name, torch.zeros(_length(name, shapes), dtype=value.dtype))
-                    whole[begin : begin + len(value)] = value
-                else:
-                    offset, of = metadata["slices"][key]
-                    whole = found.setdefault(name, torch.zeros(torch.Size(of).numel(), dtype=value.dtype))
-                    inside = tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))
-                    whole.view(of)[inside] = value
-    return found
-
-
-def _length(name: str, shapes: dict[str, torch.Size]) -> int:
-    key, _, parameter = name.partition("/")
-    return -(-shapes[parameter].numel() // 256) if key.endswith("_scale") else shapes[parameter].numel()
 
 
 @pytest.mark.parametrize(("name", "ranks"), [(name, ranks) for name in RUNS for ranks in (1, 2)])
@@ -98,7 +70,7 @@ def test_old_masters_and_moments_are_taken_bit_for_bit(name: str, ranks: int, tm
     old, new = (load_file(folder / "weights" / "model.safetensors") for folder in (KEPT / name, tmp_path))
     assert old.keys() == new.keys()
     assert all(new[n].equal(value) for n, value in old.items())
-    before, after = states(KEPT / name), states(tmp_path)
+    before, after = optimizer_states(KEPT / name), optimizer_states(tmp_path)
     assert {key.partition("/")[0] for key in before} >= {"exp_avg", "exp_avg_sq", "step"}
     assert before.keys() == after.keys()
     assert all(after[n].equal(value.to(after[n].dtype)) for n, value in before.items())

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import VOCABULARY, write_corpus
+from helpers.corpus import VOCABULARY, write_corpus
 from safetensors.torch import load_file, save_file
 
 from xtuner.cli.main import main

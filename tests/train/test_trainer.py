@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_corpus
+from helpers.configs import with_hook
+from helpers.corpus import write_corpus
+from helpers.runs import contents, records
 from safetensors.torch import load_file
 
 from xtuner.cli.main import main
@@ -21,43 +23,6 @@ from xtuner.core.errors import CheckpointError, ConfigError, DataError
 
 Command = Callable[..., int]
 PLAIN = ["custom_hooks=[]"]
-
-
-def records(work_dir: Path) -> dict[int, dict[str, Any]]:
-    """Log lines by iteration; where starts overlap they must agree."""
-    found: dict[int, dict[str, Any]] = {}
-    for file in sorted(work_dir.glob("*/vis_data/scalars.json")):
-        for line in file.read_text().splitlines():
-            record = json.loads(line)
-            if "loss" not in record:  # of validation
-                continue
-            kept = {k: record[k] for k in ("lr", "loss", "grad_norm", "targets", "applied")}
-            assert found.setdefault(record["iter"], kept) == kept
-    return found
-
-
-def contents(checkpoint: Path) -> dict[str, Any]:
-    """Sizes and hashes of a checkpoint's tensors, and its state."""
-    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    state = json.loads((checkpoint / "trainer.json").read_text())["state"]
-    return {**{k: v for k, v in files.items() if k.endswith(".safetensors")}, "state": state}
-
-
-def with_hook(config: Path, target: Path, at: int | str, action: str) -> Path:
-    """The config with one more hook, which does `action` after iteration `at`, when all other hooks are through."""
-    hook = f"""
-from xtuner.train.hooks import Hook
-class Act(Hook):
-    priority = 95
-    def after_iteration(self, run, it):
-        import os, signal
-        if it.state.iteration == {at}:
-            {action}
-"""
-    first = "from torch.optim import AdamW\n"
-    text = config.read_text().replace(first, first + hook)
-    target.write_text(text.replace("custom_hooks = [\n", "custom_hooks = [\n    dict(type=Act),\n"))
-    return target
 
 
 def killed_after(iterations: int, config: Path, work_dir: Path, options: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.corpus import VOCABULARY
-from helpers.paths import COPIED, ROOT
+from helpers.paths import REFERENCE, ROOT
 from safetensors.torch import load_file, save_file
 
 from xtuner.compat.names import REPLACED
@@ -175,7 +175,7 @@ def legacy(legacy_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-FORMS = sorted((COPIED / "legacy_configs").glob("*.py"))
+FORMS = sorted((REFERENCE / "legacy_configs").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -312,12 +312,12 @@ def test_the_documentation_has_the_same_lists() -> None:
     ],
 )  # fmt: skip
 def test_what_is_dropped_or_differs_is_reported(form: str, line: str, told: str, tmp_path: Path) -> None:
-    text = (COPIED / "legacy_configs" / f"{form}.py").read_text()
+    text = (REFERENCE / "legacy_configs" / f"{form}.py").read_text()
     (tmp_path / "other.py").write_text(f"{text}\n{line}\n")
     config = load(str(tmp_path / "other.py"))
     assert problems(config) == []
     assert told in "\n".join(paragraphs(config))
-    plain = load(str(COPIED / "legacy_configs" / "xtuner_0_1_14.py"))
+    plain = load(str(REFERENCE / "legacy_configs" / "xtuner_0_1_14.py"))
     assert told not in "\n".join(paragraphs(plain)), "reported of a config that it does not concern"
 
 

@@ -17,13 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.paths import reference
 from safetensors.torch import load_file
 
 from xtuner.core.errors import CheckpointError
 from xtuner.core.pickles import Opaque, load_tensors
-
-ZERO = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "zero_ckpt"
-
 
 # ---- making files -------------------------------------------------------------------------------------------------
 
@@ -534,14 +532,8 @@ def test_nesting_without_end(tmp_path):
 # ---- real checkpoints ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def zero():
-    if not ZERO.is_dir():
-        pytest.skip("the reference checkpoints are not here")
-    return ZERO
-
-
-def test_all_reference_checkpoints(zero):
+def test_all_reference_checkpoints():
+    zero = reference("zero_ckpt")
     files = [file for pattern in ("*.pt", "*.pth") for file in sorted(zero.rglob(pattern)) if file.is_file()]
     assert len(files) >= 11
     for file in files:
@@ -551,7 +543,8 @@ def test_all_reference_checkpoints(zero):
             load_tensors(file)
 
 
-def test_a_single_file_of_xtuner(zero):
+def test_a_single_file_of_xtuner():
+    zero = reference("zero_ckpt")
     info = json.loads((zero / "zero2_bf16_no_optimizer" / "info.json").read_text())
     value = load_tensors(zero / "zero2_bf16_no_optimizer" / "iter_3.pth", opaque=True)
     assert sorted(value) == info["top_keys"]

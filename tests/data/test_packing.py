@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.paths import COPIED, SHARED, reference
+from helpers.paths import REFERENCE, reference
 
 from xtuner.core.errors import DataError, XTunerError
 from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
@@ -20,8 +20,7 @@ from xtuner.data.format.writer import write_bin
 from xtuner.data.loading.sampler import Position, numbers, packs_per_epoch
 from xtuner.data.packing.pack import PackedDataset
 
-ROOT = next(r for r in (SHARED, COPIED) if (r / "packing").is_dir())
-CASES = sorted(p.name for p in (ROOT / "packing").iterdir() if p.is_dir())
+CASES = sorted(p.name for p in (REFERENCE / "packing").iterdir() if p.is_dir())
 
 
 def open_case(case: Path, expected: dict[str, Any]) -> PackedDataset:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.paths import SHARED, reference
+from helpers.paths import reference, reference_models
 from safetensors.torch import load_file
 
 from xtuner.core.errors import CheckpointError, ConfigError
@@ -94,7 +94,7 @@ def test_our_own_remote_code(
         xtuner("convert", "pth_to_hf", *words, "--layout", "llama")
     assert xtuner("convert", "pth_to_hf", *words) == 0
     folders = [tmp_path / "exported"]
-    for name in ["a_gqa", "c_dynamic_ntk", *(["b_mha", "d_mqa_bias", "e_linear"] if SHARED.is_dir() else [])]:
+    for name in reference_models():
         model = load_pretrained(reference("models", name))
         folders.append(tmp_path / name)
         folders[-1].mkdir()
@@ -133,8 +133,7 @@ def test_the_reference_models_in_transformers(tmp_path: Path) -> None:
     from xtuner.families import LLAMA
     from xtuner.model.weights import split
 
-    names = ["a_gqa", "b_mha", "d_mqa_bias", "e_linear"] if SHARED.is_dir() else ["a_gqa"]
-    for name in names:
+    for name in {"a_gqa", "b_mha", "d_mqa_bias", "e_linear"} & set(reference_models()):
         model = load_pretrained(reference("models", name))
         folder = tmp_path / name
         folder.mkdir()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.corpus import VOCABULARY, train_tokenizer
-from helpers.paths import CACHE, SHARED, reference
+from helpers.paths import CACHE, reference
 from safetensors.torch import save_file
 
 from xtuner.core import log
@@ -122,14 +122,12 @@ def test_tokens_of_llamacpp(tmp_path: Path, tokenizer_folder: Path) -> None:
         pytest.skip(f"llama.cpp is not in {LLAMACPP}: `make llamacpp` fetches its converter and builds its tokenizer")
     texts = ["Hello, world", " a", "  two", "x\n\n y ", "def f(x):\n    return x\n", "é中文😀", "<s>a</s>", "1234 "]
     tokenizers = {"small": tokenizer_folder, "prefix": train_tokenizer(tmp_path / "with_blank", add_dummy_prefix=True)}
-    expected = {}
-    if SHARED.is_dir():
-        cases = json.loads(reference("tokenizer", "strings.json").read_text())
-        expected["internlm2"] = {c["text"]: c["fast"]["ids_add_special"] for c in cases if "\0" not in c["text"]}
-        assert len(expected["internlm2"]) > 70
-        tokenizers["internlm2"] = tmp_path / "given"
-        (tmp_path / "given").mkdir()
-        shutil.copy(reference("tokenizer", "internlm2_tokenizer.model"), tmp_path / "given" / "tokenizer.model")
+    cases = json.loads(reference("tokenizer", "strings.json").read_text())
+    expected = {"internlm2": {c["text"]: c["fast"]["ids_add_special"] for c in cases if "\0" not in c["text"]}}
+    assert len(expected["internlm2"]) > 70
+    tokenizers["internlm2"] = tmp_path / "given"
+    (tmp_path / "given").mkdir()
+    shutil.copy(reference("tokenizer", "internlm2_tokenizer.model"), tmp_path / "given" / "tokenizer.model")
     folders = []
     for name, tokenizer in tokenizers.items():
         source = model_folder(tmp_path / f"{name}.model", vocab_size=load_tokenizer(tokenizer).vocab_size)

@@ -1,8 +1,11 @@
 """A small world to train in: a tokenizer, a data folder, a config; and the command line, run in this process."""
 
+import multiprocessing.process
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,37 @@ pytest.register_assert_rewrite("helpers")
 
 from helpers import slurm as own_slurm  # noqa: E402
 from helpers.corpus import VOCABULARY, train_tokenizer, write_corpus  # noqa: E402
+
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"}
+started: list[str] = []  # processes that the test has started
+original_start = multiprocessing.process.BaseProcess.start
+
+
+def note_start(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in STARTS:
+        started.append(f"{event}{arguments[:2]}")
+
+
+def noted_start(process: Any) -> None:
+    """A spawned process of `multiprocessing`, which no audit event reports."""
+    started.append(repr(process))
+    original_start(process)
+
+
+sys.addaudithook(note_start)
+multiprocessing.process.BaseProcess.start = noted_start
+
+
+def pytest_runtest_setup() -> None:
+    started.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """`make test-fast` leaves out the tests marked `processes`: that mark has to be complete."""
+    yield
+    if started and not item.get_closest_marker("processes"):
+        pytest.fail(f"starts a process and is not marked `processes`: {started[0][:200]}")
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ def imports(file: Path) -> list[str]:
     return found
 
 
+@pytest.mark.processes
 def test_imports_run_downwards() -> None:
     for file in ROOT.rglob("*.py"):
         room, *below = file.relative_to(ROOT).parts
@@ -41,6 +42,7 @@ def test_imports_run_downwards() -> None:
         assert "compat.adapters" not in re.sub(r"[\"'`].*", "", file.read_text()), file
 
 
+@pytest.mark.processes
 def test_families_are_light() -> None:
     """What `data` and `model` both use imports `core` alone, and no library that is heavy."""
     for file in (ROOT / "families").rglob("*.py"):
@@ -87,6 +89,7 @@ def test_the_map_names_every_room() -> None:
         assert f"`xtuner/{room}/`" in text, room
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "words",
     [

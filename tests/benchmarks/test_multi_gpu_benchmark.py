@@ -215,6 +215,7 @@ def test_the_table_of_peers(bench: Any, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.processes
 def test_a_peer_that_fails_ends_whole(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One by itself; one in time; and what is done, or runs out of memory, is not tried again."""
     peers, runs = bench("peers"), bench("runs")
@@ -245,6 +246,7 @@ def several(*words: object) -> subprocess.CompletedProcess[str]:
 CHOSEN = "speed-2,even-2,reference-2,speed-2-split,save-2,full-2"  # ends of names
 
 
+@pytest.mark.processes
 def test_all_of_it_on_two_cpu_processes(bench: Any, tmp_path: Path) -> None:
     """Measured, run, compared with one process and a peer, killed and resumed; what is done is not done again."""
     words = ["--tiny", "--gpus", 2, "--results", tmp_path, "--engines", "fsdp"]

@@ -74,6 +74,7 @@ def test_peers_do_the_same_work(package: str, engine: str, attention: str, ours:
     assert found == pytest.approx(wanted, abs=2e-6)
 
 
+@pytest.mark.processes
 def test_a_peer_runs_as_a_case(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     words = [sys.executable, str(BENCHMARKS / "train.py"), "1.8b", "--engine", "hf", "--tiny", "--warm", "1"]
@@ -112,6 +113,7 @@ def test_kernels_are_summed_by_part() -> None:
     assert by_part(kernels, 1.0)["idle"] == 0  # kernels of two streams overlap
 
 
+@pytest.mark.processes
 def test_the_table_shows_old_and_new_rows(tmp_path: Path) -> None:
     place = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0+cu130"}
     old = {**place, "case": "1.8b", "engine": "zero2", "date": "2026-11-23", "tokens_per_s": 40000, "mfu": 0.447}

@@ -46,6 +46,7 @@ def test_list_and_copy(tmp_path: Path, corpus: Path, xtuner: Command, capsys: An
         xtuner("copy-cfg", "internlm2_7b_tokenized_dataset", tmp_path)
 
 
+@pytest.mark.processes
 def test_exit_codes_are_the_truth(tmp_path: Path, tiny: Path, corpus: Path) -> None:
     for code, words, message in (
         (0, ["--version"], ""),
@@ -77,6 +78,7 @@ def test_exit_codes_are_the_truth(tmp_path: Path, tiny: Path, corpus: Path) -> N
     assert (tmp_path / "data_order.txt").read_text() == "code/a.bin\ncode/b.bin\nen/a.bin\nen/b.bin\n"
 
 
+@pytest.mark.processes
 def test_a_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-build-isolation", "-w", tmp_path]

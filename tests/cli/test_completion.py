@@ -54,6 +54,7 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.processes
 def test_bash(bash_script: Path) -> None:
     if not shutil.which("bash"):
         pytest.skip("no bash")
@@ -73,6 +74,7 @@ def test_bash(bash_script: Path) -> None:
         assert {w for w in answer[2:].split("|") if w} == expected, words
 
 
+@pytest.mark.processes
 def test_the_first_words(bash_script: Path) -> None:
     heads = {name.split()[0] for name in VERBS}
     run = f"source '{bash_script}'; COMP_WORDS=(xtuner ''); COMP_CWORD=1; _xtuner; echo ${{COMPREPLY[*]}}"
@@ -80,6 +82,7 @@ def test_the_first_words(bash_script: Path) -> None:
     assert set(done.stdout.split()) == heads | {"--help", "--version"}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_the_other_shells(shell: str, tmp_path: Path) -> None:
     """Every verb, option and config is in the script; where the shell is installed, it can read it."""

@@ -212,6 +212,7 @@ def run_of_ours(options: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return work_dir
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("form", FORMS, ids=lambda p: p.stem)
 def test_every_form_trains_as_our_own_config(
     form: Path, options: list[str], run_of_ours: Path, tmp_path: Path, xtuner: Command, capsys: Any
@@ -321,6 +322,7 @@ def test_what_is_dropped_or_differs_is_reported(form: str, line: str, told: str,
     assert told not in "\n".join(paragraphs(plain)), "reported of a config that it does not concern"
 
 
+@pytest.mark.processes
 def test_neither_mmengine_nor_transformers_is_imported(legacy: Path) -> None:
     code = f"""
 import sys

@@ -118,6 +118,7 @@ def test_the_plan_of_other_machines(tiny: Path, xtuner: Any, capsys: Any) -> Non
             xtuner("train", tiny, *words)
 
 
+@pytest.mark.processes
 def test_a_list_of_settings_needs_no_torch() -> None:
     code = "import sys\nfrom xtuner.cli.main import main\n"
     code += "main(['list-cfg', '--settings'])\nassert 'torch' not in sys.modules"

@@ -60,6 +60,7 @@ FILL = """
 """
 
 
+@pytest.mark.processes
 def test_a_full_disk_and_a_vanished_folder_cost_lines(
     tiny: Path, tmp_path: Path, small_disk: Path, xtuner: Command, capsys: Any
 ) -> None:
@@ -101,6 +102,7 @@ def test_a_full_disk_and_a_vanished_folder_cost_lines(
     assert (f"iter 30/{end}" in shown, f"iter 30/{end}" in log.read_text()) == (True, False)
 
 
+@pytest.mark.processes
 def test_closed_streams(tiny: Path, tmp_path: Path) -> None:
     """As cron and daemons start programs: all three closed, and two workers. Nothing is written where it should not."""
 
@@ -115,6 +117,7 @@ def test_closed_streams(tiny: Path, tmp_path: Path) -> None:
     assert "done: " in next(tmp_path.glob("w/*/2*.log")).read_text()
 
 
+@pytest.mark.processes
 def test_streams_that_nobody_reads(tiny: Path, tmp_path: Path) -> None:
     """A redirection to a full disk, a reader that has gone: training prints on; a result that is lost is an error."""
     hook = "print('x' * 100_000, flush=True)"
@@ -157,6 +160,7 @@ def exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.processes
 def test_a_person_at_a_terminal(tiny: Path, tmp_path: Path) -> None:
     """A progress line that fits, colours, an answer to Ctrl-C, and after the second one what was kept."""
     wait = "while signal.getsignal(signal.SIGINT) is not signal.default_int_handler: pass"
@@ -185,6 +189,7 @@ def test_a_person_at_a_terminal(tiny: Path, tmp_path: Path) -> None:
     assert "\r" not in log.read_text()
 
 
+@pytest.mark.processes
 def test_a_terminal_that_closes(tiny: Path, tmp_path: Path) -> None:
     """It requests a stop: 75 and a checkpoint. Without colours if so wished."""
     config = with_hook(tiny, tmp_path / "wait.py", 3, "while os.isatty(2): pass")
@@ -200,6 +205,7 @@ def test_a_terminal_that_closes(tiny: Path, tmp_path: Path) -> None:
     assert "on SIGHUP; run again with --resume" in next(tmp_path.glob("w/*/*.log")).read_text()
 
 
+@pytest.mark.processes
 def test_other_encodings_and_paths_that_are_not_utf8(corpus: Path, tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     folder = tmp_path / NOT_UTF8
     shutil.copytree(corpus, folder)

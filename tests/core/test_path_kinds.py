@@ -69,6 +69,7 @@ DOORS = {  # command line with {} for the path → the kinds it takes
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("door", DOORS)
 def test_every_door_knows_every_kind(
     door: str,

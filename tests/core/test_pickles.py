@@ -332,6 +332,7 @@ class PlainPickle(pickle.Unpickler):
         return pid
 
 
+@pytest.mark.processes
 def test_no_bomb_goes_off(tmp_path, monkeypatch):
     marker = tmp_path / "marker"
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -532,8 +533,12 @@ def test_nesting_without_end(tmp_path):
 # ---- real checkpoints ---------------------------------------------------------------------------------------------
 
 
-def test_all_reference_checkpoints():
-    zero = reference("zero_ckpt")
+@pytest.fixture
+def zero():
+    return reference("zero_ckpt")
+
+
+def test_all_reference_checkpoints(zero):
     files = [file for pattern in ("*.pt", "*.pth") for file in sorted(zero.rglob(pattern)) if file.is_file()]
     assert len(files) >= 11
     for file in files:
@@ -543,8 +548,7 @@ def test_all_reference_checkpoints():
             load_tensors(file)
 
 
-def test_a_single_file_of_xtuner():
-    zero = reference("zero_ckpt")
+def test_a_single_file_of_xtuner(zero):
     info = json.loads((zero / "zero2_bf16_no_optimizer" / "info.json").read_text())
     value = load_tensors(zero / "zero2_bf16_no_optimizer" / "iter_3.pth", opaque=True)
     assert sorted(value) == info["top_keys"]

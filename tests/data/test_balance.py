@@ -135,6 +135,7 @@ def test_a_pure_function_of_stream_position_and_ranks(
         assert taken(data, k, packs, ranks, begun_on, begin + done * packs, count - done, origin) == dealt[done:]
 
 
+@pytest.mark.processes
 def test_dealing_may_begin_in_the_middle_of_a_run(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xtuner: Any
 ) -> None:

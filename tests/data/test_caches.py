@@ -195,6 +195,7 @@ def limited(folder: Path) -> None:
     os._exit(0 if opened(folder)._order is None and len(contents(opened(folder))[1]) > 5 else 1)
 
 
+@pytest.mark.processes
 def test_a_full_disk_is_done_without(data: Path, tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")
     child = fork.Process(target=limited, args=(data,))
@@ -208,6 +209,7 @@ def builder(folder: Path, expected: list[Any]) -> None:
     os._exit(0 if contents(opened(folder)) == expected and opened(folder)._order is not None else 1)
 
 
+@pytest.mark.processes
 def test_builders_at_once(data: Path) -> None:
     expected = in_memory(data)
     for locks in (True, False):
@@ -284,6 +286,7 @@ def ranks_open(ranks: Ranks, folder: Path) -> None:
         open_together(build("lost"), ranks)
 
 
+@pytest.mark.processes
 def test_ranks_open_one_folder(tmp_path: Path) -> None:
     for name in ("shared", "copied", "lost", "other"):
         write_corpus(tmp_path / "here" / name, 9)

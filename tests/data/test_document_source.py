@@ -124,6 +124,7 @@ def test_a_folder_is_a_list_of_sources(min_length: int, corpus: Path) -> None:
     assert evaluate(model, general.documents, 16, quiet=True) == evaluate(model, folder, 16, quiet=True)
 
 
+@pytest.mark.processes
 def test_a_source_of_a_config_trains_and_resumes(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xtuner: Callable[..., int]
 ) -> None:
@@ -179,6 +180,7 @@ def test_a_source_of_a_config_trains_and_resumes(
             xtuner("train", config, "--work-dir", tmp_path / "other", *options)
 
 
+@pytest.mark.processes
 def test_ranks_must_see_the_same_source(tmp_path: Path) -> None:
     def opened(ranks: Ranks, folder: Path) -> None:
         same = open_together(lambda _: PackedDataset(Given(drawn(40, 9)), 32), ranks)

@@ -83,6 +83,7 @@ def test_wrong_orders(data: Path, tmp_path: Path, text: str, message: str) -> No
         read_order(tmp_path / "order.txt", data / "chatml" / "train")
 
 
+@pytest.mark.processes
 def test_a_file_named_several_times_is_taken_as_often(
     data: Path, tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any
 ) -> None:

@@ -185,6 +185,7 @@ def test_parts_and_blocks_change_nothing(data: Path, monkeypatch: pytest.MonkeyP
     assert "too long for another" in "\n".join(found(data))
 
 
+@pytest.mark.processes
 def test_check_as_a_command(data: Path, xtuner: Command, capsys: Any) -> None:
     assert xtuner("data", "check", data, "--vocab-size", VOCABULARY, "--workers", 2) == 0
     assert "4 files, 120 documents" in capsys.readouterr().out
@@ -208,6 +209,7 @@ def empty(folder: Path) -> Path:
     return folder / "empty"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("min_length", [0, 9])
 def test_statistics_are_those_of_the_packs(
@@ -266,6 +268,7 @@ def test_statistics_are_those_of_the_packs(
     assert "% learned" not in shown
 
 
+@pytest.mark.processes
 def test_the_page(data: Path, tmp_path: Path, xtuner: Command) -> None:
     """Whole without a network; a browser finds nothing wrong with it."""
     (data / "en").rename(data / "<b>&en")
@@ -295,6 +298,7 @@ def test_the_page(data: Path, tmp_path: Path, xtuner: Command) -> None:
     assert "CONSOLE" not in done.stderr
 
 
+@pytest.mark.processes
 def test_a_cache_makes_a_run_start_at_once(data: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     before = [PackedDataset(load_intern_repo_tokenized_dataset(data), 32).raw(i).signed.tolist() for i in range(40)]
     assert xtuner("data", "cache", data, "--index-only") == 0
@@ -331,6 +335,7 @@ def limited(words: list[str]) -> None:
         os._exit(e.exit_code if "could not be written" in str(e) else 1)
 
 
+@pytest.mark.processes
 def test_a_disk_that_is_full_while_caching(data: Path) -> None:
     """Exit code 74, nothing half-written; what fits is there, and a run goes on without the rest."""
     assert document_order.SMALL > 120

@@ -27,6 +27,7 @@ def open_loader(case: str = "g02_three_files_pl37", length: int = 37, workers: i
     return loader
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_stream_goes_on_exactly(workers: int) -> None:
     straight = list(islice(open_loader(workers=workers).iterate_from(Position()), 40))
@@ -53,6 +54,7 @@ def test_ranks_share_the_packs() -> None:
     assert len({b.pack for rank in ranks for b in rank}) == 15
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_in_the_background_reaches_the_consumer(workers: int) -> None:
     stream = open_loader("g24_bad_json_line", 8, workers).iterate_from(Position())
@@ -60,6 +62,7 @@ def test_an_error_in_the_background_reaches_the_consumer(workers: int) -> None:
         list(islice(stream, 2))
 
 
+@pytest.mark.processes
 def test_an_error_reads_the_same_from_a_worker() -> None:
     errors = []
     for workers in (0, 2):
@@ -107,6 +110,7 @@ def job() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.processes
 def test_a_signal_to_the_whole_group_leaves_the_workers_at_work() -> None:
     with job() as (process, workers):
         assert len(workers) == 2
@@ -117,6 +121,7 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_at_work() -> None:
         assert process.returncode == 0, errors
 
 
+@pytest.mark.processes
 def test_workers_end_when_their_parent_is_killed() -> None:
     with job() as (process, workers):
         assert len(workers) == 2

@@ -126,6 +126,7 @@ def test_internevo_alpaca_tool(split: str, tmp_path: Path, internlm2: Path, xtun
     assert ours == wanted
 
 
+@pytest.mark.processes
 def test_alpaca_is_a_conversation(tmp_path: Path, small: Path, xtuner: Command) -> None:
     records = [{"instruction": "Add", "input": "1, 2", "output": "3"}, {"instruction": "Hi", "output": "Hello"}]
     listed = write(tmp_path, "listed.json", json.dumps(records))
@@ -140,6 +141,7 @@ def test_alpaca_is_a_conversation(tmp_path: Path, small: Path, xtuner: Command) 
     ]
 
 
+@pytest.mark.processes
 def test_ftdp(tmp_path: Path, internlm2: Path) -> None:
     script = [sys.executable, ROOT / "xtuner" / "tools" / "tokenize_ftdp_datasets.py"]
     paths = ["--processed-dir", reference("ftdp", "input"), "--tokenized-dir", tmp_path, "--tokenizer-path", internlm2]
@@ -341,6 +343,7 @@ def test_mistakes(
     assert not list((tmp_path / "out").rglob("*.*"))
 
 
+@pytest.mark.processes
 def test_many_mistakes_and_good_files_beside(tmp_path: Path, small: Path, xtuner: Command) -> None:
     write(tmp_path / "in", "a.jsonl", "bad\n" * 3)
     write(tmp_path / "in", "b/good.txt", "text")
@@ -393,6 +396,7 @@ def test_options_that_cannot_be(tmp_path: Path, small: Path, tokenizer_folder: P
         xtuner("data", "tokenize", path, "--tokenizer", small, "--output", path)
 
 
+@pytest.mark.processes
 def test_files_with_other_endings(tmp_path: Path, small: Path, xtuner: Command, capfd: Any) -> None:
     """What a folder holds beside the format's own files is counted, and taken on request."""
     for name in ("a.txt", "b.md", "c.md", "d.rst", "README"):
@@ -449,6 +453,7 @@ def corpus_folder(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
+@pytest.mark.processes
 def test_workers_do_not_change_a_byte(
     tmp_path: Path, corpus_folder: Path, small: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,6 +474,7 @@ def test_workers_do_not_change_a_byte(
         xtuner(*command, "--output", tmp_path / "four", "--workers", 3)
 
 
+@pytest.mark.processes
 def test_few_chunks_are_under_way(small: Path) -> None:
     settings = run.Settings(str(small)).resolved("txt")
     taken = 0
@@ -553,6 +559,7 @@ def killed_after(renames: int, command: Callable[[], int]) -> bool:
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.processes
 def test_killed_at_every_rename(tmp_path: Path, corpus_folder: Path, small: Path, xtuner: Command) -> None:
     options = ["data", "tokenize", corpus_folder, "--tokenizer", small, "--valid-fraction", 0.3, "--workers", 1]
     xtuner(*options, "--output", tmp_path / "whole")
@@ -581,6 +588,7 @@ def descendants(pid: int) -> list[int]:
     return children + [d for child in children for d in descendants(child)]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_killed_with_workers(tmp_path: Path, small: Path, xtuner: Command) -> None:
     path = write(tmp_path, "a.txt", "some text that is long enough\n" * 300_000)
@@ -605,6 +613,7 @@ def test_killed_with_workers(tmp_path: Path, small: Path, xtuner: Command) -> No
     assert len(lines(folder / "a.bin")) == 1
 
 
+@pytest.mark.processes
 def test_help_is_light() -> None:
     code = """
 import sys

@@ -166,6 +166,7 @@ def test_all_faulty_files_in_one_message(tmp_path: Path) -> None:
     assert "and 10 more" in str(error.value)
 
 
+@pytest.mark.processes
 def test_one_job_to_a_work_dir(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     work_dir = tmp_path / "w"
     work_dir.mkdir()

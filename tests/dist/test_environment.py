@@ -163,6 +163,7 @@ sys.exit(0)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("act", "code"), [("0", 0), ("75", 75), ("65", 65), ("74", 74), ("killed", 137), ("deaf", 137), ("wait", 75)]
 )
@@ -191,6 +192,7 @@ def stop_when_begun(folder: Path) -> Callable[[float], None]:
     return sleep
 
 
+@pytest.mark.processes
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """However that ends: SIGKILL to it, and the kernel ends them."""
     worker = "from xtuner.dist.workers import end_with_parent as e; e(); print('up', flush=True); input()"
@@ -237,6 +239,7 @@ class Odd(Half):
 '''
 
 
+@pytest.mark.processes
 def test_a_launcher_of_ones_own(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, xtuner: Callable[..., int]
 ) -> None:

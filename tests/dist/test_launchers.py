@@ -21,6 +21,8 @@ from helpers.runs import contents, export, records, assert_equals_one_process
 from xtuner.cli.main import main
 from xtuner.core import files
 
+pytestmark = pytest.mark.processes
+
 
 
 

@@ -25,6 +25,8 @@ from xtuner.core.command import exit_with
 from xtuner.dist import heartbeat
 from xtuner.dist.environment import Place
 
+pytestmark = pytest.mark.processes
+
 HERE = re.escape(Place().host)
 
 

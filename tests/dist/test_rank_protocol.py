@@ -27,6 +27,8 @@ from xtuner.train.checkpoints import checkpoint, history
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 
+pytestmark = pytest.mark.processes
+
 
 
 

@@ -143,6 +143,7 @@ FAULTS: list[dict[int, tuple[str, int]]] = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("ranks", "kind", "division", "faults"),
     [
@@ -224,6 +225,7 @@ def refused(_: Ranks, folder: Path) -> None:
     assert line == train(undisturbed, 1, lengths=lengths)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 def test_the_system_refuses_memory(tmp_path: Path) -> None:
     """At whatever allocation that is; to a single process, and to one of two."""
@@ -299,6 +301,7 @@ def fail(run: Any) -> None:
     run.strategy.model.model.norm.register_forward_pre_hook(hook)
 
 
+@pytest.mark.processes
 def test_a_run_says_so_and_ends_with_advice_if_nothing_helps(tiny: Path, tmp_path: Path) -> None:
     config = with_hook(tiny, tmp_path / "run.py", 1, "import test_out_of_memory; test_out_of_memory.fail(run)")
     words = ["train", config, "--work-dir", tmp_path / "w", "--launcher", "pytorch", "--fsdp"]

@@ -41,6 +41,7 @@ from xtuner.train.state import TrainState
 GPU = torch.device("cuda")  # of which only arithmetic speaks here
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("division", DIVISIONS.values())
 @pytest.mark.parametrize("form", ["fp32", "8bit"])
 def test_what_is_kept_full_changes_nothing(division: Division, form: str, tmp_path: Path) -> None:
@@ -88,6 +89,7 @@ def step(s: Any, seed: int) -> None:
     assert s.step(LR, MAX_NORM)[1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_gradients_make_equal_bits_on_any_mesh(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +133,7 @@ def test_rows_keep_groups_together() -> None:
             assert ranks == 1 or (each - 256) * ranks < shape[0]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("division", DIVISIONS.values())
 def test_an_adapter_trains_and_resumes(division: Division, tmp_path: Path) -> None:
     """The base stays as it is, without masters and moments; on two processes as on one; one resumes what two saved."""
@@ -172,6 +175,7 @@ def test_an_adapter_trains_and_resumes(division: Division, tmp_path: Path) -> No
     )
 
 
+@pytest.mark.processes
 def test_commands_refuse_weights_without_their_adapter(
     tiny: Path, corpus: Path, tmp_path: Path, xtuner: Callable[..., int]
 ) -> None:
@@ -249,6 +253,7 @@ def test_what_is_kept_full_follows_from_memory() -> None:
         assert bool(text) == told
 
 
+@pytest.mark.processes
 def test_ranks_with_unequal_memory_choose_the_same(tmp_path: Path) -> None:
     def on_two(ranks: Ranks, folder: Path) -> None:
         memory.free_bytes = lambda device: 2**33 + ranks.rank * 2**30  # type: ignore[assignment]

@@ -117,6 +117,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_strategy_equals_one_process(kind: str, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = json.loads((alone / "lines.json").read_text())
@@ -162,6 +163,7 @@ def test_a_strategy_equals_one_process(kind: str, alone: Path, tmp_path: Path, m
         assert abs(loss - true_loss) < 1e-5
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp"])
 def test_engines_multiply_in_fp8_as_one_process_does(kind: str, tmp_path: Path) -> None:
     """One iteration; after it, weights that differ in their last bits are rounded to other numbers of 8 bits."""
@@ -176,6 +178,7 @@ def test_engines_multiply_in_fp8_as_one_process_does(kind: str, tmp_path: Path) 
     assert on_ranks(2, trained, tmp_path) == [0, 0]
 
 
+@pytest.mark.processes
 def test_any_number_of_ranks_and_any_strategy(alone: Path, tmp_path: Path) -> None:
     """2 ranks of ZeRO-3 → 4 of FSDP → 1; every step goes on as one process would."""
     expected = json.loads((alone / "lines.json").read_text())
@@ -204,6 +207,7 @@ def test_any_number_of_ranks_and_any_strategy(alone: Path, tmp_path: Path) -> No
         strategy.load(tmp_path / "three")
 
 
+@pytest.mark.processes
 def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
     def poisoned(_: Ranks, folder: Path) -> None:
         for kind in ("zero1", "zero2", "zero2_other", "zero3", "fsdp"):
@@ -228,6 +232,7 @@ def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
     assert on_ranks(2, poisoned, tmp_path) == [0, 0]
 
 
+@pytest.mark.processes
 def test_ranks_share_validation_and_give_one_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As one process: the loss, in as many passes on each of three ranks; and a reply, though their logits differ."""
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 64)
@@ -366,6 +371,7 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
         deepspeed_config.resolve(one, coarser, CPU, 2, "one.json")
 
 
+@pytest.mark.processes
 def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> None:
     """In bf16, 2 × 16 packs, SGD with a rate of 1: what masters lose is the gradient. Against one process in fp32."""
     these = uneven_packs()[:32]
@@ -422,6 +428,7 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
     assert on_ranks(2, on_two, tmp_path) == [0, 0]
 
 
+@pytest.mark.processes
 def test_nodes_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
 
@@ -432,6 +439,7 @@ def test_nodes_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert on_ranks(2, refused, tmp_path) == [0, 0]
 
 
+@pytest.mark.processes
 def test_wrong_settings_are_told_before_anything_is_loaded(tiny: Path, tmp_path: Path, xtuner: Any) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 4}}))
@@ -494,6 +502,7 @@ assert on_ranks(RANKS, body, folder / "store") == [0] * RANKS
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 def test_zero3_is_built_shard_by_shard(tmp_path: Path) -> None:
     """From safetensors: the system itself refuses a rank more than its shard + the largest tensor + 32 MiB; with all

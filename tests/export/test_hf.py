@@ -35,6 +35,7 @@ def loss_of(logits: torch.Tensor) -> float:
     return float(logits.double().logsumexp(-1).sum())
 
 
+@pytest.mark.processes
 def test_round_trip_is_bit_exact(trained: Path, tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     masters = load_file(trained / "weights" / "model.safetensors")
     for layout in ("internlm2", "llama"):
@@ -66,6 +67,7 @@ def test_round_trip_is_bit_exact(trained: Path, tiny: Path, tmp_path: Path, xtun
     assert len(list((tmp_path / "by_script").glob("*.safetensors"))) == 1
 
 
+@pytest.mark.processes
 def test_the_llama_layout_in_transformers(trained: Path, tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     from transformers import LlamaForCausalLM
 
@@ -78,6 +80,7 @@ def test_the_llama_layout_in_transformers(trained: Path, tiny: Path, tmp_path: P
         assert (theirs.eval()(ids[None]).logits[0] - ours(ids)).abs().max() < 1e-4
 
 
+@pytest.mark.processes
 def test_our_own_remote_code(
     trained: Path, tiny: Path, tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +153,7 @@ def test_the_reference_models_in_transformers(tmp_path: Path) -> None:
             assert (theirs(ids[None]).logits[0] - model(ids)).abs().max() < 1e-4, name
 
 
+@pytest.mark.processes
 def test_wrong_sources_and_targets(trained: Path, tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -169,6 +173,7 @@ def test_wrong_sources_and_targets(trained: Path, tiny: Path, tmp_path: Path, xt
             parse_size(wrong)
 
 
+@pytest.mark.processes
 def test_only_an_export_is_replaced(
     trained: Path, tiny: Path, tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +216,7 @@ def test_only_an_export_is_replaced(
     assert json.loads((tmp_path / "empty" / "config.json").read_text())["model_type"] == "llama"
 
 
+@pytest.mark.processes
 def test_a_full_disk(
     trained: Path, tiny: Path, tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +229,7 @@ def test_a_full_disk(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.processes
 def test_a_damaged_checkpoint_is_not_loaded(
     trained: Path, corpus: Path, tokenizer_folder: Path, tmp_path: Path, xtuner: Command
 ) -> None:
@@ -279,6 +286,7 @@ else:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 def test_memory_is_a_shard_and_a_tensor(tmp_path: Path) -> None:
     """The system itself refuses more than one shard + one tensor + 32 MiB; holding all weights does fail under it."""
@@ -288,6 +296,7 @@ def test_memory_is_a_shard_and_a_tensor(tmp_path: Path) -> None:
         assert (done.returncode == 0) == ok, done.stderr[-2000:]
 
 
+@pytest.mark.processes
 def test_eval_and_chat(trained: Path, tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     """The loss of a checkpoint, of its export and by hand are one number; chat prints what generate gives."""
     assert xtuner("convert", "pth_to_hf", tiny, trained, tmp_path / "hf", "--fp32") == 0

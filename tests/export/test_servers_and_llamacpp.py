@@ -54,6 +54,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.processes
 def test_attributes_that_servers_read(tmp_path: Path) -> None:
     """SGLang, vLLM and LMDeploy take InternLM2's settings from attributes of the loaded configuration, and a default
     where one is absent: these are all that their readers use."""
@@ -115,6 +116,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.processes
 def test_tokens_of_llamacpp(tmp_path: Path, tokenizer_folder: Path) -> None:
     """Its own converter and its own tokenizer: from both layouts the ids that we, and the reference, give to texts, and
     the tokens at which `generation_config.json` stops."""

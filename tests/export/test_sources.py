@@ -100,6 +100,7 @@ def test_equal_to_their_own_consolidation(tmp_path: Path, xtuner: Command, capsy
         assert words in said
 
 
+@pytest.mark.processes
 def test_hugging_face_folders_and_our_checkpoints(tmp_path: Path, tiny: Path, xtuner: Command) -> None:
     folder = reference("models", "a_gqa")
     masters = load_file(folder / "model.safetensors")
@@ -244,6 +245,7 @@ class Call:
         return os.system, (f"touch {self.marker}",)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("real", [False, True])
 def test_bombs_in_every_file(real: bool, tmp_path: Path) -> None:
     marker = tmp_path / "marker"
@@ -516,6 +518,7 @@ else:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_memory_is_a_tensor(stage: int, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from xtuner.export.turbomind_config import flat, template_by_path
 Command = Callable[..., int]
 
 
+@pytest.mark.processes
 def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner: Command, capsys: Any) -> None:
     if not (LMDEPLOY / "installed").is_file():
         pytest.skip(f"lmdeploy 0.9.2.post1 is not in {LMDEPLOY}: `make lmdeploy` fetches it (76 MB)")
@@ -263,6 +264,7 @@ else:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 def test_memory_is_a_few_blocks(tmp_path: Path) -> None:
     """The system itself refuses more than four blocks, three wqkv and 16 MiB; holding all weights fails under it."""

@@ -52,6 +52,7 @@ def marked(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.processes
 def test_a_family_from_outside(
     granite: Any, marked: Path, tiny: Path, tmp_path: Path, xtuner: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:

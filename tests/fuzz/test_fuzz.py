@@ -1,8 +1,11 @@
 """Every reader of foreign bytes, given the same odd inputs each time: `make fuzz` gives it others, for longer."""
 
+import pytest
+
 from fuzz.__main__ import NAMES, explore
 
 
+@pytest.mark.processes
 def test_only_our_own_errors_come_out() -> None:
     """No traceback, no hang, no memory beyond the input's measure, nothing run, nothing written outside."""
     finds = []

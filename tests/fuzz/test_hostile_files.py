@@ -86,6 +86,7 @@ def _device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("make", [_pipe, _socket, _device])
 def test_only_regular_files_are_opened(
     make: Callable[[Path], None], tmp_path: Path, tiny: Path, tokenizer_folder: Path, xtuner: Command

@@ -92,6 +92,7 @@ BACKENDS.register("masked", Backend("one mask for all", lambda: attend, devices=
 """
 
 
+@pytest.mark.processes
 def test_a_backend_from_outside(
     tiny: Path, tmp_path: Path, xtuner: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ def test_groups_are_those_of_torch(states: str) -> None:
     assert all(value.equal(read_masters(same)[name]) for name, value in read_masters(plain).items())
 
 
+@pytest.mark.processes
 def test_every_engine_has_groups_and_resumes(tmp_path: Path) -> None:
     """As torch.optim.AdamW in one process, and from its checkpoint; bit for bit from a checkpoint of their own."""
     alone = make("", GROUPS)
@@ -182,6 +183,7 @@ def test_groups_that_are_rejected(groups: Any, optimizer: Any, message: str) -> 
         OptimWrapper(optimizer, parameter_groups=groups)
 
 
+@pytest.mark.processes
 def test_a_group_has_to_take_a_parameter(tiny: Path, tmp_path: Path, xtuner: Callable[..., int], caplog: Any) -> None:
     """Found by check-cfg with file and line; what the groups take is reported, and a change of it on a resume."""
     names = small_model().trained_names()

@@ -96,6 +96,7 @@ def settings(kind: str, random: random.Random, lr: float, unit: int, total: int)
     return cosine
 
 
+@pytest.mark.processes
 def test_equal_to_mmengine() -> None:
     """500 random combinations: the rate of every iteration, and what is rejected."""
     if not (MMENGINE / "installed").is_file():

@@ -96,6 +96,7 @@ def outcome(run: Callable[[], Any], rejected: str) -> str:
     return WORKS
 
 
+@pytest.mark.processes
 def test_what_the_docs_say_of_each_optimizer_happens(tmp_path: Path) -> None:
     table, alone = {}, {}
     for name, spec in rows().items():
@@ -189,6 +190,7 @@ class Eager(Lion):
                 p.sub_(self.state[p]["total"], alpha=self.param_groups[0]["lr"])
 
 
+@pytest.mark.processes
 def test_optimizers_of_other_packages(tmp_path: Path) -> None:
     """They train and resume, or the reason why not is seen before anything starts."""
     for kind in (Lion, Lars, Eager, lambda params, lr: Lion(params, lr)):
@@ -227,6 +229,7 @@ def test_optimizers_of_other_packages(tmp_path: Path) -> None:
     assert on_ranks(2, on_two, tmp_path / "two") == [0, 0]
 
 
+@pytest.mark.processes
 def test_a_checkpoint_without_state_is_not_one_without_optimizer(tmp_path: Path) -> None:
     """Plain SGD has no state; weights alone are another thing. A resume on more ranks, too."""
     trained(dict(type=torch.optim.SGD, lr=LR), "one process", tmp_path / "sgd")

@@ -38,6 +38,7 @@ def model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "hf"
 
 
+@pytest.mark.processes
 def test_a_conversation_is_one_document(
     model: Path, xtuner: Command, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +120,7 @@ def test_packs_shown(tokenizer_folder: Path, tmp_path: Path, tiny: Path, xtuner:
     assert "pack 0 of 1: 7 tokens, 7 marked as learned, 6 targets of the loss, a.bin" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_chat_without_what_it_needs(
     model: Path, tiny: Path, tokenizer_folder: Path, xtuner: Command, capsys: Any
 ) -> None:
@@ -138,6 +140,7 @@ def test_chat_without_what_it_needs(
     assert "no special token" not in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_validation_while_training(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     """`val_folder` gives val_loss at its interval and at the end: the number that `eval loss` gives."""
     held_out = write_corpus(tmp_path / "valid", 4, seed=9)
@@ -153,6 +156,7 @@ def test_validation_while_training(tiny: Path, corpus: Path, tmp_path: Path, xtu
     assert float(capsys.readouterr().out.split()[-2]) == pytest.approx(losses[last], abs=1e-4)
 
 
+@pytest.mark.processes
 def test_evaluation_goes_on_by_file(model: Path, corpus: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     """Files in the record are not read again; a file that has changed is; another model's record is refused."""
     words = ("eval", "loss", model, corpus, "--save", tmp_path / "r.json")
@@ -189,6 +193,7 @@ def test_evaluation_goes_on_by_file(model: Path, corpus: Path, tmp_path: Path, x
         assert save.read_text() == mine
 
 
+@pytest.mark.processes
 def test_the_record_may_lie_beside_the_weights(
     model: Path, corpus: Path, tmp_path: Path, xtuner: Command, capsys: Any
 ) -> None:
@@ -204,6 +209,7 @@ def test_the_record_may_lie_beside_the_weights(
         xtuner(*words)
 
 
+@pytest.mark.processes
 def test_records_that_cannot_be_written(
     model: Path, corpus: Path, tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +277,7 @@ def test_a_plot_of_validation_and_nan(tmp_path: Path, xtuner: Command, monkeypat
     assert repr(demo.losses()) == "[2.5, nan, inf, 1.5]"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("body", "code"),
     [

@@ -20,6 +20,8 @@ from xtuner.cli.main import main
 from xtuner.core import files
 from xtuner.core.errors import BusyError, CheckpointError, ConfigError, XTunerError
 
+pytestmark = pytest.mark.processes
+
 Command = Callable[..., int]
 
 

@@ -26,6 +26,8 @@ from xtuner.core import files
 from xtuner.core.errors import CheckpointError, DataError, DivergedError, XTunerError
 from xtuner.train.checkpoints.async_saver import TOLERATED
 
+pytestmark = pytest.mark.processes
+
 Command = Callable[..., int]
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from helpers.processes import shell
 
 HOOK = '''
@@ -42,6 +43,7 @@ SECRETS = [
 ]
 
 
+@pytest.mark.processes
 def test_no_secret_is_written(tiny: Path, tmp_path: Path) -> None:
     first = "from torch.optim import AdamW\n"
     text = tiny.read_text().replace(first, first + HOOK)

@@ -13,6 +13,7 @@ from helpers.processes import shell
 from xtuner.core.system import disk, sysinfo
 
 
+@pytest.mark.processes
 def test_this_machine(tmp_path: Path) -> None:
     work_dir = tmp_path / "not" / "yet"
     env = {"HF_ENDPOINT": "https://me:in-the-address@mirror", "HF_TOKEN": "in-a-variable", "OMP_NUM_THREADS": "1"}
@@ -29,6 +30,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_wrong_machines(tmp_path: Path) -> None:
     """Versions below the floors, a torch that cannot be imported, no disk: exit code 2, and what to do."""
     for name, version in (("torch", "2.9.1"), ("numpy", "1.20"), ("deepspeed", "0.99")):
@@ -71,6 +73,7 @@ def test_the_disk(tmp_path: Path) -> None:
     assert disk.nearest(tmp_path / "a" / "b") == tmp_path
 
 
+@pytest.mark.processes
 def test_git_state(tmp_path: Path, monkeypatch: Any) -> None:
     def git(*words: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]

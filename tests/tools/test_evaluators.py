@@ -77,6 +77,7 @@ def _value(node: ast.expr) -> Any:
     return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
+@pytest.mark.processes
 def test_configs_of_an_export(exported: Path, tmp_path: Path) -> None:
     """Both lie in it, sealed with it, with its absolute path; classes, stop words and lengths are the model's."""
     assert {"opencompass_hf.py", "opencompass_turbomind.py"} <= verify(exported)["files"].keys()
@@ -112,6 +113,7 @@ def test_configs_of_an_export(exported: Path, tmp_path: Path) -> None:
     assert model_of(config_text(chat, "hf", chat, "x", Settings(kind="base")))["type"] == "HuggingFaceBaseModel"
 
 
+@pytest.mark.processes
 def test_an_export_without_tokenizer_has_no_configs(exported: Path, tmp_path: Path) -> None:
     from xtuner.export.hf import export
 
@@ -181,6 +183,7 @@ def claim(made: Environment, package: str, version: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
 
 
+@pytest.mark.processes
 def test_an_environment_is_whole_or_not(place: Environment, tmp_path: Path) -> None:
     place.need("opencompass")
     by_hand = "pip install -r .*evaluation.txt"
@@ -205,6 +208,7 @@ def test_an_environment_is_whole_or_not(place: Environment, tmp_path: Path) -> N
         Environment(tmp_path / "none", "xtuner eval lm-eval").need("lm_eval")
 
 
+@pytest.mark.processes
 def test_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """pip itself, without a network: it fails and leaves "not whole"; made anew; completed; and then nothing to do."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -284,6 +288,7 @@ exit_with(lambda: process.run(words, log_file, lambda: process.bar(log_file), fo
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_ends_all_of_it(number: int, code: int, tmp_path: Path) -> None:
     """Also grandchildren that do not listen; what is under way was told."""
@@ -301,6 +306,7 @@ def test_a_stop_ends_all_of_it(number: int, code: int, tmp_path: Path) -> None:
         assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
+@pytest.mark.processes
 def test_a_program_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from xtuner.tools.evaluators.process import environ, last_line
 
@@ -338,6 +344,7 @@ def test_scores(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.processes
 def test_datasets_by_name(place: Environment) -> None:
     assert opencompass.read_names(["ceval_ppl/x_datasets", "cmmlu_ppl.py"], place).by_likelihood
     assert not opencompass.read_names(["ceval_gen", "mathbench_gen"], place).by_likelihood
@@ -345,6 +352,7 @@ def test_datasets_by_name(place: Environment) -> None:
         opencompass.read_names(["ceval"], place)
 
 
+@pytest.mark.processes
 def test_what_can_be_given(exported: Path, trained: Path, tiny: Path, tmp_path: Path) -> None:
     """A folder, or a config with a checkpoint; the internlm2 layout is written again for transformers, bit for bit."""
     from xtuner.model import load_pretrained
@@ -385,6 +393,7 @@ def test_what_can_be_given(exported: Path, trained: Path, tiny: Path, tmp_path: 
         Given([str(tiny), str(tmp_path / "none")])
 
 
+@pytest.mark.processes
 def test_refusals(exported: Path, place: Environment, tmp_path: Path, xtuner: Command) -> None:
     import torch
 

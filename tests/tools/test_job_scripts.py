@@ -80,6 +80,7 @@ def submitted(xtuner: Command, slurm: Slurm, config: Path, folder: Path, act: st
     return job
 
 
+@pytest.mark.processes
 def test_slurm_stops_in_time_and_goes_on(xtuner: Command, slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
     """USR1 reaches every task; their 75 starts the job again, with the same words; its end is the job's."""
     job = submitted(xtuner, slurm, tiny, tmp_path, "wait")
@@ -97,6 +98,7 @@ def test_slurm_stops_in_time_and_goes_on(xtuner: Command, slurm: Slurm, tiny: Pa
     assert (limit["signal"], limit["time"]) == ("USR1@300", "30")  # Slurm keeps the clock, by job steps, not the shell
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", ["scancel", "requeue off", "requeue"])
 def test_slurm_told_from_outside(how: str, xtuner: Command, slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
     """TERM, too, ends with 75, but only what Slurm itself requeues starts again: a cancelled job stays cancelled."""
@@ -118,6 +120,7 @@ def test_slurm_told_from_outside(how: str, xtuner: Command, slurm: Slurm, tiny: 
     assert slurm.facts(job)["Restarts"] == expected[1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("code", [1, 65])
 def test_slurm_passes_exit_codes_on(code: int, xtuner: Command, slurm: Slurm, tiny: Path, tmp_path: Path) -> None:
     end = slurm.wait(submitted(xtuner, slurm, tiny, tmp_path, str(code)))
@@ -127,6 +130,7 @@ def test_slurm_passes_exit_codes_on(code: int, xtuner: Command, slurm: Slurm, ti
 # ------------------------------------------------------------------------------------------------- without a cluster
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("code", [0, 75, 65])
 def test_dlc(code: int, xtuner: Command, tiny: Path, tmp_path: Path) -> None:
     path = script(xtuner, tiny, tmp_path, "dlc", "--work-dir", tmp_path / NASTY, "--fsdp")
@@ -144,6 +148,7 @@ def test_dlc(code: int, xtuner: Command, tiny: Path, tmp_path: Path) -> None:
     assert "MASTER_ADDR" in alone.stderr
 
 
+@pytest.mark.processes
 def test_kubernetes(xtuner: Command, tiny: Path, tmp_path: Path) -> None:
     """The manifest parses to what was asked for, and a container's command starts the training with it."""
     yaml = pytest.importorskip("yaml")
@@ -225,6 +230,7 @@ def test_nonsense_is_refused(
     assert tiny.read_text() == before
 
 
+@pytest.mark.processes
 def test_what_is_told(xtuner: Command, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The script to stdout, the command for it to stderr; times in all of Slurm's forms; the config is checked."""
     for time in ("10", "600", "90:00", "1:30:00", "2-0", "2-00:30", "1-02:03:04"):
@@ -248,6 +254,7 @@ def test_what_is_told(xtuner: Command, tiny: Path, tmp_path: Path, capsys: pytes
         xtuner("launch", "--scheduler", "slurm", wrong)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("scheduler", ["slurm", "dlc"])
 def test_shellcheck(scheduler: str, xtuner: Command, tiny: Path, tmp_path: Path) -> None:
     path = script(xtuner, tiny, tmp_path, scheduler)

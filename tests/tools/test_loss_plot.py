@@ -36,6 +36,7 @@ def test_starts_of_a_run_are_one_curve(tmp_path: Path) -> None:
     assert [len(run) for run in read_runs(tmp_path)] == [8, 2]
 
 
+@pytest.mark.processes
 def test_starts_that_record_what_they_continue(tmp_path: Path, tiny: Path, xtuner: Any) -> None:
     """A fresh start that logs more rarely is another run, as is one from elsewhere, also if it has logged nothing."""
     train = ("train", tiny, "--work-dir", tmp_path / "w", "--max-minutes", "0")

@@ -181,6 +181,7 @@ def test_a_question_file_from_a_checkpoint(opencompass: Command, run_dir: Path, 
     assert re.search(r"^asked +\w+ +accuracy +gen +80\.00$", shown, re.MULTILINE)
 
 
+@pytest.mark.processes
 def test_a_dataset_of_its_own_from_disk(opencompass: Command, run_dir: Path, tmp_path: Path, capsys: Any) -> None:
     """By name, with the data below --data: every row of it is asked, and there is a score."""
     rows = [{"question": question, "answer": "So it is #### 7"} for question in LEARNT]
@@ -209,6 +210,7 @@ def test_a_task_that_fails(opencompass: Command, run_dir: Path, tmp_path: Path) 
         opencompass(broken, "--custom", file)
 
 
+@pytest.mark.processes
 def test_the_turbomind_config(place: Environment, opencompass: Command, run_dir: Path, tmp_path: Path) -> None:
     """It passes OpenCompass's own dry run, alone, in a config of a user, and by our verb; its class knows all keys."""
     file = write_rows(tmp_path / "q.jsonl", [{"question": "x", "answer": "y"}])

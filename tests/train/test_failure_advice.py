@@ -30,6 +30,7 @@ LIMIT = """exec('import resource; n = next(x for x in open("/proc/self/status") 
 n = int(n.split()[1]) * 1024 + 2**20; resource.setrlimit(resource.RLIMIT_DATA, (n, n))')"""
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 def test_memory_runs_out(tiny: Path, tmp_path: Path) -> None:
     """The system itself refuses memory. The first command line then goes on where the run has saved last."""
@@ -59,6 +60,7 @@ def test_memory_runs_out(tiny: Path, tmp_path: Path) -> None:
     assert sorted(records(tmp_path / "it's here")) == [1, 2, 3]
 
 
+@pytest.mark.processes
 def test_the_rank_whose_memory_it_was_tells(tiny: Path, tmp_path: Path) -> None:
     raises = "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB')"
     config = with_hook(tiny, tmp_path / "run.py", 1, f"if os.environ['RANK'] == '1':\n                {raises}")

@@ -43,6 +43,7 @@ class Calls(Hook):
 '''
 
 
+@pytest.mark.processes
 def test_the_whole_life_of_a_callback(
     tiny: Path, tmp_path: Path, xtuner: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

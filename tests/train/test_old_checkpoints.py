@@ -21,6 +21,8 @@ from xtuner.dist.collectives import Ranks
 from xtuner.engine.strategies import select
 from xtuner.train.checkpoints.checkpoint import read_trainer
 
+pytestmark = pytest.mark.processes
+
 LINES = json.loads((KEPT / "losses.json").read_text())
 SAME_MACHINE = LINES["computed_by"] == [torch.__version__, torch.backends.cpu.get_cpu_capability()]
 

@@ -359,6 +359,7 @@ def verdict(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any, 
         return e.code, capsys.readouterr().err
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", [*CONFIGS, *COMMAND_LINES])
 def test_the_same_verdict_from_all(
     world: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -382,6 +383,7 @@ def test_there_are_enough_rows() -> None:
     assert len(CONFIGS) + len(COMMAND_LINES) >= 80
 
 
+@pytest.mark.processes
 def test_the_right_config_is_right(world: Path, xtuner: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """What the rows change one thing of; a dry run leaves nothing either."""
     before = tree(world)
@@ -402,6 +404,7 @@ def test_the_right_config_is_right(world: Path, xtuner: Any, capsys: pytest.Capt
     assert "there is nothing to learn from" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_the_same_from_real_commands(world: Path) -> None:
     """Five of the rows by processes, each by `train` and another command: exit codes, no traceback, nothing left."""
     before = tree(world)
@@ -431,6 +434,7 @@ def test_the_same_from_real_commands(world: Path) -> None:
     assert tree(world) == before
 
 
+@pytest.mark.processes
 def test_a_state_that_cannot_fit(world: Path, xtuner: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """The dry run reports everything first; check-cfg, which runs on login nodes, makes a note of it."""
     options = ["--cfg-options", *COMMAND_LINES["memory"].options]
@@ -445,6 +449,7 @@ def test_a_state_that_cannot_fit(world: Path, xtuner: Any, capsys: pytest.Captur
     assert "deepspeed_zero3" in shown.out
 
 
+@pytest.mark.processes
 def test_launch_finds_what_the_config_itself_gets_wrong(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("plain_hook", "no_sampler", "sys_exit"):
         config, _ = written(world, CONFIGS[name])
@@ -453,6 +458,7 @@ def test_launch_finds_what_the_config_itself_gets_wrong(world: Path, capsys: pyt
         assert found[0] == 2
 
 
+@pytest.mark.processes
 def test_a_hub_model_that_is_not_here_is_not_fetched(world: Path, monkeypatch: pytest.MonkeyPatch, xtuner: Any) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(world / "no_cache"))
     config = world / "hub.py"
@@ -463,6 +469,7 @@ def test_a_hub_model_that_is_not_here_is_not_fetched(world: Path, monkeypatch: p
     config.unlink()
 
 
+@pytest.mark.processes
 def test_a_declared_encoding_is_read(world: Path) -> None:
     text = (world / "tiny.py").read_text()
     for encoded in (

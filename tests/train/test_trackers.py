@@ -35,6 +35,7 @@ class Plain: pass
 '''
 
 
+@pytest.mark.processes
 def test_trackers_of_a_config(tiny: Path, tmp_path: Path, xtuner: Callable[..., int]) -> None:
     first = "from torch.optim import AdamW\n"
     good, bad, config = tmp_path / "good", tmp_path / "bad", tmp_path / "own.py"

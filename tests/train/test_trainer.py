@@ -40,6 +40,7 @@ def killed_after(iterations: int, config: Path, work_dir: Path, options: list[st
     assert child.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.processes
 def test_resume_is_exact_wherever_it_was_killed(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     """For every N: N iterations, SIGKILL, resume. Accumulation 2, 25 packs an epoch: iterations cross epoch borders."""
     options = ["max_epochs=3", "save_steps=2", "save_total_limit=2", "max_length=64", "evaluation_inputs=[]"]
@@ -60,6 +61,7 @@ def test_resume_is_exact_wherever_it_was_killed(tiny: Path, tmp_path: Path, xtun
         shutil.rmtree(work_dir)
 
 
+@pytest.mark.processes
 def test_sigterm_stops_cleanly(tiny: Path, tmp_path: Path) -> None:
     """Exit code 75 with a checkpoint at the iteration that was reached, although none was due."""
     work_dir = tmp_path / "stopped"
@@ -74,6 +76,7 @@ def final(work_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(work_dir / name / "weights" / "model.safetensors")
 
 
+@pytest.mark.processes
 def test_every_setting_has_its_effect(tiny: Path, tmp_path: Path, xtuner: Command, caplog: Any) -> None:
     """Each shipped hook and setting, changed alone, changes what it should."""
 
@@ -157,6 +160,7 @@ def test_every_setting_has_its_effect(tiny: Path, tmp_path: Path, xtuner: Comman
     assert len(records(run("counts", "accumulative_counts=1"))) > len(records(run("more", "accumulative_counts=4")))
 
 
+@pytest.mark.processes
 def test_a_line_is_the_mean_since_the_one_before(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     """Loss over all targets of the interval; of a single iteration its own, to the last bit; tokens of all so far."""
 
@@ -214,6 +218,7 @@ def tiny_corpus(tiny: Path) -> str:
     return str(load(str(tiny)).values["dataset_folder"])
 
 
+@pytest.mark.processes
 def test_custom_hooks_speak(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     options = ["evaluation_freq=5", "evaluation_inputs=['import os', 'x = ']", "SYSTEM='be brief'"]
     assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
@@ -231,6 +236,7 @@ def test_custom_hooks_speak(tiny: Path, tmp_path: Path, xtuner: Command, capsys:
     assert json.loads(next((tmp_path / "w").glob("*/config.json")).read_text())["evaluation_freq"] == 5
 
 
+@pytest.mark.processes
 def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--dry-run") == 0
     assert not (tmp_path / "w").exists()
@@ -239,6 +245,7 @@ def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, xtuner: Command, ca
         assert word in shown
 
 
+@pytest.mark.processes
 def test_an_iteration_without_targets_changes_no_weight(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     from xtuner.data.format.writer import write_bin
 
@@ -256,6 +263,7 @@ def test_an_iteration_without_targets_changes_no_weight(tiny: Path, tmp_path: Pa
     assert same == [True, False, False, True, True]
 
 
+@pytest.mark.processes
 def test_data_without_anything_to_learn(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     """Reported once and then counted; a whole epoch, or a whole run, without a target is an error (65)."""
     from xtuner.data.format.writer import write_bin
@@ -277,6 +285,7 @@ def test_data_without_anything_to_learn(tiny: Path, tmp_path: Path, xtuner: Comm
     assert "25 iterations had no token to learn from" in said.splitlines()[-1]
 
 
+@pytest.mark.processes
 def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     """Small files and long packs: how much is lost and what to do, which then works."""
     from xtuner.data.format.writer import write_bin
@@ -303,6 +312,7 @@ def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Co
     assert "not trained on" not in shown
 
 
+@pytest.mark.processes
 def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> None:
     work_dir = tmp_path / "w"
     train = ("train", tiny, "--work-dir", work_dir)
@@ -349,6 +359,7 @@ def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> 
             xtuner(*train, *words)
 
 
+@pytest.mark.processes
 def test_a_damaged_checkpoint_is_passed_over(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     """One flipped byte in the newest: it is named, and the run goes on from the one before, to the same end."""
     options = ["--cfg-options", *PLAIN, "save_steps=4", "save_total_limit=-1"]

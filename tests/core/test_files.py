@@ -71,6 +71,7 @@ def test_recover(tmp_path: Path) -> None:
     assert (tmp_path / "y.pth" / "inner" / "a").read_text() == "new"
 
 
+@pytest.mark.processes
 def test_what_the_dead_have_left_is_removed_and_the_living_are_left_alone(tmp_path: Path, caplog: Any) -> None:
     """A process that writes the same folder is killed: the next writer removes its part, not a living one's."""
     target, other = tmp_path / "x", tmp_path / "xx"
@@ -112,6 +113,7 @@ def test_what_the_dead_have_left_is_removed_and_the_living_are_left_alone(tmp_pa
     assert (target / "inner" / "a").read_text() == "three"
 
 
+@pytest.mark.processes
 def test_a_replaced_folder_comes_back(tmp_path: Path) -> None:
     """Killed between taking the old one away and giving the new one its name."""
     target = tmp_path / "x"

@@ -165,6 +165,7 @@ def server():
         hub.shutdown()
 
 
+@pytest.mark.processes
 def test_from_a_hub_and_from_its_cache(server, tmp_path):
     weights = {**SHARDS, "model.safetensors.index.json": INDEX.encode()}
     with Child(tmp_path, server.address) as child:
@@ -230,6 +231,7 @@ def test_from_a_hub_and_from_its_cache(server, tmp_path):
             side.symlink_to(blob)
 
 
+@pytest.mark.processes
 def test_two_processes_of_a_node_download_once(server, tmp_path):
     server.may_send_weights.clear()
     with Child(tmp_path, server.address) as one, Child(tmp_path, server.address) as two:

@@ -17,13 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.paths import reference
 from safetensors.torch import load_file
 
 from xtuner.core.errors import CheckpointError
 from xtuner.core.pickles import Opaque, load_tensors
-
-ZERO = Path(__file__).resolve().parents[2].parent / "shared" / "reference" / "zero_ckpt"
-
 
 # ---- making files -------------------------------------------------------------------------------------------------
 
@@ -334,6 +332,7 @@ class PlainPickle(pickle.Unpickler):
         return pid
 
 
+@pytest.mark.processes
 def test_no_bomb_goes_off(tmp_path, monkeypatch):
     marker = tmp_path / "marker"
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -536,9 +535,7 @@ def test_nesting_without_end(tmp_path):
 
 @pytest.fixture
 def zero():
-    if not ZERO.is_dir():
-        pytest.skip("the reference checkpoints are not here")
-    return ZERO
+    return reference("zero_ckpt")
 
 
 def test_all_reference_checkpoints(zero):

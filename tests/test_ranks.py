@@ -82,7 +82,7 @@ def messages_and_errors(ranks: Ranks, folder: Path) -> None:
 
     with pytest.raises(DataError, match="a torn line") as error:
         ranks.together(fails_on_two)
-    assert (error.value.where, error.value.quiet) == ("file:7", me != 2)
+    assert (error.value.where, error.value.reported_elsewhere) == ("file:7", me != 2)
     with pytest.raises(ConfigError, match="main alone"):
         ranks.on_main(lambda: (_ for _ in ()).throw(ConfigError("main alone")))
     with pytest.raises(CheckpointError, match="No such file"):  # the system's errors are told, too
@@ -150,7 +150,7 @@ def saves(ranks: Ranks, folder: Path) -> None:
     for resume in ("auto", str(folder)):
         with pytest.raises(CheckpointError, match=r"iter_4\.pth, which is not there") as error:
             history.to_resume(folder, resume, ranks)
-        assert error.value.quiet == (me != 0)
+        assert error.value.reported_elsewhere == (me != 0)
     with pytest.raises(ConfigError, match="no checkpoint there"):
         history.to_resume(folder, str(folder / "iter_3.pth" / "optimizer"), ranks)
     empty = folder / "empty"

@@ -8,7 +8,7 @@ import importlib
 import sys
 from typing import NoReturn
 
-from xtuner.core.command import complain, exit_with, run_command
+from xtuner.core.command import exit_with, print_error, run_command
 from xtuner.core.errors import EXIT_CONFIG
 
 VERBS = {  # words → (module, what it does)
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
 
         given = " ".join(argv[: 2 if group else 1])
         near = did_you_mean(" ".join(argv[:2]), list(VERBS)) or did_you_mean(argv[0], list(VERBS))
-        complain(f"there is no verb {given!r}.{near}\n\n{usage(group)}".rstrip())
+        print_error(f"there is no verb {given!r}.{near}\n\n{usage(group)}".rstrip())
         return EXIT_CONFIG
     module_name, text = VERBS[words]
     module = importlib.import_module(module_name)

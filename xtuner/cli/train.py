@@ -73,7 +73,7 @@ def _train(args: argparse.Namespace) -> int:
     from xtuner.dist import launchers, workers
 
     if not args.dry_run:
-        stdio.survive()  # a run continues when nobody reads what it prints
+        stdio.ignore_write_errors()  # a run continues when nobody reads what it prints
     if not faulthandler.is_enabled():
         faulthandler.enable()  # where each thread stood if a library crashes, or a mapped file is cut off
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in words, not in frames of C++
@@ -86,7 +86,7 @@ def _train(args: argparse.Namespace) -> int:
     config = load(args.config, args.cfg_options)
     nodes = launchers.find_launcher(args.launcher).nodes(os.environ, device_count())
     if not args.ranks and nodes and nodes.workers * nodes.nodes > 1:
-        return workers.start(nodes, [sys.executable, "-m", "xtuner", "train", *args.words])
+        return workers.start(nodes, [sys.executable, "-m", "xtuner", "train", *args.argv])
     workers.end_with_parent()
     place = launchers.place(args.launcher, os.environ)
 
@@ -105,7 +105,7 @@ def _train(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         deepspeed=args.deepspeed,
         fsdp=args.fsdp,
-        words=tuple(args.words),
+        words=tuple(args.argv),
     )
     with taking_part(place, group=bool(args.deepspeed)) as (device, watch):
         return train(config, work_dir_of(args.work_dir, config), device, options, watch)

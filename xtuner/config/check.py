@@ -14,7 +14,7 @@ from xtuner.config.config import Config
 from xtuner.config.findings import together
 from xtuner.config.schema import NEEDED
 from xtuner.config.specs import ROOTS, Spec, specs, walked
-from xtuner.core.errors import ConfigError, did_you_mean, of_exit
+from xtuner.core.errors import ConfigError, did_you_mean, from_system_exit
 from xtuner.core.log import logger
 
 # What the trainer gives to them besides
@@ -184,7 +184,7 @@ def _resolved(config: Config, kind: Any, key: str) -> Any:
     except ConfigError as e:
         return e
     except SystemExit as e:
-        return of_exit(e, where, f"importing {kind!r}")
+        return from_system_exit(e, where, f"importing {kind!r}")
     except Exception as e:  # of a module of the user's that is imported for the first time
         return ConfigError(f"type={kind!r} cannot be imported: {type(e).__name__}: {e}", where=where)
 
@@ -241,7 +241,7 @@ def _trial(spec: Spec) -> Iterator[ConfigError]:
         where = f"{spec.key}.{e.where}" if e.where in spec.arguments else spec.key  # a constructor names its argument
         yield ConfigError(e.what, where=e.where if inside else where, why=e.why, do=e.do)
     except SystemExit as e:
-        yield of_exit(e, spec.key, type_name(kind))
+        yield from_system_exit(e, spec.key, type_name(kind))
     except (TypeError, ValueError) as e:
         yield ConfigError(f"{type_name(kind)} does not take these values: {e}", where=spec.key)
     except Exception as e:

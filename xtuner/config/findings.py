@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from xtuner.config.config import Config
-from xtuner.core.errors import CheckpointError, ConfigError, XTunerError, of_exit
+from xtuner.core.errors import CheckpointError, ConfigError, XTunerError, from_system_exit
 
 _OURS = Path(__file__).resolve().parents[1]
 _INSTALLED = [Path(p) for p in (sys.prefix, sys.base_prefix)]
@@ -54,7 +54,7 @@ def naming(config: Config, key: str, *to_blame: str) -> Iterator[None]:
         where = here if not e.where or to_blame[0].startswith(e.where) else f"{e.where}, by {here}"
         raise type(e)(e.what, where=where, why=e.why, do=e.do) from None
     except SystemExit as e:
-        raise of_exit(e, config.where(key), key) from None
+        raise from_system_exit(e, config.where(key), key) from None
     except OSError as e:
         what = f"{e.filename or key} cannot be read: {e.strerror or e}"
         raise CheckpointError(what, where=here) from None

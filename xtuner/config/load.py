@@ -22,7 +22,7 @@ from xtuner.config.redact import secret_literals
 from xtuner.config.schema import Schema
 from xtuner.config.settings import SCHEMA
 from xtuner.core import secrets
-from xtuner.core.errors import ConfigError, did_you_mean, of_exit
+from xtuner.core.errors import ConfigError, did_you_mean, from_system_exit
 from xtuner.core.foreign_inputs import short_repr
 
 DEEPEST = 50  # brackets or signs of a value of --cfg-options
@@ -217,7 +217,7 @@ def _run(tree: ast.Module, path: Path, overrides: dict[str, Any]) -> dict[str, A
     except (ConfigError, KeyboardInterrupt):
         raise
     except SystemExit as e:
-        raise of_exit(e, f"{path}:{_line(e, path)}", "the config") from None
+        raise from_system_exit(e, f"{path}:{_line(e, path)}", "the config") from None
     except BaseException as e:
         line = _line(e, path)
         raise ConfigError(

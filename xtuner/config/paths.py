@@ -134,7 +134,7 @@ def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
 def _other_kind(path: Path, taken: Collection[str], use: str, checkpoint: str = "") -> ConfigError | None:
     """The error for a path that holds something else than `taken`."""
     try:
-        path_kinds.take(path, taken, "", use, checkpoint)
+        path_kinds.require_kind(path, taken, "", use, checkpoint)
     except ConfigError as e:
         return e
     return None

@@ -29,7 +29,7 @@ class _Help(argparse.HelpFormatter):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        complain(f"error: {mask_text(message)}", self.prog)  # it repeats what was given
+        print_error(f"error: {mask_text(message)}", self.prog)  # it repeats what was given
         sys.exit(errors.EXIT_CONFIG)
 
 
@@ -38,49 +38,49 @@ def run_command(prog: str, text: str, add_arguments: Arguments, run: Run, argv: 
     parser = _Parser(prog=prog, description=text, allow_abbrev=False, formatter_class=_Help)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    args.words = argv  # as they were given, for who starts the same again
+    args.argv = argv  # as they were given, for who starts the same again
     log.setup()
     try:
         return run(args)
     except SystemExit as e:  # of a hook's or a dataset's method
         if errors.raised_by_us(e):
             raise
-        raise errors.of_exit(e) from None
+        raise errors.from_system_exit(e) from None
 
 
 def exit_with(command: Callable[[], int]) -> NoReturn:
     """Run `command` and end the process with its exit code, or with that of the error it raises."""
-    stdio.prepare()
+    stdio.prepare_streams()
     try:
-        code = _code(command)
+        code = _exit_code(command)
         sys.stdout.flush()
     except BrokenPipeError:
         code = EXIT_PIPE
-        stdio.discard()
+        stdio.discard_buffers()
     except OSError as e:
-        complain(f"standard output cannot be written: {e.strerror}")
+        print_error(f"standard output cannot be written: {e.strerror}")
         code = errors.EXIT_IO
-        stdio.discard()
+        stdio.discard_buffers()
     sys.exit(code)
 
 
-def _code(command: Callable[[], int]) -> int | str | None:
+def _exit_code(command: Callable[[], int]) -> int | str | None:
     try:
         return command()
     except errors.XTunerError as e:
-        if not e.quiet:
-            complain(str(e))
+        if not e.reported_elsewhere:
+            print_error(str(e))
         return e.exit_code
     except KeyboardInterrupt:
-        complain("interrupted")
+        print_error("interrupted")
         return errors.EXIT_INTERRUPTED
     except SystemExit as e:  # argparse, after --help or a mistake
         return e.code
     except BrokenPipeError:
         raise
     except Exception as e:
-        if isinstance(e, OSError) and (refusal := errors.of_system(e)):
-            complain(str(refusal))
+        if isinstance(e, OSError) and (refusal := errors.from_os_error(e)):
+            print_error(str(refusal))
             return refusal.exit_code
         import traceback  # a bug; its message may show a value of the config
 
@@ -89,7 +89,7 @@ def _code(command: Callable[[], int]) -> int | str | None:
         return errors.EXIT_BUG
 
 
-def complain(message: str, label: str = "xtuner") -> None:
+def print_error(message: str, label: str = "xtuner") -> None:
     """Print an error for the user, its first line in red on a terminal; lost if nobody can read it."""
     first, newline, rest = f"{label}: {message}".partition("\n")
     if stdio.use_colour(sys.stderr):
@@ -98,6 +98,6 @@ def complain(message: str, label: str = "xtuner") -> None:
         print(first + newline + rest, file=sys.stderr, flush=True)
 
 
-def script(text: str, add_arguments: Arguments, run: Run) -> NoReturn:
+def run_script(text: str, add_arguments: Arguments, run: Run) -> NoReturn:
     """Body of a file that is run by its path."""
     exit_with(lambda: run_command(sys.argv[0], text, add_arguments, run, sys.argv[1:]))

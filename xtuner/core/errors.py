@@ -36,7 +36,7 @@ class XTunerError(Exception):
     """
 
     exit_code = EXIT_BUG
-    quiet = False  # another rank tells it
+    reported_elsewhere = False  # another rank reports it
 
     def __init__(self, what: str, *, where: str = "", why: str = "", do: str = "") -> None:
         self.what, self.where, self.why, self.do = map(mask_text, (what, where, why, do))
@@ -85,7 +85,7 @@ class InterruptedRunError(XTunerError):
     exit_code = EXIT_INTERRUPTED
 
 
-def of_system(error: OSError) -> CheckpointError | None:
+def from_os_error(error: OSError) -> CheckpointError | None:
     """The system's refusal to read or write a file, in words; None if this is not one.
 
     Nor is it one if the code of someone else raised it (a hook, a config): its author needs the traceback.
@@ -100,7 +100,7 @@ def of_system(error: OSError) -> CheckpointError | None:
     )
 
 
-def of_exit(error: SystemExit, where: str = "", by: str = "") -> ConfigError:
+def from_system_exit(error: SystemExit, where: str = "", by: str = "") -> ConfigError:
     """The error for code of a user's that ends the program: without it, exit code 0 would say that all is done.
 
     Args:

@@ -22,7 +22,7 @@ def namespace() -> str:
         return ""
 
 
-def born(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """Start time of a process in clock ticks since boot; None if there is none."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
@@ -32,13 +32,13 @@ def born(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def mark() -> str:
+def owner_tag() -> str:
     """Names this process in the name of a file, and makes the name unique: `NAMESPACE-PID-BORN-RANDOM`."""
     pid = os.getpid()
-    return f"{_short(namespace())}-{pid}-{born(pid) or 0}-{secrets.token_hex(4)}"
+    return f"{_short(namespace())}-{pid}-{start_time(pid) or 0}-{secrets.token_hex(4)}"
 
 
-def made_by_living(name: str) -> bool | None:
+def is_owner_alive(name: str) -> bool | None:
     """Whether the process runs whose `mark` ends `name`; None if that cannot be seen from here.
 
     It cannot for a process of another machine, boot or container, and for names that carry no mark.
@@ -46,7 +46,7 @@ def made_by_living(name: str) -> bool | None:
     found = re.search(r"-([0-9a-f]{12})-(\d{1,10})-(\d{1,20})-[0-9a-f]{8}$", f"-{name}")
     if not found or found[1] == _NOWHERE or found[1] != _short(namespace()):
         return None
-    return born(int(found[2])) == found[3]
+    return start_time(int(found[2])) == found[3]
 
 
 def _short(namespace: str) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from xtuner.core.errors import DISK_ERRORS, CheckpointError, ConfigError, XTunerError
-from xtuner.core.file_owner import made_by_living, mark
+from xtuner.core.file_owner import is_owner_alive, owner_tag
 from xtuner.core.foreign_inputs import open_regular, read_regular, short, short_repr
 from xtuner.core.log import logger
 from xtuner.core.progress import record_progress
@@ -62,9 +62,9 @@ def require_utf8(path: Path, setting: str) -> None:
         ) from None
 
 
-def beside(target: Path, purpose: str) -> Path:
+def temporary_sibling(target: Path, purpose: str) -> Path:
     """A new name next to `target`, of this process: see the top of this file."""
-    return target.with_name(f".{target.name}.{purpose}-{mark()}")
+    return target.with_name(f".{target.name}.{purpose}-{owner_tag()}")
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(path, "tmp")
+    temporary = temporary_sibling(path, "tmp")
     try:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as e:
@@ -117,7 +117,7 @@ class _Dropped(Exception):
     pass
 
 
-def user_cache() -> Path:
+def user_cache_dir() -> Path:
     """Our folder for what can be made again, in the user's cache. It need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xtuner"
 
@@ -209,7 +209,7 @@ def seal(folder: Path, **facts: Any) -> None:
     """Sync and hash every file below `folder`, then write its manifest."""
     entries = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        usual_permissions(file)
+        set_default_permissions(file)
         sync_file(file)
         entries[file.relative_to(folder).as_posix()] = file_entry(file)
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
@@ -265,8 +265,8 @@ def remove_tree(path: Path) -> None:
 
 def discard(path: Path) -> None:
     """Delete what stands under a name of its own. It loses that name first: what a crash half-way leaves is known to
-    be on its way out, and `recover` or `sweep` removes it."""
-    aside = beside(path, "removing")
+    be on its way out, and `recover` or `remove_leftovers` removes it."""
+    aside = temporary_sibling(path, "removing")
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, aside)
         remove_tree(aside)
@@ -274,7 +274,7 @@ def discard(path: Path) -> None:
 
 def publish(temporary: Path, target: Path) -> None:
     """Give a finished directory its name. An older one of that name is moved aside first, then removed."""
-    aside = beside(target, "old")
+    aside = temporary_sibling(target, "old")
     if os.path.lexists(target):
         os.rename(target, aside)
     os.rename(temporary, target)
@@ -294,14 +294,14 @@ def recover(parent: Path, pattern: str) -> None:
             _clear(path, purpose)
 
 
-def sweep(target: Path) -> None:
+def remove_leftovers(target: Path) -> None:
     """Clean up what processes that died have left of writing `target`, which no lock protects.
 
     Only what a process of this machine has made that no longer runs; what cannot be judged from here is reported.
     """
     for purpose in ("old", "tmp", "removing"):
         for path in target.parent.glob(f".{glob.escape(target.name)}.{purpose}-*"):
-            if (living := made_by_living(path.name)) is False:
+            if (living := is_owner_alive(path.name)) is False:
                 logger.info(f"{path.name} was left by a process that has ended: " + _clear(path, purpose))
             elif living is None:
                 logger.warning(
@@ -321,19 +321,19 @@ def _clear(path: Path, purpose: str) -> str:
     return "removed"
 
 
-def usual_permissions(path: Path) -> None:
+def set_default_permissions(path: Path) -> None:
     """Those of an ordinarily made file or folder; temporary ones, and safetensors' files, are their owner's alone."""
     os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_UMASK)
 
 
 def temporary_folder(target: Path) -> Path:
     """A new empty folder beside `target`, for `publish`."""
-    folder = beside(target, "tmp")
+    folder = temporary_sibling(target, "tmp")
     folder.mkdir()
     return folder
 
 
-def not_written(error: OSError, what: str, path: Path, do: str) -> XTunerError:
+def write_failure(error: OSError, what: str, path: Path, do: str) -> XTunerError:
     """The error for users where `path` cannot be written: CheckpointError (74) for a disk that is full or fails,
     ConfigError (2) for a place that nothing can be written to."""
     what, where = f"{what} cannot be written: {error.strerror or error}", str(error.filename or path)
@@ -347,7 +347,7 @@ def atomic_folder(target: str | Path, **facts: Any) -> Iterator[Path]:
     """Yield a temporary directory beside `target`; on success it is sealed and published as `target`."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target)
+    remove_leftovers(target)
     temporary = temporary_folder(target)
     try:
         yield temporary

@@ -40,7 +40,7 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
     if re.fullmatch(ID, name_or_path) and not os.path.exists(path):
         return _from_hub(name_or_path, revision, tokenizer_only)
     if os.path.isfile(path):
-        path_kinds.take(path, (), str(path.absolute()), "give {} as the model")
+        path_kinds.require_kind(path, (), str(path.absolute()), "give {} as the model")
     raise ConfigError(
         f"the model {name_or_path!r} is no folder here, and no hub id",
         where=str(path.absolute()),
@@ -49,7 +49,7 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
     )
 
 
-def is_here(name_or_path: str, tokenizer_only: bool = False) -> bool:
+def is_local(name_or_path: str, tokenizer_only: bool = False) -> bool:
     """Whether `resolve` finds it, or refuses it, without the network."""
     path = Path(os.path.expanduser(name_or_path))
     if os.path.exists(path) or not re.fullmatch(ID, name_or_path):

@@ -70,7 +70,7 @@ class Kind:
         return others.get(self.what, "give a Hugging Face folder, or an iter_N.pth checkpoint of xtuner")
 
 
-def take(path: str | Path, kinds: Collection[str], where: str, use: str, checkpoint: str = "") -> Kind:
+def require_kind(path: str | Path, kinds: Collection[str], where: str, use: str, checkpoint: str = "") -> Kind:
     """What lies at `path`, if it is one of `kinds`. Raises: ConfigError, which says what it is and what to do.
 
     Args:

@@ -160,7 +160,7 @@ def revived(failure: dict[str, str], quiet: bool) -> XTunerError:
     kinds = {kind.__name__: kind for kind in XTunerError.__subclasses__()}
     kind, what = failure["kind"], failure["what"]
     error = kinds[kind](what, where=failure["where"], why=failure["why"], do=failure["do"])
-    error.quiet = quiet
+    error.reported_elsewhere = quiet
     return error
 
 

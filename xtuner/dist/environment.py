@@ -31,7 +31,7 @@ def main_reports(launcher: str) -> Iterator[None]:
         if not rank:
             raise
         error = InterruptedRunError("interrupted")
-        error.quiet = True
+        error.reported_elsewhere = True
         raise error from None
 
 

@@ -278,7 +278,7 @@ class Watch:
 
     def _interrupted(self, told: str) -> InterruptedRunError:
         error = InterruptedRunError(told)
-        error.quiet = self.place.rank > 0
+        error.reported_elsewhere = self.place.rank > 0
         return error
 
     def _lost(self, told: str, first: bool) -> LostRankError | InterruptedRunError:
@@ -291,7 +291,7 @@ class Watch:
             why="the ranks compute one step together; without one of them there is none",
             do="see that rank's log and its machine (dmesg, the scheduler); then run again with --resume auto",
         )
-        error.quiet = not first
+        error.reported_elsewhere = not first
         return error
 
     def failed(self, error: BaseException) -> None:

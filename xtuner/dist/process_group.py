@@ -76,7 +76,7 @@ def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch
         yield here, watch
         torch_dist.barrier()  # rank 0 holds the store: it leaves last
     except XTunerError as e:
-        if watch and (not e.quiet or isinstance(e, InterruptedRunError)):
+        if watch and (not e.reported_elsewhere or isinstance(e, InterruptedRunError)):
             watch.failed(e)
         raise
     except Exception as e:

@@ -189,7 +189,7 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
         config = load(name, options)
         source: ModelSource = build(config.values["model"], "model")
         return source.build(device, dtype).eval(), f"{config.resolved()['model']}"
-    kind = path_kinds.take(path, (path_kinds.CHECKPOINT, path_kinds.HF), "MODEL", "give {} as the model")
+    kind = path_kinds.require_kind(path, (path_kinds.CHECKPOINT, path_kinds.HF), "MODEL", "give {} as the model")
     if kind.what == path_kinds.CHECKPOINT:
         verify(path)
         path = base_weights(path)

@@ -30,7 +30,7 @@ from xtuner.config.paths import data_keys, named_models
 from xtuner.config.specs import walked
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
-from xtuner.core.files import not_written, require_utf8
+from xtuner.core.files import require_utf8, write_failure
 from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.data.loading.open_on_ranks import open_together
@@ -96,7 +96,7 @@ def start(config: Config, only_look: bool = False) -> ModelSource | None:
     source: ModelSource | None = None
     named = [(spec, f"{spec.key}.{n}", str(spec.arguments[n]), is_tok) for spec, n, is_tok in named_models(config)]
     seen = [(name, is_tok) for spec, _, name, is_tok in named if only_look or not _is_built(config, spec.key)]
-    absent = [name for name, is_tok in seen if not hub.is_here(name, is_tok)]
+    absent = [name for name, is_tok in seen if not hub.is_local(name, is_tok)]
     for name in dict.fromkeys(absent if only_look else ()):
         logger.info(f"{name} is not on this machine yet: whether it fits is seen when it has been downloaded")
     models = [(key, name) for _, key, name, is_tok in named if not is_tok]
@@ -260,7 +260,7 @@ def command_line(work_dir: Path, seed: int | None = None, max_minutes: float | N
         raise ConfigError(f"the work dir cannot be made: {e}", where=repr(str(work_dir))) from None
     except OSError as e:
         e.filename = None  # of what was made to try
-        raise not_written(e, "the work dir", work_dir, "give another one with --work-dir") from None
+        raise write_failure(e, "the work dir", work_dir, "give another one with --work-dir") from None
 
 
 def _try_to_write(folder: Path) -> None:

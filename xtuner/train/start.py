@@ -12,7 +12,7 @@ from pathlib import Path
 from xtuner.config.redact import without_secrets
 from xtuner.core import log
 from xtuner.core.errors import ConfigError, XTunerError
-from xtuner.core.files import not_written, recover, write_json
+from xtuner.core.files import recover, write_failure, write_json
 from xtuner.core.log import logger
 from xtuner.dist import collectives
 from xtuner.train.checkpoints.work_dir_lock import WorkDirLock
@@ -108,7 +108,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise not_written(e, "the work dir", folder, "give another one with --work-dir") from None
+        raise write_failure(e, "the work dir", folder, "give another one with --work-dir") from None
 
 
 def _copy_config(config: Path, copy: Path) -> None:

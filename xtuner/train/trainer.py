@@ -11,7 +11,7 @@ import torch
 from xtuner.compat.report import tell
 from xtuner.config.config import Config
 from xtuner.core import log
-from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, DivergedError, of_exit
+from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, DivergedError, from_system_exit
 from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.dist import collectives
@@ -103,7 +103,7 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
                 raise out_of_memory(settings, plan, progress.state.iteration, options.words, e, now) from None
             raise
         except SystemExit as e:  # of a hook's or a dataset's method
-            raise of_exit(e) from None
+            raise from_system_exit(e) from None
         except KeyboardInterrupt:
             at_the_end.close()  # with a save in flight
             raise interrupted(work_dir, progress.state.iteration, options.words, mesh) from None
@@ -266,7 +266,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         f"        look at a pack: {data.how_to_show(packs[0], '--tokenizer DIR')}\n"
         f"        or go on without such iterations: --cfg-options train_cfg.max_skipped=10",
     )
-    error.quiet = not collectives.is_main()
+    error.reported_elsewhere = not collectives.is_main()
     raise error
 
 
@@ -294,7 +294,7 @@ def _without_targets(run: Run, number: int, packs: list[int]) -> None:
             * bool(data.documents.folder)
             + data.how_to_show(packs[0]),
         )
-        error.quiet = not collectives.is_main()
+        error.reported_elsewhere = not collectives.is_main()
         raise error
 
 

@@ -12,13 +12,13 @@ CHUNK = 16 * 2**20  # bytes
 SECONDS = 1.0  # at most, for writing and for reading each, but for the chunk that is under way then
 
 
-def nearest(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """`folder`, or the nearest one above it that exists."""
     folder = folder.expanduser().absolute()
     return next(f for f in (folder, *folder.parents) if f.is_dir())
 
 
-def speed(folder: Path, size: int, step: Callable[[int], object] = lambda done: None) -> tuple[float, float]:
+def measure_speed(folder: Path, size: int, step: Callable[[int], object] = lambda done: None) -> tuple[float, float]:
     """Write (fsync included) and read bytes a second of a file of at most `size` bytes in `folder`.
 
     A slow disk gets a smaller file. The page cache is asked to forget the file before it is read; where a system does
@@ -47,7 +47,7 @@ def speed(folder: Path, size: int, step: Callable[[int], object] = lambda done: 
     return written / write_s, read / read_s
 
 
-def broken_promises(folder: Path) -> Iterator[str]:
+def find_broken_guarantees(folder: Path) -> Iterator[str]:
     """What does not work in `folder` of that which the lock (hard links) and checkpoints (rename, fsync) rely on."""
     a, b = folder / "a", folder / "b"
     a.write_text("a")

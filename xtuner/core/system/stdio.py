@@ -27,7 +27,7 @@ def _encode_anyway(error: UnicodeError) -> tuple[bytes, int]:
 codecs.register_error(_ERRORS, _encode_anyway)
 
 
-def prepare() -> None:
+def prepare_streams() -> None:
     """Make the three streams usable, before any other file is opened.
 
     A descriptor that was closed (by cron or a daemon) becomes /dev/null: otherwise the next file opened gets its
@@ -63,7 +63,7 @@ class _Lossy(io.FileIO):
         return memoryview(data).nbytes
 
 
-def survive() -> None:
+def ignore_write_errors() -> None:
     """For a process whose work outlives its terminal: from now on no write to standard output or error fails.
 
     That holds for hooks and libraries as well. Streams that someone has replaced (a notebook, a test) are left alone.
@@ -84,7 +84,7 @@ def survive() -> None:
         setattr(sys, f"__{name}__", lossy)
 
 
-def discard() -> None:
+def discard_buffers() -> None:
     """Drop what is still buffered for standard output and error: it would fail again when the process ends."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for fd in (1, 2):

@@ -147,7 +147,7 @@ def driver_version() -> str | None:
         if found := re.search(r"Kernel Module\D*([\d.]+\d)", Path("/proc/driver/nvidia/version").read_text()):
             return found[1]
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = _said(words, NVIDIA_SMI_SECONDS) if shutil.which("nvidia-smi") else None
+    said = _output_of(words, NVIDIA_SMI_SECONDS) if shutil.which("nvidia-smi") else None
     return said.split()[0] if said and said.split() else None
 
 
@@ -173,14 +173,14 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     None where there is no checkout, no git, or no answer in time. Nothing is written to the checkout.
     """
     options = ["-C", str(folder), "-c", "core.fsmonitor=false", "--no-optional-locks"]
-    said = _said(["git", *options, "status", "--porcelain=v2", "--branch", "--untracked-files=no"], GIT_SECONDS)
+    said = _output_of(["git", *options, "status", "--porcelain=v2", "--branch", "--untracked-files=no"], GIT_SECONDS)
     commit = re.search(r"^# branch\.oid ([0-9a-f]{40,})$", said or "", re.MULTILINE)
     if not said or not commit:
         return None
     return {"commit": commit[1], "dirty": any(not line.startswith("#") for line in said.splitlines())}
 
 
-def _said(words: list[str], seconds: float) -> str | None:
+def _output_of(words: list[str], seconds: float) -> str | None:
     """What a program prints if it ends well and in time."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # in a git hook they name its repository
     env |= {"LC_ALL": "C"}

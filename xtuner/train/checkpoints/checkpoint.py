@@ -91,7 +91,7 @@ def _agreed(ranks: Ranks, target: Path, action: Callable[[], Any]) -> list[Any]:
 
 def _publish(folder: Path, target: Path, entries: dict[str, Any], iteration: int, keep: int) -> None:
     for inner in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        files.usual_permissions(inner)
+        files.set_default_permissions(inner)
         files.sync_folder(inner)
     files.write_manifest(folder, entries, kind="checkpoint", iteration=iteration)
     files.publish(folder, target)

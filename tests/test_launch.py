@@ -271,12 +271,12 @@ def test_the_image_is_pinned_and_not_roots() -> None:
 
 def test_a_process_group_leaves_nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process starts later is not a rank of this run."""
-    from xtuner.dist.environment import place
-    from xtuner.dist.process_group import taking_part
+    from xtuner.dist.environment import read_rank
+    from xtuner.dist.process_group import join_run
 
     monkeypatch.setenv("RANK", "before")
     before = dict(os.environ)
-    with taking_part(place("none", {}), group=True):
+    with join_run(read_rank("none", {}), group=True):
         assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
     after = dict(os.environ)
     assert {**after, "PYTORCH_CUDA_ALLOC_CONF": ""} == {**before, "PYTORCH_CUDA_ALLOC_CONF": ""}

@@ -22,10 +22,10 @@ from xtuner.cli.main import main
 from xtuner.core import files
 from xtuner.core.command import exit_with
 from xtuner.dist import heartbeat
-from xtuner.dist.environment import Place
+from xtuner.dist.environment import RankInfo
 
 __all__ = ["alone"]  # the fixture
-HERE = re.escape(Place().host)
+HERE = re.escape(RankInfo().host)
 
 
 @pytest.fixture

@@ -14,7 +14,15 @@ import pytest
 from xtuner.core import log
 from xtuner.core.errors import ConfigError
 from xtuner.dist import heartbeat, workers
-from xtuner.dist.environment import PORTS, Nodes, Place, environment_of_workers, first_node, nodes, place
+from xtuner.dist.environment import (
+    PORTS,
+    NodeLayout,
+    RankInfo,
+    environment_of_workers,
+    first_node,
+    read_nodes,
+    read_rank,
+)
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "77"}
 SLURM |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]"}
@@ -25,17 +33,18 @@ PET = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "4", "PET_
 
 
 def test_each_launcher_is_understood() -> None:
-    assert place("none", {}) == Place()
-    assert place("pytorch", TORCH) == place("none", TORCH) == Place(3, 4, 1, "a", 29500)
-    found = place("slurm", SLURM)
-    assert found == Place(5, 8, 1, "gpu07", found.port)
+    assert read_rank("none", {}) == RankInfo()
+    assert read_rank("pytorch", TORCH) == read_rank("none", TORCH) == RankInfo(3, 4, 1, "a", 29500)
+    found = read_rank("slurm", SLURM)
+    assert found == RankInfo(5, 8, 1, "gpu07", found.port)
     assert found.port in PORTS
-    assert place("slurm", {**SLURM, "SLURM_JOB_ID": "78"}).port != found.port  # two jobs of a node do not meet
-    assert place("slurm", {**SLURM, "MASTER_PORT": "1234", "MASTER_ADDR": "x"}) == Place(5, 8, 1, "x", 1234)
-    assert place("slurm", {**SLURM, "SLURM_STEP_NUM_NODES": "1"}).address == "127.0.0.1"
-    assert (place("mpi", OMPI).rank, place("mpi", OMPI).size, place("mpi", OMPI).address) == (1, 2, "127.0.0.1")
+    assert read_rank("slurm", {**SLURM, "SLURM_JOB_ID": "78"}).port != found.port  # two jobs of a node do not meet
+    assert read_rank("slurm", {**SLURM, "MASTER_PORT": "1234", "MASTER_ADDR": "x"}) == RankInfo(5, 8, 1, "x", 1234)
+    assert read_rank("slurm", {**SLURM, "SLURM_STEP_NUM_NODES": "1"}).address == "127.0.0.1"
+    found = read_rank("mpi", OMPI)
+    assert (found.rank, found.size, found.address) == (1, 2, "127.0.0.1")
     intel = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}
-    assert (place("mpi", intel).rank, place("mpi", intel).local_rank) == (1, 0)
+    assert (read_rank("mpi", intel).rank, read_rank("mpi", intel).local_rank) == (1, 0)
     for listed, first in (
         ("n1", "n1"),
         ("n[07-09,12],m", "n07"),
@@ -47,20 +56,20 @@ def test_each_launcher_is_understood() -> None:
 
 
 def test_who_starts_workers() -> None:
-    assert nodes({}, 8) is None
-    assert nodes({**DLC, "LOCAL_RANK": "0", "NPROC_PER_NODE": "8"}, 8) is None  # torchrun has done it
-    assert nodes(DLC, 8) == Nodes(8, 2, 1, "a", 29500)
-    assert nodes({"NPROC_PER_NODE": "2"}, 0) == Nodes(2)
-    assert nodes({"NPROC_PER_NODE": "gpu"}, 4) == Nodes(4)
+    assert read_nodes({}, 8) is None
+    assert read_nodes({**DLC, "LOCAL_RANK": "0", "NPROC_PER_NODE": "8"}, 8) is None  # torchrun has done it
+    assert read_nodes(DLC, 8) == NodeLayout(8, 2, 1, "a", 29500)
+    assert read_nodes({"NPROC_PER_NODE": "2"}, 0) == NodeLayout(2)
+    assert read_nodes({"NPROC_PER_NODE": "gpu"}, 4) == NodeLayout(4)
     own = {"NPROC_PER_NODE": "2", "NNODES": "3", "NODE_RANK": "2", "ADDR": "own", "PORT": "1"}
-    assert nodes({**DLC, **PET, **own}, 8) == Nodes(2, 3, 2, "own", 1)  # ours win, then torchrun's
-    assert nodes({**DLC, **PET}, 8) == Nodes(4, 2, 1, "b", 29500)
-    env = environment_of_workers({**DLC, **PET, **own, "KEPT": "1"}, Nodes(2, 3, 2, "own", 1), 1, 1)
+    assert read_nodes({**DLC, **PET, **own}, 8) == NodeLayout(2, 3, 2, "own", 1)  # ours win, then torchrun's
+    assert read_nodes({**DLC, **PET}, 8) == NodeLayout(4, 2, 1, "b", 29500)
+    env = environment_of_workers({**DLC, **PET, **own, "KEPT": "1"}, NodeLayout(2, 3, 2, "own", 1), 1, 1)
     expected = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "own"}
     assert expected.items() <= env.items()
     assert env["KEPT"] == "1"
     assert not {"NPROC_PER_NODE", "NNODES", "PET_NNODES"} & env.keys()  # a worker must not start workers
-    assert nodes(env, 8) is None
+    assert read_nodes(env, 8) is None
 
 
 def without(environ: dict[str, str], *names: str) -> dict[str, str]:
@@ -92,12 +101,12 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
 )
 def test_what_is_missing_or_contradicts(launcher: str, environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
-        nodes(environ, 1) if launcher == "nodes" else place(launcher, environ)
+        read_nodes(environ, 1) if launcher == "nodes" else read_rank(launcher, environ)
     assert error.value.where
 
 
 def test_a_shell_inside_a_step_is_one_process() -> None:
-    assert place("none", {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PTY_PORT": "1"}) == Place()
+    assert read_rank("none", {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PTY_PORT": "1"}) == RankInfo()
 
 
 # ---------------------------------------------------------------------------------------------------- meeting
@@ -124,7 +133,9 @@ def test_rank_0_cannot_be_reached(
     if how != "somebody else":
         server.close()
     with pytest.raises(ConfigError, match=r"rank 1 on .* cannot reach rank 0: ") as error:
-        heartbeat.store(Place(1, 2, 1, "no-such-host.invalid" if how == "no such host" else "127.0.0.1", port))
+        heartbeat.connect_store(
+            RankInfo(1, 2, 1, "no-such-host.invalid" if how == "no such host" else "127.0.0.1", port)
+        )
     server.close()
     assert str(port) in error.value.where
     assert "XTUNER_MEET_SECONDS" in error.value.do
@@ -134,7 +145,7 @@ def test_rank_0_cannot_be_reached(
 def test_the_port_is_taken() -> None:
     server = listening()
     with pytest.raises(ConfigError, match=f"port {server.getsockname()[1]} is taken") as error:
-        heartbeat.store(Place(0, 2, 0, "127.0.0.1", server.getsockname()[1]))
+        heartbeat.connect_store(RankInfo(0, 2, 0, "127.0.0.1", server.getsockname()[1]))
     server.close()
     assert "MASTER_PORT" in error.value.do
 
@@ -178,7 +189,7 @@ def test_the_first_failure_is_the_exit_code(
         monkeypatch.setattr(workers, name, 0.3)
     if act == "wait":
         monkeypatch.setattr(workers.time, "sleep", stop_when_begun(tmp_path))
-    assert workers.start(Nodes(2), [sys.executable, "-c", WORKER, str(tmp_path), act]) == code
+    assert workers.run_workers(NodeLayout(2), [sys.executable, "-c", WORKER, str(tmp_path), act]) == code
     if act in ("65", "74", "killed", "deaf"):
         assert (tmp_path / "got0").exists()  # SIGTERM
 
@@ -201,8 +212,8 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     parent = f"""
 import sys
 from xtuner.dist import workers
-from xtuner.dist.environment import Nodes
-workers.start(Nodes(2), [sys.executable, "-c", {worker!r}])
+from xtuner.dist.environment import NodeLayout
+workers.run_workers(NodeLayout(2), [sys.executable, "-c", {worker!r}])
 """
     read = subprocess.Popen(
         [sys.executable, "-c", parent], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, bufsize=1
@@ -218,22 +229,22 @@ workers.start(Nodes(2), [sys.executable, "-c", {worker!r}])
 
 CLUSTER = '''
 """Tasks of a cluster that knows TASK=2/4@HOST, or is a machine of which all cores are ours."""
-from xtuner.dist.launchers import Launcher, Nodes, Place
+from xtuner.dist.launchers import Launcher, NodeLayout, RankInfo
 
 class Cluster(Launcher):
-    def place(self, environ):
+    def read_rank(self, environ):
         if "LOCAL_RANK" in environ:  # a worker of ours
-            return Place(*(int(environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")), "127.0.0.1",
+            return RankInfo(*(int(environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")), "127.0.0.1",
                          int(environ["MASTER_PORT"]))
         task, _, host = environ["TASK"].partition("@")
         rank, tasks = map(int, task.split("/"))
-        return Place(rank, tasks, rank % 2, host, 29500)
+        return RankInfo(rank, tasks, rank % 2, host, 29500)
 
-    def nodes(self, environ, gpus):
-        return Nodes(int(environ["CORES"])) if "CORES" in environ and "LOCAL_RANK" not in environ else None
+    def read_nodes(self, environ, gpus):
+        return NodeLayout(int(environ["CORES"])) if "CORES" in environ and "LOCAL_RANK" not in environ else None
 
 class Half:
-    def place(self, environ):
+    def read_rank(self, environ):
         return (0, 1)
 
 class Odd(Half):
@@ -247,19 +258,19 @@ def test_a_launcher_of_ones_own(
     """One file outside the package: says where a process stands, and starts the two workers of a run."""
     (tmp_path / "my_cluster.py").write_text(CLUSTER)
     monkeypatch.syspath_prepend(tmp_path)
-    assert place("my_cluster.Cluster", {"TASK": "3/4@first"}) == Place(3, 4, 1, "first", 29500)
+    assert read_rank("my_cluster.Cluster", {"TASK": "3/4@first"}) == RankInfo(3, 4, 1, "first", 29500)
     for name, environ, message in (
         ("my_cluster.Cluster", {}, "TASK is not in the environment\n  where: --launcher my_cluster.Cluster"),
         ("my_cluster.Cluster", {"TASK": "one"}, "invalid literal|not enough values"),
         ("my_cluster.Cluster", {"TASK": "4/4@a"}, r"rank 4 \(local rank 0\) of 4"),
         ("my_cluster.Half", {}, "Half is not a launcher: it has no nodes"),
-        ("my_cluster.Odd", {}, r"`place` returns \(0, 1\), not a xtuner.dist.launchers.Place"),
+        ("my_cluster.Odd", {}, r"`read_rank` returns \(0, 1\), not a xtuner.dist.launchers.RankInfo"),
         ("my_cluster.Clustre", {}, "cannot be imported: .*Clustre"),
         ("your_cluster.Cluster", {}, "No module named 'your_cluster'(.|\n)*PYTHONPATH"),
-        ("my_cluster.Place.host", {}, "No module named 'my_cluster.Place'"),
+        ("my_cluster.RankInfo.host", {}, "No module named 'my_cluster.RankInfo'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            place(name, environ)
+            read_rank(name, environ)
     with pytest.raises(SystemExit) as refused:  # argparse says which there are
         xtuner("train", tiny, "--launcher", "slrum")
     assert refused.value.code == 2

@@ -18,7 +18,7 @@ from torch import nn
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.dist import collectives
 from xtuner.dist.collectives import Ranks
-from xtuner.dist.mesh import Mesh, arrange
+from xtuner.dist.mesh import Mesh, make_mesh
 from xtuner.engine import memory
 from xtuner.engine.memory import ALL_FULL, DIVISIONS, Division, Memory
 from xtuner.engine.step_time import Work
@@ -42,7 +42,7 @@ def strategy(
     optim = OptimWrapper(
         dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // collectives.ALL.size, "fp32", form
     )
-    model, mesh = model or source(), arrange(fsdp)
+    model, mesh = model or source(), make_mesh(fsdp)
     free = memory.free_of_all(CPU, mesh)
     return ShardedStrategy(
         model, optim, CPU, mesh, memory.of_mesh(model, optim, CPU, mesh, free=free, division=division)

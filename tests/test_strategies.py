@@ -129,7 +129,7 @@ def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bo
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         batch = these[rank::ranks]
-        (targets,), parts = collectives.ALL.sums_and_most([sum(p.num_targets for p in batch)], strategy.parts(batch))
+        (targets,), parts = collectives.ALL.sums_and_maxima([sum(p.num_targets for p in batch)], strategy.parts(batch))
         loss = strategy.forward_backward(batch, int(targets), parts)
         yield (loss, *strategy.step(LR, MAX_NORM))
 
@@ -296,7 +296,7 @@ def test_ranks_share_validation_and_give_one_reply(tmp_path: Path, monkeypatch: 
             if ranks.rank == 1:  # alone, it would say other tokens
                 model.output.register_forward_hook(lambda module, args, out: out.roll(1, -1))
             stops = [reply[0] + 1] if ranks.rank == 1 else []  # and stop at once
-            assert list(generate(model, [1, 7, 9], 12, stops, agree=ranks.number_from_main)) == reply
+            assert list(generate(model, [1, 7, 9], 12, stops, agree=ranks.broadcast_int)) == reply
 
     assert on_ranks(3, together, tmp_path / "ranks") == [0, 0, 0]
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from xtuner.dist.process_group import device
+    from xtuner.dist.process_group import select_device
     from xtuner.model.generate import Session, sample
     from xtuner.model.source import require_marks
     from xtuner.train.evaluate import open_model
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{option} {value} cannot be", where=f"--{option}", do=f"give {range_}")
     if not args.tokenizer:
         refuse_checkpoint(args.model)
-    model, _ = open_model(args.model, [], device())
+    model, _ = open_model(args.model, [], select_device())
     require_marks(model.config, f"{args.model}/config.json: ")
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     if template is None:

@@ -13,14 +13,14 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.compat.translate import load
     from xtuner.data.format.cache_dirs import Opening
     from xtuner.dist.mesh import Mesh
-    from xtuner.dist.process_group import device
+    from xtuner.dist.process_group import select_device
     from xtuner.engine import capacity
     from xtuner.train import preflight
     from xtuner.train.plan import make_plan
 
     config = load(args.config, args.cfg_options)
     parts = preflight.settings(config)
-    here = device()
+    here = select_device()
     work_dir = preflight.work_dir_of(None, config)
     settings = preflight.prepare(config, parts.hooks, work_dir, here, None, Mesh(), Opening(read_only=True))
     plan = make_plan(settings)

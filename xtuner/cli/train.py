@@ -2,7 +2,7 @@
 
 import argparse
 
-from xtuner.dist.launchers import LAUNCHERS, Names
+from xtuner.dist.launchers import LAUNCHERS, LauncherNames
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher",
         default="none",
-        choices=Names(LAUNCHERS),
+        choices=LauncherNames(LAUNCHERS),
         help="what has started the processes: torchrun, srun, mpirun, or package.module.Class for a launcher of your "
         "own; none (default): this one works alone, or starts a process for each GPU if NPROC_PER_NODE says so",
     )
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from xtuner.dist import environment
 
-    with environment.main_reports(args.launcher):
+    with environment.report_interrupt_once(args.launcher):
         return _train(args)
 
 
@@ -84,13 +84,13 @@ def _train(args: argparse.Namespace) -> int:
         do = "give both, and a number of processes from 1 on; a run has those that the launcher starts"
         raise ConfigError(f"--ranks {args.ranks} is for --dry-run", where="--ranks", do=do)
     config = load(args.config, args.cfg_options)
-    nodes = launchers.find_launcher(args.launcher).nodes(os.environ, device_count())
-    if not args.ranks and nodes and nodes.workers * nodes.nodes > 1:
-        return workers.start(nodes, [sys.executable, "-m", "xtuner", "train", *args.argv])
+    layout = launchers.find_launcher(args.launcher).read_nodes(os.environ, device_count())
+    if not args.ranks and layout and layout.workers * layout.num_nodes > 1:
+        return workers.run_workers(layout, [sys.executable, "-m", "xtuner", "train", *args.argv])
     workers.end_with_parent()
-    place = launchers.place(args.launcher, os.environ)
+    info = launchers.read_rank(args.launcher, os.environ)
 
-    from xtuner.dist.process_group import taking_part
+    from xtuner.dist.process_group import join_run
     from xtuner.train.preflight import work_dir_of
     from xtuner.train.trainer import Options, train
 
@@ -107,5 +107,5 @@ def _train(args: argparse.Namespace) -> int:
         fsdp=args.fsdp,
         words=tuple(args.argv),
     )
-    with taking_part(place, group=bool(args.deepspeed)) as (device, watch):
-        return train(config, work_dir_of(args.work_dir, config), device, options, watch)
+    with join_run(info, group=bool(args.deepspeed)) as (device, heartbeat):
+        return train(config, work_dir_of(args.work_dir, config), device, options, heartbeat)

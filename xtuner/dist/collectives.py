@@ -20,7 +20,7 @@ class Ranks:
     """A group of all processes of the run.
 
     Collective calls must be made by all ranks in the same order within one group; a background thread therefore needs a
-    group of its own (`fresh`).
+    group of its own (`new_group`).
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -39,7 +39,7 @@ class Ranks:
         """True on the one process that prints and writes shared files."""
         return self.rank == 0
 
-    def fresh(self) -> "Ranks":
+    def new_group(self) -> "Ranks":
         """A gloo group of its own for collectives of another thread."""
         return Ranks(_distributed().new_group(backend="gloo")) if self.size > 1 else Ranks()
 
@@ -61,11 +61,11 @@ class Ranks:
         distributed.all_gather(texts, padded, group=self._group)
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON value, on every rank."""
         return self.gather(value if self.is_main else None)[0]
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all(self, action: Callable[[], T]) -> T:
         """Run `action`, which must not talk to other ranks, on every rank. Returns this rank's result.
 
         If it fails on any rank with an error for users, the first of these errors is raised on all.
@@ -76,14 +76,14 @@ class Ranks:
         failures = self.gather(failure)
         for rank, error in enumerate(failures):
             if error is not None:
-                raise revived(error, quiet=rank != self.rank)
+                raise restore_error(error, reported_elsewhere=rank != self.rank)
         assert outcome is not None
         return outcome[0]
 
-    def on_main(self, action: Callable[[], Any]) -> Any:
+    def run_on_main(self, action: Callable[[], Any]) -> Any:
         """Run `action` on rank 0 alone. Returns its JSON result, or raises its error for users, on all ranks."""
-        value = self.together(lambda: action() if self.is_main else None)
-        return value if self.size == 1 else self.from_main(value)
+        value = self.run_on_all(lambda: action() if self.is_main else None)
+        return value if self.size == 1 else self.broadcast(value)
 
     def sum(self, value: float) -> float:
         """Sum of a number over all ranks, exact for integers below 2**53."""
@@ -104,7 +104,7 @@ class Ranks:
             _distributed().all_reduce(total, group=self._group)
         return total.tolist()
 
-    def sums_and_most(self, sums: Sequence[float], values: Sequence[int]) -> tuple[list[float], list[int]]:
+    def sums_and_maxima(self, sums: Sequence[float], values: Sequence[int]) -> tuple[list[float], list[int]]:
         """Over all ranks, the sums of some numbers and the largest of others, in one message.
 
         All ranks give equally many of both. Sums are exact for integers below 2**53; `values` are 0 or more.
@@ -127,7 +127,7 @@ class Ranks:
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
         return found, largest.tolist()
 
-    def number_from_main(self, value: int) -> int:
+    def broadcast_int(self, value: int) -> int:
         """Rank 0's number, on every rank."""
         if self.size == 1:
             return value
@@ -155,12 +155,12 @@ def attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, dict[str, str] | 
     return None, {"kind": kind, "what": error.what, "where": error.where, "why": error.why, "do": error.do}
 
 
-def revived(failure: dict[str, str], quiet: bool) -> XTunerError:
-    """The error that `attempt` has met, on another rank: `quiet` there, as its own rank tells it."""
+def restore_error(failure: dict[str, str], reported_elsewhere: bool) -> XTunerError:
+    """The error that `attempt` has met, on another rank: `reported_elsewhere` there, as its own rank tells it."""
     kinds = {kind.__name__: kind for kind in XTunerError.__subclasses__()}
     kind, what = failure["kind"], failure["what"]
     error = kinds[kind](what, where=failure["where"], why=failure["why"], do=failure["do"])
-    error.reported_elsewhere = quiet
+    error.reported_elsewhere = reported_elsewhere
     return error
 
 

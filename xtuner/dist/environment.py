@@ -12,20 +12,20 @@ from collections.abc import Iterator, Mapping
 
 from xtuner.core.errors import ConfigError, InterruptedRunError
 from xtuner.core.system.sysinfo import usable_cpus
-from xtuner.dist.launchers import LOOPBACK, Launcher, Nodes, Place, place
+from xtuner.dist.launchers import LOOPBACK, Launcher, NodeLayout, RankInfo, read_rank
 
 PORTS = range(20000, 32000)  # below Linux's ephemeral ports
 _NODES = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "ADDR", "PORT")
 
 
 @contextlib.contextmanager
-def main_reports(launcher: str) -> Iterator[None]:
+def report_interrupt_once(launcher: str) -> Iterator[None]:
     """A Ctrl-C, which reaches all ranks, is reported by rank 0 alone."""
     try:
         yield
     except KeyboardInterrupt:
         try:
-            rank = place(launcher, os.environ).rank
+            rank = read_rank(launcher, os.environ).rank
         except ConfigError:
             rank = 0
         if not rank:
@@ -35,7 +35,7 @@ def main_reports(launcher: str) -> Iterator[None]:
         raise error from None
 
 
-def nodes(environ: Mapping[str, str], gpus: int) -> Nodes | None:
+def read_nodes(environ: Mapping[str, str], gpus: int) -> NodeLayout | None:
     """What asks this process to start workers; None if it is to work itself.
 
     `NPROC_PER_NODE`, `NNODES`, `NODE_RANK`, `ADDR` and `PORT` win, then torchrun's own (`PET_…`), which Kubernetes'
@@ -54,26 +54,26 @@ def nodes(environ: Mapping[str, str], gpus: int) -> Nodes | None:
     if not given["NPROC_PER_NODE"] and not given["NNODES"]:
         return None
     number = {k: _number(*v) for k, v in given.items() if v and k != "ADDR" and v[1] not in ("auto", "gpu")}
-    found = Nodes(
+    found = NodeLayout(
         number.get("NPROC_PER_NODE", max(gpus, 1)),
         number.get("NNODES", 1),
         number.get("NODE_RANK", 0),
         given["ADDR"][1] if given["ADDR"] else LOOPBACK,
         number.get("PORT", 0),
     )
-    if found.workers < 1 or found.nodes < 1:
-        raise ConfigError(f"{found.nodes} nodes with {found.workers} processes each", where=_shown(environ, names))
-    if not 0 <= found.node_rank < found.nodes:
+    if found.workers < 1 or found.num_nodes < 1:
+        raise ConfigError(f"{found.num_nodes} nodes with {found.workers} processes each", where=_shown(environ, names))
+    if not 0 <= found.node_rank < found.num_nodes:
         raise ConfigError(
-            f"node {found.node_rank} of {found.nodes}",
+            f"node {found.node_rank} of {found.num_nodes}",
             where=_shown(environ, names),
             why="nodes are counted from 0",
             do="give every node its own NODE_RANK and all the same NNODES",
         )
-    missing = [k for k in ("NODE_RANK", "ADDR", "PORT") if found.nodes > 1 and not given[k]]
+    missing = [k for k in ("NODE_RANK", "ADDR", "PORT") if found.num_nodes > 1 and not given[k]]
     if missing:
         raise ConfigError(
-            f"{found.nodes} nodes, and no {' and no '.join(missing)}",
+            f"{found.num_nodes} nodes, and no {' and no '.join(missing)}",
             where=_shown(environ, names) or "environment",
             why="processes of different nodes must know who they are and where to meet",
             do="on every node: export NNODES=… NODE_RANK=… ADDR=<host of node 0> PORT=<free port there, e.g. 29500>",
@@ -81,10 +81,10 @@ def nodes(environ: Mapping[str, str], gpus: int) -> Nodes | None:
     return found
 
 
-class Alone(Launcher):
+class SingleProcess(Launcher):
     """One process is all, unless something has started several of it that would not know of each other."""
 
-    def place(self, environ: Mapping[str, str]) -> Place:
+    def read_rank(self, environ: Mapping[str, str]) -> RankInfo:
         if "LOCAL_RANK" in environ:
             return read_torchrun(environ)
         started = {"slurm": ("SLURM_STEP_NUM_TASKS", "srun"), "mpi": ("OMPI_COMM_WORLD_SIZE", "mpirun")}
@@ -96,31 +96,31 @@ class Alone(Launcher):
                     why="each would train alone, all in the same work dir",
                     do=f"add --launcher {launcher}, or start one process",
                 )
-        return Place()
+        return RankInfo()
 
-    def nodes(self, environ: Mapping[str, str], gpus: int) -> Nodes | None:
-        return nodes(environ, gpus)
+    def read_nodes(self, environ: Mapping[str, str], gpus: int) -> NodeLayout | None:
+        return read_nodes(environ, gpus)
 
 
 class Torchrun(Launcher):
-    def place(self, environ: Mapping[str, str]) -> Place:
+    def read_rank(self, environ: Mapping[str, str]) -> RankInfo:
         return read_torchrun(environ)
 
-    def nodes(self, environ: Mapping[str, str], gpus: int) -> Nodes | None:
-        return nodes(environ, gpus)
+    def read_nodes(self, environ: Mapping[str, str], gpus: int) -> NodeLayout | None:
+        return read_nodes(environ, gpus)
 
 
-def read_torchrun(environ: Mapping[str, str]) -> Place:
+def read_torchrun(environ: Mapping[str, str]) -> RankInfo:
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     _require(
         environ, needed, "pytorch", "start with torchrun --nproc-per-node N -m xtuner train …, or NPROC_PER_NODE=N"
     )
     rank, size, local, port = (_number(n, environ[n]) for n in needed if n != "MASTER_ADDR")
-    return Place(rank, size, local, environ["MASTER_ADDR"], port)
+    return RankInfo(rank, size, local, environ["MASTER_ADDR"], port)
 
 
 class Slurm(Launcher):
-    def place(self, environ: Mapping[str, str]) -> Place:
+    def read_rank(self, environ: Mapping[str, str]) -> RankInfo:
         _require(environ, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "slurm", "start with srun xtuner train …")
         rank, size, local = (_number(n, environ[n]) for n in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
         if size > 1 and "SLURM_STEP_ID" not in environ:
@@ -133,11 +133,11 @@ class Slurm(Launcher):
         listed = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
         address = environ.get("MASTER_ADDR") or (first_node(listed) if _number_of_nodes(environ) > 1 else LOOPBACK)
         job = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
-        return Place(rank, size, local, address, _port(environ, job))
+        return RankInfo(rank, size, local, address, _port(environ, job))
 
 
 class Mpi(Launcher):
-    def place(self, environ: Mapping[str, str]) -> Place:
+    def read_rank(self, environ: Mapping[str, str]) -> RankInfo:
         kinds = (
             ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
             ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
@@ -150,7 +150,7 @@ class Mpi(Launcher):
             fix = "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 …"
             _require(environ, ("MASTER_ADDR", "MASTER_PORT"), "mpi", fix)
         port = _port(environ, environ.get("PMIX_NAMESPACE", ""))
-        return Place(rank, size, local, environ.get("MASTER_ADDR", LOOPBACK), port)
+        return RankInfo(rank, size, local, environ.get("MASTER_ADDR", LOOPBACK), port)
 
 
 def first_node(listed: str) -> str:
@@ -203,15 +203,15 @@ def _shown(environ: Mapping[str, str], names: Mapping[str, tuple[str, ...]]) -> 
     return " ".join(f"{n}={environ[n]}" for tries in names.values() for n in tries if n in environ)
 
 
-def environment_of_workers(environ: Mapping[str, str], asked: Nodes, local_rank: int, port: int) -> dict[str, str]:
-    """Torchrun's variables for one worker; what asked for workers is gone, so that none starts more."""
+def environment_of_workers(environ: Mapping[str, str], layout: NodeLayout, local_rank: int, port: int) -> dict[str, str]:
+    """Torchrun's variables for one worker; what layout for workers is gone, so that none starts more."""
     kept = {k: v for k, v in environ.items() if k not in _NODES and not k.startswith("PET_")}
     return kept | {
-        "RANK": str(asked.node_rank * asked.workers + local_rank),
-        "WORLD_SIZE": str(asked.nodes * asked.workers),
+        "RANK": str(layout.node_rank * layout.workers + local_rank),
+        "WORLD_SIZE": str(layout.num_nodes * layout.workers),
         "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(asked.workers),
-        "MASTER_ADDR": asked.address,
+        "LOCAL_WORLD_SIZE": str(layout.workers),
+        "MASTER_ADDR": layout.address,
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, usable_cpus() // asked.workers))),
+        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, usable_cpus() // layout.workers))),
     }

@@ -25,7 +25,7 @@ from xtuner.dist import collectives
 from xtuner.core.errors import EXIT_BUG, EXIT_INTERRUPTED, ConfigError, InterruptedRunError, LostRankError
 from xtuner.core import progress
 from xtuner.core.log import logger
-from xtuner.dist.launchers import Place
+from xtuner.dist.launchers import RankInfo
 
 
 def seconds(what: str, usual: float) -> float:
@@ -52,16 +52,16 @@ LEAVE = 10 * BEAT  # when a rank has failed, the others notice by themselves wit
 LAST_LINES = 5
 
 
-def store(place: Place) -> Any:
+def connect_store(info: RankInfo) -> Any:
     """Where ranks meet. Raises: ConfigError if that is not possible within MEET seconds."""
     deadline = time.monotonic() + MEET
-    reason = _unreachable(place, deadline) if place.rank else ""
+    reason = _unreachable(info, deadline) if info.rank else ""
     made: list[Any] = []
 
     def make() -> None:
         wait = timedelta(seconds=MEET)
         try:
-            args = (place.address, place.port, None, place.rank == 0, wait)
+            args = (info.address, info.port, None, info.rank == 0, wait)
             made.append(torch_dist.TCPStore(*args, wait_for_workers=False))
         except (torch_dist.DistError, RuntimeError, ValueError) as e:
             made.append(e)
@@ -74,10 +74,10 @@ def store(place: Place) -> Any:
             return made[0]
         reason = str(made[0]).splitlines()[0] if made else "what listens there is no rank 0"
     taken = "EADDRINUSE" in reason or "address already in use" in reason
-    who = f"rank {place.rank} on {place.host} cannot " + ("reach rank 0" if place.rank else "listen")
+    who = f"rank {info.rank} on {info.host} cannot " + ("reach rank 0" if info.rank else "listen")
     raise ConfigError(
-        f"port {place.port} is taken" if taken else f"{who}: {reason}",
-        where=f"{place.address}:{place.port}",
+        f"port {info.port} is taken" if taken else f"{who}: {reason}",
+        where=f"{info.address}:{info.port}",
         why="all processes of a run meet there",
         do="another run, or the rest of one, may hold it: end it, or give another port (PORT, MASTER_PORT)"
         if taken
@@ -86,32 +86,32 @@ def store(place: Place) -> Any:
     )
 
 
-def _unreachable(place: Place, deadline: float) -> str:
+def _unreachable(info: RankInfo, deadline: float) -> str:
     """Wait until something listens at rank 0's address. Returns why nothing does, or nothing."""
-    where, begun, told = f"{place.address}:{place.port}", time.monotonic(), False
+    where, begun, told = f"{info.address}:{info.port}", time.monotonic(), False
     while True:
         try:
-            socket.create_connection((place.address, place.port), timeout=5.0).close()
+            socket.create_connection((info.address, info.port), timeout=5.0).close()
             return ""
         except OSError as e:
             now, reason = time.monotonic(), e.strerror or str(e)
         if now > deadline:
             return f"{reason} for {MEET:.0f} s"
         if not told and now - begun > SAY:
-            logger.warning(f"rank {place.rank} waits for rank 0 at {where}, {MEET:.0f} s at most: {reason}")
+            logger.warning(f"rank {info.rank} waits for rank 0 at {where}, {MEET:.0f} s at most: {reason}")
             told = True
         time.sleep(0.2)
 
 
-class Watch:
+class Heartbeat:
     """Beats from its making until `close`.
 
     Args:
         meeting: the store that ranks share.
     """
 
-    def __init__(self, place: Place, meeting: Any) -> None:
-        self.place = place
+    def __init__(self, info: RankInfo, meeting: Any) -> None:
+        self.info = info
         self.iteration: int | None = None  # before the first
         self.log: Path | None = None
         self.interrupted: Callable[[], bool] = lambda: False  # whether a Ctrl-C has reached this process
@@ -123,7 +123,7 @@ class Watch:
         self._missed = False
         self._closed = threading.Event()
         self._mine = torch_dist.TCPStore(
-            place.address, meeting.port, None, False, timedelta(seconds=SILENT), wait_for_workers=False
+            info.address, meeting.port, None, False, timedelta(seconds=SILENT), wait_for_workers=False
         )
         self._beats = 0
         for body in (self._run, self._guard):
@@ -155,9 +155,9 @@ class Watch:
 
     def _beat(self) -> None:
         self._beats += 1
-        facts = {"n": self._beats, "host": self.place.host, "pid": os.getpid(), "iteration": self.iteration}
+        facts = {"n": self._beats, "host": self.info.host, "pid": os.getpid(), "iteration": self.iteration}
         facts |= {"doing": progress.current_activity, "talks": progress.num_activities, "log": str(self.log or "")}
-        self._mine.set(f"beat/{self.place.rank}", json.dumps(facts))
+        self._mine.set(f"beat/{self.info.rank}", json.dumps(facts))
 
     def _look(self) -> str | None:
         """What has gone wrong, if anything. Rank 0 looks at all; the others at its verdict and at its beat."""
@@ -168,16 +168,16 @@ class Watch:
                     self._told_of_interrupt = True
                     return self._mine.get("interrupted").decode()
                 return self._mine.get("failed").decode()
-        if self.place.rank:
+        if self.info.rank:
             if self._mine.check(["verdict"]):
                 return self._mine.get("verdict").decode()
             silent = self._silent([0], SILENT, self._looked)
         else:
-            silent = self._silent(range(self.place.size), SILENT, self._looked)
+            silent = self._silent(range(self.info.size), SILENT, self._looked)
             self._miss()
         if silent:
             trouble = f"silent for {SILENT:.0f} s:\n" + self._told(silent)
-        elif not self.place.rank and self.iteration is not None and self._stuck():
+        elif not self.info.rank and self.iteration is not None and self._stuck():
             order = sorted(self._seen, key=lambda rank: self._facts(rank).get("talks", 0))
             trouble = f"no rank has got on for {STUCK:.0f} s; first those that are behind:\n" + self._told(order)
         else:
@@ -240,9 +240,9 @@ class Watch:
         if self._closed.is_set():
             return
         if self._told_of_interrupt or self._leaves_it_to_main():
-            (logger.warning if self.place.rank else logger.error)(trouble)
+            (logger.warning if self.info.rank else logger.error)(trouble)
             os._exit(EXIT_INTERRUPTED)
-        tell = logger.error if self.place.rank in (0, 1) else logger.warning  # 1000 ranks need not all say it
+        tell = logger.error if self.info.rank in (0, 1) else logger.warning  # 1000 ranks need not all say it
         tell(f"this run cannot go on: {trouble}\nwhere this rank stood: {self.log or 'below'}")
         with contextlib.ExitStack() as stack:
             try:
@@ -254,12 +254,12 @@ class Watch:
 
     def _leaves_it_to_main(self) -> bool:
         """Whether a loss is most likely a second Ctrl-C, which ends ranks one by one: rank 0 reports that."""
-        return self.place.rank > 0 and self.interrupted()
+        return self.info.rank > 0 and self.interrupted()
 
     def explain(self, error: BaseException) -> LostRankError | InterruptedRunError | None:
         """Who is gone, if `error` (a broken connection, perhaps) comes of that; None if nobody is."""
         deadline = time.monotonic() + 8 * BEAT
-        everyone = [r for r in range(self.place.size) if r != self.place.rank]
+        everyone = [r for r in range(self.info.size) if r != self.info.rank]
         try:
             while time.monotonic() < deadline:
                 if self._mine.check(["interrupted"]):
@@ -267,18 +267,18 @@ class Watch:
                 for rank in everyone:
                     if self._mine.check([f"failure/{rank}"]):
                         told = self._mine.get(f"failure/{rank}").decode()
-                        return self._lost(f"rank {rank} has failed: {told}", first=not self.place.rank)
+                        return self._lost(f"rank {rank} has failed: {told}", first=not self.info.rank)
                 if gone := self._silent(everyone, 4 * BEAT, time.monotonic()):
-                    first = min(r for r in range(self.place.size) if r not in gone)
-                    return self._lost("lost:\n" + self._told(gone), first == self.place.rank)
+                    first = min(r for r in range(self.info.size) if r not in gone)
+                    return self._lost("lost:\n" + self._told(gone), first == self.info.rank)
                 time.sleep(BEAT / 4)
         except (torch_dist.DistError, RuntimeError):
-            return self._lost("rank 0, where all meet, is gone", self.place.rank == 1)
+            return self._lost("rank 0, where all meet, is gone", self.info.rank == 1)
         return None
 
     def _interrupted(self, told: str) -> InterruptedRunError:
         error = InterruptedRunError(told)
-        error.reported_elsewhere = self.place.rank > 0
+        error.reported_elsewhere = self.info.rank > 0
         return error
 
     def _lost(self, told: str, first: bool) -> LostRankError | InterruptedRunError:
@@ -287,7 +287,7 @@ class Watch:
             return self._interrupted(told)
         error = LostRankError(
             told,
-            where=f"seen by rank {self.place.rank} on {self.place.host}, iteration {(self.iteration or 0) + 1}",
+            where=f"seen by rank {self.info.rank} on {self.info.host}, iteration {(self.iteration or 0) + 1}",
             why="the ranks compute one step together; without one of them there is none",
             do="see that rank's log and its machine (dmesg, the scheduler); then run again with --resume auto",
         )
@@ -300,14 +300,14 @@ class Watch:
         with contextlib.suppress(torch_dist.DistError, RuntimeError):
             if isinstance(error, InterruptedRunError):
                 self._mine.set("interrupted", str(error))
-            self._mine.set(f"failure/{self.place.rank}", text)
-            self._mine.set("failed", f"rank {self.place.rank} on {self.place.host} has failed: {text}")
+            self._mine.set(f"failure/{self.info.rank}", text)
+            self._mine.set("failed", f"rank {self.info.rank} on {self.info.host} has failed: {text}")
 
     def close(self) -> None:
         """No longer expected to beat."""
         self._closed.set()
         with contextlib.suppress(torch_dist.DistError, RuntimeError):
-            self._mine.set(f"beat/{self.place.rank}", BYE)
+            self._mine.set(f"beat/{self.info.rank}", BYE)
 
 
 def _last_lines(log: str) -> list[str]:

@@ -5,8 +5,8 @@ same config runs on any cluster. Each process of a run, and each that starts oth
 words. One more launcher is a class in an importable file, and, to have a short name, a line in `LAUNCHERS`:
 
     class Cluster(Launcher):
-        def place(self, environ):                  # which rank this process is
-            return Place(int(environ["TASK"]), int(environ["TASKS"]), int(environ["TASK_ON_HOST"]),
+        def read_rank(self, environ):                  # which rank this process is
+            return RankInfo(int(environ["TASK"]), int(environ["TASKS"]), int(environ["TASK_ON_HOST"]),
                          environ["FIRST_HOST"], 29500)
 """
 
@@ -24,7 +24,7 @@ LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """This process among those of the run."""
 
     rank: int = 0
@@ -40,25 +40,25 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Nodes:
+class NodeLayout:
     """Machines on each of which `xtuner train` starts a worker for each GPU."""
 
     workers: int  # on each node
-    nodes: int = 1
+    num_nodes: int = 1
     node_rank: int = 0
     address: str = LOOPBACK
     port: int = 0  # 0 for a free one
 
 
 class Launcher(Protocol):
-    def place(self, environ: Mapping[str, str]) -> Place:
+    def read_rank(self, environ: Mapping[str, str]) -> RankInfo:
         """This process's place. Raises: ConfigError, KeyError or ValueError for variables that are missing or wrong."""
 
-    def nodes(self, environ: Mapping[str, str], gpus: int) -> Nodes | None:
+    def read_nodes(self, environ: Mapping[str, str], gpus: int) -> NodeLayout | None:
         """The workers that this process is to start and to wait for; None if it is a process of the run itself.
 
         A worker is the same command with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-        MASTER_ADDR, MASTER_PORT): there `nodes` returns None, and `place` reads those.
+        MASTER_ADDR, MASTER_PORT): there `read_nodes` returns None, and `read_rank` reads those.
 
         Args:
             gpus: of this machine.
@@ -67,14 +67,14 @@ class Launcher(Protocol):
 
 
 LAUNCHERS = {
-    "none": "xtuner.dist.environment.Alone",
+    "none": "xtuner.dist.environment.SingleProcess",
     "pytorch": "xtuner.dist.environment.Torchrun",
     "slurm": "xtuner.dist.environment.Slurm",
     "mpi": "xtuner.dist.environment.Mpi",
 }
 
 
-class Names(tuple[str, ...]):
+class LauncherNames(tuple[str, ...]):
     """Names for argparse: it lists those of `LAUNCHERS`, and takes dotted ones, too."""
 
     def __contains__(self, name: object) -> bool:
@@ -94,7 +94,7 @@ def find_launcher(name: str) -> Launcher:
     except Exception as e:  # also of a module of the user's
         do = "install its package, or name the folder of its file in PYTHONPATH" if own else ""
         raise ConfigError(f"the launcher cannot be imported: {e}", where=where, do=do) from None
-    missing = [method for method in ("place", "nodes") if not callable(getattr(found, method, None))]
+    missing = [method for method in ("read_rank", "read_nodes") if not callable(getattr(found, method, None))]
     if missing or not inspect.isclass(found):
         raise ConfigError(
             f"{attribute} is not a launcher" + (f": it has no {' and no '.join(missing)}" if missing else ""),
@@ -104,17 +104,17 @@ def find_launcher(name: str) -> Launcher:
     return cast(Launcher, found())
 
 
-def place(name: str, environ: Mapping[str, str]) -> Place:
+def read_rank(name: str, environ: Mapping[str, str]) -> RankInfo:
     """This process's place. Raises: ConfigError for variables that are missing or contradict each other."""
     launcher = find_launcher(name)
     try:
-        found = launcher.place(environ)
+        found = launcher.read_rank(environ)
     except (KeyError, ValueError) as e:
         what = f"{e.args[0]} is not in the environment" if isinstance(e, KeyError) else str(e)
         why = "without it a process does not know which of the run's it is"
         raise ConfigError(what, where=f"--launcher {name}", why=why) from None
-    if not isinstance(found, Place):
-        raise ConfigError(f"`place` returns {found!r}, not a {__name__}.Place", where=f"--launcher {name}")
+    if not isinstance(found, RankInfo):
+        raise ConfigError(f"`read_rank` returns {found!r}, not a {__name__}.RankInfo", where=f"--launcher {name}")
     if not (0 <= found.rank < found.size and 0 <= found.local_rank <= found.rank):
         raise ConfigError(
             f"rank {found.rank} (local rank {found.local_rank}) of {found.size}",

@@ -87,7 +87,7 @@ class Mesh:
         return distributed.new_subgroups_by_enumeration(members)[0]
 
 
-def arrange(fsdp: str | None = None, planned: int | None = None) -> Mesh:
+def make_mesh(fsdp: str | None = None, planned: int | None = None) -> Mesh:
     """The mesh of the processes there are.
 
     Args:

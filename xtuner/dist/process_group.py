@@ -10,16 +10,16 @@ import torch.distributed as torch_dist
 
 from xtuner.dist.collectives import ALL
 from xtuner.core.errors import ConfigError, InterruptedRunError, XTunerError
-from xtuner.dist.launchers import Place
-from xtuner.dist.heartbeat import Watch, store
+from xtuner.dist.launchers import RankInfo
+from xtuner.dist.heartbeat import Heartbeat, connect_store
 
-# Collectives may wait as long as another rank prepares data or a checkpoint; the watch finds those that hang.
-PATIENCE = timedelta(days=2)
+# Collectives may wait as long as another rank prepares data or a checkpoint; the heartbeat finds those that hang.
+COLLECTIVE_TIMEOUT = timedelta(days=2)
 _SEGMENTS = "expandable_segments:True"  # micro-batches of changing lengths would leave holes between fixed ones
 _PINNING = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"  # 21 GiB in 2.7 s instead of 16
 
 
-def device(local_rank: int = 0) -> torch.device:
+def select_device(local_rank: int = 0) -> torch.device:
     """The GPU of a process, or the CPU where there is none. Raises: ConfigError for more processes than GPUs."""
     count = torch.cuda.device_count()
     if not count:
@@ -35,11 +35,11 @@ def device(local_rank: int = 0) -> torch.device:
 
 
 # what a process group leaves in the environment, for engines and whoever else asks there
-_TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextlib.contextmanager
-def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch | None]]:
+def join_run(info: RankInfo, group: bool) -> Iterator[tuple[torch.device, Heartbeat | None]]:
     """Yield this process's device, and what it tells how far it is (None if it is alone).
 
     Args:
@@ -52,42 +52,42 @@ def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch
         if about not in settings:
             settings = ",".join(filter(None, (settings, wanted)))
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings
-    here = device(place.local_rank)
+    here = select_device(info.local_rank)
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    if place.size == 1 and not group:
+    if info.size == 1 and not group:
         yield here, None
         return
-    meeting = store(place)
-    before = {name: os.environ.get(name) for name in _TOLD}
-    os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank)}
-    os.environ |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(meeting.port)}
-    watch = Watch(place, meeting) if place.size > 1 else None
+    meeting = connect_store(info)
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    os.environ |= {"RANK": str(info.rank), "WORLD_SIZE": str(info.size), "LOCAL_RANK": str(info.local_rank)}
+    os.environ |= {"MASTER_ADDR": info.address, "MASTER_PORT": str(meeting.port)}
+    heartbeat = Heartbeat(info, meeting) if info.size > 1 else None
     try:
         torch_dist.init_process_group(
             "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo",
             store=torch_dist.PrefixStore("run", meeting),
-            rank=place.rank,
-            world_size=place.size,
-            timeout=PATIENCE,
+            rank=info.rank,
+            world_size=info.size,
+            timeout=COLLECTIVE_TIMEOUT,
         )
-        hosts = ALL.gather(place.host)
-        os.environ.setdefault("LOCAL_WORLD_SIZE", str(hosts.count(place.host)))  # srun and mpirun do not say it
-        yield here, watch
+        hosts = ALL.gather(info.host)
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(hosts.count(info.host)))  # srun and mpirun do not say it
+        yield here, heartbeat
         torch_dist.barrier()  # rank 0 holds the store: it leaves last
     except XTunerError as e:
-        if watch and (not e.reported_elsewhere or isinstance(e, InterruptedRunError)):
-            watch.failed(e)
+        if heartbeat and (not e.reported_elsewhere or isinstance(e, InterruptedRunError)):
+            heartbeat.failed(e)
         raise
     except Exception as e:
-        if watch and (lost := watch.explain(e)):
+        if heartbeat and (lost := heartbeat.explain(e)):
             raise lost from None
-        if watch:
-            watch.failed(e)
+        if heartbeat:
+            heartbeat.failed(e)
         raise
     finally:
-        if watch:
-            watch.close()
+        if heartbeat:
+            heartbeat.close()
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
         for name, value in before.items():  # what this process starts later is not a rank of this run

@@ -11,7 +11,7 @@ from types import FrameType
 
 from xtuner.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED
 from xtuner.core.log import logger
-from xtuner.dist.launchers import LOOPBACK, Nodes
+from xtuner.dist.launchers import LOOPBACK, NodeLayout
 from xtuner.dist.environment import environment_of_workers
 
 GRACE = 12.0  # s that the others have, after one has ended badly, to say what they saw
@@ -25,14 +25,14 @@ def stop_signals() -> list[signal.Signals]:
     return [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *hangup]
 
 
-def start(asked: Nodes, command: list[str]) -> int:
+def run_workers(layout: NodeLayout, command: list[str]) -> int:
     """Run `command` as all workers of this node. Returns the exit code of the one that failed first, else 75 if they
     stopped on request, else 0. A worker killed by signal n gives 128 + n, as in a shell."""
-    port = asked.port or _free_port()
+    port = layout.port or _free_port()
     environ = {**os.environ, _PARENT: str(os.getpid())}
     workers = [
-        subprocess.Popen(command, env=environment_of_workers(environ, asked, i, port), start_new_session=True)
-        for i in range(asked.workers)
+        subprocess.Popen(command, env=environment_of_workers(environ, layout, i, port), start_new_session=True)
+        for i in range(layout.workers)
     ]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -42,7 +42,7 @@ def start(asked: Nodes, command: list[str]) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
-        return _watch(workers, asked.node_rank * asked.workers)
+        return _watch(workers, layout.node_rank * layout.workers)
     finally:
         for worker in workers:
             if worker.poll() is None:

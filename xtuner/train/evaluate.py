@@ -226,7 +226,7 @@ def evaluate(
     if ranks.rank >= next(turns) % ranks.size > 0:
         nothing = torch.zeros(1, dtype=torch.int64)
         _loss(model, [(nothing, nothing)])  # other ranks wait for the collectives in it
-    sums, _ = ranks.sums_and_most(sums, [])
+    sums, _ = ranks.sums_and_maxima(sums, [])
     by_type: dict[str, Result] = {}
     for name, total, tokens in zip(documents.names, sums[::2], sums[1::2], strict=True):
         kind = data_type(name)

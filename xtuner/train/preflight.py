@@ -82,9 +82,11 @@ def prepare(
         seed: of random weights; None for the config's.
         opening: of its data. Read-only: fetch nothing of a hub, too; what is not on this machine is not looked at.
     """
-    source = mesh.ranks.together(lambda: start(config, opening.read_only))
+    source = mesh.ranks.run_on_all(lambda: start(config, opening.read_only))
     dataset = open_together(lambda known: open_data(config, replace(opening, known=known)), mesh.ranks)
-    return mesh.ranks.together(lambda: assemble(config, dataset, source, hooks, work_dir, device, seed, mesh, opening))
+    return mesh.ranks.run_on_all(
+        lambda: assemble(config, dataset, source, hooks, work_dir, device, seed, mesh, opening)
+    )
 
 
 def start(config: Config, only_look: bool = False) -> ModelSource | None:

@@ -61,8 +61,8 @@ def take_work_dir(work_dir: Path, at_the_end: contextlib.ExitStack) -> None:
 def open_log(settings: Settings) -> Path:
     """This rank's log file, in a folder for this start, with environment, config as written and resolved."""
     ranks, config = settings.mesh.ranks, settings.config
-    folder = Path(ranks.on_main(lambda: str(_make_folder(settings))))
-    ranks.together(lambda: _see(folder))
+    folder = Path(ranks.run_on_main(lambda: str(_make_folder(settings))))
+    ranks.run_on_all(lambda: _see(folder))
     file = folder / (f"{folder.name}.log" if ranks.is_main else f"rank_{ranks.rank:05d}.log")
     log.setup(config.setting("log_level"), file, ranks.rank)
     return file

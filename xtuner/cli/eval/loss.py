@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.core.errors import ConfigError
     from xtuner.data import load_intern_repo_tokenized_dataset
-    from xtuner.dist.process_group import device
+    from xtuner.dist.process_group import select_device
     from xtuner.train.evaluate import Record, check_place, evaluate, open_model
 
     if args.max_length < 2:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if save:
         check_place(save)
     documents = load_intern_repo_tokenized_dataset(args.data_folder)
-    model, identity = open_model(args.model, args.cfg_options, device())
+    model, identity = open_model(args.model, args.cfg_options, select_device())
     record = Record(save, identity, args.max_length)
     results = evaluate(model, documents, args.max_length, record)
     width = max(len(r.name) for r in results)

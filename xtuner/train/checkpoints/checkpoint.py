@@ -126,7 +126,7 @@ def check(folder: Path, ranks: Ranks, contents: bool = True) -> None:
         contents: compare their sha256; else sizes alone, which takes no time.
     """
     begin = time.perf_counter()
-    manifest = ranks.together(lambda: _checked(folder, ranks, contents))
+    manifest = ranks.run_on_all(lambda: _checked(folder, ranks, contents))
     if not contents:
         logger.info(f"{folder} has all its files, in their sizes; their contents are checked when a run begins")
         return

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from xtuner.compat.names import REPLACED
 from xtuner.compat.names import find as resolve_name
-from xtuner.compat.report import DIFFERENCES, paragraphs, tell
+from xtuner.compat.report import DIFFERENCES, log_report, report_paragraphs
 from xtuner.compat.settings import SCHEMA
 from xtuner.compat.translate import find_unknown, load, replace_names
 from xtuner.config import types
-from xtuner.config.adapter import adapter_of
+from xtuner.config.adapter import find_adapter
 from xtuner.config.build import check_arguments, resolve_type
 from xtuner.config.check import check, problems
 from xtuner.core.errors import ConfigError
@@ -234,7 +234,7 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="xtuner"):
         config = load(str(legacy))
         check(config)
-        tell(config)
+        log_report(config)
     told = "\n".join(r.getMessage() for r in caplog.records)
     for line in (
         "mmengine.hooks.IterTimerHook → xtuner.train.hooks.IterTimerHook",
@@ -264,7 +264,7 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
     ):
         assert told.count(line) == 1, line
     assert "nothing reads" not in told
-    assert list(paragraphs(load("internlm2_7b_w_tokenized_dataset"))) == []
+    assert list(report_paragraphs(load("internlm2_7b_w_tokenized_dataset"))) == []
 
 
 def section(language: str, number: int) -> str:
@@ -281,12 +281,12 @@ def test_the_documentation_has_the_same_lists() -> None:
     assert lists["en"] == [d.text for d in DIFFERENCES]
     codes = {language: [set(re.findall("`[^`]+`", item)) for item in items] for language, items in lists.items()}
     assert codes["zh_cn"] == codes["en"]
-    facts = {new: adapter_of(resolve_type(new)) for new in REPLACED.values() if not new.endswith("PROMPT_TEMPLATE")}
-    facts |= {new: adapter_of(getattr(resolve_type(new), "from_pretrained", None)) for new in facts if "Auto" in new}
-    idle = {new.rpartition(".")[2] for new, f in facts.items() if f and f.idle}
-    no_work = {name for f in facts.values() if f for name in f.no_work}
-    plain = {name.partition("=")[0].rpartition(".")[2] for name in no_work}
-    parts = {s.name for s in SCHEMA.settings if s.idle}
+    facts = {new: find_adapter(resolve_type(new)) for new in REPLACED.values() if not new.endswith("PROMPT_TEMPLATE")}
+    facts |= {new: find_adapter(getattr(resolve_type(new), "from_pretrained", None)) for new in facts if "Auto" in new}
+    idle = {new.rpartition(".")[2] for new, f in facts.items() if f and f.unused}
+    no_effect = {name for f in facts.values() if f for name in f.no_effect}
+    plain = {name.partition("=")[0].rpartition(".")[2] for name in no_effect}
+    parts = {s.name for s in SCHEMA.settings if s.no_effect}
     for language in ("en", "zh_cn"):
         cells = [line.split("|")[2] for line in section(language, 2).splitlines() if line.startswith("| ")]
         listed = {name.partition("=")[0] for cell in cells for name in re.findall("`([^`]+)`", cell)}
@@ -315,9 +315,9 @@ def test_what_is_dropped_or_differs_is_reported(form: str, line: str, told: str,
     (tmp_path / "other.py").write_text(f"{text}\n{line}\n")
     config = load(str(tmp_path / "other.py"))
     assert problems(config) == []
-    assert told in "\n".join(paragraphs(config))
+    assert told in "\n".join(report_paragraphs(config))
     plain = load(str(HERE / "data" / "legacy_configs" / "xtuner_0_1_14.py"))
-    assert told not in "\n".join(paragraphs(plain)), "reported of a config that it does not concern"
+    assert told not in "\n".join(report_paragraphs(plain)), "reported of a config that it does not concern"
 
 
 def test_neither_mmengine_nor_transformers_is_imported(legacy: Path) -> None:
@@ -544,7 +544,7 @@ def test_every_old_default_is_accepted() -> None:
     for name, defaults in SIGNATURES.items():
         kind = resolve_type(resolve_name(name) or name)
         check_arguments(kind, defaults, name)
-        hints, facts = types.parameter_types(kind), adapter_of(kind)
+        hints, facts = types.parameter_types(kind), find_adapter(kind)
         wrong = [n for n, value in defaults.items() if n in hints and not types.fits(value, hints[n])]
         assert wrong == [], name
         assert list(facts.refused(defaults) if facts else ()) == [], name
@@ -601,7 +601,7 @@ def test_other_ways_of_writing_the_same(legacy_text: str, tmp_path: Path) -> Non
     check(c)
     assert list(c.values["default_hooks"]) == ["timer", "sampler_seed", "param_scheduler", "checkpoint"]
     assert c.get("tokenizer.type") == "xtuner.compat.adapters.data.AutoTokenizer.from_pretrained"
-    told = "\n".join(paragraphs(c))
+    told = "\n".join(report_paragraphs(c))
     assert "optim_wrapper.dtype: because bf16 on GPUs and fp32 on CPUs" in told
     for setting in ("train_cfg.val_interval", "train_dataloader.drop_last", "train_dataloader.prefetch_factor"):
         assert f"{setting}: because" in told

@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.compat.report import paragraphs
+    from xtuner.compat.report import report_paragraphs
     from xtuner.compat.translate import load
     from xtuner.data.format.cache_dirs import Opening
     from xtuner.dist.mesh import Mesh
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     settings = preflight.prepare(config, parts.hooks, work_dir, here, None, Mesh(), Opening(read_only=True))
     plan = make_plan(settings)
     notes = list(plan.schedule.remarks(plan.max_iterations))
-    print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))
+    print("\n\n".join([*report_paragraphs(config), f"{config.path} is right"]))
     for note in notes:
         print(f"note: {note}")
     if why_not := capacity.why_not_alone(settings.source, settings.optim, here):

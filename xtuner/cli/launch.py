@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.compat.report import tell
+    from xtuner.compat.report import log_report
     from xtuner.compat.translate import load
     from xtuner.train import preflight
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(what, where=f"--{option}", do=f"leave it out; it is for {' and '.join(schedulers)}")
     config = load(args.config)
     preflight.settings(config, paths=False)  # of the cluster, which may see other disks
-    tell(config)
+    log_report(config)
     job = _job(args, config)
     text = job_scripts.RENDER[args.scheduler](job)
     if args.output:

@@ -8,22 +8,22 @@ from typing import Any
 
 from xtuner.compat.names import written_name
 from xtuner.compat.settings import SCHEMA
-from xtuner.config.adapter import adapter_of
+from xtuner.config.adapter import find_adapter
 from xtuner.config.build import resolve_type, type_name
 from xtuner.config.config import Config
-from xtuner.config.specs import specs
+from xtuner.config.specs import find_specs
 from xtuner.core.log import logger
 from xtuner.dist import collectives
 
 
-def tell(config: Config) -> None:
+def log_report(config: Config) -> None:
     """Log it, once, on the main process; nothing for a config of our own."""
     if collectives.is_main():
-        for paragraph in paragraphs(config):
+        for paragraph in report_paragraphs(config):
             logger.info(paragraph)
 
 
-def paragraphs(config: Config) -> Iterator[str]:
+def report_paragraphs(config: Config) -> Iterator[str]:
     legacy = any(r.new.startswith("xtuner.") for r in config.replaced)  # not for "AdamW" alone
     differences = [d.text for d in DIFFERENCES if legacy and d.concerns(config)]
     for title, lines in (
@@ -39,11 +39,11 @@ def _without_effect(config: Config) -> Iterator[str]:
     for s in SCHEMA.settings:
         values = config.get(s.parent) if s.parent else config.values
         plain = isinstance(values, Mapping) and "type" not in values  # a TrainLoop speaks for itself
-        if s.idle and plain and s.name in values and not (s.key == "visualizer" and config.get("visualizer.type")):
-            yield f"{s.key}: because {s.idle}"
-    for spec in specs(config):
-        if facts := adapter_of(resolve_type(spec.kind, spec.key)):
-            for name, why in facts.without_work(spec.arguments):
+        if s.no_effect and plain and s.name in values and not (s.key == "visualizer" and config.get("visualizer.type")):
+            yield f"{s.key}: because {s.no_effect}"
+    for spec in find_specs(config):
+        if facts := find_adapter(resolve_type(spec.kind, spec.key)):
+            for name, why in facts.find_without_effect(spec.arguments):
                 what = type_name(spec.kind).rpartition(".")[2]
                 setting = f"{spec.key}.{name}" if name else f"{spec.key} ({what})"
                 yield f"{setting}: because {why}"
@@ -72,7 +72,7 @@ def _builds(name: str, setting: str = "", *values: Any) -> Callable[[Config], bo
     """Whether a config has a `dict(type=name)` which leaves `setting` out, or sets it to one of `values`."""
 
     def concerns(config: Config) -> bool:
-        found = [s.arguments for s in specs(config) if f".{written_name(s.kind)}".endswith(f".{name}")]
+        found = [s.arguments for s in find_specs(config) if f".{written_name(s.kind)}".endswith(f".{name}")]
         return any(setting not in given or given[setting] in values for given in found)
 
     return concerns

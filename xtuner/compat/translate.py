@@ -13,7 +13,7 @@ from xtuner.compat.settings import SCHEMA
 from xtuner.config import load as load_ours
 from xtuner.config import specs
 from xtuner.config.config import Config, Replacement
-from xtuner.config.findings import together
+from xtuner.config.findings import combine_errors
 from xtuner.core.errors import ConfigError
 
 # mmengine adds these to a config's default_hooks by itself
@@ -45,7 +45,7 @@ def replace_imports(tree: ast.Module, path: str) -> tuple[ast.Module, list[Repla
     imports = _Imports(path)
     tree = ast.fix_missing_locations(imports.visit(tree))
     if imports.problems:
-        raise together(imports.problems, "imports of the config have nothing in their place")
+        raise combine_errors(imports.problems, "imports of the config have nothing in their place")
     return tree, imports.replaced
 
 
@@ -63,7 +63,7 @@ def replace_names(values: dict[str, Any], where: Callable[[str], str]) -> tuple[
     """
     replaced, dropped, problems = [], {}, []
     seen: set[int] = set()
-    for key, spec in (pair for root in specs.ROOTS for pair in specs.walked(root, values.get(root), seen)):
+    for key, spec in (pair for root in specs.ROOTS for pair in specs.walk_values(root, values.get(root), seen)):
         if not isinstance(spec, dict):
             continue
         if "_delete_" in spec:
@@ -82,14 +82,14 @@ def replace_names(values: dict[str, Any], where: Callable[[str], str]) -> tuple[
             del spec["priority"]
             dropped[f"{key}.priority"] = "hooks of ours run in a fixed order: they measure, log, then save"
     if problems:
-        raise together(problems)
+        raise combine_errors(problems)
     return replaced, dropped
 
 
 def find_unknown(values: dict[str, Any]) -> dict[str, ConfigError]:
     """Names of other tools, and of nobody, at `type` of what is built, for which there is nothing: path → error."""
     found = {}
-    for key, spec in (pair for root in specs.ROOTS for pair in specs.walked(root, values.get(root))):
+    for key, spec in (pair for root in specs.ROOTS for pair in specs.walk_values(root, values.get(root))):
         written = spec.get("type") if isinstance(spec, dict) else None
         if isinstance(written, str) and old_names.is_unknown(written):
             found[key] = old_names.unknown(written, f"{key}.type", key)

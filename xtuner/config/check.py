@@ -8,12 +8,12 @@ from typing import Any
 
 from xtuner.config import paths as path_checks
 from xtuner.config import rules, types
-from xtuner.config.adapter import adapter_of
+from xtuner.config.adapter import find_adapter
 from xtuner.config.build import build, check_arguments, resolve_type, type_name
 from xtuner.config.config import Config
-from xtuner.config.findings import together
-from xtuner.config.schema import NEEDED
-from xtuner.config.specs import ROOTS, Spec, specs, walked
+from xtuner.config.findings import combine_errors
+from xtuner.config.schema import REQUIRED
+from xtuner.config.specs import ROOTS, Spec, find_specs, walk_values
 from xtuner.core.errors import ConfigError, did_you_mean, from_system_exit
 from xtuner.core.log import logger
 
@@ -34,42 +34,42 @@ def check(config: Config, paths: bool = False) -> None:
     Args:
         paths: look, too, whether the folders and files that it names are there.
     """
-    if found := problems(config, paths):
-        raise together(found)
+    if found := find_mistakes(config, paths):
+        raise combine_errors(found)
 
 
-def problems(config: Config, paths: bool = False) -> list[ConfigError]:
+def find_mistakes(config: Config, paths: bool = False) -> list[ConfigError]:
     """All mistakes, each with its file and line."""
     length, found = list(_train_cfg(config)), _names(config)
     inside = [*_section(config, "", closed=False), *_parts(config), *_dataloader(config), *length]
     inside += [*_section(config, "train_dataloader"), *_section(config, "randomness")]
     inside += [*_section(config, "optim_wrapper.clip_grad", closed=False)]
     inside += [*_not_specs(config), *rules.not_finite(config)]
-    inside += [e for spec in specs(config) for e in _spec(config, spec)]
+    inside += [e for spec in find_specs(config) for e in _spec(config, spec)]
     if config.values.get("batch_size", 1) != 1:  # said once, by the name that the file uses
         inside = [e for e in inside if not e.where.endswith(".batch_size")]
     wrong = [e.where for e in inside]
     if length or "train_cfg" not in config.values:
         wrong.append("param_scheduler")  # its begins and ends are made from max_epochs
-    for spec in specs(config):
+    for spec in find_specs(config):
         if not any(_within(where, spec.key) or _within(spec.key, where) for where in wrong):
             inside += _trial(spec)
     if "optim_wrapper.optimizer.lr" in wrong:  # from which eta_min is made
         inside = [e for e in inside if not re.fullmatch(r"param_scheduler\..*eta_min", e.where)]
     found += [ConfigError(e.what, where=config.where(e.where), why=e.why, do=e.do) for e in inside]
     if paths:
-        found += path_checks.problems(config)
+        found += path_checks.find_missing(config)
     once = {(p.what, p.where.partition(" (")[0]): p for p in reversed(found)}  # one line may set several values
     return list(reversed(once.values()))
 
 
 def _names(config: Config) -> list[ConfigError]:
     top = list(config.schema.inside(""))
-    known, accepted = [s.name for s in top if not s.old], [s.name for s in top]
+    known, accepted = [s.name for s in top if not s.is_legacy], [s.name for s in top]
     missing = [
         ConfigError(f"the config has no {s.name!r}", where=str(config.path), do="compare with a shipped config")
         for s in top
-        if s.default is NEEDED and s.name not in config.values
+        if s.default is REQUIRED and s.name not in config.values
     ]
     unknown = []
     for name in config.unmet:
@@ -104,13 +104,13 @@ def _section(config: Config, parent: str, closed: bool = True) -> Iterator[Confi
         if name not in settings:
             if closed and name != "type":
                 yield ConfigError(f"{parent} has no setting {name!r}.{did_you_mean(str(name), [*settings])}", where=key)
-        elif not settings[name].built and (problem := settings[name].problem(key, value)):
+        elif not settings[name].built and (problem := settings[name].find_problem(key, value)):
             yield problem
 
 
 def _parts(config: Config) -> Iterator[ConfigError]:
     for s in config.schema.settings:
-        if s.built and s.default is NEEDED and s.parent and not s.of:
+        if s.built and s.default is REQUIRED and s.parent and not s.owner:
             whole = config.get(s.parent)
             if isinstance(whole, Mapping) and whole.get(s.name) is None:
                 yield ConfigError(f"{s.parent} has no {s.name}", where=s.key, do="compare with a shipped config")
@@ -120,7 +120,7 @@ def _dataloader(config: Config) -> Iterator[ConfigError]:
     """What the settings of older tools in it would call."""
     loader = config.get("train_dataloader")
     for name, right in (
-        ("collate_fn", lambda kind: (facts := adapter_of(kind)) is not None and facts.idle),
+        ("collate_fn", lambda kind: (facts := find_adapter(kind)) is not None and facts.unused),
         ("batch_sampler", lambda kind: type_name(kind).rpartition(".")[2] == "BatchSampler"),
     ):
         spec, key = loader.get(name) if isinstance(loader, Mapping) else None, f"train_dataloader.{name}"
@@ -149,7 +149,7 @@ def _train_cfg(config: Config) -> Iterator[ConfigError]:
         found.append(ConfigError("train_cfg has no max_epochs", where="train_cfg.max_epochs", why=why, do=do))
     if "type" in values:
         kind = _resolved(config, values["type"], "train_cfg")
-        if not isinstance(kind, ConfigError) and adapter_of(kind) is None:
+        if not isinstance(kind, ConfigError) and find_adapter(kind) is None:
             found.append(ConfigError("a loop of your own would not be called", where="train_cfg", do="leave type out"))
     yield from found
 
@@ -169,7 +169,7 @@ def _not_specs(config: Config) -> Iterator[ConfigError]:
         if not absent and not (isinstance(spec, Mapping) and "type" in spec):
             yield ConfigError(f"expected dict(type=…, …), found {spec!r}", where=key)
     for root in ROOTS:
-        for key, value in walked(root, config.values.get(root)):
+        for key, value in walk_values(root, config.values.get(root)):
             if isinstance(value, Mapping) and "type" in value and not key.endswith(WORDS):
                 problem = _resolved(config, value["type"], key)
                 if isinstance(problem, ConfigError):
@@ -201,18 +201,18 @@ def _spec(config: Config, spec: Spec) -> Iterator[ConfigError]:
         yield e
     if spec.key == "train_cfg":
         return  # `_train_cfg` reports it
-    hints, facts = types.parameter_types(kind), adapter_of(kind)
+    hints, facts = types.parameter_types(kind), find_adapter(kind)
     for name, value in spec.arguments.items():
         key, problem = f"{spec.key}.{name}", None
         if name in hints and not types.fits(value, hints[name]):
-            yield ConfigError(f"{name} = {value!r} is not {types.words(hints[name])}", where=key)
+            yield ConfigError(f"{name} = {value!r} is not {types.describe(hints[name])}", where=key)
         elif setting := config.schema.find(key, type_name(kind)):
-            problem = setting.problem(
-                key if setting.only else name, value, typed=bool(setting.of) and name not in hints
+            problem = setting.find_problem(
+                key if setting.allowed else name, value, typed=bool(setting.owner) and name not in hints
             )
         if problem:
             yield ConfigError(problem.what, where=key, why=problem.why, do=problem.do)
-    for problem in facts.refused(spec.arguments) if facts else ():
+    for problem in facts.find_rejected(spec.arguments) if facts else ():
         yield ConfigError(problem.what, where=f"{spec.key}.{problem.where}", why=problem.why, do=problem.do)
     if spec.key == "model":
         yield from rules.shape(spec)

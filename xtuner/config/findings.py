@@ -13,7 +13,7 @@ _OURS = Path(__file__).resolve().parents[1]
 _INSTALLED = [Path(p) for p in (sys.prefix, sys.base_prefix)]
 
 
-def together(problems: Sequence[XTunerError], what: str = "mistakes in the config") -> XTunerError:
+def combine_errors(problems: Sequence[XTunerError], what: str = "mistakes in the config") -> XTunerError:
     """One error that says all of them; a single one as it is. Its exit code is the first one's."""
     if len(problems) == 1:
         return problems[0]
@@ -28,10 +28,10 @@ class Findings:
         self.errors: list[XTunerError] = []
 
     @contextlib.contextmanager
-    def looking(self, key: str) -> Iterator[None]:
+    def collect(self, key: str) -> Iterator[None]:
         """Keep the error that ends the block; it says where the setting `key`, with which it has to do, is written."""
         try:
-            with naming(self.config, key):
+            with locate_errors(self.config, key):
                 yield
         except XTunerError as e:
             self.errors.append(e)
@@ -39,11 +39,11 @@ class Findings:
     def check(self) -> None:
         """Raise what has been found."""
         if self.errors:
-            raise together(self.errors)
+            raise combine_errors(self.errors)
 
 
 @contextlib.contextmanager
-def naming(config: Config, key: str, *to_blame: str) -> Iterator[None]:
+def locate_errors(config: Config, key: str, *to_blame: str) -> Iterator[None]:
     """Errors inside say where the settings `to_blame`, or what is built at `key` itself, are written; those of a user's
     own classes become errors for users, about `key`."""
     to_blame = to_blame or (key,)

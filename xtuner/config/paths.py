@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.config.config import Config
-from xtuner.config.specs import Spec, specs
+from xtuner.config.specs import Spec, find_specs
 from xtuner.core import hub, path_kinds
 from xtuner.core.errors import ConfigError
 
@@ -15,7 +15,7 @@ ORDER_FILE = "data_order.txt"  # by which `xtuner data order` calls it in a fold
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
-def problems(config: Config) -> list[ConfigError]:
+def find_missing(config: Config) -> list[ConfigError]:
     """A mistake for each missing path, once, with the line that names it."""
     found = [
         (key, value, problem)
@@ -29,7 +29,7 @@ def problems(config: Config) -> list[ConfigError]:
 
 
 def _data(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
-    for spec in specs(config):
+    for spec in find_specs(config):
         if not spec.key.startswith(("train_dataloader.", "val_dataset")):
             continue
         folder, order = spec.arguments.get("folder"), spec.arguments.get("data_order_path")
@@ -41,7 +41,7 @@ def _data(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
 
 def data_keys(config: Config, root: str) -> list[str]:
     """The settings below `root` that name a data folder, and the order of its files; else `root` itself."""
-    inside = [s for s in specs(config) if f"{s.key}.".startswith(f"{root}.")]
+    inside = [s for s in find_specs(config) if f"{s.key}.".startswith(f"{root}.")]
     named = [(s.key, n) for s in inside for n in ("folder", "data_order_path") if s.arguments.get(n) is not None]
     return [f"{key}.{name}" for key, name in named] or [root]
 
@@ -82,7 +82,7 @@ def _order(name: str | Path) -> ConfigError | None:
 
 def named_models(config: Config) -> Iterator[tuple[Spec, str, bool]]:
     """Each `dict(type=…)` that names a model's folder or hub id; the argument that does; is it for a tokenizer?"""
-    for spec in specs(config):
+    for spec in find_specs(config):
         for name in _MODEL:
             if isinstance(spec.arguments.get(name), str | Path):
                 yield spec, name, spec.key.rpartition(".")[2] == "tokenizer"

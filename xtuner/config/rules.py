@@ -4,14 +4,14 @@ import math
 from collections.abc import Iterator
 
 from xtuner.config.config import Config
-from xtuner.config.specs import ROOTS, Spec, walked
+from xtuner.config.specs import ROOTS, Spec, walk_values
 from xtuner.core.errors import ConfigError
 
 
 def not_finite(config: Config) -> Iterator[ConfigError]:
     """Numbers that are none, anywhere in what is built."""
     for root in ROOTS:
-        for key, value in walked(root, config.values.get(root)):
+        for key, value in walk_values(root, config.values.get(root)):
             if isinstance(value, float) and not math.isfinite(value):
                 name = key.rpartition(".")[2]
                 if not (root == "param_scheduler" and name == "end" and value == math.inf):

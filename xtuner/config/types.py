@@ -52,15 +52,15 @@ def fits(value: Any, wanted: Any) -> bool:
         return True
 
 
-def words(wanted: Any) -> str:
+def describe(wanted: Any) -> str:
     """`float | None` → "a number or None"."""
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (Union, types.UnionType):
-        return " or ".join(words(w) for w in inner)
+        return " or ".join(describe(w) for w in inner)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin in (list, tuple, Sequence):
-        return "a list of " + " and ".join(dict.fromkeys(_MANY.get(w) or words(w) for w in inner if w is not ...))
+        return "a list of " + " and ".join(dict.fromkeys(_MANY.get(w) or describe(w) for w in inner if w is not ...))
     if (origin or wanted) in (Mapping, dict):
         return "a dict"
     return _WORDS.get(wanted) or str(getattr(wanted, "__name__", wanted))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from xtuner.compat.report import tell
+from xtuner.compat.report import log_report
 from xtuner.config.config import Config
 from xtuner.core import log
 from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, DivergedError, from_system_exit
@@ -66,7 +66,7 @@ def train(
     ranks = mesh.ranks
     log.setup(rank=ranks.rank)
     parts = ranks.run_on_all(lambda: preflight.settings(config))
-    tell(config)
+    log_report(config)
     if config.setting("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.setting("randomness.deterministic"))  # attention is chosen by it

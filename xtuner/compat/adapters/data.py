@@ -8,7 +8,7 @@ from typing import Any
 
 from xtuner.compat.settings import HUB
 from xtuner.config.adapter import adapter
-from xtuner.config.schema import Only
+from xtuner.config.schema import Allowed
 from xtuner.core.errors import ConfigError
 from xtuner.data import tokenizer
 from xtuner.data.chat_template import PROMPT_TEMPLATE, ChatTemplate
@@ -16,7 +16,9 @@ from xtuner.data.loading import sampler
 
 _SEED = 1024  # what the old sampler draws from, whatever its seed
 _VARLEN = {
-    "use_varlen_attn": Only((True,), "without it the documents of a pack see each other", "set use_varlen_attn = True")
+    "use_varlen_attn": Allowed(
+        (True,), "without it the documents of a pack see each other", "set use_varlen_attn = True"
+    )
 }
 _ITSELF = "the loader makes batches of packs itself"
 
@@ -26,19 +28,19 @@ class AutoTokenizer:
 
     @staticmethod
     @adapter(
-        no_work={
+        no_effect={
             "trust_remote_code": ("no code of a hub is run; tokenizer.model or tokenizer.json is read", bool),
             "padding_side": ("packs have no padding", str),
             "use_fast": ("tokenizer.model is read if there is one, else tokenizer.json", bool | None),
             "encode_special_tokens": ("only ChatGLM's tokenizer has it", bool | None),
         },
-        only=HUB,
+        allowed=HUB,
     )
     def from_pretrained(pretrained_model_name_or_path: str) -> tokenizer.Tokenizer:
         return tokenizer.load_tokenizer(pretrained_model_name_or_path)
 
 
-@adapter(no_work={"seed": ("the old sampler always draws from 1024, and so does ours", int | None)})
+@adapter(no_effect={"seed": ("the old sampler always draws from 1024, and so does ours", int | None)})
 def InternRepoSampler(dataset: Sized, shuffle: bool = True) -> sampler.InternRepoSampler:
     return sampler.InternRepoSampler(dataset, shuffle, _SEED)
 
@@ -47,19 +49,21 @@ InternlmRepoSampler = InternRepoSampler  # the same under its first name
 
 
 @adapter(
-    no_work={"round_up": ("no pack is given twice; the last ones that do not go round are left out of an epoch", bool)}
+    no_effect={
+        "round_up": ("no pack is given twice; the last ones that do not go round are left out of an epoch", bool)
+    }
 )
 def DefaultSampler(dataset: Sized, shuffle: bool = True, seed: int | None = None) -> sampler.InternRepoSampler:
     """mmengine's: also a permutation an epoch, though another one (and a random one without a seed)."""
     return sampler.InternRepoSampler(dataset, shuffle, _SEED if seed is None else seed)
 
 
-@adapter(_ITSELF, only=_VARLEN, ignored={"packed_length": int | None})
+@adapter(_ITSELF, allowed=_VARLEN, ignored={"packed_length": int | None})
 def intern_repo_collate_fn(instances: Any = None) -> Any:
     return instances
 
 
-@adapter(_ITSELF, only=_VARLEN, ignored={"pad_index": int, "return_hf_format": bool})
+@adapter(_ITSELF, allowed=_VARLEN, ignored={"pad_index": int, "return_hf_format": bool})
 def default_collate_fn(instances: Any = None) -> Any:
     return instances
 

@@ -10,11 +10,11 @@ from typing import Any
 from xtuner.compat.settings import HUB
 from xtuner.config.adapter import adapter
 from xtuner.config.build import build
-from xtuner.config.schema import Only
+from xtuner.config.schema import Allowed
 from xtuner.model import source
 from xtuner.model.source import ModelSource
 
-_FULL = Only((None,), "all weights are trained, in full precision: there are no adapters", "leave it out")
+_FULL = Allowed((None,), "all weights are trained, in full precision: there are no adapters", "leave it out")
 _DTYPE = "weights are kept in fp32 and computed with in bf16 on GPUs, in fp32 on CPUs"
 
 
@@ -23,7 +23,7 @@ class AutoModelForCausalLM:
 
     @staticmethod
     @adapter(
-        no_work={
+        no_effect={
             "trust_remote_code": ("no code of a hub is run", bool),
             "torch_dtype": _DTYPE,
             "dtype": _DTYPE,
@@ -32,9 +32,9 @@ class AutoModelForCausalLM:
             "use_cache": ("training keeps no cache", bool | None),
             "use_safetensors": ("safetensors are taken where there are any", bool | None),
         },
-        only={
-            "quantization_config": Only((None,), "quantized weights are not trained", "leave it out"),
-            "device_map": Only((None,), "every process holds the model on its own device", "leave it out"),
+        allowed={
+            "quantization_config": Allowed((None,), "quantized weights are not trained", "leave it out"),
+            "device_map": Allowed((None,), "every process holds the model on its own device", "leave it out"),
             **HUB,
         },
     )
@@ -43,14 +43,14 @@ class AutoModelForCausalLM:
 
 
 @adapter(
-    only={
-        "use_varlen_attn": Only(
+    allowed={
+        "use_varlen_attn": Allowed(
             (True,), "without it the documents of a pack see each other", "set use_varlen_attn = True"
         ),
         "lora": _FULL,
         "peft_model": _FULL,
-        "tokenizer": Only((None,), "the vocabulary stays as long as it is", "leave it out"),
-        "max_position_embeddings": Only(
+        "tokenizer": Allowed((None,), "the vocabulary stays as long as it is", "leave it out"),
+        "max_position_embeddings": Allowed(
             (None,),
             "the old tool scales the rotary frequencies then: another network",
             "write rope_scaling and max_position_embeddings in the model's config.json",

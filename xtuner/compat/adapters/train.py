@@ -9,29 +9,29 @@ from typing import Any
 from xtuner.compat.adapters.data import template_named
 from xtuner.compat.settings import SCHEMA
 from xtuner.config.adapter import adapter
-from xtuner.config.schema import Only
+from xtuner.config.schema import Allowed
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.train import hooks
 
-_NO_BEST = Only((None,), "checkpoints are kept by age", "leave it out; `xtuner eval loss` compares")
-_DISK = Only((None,), "files are written to this machine's file systems", "leave it out; mount the storage")
+_NO_BEST = Allowed((None,), "checkpoints are kept by age", "leave it out; `xtuner eval loss` compares")
+_DISK = Allowed((None,), "files are written to this machine's file systems", "leave it out; mount the storage")
 _DISKS = {"backend_args": _DISK, "file_client_args": _DISK}
 _LOGS = "logs lie in the work dir, one folder a start"
 _BARE = ChatTemplate(system="", user="{text}", assistant_begin="", assistant_end="", stop_words=())
 
 
 @adapter(
-    no_work={
+    no_effect={
         "save_param_scheduler": ("the rate follows from the iteration; there is nothing to save", bool),
         "filename_tmpl": ("checkpoints are named iter_N.pth", str | None),
         "save_begin": ("checkpoints are saved from the first interval on", int),
     },
-    only={
-        "out_dir": Only((None,), "checkpoints lie in the work dir", "give --work-dir"),
+    allowed={
+        "out_dir": Allowed((None,), "checkpoints lie in the work dir", "give --work-dir"),
         **dict.fromkeys(("save_best", "rule", "greater_keys", "less_keys"), _NO_BEST),
         **_DISKS,
-        "save_last": Only((True,), "the end of a run is always saved", "leave it out"),
-        "published_keys": Only((None,), "weights are published by `xtuner convert pth_to_hf`", "leave it out"),
+        "save_last": Allowed((True,), "the end of a run is always saved", "leave it out"),
+        "published_keys": Allowed((None,), "weights are published by `xtuner convert pth_to_hf`", "leave it out"),
     },
 )
 def CheckpointHook(
@@ -41,7 +41,7 @@ def CheckpointHook(
 
 
 @adapter(
-    no_work={
+    no_effect={
         "log_metric_by_epoch": ("a line counts iterations", bool),
         "ignore_last": ("the last iteration is always logged", bool),
         "interval_exp_name": ("the log file is named after the start", int),
@@ -49,23 +49,23 @@ def CheckpointHook(
         "out_suffix": _LOGS,
         "keep_local": (_LOGS, bool),
     },
-    only=_DISKS,
+    allowed=_DISKS,
 )
 def LoggerHook(interval: int = 10) -> hooks.LoggerHook:
     return hooks.LoggerHook(interval)
 
 
-@adapter(no_work={"is_intern_repo_dataset": ("all data are tokenized", bool)})
+@adapter(no_effect={"is_intern_repo_dataset": ("all data are tokenized", bool)})
 def DatasetInfoHook(tokenizer: Any) -> hooks.DatasetInfoHook:
     return hooks.DatasetInfoHook(tokenizer)
 
 
 @adapter(
-    no_work={"generation_kwargs": "samples take the most likely token each time"},
-    only={
-        "every_n_epochs": Only((None,), "samples are written by the iteration", "give every_n_iters"),
+    no_effect={"generation_kwargs": "samples take the most likely token each time"},
+    allowed={
+        "every_n_epochs": Allowed((None,), "samples are written by the iteration", "give every_n_iters"),
         **dict.fromkeys(
-            ("evaluation_images", "image_processor"), Only((None,), "models read text only", "leave it out")
+            ("evaluation_images", "image_processor"), Allowed((None,), "models read text only", "leave it out")
         ),
     },
 )
@@ -93,7 +93,7 @@ _SWITCHES = ("use_activation_checkpointing", "is_casual")
 _KNOWN = dict.fromkeys(_SIZES, int | None) | dict.fromkeys(_SWITCHES, bool | None) | {"mlp_ratio": float | None}
 
 
-@adapter(no_work={name: ("read from the model", kind) for name, kind in _KNOWN.items()})
+@adapter(no_effect={name: ("read from the model", kind) for name, kind in _KNOWN.items()})
 def ThroughputHook() -> hooks.ThroughputHook:
     return hooks.ThroughputHook()
 
@@ -108,24 +108,24 @@ def RuntimeInfoHook() -> hooks.Hook:
     return hooks.Hook()
 
 
-_LENGTH = {s.name: s.only for s in SCHEMA.inside("train_cfg") if s.only}
-_IDLE = {s.name: s.idle for s in SCHEMA.settings if s.idle and s.parent in ("", "train_cfg")}
-_VALIDATION = {name: (_IDLE[name], int) for name in ("val_begin", "val_interval")}
+_LENGTH = {s.name: s.allowed for s in SCHEMA.inside("train_cfg") if s.allowed}
+_NO_EFFECT = {s.name: s.no_effect for s in SCHEMA.settings if s.no_effect and s.parent in ("", "train_cfg")}
+_VALIDATION = {name: (_NO_EFFECT[name], int) for name in ("val_begin", "val_interval")}
 
 
-@adapter(no_work=_VALIDATION, only=_LENGTH)
+@adapter(no_effect=_VALIDATION, allowed=_LENGTH)
 def TrainLoop(max_epochs: int) -> dict[str, int]:
     """Never built: the trainer reads max_epochs where it stands."""
     return {"max_epochs": max_epochs}
 
 
-@adapter(no_work={**_VALIDATION, "dynamic_intervals": _IDLE["dynamic_intervals"]}, only=_LENGTH)
+@adapter(no_effect={**_VALIDATION, "dynamic_intervals": _NO_EFFECT["dynamic_intervals"]}, allowed=_LENGTH)
 def EpochBasedTrainLoop(max_epochs: int) -> dict[str, int]:
     """Never built, as above."""
     return {"max_epochs": max_epochs}
 
 
-_SCALARS = _IDLE["visualizer"]
+_SCALARS = _NO_EFFECT["visualizer"]
 _FOLDER = {"save_dir": str | None}
 _FIGURE = ("image", "fig_save_cfg", "fig_show_cfg")
 _BACKENDS = Sequence[Mapping[str, Any]] | Mapping[str, Any] | None

@@ -205,7 +205,7 @@ def test_train_finds_the_same_before_anything_starts(tiny: Path, tmp_path: Path,
 
 
 def test_models_are_folders_or_hub_ids(tiny: Path, tmp_path: Path) -> None:
-    from xtuner.config.check import problems
+    from xtuner.config.check import find_mistakes
 
     text = tiny.read_text().replace("import from_scratch", "import from_pretrained")
     begin = text.index("model = dict(")
@@ -218,7 +218,7 @@ def test_models_are_folders_or_hub_ids(tiny: Path, tmp_path: Path) -> None:
         (str(tmp_path), "has no config.json"),
     ):
         (tmp_path / "c.py").write_text(text.replace("NAME", name))
-        found = [str(p) for p in problems(load(str(tmp_path / "c.py")), paths=True)]
+        found = [str(p) for p in find_mistakes(load(str(tmp_path / "c.py")), paths=True)]
         assert len(found) == (words is not None)
         assert words is None or words in found[0]
 

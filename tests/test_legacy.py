@@ -23,7 +23,7 @@ from xtuner.compat.translate import find_unknown, load, replace_names
 from xtuner.config import types
 from xtuner.config.adapter import find_adapter
 from xtuner.config.build import check_arguments, resolve_type
-from xtuner.config.check import check, problems
+from xtuner.config.check import check, find_mistakes
 from xtuner.core.errors import ConfigError
 
 Command = Callable[..., int]
@@ -314,7 +314,7 @@ def test_what_is_dropped_or_differs_is_reported(form: str, line: str, told: str,
     text = (HERE / "data" / "legacy_configs" / f"{form}.py").read_text()
     (tmp_path / "other.py").write_text(f"{text}\n{line}\n")
     config = load(str(tmp_path / "other.py"))
-    assert problems(config) == []
+    assert find_mistakes(config) == []
     assert told in "\n".join(report_paragraphs(config))
     plain = load(str(HERE / "data" / "legacy_configs" / "xtuner_0_1_14.py"))
     assert told not in "\n".join(report_paragraphs(plain)), "reported of a config that it does not concern"
@@ -547,7 +547,7 @@ def test_every_old_default_is_accepted() -> None:
         hints, facts = types.parameter_types(kind), find_adapter(kind)
         wrong = [n for n, value in defaults.items() if n in hints and not types.fits(value, hints[n])]
         assert wrong == [], name
-        assert list(facts.refused(defaults) if facts else ()) == [], name
+        assert list(facts.find_rejected(defaults) if facts else ()) == [], name
     known = {name.removesuffix(".from_pretrained") for name in SIGNATURES}
     tabled = {new for (module, _), new in REPLACED.items() if not new.endswith(("PROMPT_TEMPLATE", "collate_fn"))}
     assert tabled <= {(resolve_name(name) or name) for name in known}
@@ -654,7 +654,7 @@ def test_adapters_give_what_their_names_say() -> None:
 def test_check_of_paths_in_a_legacy_config(legacy_text: str, tmp_path: Path, corpus: Path) -> None:
     path = tmp_path / "legacy.py"
     path.write_text(legacy_text.replace(f"'{corpus}'", "'/nowhere'"))
-    (problem,) = problems(load(str(path)), paths=True)
+    (problem,) = find_mistakes(load(str(path)), paths=True)
     line = legacy_text[: legacy_text.index("dataset_folder = ")].count("\n") + 1
     where: Any = f"legacy.py:{line} dataset_folder (train_dataloader.dataset.dataset_cfg.folder)"
     assert where in str(problem)

@@ -176,7 +176,10 @@ def test_mistakes_are_explained(tiny: Path, options: list[str], words: list[str]
         # paths
         (["dataset_folder=/nowhere"], ["data folder is not there: '/nowhere'", "tiny.py:", "dataset_folder (train"]),
         (["data_order_path=/nowhere.txt"], ["no file '/nowhere.txt'", "xtuner data order"]),
-        (["tokenizer_path=/nowhere"], ["the tokenizer '/nowhere' is no folder here", "tokenizer_path (tokenizer"]),
+        (
+            ["tokenizer_path=/nowhere"],
+            ["the tokenizer '/nowhere' is neither a folder here", "tokenizer_path (tokenizer"],
+        ),
         (["load_from=/nowhere"], ["no folder '/nowhere' to take weights from"]),
         (["dataset_folder=/a", "hidden_size=250", "lr=1", "betas=x"], ["3 mistakes", "'/a'", "250", "betas"]),
     ],
@@ -213,7 +216,7 @@ def test_models_are_folders_or_hub_ids(tiny: Path, tmp_path: Path) -> None:
     text = text[:begin] + model + text[text.index("####", begin) :]
     for name, words in (
         ("internlm/internlm2-7b", None),
-        ("internlm2-7b", "the model 'internlm2-7b' is no folder here, and no hub id"),
+        ("internlm2-7b", "the model 'internlm2-7b' is neither a folder here nor a hub id"),
         ("/nowhere/a", "the model '/nowhere/a' is no folder"),
         (str(tmp_path), "has no config.json"),
     ):

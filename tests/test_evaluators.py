@@ -371,7 +371,7 @@ def test_what_can_be_given(exported: Path, trained: Path, tiny: Path, tmp_path: 
         ([trained], "its config, too: CONFIG.py"),
         ([trained.parent], rf"(?s)is a folder of checkpoints.*CONFIG\.py {trained.parent}/iter_"),
         ([made], "weights is missing"),
-        ([tmp_path / "none"], "no folder here"),
+        ([tmp_path / "none"], "neither a folder here"),
         ([trained, tiny], "is no model"),
         ([tiny, trained, trained], "is no model"),
     ):

@@ -121,7 +121,7 @@ def test_a_family_from_outside(
 
 def test_what_a_family_cannot_be(granite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shipped names stay; a network that it does not have, and a setting of another family, are refused."""
-    with pytest.raises(ConfigError, match="there is a shipped model family 'llama'"):
+    with pytest.raises(ConfigError, match="xtuner already has the model family 'llama'"):
         FAMILIES.register("llama", granite.GRANITE)
     network = from_scratch(
         family="granite", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2

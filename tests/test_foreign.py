@@ -371,8 +371,9 @@ def test_indexes_of_weights(tmp_path: Path) -> None:
 def test_manifests_and_trainer_json(tmp_path: Path) -> None:
     entry: dict[str, Any] = {"bytes": 1, "sha256": "x"}
     for content, words in (
-        ([], "not one of ours"), ({"files": []}, "not one of ours"), ({"files": {"a": 1}}, "no size and sha256 of 'a'"),
-        ({"files": {}, "kind": [[]]}, "not one of ours"), ({"files": {"\ud800": entry}}, "altered"),
+        ([], "not written by xtuner"), ({"files": []}, "not written by xtuner"),
+        ({"files": {"a": 1}}, "no size and sha256 of 'a'"),
+        ({"files": {}, "kind": [[]]}, "not written by xtuner"), ({"files": {"\ud800": entry}}, "altered"),
         ({"files": {"a": {**entry, "bytes": True}}}, "no size"), ({"files": {"a" * 9000: {}}}, "no size"),
         ({"files": {"/etc/passwd": entry}}, "outside"), ({"files": {"../" * 3000: entry}}, "outside"),
     ):  # fmt: skip
@@ -389,7 +390,7 @@ def test_manifests_and_trainer_json(tmp_path: Path) -> None:
     ):
         (tmp_path / "manifest.json").write_text(text)
         (tmp_path / "trainer.json").write_text(text)
-        refused(lambda: verify(tmp_path), "nested too deeply|is not JSON|not one of ours", CheckpointError)
+        refused(lambda: verify(tmp_path), "nested too deeply|is not JSON|not written by xtuner", CheckpointError)
         refused(lambda: read_trainer(tmp_path), "nested too deeply|is not JSON|not of this version", CheckpointError)
 
 

@@ -248,7 +248,7 @@ class Half:
         return (0, 1)
 
 class Odd(Half):
-    nodes = Launcher.nodes
+    read_nodes = Launcher.read_nodes
 '''
 
 
@@ -263,7 +263,7 @@ def test_a_launcher_of_ones_own(
         ("my_cluster.Cluster", {}, "TASK is not in the environment\n  where: --launcher my_cluster.Cluster"),
         ("my_cluster.Cluster", {"TASK": "one"}, "invalid literal|not enough values"),
         ("my_cluster.Cluster", {"TASK": "4/4@a"}, r"rank 4 \(local rank 0\) of 4"),
-        ("my_cluster.Half", {}, "Half is not a launcher: it has no nodes"),
+        ("my_cluster.Half", {}, "Half is not a launcher: it has no read_nodes"),
         ("my_cluster.Odd", {}, r"`read_rank` returns \(0, 1\), not a xtuner.dist.launchers.RankInfo"),
         ("my_cluster.Clustre", {}, "cannot be imported: .*Clustre"),
         ("your_cluster.Cluster", {}, "No module named 'your_cluster'(.|\n)*PYTHONPATH"),

@@ -233,7 +233,7 @@ def test_refusals(tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPat
         (ConfigError, r"not an earlier export", source, ["--dst-path", tmp_path / "mine"]),
         (ConfigError, r"the target is what is exported", source, ["--dst-path", source]),
         (ConfigError, r"the target is what is exported", source, ["--dst-path", source / "tm"]),
-        (ConfigError, r"no folder here", tmp_path / "nowhere", []),
+        (ConfigError, r"neither a folder here", tmp_path / "nowhere", []),
     ]
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))

@@ -197,7 +197,8 @@ def test_ranks_divide_the_reading(tmp_path: Path) -> None:
     for i in range(1, 7):
         (target / str(i)).write_text("y" * i)
         told = [attempt(partial(files.verify, target, rank, 3))[1] for rank in range(3)]
-        assert [failure["what"] for failure in told if failure] == [f"{i} is altered: its sha256 is not the manifest's"]
+        what = f"{i} is altered: its sha256 differs from the manifest's"
+        assert [failure["what"] for failure in told if failure] == [what]
         (target / str(i)).write_text("x" * i)
     os.truncate(target / "6", 5)
     for rank in range(3):

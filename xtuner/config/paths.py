@@ -1,6 +1,5 @@
 """Whether the folders and files that a config names are there, before anything is started."""
 
-import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,12 +107,9 @@ def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
         else:
             missing = hub.missing_files(path)
         return ConfigError(f"the {what} folder {name!r} has no {missing[0]}") if missing else None
-    if re.fullmatch(hub.ID, name) and not kind:
-        return None  # of a hub, which is asked when the model is wanted
-    return ConfigError(
-        f"the {what} {name!r} is " + ("a file" if kind else "no folder here, and no hub id"),
-        do="check the spelling, and that this machine sees the disk the folder is on",
-    )
+    if kind:
+        return ConfigError(f"the {what} {name!r} is a file", do="give its folder")
+    return None if hub.is_hub_id(name) else hub.not_found(name, what)  # the hub itself is asked when the model is built
 
 
 def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:

@@ -174,7 +174,7 @@ def test_tensors_with_attributes(tmp_path):
     make, arguments = tensor_call((6,), (1,)).reduced
     typed = torch._tensor._rebuild_from_type_v2
     for call, words in (
-        (Calls(typed, make, Subclass, arguments, {}), "asks for|of the class"),
+        (Calls(typed, make, Subclass, arguments, {}), "refers to|of the class"),
         (Calls(typed, make, torch.Size, arguments, {}), "of the class"),
         (Calls(typed, make, "torch.Tensor", arguments, {}), "of the class"),
         (Calls(typed, typed, torch.Tensor, (make, torch.Tensor, arguments, {}), {}), "unknown way"),

@@ -34,7 +34,7 @@ class Registry(dict[str, T], Generic[T]):
         return component
 
     def find(self, name: str, where: str, otherwise: str = "") -> T:
-        """The component of that name. Raises: ConfigError that lists the known names, and the alternative `otherwise`."""
+        """The component of that name. Raises: ConfigError with the known names, and `otherwise` as an alternative."""
         if isinstance(name, str) and name in self:  # a config may give any value
             return self[name]
         what = f"there is no {self._what} {name!r}.{did_you_mean(str(name), list(self))}"

@@ -111,7 +111,7 @@ def _refuse_to_start_afresh(work_dir: Path, told: str) -> None:
     elif not told:
         name = last.name if last else others[-1]
         kind = path_kinds.recognise(work_dir / name)
-        told = f"{name} is " + (kind.what if kind.foreign else "not a whole checkpoint")
+        told = f"{name} is " + (kind.what if kind.foreign else "not a complete checkpoint")
         if kind.foreign:
             raise CheckpointError(
                 f"--resume has nothing to resume from: {told}",
@@ -132,7 +132,7 @@ def _refuse_to_start_afresh(work_dir: Path, told: str) -> None:
 def _weights(kind: path_kinds.Kind) -> str:
     if kind.inner:
         return f"give one of them, such as --resume {kind.inner}, if it is of xtuner"
-    return kind.fits("start from its weights, without --resume, with load_from = '{}'")
+    return kind.advice("start from its weights, without --resume, with load_from = '{}'")
 
 
 def _exists(path: Path) -> bool:

@@ -124,8 +124,8 @@ def test_rank_0_cannot_be_reached(
     how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Said within XTUNER_MEET_SECONDS, by default in less than a minute; also where another program listens."""
-    assert heartbeat.MEET + heartbeat.ANSWER < 60
-    for name, seconds in (("MEET", 0.6), ("ANSWER", 0.3), ("SAY", 0.1)):
+    assert heartbeat.MEET + heartbeat.MIN_REPLY < 60
+    for name, seconds in (("MEET", 0.6), ("MIN_REPLY", 0.3), ("WARN_AFTER", 0.1)):
         monkeypatch.setattr(heartbeat, name, seconds)
     log.setup()
     server = listening()
@@ -153,10 +153,10 @@ def test_the_port_is_taken() -> None:
 @pytest.mark.parametrize("text", ["soon", "0", "-5", "nan"])
 def test_times_that_are_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XTUNER_MEET_SECONDS", text)
-    with pytest.raises(ConfigError, match=f"XTUNER_MEET_SECONDS = '{text}' is no number of seconds"):
-        heartbeat.seconds("MEET", 50.0)
+    with pytest.raises(ConfigError, match=f"XTUNER_MEET_SECONDS = '{text}' is not a number of seconds above 0"):
+        heartbeat.read_seconds("MEET", 50.0)
     monkeypatch.setenv("XTUNER_MEET_SECONDS", "7.5")
-    assert heartbeat.seconds("MEET", 50.0) == 7.5
+    assert heartbeat.read_seconds("MEET", 50.0) == 7.5
 
 
 # ---------------------------------------------------------------------------------------------------- workers

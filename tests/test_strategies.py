@@ -466,7 +466,7 @@ def test_nodes_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
 
     def refused(_: Ranks, folder: Path) -> None:
-        with pytest.raises(ConfigError, match="2 ranks do not divide into nodes of 3"):
+        with pytest.raises(ConfigError, match="2 ranks cannot be divided into nodes of 3"):
             make("fsdp_hybrid", folder, 2)
 
     assert on_ranks(2, refused, tmp_path) == [0, 0]

@@ -1,4 +1,4 @@
-"""Taking part in a run of several processes: meet, watch each other, and leave in order."""
+"""Join a run of several processes: process group, heartbeat, and an orderly end."""
 
 import contextlib
 import os
@@ -13,9 +13,9 @@ from xtuner.core.errors import ConfigError, InterruptedRunError, XTunerError
 from xtuner.dist.launchers import RankInfo
 from xtuner.dist.heartbeat import Heartbeat, connect_store
 
-# Collectives may wait as long as another rank prepares data or a checkpoint; the heartbeat finds those that hang.
+# Collectives may wait for a rank that prepares data or a checkpoint; the heartbeat detects ranks that hang.
 COLLECTIVE_TIMEOUT = timedelta(days=2)
-_SEGMENTS = "expandable_segments:True"  # micro-batches of changing lengths would leave holes between fixed ones
+_SEGMENTS = "expandable_segments:True"  # segments of fixed size would fragment, as micro-batches differ in length
 _PINNING = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"  # 21 GiB in 2.7 s instead of 16
 
 
@@ -26,30 +26,30 @@ def select_device(local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     if count > 1 and local_rank >= count:
         raise ConfigError(
-            f"local rank {local_rank}, and {count} GPUs are visible",
+            f"local rank {local_rank}, but only {count} GPUs are visible",
             where=f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}",
             why="two processes would share a GPU, and its memory",
             do="start as many processes on a node as it has GPUs",
         )
-    return torch.device("cuda", local_rank if local_rank < count else 0)  # one visible: the launcher has bound it
+    return torch.device("cuda", local_rank if local_rank < count else 0)  # one visible GPU: the launcher has assigned it
 
 
-# what a process group leaves in the environment, for engines and whoever else asks there
+# set in the environment while the run lasts, for engines that read them
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextlib.contextmanager
 def join_run(info: RankInfo, group: bool) -> Iterator[tuple[torch.device, Heartbeat | None]]:
-    """Yield this process's device, and what it tells how far it is (None if it is alone).
+    """Yield this process's device and its heartbeat (None for a single process).
+
+    Errors are propagated to the other ranks. An error that is caused by another rank's failure is raised as that failure.
 
     Args:
-        group: make a process group for a single process, too, as engines want it.
-
-    An error inside is told to the others; one that comes of another's end becomes that one's story.
+        group: create a process group for a single process also, as DeepSpeed needs it.
     """
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    for about, wanted in (("pinned", _PINNING), ("expandable_segments", _SEGMENTS)):
-        if about not in settings:
+    for name, wanted in (("pinned", _PINNING), ("expandable_segments", _SEGMENTS)):
+        if name not in settings:
             settings = ",".join(filter(None, (settings, wanted)))
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings
     here = select_device(info.local_rank)
@@ -72,25 +72,25 @@ def join_run(info: RankInfo, group: bool) -> Iterator[tuple[torch.device, Heartb
             timeout=COLLECTIVE_TIMEOUT,
         )
         hosts = ALL.gather(info.host)
-        os.environ.setdefault("LOCAL_WORLD_SIZE", str(hosts.count(info.host)))  # srun and mpirun do not say it
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(hosts.count(info.host)))  # srun and mpirun do not set it
         yield here, heartbeat
-        torch_dist.barrier()  # rank 0 holds the store: it leaves last
+        torch_dist.barrier()  # rank 0 hosts the store, so it ends last
     except XTunerError as e:
         if heartbeat and (not e.reported_elsewhere or isinstance(e, InterruptedRunError)):
-            heartbeat.failed(e)
+            heartbeat.report_failure(e)
         raise
     except Exception as e:
         if heartbeat and (lost := heartbeat.explain(e)):
             raise lost from None
         if heartbeat:
-            heartbeat.failed(e)
+            heartbeat.report_failure(e)
         raise
     finally:
         if heartbeat:
             heartbeat.close()
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
-        for name, value in before.items():  # what this process starts later is not a rank of this run
+        for name, value in before.items():  # processes started later are not ranks of this run
             if value is None:
                 os.environ.pop(name, None)
             else:

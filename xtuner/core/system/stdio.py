@@ -31,7 +31,8 @@ def prepare_streams() -> None:
     """Make the three streams usable, before any other file is opened.
 
     A descriptor that was closed (by cron or a daemon) becomes /dev/null: otherwise the next file that is opened would
-    get its number, and receive what is printed. Output in any encoding and input that is not text raise no UnicodeError.
+    get its number, and receive what is printed. Output in any encoding and input that is not text raise no
+    UnicodeError.
     """
     for fd, name, mode in _STANDARD:
         try:

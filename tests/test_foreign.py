@@ -582,7 +582,7 @@ def test_values_of_options() -> None:
 def test_a_long_value_is_not_repeated_in_messages(tmp_path: Path, xtuner: Command) -> None:
     (tmp_path / "config.py").write_text("lr = 1\nbetas = [1]\nend = lr * 0.5 * betas\n")
     options = ("check-cfg", tmp_path / "config.py", "--cfg-options")
-    refused(lambda: xtuner(*options, "lr=" + "x" * 9000), r"there, betas = \[1\] and lr = 'xxx", ConfigError)
+    refused(lambda: xtuner(*options, "lr=" + "x" * 9000), r"with betas = \[1\] and lr = 'xxx", ConfigError)
     refused(lambda: xtuner(*options, "end=1", "lr=" + "x" * 9000, "lr.a.b=1"), "no 'a' in|has no parts", ConfigError)
     refused(lambda: xtuner(*options, "end=1", "betas.²=1"), "no entry '²' in a list of 1", ConfigError)
 

@@ -45,7 +45,6 @@ _DATA, _FILES = "train_dataloader.dataset", "train_dataloader.dataset.dataset_cf
 _ONE_PACK = Allowed(
     (1,), "a batch is one pack; a longer max_length or accumulative_counts does the same", "set it to 1"
 )
-_CALLED = "the loader makes batches of packs itself"
 
 OWN_SETTINGS = (
     # The model

@@ -1,4 +1,4 @@
-"""Every `dict(type=…)` of a config that `xtuner train` builds."""
+"""Find every `dict(type=…)` of a config that `xtuner train` builds."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ class Spec:
     arguments: dict[str, Any]
 
     def value(self, name: str, kind: Any) -> Any:
-        """An argument, or what `kind` takes in its place."""
+        """The value of an argument, or its default in the signature of `kind`."""
         if name in self.arguments:
             return self.arguments[name]
         parameter = inspect.signature(kind).parameters.get(name)
@@ -30,7 +30,7 @@ class Spec:
 
 
 def find_specs(config: Config) -> Iterator[Spec]:
-    """Each dict once, under the path where it is met first."""
+    """Each dict once, under the path where it occurs first."""
     seen: set[int] = set()
     for root in ROOTS:
         for key, value in walk_values(root, config.values.get(root), seen):
@@ -39,7 +39,7 @@ def find_specs(config: Config) -> Iterator[Spec]:
 
 
 def walk_values(key: str, value: Any, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of a value and of all inside it; each dict and list once."""
+    """(dotted path, value) of a value and of all values inside it; each dict and list once."""
     seen = set() if seen is None else seen
     if isinstance(value, Mapping | list | tuple):
         if id(value) in seen:

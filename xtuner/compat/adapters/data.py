@@ -20,7 +20,7 @@ _VARLEN = {
         (True,), "without it the documents of a pack see each other", "set use_varlen_attn = True"
     )
 }
-_ITSELF = "the loader makes batches of packs itself"
+_ITSELF = "the loader builds batches from packs itself"
 
 
 class AutoTokenizer:

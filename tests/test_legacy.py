@@ -16,7 +16,7 @@ from conftest import HERE, VOCABULARY
 from safetensors.torch import load_file, save_file
 
 from xtuner.compat.names import REPLACED
-from xtuner.compat.names import find as resolve_name
+from xtuner.compat.names import find_ours as resolve_name
 from xtuner.compat.report import DIFFERENCES, log_report, report_paragraphs
 from xtuner.compat.settings import SCHEMA
 from xtuner.compat.translate import find_unknown, load, replace_names
@@ -347,7 +347,7 @@ def test_what_stands_in_the_table_exists() -> None:
         ("from mmengine.hooks import CheckpontHook", ["Did you mean 'CheckpointHook'"]),
         ("from mmengine.optim import OptimWrapper", ["nearest: mmengine.optim.AmpOptimWrapper"]),
         ("from mmengine.runner import TrainLoop", ["import it from xtuner.engine.runner"]),
-        ("from mmengine.config import read_base", ["one whole file"]),
+        ("from mmengine.config import read_base", ["a single file"]),
         ("import mmengine.hooks", ["`import mmengine.hooks`", "from mmengine.hooks import NAME"]),
         ("import transformers as t", ["from transformers import NAME"]),
         ("from transformers import BitsAndBytesConfig", ["all weights are trained"]),
@@ -443,8 +443,8 @@ def test_what_would_mean_something_else_is_refused(
         ("default_hooks['x'] = dict(type='mmengine.hooks.logger_hook.LogHook')", ["Did you mean 'LoggerHook'"]),
         ("default_hooks.update(x=dict(type='mmengine.TimerHook'))", ["no hook 'mmengine.TimerHook'", "IterTimerHook"]),
         ("default_hooks['logger']['priority'] = 'SOON'", ["LoggerHook has no setting 'priority'"]),
-        ("default_hooks['logger']['_delete_'] = True", ["_delete_", "one whole file", "default_hooks.logger"]),
-        ("_base_ = './base.py'", ["_base_ is not followed", "one whole file"]),
+        ("default_hooks['logger']['_delete_'] = True", ["_delete_", "a single file", "default_hooks.logger"]),
+        ("_base_ = './base.py'", ["_base_ is not supported", "a single file"]),
         ("custom_imports = dict(imports=['hooks'])", ["custom_imports = ", "import what it names"]),
         ("framework = 'huggingface'", ["framework = 'huggingface'"]),
         ("train_cfg = dict(type='IterBasedTrainLoop', max_epochs=1)", ["TrainLoop with max_epochs"]),

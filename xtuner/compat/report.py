@@ -1,5 +1,5 @@
-"""What is reported of a config made for an older tool: names replaced, settings without effect, and how its run differs
-from one of that tool. The documentation (`docs/*/config.md`) holds the same list of differences.
+"""Report on a config for an older tool: names that were replaced, settings without effect, and how its run differs from
+a run of that tool. The documentation (`docs/*/config.md`) has the same list of differences.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ from xtuner.dist import collectives
 
 
 def log_report(config: Config) -> None:
-    """Log it, once, on the main process; nothing for a config of our own."""
+    """Log the report once, on rank 0. For a config of xtuner itself there is none."""
     if collectives.is_main():
         for paragraph in report_paragraphs(config):
             logger.info(paragraph)
@@ -27,7 +27,7 @@ def report_paragraphs(config: Config) -> Iterator[str]:
     legacy = any(r.new.startswith("xtuner.") for r in config.replaced)  # not for "AdamW" alone
     differences = [d.text for d in DIFFERENCES if legacy and d.concerns(config)]
     for title, lines in (
-        (f"{config.path.name} names things of other tools; replaced:", [str(r) for r in config.replaced]),
+        (f"{config.path.name} uses names of other tools; replaced:", [str(r) for r in config.replaced]),
         ("settings without effect:", list(dict.fromkeys(_without_effect(config)))),
         ("differences from XTuner 0.1 and 0.2:", differences),
     ):
@@ -38,7 +38,7 @@ def report_paragraphs(config: Config) -> Iterator[str]:
 def _without_effect(config: Config) -> Iterator[str]:
     for s in SCHEMA.settings:
         values = config.get(s.parent) if s.parent else config.values
-        plain = isinstance(values, Mapping) and "type" not in values  # a TrainLoop speaks for itself
+        plain = isinstance(values, Mapping) and "type" not in values  # a TrainLoop has an adapter, which reports it
         if s.no_effect and plain and s.name in values and not (s.key == "visualizer" and config.get("visualizer.type")):
             yield f"{s.key}: because {s.no_effect}"
     for spec in find_specs(config):
@@ -53,11 +53,11 @@ def _without_effect(config: Config) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a run here differs from the old tool's run of the same config.
+    """How a run differs from a run of the old tool with the same config.
 
     Args:
-        text: as printed, and as the documentation says it.
-        concerns: whether it does with this config.
+        text: as printed, and as in the documentation.
+        concerns: whether it applies to a config.
     """
 
     text: str
@@ -69,7 +69,7 @@ def _accumulates(config: Config) -> bool:
 
 
 def _builds(name: str, setting: str = "", *values: Any) -> Callable[[Config], bool]:
-    """Whether a config has a `dict(type=name)` which leaves `setting` out, or sets it to one of `values`."""
+    """Whether a config has a `dict(type=name)` without `setting`, or with one of `values` for it."""
 
     def concerns(config: Config) -> bool:
         found = [s.arguments for s in find_specs(config) if f".{written_name(s.kind)}".endswith(f".{name}")]

@@ -1,6 +1,6 @@
-"""What configs of XTuner 0.1 and 0.2 name of mmengine's optimizer wrapper and schedulers, as ours.
+"""Adapters from mmengine's optimizer wrapper and schedulers to ours.
 
-`compat/translate.py` puts these in place of the old names. Defaults are mmengine's.
+`compat/translate.py` replaces the old names by these. Defaults are mmengine's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,13 +16,13 @@ from xtuner.optim.optim_wrapper import OptimWrapper
 _DTYPES = {None: "auto", "float16": "auto", "bfloat16": "bf16", "float32": "fp32"}
 _FP16 = "bf16 on GPUs and fp32 on CPUs are used instead"
 _ONE_RATE = (
-    "all parameters of this wrapper share one rate and one decay",
+    "all parameters of this wrapper have the same learning rate and weight decay",
     "leave it out; xtuner.engine.OptimWrapper takes parameter_groups = [dict(match='norm', weight_decay=0.0)]",
 )
 _FRESH = {
-    "last_step": Allowed((-1,), "a resumed run finds its place by itself", "leave it out"),
+    "last_step": Allowed((-1,), "a resumed run restores its position itself", "leave it out"),
 }
-_QUIET = {"verbose": ("the rate stands in every log line", bool)}
+_QUIET = {"verbose": ("the learning rate is in every log line", bool)}
 
 
 @adapter(
@@ -30,17 +30,17 @@ _QUIET = {"verbose": ("the rate stands in every log line", bool)}
         "loss_scale": "bf16 on GPUs and fp32 on CPUs need no loss scale",
         "dtype=float16": _FP16,
         "dtype=torch.float16": _FP16,
-        "clip_grad.error_if_nonfinite": "a step whose gradient is not finite is not applied, and reported",
+        "clip_grad.error_if_nonfinite": "a step with a gradient that is not finite is skipped and reported",
     },
     allowed={
         "clip_grad.error_if_nonfinite": Allowed(
-            (False,), "such a step is left out; the run continues", "set it to False"
+            (False,), "such a step is skipped; the run continues", "set it to False"
         ),
         "clip_grad.norm_type": Allowed((2, 2.0), "gradients are clipped by their 2-norm", "set it to 2"),
         "clip_grad.type": Allowed(("norm",), "gradients are clipped by their norm", "leave it out"),
         "dtype": Allowed(
             (*_DTYPES, torch.float16, torch.bfloat16, torch.float32),
-            "there is no such type to compute in",
+            "this dtype is not supported",
             "leave it out: bf16 on GPUs, fp32 on CPUs",
         ),
         "use_fsdp": Allowed((False,), "the engine is chosen on the command line", "leave it out, and give --fsdp"),

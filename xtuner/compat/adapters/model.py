@@ -1,6 +1,6 @@
-"""What configs of XTuner 0.1 and 0.2 name of models, as ours.
+"""Adapters from the models of XTuner 0.1 and 0.2 to ours.
 
-`compat/translate.py` puts these in place of the old names.
+`compat/translate.py` replaces the old names by these.
 """
 
 import dataclasses
@@ -14,27 +14,27 @@ from xtuner.config.schema import Allowed
 from xtuner.model import source
 from xtuner.model.source import ModelSource
 
-_FULL = Allowed((None,), "all weights are trained, in full precision: there are no adapters", "leave it out")
-_DTYPE = "weights are kept in fp32 and computed with in bf16 on GPUs, in fp32 on CPUs"
+_FULL = Allowed((None,), "all weights are trained; LoRA adapters are not supported", "leave it out")
+_DTYPE = "weights are kept in fp32; the compute dtype is bf16 on GPUs and fp32 on CPUs"
 
 
 class AutoModelForCausalLM:
-    """Stands for transformers' class of this name in a config."""
+    """Replaces transformers' class of this name in a config."""
 
     @staticmethod
     @adapter(
         no_effect={
-            "trust_remote_code": ("no code of a hub is run", bool),
+            "trust_remote_code": ("code of a hub is never run", bool),
             "torch_dtype": _DTYPE,
             "dtype": _DTYPE,
-            "attn_implementation": ("the fastest attention that there is for the device is taken", str | None),
-            "low_cpu_mem_usage": ("weights are read a tensor at a time", bool | None),
-            "use_cache": ("training keeps no cache", bool | None),
-            "use_safetensors": ("safetensors are taken where there are any", bool | None),
+            "attn_implementation": ("the fastest attention backend for the device is used", str | None),
+            "low_cpu_mem_usage": ("weights are read one tensor at a time", bool | None),
+            "use_cache": ("training uses no key-value cache", bool | None),
+            "use_safetensors": ("safetensors are used if there are any", bool | None),
         },
         allowed={
             "quantization_config": Allowed((None,), "quantized weights are not trained", "leave it out"),
-            "device_map": Allowed((None,), "every process holds the model on its own device", "leave it out"),
+            "device_map": Allowed((None,), "every process has the model on its own device", "leave it out"),
             **HUB,
         },
     )
@@ -49,10 +49,10 @@ class AutoModelForCausalLM:
         ),
         "lora": _FULL,
         "peft_model": _FULL,
-        "tokenizer": Allowed((None,), "the vocabulary stays as long as it is", "leave it out"),
+        "tokenizer": Allowed((None,), "the vocabulary is not resized", "leave it out"),
         "max_position_embeddings": Allowed(
             (None,),
-            "the old tool scales the rotary frequencies then: another network",
+            "the old tool then scales the rotary frequencies, which changes the network",
             "write rope_scaling and max_position_embeddings in the model's config.json",
         ),
     }
@@ -62,6 +62,6 @@ def SupervisedFinetune(
     use_varlen_attn: bool = True,
     use_activation_checkpointing: bool = True,
 ) -> ModelSource:
-    """The model that `llm` describes; activation checkpointing is on unless it is switched off."""
+    """The model of `llm`; activation checkpointing is on by default."""
     model: ModelSource = build(llm, "model.llm")
     return dataclasses.replace(model, recompute=use_activation_checkpointing)

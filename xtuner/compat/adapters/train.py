@@ -1,5 +1,6 @@
-"""What configs of XTuner 0.1 and 0.2 name of hooks and loops, as ours. `compat/translate.py` puts these in place of the
-old names. Defaults are the old tool's.
+"""Adapters from the hooks and loops of XTuner 0.1 and 0.2 to ours, with the defaults of the old tool.
+
+`compat/translate.py` replaces the old names by these.
 """
 
 import dataclasses
@@ -13,21 +14,21 @@ from xtuner.config.schema import Allowed
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.train import hooks
 
-_NO_BEST = Allowed((None,), "checkpoints are kept by age", "leave it out; `xtuner eval loss` compares")
-_DISK = Allowed((None,), "files are written to this machine's file systems", "leave it out; mount the storage")
+_NO_BEST = Allowed((None,), "checkpoints are kept by age", "leave it out; compare them with `xtuner eval loss`")
+_DISK = Allowed((None,), "files are written to local or mounted file systems only", "leave it out; mount the storage")
 _DISKS = {"backend_args": _DISK, "file_client_args": _DISK}
-_LOGS = "logs lie in the work dir, one folder a start"
+_LOGS = "logs are in the work dir, one folder per start"
 _BARE = ChatTemplate(system="", user="{text}", assistant_begin="", assistant_end="", stop_words=())
 
 
 @adapter(
     no_effect={
-        "save_param_scheduler": ("the rate follows from the iteration; there is nothing to save", bool),
+        "save_param_scheduler": ("the learning rate is a function of the iteration, and needs no state", bool),
         "filename_tmpl": ("checkpoints are named iter_N.pth", str | None),
         "save_begin": ("checkpoints are saved from the first interval on", int),
     },
     allowed={
-        "out_dir": Allowed((None,), "checkpoints lie in the work dir", "give --work-dir"),
+        "out_dir": Allowed((None,), "checkpoints are in the work dir", "give --work-dir"),
         **dict.fromkeys(("save_best", "rule", "greater_keys", "less_keys"), _NO_BEST),
         **_DISKS,
         "save_last": Allowed((True,), "the end of a run is always saved", "leave it out"),
@@ -42,7 +43,7 @@ def CheckpointHook(
 
 @adapter(
     no_effect={
-        "log_metric_by_epoch": ("a line counts iterations", bool),
+        "log_metric_by_epoch": ("log lines count iterations", bool),
         "ignore_last": ("the last iteration is always logged", bool),
         "interval_exp_name": ("the log file is named after the start", int),
         "out_dir": (_LOGS, str | None),
@@ -61,11 +62,11 @@ def DatasetInfoHook(tokenizer: Any) -> hooks.DatasetInfoHook:
 
 
 @adapter(
-    no_effect={"generation_kwargs": "samples take the most likely token each time"},
+    no_effect={"generation_kwargs": "samples always take the most likely token"},
     allowed={
-        "every_n_epochs": Allowed((None,), "samples are written by the iteration", "give every_n_iters"),
+        "every_n_epochs": Allowed((None,), "the interval counts iterations", "give every_n_iters"),
         **dict.fromkeys(
-            ("evaluation_images", "image_processor"), Allowed((None,), "models read text only", "leave it out")
+            ("evaluation_images", "image_processor"), Allowed((None,), "models are text only", "leave it out")
         ),
     },
 )
@@ -98,12 +99,12 @@ def ThroughputHook() -> hooks.ThroughputHook:
     return hooks.ThroughputHook()
 
 
-@adapter("the borders of documents come with each batch")
+@adapter("each batch contains the document borders")
 def VarlenAttnArgsToMessageHubHook() -> hooks.Hook:
     return hooks.Hook()
 
 
-@adapter("the trainer knows the iteration itself")
+@adapter("the trainer counts iterations itself")
 def RuntimeInfoHook() -> hooks.Hook:
     return hooks.Hook()
 
@@ -115,13 +116,13 @@ _VALIDATION = {name: (_NO_EFFECT[name], int) for name in ("val_begin", "val_inte
 
 @adapter(no_effect=_VALIDATION, allowed=_LENGTH)
 def TrainLoop(max_epochs: int) -> dict[str, int]:
-    """Never built: the trainer reads max_epochs where it stands."""
+    """Never built: the trainer reads `train_cfg.max_epochs`."""
     return {"max_epochs": max_epochs}
 
 
 @adapter(no_effect={**_VALIDATION, "dynamic_intervals": _NO_EFFECT["dynamic_intervals"]}, allowed=_LENGTH)
 def EpochBasedTrainLoop(max_epochs: int) -> dict[str, int]:
-    """Never built, as above."""
+    """Never built: the trainer reads `train_cfg.max_epochs`."""
     return {"max_epochs": max_epochs}
 
 
@@ -144,7 +145,7 @@ def TensorboardVisBackend() -> None: ...
 
 
 def _remote(name: str, service: str) -> Any:
-    @adapter(f"nothing is sent to {service}; scalars.json and TensorBoard files hold the numbers")
+    @adapter(f"nothing is sent to {service}; metrics are in scalars.json and TensorBoard files")
     def backend(save_dir: str | None = None, **settings: Any) -> None: ...
 
     backend.__name__ = backend.__qualname__ = name

@@ -191,12 +191,12 @@ def test_check_cfg_finds(
         xtuner("check-cfg", tiny, "--cfg-options", *options)
     for word in words:
         assert word in str(error.value)
-    assert "is right" not in capsys.readouterr().out
+    assert "is valid" not in capsys.readouterr().out
 
 
 def test_check_cfg_of_a_right_config(tiny: Path, xtuner: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert xtuner("check-cfg", tiny) == 0
-    assert capsys.readouterr().out == f"{tiny} is right\n"
+    assert capsys.readouterr().out == f"{tiny} is valid\n"
     assert xtuner("check-cfg", tiny, "--cfg-options", "betas=[0.9,0.95]", "lr=1", "param_scheduler=[]") == 0
 
 

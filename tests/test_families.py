@@ -111,7 +111,7 @@ def test_a_family_from_outside(
     assert "no special token" not in capsys.readouterr().err
 
     FAMILIES.pop("granite")
-    with pytest.raises(ConfigError, match=r"no model family 'granite'[\s\S]*say with --template"):
+    with pytest.raises(ConfigError, match=r"no model family 'granite'[\s\S]*give its chat template with --template"):
         xtuner("chat", checkpoint, "--tokenizer", marked, "--prompt", "x")
     with pytest.raises(ConfigError, match=r"no model family 'granite'[\s\S]*import the module that registers it"):
         xtuner("convert", "pth_to_hf", tiny, checkpoint, tmp_path / "again")

@@ -330,7 +330,7 @@ sys.exit(main(["check-cfg", {str(legacy)!r}]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("legacy.py is right\n")
+    assert done.stdout.endswith("legacy.py is valid\n")
     assert "mmengine.hooks.CheckpointHook → " in done.stdout
 
 

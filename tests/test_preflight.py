@@ -440,7 +440,7 @@ def test_a_state_that_cannot_fit(world: Path, xtuner: Any, capsys: pytest.Captur
     assert "what this run is" in shown.out + shown.err
     assert xtuner("check-cfg", world / "tiny.py", *options) == 0
     shown = capsys.readouterr()
-    assert "tiny.py is right" in shown.out
+    assert "tiny.py is valid" in shown.out
     assert "note: " in shown.out
     assert "deepspeed_zero3" in shown.out
 

@@ -114,7 +114,7 @@ def test_the_plan_of_other_machines(tiny: Path, xtuner: Any, capsys: Any) -> Non
     for words in ("FSDP, hybrid", "on each of 16 ranks", "tokens in packs: 16;", "one pack a rank in an iteration"):
         assert words in report
     for words in (["--ranks", 16], ["--ranks", 0, "--dry-run"]):
-        with pytest.raises(ConfigError, match="is for --dry-run"):
+        with pytest.raises(ConfigError, match="needs --dry-run"):
             xtuner("train", tiny, *words)
 
 

@@ -1,4 +1,4 @@
-"""xtuner check-cfg CONFIG: whatever `xtuner train` would refuse because of the config, or that it is right."""
+"""xtuner check-cfg CONFIG: report every mistake that would stop `xtuner train`, or that the config is valid."""
 
 import argparse
 
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     settings = preflight.prepare(config, parts.hooks, work_dir, here, None, Mesh(), Opening(read_only=True))
     plan = make_plan(settings)
     notes = list(plan.schedule.remarks(plan.max_iterations))
-    print("\n\n".join([*report_paragraphs(config), f"{config.path} is right"]))
+    print("\n\n".join([*report_paragraphs(config), f"{config.path} is valid"]))
     for note in notes:
         print(f"note: {note}")
     if why_not := capacity.why_not_alone(settings.source, settings.optim, here):

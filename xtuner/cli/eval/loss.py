@@ -1,14 +1,18 @@
-"""xtuner eval loss MODEL DATA: mean loss and perplexity on tokenized data."""
+"""xtuner eval loss MODEL DATA: compute mean loss and perplexity on tokenized data."""
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hugging Face folder, checkpoint, or config (its starting weights)")
+    parser.add_argument("model", help="Hugging Face folder, checkpoint, or config (its initial weights)")
     parser.add_argument("data_folder", help="folder of .bin and .bin.meta files")
-    parser.add_argument("--max-length", type=int, default=32768, help="longer documents are cut into such parts")
     parser.add_argument(
-        "--save", metavar="FILE", help="keep results by file, and continue them after a stop (default: not kept)"
+        "--max-length", type=int, default=32768, help="longer documents are split into parts of this length"
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FILE",
+        help="save results per data file, to continue after an interruption (default: not saved)",
     )
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
 

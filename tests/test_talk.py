@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import write_corpus
 
-from xtuner.cli.chat import spoken
+from xtuner.cli.chat import decode_stream
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.chat_template import PROMPT_TEMPLATE
@@ -78,7 +78,7 @@ class Letters:
     ],
 )
 def test_streaming(text: str, stops: list[str], pieces: list[str]) -> None:
-    got = list(spoken(iter(text.encode()), Letters(), stops))  # type: ignore[arg-type]
+    got = list(decode_stream(iter(text.encode()), Letters(), stops))  # type: ignore[arg-type]
     assert got == pieces
     assert "".join(got) == text.split("STOP")[0]
 

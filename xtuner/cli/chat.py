@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
             value = getattr(args, option.replace("-", "_"))
             raise ConfigError(f"--{option} {value} is not valid", where=f"--{option}", do=f"give {range_}")
     if not args.tokenizer:
-        refuse_checkpoint(args.model)
+        reject_checkpoint(args.model)
     model, _ = open_model(args.model, [], select_device())
     require_marks(model.config, f"{args.model}/config.json: ")
     tokenizer = load_tokenizer(args.tokenizer or args.model)
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def refuse_checkpoint(model: str) -> None:
+def reject_checkpoint(model: str) -> None:
     """Raises: ConfigError with the tokenizer of the run, if `model` is a checkpoint: it has none."""
     facts = Path(model).expanduser() / "trainer.json"
     if not facts.is_file():

@@ -19,7 +19,7 @@ VERBS = {  # words → (module, what it does)
     "copy-cfg": ("xtuner.cli.copy_cfg", "copy a shipped config here to edit it"),
     "check-cfg": ("xtuner.cli.check_cfg", "report all mistakes in a config"),
     "data order": ("xtuner.tools.get_data_order", "write the order of files for training"),
-    "data tokenize": ("xtuner.cli.data.tokenize", "text → .bin and .bin.meta files for training"),
+    "data tokenize": ("xtuner.cli.data.tokenize", "convert text to .bin and .bin.meta files for training"),
     "data check": ("xtuner.cli.data.check", "check files against their metas and the format; repair metas"),
     "data stats": ("xtuner.cli.data.stats", "statistics of documents, tokens, packs and balance: text, JSON or HTML"),
     "data cache": ("xtuner.cli.data.cache", "build index and token caches, so that a run starts at once"),

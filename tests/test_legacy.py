@@ -402,7 +402,7 @@ def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
         ("loss_scale='dynamic'", "paramwise_cfg=dict(bias_decay_mult=0)", ["share one rate"]),
         ("TrainLoop, max_epochs=max_epochs)", "TrainLoop, max_iters=9)", ["train_cfg has no max_epochs\n"]),
         ("type=TrainLoop, max_epochs=max_epochs)", "max_iters=9, by_epoch=False)", ["train_cfg has no max_epochs\n"]),
-        ("evaluation_inputs=evaluation_inputs", "evaluation_inputs=[1]", ["is not a text or a list of texts"]),
+        ("evaluation_inputs=evaluation_inputs", "evaluation_inputs=[1]", ["is not a string or a list of strings"]),
         ("train_cfg = dict(type=TrainLoop", "train_cfg = dict(type=print", ["loop of your own"]),
         ("launcher = 'none'", "val_cfg = dict(type='ValLoop')", ["val_cfg", "val_dataset"]),
         ("launcher = 'none'", "auto_scale_lr = dict(enable=True, base_batch_size=16)", ["set lr itself"]),

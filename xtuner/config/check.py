@@ -72,12 +72,12 @@ def _check_names(config: Config) -> list[ConfigError]:
         if s.default is REQUIRED and s.name not in config.values
     ]
     unknown = []
-    for name in config.unmet:
+    for name in config.unassigned:
         if name not in accepted:
             hint = did_you_mean(name, [*known, *(n for n in config.values if n != name)])
             unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=f"--cfg-options {name}"))
-    used = [n for n in config.values if n not in config.unread]
-    for name in config.unread:
+    used = [n for n in config.values if n not in config.unused]
+    for name in config.unused:
         if name in accepted:
             continue
         near = difflib.get_close_matches(name, [*known, *used], n=1, cutoff=0.8)

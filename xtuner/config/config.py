@@ -31,8 +31,8 @@ class Config:
     source: str
     values: dict[str, Any]
     lines: dict[str, int] = field(default_factory=dict)  # "train_dataloader.sampler.seed" → line
-    unread: list[str] = field(default_factory=list)  # names that the file assigns, but does not use
-    unmet: list[str] = field(default_factory=list)  # overrides of names that the file does not assign
+    unused: list[str] = field(default_factory=list)  # names that the file assigns, but does not use
+    unassigned: list[str] = field(default_factory=list)  # overrides of names that the file does not assign
     names: dict[str, str] = field(default_factory=dict)  # "train_dataloader.dataset" → "train_dataset"
     replaced: list[Replacement] = field(default_factory=list)  # names of older tools
     dropped: dict[str, str] = field(default_factory=dict)  # removed settings → why they have no effect
@@ -57,12 +57,12 @@ class Config:
 
         For `optimizer=dict(lr=lr)` it is the line that assigns `lr`: `file:40 lr (optim_wrapper.optimizer.lr)`.
         """
-        written = self.written(key)
+        written = self.name_in_file(key)
         known = [".".join(written.split(".")[:n]) for n in range(written.count(".") + 1, 0, -1)]
         line = next((f":{self.lines[part]}" for part in known if part in self.lines), "")
         return f"{self.path}{line} {written}" + (f" ({key})" if written != key else "")
 
-    def written(self, key: str) -> str:
+    def name_in_file(self, key: str) -> str:
         """The name under which the file assigns the value at `key`, for example `dataset_folder`."""
         for _ in range(10):  # a = b, b = c, …
             parts = key.split(".")

@@ -82,9 +82,9 @@ def load(name_or_path: str, options: list[str] | None = None, dialect: Dialect =
 
     Args:
         options: `key=value` each, as given to --cfg-options.
-        dialect: in which the file may be written; by default ours alone.
+        dialect: of the file; by default that of xtuner.
 
-    Raises: ConfigError for a file that cannot be run and for overrides that meet nothing.
+    Raises: ConfigError for a file that cannot be run, and for overrides of paths that do not exist.
     """
     path = find(name_or_path)
     source = _read(path)
@@ -146,12 +146,12 @@ def _load(path: Path, source: str, options: list[str], dialect: Dialect) -> Conf
     for key, value in overrides.items():
         if "." in key:
             _set(values, key, value)
-        elif key not in replacer.met:
+        elif key not in replacer.replaced:
             values[key] = value  # `check` reports unknown keys
     dialect.overridden(config)
     secrets.learn(values)  # including computed ones
-    config.unmet = [key for key in overrides if "." not in key and key not in replacer.met]
-    config.unread = [name for name in values if name not in read and name not in config.unmet]
+    config.unassigned = [key for key in overrides if "." not in key and key not in replacer.replaced]
+    config.unused = [name for name in values if name not in read and name not in config.unassigned]
     return config
 
 

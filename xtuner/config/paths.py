@@ -33,7 +33,7 @@ def _data(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
             continue
         folder, order = spec.arguments.get("folder"), spec.arguments.get("data_order_path")
         if isinstance(folder, str | Path):
-            yield f"{spec.key}.folder", folder, _folder(folder, config.written(f"{spec.key}.folder"))
+            yield f"{spec.key}.folder", folder, _folder(folder, config.name_in_file(f"{spec.key}.folder"))
         if isinstance(order, str | Path):
             yield f"{spec.key}.data_order_path", order, _order(order)
 

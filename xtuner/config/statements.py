@@ -11,12 +11,12 @@ class Override(ast.NodeTransformer):
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
-        self.met: set[str] = set()
+        self.replaced: set[str] = set()
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.AST]:
         more: list[ast.AST] = []
         for name in [n for n in assigned(node) if n.id in self.values]:
-            self.met.add(name.id)
+            self.replaced.add(name.id)
             value = ast.copy_location(_literal(self.values[name.id]), node.value)
             if name in node.targets:
                 node.value = value

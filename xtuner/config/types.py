@@ -6,10 +6,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union
 
-_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
 
 
-_PLURALS = {int: "whole numbers", float: "numbers", str: "texts", dict: "dicts"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "strings", dict: "dicts"}
 
 
 def parameter_types(kind: Callable[..., Any]) -> dict[str, Any]:

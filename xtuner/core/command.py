@@ -1,5 +1,5 @@
 """Run one command: parse its arguments, log to standard error, print errors for users without a traceback, and return
-an exit code that tells how it ended."""
+its exit code."""
 
 import argparse
 import contextlib

@@ -7,13 +7,13 @@ if TYPE_CHECKING:
     from xtuner.data.format.folder import TokenizedFolder
 
 
-def add_shared(parser: argparse.ArgumentParser, kept: str) -> None:
-    """`kept`: description of --cache-dir."""
+def add_shared(parser: argparse.ArgumentParser, cache: str) -> None:
+    """`cache`: description of --cache-dir."""
     parser.add_argument("--seed", type=int, default=1024, help="seed, as in the config (default: 1024)")
     parser.add_argument("--min-length", type=int, default=0, help="min_length, as in the config (default: 0)")
     parser.add_argument("--data-order", help="data_order.txt (default: folders in sorted order)")
     parser.add_argument("--file-type", default=".bin", help="suffix of the token files (default: .bin)")
-    parser.add_argument("--cache-dir", metavar="DIR", help=f"{kept} (default: next to the data)")
+    parser.add_argument("--cache-dir", metavar="DIR", help=f"{cache} (default: next to the data)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
 

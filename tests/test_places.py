@@ -208,7 +208,7 @@ def stop_when_begun(folder: Path) -> Callable[[float], None]:
 
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """However that ends: SIGKILL to it, and the kernel ends them."""
-    worker = "from xtuner.dist.workers import end_with_parent as e; e(); print('up', flush=True); input()"
+    worker = "from xtuner.dist.workers import end_with_parent as e; e(); print('up\\n', end='', flush=True); input()"
     parent = f"""
 import sys
 from xtuner.dist import workers

@@ -7,7 +7,7 @@ from xtuner.dist.launchers import LAUNCHERS, LauncherNames
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, or the name of a shipped one")
-    parser.add_argument("--work-dir", help="where checkpoints and logs go (default: ./work_dirs/CONFIG)")
+    parser.add_argument("--work-dir", help="folder for checkpoints and logs (default: ./work_dirs/CONFIG)")
     parser.add_argument(
         "--resume",
         nargs="?",

@@ -17,14 +17,14 @@ from helpers.paths import REFERENCE, ROOT
 from safetensors.torch import load_file, save_file
 
 from xtuner.compat.names import REPLACED
-from xtuner.compat.names import find as resolve_name
-from xtuner.compat.report import DIFFERENCES, paragraphs, tell
+from xtuner.compat.names import find_ours as resolve_name
+from xtuner.compat.report import DIFFERENCES, log_report, report_paragraphs
 from xtuner.compat.settings import SCHEMA
 from xtuner.compat.translate import find_unknown, load, replace_names
 from xtuner.config import types
-from xtuner.config.adapter import adapter_of
+from xtuner.config.adapter import find_adapter
 from xtuner.config.build import check_arguments, resolve_type
-from xtuner.config.check import check, problems
+from xtuner.config.check import check, find_mistakes
 from xtuner.core.errors import ConfigError
 
 Command = Callable[..., int]
@@ -236,7 +236,7 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="xtuner"):
         config = load(str(legacy))
         check(config)
-        tell(config)
+        log_report(config)
     told = "\n".join(r.getMessage() for r in caplog.records)
     for line in (
         "mmengine.hooks.IterTimerHook → xtuner.train.hooks.IterTimerHook",
@@ -266,7 +266,7 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
     ):
         assert told.count(line) == 1, line
     assert "nothing reads" not in told
-    assert list(paragraphs(load("internlm2_7b_w_tokenized_dataset"))) == []
+    assert list(report_paragraphs(load("internlm2_7b_w_tokenized_dataset"))) == []
 
 
 def section(language: str, number: int) -> str:
@@ -283,12 +283,12 @@ def test_the_documentation_has_the_same_lists() -> None:
     assert lists["en"] == [d.text for d in DIFFERENCES]
     codes = {language: [set(re.findall("`[^`]+`", item)) for item in items] for language, items in lists.items()}
     assert codes["zh_cn"] == codes["en"]
-    facts = {new: adapter_of(resolve_type(new)) for new in REPLACED.values() if not new.endswith("PROMPT_TEMPLATE")}
-    facts |= {new: adapter_of(getattr(resolve_type(new), "from_pretrained", None)) for new in facts if "Auto" in new}
-    idle = {new.rpartition(".")[2] for new, f in facts.items() if f and f.idle}
-    no_work = {name for f in facts.values() if f for name in f.no_work}
-    plain = {name.partition("=")[0].rpartition(".")[2] for name in no_work}
-    parts = {s.name for s in SCHEMA.settings if s.idle}
+    facts = {new: find_adapter(resolve_type(new)) for new in REPLACED.values() if not new.endswith("PROMPT_TEMPLATE")}
+    facts |= {new: find_adapter(getattr(resolve_type(new), "from_pretrained", None)) for new in facts if "Auto" in new}
+    idle = {new.rpartition(".")[2] for new, f in facts.items() if f and f.unused}
+    no_effect = {name for f in facts.values() if f for name in f.no_effect}
+    plain = {name.partition("=")[0].rpartition(".")[2] for name in no_effect}
+    parts = {s.name for s in SCHEMA.settings if s.no_effect}
     for language in ("en", "zh_cn"):
         cells = [line.split("|")[2] for line in section(language, 2).splitlines() if line.startswith("| ")]
         listed = {name.partition("=")[0] for cell in cells for name in re.findall("`([^`]+)`", cell)}
@@ -316,10 +316,10 @@ def test_what_is_dropped_or_differs_is_reported(form: str, line: str, told: str,
     text = (REFERENCE / "legacy_configs" / f"{form}.py").read_text()
     (tmp_path / "other.py").write_text(f"{text}\n{line}\n")
     config = load(str(tmp_path / "other.py"))
-    assert problems(config) == []
-    assert told in "\n".join(paragraphs(config))
+    assert find_mistakes(config) == []
+    assert told in "\n".join(report_paragraphs(config))
     plain = load(str(REFERENCE / "legacy_configs" / "xtuner_0_1_14.py"))
-    assert told not in "\n".join(paragraphs(plain)), "reported of a config that it does not concern"
+    assert told not in "\n".join(report_paragraphs(plain)), "reported of a config that it does not concern"
 
 
 @pytest.mark.processes
@@ -333,7 +333,7 @@ sys.exit(main(["check-cfg", {str(legacy)!r}]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("legacy.py is right\n")
+    assert done.stdout.endswith("legacy.py is valid\n")
     assert "mmengine.hooks.CheckpointHook → " in done.stdout
 
 
@@ -350,7 +350,7 @@ def test_what_stands_in_the_table_exists() -> None:
         ("from mmengine.hooks import CheckpontHook", ["Did you mean 'CheckpointHook'"]),
         ("from mmengine.optim import OptimWrapper", ["nearest: mmengine.optim.AmpOptimWrapper"]),
         ("from mmengine.runner import TrainLoop", ["import it from xtuner.engine.runner"]),
-        ("from mmengine.config import read_base", ["one whole file"]),
+        ("from mmengine.config import read_base", ["a single file"]),
         ("import mmengine.hooks", ["`import mmengine.hooks`", "from mmengine.hooks import NAME"]),
         ("import transformers as t", ["from transformers import NAME"]),
         ("from transformers import BitsAndBytesConfig", ["all weights are trained"]),
@@ -405,7 +405,7 @@ def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
         ("loss_scale='dynamic'", "paramwise_cfg=dict(bias_decay_mult=0)", ["share one rate"]),
         ("TrainLoop, max_epochs=max_epochs)", "TrainLoop, max_iters=9)", ["train_cfg has no max_epochs\n"]),
         ("type=TrainLoop, max_epochs=max_epochs)", "max_iters=9, by_epoch=False)", ["train_cfg has no max_epochs\n"]),
-        ("evaluation_inputs=evaluation_inputs", "evaluation_inputs=[1]", ["is not a text or a list of texts"]),
+        ("evaluation_inputs=evaluation_inputs", "evaluation_inputs=[1]", ["is not a string or a list of strings"]),
         ("train_cfg = dict(type=TrainLoop", "train_cfg = dict(type=print", ["loop of your own"]),
         ("launcher = 'none'", "val_cfg = dict(type='ValLoop')", ["val_cfg", "val_dataset"]),
         ("launcher = 'none'", "auto_scale_lr = dict(enable=True, base_batch_size=16)", ["set lr itself"]),
@@ -446,8 +446,8 @@ def test_what_would_mean_something_else_is_refused(
         ("default_hooks['x'] = dict(type='mmengine.hooks.logger_hook.LogHook')", ["Did you mean 'LoggerHook'"]),
         ("default_hooks.update(x=dict(type='mmengine.TimerHook'))", ["no hook 'mmengine.TimerHook'", "IterTimerHook"]),
         ("default_hooks['logger']['priority'] = 'SOON'", ["LoggerHook has no setting 'priority'"]),
-        ("default_hooks['logger']['_delete_'] = True", ["_delete_", "one whole file", "default_hooks.logger"]),
-        ("_base_ = './base.py'", ["_base_ is not followed", "one whole file"]),
+        ("default_hooks['logger']['_delete_'] = True", ["_delete_", "a single file", "default_hooks.logger"]),
+        ("_base_ = './base.py'", ["_base_ is not supported", "a single file"]),
         ("custom_imports = dict(imports=['hooks'])", ["custom_imports = ", "import what it names"]),
         ("framework = 'huggingface'", ["framework = 'huggingface'"]),
         ("train_cfg = dict(type='IterBasedTrainLoop', max_epochs=1)", ["TrainLoop with max_epochs"]),
@@ -547,10 +547,10 @@ def test_every_old_default_is_accepted() -> None:
     for name, defaults in SIGNATURES.items():
         kind = resolve_type(resolve_name(name) or name)
         check_arguments(kind, defaults, name)
-        hints, facts = types.parameter_types(kind), adapter_of(kind)
+        hints, facts = types.parameter_types(kind), find_adapter(kind)
         wrong = [n for n, value in defaults.items() if n in hints and not types.fits(value, hints[n])]
         assert wrong == [], name
-        assert list(facts.refused(defaults) if facts else ()) == [], name
+        assert list(facts.find_rejected(defaults) if facts else ()) == [], name
     known = {name.removesuffix(".from_pretrained") for name in SIGNATURES}
     tabled = {new for (module, _), new in REPLACED.items() if not new.endswith(("PROMPT_TEMPLATE", "collate_fn"))}
     assert tabled <= {(resolve_name(name) or name) for name in known}
@@ -604,7 +604,7 @@ def test_other_ways_of_writing_the_same(legacy_text: str, tmp_path: Path) -> Non
     check(c)
     assert list(c.values["default_hooks"]) == ["timer", "sampler_seed", "param_scheduler", "checkpoint"]
     assert c.get("tokenizer.type") == "xtuner.compat.adapters.data.AutoTokenizer.from_pretrained"
-    told = "\n".join(paragraphs(c))
+    told = "\n".join(report_paragraphs(c))
     assert "optim_wrapper.dtype: because bf16 on GPUs and fp32 on CPUs" in told
     for setting in ("train_cfg.val_interval", "train_dataloader.drop_last", "train_dataloader.prefetch_factor"):
         assert f"{setting}: because" in told
@@ -657,7 +657,7 @@ def test_adapters_give_what_their_names_say() -> None:
 def test_check_of_paths_in_a_legacy_config(legacy_text: str, tmp_path: Path, corpus: Path) -> None:
     path = tmp_path / "legacy.py"
     path.write_text(legacy_text.replace(f"'{corpus}'", "'/nowhere'"))
-    (problem,) = problems(load(str(path)), paths=True)
+    (problem,) = find_mistakes(load(str(path)), paths=True)
     line = legacy_text[: legacy_text.index("dataset_folder = ")].count("\n") + 1
     where: Any = f"legacy.py:{line} dataset_folder (train_dataloader.dataset.dataset_cfg.folder)"
     assert where in str(problem)

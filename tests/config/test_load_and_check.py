@@ -123,14 +123,14 @@ def test_mistakes_are_explained(tiny: Path, options: list[str], words: list[str]
         (["weight_decay=much"], ["weight_decay = 'much' is not a number", "weight_decay (optim_wrapper.optimizer"]),
         (["betas=0.9"], ["betas = 0.9 is not a list of a number"]),
         (["betas=[0.9,x]"], ["betas = [0.9, 'x']"]),
-        (["dataset_folder=3"], ["folder = 3 is not a text"]),
+        (["dataset_folder=3"], ["folder = 3 is not a string"]),
         (["train_dataloader.sampler.shuffle=maybe"], ["shuffle = 'maybe' is not True or False"]),
         (
             ["save_steps=1.5"],
             ["interval = 1.5 is not a whole number", "save_steps (default_hooks.checkpoint.interval)"],
         ),
         (["evaluation_freq=x"], ["every_n_iters = 'x' is not a whole number or None"]),
-        (["evaluation_inputs=3"], ["evaluation_inputs = 3 is not a text or a list of texts"]),
+        (["evaluation_inputs=3"], ["evaluation_inputs = 3 is not a string or a list of strings"]),
         (["prompt_template=plain"], ["prompt_template = 'plain' is not ChatTemplate or None"]),
         (["train_dataloader.dataset.label_rule=old"], ["label_rule = 'old' is not one of 'internevo', 'xtuner'"]),
         (["dataloader_num_workers=x"], ["num_workers = 'x' is not a whole number"]),
@@ -161,8 +161,8 @@ def test_mistakes_are_explained(tiny: Path, options: list[str], words: list[str]
         (["warm_up_ratio=1.5"], ["ends (end = 1) before it begins (begin = 1.5 epochs)", "param_scheduler.1.begin"]),
         (["warm_up_ratio=-0.5"], ["begin = -0.5 lies before the run"]),
         (["param_scheduler.0.convert_to_iter_based=False"], ["whole epochs", "param_scheduler.0"]),
-        (["hidden_size=250"], ["hidden_size = 250 is no multiple of num_attention_heads = 3"]),
-        (["model.num_key_value_heads=3"], ["num_attention_heads = 2 is no multiple of num_key_value_heads = 3"]),
+        (["hidden_size=250"], ["hidden_size = 250 is not a multiple of num_attention_heads = 3"]),
+        (["model.num_key_value_heads=3"], ["num_attention_heads = 2 is not a multiple of num_key_value_heads = 3"]),
         (["num_layers=0"], ["num_hidden_layers = 0 is not a whole number above 0", "num_layers (model"]),
         (["vocab_size=many"], ["vocab_size = 'many'"]),
         (["model.color=red"], ["from_scratch has no setting 'color'"]),
@@ -176,7 +176,10 @@ def test_mistakes_are_explained(tiny: Path, options: list[str], words: list[str]
         # paths
         (["dataset_folder=/nowhere"], ["data folder is not there: '/nowhere'", "tiny.py:", "dataset_folder (train"]),
         (["data_order_path=/nowhere.txt"], ["no file '/nowhere.txt'", "xtuner data order"]),
-        (["tokenizer_path=/nowhere"], ["the tokenizer '/nowhere' is no folder here", "tokenizer_path (tokenizer"]),
+        (
+            ["tokenizer_path=/nowhere"],
+            ["the tokenizer '/nowhere' is neither a folder here", "tokenizer_path (tokenizer"],
+        ),
         (["load_from=/nowhere"], ["no folder '/nowhere' to take weights from"]),
         (["dataset_folder=/a", "hidden_size=250", "lr=1", "betas=x"], ["3 mistakes", "'/a'", "250", "betas"]),
     ],
@@ -188,12 +191,12 @@ def test_check_cfg_finds(
         xtuner("check-cfg", tiny, "--cfg-options", *options)
     for word in words:
         assert word in str(error.value)
-    assert "is right" not in capsys.readouterr().out
+    assert "is valid" not in capsys.readouterr().out
 
 
 def test_check_cfg_of_a_right_config(tiny: Path, xtuner: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert xtuner("check-cfg", tiny) == 0
-    assert capsys.readouterr().out == f"{tiny} is right\n"
+    assert capsys.readouterr().out == f"{tiny} is valid\n"
     assert xtuner("check-cfg", tiny, "--cfg-options", "betas=[0.9,0.95]", "lr=1", "param_scheduler=[]") == 0
 
 
@@ -205,7 +208,7 @@ def test_train_finds_the_same_before_anything_starts(tiny: Path, tmp_path: Path,
 
 
 def test_models_are_folders_or_hub_ids(tiny: Path, tmp_path: Path) -> None:
-    from xtuner.config.check import problems
+    from xtuner.config.check import find_mistakes
 
     text = tiny.read_text().replace("import from_scratch", "import from_pretrained")
     begin = text.index("model = dict(")
@@ -213,12 +216,12 @@ def test_models_are_folders_or_hub_ids(tiny: Path, tmp_path: Path) -> None:
     text = text[:begin] + model + text[text.index("####", begin) :]
     for name, words in (
         ("internlm/internlm2-7b", None),
-        ("internlm2-7b", "the model 'internlm2-7b' is no folder here, and no hub id"),
+        ("internlm2-7b", "the model 'internlm2-7b' is neither a folder here nor a hub id"),
         ("/nowhere/a", "the model '/nowhere/a' is no folder"),
         (str(tmp_path), "has no config.json"),
     ):
         (tmp_path / "c.py").write_text(text.replace("NAME", name))
-        found = [str(p) for p in problems(load(str(tmp_path / "c.py")), paths=True)]
+        found = [str(p) for p in find_mistakes(load(str(tmp_path / "c.py")), paths=True)]
         assert len(found) == (words is not None)
         assert words is None or words in found[0]
 

@@ -13,7 +13,7 @@ import torch
 from xtuner.compat.translate import load
 from xtuner.config import types
 from xtuner.config.check import check
-from xtuner.config.schema import NEEDED, Rule, Setting
+from xtuner.config.schema import REQUIRED, Rule, Setting
 from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
@@ -100,7 +100,7 @@ def test_what_is_built_takes_what_is_declared(parent: str, built: Any) -> None:
             continue
         setting = SCHEMA.find(f"{parent}.{name}", built.__name__)
         assert setting, f"{parent}.{name} is not declared"
-        assert setting.default == (NEEDED if parameter.default is parameter.empty else parameter.default), name
+        assert setting.default == (REQUIRED if parameter.default is parameter.empty else parameter.default), name
         if setting.kind not in (Any, dict, list):
             plain = set(get_args(hints[name]) or [hints[name]]) - {Path}
             assert plain == set(get_args(setting.kind) or [setting.kind]), name
@@ -114,7 +114,7 @@ def test_the_plan_of_other_machines(tiny: Path, xtuner: Any, capsys: Any) -> Non
     for words in ("FSDP, hybrid", "on each of 16 ranks", "tokens in packs: 16;", "one pack a rank in an iteration"):
         assert words in report
     for words in (["--ranks", 16], ["--ranks", 0, "--dry-run"]):
-        with pytest.raises(ConfigError, match="is for --dry-run"):
+        with pytest.raises(ConfigError, match="needs --dry-run"):
             xtuner("train", tiny, *words)
 
 

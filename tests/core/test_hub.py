@@ -200,12 +200,12 @@ def test_from_a_hub_and_from_its_cache(server, tmp_path):
 
         for name, options, words in (
             ("org/empty", {}, "has no weights"),
-            ("org/absent", {}, "no folder org/absent here, and the hub has no model of that name"),
+            ("org/absent", {}, "no folder org/absent here, and no readable model of that name on the hub"),
             ("org/coded", {}, "(401)"),
             ("org/sharded", {"revision": "v9"}, "no revision 'v9'"),
             ("org/gated", {}, "gated or private"),
             ("org/down", {}, "answered 500"),
-            ("org/" + "x" * 100, {}, "no hub id"),
+            ("org/" + "x" * 100, {}, "nor a hub id"),
         ):
             error = child.resolve(name, **options).get("error", "")
             assert words in error, name
@@ -255,7 +255,7 @@ def test_folders(tmp_path, monkeypatch):
     assert hub.resolve("~/org/name") == tmp_path / "org" / "name"
     absent = ["./x", "../x", "x/", "/x/y", "~/x", "~nobody-here/x", "a/b/c", ".\\x", "x\\y/z", "plain", "", "org/file"]
     for name in absent:
-        with pytest.raises(ConfigError, match=r"no folder here|is a file") as e:
+        with pytest.raises(ConfigError, match=r"neither a folder here|is a file") as e:
             hub.resolve(name)
         assert e.value.where
         assert e.value.why

@@ -172,12 +172,12 @@ def test_tensors_with_attributes(tmp_path):
     make, arguments = tensor_call((6,), (1,)).reduced
     typed = torch._tensor._rebuild_from_type_v2
     for call, words in (
-        (Calls(typed, make, Subclass, arguments, {}), "asks for|of the class"),
+        (Calls(typed, make, Subclass, arguments, {}), "refers to|of the class"),
         (Calls(typed, make, torch.Size, arguments, {}), "of the class"),
         (Calls(typed, make, "torch.Tensor", arguments, {}), "of the class"),
-        (Calls(typed, typed, torch.Tensor, (make, torch.Tensor, arguments, {}), {}), "unknown way"),
-        (Calls(typed, os.system, torch.Tensor, ("true",), {}), "system|unknown way"),
-        (Calls(typed, make, torch.Tensor, list(arguments), {}), "unknown way"),
+        (Calls(typed, typed, torch.Tensor, (make, torch.Tensor, arguments, {}), {}), "unknown constructor"),
+        (Calls(typed, os.system, torch.Tensor, ("true",), {}), "system|unknown constructor"),
+        (Calls(typed, make, torch.Tensor, list(arguments), {}), "unknown constructor"),
         (Calls(typed, make, torch.Tensor, (arguments[0], 0, (7,), (1,)), {}), "element 6 of a storage of 6"),
         (Calls(typed, make, torch.Tensor, arguments), "argument"),
         (Calls(torch.Tensor, 3), "a call of a _Class"),
@@ -409,7 +409,7 @@ def test_a_refusal_says_what_where_why_and_what_to_do(tmp_path):
     assert f"{os.system.__module__}.system" in e.value.what
     assert str(path) in e.value.where
     assert "byte" in e.value.where
-    assert "program" in e.value.why
+    assert "arbitrary code" in e.value.why
     assert "safetensors" in e.value.do
 
 

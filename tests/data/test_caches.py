@@ -278,7 +278,7 @@ def ranks_open(ranks: Ranks, folder: Path) -> None:
     for name, words in (("lost", "en/b.bin cannot be seen on there"), ("other", "not those that rank 0 sees")):
         with pytest.raises(DataError, match=words) as error:
             open_together(build(name), ranks)
-        assert error.value.quiet == (ranks.rank != 2)
+        assert error.value.reported_elsewhere == (ranks.rank != 2)
     document_order.SMALL = 10**6  # without an index
     shutil.rmtree(folder / "here" / "lost" / CACHE, ignore_errors=True)
     ranks.gather(None)

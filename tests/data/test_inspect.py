@@ -304,9 +304,9 @@ def test_a_cache_makes_a_run_start_at_once(data: Path, tmp_path: Path, xtuner: C
     assert xtuner("data", "cache", data, "--index-only") == 0
     assert not list((data / CACHE).glob("tokens/**/*.int32"))
     assert xtuner("data", "cache", data, "--workers", 2) == 0
-    assert "token caches: 4 files (4 made now)" in capsys.readouterr().out
+    assert "token caches: 4 files (4 new)" in capsys.readouterr().out
     assert xtuner("data", "cache", data) == 0
-    assert "token caches: 4 files (0 made now)" in capsys.readouterr().out
+    assert "token caches: 4 files (0 new)" in capsys.readouterr().out
     cached = PackedDataset(load_intern_repo_tokenized_dataset(data), 32)
     assert cached._order is not None
     assert isinstance(cached.file_packs(0).reader, TokenCache)

@@ -206,13 +206,13 @@ def test_wrong_places(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command)
             ("train", tiny, "--work-dir", tmp_path / "w", "--resume", tmp_path / "half"),
             "no checkpoint there",
         ),
-        (DataError, ("data", "show", tmp_path / "short", "--max-length", "5"), "there is no pack"),
+        (DataError, ("data", "show", tmp_path / "short", "--max-length", "5"), "there are no packs"),
         (ConfigError, ("data", "show", corpus, "--max-length", "32", "--pack", "999"), "there is no pack 999"),
         (ConfigError, ("data", "show", corpus, "--show", "text"), "text needs a tokenizer"),
         (ConfigError, ("data", "show", corpus, "--show", "txt"), "Did you mean 'text'"),
         (ConfigError, ("eval", "loss", tmp_path, corpus), "neither a model nor a checkpoint"),
         (ConfigError, ("chat", tmp_path, "--prompt", "x"), "neither a model nor a checkpoint"),
-        (ConfigError, ("plot-loss", tmp_path), "no run has left metrics"),
+        (ConfigError, ("plot-loss", tmp_path), "no metrics of a run"),
         (ConfigError, ("convert", "pth_to_hf", tiny, tmp_path / "half", tmp_path / "hf"), "no kind of checkpoint"),
     ]
     for kind, words, message in cases:

@@ -15,7 +15,15 @@ from helpers.processes import listening_socket
 from xtuner.core import log
 from xtuner.core.errors import ConfigError
 from xtuner.dist import heartbeat, workers
-from xtuner.dist.environment import PORTS, Nodes, Place, environment_of_workers, first_node, nodes, place
+from xtuner.dist.environment import (
+    PORTS,
+    NodeLayout,
+    RankInfo,
+    environment_of_workers,
+    first_node,
+    read_nodes,
+    read_rank,
+)
 
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "77"}
 SLURM |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[07-08]"}
@@ -26,17 +34,18 @@ PET = {"PET_NNODES": "2", "PET_NODE_RANK": "1", "PET_NPROC_PER_NODE": "4", "PET_
 
 
 def test_each_launcher_is_understood() -> None:
-    assert place("none", {}) == Place()
-    assert place("pytorch", TORCH) == place("none", TORCH) == Place(3, 4, 1, "a", 29500)
-    found = place("slurm", SLURM)
-    assert found == Place(5, 8, 1, "gpu07", found.port)
+    assert read_rank("none", {}) == RankInfo()
+    assert read_rank("pytorch", TORCH) == read_rank("none", TORCH) == RankInfo(3, 4, 1, "a", 29500)
+    found = read_rank("slurm", SLURM)
+    assert found == RankInfo(5, 8, 1, "gpu07", found.port)
     assert found.port in PORTS
-    assert place("slurm", {**SLURM, "SLURM_JOB_ID": "78"}).port != found.port  # two jobs of a node do not meet
-    assert place("slurm", {**SLURM, "MASTER_PORT": "1234", "MASTER_ADDR": "x"}) == Place(5, 8, 1, "x", 1234)
-    assert place("slurm", {**SLURM, "SLURM_STEP_NUM_NODES": "1"}).address == "127.0.0.1"
-    assert (place("mpi", OMPI).rank, place("mpi", OMPI).size, place("mpi", OMPI).address) == (1, 2, "127.0.0.1")
+    assert read_rank("slurm", {**SLURM, "SLURM_JOB_ID": "78"}).port != found.port  # two jobs of a node do not meet
+    assert read_rank("slurm", {**SLURM, "MASTER_PORT": "1234", "MASTER_ADDR": "x"}) == RankInfo(5, 8, 1, "x", 1234)
+    assert read_rank("slurm", {**SLURM, "SLURM_STEP_NUM_NODES": "1"}).address == "127.0.0.1"
+    found = read_rank("mpi", OMPI)
+    assert (found.rank, found.size, found.address) == (1, 2, "127.0.0.1")
     intel = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}
-    assert (place("mpi", intel).rank, place("mpi", intel).local_rank) == (1, 0)
+    assert (read_rank("mpi", intel).rank, read_rank("mpi", intel).local_rank) == (1, 0)
     for listed, first in (
         ("n1", "n1"),
         ("n[07-09,12],m", "n07"),
@@ -48,20 +57,20 @@ def test_each_launcher_is_understood() -> None:
 
 
 def test_who_starts_workers() -> None:
-    assert nodes({}, 8) is None
-    assert nodes({**DLC, "LOCAL_RANK": "0", "NPROC_PER_NODE": "8"}, 8) is None  # torchrun has done it
-    assert nodes(DLC, 8) == Nodes(8, 2, 1, "a", 29500)
-    assert nodes({"NPROC_PER_NODE": "2"}, 0) == Nodes(2)
-    assert nodes({"NPROC_PER_NODE": "gpu"}, 4) == Nodes(4)
+    assert read_nodes({}, 8) is None
+    assert read_nodes({**DLC, "LOCAL_RANK": "0", "NPROC_PER_NODE": "8"}, 8) is None  # torchrun has done it
+    assert read_nodes(DLC, 8) == NodeLayout(8, 2, 1, "a", 29500)
+    assert read_nodes({"NPROC_PER_NODE": "2"}, 0) == NodeLayout(2)
+    assert read_nodes({"NPROC_PER_NODE": "gpu"}, 4) == NodeLayout(4)
     own = {"NPROC_PER_NODE": "2", "NNODES": "3", "NODE_RANK": "2", "ADDR": "own", "PORT": "1"}
-    assert nodes({**DLC, **PET, **own}, 8) == Nodes(2, 3, 2, "own", 1)  # ours win, then torchrun's
-    assert nodes({**DLC, **PET}, 8) == Nodes(4, 2, 1, "b", 29500)
-    env = environment_of_workers({**DLC, **PET, **own, "KEPT": "1"}, Nodes(2, 3, 2, "own", 1), 1, 1)
+    assert read_nodes({**DLC, **PET, **own}, 8) == NodeLayout(2, 3, 2, "own", 1)  # ours win, then torchrun's
+    assert read_nodes({**DLC, **PET}, 8) == NodeLayout(4, 2, 1, "b", 29500)
+    env = environment_of_workers({**DLC, **PET, **own, "KEPT": "1"}, NodeLayout(2, 3, 2, "own", 1), 1, 1)
     expected = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "own"}
     assert expected.items() <= env.items()
     assert env["KEPT"] == "1"
     assert not {"NPROC_PER_NODE", "NNODES", "PET_NNODES"} & env.keys()  # a worker must not start workers
-    assert nodes(env, 8) is None
+    assert read_nodes(env, 8) is None
 
 
 def without(environ: dict[str, str], *names: str) -> dict[str, str]:
@@ -74,31 +83,31 @@ def without(environ: dict[str, str], *names: str) -> dict[str, str]:
         ("pytorch", without(TORCH, "MASTER_PORT", "RANK"), "needs RANK, MASTER_PORT in the environment"),
         ("pytorch", {**TORCH, "RANK": "4"}, r"rank 4 \(local rank 1\) of 4"),
         ("pytorch", {**TORCH, "LOCAL_RANK": "5"}, r"rank 3 \(local rank 5\) of 4"),
-        ("pytorch", {**TORCH, "RANK": "x"}, "RANK = 'x' is no number"),
-        ("pytorch", {**TORCH, "MASTER_PORT": "99999"}, "MASTER_PORT = 99999 is no port"),
+        ("pytorch", {**TORCH, "RANK": "x"}, "RANK = 'x' is not a number"),
+        ("pytorch", {**TORCH, "MASTER_PORT": "99999"}, "MASTER_PORT = 99999 is not a port"),
         ("slurm", {}, "needs SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID"),
-        ("slurm", without(SLURM, "SLURM_STEP_ID"), "the Slurm job has 8 tasks, and this process is none of them"),
-        ("slurm", without(SLURM, "SLURM_STEP_NODELIST"), "does not say which nodes"),
+        ("slurm", without(SLURM, "SLURM_STEP_ID"), "the Slurm job has 8 tasks, and this process is the job script"),
+        ("slurm", without(SLURM, "SLURM_STEP_NODELIST"), "do not name the nodes"),
         ("mpi", {}, "needs OMPI_COMM_WORLD_RANK"),
         ("mpi", {**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "needs MASTER_ADDR, MASTER_PORT"),
         ("none", {"SLURM_STEP_NUM_TASKS": "4"}, "srun has started 4 processes, and --launcher is none"),
         ("none", OMPI, "mpirun has started 2 processes, and --launcher is none"),
-        ("nodes", without(DLC, "MASTER_PORT"), "2 nodes, and no PORT"),
-        ("nodes", without(DLC, "MASTER_ADDR", "RANK"), "2 nodes, and no NODE_RANK and no ADDR"),
+        ("nodes", without(DLC, "MASTER_PORT"), "2 nodes, but PORT not set"),
+        ("nodes", without(DLC, "MASTER_ADDR", "RANK"), "2 nodes, but NODE_RANK and ADDR not set"),
         ("nodes", {**DLC, "RANK": "2"}, "node 2 of 2"),
         ("nodes", {**DLC, "NPROC_PER_NODE": "0"}, "2 nodes with 0 processes each"),
-        ("nodes", {**DLC, "PORT": "0"}, "PORT = 0 is no port"),
-        ("nodes", {**DLC, "NNODES": "two"}, "NNODES = 'two' is no number"),
+        ("nodes", {**DLC, "PORT": "0"}, "PORT = 0 is not a port"),
+        ("nodes", {**DLC, "NNODES": "two"}, "NNODES = 'two' is not a number"),
     ],
 )
 def test_what_is_missing_or_contradicts(launcher: str, environ: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
-        nodes(environ, 1) if launcher == "nodes" else place(launcher, environ)
+        read_nodes(environ, 1) if launcher == "nodes" else read_rank(launcher, environ)
     assert error.value.where
 
 
 def test_a_shell_inside_a_step_is_one_process() -> None:
-    assert place("none", {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PTY_PORT": "1"}) == Place()
+    assert read_rank("none", {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PTY_PORT": "1"}) == RankInfo()
 
 
 # ---------------------------------------------------------------------------------------------------- meeting
@@ -111,8 +120,8 @@ def test_rank_0_cannot_be_reached(
     how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Said within XTUNER_MEET_SECONDS, by default in less than a minute; also where another program listens."""
-    assert heartbeat.MEET + heartbeat.ANSWER < 60
-    for name, seconds in (("MEET", 0.6), ("ANSWER", 0.3), ("SAY", 0.1)):
+    assert heartbeat.MEET + heartbeat.MIN_REPLY < 60
+    for name, seconds in (("MEET", 0.6), ("MIN_REPLY", 0.3), ("WARN_AFTER", 0.1)):
         monkeypatch.setattr(heartbeat, name, seconds)
     log.setup()
     server = listening_socket()
@@ -120,7 +129,9 @@ def test_rank_0_cannot_be_reached(
     if how != "somebody else":
         server.close()
     with pytest.raises(ConfigError, match=r"rank 1 on .* cannot reach rank 0: ") as error:
-        heartbeat.store(Place(1, 2, 1, "no-such-host.invalid" if how == "no such host" else "127.0.0.1", port))
+        heartbeat.connect_store(
+            RankInfo(1, 2, 1, "no-such-host.invalid" if how == "no such host" else "127.0.0.1", port)
+        )
     server.close()
     assert str(port) in error.value.where
     assert "XTUNER_MEET_SECONDS" in error.value.do
@@ -130,7 +141,7 @@ def test_rank_0_cannot_be_reached(
 def test_the_port_is_taken() -> None:
     server = listening_socket()
     with pytest.raises(ConfigError, match=f"port {server.getsockname()[1]} is taken") as error:
-        heartbeat.store(Place(0, 2, 0, "127.0.0.1", server.getsockname()[1]))
+        heartbeat.connect_store(RankInfo(0, 2, 0, "127.0.0.1", server.getsockname()[1]))
     server.close()
     assert "MASTER_PORT" in error.value.do
 
@@ -138,10 +149,10 @@ def test_the_port_is_taken() -> None:
 @pytest.mark.parametrize("text", ["soon", "0", "-5", "nan"])
 def test_times_that_are_none(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XTUNER_MEET_SECONDS", text)
-    with pytest.raises(ConfigError, match=f"XTUNER_MEET_SECONDS = '{text}' is no number of seconds"):
-        heartbeat.seconds("MEET", 50.0)
+    with pytest.raises(ConfigError, match=f"XTUNER_MEET_SECONDS = '{text}' is not a number of seconds above 0"):
+        heartbeat.read_seconds("MEET", 50.0)
     monkeypatch.setenv("XTUNER_MEET_SECONDS", "7.5")
-    assert heartbeat.seconds("MEET", 50.0) == 7.5
+    assert heartbeat.read_seconds("MEET", 50.0) == 7.5
 
 
 # ---------------------------------------------------------------------------------------------------- workers
@@ -175,7 +186,7 @@ def test_the_first_failure_is_the_exit_code(
         monkeypatch.setattr(workers, name, 0.3)
     if act == "wait":
         monkeypatch.setattr(workers.time, "sleep", stop_when_begun(tmp_path))
-    assert workers.start(Nodes(2), [sys.executable, "-c", WORKER, str(tmp_path), act]) == code
+    assert workers.run_workers(NodeLayout(2), [sys.executable, "-c", WORKER, str(tmp_path), act]) == code
     if act in ("65", "74", "killed", "deaf"):
         assert (tmp_path / "got0").exists()  # SIGTERM
 
@@ -195,12 +206,12 @@ def stop_when_begun(folder: Path) -> Callable[[float], None]:
 @pytest.mark.processes
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     """However that ends: SIGKILL to it, and the kernel ends them."""
-    worker = "from xtuner.dist.workers import end_with_parent as e; e(); print('up', flush=True); input()"
+    worker = "from xtuner.dist.workers import end_with_parent as e; e(); print('up\\n', end='', flush=True); input()"
     parent = f"""
 import sys
 from xtuner.dist import workers
-from xtuner.dist.environment import Nodes
-workers.start(Nodes(2), [sys.executable, "-c", {worker!r}])
+from xtuner.dist.environment import NodeLayout
+workers.run_workers(NodeLayout(2), [sys.executable, "-c", {worker!r}])
 """
     read = subprocess.Popen(
         [sys.executable, "-c", parent], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, bufsize=1
@@ -216,26 +227,26 @@ workers.start(Nodes(2), [sys.executable, "-c", {worker!r}])
 
 CLUSTER = '''
 """Tasks of a cluster that knows TASK=2/4@HOST, or is a machine of which all cores are ours."""
-from xtuner.dist.launchers import Launcher, Nodes, Place
+from xtuner.dist.launchers import Launcher, NodeLayout, RankInfo
 
 class Cluster(Launcher):
-    def place(self, environ):
+    def read_rank(self, environ):
         if "LOCAL_RANK" in environ:  # a worker of ours
-            return Place(*(int(environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")), "127.0.0.1",
+            return RankInfo(*(int(environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK")), "127.0.0.1",
                          int(environ["MASTER_PORT"]))
         task, _, host = environ["TASK"].partition("@")
         rank, tasks = map(int, task.split("/"))
-        return Place(rank, tasks, rank % 2, host, 29500)
+        return RankInfo(rank, tasks, rank % 2, host, 29500)
 
-    def nodes(self, environ, gpus):
-        return Nodes(int(environ["CORES"])) if "CORES" in environ and "LOCAL_RANK" not in environ else None
+    def read_nodes(self, environ, gpus):
+        return NodeLayout(int(environ["CORES"])) if "CORES" in environ and "LOCAL_RANK" not in environ else None
 
 class Half:
-    def place(self, environ):
+    def read_rank(self, environ):
         return (0, 1)
 
 class Odd(Half):
-    nodes = Launcher.nodes
+    read_nodes = Launcher.read_nodes
 '''
 
 
@@ -246,19 +257,19 @@ def test_a_launcher_of_ones_own(
     """One file outside the package: says where a process stands, and starts the two workers of a run."""
     (tmp_path / "my_cluster.py").write_text(CLUSTER)
     monkeypatch.syspath_prepend(tmp_path)
-    assert place("my_cluster.Cluster", {"TASK": "3/4@first"}) == Place(3, 4, 1, "first", 29500)
+    assert read_rank("my_cluster.Cluster", {"TASK": "3/4@first"}) == RankInfo(3, 4, 1, "first", 29500)
     for name, environ, message in (
         ("my_cluster.Cluster", {}, "TASK is not in the environment\n  where: --launcher my_cluster.Cluster"),
         ("my_cluster.Cluster", {"TASK": "one"}, "invalid literal|not enough values"),
         ("my_cluster.Cluster", {"TASK": "4/4@a"}, r"rank 4 \(local rank 0\) of 4"),
-        ("my_cluster.Half", {}, "Half is not a launcher: it has no nodes"),
-        ("my_cluster.Odd", {}, r"`place` returns \(0, 1\), not a xtuner.dist.launchers.Place"),
+        ("my_cluster.Half", {}, "Half is not a launcher: it has no read_nodes"),
+        ("my_cluster.Odd", {}, r"`read_rank` returns \(0, 1\), not a xtuner.dist.launchers.RankInfo"),
         ("my_cluster.Clustre", {}, "cannot be imported: .*Clustre"),
         ("your_cluster.Cluster", {}, "No module named 'your_cluster'(.|\n)*PYTHONPATH"),
-        ("my_cluster.Place.host", {}, "No module named 'my_cluster.Place'"),
+        ("my_cluster.RankInfo.host", {}, "No module named 'my_cluster.RankInfo'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            place(name, environ)
+            read_rank(name, environ)
     with pytest.raises(SystemExit) as refused:  # argparse says which there are
         xtuner("train", tiny, "--launcher", "slrum")
     assert refused.value.code == 2

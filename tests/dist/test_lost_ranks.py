@@ -23,17 +23,17 @@ from xtuner.cli.main import main
 from xtuner.core import files
 from xtuner.core.command import exit_with
 from xtuner.dist import heartbeat
-from xtuner.dist.environment import Place
+from xtuner.dist.environment import RankInfo
 
 pytestmark = pytest.mark.processes
 
-HERE = re.escape(Place().host)
+HERE = re.escape(RankInfo().host)
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks look at each other often."""
-    for name, seconds in (("BEAT", 0.1), ("LEAVE", 1.0), ("ASLEEP", 60.0)):
+    for name, seconds in (("INTERVAL", 0.1), ("GRACE", 1.0), ("SUSPENDED", 60.0)):
         monkeypatch.setattr(heartbeat, name, seconds)
 
 
@@ -77,11 +77,13 @@ def test_a_rank_is_killed(victim: int, quick: None, tiny: Path, tmp_path: Path) 
     assert codes[1 - victim] == 1
     text = stderr_of(tmp_path, 1 - victim)
     if victim:
-        assert re.search(rf"rank 1 on {HERE} \(process {children[1].pid}\) was in iteration \d+, last: \w+", text), text
+        assert re.search(
+            rf"rank 1 on {HERE} \(process {children[1].pid}\) was in iteration \d+, last activity: \w+", text
+        ), text
         assert "first pack begins" not in text.partition("rank 1 on")[2].split("where:")[0]  # its last lines, not all
     else:
-        assert "rank 0, where all meet, is gone" in text
-    assert "run again with --resume auto" in text or "cannot go on" in text
+        assert "lost contact with rank 0" in text
+    assert "run again with --resume auto" in text or "cannot continue" in text
     whole = [p for p in (tmp_path / "w").glob("iter_*.pth") if (p / files.MANIFEST).is_file()]
     assert whole
     for folder in whole:
@@ -100,9 +102,11 @@ def test_a_rank_stands_still(victim: int, impatient: None, tiny: Path, tmp_path:
     exit_codes(children)
     text, log = stderr_of(tmp_path, 1 - victim), max((tmp_path / "w").glob(f"*/{'2*' if victim else 'rank_00001'}.log"))
     if victim:
-        assert re.search(rf"silent for 3 s:\nrank 1 on {HERE} \(process {children[1].pid}\) was in iteration \d+", text)
+        assert re.search(
+            rf"no heartbeat for 3 s:\nrank 1 on {HERE} \(process {children[1].pid}\) was in iteration \d+", text
+        )
     else:
-        assert "rank 0, where all meet, does not answer for 3 s" in text or "silent for 3 s:\nrank 0 on" in text
+        assert "no reply for 3 s" in text or "no heartbeat for 3 s:\nrank 0 on" in text
     assert str(log) in text
     stacks = log.read_text()
     assert "Current thread" in stacks
@@ -114,8 +118,10 @@ def test_all_wait_for_one(impatient: None, tiny: Path, tmp_path: Path) -> None:
     children = start_ranks(train(tiny, tmp_path, "os.read(r, 1)"), tmp_path)
     assert exit_codes(children) == [1, 1]
     text = stderr_of(tmp_path, 0)
-    behind = text.partition("no rank has got on for 4 s; first those that are behind:\n")[2].splitlines()
-    assert re.match(rf"rank 1 on {HERE} \(process {children[1].pid}\) was in iteration 2, last: ", behind[0]), text
+    behind = text.partition("no rank made progress for 4 s; those furthest behind first:\n")[2].splitlines()
+    assert re.match(
+        rf"rank 1 on {HERE} \(process {children[1].pid}\) was in iteration 2, last activity: ", behind[0]
+    ), text
     assert any("rank 0 on" in line for line in behind)
     log = next((tmp_path / "w").glob("*/rank_00001.log")).read_text()
     assert re.search(r'File ".*run.py", line \d+ in after_iteration', log)  # the hook that hangs, by file and line
@@ -167,7 +173,7 @@ def test_too_few_packs_for_the_ranks(tiny: Path, tmp_path: Path) -> None:
 
 def test_a_suspended_job_goes_on(monkeypatch: pytest.MonkeyPatch, impatient: None, tiny: Path, tmp_path: Path) -> None:
     """All ranks stopped for longer than a rank may be silent, as by `scontrol suspend`: nobody is taken for lost."""
-    monkeypatch.setattr(heartbeat, "ASLEEP", 0.8)
+    monkeypatch.setattr(heartbeat, "SUSPENDED", 0.8)
     children = start_ranks(train(tiny, tmp_path, "pass"), tmp_path)
     wait(tmp_path, children)
     for child in children:

@@ -47,28 +47,28 @@ def save(ranks: Ranks, folder: Path, iteration: int, keep: int = -1) -> Path:
 def messages_and_errors(ranks: Ranks, folder: Path) -> None:
     me = ranks.rank
     assert ranks.gather({"rank": me}) == [{"rank": r} for r in range(3)]
-    assert ranks.from_main(["ä", me]) == ["ä", 0]
+    assert ranks.broadcast(["ä", me]) == ["ä", 0]
     assert ranks.sum(2**40 + me) == 3 * 2**40 + 3
     for values in ([0, 1, me], [me * 7, 479, 3 - me], [me * 1000, 2, 0], []):  # the last but one: beyond a power of 2
         wanted = [max(v) for v in zip(*ranks.gather(values), strict=True)]
-        assert ranks.sums_and_most([2.0**40 + me, me == 1], values) == ([3 * 2**40 + 3, 1], wanted)
-    assert ranks.number_from_main(me + 2**40) == 2**40
+        assert ranks.sums_and_maxima([2.0**40 + me, me == 1], values) == ([3 * 2**40 + 3, 1], wanted)
+    assert ranks.broadcast_int(me + 2**40) == 2**40
     assert ranks.sum_on_device(torch.tensor(0.5 * me)) == 1.5
-    assert ranks.together(lambda: me * 10) == me * 10
-    assert ranks.on_main(lambda: [me]) == [0]
+    assert ranks.run_on_all(lambda: me * 10) == me * 10
+    assert ranks.run_on_main(lambda: [me]) == [0]
 
     def fails_on_two() -> None:
         if me == 2:
             raise DataError("a torn line", where="file:7", why="w", do="d")
 
     with pytest.raises(DataError, match="a torn line") as error:
-        ranks.together(fails_on_two)
-    assert (error.value.where, error.value.quiet) == ("file:7", me != 2)
+        ranks.run_on_all(fails_on_two)
+    assert (error.value.where, error.value.reported_elsewhere) == ("file:7", me != 2)
     with pytest.raises(ConfigError, match="main alone"):
-        ranks.on_main(lambda: (_ for _ in ()).throw(ConfigError("main alone")))
+        ranks.run_on_main(lambda: (_ for _ in ()).throw(ConfigError("main alone")))
     with pytest.raises(CheckpointError, match="No such file"):  # the system's errors are told, too
-        ranks.together(lambda: open(folder / "nothing").close() if me == 1 else None)
-    other = ranks.fresh()  # a group of its own, for another thread
+        ranks.run_on_all(lambda: open(folder / "nothing").close() if me == 1 else None)
+    other = ranks.new_group()  # a group of its own, for another thread
     assert other.gather(me) == [0, 1, 2]
     for whole in (torch.tensor([-0.0, 1.5, float("nan")]), torch.randn(3)):
         bits = torch.zeros(3, dtype=torch.int32)
@@ -87,7 +87,7 @@ def saves(ranks: Ranks, folder: Path) -> None:
     """A failing rank, a good save, damage in one rank's file, a stop asked of one rank."""
     me = ranks.rank
     first = save(ranks, folder, 1)
-    ranks.together(lambda: files.verify(first))
+    ranks.run_on_all(lambda: files.verify(first))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if me == 1:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -116,7 +116,7 @@ def saves(ranks: Ranks, folder: Path) -> None:
     assert chosen == history.Chosen(folder / "iter_3.pth", (folder / "iter_4.pth",))
     assert (folder / "iter_4.pth").is_dir()  # only found so far
     ranks.gather(None)
-    ranks.on_main(lambda: history.make_way(folder, chosen))
+    ranks.run_on_main(lambda: history.make_way(folder, chosen))
     assert (folder / "iter_4.pth.damaged").is_dir()
     stop = Stop(folder, ranks)
     assert not ranks.sum(stop.requested())
@@ -131,7 +131,7 @@ def saves(ranks: Ranks, folder: Path) -> None:
     for resume in ("auto", str(folder)):
         with pytest.raises(CheckpointError, match=r"iter_4\.pth, which is not there") as error:
             history.to_resume(folder, resume, ranks)
-        assert error.value.quiet == (me != 0)
+        assert error.value.reported_elsewhere == (me != 0)
     with pytest.raises(ConfigError, match="no checkpoint there"):
         history.to_resume(folder, str(folder / "iter_3.pth" / "optimizer"), ranks)
     empty = folder / "empty"

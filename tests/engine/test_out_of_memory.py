@@ -55,7 +55,7 @@ def train(
         more: bytes that this process may take in forward and backward.
     """
     batch = [pack(100 * iteration + 2 * collectives.rank() + i, lengths) for i in range(2)]
-    (targets,), parts = collectives.ALL.sums_and_most([sum(p.num_targets for p in batch)], s.parts(batch))
+    (targets,), parts = collectives.ALL.sums_and_maxima([sum(p.num_targets for p in batch)], s.parts(batch))
     if more is not None:
         limit_data(more)
     loss = s.forward_backward(batch, int(targets), parts, iteration)

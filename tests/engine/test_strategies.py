@@ -261,7 +261,7 @@ def test_ranks_share_validation_and_give_one_reply(tmp_path: Path, monkeypatch: 
             if ranks.rank == 1:  # alone, it would say other tokens
                 model.output.register_forward_hook(lambda module, args, out: out.roll(1, -1))
             stops = [reply[0] + 1] if ranks.rank == 1 else []  # and stop at once
-            assert list(generate(model, [1, 7, 9], 12, stops, agree=ranks.number_from_main)) == reply
+            assert list(generate(model, [1, 7, 9], 12, stops, agree=ranks.broadcast_int)) == reply
 
     assert on_ranks(3, together, tmp_path / "ranks") == [0, 0, 0]
 
@@ -433,7 +433,7 @@ def test_nodes_that_do_not_divide(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
 
     def refused(_: Ranks, folder: Path) -> None:
-        with pytest.raises(ConfigError, match="2 ranks do not divide into nodes of 3"):
+        with pytest.raises(ConfigError, match="2 ranks cannot be divided into nodes of 3"):
             make("fsdp_hybrid", folder, 2)
 
     assert on_ranks(2, refused, tmp_path) == [0, 0]

@@ -426,7 +426,7 @@ def test_files_cut_short_and_files_of_other_kinds(tmp_path: Path) -> None:
         torch.save(content, tmp_path / name)
         refused(tmp_path / name, words, tmp_path)
     refused(tmp_path / "empty", "no kind of checkpoint is recognised", tmp_path, kind=ConfigError)
-    refused(tmp_path / "torn", "not a whole checkpoint", tmp_path, kind=ConfigError)
+    refused(tmp_path / "torn", "not a complete checkpoint", tmp_path, kind=ConfigError)
     refused(tmp_path / "nowhere", "there is no checkpoint", tmp_path, kind=ConfigError)
     torch.save(weights, tmp_path / "plain.pth")  # as `zero_to_fp32.py` writes it
     consolidate(tmp_path / "plain.pth", tmp_path / "a.safetensors")

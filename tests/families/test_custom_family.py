@@ -112,7 +112,7 @@ def test_a_family_from_outside(
     assert "no special token" not in capsys.readouterr().err
 
     FAMILIES.pop("granite")
-    with pytest.raises(ConfigError, match=r"no model family 'granite'[\s\S]*say with --template"):
+    with pytest.raises(ConfigError, match=r"no model family 'granite'[\s\S]*give its chat template with --template"):
         xtuner("chat", checkpoint, "--tokenizer", marked, "--prompt", "x")
     with pytest.raises(ConfigError, match=r"no model family 'granite'[\s\S]*import the module that registers it"):
         xtuner("convert", "pth_to_hf", tiny, checkpoint, tmp_path / "again")
@@ -122,7 +122,7 @@ def test_a_family_from_outside(
 
 def test_what_a_family_cannot_be(granite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shipped names stay; a network that it does not have, and a setting of another family, are refused."""
-    with pytest.raises(ConfigError, match="there is a shipped model family 'llama'"):
+    with pytest.raises(ConfigError, match="xtuner already has the model family 'llama'"):
         FAMILIES.register("llama", granite.GRANITE)
     network = from_scratch(
         family="granite", vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2

@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from fuzz.strategies import ABSURD, DEEP, changed, json_bytes, mutated, one_changed, pickles
 from xtuner.compat.translate import load
-from xtuner.config.check import problems
+from xtuner.config.check import find_mistakes
 from xtuner.config.load import SHIPPED
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError, XTunerError
@@ -183,7 +183,7 @@ def _small_config(shared: Path) -> str:
 
 
 def _read_options(config: Path, options: list[str]) -> None:
-    found = problems(load(str(config), options), paths=True)
+    found = find_mistakes(load(str(config), options), paths=True)
     if found:
         raise ConfigError("\n".join(map(str, found))[:10_000])
 

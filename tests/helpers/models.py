@@ -11,7 +11,7 @@ from torch import nn
 
 from xtuner.data.loading.batch import Batch
 from xtuner.dist import collectives
-from xtuner.dist.mesh import arrange
+from xtuner.dist.mesh import make_mesh
 from xtuner.engine import memory
 from xtuner.engine.base import Strategy
 from xtuner.engine.memory import Division
@@ -65,7 +65,7 @@ def train_iterations(strategy: Strategy, iterations: range) -> Iterator[tuple[fl
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         batch = these[rank::ranks]
-        (targets,), parts = collectives.ALL.sums_and_most([sum(p.num_targets for p in batch)], strategy.parts(batch))
+        (targets,), parts = collectives.ALL.sums_and_maxima([sum(p.num_targets for p in batch)], strategy.parts(batch))
         loss = strategy.forward_backward(batch, int(targets), parts)
         yield (loss, *strategy.step(LR, MAX_NORM))
 
@@ -81,7 +81,7 @@ def sharded_strategy(
     optim = OptimWrapper(
         dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // collectives.ALL.size, "fp32", form
     )
-    model, mesh = model or odd_model(), arrange(fsdp)
+    model, mesh = model or odd_model(), make_mesh(fsdp)
     free = memory.free_of_all(CPU, mesh)
     return ShardedStrategy(
         model, optim, CPU, mesh, memory.of_mesh(model, optim, CPU, mesh, free=free, division=division)

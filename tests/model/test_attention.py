@@ -116,7 +116,7 @@ def test_a_backend_from_outside(
         assert "one mask for all" in next((tmp_path / "masked").rglob("*.log")).read_text()
         with pytest.raises(ConfigError, match="one mask for all cannot run here: it does not run on cuda"):
             attention.choose(torch.device("cuda"), torch.bfloat16, 64, "masked")
-        with pytest.raises(ConfigError, match="there is a shipped attention backend 'loop'"):
+        with pytest.raises(ConfigError, match="xtuner already has the attention backend 'loop'"):
             attention.BACKENDS.register("loop", attention.BACKENDS["masked"])
     finally:
         attention.BACKENDS.pop("masked", None)

@@ -204,7 +204,7 @@ def test_foreign_pickles_give_the_same_model(tmp_path: Path) -> None:
             return Path.touch, (marker,)
 
     torch.save({**model.state_dict(), "bomb": Bomb()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="the pickle asks for"):
+    with pytest.raises(CheckpointError, match="the pickle refers to"):
         load_pretrained(tmp_path)
     assert not marker.exists()
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from helpers.corpus import write_corpus
 
-from xtuner.cli.chat import spoken
+from xtuner.cli.chat import decode_stream
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.chat_template import PROMPT_TEMPLATE
@@ -79,7 +79,7 @@ class Letters:
     ],
 )
 def test_streaming(text: str, stops: list[str], pieces: list[str]) -> None:
-    got = list(spoken(iter(text.encode()), Letters(), stops))  # type: ignore[arg-type]
+    got = list(decode_stream(iter(text.encode()), Letters(), stops))  # type: ignore[arg-type]
     assert got == pieces
     assert "".join(got) == text.split("STOP")[0]
 
@@ -127,7 +127,7 @@ def test_chat_without_what_it_needs(
     """A checkpoint gets no files added: the message gives the tokenizer of the run. Missing marks are named."""
     checkpoint = next((model.parent / "w").glob("iter_*.pth"))
     with pytest.raises(
-        ConfigError, match=rf"holds no tokenizer[\s\S]*--tokenizer {tokenizer_folder}, the one that the run"
+        ConfigError, match=rf"has no tokenizer[\s\S]*--tokenizer {tokenizer_folder}, the one in the run"
     ):
         xtuner("chat", checkpoint, "--prompt", "x")
     capsys.readouterr()
@@ -135,7 +135,7 @@ def test_chat_without_what_it_needs(
     assert xtuner(*words, "--stop-words", "") == 0
     said = capsys.readouterr().err
     assert "no special token <|im_start|>, <|im_end|>, which the template internlm2_chat writes" in said
-    assert "an empty answer" in said
+    assert "the answer is empty" in said
     assert xtuner(*words, "--template", "plain") == 0
     assert "no special token" not in capsys.readouterr().err
 

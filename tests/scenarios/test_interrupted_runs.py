@@ -246,7 +246,7 @@ def put_deepspeed(folder: Path) -> None:
         (lambda folder: flip(folder / "weights" / "model.safetensors"), "is damaged: weights/model.safetensors is alt"),
         (shutil.rmtree, "last_checkpoint names iter_1.pth, which is not there"),
         (lambda folder: folder.rename(f"{folder}.damaged"), "last_checkpoint names iter_1.pth, which is not there"),
-        (remove_manifest, "iter_1.pth is not a whole checkpoint"),
+        (remove_manifest, "iter_1.pth is not a complete checkpoint"),
         (put_deepspeed, "iter_1.pth is a checkpoint of DeepSpeed"),
     ],
 )

@@ -69,7 +69,7 @@ def test_no_secret_is_written(tiny: Path, tmp_path: Path) -> None:
     assert "changed since" not in run(0, "--resume", "--cfg-options", *small, renewed)
     run(2, "--resume", "--cfg-options", *small, renewed, "default_hooks.leak.fail=True")
     assert "a bug with ['***'" in run(1, "--cfg-options", *small, option, "default_hooks.leak.fail=True")
-    assert "is not a text" in run(2, "--cfg-options", *small, "default_hooks.leak.api_key=[from-an-option]")
+    assert "is not a string" in run(2, "--cfg-options", *small, "default_hooks.leak.api_key=[from-an-option]")
     config.write_text(config.read_text() + "number = int(hub_token)\n")
     assert "invalid literal" in run(2)
 

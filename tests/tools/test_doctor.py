@@ -63,14 +63,14 @@ def test_versions() -> None:
 
 
 def test_the_disk(tmp_path: Path) -> None:
-    assert list(disk.broken_promises(tmp_path)) == []
+    assert list(disk.find_broken_guarantees(tmp_path)) == []
     seen: list[int] = []
     (tmp_path / "x").mkdir()
-    write, read = disk.speed(tmp_path / "x", 40 * 2**20, seen.append)
+    write, read = disk.measure_speed(tmp_path / "x", 40 * 2**20, seen.append)
     assert min(write, read) > 0
     assert seen == sorted(seen)
     assert list((tmp_path / "x").iterdir()) == []
-    assert disk.nearest(tmp_path / "a" / "b") == tmp_path
+    assert disk.nearest_existing(tmp_path / "a" / "b") == tmp_path
 
 
 @pytest.mark.processes

@@ -379,7 +379,7 @@ def test_what_can_be_given(exported: Path, trained: Path, tiny: Path, tmp_path: 
         ([trained], "its config, too: CONFIG.py"),
         ([trained.parent], rf"(?s)is a folder of checkpoints.*CONFIG\.py {trained.parent}/iter_"),
         ([made], "weights is missing"),
-        ([tmp_path / "none"], "no folder here"),
+        ([tmp_path / "none"], "neither a folder here"),
         ([trained, tiny], "is no model"),
         ([tiny, trained, trained], "is no model"),
     ):
@@ -402,12 +402,12 @@ def test_refusals(exported: Path, place: Environment, tmp_path: Path, xtuner: Co
     questions.write_text(json.dumps(QUESTION))
     asked = (exported, "--custom", file, "--env", place.folder, "--work-dir", tmp_path / "w")
     for words, message in (
-        ((exported,), "nothing is asked"),
-        ((exported, "--datasets", "x", "--infer", "gen"), "belongs to --custom"),
+        ((exported,), "no datasets are given"),
+        ((exported, "--datasets", "x", "--infer", "gen"), "is for --custom only"),
         ((exported, "--datasets", "x", "--data", tmp_path), "no folder data/"),
-        ((*asked, "--batch-size", "0"), "0 cannot be"),
-        ((*asked, "--gpus", "-1"), "-1 cannot be"),
-        ((*asked, "--model-type", "chat"), "cannot be asked for likelihoods"),
+        ((*asked, "--batch-size", "0"), "0 is not valid"),
+        ((*asked, "--gpus", "-1"), "-1 is not valid"),
+        ((*asked, "--model-type", "chat"), "likelihoods cannot be computed"),
         ((*asked, "--infer", "gen", "--model-type", "chat"), "no chat template"),
         ((*asked, "--gpus", "99"), "GPUs here: "),
         ((*asked, "--backend", "turbomind", "--gpus", "0"), "on GPUs only"),
@@ -426,7 +426,7 @@ def test_refusals(exported: Path, place: Environment, tmp_path: Path, xtuner: Co
         with pytest.raises(ConfigError, match="no GPU here"):
             xtuner("eval", "opencompass", exported, "--custom", questions, *asked[3:], "--backend", "turbomind")
     for more, message in (
-        ((), "nothing is asked"),
+        ((), "no tasks are given"),
         (("--tasks", "x", "--include-path", tmp_path / "n"), "no such folder"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -199,21 +199,21 @@ REFUSED = [
     ([*SLURM, "--partition", "a b"], "no name for Slurm"),
     ([*SLURM, "--name", "x\n#SBATCH --uid=0"], "no name for Slurm"),
     ([*SLURM, "--work-dir", "a\nb"], "cannot be printed"),
-    ([*SLURM, "--image", "x:1"], "--image means nothing to --scheduler slurm"),
+    ([*SLURM, "--image", "x:1"], "--image has no effect with --scheduler slurm"),
     ([*SLURM, "--deepspeed", "zero5"], "no DeepSpeed setting 'zero5'"),
     ([*SLURM, "--deepspeed", "deepspeed_zero4"], "Did you mean 'deepspeed_zero3'?"),
     ([*SLURM, "--deepspeed", "none.json"], "there is no file 'none.json'"),
-    ([*K8S, "--time", "24:00:00"], "--time means nothing to --scheduler k8s"),
-    (K8S[:2], "no image is given"),
+    ([*K8S, "--time", "24:00:00"], "--time has no effect with --scheduler k8s"),
+    (K8S[:2], "no container image is given"),
     (K8S[:4], "no volume is given"),
     ([*K8S, "--image", "x y"], "is no image"),
     *[([*K8S, f"--name={n}"], "is no name for a job") for n in ("Big", "a_b", "-a", "a-", "7b", "a" * 41)],
     ([*K8S, "--namespace", "a.b"], "is no namespace"),
     *[([*K8S, "--pvc", p], "no name of a volume claim") for p in ("X:/y", ":/y", "a b:/y")],
     *[([*K8S, "--pvc", p], "") for p in ("a", "a:", "a:y", "a:/", "a:/x/../y", "a:/x:ro", "a:/x\ny", "a:/etc/xtuner")],
-    ([*K8S, "--pvc", "b:/data/"], "two volumes at one path"),
-    *[([*K8S, "--work-dir", w], "lies on no volume") for w in ("/out", "here", "/data2", "/data/../out")],
-    ([*SLURM, "--output", "{config}"], "not a script of `xtuner launch`"),
+    ([*K8S, "--pvc", "b:/data/"], "two volumes have the same path"),
+    *[([*K8S, "--work-dir", w], "is not on a volume") for w in ("/out", "here", "/data2", "/data/../out")],
+    ([*SLURM, "--output", "{config}"], "not written by `xtuner launch`"),
 ]
 
 
@@ -278,12 +278,12 @@ def test_the_image_is_pinned_and_not_roots() -> None:
 
 def test_a_process_group_leaves_nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process starts later is not a rank of this run."""
-    from xtuner.dist.environment import place
-    from xtuner.dist.process_group import taking_part
+    from xtuner.dist.environment import read_rank
+    from xtuner.dist.process_group import join_run
 
     monkeypatch.setenv("RANK", "before")
     before = dict(os.environ)
-    with taking_part(place("none", {}), group=True):
+    with join_run(read_rank("none", {}), group=True):
         assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
     after = dict(os.environ)
     assert {**after, "PYTORCH_CUDA_ALLOC_CONF": ""} == {**before, "PYTORCH_CUDA_ALLOC_CONF": ""}

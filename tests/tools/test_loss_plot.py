@@ -128,8 +128,8 @@ def test_the_picture(tmp_path: Path, xtuner: Any, monkeypatch: pytest.MonkeyPatc
     (above,) = loss.child_axes
     assert above.get_xlim() == pytest.approx([64 * x for x in loss.get_xlim()])
     for words, message in (
-        (("-o", tmp_path / "a.xyz"), "not a kind of picture"),
-        (("-o", tmp_path / "loss"), "not a kind of picture"),
+        (("-o", tmp_path / "a.xyz"), "not an image format"),
+        (("-o", tmp_path / "loss"), "not an image format"),
         (("--smoothing", "-1"), "--smoothing -1"),
         (("--smoothing", "nan"), "--smoothing nan"),
     ):

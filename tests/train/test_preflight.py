@@ -199,7 +199,7 @@ CONFIGS: dict[str, Row] = {
     "no_meta": Row(65, ["b.bin has no meta", "dataset_folder"], ["dataset_folder={w}/bare"]),
     "large_ids": Row(65, ["token id 5000 is outside", "dataset_folder"], ["dataset_folder={w}/large"]),
     "order": Row(2, ["'/nowhere.txt'", "data_order_path"], ["data_order_path=/nowhere.txt"]),
-    "order_folder": Row(2, ["the folder '{w}/empty' holds no data_order.txt"], ["data_order_path={w}/empty"]),
+    "order_folder": Row(2, ["the folder '{w}/empty' has no data_order.txt"], ["data_order_path={w}/empty"]),
     "order_device": Row(2, ["'/dev/null' is not a regular file", "data_order_path ("], ["data_order_path=/dev/null"]),
     "order_missing": Row(2, ["gone.bin", "order.txt", "data_order_path"], ["data_order_path={w}/order.txt"]),
     "order_empty": Row(2, ["data order is empty"], ["data_order_path={w}/file"]),
@@ -444,7 +444,7 @@ def test_a_state_that_cannot_fit(world: Path, xtuner: Any, capsys: pytest.Captur
     assert "what this run is" in shown.out + shown.err
     assert xtuner("check-cfg", world / "tiny.py", *options) == 0
     shown = capsys.readouterr()
-    assert "tiny.py is right" in shown.out
+    assert "tiny.py is valid" in shown.out
     assert "note: " in shown.out
     assert "deepspeed_zero3" in shown.out
 

@@ -75,6 +75,13 @@ def test_links_lead_somewhere() -> None:
                 assert (page.parent / link).exists(), f"{page}: {link}"
 
 
+def test_the_files_that_are_named_exist() -> None:
+    """Paths in the pages for developers, from the root or within the package."""
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md", *(ROOT / "docs").glob("*/extend.md")):
+        for path in re.findall(r"`((?:\w+/)+\w+\.\w+)[`:]", page.read_text()):
+            assert any((root / path).exists() for root in (ROOT, ROOT / "xtuner")), f"{page}: {path}"
+
+
 def test_the_verbs_of_the_documentation_exist() -> None:
     from xtuner.cli.main import VERBS
 

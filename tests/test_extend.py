@@ -70,7 +70,7 @@ def test_the_page_trains_resumes_and_exports(
     for name, value in dict(TASK_ID="0", TASK_COUNT="1", TASKS_PER_HOST="1", FIRST_HOST="127.0.0.1").items():
         monkeypatch.setenv(name, value)
     assert xtuner("check-cfg", "config.py") == 0
-    small = ("--cfg-options", "save_steps=4", "save_total_limit=-1", "evaluation_inputs=[]")
+    small = ("--cfg-options", "lr=2e-4", "save_steps=4", "save_total_limit=-1", "evaluation_inputs=[]")
     launched = ("train", "config.py", "--launcher", "my_launcher.MyCluster")
     assert xtuner(*launched, "--work-dir", "straight", *small) == 0
     assert xtuner(*launched, "--work-dir", "resumed", "--resume", "straight/iter_4.pth", *small) == 0
@@ -85,7 +85,7 @@ def test_the_page_trains_resumes_and_exports(
     (log,) = Path("straight").glob("*/2*.log")
     report = log.read_text()
     for part in (
-        "Lion(lr=",
+        "Lion(lr=0.0002, weight_decay=0.1)",
         "SDPA with one mask",
         "in 40 documents, 1 files, token_array",
         "match '^output': lr × 0.5",

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCABULARY
 
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.launchers import Place, place
@@ -17,6 +16,7 @@ from xtuner.families import FAMILIES
 from xtuner.model import load_pretrained
 from xtuner.model.attention import BACKENDS, attend_loop
 
+VOCABULARY = 400  # of the config `tiny`
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 

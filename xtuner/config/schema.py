@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from xtuner.config import types
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, did_you_mean
 
 ABSENT: Any = object()
 REQUIRED: Any = object()  # in place of a default: the setting must be given
@@ -53,6 +53,7 @@ class Rule:
     message: str
     range: str = ""  # the accepted values, for tables
     why: str = ""
+    names: tuple[str, ...] = ()  # the accepted ones, to suggest the nearest
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,11 @@ class Setting:
             what = expected or f"{name} = {value!r} is not {self.type_text}"
             return ConfigError(what, where=name) if typed else None
         broken = next((rule for rule in self.rules if value is not None and not rule.accepts(value)), None)
-        return ConfigError(f"{name} = {value!r} {broken.message}", where=name, why=broken.why) if broken else None
+        if broken is None:
+            return None
+        near = did_you_mean(value, list(broken.names)) if isinstance(value, str) else ""
+        what = f"{name} = {value!r} {broken.message}" + (f".{near}" if near else "")
+        return ConfigError(what, where=name, why=broken.why)
 
 
 class Schema:

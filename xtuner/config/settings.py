@@ -18,7 +18,7 @@ def at_least(least: int) -> tuple[Rule, ...]:
 
 
 def one_of(*names: str, why: str = "") -> tuple[Rule, ...]:
-    return (Rule(lambda v: v in names, f"is not one of {', '.join(names)}", ", ".join(names), why),)
+    return (Rule(lambda v: v in names, f"is not one of {', '.join(names)}", ", ".join(names), why, names),)
 
 
 ABOVE_0 = (Rule(lambda v: v > 0, "is not above 0", "> 0"),)

@@ -130,12 +130,12 @@ def saves(ranks: Ranks, folder: Path) -> None:
         damaged.write_bytes(raw)
     ranks.gather(None)
     with pytest.raises(CheckpointError, match=r"rank_00002\.safetensors is altered"):
-        history.latest(folder, ranks, strict=True)
-    chosen = history.latest(folder, ranks)
-    assert chosen == history.Chosen(folder / "iter_3.pth", (folder / "iter_4.pth",))
+        history.latest_checkpoint(folder, ranks, strict=True)
+    chosen = history.latest_checkpoint(folder, ranks)
+    assert chosen == history.ResumeChoice(folder / "iter_3.pth", (folder / "iter_4.pth",))
     assert (folder / "iter_4.pth").is_dir()  # only found so far
     ranks.gather(None)
-    ranks.on_main(lambda: history.make_way(folder, chosen))
+    ranks.on_main(lambda: history.set_aside_others(folder, chosen))
     assert (folder / "iter_4.pth.damaged").is_dir()
     stop = Stop(folder, ranks)
     assert not ranks.sum(stop.requested())
@@ -149,13 +149,13 @@ def saves(ranks: Ranks, folder: Path) -> None:
         (folder / "iter_3.pth" / "manifest.json").unlink()
     for resume in ("auto", str(folder)):
         with pytest.raises(CheckpointError, match=r"iter_4\.pth, which is not there") as error:
-            history.to_resume(folder, resume, ranks)
+            history.select_checkpoint(folder, resume, ranks)
         assert error.value.quiet == (me != 0)
     with pytest.raises(ConfigError, match="no checkpoint there"):
-        history.to_resume(folder, str(folder / "iter_3.pth" / "optimizer"), ranks)
+        history.select_checkpoint(folder, str(folder / "iter_3.pth" / "optimizer"), ranks)
     empty = folder / "empty"
     empty.mkdir(exist_ok=True)
-    assert history.to_resume(empty, "auto", ranks) is None
+    assert history.select_checkpoint(empty, "auto", ranks) is None
 
 
 def test_a_checkpoint_is_saved_and_found_by_all(tmp_path: Path) -> None:

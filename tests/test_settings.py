@@ -22,7 +22,7 @@ from xtuner.engine import OptimWrapper
 from xtuner.model import from_pretrained, from_scratch
 from xtuner.tools.settings_pages import LANGUAGES, page
 from xtuner.train import hooks, preflight
-from xtuner.train.checkpoints.history import Chosen
+from xtuner.train.checkpoints.history import ResumeChoice
 from xtuner.train.plan import make_plan
 from xtuner.train.reporting.config_changes import changes
 from xtuner.train.resume import Found, require_same_run

@@ -14,7 +14,7 @@ from xtuner.dist.collectives import Ranks
 from xtuner.engine.base import Strategy
 from xtuner.model.weights import base_weights
 from xtuner.train.checkpoints import checkpoint, history
-from xtuner.train.checkpoints.history import Chosen
+from xtuner.train.checkpoints.history import ResumeChoice
 from xtuner.train.reporting.config_changes import Change, changed_files, changes
 from xtuner.train.run import Lengths, Progress
 from xtuner.train.state import TrainState
@@ -28,7 +28,7 @@ DATA = ("train_dataloader.dataset", "train_dataloader.sampler", "train_dataloade
 class Found:
     """A checkpoint to resume from, its state, and what it depends on."""
 
-    chosen: Chosen
+    chosen: ResumeChoice
     state: TrainState
     facts: dict[str, Any]
 
@@ -49,7 +49,7 @@ def find(
 
     Changes nothing on the disk: what a dry run does, too. Raises: XTunerError for one that cannot be read.
     """
-    chosen = history.to_resume(work_dir, resume, ranks, strict, contents)
+    chosen = history.select_checkpoint(work_dir, resume, ranks, strict, contents)
     if chosen is None:
         if resume:
             logger.info("no checkpoint in the work dir: starting afresh")
@@ -84,7 +84,7 @@ def load_into(strategy: Strategy, config: Config, found: Found | None, ranks: Ra
 def _start_from(strategy: Strategy, folder: Path, ranks: Ranks) -> None:
     weights = folder
     if (folder / checkpoint.TRAINER).is_file():
-        checkpoint.check(folder, ranks)
+        checkpoint.verify(folder, ranks)
         weights = base_weights(folder)
     strategy.load_weights(weights)
     logger.info(f"weights taken from {weights} (load_from); optimizer and data position are new")

@@ -164,7 +164,7 @@ def _build(
     if settings.device.type == "cuda":
         trains.memory.tell(plan.choice.pack, settings.mesh)
     progress = load_into(trains, settings.config, found, ranks)
-    ranks.on_main(lambda: history.make_way(settings.work_dir, found.chosen if found else None))
+    ranks.on_main(lambda: history.set_aside_others(settings.work_dir, found.chosen if found else None))
     ranks.on_main(lambda: record_start(settings, progress, found, file.parent))
     return Run(**vars(settings), plan=plan, loader=plan.loader(settings), strategy=trains, metrics=metrics,
                saver=saver, log=file, progress=progress)  # fmt: skip
@@ -254,7 +254,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         return
     run.saver.finish()
     try:
-        last = history.latest(run.work_dir, run.mesh.ranks)
+        last = history.latest_checkpoint(run.work_dir, run.mesh.ranks)
     except CheckpointError:
         last = None
     again = f"xtuner train {run.config.path} --work-dir {run.work_dir}" + (f" --resume {last.folder}" if last else "")

@@ -41,14 +41,16 @@ def write(
     needed = int(ranks.sum(snapshot.nbytes))
     if ranks.is_main:
         snapshot.json[TRAINER] = {"state": state.to_json(), **facts}
-    folder = _agreed(ranks, target, lambda: _begin(target, needed) if ranks.is_main else "")[0]
+    folder = _run_on_all_ranks(ranks, target, lambda: _make_temporary_folder(target, needed) if ranks.is_main else "")[
+        0
+    ]
     try:
-        reports = _agreed(ranks, target, lambda: snapshot.write(Path(folder)))
+        reports = _run_on_all_ranks(ranks, target, lambda: snapshot.write(Path(folder)))
         entries = {name: entry for report in reports for name, entry in report.items()}
         if ranks.is_main:
-            _agreed(ranks, target, lambda: _publish(Path(folder), target, entries, state.iteration, keep))
+            _run_on_all_ranks(ranks, target, lambda: _publish(Path(folder), target, entries, state.iteration, keep))
         else:
-            _agreed(ranks, target, lambda: None)
+            _run_on_all_ranks(ranks, target, lambda: None)
     except CheckpointError:
         if ranks.is_main:
             files.remove_tree(Path(folder))
@@ -56,7 +58,7 @@ def write(
     return target, needed
 
 
-def _begin(target: Path, needed: int) -> str:
+def _make_temporary_folder(target: Path, needed: int) -> str:
     """Make the temporary folder. Raises: CheckpointError if the disk has no room for `needed` bytes and some more."""
     free = shutil.disk_usage(target.parent).free
     if free < needed * 1.01 + 2**20:
@@ -69,7 +71,7 @@ def _begin(target: Path, needed: int) -> str:
     return str(files.temporary_folder(target))
 
 
-def _agreed(ranks: Ranks, target: Path, action: Callable[[], Any]) -> list[Any]:
+def _run_on_all_ranks(ranks: Ranks, target: Path, action: Callable[[], Any]) -> list[Any]:
     """Run `action` on every rank. Returns all JSON results, by rank, or raises on every rank what failed on any."""
     try:
         outcome, failure = attempt(action)
@@ -78,10 +80,10 @@ def _agreed(ranks: Ranks, target: Path, action: Callable[[], Any]) -> list[Any]:
     outcomes = ranks.gather({"value": outcome[0]} if outcome else {"failure": failure})
     failures = {rank: o["failure"] for rank, o in enumerate(outcomes) if "failure" in o}
     if failures:
-        told = "; ".join(f"rank {rank}: {failure['what']}" for rank, failure in failures.items())
+        details = "; ".join(f"rank {rank}: {failure['what']}" for rank, failure in failures.items())
         first = next(iter(failures.values()))
         raise CheckpointError(
-            f"the checkpoint cannot be written: {told}",
+            f"the checkpoint cannot be written: {details}",
             where=first.get("where") or str(target),
             why="the older checkpoints are untouched",
             do=first.get("do") or "look at the disk: space, quota, permissions",
@@ -97,19 +99,19 @@ def _publish(folder: Path, target: Path, entries: dict[str, Any], iteration: int
     files.publish(folder, target)
     with files.atomic_file(target.parent / LAST) as f:
         f.write(target.name + "\n")
-    for _, old in found(target.parent)[:-keep] if keep > 0 else ():
+    for _, old in list_published(target.parent)[:-keep] if keep > 0 else ():
         files.discard(old)
 
 
-def named(work_dir: Path) -> list[tuple[int, Path]]:
+def list_named(work_dir: Path) -> list[tuple[int, Path]]:
     """Whatever is called `iter_N.pth` but exports, by N, smallest first."""
     numbered = [(re.fullmatch(r"iter_(\d{1,15})\.pth", p.name), p) for p in work_dir.glob("iter_*.pth")]
     return sorted((int(m[1]), p) for m, p in numbered if m and not _is_export(p))
 
 
-def found(work_dir: Path) -> list[tuple[int, Path]]:
+def list_published(work_dir: Path) -> list[tuple[int, Path]]:
     """Published checkpoints by iteration, oldest first."""
-    return [(n, p) for n, p in named(work_dir) if (p / files.MANIFEST).is_file()]
+    return [(n, p) for n, p in list_named(work_dir) if (p / files.MANIFEST).is_file()]
 
 
 def _is_export(folder: Path) -> bool:
@@ -119,14 +121,14 @@ def _is_export(folder: Path) -> bool:
         return False  # none, or damaged, which whoever reads it will say
 
 
-def check(folder: Path, ranks: Ranks, contents: bool = True) -> None:
+def verify(folder: Path, ranks: Ranks, contents: bool = True) -> None:
     """Raise CheckpointError on all ranks if a file is not as the manifest says, or it is another checkpoint's.
 
     Args:
         contents: compare their sha256; else sizes alone, which takes no time.
     """
     begin = time.perf_counter()
-    manifest = ranks.together(lambda: _checked(folder, ranks, contents))
+    manifest = ranks.together(lambda: _verify_share(folder, ranks, contents))
     if not contents:
         logger.info(f"{folder} has all its files, in their sizes; their contents are checked when a run begins")
         return
@@ -134,7 +136,7 @@ def check(folder: Path, ranks: Ranks, contents: bool = True) -> None:
     logger.info(f"{folder} is whole: {human_bytes(size)} read in {took:.1f} s ({human_bytes(size / took)}/s)")
 
 
-def _checked(folder: Path, ranks: Ranks, contents: bool) -> dict[str, Any]:
+def _verify_share(folder: Path, ranks: Ranks, contents: bool) -> dict[str, Any]:
     manifest = files.verify(folder, ranks.rank, ranks.size, contents)
     saved = read_trainer(folder)[0].iteration
     if (manifest.get("kind"), manifest.get("iteration")) != ("checkpoint", saved):

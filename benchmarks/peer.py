@@ -35,7 +35,7 @@ from xtuner.families import LLAMA
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.weights import split
-from xtuner.train.reporting.profile import KernelTimer, by_part
+from xtuner.train.reporting.profile import KernelTimer, sum_by_part
 
 Weights = dict[str, torch.Tensor]
 LR = 4e-5
@@ -243,5 +243,5 @@ def profile(loop: Loop, packs: list[list[Batch]], wall: float) -> dict[str, floa
         stepping += sum(timer.stop()[0].values()) / len(packs)
     for name, ms in sorted(kernels.items(), key=lambda pair: -pair[1])[:20]:
         print(f"{ms:9.1f} ms  {name[:100]}")
-    parts = by_part(kernels, wall - stepping)
+    parts = sum_by_part(kernels, wall - stepping)
     return {**parts, "optimizer": parts["optimizer"] + stepping}

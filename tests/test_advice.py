@@ -22,7 +22,7 @@ from xtuner.model.activation_memory import Plan
 from xtuner.optim.adamw import FORMS
 from xtuner.train import preflight
 from xtuner.train.plan import make_plan
-from xtuner.train.reporting.failure_advice import _line, out_of_memory
+from xtuner.train.reporting.failure_advice import _command_line, out_of_memory_error
 
 # After an iteration the process may take 1 MiB more; the next one needs more than that.
 LIMIT = """exec('import resource; n = next(x for x in open("/proc/self/status") if x.startswith("VmData")); \
@@ -95,10 +95,10 @@ def test_a_7b_model_on_8_gpus(
     options += ["optim_wrapper.dtype=bf16", "param_scheduler=[]"]  # as on GPUs; one iteration
     config = load(str(tiny), options)
     mesh = Mesh(dp_shard=8, local_size=8)
-    run = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, mesh)
+    run = preflight.prepare_settings(config, [], tmp_path / "w", torch.device("cpu"), None, mesh)
     plan = make_plan(run, deepspeed=zero, fsdp=fsdp)
     words = ["c.py", *(["--deepspeed", zero] if zero else ["--fsdp"]), "--cfg-options", "a=b"]
-    error = out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"))
+    error = out_of_memory_error(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"))
     assert error.exit_code == 2
     found = commands(str(error))
     start = "NPROC_PER_NODE=8 xtuner train c.py"
@@ -113,14 +113,16 @@ def test_a_7b_model_on_8_gpus(
     run.optim.full = "all"  # what another stage, or sums by DeepSpeed, would refuse is taken back
     now = zero_memory.ZeroMemory(0, Plan(run.source.config, 2), 8200)
     full = {"zero2": "weights"} | dict.fromkeys(("zero1", "zero2_offload", "zero3", "zero3_offload"))
-    found = commands(str(out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"), now)))
+    found = commands(str(out_of_memory_error(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"), now)))
     smaller = [f"{start} {engine} --cfg-options a=b --cfg-options optim_wrapper.micro_batch=4096 --resume auto"]
     again = "--cfg-options a=b --deepspeed deepspeed_"
     assert found[1:-1] == (smaller if zero else []) + [
         f"{start} {again}{name} --cfg-options optim_wrapper.full={full[name]} --resume auto" for name in more
     ]
     run.optim.states = FORMS["split"]  # not with DeepSpeed
-    assert len(commands(str(out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA"), now)))) == 2 + bool(zero)
+    assert len(
+        commands(str(out_of_memory_error(run, plan, 0, words, torch.OutOfMemoryError("CUDA"), now)))
+    ) == 2 + bool(zero)
 
 
 @pytest.mark.parametrize(
@@ -134,4 +136,4 @@ def test_a_7b_model_on_8_gpus(
     ],
 )  # fmt: skip
 def test_options_are_replaced_not_repeated(given: str, more: list[str], expected: str) -> None:
-    assert _line(shlex.split(given), more, Mesh()) == f"xtuner train {expected}"
+    assert _command_line(shlex.split(given), more, Mesh()) == f"xtuner train {expected}"

@@ -14,7 +14,7 @@ from xtuner.families import LLAMA
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.flops import training_flops, whole_pack_flops
 from xtuner.model.weights import split
-from xtuner.train.reporting.profile import by_part
+from xtuner.train.reporting.profile import sum_by_part
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 SHAPE = DecoderConfig(300, 128, 512, 2, 2, 1, 64)
@@ -105,11 +105,11 @@ def test_kernels_are_summed_by_part() -> None:
         "multi_tensor_apply": 0.5,
         "Memcpy": 0.25,
     }
-    parts = by_part(kernels, 10.0)
+    parts = sum_by_part(kernels, 10.0)
     assert {k: v for k, v in parts.items() if v} == {
         "attention": 3.0, "matrix products": 5.0, "elementwise": 1.0, "optimizer": 0.5, "copies": 0.25, "idle": 0.25,
     }  # fmt: skip
-    assert by_part(kernels, 1.0)["idle"] == 0  # kernels of two streams overlap
+    assert sum_by_part(kernels, 1.0)["idle"] == 0  # kernels of two streams overlap
 
 
 def test_the_table_shows_old_and_new_rows(tmp_path: Path) -> None:

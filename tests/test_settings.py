@@ -24,8 +24,8 @@ from xtuner.tools.settings_pages import LANGUAGES, page
 from xtuner.train import hooks, preflight
 from xtuner.train.checkpoints.history import ResumeChoice
 from xtuner.train.plan import make_plan
-from xtuner.train.reporting.config_changes import changes
-from xtuner.train.resume import Found, require_same_run
+from xtuner.train.reporting.config_changes import compare_configs
+from xtuner.train.resume import ResumePoint, require_same_run
 from xtuner.train.state import TrainState
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -59,14 +59,14 @@ def test_one_declaration_is_all_that_a_setting_needs(tiny: Path, xtuner: Any, ca
     ]  # fmt: skip
     for language, text in (("en", NEW.help), ("zh_cn", NEW.zh)):
         assert f"| `{NEW.key}` | `int, < 9` | `3` | {text} |" in page(language)
-    (change,) = changes({"train_cfg": {}}, {"train_cfg": {"warm_restarts": 4}})
+    (change,) = compare_configs({"train_cfg": {}}, {"train_cfg": {"warm_restarts": 4}})
     assert (change.key, change.kind) == (NEW.key, "impossible")
 
 
 def test_without_the_declaration_it_is_nobodys(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="train_cfg has no setting 'warm_restarts'"):
         check(load(str(tiny), [f"{NEW.key}=4"]))
-    (change,) = changes({"train_cfg": {}}, {"train_cfg": {"warm_restarts": 4}})
+    (change,) = compare_configs({"train_cfg": {}}, {"train_cfg": {"warm_restarts": 4}})
     assert change.kind == "changes the result"
 
 
@@ -128,9 +128,9 @@ def test_a_list_of_settings_needs_no_torch() -> None:
 def test_a_resume_knows_what_hooks_once_switched_on(tiny: Path, tmp_path: Path) -> None:
     """Of a checkpoint of before: without these hooks, it had no schedule, and the first epoch's order in all epochs."""
     config = load(str(tiny))
-    facts = make_plan(preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh())).facts
+    facts = make_plan(preflight.prepare_settings(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh())).facts
     before = json.loads(json.dumps({k: v for k, v in facts.items() if k != "version"}))
-    found = Found(Chosen(tmp_path), TrainState(), before)
+    found = ResumePoint(ResumeChoice(tmp_path), TrainState(), before)
     require_same_run(found, dict(facts), allow_change=False)
     del before["config"]["default_hooks"]["param_scheduler"]
     with pytest.raises(ConfigError, match=r"param_scheduler.0.type: None → "):

@@ -221,7 +221,7 @@ def test_records_that_cannot_be_written(
     with pytest.raises(ConfigError, match="no model"):
         xtuner("eval", "loss", "no model", corpus, "--save", tmp_path / "new" / "x.json")
     assert not list((tmp_path / "new").iterdir())
-    monkeypatch.setattr(evaluate, "_line", lambda value: b"x" if "file" in value else b"{}\n")
+    monkeypatch.setattr(evaluate, "_encode_line", lambda value: b"x" if "file" in value else b"{}\n")
     record = evaluate.Record(tmp_path / "x.json", "m", 8)
     (tmp_path / "x.json").unlink()
     (tmp_path / "x.json").mkdir()

@@ -19,10 +19,10 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.train.plan import make_plan
 
     config = load(args.config, args.cfg_options)
-    parts = preflight.settings(config)
+    parts = preflight.check_settings(config)
     here = device()
-    work_dir = preflight.work_dir_of(None, config)
-    settings = preflight.prepare(config, parts.hooks, work_dir, here, None, Mesh(), Opening(read_only=True))
+    work_dir = preflight.resolve_work_dir(None, config)
+    settings = preflight.prepare_settings(config, parts.hooks, work_dir, here, None, Mesh(), Opening(read_only=True))
     plan = make_plan(settings)
     notes = list(plan.schedule.remarks(plan.max_iterations))
     print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))

@@ -91,7 +91,7 @@ def _train(args: argparse.Namespace) -> int:
     place = launchers.place(args.launcher, os.environ)
 
     from xtuner.dist.process_group import taking_part
-    from xtuner.train.preflight import work_dir_of
+    from xtuner.train.preflight import resolve_work_dir
     from xtuner.train.trainer import Options, train
 
     options = Options(
@@ -105,7 +105,7 @@ def _train(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         deepspeed=args.deepspeed,
         fsdp=args.fsdp,
-        words=tuple(args.words),
+        arguments=tuple(args.words),
     )
     with taking_part(place, group=bool(args.deepspeed)) as (device, watch):
-        return train(config, work_dir_of(args.work_dir, config), device, options, watch)
+        return train(config, resolve_work_dir(args.work_dir, config), device, options, watch)

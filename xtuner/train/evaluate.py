@@ -77,32 +77,32 @@ class Record:
         if path is None:
             return
         facts = {"model": model, "max_length": max_length}
-        head = _line(facts)
+        head = _encode_line(facts)
         with _writing(path):
             data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]  # a kill may have torn the line after it
-        if whole:
-            self._read(path, whole, facts)
+        complete = data[: data.rfind(b"\n") + 1]  # a kill may have torn the line after it
+        if complete:
+            self._read(path, complete, facts)
         elif not head.startswith(data):
-            raise _no_record(path)
-        if len(whole) < len(data):
+            raise _not_a_record(path)
+        if len(complete) < len(data):
             with _writing(path):
-                os.truncate(path, len(whole))
-        if not whole:
+                os.truncate(path, len(complete))
+        if not complete:
             self._append(head)
 
-    def _read(self, path: Path, whole: bytes, facts: dict[str, Any]) -> None:
+    def _read(self, path: Path, complete: bytes, facts: dict[str, Any]) -> None:
         try:
-            found, *entries = map(json.loads, whole.splitlines())
+            found, *entries = map(json.loads, complete.splitlines())
             self.entries = {
                 e["file"]: {"identity": e["identity"], "total": float(e["total"]), "tokens": int(e["tokens"])}
                 for e in entries
             }
             ours = found.keys() == facts.keys()
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise _no_record(path) from None
+            raise _not_a_record(path) from None
         if not ours:
-            raise _no_record(path)
+            raise _not_a_record(path)
         if found != facts:
             raise ConfigError(
                 "the record is of another model or another --max-length",
@@ -121,7 +121,7 @@ class Record:
         if self.path is not None:
             entry = {"identity": file.fingerprint(), "total": total, "tokens": tokens}
             self.entries[file.name] = entry
-            self._append(_line({"file": file.name, **entry}))
+            self._append(_encode_line({"file": file.name, **entry}))
 
     def _append(self, line: bytes) -> None:
         assert self.path is not None
@@ -129,12 +129,12 @@ class Record:
             f.write(line)
 
 
-def _line(value: dict[str, Any]) -> bytes:
+def _encode_line(value: dict[str, Any]) -> bytes:
     text = json.dumps(value, ensure_ascii=False) + "\n"
     return text.encode("utf-8", "backslashreplace")  # names that are not UTF-8, as JSON's own escapes
 
 
-def _no_record(path: Path) -> ConfigError:
+def _not_a_record(path: Path) -> ConfigError:
     return ConfigError(
         "the file is no record of `eval loss`",
         where=str(path),
@@ -154,7 +154,7 @@ def _writing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def check_place(path: Path) -> None:
+def check_record_path(path: Path) -> None:
     """Whether a record can be kept at `path`, asked before the long work. Raises: CheckpointError, ConfigError."""
     with _writing(path):
         if any((folder / TRAINER).is_file() for folder in path.resolve().parents):
@@ -209,7 +209,7 @@ def evaluate(
 ) -> list[Result]:
     """Loss over all documents; the first token of a document, and of a part of one, has no prediction.
 
-    Documents are taken whole, in parts of `max_length` tokens if they are longer. Several ranks call it together, with
+    Documents are taken complete, in parts of `max_length` tokens if they are longer. Several ranks call it together, with
     the same arguments and no record. Returns one result per data type, then "all": the same on every rank.
     """
     assert record is None or ranks.size == 1

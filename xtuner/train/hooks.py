@@ -98,17 +98,17 @@ class LoggerHook(Hook):
         show_progress(*parts)
         if number % self.interval == 0 or number == last:
             record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
-            record["memory"] = memory_in_use(run.strategy.device)
+            record["memory"] = peak_memory(run.strategy.device)
             record["tokens"] = it.state.packs * run.dataset.packed_length
             run.metrics.log(record)  # before the line, so that a reader of the line finds the record
-            logger.info(log_line(record, last))
+            logger.info(format_log_line(record, last))
             self._averages.restart()
 
     def after_run(self, run: Run) -> None:
         show_progress()
 
 
-def log_line(record: dict[str, Any], last: int) -> str:
+def format_log_line(record: dict[str, Any], last: int) -> str:
     """What one record says, in one line."""
     loss = f"loss {record['loss']:.4f} (smoothed {record['loss_smoothed']:.4f})" if record["targets"] else "no targets"
     parts = [
@@ -131,7 +131,7 @@ def log_line(record: dict[str, Any], last: int) -> str:
     return "  ".join(parts)
 
 
-def memory_in_use(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Peak bytes so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

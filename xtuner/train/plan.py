@@ -9,7 +9,7 @@ from xtuner.core.errors import ConfigError, DataError
 from xtuner.data.loading.loader import identity, listed_files, what_dealing_lacks
 from xtuner.engine.strategies.select import choose
 from xtuner.optim.schedule import Schedule
-from xtuner.train.resume import Found, fitted_counts, require_same_run, windows_from
+from xtuner.train.resume import ResumePoint, find_window_start, fit_accumulative_counts, require_same_run
 from xtuner.train.run import Lengths, Plan, Settings
 
 DATASET = "train_dataloader.dataset"
@@ -17,7 +17,7 @@ DATASET = "train_dataloader.dataset"
 
 def make_plan(
     settings: Settings,
-    found: Found | None = None,
+    found: ResumePoint | None = None,
     allow_change: bool = False,
     deepspeed: str | None = None,
     fsdp: str | None = None,
@@ -34,7 +34,7 @@ def make_plan(
     Raises: ConfigError, DataError for what cannot be planned, and for another run's checkpoint.
     """
     config, optim, dp_size = settings.config, settings.optim, settings.sampler.world_size
-    counts = fitted_counts(found, optim.accumulative_counts, dp_size) if found else optim.accumulative_counts
+    counts = fit_accumulative_counts(found, optim.accumulative_counts, dp_size) if found else optim.accumulative_counts
     lengths = Lengths(
         dp_size=dp_size,
         begun_on=found.facts["begun_on"] if found else dp_size,
@@ -48,7 +48,7 @@ def make_plan(
     if what_dealing_lacks(settings.dataset, settings.sampler, balance):
         balance = 0
     data = identity(settings.dataset, settings.sampler, reshuffle)
-    origin = windows_from(found, balance, lengths) if found else 0
+    origin = find_window_start(found, balance, lengths) if found else 0
     facts = {
         "version": 2,  # before it, schedule and reshuffling were switched on by hooks
         "data": data,

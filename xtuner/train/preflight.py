@@ -2,7 +2,7 @@
 
     settings       names, values, types and paths of the config; hooks   check-cfg, launch, dry run, train
     prepare        weights, tokenizers and data that it names            check-cfg, dry run, train
-    command_line   options, the work dir and its lock                    dry run, train
+    check_command_line   options, the work dir and its lock                    dry run, train
 
 What depends on the machine is asked of engine/strategies/select.py, engine/capacity.py and the model's source; what
 depends on a checkpoint, of train/resume.py and train/plan.py. Of weights only the headers are read. Each function
@@ -51,14 +51,14 @@ from xtuner.train.parts import Parts, build_parts, priority_of
 from xtuner.train.run import Hook, Settings
 
 DATASET, SAMPLER = "train_dataloader.dataset", "train_dataloader.sampler"
-NEEDED = {  # what a user's own must have, too
+REQUIRED_ATTRIBUTES = {  # what a user's own must have, too
     DATASET: ("__len__", "__getitem__", "documents", "fingerprint", "label_rule", "locate", "packed_length",
               "packs_per_file", "raw", "seed", "tail_tokens_per_file"),
     SAMPLER: ("describe", "set_epoch", "share", "world_size"),
 }  # fmt: skip
 
 
-def settings(config: Config, paths: bool = True) -> Parts:
+def check_settings(config: Config, paths: bool = True) -> Parts:
     """Check the config alone, and build its hooks and trackers: their constructors may refuse, too.
 
     Args:
@@ -72,7 +72,7 @@ def settings(config: Config, paths: bool = True) -> Parts:
     return parts
 
 
-def prepare(
+def prepare_settings(
     config: Config, hooks: Sequence[Hook], work_dir: Path, device: torch.device, seed: int | None, mesh: Mesh,
     opening: Opening = Opening(),  # noqa: B008
 ) -> Settings:  # fmt: skip
@@ -82,12 +82,14 @@ def prepare(
         seed: of random weights; None for the config's.
         opening: of its data. Read-only: fetch nothing of a hub, too; what is not on this machine is not looked at.
     """
-    source = mesh.ranks.together(lambda: start(config, opening.read_only))
-    dataset = open_together(lambda known: open_data(config, replace(opening, known=known)), mesh.ranks)
-    return mesh.ranks.together(lambda: assemble(config, dataset, source, hooks, work_dir, device, seed, mesh, opening))
+    source = mesh.ranks.together(lambda: check_models_and_tokenizers(config, opening.read_only))
+    dataset = open_together(lambda known: open_dataset(config, replace(opening, known=known)), mesh.ranks)
+    return mesh.ranks.together(
+        lambda: assemble_settings(config, dataset, source, hooks, work_dir, device, seed, mesh, opening)
+    )
 
 
-def start(config: Config, only_look: bool = False) -> ModelSource | None:
+def check_models_and_tokenizers(config: Config, read_only: bool = False) -> ModelSource | None:
     """The model, when its weights, those of load_from, and all tokenizers have been seen to fit it.
 
     None for a model of a hub that is not on this machine.
@@ -95,34 +97,36 @@ def start(config: Config, only_look: bool = False) -> ModelSource | None:
     found = Findings(config)
     source: ModelSource | None = None
     named = [(spec, f"{spec.key}.{n}", str(spec.arguments[n]), is_tok) for spec, n, is_tok in named_models(config)]
-    seen = [(name, is_tok) for spec, _, name, is_tok in named if only_look or not _is_built(config, spec.key)]
+    seen = [
+        (name, is_tok) for spec, _, name, is_tok in named if read_only or not _is_used_in_training(config, spec.key)
+    ]
     absent = [name for name, is_tok in seen if not hub.is_here(name, is_tok)]
-    for name in dict.fromkeys(absent if only_look else ()):
+    for name in dict.fromkeys(absent if read_only else ()):
         logger.info(f"{name} is not on this machine yet: whether it fits is seen when it has been downloaded")
     models = [(key, name) for _, key, name, is_tok in named if not is_tok]
     if not any(name in absent for _, name in models):
         with found.looking(next((key for key, _ in models if key.startswith("model")), "model")):
-            source = _model(config)
+            source = _build_model_source(config)
             if source.folder:
                 check_weights(WeightFolder(source.folder), hf_shapes(source.config, source.layout))
     if name := config.setting("load_from"):
         with found.looking("load_from"):
-            _weights_to_start_from(Path(name).expanduser(), source)
+            _check_initial_weights(Path(name).expanduser(), source)
     for spec, key, name, is_tok in named:
         if is_tok and name not in absent:
             with found.looking(key):
-                _tokenizer(build({"type": spec.kind, **spec.arguments}, spec.key), source)
+                _check_tokenizer(build({"type": spec.kind, **spec.arguments}, spec.key), source)
     found.check()
     return source
 
 
-def _is_built(config: Config, key: str) -> bool:
+def _is_used_in_training(config: Config, key: str) -> bool:
     """Whether a run makes what is described at `key`; the tokenizer at the top level is for hooks and the export."""
     used = (walked(root, config.get(root)) for root in ("default_hooks", "custom_hooks"))
     return key != "tokenizer" or any(value is config.values["tokenizer"] for inside in used for _, value in inside)
 
 
-def _model(config: Config) -> ModelSource:
+def _build_model_source(config: Config) -> ModelSource:
     source = build(config.values["model"], "model")
     if not isinstance(source, ModelSource):
         raise ConfigError(f"{type_name(config.values['model']['type'])} makes no ModelSource", where="model")
@@ -130,7 +134,7 @@ def _model(config: Config) -> ModelSource:
     return source
 
 
-def _weights_to_start_from(folder: Path, source: ModelSource | None) -> None:
+def _check_initial_weights(folder: Path, source: ModelSource | None) -> None:
     weights = base_weights(folder) if (folder / TRAINER).is_file() else folder
     layout, _ = read_model(weights)
     tensors = WeightFolder(weights)
@@ -138,7 +142,7 @@ def _weights_to_start_from(folder: Path, source: ModelSource | None) -> None:
         check_weights(tensors, hf_shapes(source.config, layout), by="the config's model")
 
 
-def _tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
+def _check_tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
     ids = getattr(tokenizer, "vocab_size", 0)
     if source and ids > source.config.vocab_size:
         pretrained = source.folder is not None
@@ -149,25 +153,27 @@ def _tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
         )
 
 
-def open_data(config: Config, opening: Opening) -> PackedDataset:
+def open_dataset(config: Config, opening: Opening) -> PackedDataset:
     """The training data. Raises: ConfigError and DataError of the folder, its files and their order."""
     with naming(config, DATASET, *data_keys(config, DATASET)):
-        return _with_all(config, DATASET, build(_opened_by(opening, config.get(DATASET), DATASET), DATASET))
+        return _require_attributes(
+            config, DATASET, build(_insert_opening(opening, config.get(DATASET), DATASET), DATASET)
+        )
 
 
-def _opened_by(opening: Opening, spec: Any, key: str) -> Any:
+def _insert_opening(opening: Opening, spec: Any, key: str) -> Any:
     """A spec with `opening` for what takes it, at any depth."""
     if not isinstance(spec, Mapping):
         return spec
-    inside = {name: _opened_by(opening, value, f"{key}.{name}") for name, value in spec.items()}
+    inside = {name: _insert_opening(opening, value, f"{key}.{name}") for name, value in spec.items()}
     if "type" in spec and "opening" in inspect.signature(resolve_type(spec["type"], key)).parameters:
         inside["opening"] = opening
     return inside
 
 
-def _with_all(config: Config, key: str, part: Any) -> Any:
+def _require_attributes(config: Config, key: str, part: Any) -> Any:
     """A part that the loader works with, when it has what the loader needs."""
-    if lacks := [name for name in NEEDED[key] if not hasattr(part, name)]:
+    if lacks := [name for name in REQUIRED_ATTRIBUTES[key] if not hasattr(part, name)]:
         ours = {DATASET: PackedDataset, SAMPLER: InternRepoSampler}[key]
         raise ConfigError(
             f"{type(part).__name__} has no {', '.join(lacks)}",
@@ -178,7 +184,7 @@ def _with_all(config: Config, key: str, part: Any) -> Any:
     return part
 
 
-def assemble(
+def assemble_settings(
     config: Config, dataset: PackedDataset, source: ModelSource | None, hooks: Sequence[Hook], work_dir: Path,
     device: torch.device, seed: int | None, mesh: Mesh, opening: Opening,
 ) -> Settings:  # fmt: skip
@@ -201,20 +207,20 @@ def assemble(
         with naming(config, "optim_wrapper.parameter_groups"):
             require_matches(source.trained_names(), optim.parameter_groups)
     with naming(config, SAMPLER):
-        sampler = _with_all(config, SAMPLER, _sampler(config.get(SAMPLER), dataset, mesh))
+        sampler = _require_attributes(config, SAMPLER, _build_sampler(config.get(SAMPLER), dataset, mesh))
     held_out: list[Hook] = []
     if config.get("val_dataset"):
         with naming(config, "val_dataset", *data_keys(config, "val_dataset")):
-            spec = _opened_by(opening, config.get("val_dataset"), "val_dataset")
+            spec = _insert_opening(opening, config.get("val_dataset"), "val_dataset")
             documents = documents_of(build(spec, "val_dataset"))
         held_out.append(ValidationHook(documents, config.setting("val_interval"), dataset.packed_length))
     ordered = tuple(sorted([*hooks, *held_out], key=priority_of))
     if len(dataset):
-        _look_at_first_pack(config, dataset)
+        _check_first_pack(config, dataset)
     return Settings(config, work_dir, device, mesh, source, optim, dataset, sampler, ordered)
 
 
-def _look_at_first_pack(config: Config, dataset: PackedDataset) -> None:
+def _check_first_pack(config: Config, dataset: PackedDataset) -> None:
     """Read it as training reads it: ids beyond the vocabulary are seen before a run has begun. Raises: DataError."""
     with naming(config, DATASET, *data_keys(config, DATASET)):
         first = dataset[0]
@@ -226,14 +232,14 @@ def _look_at_first_pack(config: Config, dataset: PackedDataset) -> None:
         )
 
 
-def _sampler(spec: Mapping[str, Any], dataset: PackedDataset, mesh: Mesh) -> Any:
+def _build_sampler(spec: Mapping[str, Any], dataset: PackedDataset, mesh: Mesh) -> Any:
     """The sampler, for this data-parallel rank unless the config says which."""
     own = {"rank": mesh.dp_rank, "world_size": mesh.dp_size}
     takes = inspect.signature(resolve_type(spec.get("type"), SAMPLER)).parameters
     return build(spec, SAMPLER, dataset=dataset, **{k: v for k, v in own.items() if k in takes and k not in spec})
 
 
-def command_line(work_dir: Path, seed: int | None = None, max_minutes: float | None = None) -> None:
+def check_command_line(work_dir: Path, seed: int | None = None, max_minutes: float | None = None) -> None:
     """Check what the command line says: numbers, and that the work dir can be written and is nobody's. Leaves nothing.
 
     Raises: ConfigError; BusyError for another run's work dir; CheckpointError for a disk that takes nothing.
@@ -284,7 +290,7 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def work_dir_of(given: str | None, config: Config) -> Path:
+def resolve_work_dir(given: str | None, config: Config) -> Path:
     """--work-dir, else the config's, else work_dirs/CONFIG. Raises: ConfigError for a ~user that is not known."""
     named = given or config.setting("work_dir")
     default = Path("work_dirs") / config.name

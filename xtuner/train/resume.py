@@ -15,7 +15,7 @@ from xtuner.engine.base import Strategy
 from xtuner.model.weights import base_weights
 from xtuner.train.checkpoints import checkpoint, history
 from xtuner.train.checkpoints.history import ResumeChoice
-from xtuner.train.reporting.config_changes import Change, changed_files, changes
+from xtuner.train.reporting.config_changes import Change, compare_configs, describe_changed_files
 from xtuner.train.run import Lengths, Progress
 from xtuner.train.state import TrainState
 
@@ -25,7 +25,7 @@ DATA = ("train_dataloader.dataset", "train_dataloader.sampler", "train_dataloade
 
 
 @dataclass(frozen=True)
-class Found:
+class ResumePoint:
     """A checkpoint to resume from, its state, and what it depends on."""
 
     chosen: ResumeChoice
@@ -42,9 +42,9 @@ class Found:
         return str(self.folder / checkpoint.TRAINER)
 
 
-def find(
+def find_resume_point(
     work_dir: Path, resume: str | bool | None, ranks: Ranks, strict: bool = False, contents: bool = True
-) -> Found | None:
+) -> ResumePoint | None:
     """The checkpoint to resume from, or None for a fresh start. All ranks call it together.
 
     Changes nothing on the disk: what a dry run does, too. Raises: XTunerError for one that cannot be read.
@@ -60,19 +60,19 @@ def find(
         _check_facts(facts, where)
     except RecursionError:
         raise _too_deep(where) from None
-    return Found(chosen, state, facts)
+    return ResumePoint(chosen, state, facts)
 
 
 def _too_deep(where: Path) -> CheckpointError:
     return CheckpointError(f"{where.name} is nested too deeply", where=str(where))
 
 
-def load_into(strategy: Strategy, config: Config, found: Found | None, ranks: Ranks) -> Progress:
+def load_run_state(strategy: Strategy, config: Config, found: ResumePoint | None, ranks: Ranks) -> Progress:
     """Bring a strategy to where the run begins. Returns what the run has done by then."""
     begin = time.perf_counter()
     if found is None:
         if config.setting("load_from"):
-            _start_from(strategy, Path(config.setting("load_from")).expanduser(), ranks)
+            _load_initial_weights(strategy, Path(config.setting("load_from")).expanduser(), ranks)
         return Progress()
     strategy.load(found.folder)
     took = time.perf_counter() - begin
@@ -81,7 +81,7 @@ def load_into(strategy: Strategy, config: Config, found: Found | None, ranks: Ra
     return Progress(found.state, (found.state.iteration, True))
 
 
-def _start_from(strategy: Strategy, folder: Path, ranks: Ranks) -> None:
+def _load_initial_weights(strategy: Strategy, folder: Path, ranks: Ranks) -> None:
     weights = folder
     if (folder / checkpoint.TRAINER).is_file():
         checkpoint.verify(folder, ranks)
@@ -100,12 +100,12 @@ def _check_facts(facts: dict[str, Any], where: Path) -> None:
         raise CheckpointError(f"{where.name} is not of this version: {wrong} is missing or wrong", where=str(where))
 
 
-def _counts(config: dict[str, Any]) -> Any:
+def _written_counts(config: dict[str, Any]) -> Any:
     wrapper = config.get("optim_wrapper")
     return wrapper.get("accumulative_counts", 1) if isinstance(wrapper, dict) else None
 
 
-def fitted_counts(found: Found, counts: int, ranks: int) -> int:
+def fit_accumulative_counts(found: ResumePoint, counts: int, ranks: int) -> int:
     """Packs that each of `ranks` takes in an iteration, so that it stays what it was on another number of ranks.
 
     accumulative_counts may say what it said when the run was begun or last saved, or what fits these ranks; anything
@@ -113,7 +113,7 @@ def fitted_counts(found: Found, counts: int, ranks: int) -> int:
     """
     facts = found.facts
     packs, begun_on = facts["packs_per_iteration"], facts["begun_on"]
-    if counts * ranks == packs or not (counts == _counts(facts["config"]) or counts * begun_on == packs):
+    if counts * ranks == packs or not (counts == _written_counts(facts["config"]) or counts * begun_on == packs):
         return counts
     if packs % ranks:
         sizes = ", ".join(str(n) for n in range(1, packs + 1) if packs % n == 0)
@@ -130,7 +130,7 @@ def fitted_counts(found: Found, counts: int, ranks: int) -> int:
     return int(packs // ranks)
 
 
-def windows_from(found: Found, balance: int, lengths: Lengths) -> int:
+def find_window_start(found: ResumePoint, balance: int, lengths: Lengths) -> int:
     """Windows of iterations whose packs are dealt together continue; of another size, they begin anew here."""
     facts = found.facts
     if not lengths.packs_per_epoch:  # changed data have fewer packs than the run was begun on ranks
@@ -141,7 +141,7 @@ def windows_from(found: Found, balance: int, lengths: Lengths) -> int:
     return min(facts.get("windows_from", 0), here) if same else here
 
 
-def require_same_run(found: Found, now: dict[str, Any], allow_change: bool) -> None:
+def require_same_run(found: ResumePoint, now: dict[str, Any], allow_change: bool) -> None:
     """Report what has changed since the checkpoint; refuse what would make another run of it.
 
     Args:
@@ -157,18 +157,18 @@ def _require_same_run(facts: dict[str, Any], now: dict[str, Any], where: str, al
     before = mask(facts["config"])  # older checkpoints hold a config that is not masked
     if "version" not in facts:
         apply_hook_settings(before, absent=True)
-    changed = changes(before, now["config"])
+    changed = compare_configs(before, now["config"])
     if facts["data"] == now["data"]:  # wherever a source finds them
         changed = [replace(c, kind="harmless") if c.key.startswith(SOURCE) else c for c in changed]
     if not allow_change:
-        _same_data(facts, now, changed, where)
-        _same_length(facts, now, changed, where)
+        _require_same_data(facts, now, changed, where)
+        _require_same_length(facts, now, changed, where)
     kinds = ("impossible", "changes the result", "harmless")
     by_kind = {kind: [c for c in changed if c.kind == kind] for kind in kinds}
     if by_kind["impossible"]:
-        told = "; ".join(map(str, by_kind["impossible"]))
+        details = "; ".join(map(str, by_kind["impossible"]))
         why = "its weights or its optimizer state would not fit"
-        raise ConfigError(f"the checkpoint is another model's or optimizer's: {told}", where=where, why=why)
+        raise ConfigError(f"the checkpoint is another model's or optimizer's: {details}", where=where, why=why)
     for change in by_kind["harmless"]:
         logger.info(f"changed since the checkpoint, harmless: {change}")
     if by_kind["changes the result"] and not allow_change:
@@ -182,37 +182,37 @@ def _require_same_run(facts: dict[str, Any], now: dict[str, Any], where: str, al
         logger.warning(f"changed since the checkpoint, allowed: {change}")
 
 
-def _same_data(facts: dict[str, Any], now: dict[str, Any], found: list[Change], where: str) -> None:
+def _require_same_data(facts: dict[str, Any], now: dict[str, Any], found: list[Change], where: str) -> None:
     """Raises: DataError, which names the settings or the files that have changed."""
     before, here = facts["data"], now["data"]
     if all(here.get(key) == value for key, value in before.items()):
         return
-    told = [str(c) for c in found if c.key.startswith(DATA) and c.kind == "changes the result"]
-    seen = ("data", "num_packs") if not told else tuple(before)  # what needs, or has, other words
-    files = changed_files(facts.get("files"), now["files"])
-    if files and not any("min_length" in change for change in told):
-        told.append(files)
-    told += [f"{k}: {v!r} → {here.get(k)!r}" for k, v in before.items() if here.get(k) != v and k not in seen]
-    if not told:  # the checkpoint does not list its files
+    details = [str(c) for c in found if c.key.startswith(DATA) and c.kind == "changes the result"]
+    seen = ("data", "num_packs") if not details else tuple(before)  # what needs, or has, other words
+    files = describe_changed_files(facts.get("files"), now["files"])
+    if files and not any("min_length" in change for change in details):
+        details.append(files)
+    details += [f"{k}: {v!r} → {here.get(k)!r}" for k, v in before.items() if here.get(k) != v and k not in seen]
+    if not details:  # the checkpoint does not list its files
         packs = f"{before.get('num_packs')} packs then, {here['num_packs']} now"
-        told = [f"the documents of its files, or the order of files, are others ({packs})"]
+        details = [f"the documents of its files, or the order of files, are others ({packs})"]
     raise DataError(
-        "the data is not what the checkpoint was trained on: " + "; ".join(told),
+        "the data is not what the checkpoint was trained on: " + "; ".join(details),
         where=where,
         why="the run would see some documents twice and others never",
         do="restore the data and its settings, give --allow-change, or begin a new run with load_from",
     )
 
 
-def _same_length(facts: dict[str, Any], now: dict[str, Any], found: list[Change], where: str) -> None:
+def _require_same_length(facts: dict[str, Any], now: dict[str, Any], found: list[Change], where: str) -> None:
     for key, what, setting in (
         ("packs_per_iteration", "an iteration took {} packs and would take {}", "accumulative_counts"),
         ("max_iterations", "the run was to have {} iterations and would have {}", "max_epochs"),
     ):
         if facts[key] != now[key]:
-            told = "; ".join(str(c) for c in found if c.key.endswith(f".{setting}"))
+            details = "; ".join(str(c) for c in found if c.key.endswith(f".{setting}"))
             raise ConfigError(
-                what.format(facts[key], now[key]) + (f": {told}" if told else ""),
+                what.format(facts[key], now[key]) + (f": {details}" if details else ""),
                 where=where,
                 why="the schedule and the gradient noise would be another run's",
                 do=f"set {setting} as it was, or give --allow-change",

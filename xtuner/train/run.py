@@ -1,6 +1,6 @@
 """The three stages of a run, each complete before the next begins, and none changed afterwards:
 
-    Settings   what a config and a command line describe, built but for weights    preflight.prepare
+    Settings   what a config and a command line describe, built but for weights    preflight.prepare_settings
     Plan       what follows from them and from the checkpoint to resume            plan.make_plan
     Run        everything that trains; what hooks see                              trainer
 
@@ -27,7 +27,7 @@ from xtuner.engine.strategies.select import Choice
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.schedule import Schedule
-from xtuner.train.checkpoints.async_saver import Saver
+from xtuner.train.checkpoints.async_saver import AsyncSaver
 from xtuner.train.state import TrainState
 from xtuner.train.trackers import Trackers
 
@@ -136,7 +136,7 @@ class Run(Settings):
     loader: PackLoader
     strategy: Strategy
     metrics: Trackers
-    saver: Saver
+    saver: AsyncSaver
     log: Path
     progress: Progress
 
@@ -202,7 +202,7 @@ class Hook:
 
 
 @contextlib.contextmanager
-def hooks_of(run: Run) -> Iterator[None]:
+def run_hooks(run: Run) -> Iterator[None]:
     """Begin the hooks of a run, and end them after the block, in reverse order."""
     begun: list[Hook] = []
 

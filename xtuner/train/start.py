@@ -16,8 +16,8 @@ from xtuner.core.files import not_written, recover, write_json
 from xtuner.core.log import logger
 from xtuner.dist import collectives
 from xtuner.train.checkpoints.work_dir_lock import WorkDirLock
-from xtuner.train.reporting.start_report import environment
-from xtuner.train.resume import Found
+from xtuner.train.reporting.start_report import describe_environment
+from xtuner.train.resume import ResumePoint
 from xtuner.train.run import Progress, Settings
 from xtuner.train.trackers import Tracker, Trackers
 from xtuner.train.trackers.json_lines import JsonLines
@@ -35,25 +35,25 @@ class EarlyLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
 
-    def into_file(self) -> None:
+    def write_to_file(self) -> None:
         for handler in logger.handlers[1:]:  # the first is the terminal, which has shown them
             for record in self.records:
                 handler.handle(record)
 
 
-def take_work_dir(work_dir: Path, at_the_end: contextlib.ExitStack) -> None:
+def acquire_work_dir(work_dir: Path, cleanup: contextlib.ExitStack) -> None:
     """Make the work dir and lock it. A run that is refused before it writes anything leaves no folder that was new."""
     new = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
 
-    def give_back() -> None:
+    def remove_new_folders() -> None:
         for folder in new:
             with contextlib.suppress(OSError):  # a run has begun in it
                 folder.rmdir()
 
     with _writing(work_dir):
-        at_the_end.callback(give_back)
+        cleanup.callback(remove_new_folders)
         work_dir.mkdir(parents=True, exist_ok=True)
-        at_the_end.callback(WorkDirLock(work_dir).release)
+        cleanup.callback(WorkDirLock(work_dir).release)
         recover(work_dir, "iter_*.pth")
         recover(work_dir, "last_checkpoint")
 
@@ -62,7 +62,7 @@ def open_log(settings: Settings) -> Path:
     """This rank's log file, in a folder for this start, with environment, config as written and resolved."""
     ranks, config = settings.mesh.ranks, settings.config
     folder = Path(ranks.on_main(lambda: str(_make_folder(settings))))
-    ranks.together(lambda: _see(folder))
+    ranks.together(lambda: _require_visible(folder))
     file = folder / (f"{folder.name}.log" if ranks.is_main else f"rank_{ranks.rank:05d}.log")
     log.setup(config.setting("log_level"), file, ranks.rank)
     return file
@@ -75,7 +75,7 @@ def open_trackers(settings: Settings, trackers: list[Tracker], folder: Path) -> 
     return found
 
 
-def record_start(settings: Settings, progress: Progress, found: Found | None, folder: Path) -> None:
+def record_start(settings: Settings, progress: Progress, found: ResumePoint | None, folder: Path) -> None:
     """What the records of this start continue: a checkpoint of this work dir by its name, another one by its path."""
     source = None if found is None else str(found.folder.resolve())
     if found and found.folder.resolve().parent == settings.work_dir.resolve():
@@ -91,7 +91,7 @@ def _make_folder(settings: Settings) -> Path:
     try:
         with _writing(folder):
             folder.mkdir(exist_ok=True)
-            write_json(folder / "environment.json", environment(settings.config.path))
+            write_json(folder / "environment.json", describe_environment(settings.config.path))
             write_json(folder / "config.json", settings.config.resolved())
             _copy_config(settings.config.path, copy)
     except XTunerError:  # a run that has not begun leaves nothing
@@ -117,7 +117,7 @@ def _copy_config(config: Path, copy: Path) -> None:
     copy.write_bytes(without_secrets(config.read_bytes()))
 
 
-def _see(folder: Path) -> None:
+def _require_visible(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(
             f"rank {collectives.rank()} on {platform.node()} does not see the work dir that rank 0 has made",

@@ -20,7 +20,7 @@ from xtuner.dist.workers import stop_signals
 
 FILE = "STOP"
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
-LOOK_EVERY = 2.0  # s between looks at the file
+POLL_SECONDS = 2.0  # s between looks at the file
 SLACK = {"--max-minutes": 0.0}  # s kept for the unforeseen; 60 before a limit that kills
 
 
@@ -36,8 +36,8 @@ class Stop:
         self.interrupted = False  # by a first Ctrl-C
         self._file = work_dir / FILE
         self._ranks = ranks
-        self._answers = ranks.is_main  # by what a handler may use
-        self._looked = self._last = time.time()
+        self._prints = ranks.is_main  # by what a handler may use
+        self._last_poll = self._last = time.time()
         self._longest = 0.0
         limits = {"--max-minutes": time.time() + 60 * max_minutes} if max_minutes is not None else {}
         if SLURM_END in os.environ:
@@ -48,15 +48,15 @@ class Stop:
             logger.warning(f"{self._file} was there already: removed")
             self._file.unlink(missing_ok=True)
         for number in stop_signals():
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle_signal)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         name, again = signal.Signals(number).name, ""
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # first of all: the next one may be on its way
             self.interrupted = True
             again = "; press Ctrl-C again to stop at once without saving"
-        if self._answers and (again or not self.reason):
+        if self._prints and (again or not self.reason):
             with contextlib.suppress(OSError):  # a handler must not log or print: it may interrupt just that
                 os.write(2, f"{self._erase}xtuner: {name}: finishing this iteration, then saving{again}\n".encode())
         self.reason = self.reason or name
@@ -67,7 +67,7 @@ class Stop:
         Args:
             save_time: s that a save has taken, which must fit before a time limit.
         """
-        self.reason = self.reason or self._look(save_time)
+        self.reason = self.reason or self._find_reason(save_time)
         return bool(self.reason)
 
     def agree(self) -> None:
@@ -77,14 +77,14 @@ class Stop:
             with contextlib.suppress(OSError):  # read-only by now: the next start removes it
                 self._file.unlink(missing_ok=True)
 
-    def _look(self, save_time: float) -> str:
+    def _find_reason(self, save_time: float) -> str:
         now = time.time()
         self._longest, self._last = max(self._longest, now - self._last), now
         for what, end in self._limits.items():
             if now + 2 * self._longest + 2 * save_time + SLACK.get(what, 60.0) > end:
                 return what
-        if self._ranks.is_main and now - self._looked >= LOOK_EVERY:
-            self._looked = now
+        if self._ranks.is_main and now - self._last_poll >= POLL_SECONDS:
+            self._last_poll = now
             with contextlib.suppress(OSError):  # a file system that does not answer is no request
                 if self._file.exists():
                     return f"the file {FILE}"

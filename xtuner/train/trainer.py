@@ -23,13 +23,13 @@ from xtuner.engine.strategies.out_of_memory import is_out_of_memory
 from xtuner.engine.strategies.select import strategy
 from xtuner.train import preflight
 from xtuner.train.checkpoints import history
-from xtuner.train.checkpoints.async_saver import Saver
+from xtuner.train.checkpoints.async_saver import AsyncSaver
 from xtuner.train.plan import make_plan
-from xtuner.train.reporting.failure_advice import interrupted, out_of_memory
-from xtuner.train.reporting.start_report import report
-from xtuner.train.resume import Found, find, load_into
-from xtuner.train.run import Iteration, Plan, Progress, Run, Settings, hooks_of
-from xtuner.train.start import EarlyLog, open_log, open_trackers, record_start, take_work_dir
+from xtuner.train.reporting.failure_advice import interrupted_error, out_of_memory_error
+from xtuner.train.reporting.start_report import format_start_report
+from xtuner.train.resume import ResumePoint, find_resume_point, load_run_state
+from xtuner.train.run import Iteration, Plan, Progress, Run, Settings, run_hooks
+from xtuner.train.start import EarlyLog, acquire_work_dir, open_log, open_trackers, record_start
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 from xtuner.train.trackers import Tracker
@@ -49,7 +49,7 @@ class Options:
     cache_dir: str | None = None  # where data indexes are kept
     deepspeed: str | None = None  # a shipped name or a JSON file
     fsdp: str | None = None  # "full" or "hybrid"
-    words: tuple[str, ...] = ()  # of the command line, after `xtuner train`
+    arguments: tuple[str, ...] = ()  # of the command line, after `xtuner train`
 
 
 def train(config: Config, work_dir: Path, device: torch.device, options: Options, watch: Watch | None = None) -> int:
@@ -63,60 +63,62 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
     mesh = arrange(options.fsdp, options.ranks)
     ranks = mesh.ranks
     log.setup(rank=ranks.rank)
-    parts = ranks.together(lambda: preflight.settings(config))
+    parts = ranks.together(lambda: preflight.check_settings(config))
     tell(config)
     if config.setting("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.setting("randomness.deterministic"))  # attention is chosen by it
     log.setup(config.setting("log_level"), rank=ranks.rank)
-    ranks.on_main(lambda: preflight.command_line(work_dir, options.seed, options.max_minutes))
-    settings = preflight.prepare(config, parts.hooks, work_dir, device, options.seed, mesh, Opening(options.cache_dir))
+    ranks.on_main(lambda: preflight.check_command_line(work_dir, options.seed, options.max_minutes))
+    settings = preflight.prepare_settings(
+        config, parts.hooks, work_dir, device, options.seed, mesh, Opening(options.cache_dir)
+    )
     if options.dry_run:
-        found = _find(settings, options, contents=False)
-        plan = _plan(settings, options, found)
+        found = _find_resume_point(settings, options, contents=False)
+        plan = _make_plan(settings, options, found)
         _print_report(settings, plan)
         if options.ranks is None:  # else it is another machine's memory
             _require_memory(settings, plan)
         logger.info("dry run: nothing was trained" + (f"; it would resume from {found.folder}" if found else ""))
         return EXIT_DONE
-    with contextlib.ExitStack() as at_the_end:
+    with contextlib.ExitStack() as cleanup:
         early = EarlyLog()
-        ranks.on_main(lambda: take_work_dir(work_dir, at_the_end))
-        found = _find(settings, options)
-        plan = _plan(settings, options, found)
+        ranks.on_main(lambda: acquire_work_dir(work_dir, cleanup))
+        found = _find_resume_point(settings, options)
+        plan = _make_plan(settings, options, found)
         _require_memory(settings, plan)
         file = open_log(settings)
-        early.into_file()
+        early.write_to_file()
         stop = Stop(work_dir, ranks, options.max_minutes)
         if watch:
             watch.log, watch.interrupted = file, lambda: stop.interrupted
         run: Run | None = None
         progress = Progress(found.state) if found else Progress()
         try:
-            run = _build(settings, plan, found, parts.trackers, file, at_the_end)
+            run = _build_run(settings, plan, found, parts.trackers, file, cleanup)
             progress = run.progress
-            with hooks_of(run):
+            with run_hooks(run):
                 return loop(run, stop, watch)
         except Exception as e:
             if is_out_of_memory(e):
                 now = run.strategy.memory if run else None
-                raise out_of_memory(settings, plan, progress.state.iteration, options.words, e, now) from None
+                raise out_of_memory_error(settings, plan, progress.state.iteration, options.arguments, e, now) from None
             raise
         except SystemExit as e:  # of a hook's or a dataset's method
             raise of_exit(e) from None
         except KeyboardInterrupt:
-            at_the_end.close()  # with a save in flight
-            raise interrupted(work_dir, progress.state.iteration, options.words, mesh) from None
+            cleanup.close()  # with a save in flight
+            raise interrupted_error(work_dir, progress.state.iteration, options.arguments, mesh) from None
         finally:
             log.show_progress()
 
 
-def _find(settings: Settings, options: Options, contents: bool = True) -> Found | None:
+def _find_resume_point(settings: Settings, options: Options, contents: bool = True) -> ResumePoint | None:
     resume = options.resume if options.resume is not None else settings.config.setting("resume")
-    return find(settings.work_dir, resume, settings.mesh.ranks, options.strict_resume, contents)
+    return find_resume_point(settings.work_dir, resume, settings.mesh.ranks, options.strict_resume, contents)
 
 
-def _plan(settings: Settings, options: Options, found: Found | None) -> Plan:
+def _make_plan(settings: Settings, options: Options, found: ResumePoint | None) -> Plan:
     """All ranks call it together, and come to the same."""
     ranks, optim, device = settings.mesh.ranks, settings.optim, settings.device
     # kernels that are tried take memory: what is free is looked at afterwards
@@ -140,33 +142,33 @@ def _require_memory(settings: Settings, plan: Plan) -> None:
 def _print_report(settings: Settings, plan: Plan) -> None:
     """On rank 0. Its result goes to standard output; what happens while training goes to standard error."""
     if collectives.is_main():
-        log.print_result(report(settings, plan))
+        log.print_result(format_start_report(settings, plan))
         if warning := settings.dataset.dropped().warning():
             logger.warning(warning)
         for remark in plan.schedule.remarks(plan.max_iterations):
             logger.warning(remark)
 
 
-def _build(
-    settings: Settings, plan: Plan, found: Found | None, trackers: list[Tracker], file: Path,
-    at_the_end: contextlib.ExitStack,
+def _build_run(
+    settings: Settings, plan: Plan, found: ResumePoint | None, trackers: list[Tracker], file: Path,
+    cleanup: contextlib.ExitStack,
 ) -> Run:  # fmt: skip
     """Everything of the run, brought to where it begins; what does not lead there is moved out of the way."""
     ranks = settings.mesh.ranks
     metrics = open_trackers(settings, trackers, file.parent)
-    at_the_end.callback(metrics.close)
-    saver = Saver(settings.work_dir, ranks)
-    at_the_end.callback(saver.close)
+    cleanup.callback(metrics.close)
+    saver = AsyncSaver(settings.work_dir, ranks)
+    cleanup.callback(saver.close)
     _print_report(settings, plan)
     if plan.choice.remark and collectives.is_main():
         logger.info(plan.choice.remark)
-    trains = strategy(plan.choice, settings.source, settings.optim, settings.device)
+    strategy_ = strategy(plan.choice, settings.source, settings.optim, settings.device)
     if settings.device.type == "cuda":
-        trains.memory.tell(plan.choice.pack, settings.mesh)
-    progress = load_into(trains, settings.config, found, ranks)
+        strategy_.memory.tell(plan.choice.pack, settings.mesh)
+    progress = load_run_state(strategy_, settings.config, found, ranks)
     ranks.on_main(lambda: history.set_aside_others(settings.work_dir, found.chosen if found else None))
     ranks.on_main(lambda: record_start(settings, progress, found, file.parent))
-    return Run(**vars(settings), plan=plan, loader=plan.loader(settings), strategy=trains, metrics=metrics,
+    return Run(**vars(settings), plan=plan, loader=plan.loader(settings), strategy=strategy_, metrics=metrics,
                saver=saver, log=file, progress=progress)  # fmt: skip
 
 
@@ -185,7 +187,7 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
         counted = [stops, sum(b.num_targets for b in batch), sum(b.attention_pairs for b in batch)]
         counts, parts = run.mesh.ranks.sums_and_most(counted, run.strategy.parts(batch))
         if counts[0]:
-            return _stopped(run, stop)
+            return _save_and_stop(run, stop)
         num_targets = int(counts[1])
         lr = run.plan.schedule(run.state.iteration)
         loss = run.strategy.forward_backward(batch, num_targets, parts, run.state.iteration + 1)
@@ -203,7 +205,7 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
             data_time=data_time,
         )
         if not applied:
-            _not_applied(run, it, [b.pack for b in batch])
+            _report_unapplied_step(run, it, [b.pack for b in batch])
         for hook in run.hooks:
             hook.after_iteration(run, it)
         _report_checkpoints(run)
@@ -228,7 +230,7 @@ def _report_checkpoints(run: Run) -> None:
             hook.after_checkpoint(run, folder)
 
 
-def _stopped(run: Run, stop: Stop) -> int:
+def _save_and_stop(run: Run, stop: Stop) -> int:
     """Save where the run stands, before its next iteration."""
     stop.agree()
     run.save(last=True)
@@ -237,12 +239,12 @@ def _stopped(run: Run, stop: Stop) -> int:
     return EXIT_STOPPED
 
 
-def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
+def _report_unapplied_step(run: Run, it: Iteration, packs: list[int]) -> None:
     """Tell why an iteration changed no weight. Raises: DivergedError beyond the budget `train_cfg.max_skipped`."""
     number = it.state.iteration
     packs = [p for rank in run.mesh.ranks.gather(packs) for p in rank]
     if not it.num_targets:
-        _without_targets(run, number, packs)
+        _report_without_targets(run, number, packs)
         return
     run.progress.state = dataclasses.replace(run.state, skipped=run.state.skipped + 1)
     what = f"iteration {number}: loss {it.loss}, gradient norm {it.grad_norm}; the step was not applied"
@@ -270,7 +272,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
     raise error
 
 
-def _without_targets(run: Run, number: int, packs: list[int]) -> None:
+def _report_without_targets(run: Run, number: int, packs: list[int]) -> None:
     """Report the first iteration without a token to learn from, and the 10th, the 100th, …
 
     Raises: DataError when a whole epoch, or the whole run, had none.

@@ -16,7 +16,7 @@ from xtuner.train.state import TrainState
 TOLERATED = 2  # failed saves in a row; one more ends the run
 
 
-class Saver:
+class AsyncSaver:
     """Saves checkpoints into one work dir, one at a time.
 
     A save that fails is told, and training goes on with the older checkpoints; three in a row, or the last one of a
@@ -27,7 +27,7 @@ class Saver:
         self.work_dir = work_dir
         self._ranks = ranks.fresh()  # its collectives run in the thread, between the main one's
         self._pool = ThreadPoolExecutor(1, "xtuner-save")
-        self._flying: Future[None] | None = None
+        self._pending: Future[None] | None = None
         self._failures = 0
         self.save_time = 0.0  # s that the last save took
         self.written: deque[Path] = deque()  # checkpoints that are on the disk, for who takes them out
@@ -55,13 +55,13 @@ class Saver:
                 f"training waited {copied:.2f} s"
             )
 
-        self._flying = self._pool.submit(write)
+        self._pending = self._pool.submit(write)
 
     def finish(self, last: bool = False) -> None:
         """Wait for the save in flight. Raises: CheckpointError if it was one failure too many, or the `last` save."""
-        if self._flying is None:
+        if self._pending is None:
             return
-        error, self._flying = self._flying.exception(), None
+        error, self._pending = self._pending.exception(), None
         if error is None:
             self._failures = 0
             return

@@ -12,7 +12,7 @@ from xtuner.core.files import MANIFEST
 from xtuner.core.foreign_inputs import read_regular
 from xtuner.core.log import logger
 from xtuner.dist.collectives import Ranks
-from xtuner.train.checkpoints.checkpoint import LAST, TRAINER, verify, list_published, list_named
+from xtuner.train.checkpoints.checkpoint import LAST, TRAINER, list_named, list_published, verify
 
 
 @dataclass(frozen=True)

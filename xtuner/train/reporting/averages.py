@@ -5,7 +5,7 @@ from typing import Any
 
 from xtuner.train.run import Iteration
 
-MEMORY = 0.98  # of the smoothed loss: the weight of an iteration halves with every 34 that follow
+SMOOTHING = 0.98  # of the smoothed loss: the weight of an iteration halves with every 34 that follow
 _RATES = ("tokens_per_s", "tokens_per_s_a_rank", "mfu")
 _SECONDS = ("time", "data_time")
 
@@ -15,7 +15,7 @@ class Averages:
 
     - `loss`: mean over the targets of all of them; of a single iteration it is that iteration's own, to the last bit.
       One that is not finite is left out, unless there is no other: it was reported, and its step not applied.
-    - `loss_smoothed`: the same mean over all iterations since the start, older ones with ever smaller weights (MEMORY).
+    - `loss_smoothed`: the same mean over all iterations since the start, older ones with ever smaller weights (SMOOTHING).
     - seconds are means; rates are means weighted by seconds, so that tokens per second is tokens over seconds.
     - `targets`: their sum. `applied`: whether every step that had targets was applied.
     - Everything else that hooks have recorded: the last iteration's own.
@@ -31,8 +31,8 @@ class Averages:
     def add(self, it: Iteration) -> None:
         self._iterations.append(it)
         if it.num_targets and math.isfinite(it.loss):
-            self._losses = MEMORY * self._losses + it.loss * it.num_targets
-            self._targets = MEMORY * self._targets + it.num_targets
+            self._losses = SMOOTHING * self._losses + it.loss * it.num_targets
+            self._targets = SMOOTHING * self._targets + it.num_targets
 
     def record(self) -> dict[str, Any]:
         last = self._iterations[-1]

@@ -28,10 +28,10 @@ ENGINES = (
 # `optim_wrapper.full` with each; without it stage 2 sums whole gradients, where there is memory at the start
 FULL = dict.fromkeys(ENGINES) | {"deepspeed_zero2": "weights"}
 OPTIONS = ("--deepspeed", "--fsdp", "--resume")  # replaced, not repeated
-SHORTEST = 2048  # tokens of a pack below which shorter ones are no advice
+MIN_PACK_TOKENS = 2048  # tokens of a pack below which shorter ones are no advice
 
 
-def out_of_memory(
+def out_of_memory_error(
     settings: Settings, plan: Plan, done: int, words: Sequence[str], error: BaseException, now: Memory | None = None
 ) -> ConfigError:
     """The error to end with.
@@ -42,7 +42,7 @@ def out_of_memory(
         now: how memory was used at last; None if it ran out before the strategy was built.
     """
     choice, ranks, tokens = plan.choice, settings.mesh.size, settings.dataset.packed_length
-    used = _in_use(settings.device)
+    used = _describe_memory_in_use(settings.device)
     advice = [f"{command}\n            # {effect}" for command, effect in _advice(settings, plan, list(words), now)]
     found = ConfigError(
         f"memory ran out in iteration {done + 1}{used}: {str(error).splitlines()[0][:200]}",
@@ -56,16 +56,16 @@ def out_of_memory(
     return found
 
 
-def interrupted(work_dir: Path, done: int, words: Sequence[str], mesh: Mesh) -> InterruptedRunError:
+def interrupted_error(work_dir: Path, done: int, words: Sequence[str], mesh: Mesh) -> InterruptedRunError:
     """The error to end with after a second Ctrl-C. What a save in flight leaves must be there by now."""
     sealed = list(work_dir.glob(f"*.pth/{MANIFEST}"))
     newest = max(sealed, key=lambda manifest: manifest.stat().st_mtime, default=None)
     error = InterruptedRunError(
         f"stopped without saving, after iteration {done}",
         where=f"newest checkpoint: {newest.parent}" if newest else f"{work_dir}: no checkpoint was saved",
-        do=f"to continue from it: {_line(list(words), ['--resume'], mesh)}"
+        do=f"to continue from it: {_command_line(list(words), ['--resume'], mesh)}"
         if newest
-        else f"to begin again: {_line(list(words), [], mesh)}",
+        else f"to begin again: {_command_line(list(words), [], mesh)}",
     )
     error.quiet = not collectives.is_main()
     return error
@@ -77,34 +77,34 @@ def _advice(settings: Settings, plan: Plan, words: list[str], now: Memory | None
     choice, device, optim = plan.choice, settings.device, settings.optim
     if not settings.source.recompute and config.get("model.llm") is None:
         again = ["--cfg-options", "model.activation_checkpointing=True", *resume]
-        yield _line(words, again, mesh), "computes each block again in the backward; the same result"
+        yield _command_line(words, again, mesh), "computes each block again in the backward; the same result"
     tokens = settings.dataset.packed_length
     if choice.deepspeed and now:  # our own has tried it
         half = min(now.most or tokens, tokens) // 2
         if half >= LEAST:
             smaller = ["--cfg-options", f"optim_wrapper.micro_batch={half}", *resume]
-            yield _line(words, smaller, mesh), "micro-batches half as long, if documents are; the same result"
-    for name, state in _leaner(settings, plan):
+            yield _command_line(words, smaller, mesh), "micro-batches half as long, if documents are; the same result"
+    for name, state in _leaner_settings(settings, plan):
         slower = "; slower: the optimizer steps on the CPU" if "offload" in name else ""
         lean = ["--cfg-options", f"optim_wrapper.full={FULL[name]}"] if FULL[name] != optim.full else []
         yield (
-            _line(words, ["--deepspeed", name, *lean, *resume], mesh),
+            _command_line(words, ["--deepspeed", name, *lean, *resume], mesh),
             f"{human_bytes(state)} of state a GPU{slower}",
         )
     if not (choice.deepspeed or choice.fsdp) and optim.own_form(device) in (FORMS["fp32"], FORMS["split"]):
         size = human_bytes(num_parameters(settings.source.config) * FORMS["8bit"].bytes)
         leaner = ["--cfg-options", "optim_wrapper.states=8bit"]
-        yield _line(words, leaner, mesh), f"{size} of state; a new run, as the optimizer's state is another"
+        yield _command_line(words, leaner, mesh), f"{size} of state; a new run, as the optimizer's state is another"
     packed, counts = config.get("max_length"), config.get("accumulative_counts")
-    if isinstance(packed, int) and isinstance(counts, int) and packed // 2 >= SHORTEST:
+    if isinstance(packed, int) and isinstance(counts, int) and packed // 2 >= MIN_PACK_TOKENS:
         shorter = ["--cfg-options", f"max_length={packed // 2}", f"accumulative_counts={counts * 2}"]
         yield (
-            _line(words, shorter, mesh),
+            _command_line(words, shorter, mesh),
             "half the pack, as many tokens an iteration; a new run, as packs are others",
         )
 
 
-def _leaner(settings: Settings, plan: Plan) -> Iterator[tuple[str, int]]:
+def _leaner_settings(settings: Settings, plan: Plan) -> Iterator[tuple[str, int]]:
     """Settings of DeepSpeed's that need less, and bytes of state a GPU: those after the present ones, or all."""
     if settings.optim.states is not FORMS["fp32"] or settings.source.adapter:
         return  # not with DeepSpeed
@@ -119,7 +119,7 @@ def _leaner(settings: Settings, plan: Plan) -> Iterator[tuple[str, int]]:
             yield name, state
 
 
-def _line(words: list[str], more: list[str], mesh: Mesh) -> str:
+def _command_line(words: list[str], more: list[str], mesh: Mesh) -> str:
     """The command line with `more`, which replaces what was given of the same options."""
     replaced = {"--resume", *more} | ({"--fsdp"} if "--deepspeed" in more else set())
     kept, i = [], 0
@@ -130,10 +130,10 @@ def _line(words: list[str], more: list[str], mesh: Mesh) -> str:
             kept.append(words[i - 1])
         elif not value and not "".join(words[i : i + 1]).startswith("-"):
             i += 1  # its value
-    return shlex.join([*_started_by(words, mesh), "xtuner", "train", *kept, *more])
+    return shlex.join([*_launcher_prefix(words, mesh), "xtuner", "train", *kept, *more])
 
 
-def _started_by(words: list[str], mesh: Mesh) -> list[str]:
+def _launcher_prefix(words: list[str], mesh: Mesh) -> list[str]:
     """What goes before `xtuner`, so that as many processes start again."""
     ranks, local = mesh.size, mesh.local_size
     if ranks == 1:
@@ -149,7 +149,7 @@ def _started_by(words: list[str], mesh: Mesh) -> list[str]:
     return prefixes.get(launcher, lambda: [f"NPROC_PER_NODE={local}"] if ranks == local else [])()
 
 
-def _in_use(device: torch.device) -> str:
+def _describe_memory_in_use(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)

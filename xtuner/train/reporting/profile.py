@@ -22,15 +22,15 @@ PARTS = {
 }
 
 
-def part_of(kernel: str) -> str:
+def classify_kernel(kernel: str) -> str:
     return next(part for part, pattern in PARTS.items() if re.search(pattern, kernel))
 
 
-def by_part(kernels: Mapping[str, float], wall: float) -> dict[str, float]:
+def sum_by_part(kernels: Mapping[str, float], wall: float) -> dict[str, float]:
     """Sums by part of `kernels` (ms by name), and what is left of `wall` (ms): the GPU was idle."""
     sums = dict.fromkeys(PARTS, 0.0)
     for kernel, ms in kernels.items():
-        sums[part_of(kernel)] += ms
+        sums[classify_kernel(kernel)] += ms
     return {**sums, "idle": max(wall - sum(sums.values()), 0.0)}
 
 
@@ -72,12 +72,12 @@ class ProfileHook(Hook):
             self._timer = KernelTimer()
         elif it.state.iteration == self.begin - 1 + self.iterations and self._timer is not None:
             kernels, wall = self._timer.stop()
-            self._tell(run, {k: ms / self.iterations for k, ms in kernels.items()}, wall / self.iterations)
+            self._report(run, {k: ms / self.iterations for k, ms in kernels.items()}, wall / self.iterations)
             self._timer = None
 
-    def _tell(self, run: Run, kernels: dict[str, float], wall: float) -> None:
+    def _report(self, run: Run, kernels: dict[str, float], wall: float) -> None:
         """Both in ms an iteration."""
-        sums = by_part(kernels, wall)
+        sums = sum_by_part(kernels, wall)
         shown = "\n".join(f"  {part:<16} {ms:9.1f} ms {100 * ms / wall:5.1f} %" for part, ms in sums.items() if ms)
         longest = "\n".join(f"  {ms:9.1f} ms  {kernel[:90]}" for kernel, ms in list(kernels.items())[:12])
         logger.info(f"an iteration of {wall:.1f} ms on the GPU, by part\n{shown}\nthe longest kernels\n{longest}")

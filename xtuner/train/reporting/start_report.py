@@ -14,18 +14,18 @@ from xtuner.optim.parameter_groups import group_of
 from xtuner.train.run import Plan, Settings
 
 SHOWN_FILES = 20
-LOOKED_AT = 1024  # packs of which it is worked out how long ranks wait for each other
-SUGGESTED = 16  # iterations whose packs are dealt together: `train_dataloader.balance`
-MOST = 64  # iterations that are looked at for a window of more
-WORTH = 0.005  # of an iteration, to suggest it
+PACKS_EXAMINED = 1024  # packs of which it is worked out how long ranks wait for each other
+SUGGESTED_WINDOW = 16  # iterations whose packs are dealt together: `train_dataloader.balance`
+MAX_WINDOW = 64  # iterations that are looked at for a window of more
+MIN_GAIN = 0.005  # of an iteration, to suggest it
 
 
-def environment(config: Path) -> dict[str, Any]:
+def describe_environment(config: Path) -> dict[str, Any]:
     """Versions, machine, command line, and the git state of the folder that the config lies in; secrets masked."""
     return sysinfo.facts(config.resolve().parent)
 
 
-def report(settings: Settings, plan: Plan) -> str:
+def format_start_report(settings: Settings, plan: Plan) -> str:
     """The numbers that follow from config and data, for standard output."""
     data, config = settings.dataset, settings.source.config
     documents, tails, dropped = data.documents, data.tail_tokens_per_file, data.dropped()
@@ -42,9 +42,9 @@ def report(settings: Settings, plan: Plan) -> str:
     rows = [
         ("model", f"{parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, from {where}"),
         ("optimizer", settings.optim.describe()),
-        *_groups(settings),
+        *_parameter_group_rows(settings),
         ("strategy", plan.choice.name),
-        ("precision", f"{_masters(settings)}, compute in {compute} on {device}{_products(settings)}"),
+        ("precision", f"{_describe_masters(settings)}, compute in {compute} on {device}{_describe_products(settings)}"),
         ("attention", BACKENDS[settings.source.attention_backend(device, dtype)].about),
         ("state", f"{human_bytes(plan.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
         (
@@ -58,7 +58,7 @@ def report(settings: Settings, plan: Plan) -> str:
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))
-    rows += _dealing(settings, plan)
+    rows += _balance_rows(settings, plan)
     left_over = plan.total_packs - plan.max_iterations * plan.packs_per_iteration
     rows += [
         ("iteration", f"{tokens:,} tokens in packs: {plan.packs_per_iteration}; {human(flops)}FLOPs without attention"),
@@ -68,14 +68,14 @@ def report(settings: Settings, plan: Plan) -> str:
     return "what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows)
 
 
-def _groups(settings: Settings) -> list[tuple[str, str]]:
+def _parameter_group_rows(settings: Settings) -> list[tuple[str, str]]:
     """What the config's parameter groups take."""
     groups = settings.optim.parameter_groups
     taken = Counter(group_of(name, groups) for name in (settings.source.trained_names() if groups else ()))
     return [("", f"{taken[g]:,} parameters that match {g.match!r}: {g}") for g in groups]
 
 
-def _dealing(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
+def _balance_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
     """Which packs are dealt to ranks, and how long those wait for the slowest, by arithmetic."""
     loader, window = plan.loader(settings), plan.balance
     if loader.dp_size == 1:
@@ -93,22 +93,22 @@ def _dealing(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
     def flops(squares: Any) -> Any:
         return training_flops(settings.source.config, loader.dataset.packed_length, squares)
 
-    most = max(LOOKED_AT // plan.packs_per_iteration, min(window, MOST), SUGGESTED)
-    now, undealt, better = (loader.waiting(flops, balance, most) for balance in (window, 0, SUGGESTED))
+    most = max(PACKS_EXAMINED // plan.packs_per_iteration, min(window, MAX_WINDOW), SUGGESTED_WINDOW)
+    now, undealt, better = (loader.waiting(flops, balance, most) for balance in (window, 0, SUGGESTED_WINDOW))
     if now is None or undealt is None or better is None:
         return [("balance", what)]
     what += f": ranks wait {now:.1%} of an iteration for the slowest"
     if loader.deals:
         what += f" instead of {undealt:.1%}"
-    if window < SUGGESTED and now - better >= WORTH:
-        what += f"; train_dataloader.balance = {SUGGESTED} would leave {better:.1%}"
+    if window < SUGGESTED_WINDOW and now - better >= MIN_GAIN:
+        what += f"; train_dataloader.balance = {SUGGESTED_WINDOW} would leave {better:.1%}"
     return [("balance", f"{what} (by arithmetic)")]
 
 
-def _masters(settings: Settings) -> str:
+def _describe_masters(settings: Settings) -> str:
     form = settings.optim.states
     return "fp32 masters" if form.moment == torch.float32 else f"bf16 weights, {form.name} moments"
 
 
-def _products(settings: Settings) -> str:
+def _describe_products(settings: Settings) -> str:
     return "" if settings.source.products == "own" else f", products of blocks in {settings.source.products}"

@@ -123,7 +123,7 @@ def test_only_regular_files_are_opened(
     refused(lambda: from_pretrained(str(at("m/config.json").parent)), kind, CheckpointError)
     (work_dir := at("w/last_checkpoint").parent).joinpath("2026/vis_data").mkdir(parents=True)
     words = ("train", tiny, "--work-dir", work_dir)
-    refused(lambda: xtuner(*words, "--resume"), "not a whole checkpoint", CheckpointError)
+    refused(lambda: xtuner(*words, "--resume"), "not a complete checkpoint", CheckpointError)
     with pytest.raises(OSError, match=kind):
         WorkDirLock(at("w/.lock").parent)
     with pytest.raises(IsADirectoryError):

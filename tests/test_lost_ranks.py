@@ -190,7 +190,7 @@ def test_too_few_packs_for_the_ranks(tiny: Path, tmp_path: Path) -> None:
     children = started(train(tiny, tmp_path, "pass", "max_length=512"), tmp_path)
     assert ended(children) == [65, 65]
     assert re.search(r"\d packs, and one iteration takes 4 on 2 ranks", told(tmp_path, 0))
-    assert "or take fewer ranks" in told(tmp_path, 0)
+    assert "or use fewer ranks" in told(tmp_path, 0)
     assert "packs, and" not in told(tmp_path, 1)
 
 

@@ -148,7 +148,7 @@ def saves(ranks: Ranks, folder: Path) -> None:
     if me == 0:
         (folder / "iter_3.pth" / "manifest.json").unlink()
     for resume in ("auto", str(folder)):
-        with pytest.raises(CheckpointError, match=r"iter_4\.pth, which is not there") as error:
+        with pytest.raises(CheckpointError, match=r"iter_4\.pth, which does not exist") as error:
             history.select_checkpoint(folder, resume, ranks)
         assert error.value.quiet == (me != 0)
     with pytest.raises(ConfigError, match="no checkpoint there"):

@@ -196,7 +196,7 @@ def limited(bytes_a_file: int, words: list[str]) -> None:
 
 
 def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path, straight: Path, xtuner: Command) -> None:
-    """Writes fail with the system's own error: the old checkpoint stays, training goes on, a third failure ends it."""
+    """Writes fail with the system's own error: the old checkpoint stays, training continues, a third failure ends it."""
     work_dir = tmp_path / "w"
     shutil.copytree(straight.parent, work_dir)
     shutil.rmtree(work_dir / straight.name)
@@ -209,7 +209,7 @@ def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path, straight: Path, x
     files.verify(aside)
     log = sorted(work_dir.glob("*/*.log"))[-1].read_text()
     assert "the checkpoint cannot be written: rank 0: " in log
-    assert log.count("training goes on") == TOLERATED
+    assert log.count("training continues") == TOLERATED
     assert [p.name for p in work_dir.glob(".iter*")] == []
     resumed(tiny, work_dir, straight)
 
@@ -289,7 +289,7 @@ def test_another_runs_checkpoints_are_moved_aside(tiny: Path, tmp_path: Path, st
     assert contents(work_dir / straight.name) == contents(straight)
     assert [p.name for p in next(work_dir.glob("before_*")).iterdir()] == [straight.name]
     log = sorted(work_dir.glob("*/*.log"))[-1].read_text()
-    assert f"later checkpoints than {earlier}, which is resumed, are now in {work_dir}/before_" in log
+    assert f"checkpoints newer than {earlier}, which is resumed, were moved to {work_dir}/before_" in log
     assert "run were here" not in log
 
 
@@ -309,9 +309,9 @@ def put_deepspeed(folder: Path) -> None:
     ("harm", "words"),
     [
         (lambda folder: flip(folder / "weights" / "model.safetensors"), "is damaged: weights/model.safetensors is alt"),
-        (shutil.rmtree, "last_checkpoint names iter_1.pth, which is not there"),
-        (lambda folder: folder.rename(f"{folder}.damaged"), "last_checkpoint names iter_1.pth, which is not there"),
-        (remove_manifest, "iter_1.pth is not a whole checkpoint"),
+        (shutil.rmtree, "last_checkpoint names iter_1.pth, which does not exist"),
+        (lambda folder: folder.rename(f"{folder}.damaged"), "last_checkpoint names iter_1.pth, which does not exist"),
+        (remove_manifest, "iter_1.pth is not a complete checkpoint"),
         (put_deepspeed, "iter_1.pth is a checkpoint of DeepSpeed"),
     ],
 )
@@ -362,7 +362,7 @@ def test_a_checkpoint_of_an_older_version(tiny: Path, tmp_path: Path, straight: 
         xtuner(*train, f"dataset_folder={other}")
     for key, value in (("iteration", 3), ("kind", "export!")):
         files.write_json(folder / files.MANIFEST, {**manifest, key: value})
-        with pytest.raises(CheckpointError, match="is damaged: the manifest is altered: it is of "):
+        with pytest.raises(CheckpointError, match="is damaged: the manifest was altered: it is for "):
             xtuner(*train)
     files.write_json(folder / files.MANIFEST, manifest)
     resumed(tiny, work_dir, straight)

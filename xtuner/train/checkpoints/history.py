@@ -1,4 +1,4 @@
-"""The checkpoints that a work dir holds already: which of them a resume begins from, and what is in a new run's way."""
+"""The existing checkpoints of a work dir: which one to resume from, and which to move aside for a new run."""
 
 import os
 import time
@@ -17,29 +17,29 @@ from xtuner.train.checkpoints.checkpoint import LAST, TRAINER, list_named, list_
 
 @dataclass(frozen=True)
 class ResumeChoice:
-    """What a resume would begin from, when nothing has been touched yet."""
+    """The checkpoint to resume from. Nothing on the disk has been changed yet."""
 
     folder: Path
-    damaged: tuple[Path, ...] = ()  # newer ones in its folder that cannot be used
+    damaged: tuple[Path, ...] = ()  # newer checkpoints in the same folder that cannot be used
 
 
 def select_checkpoint(
     work_dir: Path, resume: str | bool | None, ranks: Ranks, strict: bool = False, contents: bool = True
 ) -> ResumeChoice | None:
-    """What `--resume` means: None for a fresh start, or a checkpoint that verifies. All ranks call it together.
+    """The verified checkpoint that `--resume` selects, or None for a fresh start. All ranks call it together.
 
-    "auto" and True take the newest in `work_dir`, or None if there never was one: safe in scripts that start and
-    restart. Changes nothing on the disk; `set_aside_others` does. Without `contents` (a dry run) sizes alone are compared.
+    "auto" and True select the newest one in `work_dir`, or None if there never was one: safe in scripts that start and
+    restart. Changes nothing on the disk (`set_aside_others` does). Without `contents` (a dry run) only sizes are compared.
 
-    Raises: CheckpointError if there is nothing whole to resume from although there should be, ConfigError for a path
-    that leads to no checkpoint.
+    Raises: CheckpointError if no checkpoint is complete although there should be one, ConfigError for a path that is
+    not a checkpoint.
     """
     if resume == "":
         raise ConfigError(
             "--resume is given an empty path",
             where="--resume",
-            why="starting afresh instead would throw the run away unnoticed",
-            do="set the variable that should hold the path, or leave --resume out to start afresh",
+            why="a fresh start instead would silently discard the run",
+            do="set the variable that should contain the path, or omit --resume to start afresh",
         )
     if not resume:
         return None
@@ -54,10 +54,10 @@ def select_checkpoint(
 
 
 def latest_checkpoint(work_dir: Path, ranks: Ranks, strict: bool = False, contents: bool = True) -> ResumeChoice | None:
-    """The newest checkpoint whose every file is as it was written; each rank reads its share of the files.
+    """The newest checkpoint whose files all match the manifest; each rank reads its share of the files.
 
-    A damaged one is list_named, and the one before is used; with `strict` it is an error instead. None if the work dir has
-    never had a checkpoint. Raises: CheckpointError if it had, and none is whole.
+    A damaged one is logged and skipped; with `strict` it is an error. None if the work dir never had a checkpoint.
+    Raises: CheckpointError if it had some and none is complete.
     """
     damaged: list[Path] = []
     reason = ""
@@ -73,7 +73,7 @@ def latest_checkpoint(work_dir: Path, ranks: Ranks, strict: bool = False, conten
             reason = reason or f"{name} is damaged: {e.what}"
             continue
         if damaged:
-            logger.warning(f"{name} is used, the newest that is whole")
+            logger.warning(f"{name} is used: the newest complete checkpoint")
         ranks.on_main(lambda: _report_missing(work_dir))
         return ResumeChoice(folder, tuple(damaged))
     ranks.on_main(lambda: _refuse_to_start_afresh(work_dir, reason))
@@ -81,57 +81,57 @@ def latest_checkpoint(work_dir: Path, ranks: Ranks, strict: bool = False, conten
 
 
 def _read_last(work_dir: Path) -> Path | None:
-    """What `last_checkpoint` names; mmengine writes a whole path there."""
+    """The path that `last_checkpoint` names; mmengine writes an absolute path there."""
     try:
         name = read_regular(work_dir / LAST).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
     except OSError:
-        return work_dir / LAST  # something that cannot be read: not nothing
+        return work_dir / LAST  # unreadable, but there
     return work_dir / name[:4096] if name else None
 
 
 def _report_missing(work_dir: Path) -> None:
-    """Mention what looks like checkpoints and is not used."""
+    """Warn about files that look like checkpoints and are not used."""
     if (last := _read_last(work_dir)) and not _exists(last):
-        logger.warning(f"{LAST} names {last.name}, which is not there any more; the newest that is there is used")
+        logger.warning(f"{LAST} names {last.name}, which no longer exists; the newest existing checkpoint is used")
     for _, folder in list_named(work_dir):
         if folder.is_dir() and not (folder / MANIFEST).is_file():
-            logger.warning(f"{folder.name} has no {MANIFEST}: it is not whole, and not used")
+            logger.warning(f"{folder.name} has no {MANIFEST}: it is incomplete and not used")
 
 
 def _refuse_to_start_afresh(work_dir: Path, reason: str) -> None:
-    """Raise CheckpointError if the work dir, in which nothing is whole, shows that a run was here."""
+    """Raise CheckpointError if the work dir has traces of a run but no complete checkpoint."""
     last = _read_last(work_dir)
     others = [p.name for _, p in list_named(work_dir)] + [p.name for p in work_dir.glob("iter_*.pth.damaged*")]
     if not (reason or last or others):
         return
     if not reason and last and not _exists(last):
-        reason = f"{LAST} names {last.name}, which is not there"
+        reason = f"{LAST} names {last.name}, which does not exist"
     elif not reason:
         name = last.name if last else others[-1]
         kind = path_kinds.recognise(work_dir / name)
-        reason = f"{name} is " + (kind.what if kind.foreign else "not a whole checkpoint")
+        reason = f"{name} is " + (kind.what if kind.foreign else "not a complete checkpoint")
         if kind.foreign:
             raise CheckpointError(
                 f"--resume has nothing to resume from: {reason}",
                 where=str(work_dir / name),
-                why="it has no optimizer state and data position of ours",
+                why="it has no optimizer state and data position in our format",
                 do=_advise_on_weights(kind),
             )
     raise CheckpointError(
         f"--resume has nothing to resume from: {reason}",
         where=str(work_dir),
-        why="starting afresh instead would throw the run away unnoticed",
-        do="restore a checkpoint (--resume PATH takes one from elsewhere), or start afresh on purpose: another "
-        "--work-dir, or this one without --resume (`resume = False` in the config), which moves what is there to "
+        why="a fresh start instead would silently discard the run",
+        do="restore a checkpoint (--resume PATH takes one from elsewhere), or start afresh on purpose: use another "
+        "--work-dir, or this one without --resume (`resume = False` in the config), which moves its checkpoints to "
         "before_TIME/",
     )
 
 
 def _advise_on_weights(kind: path_kinds.Kind) -> str:
     if kind.inner:
-        return f"give one of them, such as --resume {kind.inner}, if it is of xtuner"
+        return f"give one of them, such as --resume {kind.inner}, if xtuner wrote it"
     return kind.fits("start from its weights, without --resume, with load_from = '{}'")
 
 
@@ -151,36 +151,36 @@ def _is_work_dir(folder: Path) -> bool:
 
 
 def _require_checkpoint(folder: Path, resume: str) -> None:
-    if os.path.isfile(folder / TRAINER):  # False, too, for what no path can be
+    if os.path.isfile(folder / TRAINER):  # also False for an invalid path
         return
     kind = path_kinds.recognise(folder)
     if kind.foreign:
         raise ConfigError(
             f"--resume {resume}: this is {kind.what}",
             where=str(folder),
-            why="it has no optimizer state and data position of ours",
+            why="it has no optimizer state and data position in our format",
             do=_advise_on_weights(kind),
         )
     partial = f"this is {kind.what}" if kind.what == path_kinds.PARTIAL else ""
     raise ConfigError(
         f"--resume {resume}: " + (partial or ("no checkpoint there" if kind.exists else "there is no such folder")),
         where=str(folder),
-        why="starting afresh instead would throw the run away unnoticed",
-        do="give an iter_N.pth folder, or `--resume auto` for the newest one of the work dir",
+        why="a fresh start instead would silently discard the run",
+        do="give an iter_N.pth folder, or `--resume auto` for the newest one in the work dir",
     )
 
 
 def set_aside_others(work_dir: Path, chosen: ResumeChoice | None) -> None:
-    """Move what does not lead to this run out of its way: pruning and a later `--resume` would take it for this run's.
+    """Move aside checkpoints that this run does not continue: pruning and a later `--resume` would mistake them for its own.
 
-    Damaged checkpoints become `iter_N.pth.damaged`, for a person to look at. Into `work_dir/before_TIME/` go those
-    that are newer than the one resumed from; for a fresh start, or one from elsewhere, all.
+    Damaged checkpoints become `iter_N.pth.damaged`, so that a person can examine them. Checkpoints newer than the one
+    resumed from move to `work_dir/before_TIME/`; all of them do for a fresh start or a resume from elsewhere.
     """
     ours = chosen is not None and chosen.folder.resolve().parent == work_dir.resolve()
     for folder in chosen.damaged if chosen and ours else ():
         aside = _unused_path(folder.with_name(f"{folder.name}.damaged"))
         folder.rename(aside)
-        logger.warning(f"{folder.name}, which is damaged, is kept as {aside.name}")
+        logger.warning(f"the damaged {folder.name} is kept as {aside.name}")
     if chosen and ours:
         last = int(chosen.folder.stem.removeprefix("iter_"))
         moved = [p for n, p in list_named(work_dir) if n > last]
@@ -195,11 +195,11 @@ def set_aside_others(work_dir: Path, chosen: ResumeChoice | None) -> None:
         path.rename(aside / path.name)
     names = ", ".join(p.name for p in moved if p.name != LAST) or LAST
     if chosen and ours:
-        logger.warning(f"later checkpoints than {chosen.folder.name}, which is resumed, are now in {aside}: {names}")
+        logger.warning(f"checkpoints newer than {chosen.folder.name}, which is resumed, were moved to {aside}: {names}")
     else:
-        logger.warning(f"checkpoints of an earlier run were here; they are now in {aside}: {names}")
+        logger.warning(f"checkpoints of an earlier run were moved to {aside}: {names}")
 
 
 def _unused_path(path: Path) -> Path:
-    """`path`, or with a number behind it if there is something of that name."""
+    """`path`, or `path.N` if something has that name."""
     return next(p for n in count(1) if not os.path.lexists(p := path.with_name(path.name + (f".{n}" if n > 1 else ""))))

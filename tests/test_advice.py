@@ -109,7 +109,7 @@ def test_a_7b_model_on_8_gpus(
         *(f"{start} --cfg-options a=b --deepspeed deepspeed_{name}{full.get(name, '')} --resume auto" for name in more),
         f"{start} {engine} --cfg-options a=b --cfg-options max_length=4096 accumulative_counts=4",
     ]
-    assert len(re.findall(r"# \d+\.\d\d GiB of state a GPU", str(error))) == len(more)
+    assert len(re.findall(r"# \d+\.\d\d GiB of state per GPU", str(error))) == len(more)
     run.optim.full = "all"  # what another stage, or sums by DeepSpeed, would refuse is taken back
     now = zero_memory.ZeroMemory(0, Plan(run.source.config, 2), 8200)
     full = {"zero2": "weights"} | dict.fromkeys(("zero1", "zero2_offload", "zero3", "zero3_offload"))

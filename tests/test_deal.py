@@ -213,11 +213,15 @@ def test_a_dataset_without_costs_is_not_dealt() -> None:
 @pytest.mark.parametrize(
     ("options", "ranks", "words"),
     [
-        ([], 4, ["packs of an iteration are dealt to its ranks", "the slowest instead of ", "= 16 would leave"]),
-        (["accumulative_counts=1"], 4, ["one pack a rank in an iteration, nothing to deal: ranks wait "]),
-        (["train_dataloader.balance=0"], 2, ["packs are not dealt: ranks wait "]),
-        (["train_dataloader.balance=3"], 2, ["packs of 3 iterations are dealt to them", "the slowest instead of "]),
-        (["train_dataloader.balance=16"], 1, ["packs of 16 iterations are dealt to them", "as on several ranks"]),
+        ([], 4, ["packs of an iteration are assigned to ranks", "the slowest instead of ", "= 16 would leave"]),
+        (["accumulative_counts=1"], 4, ["one pack per rank and iteration, nothing to balance: ranks wait "]),
+        (["train_dataloader.balance=0"], 2, ["packs are not balanced: ranks wait "]),
+        (["train_dataloader.balance=3"], 2, ["packs of 3 iterations are assigned to ranks", "the slowest instead of "]),
+        (
+            ["train_dataloader.balance=16"],
+            1,
+            ["packs of 16 iterations are ordered by attention cost", "as on several ranks"],
+        ),
         ([], 1, []),
     ],
 )

@@ -252,6 +252,6 @@ def test_one_stream_on_any_number_of_ranks(
     assert state.position.epoch < 3
     left = 3 * per_epoch - state.packs
     assert f"done: {len(straight)} iterations, {state.packs} packs" in told(tmp_path, 0)
-    assert f"{left} packs at the end filled no iteration" in told(tmp_path, 0)
+    assert f"{left} packs at the end did not fill an iteration" in told(tmp_path, 0)
     facts = files.read_json(tmp_path / "w" / last / "trainer.json")
     assert (facts["begun_on"], facts["ranks"], facts["packs_per_iteration"]) == (chain[0], chain[-1], 4)

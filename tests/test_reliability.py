@@ -196,7 +196,7 @@ def limited(bytes_a_file: int, words: list[str]) -> None:
 
 
 def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path, straight: Path, xtuner: Command) -> None:
-    """Writes fail with the system's own error: the old checkpoint stays, training continues, a third failure ends it."""
+    """Writes fail with the system's error: the old checkpoint stays, training continues, a third failure ends it."""
     work_dir = tmp_path / "w"
     shutil.copytree(straight.parent, work_dir)
     shutil.rmtree(work_dir / straight.name)
@@ -358,7 +358,7 @@ def test_a_checkpoint_of_an_older_version(tiny: Path, tmp_path: Path, straight: 
     files.write_json(folder / files.MANIFEST, manifest)
     other = write_corpus(tmp_path / "other", 10, seed=1)
     train = ("train", tiny, "--work-dir", work_dir, "--resume", "--cfg-options", *SHORT)
-    with pytest.raises(DataError, match=r"documents of its files, or the order of files, are others \(7 packs then"):
+    with pytest.raises(DataError, match=r"documents of its files, or the order of files, have changed \(7 packs then"):
         xtuner(*train, f"dataset_folder={other}")
     for key, value in (("iteration", 3), ("kind", "export!")):
         files.write_json(folder / files.MANIFEST, {**manifest, key: value})

@@ -19,10 +19,13 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.train.plan import make_plan
 
     config = load(args.config, args.cfg_options)
-    parts = preflight.check_settings(config)
+    extensions = preflight.check_settings(config)
     here = device()
     work_dir = preflight.resolve_work_dir(None, config)
-    settings = preflight.prepare_settings(config, parts.hooks, work_dir, here, None, Mesh(), Opening(read_only=True))
+    opening = Opening(read_only=True)
+    settings = preflight.prepare_settings(config, extensions.hooks, work_dir, here, None, Mesh(), opening)
+        config, extensions.hooks, work_dir, here, None, Mesh(), Opening(read_only=True)
+    )
     plan = make_plan(settings)
     notes = list(plan.schedule.remarks(plan.max_iterations))
     print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))

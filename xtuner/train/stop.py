@@ -1,7 +1,7 @@
 """Stop requests: finish the iteration, save, exit 75. A second signal has no effect, a second Ctrl-C ends at once.
 
-Sources: SIGTERM, SIGUSR1, Ctrl-C, a closing terminal (SIGHUP, unless `nohup` ignores it), a file `STOP` in the work dir,
-`--max-minutes`, and the end of the Slurm job. A request on any rank stops all ranks at the same iteration.
+Sources: SIGTERM, SIGUSR1, Ctrl-C, a closing terminal (SIGHUP, unless `nohup` ignores it), a file `STOP` in the work
+dir, `--max-minutes`, and the end of the Slurm job. A request on any rank stops all ranks at the same iteration.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The loop, and what it needs put together from a config."""
+"""The training loop, and the assembly of a run from a config."""
 
 import contextlib
 import dataclasses
@@ -37,47 +37,47 @@ from xtuner.train.trackers import Tracker
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a run is started, beside what its config says."""
+    """Options of the command line."""
 
-    resume: str | None = None  # a checkpoint, "auto" for the newest in the work dir, None for what the config says
-    strict_resume: bool = False  # a damaged checkpoint is an error, not a reason to take the one before it
+    resume: str | None = None  # a checkpoint, "auto" for the newest in the work dir, None for the config's `resume`
+    strict_resume: bool = False  # a damaged checkpoint is an error; else the previous one is used
     allow_change: bool = False  # resume although settings or data that change the result have changed
     seed: int | None = None  # of random weights; None for the config's
-    dry_run: bool = False  # report everything, load no weights, train nothing
-    ranks: int | None = None  # of a dry run: plan for so many processes
-    max_minutes: float | None = None  # stop in time to have saved by then
-    cache_dir: str | None = None  # where data indexes are kept
+    dry_run: bool = False  # report the plan without loading weights or training
+    ranks: int | None = None  # of a dry run: plan for this number of processes
+    max_minutes: float | None = None  # stop early enough to have saved by then
+    cache_dir: str | None = None  # for data indexes
     deepspeed: str | None = None  # a shipped name or a JSON file
     fsdp: str | None = None  # "full" or "hybrid"
-    arguments: tuple[str, ...] = ()  # of the command line, after `xtuner train`
+    arguments: tuple[str, ...] = ()  # the command line after `xtuner train`
 
 
 def train(config: Config, work_dir: Path, device: torch.device, options: Options, watch: Watch | None = None) -> int:
     """Run a config to its end: settings, then the plan, then the run.
 
     Args:
-        watch: what is told how far this rank is, if there are others.
+        watch: the heartbeat that monitors this rank's progress, if there are several ranks.
 
-    Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
+    Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for errors that the user can fix.
     """
     mesh = arrange(options.fsdp, options.ranks)
     ranks = mesh.ranks
     log.setup(rank=ranks.rank)
-    parts = ranks.together(lambda: preflight.check_settings(config))
+    extensions = ranks.together(lambda: preflight.check_settings(config))
     tell(config)
     if config.setting("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.setting("randomness.deterministic"))  # attention is chosen by it
+    torch.use_deterministic_algorithms(config.setting("randomness.deterministic"))  # affects the choice of attention
     log.setup(config.setting("log_level"), rank=ranks.rank)
     ranks.on_main(lambda: preflight.check_command_line(work_dir, options.seed, options.max_minutes))
     settings = preflight.prepare_settings(
-        config, parts.hooks, work_dir, device, options.seed, mesh, Opening(options.cache_dir)
+        config, extensions.hooks, work_dir, device, options.seed, mesh, Opening(options.cache_dir)
     )
     if options.dry_run:
         found = _find_resume_point(settings, options, contents=False)
         plan = _make_plan(settings, options, found)
         _print_report(settings, plan)
-        if options.ranks is None:  # else it is another machine's memory
+        if options.ranks is None:  # else the plan is for other machines
             _require_memory(settings, plan)
         logger.info("dry run: nothing was trained" + (f"; it would resume from {found.folder}" if found else ""))
         return EXIT_DONE
@@ -95,7 +95,7 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
         run: Run | None = None
         progress = Progress(found.state) if found else Progress()
         try:
-            run = _build_run(settings, plan, found, parts.trackers, file, cleanup)
+            run = _build_run(settings, plan, found, extensions.trackers, file, cleanup)
             progress = run.progress
             with run_hooks(run):
                 return loop(run, stop, watch)
@@ -104,10 +104,10 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
                 now = run.strategy.memory if run else None
                 raise out_of_memory_error(settings, plan, progress.state.iteration, options.arguments, e, now) from None
             raise
-        except SystemExit as e:  # of a hook's or a dataset's method
+        except SystemExit as e:  # raised by a hook or dataset
             raise of_exit(e) from None
         except KeyboardInterrupt:
-            cleanup.close()  # with a save in flight
+            cleanup.close()  # waits for a save in progress
             raise interrupted_error(work_dir, progress.state.iteration, options.arguments, mesh) from None
         finally:
             log.show_progress()
@@ -119,16 +119,16 @@ def _find_resume_point(settings: Settings, options: Options, contents: bool = Tr
 
 
 def _make_plan(settings: Settings, options: Options, found: ResumePoint | None) -> Plan:
-    """All ranks call it together, and come to the same."""
+    """All ranks call it together and get equal plans."""
     ranks, optim, device = settings.mesh.ranks, settings.optim, settings.device
-    # kernels that are tried take memory: what is free is looked at afterwards
+    # these two try kernels, which takes memory: measure free memory afterwards
     ranks.together(lambda: settings.source.require(device, optim.compute_dtype(device)))
     ranks.together(lambda: optim.traits(device))
     free = memory.free_of_all(device, settings.mesh)
     how = options.allow_change, options.deepspeed, options.fsdp, free
     plan = ranks.together(lambda: make_plan(settings, found, *how))
     if found:
-        ranks.on_main(lambda: SavedStates(found.folder) and None)  # the optimizer's state is there
+        ranks.on_main(lambda: SavedStates(found.folder) and None)  # raises if the optimizer's state is absent
     return plan
 
 
@@ -140,7 +140,7 @@ def _require_memory(settings: Settings, plan: Plan) -> None:
 
 
 def _print_report(settings: Settings, plan: Plan) -> None:
-    """On rank 0. Its result goes to standard output; what happens while training goes to standard error."""
+    """Print the plan on rank 0: to standard output, unlike the log of the training."""
     if collectives.is_main():
         log.print_result(format_start_report(settings, plan))
         if warning := settings.dataset.dropped().warning():
@@ -153,7 +153,7 @@ def _build_run(
     settings: Settings, plan: Plan, found: ResumePoint | None, trackers: list[Tracker], file: Path,
     cleanup: contextlib.ExitStack,
 ) -> Run:  # fmt: skip
-    """Everything of the run, brought to where it begins; what does not lead there is moved out of the way."""
+    """Build the run, load its initial state, and move aside checkpoints that it does not continue."""
     ranks = settings.mesh.ranks
     metrics = open_trackers(settings, trackers, file.parent)
     cleanup.callback(metrics.close)
@@ -182,7 +182,7 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
             watch.iteration = run.state.iteration
         batch = [next(packs) for _ in range(run.plan.accumulative_counts)]
         data_time = time.perf_counter() - begin
-        # at least one iteration is done; all that ranks have to agree on for the next goes in one message
+        # at least one iteration per start; everything that ranks must agree on is sent in one message
         stops = run.state.iteration > begun_at and stop.requested(run.saver.save_time)
         counted = [stops, sum(b.num_targets for b in batch), sum(b.attention_pairs for b in batch)]
         counts, parts = run.mesh.ranks.sums_and_most(counted, run.strategy.parts(batch))
@@ -216,14 +216,14 @@ def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
     left = max(run.plan.total_packs - run.state.packs, 0)
     logger.info(
         f"done: {run.state.iteration} iterations, {run.state.packs:,} packs, {run.state.targets:,} tokens learned from"
-        + (f"; {left} packs at the end filled no iteration" if left else "")
+        + (f"; {left} packs at the end did not fill an iteration" if left else "")
         + (f"; {empty:,} iterations had no token to learn from" if empty else "")
     )
     return EXIT_DONE
 
 
 def _report_checkpoints(run: Run) -> None:
-    """Those that have come to the disk since the last time."""
+    """Pass checkpoints that have been written since the last call to the hooks."""
     while run.saver.written:
         folder = run.saver.written.popleft()
         for hook in run.hooks:
@@ -231,7 +231,7 @@ def _report_checkpoints(run: Run) -> None:
 
 
 def _save_and_stop(run: Run, stop: Stop) -> int:
-    """Save where the run stands, before its next iteration."""
+    """Save the current state and return EXIT_STOPPED."""
     stop.agree()
     run.save(last=True)
     _report_checkpoints(run)
@@ -240,7 +240,7 @@ def _save_and_stop(run: Run, stop: Stop) -> int:
 
 
 def _report_unapplied_step(run: Run, it: Iteration, packs: list[int]) -> None:
-    """Tell why an iteration changed no weight. Raises: DivergedError beyond the budget `train_cfg.max_skipped`."""
+    """Log why an iteration changed no weight. Raises: DivergedError beyond the budget `train_cfg.max_skipped`."""
     number = it.state.iteration
     packs = [p for rank in run.mesh.ranks.gather(packs) for p in rank]
     if not it.num_targets:
@@ -263,10 +263,10 @@ def _report_unapplied_step(run: Run, it: Iteration, packs: list[int]) -> None:
     error = DivergedError(
         what,
         where=f"packs {packs} of {', '.join(sorted(files))}",
-        why="weights that met a NaN would be lost; these are as they were before the iteration",
-        do=f"run the same iterations again: {again}\n"
+        why="a NaN would have destroyed the weights; they are unchanged since the iteration before",
+        do=f"repeat the same iterations: {again}\n"
         f"        look at a pack: {data.how_to_show(packs[0], '--tokenizer DIR')}\n"
-        f"        or go on without such iterations: --cfg-options train_cfg.max_skipped=10",
+        f"        or continue without such iterations: --cfg-options train_cfg.max_skipped=10",
     )
     error.quiet = not collectives.is_main()
     raise error
@@ -281,7 +281,7 @@ def _report_without_targets(run: Run, number: int, packs: list[int]) -> None:
     count, data = run.progress.without_targets, run.loader.dataset
     if count == 1:
         logger.warning(
-            f"iteration {number} changed no weight: none of its tokens is marked as learned (packs {packs}). "
+            f"iteration {number} changed no weight: none of its tokens is a target (packs {packs}). "
             "Further ones are counted, not listed"
         )
     elif set(str(count)) <= {"1", "0"} and str(count).count("1") == 1:
@@ -291,7 +291,7 @@ def _report_without_targets(run: Run, number: int, packs: list[int]) -> None:
         error = DataError(
             f"no token to learn from in {run.state.packs:,} packs: nothing was trained",
             where=data.documents.location,
-            why="a token is learned if it is above 0 in the .bin; negative ones are context only",
+            why="tokens above 0 in the .bin are learned; negative ones are context only",
             do=f"count them: xtuner data stats {data.documents.folder}\n        look at a pack: "
             * bool(data.documents.folder)
             + data.how_to_show(packs[0]),

@@ -30,7 +30,7 @@ class AsyncSaver:
         self._pending: Future[None] | None = None
         self._failures = 0
         self.save_time = 0.0  # s, of the last save
-        self.written: deque[Path] = deque()  # checkpoints on the disk that hooks have not been told of
+        self.written: deque[Path] = deque()  # checkpoints on the disk, not yet passed to hooks
 
     def save(
         self, state: TrainState, strategy: Strategy, facts: dict[str, Any], optimizer: bool = True, keep: int = -1
@@ -58,7 +58,7 @@ class AsyncSaver:
         self._pending = self._pool.submit(write)
 
     def finish(self, last: bool = False) -> None:
-        """Wait for the save in progress. Raises: CheckpointError for one failure too many, or if the `last` save failed."""
+        """Wait for the save in progress. Raises: CheckpointError if it was the third failure in a row, or `last`."""
         if self._pending is None:
             return
         error, self._pending = self._pending.exception(), None
@@ -71,5 +71,5 @@ class AsyncSaver:
         logger.error(f"checkpoint failed ({self._failures} in a row; {TOLERATED + 1} end the run); training continues")
 
     def close(self) -> None:
-        """Wait for the save in progress and ignore its error: the process must not end while files are being written."""
+        """Wait for the save in progress, without its error: the process must not end while files are being written."""
         self._pool.shutdown(wait=True)

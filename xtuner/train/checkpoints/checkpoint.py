@@ -154,5 +154,5 @@ def read_trainer(folder: Path) -> tuple[TrainState, dict[str, Any]]:
         return TrainState.from_json(facts.pop("state")), facts
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(
-            f"{TRAINER} is not one that this version writes: {e!r}", where=str(folder / TRAINER)
+            f"{TRAINER} does not have the format of this version: {e!r}", where=str(folder / TRAINER)
         ) from None

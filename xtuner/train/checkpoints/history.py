@@ -28,8 +28,8 @@ def select_checkpoint(
 ) -> ResumeChoice | None:
     """The verified checkpoint that `--resume` selects, or None for a fresh start. All ranks call it together.
 
-    "auto" and True select the newest one in `work_dir`, or None if there never was one: safe in scripts that start and
-    restart. Changes nothing on the disk (`set_aside_others` does). Without `contents` (a dry run) only sizes are compared.
+    "auto" and True select the newest one in `work_dir`, or None if there never was one: safe for starts and restarts.
+    Changes nothing on the disk; `set_aside_others` does. Without `contents` (a dry run), only sizes are compared.
 
     Raises: CheckpointError if no checkpoint is complete although there should be one, ConfigError for a path that is
     not a checkpoint.
@@ -171,7 +171,7 @@ def _require_checkpoint(folder: Path, resume: str) -> None:
 
 
 def set_aside_others(work_dir: Path, chosen: ResumeChoice | None) -> None:
-    """Move aside checkpoints that this run does not continue: pruning and a later `--resume` would mistake them for its own.
+    """Move aside what this run does not continue: pruning and a later `--resume` would mistake it for this run's.
 
     Damaged checkpoints become `iter_N.pth.damaged`, so that a person can examine them. Checkpoints newer than the one
     resumed from move to `work_dir/before_TIME/`; all of them do for a fresh start or a resume from elsewhere.

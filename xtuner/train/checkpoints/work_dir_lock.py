@@ -1,7 +1,7 @@
 """One job per work dir.
 
-`work_dir/.lock` names its owner, which touches it every few seconds. A lock is dead if its owner's process is gone; from
-another machine or process namespace, where that cannot be seen, if it has not been touched for a while.
+`work_dir/.lock` names its owner, which touches it every few seconds. A lock is dead if its owner's process is gone;
+from another machine or process namespace, where that cannot be seen, if it has not been touched for a while.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def _describe(owner: dict[str, Any]) -> str:
 
 
 def _alive(owner: dict[str, Any]) -> bool | None:
-    """True if the process that wrote the lock is running, False if it is gone, None if that cannot be seen from here."""
+    """Whether the process that wrote the lock is running; None if this cannot be seen from here."""
     if not owner.get("where") or owner["where"] != namespace():
         return None
     return born(owner.get("pid", 0)) == owner.get("born")

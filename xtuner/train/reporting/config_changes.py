@@ -1,4 +1,4 @@
-"""What has changed in a config and its data between a checkpoint and its resume, and what that means."""
+"""Changes of a config and its data between a checkpoint and its resume, and their consequences."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Change:
     before: Any
     now: Any
     kind: str
-    setting: str = ""  # the name at the top of the config that changed in the same way: what a user has written
+    setting: str = ""  # the top-level name of the config that changed in the same way: what the user edited
 
     def __str__(self) -> str:
         change = f"{self.before!r} → {self.now!r}"
@@ -25,7 +25,7 @@ class Change:
 
 
 def compare_configs(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """Differences of two resolved configs, in the order of their keys."""
+    """Differences of two resolved configs, sorted by key."""
     compared = [s.name for s in SCHEMA.inside("") if s.resume not in (None, NOTHING)]
     old, new = dict(_flatten(before, compared)), dict(_flatten(now, compared))
     settings = [
@@ -43,12 +43,12 @@ def compare_configs(before: dict[str, Any], now: dict[str, Any]) -> list[Change]
 
 
 def describe_changed_files(before: Any, now: Any) -> str:
-    """How two lists of `PackLoader.files` differ, in words; empty if they do not, or cannot be compared."""
+    """The difference of two lists of `PackLoader.files` as text; empty if they are equal or cannot be compared."""
     if not isinstance(before, list) or not isinstance(now, list) or before == now:
         return ""
     old, new = ([str(entry).partition(" ")[::2] for entry in files] for files in (before, now))  # (identity, name)
     if [identity for identity, _ in old] == [identity for identity, _ in new]:
-        return ""  # under other names
+        return ""  # only renamed
     if sorted(identity for identity, _ in old) == sorted(identity for identity, _ in new):
         index = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a[0] != b[0])
         return f"the order of files: number {index + 1} was {old[index][1]}, is {new[index][1]}"
@@ -59,7 +59,7 @@ def describe_changed_files(before: Any, now: Any) -> str:
         ("new", sorted(news.keys() - olds.keys())),
     )
     details = [f"{len(names)} {what} ({_first_names(names)})" for what, names in parts if names]
-    return "files: " + (", ".join(details) or "some are named more or less often in the order")
+    return "files: " + (", ".join(details) or "some occur more or less often in the order")
 
 
 def _first_names(names: list[str]) -> str:

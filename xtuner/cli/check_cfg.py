@@ -23,8 +23,6 @@ def run(args: argparse.Namespace) -> int:
     here = device()
     work_dir = preflight.resolve_work_dir(None, config)
     opening = Opening(read_only=True)
-    settings = preflight.prepare_settings(config, extensions.hooks, work_dir, here, None, Mesh(), opening)
-        config, extensions.hooks, work_dir, here, None, Mesh(), Opening(read_only=True)
     )
     plan = make_plan(settings)
     notes = list(plan.schedule.remarks(plan.max_iterations))

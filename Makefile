@@ -10,7 +10,7 @@ LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 LLAMACPP := $(CACHE)/llama-cpp-python-0.3.36
 MMENGINE := $(CACHE)/mmengine-0.10.7
 
-.PHONY: demo test test-interop fuzz lint lmdeploy llamacpp mmengine bench-table bench-several bench-data settings clean help
+.PHONY: demo test test-interop fuzz lint lmdeploy llamacpp mmengine bench-table bench-several bench-data settings configs clean help
 
 help:
 	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz  odd inputs for every reader of foreign bytes, FUZZ_SECONDS=600 for each (TARGET=name for one); finds are kept in fuzz-finds"
 	@echo "make bench-data  measure the data path; beside megatron-core with PEER=python-that-has-it (FOLDER keeps the data)"
 	@echo "make settings  write the pages of all settings, docs/*/settings.md"
+	@echo "make configs  write the shipped configs, xtuner/configs/*.py, from xtuner/templates/config.txt"
 	@echo "make clean  remove .venv and everything made"
 
 demo: .venv/installed
@@ -47,6 +48,9 @@ lint: .venv/installed
 
 settings: .venv/installed
 	$(BIN)/python -m xtuner.tools.settings_pages docs
+
+configs: .venv/installed
+	$(BIN)/python -m xtuner.tools.shipped_configs xtuner/configs
 
 lmdeploy: $(LMDEPLOY)/installed
 

@@ -13,6 +13,7 @@ import torch
 from xtuner.compat.translate import load
 from xtuner.config import types
 from xtuner.config.check import check
+from xtuner.config.load import SHIPPED
 from xtuner.config.schema import NEEDED, Rule, Setting
 from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError, DataError
@@ -21,6 +22,7 @@ from xtuner.dist.mesh import Mesh
 from xtuner.engine import OptimWrapper
 from xtuner.model import from_pretrained, from_scratch
 from xtuner.tools.settings_pages import LANGUAGES, page
+from xtuner.tools.shipped_configs import render_configs
 from xtuner.train import hooks, preflight
 from xtuner.train.checkpoints.history import ResumeChoice
 from xtuner.train.plan import make_plan
@@ -75,6 +77,12 @@ def test_the_pages_are_up_to_date() -> None:
     for language in LANGUAGES:
         assert (DOCS / language / "settings.md").read_text() == page(language)
     assert all(s.zh for s in SCHEMA.settings if s.help)
+
+
+def test_shipped_configs_are_up_to_date() -> None:
+    """They are what `make configs` writes, and no other file is there."""
+    shipped = {file.name: file.read_text(encoding="utf-8") for file in SHIPPED.glob("*.py") if file.stem != "__init__"}
+    assert shipped == dict(render_configs())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     here = device()
     work_dir = preflight.resolve_work_dir(None, config)
     opening = Opening(read_only=True)
-    )
+    settings = preflight.prepare_settings(config, extensions.hooks, work_dir, here, None, Mesh(), opening)
     plan = make_plan(settings)
     notes = list(plan.schedule.remarks(plan.max_iterations))
     print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))

@@ -52,7 +52,7 @@ class _Template(string.Template):
     delimiter = "@"  # shell has a use for $
 
 
-def filled(template: str, **values: object) -> str:
+def fill_template(template: str, **values: object) -> str:
     """A file of `templates/` with values at its places `@{NAME}`."""
     return _Template((TEMPLATES / template).read_text(encoding="utf-8")).substitute(values)
 
@@ -97,7 +97,7 @@ RENDER: dict[str, Callable[[Job], str]] = {"slurm": slurm, "k8s": k8s, "dlc": dl
 
 
 def _fill(template: str, quote: Callable[[str], str], job: Job, **more: str) -> str:
-    text = filled(
+    text = fill_template(
         template,
         config=quote(job.config),
         work_dir=quote(job.work_dir),

@@ -18,7 +18,7 @@ help:
 	@echo "make lmdeploy  fetch LMDeploy's last converter (76 MB), which a test compares ours with; skipped without"
 	@echo "make llamacpp  fetch llama.cpp's converter to GGUF and build its tokenizer (77 MB, a minute), which a test runs; skipped without"
 	@echo "make mmengine  fetch mmengine 0.10.7 (15 MB), whose learning rates a test compares ours with; skipped without"
-	@echo "make bench-table  what benchmarks/train.py has measured on this machine's GPU"
+	@echo "make bench-table  what benchmarks/single_gpu.py has measured on this machine's GPU"
 	@echo "make bench-several  on a host with several GPUs: collectives, speed next to the prediction and peers, faults (what is done is kept)"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare what they say with ours (minutes)"
 	@echo "make fuzz  odd inputs for every reader of foreign bytes, FUZZ_SECONDS=600 for each (TARGET=name for one); finds are kept in fuzz-finds"
@@ -78,14 +78,14 @@ $(MMENGINE)/installed: tests/mmengine.txt | .venv/installed
 	touch $@
 
 bench-several: .venv/installed
-	$(BIN)/python benchmarks/several.py all
+	$(BIN)/python benchmarks/multi_gpu.py all
 
 bench-table: .venv/installed
-	$(BIN)/python benchmarks/train.py --table
+	$(BIN)/python benchmarks/single_gpu.py --table
 
 # megatron-core is measured where it can be imported: PEER is the Python of an environment with megatron-core, rich, torch
 bench-data: .venv/installed
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(or $(PEER),$(BIN)/python) benchmarks/data.py $(if $(FOLDER),--folder $(FOLDER))
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(or $(PEER),$(BIN)/python) benchmarks/data_path.py $(if $(FOLDER),--folder $(FOLDER))
 
 clean:
 	rm -rf .venv build dist *.egg-info demo/out .mypy_cache .ruff_cache .pytest_cache

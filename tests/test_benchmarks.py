@@ -54,14 +54,14 @@ def ours() -> CausalLM:
 )
 def test_peers_do_the_same_work(package: str, engine: str, attention: str, ours: CausalLM) -> None:
     pytest.importorskip(package)
-    from peer import Settings, build, put
+    from benchlib.peers.training_loop import Settings, build, copy_shard
 
     settings = Settings(engine, SHAPE, torch.device("cpu"), "fp32", attention=attention, compute=torch.float32)
     peer = build(settings)
     weights = {k: v for name, p in ours.named_parameters() for k, v in split(name, p.data, LLAMA, SHAPE).items()}
     theirs = dict(peer.model.named_parameters())
     for name, weight in peer.rename(weights).items():
-        put(theirs.pop(name), weight)
+        copy_shard(theirs.pop(name), weight)
     assert not theirs
     apart, together = pack(BORDERS), pack([0, 128])
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling is the GPU's business
@@ -76,7 +76,7 @@ def test_peers_do_the_same_work(package: str, engine: str, attention: str, ours:
 
 def test_a_peer_runs_as_a_case(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    words = [sys.executable, str(BENCHMARKS / "train.py"), "1.8b", "--engine", "hf", "--tiny", "--warm", "1"]
+    words = [sys.executable, str(BENCHMARKS / "single_gpu.py"), "1.8b", "--engine", "hf", "--tiny", "--warm", "1"]
     words += ["--iterations", "2", "--results", str(tmp_path / "results.jsonl")]
     run = subprocess.run(words, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -123,7 +123,7 @@ def test_the_table_shows_old_and_new_rows(tmp_path: Path) -> None:
     }
     peer = {**new, "engine": "torchtitan flex selective", "versions": "torchtitan 0.2.2", "data_time": None}
     peer |= {"mfu": float("nan"), "expected": "", "gpu": "unknown"}
-    from table import table
+    from benchlib.results_table import table
 
     path = tmp_path / "results.jsonl"
     assert "nothing" in table(path)

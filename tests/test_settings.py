@@ -119,7 +119,7 @@ def test_the_plan_of_other_machines(tiny: Path, xtuner: Any, capsys: Any) -> Non
     options = ["--cfg-options", "accumulative_counts=1", "max_length=8"]
     assert xtuner("train", tiny, "--dry-run", "--ranks", 16, "--fsdp", "hybrid", *options) == 0
     report = capsys.readouterr().out
-    for words in ("FSDP, hybrid", "on each of 16 ranks", "tokens in packs: 16;", "one pack a rank in an iteration"):
+    for words in ("FSDP, hybrid", "on each of 16 ranks", "tokens in packs: 16;", "one pack per rank and iteration"):
         assert words in report
     for words in (["--ranks", 16], ["--ranks", 0, "--dry-run"]):
         with pytest.raises(ConfigError, match="is for --dry-run"):

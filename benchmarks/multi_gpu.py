@@ -1,4 +1,4 @@
-"""Several GPUs of one host: what collectives reach, a prediction, runs beside it, faults, what balancing would gain.
+"""Several GPUs of one host: collectives, predicted and measured speed, peers, fault recovery, gain from balancing.
 
     python benchmarks/multi_gpu.py all                   # everything below on this host's GPUs; results are kept
     python benchmarks/multi_gpu.py bandwidth             # collectives of 1 MiB … 1 GiB, to bandwidth-N.json

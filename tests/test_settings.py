@@ -21,7 +21,7 @@ from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_rep
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import OptimWrapper
 from xtuner.model import from_pretrained, from_scratch
-from xtuner.tools.settings_pages import LANGUAGES, page
+from xtuner.tools.settings_pages import LANGUAGES, render_page
 from xtuner.tools.shipped_configs import render_configs
 from xtuner.train import hooks, preflight
 from xtuner.train.checkpoints.history import ResumeChoice
@@ -60,7 +60,7 @@ def test_one_declaration_is_all_that_a_setting_needs(tiny: Path, xtuner: Any, ca
         f"{NEW.key}: int, < 9, default 3", f"    {NEW.help}; at a resume: impossible", ""
     ]  # fmt: skip
     for language, text in (("en", NEW.help), ("zh_cn", NEW.zh)):
-        assert f"| `{NEW.key}` | `int, < 9` | `3` | {text} |" in page(language)
+        assert f"| `{NEW.key}` | `int, < 9` | `3` | {text} |" in render_page(language)
     (change,) = compare_configs({"train_cfg": {}}, {"train_cfg": {"warm_restarts": 4}})
     assert (change.key, change.kind) == (NEW.key, "impossible")
 
@@ -75,7 +75,7 @@ def test_without_the_declaration_it_is_nobodys(tiny: Path) -> None:
 def test_the_pages_are_up_to_date() -> None:
     """`make settings` writes them."""
     for language in LANGUAGES:
-        assert (DOCS / language / "settings.md").read_text() == page(language)
+        assert (DOCS / language / "settings.md").read_text() == render_page(language)
     assert all(s.zh for s in SCHEMA.settings if s.help)
 
 

@@ -193,7 +193,7 @@ def test_the_table_of_runs(bench: Any, tmp_path: Path) -> None:
         "86.0 GiB saved in 43.0 s (2,048 MiB/s; the disk alone writes 1,024, reads 2,048), training waited 2.50 s"
         in text
     )
-    assert "beside the save 3.50 s at most; first iteration 31 s after the command, after a resume 52 s" in text
+    assert "during the save 3.50 s at most; first iteration 31 s after the command, after a resume 52 s" in text
 
 
 def test_the_table_of_peers(bench: Any, tmp_path: Path) -> None:

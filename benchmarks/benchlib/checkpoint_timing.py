@@ -78,7 +78,7 @@ def save_and_resume(
 
 def describe(r: Mapping[str, Any]) -> str:
     """The result of `save_and_resume` as a sentence."""
-    mib, beside = 2**20, f"; iterations beside the save {max(r['beside']):.2f} s at most" if r["beside"] else ""
+    mib, beside = 2**20, f"; iterations during the save {max(r['beside']):.2f} s at most" if r["beside"] else ""
     return (
         f"{r['bytes'] / 2**30:.1f} GiB saved in {r['saved']:.1f} s ({r['bytes'] / r['saved'] / mib:,.0f} MiB/s; the "
         f"disk alone writes {r['disk_writes'] / mib:,.0f}, reads {r['disk_reads'] / mib:,.0f}), training waited "

@@ -18,13 +18,7 @@ from xtuner.model.flops import num_parameters
 from xtuner.optim.adamw import FORMS
 from xtuner.train.run import Plan, Settings
 
-ENGINES = (
-    "deepspeed_zero1",
-    "deepspeed_zero2",
-    "deepspeed_zero2_offload",
-    "deepspeed_zero3",
-    "deepspeed_zero3_offload",
-)
+ENGINES = deepspeed_config.shipped()  # sorted by name, which is also by memory: each needs less than those before it
 # The value of `optim_wrapper.full` for each; None would let stage 2 keep full gradients if memory allows at the start
 FULL = dict.fromkeys(ENGINES) | {"deepspeed_zero2": "weights"}
 OPTIONS = ("--deepspeed", "--fsdp", "--resume")  # replaced, not repeated

@@ -51,7 +51,7 @@ def test_memory_runs_out(tiny: Path, tmp_path: Path) -> None:
     assert code == 2, text
     error = text[text.index("xtuner: memory ran out in iteration 3: ") :]
     assert "one process, ranks: 1, packs of 128 tokens, on cpu" in error
-    assert re.search(r"take [\d.]+ MiB here by arithmetic", error)
+    assert re.search(r"take [\d.]+ MiB by arithmetic", error)
     again = commands(error)[0]
     assert again.endswith("--cfg-options model.activation_checkpointing=True --resume auto")
     program = shlex.split(again)

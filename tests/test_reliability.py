@@ -240,7 +240,7 @@ def test_stopped_on_request(
         "STOP file": f"open({str(work_dir / 'STOP')!r}, 'w').close()",
     }
     config = with_hook(tiny, tmp_path / "act.py", 1, actions.get(how, "None"))
-    monkeypatch.setattr("xtuner.train.stop.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("xtuner.train.stop.POLL_SECONDS", 0.0)
     words = ["train", str(config), "--work-dir", str(work_dir)]
     words += ["--max-minutes", "0"] if how == "--max-minutes" else []
     if how == "Slurm":

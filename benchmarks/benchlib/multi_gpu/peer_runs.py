@@ -98,12 +98,12 @@ def run(chosen: Sequence[PeerJob], results: Path, folder: Path, tiny: bool, dead
 def measure(job: PeerJob, folder: Path, tiny: bool, limit: float) -> Record:
     """Start one process per GPU. Returns the record of rank 0, or the reason of the failure."""
     data = xtuner_runs.data(folder, tiny, job.data)
-    place = Path(tempfile.mkdtemp(prefix=f"{job.name}-", dir=folder))
-    words = [sys.executable, "-m", "benchlib.multi_gpu.peer_runs", json.dumps(job), str(data), str(place)]
+    run_folder = Path(tempfile.mkdtemp(prefix=f"{job.name}-", dir=folder))
+    words = [sys.executable, "-m", "benchlib.multi_gpu.peer_runs", json.dumps(job), str(data), str(run_folder)]
     words.append(str(int(tiny)))
     environ = add_to_python_path(os.environ) | OFF | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     environ |= {"CUDA_VISIBLE_DEVICES": ""} if tiny else {}
-    begin, ranks, logs = time.monotonic(), [], [place / f"log-{rank}" for rank in range(job.gpus)]
+    begin, ranks, logs = time.monotonic(), [], [run_folder / f"log-{rank}" for rank in range(job.gpus)]
     try:
         for rank, log in enumerate(logs):
             with open(log, "w") as f:
@@ -123,15 +123,15 @@ def measure(job: PeerJob, folder: Path, tiny: bool, limit: float) -> Record:
         text = "\n".join(log.read_text() for log in logs)
         why = re.findall(r"^.*(?:Error|error:|SystemExit|benchmarks/\S+ says).*$", text, re.MULTILINE)
         ended = why[0] if why else LATE.format(limit) if max(codes) <= 0 else text.strip()[-300:]
-        print(f"{job.name}: failed, see {place}\n  {ended}", flush=True)
+        print(f"{job.name}: failed, see {run_folder}\n  {ended}", flush=True)
         return record | {"failed": ended.strip(), "out_of_memory": "OutOfMemoryError" in text}
-    record |= json.loads((place / "found.json").read_text())
+    record |= json.loads((run_folder / "found.json").read_text())
     each = record["tokens_per_s"] / job.gpus
     print(f"{job.name}: {each:,.0f} tok/s/GPU, loss {record['losses'][-1]:.4f}", flush=True)
     return record
 
 
-def worker(job: PeerJob, data: Path, place: Path, tiny: bool, rank: int) -> None:
+def worker(job: PeerJob, data: Path, run_folder: Path, tiny: bool, rank: int) -> None:
     """The work of each process; rank 0 writes `found.json`."""
     begin = time.perf_counter()
     device = torch.device("cpu") if tiny else torch.device("cuda", rank)
@@ -140,7 +140,7 @@ def worker(job: PeerJob, data: Path, place: Path, tiny: bool, rank: int) -> None
     ranks, length = job.gpus, xtuner_runs.TINY_PACK if tiny else PACK
     dist.init_process_group(
         "gloo" if tiny else "nccl",
-        init_method=f"file://{place}/meet",
+        init_method=f"file://{run_folder}/meet",
         rank=rank,
         world_size=ranks,
         device_id=None if tiny else device,
@@ -181,7 +181,7 @@ def worker(job: PeerJob, data: Path, place: Path, tiny: bool, rank: int) -> None
             "losses": [it.loss for it in found],
             "norms": [it.norm for it in found],
         }
-        (place / "found.json").write_text(json.dumps(record))
+        (run_folder / "found.json").write_text(json.dumps(record))
     dist.barrier()
     dist.destroy_process_group()
 

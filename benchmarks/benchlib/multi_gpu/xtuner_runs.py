@@ -223,13 +223,13 @@ def kind_of_data(job: Job) -> str:
 
 def measure(job: Job, folder: Path, tiny: bool, gpus: Sequence[str], deadline: float) -> dict[str, Any]:
     """One run, killed after its last iteration; a mixed one at the latest at `deadline`."""
-    place = folder / f"{job.name}-{time.strftime('%H%M%S')}"
-    place.mkdir()
-    work, log = place / "work", place / "log"
+    run_folder = folder / f"{job.name}-{time.strftime('%H%M%S')}"
+    run_folder.mkdir()
+    work, log = run_folder / "work", run_folder / "log"
     states = "8bit" if (job.shape, job.kind, job.engine) == ("7b", "speed", "single") else "fp32"
     case, packs = Case(job.shape, job.shape, states), data(folder, tiny, kind_of_data(job))
-    (place / "config.py").write_text(render_config(case, packs, None, 0, place))
-    words = train_command(place / "config.py", work, job.engine)
+    (run_folder / "config.py").write_text(render_config(case, packs, None, 0, run_folder))
+    words = train_command(run_folder / "config.py", work, job.engine)
     words += ["--cfg-options", f"accumulative_counts={job.packs // job.gpus}", *VARIANTS.get(job.variant, [])]
     words += [f"save_steps={SAVE_AT}", "save_total_limit=1"] if job.kind == "save" else ["save_optimizer=False"]
     words += [f"max_epochs={job.epochs}"] if job.kind == "mixed" else []
@@ -251,7 +251,7 @@ def measure(job: Job, folder: Path, tiny: bool, gpus: Sequence[str], deadline: f
         "first": ended.first,
         "expected": ended.expected,
         "short": ended.short,
-        "in_use": read_most_in_use(place),
+        "in_use": read_most_in_use(run_folder),
     }
     if ended.iteration < job.iterations:
         if job.kind != "mixed" or time.monotonic() < deadline or ended.iteration <= job.warm:

@@ -57,7 +57,7 @@ lmdeploy: $(LMDEPLOY)/installed
 $(LMDEPLOY)/installed: tests/lmdeploy.txt | .venv/installed
 	rm -rf "$(LMDEPLOY)"
 	$(BIN)/python -m pip install -q --no-deps --target "$(LMDEPLOY)" -r tests/lmdeploy.txt
-	rm -rf "$(LMDEPLOY)/lmdeploy/lib"  # 300 MB of compiled code that the converter does not use
+	rm -rf "$(LMDEPLOY)/lmdeploy/lib"  # 300 MB of compiled code that the converter imports but does not use
 	touch "$@"
 
 llamacpp: $(LLAMACPP)/tokenize

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchlib.checkpoint_timing import SAVE_AT, describe, save_and_resume
 from benchlib.workloads import CASES, describe_machine, write_data
-from benchlib.xtuner_training import config_of, words_of
+from benchlib.xtuner_training import render_config, train_command
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
     a = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="xtuner-bench-", dir=a.folder))
     write_data(folder / "data", 64)
-    (folder / "config.py").write_text(config_of(CASES[a.case], folder / "data", None, 0))
-    words = [*words_of(folder / "config.py", folder / "w", "single"), "--cfg-options", f"save_steps={SAVE_AT}"]
+    (folder / "config.py").write_text(render_config(CASES[a.case], folder / "data", None, 0))
+    words = [*train_command(folder / "config.py", folder / "w", "single"), "--cfg-options", f"save_steps={SAVE_AT}"]
     found = save_and_resume(words, folder / "w", folder / "log")
     if "failed" in found:
         raise SystemExit(f"{found['failed']}\nsee {folder / 'log'}")

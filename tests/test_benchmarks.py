@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, and that peers do the same work as ours: equal losses from equal weights and packs."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -87,6 +88,15 @@ def test_a_peer_runs_as_a_case(tmp_path: Path) -> None:
     run = subprocess.run([*words, "--warm", "2"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "leaves none" in run.stderr
+
+
+def test_every_script_explains_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for script in BENCHMARKS.glob("*.py"):
+        monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(script.stem).main()
+        assert ended.value.code == 0
+        assert f"usage: {script.name}" in capsys.readouterr().out
 
 
 def test_flops_by_hand() -> None:

@@ -245,7 +245,7 @@ def test_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: A
 def test_where_nothing_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    for folder, message in (("mine", "something else"), ("mine/thesis.txt", "something else"), ("a b", "shells")):
+    for folder, message in (("mine", "something else"), ("mine/thesis.txt", "something else"), ("a b", "of the shell")):
         with pytest.raises(ConfigError, match=message):
             Environment(tmp_path / folder, "x").install()
     with (

@@ -10,11 +10,13 @@ LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 LLAMACPP := $(CACHE)/llama-cpp-python-0.3.36
 MMENGINE := $(CACHE)/mmengine-0.10.7
 
-.PHONY: demo test test-interop fuzz lint lmdeploy llamacpp mmengine bench-table bench-several bench-data settings configs clean help
+.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine bench-table bench-several bench-data settings configs clean help
 
 help:
 	@echo "make demo   install into .venv and run every step from text to a trained, exported tiny model (minutes, no GPU)"
-	@echo "make test   install into .venv, lint, check types, run the tests"
+	@echo "make check  install into .venv, lint, check formatting and types (seconds)"
+	@echo "make test-fast  the tests that start no process (a minute)"
+	@echo "make test   make check, then all tests (ten minutes)"
 	@echo "make lmdeploy  download LMDeploy's last converter (76 MB), the reference of a test that is skipped without it"
 	@echo "make llamacpp  download llama.cpp's GGUF converter and build its tokenizer (77 MB, a minute), for a test that is skipped without them"
 	@echo "make mmengine  download mmengine 0.10.7 (15 MB), the reference of a test of learning rates that is skipped without it"
@@ -30,8 +32,11 @@ help:
 demo: .venv/installed
 	$(BIN)/python demo/run.py
 
-test: .venv/installed lint
+test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not processes and not interop'
 
 test-interop: .venv/installed
 	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL="$(TORCH_INDEX)") $(BIN)/xtuner eval opencompass --install --env "$(CACHE)/evaluation"
@@ -41,7 +46,7 @@ FUZZ_SECONDS ?= 600
 fuzz: .venv/installed
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(TARGET) --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
-lint: .venv/installed
+check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -54,22 +59,22 @@ configs: .venv/installed
 
 lmdeploy: $(LMDEPLOY)/installed
 
-$(LMDEPLOY)/installed: tests/lmdeploy.txt | .venv/installed
+$(LMDEPLOY)/installed: tests/external/lmdeploy.txt | .venv/installed
 	rm -rf "$(LMDEPLOY)"
-	$(BIN)/python -m pip install -q --no-deps --target "$(LMDEPLOY)" -r tests/lmdeploy.txt
+	$(BIN)/python -m pip install -q --no-deps --target "$(LMDEPLOY)" -r tests/external/lmdeploy.txt
 	rm -rf "$(LMDEPLOY)/lmdeploy/lib"  # 300 MB of compiled code that the converter imports but does not use
 	touch "$@"
 
 llamacpp: $(LLAMACPP)/tokenize
 
-$(LLAMACPP)/tokenize: tests/llamacpp.sh tests/llamacpp_tokenize.cpp | .venv/installed
-	PATH="$(abspath $(BIN)):$$PATH" bash tests/llamacpp.sh 0.3.36 "$(LLAMACPP)"
+$(LLAMACPP)/tokenize: tests/external/llamacpp.sh tests/external/llamacpp_tokenize.cpp | .venv/installed
+	PATH="$(abspath $(BIN)):$$PATH" bash tests/external/llamacpp.sh 0.3.36 "$(LLAMACPP)"
 
 mmengine: $(MMENGINE)/installed
 
-$(MMENGINE)/installed: tests/mmengine.txt | .venv/installed
+$(MMENGINE)/installed: tests/external/mmengine.txt | .venv/installed
 	rm -rf "$(MMENGINE)"
-	$(BIN)/python -m pip install -q --no-deps --target "$(MMENGINE)" -r tests/mmengine.txt
+	$(BIN)/python -m pip install -q --no-deps --target "$(MMENGINE)" -r tests/external/mmengine.txt
 	touch "$@"
 
 .venv/installed: pyproject.toml constraints.txt

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from xtuner.config.build import build, resolve_type, type_name
-from xtuner.config.check import problems
+from xtuner.config.check import find_mistakes
 from xtuner.config.config import Config
-from xtuner.config.findings import Findings, naming, together
+from xtuner.config.findings import Findings, combine_errors, locate_errors
 from xtuner.config.paths import data_keys, named_models
-from xtuner.config.specs import walked
+from xtuner.config.specs import walk_values
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
-from xtuner.core.files import not_written, require_utf8
+from xtuner.core.files import require_utf8, write_failure
 from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.data.loading.open_on_ranks import open_together
@@ -64,8 +64,8 @@ def check_settings(config: Config, paths: bool = True) -> Extensions:
     Args:
         paths: also check that the folders and files that it names exist.
     """
-    if wrong := problems(config, paths):
-        raise together(wrong)
+    if wrong := find_mistakes(config, paths):
+        raise combine_errors(wrong)
     found = Findings(config)
     extensions = build_extensions(config, found)
     found.check()
@@ -82,9 +82,9 @@ def prepare_settings(
         seed: for random weights; None for the config's.
         opening: how to open the data. Read-only: also download nothing, and skip what is not on this machine.
     """
-    source = mesh.ranks.together(lambda: check_models_and_tokenizers(config, opening.read_only))
+    source = mesh.ranks.run_on_all(lambda: check_models_and_tokenizers(config, opening.read_only))
     dataset = open_together(lambda known: open_dataset(config, replace(opening, known=known)), mesh.ranks)
-    return mesh.ranks.together(
+    return mesh.ranks.run_on_all(
         lambda: assemble_settings(config, dataset, source, hooks, work_dir, device, seed, mesh, opening)
     )
 
@@ -100,21 +100,21 @@ def check_models_and_tokenizers(config: Config, read_only: bool = False) -> Mode
     seen = [
         (name, is_tok) for spec, _, name, is_tok in named if read_only or not _is_used_in_training(config, spec.key)
     ]
-    absent = [name for name, is_tok in seen if not hub.is_here(name, is_tok)]
+    absent = [name for name, is_tok in seen if not hub.is_local(name, is_tok)]
     for name in dict.fromkeys(absent if read_only else ()):
         logger.info(f"{name} is not on this machine yet: it will be checked after its download")
     models = [(key, name) for _, key, name, is_tok in named if not is_tok]
     if not any(name in absent for _, name in models):
-        with found.looking(next((key for key, _ in models if key.startswith("model")), "model")):
+        with found.collect(next((key for key, _ in models if key.startswith("model")), "model")):
             source = _build_model_source(config)
             if source.folder:
                 check_weights(WeightFolder(source.folder), hf_shapes(source.config, source.layout))
     if name := config.setting("load_from"):
-        with found.looking("load_from"):
+        with found.collect("load_from"):
             _check_initial_weights(Path(name).expanduser(), source)
     for spec, key, name, is_tok in named:
         if is_tok and name not in absent:
-            with found.looking(key):
+            with found.collect(key):
                 _check_tokenizer(build({"type": spec.kind, **spec.arguments}, spec.key), source)
     found.check()
     return source
@@ -122,7 +122,7 @@ def check_models_and_tokenizers(config: Config, read_only: bool = False) -> Mode
 
 def _is_used_in_training(config: Config, key: str) -> bool:
     """Whether a run builds the object at `key`; the top-level tokenizer is for hooks and the export."""
-    used = (walked(root, config.get(root)) for root in ("default_hooks", "custom_hooks"))
+    used = (walk_values(root, config.get(root)) for root in ("default_hooks", "custom_hooks"))
     return key != "tokenizer" or any(value is config.values["tokenizer"] for inside in used for _, value in inside)
 
 
@@ -155,7 +155,7 @@ def _check_tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
 
 def open_dataset(config: Config, opening: Opening) -> PackedDataset:
     """The training data. Raises: ConfigError and DataError of the folder, its files and their order."""
-    with naming(config, DATASET, *data_keys(config, DATASET)):
+    with locate_errors(config, DATASET, *data_keys(config, DATASET)):
         return _require_attributes(
             config, DATASET, build(_insert_opening(opening, config.get(DATASET), DATASET), DATASET)
         )
@@ -204,13 +204,13 @@ def assemble_settings(
         source = replace(source, seed=seed)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
     if known:
-        with naming(config, "optim_wrapper.parameter_groups"):
+        with locate_errors(config, "optim_wrapper.parameter_groups"):
             require_matches(source.trained_names(), optim.parameter_groups)
-    with naming(config, SAMPLER):
+    with locate_errors(config, SAMPLER):
         sampler = _require_attributes(config, SAMPLER, _build_sampler(config.get(SAMPLER), dataset, mesh))
     held_out: list[Hook] = []
     if config.get("val_dataset"):
-        with naming(config, "val_dataset", *data_keys(config, "val_dataset")):
+        with locate_errors(config, "val_dataset", *data_keys(config, "val_dataset")):
             spec = _insert_opening(opening, config.get("val_dataset"), "val_dataset")
             documents = documents_of(build(spec, "val_dataset"))
         held_out.append(ValidationHook(documents, config.setting("val_interval"), dataset.packed_length))
@@ -222,7 +222,7 @@ def assemble_settings(
 
 def _check_first_pack(config: Config, dataset: PackedDataset) -> None:
     """Read the first pack as training does, to detect ids beyond the vocabulary. Raises: DataError."""
-    with naming(config, DATASET, *data_keys(config, DATASET)):
+    with locate_errors(config, DATASET, *data_keys(config, DATASET)):
         first = dataset[0]
     if not (first["targets"] >= 0).any():
         counts = f": `xtuner data stats {folder}` counts" if (folder := dataset.documents.folder) else ""
@@ -266,7 +266,7 @@ def check_command_line(work_dir: Path, seed: int | None = None, max_minutes: flo
         raise ConfigError(f"the work dir cannot be made: {e}", where=repr(str(work_dir))) from None
     except OSError as e:
         e.filename = None  # the name of the temporary file
-        raise not_written(e, "the work dir", work_dir, "give another one with --work-dir") from None
+        raise write_failure(e, "the work dir", work_dir, "give another one with --work-dir") from None
 
 
 def _try_to_write(folder: Path) -> None:

@@ -29,12 +29,12 @@ def open_together(build: Build, ranks: Ranks) -> PackedDataset:
         return build(None)
     nodes = ranks.gather(platform.node())
     first = nodes.index(nodes[ranks.rank])
-    data = ranks.together(lambda: build(None) if ranks.is_main else None)
-    found = ranks.from_main(_told(data))
-    data = ranks.together(lambda: _first_of_node(build, found) if data is None and first == ranks.rank else data)
+    data = ranks.run_on_all(lambda: build(None) if ranks.is_main else None)
+    found = ranks.broadcast(_told(data))
+    data = ranks.run_on_all(lambda: _first_of_node(build, found) if data is None and first == ranks.rank else data)
     of_node = ranks.gather(_told(data))[first]
-    data = ranks.together(lambda: _given(build, of_node) if data is None else data)
-    ranks.together(lambda: _compare(data, found))
+    data = ranks.run_on_all(lambda: _given(build, of_node) if data is None else data)
+    ranks.run_on_all(lambda: _compare(data, found))
     return data
 
 

@@ -25,7 +25,7 @@ class AsyncSaver:
 
     def __init__(self, work_dir: Path, ranks: Ranks) -> None:
         self.work_dir = work_dir
-        self._ranks = ranks.fresh()  # a group of its own: its collectives run in the thread
+        self._ranks = ranks.new_group()  # a group of its own: its collectives run in the thread
         self._pool = ThreadPoolExecutor(1, "xtuner-save")
         self._pending: Future[None] | None = None
         self._failures = 0

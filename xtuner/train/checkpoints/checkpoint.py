@@ -92,7 +92,7 @@ def _run_on_all_ranks(ranks: Ranks, target: Path, action: Callable[[], Any]) -> 
 
 def _publish(folder: Path, target: Path, entries: dict[str, Any], iteration: int, keep: int) -> None:
     for inner in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        files.usual_permissions(inner)
+        files.set_default_permissions(inner)
         files.sync_folder(inner)
     files.write_manifest(folder, entries, kind="checkpoint", iteration=iteration)
     files.publish(folder, target)
@@ -127,7 +127,7 @@ def verify(folder: Path, ranks: Ranks, contents: bool = True) -> None:
         contents: compare sha256 sums; else only sizes, which is instant.
     """
     begin = time.perf_counter()
-    manifest = ranks.together(lambda: _verify_share(folder, ranks, contents))
+    manifest = ranks.run_on_all(lambda: _verify_share(folder, ranks, contents))
     if not contents:
         logger.info(f"{folder}: all files are there with the right sizes; contents are checked when a run starts")
         return

@@ -46,9 +46,9 @@ def select_checkpoint(
     if resume is True or resume == "auto":
         return latest_checkpoint(work_dir, ranks, strict, contents)
     folder = Path(os.path.expanduser(resume))
-    if ranks.on_main(lambda: _is_work_dir(folder)):
+    if ranks.run_on_main(lambda: _is_work_dir(folder)):
         return latest_checkpoint(folder, ranks, strict, contents)
-    ranks.on_main(lambda: _require_checkpoint(folder, resume))
+    ranks.run_on_main(lambda: _require_checkpoint(folder, resume))
     verify(folder, ranks, contents)
     return ResumeChoice(folder)
 
@@ -61,7 +61,7 @@ def latest_checkpoint(work_dir: Path, ranks: Ranks, strict: bool = False, conten
     """
     damaged: list[Path] = []
     reason = ""
-    for name in ranks.from_main([p.name for _, p in reversed(list_published(work_dir))] if ranks.is_main else None):
+    for name in ranks.broadcast([p.name for _, p in reversed(list_published(work_dir))] if ranks.is_main else None):
         folder = work_dir / name
         try:
             verify(folder, ranks, contents)
@@ -74,9 +74,9 @@ def latest_checkpoint(work_dir: Path, ranks: Ranks, strict: bool = False, conten
             continue
         if damaged:
             logger.warning(f"{name} is used: the newest complete checkpoint")
-        ranks.on_main(lambda: _report_missing(work_dir))
+        ranks.run_on_main(lambda: _report_missing(work_dir))
         return ResumeChoice(folder, tuple(damaged))
-    ranks.on_main(lambda: _refuse_to_start_afresh(work_dir, reason))
+    ranks.run_on_main(lambda: _refuse_to_start_afresh(work_dir, reason))
     return None
 
 
@@ -132,7 +132,7 @@ def _refuse_to_start_afresh(work_dir: Path, reason: str) -> None:
 def _advise_on_weights(kind: path_kinds.Kind) -> str:
     if kind.inner:
         return f"give one of them, such as --resume {kind.inner}, if xtuner wrote it"
-    return kind.fits("start from its weights, without --resume, with load_from = '{}'")
+    return kind.advice("start from its weights, without --resume, with load_from = '{}'")
 
 
 def _exists(path: Path) -> bool:

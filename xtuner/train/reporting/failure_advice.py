@@ -46,7 +46,7 @@ def out_of_memory_error(
         do="one of these, the cheapest first:\n        "
         + "\n        ".join([*advice, "or more GPUs: each then holds a smaller part of the state"]),
     )
-    found.quiet = isinstance(error, OutOfMemory) and error.rank != settings.mesh.rank
+    found.reported_elsewhere = isinstance(error, OutOfMemory) and error.rank != settings.mesh.rank
     return found
 
 
@@ -61,7 +61,7 @@ def interrupted_error(work_dir: Path, done: int, words: Sequence[str], mesh: Mes
         if newest
         else f"to start again: {_command_line(list(words), [], mesh)}",
     )
-    error.quiet = not collectives.is_main()
+    error.reported_elsewhere = not collectives.is_main()
     return error
 
 

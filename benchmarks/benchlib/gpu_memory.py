@@ -36,4 +36,6 @@ class GpuMemoryHook(Hook):
         self.file = Path(folder) / f"in_use-{os.environ.get('RANK', 0)}"
 
     def after_iteration(self, run: Run, it: Iteration) -> None:
-        self.file.write_text(str(in_use(run.strategy.device)))
+        partial = self.file.with_name(f"writing-{self.file.name}")  # the run may be killed at any moment
+        partial.write_text(str(in_use(run.strategy.device)))
+        partial.replace(self.file)

@@ -54,12 +54,12 @@ def test_memory_by_arithmetic_is_the_programs() -> None:
             num_key_value_heads=8, intermediate_size=ffn, activation_checkpointing=True,
         )  # fmt: skip
         stages = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-        settings = {s: deepspeed_config.read(f"deepspeed_{s}") for s in stages}
+        settings = {s: deepspeed_config.read_settings(f"deepspeed_{s}") for s in stages}
         state = {}
         for stage, zero in settings.items():
             free = None if "offload" in stage else 79 * 2**30
-            state[stage] = zero_memory.of_zero(source, optim, cpu, eight, zero, free=free).state
-        state["fsdp"] = memory.of_mesh(source, optim, torch.device("cuda"), eight, free=79 * 2**30).state
+            state[stage] = zero_memory.plan_zero_memory(source, optim, cpu, eight, zero, free=free).state
+        state["fsdp"] = memory.plan_memory(source, optim, torch.device("cuda"), eight, free=79 * 2**30).state
         parameters = memory.num_parameters(source.config)
         sizes = [16 * parameters, *(state[s] for s in (*stages[:3], "fsdp", *stages[3:]))]
         row = " | ".join([name, *(f"{size / 2**30:.1f}" for size in sizes)])

@@ -9,7 +9,7 @@ from typing import Any
 from benchlib.workloads import CASES, PACK, SHAPES
 
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.flops import peak_of, whole_pack_flops
+from xtuner.model.flops import peak_flops_by_name, whole_pack_flops
 from xtuner.train.reporting.profile import PARTS
 
 Row = dict[str, Any]
@@ -25,7 +25,7 @@ def shape_of(case: str) -> DecoderConfig:
 
 def mfu_whole(case: str, tokens_per_s: float, gpu: str) -> float | None:
     """MFU with attention counted over whole packs, as other tools do; None for unknown GPUs."""
-    peak = peak_of(gpu)
+    peak = peak_flops_by_name(gpu)
     return peak and whole_pack_flops(shape_of(case), PACK, PACK) / PACK * tokens_per_s / peak
 
 

@@ -48,7 +48,7 @@ def test_what_each_engine_sends(bench: Any) -> None:
     zero3 = (2 * (2 * 1_889_110_016 - 189_530_112 - 5 * 1_510_049_792 / 24) + 4 * 1_889_110_016) / 2
     assert by_zero(m, "zero3", 2).bytes == pytest.approx(zero3, rel=1e-9)
     assert all(by_zero(m, engine, 1) == predict.Traffic(0, 0, 0) for engine in predict.ENGINES[1:])
-    assert predict.sharded_traffic(m, 1, links, predict.MemoryPlan(0, there.plan, 1)) == predict.Traffic(0, 0, 0)
+    assert predict.sharded_traffic(m, 1, links, predict.MemoryPlan(0, there.activations, 1)) == predict.Traffic(0, 0, 0)
 
 
 def test_a_prediction_begins_with_what_was_measured(bench: Any) -> None:

@@ -14,7 +14,7 @@ from xtuner.data.loading.batch import Batch
 from xtuner.families import LLAMA
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.flops import training_flops, whole_pack_flops
-from xtuner.model.weights import split
+from xtuner.model.weights import split_for_family
 from xtuner.train.reporting.profile import sum_by_part
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -59,7 +59,9 @@ def test_peers_do_the_same_work(package: str, engine: str, attention: str, ours:
 
     settings = Settings(engine, SHAPE, torch.device("cpu"), "fp32", attention=attention, compute=torch.float32)
     peer = build(settings)
-    weights = {k: v for name, p in ours.named_parameters() for k, v in split(name, p.data, LLAMA, SHAPE).items()}
+    weights = {
+        k: v for name, p in ours.named_parameters() for k, v in split_for_family(name, p.data, LLAMA, SHAPE).items()
+    }
     theirs = dict(peer.model.named_parameters())
     for name, weight in peer.rename(weights).items():
         copy_shard(theirs.pop(name), weight)

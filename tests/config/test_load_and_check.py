@@ -156,10 +156,10 @@ def test_mistakes_are_explained(tiny: Path, options: list[str], words: list[str]
         (["betas=(0.9,1.5)"], ["AdamW does not take these values", "beta"]),
         (["optim_wrapper.dtype=fp8"], ["dtype = 'fp8' is not one of"]),
         (["optim_wrapper.optimizer.type=torch.optim.Adamm"], ["cannot be imported"]),
-        (["optim_wrapper.clip_grad.value=1"], ["clip_grad takes max_norm alone"]),
+        (["optim_wrapper.clip_grad.value=1"], ["clip_grad supports only max_norm"]),
         # rules between fields
         (["warm_up_ratio=1.5"], ["ends (end = 1) before it begins (begin = 1.5 epochs)", "param_scheduler.1.begin"]),
-        (["warm_up_ratio=-0.5"], ["begin = -0.5 lies before the run"]),
+        (["warm_up_ratio=-0.5"], ["begin = -0.5 is before the start of the run"]),
         (["param_scheduler.0.convert_to_iter_based=False"], ["whole epochs", "param_scheduler.0"]),
         (["hidden_size=250"], ["hidden_size = 250 is not a multiple of num_attention_heads = 3"]),
         (["model.num_key_value_heads=3"], ["num_attention_heads = 2 is not a multiple of num_key_value_heads = 3"]),

@@ -213,7 +213,7 @@ def test_wrong_places(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command)
         (ConfigError, ("eval", "loss", tmp_path, corpus), "neither a model nor a checkpoint"),
         (ConfigError, ("chat", tmp_path, "--prompt", "x"), "neither a model nor a checkpoint"),
         (ConfigError, ("plot-loss", tmp_path), "no metrics of a run"),
-        (ConfigError, ("convert", "pth_to_hf", tiny, tmp_path / "half", tmp_path / "hf"), "no kind of checkpoint"),
+        (ConfigError, ("convert", "pth_to_hf", tiny, tmp_path / "half", tmp_path / "hf"), "that can be recognised"),
     ]
     for kind, words, message in cases:
         with pytest.raises(kind, match=message):

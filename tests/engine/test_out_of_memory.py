@@ -27,11 +27,11 @@ from xtuner.dist import collectives
 from xtuner.dist.collectives import Ranks
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
-from xtuner.engine.memory import DIVISIONS, Memory
+from xtuner.engine.memory import DIVISIONS, MemoryPlan
 from xtuner.engine.strategies import divided
-from xtuner.engine.strategies.out_of_memory import Failure, OutOfMemory, agree_on_smaller, smaller
-from xtuner.model.activation_memory import Plan
-from xtuner.model.ops.functions import NOTHING
+from xtuner.engine.strategies.out_of_memory import Failure, OutOfMemory, agree_on_smaller, shrink_memory
+from xtuner.model.activation_memory import ActivationPlan
+from xtuner.model.ops.functions import KEEP_NONE
 from xtuner.model.ops.gradient_sums import GradientSum
 from xtuner.model.source import from_scratch
 
@@ -55,7 +55,9 @@ def train(
         more: bytes that this process may take in forward and backward.
     """
     batch = [pack(100 * iteration + 2 * collectives.rank() + i, lengths) for i in range(2)]
-    (targets,), parts = collectives.ALL.sums_and_maxima([sum(p.num_targets for p in batch)], s.parts(batch))
+    (targets,), parts = collectives.ALL.sums_and_maxima(
+        [sum(p.num_targets for p in batch)], s.count_micro_batches(batch)
+    )
     if more is not None:
         limit_data(more)
     loss = s.forward_backward(batch, int(targets), parts, iteration)
@@ -65,8 +67,9 @@ def train(
     return (loss, *s.step(LR, MAX_NORM))
 
 
-def use(s: Any, m: Memory) -> None:
-    s.memory, s.model.model.keeps = m, m.plan.keeps
+def use(s: Any, m: MemoryPlan) -> None:
+    s.memory = m
+    s.model.keep_activations(m.activations)
 
 
 def limit_data(more: int) -> None:
@@ -85,9 +88,9 @@ class Fault:
     """
 
     def __init__(self, s: Any, point: str, count: int) -> None:
-        self.left, self._graph, self._abandon = count, weakref.WeakSet[torch.Tensor](), s._divided.abandon
-        s._divided.abandon = self.abandon
-        self._undo: list[Callable[[], object]] = [lambda: vars(s._divided).pop("abandon")]
+        self.left, self._graph, self._abandon = count, weakref.WeakSet[torch.Tensor](), s._divided.abandon_iteration
+        s._divided.abandon_iteration = self.abandon
+        self._undo: list[Callable[[], object]] = [lambda: vars(s._divided).pop("abandon_iteration")]
         block = s.model.model.layers[0]
         if point == "forward":
             self._undo.append(block.register_forward_pre_hook(lambda module, inputs: self.come()).remove)
@@ -98,7 +101,7 @@ class Fault:
 
             self._undo.append(block.register_forward_hook(hook).remove)
         else:
-            owner, name = (divided, "take") if point == "gather" else (GradientSum, "_take_memory")
+            owner, name = (divided, "allocate") if point == "gather" else (GradientSum, "_allocate")
             original = getattr(owner, name)
             setattr(owner, name, lambda argument: (self.come(), original(argument)))
             self._undo.append(lambda: setattr(owner, name, original))
@@ -161,7 +164,7 @@ def test_it_is_repeated_as_if_nothing_had_been(
 ) -> None:
     """In step with a run that has had the smaller micro-batches from the iteration's start: losses, norms, all bits."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(memory, "LEAST", 16)
+    monkeypatch.setattr(memory, "MIN_MICRO_BATCH", 16)
     model = replace(odd_model(), adapter=LowRanks()) if kind == "adapter" else odd_model()
 
     def new() -> Any:
@@ -175,7 +178,7 @@ def test_it_is_repeated_as_if_nothing_had_been(
         next(logged)
         for n, of_ranks in enumerate(faults, 1):
             keeps = n % 2 * 150_000  # bytes: all but q, k and v in one layer; or nothing
-            use(s, replace(s.memory, plan=replace(s.memory.plan, room=keeps), most=48))
+            use(s, replace(s.memory, activations=replace(s.memory.activations, room=keeps), max_tokens=48))
             fault = Fault(s, *of_ranks[collectives.rank()]) if collectives.rank() in of_ranks else None
             line = train(s, n, fault)
             failed = [r for r, met in enumerate(collectives.ALL.gather(fault is not None and fault.left <= 0)) if met]
@@ -186,9 +189,9 @@ def test_it_is_repeated_as_if_nothing_had_been(
                 assert text.startswith(f"iteration {n}: memory ran out ")
                 assert text.count("\n") == 0
                 assert all((f"on rank {r} " in text) == (r in failed) for r in range(ranks) if ranks > 1)
-                assert f"micro-batches of at most {s.memory.most} tokens (before: 48)" in text
-                assert s.memory.most < 48
-                assert bool(keeps) == (s.memory.plan.room < keeps) == ("KiB of memory for each" in text)
+                assert f"micro-batches of at most {s.memory.max_tokens} tokens (before: 48)" in text
+                assert s.memory.max_tokens < 48
+                assert bool(keeps) == (s.memory.activations.room < keeps) == ("KiB of memory for each" in text)
             else:
                 assert not text
             use(undisturbed, s.memory)
@@ -200,8 +203,8 @@ def test_it_is_repeated_as_if_nothing_had_been(
         again.load(folder / "a")
         assert train(again, 99) == train(s, 99)
         # nothing smaller is left: all ranks raise what rank 0 has met
-        memory.LEAST = 4096
-        use(s, replace(s.memory, plan=replace(s.memory.plan, room=0)))
+        memory.MIN_MICRO_BATCH = 4096
+        use(s, replace(s.memory, activations=replace(s.memory.activations, room=0)))
         fault = None if collectives.rank() else Fault(s, "backward", 1)
         with pytest.raises(OutOfMemory, match="Tried to allocate 1 GiB") as error:
             train(s, 100, fault)
@@ -212,15 +215,15 @@ def test_it_is_repeated_as_if_nothing_had_been(
 
 def refused(_: Ranks, folder: Path) -> None:
     """6 MiB for forward and backward are not enough; to the last rank, the system gives no more."""
-    memory.LEAST, lengths, ranks = 64, (64,) * 16, collectives.ALL.size
+    memory.MIN_MICRO_BATCH, lengths, ranks = 64, (64,) * 16, collectives.ALL.size
     s, undisturbed = (sharded_strategy(division=DIVISIONS["blocks"] if ranks > 1 else None) for _ in range(2))
-    use(s, replace(s.memory, most=64))
+    use(s, replace(s.memory, max_tokens=64))
     use(undisturbed, s.memory)
     assert train(s, 0, lengths=lengths) == train(undisturbed, 0, lengths=lengths)
-    use(s, replace(s.memory, most=None))
+    use(s, replace(s.memory, max_tokens=None))
     line = train(s, 1, None, lengths, more=6 * 2**20 if collectives.rank() == ranks - 1 else None)
-    assert s.memory.most is not None
-    assert 64 < s.memory.most < 800
+    assert s.memory.max_tokens is not None
+    assert 64 < s.memory.max_tokens < 800
     use(undisturbed, s.memory)
     assert line == train(undisturbed, 1, lengths=lengths)
 
@@ -246,51 +249,51 @@ def test_sizes_go_down_until_nothing_is_left() -> None:
     shape = dict(vocab_size=92544, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
     config = from_scratch(**shape, num_attention_heads=32, num_key_value_heads=8).config
 
-    def steps(now: Memory | None, lengths: Callable[[Memory], tuple[int, ...]]) -> list[Memory]:
-        found: list[Memory] = []
+    def steps(now: MemoryPlan | None, lengths: Callable[[MemoryPlan], tuple[int, ...]]) -> list[MemoryPlan]:
+        found: list[MemoryPlan] = []
         while now is not None:
             found.append(now)
-            now = smaller(now, pack(0, lengths(now)))
+            now = shrink_memory(now, pack(0, lengths(now)))
         return found
 
-    def half(m: Memory) -> tuple[int, ...]:
-        return ((m.most or 32768) // 2, (m.most or 32768) // 2)
+    def half(m: MemoryPlan) -> tuple[int, ...]:
+        return ((m.max_tokens or 32768) // 2, (m.max_tokens or 32768) // 2)
 
-    first = Memory(0, Plan(config, 2, 24 * 2**30), 7168)
-    assert first.plan.fits(7168)
+    first = MemoryPlan(0, ActivationPlan(config, 2, 24 * 2**30), 7168)
+    assert first.activations.keeps_everything(7168)
     down = steps(first, half)
     assert 5 <= len(down) <= 12
     for before, after in pairwise(down):
-        tokens = before.most or 0
-        assert after.plan.peak(after.most or 0) < before.plan.peak(tokens)
-        assert after.most == max(after.most or 0, memory.LEAST)
-        assert after.plan.fits(after.most) or after.most == memory.LEAST
-    assert down[-1].plan.keeps(memory.LEAST) == [NOTHING] * 32
+        tokens = before.max_tokens or 0
+        assert after.activations.peak_bytes(after.max_tokens or 0) < before.activations.peak_bytes(tokens)
+        assert after.max_tokens == max(after.max_tokens or 0, memory.MIN_MICRO_BATCH)
+        assert after.activations.keeps_everything(after.max_tokens) or after.max_tokens == memory.MIN_MICRO_BATCH
+    assert down[-1].activations.choose_kept(memory.MIN_MICRO_BATCH) == [KEEP_NONE] * 32
     # a document cannot be cut: it keeps less, and micro-batches stay as large as fits without recomputing
     long = steps(first, lambda _: (32768,))
-    assert all(b.plan.peak(32768) < a.plan.peak(32768) for a, b in pairwise(long))
-    assert long[-1].plan.keeps(32768) == [NOTHING] * 32
+    assert all(b.activations.peak_bytes(32768) < a.activations.peak_bytes(32768) for a, b in pairwise(long))
+    assert long[-1].activations.choose_kept(32768) == [KEEP_NONE] * 32
     # by name everything is kept, or nothing is counted (CPUs): only sizes change
     for room in (None, 0):
-        sizes = [m.most for m in steps(Memory(0, Plan(config, 2, room)), half)]
+        sizes = [m.max_tokens for m in steps(MemoryPlan(0, ActivationPlan(config, 2, room)), half)]
         assert sizes == [None, 24576, 18432, 13824, 10368, 7776, 5832, 4374, 4096]
-        assert len(steps(Memory(0, Plan(config, 2, room)), lambda _: (32768,))) == 1
+        assert len(steps(MemoryPlan(0, ActivationPlan(config, 2, room)), lambda _: (32768,))) == 1
 
 
 def test_after_a_long_document_what_did_not_fit_is_cut() -> None:
     """The document was larger, but fitted: it kept nothing."""
     config = from_scratch(vocab_size=401, hidden_size=64, intermediate_size=120, num_hidden_layers=2,
                           num_attention_heads=4).config  # fmt: skip
-    now, long, others = Memory(0, Plan(config, 2, 0), 8192), pack(0, (30000,)), pack(1, (2048,) * 4)
-    assert smaller(now, long) is None
-    assert agree_on_smaller(now, Failure(long, others, ""), Mesh())[0].most == 6144
+    now, long, others = MemoryPlan(0, ActivationPlan(config, 2, 0), 8192), pack(0, (30000,)), pack(1, (2048,) * 4)
+    assert shrink_memory(now, long) is None
+    assert agree_on_smaller(now, Failure(long, others, ""), Mesh())[0].max_tokens == 6144
     with pytest.raises(OutOfMemory):
         agree_on_smaller(now, Failure(long, long, ""), Mesh())
 
 
 def fail(run: Any) -> None:
     """Memory runs out on rank 1: once in the next iteration, and whenever it computes in the one after."""
-    memory.LEAST = 8
+    memory.MIN_MICRO_BATCH = 8
     begun, once = run.state.iteration, []
 
     def hook(*_: Any) -> None:

@@ -28,10 +28,9 @@ from xtuner.dist import collectives
 from xtuner.dist.collectives import Ranks
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
-from xtuner.engine.memory import ALL_FULL, DIVISIONS, Division, Memory
-from xtuner.engine.step_time import Work
-from xtuner.engine.strategies.divided import rows_each
-from xtuner.model.ops.functions import Keep
+from xtuner.engine.memory import ALL_FULL, DIVISIONS, Division, MemoryPlan
+from xtuner.engine.step_time import StepCost
+from xtuner.model.ops.functions import KeepPolicy
 from xtuner.model.source import from_scratch
 from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -126,7 +125,7 @@ def test_equal_gradients_make_equal_bits_on_any_mesh(
 def test_rows_keep_groups_together() -> None:
     for shape in ((401, 64), (7,), (1000,), (4096, 4096), (6144, 4097), (3, 5, 7)):
         for ranks in (1, 2, 3, 8):
-            each = rows_each(torch.Size(shape), ranks)
+            each = rows_per_rank(torch.Size(shape), ranks)
             row = torch.Size(shape[1:]).numel()
             assert each * ranks >= shape[0]
             assert ranks == 1 or each * row % 256 == 0
@@ -156,7 +155,7 @@ def test_an_adapter_trains_and_resumes(division: Division, tmp_path: Path) -> No
     again.load(half)
     assert list(train_iterations(again, range(3, 6))) == expected[3:]
     assert_same_state(save_snapshot(again, tmp_path / "again"), save_snapshot(alone, tmp_path / "end"))
-    with pytest.raises(CheckpointError, match="8 tensors have no place in the model"):
+    with pytest.raises(CheckpointError, match="8 tensors are not in the model"):
         sharded_strategy().load(half)
 
     def on_two(_: Ranks, folder: Path) -> None:
@@ -212,9 +211,9 @@ def test_what_is_kept_full_follows_from_memory() -> None:
     larger = dict(hidden_size=6144, intermediate_size=16384, num_hidden_layers=48, num_attention_heads=48)
     twenty = from_scratch(**{**shape, **heads, **larger}, activation_checkpointing=True)
 
-    def plan(form: str, ranks: int, free: int = 79, **named: Any) -> Memory:
+    def plan(form: str, ranks: int, free: int = 79, **named: Any) -> MemoryPlan:
         optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", states=form, **named)
-        return memory.of_mesh(seven, optim, GPU, Mesh(dp_shard=ranks, local_size=ranks), free=free * 2**30)
+        return memory.plan_memory(seven, optim, GPU, Mesh(dp_shard=ranks, local_size=ranks), free=free * 2**30)
 
     def state(form: str, name: str) -> float:
         optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", states=form)
@@ -229,27 +228,27 @@ def test_what_is_kept_full_follows_from_memory() -> None:
     assert state("fp32", "gradients") == int(2 * (ends + 3 * block) + 4 * parameters + 12 * parameters / 4)
     assert state("fp32", "blocks") == int(2 * (ends + 3 * block) + passing + 16 * parameters / 4)
     assert plan("8bit", 4).division == ALL_FULL
-    assert plan("8bit", 4).most == 11_520
+    assert plan("8bit", 4).max_tokens == 11_520
     assert plan("fp32", 4).division == DIVISIONS["weights"]
     assert plan("fp32", 4, sums="bf16").division == ALL_FULL
     assert plan("fp32", 4, 60).division == DIVISIONS["blocks"]
     assert plan("fp32", 4, full="blocks").division == DIVISIONS["blocks"]
     assert plan("fp32", 1).division == ALL_FULL
-    assert plan("8bit", 1, micro_batch=5000).most == 5000
+    assert plan("8bit", 1, micro_batch=5000).max_tokens == 5000
     for named in (dict(micro_batch=0), dict(full="most"), dict(sums="fp8")):
         with pytest.raises(ConfigError, match=next(iter(named))):
             plan("fp32", 4, **named)
     # more ranks, longer links: the same rows of work take longer, never less
-    work = Work(seven.config, 32768, 4, [Keep()] * 32, gathered=1, reduced=4, gradient=4)
+    work = StepCost(seven.config, 32768, 4, [KeepPolicy()] * 32, num_gathers=1, num_reduces=4, gradient_bytes=4)
     one, four, two_nodes = (work.seconds(Mesh(dp_shard=n, local_size=here)) for n, here in ((1, 1), (4, 4), (8, 4)))
     assert one < four < two_nodes
     # on nodes of 8, 7B is faster if only a node's ranks exchange weights; on nodes of 4, 20B does not fit so
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16")
     for model, here, told in ((seven, 8, True), (twenty, 8, True), (twenty, 4, False), (seven, 32, False)):
         mesh, free = Mesh(dp_shard=32, local_size=here), 79 * 2**30
-        chosen = memory.of_mesh(model, optim, GPU, mesh, free=free)
-        text = memory.faster_mesh(chosen, model, optim, GPU, mesh, memory.PACK, free)
-        assert ("--fsdp hybrid would be" in text) == told
+        chosen = memory.plan_memory(model, optim, GPU, mesh, free=free)
+        text = memory.suggest_mesh(chosen, model, optim, GPU, mesh, memory.USUAL_PACK, free)
+        assert ("--fsdp hybrid is estimated to be" in text) == told
         assert bool(text) == told
 
 
@@ -259,6 +258,6 @@ def test_ranks_with_unequal_memory_choose_the_same(tmp_path: Path) -> None:
         memory.free_bytes = lambda device: 2**33 + ranks.rank * 2**30  # type: ignore[assignment]
         s = sharded_strategy(model=replace(odd_model(), recompute=True))
         assert s.memory.division == ALL_FULL
-        assert s.memory.plan.room == 2**33 - s.memory.state - memory.RESERVE - memory.COLLECTIVES
+        assert s.memory.activations.room == 2**33 - s.memory.state - memory.RESERVE_BYTES - memory.COLLECTIVE_BYTES
 
     assert on_ranks(2, on_two, tmp_path) == [0, 0]

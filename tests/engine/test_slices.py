@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from xtuner.core.errors import CheckpointError
-from xtuner.engine.state.slices import SavedStates, blocks, cut
+from xtuner.engine.state.slices import SavedStates, cut_into_slices, range_to_slices
 
 CPU = torch.device("cpu")
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
@@ -24,7 +24,8 @@ def test_blocks_are_the_range(data: st.DataObject, shape: list[int]) -> None:
     full = torch.arange(prod(shape)).view(shape)
     begin, end = sorted(data.draw(st.tuples(*[st.integers(0, full.numel())] * 2)))
     found = [
-        full[tuple(slice(o, o + n) for o, n in zip(*b, strict=True))].reshape(-1) for b in blocks(begin, end, shape)
+        full[tuple(slice(o, o + n) for o, n in zip(*b, strict=True))].reshape(-1)
+        for b in range_to_slices(begin, end, shape)
     ]
     assert len(found) <= 2 * len(shape) - 1
     assert torch.cat([*found, torch.empty(0)]).tolist() == list(range(begin, end))
@@ -62,7 +63,7 @@ def test_any_slicing_is_read_in_any_other(folder: Path, data: st.DataObject, sha
             files.append({"m/w": full.view(-1)[begin:end].clone()})
             facts.append({"begins": {"m/w": begin}})
         else:
-            pieces = cut("m/w", full.view(-1)[begin:end], begin, shape)
+            pieces = cut_into_slices("m/w", full.view(-1)[begin:end], begin, shape)
             files.append({key: values.clone() for key, (values, _) in pieces.items()})
             facts.append({"slices": {key: about for key, (_, about) in pieces.items()}})
     saved = write(folder, files, facts)
@@ -86,7 +87,7 @@ def test_any_slicing_is_read_in_any_other(folder: Path, data: st.DataObject, sha
     [[[0], [3]], [[0, -1], [2, 2]], [[0, 0.5], [2, 2]], [[1, 0], [2, 2]], [[0, 0]], 7, None, [["a", 0], [2, 2]]],
 )
 def test_slices_that_cannot_be(folder: Path, facts: Any) -> None:
-    with pytest.raises(CheckpointError, match="not an optimizer state of ours"):
+    with pytest.raises(CheckpointError, match="not an optimizer state of xtuner"):
         write(folder, [{"m/w": torch.zeros(2, 2)}], [{"slices": {"m/w": facts}}])
 
 
@@ -102,5 +103,5 @@ def test_what_is_not_divided(folder: Path) -> None:
     assert saved.read_range("step/w", 0, 4, (4,), CPU).item() == 3
     assert saved.read_range("factor/w", 0, 4, (4,), CPU).equal(own["factor/w"])
     save_file(own, folder / "optimizer" / "rank_00000.safetensors")
-    with pytest.raises(CheckpointError, match="not an optimizer state of ours"):
+    with pytest.raises(CheckpointError, match="not an optimizer state of xtuner"):
         SavedStates(folder)

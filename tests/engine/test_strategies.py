@@ -40,7 +40,7 @@ from xtuner.engine.strategies import select
 from xtuner.engine.zero import deepspeed_config, deepspeed_settings
 from xtuner.families import INTERNLM2
 from xtuner.model.generate import generate
-from xtuner.model.ops.matmul import Kind
+from xtuner.model.ops.matmul import MatmulKind
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import evaluate
 
@@ -76,25 +76,25 @@ OTHER = {  # name → zero_optimization otherwise than shipped
 }  # fmt: skip
 
 
-def make(kind: str, folder: Path, ranks: int, products: Kind = "own") -> Strategy:
+def make(kind: str, folder: Path, ranks: int, products: MatmulKind = "own") -> Strategy:
     _, zero, fsdp = KINDS.get(kind, (1, None, None))
     if zero == "zero0.json":
-        settings = {**deepspeed_config.read("deepspeed_zero1"), "zero_optimization": {"stage": 0}}
+        settings = {**deepspeed_config.read_settings("deepspeed_zero1"), "zero_optimization": {"stage": 0}}
         zero = str(folder / f"zero0_{collectives.rank()}.json")  # each rank its own: another may read it half written
         Path(zero).write_text(json.dumps(settings))
     if kind in OTHER:
-        settings = deepspeed_config.read(zero)
+        settings = deepspeed_config.read_settings(zero)
         settings["zero_optimization"] |= OTHER[kind]
         zero = str(folder / f"{kind}_{collectives.rank()}.json")
         Path(zero).write_text(json.dumps(settings))
     full = "weights" if kind == "zero2_other" else None  # DeepSpeed's own reduction
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks, full=full)
     model = odd_model(products)
-    strategy = select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
+    strategy = select.build_strategy(select.choose_strategy(model, optim, CPU, zero, fsdp), model, optim, CPU)
     if (
         kind in ("fsdp_hybrid", "zero1", "zero2_other", "zero3") and collectives.rank() % 2
     ):  # these cut packs in two: the others have to follow
-        strategy.memory = replace(strategy.memory, most=44)
+        strategy.memory = replace(strategy.memory, max_tokens=44)
     return strategy
 
 
@@ -314,12 +314,12 @@ def test_ranks_share_validation_and_give_one_reply(tmp_path: Path, monkeypatch: 
 )
 def test_settings_that_contradict_the_config(change: dict[str, object], message: str, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({**deepspeed_config.read("deepspeed_zero2"), **change}))
+    path.write_text(json.dumps({**deepspeed_config.read_settings("deepspeed_zero2"), **change}))
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=1.0), 2)
     with pytest.raises(ConfigError, match=message):
-        deepspeed_config.resolve(deepspeed_config.read(str(path)), optim, CPU, 2, str(path))
+        deepspeed_config.resolve_auto(deepspeed_config.read_settings(str(path)), optim, CPU, 2, str(path))
     with pytest.raises(ConfigError, match="Did you mean 'deepspeed_zero1'"):
-        deepspeed_config.read("deepspeed_zero_1")
+        deepspeed_config.read_settings("deepspeed_zero_1")
 
 
 def test_every_setting_of_deepspeed_has_its_place() -> None:
@@ -342,8 +342,8 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
     ]
     assert set(removed) <= deepspeed_settings.REJECTED.keys()
     tables = (
-        deepspeed_settings.HANDED_ON,
-        deepspeed_settings.WITHOUT_EFFECT.keys(),
+        deepspeed_settings.PASSED_ON,
+        deepspeed_settings.IGNORED.keys(),
         deepspeed_settings.REJECTED.keys(),
     )
     assert sum(map(len, tables)) == len(deepspeed_settings.KNOWN)
@@ -358,17 +358,19 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
             "round_robin_gradients": False, "offload_optimizer": {"device": "none"}, "offload_param": None,
         },
     }  # fmt: skip
-    resolved = deepspeed_config.resolve(usual, optim, CPU, 2, "usual.json")
+    resolved = deepspeed_config.resolve_auto(usual, optim, CPU, 2, "usual.json")
     assert resolved["zero_optimization"] == {"stage": 3}
     assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert [told.partition(" ")[0] for told in deepspeed_config.without_effect(usual)] == [
+    assert [told.partition(" ")[0] for told in deepspeed_config.list_ignored(usual)] == [
         "activation_checkpointing", "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     ]  # fmt: skip
     one = {**usual, "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
-    assert "data_types" not in deepspeed_config.resolve(one, optim, CPU, 2, "one.json")  # DeepSpeed has no such sums
+    assert "data_types" not in deepspeed_config.resolve_auto(
+        one, optim, CPU, 2, "one.json"
+    )  # DeepSpeed has no such sums
     coarser = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dtype="bf16", sums="bf16")
     with pytest.raises(ConfigError, match=r"grad_accum_dtype is fp32 in the .* by the config it is bf16"):
-        deepspeed_config.resolve(one, coarser, CPU, 2, "one.json")
+        deepspeed_config.resolve_auto(one, coarser, CPU, 2, "one.json")
 
 
 @pytest.mark.processes
@@ -382,7 +384,7 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
     ) -> tuple[Any, dict[str, tuple[int, torch.Tensor]]]:
         rank, ranks = collectives.rank(), collectives.ALL.size
         optim, model = OptimWrapper(dict(type=torch.optim.SGD, lr=1.0), None, 32 // ranks, dtype, **kept), odd_model()
-        strategy: Any = select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
+        strategy: Any = select.build_strategy(select.choose_strategy(model, optim, CPU, zero, fsdp), model, optim, CPU)
         before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
         strategy.forward_backward(these[rank::ranks], targets, [parts] * (32 // ranks))
         assert strategy.step(1.0, None)[1]
@@ -420,7 +422,7 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
         for here in ("1", "2"):  # one rank a node; both on one
             os.environ["LOCAL_WORLD_SIZE"] = here
             assert 1.001 * least < error(gradient("bf16", "deepspeed_zero1", None, 2, sums="bf16")[1]) < 7e-3
-        settings = deepspeed_config.read("deepspeed_zero2")
+        settings = deepspeed_config.read_settings("deepspeed_zero2")
         settings["data_types"]["grad_accum_dtype"] = "bf16"  # on request
         (folder / f"{collectives.rank()}.json").write_text(json.dumps(settings))
         assert error(gradient("bf16", str(folder / f"{collectives.rank()}.json"), None)[1]) > 1.2 * least
@@ -473,7 +475,7 @@ CONSTANT = 32 * 2**20
 RANKS = 2
 folder = Path(sys.argv[1])
 file = folder / "model.safetensors"
-shapes = {n: p.shape for n, p in large_model().empty(torch.device("meta"), torch.float32).named_parameters()}
+shapes = {n: p.shape for n, p in large_model().build_empty(torch.device("meta"), torch.float32).named_parameters()}
 total, largest = sum(s.numel() for s in shapes.values()), max(s.numel() for s in shapes.values())
 assert 4 * total > 4 * (4 * largest + CONSTANT), "too small a model to show anything"
 
@@ -485,7 +487,7 @@ def body(ranks, where):
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3))
     parts = from_pretrained(str(folder)), optim, torch.device("cpu")
-    strategy = choose.strategy(choose.choose(*parts, str(folder / "zero3.json")), *parts)
+    strategy = choose.build_strategy(choose.choose_strategy(*parts, str(folder / "zero3.json")), *parts)
     try:  # the control: one rank holding all weights beside its shard
         whole = from_pretrained(str(folder)).build()
     except RuntimeError as e:
@@ -511,7 +513,7 @@ def test_zero3_is_built_shard_by_shard(tmp_path: Path) -> None:
     tensors = {name: p.data for name, p in source.build().named_parameters()}
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(INTERNLM2.write_config(source.config, "float32")))
-    settings = deepspeed_config.read("deepspeed_zero3")
+    settings = deepspeed_config.read_settings("deepspeed_zero3")
     small = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "reduce_bucket_size")
     settings["zero_optimization"] |= dict.fromkeys((*small, "stage3_prefetch_bucket_size"), 10**6)
     (tmp_path / "zero3.json").write_text(json.dumps(settings))

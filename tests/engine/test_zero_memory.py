@@ -10,7 +10,7 @@ import torch
 from xtuner.core.errors import ConfigError
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.zero import deepspeed_config, zero_memory
-from xtuner.engine.zero.zero_memory import ZeroMemory
+from xtuner.engine.zero.zero_memory import ZeroMemoryPlan
 from xtuner.model import from_scratch
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -33,36 +33,36 @@ def wrapper(**given: Any) -> OptimWrapper:
 
 def chosen(
     name: str, stage: int | str, ranks: int, free: int = FREE, recompute: bool = True, **given: Any
-) -> ZeroMemory:
+) -> ZeroMemoryPlan:
     model, optim = source(name, recompute), wrapper(**given)
-    settings = deepspeed_config.prepare(f"deepspeed_zero{stage}", model, optim, CPU, ranks)
-    return zero_memory.of_zero(model, optim, CPU, Mesh(dp_shard=ranks, local_size=ranks), settings, PACK, free)
+    settings = deepspeed_config.prepare_settings(f"deepspeed_zero{stage}", model, optim, CPU, ranks)
+    return zero_memory.plan_zero_memory(model, optim, CPU, Mesh(dp_shard=ranks, local_size=ranks), settings, PACK, free)
 
 
 def test_gradients_are_summed_as_precisely_as_fits() -> None:
-    assert [chosen("1.8B", stage, 4).way for stage in (1, 2, 3)] == ["fp32", "fp32", "deepspeed"]
-    assert [chosen("7B", stage, 4).way for stage in (1, 2, 3)] == ["bf16", "deepspeed", "deepspeed"]
-    assert [chosen("7B", stage, 4, recompute=False).way for stage in (1, 2)] == ["bf16", "deepspeed"]
-    assert [chosen("7B", stage, 8).way for stage in (1, 2)] == ["fp32", "fp32"]
-    assert [chosen("7B", stage, 4, int(0.75 * FREE)).way for stage in (1, 2)] == ["deepspeed", "deepspeed"]
-    assert chosen("7B", 2, 4, sums="bf16").way == "bf16"
-    assert chosen("7B", 2, 8, full="weights").way == "deepspeed"
-    assert chosen("7B", 1, 4, sums="fp32").way == "deepspeed"  # over packs and ranks
-    assert chosen("7B", 1, 4, full="all", sums="fp32").way == "fp32"  # by name, though hardly anything is left
+    assert [chosen("1.8B", stage, 4).summing for stage in (1, 2, 3)] == ["fp32", "fp32", "deepspeed"]
+    assert [chosen("7B", stage, 4).summing for stage in (1, 2, 3)] == ["bf16", "deepspeed", "deepspeed"]
+    assert [chosen("7B", stage, 4, recompute=False).summing for stage in (1, 2)] == ["bf16", "deepspeed"]
+    assert [chosen("7B", stage, 8).summing for stage in (1, 2)] == ["fp32", "fp32"]
+    assert [chosen("7B", stage, 4, int(0.75 * FREE)).summing for stage in (1, 2)] == ["deepspeed", "deepspeed"]
+    assert chosen("7B", 2, 4, sums="bf16").summing == "bf16"
+    assert chosen("7B", 2, 8, full="weights").summing == "deepspeed"
+    assert chosen("7B", 1, 4, sums="fp32").summing == "deepspeed"  # over packs and ranks
+    assert chosen("7B", 1, 4, full="all", sums="fp32").summing == "fp32"  # by name, though hardly anything is left
 
 
 def test_micro_batches_are_of_the_size_that_takes_the_least_time() -> None:
     for stage in (1, 2, 3):
         found = chosen("7B", stage, 4)
-        assert found.most
-        assert 4096 <= found.most < PACK
-        assert found.fits(found.most)
+        assert found.max_tokens
+        assert 4096 <= found.max_tokens < PACK
+        assert found.fits(found.max_tokens)
         others = [chosen("7B", stage, 4, micro_batch=most) for most in (PACK, 16896, 11520, 8704, 6144)]
-        assert [m.most for m in others] == [PACK, 16896, 11520, 8704, 6144]
+        assert [m.max_tokens for m in others] == [PACK, 16896, 11520, 8704, 6144]
         assert all(found.seconds <= m.seconds for m in others)
-        assert found.peak(found.most) <= FREE
+        assert found.peak_bytes(found.max_tokens) <= FREE
     # what is sent with each micro-batch makes few large ones faster, of which more is recomputed
-    once, each, small = (chosen(name, stage, 4).most or 0 for name, stage in (("7B", 1), ("7B", 3), ("1.8B", 3)))
+    once, each, small = (chosen(name, stage, 4).max_tokens or 0 for name, stage in (("7B", 1), ("7B", 3), ("1.8B", 3)))
     assert 0 < once < each < PACK <= small
 
 
@@ -70,7 +70,7 @@ def test_our_own_sharding_is_mentioned_where_it_is_faster() -> None:
     for name, stage, told in (("7B", 3, True), ("7B", 2, True), ("7B", 1, False)):
         four = Mesh(dp_shard=4, local_size=4)
         found = chosen(name, stage, 4)
-        text = zero_memory.faster_own(found, source(name), wrapper(), CPU, four, "mine", PACK, FREE)
+        text = zero_memory.suggest_own_sharding(found, source(name), wrapper(), CPU, four, "mine", PACK, FREE)
         assert ("--deepspeed mine: without it" in text) == told
 
 
@@ -83,12 +83,14 @@ def test_sizes_of_buckets_that_the_json_leaves_open(tmp_path: Path) -> None:
         ({"stage": 1, "reduce_bucket_size": 9}, {"reduce_bucket_size": 9, "allgather_bucket_size": 200_000_000}),
     ):
         path.write_text(json.dumps({"zero_optimization": zero}))
-        found = deepspeed_config.prepare(str(path), model, wrapper(), CPU, 4)
+        found = deepspeed_config.prepare_settings(str(path), model, wrapper(), CPU, 4)
         assert found["zero_optimization"] == zero | found["zero_optimization"] | expected
         assert found["communication_data_type"] == "fp32"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     small, large = (
-        zero_memory.zero_state(model, wrapper(), CPU, 4, {"zero_optimization": {"stage": 2, "reduce_bucket_size": n}})
+        zero_memory.zero_state_bytes(
+            model, wrapper(), CPU, 4, {"zero_optimization": {"stage": 2, "reduce_bucket_size": n}}
+        )
         for n in (10**6, 10**9)
     )
     assert large - small > 8 * (10**9 - 10**6)
@@ -111,14 +113,14 @@ def test_what_a_stage_cannot_keep_full(stage: str, full: str, message: str) -> N
 
 def test_sums_of_micro_batches_that_deepspeed_sends_are_as_named(tmp_path: Path) -> None:
     def sums(stage: str, **given: Any) -> Any:
-        settings = deepspeed_config.prepare(stage, source("7B"), wrapper(**given), CPU, 4)
+        settings = deepspeed_config.prepare_settings(stage, source("7B"), wrapper(**given), CPU, 4)
         return settings["data_types"]["grad_accum_dtype"]
 
     for stage in ("2", "2_offload", "3"):
         full = None if stage == "3" else "weights"
         assert sums(f"deepspeed_zero{stage}", full=full) == "fp32"
         assert sums(f"deepspeed_zero{stage}", full=full, sums="bf16") == "bf16"
-    coarse = deepspeed_config.read("deepspeed_zero2") | {"data_types": {"grad_accum_dtype": "bf16"}}
+    coarse = deepspeed_config.read_settings("deepspeed_zero2") | {"data_types": {"grad_accum_dtype": "bf16"}}
     (tmp_path / "coarse.json").write_text(json.dumps(coarse))
     assert sums(str(tmp_path / "coarse.json"), full="weights") == "bf16"
     with pytest.raises(ConfigError, match="with sums in bf16"):  # those of whole gradients are ours

@@ -93,7 +93,7 @@ def test_our_own_remote_code(
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     words = (tiny, trained, tmp_path / "exported", "--fp32", "--with-code")
-    with pytest.raises(ConfigError, match="belongs to the internlm2 layout"):
+    with pytest.raises(ConfigError, match="is only for the internlm2 layout"):
         xtuner("convert", "pth_to_hf", *words, "--layout", "llama")
     assert xtuner("convert", "pth_to_hf", *words) == 0
     folders = [tmp_path / "exported"]
@@ -134,7 +134,7 @@ def test_the_reference_models_in_transformers(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     from xtuner.families import LLAMA
-    from xtuner.model.weights import split
+    from xtuner.model.weights import split_for_family
 
     for name in {"a_gqa", "b_mha", "d_mqa_bias", "e_linear"} & set(reference_models()):
         model = load_pretrained(reference("models", name))
@@ -142,7 +142,7 @@ def test_the_reference_models_in_transformers(tmp_path: Path) -> None:
         folder.mkdir()
         tensors: dict[str, torch.Tensor] = {}
         for key, tensor in model.state_dict().items():
-            tensors |= {k: t.contiguous() for k, t in split(key, tensor, LLAMA, model.config).items()}
+            tensors |= {k: t.contiguous() for k, t in split_for_family(key, tensor, LLAMA, model.config).items()}
         if "model.layers.0.self_attn.o_proj.bias" in tensors:
             assert model.config.attention_bias
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -160,7 +160,7 @@ def test_wrong_sources_and_targets(trained: Path, tiny: Path, tmp_path: Path, xt
     for error, source, target, message in (
         (ConfigError, trained.parent, tmp_path / "a", f"a folder of checkpoints(?s:.*)such as {trained.parent}/iter_"),
         (ConfigError, tmp_path / "nowhere.pth", tmp_path / "a", "there is no checkpoint"),
-        (ConfigError, tmp_path, tmp_path / "a", "no kind of checkpoint is recognised"),
+        (ConfigError, tmp_path, tmp_path / "a", "not a checkpoint that can be recognised"),
         (ConfigError, trained, tmp_path / "mine", "not an earlier export"),
     ):
         with pytest.raises(error, match=message):
@@ -248,7 +248,7 @@ import gc, resource, sys
 from pathlib import Path
 import torch
 from xtuner.core.files import seal, write_json
-from xtuner.export.hf import export
+from xtuner.export.hf import export_hf
 from xtuner.families import INTERNLM2
 from xtuner.model import from_scratch
 from safetensors import safe_open
@@ -270,7 +270,7 @@ def checkpoint(name, layers):
 
 checkpoint("small", 1)
 total, largest = checkpoint("large", 14)
-export(folder / "small", folder / "out_small", None, "llama", torch.float32)  # imports and caches are there now
+export_hf(folder / "small", folder / "out_small", None, "llama", torch.float32)  # imports and caches are there now
 gc.collect()  # the models that were saved are gone
 field = next(l for l in open("/proc/self/status") if l.startswith("VmData"))
 SHARD, CONSTANT = 40 * 2**20, 32 * 2**20
@@ -282,7 +282,7 @@ if sys.argv[2] == "whole":
     with safe_open(folder / "large/weights/model.safetensors", "pt") as f:
         state = {k: f.get_tensor(k) + 1 for k in f.keys()}
 else:
-    export(folder / "large", folder / "out", None, "llama", torch.float32, SHARD)
+    export_hf(folder / "large", folder / "out", None, "llama", torch.float32, SHARD)
 """
 
 

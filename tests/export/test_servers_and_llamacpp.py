@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from xtuner.core import log
 from xtuner.core.errors import ConfigError
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.export.hf import export
+from xtuner.export.hf import export_hf
 from xtuner.families import INTERNLM2
 from xtuner.model import from_scratch
 
@@ -73,7 +73,7 @@ def test_attributes_that_servers_read(tmp_path: Path) -> None:
     folders = []
     for kind, scaling in scalings.items():
         source = model_folder(tmp_path / kind, rope_theta=5e7, rope_scaling=scaling, max_position_embeddings=4096)
-        folders.append(str(export(source, tmp_path / f"{kind}.hf", None, with_code=True)))
+        folders.append(str(export_hf(source, tmp_path / f"{kind}.hf", None, with_code=True)))
         written = json.loads((tmp_path / f"{kind}.hf" / "config.json").read_text())
         assert (written["rope_theta"], written["rope_scaling"]) == (5e7, scaling)
     env = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -100,7 +100,7 @@ def test_what_readers_of_the_internlm2_layout_leave_out(tmp_path: Path, capsys: 
         source = model_folder(tmp_path / name, **shape)
         for layout in ("internlm2", "llama"):
             capsys.readouterr()
-            export(source, tmp_path / f"{name}.{layout}", None, layout)
+            export_hf(source, tmp_path / f"{name}.{layout}", None, layout)
             said = capsys.readouterr().err
             assert ("the model has" in said) == bool(what and layout == "internlm2")
             assert layout == "llama" or what in said
@@ -134,7 +134,7 @@ def test_tokens_of_llamacpp(tmp_path: Path, tokenizer_folder: Path) -> None:
     for name, tokenizer in tokenizers.items():
         source = model_folder(tmp_path / f"{name}.model", vocab_size=load_tokenizer(tokenizer).vocab_size)
         folders += [
-            export(source, tmp_path / f"{name}.{layout}", tokenizer, layout) for layout in ("internlm2", "llama")
+            export_hf(source, tmp_path / f"{name}.{layout}", tokenizer, layout) for layout in ("internlm2", "llama")
         ]
     words = [sys.executable, "-c", CONVERT, str(LLAMACPP), *map(str, folders)]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -174,9 +174,9 @@ def test_special_tokens_without_an_id(tmp_path: Path, tokenizer_folder: Path) ->
             (given / file).write_text(json.dumps(settings))
             if not has_pieces:
                 with pytest.raises(ConfigError, match=rf"without their ids: .*<\|im_[\s\S]*from {VOCABULARY}"):
-                    export(source, tmp_path / "refused", given, "llama")
+                    export_hf(source, tmp_path / "refused", given, "llama")
                 continue
-            folder = export(source, tmp_path / f"hf{i}", given, "llama")
+            folder = export_hf(source, tmp_path / f"hf{i}", given, "llama")
             theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(given)
             assert len(theirs) == VOCABULARY
             text = "<|im_start|>user\nx<|im_end|>\n"
@@ -191,7 +191,7 @@ def test_special_tokens_without_an_id(tmp_path: Path, tokenizer_folder: Path) ->
     shutil.copy(tokenizer_folder / "tokenizer.model", older)
     (older / "added_tokens.json").write_text(json.dumps({m: VOCABULARY + i for i, m in enumerate(marks)}))
     (older / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": marks}))
-    folder = export(source, tmp_path / "from_older", older, "llama")
+    folder = export_hf(source, tmp_path / "from_older", older, "llama")
     theirs = AutoTokenizer.from_pretrained(folder)
     assert theirs.convert_tokens_to_ids(marks) == [VOCABULARY, VOCABULARY + 1]
     shutil.copy(folder / "tokenizer.json", older)  # the same with tokenizer.json alone, in which one id is missing
@@ -200,7 +200,7 @@ def test_special_tokens_without_an_id(tmp_path: Path, tokenizer_folder: Path) ->
     assert load_tokenizer(older).vocab_size == VOCABULARY + 2
     (older / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": [*marks, "<|tool|>"]}))
     with pytest.raises(ConfigError, match=r"without their ids: <\|tool\|>"):
-        export(source, tmp_path / "refused", older, "llama")
+        export_hf(source, tmp_path / "refused", older, "llama")
 
 
 def test_shapes_that_rope_cannot_turn(tmp_path: Path, tiny: Path, xtuner: Command) -> None:

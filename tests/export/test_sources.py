@@ -28,7 +28,7 @@ from xtuner.export.sources import recognise
 from xtuner.export.sources.zero import ZeroFolder
 from xtuner.families import LLAMA
 from xtuner.model import load_pretrained
-from xtuner.model.weights import split
+from xtuner.model.weights import split_for_family
 
 Command = Callable[..., int]
 STAGES = ("zero1_bf16_2ranks", "zero2_bf16_2ranks", "zero3_bf16_2ranks")
@@ -161,9 +161,9 @@ def test_names_of_the_llama_layout(tmp_path: Path, xtuner: Command) -> None:
     state = model.state_dict()
     llama: Tensors = {}
     for name, tensor in state.items():
-        llama |= split(name, tensor, LLAMA, model.config)
+        llama |= split_for_family(name, tensor, LLAMA, model.config)
     torch.save({"state_dict": {f"llm.{n}": t.clone() for n, t in llama.items()}}, tmp_path / "iter_1.pth")
-    with pytest.raises(CheckpointError, match=r"(?s)how many heads there are is not said.*pth_to_hf CONFIG"):
+    with pytest.raises(CheckpointError, match=r"(?s)the number of heads is unknown.*pth_to_hf CONFIG"):
         consolidate(tmp_path / "iter_1.pth", tmp_path / "a.safetensors")
     config = tmp_path / "config.py"
     path = str(reference("models", "a_gqa"))
@@ -343,7 +343,7 @@ def test_contradictions_in_zero_files(tmp_path: Path) -> None:
             (2, "1 groups of parameters", lambda model: model["param_shapes"].pop()),
             (3, "lacks a list", also(param_shapes=None)),
             (2, "LoRA", also(shared_params={"llm.lora_A": output})),
-            (2, "no place in the model", also(shared_params={"llm.more": output})),
+            (2, "not in the model", also(shared_params={"llm.more": output})),
             (2, "was not saved", lost),
         )
     ):
@@ -356,9 +356,9 @@ def test_contradictions_in_zero_files(tmp_path: Path) -> None:
     changed(path, lambda c: c["optimizer_state_dict"].update(fp32_flat_groups=short))()
     refused(folder, "6 of rank 1", tmp_path)
     changed(path, lambda c: c["optimizer_state_dict"].update(fp32_flat_groups=["x"]))()
-    refused(folder, "no list of flat tensors", tmp_path)
+    refused(folder, "is not a list of flat tensors", tmp_path)
     changed(path, lambda c: c.clear())()
-    refused(folder, "does not hold", tmp_path)
+    refused(folder, "does not contain", tmp_path)
 
 
 def test_parts_of_internevo_that_do_not_fit(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_parts_of_internevo_that_do_not_fit(tmp_path: Path) -> None:
         refused(path, words, tmp_path)
     for changes, words in (
         ({"no_bias": False}, "no_bias = False is not supported"),
-        ({"num_layers": "2"}, "is no size"),
+        ({"num_layers": "2"}, "is not a size"),
         ({"vocab_size": 8}, r"\[8, 6\] for model.tok_embeddings"),
         ({"num_kv_attention_heads": 3}, "wqkv"),
     ):
@@ -389,7 +389,7 @@ def test_parts_of_internevo_that_do_not_fit(tmp_path: Path) -> None:
     for other in ("model_wp0_pp0.pt", "model_tp0_pp0_dp1.pt", "model_moe_layer0_expert0_tp0.pt"):
         path = folder()
         (path / other).touch()
-        refused(path, "is of a model cut by", tmp_path)
+        refused(path, "is of a model split by", tmp_path)
     path = folder()
     changed(path / "model_tp1_pp0.pt", lambda c: c.pop("model.layers.0.attention.wo.weight"))()
     refused(path, "model_tp1_pp0.pt lacks", tmp_path)
@@ -411,8 +411,8 @@ def test_files_cut_short_and_files_of_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "torn" / "weights").mkdir(parents=True)
     half = {n: t for n, t in weights.items() if ".w2." not in n}
     for name, content, words in (
-        ("list.pth", [1, 2], "no tensors by name"),
-        ("mixed.pth", {**weights, "epoch": 3}, "'epoch' is no tensor"),
+        ("list.pth", [1, 2], "does not contain tensors by name"),
+        ("mixed.pth", {**weights, "epoch": 3}, "'epoch' is not a tensor"),
         ("lora.pth", {"llm.base_model.model.x.lora_A.weight": torch.ones(1)}, "LoRA"),
         ("half.pth", half, "w2.weight is missing"),
         (
@@ -425,7 +425,7 @@ def test_files_cut_short_and_files_of_other_kinds(tmp_path: Path) -> None:
     ):
         torch.save(content, tmp_path / name)
         refused(tmp_path / name, words, tmp_path)
-    refused(tmp_path / "empty", "no kind of checkpoint is recognised", tmp_path, kind=ConfigError)
+    refused(tmp_path / "empty", "not a checkpoint that can be recognised", tmp_path, kind=ConfigError)
     refused(tmp_path / "torn", "not a complete checkpoint", tmp_path, kind=ConfigError)
     refused(tmp_path / "nowhere", "there is no checkpoint", tmp_path, kind=ConfigError)
     torch.save(weights, tmp_path / "plain.pth")  # as `zero_to_fp32.py` writes it

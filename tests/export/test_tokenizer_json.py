@@ -12,7 +12,7 @@ from helpers.corpus import train_tokenizer
 from helpers.paths import ROOT, TESTS, reference
 
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.export.tokenizer_json import complete
+from xtuner.export.tokenizer_json import complete_tokenizer
 
 CHAT = ["<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>"]
 
@@ -20,7 +20,7 @@ CHAT = ["<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "
 def made(model: Path, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     shutil.copy(model, folder / "tokenizer.model")
-    complete(folder)
+    complete_tokenizer(folder)
     return folder
 
 
@@ -96,7 +96,7 @@ def test_other_models(tmp_path: Path, tokenizer_folder: Path) -> None:
             assert theirs.decode(ids) == raw.decode(ids), text
         before = (folder / "tokenizer.json").stat().st_mtime_ns
         (folder / "tokenizer_config.json").write_text(json.dumps({**old, "eos_token": "</s>"}))
-        complete(folder)  # a tokenizer.json that is there stays; remote code that is not is no longer named
+        complete_tokenizer(folder)  # a tokenizer.json that is there stays; remote code that is not is no longer named
         assert (folder / "tokenizer.json").stat().st_mtime_ns == before
         config = json.loads((folder / "tokenizer_config.json").read_text())
         assert "auto_map" not in config
@@ -113,14 +113,14 @@ def test_an_export_generates(internlm2: Path, tmp_path: Path, xtuner: Callable[.
     from xtuner.export.hf import _copy_tokenizer, _generation
     from xtuner.families import LLAMA
     from xtuner.model import from_scratch
-    from xtuner.model.weights import split
+    from xtuner.model.weights import split_for_family
 
     source = from_scratch(
         vocab_size=92544, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in source.build().state_dict().items():
-        tensors |= {k: t.contiguous() for k, t in split(name, tensor, LLAMA, source.config).items()}
+        tensors |= {k: t.contiguous() for k, t in split_for_family(name, tensor, LLAMA, source.config).items()}
     from safetensors.torch import save_file
 
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})

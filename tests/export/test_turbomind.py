@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
-from xtuner.export.tokenizer_json import complete
-from xtuner.export.turbomind_config import flat, template_by_path
+from xtuner.export.tokenizer_json import complete_tokenizer
+from xtuner.export.turbomind_config import flatten_yaml, template_by_path
 
 Command = Callable[..., int]
 
@@ -55,7 +55,7 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
     shutil.copy(tokenizer_folder / "tokenizer.model", tmp_path / "b")  # as our export leaves them
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "b" / name).unlink()
-    complete(tmp_path / "b")
+    complete_tokenizer(tmp_path / "b")
     theirs = []
     for folder, words in cases:
         options: dict[str, Any] = {w[2:].replace("-", "_"): v for w, v in zip(words[::2], words[1::2], strict=True)}
@@ -95,7 +95,7 @@ def test_any_head_dim(tmp_path: Path, xtuner: Command, caplog: Any) -> None:
 def test_attention_means_the_same(tmp_path: Path, xtuner: Command) -> None:
     """From the files alone, by TurboMind's rules (neighbours are rotated): the attention of the network."""
     from xtuner.model import load_pretrained
-    from xtuner.model.decoder import Layout
+    from xtuner.model.decoder import DocumentLayout
 
     source = write_hf_folder(
         tmp_path / "hf", hidden_size=48, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=1
@@ -122,7 +122,7 @@ def test_attention_means_the_same(tmp_path: Path, xtuner: Command) -> None:
     model = load_pretrained(source)
     with torch.no_grad():
         borders = torch.tensor([0, T], dtype=torch.int32)
-        layout = Layout(borders, T, *model.model.rope.table(torch.arange(T), borders))
+        layout = DocumentLayout(borders, T, *model.model.rope.table(torch.arange(T), borders))
         assert (model.model.layers[0].attention(x, layout) - total).abs().max() < 1e-5
 
 
@@ -152,8 +152,8 @@ def test_check_names_the_first_difference(tmp_path: Path, xtuner: Command) -> No
             r"config\.yaml says model_config\.head_num: 8 where the source gives 4",
             lambda d: (d / WEIGHTS / "config.yaml").write_text(older.replace("head_num: 4", "head_num: 8", 1)),
         ),
-        (r"cannot be understood", lambda d: (d / WEIGHTS / "config.yaml").write_text("x: 1\n")),
-        (r"no converted directory", lambda d: shutil.rmtree(d / WEIGHTS)),
+        (r"cannot be parsed", lambda d: (d / WEIGHTS / "config.yaml").write_text("x: 1\n")),
+        (r"not a converted directory", lambda d: shutil.rmtree(d / WEIGHTS)),
     ):
         bad = tmp_path / "bad"
         shutil.copytree(good, bad)
@@ -183,20 +183,20 @@ def test_refusals(tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPat
         save_file(tensors, folder / "model-0.safetensors")
 
     cases = [
-        (ConfigError, r"3 GPUs cannot share.*sizes that would do: 1, 2, 4", source, ["--tp", "3"]),
+        (ConfigError, r"3 GPUs cannot share.*sizes that work: 1, 2, 4", source, ["--tp", "3"]),
         (ConfigError, r"8 GPUs cannot share", source, ["--tp", "8"]),
         (ConfigError, r"0 GPUs cannot share", source, ["--tp", "0"]),
         (ConfigError, r"no tokenizer", changed("n", lambda d: (d / "tokenizer.json").unlink()), []),
         (CheckpointError, r"which is missing", changed("w", lambda d: (d / "model-0.safetensors").unlink()), []),
         (CheckpointError, r"config\.json is missing", changed("c", lambda d: (d / "config.json").unlink()), []),
         (CheckpointError, r"\[400, 512\] on disk and \[401, 512\]", changed("v", settings(vocab_size=401)), []),
-        (CheckpointError, r"have no place", changed("l", settings(num_hidden_layers=1)), []),
+        (CheckpointError, r"are not in the model", changed("l", settings(num_hidden_layers=1)), []),
         (ConfigError, r"biases", changed("b", settings(bias=True)), []),
         (ConfigError, r"type 'bert' cannot", changed("t", settings(model_type="bert")), []),
-        (ConfigError, r"output\.0\.weight holds numbers that fp16 does not", changed("f", large), ["--dtype", "fp16"]),
+        (ConfigError, r"output\.0\.weight has numbers that fp16 can", changed("f", large), ["--dtype", "fp16"]),
         (ConfigError, r"not an earlier export", source, ["--dst-path", tmp_path / "mine"]),
-        (ConfigError, r"the target is what is exported", source, ["--dst-path", source]),
-        (ConfigError, r"the target is what is exported", source, ["--dst-path", source / "tm"]),
+        (ConfigError, r"the target is the source itself", source, ["--dst-path", source]),
+        (ConfigError, r"the target is the source itself", source, ["--dst-path", source / "tm"]),
         (ConfigError, r"neither a folder here", tmp_path / "nowhere", []),
     ]
     monkeypatch.chdir(tmp_path)
@@ -227,7 +227,7 @@ def test_what_is_told(tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     assert xtuner("convert", *words) == 0  # it was asked for
     assert "chat template" not in capsys.readouterr().err
     assert xtuner("convert", "turbomind", "llama-7b", source, "--dst-path", tmp_path / "tm") == 0
-    values = flat((tmp_path / "tm" / WEIGHTS / "config.yaml").read_text())
+    values = flatten_yaml((tmp_path / "tm" / WEIGHTS / "config.yaml").read_text())
     names = ("tokenizer_size", "model_name", "chat_template", "weight_type")
     assert [values[f"model_config.{n}"] for n in names] == ["3", "llama-7b", "base", "bfloat16"]
     paths = ["internlm/internlm2-chat-7b", "/x/InternLM2-Math-20b", "/x/internlm2-7b", "/x/chat", "./hf"]
@@ -247,7 +247,7 @@ turbomind.BLOCK = 2**20
 shape = dict(hidden_size=768, num_attention_heads=6, num_key_value_heads=6, intermediate_size=3072, vocab_size=8000)
 small = turbomind.read_source(write_hf_folder(folder / "small", **shape, num_hidden_layers=1))
 large = write_hf_folder(folder / "large", dtype=torch.float32, **shape, num_hidden_layers=14)
-turbomind.convert(small, folder / "out")  # imports and caches are there now
+turbomind.convert_to_turbomind(small, folder / "out")  # imports and caches are there now
 total = (large / "model-0.safetensors").stat().st_size  # is mapped: counted by the system, although it takes no memory
 wqkv, CONSTANT = 3 * 768 * 768 * 4, 16 * 2**20
 held = 4 * turbomind.BLOCK + 3 * wqkv + CONSTANT
@@ -259,8 +259,8 @@ if sys.argv[2] == "whole":
     with safe_open(large / "model-0.safetensors", "pt") as f:
         state = {k: (f.get_tensor(k) + 1, f.get_tensor(k) + 2) for k in f.keys()}  # whether a map counts or not
 else:
-    turbomind.convert(turbomind.read_source(large), folder / "out", 2)
-    turbomind.check(turbomind.read_source(large), folder / "out")
+    turbomind.convert_to_turbomind(turbomind.read_source(large), folder / "out", 2)
+    turbomind.compare_with_source(turbomind.read_source(large), folder / "out")
 """
 
 

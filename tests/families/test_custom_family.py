@@ -139,7 +139,7 @@ def test_what_a_family_cannot_be(granite: Any, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(Mistake, match=r"unknown role 'tool'.* Known: system, user, assistant"):
         messages([{"role": "tool", "content": "x"}], granite.CHAT.roles)
     monkeypatch.setitem(granite.Granite.names, "attention_norm", "post_attention_layernorm")  # as the other norm
-    with pytest.raises(AssertionError, match="granite: 592 of 600 numbers have a place"):
+    with pytest.raises(AssertionError, match="granite: its files store 592 of 600 numbers"):
         hf_shapes(network, granite.GRANITE)
     for name, message in (("granite.START", "is a str, not a ChatTemplate"), ("granite.X", "no attribute 'X'")):
         with pytest.raises(ConfigError, match=message):

@@ -309,7 +309,7 @@ def _network() -> Target:
         config = read_config(json.loads(case["config.json"]))
         for layout in ("internlm2", "llama"):
             hf_shapes(config, FAMILIES[layout])
-        source.empty(torch.device("meta"), torch.bfloat16)
+        source.build_empty(torch.device("meta"), torch.bfloat16)
 
     return Target("network", json_bytes(NETWORK).map(lambda data: {"config.json": data}), right, read)
 

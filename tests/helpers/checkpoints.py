@@ -122,7 +122,7 @@ def write_hf_folder(
 
     from xtuner.families import FAMILIES
     from xtuner.model import from_scratch
-    from xtuner.model.weights import split
+    from xtuner.model.weights import split_for_family
 
     shape = {"vocab_size": 400, "intermediate_size": 320, "num_hidden_layers": 2, **D128}
     given = {k: v for k, v in hf.items() if k in (*shape, "head_dim")}
@@ -131,7 +131,8 @@ def write_hf_folder(
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         tensors |= {
-            k: t.to(dtype).contiguous() for k, t in split(name, tensor, FAMILIES[layout], source.config).items()
+            k: t.to(dtype).contiguous()
+            for k, t in split_for_family(name, tensor, FAMILIES[layout], source.config).items()
         }
     folder.mkdir(parents=True)
     names = sorted(tensors)

@@ -18,7 +18,7 @@ from xtuner.engine.memory import Division
 from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import Linear
-from xtuner.model.ops.matmul import Kind
+from xtuner.model.ops.matmul import MatmulKind
 from xtuner.model.source import ModelSource, from_scratch
 from xtuner.optim.optim_wrapper import OptimWrapper
 
@@ -28,7 +28,7 @@ ITERATIONS, PACKS, LR, MAX_NORM = 10, 4, 1e-3, 1.0
 CPU = torch.device("cpu")
 
 
-def odd_model(products: Kind = "own") -> ModelSource:
+def odd_model(products: MatmulKind = "own") -> ModelSource:
     """An odd vocabulary and kv rows, so that nothing divides evenly over ranks."""
     return from_scratch(
         activation_checkpointing=True,
@@ -65,7 +65,9 @@ def train_iterations(strategy: Strategy, iterations: range) -> Iterator[tuple[fl
     for n in iterations:
         these = everything[PACKS * n : PACKS * (n + 1)]
         batch = these[rank::ranks]
-        (targets,), parts = collectives.ALL.sums_and_maxima([sum(p.num_targets for p in batch)], strategy.parts(batch))
+        (targets,), parts = collectives.ALL.sums_and_maxima(
+            [sum(p.num_targets for p in batch)], strategy.count_micro_batches(batch)
+        )
         loss = strategy.forward_backward(batch, int(targets), parts)
         yield (loss, *strategy.step(LR, MAX_NORM))
 
@@ -82,9 +84,9 @@ def sharded_strategy(
         dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // collectives.ALL.size, "fp32", form
     )
     model, mesh = model or odd_model(), make_mesh(fsdp)
-    free = memory.free_of_all(CPU, mesh)
+    free = memory.min_free_bytes(CPU, mesh)
     return ShardedStrategy(
-        model, optim, CPU, mesh, memory.of_mesh(model, optim, CPU, mesh, free=free, division=division)
+        model, optim, CPU, mesh, memory.plan_memory(model, optim, CPU, mesh, free=free, division=division)
     )
 
 

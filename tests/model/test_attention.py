@@ -50,25 +50,27 @@ def test_the_mask_of_documents_holds_the_blocks_that_are_seen(lengths: list[int]
 
 
 def test_the_fastest_that_runs_is_chosen() -> None:
-    assert attention.choose(CPU, torch.float32, 64) == attention.choose(CPU, torch.bfloat16, 128) == "loop"
-    assert attention.choose(CPU, torch.float32, 64, "loop") == "loop"
+    assert (
+        attention.choose_backend(CPU, torch.float32, 64) == attention.choose_backend(CPU, torch.bfloat16, 128) == "loop"
+    )
+    assert attention.choose_backend(CPU, torch.float32, 64, "loop") == "loop"
     for name in attention.BACKENDS:  # an engine's first look at the network, on no device
-        from_scratch(attention=name, **SHAPE).empty(torch.device("meta"), torch.float32)
+        from_scratch(attention=name, **SHAPE).build_empty(torch.device("meta"), torch.float32)
     assert get_args(attention.Name) == tuple(attention.BACKENDS)
     with pytest.raises(ConfigError, match=r"FlashAttention-4 cannot run here: it does not run on cpu"):
-        attention.choose(CPU, torch.bfloat16, 128, "flash4")
+        attention.choose_backend(CPU, torch.bfloat16, 128, "flash4")
     with pytest.raises(ConfigError, match=r"no attention backend 'flash'") as error:
-        attention.choose(CPU, torch.bfloat16, 128, "flash")
+        attention.choose_backend(CPU, torch.bfloat16, 128, "flash")
     assert "flash4, varlen, cudnn, flex, loop" in error.value.do
     gpu, flash = torch.device("cuda"), attention.BACKENDS["flash4"]
-    assert flash.why_not(gpu, torch.float32, 128) == "it does not compute in float32"
+    assert flash.why_unavailable(gpu, torch.float32, 128) == "it does not compute in float32"
     torch.use_deterministic_algorithms(True)
     try:  # FlashAttention-4 keeps an order only where no key-value head is shared
-        assert "randomness.deterministic is on" in (flash.unfit(gpu, torch.bfloat16, 128, groups=4) or "")
-        assert attention.BACKENDS["loop"].unfit(CPU, torch.bfloat16, 128, groups=4) is None
+        assert "randomness.deterministic is on" in (flash.why_unsupported(gpu, torch.bfloat16, 128, groups=4) or "")
+        assert attention.BACKENDS["loop"].why_unsupported(CPU, torch.bfloat16, 128, groups=4) is None
     finally:
         torch.use_deterministic_algorithms(False)
-    assert flash.why_not(gpu, torch.bfloat16, 80) == "heads of 80 are not among 64, 96, 128"
+    assert flash.why_unavailable(gpu, torch.bfloat16, 80) == "heads of 80 are not among 64, 96, 128"
 
 
 OUTSIDE = """
@@ -115,7 +117,7 @@ def test_a_backend_from_outside(
         assert losses[0] != losses[1]
         assert "one mask for all" in next((tmp_path / "masked").rglob("*.log")).read_text()
         with pytest.raises(ConfigError, match="one mask for all cannot run here: it does not run on cuda"):
-            attention.choose(torch.device("cuda"), torch.bfloat16, 64, "masked")
+            attention.choose_backend(torch.device("cuda"), torch.bfloat16, 64, "masked")
         with pytest.raises(ConfigError, match="xtuner already has the attention backend 'loop'"):
             attention.BACKENDS.register("loop", attention.BACKENDS["masked"])
     finally:

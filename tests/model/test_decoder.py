@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.families import FAMILIES, LLAMA, read_config
 from xtuner.model import load_pretrained
-from xtuner.model.activation_memory import Plan
+from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.decoder import CausalLM
 from xtuner.model.generate import Session, generate
 from xtuner.model.loss import linear_cross_entropy
-from xtuner.model.weights import join, split
+from xtuner.model.weights import join_from_family, split_for_family
 
 MODELS = ["a_gqa", "b_mha", "c_dynamic_ntk", "d_mqa_bias", "e_linear"]
 
@@ -105,7 +105,7 @@ def test_packed_documents(name: str) -> None:
 def test_gradients(name: str, recompute: bool) -> None:
     folder, info, ref = facts(name)
     model = load_pretrained(folder)
-    model.model.keeps = Plan(model.config, 4, 0 if recompute else None).keeps
+    model.keep_activations(ActivationPlan(model.config, 4, 0 if recompute else None))
     ids, cu_seqlens = rows_as_documents(ref["input_ids"])
     targets = shifted(ref["labels"])
     (model(ids, cu_seqlens=cu_seqlens, targets=targets) / (targets != -100).sum()).backward()
@@ -178,9 +178,9 @@ def test_layouts_are_exact_and_reversible(name: str) -> None:
     config = read_config(json.loads((folder / "config.json").read_text()))
     llama = {}
     for key, tensor in weights.items():
-        parts = split(key, tensor, LLAMA, config)
+        parts = split_for_family(key, tensor, LLAMA, config)
         assert list(parts) == [rows.name for rows in LLAMA.stored(key, config)]
-        assert join(parts, key, LLAMA, config).equal(tensor)
+        assert join_from_family(parts, key, LLAMA, config).equal(tensor)
         llama.update(parts)
     assert llama.keys() == info["llama_tensors"].keys()
     for key, expected in info["llama_tensors"].items():
@@ -216,7 +216,7 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
     lacking = {k: v for k, v in weights.items() if k != "model.norm.weight"}
     for change, tensors, error, message in (
         ({}, lacking, CheckpointError, "model.norm.weight is missing"),
-        ({}, {**weights, "extra": torch.zeros(1)}, CheckpointError, "no place in the model"),
+        ({}, {**weights, "extra": torch.zeros(1)}, CheckpointError, "not in the model"),
         ({"vocab_size": 99}, weights, CheckpointError, "by config.json"),
         ({"model_type": "gpt2"}, weights, ConfigError, "'gpt2' cannot be read"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, weights, ConfigError, "'yarn' is not supported"),
@@ -282,7 +282,7 @@ def test_the_single_strategy_keeps_the_contract(dtype: str, tmp_path: Path) -> N
     assert all(m.equal(before[n]) for n, m in masters(cut).items())
     whole.forward_backward([batch(slice(0, 2))], total)
     whole.gradients["output.weight"].fill_(torch.inf)
-    whole._settle(torch.zeros(2))  # which takes the norm, as the end of forward_backward does
+    whole._sum_over_ranks(torch.zeros(2))  # which takes the norm, as the end of forward_backward does
     assert whole.step(1e-3, 1.0)[1] is False
     assert whole.forward_backward([batch(slice(0, 2))], 0) == 0.0
     assert whole.step(1e-3, 1.0) == (0.0, False)

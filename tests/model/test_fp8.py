@@ -8,7 +8,7 @@ import torch
 from xtuner.core.errors import ConfigError
 from xtuner.model import from_scratch
 from xtuner.model.linear import Linear
-from xtuner.model.ops.matmul import KINDS, OWN, Kind, quantize_columns, quantize_rows
+from xtuner.model.ops.matmul import MATMULS, PLAIN, MatmulKind, quantize_columns, quantize_rows
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -23,15 +23,15 @@ def whole_numbers(rows: int, columns: int, device: str) -> torch.Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 def test_products_in_fp8(device: str) -> None:
     torch.manual_seed(0)
-    fp8, T, K, N = KINDS["fp8"], 130, 96, 208
+    fp8, T, K, N = MATMULS["fp8"], 130, 96, 208
     x, w, d = (whole_numbers(*shape, device) for shape in ((T, K), (N, K), (T, N)))
     add, bias = whole_numbers(T, N, device), whole_numbers(1, N, device)[0]
     expected = (x.float() @ w.float().T).bfloat16()
-    assert torch.equal(fp8.forward(fp8.rows(x), w), expected)
-    assert torch.equal(fp8.forward(fp8.rows(x), w, bias, add), expected + bias + add)
+    assert torch.equal(fp8.forward(fp8.prepare(x), w), expected)
+    assert torch.equal(fp8.forward(fp8.prepare(x), w, bias, add), expected + bias + add)
     expected = (d.float() @ w.float()).bfloat16()
-    assert torch.equal(fp8.back(fp8.rows(d), w), expected)
-    assert torch.equal(fp8.back(fp8.rows(d), w, x), expected + x)
+    assert torch.equal(fp8.backward(fp8.prepare(d), w), expected)
+    assert torch.equal(fp8.backward(fp8.prepare(d), w, x), expected + x)
 
     x, w = torch.randn(T, K, device=device).bfloat16(), torch.randn(N, K, device=device).bfloat16()
     x[3], x[4] = 0, 1e-37  # the latter counts as zeros
@@ -44,7 +44,7 @@ def test_products_in_fp8(device: str) -> None:
         error = (quantized.values.float() * quantized.scale - exact).abs()
         # half a step of three bits, or of the smallest numbers, 2^-9 of 448
         assert (error <= torch.maximum(exact.abs() / 16, largest / 448 / 1024) * 1.001).all()
-    exact, ours = x.double() @ w.double().T, fp8.forward(fp8.rows(x), w)
+    exact, ours = x.double() @ w.double().T, fp8.forward(fp8.prepare(x), w)
     assert (ours - exact).norm() < 0.04 * exact.norm()
     assert not ours[3].any()
     assert ours.isfinite().all()
@@ -60,7 +60,7 @@ def test_a_model_in_fp8_is_near_its_own(device: str) -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     borders = torch.tensor([0, 100, 101, 300], dtype=torch.int32, device=device)
     ids, found = torch.randint(3, 503, (300,), device=device), {}
-    for products in KINDS:
+    for products in MATMULS:
         for recompute in (False, True):
             source = from_scratch(products=products, activation_checkpointing=recompute, **shape)
             model = source.build(device, dtype)
@@ -83,10 +83,10 @@ def test_a_model_in_fp8_is_near_its_own(device: str) -> None:
 
 def test_products_that_cannot_be_computed_are_refused() -> None:
     shape = dict(vocab_size=503, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
-    with pytest.raises(ConfigError, match=r"products = 'int8' cannot be used: there is own and fp8"):
+    with pytest.raises(ConfigError, match=r"products = 'int8' cannot be used: it is not one of own, fp8"):
         from_scratch(products="int8", hidden_size=256, intermediate_size=512, **shape).build()
-    with pytest.raises(ConfigError, match=r"products = 'fp8' .* sides of weights, 256, 512, 256, 500, have to be"):
+    with pytest.raises(ConfigError, match=r"products = 'fp8' .* dimensions of weights, 256, 512, 256, 500, must be"):
         from_scratch(products="fp8", hidden_size=256, intermediate_size=500, **shape).build()
-    assert get_args(Kind) == tuple(KINDS)
+    assert get_args(MatmulKind) == tuple(MATMULS)
     model = from_scratch(hidden_size=256, intermediate_size=512, **shape).build()
-    assert all(m.products is OWN for m in model.modules() if isinstance(m, Linear))
+    assert all(m.matmul is PLAIN for m in model.modules() if isinstance(m, Linear))

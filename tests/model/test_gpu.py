@@ -21,7 +21,7 @@ from xtuner.core.log import logger
 from xtuner.data.loading.batch import Batch
 from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.model import attention, from_scratch, load_pretrained
-from xtuner.model.activation_memory import Plan
+from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.ops import elementwise
 from xtuner.model.ops.attention_backends import Attend
 from xtuner.model.ops.gradient_sums import GradientSum
@@ -34,9 +34,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def attend_by(name: str) -> Attend:
-    if why := attention.BACKENDS[name].why_not(torch.device("cuda"), torch.bfloat16, 128):
+    if why := attention.BACKENDS[name].why_unavailable(torch.device("cuda"), torch.bfloat16, 128):
         pytest.skip(why)
-    return attention.attend_by(name)
+    return attention.load_backend(name)
 
 
 @pytest.mark.parametrize("lengths", [[17, 1, 300, 64, 128, 5], [0, 700, 0, 3, 1], [1000]])
@@ -122,8 +122,8 @@ def test_deterministic_runs_are_equal_bit_for_bit(name: str, kv_heads: int, dete
         activation_checkpointing=True, attention=name, seed=0, vocab_size=503, hidden_size=1024, num_hidden_layers=2,
         intermediate_size=1024, num_attention_heads=8, num_key_value_heads=kv_heads,
     )  # fmt: skip
-    if why := attention.BACKENDS[name].why_not(device, torch.bfloat16, 128, 8 // kv_heads):
-        if attention.BACKENDS[name].find() and "deterministic" in why:  # found here, but not for shared heads
+    if why := attention.BACKENDS[name].why_unavailable(device, torch.bfloat16, 128, 8 // kv_heads):
+        if attention.BACKENDS[name].load() and "deterministic" in why:  # found here, but not for shared heads
             with pytest.raises(ConfigError, match=r"randomness\.deterministic"):
                 source.attention_backend(device, torch.bfloat16)
             return
@@ -152,7 +152,7 @@ def test_what_is_chosen_in_deterministic_runs(deterministic: None) -> None:
     """Never an attention whose gradients differ from run to run."""
     half = torch.bfloat16
     for groups in (1, 4):
-        name = attention.choose(torch.device("cuda"), half, 128, groups=groups)
+        name = attention.choose_backend(torch.device("cuda"), half, 128, groups=groups)
         assert groups == 1 or name != "flash4"
 
 
@@ -189,7 +189,7 @@ def test_optimizers_resume_on_a_gpu(name: str, tmp_path: Path) -> None:
             draw = torch.Generator("cuda").manual_seed(100 * seed + i)
             gradient.reset()
             gradient.add(torch.randn(gradient.buffer.shape, device="cuda", generator=draw))
-        s._settle(torch.zeros(2, device="cuda"))
+        s._sum_over_ranks(torch.zeros(2, device="cuda"))
         assert s.step(1e-2, 1.0)[1]
         return {n: shard.master.read().clone() for n, shard in s._shards().items()}
 
@@ -311,8 +311,8 @@ def test_what_is_kept_changes_no_gradient(room: int | None) -> None:
     assert [b - a for a, b in pairwise(borders.tolist())] == lengths
     whole, cut = (ShardedStrategy(source, optim, torch.device("cuda")) for _ in range(2))
     loss = whole.forward_backward([pack], pack.num_targets)
-    plan = Plan(source.config, 2, None if room is None else room * 2**20)
-    cut.model.model.keeps = plan.keeps
+    plan = ActivationPlan(source.config, 2, None if room is None else room * 2**20)
+    cut.model.keep_activations(plan)
     parts = pack.split(pack.num_parts(1040))
     assert [p.num_tokens for p in parts] == [1024, 1024]
     assert abs(loss - cut.forward_backward(parts, pack.num_targets)) < 1e-3
@@ -339,7 +339,7 @@ def test_the_host_runs_ahead_of_the_gpu(scaling: dict[str, Any] | None) -> None:
         total, failure = s._attempt(pack.split(2), 1024)
         torch.cuda.set_sync_debug_mode("default")
         assert failure is None
-        assert s._settle(total)[0] > 0
+        assert s._sum_over_ranks(total)[0] > 0
         torch.cuda.set_sync_debug_mode("error")
         assert s.step(1e-3, 1.0)[1]
     finally:
@@ -401,7 +401,7 @@ def test_memory_that_runs_out_at_the_first_size_does_not_end_a_run() -> None:
         return Batch.of(dict(input_ids=ids, targets=ids.roll(-1), position_ids=positions, cumulative_len=borders))
 
     one, small = pack(tokens // 1024), pack(4)
-    assert s.memory.parts(one) == 1
+    assert s.memory.count_micro_batches(one) == 1
     for each in (s, undisturbed):  # kernels, libraries
         each.forward_backward([small], small.num_targets)
         assert each.step(1e-3, 1.0)[1]
@@ -410,7 +410,7 @@ def test_memory_that_runs_out_at_the_first_size_does_not_end_a_run() -> None:
     handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
     torch.cuda.empty_cache()
-    limit = torch.cuda.memory_reserved() + 0.6 * s.memory.plan.peak(tokens)
+    limit = torch.cuda.memory_reserved() + 0.6 * s.memory.activations.peak_bytes(tokens)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     try:
         loss = s.forward_backward([one], one.num_targets, iteration=7)
@@ -418,8 +418,8 @@ def test_memory_that_runs_out_at_the_first_size_does_not_end_a_run() -> None:
         assert logged[0].startswith(
             "iteration 7: memory ran out with micro-batches of up to 32,768 tokens; repeated with "
         )
-        assert s.memory.most is not None
-        assert s.memory.most < 0.8 * tokens
+        assert s.memory.max_tokens is not None
+        assert s.memory.max_tokens < 0.8 * tokens
         count = len(logged)
         s.forward_backward([one], one.num_targets, iteration=8)
         assert len(logged) == count  # remembered
@@ -427,7 +427,7 @@ def test_memory_that_runs_out_at_the_first_size_does_not_end_a_run() -> None:
         logger.removeHandler(handler)
         torch.cuda.set_per_process_memory_fraction(1.0)
     undisturbed.memory = s.memory
-    undisturbed.model.model.keeps = s.memory.plan.keeps
+    undisturbed.model.keep_activations(s.memory.activations)
     assert loss == pytest.approx(undisturbed.forward_backward([one], one.num_targets), abs=1e-3)
     assert norm == pytest.approx(undisturbed.step(1e-3, 1.0)[0], rel=1e-2)
     assert applied

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from xtuner.model import from_scratch
-from xtuner.model.activation_memory import Plan
-from xtuner.model.decoder import CausalLM, positions
+from xtuner.model.activation_memory import ActivationPlan
+from xtuner.model.decoder import CausalLM, make_positions
 from xtuner.model.generate import Session
 from xtuner.model.linear import Linear, RMSNorm
 from xtuner.model.rope import rotate
@@ -96,7 +96,7 @@ def in_plain_torch(m: CausalLM) -> torch.Tensor:
 
     T, table = len(IDS), m.model.tok_embeddings.weight
     x_TH = torch.where((m.config.pad_token_id == IDS)[:, None], table.detach()[IDS], table[IDS])
-    cos, sin = m.model.rope.table(positions(BORDERS, T), BORDERS)
+    cos, sin = m.model.rope.table(make_positions(BORDERS, T), BORDERS)
     for block in m.model.layers:
         a, f = block.attention, block.feed_forward
         heads = a.wqkv(norm(x_TH, block.attention_norm)).view(T, a.num_kv_heads, a.groups + 2, a.head_dim)
@@ -128,7 +128,7 @@ def test_a_change_acts_in_training_as_in_evaluation(change: Callable[[nn.Module,
         torch.testing.assert_close(found[n], p.grad, rtol=1e-4, atol=1e-4)
     for room in (0, 3000, 6000, 12000, 24000, 10**6):  # whatever is kept or computed again
         m.zero_grad()
-        m.model.keeps = Plan(m.config, 4, room).keeps
+        m.keep_activations(ActivationPlan(m.config, 4, room))
         for n, g in gradients(m).items():
             assert torch.equal(g, found[n]), (n, room)
 

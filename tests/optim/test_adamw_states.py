@@ -2,6 +2,7 @@
 
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from xtuner.core.errors import ConfigError
 from xtuner.data.loading.batch import Batch
 from xtuner.engine import memory
 from xtuner.engine.strategies import select
-from xtuner.engine.strategies.local_optimizer import ByForm
+from xtuner.engine.strategies.local_optimizer import OwnAdamW
 from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.model import from_scratch
-from xtuner.model.activation_memory import ORDER, Plan, passing_bytes
-from xtuner.model.ops.functions import Keep
+from xtuner.model.activation_memory import KEEP_ORDER, ActivationPlan, transient_bytes
+from xtuner.model.ops.functions import KeepPolicy
 from xtuner.optim import adamw
 from xtuner.optim.adamw import FORMS, Rates
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -73,8 +74,8 @@ def test_every_form_learns_and_resumes(tmp_path: Path) -> None:
         whole = strategy(states)
         if states == "fp32":  # as on a GPU; on CPUs it is PyTorch's own
             rows = {n: p.rows for n, p in whole._divided.parameters.items()}
-            whole._optimizer = ByForm(rows, OptimWrapper(dict(type=torch.optim.AdamW, lr=LR)), FORMS["fp32"])
-            odd_model().fill({n: s.master for n, s in whole._shards().items()}, whole._shapes, CPU)
+            whole._optimizer = OwnAdamW(rows, OptimWrapper(dict(type=torch.optim.AdamW, lr=LR)), FORMS["fp32"])
+            odd_model().fill_weights({n: s.master for n, s in whole._shards().items()}, whole._shapes, CPU)
         lines[states] = list(train_iterations(whole, range(5)))
         whole.snapshot(optimizer=True).write(tmp_path / states)
         if states != "fp32":
@@ -115,17 +116,17 @@ def test_split_is_the_fp32_master() -> None:
 def test_forms_that_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"not one of fp32, split, bf16, 8bit. Did you mean '8bit'"):
         OptimWrapper(dict(type=torch.optim.AdamW, lr=1), states="8bits")
-    with pytest.raises(ConfigError, match=r'"8bit" is for AdamW, not for .*SGD'):
+    with pytest.raises(ConfigError, match=r'"8bit" needs AdamW, not .*SGD'):
         OptimWrapper(dict(type=torch.optim.SGD, lr=1), states="8bit")
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), states="8bit")
     with pytest.raises(ConfigError, match="is not supported with DeepSpeed"):
-        select.choose(odd_model(), optim, CPU, "deepspeed_zero1", None)
+        select.choose_strategy(odd_model(), optim, CPU, "deepspeed_zero1", None)
 
 
 def test_a_state_that_does_not_fit_is_told_with_what_would() -> None:
     shape = dict(vocab_size=92544, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
     seven = from_scratch(**shape, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768)
-    error = memory.too_large(seven, 18 * 7737708544, 79 * 2**30)
+    error = memory.too_large_error(seven, 18 * 7737708544, 79 * 2**30)
     assert error.what.startswith("weights, gradients and optimizer state need 129.71 GiB, and the GPU has 79.00 GiB")
     assert 'states = "bf16" (57.65 GiB on one GPU); or 2 or more such GPUs with --deepspeed deepspeed_zero3' in error.do
     assert error.exit_code == 2
@@ -195,9 +196,12 @@ def test_parts_and_what_is_kept_change_no_gradient() -> None:
     targets = sum(p.num_targets for p in these)
     whole = strategy("fp32")
     loss = whole.forward_backward(these, targets)
-    for keep in [Keep(False, False, False, False), *(Keep(True, *kept) for kept in product((False, True), repeat=3))]:
+    for keep in [
+        KeepPolicy(False, False, False, False),
+        *(KeepPolicy(True, *kept) for kept in product((False, True), repeat=3)),
+    ]:
         other = strategy("fp32")
-        other.model.model.keeps = lambda tokens, keep=keep: [keep] * 2
+        other.model.keep_activations(SimpleNamespace(choose_kept=lambda tokens, keep=keep: [keep] * 2))
         parts = [part for pack in these for part in pack.split(pack.num_parts(44))]
         assert len(parts) == 8
         assert other.forward_backward(parts, targets) == pytest.approx(loss, abs=1e-6)
@@ -207,22 +211,22 @@ def test_parts_and_what_is_kept_change_no_gradient() -> None:
 
 def test_plans_fit_their_room() -> None:
     c = odd_model().config
-    assert Plan(c, 4).fits(10**6)
-    assert Plan(c, 4, 0).keeps(64) == [Keep(False, False, False, False)] * 2
+    assert ActivationPlan(c, 4).keeps_everything(10**6)
+    assert ActivationPlan(c, 4, 0).choose_kept(64) == [KeepPolicy(False, False, False, False)] * 2
     before = [0] * 4
     for room in range(0, 2**22, 2**15):
-        plan = Plan(c, 4, room)
-        keeps = plan.keeps(256)
-        kept = [sum(getattr(k, name) for k in keeps) for name in ORDER]
+        plan = ActivationPlan(c, 4, room)
+        keeps = plan.choose_kept(256)
+        kept = [sum(getattr(k, name) for k in keeps) for name in KEEP_ORDER]
         assert kept >= before  # more room never keeps less of what comes first
         assert kept == sorted(kept, reverse=True)
         before = kept
         if kept[0]:
-            assert plan.peak(256) <= room
-        largest = plan.largest(4096)
-        assert not largest or plan.fits(largest)
-        assert largest == 4096 or not plan.fits(largest + 256)
+            assert plan.peak_bytes(256) <= room
+        largest = plan.largest_micro_batch(4096)
+        assert not largest or plan.keeps_everything(largest)
+        assert largest == 4096 or not plan.keeps_everything(largest + 256)
         if largest:
-            assert plan.peak(largest) <= room
+            assert plan.peak_bytes(largest) <= room
     assert before == [2] * 4
-    assert passing_bytes(c, 4, 512) > passing_bytes(c, 4, 256)
+    assert transient_bytes(c, 4, 512) > transient_bytes(c, 4, 256)

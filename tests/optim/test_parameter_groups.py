@@ -15,7 +15,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.dist import collectives
 from xtuner.dist.collectives import Ranks
 from xtuner.engine.strategies import select
-from xtuner.engine.strategies.local_optimizer import ByForm
+from xtuner.engine.strategies.local_optimizer import OwnAdamW
 from xtuner.engine.zero import deepspeed_config
 from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -44,7 +44,7 @@ def make(engine: str = "", groups: Any = (), folder: Path = Path(), **settings: 
     counts = PACKS // collectives.ALL.size
     optim = OptimWrapper(ADAMW, dict(max_norm=MAX_NORM), counts, parameter_groups=groups, **settings | more)
     model = small_model()
-    return select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
+    return select.build_strategy(select.choose_strategy(model, optim, CPU, zero, fsdp), model, optim, CPU)
 
 
 def go(strategy: Any, *iterations: int) -> list[dict[str, torch.Tensor]]:
@@ -89,8 +89,8 @@ def test_groups_are_those_of_torch(states: str) -> None:
         whole = make("", groups, states=states)
         if states == "fp32":  # as on a GPU; on CPUs it is PyTorch's own
             rows = {n: p.rows for n, p in whole._divided.parameters.items()}
-            whole._optimizer = ByForm(rows, OptimWrapper(ADAMW, parameter_groups=groups), FORMS["fp32"])
-            small_model().fill({n: s.master for n, s in whole._shards().items()}, whole._shapes, CPU)
+            whole._optimizer = OwnAdamW(rows, OptimWrapper(ADAMW, parameter_groups=groups), FORMS["fp32"])
+            small_model().fill_weights({n: s.master for n, s in whole._shards().items()}, whole._shapes, CPU)
         return whole
 
     whole = strategy(GROUPS)
@@ -144,7 +144,9 @@ def test_every_engine_has_groups_and_resumes(tmp_path: Path) -> None:
             go(again, 2, 3)
             near(again)
 
-    settings = deepspeed_config.read("deepspeed_zero3")  # as shipped every weight of so small a model stays full
+    settings = deepspeed_config.read_settings(
+        "deepspeed_zero3"
+    )  # as shipped every weight of so small a model stays full
     settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000}
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "zero3.json").write_text(json.dumps(settings))
@@ -198,7 +200,10 @@ def test_a_group_has_to_take_a_parameter(tiny: Path, tmp_path: Path, xtuner: Cal
         own = f"accumulative_counts=accumulative_counts, {line.format(match)}"
         config.write_text(text.replace("accumulative_counts=accumulative_counts,", own))
 
-    for match, message in (("bais", "'bais' matches no parameter"), ("ffn_norm", "'ffn_norm' takes no parameter")):
+    for match, message in (
+        ("bais", "'bais' matches no trained parameter"),
+        ("ffn_norm", "'ffn_norm' gets no parameter"),
+    ):
         write(match)
         with pytest.raises(ConfigError, match=rf"match = {message}(.|\n)*parameter_groups.1.*grouped.py:\d+"):
             xtuner("check-cfg", config)

@@ -27,7 +27,7 @@ KINDS = ["LinearLR", "LinearLR", "CosineAnnealingLR", "CosineAnnealingLR", "Cons
 def ours(case: dict[str, Any]) -> Schedule:
     """As `param_scheduler` of an old config is built. Raises: ConfigError."""
     specs = [{**s, "type": f"xtuner.compat.adapters.engine.{s['type']}"} for s in case["schedulers"]]
-    return Schedule.of(case["lr"], specs, case["epoch_length"], case["epochs"] * case["epoch_length"])
+    return Schedule.from_config(case["lr"], specs, case["epoch_length"], case["epochs"] * case["epoch_length"])
 
 
 def combination(random: random.Random) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def test_what_is_rejected_and_remarked(tiny: Path, xtuner: Command, capsys: Any)
         ("param_scheduler.0.start_factor=0", "start_factor = 0 is not above 0 and at most 1"),
         ("param_scheduler.0.end_factor=1.5", "end_factor = 1.5 is not at least 0 and at most 1"),
         ("warm_up_ratio=0", "ends (end = 0) where it begins (begin = 0 epochs)"),
-        ("param_scheduler.0.begin=-1", "begin = -1 lies before the run"),
+        ("param_scheduler.0.begin=-1", "begin = -1 is before the start of the run"),
         ("param_scheduler.0.end=1e999", "end = inf is not at least 0"),
         ("param_scheduler.1.eta_min=-1", "eta_min = -1 is not at least 0"),
         ("param_scheduler.1.eta_min_ratio=0.1", "eta_min and eta_min_ratio are both given"),

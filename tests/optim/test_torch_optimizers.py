@@ -57,7 +57,7 @@ def make(spec: dict[str, Any], engine: str, folder: Path) -> Strategy:
     if engine == "ZeRO-3":
         zero = str(folder.parents[1] / "zero3.json")
     optim, model = OptimWrapper(spec, None, PACKS // collectives.ALL.size), small_model()
-    return select.strategy(select.choose(model, optim, CPU, zero, fsdp), model, optim, CPU)
+    return select.build_strategy(select.choose_strategy(model, optim, CPU, zero, fsdp), model, optim, CPU)
 
 
 def go(strategy: Strategy, iterations: range) -> Iterator[tuple[float, float, bool]]:
@@ -123,7 +123,9 @@ def test_what_the_docs_say_of_each_optimizer_happens(tmp_path: Path) -> None:
         if collectives.is_main():
             (folder / "found.json").write_text(json.dumps(found))
 
-    settings = deepspeed_config.read("deepspeed_zero3")  # as shipped every weight of so small a model stays whole
+    settings = deepspeed_config.read_settings(
+        "deepspeed_zero3"
+    )  # as shipped every weight of so small a model stays whole
     settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000}
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "zero3.json").write_text(json.dumps(settings))
@@ -196,7 +198,7 @@ def test_optimizers_of_other_packages(tmp_path: Path) -> None:
     for kind in (Lion, Lars, Eager, lambda params, lr: Lion(params, lr)):
         trained(dict(type=kind, lr=LR), "one process", tmp_path / getattr(kind, "__name__", "function"))
     for kind, reason in (
-        (Hidden, "Hidden cannot be resumed from a checkpoint: its next steps are others"),
+        (Hidden, "Hidden cannot be resumed from a checkpoint: its next steps differ"),
         (Listed, "Listed cannot train this model: its state 'history' is a list"),
         (lambda params, lr: params, "it is a list, not a torch.optim.Optimizer"),
         (torch.optim.Muon, "Muon cannot train this model: Muon only supports 2D parameters"),
@@ -224,7 +226,9 @@ def test_optimizers_of_other_packages(tmp_path: Path) -> None:
         ):
             with pytest.raises(ConfigError, match=reason) as error:
                 make(dict(type=kind, lr=LR), engine, folder)
-            assert ("makes its state when it is built" if kind is Eager else "each number by itself") in error.value.why
+            assert (
+                "creates its state when it is built" if kind is Eager else "each element independently"
+            ) in error.value.why
 
     assert on_ranks(2, on_two, tmp_path / "two") == [0, 0]
 
@@ -252,7 +256,7 @@ def test_memory_counts_what_an_optimizer_keeps() -> None:
 
     def state(kind: Any, **arguments: Any) -> float:
         optim = OptimWrapper(dict(type=kind, lr=1, **arguments))
-        return memory.of_mesh(odd_model(), optim, CPU, Mesh()).state / memory.num_parameters(odd_model().config)
+        return memory.plan_memory(odd_model(), optim, CPU, Mesh()).state / memory.num_parameters(odd_model().config)
 
     assert state(torch.optim.AdamW) == 16
     assert state(torch.optim.AdamW, amsgrad=True) == 20

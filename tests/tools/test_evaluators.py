@@ -19,7 +19,7 @@ import pytest
 
 from xtuner.core.errors import BusyError, CheckpointError, ConfigError, DataError
 from xtuner.core.files import verify, write_json
-from xtuner.export.opencompass import Settings, config_text
+from xtuner.export.opencompass import OpenCompassSettings, render_config
 from xtuner.tools.evaluators import custom, environment, lm_eval, opencompass
 from xtuner.tools.evaluators.environment import MARK, Environment, exclusive, pinned
 from xtuner.tools.evaluators.model import EvaluatedModel
@@ -91,7 +91,7 @@ def test_configs_of_an_export(exported: Path, tmp_path: Path) -> None:
         "stop_words": ["</s>"],
         "batch_size": 8,
     }
-    assert "does not know this layout" in (exported / "opencompass_hf.py").read_text()
+    assert "does not support this layout" in (exported / "opencompass_hf.py").read_text()
     turbomind = model_of((exported / "opencompass_turbomind.py").read_text())
     assert turbomind == shared | {
         "type": "TurboMindModel",  # takes no stop words
@@ -104,20 +104,25 @@ def test_configs_of_an_export(exported: Path, tmp_path: Path) -> None:
     chat = tmp_path / "chat"
     shutil.copytree(exported, chat)
     add_chat(chat)
-    found = model_of(config_text(chat, "turbomind", chat, "x", Settings(gpus=2, batch_size=3, max_seq_len=20)))
+    found = model_of(
+        render_config(chat, "turbomind", chat, "x", OpenCompassSettings(gpus=2, batch_size=3, max_seq_len=20))
+    )
     assert (found["type"], found["path"]) == ("TurboMindModelwithChatTemplate", str(chat))
     assert found["stop_words"] == ["</s>", "<|im_end|>"]
     assert found["engine_config"] == {"tp": 2, "session_len": 20, "max_batch_size": 3}
     assert (found["max_out_len"], found["batch_size"], found["run_cfg"]) == (10, 3, {"num_gpus": 2})
-    assert model_of(config_text(chat, "hf", chat, "x"))["type"] == "HuggingFacewithChatTemplate"
-    assert model_of(config_text(chat, "hf", chat, "x", Settings(kind="base")))["type"] == "HuggingFaceBaseModel"
+    assert model_of(render_config(chat, "hf", chat, "x"))["type"] == "HuggingFacewithChatTemplate"
+    assert (
+        model_of(render_config(chat, "hf", chat, "x", OpenCompassSettings(kind="base")))["type"]
+        == "HuggingFaceBaseModel"
+    )
 
 
 @pytest.mark.processes
 def test_an_export_without_tokenizer_has_no_configs(exported: Path, tmp_path: Path) -> None:
-    from xtuner.export.hf import export
+    from xtuner.export.hf import export_hf
 
-    assert not list(export(exported, tmp_path / "bare", None).glob("opencompass*"))
+    assert not list(export_hf(exported, tmp_path / "bare", None).glob("opencompass*"))
 
 
 @pytest.mark.parametrize(

@@ -240,12 +240,14 @@ for path in sys.argv[1:]:
     found[cls.__name__] = sorted(entry.keys() - not_the_models - takes.keys())
 print(json.dumps(found))
 """
-    from xtuner.export.opencompass import CLASSES, Settings, config_text
+    from xtuner.export.opencompass import CLASSES, OpenCompassSettings, render_config
 
     files = []
     for i, (backend, kind) in enumerate(CLASSES):
         files.append(tmp_path / f"m{i}.py")
-        files[-1].write_text(config_text(run_dir / "llama", backend, run_dir / "llama", "x", Settings(kind=kind)))
+        files[-1].write_text(
+            render_config(run_dir / "llama", backend, run_dir / "llama", "x", OpenCompassSettings(kind=kind))
+        )
     assert in_place(place, code, *files) == {name: [] for name in CLASSES.values()}
 
 

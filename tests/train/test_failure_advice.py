@@ -19,7 +19,7 @@ from helpers.runs import records, train_commands
 from xtuner.config.load import load
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.zero import zero_memory
-from xtuner.model.activation_memory import Plan
+from xtuner.model.activation_memory import ActivationPlan
 from xtuner.optim.adamw import FORMS
 from xtuner.train import preflight
 from xtuner.train.plan import make_plan
@@ -110,7 +110,7 @@ def test_a_7b_model_on_8_gpus(
     ]
     assert len(re.findall(r"# \d+\.\d\d GiB of state per GPU", str(error))) == len(more)
     run.optim.full = "all"  # what another stage, or sums by DeepSpeed, would refuse is taken back
-    now = zero_memory.ZeroMemory(0, Plan(run.source.config, 2), 8200)
+    now = zero_memory.ZeroMemoryPlan(0, ActivationPlan(run.source.config, 2), 8200)
     full = {"zero2": "weights"} | dict.fromkeys(("zero1", "zero2_offload", "zero3", "zero3_offload"))
     found = train_commands(
         str(out_of_memory_error(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"), now))

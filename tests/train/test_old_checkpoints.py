@@ -62,8 +62,8 @@ def test_old_masters_and_moments_are_taken_bit_for_bit(name: str, ranks: int, tm
 
     def taken(_: Ranks, folder: Path) -> None:
         source, optim = (build(config.values[key], key) for key in ("model", "optim_wrapper"))
-        choice = select.choose(source, optim, torch.device("cpu"), zero, None)
-        strategy = select.strategy(choice, source, optim, torch.device("cpu"))
+        choice = select.choose_strategy(source, optim, torch.device("cpu"), zero, None)
+        strategy = select.build_strategy(choice, source, optim, torch.device("cpu"))
         strategy.load(KEPT / name)
         strategy.snapshot(optimizer=True).write(folder)
         collectives.ALL.gather(None)

@@ -218,7 +218,7 @@ CONFIGS: dict[str, Row] = {
        for name, code, says in (
            ("tied", 2, ["tie_word_embeddings", "{w}/tied"]), ("gpt", 2, ["'gpt2'", "{w}/gpt/config.json"]),
            ("list", 74, ["holds [], not an object", "{w}/list/config.json"]),
-           ("missing", 74, ["output.weight is missing"]), ("extra", 74, ["no place in the model", "more.weight"]),
+           ("missing", 74, ["output.weight is missing"]), ("extra", 74, ["not in the model", "more.weight"]),
            ("shape", 74, ["model.norm.weight is [3]"]), ("cut", 74, ["cannot be read as safetensors"]),
            ("vocab", 2, ["the model's vocabulary 300"]),
        )},

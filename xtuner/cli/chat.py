@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.dist.process_group import select_device
     from xtuner.model.generate import Session, sample
-    from xtuner.model.source import require_marks
+    from xtuner.model.source import require_special_tokens
     from xtuner.train.evaluate import open_model
 
     log.setup("WARNING")
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.tokenizer:
         reject_checkpoint(args.model)
     model, _ = open_model(args.model, [], select_device())
-    require_marks(model.config, f"{args.model}/config.json: ")
+    require_special_tokens(model.config, f"{args.model}/config.json: ")
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     if template is None:
         family = FAMILIES.find(model.config.family, args.model, "give its chat template with --template")

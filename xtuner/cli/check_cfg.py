@@ -29,6 +29,6 @@ def run(args: argparse.Namespace) -> int:
     print("\n\n".join([*report_paragraphs(config), f"{config.path} is valid"]))
     for note in notes:
         print(f"note: {note}")
-    if why_not := capacity.why_not_alone(settings.source, settings.optim, here):
+    if why_not := capacity.why_one_process_cannot(settings.source, settings.optim, here):
         print(f"note: {why_not}")
     return 0

@@ -1,4 +1,4 @@
-"""Engines: what a config's `optim_wrapper` and `param_scheduler` name."""
+"""Strategies, memory and state. The names here are those of a config's `optim_wrapper` and `param_scheduler`."""
 
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.schedule import ConstantLR, CosineAnnealingLR, LinearLR, MultiStepLR

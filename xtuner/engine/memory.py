@@ -1,10 +1,10 @@
-"""How a GPU's memory is used: state of weights and optimizer first, the rest for micro-batches.
+"""Planning a GPU's memory: weights and optimizer state first, the rest for micro-batches.
 
     free at the start = state + reserve + room;   a micro-batch gets the room
 
-What is kept full on every rank, how large micro-batches are, and what is recomputed: of all that fits, what takes the
-least time by arithmetic (step_time.py). Documents longer than a micro-batch keep less (model/activation_memory.py). On
-CPUs memory is not counted.
+The plan says what every rank keeps full, how large micro-batches are, and what is recomputed. Of the plans that fit,
+the one with the lowest estimated time is chosen (step_time.py). For documents longer than a micro-batch less is kept
+(model/activation_memory.py). Memory is not planned on CPUs.
 """
 
 from collections.abc import Sequence
@@ -17,32 +17,32 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, logger
 from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
-from xtuner.engine.step_time import Work
-from xtuner.model.activation_memory import ORDER, Plan
+from xtuner.engine.step_time import StepCost
+from xtuner.model.activation_memory import KEEP_ORDER, ActivationPlan
 from xtuner.model.flops import num_parameters
 from xtuner.model.source import ModelSource
 from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
 
-PACK = 32768  # tokens, where it is not known
-LEAST = 4096  # tokens of a micro-batch; fewer leave the GPU's multipliers idle
-WORTH = 1.03  # another way is mentioned if it is so many times faster
-MOST_PARTS = 16  # of a pack, where something is recomputed
-COLLECTIVES = int(1.1 * 2**30)  # bytes: NCCL's buffers, and what is held back for its streams
-LIBRARIES = int(1.3 * 2**30)  # bytes: CUDA's and cuBLAS's own, and what the allocator cannot use, usually
-RESERVE = 3 * 2**30  # bytes: the same, at worst
+USUAL_PACK = 32768  # tokens of a pack, if unknown
+MIN_MICRO_BATCH = 4096  # tokens; smaller micro-batches leave the GPU's multipliers idle
+MIN_SPEEDUP = 1.03  # a faster alternative is mentioned from this factor on
+MAX_MICRO_BATCHES = 16  # of a pack, if something is recomputed
+COLLECTIVE_BYTES = int(1.1 * 2**30)  # NCCL's buffers, and memory that the allocator reserves for its streams
+LIBRARY_BYTES = int(1.3 * 2**30)  # CUDA, cuBLAS, and fragmentation of the allocator: the usual case
+RESERVE_BYTES = 3 * 2**30  # the same, in the worst case
 
 
 @dataclass(frozen=True)
 class Division:
-    """What our own strategy keeps full on every rank over an iteration; the rest is full a block at a time."""
+    """What our own strategy keeps full on every rank during an iteration; the rest is gathered a block at a time."""
 
     weights: bool
     gradients: bool
 
     @property
     def name(self) -> str:
-        """As `optim_wrapper.full` has it."""
+        """Its value of `optim_wrapper.full`."""
         return next(name for name, division in DIVISIONS.items() if division == self)
 
 
@@ -56,85 +56,85 @@ ALL_FULL = DIVISIONS["all"]
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Args: state: bytes; plan: for a micro-batch; most: tokens of a micro-batch, None for a whole pack; libraries:
-    bytes that the driver counts in addition; seconds: of an iteration, by arithmetic, but for attention."""
+class MemoryPlan:
+    """How a rank uses its memory."""
 
-    state: int
-    plan: Plan
-    most: int | None = None
+    state: int  # bytes of weights, gradients and optimizer state
+    activations: ActivationPlan
+    max_tokens: int | None = None  # of a micro-batch; None: a micro-batch is a full pack
     division: Division = ALL_FULL
-    libraries: int = LIBRARIES
-    seconds: float = 0.0
+    library_bytes: int = LIBRARY_BYTES  # what the driver reports in addition
+    seconds: float = 0.0  # estimated time of an iteration, without the attention that every plan computes
 
-    def parts(self, pack: Batch) -> int:
-        """How many micro-batches to cut a pack into."""
-        return 1 if self.most is None else pack.num_parts(self.most)
+    def count_micro_batches(self, pack: Batch) -> int:
+        """Number of micro-batches that a pack is cut into."""
+        return 1 if self.max_tokens is None else pack.num_parts(self.max_tokens)
 
-    def tokens(self, pack: int) -> int:
-        """Of the largest micro-batch of a pack of so many tokens."""
-        return pack if self.most is None else min(pack, self.most)
+    def micro_batch_tokens(self, pack: int) -> int:
+        """Tokens of the largest micro-batch of a pack with `pack` tokens."""
+        return pack if self.max_tokens is None else min(pack, self.max_tokens)
 
-    def peak(self, tokens: int) -> int:
-        """Bytes that the driver will report in use, for micro-batches of so many tokens."""
-        return self.state + self.plan.peak(tokens) + self.libraries
+    def peak_bytes(self, tokens: int) -> int:
+        """Bytes that the driver will report as used, for micro-batches of `tokens`."""
+        return self.state + self.activations.peak_bytes(tokens) + self.library_bytes
 
     def fits(self, tokens: int) -> bool:
-        return self.plan.room is None or self.plan.peak(tokens) <= self.plan.room
+        return self.activations.room is None or self.activations.peak_bytes(tokens) <= self.activations.room
 
-    def tell(self, pack: int, mesh: Mesh) -> None:
-        """Log what has been decided, for packs of so many tokens."""
-        tokens = self.tokens(pack)
-        keeps = self.plan.keeps(tokens)
-        shown = "nothing is recomputed"
-        if not self.plan.fits(tokens):
-            kept = {name: sum(getattr(k, name) for k in keeps) for name in ORDER}
-            shown = f"of {len(keeps)} layers keep " + ", ".join(f"{n} {count}" for n, count in kept.items())
+    def log_plan(self, pack: int, mesh: Mesh) -> None:
+        """Log the plan, for packs with `pack` tokens."""
+        tokens = self.micro_batch_tokens(pack)
+        policies = self.activations.choose_kept(tokens)
+        details = "nothing is recomputed"
+        if not self.activations.keeps_everything(tokens):
+            kept = {name: sum(getattr(p, name) for p in policies) for name in KEEP_ORDER}
+            details = f"activations kept (of {len(policies)} layers): "
+            details += ", ".join(f"{name} {count}" for name, count in kept.items())
         if mesh.shard_size > 1:
             full = {"all": "weights and gradients", "blocks": "nothing"}.get(self.division.name, self.division.name)
-            shown += f"; over an iteration every rank keeps {full} full"
+            details += f"; every rank keeps {full} full during an iteration"
         logger.info(
-            f"memory: {human_bytes(self.state)} of state; micro-batches of at most {tokens:,} tokens, {shown}; "
-            f"peak {human_bytes(self.peak(tokens))} expected"
+            f"memory: {human_bytes(self.state)} of state; micro-batches of at most {tokens:,} tokens, {details}; "
+            f"peak {human_bytes(self.peak_bytes(tokens))} expected"
         )
 
 
-M = TypeVar("M", bound=Memory)
+M = TypeVar("M", bound=MemoryPlan)
 
 
 def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, division: Division) -> int:
-    """Bytes of weights, gradients and optimizer that a rank holds, and of what is full a block at a time."""
-    c, form, copy = source.config, optim.own_form(device), optim.compute_dtype(device)
+    """Bytes of weights, gradients and optimizer state on a rank, with the blocks that are full at a time."""
+    c, form, copy = source.config, optim.state_form(device), optim.compute_dtype(device)
     parameters, ends, ranks = num_parameters(c), 2 * c.vocab_size * c.hidden_size, mesh.shard_size
     block = (parameters - ends) / c.num_layers
     weight, gradient = copy.itemsize, optim.gradient_dtype(device).itemsize
-    # what only this rank needs: moments, and masters that are not what computes
+    # sharded in any case: moments, and masters where these are not the compute weights
     own = (
         form.bytes - 2 - form.gradient.itemsize if form else optim.traits(device).moments + 4 * (copy != torch.float32)
     )
     state = own * parameters / ranks
     # a block's weights, those of the next, and those that are being freed
     state += weight * (parameters if division.weights else ends + 3 * block + parameters / ranks)
-    # at the end of the last block's backward: its gradients, those of the output layer, and what arrives of both
-    of_blocks = (ends / 2 + block) * (1 + 1 / ranks) + parameters / ranks
-    return int(state + gradient * (parameters if division.gradients else of_blocks))
+    # at the end of the last block's backward: its gradients, the output layer's, and the reduced parts of both
+    block_gradients = (ends / 2 + block) * (1 + 1 / ranks) + parameters / ranks
+    return int(state + gradient * (parameters if division.gradients else block_gradients))
 
 
-def of_mesh(
+def plan_memory(
     source: ModelSource,
     optim: OptimWrapper,
     device: torch.device,
     mesh: Mesh,
-    pack: int = PACK,
+    pack: int = USUAL_PACK,
     free: int | None = None,
     division: Division | None = None,
-) -> Memory:
-    """For a rank of our own strategy: of what fits, what takes the least time; else what needs the least memory.
+) -> MemoryPlan:
+    """For our own strategy: the fastest plan that fits; if none fits, the one that needs the least memory.
 
     Args:
-        pack: its tokens.
-        free: bytes that all ranks can still get of a GPU; None for what this one can.
-        division: None to choose.
+        pack: tokens of a pack.
+        free: bytes that every rank can still allocate on its GPU; None to ask this GPU.
+        division: None to choose one.
     """
     free = free_bytes(device) if free is None else free
     c, itemsize = source.config, optim.compute_dtype(device).itemsize
@@ -144,93 +144,101 @@ def of_mesh(
     divisions = [division] if division else divisions
     if free is None or not source.recompute:
         state = state_bytes(source, optim, device, mesh, divisions[0])
-        return Memory(state, Plan(c, itemsize, 0 if source.recompute else None), optim.micro_batch, divisions[0])
-    collectives = COLLECTIVES * (mesh.size > 1)
-    ways = []
+        activations = ActivationPlan(c, itemsize, 0 if source.recompute else None)
+        return MemoryPlan(state, activations, optim.micro_batch, divisions[0])
+    collectives = COLLECTIVE_BYTES * (mesh.size > 1)
+    candidates = []
     for d in divisions:
         state = state_bytes(source, optim, device, mesh, d)
-        plan = Plan(c, itemsize, max(free - state - RESERVE - collectives, 0))
-        for most in [optim.micro_batch] if optim.micro_batch else sizes(plan, pack):
-            parts = optim.accumulative_counts * -(-pack // most)
-            work = Work(
+        activations = ActivationPlan(c, itemsize, max(free - state - RESERVE_BYTES - collectives, 0))
+        for max_tokens in [optim.micro_batch] if optim.micro_batch else candidate_sizes(activations, pack):
+            parts = optim.accumulative_counts * -(-pack // max_tokens)
+            cost = StepCost(
                 c,
                 tokens=pack * optim.accumulative_counts,
                 micro_batches=parts,
-                keeps=plan.keeps(min(most, pack)),
-                gathered=1 if d.weights else 2 * parts,
-                reduced=1 if d.gradients else parts,
-                gradient=optim.gradient_dtype(device).itemsize,
-                weight=itemsize,
+                policies=activations.choose_kept(min(max_tokens, pack)),
+                num_gathers=1 if d.weights else 2 * parts,
+                num_reduces=1 if d.gradients else parts,
+                gradient_bytes=optim.gradient_dtype(device).itemsize,
+                weight_bytes=itemsize,
             )
-            ways.append(Memory(state, plan, most, d, LIBRARIES + collectives, work.seconds(mesh)))
-    busy = [way for way in ways if way.tokens(pack) >= min(LEAST, pack) and way.fits(way.tokens(pack))]
-    return fastest(busy or ways, pack)
+            libraries = LIBRARY_BYTES + collectives
+            candidates.append(MemoryPlan(state, activations, max_tokens, d, libraries, cost.seconds(mesh)))
+    sizes = [plan.micro_batch_tokens(pack) for plan in candidates]
+    efficient = [
+        plan
+        for plan, size in zip(candidates, sizes, strict=True)
+        if size >= min(MIN_MICRO_BATCH, pack) and plan.fits(size)
+    ]
+    return pick_fastest(efficient or candidates, pack)
 
 
-def fastest(ways: Sequence[M], pack: int) -> M:
-    """Of those that fit, what takes the least time; if none does, what needs the least memory."""
-    if fitting := [way for way in ways if way.fits(way.tokens(pack))]:
-        return min(fitting, key=lambda way: way.seconds)
-    return min(ways, key=lambda way: way.peak(way.tokens(pack)))
+def pick_fastest(plans: Sequence[M], pack: int) -> M:
+    """The fastest plan that fits; if none fits, the one that needs the least memory."""
+    if fitting := [plan for plan in plans if plan.fits(plan.micro_batch_tokens(pack))]:
+        return min(fitting, key=lambda plan: plan.seconds)
+    return min(plans, key=lambda plan: plan.peak_bytes(plan.micro_batch_tokens(pack)))
 
 
-def faster_mesh(
-    chosen: Memory, source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, pack: int,
+def suggest_mesh(
+    chosen: MemoryPlan, source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, pack: int,
     free: int | None,
 ) -> str:  # fmt: skip
-    """Says so if dividing the state over the ranks of each node, or over all, would be faster by arithmetic."""
+    """A remark if sharding over each node's ranks, or over all ranks, is estimated to be faster; else ""."""
     if mesh.size == mesh.local_size or mesh.size % mesh.local_size or not chosen.seconds:
         return ""
     full = mesh.dp_replicate == 1
     shards = mesh.local_size if full else mesh.size
     other = Mesh(mesh.size // shards, shards, local_size=mesh.local_size)
-    found = of_mesh(source, optim, device, other, pack, free)
-    if not found.fits(found.tokens(pack)) or chosen.seconds < WORTH * found.seconds:
+    found = plan_memory(source, optim, device, other, pack, free)
+    if not found.fits(found.micro_batch_tokens(pack)) or chosen.seconds < MIN_SPEEDUP * found.seconds:
         return ""
     return (
-        f"--fsdp {'hybrid' if full else 'full'} would be {100 * (chosen.seconds / found.seconds - 1):.0f} % faster "
-        "here, by arithmetic; a checkpoint of either resumes under the other"
+        f"--fsdp {'hybrid' if full else 'full'} is estimated to be {100 * (chosen.seconds / found.seconds - 1):.0f} % "
+        "faster here; a checkpoint of either resumes under the other"
     )
 
 
-def sizes(plan: Plan, pack: int) -> list[int]:
-    """Of micro-batches: the largest without recomputing, and equal parts of a pack, which documents fill nearly."""
-    equal = {-(-(pack // parts + pack // 64) // 256) * 256 for parts in range(1, MOST_PARTS + 1)}
-    return sorted(size for size in {plan.largest(2**17), *equal} if size)
+def candidate_sizes(plan: ActivationPlan, pack: int) -> list[int]:
+    """Micro-batch sizes to consider: the largest without recomputation, and equal parts of a pack plus a margin for
+    cuts at document borders."""
+    equal = {-(-(pack // parts + pack // 64) // 256) * 256 for parts in range(1, MAX_MICRO_BATCHES + 1)}
+    return sorted(size for size in {plan.largest_micro_batch(2**17), *equal} if size)
 
 
-def require(state: int, source: ModelSource, device: torch.device) -> None:
-    """Raise ConfigError if a GPU has not `state` bytes free."""
+def require_free(state: int, source: ModelSource, device: torch.device) -> None:
+    """Raise ConfigError unless a GPU has `state` bytes free."""
     free = free_bytes(device)
-    if free is not None and state + RESERVE > free:
-        raise too_large(source, state, free)
+    if free is not None and state + RESERVE_BYTES > free:
+        raise too_large_error(source, state, free)
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that this process can still get of a GPU; None for CPUs."""
+    """Bytes that this process can still allocate on a GPU; None for CPUs."""
     if device.type != "cuda":
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + cached
 
 
-def free_of_all(device: torch.device, mesh: Mesh) -> int | None:
-    """What the rank with the least of it can still get: all ranks have to choose the same. All call it together."""
+def min_free_bytes(device: torch.device, mesh: Mesh) -> int | None:
+    """The smallest `free_bytes` of all ranks, which must choose the same plan. All ranks call it together."""
     free = free_bytes(device)
     return None if free is None else min(mesh.ranks.gather(free))
 
 
-def too_large(source: ModelSource, state: int, free: int) -> ConfigError:
-    """What to say of a model whose state alone does not fit."""
+def too_large_error(source: ModelSource, state: int, free: int) -> ConfigError:
+    """The error for a model whose state alone does not fit."""
     parameters = num_parameters(source.config)
-    leaner = [f for f in FORMS.values() if parameters * f.bytes + RESERVE <= free]
-    needed = -(-parameters * 20 // max(int(free - 2 * RESERVE), 1))
-    ways = [f'optim_wrapper.states = "{f.name}" ({human_bytes(parameters * f.bytes)} on one GPU)' for f in leaner[:1]]
-    ways.append(f"{needed} or more such GPUs with --deepspeed deepspeed_zero3 or --fsdp full")
-    ways.append("fewer with --deepspeed deepspeed_zero3_offload")
+    leaner = [f for f in FORMS.values() if parameters * f.bytes + RESERVE_BYTES <= free]
+    needed = -(-parameters * 20 // max(int(free - 2 * RESERVE_BYTES), 1))
+    advice = [f'optim_wrapper.states = "{f.name}" ({human_bytes(parameters * f.bytes)} on one GPU)' for f in leaner[:1]]
+    advice.append(f"{needed} or more such GPUs with --deepspeed deepspeed_zero3 or --fsdp full")
+    advice.append("fewer with --deepspeed deepspeed_zero3_offload")
     return ConfigError(
         f"weights, gradients and optimizer state need {human_bytes(state)}, and the GPU has {human_bytes(free)} free",
         where=f"model: {parameters:,} parameters",
         why="the first step would run out of memory",
-        do="; or ".join(ways),
+        do="; or ".join(advice),
     )

@@ -1,8 +1,8 @@
 """Any checkpoint → one `.safetensors` file of fp32 weights under InternLM2's names, a tensor at a time.
 
-Memory stays below the largest tensor in fp32 plus 32 MiB (two chunks): the header needs shapes only, and contents are
-read, widened and written behind it one by one. Format: 8 bytes little-endian length of the header, the header (JSON;
-name → dtype, shape, begin and end behind the header), the numbers.
+Memory stays below the largest tensor in fp32 plus 32 MiB (two chunks): the header needs only shapes, and contents are
+read, converted to fp32 and written one by one. Format: 8 bytes little-endian length of the header, the header (JSON:
+name → dtype, shape, begin and end after the header), the data.
 """
 
 import json
@@ -19,21 +19,21 @@ from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import atomic_file, remove_leftovers
 from xtuner.core.foreign_inputs import open_regular, short
 from xtuner.core.log import human_bytes, logger, progress
-from xtuner.export.sources import Opened, read_tensor, recognise
+from xtuner.export.sources import OpenedCheckpoint, read_tensor, recognise
 from xtuner.families import OWN
 from xtuner.families.network import DecoderConfig
-from xtuner.model.weights import Shape, Source, check, hf_shapes
+from xtuner.model.weights import Shape, WeightSource, check_shapes, hf_shapes
 
-CHUNK = 4 * 2**20  # elements that are widened and written at once: 16 MiB
-_MARK = "xtuner convert weights"  # in the metadata: what may be replaced by the next conversion
+CHUNK = 4 * 2**20  # elements that are converted and written at once: 16 MiB
+_MARK = "xtuner convert weights"  # in the metadata of files that the next conversion may replace
 _LARGEST_HEADER = 100 * 10**6  # bytes; safetensors' own limit
 
 
 def consolidate(checkpoint: str | Path, target: str | Path) -> Path:
-    """Write `target`, whole or not at all. An earlier file of this function is replaced, anything else is not.
+    """Write `target` atomically. An earlier file of this function is replaced, anything else is not.
 
     Args:
-        checkpoint: whatever `sources.recognise` knows.
+        checkpoint: any kind that `sources.recognise` supports.
         target: a name that ends in `.safetensors`.
 
     Raises: CheckpointError, ConfigError.
@@ -41,7 +41,7 @@ def consolidate(checkpoint: str | Path, target: str | Path) -> Path:
     kind, target = recognise(checkpoint), Path(target).expanduser().resolve()
     _refuse_to_replace(target, kind.path.resolve())
     opened = kind.open()
-    logger.info(f"{kind.path}: {opened.what}")
+    logger.info(f"{kind.path}: {opened.description}")
     shapes = _checked_shapes(opened)
     remove_leftovers(target)
     try:
@@ -53,31 +53,31 @@ def consolidate(checkpoint: str | Path, target: str | Path) -> Path:
         raise CheckpointError(
             f"the weights cannot be written: {e.strerror or e}",
             where=str(target),
-            why=f"they take {human_bytes(sum(4 * math.prod(s) for s in shapes.values()))}",
-            do="look at the disk: space, quota, permissions",
+            why=f"they need {human_bytes(sum(4 * math.prod(s) for s in shapes.values()))}",
+            do="check the disk: space, quota, permissions",
         ) from None
     return target
 
 
-def _checked_shapes(opened: Opened) -> dict[str, Shape]:
-    """Our tensors, name → shape, compared with the network that the checkpoint describes, or else with layer 0."""
+def _checked_shapes(opened: OpenedCheckpoint) -> dict[str, Shape]:
+    """Our tensors, name → shape, checked against the network that the checkpoint describes, or else against layer 0."""
     if opened.config:
-        check(opened.source, hf_shapes(opened.config, opened.layout))
+        check_shapes(opened.source, hf_shapes(opened.config, opened.layout))
         return hf_shapes(opened.config)
     if opened.layout is not OWN:
         raise CheckpointError(
-            f"the names are those of the {opened.layout.name} layout, and how many heads there are is not said",
+            f"the names are those of the {opened.layout.name} layout, and the number of heads is unknown",
             where=str(opened.source.path),
-            why="q, k and v cannot be put together without it",
+            why="q, k and v cannot be joined without it",
             do="xtuner convert pth_to_hf CONFIG SRC DST --fp32: the config describes the network",
         )
     wanted = expected_shapes(opened.source)
-    check(opened.source, wanted, "layer 0")
+    check_shapes(opened.source, wanted, "layer 0")
     return wanted
 
 
-def expected_shapes(source: Source) -> dict[str, Shape]:
-    """The tensors of an InternLM2 network of as many layers, shaped as layer 0. Raises: CheckpointError."""
+def expected_shapes(source: WeightSource) -> dict[str, Shape]:
+    """The tensors of an InternLM2 network with as many layers, all shaped like layer 0. Raises: CheckpointError."""
     found, first = source.shapes, "model.layers.0."
     layers = 1 + max((int(m[1]) for n in found if (m := re.match(r"model\.layers\.(\d{1,4})\.", n))), default=0)
     if absent := [n for n in hf_shapes(DecoderConfig(2, 2, 2, 1, 1, 1, 2)) if n not in found]:
@@ -85,8 +85,8 @@ def expected_shapes(source: Source) -> dict[str, Shape]:
         raise CheckpointError(
             f"tensor {absent[0]} is missing",
             where=str(source.path),
-            why=f"these are no weights of InternLM2, or not all; found were {shown}",
-            do="give a checkpoint of all weights",
+            why=f"these are not weights of InternLM2, or not all; found: {shown}",
+            do="give a checkpoint with all weights",
         )
 
     def size(name: str, dim: int) -> int:
@@ -104,7 +104,7 @@ def expected_shapes(source: Source) -> dict[str, Shape]:
     return wanted | {f"model.layers.{i}.{n}": s for i in range(layers) for n, s in layer.items()} | one
 
 
-def _write(file: IO[bytes], shapes: Mapping[str, Shape], opened: Opened) -> None:
+def _write(file: IO[bytes], shapes: Mapping[str, Shape], opened: OpenedCheckpoint) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt", "writer": _MARK}}
     at = 0
     for name, shape in shapes.items():
@@ -118,11 +118,11 @@ def _write(file: IO[bytes], shapes: Mapping[str, Shape], opened: Opened) -> None
         tensor = read_tensor(opened, name)
         narrow.add(tensor.dtype)
         _write_numbers(file, tensor.reshape(-1).split(CHUNK))
-        del tensor  # before the next is read
+        del tensor  # free it before the next is read
     narrow -= {torch.float32}
     if narrow:
         names = ", ".join(sorted(str(dtype)[6:] for dtype in narrow))
-        logger.info(f"the checkpoint keeps {names} weights, no fp32 masters: their values are written as fp32")
+        logger.info(f"the checkpoint has {names} weights and no fp32 masters: their values are written as fp32")
 
 
 def _write_numbers(file: IO[bytes], parts: Iterable[torch.Tensor]) -> None:
@@ -138,8 +138,8 @@ def _refuse_to_replace(target: Path, checkpoint: Path) -> None:
         raise ConfigError(
             "the target lies inside the checkpoint",
             where=str(target),
-            why="the checkpoint would be altered",
-            do="give another place",
+            why="the checkpoint would be changed",
+            do="give another path",
         )
     if target.exists() and not _is_ours(target):
         raise ConfigError(

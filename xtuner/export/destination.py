@@ -1,4 +1,4 @@
-"""Where an export may be written: a folder that is new, empty, or an earlier export of the same kind; whole or not."""
+"""Where an export may be written, atomically: a folder that is new, empty, or an earlier export of the same kind."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ def export_folder(target: Path, source: Path, kind: str) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target`. Both paths are resolved.
 
     Args:
-        source: what is exported; never replaced, nor anything in or around it.
-        kind: noted in the manifest: an earlier export of this kind is replaced, anything else is not.
+        source: what is exported; neither it nor a folder in or around it may be the target.
+        kind: recorded in the manifest: an earlier export of this kind is replaced, anything else is not.
 
-    Raises: ConfigError for a target that may not be replaced, CheckpointError for a disk that does not take it.
+    Raises: ConfigError for a target that may not be replaced, CheckpointError if writing fails.
     """
     try:
         _refuse_to_replace(target, source, kind)
@@ -28,14 +28,14 @@ def export_folder(target: Path, source: Path, kind: str) -> Iterator[Path]:
         raise
     except (OSError, SafetensorError) as e:
         raise CheckpointError(
-            f"the export cannot be written: {e}", where=str(target), do="look at the disk: space, quota, permissions"
+            f"the export cannot be written: {e}", where=str(target), do="check the disk: space, quota, permissions"
         ) from None
 
 
 def _refuse_to_replace(target: Path, source: Path, kind: str) -> None:
     if target == source or target in source.parents or source in target.parents:
         raise ConfigError(
-            "the target is what is exported, inside it, or a folder around it",
+            "the target is the source itself, inside it, or around it",
             where=str(target),
             why="the source would be replaced or damaged",
             do="give another folder",

@@ -1,4 +1,5 @@
-"""Any checkpoint → a Hugging Face folder, one tensor at a time: shards, index, config, tokenizer, model card, configs.
+"""Any checkpoint → a Hugging Face folder, a tensor at a time: shards, index, config, tokenizer, card, OpenCompass
+configs.
 
 Memory stays below one shard plus one tensor: tensors are read, cast and collected until a shard is full.
 """
@@ -19,21 +20,21 @@ from xtuner.core.hub import INDEX, TOKENIZER_FILES
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.destination import export_folder
-from xtuner.export.model_card import card
+from xtuner.export.model_card import render_card
 from xtuner.export.opencompass import write_configs
-from xtuner.export.sources import Opened, read_tensor, recognise
-from xtuner.export.tokenizer_json import complete
+from xtuner.export.sources import OpenedCheckpoint, read_tensor, recognise
+from xtuner.export.tokenizer_json import complete_tokenizer
 from xtuner.families import FAMILIES, OWN
 from xtuner.families.base import ModelFamily
 from xtuner.families.chat import ChatTemplate
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.weights import check, hf_shapes, split
+from xtuner.model.weights import check_shapes, hf_shapes, shard_file_names, split_for_family, weight_index
 
-LOADABLE = "transformers"  # as a layout: the one in which transformers loads the model without code
-KIND = "export"  # in the manifest: what may be replaced by the next export
+LOADABLE = "transformers"  # as a layout: the one that transformers loads without remote code
+KIND = "export"  # in the manifest of folders that the next export may replace
 
 
-def export(
+def export_hf(
     checkpoint: str | Path,
     target: str | Path,
     tokenizer_folder: Path | None,
@@ -43,18 +44,19 @@ def export(
     with_code: bool = False,
     network: Callable[[], DecoderConfig] | None = None,
 ) -> Path:
-    """Write `target`, whole or not at all. An earlier export there is replaced, anything else is not.
+    """Write `target` atomically. An earlier export there is replaced, anything else is not.
 
     Args:
-        checkpoint: an `iter_N.pth` directory, which is verified first, or whatever else `sources.recognise` knows.
-        tokenizer_folder: whose tokenizer files are copied; None for none.
-        layout: "internlm2" (LMDeploy's and llama.cpp's own; not known to transformers), "llama" (loads everywhere),
+        checkpoint: an `iter_N.pth` directory, which is verified first, or any other kind that `sources.recognise`
+            supports.
+        tokenizer_folder: where tokenizer files are copied from, or None.
+        layout: "internlm2" (supported by LMDeploy and llama.cpp, not by transformers), "llama" (loads everywhere),
             another family's name, or LOADABLE; None for the model's own family.
-        dtype: of the weights written.
-        max_shard_bytes: a shard is at most this large, unless one tensor alone is larger.
+        dtype: of the written weights.
+        max_shard_bytes: limit of a shard, exceeded only by a single larger tensor.
         with_code: also write our two .py files, with which transformers 5 loads the internlm2 layout
             (`trust_remote_code=True`).
-        network: of the model that the config describes; asked for if the checkpoint does not describe its own.
+        network: returns the network of the config's model; called if the checkpoint does not describe its own.
 
     Raises: CheckpointError, ConfigError.
     """
@@ -63,37 +65,37 @@ def export(
         raise ConfigError(f"--layout {layout!r} is not one of {', '.join(FAMILIES)}", where="--layout")
     require_utf8(target, "target")
     kind = recognise(checkpoint)
-    with export_folder(target, kind.path.resolve(), KIND) as folder:  # fails at once if nothing can be written there
-        opened = with_network(kind.open(), network)
-        logger.info(f"{kind.path}: {opened.what}")
+    with export_folder(target, kind.path.resolve(), KIND) as folder:  # fails early if the target is not writable
+        opened = resolve_network(kind.open(), network)
+        logger.info(f"{kind.path}: {opened.description}")
         config = opened.config
         assert config
-        its = FAMILIES.find(config.family, str(kind.path), "import the module that registers it in the run's config")
-        form = FAMILIES[(its.loads_as or its.name) if layout == LOADABLE else layout or its.name]
+        own = FAMILIES.find(config.family, str(kind.path), "import the module that registers it in the run's config")
+        form = FAMILIES[(own.loads_as or own.name) if layout == LOADABLE else layout or own.name]
         if with_code and not form.auto_map:
-            what = f"--with-code belongs to the {', '.join(n for n, f in FAMILIES.items() if f.auto_map)} layout"
+            what = f"--with-code is only for the {', '.join(n for n, f in FAMILIES.items() if f.auto_map)} layout"
             raise ConfigError(what, where="--with-code", do=f"leave it out: {form.name} needs no code")
         _check_tokenizer(tokenizer_folder, config)
         _check_readers(config, form)
-        hf_shapes(config, form)  # all weights have a place
+        hf_shapes(config, form)  # asserts that the layout stores all weights
         settings = form.write_config(config, str(dtype).removeprefix("torch."))
         _write_shards(opened, folder, config, form, dtype, max_shard_bytes)
         code = _copy_code(folder, form) if with_code else {}
         write_json(folder / "config.json", {**code, **settings})
-        stops = _copy_tokenizer(tokenizer_folder, folder, config, its.chat)
+        stops = _copy_tokenizer(tokenizer_folder, folder, config, own.chat)
         write_json(folder / "generation_config.json", _generation(config, stops))
-        (folder / "README.md").write_text(card(kind.path, opened, config, form, dtype), encoding="utf-8")
+        (folder / "README.md").write_text(render_card(kind.path, opened, config, form, dtype), encoding="utf-8")
         write_configs(folder, target)
     return target
 
 
-def with_network(opened: Opened, network: Callable[[], DecoderConfig] | None) -> Opened:
-    """`opened` with the network that it, or else the config, describes; names and shapes of all weights fit it.
+def resolve_network(opened: OpenedCheckpoint, network: Callable[[], DecoderConfig] | None) -> OpenedCheckpoint:
+    """`opened` with its network: the checkpoint's own, or else the config's. Names and shapes are checked against it.
 
     Raises: CheckpointError, ConfigError.
     """
     if opened.config:
-        check(opened.source, hf_shapes(opened.config, opened.layout))
+        check_shapes(opened.source, hf_shapes(opened.config, opened.layout))
         return opened
     if network is None:
         raise ConfigError(
@@ -110,22 +112,22 @@ def with_network(opened: Opened, network: Callable[[], DecoderConfig] | None) ->
                 why="the network would differ from the one that was trained",
                 do="correct the config.json that `model` names",
             )
-    check(opened.source, hf_shapes(config, opened.layout), "the config's model")
+    check_shapes(opened.source, hf_shapes(config, opened.layout), "the config's model")
     return replace(opened, config=config)
 
 
 def _tensors(
-    opened: Opened, config: DecoderConfig, layout: ModelFamily, dtype: torch.dtype
+    opened: OpenedCheckpoint, config: DecoderConfig, layout: ModelFamily, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name in progress(list(hf_shapes(config)), "writing weights"):
-        for hf_name, tensor in split(name, read_tensor(opened, name), layout, config).items():
+        for hf_name, tensor in split_for_family(name, read_tensor(opened, name), layout, config).items():
             yield hf_name, tensor.to(dtype).contiguous()
 
 
 def _write_shards(
-    opened: Opened, folder: Path, c: DecoderConfig, layout: ModelFamily, dtype: torch.dtype, limit: int
+    opened: OpenedCheckpoint, folder: Path, c: DecoderConfig, layout: ModelFamily, dtype: torch.dtype, limit: int
 ) -> None:
-    """Fill shards in the order of the network; names get their final count at the end."""
+    """Fill shards in the order of the network. Files are renamed at the end, when their number is known."""
     shard: dict[str, torch.Tensor] = {}
     files: list[list[str]] = []
     sizes: list[int] = []
@@ -143,22 +145,18 @@ def _write_shards(
         if shard and held + tensor.nbytes > limit:
             flush()
         shared = any(tensor.data_ptr() == other.data_ptr() for other in shard.values())
-        shard[name] = tensor.clone() if shared else tensor  # two names of one tensor: safetensors keeps no such thing
+        shard[name] = tensor.clone() if shared else tensor  # safetensors rejects two names of one tensor
         held += tensor.nbytes
     flush()
-    count = len(files)
-    final = (
-        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
-    )
+    final = shard_file_names("model", len(files))
     for i, name in enumerate(final):
         (folder / f"shard-{i}.tmp").rename(folder / name)
-    if count > 1:
-        weight_map = {name: final[i] for i, names in enumerate(files) for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    if len(files) > 1:
+        write_json(folder / INDEX, weight_index(dict(zip(final, files, strict=True)), sum(sizes)))
 
 
 def _copy_code(folder: Path, layout: ModelFamily = OWN) -> dict[str, Any]:
-    """Write the .py files; returns what `config.json` says of them."""
+    """Write the .py files; returns their entries of `config.json`."""
     for name in {f"{cls.partition('.')[0]}.py" for cls in layout.auto_map.values()}:
         shutil.copyfile(Path(__file__).parent / "remote" / name, folder / name)
     return {"auto_map": layout.auto_map}
@@ -167,9 +165,7 @@ def _copy_code(folder: Path, layout: ModelFamily = OWN) -> dict[str, Any]:
 def _check_tokenizer(folder: Path | None, config: DecoderConfig) -> None:
     """Raises: ConfigError for a tokenizer with ids that the embedding has no rows for."""
     if folder is None:
-        logger.warning(
-            "the config names no tokenizer: what serves or evaluates the export needs one beside the weights"
-        )
+        logger.warning("the config names no tokenizer: servers and evaluators need one next to the weights")
         return
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.vocab_size
@@ -177,28 +173,28 @@ def _check_tokenizer(folder: Path | None, config: DecoderConfig) -> None:
         raise ConfigError(
             f"the tokenizer has {ids:,} ids, the embedding {config.vocab_size:,} rows",
             where=f"tokenizer: {folder}",
-            why="a text that gives one of the ids above would fail, or be answered with nonsense",
-            do="give the tokenizer that the data were tokenized with (`tokenizer` in the config); no rows are added: "
-            "nothing would have been learnt for them",
+            why="a text with one of the other ids would fail, or get a meaningless answer",
+            do="give the tokenizer that the data were tokenized with (`tokenizer` in the config); rows are not "
+            "added, as they would be untrained",
         )
     if unplaced := tokenizer.unplaced():
         raise ConfigError(
             f"the tokenizer's settings name special tokens without their ids: {', '.join(unplaced)}",
             where=f"tokenizer: {folder} (tokenizer_config.json, special_tokens_map.json)",
-            why=f"transformers gives them new ids from {ids:,} on, which the model was not trained with",
-            do="list each in `added_tokens_decoder` of tokenizer_config.json with its id in the data, or take the "
-            " names out of these files, or give the tokenizer that the data were tokenized with",
+            why=f"transformers assigns new ids from {ids:,} on, which the model was not trained with",
+            do="list each with its id in `added_tokens_decoder` of tokenizer_config.json, or remove the names from "
+            "these files, or give the tokenizer that the data were tokenized with",
         )
     if ids < config.vocab_size:
-        logger.info(f"the tokenizer has {ids:,} ids; the embedding's other {config.vocab_size - ids:,} rows stay")
+        logger.info(f"the tokenizer has {ids:,} ids; the embedding keeps its other {config.vocab_size - ids:,} rows")
 
 
 def _check_readers(c: DecoderConfig, layout: ModelFamily) -> None:
-    """Warn of what servers' readers of the layout take for granted."""
+    """Warn if servers ignore a property of the model in this layout."""
     if what := layout.not_served(c):
         logger.warning(
             f"the model has {' and '.join(what)}: vLLM, SGLang, LMDeploy and llama.cpp do not read that from the "
-            f"{layout.name} layout, and some leave it out without a message"
+            f"{layout.name} layout, and some ignore it silently"
             + (f". Give --layout {layout.loads_as} for them" if layout.loads_as else "")
         )
 
@@ -206,13 +202,13 @@ def _check_readers(c: DecoderConfig, layout: ModelFamily) -> None:
 def _copy_tokenizer(
     source: Path | None, folder: Path, config: DecoderConfig, chat: ChatTemplate | None = OWN.chat
 ) -> list[int]:
-    """Copy tokenizer files, and add what loading needs; return the ids at which a chat model stops."""
+    """Copy tokenizer files, and add files that loading needs; return the ids at which a chat model stops."""
     if source is None:
         return [config.eos_token_id]
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    complete(folder, chat)
+    complete_tokenizer(folder, chat)
     special = load_tokenizer(folder).special
     ends = [special[word] for word in (chat.stop_words if chat else ()) if word in special]
     return list(dict.fromkeys((config.eos_token_id, *ends)))
@@ -232,7 +228,7 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
-def summary(folder: Path) -> str:
-    """One line on what was written."""
+def summarize_export(folder: Path) -> str:
+    """One line about the written files."""
     files = [p for p in folder.rglob("*") if p.is_file()]
     return f"{folder}: {len(files)} files, {human_bytes(sum(p.stat().st_size for p in files))}"

@@ -1,4 +1,4 @@
-"""The model card of an export: where the weights come from, in facts that can be compared."""
+"""The model card of an export: where the weights come from, with fingerprints that can be compared."""
 
 import hashlib
 import json
@@ -10,16 +10,18 @@ import torch
 
 import xtuner
 from xtuner.core.files import MANIFEST, read_json
-from xtuner.export.sources import Opened
+from xtuner.export.sources import OpenedCheckpoint
 from xtuner.families import FAMILIES
 from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import DecoderConfig
 
 
-def card(checkpoint: Path, opened: Opened, c: DecoderConfig, layout: ModelFamily, dtype: torch.dtype) -> str:
+def render_card(
+    checkpoint: Path, opened: OpenedCheckpoint, c: DecoderConfig, layout: ModelFamily, dtype: torch.dtype
+) -> str:
     """README.md as text. Raises: CheckpointError."""
     title, run = checkpoint.resolve().name, ""
-    origin = f"Converted with xtuner {xtuner.__version__} from {opened.what}.\nE"
+    origin = f"Converted with xtuner {xtuner.__version__} from {opened.description}.\nE"
     if trainer := opened.trainer:
         title = f"{checkpoint.parent.name}, iteration {trainer['state']['iteration']}"
         origin, run = f"Trained with xtuner {xtuner.__version__}, e", _run(checkpoint, trainer)
@@ -38,7 +40,7 @@ tags: [{", ".join(("xtuner", *FAMILIES[c.family].tags))}]
 
 
 def _run(checkpoint: Path, trainer: Mapping[str, Any]) -> str:
-    """What a checkpoint of ours says of its run: further rows, and its settings."""
+    """The part about the run, for checkpoints of xtuner: more rows, and the settings."""
     state, data = trainer["state"], trainer["data"]
     files = read_json(checkpoint / MANIFEST)["files"]
     weights = "".join(entry["sha256"] for name, entry in sorted(files.items()) if name.startswith("weights/"))

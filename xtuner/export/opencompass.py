@@ -1,10 +1,10 @@
-"""OpenCompass's description of an exported model: what it loads with which backend, and how it speaks.
+"""OpenCompass configs of an exported model: how to load it with each backend, and how to prompt it.
 
     opencompass_turbomind.py    through LMDeploy, on a GPU
     opencompass_hf.py           through transformers
 
-Both are configs of OpenCompass 0.5 and lie in the exported folder. `xtuner eval opencompass` writes the same text anew,
-with the path that the folder has then.
+Both are configs of OpenCompass 0.5 in the exported folder. `xtuner eval opencompass` writes the same text again with
+the folder's current path.
 """
 
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ CLASSES = {
     ("turbomind", "chat"): "TurboMindModelwithChatTemplate",
     ("turbomind", "base"): "TurboMindModel",
 }
-BATCH = {"hf": 8, "turbomind": 64}  # prompts at a time; TurboMind schedules them itself
+BATCH = {"hf": 8, "turbomind": 64}  # prompts at a time; TurboMind does its own scheduling
 MAX_OUT_LEN = 1024
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What may be chosen; None is found out from the folder."""
+class OpenCompassSettings:
+    """Choices for a config; None derives the value from the folder."""
 
-    kind: str | None = None  # "chat" speaks through the tokenizer's chat template, "base" continues texts
-    gpus: int = 1  # that hold one copy of the model
+    kind: str | None = None  # "chat" uses the tokenizer's chat template, "base" continues texts
+    gpus: int = 1  # for one copy of the model
     batch_size: int | None = None
     max_seq_len: int | None = None  # tokens of a prompt with its answer
     max_out_len: int | None = None  # tokens of an answer
@@ -43,7 +43,7 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def stop_words(folder: Path) -> list[str]:
-    """Names of the tokens at which an answer ends: those of generation_config.json, and the chat template's."""
+    """Names of the tokens that end an answer: those of generation_config.json, and the chat template's."""
     names = {i: name for name, i in load_tokenizer(folder).special.items()}
     path = folder / "generation_config.json"
     ids = read_json(path).get("eos_token_id", []) if path.is_file() else read_config(_hf(folder)).eos_token_id
@@ -52,31 +52,31 @@ def stop_words(folder: Path) -> list[str]:
     return list(dict.fromkeys([*found, *(name for name in names.values() if chat and name in chat.stop_words)]))
 
 
-def config_text(folder: Path, backend: str, path: Path, name: str, chosen: Settings | None = None) -> str:
-    """A config of OpenCompass as text.
+def render_config(folder: Path, backend: str, path: Path, name: str, chosen: OpenCompassSettings | None = None) -> str:
+    """The text of an OpenCompass config.
 
     Args:
-        folder: where the export can be read now.
+        folder: where the export is now.
         backend: one of BACKENDS.
-        path: where it will be read by OpenCompass, absolute.
-        name: of the column in OpenCompass's tables.
+        path: absolute path from which OpenCompass will load the export.
+        name: name of the column in OpenCompass's tables.
 
     Raises: ConfigError, CheckpointError for a folder that cannot be read.
     """
-    chosen = chosen or Settings()
+    chosen = chosen or OpenCompassSettings()
     kind = chosen.kind or ("chat" if has_chat_template(folder) else "base")
     seq_len = chosen.max_seq_len or read_config(_hf(folder)).max_position_embeddings
     batch = chosen.batch_size or BATCH[backend]
     cls = CLASSES[backend, kind]
     entry = [f"abbr={f'{name}-{backend}'!r}", f"path={str(path)!r}"]
-    if backend == "hf":  # no code of the folder is run
+    if backend == "hf":  # without running code of the folder
         entry += ["model_kwargs=dict(trust_remote_code=False, torch_dtype='auto', device_map='auto')"]
         entry += ["tokenizer_kwargs=dict(trust_remote_code=False)"]
     else:
         entry += [f"backend={backend!r}"]
         entry += [f"engine_config=dict(tp={chosen.gpus}, session_len={seq_len}, max_batch_size={batch})"]
         entry += ["gen_config=dict(do_sample=False)"]
-    if cls != "TurboMindModel":  # which takes none
+    if cls != "TurboMindModel":  # it has no such argument
         entry += [f"stop_words={stop_words(folder)!r}"]
     entry += [f"max_seq_len={seq_len}", f"max_out_len={chosen.max_out_len or min(MAX_OUT_LEN, seq_len // 2)}"]
     entry += [f"batch_size={batch}", f"run_cfg=dict(num_gpus={chosen.gpus})"]
@@ -94,24 +94,26 @@ def config_text(folder: Path, backend: str, path: Path, name: str, chosen: Setti
 
 
 def write_configs(folder: Path, target: Path) -> None:
-    """Both files into `folder`, which will be found as `target`. A folder without tokenizer.json gets none."""
+    """Write both files into `folder`, which will be renamed to `target`; none if it has no tokenizer.json."""
     if (folder / "tokenizer.json").is_file():
         for backend in BACKENDS:
-            text = config_text(folder, backend, target, target.name)
+            text = render_config(folder, backend, target, target.name)
             (folder / f"opencompass_{backend}.py").write_text(text, encoding="utf-8")
 
 
 def _notes(folder: Path, backend: str) -> list[str]:
-    notes = [f"# xtuner eval opencompass HF_DIR --backend {backend} --datasets NAME   does all that is needed."]
+    notes = [
+        f"# The command `xtuner eval opencompass HF_DIR --backend {backend} --datasets NAME` does everything needed."
+    ]
     if backend == "hf" and (other := family_of(_hf(folder)).loads_as):
         notes += [
-            f"# transformers does not know this layout (--layout {other} it does); `xtuner eval opencompass` converts."
+            f"# transformers does not support this layout, but --layout {other}; `xtuner eval opencompass` converts it."
         ]
     if backend == "hf":
-        notes += ["# On a machine without a GPU: num_gpus=0. A model that only continues texts: HuggingFaceBaseModel."]
+        notes += ["# On a machine without a GPU: num_gpus=0. For a base model without chat: HuggingFaceBaseModel."]
     else:
-        notes += ["# A model that only continues texts: TurboMindModel, without stop_words."]
-    notes += ["# By hand: import `models` from here into a config with datasets, and give that to `opencompass`."]
+        notes += ["# For a base model without chat: TurboMindModel, without stop_words."]
+    notes += ["# By hand: import `models` from here into a config with datasets, and run `opencompass` with that."]
     return notes
 
 

@@ -1,7 +1,7 @@
-"""`tokenizer.json` of a SentencePiece `tokenizer.model`, so that servers and transformers read it without remote code.
+"""`tokenizer.json` of a SentencePiece `tokenizer.model`, so that servers and transformers load it without remote code.
 
-The same BPE in the form of the `tokenizers` library: pieces with their ids, and every way to put a piece together out
-of two others, the better piece first. Special tokens take the place of the unused pieces whose ids they have.
+The same BPE in the form of the `tokenizers` library: pieces with their ids, and all merges of two pieces into a third,
+those with the better resulting piece first. Special tokens replace the unused pieces that have their ids.
 """
 
 import json
@@ -19,16 +19,16 @@ BPE = 2  # type of model
 SPACE = "▁"
 _LIBRARY = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "model_input_names": ["input_ids", "attention_mask"],  # without it, `generate` is given token_type_ids
+    "model_input_names": ["input_ids", "attention_mask"],  # without it, `generate` gets token_type_ids
 }
 
 
-def complete(folder: Path, chat: ChatTemplate | None = OWN.chat) -> None:
+def complete_tokenizer(folder: Path, chat: ChatTemplate | None = OWN.chat) -> None:
     """Make a folder's tokenizer load without remote code, with the same ids everywhere.
 
-    A `tokenizer.model` that is alone gets a `tokenizer.json` and a `tokenizer_config.json` that goes with it. A
-    `tokenizer_config.json` that names remote code, which is not there, names the library's class instead; its other
-    settings stay. Models that the library cannot follow exactly (not BPE, or rewriting text before) are left, with a
+    A single `tokenizer.model` gets a `tokenizer.json` and a matching `tokenizer_config.json`. A `tokenizer_config.json`
+    that refers to remote code, which is not copied, gets the library's class instead and keeps its other settings.
+    Models that the library cannot reproduce exactly (not BPE, or with text normalization) stay as they are, with a
     warning.
 
     Args:
@@ -43,11 +43,11 @@ def complete(folder: Path, chat: ChatTemplate | None = OWN.chat) -> None:
     model = _read_model(folder / "tokenizer.model")
     if model and not has_json and not _is_plain(model):
         logger.warning(
-            "tokenizer.model is not a plain BPE: no tokenizer.json is made of it, and servers may not read it. Do not "
-            "convert the export to GGUF: llama.cpp would take it for a plain BPE and give other ids"
+            "tokenizer.model is not a plain BPE: no tokenizer.json is written, and servers may not be able to read it. "
+            "Do not convert the export to GGUF: llama.cpp would treat it as a plain BPE and produce other ids"
         )
         return
-    if model:  # llama.cpp's converter of the llama layout reads it here; without it, texts would begin with a blank
+    if model:  # read by llama.cpp's converter of the llama layout; without it, texts would begin with a space
         settings["add_prefix_space"] = bool(model.normalizer_spec.add_dummy_prefix)
     if model and not has_json:
         special = {i: name for name, i in load_tokenizer(folder).special.items()}
@@ -61,18 +61,18 @@ def complete(folder: Path, chat: ChatTemplate | None = OWN.chat) -> None:
 
 
 def _read_model(path: Path) -> Any:
-    """A SentencePiece model's protobuf message; None where there is no such file."""
+    """A SentencePiece model's protobuf message, or None if the file does not exist."""
     if not path.is_file():
         return None
-    from sentencepiece import sentencepiece_model_pb2  # its protobuf comes with tensorboard
+    from sentencepiece import sentencepiece_model_pb2  # it needs protobuf, a dependency of tensorboard
 
-    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made while it is imported
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # defined at import
     model.ParseFromString(path.read_bytes())
     return model
 
 
 def _is_plain(model: Any) -> bool:
-    """Is it a BPE that takes text as it is?"""
+    """Whether it is a BPE without text normalization."""
     spec = model.normalizer_spec
     rewrites = spec.precompiled_charsmap or spec.remove_extra_whitespaces
     return model.trainer_spec.model_type == BPE and not rewrites
@@ -125,7 +125,7 @@ def _library_form(model: Any, special: dict[int, str]) -> dict[str, Any]:
 
 
 def _merges(model: Any) -> list[list[str]]:
-    """Every pair of pieces that is a piece, in the order in which SentencePiece would join them: by score, then id."""
+    """All pairs of pieces that form a piece, in the order in which SentencePiece merges them: by score, then id."""
     score = {p.piece: p.score for p in model.pieces if p.type == NORMAL}
     found = []
     for i, p in enumerate(model.pieces):
@@ -142,16 +142,16 @@ def _added(name: str) -> dict[str, Any]:
 
 
 def _defaults(model: Any, special: dict[int, str], chat: ChatTemplate | None) -> dict[str, Any]:
-    """tokenizer_config.json where none says otherwise."""
+    """Default contents of tokenizer_config.json."""
     trainer = model.trainer_spec
     bos, eos, unk = (special.get(i) for i in (trainer.bos_id, trainer.eos_id, trainer.unk_id))
-    speaks = chat and set(chat.turn_marks) <= set(special.values())
+    has_marks = chat and set(chat.turn_marks) <= set(special.values())
     return {
         "bos_token": bos,
         "eos_token": eos,
         "unk_token": unk,
         "pad_token": eos,
         "clean_up_tokenization_spaces": False,
-        **({"chat_template": chat.jinja()} if chat and speaks else {}),
+        **({"chat_template": chat.jinja()} if chat and has_marks else {}),
         "added_tokens_decoder": {str(i): _added(name) for i, name in sorted(special.items())},
     }

@@ -1,15 +1,15 @@
-"""A Hugging Face folder → the directory from which LMDeploy up to 0.9 serves (its `lmdeploy convert`, gone since 0.10).
+"""A Hugging Face folder → the directory that LMDeploy up to 0.9 serves (`lmdeploy convert`, removed in LMDeploy 0.10).
 
-    DST/*.json, *.py, tokenizer.model, …         copied from the source
-    DST/triton_models/weights/config.yaml        shape, tp, dtype, chat template: `turbomind_config.py`
-    … layers.0.attention.w_qkv.1.weight, …       beside it: bare numbers, little-endian, no header; 1 is the tp rank
+    DST/*.json, *.py, tokenizer.model, …         copied from the source DST/triton_models/weights/config.yaml
+    shape, tp, dtype, chat template: `turbomind_config.py` … layers.0.attention.w_qkv.1.weight, …       next to it: raw
+    numbers, little-endian, without header; 1 is the tp rank
 
-Every file equals that of lmdeploy 0.9.2.post1, bit for bit. Differences: any head_dim (it takes 128 for granted in the
-internlm2 layout), no GPU, no code of the source is run, and `manifest.json` of ours is beside the rest.
+Every file equals that of lmdeploy 0.9.2.post1, bit for bit. Differences: any head_dim (lmdeploy assumes 128 in the
+internlm2 layout), no GPU needed, no code of the source is run, and our `manifest.json` is added.
 
-Memory: tensors are mapped from safetensors and pass through in blocks. Above what the imports take, at most four blocks
-and three times one layer's wqkv are held (7B: 280 MB), whatever the size of the model. Foreign `.bin` weights are read
-by our own reader, which maps them, too.
+Memory: tensors are mapped from safetensors and processed in blocks. In addition to imports, at most four blocks and
+three times one layer's wqkv are in memory (7B: 280 MB), for any size of the model. Foreign `.bin` weights are read by
+our own reader, which also maps them.
 """
 
 import shutil
@@ -25,23 +25,23 @@ from xtuner.core.files import MANIFEST, read_json
 from xtuner.core.log import logger
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.destination import export_folder
-from xtuner.export.turbomind_config import BASE, Source, config_text, flat, shared_difference
+from xtuner.export.turbomind_config import BASE, TurboMindSource, find_difference, flatten_yaml, render_yaml
 from xtuner.families import read_model
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.weights import stream
+from xtuner.model.weights import stream_weights
 
 KIND = "turbomind"
 WEIGHTS = Path("triton_models") / "weights"
 BLOCK = 32 * 2**20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-KERNELS = (64, 128)  # head sizes that lmdeploy 0.9.2.post1 says TurboMind computes
+KERNELS = (64, 128)  # head sizes that TurboMind supports, according to lmdeploy 0.9.2.post1
 
 Blocks = Iterator[torch.Tensor]
 
 
-def read_source(folder: Path) -> Source:
-    """Raises: ConfigError for what is not a Hugging Face folder, or a model or tokenizer that cannot be converted,
-    CheckpointError without config.json."""
+def read_source(folder: Path) -> TurboMindSource:
+    """Read a folder's configs. Raises: ConfigError for a path that is not a Hugging Face folder, and for a model or
+    tokenizer that cannot be converted; CheckpointError without config.json."""
     path_kinds.require_kind(
         folder, (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN), "HF_DIR", "give {} as the model"
     )
@@ -51,24 +51,29 @@ def read_source(folder: Path) -> Source:
         raise ConfigError(
             "the model has biases in attention",
             where=f"{folder / 'config.json'}: bias",
-            why="converted directories of this family hold none; `lmdeploy convert` left them out without a word",
+            why="converted directories of this family have no biases; `lmdeploy convert` dropped them silently",
             do="serve the folder itself with LMDeploy 0.10 or newer, or with another server",
         )
     tokenizer = load_tokenizer(folder)
     speaks_chat = layout.chat is not None and any(mark in tokenizer.special for mark in layout.chat.turn_marks)
-    return Source(folder, hf, layout, config, tokenizer.vocab_size, speaks_chat)
+    return TurboMindSource(folder, hf, layout, config, tokenizer.vocab_size, speaks_chat)
 
 
-def convert(
-    source: Source, target: Path, tp: int = 1, dtype: str = "auto", model_name: str = "", chat_template: str = BASE
+def convert_to_turbomind(
+    source: TurboMindSource,
+    target: Path,
+    tp: int = 1,
+    dtype: str = "auto",
+    model_name: str = "",
+    chat_template: str = BASE,
 ) -> Path:
-    """Write `target`, whole or not at all. An earlier conversion there is replaced, anything else is not.
+    """Write `target` atomically. An earlier conversion there is replaced, anything else is not.
 
     Args:
-        tp: GPUs that share the model, a power of two.
+        tp: number of GPUs that share the model, a power of two.
         dtype: "auto", "float16" or "bfloat16".
-        model_name: noted in config.yaml; LMDeploy does not use it.
-        chat_template: LMDeploy's name of it, used whenever the directory is served; BASE is none.
+        model_name: recorded in config.yaml; LMDeploy does not use it.
+        chat_template: LMDeploy's name of the template used for serving; BASE for none.
 
     Raises: ConfigError, CheckpointError.
     """
@@ -78,12 +83,12 @@ def convert(
         logger.warning(f"head_dim is {c.head_dim}; LMDeploy 0.9 serves {KERNELS[0]} and {KERNELS[1]} only")
     if source.tokenizer_size > c.vocab_size:
         excess = f"the tokenizer has {source.tokenizer_size} ids, the embedding {c.vocab_size} rows"
-        logger.warning(f"{excess}: a text that gives one of the ids above cannot be served")
+        logger.warning(f"{excess}: a text with one of the other ids cannot be served")
     with export_folder(target.expanduser().resolve(), source.folder.resolve(), KIND) as folder:
         (folder / WEIGHTS).mkdir(parents=True)
         for name in _companions(source.folder):
             shutil.copyfile(source.folder / name, folder / name)
-        text = config_text(source, tp, dtype, model_name, chat_template)
+        text = render_yaml(source, tp, dtype, model_name, chat_template)
         (folder / WEIGHTS / "config.yaml").write_text(text, encoding="utf-8")
         for name, blocks in _files(source, tp, DTYPES[dtype], "writing weights"):
             with open(folder / WEIGHTS / name, "wb") as f:
@@ -92,27 +97,28 @@ def convert(
     return target
 
 
-def check(source: Source, existing: Path) -> int:
-    """Compare a converted directory, ours or LMDeploy's, with its source; returns how many weight files it has.
+def compare_with_source(source: TurboMindSource, existing: Path) -> int:
+    """Compare a converted directory, ours or LMDeploy's, with its source; returns the number of its weight files.
 
-    Tp, dtype, name and chat template are those of its config.yaml, of which only keys that both know are compared.
+    Tp, dtype, name and chat template are taken from its config.yaml. Of that file only the keys that we write, too, are
+    compared.
 
     Raises: CheckpointError naming the first difference, and in a weight file the first number that differs.
     """
-    place = existing / WEIGHTS / "config.yaml"
-    if not place.is_file():
-        raise CheckpointError("this is no converted directory", where=str(existing), why=f"{place} is missing")
-    found = flat(place.read_text(encoding="utf-8"))
+    config_path = existing / WEIGHTS / "config.yaml"
+    if not config_path.is_file():
+        raise CheckpointError("this is not a converted directory", where=str(existing), why=f"{config_path} is missing")
+    found = flatten_yaml(config_path.read_text(encoding="utf-8"))
     try:
         tp, dtype = int(found["model_config.attn_tp_size"]), found["model_config.weight_type"]
         name, template = found["model_config.model_name"], found["model_config.chat_template"]
         torch_dtype = DTYPES[dtype]
     except (KeyError, ValueError) as e:
-        raise CheckpointError(f"config.yaml cannot be understood: {e}", where=str(place)) from None
+        raise CheckpointError(f"config.yaml cannot be parsed: {e}", where=str(config_path)) from None
     _check_tp(source.config, tp)
-    text = config_text(source, tp, dtype, name, template)
-    if difference := shared_difference(found, flat(text)):
-        raise CheckpointError(difference, where=str(place), why="it belongs to another model than the source")
+    text = render_yaml(source, tp, dtype, name, template)
+    if difference := find_difference(found, flatten_yaml(text)):
+        raise CheckpointError(difference, where=str(config_path), why="it was made from another model than the source")
     for companion in _companions(source.folder):
         path = existing / companion
         if not path.is_file() or path.read_bytes() != (source.folder / companion).read_bytes():
@@ -121,13 +127,14 @@ def check(source: Source, existing: Path) -> int:
     for file, blocks in _files(source, tp, torch_dtype, "comparing weights"):
         _compare(existing / WEIGHTS / file, blocks)
         names.add(file)
-    if strangers := {p.name for p in (existing / WEIGHTS).iterdir()} - names:
-        raise CheckpointError(f"{min(strangers)} is not of this model", where=str(existing / WEIGHTS / min(strangers)))
+    if extra := {p.name for p in (existing / WEIGHTS).iterdir()} - names:
+        raise CheckpointError(f"{min(extra)} is not of this model", where=str(existing / WEIGHTS / min(extra)))
     return len(names) - 1
 
 
 def _check_tp(c: DecoderConfig, tp: int) -> None:
-    """Heads and the embedding's columns are dealt out evenly; kv heads too, or each goes to several ranks."""
+    """Raise ConfigError unless heads and the embedding's columns divide evenly by `tp`, and kv heads can be divided or
+    replicated."""
 
     def fits(n: int) -> bool:
         shared = c.num_kv_heads % n == 0 or n % c.num_kv_heads == 0
@@ -138,23 +145,23 @@ def _check_tp(c: DecoderConfig, tp: int) -> None:
         raise ConfigError(
             f"{tp} GPUs cannot share this model",
             where=f"--tp {tp}",
-            why=f"it has {c.num_heads} heads, {c.num_kv_heads} kv heads and a hidden size of {c.hidden_size}; "
-            "each rank takes as many, and their number is a power of two",
-            do=f"sizes that would do: {', '.join(map(str, sizes))}",
+            why=f"it has {c.num_heads} heads, {c.num_kv_heads} kv heads and a hidden size of {c.hidden_size}, to be "
+            "divided evenly by a power of two",
+            do=f"sizes that work: {', '.join(map(str, sizes))}",
         )
 
 
 def _companions(folder: Path) -> list[str]:
-    """Files that go along: those that LMDeploy takes, which are more than the tokenizer's; never our own manifest."""
+    """Files to copy: those that LMDeploy copies, which are more than the tokenizer's; never our manifest."""
     named = {"tokenizer.model", "qwen.tiktoken", "merges.txt"}
     files = (p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
     return sorted(p.name for p in files if p.suffix in (".json", ".py") or p.name in named)
 
 
-def _files(source: Source, tp: int, dtype: torch.dtype, what: str) -> Iterator[tuple[str, Blocks]]:
-    """Every weight file and its contents, one tensor of the source after the other."""
+def _files(source: TurboMindSource, tp: int, dtype: torch.dtype, what: str) -> Iterator[tuple[str, Blocks]]:
+    """Every weight file and its contents, in the order of the source's tensors."""
     c = source.config
-    for name, tensor in stream(source.folder, source.layout, c, what):
+    for name, tensor in stream_weights(source.folder, source.layout, c, what):
         base = name.removeprefix("model.").replace(".wqkv.", ".w_qkv.")
         if name.endswith("norm.weight"):
             yield base, _blocks(base, tensor, dtype)
@@ -165,9 +172,9 @@ def _files(source: Source, tp: int, dtype: torch.dtype, what: str) -> Iterator[t
 
 
 def _parts(name: str, w: torch.Tensor, c: DecoderConfig, tp: int) -> Iterator[torch.Tensor]:
-    """A matrix [out, in] of ours as each rank's [in, out], the embedding [V, H] as [V, H / tp]. Views where possible.
+    """Our matrix [out, in] as each rank's [in, out], the embedding [V, H] as [V, H / tp]; views where possible.
 
-    What does not divide by tp is filled up with zeros: rows of the vocabulary, channels of the FFN.
+    Rows of the vocabulary and channels of the FFN are padded with zeros to a multiple of tp.
     """
     kind = name.split(".")[-2]
     if kind == "wqkv":
@@ -189,13 +196,13 @@ def _filled(w: torch.Tensor, dim: int, tp: int) -> torch.Tensor:
 def _qkv(wqkv: torch.Tensor, c: DecoderConfig, tp: int, rank: int) -> torch.Tensor:
     """One rank's [H, (q + k + v) · D]: its query heads, its kv heads' k, then their v.
 
-    TurboMind rotates neighbours (2j, 2j + 1), Hugging Face halves (j, j + D/2): rows of q and k change places.
+    TurboMind rotates pairs (2j, 2j + 1), Hugging Face pairs (j, j + D/2): rows of q and k are permuted.
     """
     groups = wqkv.view(c.num_kv_heads, -1, c.head_dim, wqkv.shape[1])  # [K, G + 2, D, H]
     copies = max(1, tp // c.num_kv_heads)  # ranks that share a kv head
     heads, kv_heads = c.num_heads // tp, c.num_kv_heads * copies // tp
     first = rank * kv_heads // copies
-    per_group = c.num_heads // c.num_kv_heads
+    per_group = c.queries_per_kv_head
     queries = [divmod(i, per_group) for i in range(rank * heads, (rank + 1) * heads)]
     q = torch.stack([groups[g, i] for g, i in queries])
     k, v = (groups[first : first + kv_heads, i] for i in (-2, -1))
@@ -204,12 +211,12 @@ def _qkv(wqkv: torch.Tensor, c: DecoderConfig, tp: int, rank: int) -> torch.Tens
 
 
 def _blocks(name: str, x: torch.Tensor, dtype: torch.dtype) -> Blocks:
-    """Rows as they lie in the file, at most BLOCK bytes at a time."""
+    """Rows in the form of the file, at most BLOCK bytes at a time."""
     for part in x.split(max(1, BLOCK // max(1, x[0].nbytes))):
         block = part.to(dtype).contiguous()
         if dtype == torch.float16 != x.dtype and block.isinf().any():
             raise ConfigError(
-                f"{name} holds numbers that fp16 does not (above 65504)",
+                f"{name} has numbers that fp16 cannot represent (above 65504)",
                 where="--dtype",
                 why="they would become infinite",
                 do="give --dtype bf16",
@@ -222,7 +229,7 @@ def _bytes(block: torch.Tensor) -> memoryview:
 
 
 def _compare(path: Path, blocks: Blocks) -> None:
-    """Raise CheckpointError unless the file holds exactly these numbers. It is mapped, not read into memory."""
+    """Raise CheckpointError unless the file has exactly these numbers. It is mapped, not read into memory."""
     if not path.is_file():
         raise CheckpointError(f"{path.name} is missing", where=str(path))
     size, at = path.stat().st_size, 0

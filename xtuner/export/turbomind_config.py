@@ -1,6 +1,6 @@
-"""`config.yaml` of a converted directory: its text, key for key as lmdeploy 0.9.2.post1 writes it, and its reading.
+"""`config.yaml` of a converted directory: written key for key like lmdeploy 0.9.2.post1, and read.
 
-A small YAML of our own serves: maps in maps, lists of numbers, plain values, keys sorted.
+It needs a small part of YAML only: nested maps with sorted keys, lists of numbers, plain values.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import DecoderConfig
 
-CHAT, BASE = "internlm2", "base"  # LMDeploy's names of chat templates: InternLM2's, and none
+CHAT, BASE = "internlm2", "base"  # LMDeploy's names: InternLM2's chat template, and no template
 
 _ROPE = {
     "attention_factor": 1.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "high_freq_factor": None,
@@ -23,7 +23,7 @@ _LORA = {
     "lora_max_wo_r": 0, "lora_policy": "", "lora_r": 0, "lora_rank_pattern": "", "lora_scale": 0.0,
     "lora_scale_pattern": "",
 }  # fmt: skip
-_MODEL = {  # of features that these models do not have
+_MODEL = {  # features that these models do not have
     "attn_bias": 0, "expert_inter_size": 0, "expert_num": [], "experts_per_token": 0, "group_size": 0,
     "kv_lora_rank": 0, "model_format": "hf", "moe_group_num": 1, "moe_shared_gate": False, "norm_topk_prob": False,
     "q_lora_rank": 0, "qk_norm": False, "qk_rope_dim": 0, "routed_scale": 1.0, "topk_group": 1,
@@ -32,34 +32,34 @@ _MODEL = {  # of features that these models do not have
 
 
 @dataclass(frozen=True)
-class Source:
-    """A Hugging Face folder as it will be converted."""
+class TurboMindSource:
+    """A Hugging Face folder to convert."""
 
     folder: Path
     hf: dict[str, Any]  # its config.json
     layout: ModelFamily
     config: DecoderConfig
     tokenizer_size: int
-    speaks_chat: bool  # its tokenizer knows a mark of the family's chat template
+    speaks_chat: bool  # whether its tokenizer has a mark of the family's chat template
 
     def dtype(self, wanted: str) -> str:
-        """ "auto" by LMDeploy's rule: bf16 stays, everything else becomes fp16."""
+        """The dtype to write. "auto" follows LMDeploy: bf16 stays, everything else becomes fp16."""
         found = self.hf.get("torch_dtype") or self.hf.get("dtype")
         return wanted if wanted != "auto" else "bfloat16" if found == "bfloat16" else "float16"
 
 
 def template_by_path(path: str) -> str:
-    """The chat template that LMDeploy takes for a model of this path, which is all that it looks at."""
+    """The chat template that LMDeploy selects for a model, by its path alone."""
     path = path.lower()
     return CHAT if "internlm2" in path and ("chat" in path or "math" in path) else BASE
 
 
-def config_text(source: Source, tp: int, dtype: str, model_name: str, chat_template: str) -> str:
+def render_yaml(source: TurboMindSource, tp: int, dtype: str, model_name: str, chat_template: str) -> str:
     """The file's text."""
     hf, c = source.hf, source.config
     rope: dict[str, Any] = {**_ROPE, "base": c.rope_theta, "dim": c.head_dim}
     if c.rope_scaling:
-        factor = (hf.get("rope_scaling") or {}).get("factor", c.rope_scaling.factor)  # as it is written there, 2 or 2.0
+        factor = (hf.get("rope_scaling") or {}).get("factor", c.rope_scaling.factor)  # as written there: 2 or 2.0
         rope |= {"type": c.rope_scaling.kind, "factor": factor}
         if c.rope_scaling.kind == "dynamic":
             rope["max_position_embeddings"] = c.max_position_embeddings
@@ -114,8 +114,8 @@ def _scalar(value: Any) -> str:
     return str(value)
 
 
-def flat(text: str) -> dict[str, str]:
-    """`model_config.head_num` → `32`, a list as its values joined by spaces: of a file of this kind, ours or older."""
+def flatten_yaml(text: str) -> dict[str, str]:
+    """Parse such a file, ours or LMDeploy's: `model_config.head_num` → `32`; lists as values joined by spaces."""
     found: dict[str, str] = {}
     path: list[str] = []
     for line in text.splitlines():
@@ -130,8 +130,8 @@ def flat(text: str) -> dict[str, str]:
     return found
 
 
-def shared_difference(found: dict[str, str], wanted: dict[str, str]) -> str:
-    """What differs in the first key that both have, or "". Another LMDeploy writes other keys, too."""
+def find_difference(found: dict[str, str], wanted: dict[str, str]) -> str:
+    """The first difference among keys that both have, or "". Other LMDeploy versions write other keys, too."""
     for key, value in wanted.items():
         if found.get(key, value) != value:
             return f"config.yaml says {key}: {found[key]} where the source gives {value}"

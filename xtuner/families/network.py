@@ -31,3 +31,18 @@ class DecoderConfig:
     eos_token_id: int = 2
     pad_token_id: int | None = 2  # its embedding row gets no gradient, as in the original
     family: str = field(default="internlm2", compare=False)  # which the model belongs to; not a part of the network
+
+    @property
+    def query_width(self) -> int:
+        """N·D: columns of all query heads, and of attention's output."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        """(N + 2K)·D: rows of the joint projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        """G = N/K."""
+        return self.num_heads // self.num_kv_heads

@@ -1,80 +1,86 @@
-"""What a micro-batch of T tokens needs of memory, and what blocks keep between forward and backward so that it fits.
+"""How much memory a micro-batch of T tokens needs, and which activations blocks keep for the backward so that it fits.
 
-Computing again costs time in proportion to what was not kept: for projections a byte costs the same everywhere (H/2
-multiplications), for attention the more the longer documents are. So attention is kept first, then the others.
+Recomputing costs time in proportion to what was not kept. For projections every kept byte saves the same time (H/2
+multiplications); for attention it saves more, the longer the documents. So attention is kept first, then the others.
 """
 
 from dataclasses import dataclass, replace
 
-from xtuner.model.decoder import DecoderConfig
+from xtuner.families.network import DecoderConfig
 from xtuner.model.loss import chunk_tokens
-from xtuner.model.ops.functions import EVERYTHING, NOTHING, Keep
+from xtuner.model.ops.functions import KEEP_ALL, KEEP_NONE, KeepPolicy
 
-ORDER = ("attention", "qkv", "residual", "gate_up")
+KEEP_ORDER = ("attention", "qkv", "residual", "gate_up")  # fields of KeepPolicy, the most worthwhile first
 
 
-def kept_bytes(c: DecoderConfig, itemsize: int) -> dict[str, int]:
-    """Bytes a token that one block keeps for each choice (see ops/functions.py); "input" is always kept."""
-    queries, joint = c.num_heads * c.head_dim, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+def kept_bytes_per_token(c: DecoderConfig, itemsize: int) -> dict[str, int]:
+    """Bytes a token that one block keeps for each field of `KeepPolicy`; "input" is always kept."""
     return {
         "input": itemsize * c.hidden_size,
-        "attention": itemsize * queries + 4 * c.num_heads,
-        "qkv": itemsize * joint,
+        "attention": itemsize * c.query_width + 4 * c.num_heads,
+        "qkv": itemsize * c.qkv_width,
         "residual": itemsize * c.hidden_size,
         "gate_up": 2 * itemsize * c.intermediate_size,
     }
 
 
-def passing_bytes(c: DecoderConfig, itemsize: int, tokens: int) -> int:
-    """The most that is held beside what blocks keep: at the loss, or in the backward of one block."""
-    h, f, queries, joint = c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+def transient_bytes(c: DecoderConfig, itemsize: int, tokens: int) -> int:
+    """Peak of temporary buffers, in addition to what blocks keep: at the loss, or in the backward of one block."""
+    h, f, queries, keys = c.hidden_size, c.intermediate_size, c.query_width, c.num_kv_heads * c.head_dim
     loss = itemsize * (min(tokens, chunk_tokens(c.vocab_size)) * c.vocab_size + 4 * tokens * h)
     mlp = itemsize * tokens * (4 * h + f)
-    # gradients of q, k, v apart and joined, of o; FlashAttention sums dq (and dk, dv for shared heads) in fp32
-    attention = tokens * (itemsize * (3 * h + 3 * queries + 4 * joint) + 4 * (queries + 2 * joint))
+    # gradients of q, k, v, separate and joined, and of o; FlashAttention sums dq (and dk, dv of shared heads) in fp32
+    attention = tokens * (itemsize * (3 * h + 3 * queries + 4 * keys) + 4 * (queries + 2 * keys))
     angles = 4 * tokens * c.head_dim
     return max(loss, mlp, attention) + angles
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Keep as much as fits into `room` bytes beside what passes; None: everything, 0: nothing."""
+class ActivationPlan:
+    """Keeps as many activations as fit into `room` bytes together with temporary buffers.
+
+    Args:
+        itemsize: bytes of a number in the compute dtype.
+        room: bytes; None keeps everything, 0 only each block's input.
+    """
 
     config: DecoderConfig
-    itemsize: int  # bytes of a number in the compute dtype
+    itemsize: int
     room: int | None = None
 
-    def keeps(self, tokens: int) -> list[Keep]:
-        """Of each layer, for a micro-batch of so many tokens."""
+    def choose_kept(self, tokens: int) -> list[KeepPolicy]:
+        """What each layer keeps, for a micro-batch of so many tokens."""
         layers = self.config.num_layers
         if self.room is None:
-            return [EVERYTHING] * layers
-        size = {name: n * tokens for name, n in kept_bytes(self.config, self.itemsize).items()}
-        left = self.room - passing_bytes(self.config, self.itemsize, tokens) - layers * size["input"]
-        again = sum(size.values()) - size["input"]  # a block that is computed again is held whole, once
-        chosen, most = [NOTHING] * layers, layers
-        for name in ORDER:
+            return [KEEP_ALL] * layers
+        size = {name: n * tokens for name, n in kept_bytes_per_token(self.config, self.itemsize).items()}
+        left = self.room - transient_bytes(self.config, self.itemsize, tokens) - layers * size["input"]
+        recomputed = sum(size.values()) - size["input"]  # a recomputed block exists in full, one at a time
+        chosen, most = [KEEP_NONE] * layers, layers
+        for name in KEEP_ORDER:
             if left < layers * size[name]:
-                left -= again if name == "attention" else size[name]
+                left -= recomputed if name == "attention" else size[name]
             most = min(most, max(left, 0) // size[name])
             chosen[:most] = [replace(k, **{name: True}) for k in chosen[:most]]
             left -= most * size[name]
         return chosen
 
-    def peak(self, tokens: int) -> int:
-        """Bytes a micro-batch needs beside the state."""
-        size = kept_bytes(self.config, self.itemsize)
-        kept = sum(size["input"] + sum(size[name] for name in ORDER if getattr(k, name)) for k in self.keeps(tokens))
-        return tokens * kept + passing_bytes(self.config, self.itemsize, tokens)
+    def peak_bytes(self, tokens: int) -> int:
+        """Bytes that a micro-batch needs in addition to weights and optimizer state."""
+        size = kept_bytes_per_token(self.config, self.itemsize)
+        kept = 0
+        for policy in self.choose_kept(tokens):
+            kept += size["input"] + sum(size[name] for name in KEEP_ORDER if getattr(policy, name))
+        return tokens * kept + transient_bytes(self.config, self.itemsize, tokens)
 
-    def fits(self, tokens: int) -> bool:
-        """Whether nothing has to be computed again."""
-        return all(keep == EVERYTHING for keep in self.keeps(tokens))
+    def keeps_everything(self, tokens: int) -> bool:
+        """Whether nothing has to be recomputed."""
+        return all(policy == KEEP_ALL for policy in self.choose_kept(tokens))
 
-    def largest(self, at_most: int) -> int:
-        """Most tokens, in steps of 256 up to `at_most`, of which everything can be kept; 0 if there are none."""
+    def largest_micro_batch(self, at_most: int) -> int:
+        """Most tokens, in steps of 256 up to `at_most`, for which nothing has to be recomputed; 0 if there are none."""
         low, high = 0, -(-at_most // 256)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.fits(middle * 256) else (low, middle - 1)
+            low, high = (middle, high) if self.keeps_everything(middle * 256) else (low, middle - 1)
         return min(low * 256, at_most)

@@ -1,14 +1,14 @@
-"""Causal attention inside documents that lie end to end (variable-length attention), behind one contract.
+"""Causal attention inside documents laid end to end (variable-length attention), behind one contract.
 
     attend(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen) -> o_TND
 
-Token t sees the tokens of its own document up to itself. N is a multiple of K (grouped queries). A backend is chosen
-once, when the model is built, by device, dtype and what is installed; each is exact for the documents it is given.
+Token t attends to the tokens of its own document up to itself. N is a multiple of K (grouped queries). The backend is
+chosen once, when the model is built, by device, dtype and installed packages. Every backend is exact.
 
-One of your own is a function with this contract, whose result autograd can differentiate, and a line in a config or in
-a module that it imports; `model = dict(…, attention="mine")` then chooses it:
+To add one, write a differentiable function with this contract and register it in a config or in a module that the
+config imports; `model = dict(…, attention="mine")` then selects it:
 
-    BACKENDS.register("mine", Backend("what it is, for reports", lambda: attend, devices=("cuda",)))
+    BACKENDS.register("mine", Backend("description for reports", lambda: attend, devices=("cuda",)))
 """
 
 from collections.abc import Callable, Collection
@@ -23,53 +23,62 @@ from xtuner.core.registry import Registry
 from xtuner.model.ops import attention_backends
 from xtuner.model.ops.attention_backends import Attend
 
-Name = Literal["flash4", "varlen", "cudnn", "flex", "loop"]  # of a shipped backend
-_SETTING, _OTHERWISE = "model.attention", "leave it out: then the fastest that runs is taken"
+Name = Literal["flash4", "varlen", "cudnn", "flex", "loop"]  # the shipped backends
+_SETTING, _REMEDY = "model.attention", "leave it out: then the fastest that runs is taken"
 HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute attention. `find` gives it, or None where its package is missing; `install` brings that."""
+    """A way to compute attention, and what it supports; an empty collection means everything.
 
-    about: str
-    find: Callable[[], Attend | None]
+    Args:
+        load: returns the function, or None if its package is missing.
+        install: the command or package that provides it.
+        majors: major CUDA compute capabilities.
+        auto: whether it may be chosen without being named in a config.
+        deterministic_gqa: whether it can be deterministic where query heads share key-value heads.
+    """
+
+    description: str
+    load: Callable[[], Attend | None]
     install: str = "a newer PyTorch"
-    # what it knows; empty: everything
     devices: Collection[str] = ("cuda",)
-    majors: Collection[int] = ()  # compute capabilities
+    majors: Collection[int] = ()
     dtypes: Collection[torch.dtype] = HALF
     head_dims: Collection[int] = ()
-    by_itself: bool = True  # whether it is chosen unless it is asked for
-    repeats: bool = True  # whether its deterministic form covers key-value heads that query heads share
+    auto: bool = True
+    deterministic_gqa: bool = True
 
-    def why_not(self, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int = 1) -> str | None:
-        """What keeps it from running here.
+    def why_unavailable(self, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int = 1) -> str | None:
+        """Why it cannot run here, missing packages included; None if it can.
 
         Args:
-            groups: query heads to a key-value head.
+            groups: query heads that share a key-value head.
         """
-        return self.unfit(device, dtype, head_dim, groups) or (None if self.find() else f"it needs {self.install}")
+        return self.why_unsupported(device, dtype, head_dim, groups) or (
+            None if self.load() else f"it needs {self.install}"
+        )
 
-    def unfit(self, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int = 1) -> str | None:
-        """What would keep it from running here, were it installed."""
+    def why_unsupported(self, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int = 1) -> str | None:
+        """Why it could not run here even if it were installed; None if it could."""
         if self.devices and device.type not in self.devices:
             return f"it does not run on {device.type}"
         if self.dtypes and dtype not in self.dtypes:
             return f"it does not compute in {str(dtype).removeprefix('torch.')}"
         if self.head_dims and head_dim not in self.head_dims:
             return f"heads of {head_dim} are not among {', '.join(map(str, self.head_dims))}"
-        if groups > 1 and not self.repeats and torch.are_deterministic_algorithms_enabled():
-            return "it adds up gradients of shared key-value heads in any order, and randomness.deterministic is on"
+        if groups > 1 and not self.deterministic_gqa and torch.are_deterministic_algorithms_enabled():
+            return "it sums gradients of shared key-value heads in random order, and randomness.deterministic is on"
         if self.majors and torch.cuda.get_device_capability(device)[0] not in self.majors:
-            return f"it does not know a {torch.cuda.get_device_name(device)}"
+            return f"it does not support a {torch.cuda.get_device_name(device)}"
         return None
 
 
 def attend_loop(
     q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
 ) -> torch.Tensor:
-    """Document by document with PyTorch's own attention: any device, any dtype; on CPUs the fastest exact way."""
+    """Document by document with PyTorch's attention: any device, any dtype; the fastest exact backend on CPUs."""
     lengths = [n for n in cu_seqlens.diff().tolist() if n]
     outputs = [
         attend_dense(q, k, v, causal=True)
@@ -86,7 +95,7 @@ _SHIPPED: dict[str, Backend] = {
         "pip install 'xtuner[flash]'",
         majors=(9, 10),
         head_dims=(64, 96, 128),
-        repeats=False,
+        deterministic_gqa=False,
     ),
     "varlen": Backend("PyTorch's varlen_attn", attention_backends.varlen, majors=(8, 9, 10, 11, 12)),
     "cudnn": Backend(
@@ -95,7 +104,7 @@ _SHIPPED: dict[str, Backend] = {
         "pip install 'xtuner[cudnn]'",
         majors=(9, 10),
         head_dims=(64, 128),
-        by_itself=False,
+        auto=False,
     ),
     "flex": Backend("FlexAttention", attention_backends.flex),
     "loop": Backend("PyTorch, document by document", lambda: attend_loop, devices=(), dtypes=()),
@@ -103,32 +112,34 @@ _SHIPPED: dict[str, Backend] = {
 BACKENDS: Registry[Backend] = Registry("attention backend", _SHIPPED)
 
 
-def choose(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str | None = None, groups: int = 1) -> str:
-    """Name of the fastest backend that runs here, or the `wanted` one if it does. While PyTorch's deterministic
-    algorithms are on, one that repeats its gradients bit for bit."""
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str | None = None, groups: int = 1
+) -> str:
+    """Name of the fastest backend that runs here, or `wanted` if it does. Its gradients are deterministic while
+    PyTorch's deterministic algorithms are on. Raises: ConfigError."""
     if wanted is None:
-        fit = (n for n, b in BACKENDS.items() if b.by_itself and b.why_not(device, dtype, head_dim, groups) is None)
+        fit = (n for n, b in BACKENDS.items() if b.auto and b.why_unavailable(device, dtype, head_dim, groups) is None)
         return next(fit)
-    backend = find(wanted)
-    if why := backend.why_not(device, dtype, head_dim, groups):
-        raise ConfigError(f"attention by {backend.about} cannot run here: {why}", where=_SETTING, do=_OTHERWISE)
+    backend = find_backend(wanted)
+    if why := backend.why_unavailable(device, dtype, head_dim, groups):
+        raise ConfigError(f"attention by {backend.description} cannot run here: {why}", where=_SETTING, do=_REMEDY)
     return wanted
 
 
-def find(name: str) -> Backend:
+def find_backend(name: str) -> Backend:
     """The backend that `model.attention` names. Raises: ConfigError."""
-    return BACKENDS.find(name, _SETTING, _OTHERWISE)
+    return BACKENDS.find(name, _SETTING, _REMEDY)
 
 
-def to_install(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend | None:
-    """The one that would be chosen if all were installed; None if it is."""
-    first = next(b for b in BACKENDS.values() if b.by_itself and b.unfit(device, dtype, head_dim) is None)
-    return None if first.find() else first
+def suggest_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend | None:
+    """A backend worth installing: the one that would be chosen if all were installed; None if it is installed."""
+    first = next(b for b in BACKENDS.values() if b.auto and b.why_unsupported(device, dtype, head_dim) is None)
+    return None if first.load() else first
 
 
-def attend_by(name: str) -> Attend:
-    """The backend of that name; it has to be there."""
-    attend = find(name).find()
+def load_backend(name: str) -> Attend:
+    """The function of an installed backend."""
+    attend = find_backend(name).load()
     assert attend is not None
     return attend
 
@@ -136,7 +147,7 @@ def attend_by(name: str) -> Attend:
 def attend_dense(
     q_QND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor, causal: bool, mask_QS: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Q queries on S keys of one document, [Q, N, D]."""
+    """Q queries attend to S keys of one document, [Q, N, D]."""
     groups = q_QND.shape[1] // k_SKD.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1).transpose(0, 1)[None] for x in (k_SKD, v_SKD))
     q = q_QND.transpose(0, 1)[None]
@@ -144,7 +155,7 @@ def attend_dense(
 
 
 def attend_cached(q_QND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor) -> torch.Tensor:
-    """The last Q tokens of a document on all its S >= Q tokens: one step of generation, or a prompt."""
+    """The last Q tokens of a document attend to all its S >= Q tokens: a step of generation, or a prompt."""
     queries, keys = len(q_QND), len(k_SKD)
     if queries == keys:
         return attend_dense(q_QND, k_SKD, v_SKD, causal=True)

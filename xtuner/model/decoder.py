@@ -4,11 +4,10 @@ Readable top to bottom. One micro-batch is one row of T tokens: documents laid e
 
     T tokens   H hidden   N query heads   K kv heads   G = N/K queries a kv head   D head dim   F ffn   V vocabulary
 
-Parameter names are InternLM2's own; `xtuner/families/` knows the others'.
+Parameter names are InternLM2's; `xtuner/families/` maps them to those of other families.
 """
 
 import zlib
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -19,16 +18,17 @@ from torch.utils.checkpoint import checkpoint
 
 from xtuner.families.network import DecoderConfig
 from xtuner.model import attention
-from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, multiply
+from xtuner.model.activation_memory import ActivationPlan
+from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, apply_linear
 from xtuner.model.ops import functions
-from xtuner.model.ops.functions import EVERYTHING, Keep
-from xtuner.model.ops.matmul import KINDS
+from xtuner.model.ops.functions import KEEP_ALL, KeepPolicy
+from xtuner.model.ops.matmul import MATMULS
 from xtuner.model.rope import Rope
 
 
 @dataclass
-class Layout:
-    """Where documents lie in the row, and every token's angles: computed once, used by all layers."""
+class DocumentLayout:
+    """Borders of the documents in the row, and every token's angles: computed once, used by all layers."""
 
     cu_seqlens: torch.Tensor  # int32 [n + 1]
     max_seqlen: int
@@ -37,7 +37,7 @@ class Layout:
 
 
 class LayerCache:
-    """Keys and values of one layer for the document that is being generated, [S, K, D] each."""
+    """Keys and values of one layer for the document being generated, [S, K, D] each."""
 
     def __init__(self) -> None:
         self.k: torch.Tensor | None = None
@@ -54,26 +54,28 @@ class Attention(nn.Module):
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
-        self.num_kv_heads, self.groups, self.head_dim = c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim
-        self.wqkv = Linear(c.hidden_size, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=c.attention_bias)
-        self.wo = Linear(c.num_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.num_kv_heads, self.groups, self.head_dim = c.num_kv_heads, c.queries_per_kv_head, c.head_dim
+        self.wqkv = Linear(c.hidden_size, c.qkv_width, bias=c.attention_bias)
+        self.wo = Linear(c.query_width, c.hidden_size, bias=c.attention_bias)
         self.attend = attention.attend_loop
 
     def forward(
-        self, x_TH: torch.Tensor, layout: Layout, cache: LayerCache | None = None, keep: Keep = EVERYTHING
+        self, x_TH: torch.Tensor, layout: DocumentLayout, cache: LayerCache | None = None, keep: KeepPolicy = KEEP_ALL
     ) -> torch.Tensor:
-        q_TND, k_TKD, v_TKD = self.heads(x_TH, layout)
+        q_TND, k_TKD, v_TKD = self.project_heads(x_TH, layout)
         if cache is not None:
             o_TND = attention.attend_cached(q_TND, *cache.extend(k_TKD, v_TKD))
         else:
-            recipe = functions.recipe_of(x_TH)
-            again = torch.no_grad()(lambda: self.heads(recipe.compute(*recipe.tensors), layout))
-            with nullcontext() if keep.qkv else functions.forgetting((q_TND, k_TKD, v_TKD), again):
+            recipe = functions.get_recipe(x_TH)
+            recompute = torch.no_grad()(lambda: self.project_heads(recipe.compute(*recipe.tensors), layout))
+            with nullcontext() if keep.qkv else functions.recompute_saved((q_TND, k_TKD, v_TKD), recompute):
                 o_TND = self.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
         return self.wo(o_TND.reshape(len(x_TH), -1))
 
-    def heads(self, x_TH: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [T, N, D], k and v [T, K, D]; q and k turned by each token's angles."""
+    def project_heads(
+        self, x_TH: torch.Tensor, layout: DocumentLayout
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [T, N, D], k and v [T, K, D]; q and k rotated by each token's angles."""
         angles = layout.cos_TD, layout.sin_TD
         return functions.SplitRotate.apply(self.wqkv(x_TH), *angles, self.num_kv_heads, self.head_dim)
 
@@ -87,18 +89,18 @@ class FeedForward(nn.Module):
         self.w3 = Linear(c.hidden_size, c.intermediate_size)
         self.w2 = Linear(c.intermediate_size, c.hidden_size)
 
-    def forward(self, x_TH: torch.Tensor, add_TH: torch.Tensor, keep: Keep = EVERYTHING) -> torch.Tensor:
-        """As one function, unless one of the projections is more than a product: an adapter, another class, a hook."""
+    def forward(self, x_TH: torch.Tensor, add_TH: torch.Tensor, keep: KeepPolicy = KEEP_ALL) -> torch.Tensor:
+        """One fused function, unless a projection is more than a product: an adapter, another class, a hook."""
         parts = [w for w in (self.w1, self.w3, self.w2) if isinstance(w, Linear) and w.is_plain() and w.adapter is None]
-        if len(parts) < 3 or any(w.bias is not None or w.products is not parts[0].products for w in parts):
-            return multiply(self.w2, F.silu(self.w1(x_TH)) * self.w3(x_TH), add_TH)
+        if len(parts) < 3 or any(w.bias is not None or w.matmul is not parts[0].matmul for w in parts):
+            return apply_linear(self.w2, F.silu(self.w1(x_TH)) * self.w3(x_TH), add_TH)
         weights, into = [w.weight for w in parts], tuple(w.gradient_sums.get("weight") for w in parts)
-        recipe, products = functions.recipe_of(x_TH), parts[0].products_now()
-        return functions.GatedProducts.apply(x_TH, add_TH, *weights, recipe, products, into, keep.gate_up)
+        recipe, matmul = functions.get_recipe(x_TH), parts[0].current_matmul()
+        return functions.SwiGLUFunction.apply(x_TH, add_TH, *weights, recipe, matmul, into, keep.gate_up)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the norm of a sum that both add to."""
+    """Attention and MLP, each applied to the norm of the residual stream and added to it."""
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
@@ -108,10 +110,10 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(c)
 
     def forward(
-        self, x_TH: torch.Tensor, layout: Layout, cache: LayerCache | None = None, keep: Keep = EVERYTHING
+        self, x_TH: torch.Tensor, layout: DocumentLayout, cache: LayerCache | None = None, keep: KeepPolicy = KEEP_ALL
     ) -> torch.Tensor:
-        if not keep.attention:  # nothing but the input
-            return checkpoint(self.forward, x_TH, layout, None, EVERYTHING, use_reentrant=False,
+        if not keep.attention:  # keep only the input
+            return checkpoint(self.forward, x_TH, layout, None, KEEP_ALL, use_reentrant=False,
                               preserve_rng_state=False)  # fmt: skip
         x_TH, normed_TH = self.attention_norm(x_TH)
         attended_TH = self.attention(normed_TH, layout, cache, keep)
@@ -128,9 +130,7 @@ class Decoder(nn.Module):
         self.tok_embeddings = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.keeps: Callable[[int], list[Keep]] = lambda tokens: (
-            [EVERYTHING] * c.num_layers
-        )  # chosen by activation_memory.py
+        self.activation_plan = ActivationPlan(c, itemsize=4)  # keeps everything
 
     def forward(
         self,
@@ -141,16 +141,17 @@ class Decoder(nn.Module):
         caches: list[LayerCache] | None = None,
     ) -> torch.Tensor:
         cos_TD, sin_TD = self.rope.table(position_ids, cu_seqlens)
-        layout = Layout(cu_seqlens, max_seqlen, cos_TD, sin_TD)
+        layout = DocumentLayout(cu_seqlens, max_seqlen, cos_TD, sin_TD)
         x_TH = self.tok_embeddings(input_ids)
-        keeps = self.keeps(len(input_ids)) if torch.is_grad_enabled() else [EVERYTHING] * len(self.layers)
+        trains = torch.is_grad_enabled()
+        policies = self.activation_plan.choose_kept(len(input_ids)) if trains else [KEEP_ALL] * len(self.layers)
         for i, block in enumerate(self.layers):
-            x_TH = block(x_TH, layout, caches[i] if caches else None, keeps[i])
+            x_TH = block(x_TH, layout, caches[i] if caches else None, policies[i])
         return self.norm(x_TH)[1]
 
 
 class CausalLM(nn.Module):
-    """The language model. See `forward` for its one contract."""
+    """The language model; see `forward` for its contract."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -176,8 +177,8 @@ class CausalLM(nn.Module):
             targets: int64 [T], already shifted, −100 where there is no loss.
             position_ids: int64 [T], from 0 in each document; None to derive them.
             max_seqlen: longest document; None to derive it (waits for the GPU).
-            caches: of the layers, for one document that grows: `input_ids` are its next tokens, the logits those
-                after the last, [1, V].
+            caches: one a layer, to continue a document: `input_ids` are its next tokens, and the logits are those after
+                the last one, [1, V].
         """
         if caches is not None:
             return self.output(self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen, caches)[-1:])
@@ -195,28 +196,33 @@ class CausalLM(nn.Module):
         if cu_seqlens is None:
             cu_seqlens = torch.tensor([0, len(input_ids)], dtype=torch.int32, device=input_ids.device)
         if position_ids is None:
-            position_ids = positions(cu_seqlens, len(input_ids))
+            position_ids = make_positions(cu_seqlens, len(input_ids))
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
         return self.model(input_ids, position_ids, cu_seqlens, max_seqlen, caches)
 
-    def use_products(self, name: str) -> None:
-        """Choose how training multiplies with the weights of all layers (ops/products.py)."""
+    def keep_activations(self, plan: ActivationPlan) -> None:
+        """Choose what each layer keeps between forward and backward."""
+        self.model.activation_plan = plan
+
+    def use_matmul(self, name: str) -> None:
+        """Choose how training multiplies with the weights of all layers (ops/matmul.py)."""
         for module in self.model.layers.modules():
             if isinstance(module, Linear):
-                module.products = KINDS[name]
+                module.matmul = MATMULS[name]
 
     def use_attention(self, name: str) -> None:
         """Choose the attention backend for all layers."""
         for block in self.model.layers:
-            block.attention.attend = attention.attend_by(name)  # type: ignore[union-attr]
+            block.attention.attend = attention.load_backend(name)  # type: ignore[union-attr]
 
 
 @torch.no_grad()
-def initialize(name: str, weight: torch.Tensor, c: DecoderConfig, seed: int) -> None:
-    """Random values for one parameter: normal(0, initializer_range), norms one, biases and the padding row zero.
+def initialize_parameter(name: str, weight: torch.Tensor, c: DecoderConfig, seed: int) -> None:
+    """Initial values of one parameter: normal(0, initializer_range); norms one, biases and the padding row zero.
 
-    Each has a generator of its own, seeded by `seed` and its name, so that parts can be made in any order.
+    Each parameter has its own generator, seeded by `seed` and its name, so that the order of parameters does not
+    matter.
     """
     if weight.dim() == 1:
         weight.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -227,7 +233,7 @@ def initialize(name: str, weight: torch.Tensor, c: DecoderConfig, seed: int) -> 
         weight[c.pad_token_id].zero_()
 
 
-def positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def make_positions(cu_seqlens: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """int64 [T], counted from 0 in every document."""
     begins = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff(), output_size=num_tokens)
     return torch.arange(num_tokens, device=cu_seqlens.device) - begins

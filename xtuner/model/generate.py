@@ -8,7 +8,7 @@ from xtuner.model.decoder import CausalLM, LayerCache
 
 
 class Session:
-    """One document that grows. `feed` adds tokens and gives the logits after the last; earlier keys stay."""
+    """A growing document. `feed` appends tokens and returns the logits after the last; keys and values are cached."""
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
@@ -22,7 +22,7 @@ class Session:
         ids = torch.tensor(tokens, dtype=torch.int64, device=device)
         position_ids = torch.arange(self.length, self.length + len(ids), device=device)
         self.length += len(ids)
-        # dynamic NTK goes by the document's length so far, which only this sum knows
+        # dynamic NTK depends on the document's length so far
         cos_sin_length = torch.tensor([0, self.length], dtype=torch.int32, device=device)
         return self.model(ids, cos_sin_length, None, position_ids, self.length, self.caches)[0].float()
 
@@ -37,14 +37,14 @@ def generate(
     generator: torch.Generator | None = None,
     agree: Callable[[int], int] = int,
 ) -> Iterator[int]:
-    """Yield new token ids, one at a time; ends after `max_new_tokens` or before a stop id.
+    """Yield new token ids, one at a time, up to `max_new_tokens` or a stop id (not yielded).
 
     Args:
         prompt: at least one token id.
         temperature: 0 for the most likely token each time.
-        top_p: sample among the fewest tokens whose probability reaches this.
-        agree: where ranks compute together, what makes this rank's choice the one of all: logits may differ in their
-            last bits, and a rank that stops alone leaves the others waiting.
+        top_p: sample from the smallest set of tokens whose total probability reaches this.
+        agree: where ranks compute together, returns the choice of rank 0 on every rank: logits may differ in their last
+            bits, and a rank that stops early would leave the others waiting.
     """
     session = Session(model)
     yield from sample(session, session.feed(prompt), max_new_tokens, stop_ids, temperature, top_p, generator, agree)
@@ -60,16 +60,16 @@ def sample(
     generator: torch.Generator | None = None,
     agree: Callable[[int], int] = int,
 ) -> Iterator[int]:
-    """Continue from `logits`, those after the session's last token; see `generate`. Tokens that are yielded are fed."""
+    """Continue from `logits` after the session's last token; see `generate`. Yielded tokens have been fed."""
     for _ in range(max_new_tokens):
-        token = agree(pick(logits, temperature, top_p, generator))
+        token = agree(pick_token(logits, temperature, top_p, generator))
         if token in stop_ids:
             return
         logits = session.feed([token])
         yield token
 
 
-def pick(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
+def pick_token(logits_V: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
     if temperature == 0:
         return int(logits_V.argmax())
     probability, ids = (logits_V / temperature).softmax(-1).cpu().sort(descending=True)

@@ -1,7 +1,7 @@
-"""Cross entropy of the output layer without ever holding all logits.
+"""Cross entropy of the output layer, computed in chunks so that all logits never exist at once.
 
-The sum over targets is returned, times a scale: the caller divides by the number of targets of all ranks and
-micro-batches, which no single call knows.
+The result is the sum over targets times a scale. The caller chooses the scale: a single call does not know the number
+of targets of all ranks and micro-batches.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ def chunk_tokens(vocabulary: int) -> int:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """scale · Σ −log softmax(x W^T)[target]. Gradients are made chunk by chunk in the forward, while logits are there.
+    """scale · Σ −log softmax(x W^T)[target]. The forward computes gradients too, chunk by chunk, as it has the logits.
 
     Memory beyond inputs: one chunk of logits in x's dtype, dx [T, H], and dW [V, H] in fp32 if W has no gradient sum.
     """
@@ -66,9 +66,10 @@ def linear_cross_entropy(
     scale: float = 1.0,
     into: GradientSum | None = None,
 ) -> torch.Tensor:
-    """Sum of the cross entropy over all positions with a target, times `scale`, fp32 scalar, in nats.
+    """Sum of the cross entropy over all positions with a target, times `scale`: an fp32 scalar in nats.
 
-    With a gradient sum the weight gets its gradient at once: then `backward` must be called on this very value.
+    With a gradient sum, the weight's gradient is added to it here, for a derivative of 1: call `backward` on this value
+    itself, not on a multiple of it.
 
     Args:
         x_TH: hidden states after the last norm, [T, H].
@@ -76,6 +77,6 @@ def linear_cross_entropy(
         targets_T: int64 [T], −100 where there is no loss.
         into: where the gradient of the weights is added; None to return it to autograd.
     """
-    if not torch.is_grad_enabled():  # autograd asks for the gradient of a parameter all the same
+    if not torch.is_grad_enabled():  # `needs_input_grad` of a parameter is true even then
         x_TH, w_VH = x_TH.detach(), w_VH.detach()
     return _LinearCrossEntropy.apply(x_TH, w_VH, targets_T, scale, into)

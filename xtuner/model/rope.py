@@ -1,8 +1,8 @@
 """Rotary position embedding, half-split, with linear and dynamic-NTK scaling per document.
 
-A table holds the angles of every token of a micro-batch, cos and sin [T, D/2], computed once in fp32 and used by all
-layers. Dynamic NTK enlarges the base for a document longer than `max_position_embeddings` m, by that document's own
-length s and the factor f:  theta · (f·s/m − (f − 1))^(D/(D−2)); at or below m nothing changes.
+A table has the angles of every token of a micro-batch, cos and sin [T, D/2], computed once in fp32 and used by all
+layers. Dynamic NTK enlarges the base for each document longer than `max_position_embeddings` m, by the document's
+length s and the factor f:  theta · (f·s/m − (f − 1))^(D/(D−2)). Documents of at most m tokens keep the base.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Rope:
         else:
             length_n = cu_seqlens.diff()
             frequency_nD = self._frequencies(self._dynamic_theta(length_n))
-            if len(length_n) > 1:  # one document may be longer than the tokens asked for: its cache holds the others
+            if len(length_n) > 1:  # a single document may be longer than `position_ids`: the other tokens are cached
                 frequency_nD = frequency_nD.repeat_interleave(length_n, dim=0, output_size=len(position))
             angle_TD = position[:, None] * frequency_nD
         return angle_TD.cos(), angle_TD.sin()
@@ -52,7 +52,7 @@ class Rope:
 
 
 def rotate(x_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
-    """Turn pairs (x[i], x[i + D/2]) by each token's angles. Computed in fp32, returned in x's dtype."""
+    """Rotate pairs (x[i], x[i + D/2]) by each token's angles. Computed in fp32, returned in x's dtype."""
     a, b = x_TND.float().chunk(2, dim=-1)
     cos, sin = cos_TD[:, None], sin_TD[:, None]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_TND.dtype)

@@ -1,4 +1,4 @@
-"""Whether a device computes right: a tiny model on packed documents against the same documents one by one."""
+"""Whether a device computes correctly: a tiny model on packed documents against the same documents one by one."""
 
 import torch
 
@@ -10,13 +10,13 @@ LENGTHS = (5, 1, 26, 32)  # tokens of the documents
 TINY = DecoderConfig(
     vocab_size=128, hidden_size=128, intermediate_size=256, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64
 )
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative; half precision adds gradients up with rounding
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative; half precision rounds as it adds up gradients
 
 
 def packed_error(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
-    """(attention backend that training would use, relative difference of its gradients and loss to those of the
-    documents one by one)."""
-    name = attention.choose(device, dtype, TINY.head_dim, groups=TINY.num_heads // TINY.num_kv_heads)
+    """(attention backend that training would use, relative error of its loss and gradients against the documents one
+    by one)."""
+    name = attention.choose_backend(device, dtype, TINY.head_dim, groups=TINY.queries_per_kv_head)
     model = ModelSource(TINY, None, seed=0).build(device, dtype)
     ids = torch.arange(sum(LENGTHS), device=device) * 7 % TINY.vocab_size
     targets = ids.roll(-1)
@@ -39,7 +39,7 @@ def packed_error(device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
 
 
 def matmul_error(device: torch.device) -> float:
-    """Relative error of a bf16 matrix product, against fp64; rounding alone gives 0.002."""
+    """Relative error of a bf16 matrix product against fp64; rounding alone gives 0.002."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator).bfloat16() for _ in range(2))
     exact = a.double() @ b.double()

@@ -1,6 +1,6 @@
 """Weights on disk → the network, one tensor at a time: safetensors, or foreign `.bin` by the restricted reader.
 
-`Source` is what every reader of weights looks like, those of other tools' checkpoints in `export/sources` included.
+All readers of weights are `WeightSource`s, including those of other tools' checkpoints in `export/sources`.
 """
 
 import math
@@ -26,8 +26,8 @@ from xtuner.model.decoder import CausalLM, DecoderConfig
 Shape = tuple[int, ...]
 
 
-class Source(ABC):
-    """Named tensors that lie on disk. Their shapes are known at once, their contents are read when asked for."""
+class WeightSource(ABC):
+    """Named tensors on disk. Their shapes are available at once; their contents are read on access."""
 
     path: Path  # for messages
 
@@ -38,7 +38,7 @@ class Source(ABC):
 
     @abstractmethod
     def __getitem__(self, name: str) -> torch.Tensor:
-        """A tensor, to be read and not to be changed: it may be a view of the file."""
+        """A tensor. Do not modify it: it may be a view of the file."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -47,11 +47,11 @@ class Source(ABC):
         return iter(self.shapes)
 
 
-class WeightFolder(Source):
-    """All tensors of a folder by name, read when asked for.
+class WeightFolder(WeightSource):
+    """All tensors of a folder by name, read on access.
 
-    Takes `model.safetensors.index.json` with its shards, else `*.safetensors`, else `pytorch_model*.bin`.
-    Raises: CheckpointError if there are none, or the index names files that are not there.
+    Reads `model.safetensors.index.json` with its shards, else `*.safetensors`, else `pytorch_model*.bin`.
+    Raises: CheckpointError if there are none, or if a file of the index is missing.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -63,7 +63,7 @@ class WeightFolder(Source):
             raise CheckpointError(
                 "no weights in the folder",
                 where=str(self.path),
-                do="it should hold model.safetensors, or shards with model.safetensors.index.json",
+                do="give a folder with model.safetensors, or with shards and model.safetensors.index.json",
             )
 
     def _indexed(self) -> list[str]:
@@ -107,22 +107,22 @@ class WeightFolder(Source):
                 else:
                     from xtuner.core.pickles import load_tensors
 
-                    self._open[file] = tensors_of(load_tensors(path), path)
+                    self._open[file] = require_tensors(load_tensors(path), path)
             except (SafetensorError, OSError) as e:
                 what = f"{file} cannot be read as safetensors: {getattr(e, 'strerror', None) or e}"
                 raise CheckpointError(what, where=str(path)) from None
         return self._open[file]
 
 
-def tensors_of(value: Any, path: Path) -> dict[str, torch.Tensor]:
-    """`value`, if it is tensors by their names. Raises: CheckpointError."""
+def require_tensors(value: Any, path: Path) -> dict[str, torch.Tensor]:
+    """`value`, if it is a dict of tensors by name. Raises: CheckpointError."""
     if isinstance(value, dict) and value and all(isinstance(name, str) for name in value):
         other = next((name for name, tensor in value.items() if not isinstance(tensor, torch.Tensor)), None)
         if other is None:
             return value
-        what = f"{path.name} holds no weights alone: {short_repr(other)} is no tensor"
+        what = f"{path.name} does not contain weights only: {short_repr(other)} is not a tensor"
     else:
-        what = f"{path.name} holds no tensors by name"
+        what = f"{path.name} does not contain tensors by name"
     raise CheckpointError(
         what,
         where=str(path),
@@ -131,8 +131,8 @@ def tensors_of(value: Any, path: Path) -> dict[str, torch.Tensor]:
     )
 
 
-def base_weights(checkpoint: Path) -> Path:
-    """The weights of a checkpoint. Raises: CheckpointError for one whose adapter would be lost."""
+def find_base_weights(checkpoint: Path) -> Path:
+    """The weights folder of a checkpoint. Raises: CheckpointError if it has an adapter, which would be lost."""
     if (checkpoint / "adapter").is_dir():
         raise CheckpointError(
             "the checkpoint has an adapter, which cannot be merged into its weights yet",
@@ -144,14 +144,14 @@ def base_weights(checkpoint: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Elements [begin, begin + len(values)) of a flattened parameter: what one process holds of it."""
+class FlatRange:
+    """Elements [begin, begin + len(values)) of a flattened parameter: one process's part of it."""
 
     values: torch.Tensor  # [n], a view: writing to it changes the parameter
     begin: int = 0
 
     @classmethod
-    def whole(cls, parameter: torch.Tensor) -> "Part":
+    def from_parameter(cls, parameter: torch.Tensor) -> "FlatRange":
         return cls(parameter.data.view(-1))
 
     def read(self) -> torch.Tensor:
@@ -159,13 +159,13 @@ class Part:
         return self.values.float()
 
     @torch.no_grad()
-    def take(self, full: torch.Tensor) -> None:
-        """Copy this part out of the full parameter, casting to its dtype."""
+    def copy_from(self, full: torch.Tensor) -> None:
+        """Copy this range from the full parameter, casting to the range's dtype."""
         self.values.copy_(full.reshape(-1)[self.begin : self.begin + len(self.values)])
 
 
-def split(name: str, tensor: torch.Tensor, family: ModelFamily, c: DecoderConfig) -> dict[str, torch.Tensor]:
-    """Our tensor as the family's files keep it, by their names."""
+def split_for_family(name: str, tensor: torch.Tensor, family: ModelFamily, c: DecoderConfig) -> dict[str, torch.Tensor]:
+    """Our tensor `name` as the tensors of the family's files, by their names."""
     stored, tail = family.stored(name, c), tensor.shape[1:]
     if len(stored) == 1:
         return {stored[0].name: tensor}
@@ -173,8 +173,10 @@ def split(name: str, tensor: torch.Tensor, family: ModelFamily, c: DecoderConfig
     return {r.name: rows[:, r.begin : r.end].reshape(-1, *tail) for r, rows in grouped}
 
 
-def join(parts: Mapping[str, torch.Tensor] | Source, name: str, family: ModelFamily, c: DecoderConfig) -> torch.Tensor:
-    """The inverse of `split`: our tensor `name` from tensors by the names of the family's files."""
+def join_from_family(
+    parts: Mapping[str, torch.Tensor] | WeightSource, name: str, family: ModelFamily, c: DecoderConfig
+) -> torch.Tensor:
+    """Our tensor `name` from the tensors of the family's files: the inverse of `split_for_family`."""
     tensors = [(r, parts[r.name]) for r in family.stored(name, c)]
     if len(tensors) == 1:
         return tensors[0][1]
@@ -183,68 +185,81 @@ def join(parts: Mapping[str, torch.Tensor] | Source, name: str, family: ModelFam
 
 
 def hf_shapes(c: DecoderConfig, family: ModelFamily = OWN) -> dict[str, Shape]:
-    """The tensors of the network `c` in a family's files, by default under our own names: name → shape."""
+    """Names and shapes of the tensors of network `c` in a family's files; by default under our own names."""
     with torch.device("meta"):
         parameters = dict(CausalLM(c).named_parameters())
-    parts = [split(name, p, family, c) for name, p in parameters.items()]
+    parts = [split_for_family(name, p, family, c) for name, p in parameters.items()]
     shapes = {name: tuple(tensor.shape) for part in parts for name, tensor in part.items()}
-    held, numbers = sum(map(math.prod, shapes.values())), sum(p.numel() for p in parameters.values())
-    assert held == numbers, f"{family.name}: {held:,} of {numbers:,} numbers have a place in its files"
+    stored, total = sum(map(math.prod, shapes.values())), sum(p.numel() for p in parameters.values())
+    assert stored == total, f"{family.name}: its files store {stored:,} of {total:,} numbers"
     return shapes
 
 
-def check(source: Source, wanted: Mapping[str, Shape], by: str = "config.json") -> None:
-    """Compare names and shapes with those that `by` asks for; reads no contents.
+def shard_file_names(prefix: str, count: int) -> list[str]:
+    """`PREFIX.safetensors`, or `PREFIX-00001-of-00007.safetensors` and so on."""
+    if count == 1:
+        return [f"{prefix}.safetensors"]
+    return [f"{prefix}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
-    Raises: CheckpointError for tensors that are missing, of another shape, or that the model has no place for.
+
+def weight_index(files: Mapping[str, Collection[str]], total_size: int) -> dict[str, Any]:
+    """Contents of `model.safetensors.index.json`, from the names of the tensors in each file."""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+
+
+def check_shapes(source: WeightSource, wanted: Mapping[str, Shape], by: str = "config.json") -> None:
+    """Compare names and shapes with those that `by` describes, without reading contents.
+
+    Raises: CheckpointError for tensors that are missing, of another shape, or not in the model.
     """
     unknown = [n for n in source if n not in wanted and not n.endswith("rotary_emb.inv_freq")]
     if unknown:
         raise CheckpointError(
-            f"{len(unknown)} tensors have no place in the model; the first is {short(unknown[0])}",
+            f"{len(unknown)} tensors are not in the model; the first is {short(unknown[0])}",
             where=str(source.path),
-            why=f"{by} describes another network than the weights",
+            why=f"the weights do not match {by}",
         )
     for name, shape in wanted.items():
         if name not in source:
             raise CheckpointError(
                 f"tensor {name} is missing",
                 where=str(source.path),
-                why="the model would start with a part at random",
-                do=f"check that all files have arrived and that {by} belongs to them",
+                why="a part of the model would be uninitialized",
+                do=f"check that all files are there and that {by} belongs to them",
             )
         if source.shapes[name] != shape:
             raise CheckpointError(
                 f"{name} is {list(source.shapes[name])} on disk and {list(shape)} by {by}",
                 where=str(source.path),
-                why=f"{by} describes another network than the weights",
+                why=f"the weights do not match {by}",
             )
 
 
-def stream(
+def stream_weights(
     folder: str | Path,
     family: ModelFamily,
     c: DecoderConfig,
     what: str = "reading weights",
     only: Collection[str] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The network's tensors by our names, in its order, one at a time.
+    """The network's tensors by our names, in the network's order, one at a time.
 
     Args:
-        family: whose names the folder has.
-        what: shown as progress.
-        only: which of them to read; None for all.
+        family: the family whose names the folder has.
+        what: label of the progress bar.
+        only: which tensors to read; None for all.
 
-    Raises: CheckpointError as `check`.
+    Raises: CheckpointError, see `check_shapes`.
     """
     weights = WeightFolder(folder)
-    check(weights, hf_shapes(c, family))
+    check_shapes(weights, hf_shapes(c, family))
     names = [n for n in hf_shapes(c) if only is None or n in only]
     for name in progress(names, what):
-        yield name, join(weights, name, family, c)
+        yield name, join_from_family(weights, name, family, c)
 
 
-def fill(parts: Mapping[str, Part], folder: str | Path, family: ModelFamily, c: DecoderConfig) -> None:
-    """Copy weights into this process's `parts` (ours by name), as `stream` reads them."""
-    for name, tensor in stream(folder, family, c, only=parts):
-        parts[name].take(tensor)
+def fill_weights(parts: Mapping[str, FlatRange], folder: str | Path, family: ModelFamily, c: DecoderConfig) -> None:
+    """Copy weights into this process's `parts`, by our names."""
+    for name, tensor in stream_weights(folder, family, c, only=parts):
+        parts[name].copy_from(tensor)

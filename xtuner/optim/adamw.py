@@ -1,17 +1,19 @@
-"""AdamW with its masters and moments kept in one of four forms; on GPUs one pass over memory a step.
+"""AdamW with masters and moments in one of four forms; on GPUs a step is one pass over memory.
 
-| form  | weights                                    | gradient sums | moments        | bytes a parameter on a GPU |
-|-------|--------------------------------------------|---------------|----------------|----------------------------|
-| fp32  | fp32 masters and a copy that computes      | fp32          | fp32           | 18 (split, if it is bf16)  |
-| split | bf16 that computes and the 16 bits it lacks | fp32         | fp32           | 16 (the same fp32 masters) |
-| bf16  | bf16, rounded at random                    | bf16          | bf16, at random | 8                         |
-| 8bit  | bf16, rounded at random                    | bf16          | 8 bits, at random | 6                       |
+| form  | weights                             | gradient sums | moments            | bytes a parameter on a GPU |
+|-------|-------------------------------------|---------------|--------------------|----------------------------|
+| fp32  | fp32 masters and a compute copy     | fp32          | fp32               | 18 (16 as split)           |
+| split | bf16 compute copy and the master's  | fp32          | fp32               | 16 (the same fp32 masters) |
+|       | other 16 bits                       |               |                    |                            |
+| bf16  | bf16, stochastic rounding           | bf16          | bf16, stochastic   | 8                          |
+| 8bit  | bf16, stochastic rounding           | bf16          | 8 bits, stochastic | 6                          |
 
-Rounded at random: up or down, with the probability that makes the mean right, so that small updates are not lost. The
-bits come from a hash of step, parameter and place: a resumed run draws the same.
+Stochastic rounding goes up or down with the probability that keeps the mean, so that small updates are not lost. The
+random bits are a hash of step, parameter and element: a resumed run draws the same ones.
 
-8-bit moments come in groups of 256 with one fp32 scale s, the largest of the group: the first is s·(q/127)·|q/127|, q
-in −127 … 127, the second s·(q/255)^4, q in 0 … 255; powers, as most moments are far smaller than the largest.
+8-bit moments are in groups of 256 with one fp32 scale s, the largest magnitude of the group. The first moment is
+s·(q/127)·|q/127|, q in −127 … 127, the second s·(q/255)^4, q in 0 … 255. Powers give small values more precision: most
+moments are far smaller than the largest.
 """
 
 import zlib
@@ -25,18 +27,18 @@ import torch
 from xtuner.optim.parameter_groups import REST, ParameterGroup
 
 GROUP = 256
-SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # one number a group
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")  # one element a group
 Moments = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Form:
-    """How AdamW's state is kept."""
+    """How AdamW's state is stored."""
 
     name: str
     gradient: torch.dtype
     moment: torch.dtype
-    bytes: int  # a parameter, on a GPU, with bf16 to compute in
+    bytes: int  # a parameter, on a GPU that computes in bf16
 
 
 FORMS = {
@@ -52,7 +54,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """The numbers of one step. `clip`, a scalar on the device, multiplies gradients."""
+    """The hyperparameters of one step. `clip`, a scalar on the device, multiplies gradients."""
 
     lr: float
     beta1: float
@@ -67,13 +69,13 @@ class Rates:
         return 1 - self.beta1**self.step, 1 - self.beta2**self.step
 
 
-def seed_of(name: str, step: int) -> int:
-    """Of the random bits for one parameter in a step, 31 bits."""
+def make_seed(name: str, step: int) -> int:
+    """Seed of the random bits for one parameter in one step, 31 bits."""
     return zlib.crc32(f"{name} {step}".encode()) >> 1
 
 
 def new_state(weight: torch.Tensor, form: Form) -> Moments:
-    """Zero moments for a parameter, and for split and fp32 what its compute copy lacks of the master; all flat."""
+    """Zero moments of a parameter, and for split and fp32 the rest of its master; all flat."""
     n, device = weight.numel(), weight.device
     state = {k: torch.zeros(n, dtype=form.moment, device=device) for k in ("exp_avg", "exp_avg_sq")}
     if form.name == "8bit":
@@ -87,7 +89,7 @@ def new_state(weight: torch.Tensor, form: Form) -> Moments:
 
 
 def read_master(weight: torch.Tensor, state: Mapping[str, torch.Tensor], form: Form) -> torch.Tensor:
-    """fp32 [n]; a view for "fp32", else made for the occasion."""
+    """The fp32 master [n]: a view for "fp32", else a new tensor."""
     if form.name == "fp32":
         return state["master"]
     values = weight.detach().view(-1).float()
@@ -105,7 +107,8 @@ def write_master(
     seed: int | None = None,
     begin: int = 0,
 ) -> None:
-    """Make fp32 `values` [n] the weight's master: rounded to bf16 at random with a seed, else to the nearest."""
+    """Set the weight's master to fp32 `values` [n]. bf16 uses stochastic rounding with a seed, else rounds to
+    nearest."""
     flat = weight.detach().view(-1)
     if form.name == "fp32":
         state["master"].copy_(values)
@@ -141,15 +144,15 @@ def update(
     rates: Rates,
     begin: int = 0,
 ) -> None:
-    """One step of one parameter, or of its elements from `begin` (a multiple of GROUP) on, in place. This is the
-    definition; on GPUs a kernel does the same for all parameters at once."""
-    seed, (c1, c2) = seed_of(name, rates.step), rates.corrections
-    rate, left, scale = rates.lr / c1, 1 - rates.lr * rates.weight_decay, c2**-0.5
+    """One step of a parameter, or of its elements from `begin` (a multiple of GROUP) on, in place. This is the
+    reference; on GPUs a kernel does the same for all parameters at once."""
+    seed, (c1, c2) = make_seed(name, rates.step), rates.corrections
+    rate, kept, scale = rates.lr / c1, 1 - rates.lr * rates.weight_decay, c2**-0.5
     g = gradient.view(-1).float() * rates.clip
     m, v = _decode(state, "exp_avg"), _decode(state, "exp_avg_sq")
     m = m + (1 - rates.beta1) * (g - m)
     v = v + (1 - rates.beta2) * (g * g - v)
-    w = read_master(weight, state, form) * left - rate * m / (v.sqrt() * scale + rates.eps)
+    w = read_master(weight, state, form) * kept - rate * m / (v.sqrt() * scale + rates.eps)
     write_master(weight, state, form, w, seed, begin)
     bits = random_bits(len(w), seed, w.device, begin)
     _encode(state, "exp_avg", m, bits >> 16 & 0xFF)
@@ -157,15 +160,15 @@ def update(
 
 
 def _grouped(values: torch.Tensor) -> torch.Tensor:
-    """[n] → [groups, GROUP], zeros at the end."""
+    """[n] → [groups, GROUP], padded with zeros."""
     return torch.nn.functional.pad(values, (0, -len(values) % GROUP)).view(-1, GROUP)
 
 
 def _decode(state: Moments, key: str) -> torch.Tensor:
     codes = state[key]
     if codes.dtype == torch.int8:
-        share = _grouped(codes.float()) * (1 / 127)
-        values = share * share.abs() * state[f"{key}_scale"][:, None]
+        fraction = _grouped(codes.float()) * (1 / 127)
+        values = fraction * fraction.abs() * state[f"{key}_scale"][:, None]
     elif codes.dtype == torch.uint8:
         values = (_grouped(codes.float()) * (1 / 255)).square().square() * state[f"{key}_scale"][:, None]
     else:
@@ -174,7 +177,7 @@ def _decode(state: Moments, key: str) -> torch.Tensor:
 
 
 def _encode(state: Moments, key: str, values: torch.Tensor, bits: torch.Tensor) -> None:
-    """Store moments, rounded at random by 8 `bits` each."""
+    """Store moments with stochastic rounding by 8 `bits` each."""
     codes, chance = state[key], (bits.float() + 0.5) * (1 / 256)
     if codes.dtype == torch.float32:
         codes.copy_(values)
@@ -187,22 +190,22 @@ def _encode(state: Moments, key: str, values: torch.Tensor, bits: torch.Tensor) 
     groups = _grouped(values.abs())
     scale = groups.amax(1)
     state[f"{key}_scale"].copy_(scale)
-    share = (groups * (1 / scale.clamp(min=1e-37))[:, None]).view(-1)[: len(values)]
-    root = share.sqrt() if power == 2 else share.sqrt().sqrt()
+    fraction = (groups * (1 / scale.clamp(min=1e-37))[:, None]).view(-1)[: len(values)]
+    root = fraction.sqrt() if power == 2 else fraction.sqrt().sqrt()
     low = (root * levels).floor().clamp(max=levels - 1)
     below, above = ((code * (1 / levels)) ** power for code in (low, low + 1))
-    code = low + (share - below > chance * (above - below))  # the mean of what is decoded is right
+    code = low + (fraction - below > chance * (above - below))  # the mean of the decoded values is exact
     if codes.dtype == torch.uint8:
-        code = torch.where(values > 0, code.clamp(min=1), code)  # 0 would make the next step enormous
+        code = torch.where(values > 0, code.clamp(min=1), code)  # a second moment of 0 would make a huge step
     codes.copy_(code * values.sign())
 
 
 class AdamW:
-    """Weights updated by `update`.
+    """The optimizer: `update` for all weights.
 
     Args:
-        begins: by name, where in the flattened parameter a weight's elements begin; {} for full parameters.
-        groups: by name, learning rate and weight decay that are not everyone's.
+        begins: by name, index of a weight's first element in the flattened parameter; {} for full parameters.
+        groups: by name, the parameter group; other weights use the optimizer's own settings.
     """
 
     def __init__(
@@ -220,10 +223,10 @@ class AdamW:
         self._groups = {name: groups.get(name, REST) for name in self.weights}
         self.steps = 0
         self.state = {name: new_state(w, form) for name, w in self.weights.items()}
-        self._prepared: list[tuple[list[str], Any]] = []  # names of parameters, and what a launch takes for them
+        self._prepared: list[tuple[list[str], Any]] = []  # names of parameters, and the kernel's arguments for them
 
     def prepare(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """On a GPU, host work of the next step that needs no rate, done while the GPU still computes."""
+        """On a GPU, do the host work of the next step that does not depend on rates, while the GPU still computes."""
         if not any(w.is_cuda for w in self.weights.values()):
             return
         from xtuner.optim import adamw_kernels
@@ -231,19 +234,19 @@ class AdamW:
         keys = ({"fp32": "master", "split": "low"}.get(self.form.name, ""), "exp_avg", "exp_avg_sq", *SCALES)
         groups: dict[tuple[torch.dtype, torch.dtype], dict[str, adamw_kernels.Entry]] = {}
         for name, weight in self.weights.items():
-            begin, seed = self._begins.get(name, 0), seed_of(name, self.steps + 1)
+            begin, seed = self._begins.get(name, 0), make_seed(name, self.steps + 1)
             state = [self.state[name].get(key) for key in keys]
             entry = adamw_kernels.Entry(weight, gradients[name], state, begin, seed)
             groups.setdefault((weight.dtype, gradients[name].dtype), {})[name] = entry
         self._prepared = [(list(g), adamw_kernels.prepare(list(g.values()), GROUP)) for g in groups.values()]
 
     def step(self, gradients: Mapping[str, torch.Tensor], lr: float, clip: torch.Tensor) -> None:
-        """Args: gradients: those that have been prepared, if that was done."""
+        """Update all weights. `gradients` must be those given to `prepare`, if it was called."""
         if clip.is_cuda and not self._prepared:
             self.prepare(gradients)
         self.steps += 1
-        of_group = {group: self._rates(lr, clip, group) for group in set(self._groups.values())}
-        rates = {name: of_group[group] for name, group in self._groups.items()}
+        group_rates = {group: self._rates(lr, clip, group) for group in set(self._groups.values())}
+        rates = {name: group_rates[group] for name, group in self._groups.items()}
         if self._prepared:
             self._step_on_gpu(rates, clip)
             return

@@ -1,10 +1,11 @@
-"""`adamw.update` as one GPU kernel (Triton) for all parameters: everything is read once and written once.
+"""`adamw.update` as a single GPU kernel (Triton) for all parameters; all memory is read once and written once.
 
-A launch takes the host longer than a small parameter takes the GPU: a kernel for each of 171 (1.8B over 4 GPUs) was
-19 ms of launches for 5 ms of work. So one kernel finds its parameter in a table of addresses, which is sent before it.
+For a small parameter the launch takes longer than the work: one kernel for each of 171 parameters (1.8B over 4 GPUs)
+took 19 ms of launches for 5 ms of work. So one kernel serves all of them, with a table of addresses that is sent in
+advance.
 
-Random bits are those of the definition, so that both round alike. Arithmetic costs as much as memory here: divisions by
-what is known before are products, and constants stay within fp32's range (1e-38 would turn all of it into fp64).
+Random bits are those of the reference, so that both round the same way. Arithmetic costs as much as memory access here:
+divisions by known numbers are multiplications, and constants stay within fp32's range (1e-38 would promote to fp64).
 """
 
 from collections.abc import Sequence
@@ -16,28 +17,28 @@ import triton
 import triton.language as tl
 
 ROWS = 8  # groups a program
-RUN = 32  # programs that look up the same line of the table of runs
-COLUMNS = 10  # of a parameter's line in the table of addresses
+RUN = 32  # programs that share a row of the table of runs
+COLUMNS = 10  # of a parameter's row in the table of addresses
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 KINDS = {"fp32": tl.float32, "split": tl.float32, "bf16": tl.bfloat16, "8bit": tl.int8}  # of first moments
 
 
 class Entry(NamedTuple):
-    """What a parameter's update takes."""
+    """The arguments of a parameter's update."""
 
     weight: torch.Tensor
     gradient: torch.Tensor
-    state: Sequence[torch.Tensor | None]  # what the weight lacks of its master, both moments, their scales
-    begin: int  # of these elements in the full parameter
+    state: Sequence[torch.Tensor | None]  # the rest of the master, both moments, their scales
+    begin: int  # index of the first element in the full parameter
     seed: int
 
 
 class Prepared(NamedTuple):
-    """All of a step but its rates, on the GPU: for parameters of one dtype, whose gradients have one dtype, too."""
+    """A step's arguments on the GPU, without rates, for parameters of one dtype with gradients of one dtype."""
 
     table: torch.Tensor  # [parameters, COLUMNS] int64
     runs: torch.Tensor  # [runs, 2] int32
-    unit: int  # what all addresses and lengths are multiples of
+    unit: int  # all addresses and lengths are multiples of it
     weight: tl.dtype
     gradient: tl.dtype
     group: int  # elements that share a scale
@@ -51,14 +52,15 @@ def _random(x):
 
 
 @triton.jit
-def _chosen(share, root, chance, LEVELS: tl.constexpr, POWER: tl.constexpr):
-    """The code of `share` (0 … 1), rounded so that the mean of what is decoded is right. `root`: share^(1/POWER)."""
+def _round_stochastically(fraction, root, chance, LEVELS: tl.constexpr, POWER: tl.constexpr):
+    """The code of `fraction` (0 … 1), rounded so that the mean of decoded values is exact; root =
+    fraction^(1/POWER)."""
     low = tl.minimum(tl.floor(root * LEVELS), LEVELS - 1.0)
     below, above = low * (1.0 / LEVELS), (low + 1) * (1.0 / LEVELS)
     below, above = below * below, above * above
     if POWER == 4:
         below, above = below * below, above * above
-    return low + (share - below > chance * (above - below)).to(tl.float32)
+    return low + (fraction - below > chance * (above - below)).to(tl.float32)
 
 
 @triton.jit
@@ -137,39 +139,43 @@ def _update(
             m_scale, v_scale = tl.max(size, 1), tl.max(v, 1)
             tl.store(M_SCALE + group, m_scale, has)
             tl.store(V_SCALE + group, v_scale, has)
-            share = size * (1 / tl.maximum(m_scale, 1e-37))[:, None]
-            code = _chosen(share, tl.sqrt(share), (m_bits.to(tl.float32) + 0.5) * (1.0 / 256), 127, 2)
+            fraction = size * (1 / tl.maximum(m_scale, 1e-37))[:, None]
+            code = _round_stochastically(
+                fraction, tl.sqrt(fraction), (m_bits.to(tl.float32) + 0.5) * (1.0 / 256), 127, 2
+            )
             tl.store(M + at, tl.where(m < 0, -code, code).to(tl.int8), mask)
-            share = v * (1 / tl.maximum(v_scale, 1e-37))[:, None]
-            code = _chosen(share, tl.sqrt(tl.sqrt(share)), (v_bits.to(tl.float32) + 0.5) * (1.0 / 256), 255, 4)
+            fraction = v * (1 / tl.maximum(v_scale, 1e-37))[:, None]
+            code = _round_stochastically(
+                fraction, tl.sqrt(tl.sqrt(fraction)), (v_bits.to(tl.float32) + 0.5) * (1.0 / 256), 255, 4
+            )
             code = tl.where(v > 0, tl.maximum(code, 1.0), code)
             tl.store(V + at, code.to(tl.int32).to(tl.uint8), mask)
 
 
 @lru_cache(8)
 def _runs(sizes: tuple[int, ...], group: int, device: torch.device) -> torch.Tensor:
-    """[runs, 2] int32: of each RUN programs their parameter, and which of its runs they are."""
+    """[runs, 2] int32: for each RUN programs their parameter, and the index of their run in it."""
     counts = [triton.cdiv(n, RUN * ROWS * group) for n in sizes]
     lines = [(i, run) for i, count in enumerate(counts) for run in range(count)]
     return torch.tensor(lines, dtype=torch.int32).to(device)
 
 
 def prepare(entries: Sequence[Entry], group: int) -> Prepared:
-    """Send the table: host work that need not wait for what is computed now."""
+    """Send the table: host work that does not depend on pending GPU work."""
     lines = []
     for weight, gradient, state, begin, seed in entries:
         addresses = (0 if t is None else t.data_ptr() for t in (weight, gradient, *state))
         lines.append([*addresses, weight.numel(), begin, seed])
-    # else numbers are read one by one
+    # without aligned addresses and lengths, elements are read one by one
     unit = 1 if any(number % 16 for line in lines for number in line[:8]) else 16
     weight, gradient = entries[0].weight, entries[0].gradient
     runs = _runs(tuple(line[7] for line in lines), group, weight.device)
     types = TYPES[weight.dtype], TYPES[gradient.dtype]
-    return Prepared(_sent(lines, torch.int64, weight.device), runs, unit, *types, group)
+    return Prepared(_send(lines, torch.int64, weight.device), runs, unit, *types, group)
 
 
-def _sent(numbers: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On the device, without waiting for it."""
+def _send(numbers: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copy to the device without waiting for it."""
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
@@ -186,12 +192,12 @@ def update(
     """See `adamw.update`.
 
     Args:
-        rates: of each parameter lr / first correction, and what weight decay leaves.
-        scale: second correction^(-1/2).
+        rates: for each parameter lr / first bias correction, and the factor of weight decay.
+        scale: second bias correction^(-1/2).
     """
     table, runs, unit, weight, gradient, group = prepared
     _update[(len(runs) * RUN,)](
-        table, runs, _sent(rates, torch.float32, clip.device), clip, beta1, beta2, eps, scale,
+        table, runs, _send(rates, torch.float32, clip.device), clip, beta1, beta2, eps, scale,
         FORM=form, W_TYPE=weight, G_TYPE=gradient, M_TYPE=KINDS[form], UNIT=unit,
         COLUMNS=COLUMNS, RUN=RUN, ROWS=ROWS, GROUP=group, num_warps=8,
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""What an optimizer does, found by trying it on two small parameters.
+"""An optimizer's traits, found by trying it on two small parameters.
 
-No list of names can say what decides here: whether a checkpoint holds all of an optimizer's state, and whether it
-updates each number by itself, so that a parameter may be cut over ranks. Both show in a few steps on a matrix and a
-vector, for the optimizers of `torch.optim` as for any other class.
+Two traits matter: whether a checkpoint can contain all of an optimizer's state, and whether it updates each element
+independently, so that parameters may be sharded. A list of names could not cover every class; a few steps on a matrix
+and a vector show both.
 
-State has one packed form, in checkpoints and here: a scalar; a flat tensor [n] with one number for each number of the
-parameter; or, with a leading dimension of 1, a tensor of a shape of its own, which cannot be cut.
+State has a packed form, here and in checkpoints: a scalar; a flat tensor [n] with one element for each element of the
+parameter; or, with a leading dimension of 1, a tensor of any other shape, which cannot be sharded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,23 +17,23 @@ import torch
 from xtuner.core.errors import ConfigError
 
 Build = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
-MATRIX, VECTOR = (64, 80), (48,)  # some optimizers keep small parameters in another way: 5,120 numbers are not small
-CUT = 40  # rows of the matrix in the first part of two
+MATRIX, VECTOR = (64, 80), (48,)  # some optimizers treat small parameters differently: 5,120 elements are enough
+CUT_ROW = 40  # rows of the matrix in the first of two parts
 LR = 1e-2
 ADVICE = "use torch.optim.AdamW; docs/en/config.md lists what works where"
 
 
 @dataclass(frozen=True)
 class Traits:
-    """Of one optimizer with its arguments, on one kind of device."""
+    """Traits of an optimizer with its arguments, on one type of device."""
 
-    moments: float  # bytes of state for each number of a parameter
-    scalars: Mapping[str, Any]  # an example of each scalar of its state: where it lies, or that it is no tensor
-    cuttable: bool  # whether parameters may be cut over ranks
-    built_with_state: bool  # it makes state for its parameters before the first step
+    moments: float  # bytes of state for each element of a parameter
+    scalars: Mapping[str, Any]  # an example of each scalar of its state: a tensor on its device, or a Python number
+    shardable: bool  # whether parameters may be sharded
+    built_with_state: bool  # whether it creates state before the first step
 
     def unpack(self, key: str, packed: torch.Tensor, parameter: torch.Tensor) -> Any:
-        """A value of the parameter's state as the optimizer keeps it."""
+        """A value of the parameter's state in the optimizer's form."""
         if packed.dim() > 1:
             return packed[0].to(parameter.device)
         if packed.dim() == 1:
@@ -43,7 +43,7 @@ class Traits:
 
 
 def pack(state: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter's state in the form of checkpoints; views where it can be. Raises: TypeError for what has none."""
+    """A parameter's state in packed form, as views if possible. Raises: TypeError for values that cannot be packed."""
     packed = {}
     for key, value in state.items():
         if torch.is_tensor(value):
@@ -59,7 +59,7 @@ def _flat(value: torch.Tensor) -> torch.Tensor:
     return value.reshape(-1)
 
 
-def accepts(build: Build, name: str, device: torch.device) -> None:
+def require_valid_arguments(build: Build, name: str, device: torch.device) -> None:
     """Raise ConfigError for arguments that the optimizer itself rejects."""
     try:
         build(_parameters([torch.zeros(MATRIX)], device))
@@ -69,53 +69,53 @@ def accepts(build: Build, name: str, device: torch.device) -> None:
         return  # it needs a GPU, say
 
 
-def examine(build: Build, name: str, device: torch.device) -> Traits:
-    """Traits of the optimizer that `build` makes.
+def try_optimizer(build: Build, name: str, device: torch.device) -> Traits:
+    """Traits of the optimizer that `build` returns.
 
-    Raises: ConfigError if it does not train both a matrix and a vector, or continues otherwise after a resume.
+    Raises: ConfigError if it cannot train both a matrix and a vector, or if a resumed run would differ.
     """
-    accepts(build, name, device)
+    require_valid_arguments(build, name, device)
     draw = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=draw) for shape in (MATRIX, VECTOR)]
-    # of other sizes in the other part, so that a norm over a whole parameter or over all of them shows
-    scale = [torch.where(torch.arange(MATRIX[0])[:, None] < CUT, 1.0, 30.0), torch.tensor(30.0)]
+    # gradients of different scale in the second part reveal norms over a full parameter or over all parameters
+    scale = [torch.where(torch.arange(MATRIX[0])[:, None] < CUT_ROW, 1.0, 30.0), torch.tensor(30.0)]
     gradients = [
         [torch.randn(v.shape, generator=draw) * s for v, s in zip(start, scale, strict=True)] for _ in range(4)
     ]
     try:
-        whole = _parameters(start, device)
-        optimizer = build(whole)
+        full = _parameters(start, device)
+        optimizer = build(full)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"it is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
-        born = any(optimizer.state.get(p) for p in whole)
-        _steps(optimizer, whole, gradients[:2])
-        saved = [{k: v.clone() for k, v in pack(optimizer.state.get(p, {}), p).items()} for p in whole]
+        has_state = any(optimizer.state.get(p) for p in full)
+        _run_steps(optimizer, full, gradients[:2])
+        saved = [{k: v.clone() for k, v in pack(optimizer.state.get(p, {}), p).items()} for p in full]
         scalars = {
             key: value
-            for p in whole
+            for p in full
             for key, value in optimizer.state.get(p, {}).items()
             if value is not None and not (torch.is_tensor(value) and value.dim())
         }
-        moments = sum(v.nbytes for v in saved[0].values() if v.dim()) / whole[0].numel()
-        again = _parameters(whole, device)
-        _steps(optimizer, whole, gradients[2:])
+        moments = sum(v.nbytes for v in saved[0].values() if v.dim()) / full[0].numel()
+        resumed = _parameters(full, device)
+        _run_steps(optimizer, full, gradients[2:])
     except Exception as e:
         raise ConfigError(
             f"{name} cannot train this model: {str(e).strip() or type(e).__name__}",
             where="optim_wrapper.optimizer",
-            why="every optimizer is tried on a matrix and a vector first, as a model's weights are",
+            why="every optimizer is first tried on a matrix and a vector, the shapes of a model's weights",
             do=ADVICE,
         ) from e
-    traits = Traits(moments, scalars, True, born)
-    _resumes(build, name, traits, again, saved, gradients[2:], whole)
-    return Traits(moments, scalars, _cuttable(build, start, gradients, whole, device), born)
+    traits = Traits(moments, scalars, True, has_state)
+    _require_exact_resume(build, name, traits, resumed, saved, gradients[2:], full)
+    return Traits(moments, scalars, _is_shardable(build, start, gradients, full, device), has_state)
 
 
 def _parameters(values: Sequence[torch.Tensor], device: torch.device) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(v.detach().clone().to(device)) for v in values]
 
 
-def _steps(
+def _run_steps(
     optimizer: torch.optim.Optimizer, parameters: Sequence[torch.nn.Parameter], gradients: list[list[torch.Tensor]]
 ) -> None:
     for number, step in enumerate(gradients):
@@ -126,7 +126,7 @@ def _steps(
         optimizer.step()
 
 
-def _resumes(
+def _require_exact_resume(
     build: Build,
     name: str,
     traits: Traits,
@@ -141,8 +141,8 @@ def _resumes(
         for parameter, state in zip(parameters, saved, strict=True):
             for key, value in state.items():
                 optimizer.state[parameter][key] = traits.unpack(key, value, parameter)
-        _steps(optimizer, parameters, gradients)
-        different = "its next steps are others"
+        _run_steps(optimizer, parameters, gradients)
+        different = "its next steps differ"
     except Exception as e:
         different = f"{type(e).__name__}: {e}"
     else:
@@ -151,36 +151,36 @@ def _resumes(
     raise ConfigError(
         f"{name} cannot be resumed from a checkpoint: {different}",
         where="optim_wrapper.optimizer",
-        why="it keeps numbers outside the state of its parameters, or draws random ones; a checkpoint has neither",
+        why="it keeps values outside the state of its parameters, or uses random numbers; a checkpoint has neither",
         do=ADVICE,
     )
 
 
-def _cuttable(
+def _is_shardable(
     build: Build,
     start: list[torch.Tensor],
     gradients: list[list[torch.Tensor]],
     expected: list[torch.nn.Parameter],
     device: torch.device,
 ) -> bool:
-    """Whether two parts, some rows of the matrix (FSDP) and all the rest in one row (ZeRO), end as the whole does."""
+    """Whether two parts, some rows of the matrix (FSDP) and the rest flattened (ZeRO), end like the full parameters."""
 
     def cut(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         matrix, vector = values
-        return [matrix[:CUT], torch.cat((matrix[CUT:].reshape(-1), vector))]
+        return [matrix[:CUT_ROW], torch.cat((matrix[CUT_ROW:].reshape(-1), vector))]
 
     parts = _parameters(cut(start), device)
     try:
         optimizer = build(parts)
-        _steps(optimizer, parts, [cut(step) for step in gradients])
+        _run_steps(optimizer, parts, [cut(step) for step in gradients])
         states = [v for p in parts for v in pack(optimizer.state.get(p, {}), p).values()]
     except Exception:
         return False
     if any(v.dim() > 1 for v in states):
         return False
     with torch.no_grad():
-        for part, whole, before in zip(parts, cut(expected), cut(start), strict=True):
-            moved = (whole - before.to(device)).abs()
-            if not ((part - whole).abs() <= 1e-3 * moved + 1e-6).all():
+        for part, full, before in zip(parts, cut(expected), cut(start), strict=True):
+            moved = (full - before.to(device)).abs()
+            if not ((part - full).abs() <= 1e-3 * moved + 1e-6).all():
                 return False
     return True

@@ -1,13 +1,14 @@
-"""Named parameter groups: learning rate and weight decay of parameters that a pattern matches.
+"""Parameter groups: learning rate and weight decay of parameters whose names match a pattern.
 
     parameter_groups = [
         dict(match=r"norm|bias", weight_decay=0.0),         # no decay for norms and biases
         dict(match=r"tok_embeddings", weight_decay=0.0, lr_scale=0.1),
     ]
 
-`match` is a regular expression, searched for in the name of a parameter as checkpoints have it
-(`model.layers.0.attention_norm.weight`). The first group that matches takes the parameter; all others have the
-optimizer's own settings. Every strategy follows this: state is kept by parameter, so that a checkpoint knows no groups.
+`match` is a regular expression, searched for in the name of a parameter as in checkpoints
+(`model.layers.0.attention_norm.weight`). The first group that matches applies; all other parameters have the
+optimizer's own settings. All strategies support groups. Checkpoints store state by parameter and do not depend on
+groups.
 """
 
 import math
@@ -26,7 +27,7 @@ _SHOWN = 12  # names in a message
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    match: str  # "" for the group of all parameters that no other takes
+    match: str  # "" for the group of all parameters that match no other
     lr_scale: float = 1.0  # multiplies the learning rate of each step
     weight_decay: float | None = None  # None for the optimizer's own
 
@@ -39,7 +40,7 @@ REST = ParameterGroup("")
 
 
 def read_groups(given: Any) -> tuple[ParameterGroup, ...]:
-    """Groups as a config has them. Raises: ConfigError."""
+    """Parse the groups of a config. Raises: ConfigError."""
     if not isinstance(given, list | tuple):
         raise ConfigError(f"parameter_groups = {given!r} is not a list of dict(match=…, …)", where=WHERE)
     return tuple(_read(group, f"{WHERE}.{i}") for i, group in enumerate(given))
@@ -72,44 +73,44 @@ def _read(given: Any, where: str) -> ParameterGroup:
     return group
 
 
-def group_of(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:
+def find_group(name: str, groups: Sequence[ParameterGroup]) -> ParameterGroup:
     return next((g for g in groups if re.search(g.match, name)), REST)
 
 
 def require_matches(names: Iterable[str], groups: Sequence[ParameterGroup]) -> None:
-    """Raise ConfigError for a group that takes none of the parameters."""
+    """Raise ConfigError for a group without parameters."""
     names = list(names)
-    taken = {group_of(name, groups) for name in names}
+    taken = {find_group(name, groups) for name in names}
     for i, group in enumerate(groups):
         if group in taken and group not in groups[:i]:
             continue
         where = f"{WHERE}.{i}.match"
         if matched := [name for name in names if re.search(group.match, name)]:
             raise ConfigError(
-                f"match = {group.match!r} takes no parameter: groups before it take {matched[0]} and all others",
+                f"match = {group.match!r} gets no parameter: {matched[0]} and all others match an earlier group",
                 where=where,
-                why="the first group that matches takes a parameter",
+                why="the first group that matches applies",
                 do="move the group up",
             )
         kinds = list(dict.fromkeys(_NUMBERED.sub(".N.", name) for name in names))
         raise ConfigError(
-            f"match = {group.match!r} matches no parameter that is trained",
+            f"match = {group.match!r} matches no trained parameter",
             where=where,
-            why="its settings would change nothing",
+            why="its settings would have no effect",
             do=f"names are: {', '.join(kinds[:_SHOWN])}{', …' if len(kinds) > _SHOWN else ''}",
         )
 
 
-def split(parameters: Mapping[str, Any], groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
-    """Parameters as an optimizer of PyTorch's takes them in groups; groups without any are left out."""
+def split_into_groups(parameters: Mapping[str, Any], groups: Sequence[ParameterGroup]) -> list[dict[str, Any]]:
+    """Parameters in the form of a PyTorch optimizer's groups, without empty groups."""
     found: dict[ParameterGroup, list[Any]] = {group: [] for group in (REST, *groups)}
     for name, parameter in parameters.items():
-        found[group_of(name, groups)].append(parameter)
+        found[find_group(name, groups)].append(parameter)
     decay = {g: {} if g.weight_decay is None else {"weight_decay": g.weight_decay} for g in found}
     return [{"params": held, "lr_scale": g.lr_scale, **decay[g]} for g, held in found.items() if held]
 
 
 def set_lr(optimizer: Any, lr: float) -> None:
-    """The rate of a step, in every group of an optimizer that was built with `split` or without groups."""
+    """Set the learning rate in every group of an optimizer, built with or without `split_into_groups`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,9 +1,9 @@
-"""Learning rates by iteration (one optimizer step), as pure functions: nothing to save, nothing to restore.
+"""Learning rates by iteration (one optimizer step), as pure functions without state to save.
 
-Equal to mmengine 0.10.7's schedulers of the same names at `accumulative_counts = 1` (tests/test_schedule.py runs
-both). There each scheduler changes the rate that it finds, step by step: the rate stays where the last scheduler left
-it, and schedulers that overlap act on each other's result. Here the effect of any number of a scheduler's steps is one
-expression, so that the rate of an iteration does not need those before it.
+They equal mmengine 0.10.7's schedulers of the same names at `accumulative_counts = 1` (a test runs both). In mmengine
+each scheduler changes the current rate step by step: the rate stays where the last scheduler left it, and overlapping
+schedulers act on each other's results. Here the effect of any number of a scheduler's steps is a closed expression, so
+that the rate of an iteration does not depend on having computed earlier ones.
 """
 
 import math
@@ -16,14 +16,14 @@ from typing import Any, ClassVar
 from xtuner.config.build import build
 from xtuner.core.errors import ConfigError
 
-INF = 10**9  # mmengine's "no end"; it stays what it is when epochs become iterations
+INF = 10**9  # mmengine's "no end"; not converted from epochs to iterations
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A scheduler that acts in the iterations from `begin` to before `end`; its steps are counted from 0.
+    """A scheduler that acts in iterations `begin` … `end` − 1; its steps are counted from 0.
 
-    With by_epoch and convert_to_iter_based all lengths are epochs (fractions allowed), else iterations.
+    With by_epoch and convert_to_iter_based all lengths are in epochs (fractions allowed), else in iterations.
     `end=None`: the end of the run.
     """
 
@@ -32,13 +32,13 @@ class Scheduler:
     by_epoch: bool = True
     convert_to_iter_based: bool = False
 
-    multiplies: ClassVar[bool] = True  # does nothing but multiply: the order of such schedulers does not matter
+    multiplies: ClassVar[bool] = True  # it only multiplies the rate: the order of such schedulers does not matter
 
     def __post_init__(self) -> None:
         if self.by_epoch and not self.convert_to_iter_based:
             raise ConfigError(
                 "a schedule in whole epochs is not supported",
-                why="the rate would change once an epoch only",
+                why="the rate would change only once an epoch",
                 do="set convert_to_iter_based=True, or by_epoch=False with begin and end in iterations",
             )
         if self.convert_to_iter_based and not self.by_epoch:
@@ -48,7 +48,7 @@ class Scheduler:
                 do="leave convert_to_iter_based out, or set by_epoch=True with begin and end in epochs",
             )
         if self.begin < 0:
-            raise ConfigError(f"begin = {self.begin:g} lies before the run", where="begin")
+            raise ConfigError(f"begin = {self.begin:g} is before the start of the run", where="begin")
         self._in_range("begin", 0)
         if self.end is None:
             return
@@ -69,12 +69,12 @@ class Scheduler:
             raise ConfigError(f"{name} = {value!r} is not {words}", where=name)
 
     def in_iterations(self, per_epoch: Fraction | int, last: int) -> "Scheduler":
-        """This scheduler with all its lengths in iterations.
+        """This scheduler with all lengths in iterations.
 
         Args:
-            last: iterations of the run.
+            last: number of iterations of the run.
 
-        Raises: ConfigError if no iteration is left of it.
+        Raises: ConfigError if it acts in no iteration.
         """
         begin, end = self.begin, self.end
         if self.by_epoch:
@@ -89,7 +89,7 @@ class Scheduler:
                 f"{begin:g} and {end:g}",
                 where="begin" if self.begin else "end",
                 why=f"an epoch has {float(per_epoch):g} iterations" if self.by_epoch else f"the run has {last}",
-                do="let it last one iteration at least (a larger warm_up_ratio, more data), or leave this entry out",
+                do="let it last at least one iteration (a larger warm_up_ratio, more data), or leave this entry out",
             )
         return replace(self, begin=begin, end=end, by_epoch=False, convert_to_iter_based=False)
 
@@ -99,7 +99,8 @@ class Scheduler:
         return self.end - self.begin
 
     def advance(self, rate: float, before: int, after: int, base: float) -> float:
-        """The rate after step `after`, from that after step `before` (-1: before the first), if nothing else acts.
+        """The rate after step `after`, given the rate after step `before` (-1: before the first), if this scheduler
+        acts alone.
 
         Args:
             base: the optimizer's own rate.
@@ -107,13 +108,13 @@ class Scheduler:
         raise NotImplementedError
 
     def remark(self, last: int) -> str:
-        """What a user may not expect of this scheduler, given in iterations, in a run of `last`; "" for nothing."""
+        """A warning about effects that a user may not expect in a run of `last` iterations; "" for none."""
         return ""
 
 
 @dataclass(frozen=True)
 class LinearLR(Scheduler):
-    """From start_factor × the rate to end_factor × it, in equal steps; the last one lies at iteration end − 1."""
+    """From start_factor × the rate to end_factor × the rate, in equal steps, the last one at iteration end − 1."""
 
     start_factor: float = 1 / 3
     end_factor: float = 1.0
@@ -126,8 +127,8 @@ class LinearLR(Scheduler):
     def _factor(self, step: int) -> float:
         if step < 0:
             return 1.0
-        part = step / (self.length - 1) if step else 0.0
-        return self.start_factor + (self.end_factor - self.start_factor) * part
+        progress = step / (self.length - 1) if step else 0.0
+        return self.start_factor + (self.end_factor - self.start_factor) * progress
 
     def advance(self, rate: float, before: int, after: int, base: float) -> float:
         return rate * (self._factor(after) / self._factor(before))
@@ -136,14 +137,14 @@ class LinearLR(Scheduler):
         if self.length > 1 or self.start_factor == self.end_factor:
             return ""
         return (
-            f"lasts one iteration, so the rate stays at {self.start_factor:g} of what it was and never reaches "
-            f"{self.end_factor:g}: let it last two iterations at least, or leave it out"
+            f"lasts one iteration, so the rate stays at {self.start_factor:g} of its value and never reaches "
+            f"{self.end_factor:g}: let it last at least two iterations, or leave it out"
         )
 
 
 @dataclass(frozen=True)
 class ConstantLR(Scheduler):
-    """factor × the rate, and the rate itself again at iteration end − 1."""
+    """factor × the rate, and the original rate again at iteration end − 1."""
 
     factor: float = 1 / 3
 
@@ -160,12 +161,12 @@ class ConstantLR(Scheduler):
     def remark(self, last: int) -> str:
         if self.length > 1 or self.factor == 1:
             return ""
-        return f"lasts one iteration, so the rate stays at {self.factor:g} of what it was: let it last two at least"
+        return f"lasts one iteration, so the rate stays at {self.factor:g} of its value: let it last at least two"
 
 
 @dataclass(frozen=True)
 class MultiStepLR(Scheduler):
-    """gamma × the rate at each milestone, counted from begin. One between two iterations has no effect."""
+    """gamma × the rate at each milestone, counted from begin. Milestones between two iterations have no effect."""
 
     gamma: float = 0.1
     milestones: Sequence[float] = field(kw_only=True)
@@ -178,7 +179,7 @@ class MultiStepLR(Scheduler):
         milestones = self.milestones
         if self.by_epoch:
             milestones = [_product(m, per_epoch) for m in milestones]
-            if per_epoch.denominator > 1:  # not known there: an epoch's border lies inside an iteration
+            if per_epoch.denominator > 1:  # unlike in mmengine, an epoch may end inside an iteration
                 milestones = [int(m) for m in milestones]
         part = super().in_iterations(per_epoch, last)
         assert isinstance(part, MultiStepLR)
@@ -195,12 +196,12 @@ class MultiStepLR(Scheduler):
 
 @dataclass(frozen=True)
 class CosineAnnealingLR(Scheduler):
-    """Half a cosine from the rate at begin to eta_min, T_max iterations (or epochs) later; beyond it rises again.
+    """Half a cosine from the rate at begin to eta_min, T_max iterations (or epochs) later; then the rate rises again.
 
     Args:
-        T_max: `end - begin` if it is not given.
-        eta_min: the lowest rate; 0 if it is not given.
-        eta_min_ratio: the same as a part of the optimizer's rate.
+        T_max: default `end - begin`.
+        eta_min: the lowest rate, default 0.
+        eta_min_ratio: the lowest rate, relative to the optimizer's rate.
     """
 
     eta_min: float | None = None
@@ -225,9 +226,9 @@ class CosineAnnealingLR(Scheduler):
 
     def advance(self, rate: float, before: int, after: int, base: float) -> float:
         lowest = self.eta_min or 0.0 if self.eta_min_ratio is None else base * self.eta_min_ratio
-        before = max(before, 0)  # its first step leaves the rate as it finds it
+        before = max(before, 0)  # the first step does not change the rate
         low = self._last_low(after - 1)
-        if low >= before:  # what follows a lowest point rises towards the optimizer's rate, from wherever it began
+        if low >= before:  # after a lowest point the rate rises towards the optimizer's, wherever the cosine began
             rate = (lowest if low > before else rate) + (base - lowest) * self._half(low + 1)
             before = low + 1
         return lowest + (rate - lowest) * (self._half(after) / (self._half(before) or 1.0))
@@ -255,18 +256,18 @@ class CosineAnnealingLR(Scheduler):
 
 
 def _product(epochs: float, per_epoch: Fraction | int) -> float:
-    """Epochs in iterations, rounded as mmengine rounds where an epoch is a whole number of them."""
+    """Epochs in iterations, rounded like mmengine if an epoch is a whole number of iterations."""
     return epochs * per_epoch.numerator / per_epoch.denominator
 
 
 class Schedule:
-    """The rate of every iteration.
+    """The learning rate of every iteration.
 
     Args:
-        parts: schedulers, of which each changes what those before it in this list have made of the rate.
-        last: iterations of the run.
+        parts: schedulers; each acts on the result of those before it in this list.
+        last: number of iterations of the run.
 
-    Raises: ConfigError if a scheduler has no iteration.
+    Raises: ConfigError if a scheduler acts in no iteration.
     """
 
     def __init__(
@@ -282,22 +283,22 @@ class Schedule:
                 raise ConfigError(e.what, where=where, why=e.why, do=e.do) from None
         self._begins = [math.ceil(p.begin) for p in self.parts]
         ends = [math.ceil(p.end or 0) for p in self.parts]
-        # between two of these the same schedulers act
+        # between two edges the set of active schedulers does not change
         self._edges = sorted({*self._begins, *ends})
         spans = list(zip(self.parts, self._begins, ends, strict=True))
         self._active = [[(p, begin) for p, begin, end in spans if begin <= edge < end] for edge in self._edges]
-        self._entries = [base_lr]  # the rate before each edge, as far as it has been needed
-        self._walked = (-1, 0.0)  # an iteration and its rate, where rates need those before them
+        self._entries = [base_lr]  # the rate before each edge, computed on demand
+        self._walked = (-1, 0.0)  # the last (iteration, rate) where rates have no closed expression
 
     @classmethod
-    def of(cls, base_lr: float, specs: Any, iterations_per_epoch: Fraction | int, last: int) -> "Schedule":
-        """From a config's `param_scheduler`: one dict or a list of them."""
+    def from_config(cls, base_lr: float, specs: Any, iterations_per_epoch: Fraction | int, last: int) -> "Schedule":
+        """Build from a config's `param_scheduler`: a dict or a list of dicts."""
         specs = [specs] if isinstance(specs, dict) else specs or []
         parts = [build(s, f"param_scheduler.{i}") for i, s in enumerate(specs)]
         return cls(base_lr, parts, iterations_per_epoch, last)
 
     def __call__(self, iteration: int) -> float:
-        """Rate of the step that iteration number `iteration` (from 0) makes. Not negative."""
+        """Rate of the step of iteration `iteration` (from 0); not negative."""
         stretch = bisect_right(self._edges, iteration) - 1
         if stretch < 0:
             return float(self.base_lr)
@@ -312,7 +313,7 @@ class Schedule:
             for part, begin in active:
                 rate = part.advance(rate, before - begin, iteration - begin, self.base_lr)
             return rate
-        # a cosine and others in the same iterations: there is no expression for it, 10^6 iterations take 3 s
+        # a cosine and other schedulers in the same iterations have no closed expression; 10^6 iterations take 3 s
         if before < self._walked[0] <= iteration:
             before, rate = self._walked
         for i in range(before + 1, iteration + 1):
@@ -322,7 +323,7 @@ class Schedule:
         return rate
 
     def remarks(self, last: int) -> Iterator[str]:
-        """What users may not expect of their schedule in a run of `last` iterations."""
+        """Warnings about the schedule in a run of `last` iterations."""
         for i, part in enumerate(self.parts):
             if remark := part.remark(last):
                 yield f"param_scheduler.{i} ({type(part).__name__}) {remark}"

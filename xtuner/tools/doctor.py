@@ -209,7 +209,7 @@ def _variables() -> Iterator[Row]:
 def _self_test() -> Iterator[Row]:
     import torch
 
-    from xtuner.model.attention import BACKENDS, to_install
+    from xtuner.model.attention import BACKENDS, suggest_backend
     from xtuner.model.selftest import TOLERANCE, matmul_error, packed_error
 
     for name in ["cpu", *(f"cuda:{i}" for i in range(len(sysinfo.gpus())))]:
@@ -217,11 +217,11 @@ def _self_test() -> Iterator[Row]:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         backend, error = packed_error(device, dtype)
         precision = str(dtype).removeprefix("torch.")
-        found = f"{precision} gradients, attention by {BACKENDS[backend].about}, error {error:.1e}"
+        found = f"{precision} gradients, attention by {BACKENDS[backend].description}, error {error:.1e}"
         do = "do not train on it: reinstall torch, or check the hardware"
         yield _row(f"test {name}", not error < TOLERANCE[dtype], found, do, PROBLEM)
-        if better := to_install(device, dtype, HEAD_DIM):
-            yield Row(f"fast {name}", NOTE, f"{better.about} is faster, but not installed", better.install)
+        if better := suggest_backend(device, dtype, HEAD_DIM):
+            yield Row(f"fast {name}", NOTE, f"{better.description} is faster, but not installed", better.install)
         product = matmul_error(device)
         found = f"matrix product, error {product:.1e}"
         wrong = not product < TOLERANCE[torch.bfloat16]

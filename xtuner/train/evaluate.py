@@ -33,7 +33,7 @@ from xtuner.dist.collectives import ALL, Ranks
 from xtuner.model import load_pretrained
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
-from xtuner.model.weights import base_weights
+from xtuner.model.weights import find_base_weights
 from xtuner.train.checkpoints.checkpoint import TRAINER
 
 BATCH_TOKENS = 16384
@@ -192,7 +192,7 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
     kind = path_kinds.require_kind(path, (path_kinds.CHECKPOINT, path_kinds.HF), "MODEL", "give {} as the model")
     if kind.what == path_kinds.CHECKPOINT:
         verify(path)
-        path = base_weights(path)
+        path = find_base_weights(path)
     files = [path / "config.json", *(p for pattern in WEIGHTS for p in sorted(path.glob(pattern)))]
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return load_pretrained(path, dtype, device), hashlib.sha256(repr(stats).encode()).hexdigest()

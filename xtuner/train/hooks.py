@@ -156,7 +156,7 @@ class CheckpointHook(Hook):
 
     def after_iteration(self, run: Run, it: Iteration) -> None:
         if it.applied and not self._reserved:
-            run.strategy.reserve(self.save_optimizer)
+            run.strategy.reserve_host_memory(self.save_optimizer)
             self._reserved = True
         epoch, self._epoch = self._epoch, it.state.position.epoch
         if self.interval == -1:

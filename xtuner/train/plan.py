@@ -7,7 +7,7 @@ from xtuner.config.config import Config
 from xtuner.config.paths import data_keys
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data.loading.loader import identity, listed_files, what_dealing_lacks
-from xtuner.engine.strategies.select import choose
+from xtuner.engine.strategies.select import choose_strategy
 from xtuner.optim.schedule import Schedule
 from xtuner.train.resume import ResumePoint, find_window_start, fit_accumulative_counts, require_same_run
 from xtuner.train.run import Lengths, Plan, Settings
@@ -29,7 +29,7 @@ def make_plan(
         found: the checkpoint to resume.
         allow_change: accept changes of settings or data that change the result.
         deepspeed, fsdp: as on the command line.
-        free: bytes of GPU memory that every rank can still allocate (`memory.free_of_all`).
+        free: bytes of GPU memory that every rank can still allocate (`memory.min_free_bytes`).
 
     Raises: ConfigError or DataError if no plan is possible, or the checkpoint is another run's.
     """
@@ -65,7 +65,9 @@ def make_plan(
         require_same_run(found, facts, allow_change)
     schedule = _schedule(config, optim.lr, lengths)
     pack = settings.dataset.packed_length
-    choice = choose(settings.source, optim.taking(counts), settings.device, deepspeed, fsdp, settings.mesh, pack, free)
+    choice = choose_strategy(
+        settings.source, optim.with_accumulation(counts), settings.device, deepspeed, fsdp, settings.mesh, pack, free
+    )
     return Plan(**vars(lengths), reshuffle=reshuffle, balance=balance, windows_from=origin, schedule=schedule,
                 choice=choice, facts=facts)  # fmt: skip
 
@@ -73,7 +75,7 @@ def make_plan(
 def _schedule(config: Config, lr: float, lengths: Lengths) -> Schedule:
     per_epoch = Fraction(lengths.packs_per_epoch, lengths.packs_per_iteration)
     try:
-        return Schedule.of(lr, config.setting("param_scheduler"), per_epoch, lengths.max_iterations)
+        return Schedule.from_config(lr, config.setting("param_scheduler"), per_epoch, lengths.max_iterations)
     except ConfigError as e:
         raise ConfigError(e.what, where=config.where(e.where), why=e.why, do=e.do) from None
 

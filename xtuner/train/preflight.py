@@ -39,9 +39,9 @@ from xtuner.data.packing.document_source import documents_of
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.families import read_model
-from xtuner.model.source import ModelSource, from_scratch, require_marks
-from xtuner.model.weights import WeightFolder, base_weights, hf_shapes
-from xtuner.model.weights import check as check_weights
+from xtuner.model.source import ModelSource, from_scratch, require_special_tokens
+from xtuner.model.weights import WeightFolder, find_base_weights, hf_shapes
+from xtuner.model.weights import check_shapes as check_weights
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.parameter_groups import require_matches
 from xtuner.train.checkpoints import work_dir_lock
@@ -130,12 +130,12 @@ def _build_model_source(config: Config) -> ModelSource:
     source = build(config.values["model"], "model")
     if not isinstance(source, ModelSource):
         raise ConfigError(f"{type_name(config.values['model']['type'])} makes no ModelSource", where="model")
-    require_marks(source.config, f"{source.folder}/config.json: " if source.folder else "model.")
+    require_special_tokens(source.config, f"{source.folder}/config.json: " if source.folder else "model.")
     return source
 
 
 def _check_initial_weights(folder: Path, source: ModelSource | None) -> None:
-    weights = base_weights(folder) if (folder / TRAINER).is_file() else folder
+    weights = find_base_weights(folder) if (folder / TRAINER).is_file() else folder
     layout, _ = read_model(weights)
     tensors = WeightFolder(weights)
     if source:

@@ -12,7 +12,7 @@ from xtuner.core.log import logger
 from xtuner.core.secrets import mask
 from xtuner.dist.collectives import Ranks
 from xtuner.engine.base import Strategy
-from xtuner.model.weights import base_weights
+from xtuner.model.weights import find_base_weights
 from xtuner.train.checkpoints import checkpoint, history
 from xtuner.train.checkpoints.history import ResumeChoice
 from xtuner.train.reporting.config_changes import Change, compare_configs, describe_changed_files
@@ -85,7 +85,7 @@ def _load_initial_weights(strategy: Strategy, folder: Path, ranks: Ranks) -> Non
     weights = folder
     if (folder / checkpoint.TRAINER).is_file():
         checkpoint.verify(folder, ranks)
-        weights = base_weights(folder)
+        weights = find_base_weights(folder)
     strategy.load_weights(weights)
     logger.info(f"weights loaded from {weights} (load_from); optimizer and data position start anew")
 

@@ -20,7 +20,7 @@ from xtuner.dist.mesh import make_mesh
 from xtuner.engine import capacity, memory
 from xtuner.engine.state.slices import SavedStates
 from xtuner.engine.strategies.out_of_memory import is_out_of_memory
-from xtuner.engine.strategies.select import strategy
+from xtuner.engine.strategies.select import build_strategy
 from xtuner.train import preflight
 from xtuner.train.checkpoints import history
 from xtuner.train.checkpoints.async_saver import AsyncSaver
@@ -124,9 +124,9 @@ def _make_plan(settings: Settings, options: Options, found: ResumePoint | None) 
     """All ranks call it together and get equal plans."""
     ranks, optim, device = settings.mesh.ranks, settings.optim, settings.device
     # these two try kernels, which takes memory: measure free memory afterwards
-    ranks.run_on_all(lambda: settings.source.require(device, optim.compute_dtype(device)))
+    ranks.run_on_all(lambda: settings.source.require_supported(device, optim.compute_dtype(device)))
     ranks.run_on_all(lambda: optim.traits(device))
-    free = memory.free_of_all(device, settings.mesh)
+    free = memory.min_free_bytes(device, settings.mesh)
     how = options.allow_change, options.deepspeed, options.fsdp, free
     plan = ranks.run_on_all(lambda: make_plan(settings, found, *how))
     if found:
@@ -136,7 +136,7 @@ def _make_plan(settings: Settings, options: Options, found: ResumePoint | None) 
 
 def _require_memory(settings: Settings, plan: Plan) -> None:
     def require() -> None:
-        capacity.require(plan.choice, settings.source, settings.optim, settings.device)
+        capacity.require_capacity(plan.choice, settings.source, settings.optim, settings.device)
 
     settings.mesh.ranks.run_on_all(require)
 
@@ -164,9 +164,9 @@ def _build_run(
     _print_report(settings, plan)
     if plan.choice.remark and collectives.is_main():
         logger.info(plan.choice.remark)
-    strategy_ = strategy(plan.choice, settings.source, settings.optim, settings.device)
+    strategy_ = build_strategy(plan.choice, settings.source, settings.optim, settings.device)
     if settings.device.type == "cuda":
-        strategy_.memory.tell(plan.choice.pack, settings.mesh)
+        strategy_.memory.log_plan(plan.choice.pack, settings.mesh)
     progress = load_run_state(strategy_, settings.config, found, ranks)
     ranks.run_on_main(lambda: history.set_aside_others(settings.work_dir, found.chosen if found else None))
     ranks.run_on_main(lambda: record_start(settings, progress, found, file.parent))
@@ -187,7 +187,7 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
         # at least one iteration per start; everything that ranks must agree on is sent in one message
         stops = run.state.iteration > begun_at and stop.requested(run.saver.save_time)
         counted = [stops, sum(b.num_targets for b in batch), sum(b.attention_pairs for b in batch)]
-        counts, parts = run.mesh.ranks.sums_and_maxima(counted, run.strategy.parts(batch))
+        counts, parts = run.mesh.ranks.sums_and_maxima(counted, run.strategy.count_micro_batches(batch))
         if counts[0]:
             return _save_and_stop(run, stop)
         num_targets = int(counts[1])

@@ -192,7 +192,7 @@ def rates(packs: int, ranks: int) -> list[float]:
     chosen: dict[str, Any] = dict(by_epoch=True, convert_to_iter_based=True)
     warm_up = dict(type=LinearLR, start_factor=1 / 40, begin=0, end=0.025, **chosen)
     falling = dict(type=CosineAnnealingLR, eta_min=LR * 0.15, begin=0.025, end=1, **chosen)
-    schedule = Schedule.of(LR, [warm_up, falling], last, last)
+    schedule = Schedule.from_config(LR, [warm_up, falling], last, last)
     return [schedule(i) for i in range(xtuner_runs.ITERATIONS)]
 
 

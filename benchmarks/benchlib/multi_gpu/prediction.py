@@ -30,7 +30,7 @@ from benchlib.workloads import PACK
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.zero import deepspeed_config, zero_memory
-from xtuner.model.activation_memory import Plan
+from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.flops import PEAK, matmul_parameters, training_flops
 from xtuner.optim.optim_wrapper import OptimWrapper
 
@@ -137,7 +137,7 @@ class MemoryPlan:
     """The decisions of engine/memory.py: bytes of state, activations that blocks keep, micro-batches per pack."""
 
     state: int
-    plan: Plan
+    activations: ActivationPlan
     parts: int
     division: memory.Division = memory.ALL_FULL
     way: str = ""  # ZeRO's exchange of gradients
@@ -148,23 +148,23 @@ def plan_memory(m: Measured, engine: str, ranks: int, free: float) -> MemoryPlan
     optim, mesh = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), Mesh(dp_shard=ranks, local_size=ranks)
     way, found = "", None
     if engine == "fsdp":
-        found = memory.of_mesh(m.source, optim, torch.device("cuda"), mesh, PACK, int(free))
+        found = memory.plan_memory(m.source, optim, torch.device("cuda"), mesh, PACK, int(free))
     else:  # AdamW has the same states on a CPU, so that no GPU is needed
-        settings = deepspeed_config.read(f"deepspeed_{engine}")
-        found = zero_memory.of_zero(m.source, optim, torch.device("cpu"), mesh, settings, PACK, int(free))
-        way = found.way
-    assert found.most
-    there = MemoryPlan(found.state, found.plan, -(-PACK // found.most), found.division, way)
-    return there if found.fits(found.tokens(PACK)) else None
+        settings = deepspeed_config.read_settings(f"deepspeed_{engine}")
+        found = zero_memory.plan_zero_memory(m.source, optim, torch.device("cpu"), mesh, settings, PACK, int(free))
+        way = found.summing
+    assert found.max_tokens
+    there = MemoryPlan(found.state, found.activations, -(-PACK // found.max_tokens), found.division, way)
+    return there if found.fits(found.micro_batch_tokens(PACK)) else None
 
 
 def recomputation_ms(m: Measured, there: MemoryPlan) -> float:
     """ms of recomputation, at the measured speed of matrix products."""
     c, total = m.source.config, 0.0
     ms = m.products / (6 * matmul_parameters(c))  # per FLOP and token
-    joint = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    joint = c.qkv_width
     whole = 2 * m.block * ms + (m.attention / 3.5 + m.elementwise / 3) / c.num_layers
-    for keep in there.plan.keeps(PACK // there.parts):
+    for keep in there.activations.choose_kept(PACK // there.parts):
         if not keep.attention:
             total += whole
             continue
@@ -230,7 +230,7 @@ def predict(
     )
     terms, ms = dict(zip(TERMS, values, strict=True)), sum(values)
     flops = training_flops(m.source.config, PACK, int(squares.mean()))
-    peak = there.state + there.plan.peak(PACK // there.parts)
+    peak = there.state + there.activations.peak_bytes(PACK // there.parts)
     return Prediction(terms, collectives.bytes, 1000 * PACK / ms, flops / (ms / 1000 * PEAK["H100"]), peak)
 
 

@@ -37,7 +37,7 @@ from benchlib.xtuner_training import read_metrics, render_config, run_until, tra
 
 from xtuner.data.inspect.statistics import pack_costs
 from xtuner.data.loading import balance
-from xtuner.engine.memory import RESERVE
+from xtuner.engine.memory import RESERVE_BYTES
 from xtuner.optim.adamw import FORMS
 
 ITERATIONS, WARM, COMPARED = 12, 4, 4  # of a speed run; of these not measured; of a reference run
@@ -148,7 +148,7 @@ def _fits(job: Job) -> bool:
     if model is None or there is None or job.variant or job == Job("speed", "7b", "single", 1, 1):  # 8-bit moments
         return True
     if job.engine == "single":  # fp32 state of 18 bytes a parameter, the libraries, a micro-batch
-        return 18 * model.parameters + 2 * RESERVE <= there.free
+        return 18 * model.parameters + 2 * RESERVE_BYTES <= there.free
     return prediction.plan_memory(model, job.engine, job.gpus, there.free) is not None
 
 

@@ -31,9 +31,9 @@ from torch.distributed.tensor import DTensor
 
 from xtuner.data.loading.batch import Batch
 from xtuner.families import LLAMA
-from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
+from xtuner.model.decoder import CausalLM, DecoderConfig, initialize_parameter
 from xtuner.model.flops import peak_flops, training_flops
-from xtuner.model.weights import split
+from xtuner.model.weights import split_for_family
 from xtuner.train.reporting.profile import KernelTimer, sum_by_part
 
 Weights = dict[str, torch.Tensor]
@@ -81,8 +81,8 @@ class Peer:
         device = next(iter(theirs.values())).device
         for name, parameter in ours.items():
             full = torch.empty(parameter.shape, device=device)
-            initialize(name, full, shape, 0)
-            for key, weight in self.rename(split(name, full, LLAMA, shape)).items():
+            initialize_parameter(name, full, shape, 0)
+            for key, weight in self.rename(split_for_family(name, full, LLAMA, shape)).items():
                 copy_shard(theirs.pop(key), weight)
         if theirs:
             raise RuntimeError(f"{self.name} has weights that ours does not have: {', '.join(theirs)}")

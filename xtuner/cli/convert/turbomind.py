@@ -27,13 +27,13 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from xtuner.core import hub, log
-    from xtuner.export.hf import summary
-    from xtuner.export.turbomind import check, convert, read_source
+    from xtuner.export.hf import summarize_export
+    from xtuner.export.turbomind import compare_with_source, convert_to_turbomind, read_source
     from xtuner.export.turbomind_config import BASE, CHAT, template_by_path
 
     source = read_source(hub.resolve(args.model_path))
     if args.check:
-        files = check(source, Path(args.check).expanduser())
+        files = compare_with_source(source, Path(args.check).expanduser())
         print(f"{args.check} has the weights of {args.model_path}: {files} files, bitwise equal")
         return 0
     if args.model_name:
@@ -43,6 +43,6 @@ def run(args: argparse.Namespace) -> int:
     template = args.chat_template or template_by_path(args.model_path)
     if not args.chat_template and template == BASE and source.speaks_chat:
         log.logger.warning(f"chat template: {BASE} (none), by the path; for chats give --chat-template {CHAT}")
-    target = convert(source, Path(args.dst_path), args.tp, _DTYPES[args.dtype], args.model_name, template)
-    log.logger.info(f"written {summary(target)}")
+    target = convert_to_turbomind(source, Path(args.dst_path), args.tp, _DTYPES[args.dtype], args.model_name, template)
+    log.logger.info(f"written {summarize_export(target)}")
     return 0

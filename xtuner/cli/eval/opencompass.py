@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.export.opencompass import Settings, config_text, has_chat_template
+    from xtuner.export.opencompass import OpenCompassSettings, has_chat_template, render_config
     from xtuner.tools.evaluators import opencompass
     from xtuner.tools.evaluators.model import EvaluatedModel
     from xtuner.tools.evaluators.table import text
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("the tokenizer has no chat template", where="--model-type chat", do="give base")
         kind = args.model_type or ("chat" if speaks and not questions.by_likelihood else "base")
         log.logger.info(f"evaluated as a {kind} model (--model-type)")
-        chosen = Settings(kind, gpus, args.batch_size, args.max_seq_len, args.max_out_len)
-        model = config_text(folder, args.backend, folder, given.name, chosen)
+        chosen = OpenCompassSettings(kind, gpus, args.batch_size, args.max_seq_len, args.max_out_len)
+        model = render_config(folder, args.backend, folder, given.name, chosen)
         results = opencompass.evaluate(found, questions, model, work_dir, args.data, args.extra, args.dry_run)
     if results is None:
         print("OpenCompass would run this; nothing was run")

@@ -1,1 +1,1 @@
-"""What a checkpoint holds of a run's state, and how it is read and written."""
+"""Weights and optimizer state: the shards of a process, and how checkpoints store them."""

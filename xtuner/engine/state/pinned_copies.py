@@ -1,18 +1,18 @@
-"""Host memory for snapshots: taken once, beside training, and used again by every save."""
+"""Host memory for snapshots: allocated once in the background, and reused by every save."""
 
 import threading
 from collections.abc import Mapping
 
 import torch
 
-ARENA = 2**30  # bytes taken at once; torch rounds pinned memory up to a power of two
+ARENA = 2**30  # bytes allocated at once; torch rounds pinned memory up to a power of two
 ALIGNMENT = 64
 
 
 class HostCopy:
-    """Copies of tensors in host memory, pinned for GPUs, so that copies run at the link's speed.
+    """Copies of tensors in host memory, pinned for GPUs so that copying runs at the link's speed.
 
-    Pinning 20 GiB takes seconds; `reserve` does it in a thread while training goes on.
+    Pinning 20 GiB takes seconds; `reserve` does it in a thread while training continues.
     """
 
     def __init__(self, pinned: bool) -> None:
@@ -21,16 +21,16 @@ class HostCopy:
         self._reserving: threading.Thread | None = None
 
     def reserve(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Begin to take the memory that a copy of such tensors will need ("meta" tensors will do)."""
+        """Start to allocate the memory for copies of such tensors, which may be on "meta"."""
         self._wait()
         missing = {n: torch.empty_like(t, device="meta") for n, t in tensors.items() if n not in self._buffers}
-        self._reserving = threading.Thread(target=self._take, args=(missing,), name="xtuner-pin", daemon=True)
+        self._reserving = threading.Thread(target=self._allocate, args=(missing,), name="xtuner-pin", daemon=True)
         self._reserving.start()
 
-    def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of `tensors`, complete when this returns. The copies of the last call are overwritten."""
+    def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copies of `tensors`, complete when this returns. They overwrite those of the last call."""
         self._wait()
-        self._take({n: t for n, t in tensors.items() if n not in self._buffers})
+        self._allocate({n: t for n, t in tensors.items() if n not in self._buffers})
         for name, tensor in tensors.items():
             self._buffers[name].copy_(tensor.detach(), non_blocking=True)
         if self._pinned:
@@ -42,7 +42,7 @@ class HostCopy:
             self._reserving.join()
             self._reserving = None
 
-    def _take(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _allocate(self, tensors: Mapping[str, torch.Tensor]) -> None:
         left = {n: -(-t.nbytes // ALIGNMENT) * ALIGNMENT for n, t in tensors.items()}
         needed = sum(left.values())
         arena, used = torch.empty(0, dtype=torch.uint8), 0

@@ -1,7 +1,7 @@
-"""What one process holds of weights and optimizer state, and how it comes into a checkpoint and back.
+"""The shards of weights and optimizer state on a process, and how they are saved to and loaded from checkpoints.
 
-Every strategy gives a rank consecutive elements of each flattened parameter, maybe none. A checkpoint keeps the
-optimizer's state in slices (state/slices.py), and weights undivided. So one layout serves all strategies: a checkpoint
+Every strategy assigns a rank consecutive elements of each flattened parameter, possibly none. A checkpoint contains the
+optimizer's state in slices (state/slices.py) and full weights. This layout is the same for all strategies: a checkpoint
 of one resumes under any other, on any mesh.
 """
 
@@ -20,36 +20,45 @@ from xtuner.core.hub import INDEX
 from xtuner.core.log import progress
 from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
-from xtuner.engine.memory import Memory
+from xtuner.engine.memory import MemoryPlan
 from xtuner.engine.state.pinned_copies import HostCopy
-from xtuner.engine.state.slices import SavedStates, cut
-from xtuner.engine.state.snapshot import Snapshot, divide, file_names
+from xtuner.engine.state.slices import SavedStates, cut_into_slices
+from xtuner.engine.state.snapshot import Snapshot, group_into_files
 from xtuner.families import checkpoint_config, family_of
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.weights import Part, WeightFolder, check, fill, hf_shapes
+from xtuner.model.weights import (
+    FlatRange,
+    WeightFolder,
+    check_shapes,
+    fill_weights,
+    hf_shapes,
+    shard_file_names,
+    weight_index,
+)
 from xtuner.optim.adamw import GROUP, SCALES
 
 
 @dataclass(frozen=True)
 class Shard:
-    """This process's part of one parameter: fp32 master and optimizer state."""
+    """This process's shard of a parameter: fp32 master and optimizer state.
 
-    master: Part
-    state: Mapping[
-        str, torch.Tensor
-    ]  # by the optimizer's key, in the packed form of optimizer_trial.py: [n] is the master's n
+    `state` is by the optimizer's keys, in the packed form of optimizer_trial.py: [n] has the n of `master`.
+    """
+
+    master: FlatRange
+    state: Mapping[str, torch.Tensor]
 
 
 class StatefulStrategy(ABC):
-    """What strategies have in common: snapshots and restores of a model whose parameters are cut over the mesh.
+    """The common part of strategies: saving and loading a model whose parameters are sharded over the mesh.
 
     Args:
         shapes: of all parameters, by name, the same on every rank.
         device: where ranks exchange tensors.
-        gives: False on ranks whose parts others hold, too (hybrid sharding): those others save them.
+        saves: False on ranks whose shards are saved by others (replicas under hybrid sharding).
     """
 
-    memory: Memory
+    memory: MemoryPlan
 
     def __init__(
         self,
@@ -57,67 +66,67 @@ class StatefulStrategy(ABC):
         shapes: Mapping[str, torch.Size],
         device: torch.device,
         mesh: Mesh,
-        gives: bool = True,
+        saves: bool = True,
     ) -> None:
         self.device = device
-        self._config, self._shapes, self._gives, self.mesh = config, shapes, gives, mesh
+        self._config, self._shapes, self._saves, self.mesh = config, shapes, saves, mesh
         known = hf_shapes(config)
         self._added = [n for n in shapes if n not in known]  # parameters of adapters
         if missing := sorted(known.keys() - shapes.keys()):
             raise ConfigError(
                 f"the model has no parameter {missing[0]}",
                 where="model",
-                why="what is put into a model must leave its own parameters their names: checkpoints go by them",
+                why="added modules must not rename the model's own parameters: checkpoints refer to them by name",
             )
         self._files: dict[str, list[str]] = {}
         for prefix, names in (("weights/model", list(known)), ("adapter/model", self._added)):
-            groups = divide({n: 4 * shapes[n].numel() for n in names})
+            groups = group_into_files({n: 4 * shapes[n].numel() for n in names})
             if names:
-                self._files |= zip(file_names(prefix, len(groups)), groups, strict=True)
-        self._mine = dict(list(self._files.items())[mesh.rank :: mesh.size])  # weight files this rank writes
+                self._files |= zip(shard_file_names(prefix, len(groups)), groups, strict=True)
+        self._own_files = dict(list(self._files.items())[mesh.rank :: mesh.size])  # weight files this rank writes
         self._host = HostCopy(pinned=device.type == "cuda")
 
-    def parts(self, batch: Sequence[Batch]) -> list[int]:
-        return [self.memory.parts(pack) for pack in batch]
+    def count_micro_batches(self, batch: Sequence[Batch]) -> list[int]:
+        return [self.memory.count_micro_batches(pack) for pack in batch]
 
     @staticmethod
-    def _cut(batch: Sequence[Batch], counts: Sequence[int]) -> list[Batch]:
-        """The micro-batches of an iteration: so many of each pack."""
+    def _cut_packs(batch: Sequence[Batch], counts: Sequence[int]) -> list[Batch]:
+        """The micro-batches of an iteration: `counts` of each pack."""
         return [piece for pack, count in zip(batch, counts, strict=True) for piece in pack.split(count)]
 
     @abstractmethod
     def _shards(self) -> dict[str, Shard]:
-        """What this process holds, by parameter."""
+        """This process's shards, by parameter."""
 
     @abstractmethod
-    def _place(self, name: str, key: str, value: torch.Tensor) -> None:
-        """Make `value`, packed, the optimizer's state `key` of a parameter; [n] are this process's part."""
+    def _restore_state(self, name: str, key: str, value: torch.Tensor) -> None:
+        """Set the optimizer's state `key` of a parameter to `value`, packed; [n] are this process's elements."""
 
     @abstractmethod
-    def _refresh(self) -> None:
-        """Bring new masters to where the network computes from, and forget gradients: they are of other weights."""
+    def _sync_weights(self) -> None:
+        """Copy new masters to the weights that compute, and reset gradients, which belong to the old weights."""
 
-    def _span(self, key: str, name: str, master: Part) -> tuple[int, int, torch.Size]:
+    def _span(self, key: str, name: str, master: FlatRange) -> tuple[int, int, torch.Size]:
         """(begin, end) of this process's elements of a parameter's optimizer state, and the shape of the full state."""
         shape, begin, end = self._shapes[name], master.begin, master.begin + len(master.values)
         if key in SCALES:
             return begin // GROUP, -(-end // GROUP), torch.Size([-(-shape.numel() // GROUP)])
         return begin, end, shape
 
-    def reserve(self, optimizer: bool) -> None:
-        """Begin to take host memory for snapshots, beside training; after the first step, which makes the state."""
-        weights = {n: torch.empty(self._shapes[n], device="meta") for names in self._mine.values() for n in names}
-        self._host.reserve(weights | (_states(self._shards()) if optimizer and self._gives else {}))
+    def reserve_host_memory(self, optimizer: bool) -> None:
+        """Start to allocate host memory for snapshots. Call it after the first step, which creates the state."""
+        weights = {n: torch.empty(self._shapes[n], device="meta") for names in self._own_files.values() for n in names}
+        self._host.reserve(weights | (_flatten_states(self._shards()) if optimizer and self._saves else {}))
 
     def snapshot(self, optimizer: bool) -> Snapshot:
-        shards = self._shards() if self._gives else {}
+        shards = self._shards() if self._saves else {}
         weights = self._copy_weights(shards)
-        files = {file: {n: weights[n] for n in names} for file, names in self._mine.items()}
-        snapshot = Snapshot(files, self._texts() if self.mesh.is_main else {})
-        if optimizer and self._gives:  # also a state of nothing: it differs from a checkpoint without one
-            states = self._host.of(_states(shards))
-            groups = divide({n: t.nbytes for n, t in states.items()})
-            names = file_names(f"optimizer/rank_{self.mesh.rank:05d}", len(groups))
+        files = {file: {n: weights[n] for n in names} for file, names in self._own_files.items()}
+        snapshot = Snapshot(files, self._json_files() if self.mesh.is_main else {})
+        if optimizer and self._saves:  # also an empty state, which differs from a checkpoint without one
+            states = self._host.copy(_flatten_states(shards))
+            groups = group_into_files({n: t.nbytes for n, t in states.items()})
+            names = shard_file_names(f"optimizer/rank_{self.mesh.rank:05d}", len(groups))
             for file, group in zip(names, groups, strict=True):
                 snapshot.tensors[file] = {n: states[n] for n in group if states[n].dim() != 1}
                 divided = [self._slices(n, states[n], shards) for n in group if states[n].dim() == 1]
@@ -129,14 +138,14 @@ class StatefulStrategy(ABC):
 
     def _slices(self, name: str, values: torch.Tensor, shards: Mapping[str, Shard]) -> dict[str, Any]:
         key, _, parameter = name.partition("/")
-        begin, _, of = self._span(key, parameter, shards[parameter].master)
-        return cut(name, values, begin, of)
+        begin, _, full = self._span(key, parameter, shards[parameter].master)
+        return cut_into_slices(name, values, begin, full)
 
     def _copy_weights(self, shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
-        """The whole parameters that this rank writes. Bits are summed as integers: exact, zeros keep their sign."""
+        """The full parameters that this rank writes. Bits are summed as integers: exact, and zeros keep their sign."""
         if self.mesh.size == 1:
-            return {n: self._host.of({n: shards[n].master.read().view(s)})[n] for n, s in self._shapes.items()}
-        held: dict[str, torch.Tensor] = {}
+            return {n: self._host.copy({n: shards[n].master.read().view(s)})[n] for n, s in self._shapes.items()}
+        copies: dict[str, torch.Tensor] = {}
         for i, names in enumerate(self._files.values()):
             writer = i % self.mesh.size
             for name in names:
@@ -146,31 +155,30 @@ class StatefulStrategy(ABC):
                     bits[part.begin : part.begin + len(part.values)] = part.read().view(torch.int32)
                 self.mesh.ranks.reduce(bits, writer)
                 if writer == self.mesh.rank:
-                    held |= self._host.of({name: bits.view(torch.float32).view(self._shapes[name])})
-        return held
+                    copies |= self._host.copy({name: bits.view(torch.float32).view(self._shapes[name])})
+        return copies
 
-    def _texts(self) -> dict[str, Any]:
-        texts: dict[str, Any] = {"weights/config.json": checkpoint_config(self._config)}
-        files = {f: names for f, names in self._files.items() if f.startswith("weights/")}
+    def _json_files(self) -> dict[str, Any]:
+        files_json: dict[str, Any] = {"weights/config.json": checkpoint_config(self._config)}
+        files = {Path(f).name: names for f, names in self._files.items() if f.startswith("weights/")}
         if len(files) > 1:
-            weight_map = {n: Path(f).name for f, names in files.items() for n in names}
-            total = 4 * sum(self._shapes[n].numel() for n in weight_map)
-            texts[f"weights/{INDEX}"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        return texts
+            total = 4 * sum(self._shapes[n].numel() for names in files.values() for n in names)
+            files_json[f"weights/{INDEX}"] = weight_index(files, total)
+        return files_json
 
     def load_weights(self, folder: Path) -> None:
         family = family_of(read_json(folder / "config.json"))
-        fill({n: s.master for n, s in self._shards().items()}, folder, family, self._config)
-        self._refresh()
+        fill_weights({n: s.master for n, s in self._shards().items()}, folder, family, self._config)
+        self._sync_weights()
 
     def _load_adapter(self, folder: Path) -> None:
         wanted = {n: tuple(self._shapes[n]) for n in self._added}
         if not wanted and not folder.exists():
             return
         saved, shards = WeightFolder(folder), self._shards()
-        check(saved, wanted, by="the model")
+        check_shapes(saved, wanted, by="the model")
         for name in wanted.keys() & shards.keys():
-            shards[name].master.take(saved[name])
+            shards[name].master.copy_from(saved[name])
 
     def load(self, folder: Path) -> None:
         saved = SavedStates(folder)
@@ -178,11 +186,11 @@ class StatefulStrategy(ABC):
         for name, shard in progress(shards.items(), "reading optimizer state", total=len(shards)):
             for key in saved.keys.get(name, ()):
                 span = self._span(key, name, shard.master)
-                self._place(name, key, saved.read_range(f"{key}/{name}", *span, self.device))
+                self._restore_state(name, key, saved.read_range(f"{key}/{name}", *span, self.device))
         self._load_adapter(folder / "adapter")
         self.load_weights(folder / "weights")
 
 
-def _states(shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
+def _flatten_states(shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
     """`exp_avg/model.norm.weight` → tensor."""
     return {f"{key}/{name}": value for name, shard in shards.items() for key, value in sorted(shard.state.items())}

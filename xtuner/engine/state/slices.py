@@ -1,10 +1,11 @@
-"""Optimizer state in a checkpoint: N-dimensional slices (offset, shape) of named tensors, read in any other slicing.
+"""Optimizer state in a checkpoint: N-dimensional slices (offset, shape) of named tensors, readable in any other
+slicing.
 
-A file's metadata gives for each tensor its offset and the shape of the full tensor that it is a slice of. A range of
-elements of a flattened tensor (ZeRO's) is stored in up to 2·N − 1 slices: `NAME`, `NAME:1`, … Tensors without an offset
-(scalars, and those of a shape of their own, which are not divided) are the same on all ranks.
+A file's metadata has the offset of each slice and the shape of its full tensor. A range of elements of a flattened
+tensor (ZeRO's) is stored in up to 2·N − 1 slices: `NAME`, `NAME:1`, … Tensors without an offset (scalars, and state
+that is not sharded) are the same on all ranks.
 
-Earlier versions stored ranges of flattened tensors with where they begin; they are read as well.
+Earlier versions stored ranges of flattened tensors with their first element's index; these are read, too.
 """
 
 import json
@@ -22,9 +23,9 @@ from xtuner.core.errors import CheckpointError
 Numbers = tuple[int, ...]
 
 
-def blocks(begin: int, end: int, shape: Sequence[int]) -> list[tuple[Numbers, Numbers]]:
-    """The slices (offset, shape) that elements [begin, end) of a flattened tensor make, in their order: one where these
-    are full rows."""
+def range_to_slices(begin: int, end: int, shape: Sequence[int]) -> list[tuple[Numbers, Numbers]]:
+    """The slices (offset, shape) that make up elements [begin, end) of a flattened tensor, in their order; a single one
+    if the elements are full rows."""
     if begin >= end:
         return []
     if len(shape) == 1:
@@ -32,7 +33,7 @@ def blocks(begin: int, end: int, shape: Sequence[int]) -> list[tuple[Numbers, Nu
     row, inner = prod(shape[1:]), shape[1:]
 
     def inside(number: int, first: int, last: int) -> list[tuple[Numbers, Numbers]]:
-        return [((number, *offset), (1, *size)) for offset, size in blocks(first, last, inner)]
+        return [((number, *offset), (1, *size)) for offset, size in range_to_slices(first, last, inner)]
 
     top, bottom = -(-begin // row), end // row  # full rows
     if top > bottom:
@@ -42,41 +43,43 @@ def blocks(begin: int, end: int, shape: Sequence[int]) -> list[tuple[Numbers, Nu
     return [*above, *full, *inside(bottom, 0, end - bottom * row)]
 
 
-def cut(name: str, values: torch.Tensor, begin: int, of: Sequence[int]) -> dict[str, tuple[torch.Tensor, Any]]:
+def cut_into_slices(
+    name: str, values: torch.Tensor, begin: int, full: Sequence[int]
+) -> dict[str, tuple[torch.Tensor, Any]]:
     """Flat `values`, elements from `begin` of a tensor of shape `of`, as a file takes them: key → (slice, facts)."""
     found, at = {}, 0
-    for i, (offset, shape) in enumerate(blocks(begin, begin + len(values), of)):
+    for i, (offset, shape) in enumerate(range_to_slices(begin, begin + len(values), full)):
         key = f"{name}:{i}" if i else name
-        found[key] = values[at : at + prod(shape)].view(shape), [list(offset), list(of)]
+        found[key] = values[at : at + prod(shape)].view(shape), [list(offset), list(full)]
         at += prod(shape)
     return found
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A tensor of a file: the slice at `offset` of one of shape `of`; or a range of a flattened tensor from `offset[0]`
-    on, of which `of` is not known."""
+    """A tensor of a file: the slice at `offset` of a tensor of shape `full`; or, in an old file, a range of a flattened
+    tensor from `offset[0]` on, for which `full` is None."""
 
     key: str
     offset: Numbers
     shape: Numbers
     file: Any  # safe_open
-    of: Numbers | None = None
+    full: Numbers | None = None
 
-    def slices(self, of: Sequence[int]) -> Iterator[tuple[Numbers, Numbers, int]]:
-        """(offset, shape, where it begins in a flat piece) of the slices it holds."""
-        if self.of is not None:
-            if self.of == tuple(of):
+    def slices(self, full: Sequence[int]) -> Iterator[tuple[Numbers, Numbers, int]]:
+        """(offset, shape, index of its first element in a flat piece) of the slices that the piece contains."""
+        if self.full is not None:
+            if self.full == tuple(full):
                 yield self.offset, self.shape, 0
             return
         at = 0
-        for offset, shape in blocks(self.offset[0], self.offset[0] + self.shape[0], of):
+        for offset, shape in range_to_slices(self.offset[0], self.offset[0] + self.shape[0], full):
             yield offset, shape, at
             at += prod(shape)
 
     def read(self, shape: Numbers, at: int, inside: tuple[slice, ...]) -> torch.Tensor:
         values = self.file.get_slice(self.key)
-        if self.of is not None:
+        if self.full is not None:
             found: torch.Tensor = values[inside]
             return found
         row, rows = prod(shape[1:]), inside[0]
@@ -85,7 +88,7 @@ class _Piece:
 
 
 class SavedStates:
-    """The optimizer state in a checkpoint, of whatever strategy and mesh.
+    """The optimizer state in a checkpoint, of any strategy and mesh.
 
     Raises: CheckpointError if there is none.
     """
@@ -100,12 +103,14 @@ class SavedStates:
             try:
                 self._add(safe_open(file, framework="pt"))
             except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as e:
-                raise CheckpointError(f"{file.name} is not an optimizer state of ours: {e}", where=str(file)) from None
+                raise CheckpointError(
+                    f"{file.name} is not an optimizer state of xtuner: {e}", where=str(file)
+                ) from None
         if not files:
             raise CheckpointError(
                 "the checkpoint has no optimizer state: it was saved with save_optimizer=False",
                 where=str(folder),
-                why="a resume would start AdamW's moments anew, and the run would not be the same",
+                why="a resume would start with new moments, and the run would not be the same",
                 do=f"start a new run from its weights: load_from = {str(folder)!r}, in another work_dir",
             )
 
@@ -118,10 +123,10 @@ class SavedStates:
             if name not in self._pieces and name not in self._undivided:
                 self.keys.setdefault(name.partition("/")[2], []).append(name.partition("/")[0])
             if key in slices:
-                offset, of = map(_numbers, slices[key])
-                if not all(o + n <= m for o, n, m in zip(offset, shape, of, strict=True)):
-                    raise ValueError(f"{key} lies at {offset} of {of}")
-                piece = _Piece(key, offset, shape, file, of)
+                offset, full = map(_numbers, slices[key])
+                if not all(o + n <= m for o, n, m in zip(offset, shape, full, strict=True)):
+                    raise ValueError(f"{key} lies at {offset} of {full}")
+                piece = _Piece(key, offset, shape, file, full)
             elif ranges is not None and len(shape) == 1:
                 piece = _Piece(key, (int(ranges[key]),), shape, file)
             else:
@@ -129,14 +134,16 @@ class SavedStates:
                 continue
             self._pieces.setdefault(name, []).append(piece)
 
-    def read(self, name: str, offset: Numbers, shape: Numbers, of: Sequence[int], device: torch.device) -> torch.Tensor:
-        """The slice at `offset` of `exp_avg/model.norm.weight`, a tensor of the shape `of`, on a device. Nothing else
-        is read. What is not divided is given as it is."""
+    def read(
+        self, name: str, offset: Numbers, shape: Numbers, full: Sequence[int], device: torch.device
+    ) -> torch.Tensor:
+        """The slice at `offset` of `exp_avg/model.norm.weight`, whose shape is `full`, on a device. Nothing else is
+        read. A tensor that is not sharded is returned in full."""
         if name in self._undivided:
             return self._undivided[name].clone()
         found, missing = torch.empty(0), prod(shape)
         for piece in self._pieces[name]:
-            for begins, sizes, at in piece.slices(of):
+            for begins, sizes, at in piece.slices(full):
                 low = [max(a, b) for a, b in zip(offset, begins, strict=True)]
                 high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, begins, sizes, strict=True)]
                 if any(a >= b for a, b in zip(low, high, strict=True)):
@@ -151,16 +158,18 @@ class SavedStates:
             raise CheckpointError(
                 f"{missing:,} elements of the optimizer state {name} are missing",
                 where=str(self.folder / "optimizer"),
-                why="the run would continue with a part of its state at random",
-                do="resume from another checkpoint, or begin a new run from this one's weights with load_from",
+                why="the run would continue with a part of its state uninitialized",
+                do="resume from another checkpoint, or start a new run from this one's weights with load_from",
             )
         return found
 
-    def read_range(self, name: str, begin: int, end: int, of: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Elements [begin, end) of the flattened tensor, flat; what is not divided as it is."""
+    def read_range(self, name: str, begin: int, end: int, full: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Elements [begin, end) of the flattened tensor, flat; a tensor that is not sharded in full."""
         if name in self._undivided:
             return self._undivided[name].clone()
-        found = [self.read(name, offset, shape, of, device).view(-1) for offset, shape in blocks(begin, end, of)]
+        found = [
+            self.read(name, offset, shape, full, device).view(-1) for offset, shape in range_to_slices(begin, end, full)
+        ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
 

@@ -1,4 +1,4 @@
-"""What one rank contributes to a checkpoint, copied out of the way of training, and how it gets to the disk."""
+"""One rank's part of a checkpoint, copied so that training can continue, and how it is written to disk."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,19 +12,18 @@ from safetensors.torch import save_file
 from xtuner.core.files import file_entry, set_default_permissions, sync_file, write_json
 from xtuner.core.progress import record_progress
 
-SHARD = 2**30  # bytes a file; files are written and hashed side by side
+SHARD = 2**30  # bytes a file; files are written and hashed concurrently
 WRITERS = 4
 
 
 @dataclass
 class Snapshot:
-    """Files of one rank: tensors by file and name, and small JSON files. Training does not change them any more."""
+    """Files of one rank: tensors by file and name, and small JSON files. Training no longer changes them."""
 
     tensors: dict[str, dict[str, torch.Tensor]]
     json: dict[str, Any] = field(default_factory=dict)
-    metadata: dict[str, dict[str, str]] = field(
-        default_factory=dict
-    )  # of tensor files; one entry, as their order is random
+    # of tensor files; a single entry each, as safetensors writes entries in random order
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -44,30 +43,23 @@ class Snapshot:
     def _write(self, path: Path, name: str, hashers: ThreadPoolExecutor) -> Future[dict[str, Any]]:
         try:
             save_file(self.tensors[name], path, metadata=self.metadata.get(name, {"format": "pt"}))
-        except Exception as e:  # safetensors wraps the system's error in one of its own
+        except Exception as e:  # safetensors wraps the system's error in its own
             raise OSError(getattr(e, "errno", None) or 5, str(e), str(path)) from e
         set_default_permissions(path)
-        entry = hashers.submit(file_entry, path)  # from memory, while the disk takes the file
+        entry = hashers.submit(file_entry, path)  # from the page cache, while the disk writes the file
         sync_file(path)
-        record_progress(f"{name} written")  # a large save takes longer than a rank may stand still
+        record_progress(f"{name} written")  # a large save takes longer than a rank may be silent
         return entry
 
 
-def divide(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Names in their order, divided over files of at most SHARD bytes, or of one tensor."""
+def group_into_files(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in their order, grouped into files of at most SHARD bytes, or of a single tensor."""
     groups: list[list[str]] = [[]]
-    held = 0
+    size_of_group = 0
     for name, size in sizes.items():
-        if groups[-1] and held + size > SHARD:
+        if groups[-1] and size_of_group + size > SHARD:
             groups.append([])
-            held = 0
+            size_of_group = 0
         groups[-1].append(name)
-        held += size
+        size_of_group += size
     return groups
-
-
-def file_names(prefix: str, count: int) -> list[str]:
-    """`PREFIX.safetensors`, or `PREFIX-00001-of-00007.safetensors` and so on."""
-    if count == 1:
-        return [f"{prefix}.safetensors"]
-    return [f"{prefix}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]

@@ -1,1 +1,1 @@
-"""The ways to train: our own, on any mesh, and DeepSpeed's."""
+"""Training strategies: which one is used, and our own, which runs on any mesh."""

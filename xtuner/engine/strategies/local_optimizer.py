@@ -1,6 +1,6 @@
-"""The optimizer's step on what this process holds of each parameter; on one process that is the full parameter.
+"""The optimizer's step on this process's rows of each parameter; on a single process these are the full parameter.
 
-It is made by any optimizer of PyTorch's with fp32 masters, or by our own AdamW in one of its forms (adamw.py).
+The step is made by an optimizer of PyTorch with fp32 masters, or by our own AdamW in one of its forms (adamw.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,20 @@ from typing import Protocol
 import torch
 
 from xtuner.engine.state.shards import Shard
-from xtuner.model.weights import Part
+from xtuner.model.weights import FlatRange
 from xtuner.optim.adamw import AdamW, Form, Moments, read_master, write_master
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.optimizer_trial import pack
-from xtuner.optim.parameter_groups import group_of, set_lr
+from xtuner.optim.parameter_groups import find_group, set_lr
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a parameter, as it computes: its elements from `begin` on."""
+    """Rows of a parameter in the compute dtype: its elements from `begin` on."""
 
-    weight: torch.Tensor  # [rows, …], a view: writing to it changes what computes
+    weight: torch.Tensor  # [rows, …], a view: writing to it changes the weight that computes
     begin: int = 0
 
 
@@ -32,38 +32,38 @@ class LocalOptimizer(Protocol):
         """2-norm of these gradients, a scalar on the device."""
 
     def prepare(self, gradients: Tensors) -> None:
-        """Host work of the step that need not wait for the norm."""
+        """Do the host work of the step that does not depend on the norm."""
 
     def apply(self, gradients: Tensors, lr: float, max_norm: float | None, norm: torch.Tensor) -> None:
-        """Clip, by the `norm` of all gradients, and step."""
+        """Clip by the `norm` of all ranks' gradients, and step."""
 
     def shards(self) -> dict[str, Shard]:
         """Master and optimizer state of each parameter."""
 
-    def place(self, name: str, key: str, value: torch.Tensor) -> None:
-        """Restore a part of a parameter's optimizer state, packed."""
+    def restore_state(self, name: str, key: str, value: torch.Tensor) -> None:
+        """Restore one key of a parameter's optimizer state, in the packed form of optimizer_trial.py."""
 
-    def refresh(self) -> None:
-        """Bring masters, changed from outside, to the weights that compute."""
+    def sync_weights(self) -> None:
+        """Copy masters that were changed from outside to the weights that compute."""
 
 
 def local_optimizer(rows: Mapping[str, Rows], optim: OptimWrapper, device: torch.device) -> LocalOptimizer:
-    form = optim.own_form(device)
-    return ByForm(rows, optim, form) if form else ByTorch(rows, optim)
+    form = optim.state_form(device)
+    return OwnAdamW(rows, optim, form) if form else TorchOptimizer(rows, optim)
 
 
-def norm_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """2-norm of all, in fp32: each is read once, as it is."""
+def compute_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """2-norm of all tensors, in fp32, without fp32 copies."""
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).norm()
 
 
-class ByTorch:
-    """One of `torch.optim` on fp32 masters. Weights that compute in fp32 are their own masters."""
+class TorchOptimizer:
+    """An optimizer of PyTorch on fp32 masters. Weights that compute in fp32 are their own masters."""
 
     def __init__(self, rows: Mapping[str, Rows], optim: OptimWrapper) -> None:
         self._rows = rows
         self._masters = {n: _master(r.weight) for n, r in rows.items()}
-        # of a rank that holds nothing there is nothing to optimize
+        # a rank may have no rows
         self._optimizer = optim.build(self._masters) if rows else None
         self._traits = optim.traits(next(iter(rows.values())).weight.device) if rows else None
 
@@ -71,7 +71,7 @@ class ByTorch:
         return torch.nn.utils.get_total_norm(list(gradients.values()))
 
     def prepare(self, gradients: Tensors) -> None:
-        pass  # PyTorch's do theirs in the step
+        pass  # PyTorch's optimizers do all work in the step
 
     def apply(self, gradients: Tensors, lr: float, max_norm: float | None, norm: torch.Tensor) -> None:
         if self._optimizer is None:
@@ -83,23 +83,23 @@ class ByTorch:
         set_lr(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self.refresh()
+        self.sync_weights()
 
     def shards(self) -> dict[str, Shard]:
         state = self._optimizer.state if self._optimizer else {}
         return {
-            name: Shard(Part(p.data.view(-1), self._rows[name].begin), pack(state.get(p, {}), p))
+            name: Shard(FlatRange(p.data.view(-1), self._rows[name].begin), pack(state.get(p, {}), p))
             for name, p in self._masters.items()
         }
 
-    def place(self, name: str, key: str, value: torch.Tensor) -> None:
+    def restore_state(self, name: str, key: str, value: torch.Tensor) -> None:
         assert self._optimizer is not None
         assert self._traits is not None
         master = self._masters[name]
         self._optimizer.state[master][key] = self._traits.unpack(key, value, master)
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def sync_weights(self) -> None:
         copies = {n: r.weight for n, r in self._rows.items() if r.weight.dtype != torch.float32}
         if copies:
             torch._foreach_copy_(list(copies.values()), [self._masters[n] for n in copies])
@@ -112,8 +112,8 @@ def _master(weight: torch.Tensor) -> torch.nn.Parameter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Encoded(Part):
-    """`values` as they compute, whose fp32 master is put together when it is read."""
+class _EncodedRange(FlatRange):
+    """`values` in the compute dtype; the fp32 master is assembled when it is read."""
 
     state: Moments
     form: Form
@@ -122,21 +122,21 @@ class _Encoded(Part):
         return read_master(self.values, self.state, self.form)
 
     @torch.no_grad()
-    def take(self, full: torch.Tensor) -> None:
+    def copy_from(self, full: torch.Tensor) -> None:
         own = full.reshape(-1)[self.begin : self.begin + len(self.values)]
         write_master(self.values, self.state, self.form, own.to(self.values.device, torch.float32))
 
 
-class ByForm:
+class OwnAdamW:
     """Our own AdamW in one of its forms."""
 
     def __init__(self, rows: Mapping[str, Rows], optim: OptimWrapper, form: Form) -> None:
         self._begins = {n: r.begin for n, r in rows.items()}
-        groups = {n: group_of(n, optim.parameter_groups) for n in rows}
+        groups = {n: find_group(n, optim.parameter_groups) for n in rows}
         self._adamw = AdamW({n: r.weight for n, r in rows.items()}, form, optim.arguments, self._begins, groups)
 
     def norm(self, gradients: Tensors) -> torch.Tensor:
-        return norm_of(list(gradients.values()))
+        return compute_norm(list(gradients.values()))
 
     def prepare(self, gradients: Tensors) -> None:
         self._adamw.prepare(gradients)
@@ -147,19 +147,19 @@ class ByForm:
 
     def shards(self) -> dict[str, Shard]:
         step = torch.tensor(float(self._adamw.steps))
-        own = ("master", "low")  # in checkpoints masters are full fp32 weights
+        not_saved = ("master", "low")  # parts of the masters, which checkpoints contain as fp32 weights
         shards = {}
         for name, state in self._adamw.state.items():
             values, begin = self._adamw.weights[name].data.view(-1), self._begins[name]
-            master = _Encoded(values, begin, state=state, form=self._adamw.form)
-            shards[name] = Shard(master, {"step": step} | {k: v for k, v in state.items() if k not in own})
+            master = _EncodedRange(values, begin, state=state, form=self._adamw.form)
+            shards[name] = Shard(master, {"step": step} | {k: v for k, v in state.items() if k not in not_saved})
         return shards
 
-    def place(self, name: str, key: str, value: torch.Tensor) -> None:
+    def restore_state(self, name: str, key: str, value: torch.Tensor) -> None:
         if key == "step":
             self._adamw.steps = int(value)
         else:
             self._adamw.state[name][key].copy_(value)
 
-    def refresh(self) -> None:
-        pass  # taking a master over has written the weight
+    def sync_weights(self) -> None:
+        pass  # writing a master has already written the weight

@@ -1,4 +1,4 @@
-"""The one loop over an iteration's micro-batches."""
+"""The loop over an iteration's micro-batches, for all strategies."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,12 +18,13 @@ def run_micro_batches(
     before: Callable[[bool], object],
     skip: bool,
 ) -> torch.Tensor:
-    """Forward and backward of each piece. Returns this rank's sum of losses ÷ `num_targets`, a scalar on the device.
+    """Forward and backward of each micro-batch. Returns this rank's sum of losses ÷ `num_targets`, on the device.
 
     Args:
+        pieces: the micro-batches.
         num_targets: of all ranks.
-        before: called before each piece, with whether it is the last.
-        skip: whether pieces without targets may be left out; not where other ranks wait for collectives in them.
+        before: called before each micro-batch, with whether it is the last.
+        skip: whether to skip micro-batches without targets; False if other ranks wait for collectives in them.
     """
     total = torch.zeros((), device=device)
     for i, piece in enumerate(pieces):

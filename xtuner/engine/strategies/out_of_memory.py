@@ -1,7 +1,8 @@
-"""Which errors mean that memory ran out, and how an iteration is repeated after one.
+"""Which errors mean that memory ran out, and with what an iteration is then repeated.
 
-Weights change only in the step, so forward and backward can be repeated. Each time, micro-batches get a quarter smaller
-and keep a quarter less for the backward, until one of LEAST tokens, or of a single document, keeps nothing.
+Weights change only in the step, so forward and backward can be repeated. Each repetition uses micro-batches that are a
+quarter smaller and keep a quarter less for the backward, until a micro-batch of MIN_MICRO_BATCH tokens, or of a single
+document, keeps nothing.
 """
 
 import gc
@@ -13,14 +14,14 @@ from xtuner.core.log import human_bytes
 from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
-from xtuner.engine.memory import Memory
-from xtuner.model.ops.functions import NOTHING
+from xtuner.engine.memory import MemoryPlan
+from xtuner.model.ops.functions import KEEP_NONE
 
-OLDEST = torch.zeros((), requires_grad=True).clone()  # no node of a model's graph is older
+OLDEST_NODE = torch.zeros((), requires_grad=True).clone()  # no node of a model's graph is older
 
 
 class OutOfMemory(MemoryError):
-    """Memory ran out on `rank`, and no smaller micro-batch is left to try. Raised on all ranks."""
+    """Memory ran out on `rank`, and there is no smaller micro-batch to try. Raised on all ranks."""
 
     def __init__(self, text: str, rank: int) -> None:
         super().__init__(text)
@@ -29,8 +30,8 @@ class OutOfMemory(MemoryError):
 
 @dataclass(frozen=True)
 class Failure:
-    """Of the micro-batches up to the one at which this rank's memory ran out, and what the error says. Not the error
-    itself: its traceback holds the graph."""
+    """Which micro-batches had been started when this rank's memory ran out. It keeps the error's text instead of the
+    error, whose traceback refers to the graph."""
 
     largest: Batch
     last: Batch
@@ -38,7 +39,7 @@ class Failure:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's allocator, CUDA itself (pinned memory, libraries), or the host's allocator."""
+    """Whether an error is of CUDA's allocator, CUDA itself (pinned memory, libraries), or the host's allocator."""
     words = ("out of memory", "can't allocate memory", "std::bad_alloc", "STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(w in str(error) for w in words)
@@ -46,67 +47,69 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def drop_graph() -> None:
-    """Free the graph of a forward or backward that has raised an error, which nobody refers to any more.
+    """Free the graph of a forward or backward that has raised an error; no Python object may refer to it any more.
 
-    Tasks that were ready to run stay in autograd's queue of this thread, which takes those of newer nodes first: they
-    go when it has to come to an older one.
+    Tasks that were ready to run stay in this thread's autograd queue. The queue runs newer nodes first, so a backward
+    of an older node removes them.
     """
-    OLDEST.backward()
+    OLDEST_NODE.backward()
     gc.collect()
 
 
-def smaller(now: Memory, piece: Batch) -> Memory | None:
-    """What to try after memory ran out with micro-batches up to this one; None if nothing smaller is left."""
-    plan, tokens = now.plan, piece.num_tokens
-    can_be_cut = tokens > max(piece.max_seqlen, memory.LEAST)
-    can_keep_less = bool(plan.room) and any(keep != NOTHING for keep in plan.keeps(tokens))
+def shrink_memory(now: MemoryPlan, piece: Batch) -> MemoryPlan | None:
+    """The plan to try after memory ran out with micro-batches of up to this one's size; None if none is smaller."""
+    plan, tokens = now.activations, piece.num_tokens
+    can_be_cut = tokens > max(piece.max_seqlen, memory.MIN_MICRO_BATCH)
+    can_keep_less = bool(plan.room) and any(policy != KEEP_NONE for policy in plan.choose_kept(tokens))
     if not can_be_cut and not can_keep_less:
         return None
     if plan.room:
-        plan = replace(plan, room=min(plan.room, plan.peak(tokens)) * 3 // 4)
-    most = min(now.most or tokens, max(tokens * 3 // 4 if can_be_cut else tokens, memory.LEAST))
-    whole = plan.largest(most)
-    if now.plan.fits(now.most or tokens) and whole >= memory.LEAST:
-        most = whole  # nothing was recomputed, and nothing need be
-    found = replace(now, plan=plan, most=most)
+        plan = replace(plan, room=min(plan.room, plan.peak_bytes(tokens)) * 3 // 4)
+    max_tokens = min(now.max_tokens or tokens, max(tokens * 3 // 4 if can_be_cut else tokens, memory.MIN_MICRO_BATCH))
+    without_recompute = plan.largest_micro_batch(max_tokens)
+    if now.activations.keeps_everything(now.max_tokens or tokens) and without_recompute >= memory.MIN_MICRO_BATCH:
+        max_tokens = without_recompute
+    found = replace(now, activations=plan, max_tokens=max_tokens)
     return found if found != now else None
 
 
-def agree_on_smaller(now: Memory, failure: Failure | None, mesh: Mesh) -> tuple[Memory, str]:
-    """What all ranks repeat the iteration with, and a sentence about it. All call it, those that failed with a failure.
+def agree_on_smaller(now: MemoryPlan, failure: Failure | None, mesh: Mesh) -> tuple[MemoryPlan, str]:
+    """The plan with which all ranks repeat the iteration, and a sentence about it for the log.
 
-    Raises: OutOfMemory if a rank has nothing smaller to try.
+    All ranks call it together, without a failure where memory sufficed.
+
+    Raises: OutOfMemory if a rank has no smaller plan to try.
     """
-    mine = None
+    own = None
     if failure:
-        # a long document may have fitted, and what comes after it not
-        found = smaller(now, failure.largest) or smaller(now, failure.last)
-        mine = [failure.text, failure.largest.num_tokens, found and [found.most, found.plan.room]]
-    heard = mesh.ranks.gather(mine) if mesh.size > 1 else [mine]
-    failures = {rank: message for rank, message in enumerate(heard) if message}
+        # a long document may have fitted, and a later micro-batch not
+        found = shrink_memory(now, failure.largest) or shrink_memory(now, failure.last)
+        own = [failure.text, failure.largest.num_tokens, found and [found.max_tokens, found.activations.room]]
+    messages = mesh.ranks.gather(own) if mesh.size > 1 else [own]
+    failures = {rank: message for rank, message in enumerate(messages) if message}
     after = now
     for rank, (text, _, limits) in failures.items():
         if limits is None:
             raise OutOfMemory(text, rank)
-        most, room = _least(limits[0], after.most), _least(limits[1], after.plan.room)
-        after = replace(after, plan=replace(after.plan, room=room), most=most)
+        max_tokens, room = _smallest(limits[0], after.max_tokens), _smallest(limits[1], after.activations.room)
+        after = replace(after, activations=replace(after.activations, room=room), max_tokens=max_tokens)
     where = " and ".join(
         (f"on rank {rank} " if mesh.size > 1 else "") + f"with micro-batches of up to {tokens:,} tokens"
         for rank, (_, tokens, _) in failures.items()
     )
-    return after, f"memory ran out {where}; repeated with {_changes(now, after)}, which the run keeps"
+    return after, f"memory ran out {where}; repeated with {_describe_changes(now, after)}, also for the rest of the run"
 
 
-def _least(*values: int | None) -> int | None:
+def _smallest(*values: int | None) -> int | None:
     return min((v for v in values if v is not None), default=None)
 
 
-def _changes(before: Memory, after: Memory) -> str:
+def _describe_changes(before: MemoryPlan, after: MemoryPlan) -> str:
     found = []
-    if after.most != before.most:
-        size = "whole packs" if before.most is None else f"{before.most:,}"
-        found.append(f"micro-batches of at most {after.most:,} tokens (before: {size})")
-    if after.plan.room != before.plan.room:
-        now, then = (human_bytes(m.plan.room or 0) for m in (after, before))
+    if after.max_tokens != before.max_tokens:
+        size = "full packs" if before.max_tokens is None else f"{before.max_tokens:,}"
+        found.append(f"micro-batches of at most {after.max_tokens:,} tokens (before: {size})")
+    if after.activations.room != before.activations.room:
+        now, then = (human_bytes(m.activations.room or 0) for m in (after, before))
         found.append(f"{now} of memory for each (before: {then})")
     return " and ".join(found)

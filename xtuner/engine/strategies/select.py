@@ -1,4 +1,4 @@
-"""Which strategy a run is trained with, and how it uses the memory."""
+"""Selects a run's strategy and its memory plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from xtuner.core.log import logger
 from xtuner.dist.mesh import Mesh, make_mesh
 from xtuner.engine import memory
 from xtuner.engine.base import Strategy
-from xtuner.engine.memory import PACK, Memory
+from xtuner.engine.memory import USUAL_PACK, MemoryPlan
 from xtuner.engine.strategies.sharded import ShardedStrategy
 from xtuner.engine.zero import deepspeed_config, zero_memory
 from xtuner.model.source import ModelSource
@@ -22,18 +22,20 @@ from xtuner.optim.optimizer_trial import ADVICE
 
 @dataclass(frozen=True)
 class Choice:
-    """What will train, known before anything is loaded.
+    """The selected strategy, before anything is loaded.
 
     Args:
-        memory: how a rank uses it; the strategy takes it from here.
-        deepspeed: a shipped name or a JSON file; fsdp: "full" or "hybrid".
-        settings: DeepSpeed's, complete.
-        remark: what would be faster here, by arithmetic.
+        memory: the plan that the strategy will follow.
+        pack: tokens of a pack.
+        deepspeed: a shipped name or a JSON file.
+        fsdp: "full" or "hybrid".
+        settings: complete settings of DeepSpeed; None for our own strategy.
+        remark: an alternative that is estimated to be faster, for the log.
     """
 
-    memory: Memory
+    memory: MemoryPlan
     mesh: Mesh
-    pack: int = PACK  # its tokens
+    pack: int = USUAL_PACK
     deepspeed: str | None = None
     fsdp: str | None = None
     settings: Mapping[str, Any] | None = None
@@ -45,49 +47,49 @@ class Choice:
 
     @property
     def state(self) -> int:
-        """Bytes of weights, gradients and optimizer that a rank holds, by arithmetic."""
+        """Estimated bytes of weights, gradients and optimizer state on a rank."""
         return self.memory.state
 
 
-def choose(
+def choose_strategy(
     source: ModelSource,
     optim: OptimWrapper,
     device: torch.device,
     deepspeed: str | None = None,
     fsdp: str | None = None,
     mesh: Mesh | None = None,
-    pack: int = PACK,
+    pack: int = USUAL_PACK,
     free: int | None = None,
 ) -> Choice:
-    """DeepSpeed or FSDP if requested; else FSDP for several processes, and neither for one.
+    """DeepSpeed or FSDP if requested; else FSDP for several processes, and neither for a single one.
 
     Args:
-        mesh: None for all processes there are.
+        mesh: None for all processes.
         pack: tokens of a pack.
-        free: bytes that every rank can still get of its GPU (`memory.free_of_all`); None for what this one can.
+        free: bytes that every rank can still allocate on its GPU (`memory.min_free_bytes`); None to ask this GPU.
 
-    Raises: ConfigError for what cannot be, DeepSpeed's settings included.
+    Raises: ConfigError for combinations or DeepSpeed settings that are not supported.
     """
     if deepspeed and fsdp:
         raise ConfigError(
             f"--deepspeed {deepspeed} and --fsdp {fsdp}",
             where="command line",
-            why="both cut the model over the ranks, each in its way",
+            why="both shard the model over the ranks",
             do="give one of them",
         )
     mesh = mesh or make_mesh(fsdp)
     if deepspeed:
-        return _zero(source, optim, device, deepspeed, mesh, pack, free)
+        return _choose_deepspeed(source, optim, device, deepspeed, mesh, pack, free)
     mode = fsdp or ("full" if mesh.size > 1 else None)
     if mode:
         engine = f"--fsdp {mode}" if fsdp else f"{mesh.size} processes (FSDP)"
-        _require_cuttable(optim, device, engine, zero=False)
-    found = memory.of_mesh(source, optim, device, mesh, pack, free)
-    remark = memory.faster_mesh(found, source, optim, device, mesh, pack, free)
+        _require_shardable(optim, device, engine, zero=False)
+    found = memory.plan_memory(source, optim, device, mesh, pack, free)
+    remark = memory.suggest_mesh(found, source, optim, device, mesh, pack, free)
     return Choice(found, mesh, pack, fsdp=mode, remark=remark)
 
 
-def _zero(
+def _choose_deepspeed(
     source: ModelSource,
     optim: OptimWrapper,
     device: torch.device,
@@ -101,29 +103,32 @@ def _zero(
             f'states = "{optim.states.name}" is not supported with DeepSpeed',
             where="optim_wrapper.states",
             why="DeepSpeed keeps the optimizer's state in fp32",
-            do='set it to "fp32", or leave --deepspeed out: the state is then divided over the ranks in any form',
+            do='set it to "fp32", or leave --deepspeed out: xtuner\'s own sharding supports all states',
         )
     if source.adapter:
         raise ConfigError(
             "adapters are not supported with DeepSpeed", where="model.adapter", do="leave --deepspeed out"
         )
-    settings = deepspeed_config.prepare(name, source, optim, device, mesh.size)
-    if (idle := deepspeed_config.without_effect(deepspeed_config.read(name))) and mesh.is_main:
-        logger.info(f"--deepspeed {name}: no effect here: {', '.join(idle)}")
+    settings = deepspeed_config.prepare_settings(name, source, optim, device, mesh.size)
+    if (ignored := deepspeed_config.list_ignored(deepspeed_config.read_settings(name))) and mesh.is_main:
+        logger.info(f"--deepspeed {name}: no effect here: {', '.join(ignored)}")
     if settings["zero_optimization"].get("stage", 0):
-        _require_cuttable(optim, device, f"--deepspeed {name}", zero=True)
-    found = zero_memory.of_zero(source, optim, device, mesh, settings, pack, free)
-    remark = zero_memory.faster_own(found, source, optim, device, mesh, name, pack, free)
+        _require_shardable(optim, device, f"--deepspeed {name}", zero=True)
+    found = zero_memory.plan_zero_memory(source, optim, device, mesh, settings, pack, free)
+    remark = zero_memory.suggest_own_sharding(found, source, optim, device, mesh, name, pack, free)
     return Choice(found, mesh, pack, name, settings=settings, remark=remark)
 
 
-def _require_cuttable(optim: OptimWrapper, device: torch.device, engine: str, zero: bool) -> None:
-    """Raise ConfigError for an optimizer whose update of a part of a parameter is not that part of the update."""
-    traits, name = optim.traits(device), type_name(optim.kind)
-    if traits.cuttable and zero and traits.built_with_state and optim.kind is not torch.optim.Adagrad:
-        why = "it makes its state when it is built, and DeepSpeed, which replaces the parameters, knows this of Adagrad"
-    elif not traits.cuttable:
-        why = "each rank holds a part of every matrix, and this optimizer does not update each number by itself"
+def _require_shardable(optim: OptimWrapper, device: torch.device, engine: str, zero: bool) -> None:
+    """Raise ConfigError for an optimizer that does not update every element of a parameter independently."""
+    traits, name = optim.traits(device), type_name(optim.optimizer_class)
+    if traits.shardable and zero and traits.built_with_state and optim.optimizer_class is not torch.optim.Adagrad:
+        why = (
+            "it creates its state when it is built, and DeepSpeed, which replaces parameters, supports this in Adagrad"
+        )
+        why += " only"
+    elif not traits.shardable:
+        why = "each rank has a part of every matrix, and this optimizer does not update each element independently"
     else:
         return
     raise ConfigError(
@@ -134,11 +139,11 @@ def _require_cuttable(optim: OptimWrapper, device: torch.device, engine: str, ze
     )
 
 
-def strategy(choice: Choice, source: ModelSource, optim: OptimWrapper, device: torch.device) -> Strategy:
-    """What `choose` has chosen."""
+def build_strategy(choice: Choice, source: ModelSource, optim: OptimWrapper, device: torch.device) -> Strategy:
+    """Build the strategy that `choose_strategy` has selected."""
     if choice.settings is not None:
         from xtuner.engine.zero.deepspeed_strategy import DeepSpeedStrategy
 
-        assert isinstance(choice.memory, zero_memory.ZeroMemory)
+        assert isinstance(choice.memory, zero_memory.ZeroMemoryPlan)
         return DeepSpeedStrategy(source, optim, device, choice.settings, choice.mesh, choice.memory)
     return ShardedStrategy(source, optim, device, choice.mesh, choice.memory)

@@ -1,6 +1,6 @@
 """`--deepspeed NAME_OR_JSON`: DeepSpeed's own settings, with "auto" where the config decides.
 
-What stands in both must agree: the config is what a run is known by, and DeepSpeed would silently follow its JSON.
+A value that both define must be the same: the config describes the run, but DeepSpeed would silently follow its JSON.
 """
 
 import importlib
@@ -18,25 +18,25 @@ from xtuner.model.flops import num_parameters
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 
-BUCKET = 200_000_000  # numbers that are sent at once: 0.8 GB in fp32, of which links of GPUs reach their full speed
+BUCKET = 200_000_000  # elements that are sent at once: 0.8 GB in fp32, enough for the full speed of links
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 GRADIENTS = "data_types.grad_accum_dtype"
 SHIPPED = Path(__file__).parents[2] / "configs" / "deepspeed"
 
 
-def shipped() -> list[str]:
+def list_shipped() -> list[str]:
     return sorted(p.stem for p in SHIPPED.glob("*.json"))
 
 
-def read(name: str) -> dict[str, Any]:
+def read_settings(name: str) -> dict[str, Any]:
     """The JSON of a shipped name or a file. Raises: ConfigError."""
     where = f"--deepspeed {name}"
-    path = SHIPPED / f"{name}.json" if name in shipped() else Path(name).expanduser()
+    path = SHIPPED / f"{name}.json" if name in list_shipped() else Path(name).expanduser()
     if not path.is_file():
         raise ConfigError(
-            f"there are no such DeepSpeed settings.{did_you_mean(name, shipped())}",
+            f"no such DeepSpeed settings.{did_you_mean(name, list_shipped())}",
             where=where,
-            do=f"give a JSON file, or one of: {', '.join(shipped())}",
+            do=f"give a JSON file, or one of: {', '.join(list_shipped())}",
         )
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -44,7 +44,7 @@ def read(name: str) -> dict[str, Any]:
         raise ConfigError(f"the DeepSpeed settings are not JSON: {e}", where=str(path)) from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization"), dict):
         raise ConfigError("the DeepSpeed settings have no zero_optimization", where=str(path))
-    if "bfloat16" in settings:  # its name of old
+    if "bfloat16" in settings:  # the old name
         settings["bf16"] = settings.pop("bfloat16")
     for key in settings:
         if key not in (*deepspeed_settings.KNOWN, "fp16"):
@@ -53,17 +53,17 @@ def read(name: str) -> dict[str, Any]:
     return settings
 
 
-def package() -> Any:
-    """DeepSpeed itself. Raises: ConfigError if it is not installed."""
+def import_deepspeed() -> Any:
+    """The package. Raises: ConfigError if it is not installed."""
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it looks for others and warns
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it searches for others and warns
     try:
         import deepspeed
     except ImportError:
         raise ConfigError(
             "DeepSpeed is not installed",
             where="--deepspeed",
-            do="pip install 'xtuner[deepspeed]', or train without it: --fsdp needs nothing more",
+            do="pip install 'xtuner[deepspeed]', or train without it: --fsdp needs no other package",
         ) from None
     from deepspeed.utils import logger
 
@@ -71,32 +71,34 @@ def package() -> Any:
     return deepspeed
 
 
-def prepare(name: str, source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int) -> dict[str, Any]:
-    """The settings of a shipped name or a file, complete for a model. Raises: ConfigError."""
-    found = resolve(read(name), optim, device, ranks, name)
+def prepare_settings(
+    name: str, source: ModelSource, optim: OptimWrapper, device: torch.device, ranks: int
+) -> dict[str, Any]:
+    """The settings of a shipped name or a file, completed for a model. Raises: ConfigError."""
+    found = resolve_auto(read_settings(name), optim, device, ranks, name)
     c, zero = source.config, found["zero_optimization"]
     block = (num_parameters(c) - (2 * c.vocab_size + 1) * c.hidden_size) // c.num_layers
-    # less than a block, and each block waits for the rest of its weights
+    # if less than a block is prefetched, each block waits for the rest of its weights
     sizes = dict.fromkeys(BUCKETS[:2], BUCKET) | ({BUCKETS[2]: block} if zero.get("stage") == 3 else {})
     found["zero_optimization"] = sizes | zero
     return found
 
 
-def resolve(
+def resolve_auto(
     settings: dict[str, Any], optim: OptimWrapper, device: torch.device, ranks: int, name: str
 ) -> dict[str, Any]:
-    """Settings in which the config has filled every "auto". Raises: ConfigError naming both where they disagree."""
+    """The settings with every "auto" replaced by the config's value. Raises: ConfigError naming both if they differ."""
     where = f"--deepspeed {name}"
     found = json.loads(json.dumps(settings))
     bf16 = optim.compute_dtype(device) == torch.bfloat16
-    if _of(found, "fp16.enabled") not in (None, False, AUTO):
+    if _get(found, "fp16.enabled") not in (None, False, AUTO):
         raise ConfigError("fp16 is not supported", where=f"{where}: fp16.enabled", do="bf16 needs no loss scale")
     found.pop("fp16", None)
-    deepspeed_settings.reject(found, where)
-    deepspeed_settings.drop(found)
+    deepspeed_settings.reject_unsupported(found, where)
+    deepspeed_settings.drop_ignored(found)
     for key in BUCKETS:
         if found["zero_optimization"].get(key) == AUTO:
-            del found["zero_optimization"][key]  # for `prepare`
+            del found["zero_optimization"][key]  # set by `prepare_settings`
     wanted = {
         "train_micro_batch_size_per_gpu": (1, ""),
         "gradient_accumulation_steps": (optim.accumulative_counts, "accumulative_counts"),
@@ -105,12 +107,12 @@ def resolve(
         "bf16.enabled": (bf16, "optim_wrapper.dtype"),
     }
     for key, (value, ours) in wanted.items():
-        theirs = _of(found, key)
+        theirs = _get(found, key)
         if theirs not in (None, AUTO) and theirs != value:
             raise ConfigError(
                 f"{key} is {theirs} in the DeepSpeed settings, and by the config it is {value}",
                 where=f"{where}: {key}" + (f"; config: {ours}" if ours else ""),
-                why="one of them would be followed without a word" if ours else "each GPU takes one pack at a time",
+                why="DeepSpeed would silently use its own" if ours else "each GPU computes one pack at a time",
                 do='set it to "auto" in the JSON' + (f", or change {ours}" if ours else ""),
             )
     found.pop("train_batch_size", None)
@@ -126,9 +128,9 @@ def resolve(
         raise ConfigError(
             f"communication_data_type = {json.dumps(found['communication_data_type'])} is not fp32 or bf16",
             where=f"{where}: communication_data_type",
-            why="gradients would leave the range of other types",
+            why="other types cannot represent the range of gradients",
         )
-    if left := [key for key in _flat(found) if _of(found, key) == AUTO and key != GRADIENTS]:
+    if left := [key for key in _flatten_keys(found) if _get(found, key) == AUTO and key != GRADIENTS]:
         raise ConfigError(f'no setting of the config decides {left[0]} = "auto"', where=where, do="give it a value")
     zero = found["zero_optimization"] = _checked(
         found, "zero_optimization", "zero.config", "DeepSpeedZeroConfig", where
@@ -154,7 +156,7 @@ def resolve(
             raise ConfigError(
                 f"{part} needs stage {least} or higher",
                 where=f"{where}: zero_optimization.{part}",
-                why=f"stage {zero.get('stage', 0)} keeps this whole on every GPU",
+                why=f"stage {zero.get('stage', 0)} keeps this full on every GPU",
             )
     if not zero.get("stage") and bf16:
         raise ConfigError("stage 0 in bf16 keeps no fp32 weights", where=f"{where}: zero_optimization.stage",
@@ -163,13 +165,13 @@ def resolve(
 
 
 def _set_sums(found: dict[str, Any], optim: OptimWrapper, bf16: bool, where: str) -> None:
-    """In what gradients are summed over the packs of an iteration: fp32; bf16 on request.
+    """Set the dtype in which gradients are summed over the packs of an iteration: fp32, or bf16 on request.
 
     In bf16 the error of the sum grows with the number of packs.
     """
     wanted = (found.pop("data_types", None) or {}).get("grad_accum_dtype")
     wanted = None if wanted == AUTO else wanted
-    stage = _of(found, "zero_optimization.stage") or 0
+    stage = _get(found, "zero_optimization.stage") or 0
     at = f"{where}: data_types.grad_accum_dtype"
     if wanted not in ((None, "fp32", "bf16") if bf16 else (None, "fp32")):
         may = "fp32 or bf16" if bf16 else "fp32, in which everything is computed"
@@ -178,10 +180,10 @@ def _set_sums(found: dict[str, Any], optim: OptimWrapper, bf16: bool, where: str
         raise ConfigError(
             f"data_types.grad_accum_dtype is {wanted} in the DeepSpeed settings, and by the config it is {optim.sums}",
             where=f"{at}; config: optim_wrapper.sums",
-            why="one of them would be followed without a word",
+            why="DeepSpeed would silently use its own",
             do='set it to "auto" in the JSON, or change optim_wrapper.sums',
         )
-    offload = (_of(found, "zero_optimization.offload_optimizer.device") or "none") != "none"
+    offload = (_get(found, "zero_optimization.offload_optimizer.device") or "none") != "none"
     by_deepspeed = "with offload" if offload else "with sums in bf16" if bf16 and wanted == "bf16" else ""
     full = {1: ("all",), 2: ("weights",) if by_deepspeed else ("all", "weights"), 3: ("blocks",)}.get(stage, ())
     if optim.full and optim.full not in full:
@@ -192,21 +194,22 @@ def _set_sums(found: dict[str, Any], optim: OptimWrapper, bf16: bool, where: str
         )
     if not bf16 or not stage:
         return
-    # of stage 1 DeepSpeed knows fp32 with offload alone; else gradient_exchange.py sums, in stage 2 where memory allows
+    # under stage 1 DeepSpeed sums in fp32 with offload only; else gradient_exchange.py does, and under stage 2 if it
+    # fits
     if stage > 1 or offload or wanted == "bf16":
         by_name = optim.sums if stage == 3 or offload or optim.full == "weights" else None
         found["data_types"] = {"grad_accum_dtype": wanted or by_name or "fp32"}
 
 
-def without_effect(settings: dict[str, Any]) -> list[str]:
-    """Settings that change nothing here, each with its reason."""
-    return deepspeed_settings.drop(json.loads(json.dumps(settings)))
+def list_ignored(settings: dict[str, Any]) -> list[str]:
+    """Settings without effect here, each with its reason."""
+    return deepspeed_settings.drop_ignored(json.loads(json.dumps(settings)))
 
 
 def _checked(settings: dict[str, Any], section: str, module: str, kind: str, where: str) -> dict[str, Any]:
-    """A section that DeepSpeed's own description of it accepts. Raises: ConfigError naming the first wrong key."""
+    """A section, validated by DeepSpeed's own schema. Raises: ConfigError naming the first wrong key."""
     given = dict(settings[section])
-    package()
+    import_deepspeed()
     form = getattr(importlib.import_module(f"deepspeed.runtime.{module}"), kind)
     try:
         form(**given)
@@ -216,7 +219,7 @@ def _checked(settings: dict[str, Any], section: str, module: str, kind: str, whe
         if first["type"] == "extra_forbidden":
             near = did_you_mean(str(first["loc"][-1]), sorted(form.model_fields)) if len(first["loc"]) == 1 else ""
             raise ConfigError(f"DeepSpeed has no setting {key!r}.{near}", where=f"{where}: {key}") from None
-        value = _of(settings, key)
+        value = _get(settings, key)
         words = "Input should be 0, 1, 2 or 3" if key == "zero_optimization.stage" else first["msg"]
         raise ConfigError(f"{key} = {json.dumps(value)}: {words}", where=f"{where}: {key}") from None
     if "stage" in given:
@@ -224,15 +227,15 @@ def _checked(settings: dict[str, Any], section: str, module: str, kind: str, whe
     return given
 
 
-def _of(settings: dict[str, Any], key: str) -> Any:
+def _get(settings: dict[str, Any], key: str) -> Any:
     value: Any = settings
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> list[str]:
+def _flatten_keys(settings: dict[str, Any], prefix: str = "") -> list[str]:
     keys = []
     for key, value in settings.items():
-        keys += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+        keys += _flatten_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
     return keys

@@ -1,8 +1,8 @@
 """ZeRO 1, 2 and 3 by DeepSpeed, with and without offload.
 
-DeepSpeed flattens parameters into groups and cuts each group over the ranks; what a rank holds of a parameter is a
-range of its elements, which is all that our checkpoints need to know (shards.py). Its own checkpoint files, pickles cut
-for one number of ranks, are never written.
+DeepSpeed flattens parameters into groups and shards each group over the ranks, so that a rank has a range of each
+parameter's elements; this is all that our checkpoints need (shards.py). DeepSpeed's own checkpoint files, pickles for
+one number of ranks, are never written.
 """
 
 import copy
@@ -19,18 +19,18 @@ from xtuner.dist.mesh import Mesh
 from xtuner.engine.state.shards import Shard, StatefulStrategy
 from xtuner.engine.strategies.micro_batches import run_micro_batches
 from xtuner.engine.zero import deepspeed_config
-from xtuner.engine.zero.gradient_exchange import WholeSums
-from xtuner.engine.zero.zero_memory import ZeroMemory, stage_of
+from xtuner.engine.zero.gradient_exchange import FullGradientSums
+from xtuner.engine.zero.zero_memory import ZeroMemoryPlan, effective_stage
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
-from xtuner.model.weights import Part
+from xtuner.model.weights import FlatRange
 from xtuner.optim import optimizer_trial
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.parameter_groups import set_lr
 
 
 class _Piece(NamedTuple):
-    """Where this rank keeps elements [begin, begin + length) of a parameter: flat[at : at + length]."""
+    """Elements [begin, begin + length) of a parameter, which this rank has in flat[at : at + length]."""
 
     flat: torch.Tensor  # fp32, the optimizer's parameter
     at: int
@@ -41,8 +41,8 @@ class _Piece(NamedTuple):
 class DeepSpeedStrategy(StatefulStrategy):
     """
     Args:
-        settings: DeepSpeed's, complete (`deepspeed_config.prepare`).
-        memory: how it is used, and in which way gradients are summed.
+        settings: DeepSpeed's, complete (`deepspeed_config.prepare_settings`).
+        memory: the plan of `choose_strategy`.
     """
 
     def __init__(
@@ -52,28 +52,28 @@ class DeepSpeedStrategy(StatefulStrategy):
         device: torch.device,
         settings: Mapping[str, Any],
         mesh: Mesh,
-        memory: ZeroMemory,
+        memory: ZeroMemoryPlan,
     ) -> None:
-        deepspeed = _started(device)
+        deepspeed = _init_deepspeed(device)
         config = copy.deepcopy(dict(settings))
         self.stage: int = config["zero_optimization"].get("stage", 0)
         self.name = f"zero{self.stage}"
         self.compute_dtype = optim.compute_dtype(device)
         self.memory = memory
-        if (takes := stage_of(config, memory.way)) != self.stage:
+        if (takes := effective_stage(config, memory.summing)) != self.stage:
             config["zero_optimization"]["stage"] = takes
             if self.compute_dtype == torch.bfloat16:
                 config["data_types"] = {"grad_accum_dtype": "fp32"}
-        shapes = {n: p.shape for n, p in source.empty(torch.device("meta"), torch.float32).named_parameters()}
-        super().__init__(source.config, shapes, device, mesh, gives=bool(self.stage) or mesh.is_main)
+        shapes = {n: p.shape for n, p in source.build_empty(torch.device("meta"), torch.float32).named_parameters()}
+        super().__init__(source.config, shapes, device, mesh, saves=bool(self.stage) or mesh.is_main)
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=config):
-                model = CausalLM(source.config)  # each module is cut as soon as it is made
+                model = CausalLM(source.config)  # each module is sharded as soon as it is built
             source.configure(model, device, self.compute_dtype)
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # a block gathers all of its weights at once
         else:
-            model = source.empty(device, self.compute_dtype)
-        model.model.keeps = self.memory.plan.keeps
+            model = source.build_empty(device, self.compute_dtype)
+        model.keep_activations(self.memory.activations)
         optimizer = optim.build(dict(model.named_parameters()))
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._zero = self._engine.optimizer
@@ -81,15 +81,15 @@ class DeepSpeedStrategy(StatefulStrategy):
         self._parameters = dict(model.named_parameters())
         self._traits = optim.traits  # by device: offloaded states lie on the host
         self._model = model.train()
-        self._sums: WholeSums | None = None
-        self._sums_once = memory.way == "fp32"
-        if memory.way != "deepspeed":
+        self._sums: FullGradientSums | None = None
+        self._sums_once = memory.summing == "fp32"
+        if memory.summing != "deepspeed":
             dtype = torch.float32 if self._sums_once else self.compute_dtype
             sent = torch.bfloat16 if config.get("communication_data_type") == "bf16" else torch.float32
             bucket = int(config["zero_optimization"]["reduce_bucket_size"])
-            self._sums = WholeSums(self._zero, model, mesh, dtype, bucket, sent)
-        source.fill({n: s.master for n, s in self._shards().items()}, shapes, device)
-        self._refresh()
+            self._sums = FullGradientSums(self._zero, model, mesh, dtype, bucket, sent)
+        source.fill_weights({n: s.master for n, s in self._shards().items()}, shapes, device)
+        self._sync_weights()
         self._to_step = False
 
     @property
@@ -102,23 +102,23 @@ class DeepSpeedStrategy(StatefulStrategy):
         self._to_step = bool(num_targets)
         if not num_targets:
             return 0.0
-        counts = parts or self.parts(batch)
-        pieces = self._cut(batch, counts)
+        counts = parts or self.count_micro_batches(batch)
+        pieces = self._cut_packs(batch, counts)
         run = self._run_with_sums if self._sums else self._run
         return self.mesh.ranks.sum_on_device(run(pieces, counts, num_targets))
 
     def _run(self, pieces: list[Batch], counts: Sequence[int], num_targets: int) -> torch.Tensor:
-        """DeepSpeed sends gradients: of each micro-batch, or under stage 0 and 1 after the last."""
+        """DeepSpeed sends gradients: after each micro-batch, or under stage 0 and 1 after the last."""
 
         def backward(loss: torch.Tensor) -> None:
             # DeepSpeed averages over ranks
-            self._engine.backward(_marked(loss) * self.mesh.size, scale_wrt_gas=False)
+            self._engine.backward(_spread_nan(loss) * self.mesh.size, scale_wrt_gas=False)
 
         before = self._engine.set_gradient_accumulation_boundary
         return run_micro_batches(pieces, self._engine, self.device, num_targets, backward, before, skip=False)
 
     def _run_with_sums(self, pieces: list[Batch], counts: Sequence[int], num_targets: int) -> torch.Tensor:
-        """Gradients are summed here; DeepSpeed's engine has no part in it before the step."""
+        """Gradients are summed by `FullGradientSums`; DeepSpeed's engine only takes the step."""
         assert self._sums
         sums, done = self._sums, 0
         ends = {len(pieces)} if self._sums_once else set(accumulate(counts))
@@ -126,7 +126,7 @@ class DeepSpeedStrategy(StatefulStrategy):
 
         def backward(loss: torch.Tensor) -> None:
             nonlocal done
-            _marked(loss).backward()
+            _spread_nan(loss).backward()
             done += 1
             if done in ends:
                 sums.send()
@@ -161,12 +161,12 @@ class DeepSpeedStrategy(StatefulStrategy):
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        group, place = mapping.param_group_index, mapping.hp_fragment_address
+        group, address = mapping.param_group_index, mapping.hp_fragment_address
         flat = self._zero.single_partition_of_fp32_groups[group]
-        return _Piece(flat, place.start, mapping.lp_fragment_address.start, place.numel)
+        return _Piece(flat, address.start, mapping.lp_fragment_address.start, address.numel)
 
     def _key(self, name: str, piece: _Piece) -> Any:
-        """The tensor by which the optimizer knows its state."""
+        """The tensor that is the key of the optimizer's state."""
         return piece.flat if self.stage else self._parameters[name]
 
     def _shards(self) -> dict[str, Shard]:
@@ -178,10 +178,10 @@ class DeepSpeedStrategy(StatefulStrategy):
             key = self._key(name, piece)
             packed = optimizer_trial.pack(self.optimizer.state.get(key, {}), key)
             views = {k: v[piece.at : piece.at + piece.length] if v.dim() == 1 else v for k, v in packed.items()}
-            shards[name] = Shard(Part(piece.flat.data[piece.at : piece.at + piece.length], piece.begin), views)
+            shards[name] = Shard(FlatRange(piece.flat.data[piece.at : piece.at + piece.length], piece.begin), views)
         return shards
 
-    def _place(self, name: str, key: str, value: torch.Tensor) -> None:
+    def _restore_state(self, name: str, key: str, value: torch.Tensor) -> None:
         piece = self._piece(name)
         assert piece is not None
         tensor = self._key(name, piece)
@@ -194,27 +194,27 @@ class DeepSpeedStrategy(StatefulStrategy):
             state[key] = self._traits(tensor.device).unpack(key, value, tensor)
 
     @torch.no_grad()
-    def _refresh(self) -> None:
+    def _sync_weights(self) -> None:
         if self.stage in (1, 2):
             self._zero.update_lp_params()
         elif self.stage == 3:
             self._zero._partition_all_parameters()
             for i in range(len(self._zero.fp16_groups)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(i)
-            if self._zero.persistent_parameters:  # small ones, which stay whole on every rank
+            if self._zero.persistent_parameters:  # small ones, which stay full on every rank
                 self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
         self._engine.zero_grad()
 
 
-def _marked(loss: torch.Tensor) -> torch.Tensor:
-    """A loss that is not finite must not leave finite gradients."""
+def _spread_nan(loss: torch.Tensor) -> torch.Tensor:
+    """Make all gradients NaN if the loss is not finite: they must not look valid."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def _started(device: torch.device) -> Any:
-    deepspeed = deepspeed_config.package()
+def _init_deepspeed(device: torch.device) -> Any:
+    deepspeed = deepspeed_config.import_deepspeed()
     warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # it calls old names
     if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__ = {}  # or it compiles a kernel for minutes that nothing here needs
+        deepspeed.ops.__compatible_ops__ = {}  # or it compiles an unused kernel for minutes
     deepspeed.init_distributed(dist_backend="gloo" if device.type == "cpu" else "nccl")
     return deepspeed

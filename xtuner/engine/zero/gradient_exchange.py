@@ -1,11 +1,11 @@
-"""Whole gradients under ZeRO-1 and ZeRO-2: summed on every rank as micro-batches compute, sent to their owners once.
+"""Full gradients under ZeRO-1 and ZeRO-2: summed on every rank over micro-batches, then sent to their owners once.
 
-    DeepSpeed's flat weights     |── rank 0 ──|── rank 1 ──|── rank 2 ──|── rank 3 ──|   each owns a part
-    this rank's gradient sums    |▒▒▒         |▒▒▒         |▒▒▒         |▒▒▒         |   laid out alike
-    one message, ▒               a bucket: an equal share of every part; each rank gets its own, summed over ranks
+    DeepSpeed's flat weights     |── rank 0 ──|── rank 1 ──|── rank 2 ──|── rank 3 ──|   each rank owns a part
+    this rank's gradient sums    |▒▒▒         |▒▒▒         |▒▒▒         |▒▒▒         |   the same layout
+    one message, ▒               a bucket: an equal piece of every part; each rank gets its own, summed over ranks
 
-DeepSpeed itself reduces to all ranks what only one of them needs, and in the weights' dtype sums over micro-batches;
-what is sent here goes into the fp32 gradient that its step takes.
+DeepSpeed reduces every gradient to all ranks, although only one needs it, and sums over micro-batches in the weights'
+dtype. Here the reduced sums are put into the fp32 gradient that its step uses.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,35 +16,35 @@ from torch import distributed
 
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.strategies.divided import REDUCE_SCATTER
-from xtuner.engine.strategies.local_optimizer import norm_of
+from xtuner.engine.strategies.local_optimizer import compute_norm
 from xtuner.model.decoder import CausalLM
-from xtuner.model.linear import OwnsSums
+from xtuner.model.linear import GradientSumModule
 from xtuner.model.ops.gradient_sums import GradientSum
 
-LEAST = 2**16  # numbers sent at once; fewer, and an iteration would send for hours
+MIN_BUCKET = 2**16  # elements sent at once; with far fewer an iteration would take hours
 
 
 class _Group(NamedTuple):
-    """Of DeepSpeed's optimizer."""
+    """A parameter group of DeepSpeed's optimizer."""
 
-    whole: torch.Tensor  # [ranks, n]
-    sums: list[GradientSum]  # of each parameter, in `whole`
+    full: torch.Tensor  # [ranks, n]: this rank's sums
+    sums: list[GradientSum]  # of each parameter, views of `full`
 
 
-def _norm(gradients: Sequence[torch.Tensor], parameters: object, norm_type: int = 2) -> torch.Tensor:
-    """In place of DeepSpeed's, which copies each gradient to fp64 and launches kernels for each parameter: of a group's
-    own gradients of all ranks; -1, as there, if it is not finite."""
-    square = norm_of(gradients).double().square()
+def _compute_norm(gradients: Sequence[torch.Tensor], parameters: object, norm_type: int = 2) -> torch.Tensor:
+    """Norm over all ranks of a group's gradients; -1 if it is not finite, as in DeepSpeed. It replaces DeepSpeed's,
+    which copies each gradient to fp64 and launches kernels for each parameter."""
+    square = compute_norm(gradients).double().square()
     distributed.all_reduce(square)
     return torch.where(square.isfinite(), square.sqrt(), -1.0).float()
 
 
-class WholeSums:
+class FullGradientSums:
     """
     Args:
-        zero: DeepSpeed's optimizer of stage 1 or 2, without offload; it reduces nothing from here on.
+        zero: DeepSpeed's optimizer of stage 1 or 2, without offload; its own reduction is turned off.
         dtype: of sums on this rank.
-        bucket: numbers that are sent at once.
+        bucket: elements that are sent at once.
         sent: dtype in which they are summed over ranks.
     """
 
@@ -52,14 +52,14 @@ class WholeSums:
         self, zero: Any, model: CausalLM, mesh: Mesh, dtype: torch.dtype, bucket: int, sent: torch.dtype
     ) -> None:
         ranks = mesh.size
-        self._zero, self._rank, self._bucket = zero, mesh.rank, max(bucket, LEAST) // ranks
-        # sums in bf16 are sent as such even if they are summed in fp32: half the bytes. Between nodes it would be more,
-        # as there a reduction sends what the ranks of a node have summed
+        self._zero, self._rank, self._bucket = zero, mesh.rank, max(bucket, MIN_BUCKET) // ranks
+        # sums in bf16 are sent in bf16 even if they are added in fp32: half the bytes within a node. Between nodes a
+        # reduction sends less, as it first sums over the ranks of a node
         self._exact = dtype.itemsize < sent.itemsize and mesh.local_size == ranks
         self._sent = dtype if self._exact else sent
         for hook in zero._grad_acc_hooks:
             hook.remove()
-        zero.get_grad_norm_direct = _norm
+        zero.get_grad_norm_direct = _compute_norm
         zero.gradient_accumulation_dtype = torch.float32
         by_parameter: dict[int, GradientSum] = {}
         self._groups: list[_Group] = []
@@ -73,51 +73,51 @@ class WholeSums:
             self._groups.append(_Group(buffer.view(ranks, -1), sums))
         for module in model.modules():
             for key, p in module.named_parameters(recurse=False):
-                if isinstance(module, OwnsSums) and id(p) in by_parameter:
+                if isinstance(module, GradientSumModule) and id(p) in by_parameter:
                     module.gradient_sums[key] = by_parameter[id(p)]
                 elif id(p) in by_parameter:
-                    p.register_post_accumulate_grad_hook(by_parameter[id(p)].take)
+                    p.register_post_accumulate_grad_hook(by_parameter[id(p)].take_gradient)
 
     def begin(self) -> None:
-        """Before an iteration: forget what an earlier one has left."""
+        """Reset gradients and sums before an iteration."""
         for i, group in enumerate(self._groups):
             self._zero.averaged_gradients[i] = None
             for s in group.sums:
                 s.reset()
 
     def send(self) -> None:
-        """Add the sums of all ranks to what their owners hold, and begin new ones."""
+        """Add the sums of all ranks to the gradients of their owners, and reset them."""
         for i, group in enumerate(self._groups):
             for s in group.sums:
-                s.value()  # zeros where this rank has nothing to add
+                s.value()  # zeros if this rank has nothing to add
                 s.reset()
             first = self._zero.averaged_gradients.get(i) is None
             if first:
                 self._zero.averaged_gradients[i] = self._zero._build_compact_grad_partition_buffer(i)
-            self._reduce(group.whole, self._zero.averaged_gradients[i].flat_partition, first)
+            self._reduce(group.full, self._zero.averaged_gradients[i].flat_partition, first)
 
-    def _reduce(self, whole: torch.Tensor, own: torch.Tensor, first: bool) -> None:
-        """Args: whole: this rank's sums [ranks, n]. own: [n], all ranks' are added; nothing is there yet if `first`."""
-        ranks, each = whole.shape
+    def _reduce(self, full: torch.Tensor, own: torch.Tensor, first: bool) -> None:
+        """Reduce this rank's sums `full` [ranks, n], and add to `own` [n], which is zero if `first`."""
+        ranks, each = full.shape
         if ranks == 1:
-            own.add_(whole[0])
+            own.add_(full[0])
             return
         size = min(self._bucket, each)
-        buffers = [whole.new_empty(ranks * size, dtype=self._sent) for _ in range(2)]
+        buffers = [full.new_empty(ranks * size, dtype=self._sent) for _ in range(2)]
         arriving: list[Callable[[], object]] = []
         for turn, begin in enumerate(range(0, each, size)):
             if len(arriving) == 2:  # its buffer is needed again
                 arriving.pop(0)()
             part = slice(begin, min(begin + size, each))
             bucket = buffers[turn % 2][: ranks * (part.stop - begin)].view(ranks, -1)
-            bucket.copy_(whole[:, part])
+            bucket.copy_(full[:, part])
             into = own[part]
             arriving.append(self._exchange(bucket, into) if self._exact else self._scatter(bucket, into, first))
         for finish in arriving:
             finish()
 
     def _exchange(self, bucket: torch.Tensor, own: torch.Tensor) -> Callable[[], None]:
-        """Each rank gets all ranks' sums of its part as they are, and sums them in `own`'s dtype."""
+        """Each rank receives the unreduced sums of its part from all ranks, and adds them in `own`'s dtype."""
         received = torch.empty_like(bucket)
         work = distributed.all_to_all_single(received.view(-1), bucket.view(-1), async_op=True)
 
@@ -128,7 +128,7 @@ class WholeSums:
         return finish
 
     def _scatter(self, bucket: torch.Tensor, own: torch.Tensor, first: bool) -> Callable[[], None]:
-        if bucket.device.type == "cpu":  # gloo does not scatter all dtypes
+        if bucket.device.type == "cpu":  # gloo's reduce-scatter does not support all dtypes
             distributed.all_reduce(bucket)
             own.add_(bucket[self._rank])
             return lambda: None

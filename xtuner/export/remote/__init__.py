@@ -1,1 +1,1 @@
-"""What `--with-code` copies into a model folder. Nothing here imports it; transformers 5 does, from there."""
+"""Code that `--with-code` copies into a model folder, where transformers 5 imports it. xtuner never does."""

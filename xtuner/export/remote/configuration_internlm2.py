@@ -6,10 +6,10 @@ from transformers import LlamaConfig
 
 
 class InternLM2Config(LlamaConfig):
-    """The fields are Llama's; `bias` is that of the attention's two matrices.
+    """The fields are Llama's; `bias` says whether both matrices of attention have one.
 
-    transformers 5 keeps the rotary settings in `rope_parameters` alone. Servers (SGLang, vLLM, LMDeploy) read
-    `rope_theta` and `rope_scaling`, as the original has them, and take a default where an attribute is absent.
+    transformers 5 has the rotary settings in `rope_parameters` only. Servers (SGLang, vLLM, LMDeploy) read `rope_theta`
+    and `rope_scaling`, as in the original config, and use a default if an attribute is missing.
     """
 
     model_type = "internlm2"
@@ -22,7 +22,7 @@ class InternLM2Config(LlamaConfig):
 def _get_theta(config: InternLM2Config) -> float:
     rope = config.rope_parameters or {}
     if "rope_theta" not in rope:
-        raise AttributeError("rope_theta")  # the library asks for it while it fills rope_parameters
+        raise AttributeError("rope_theta")  # the library reads it while it fills rope_parameters
     return float(rope["rope_theta"])
 
 

@@ -1,7 +1,7 @@
-"""Where weights come from: every kind of checkpoint that can be converted, and how each is recognised.
+"""All kinds of checkpoints that can be converted, and how each is recognised.
 
-recognise(path)            what it is, in words, by the names of files alone; refuses what is none of these
-recognise(path).open()     its tensors, by name; nothing but shapes has been read
+recognise(path)            its kind, by the names of files alone; an error if it is none of these
+recognise(path).open()     its tensors by name; only shapes have been read
 """
 
 import os
@@ -22,37 +22,37 @@ from xtuner.export.sources.zero import ZeroFolder
 from xtuner.families import OWN, family_by_names, read_model
 from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.weights import Shape, Source, WeightFolder, base_weights, join
+from xtuner.model.weights import Shape, WeightFolder, WeightSource, find_base_weights, join_from_family
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A source, and what is known of the network whose weights it holds."""
+class OpenedCheckpoint:
+    """A source of weights, and what is known about its network."""
 
-    source: Source
-    what: str  # for people
-    layout: ModelFamily  # whose names it has
+    source: WeightSource
+    description: str
+    layout: ModelFamily  # the family whose names it has
     config: DecoderConfig | None = None  # None: the checkpoint does not describe its network
     network: Mapping[str, Any] = field(default_factory=dict)  # or only these fields of it
     trainer: Mapping[str, Any] | None = None  # `trainer.json` of our own checkpoints
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A recognised checkpoint that nothing has been read of."""
+class RecognisedCheckpoint:
+    """A recognised checkpoint; its files have not been read."""
 
     path: Path
-    opener: Callable[[Path], Opened]
+    opener: Callable[[Path], OpenedCheckpoint]
 
-    def open(self) -> Opened:
-        """Raises: CheckpointError if it is not whole."""
+    def open(self) -> OpenedCheckpoint:
+        """Open the files. Raises: CheckpointError if the checkpoint is incomplete or damaged."""
         return self.opener(self.path)
 
 
-class Renamed(Source):
-    """A source under other names: without the wrapper's `llm.` that XTuner puts before each."""
+class RenamedSource(WeightSource):
+    """A source whose names lose a prefix, such as the `llm.` of XTuner's wrapper."""
 
-    def __init__(self, source: Source, prefix: str) -> None:
+    def __init__(self, source: WeightSource, prefix: str) -> None:
         self.path, self._source = source.path, source
         self._names = {name.removeprefix(prefix): name for name in source}
         self._shapes = {name: source.shapes[old] for name, old in self._names.items()}
@@ -65,11 +65,11 @@ class Renamed(Source):
         return self._source[self._names[name]]
 
 
-def recognise(path: str | Path) -> Kind:
-    """What lies at `path`. Raises: ConfigError if nothing, or nothing that is known."""
+def recognise(path: str | Path) -> RecognisedCheckpoint:
+    """The kind of checkpoint at `path`. Raises: ConfigError if there is none, or none that can be converted."""
     kind = path_kinds.recognise(path)
     if opener := _OPENERS.get(kind.what):
-        return Kind(kind.path, opener)
+        return RecognisedCheckpoint(kind.path, opener)
     if not kind.exists:
         what = "this is not a file" if os.path.exists(kind.path) else "there is no checkpoint"
         why = ""
@@ -78,70 +78,70 @@ def recognise(path: str | Path) -> Kind:
         what, why = f"this is {kind.what}", "it cannot be converted as it is"
         do = f"give one of them, such as {kind.inner}" if kind.inner else kind.advice("convert that: {}")
     else:
-        what = "no kind of checkpoint is recognised here"
+        what = "this is not a checkpoint that can be recognised"
         why = (
             "looked for: manifest.json with weights/ (xtuner's own), config.json (Hugging Face), *_optim_states.pt "
             "with *_model_states.pt (DeepSpeed), model_tp*_pp*.pt with model_config.pt (InternEvo), or a single file"
         )
-        do = "give the folder that holds these files itself, such as iter_N.pth, or global_stepN of DeepSpeed's own"
+        do = "give the folder that contains these files, such as iter_N.pth, or DeepSpeed's global_stepN"
     raise ConfigError(what, where=str(kind.path), why=why, do=do)
 
 
-def read_tensor(opened: Opened, name: str) -> torch.Tensor:
+def read_tensor(opened: OpenedCheckpoint, name: str) -> torch.Tensor:
     """Tensor `name` (ours) of an opened source, as stored. Raises: CheckpointError for integers (quantized weights)."""
     c = opened.config
-    tensor = join(opened.source, name, opened.layout, c) if c else opened.source[name]
+    tensor = join_from_family(opened.source, name, opened.layout, c) if c else opened.source[name]
     if not tensor.is_floating_point():
         raise CheckpointError(
-            f"{name} is {tensor.dtype}", where=str(opened.source.path), why="quantized weights are not read"
+            f"{name} is {tensor.dtype}", where=str(opened.source.path), why="quantized weights are not supported"
         )
     return tensor.detach()
 
 
-def _open_checkpoint(path: Path) -> Opened:
+def _open_checkpoint(path: Path) -> OpenedCheckpoint:
     verify(path)
-    weights = base_weights(path)
+    weights = find_base_weights(path)
     layout, config = read_model(weights)
     trainer = read_json(path / "trainer.json")
-    return Opened(WeightFolder(weights), "a checkpoint of xtuner", layout, config, trainer=trainer)
+    return OpenedCheckpoint(WeightFolder(weights), "a checkpoint of xtuner", layout, config, trainer=trainer)
 
 
-def _open_hf(path: Path) -> Opened:
+def _open_hf(path: Path) -> OpenedCheckpoint:
     if os.path.isfile(path / MANIFEST):
         verify(path)
     layout, config = read_model(path)
-    return Opened(WeightFolder(path), f"a Hugging Face folder ({layout.name} layout)", layout, config)
+    return OpenedCheckpoint(WeightFolder(path), f"a Hugging Face folder ({layout.name} layout)", layout, config)
 
 
-def _open_single(path: Path) -> Opened:
+def _open_single(path: Path) -> OpenedCheckpoint:
     source = _without_wrapper(SingleFile(path))
-    return Opened(source, "a single file of torch.save", family_by_names(source.shapes))
+    return OpenedCheckpoint(source, "a single file of torch.save", family_by_names(source.shapes))
 
 
-def _open_zero(path: Path) -> Opened:
+def _open_zero(path: Path) -> OpenedCheckpoint:
     zero = ZeroFolder(path)
     source = _without_wrapper(zero)
-    return Opened(
+    return OpenedCheckpoint(
         source, f"a DeepSpeed checkpoint, ZeRO-{zero.stage}, {zero.ranks} ranks", family_by_names(source.shapes)
     )
 
 
-def _open_internevo(path: Path) -> Opened:
+def _open_internevo(path: Path) -> OpenedCheckpoint:
     source = InternEvoFolder(path)
     what = f"an InternEvo checkpoint, {source.tp} tensor × {source.pp} pipeline ranks"
-    return Opened(source, what, OWN, network=source.network)
+    return OpenedCheckpoint(source, what, OWN, network=source.network)
 
 
-def _without_wrapper(source: Source) -> Source:
+def _without_wrapper(source: WeightSource) -> WeightSource:
     names = list(source)
     adapters = [name for name in names if "lora_" in name]
     if adapters:
         raise CheckpointError(
-            f"these are adapters (LoRA), no whole weights: {short(adapters[0])}",
+            f"these are adapters (LoRA), not full weights: {short(adapters[0])}",
             where=str(source.path),
-            do="merge them into their model with the tool that trained them, and give that",
+            do="merge them into their model with the tool that trained them, and give the result",
         )
-    return Renamed(source, "llm.") if names and all(name.startswith("llm.") for name in names) else source
+    return RenamedSource(source, "llm.") if names and all(name.startswith("llm.") for name in names) else source
 
 
 _OPENERS = {
@@ -150,5 +150,5 @@ _OPENERS = {
     path_kinds.ZERO: _open_zero,
     path_kinds.INTERNEVO: _open_internevo,
     path_kinds.SINGLE: _open_single,
-    path_kinds.FILE: _open_single,  # whatever its name, it says itself what it is
+    path_kinds.FILE: _open_single,  # any name: the contents decide
 }

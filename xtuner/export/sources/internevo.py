@@ -1,12 +1,12 @@
-"""InternEvo's native checkpoints of InternLM2, cut by tensor (T) and pipeline (P) parallelism.
+"""InternEvo's native checkpoints of InternLM2, split by tensor (T) and pipeline (P) parallelism.
 
-    model_config.pt            number of heads, layers, …; a dict
-    model_tpT_ppP.pt           rank (T, P)'s part of the weights; layers are counted from 0 in every pipeline stage
+    model_config.pt            a dict: number of heads, layers, …
+    model_tpT_ppP.pt           weights of rank (T, P); layers are counted from 0 in every pipeline stage
 
-InternEvo cuts `wqkv` (between groups of heads), `w1`, `w3` and `output` by rows, `wo` and `w2` by columns, the
-embedding by rows, or by columns with `embed_split_hidden`; norms are whole everywhere. Without `adapt_hf` (its
-default), the numbers that are rotated together lie side by side in q and k; here and at Hugging Face half a head apart.
-The optimizer's files beside them are not read: the weights are what was computed with, most often bf16.
+InternEvo splits `wqkv` (between groups of heads), `w1`, `w3` and `output` by rows, `wo` and `w2` by columns, and the
+embedding by rows, or by columns with `embed_split_hidden`; every rank has all norms. Without `adapt_hf` (its default),
+elements of q and k that are rotated together are adjacent; here and in Hugging Face they are half a head apart. The
+optimizer's files are not read: the weights are those that computed, usually in bf16.
 """
 
 import re
@@ -19,26 +19,26 @@ import torch
 from xtuner.core.errors import CheckpointError
 from xtuner.core.foreign_inputs import short_repr
 from xtuner.core.pickles import Opaque, load_tensors
-from xtuner.model.weights import Shape, Source, tensors_of
+from xtuner.model.weights import Shape, WeightSource, require_tensors
 
 CONFIG = "model_config.pt"
-_MOST = 2**31  # of anything that is counted
+_MOST = 2**31  # upper limit of all counts
 _PART = re.compile(r"model_tp(\d+)_pp(\d+)\.pt")
-_OTHERS = {  # other ways to cut a model, by the names of their files
+_OTHERS = {  # other kinds of parallelism, by the names of their files
     re.compile(r"model_wp\d+_pp\d+\.pt"): "weight parallelism (isp)",
     re.compile(r"model_tp\d+_pp\d+_dp\d+\.pt"): "FSDP",
     re.compile(r"model_moe_layer.*\.pt"): "experts",
 }
 _CUT = {"attention.wqkv": 0, "attention.wo": 1, "feed_forward.w1": 0, "feed_forward.w3": 0, "feed_forward.w2": 1}
-_CUT |= {"tok_embeddings": 0, "output": 0}  # dimension; what is not here is whole everywhere
+_CUT |= {"tok_embeddings": 0, "output": 0}  # name → split dimension; all ranks have the other tensors in full
 _COPY = "copy all model_tp*_pp*.pt files and model_config.pt of one checkpoint here"
 
 
-class InternEvoFolder(Source):
-    """Weights by InternLM2's names, whole. All files stay on disk.
+class InternEvoFolder(WeightSource):
+    """Full weights by InternLM2's names. All files stay on disk.
 
-    `network` is what the checkpoint says of the network beside shapes, by the names of `DecoderConfig`.
-    Raises: CheckpointError for missing files, other kinds of parallelism, parts that do not fit together.
+    `network` has the fields of `DecoderConfig` that the checkpoint records in addition to shapes.
+    Raises: CheckpointError for missing files, other kinds of parallelism, and inconsistent parts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,8 +49,8 @@ class InternEvoFolder(Source):
         missing = next(((t, p) for t in range(self.tp) for p in range(self.pp) if (t, p) not in parts), None)
         if missing:
             name = "model_tp{}_pp{}.pt".format(*missing)
-            raise CheckpointError(f"{name} is missing", where=str(folder), why="it holds a part of weights", do=_COPY)
-        self._pieces: dict[str, list[torch.Tensor]] = {}  # one for each tensor-parallel rank, or a whole one
+            raise CheckpointError(f"{name} is missing", where=str(folder), why="it has a part of the weights", do=_COPY)
+        self._pieces: dict[str, list[torch.Tensor]] = {}  # one for each tensor-parallel rank, or a single full one
         first_layer = 0
         for p in range(self.pp):
             first_layer += self._add_stage([parts[t, p] for t in range(self.tp)], first_layer)
@@ -70,18 +70,18 @@ class InternEvoFolder(Source):
 
     def _read_config(self, path: Path) -> None:
         if not path.is_file():
-            raise CheckpointError(f"{CONFIG} is missing", where=str(path), why="heads cannot be counted", do=_COPY)
+            raise CheckpointError(f"{CONFIG} is missing", where=str(path), why="it has the number of heads", do=_COPY)
         config = load_tensors(path, opaque=True)
         if isinstance(config, Opaque):  # InternEvo's own class of dict
             pairs = zip(config.items[::2], config.items[1::2], strict=False)
             config = {key: value for key, value in pairs if isinstance(key, str)}
         if not isinstance(config, dict):
-            raise CheckpointError(f"{CONFIG} is no dict", where=str(path), do="give InternEvo's own file")
+            raise CheckpointError(f"{CONFIG} is not a dict", where=str(path), do="give InternEvo's own file")
 
         def number(key: str, default: Any = None) -> int:
             value = config.get(key, default)
             if type(value) is not int or not 1 <= value < _MOST:
-                what = f"{key} = {short_repr(value)} is no size"
+                what = f"{key} = {short_repr(value)} is not a size"
                 raise CheckpointError(what, where=str(path), do="give InternEvo's own file")
             return value
 
@@ -91,7 +91,7 @@ class InternEvoFolder(Source):
                 raise CheckpointError(
                     f"{key} = {short_repr(value)} is not supported",
                     where=str(path),
-                    why="InternLM2 has no such network, or its parts lie in an order that is not known here",
+                    why="InternLM2 has no such option, or the order of its parts is unknown here",
                 )
         self._layers, self._hidden, self._vocabulary = map(number, ("num_layers", "hidden_size", "vocab_size"))
         heads = number("num_attention_heads")
@@ -108,9 +108,9 @@ class InternEvoFolder(Source):
             found = next((name for name in names if pattern.fullmatch(name)), None)
             if found:
                 raise CheckpointError(
-                    f"{found} is of a model cut by {way}",
+                    f"{found} is of a model split by {way}",
                     where=str(self.path / found),
-                    why="only tensor and pipeline parallelism (model_tp*_pp*.pt) are put together here",
+                    why="only tensor and pipeline parallelism (model_tp*_pp*.pt) are supported",
                     do="convert it to a Hugging Face folder with InternEvo's tools",
                 )
         parts = {(int(m[1]), int(m[2])): self.path / name for name in names if (m := _PART.fullmatch(name))}
@@ -119,8 +119,8 @@ class InternEvoFolder(Source):
         return parts
 
     def _add_stage(self, files: list[Path], first_layer: int) -> int:
-        """Name the tensors of a pipeline stage; returns how many layers it has."""
-        states = [tensors_of(load_tensors(file, opaque=True), file) for file in files]
+        """Add the tensors of a pipeline stage; returns its number of layers."""
+        states = [require_tensors(load_tensors(file, opaque=True), file) for file in files]
         layers = 0
         for key in states[0]:
             if key.endswith(".inv_freq"):
@@ -138,7 +138,7 @@ class InternEvoFolder(Source):
         return layers
 
     def _dim(self, name: str) -> int | None:
-        """Along which dimension a tensor is cut; None for those that every rank has whole."""
+        """The dimension along which a tensor is split; None if every rank has it in full."""
         middle = re.sub(r"^(model\.)?(layers\.\d+\.)?|\.weight$", "", name)
         return 1 if middle == "tok_embeddings" and self._by_columns else _CUT.get(middle)
 
@@ -154,7 +154,7 @@ class InternEvoFolder(Source):
         return (*shapes[0][:dim], total, *shapes[0][dim + 1 :])
 
     def _check_rows(self) -> None:
-        """A missing last rank leaves no gap in the files' names, but in the tensors."""
+        """Check that no last rank is missing, which the names of files do not show, but the sizes of tensors do."""
         heads, kv_heads = self.network["num_heads"], self.network["num_kv_heads"]
         wanted = {name: (self._vocabulary, self._hidden) for name in ("model.tok_embeddings.weight", "output.weight")}
         rows = (heads + 2 * kv_heads) * self._hidden // heads
@@ -173,7 +173,7 @@ class InternEvoFolder(Source):
 
     def _contradiction(self, wanted: str, have: str) -> CheckpointError:
         return CheckpointError(
-            f"{CONFIG} asks for {wanted}, the model_tp*_pp*.pt files hold {have}",
+            f"{CONFIG} describes {wanted}, the model_tp*_pp*.pt files have {have}",
             where=str(self.path),
             why="the last parts are missing, or the files are of different checkpoints",
             do=_COPY,

@@ -1,4 +1,4 @@
-"""A file of torch.save that holds the whole model: XTuner's `iter_N.pth` with `save_optimizer=False`, and the like."""
+"""A torch.save file with the full model, such as XTuner's `iter_N.pth` with `save_optimizer=False`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from xtuner.core.pickles import load_tensors
-from xtuner.model.weights import Shape, Source, tensors_of
+from xtuner.model.weights import Shape, WeightSource, require_tensors
 
 
-class SingleFile(Source):
-    """The tensors of `state_dict`, or of the file itself if it is nothing but tensors. They stay on disk until used.
+class SingleFile(WeightSource):
+    """The tensors of `state_dict`, or of the file itself if it has only tensors. They stay on disk until used.
 
     Raises: CheckpointError for files of another kind.
     """
@@ -19,7 +19,7 @@ class SingleFile(Source):
         self.path = path
         content = load_tensors(path, opaque=True)
         inner = content.get("state_dict", content) if isinstance(content, dict) else content
-        self._tensors = tensors_of(inner, path)
+        self._tensors = require_tensors(inner, path)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     @property

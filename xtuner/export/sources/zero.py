@@ -1,17 +1,17 @@
 """DeepSpeed's checkpoints of ZeRO 1, 2 and 3, as XTuner and mmengine write them: the fp32 masters of all ranks.
 
     mp_rank_00_model_states.pt                            ZeRO 1, 2: bf16 weights, shapes, names
-    zero_pp_rank_R_mp_rank_00_model_states.pt             ZeRO 3: the same of rank R, its weights empty
-    bf16_zero_pp_rank_R_mp_rank_00_optim_states.pt        fp32 masters and moments of rank R (fp16: no `bf16_`)
+    zero_pp_rank_R_mp_rank_00_model_states.pt             ZeRO 3: the same for rank R, with empty weights
+    bf16_zero_pp_rank_R_mp_rank_00_optim_states.pt        fp32 masters and moments of rank R (fp16: without `bf16_`)
 
-`param_shapes` lists names and shapes, one dict for each parameter group. Where the masters lie (ZeRO's own layout, as
-deepspeed/runtime/zero/stage_1_and_2.py and stage3.py write it):
+`param_shapes` has names and shapes, one dict for each parameter group. The layout of masters (as written by
+deepspeed/runtime/zero/stage_1_and_2.py and stage3.py):
 
-    ZeRO 1, 2   a group is one line of numbers, parameter after parameter, cut into a part for each rank:
+    ZeRO 1, 2   a group is one line of elements, parameter after parameter, split into one part for each rank:
                 | rank 0: a a a a b b | rank 1: b b c c c c |             `single_partition_of_fp32_groups`
-                `param_alignment_paddings` (newer releases) counts unused numbers behind each parameter.
-    ZeRO 3      every parameter is cut into equal parts, the last one filled up; a rank's line holds its part of each:
-                | rank 0: a a b b c c | rank 1: a a b - c c |             `fp32_flat_groups`, laid end to end
+                `param_alignment_paddings` (newer releases) has the number of unused elements after each parameter.
+    ZeRO 3      every parameter is split into equal parts, the last one padded; a rank's line has its part of each:
+                | rank 0: a a b b c c | rank 1: a a b - c c |             `fp32_flat_groups`, concatenated
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from xtuner.core.errors import CheckpointError
 from xtuner.core.foreign_inputs import short_repr
 from xtuner.core.log import progress
 from xtuner.core.pickles import Opaque, load_tensors
-from xtuner.model.weights import Shape, Source, tensors_of
+from xtuner.model.weights import Shape, WeightSource, require_tensors
 
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OPTIM = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MOST = 2**63  # elements
 _MOST_DIMENSIONS = 64
 _OWN = "give DeepSpeed's own files"
-_COPY = "copy the missing ones here: every node writes the files of its own ranks, perhaps to a disk of its own"
+_COPY = "copy the missing ones here: every node writes the files of its ranks, possibly to its own disk"
 
 
 class _Line:
@@ -57,10 +57,10 @@ class _Line:
         return found
 
 
-class ZeroFolder(Source):
-    """Weights by name: masters in fp32; frozen parameters and buffers as they were. All files stay on disk.
+class ZeroFolder(WeightSource):
+    """Weights by name: fp32 masters; frozen parameters and buffers in their own dtype. All files stay on disk.
 
-    Raises: CheckpointError if a rank's file is missing, or files contradict each other.
+    Raises: CheckpointError if a rank's file is missing, or files are inconsistent.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,7 +78,7 @@ class ZeroFolder(Source):
             raise CheckpointError(
                 "the *_optim_states.pt files are of different steps or runs",
                 where=str(folder),
-                why="weights of different moments would be mixed",
+                why="weights of different steps would be mixed",
                 do="copy all files of one checkpoint again",
             )
         self.stage = _number(first.get("zero_stage"), 3 if "fp32_flat_groups" in first else 2)
@@ -114,9 +114,9 @@ class ZeroFolder(Source):
             match = pattern.fullmatch(path.name)
             if match and int(match[2]) > 0:
                 raise CheckpointError(
-                    f"{path.name} is of a model cut by tensor parallelism",
+                    f"{path.name} is of a model split by tensor parallelism",
                     where=str(path),
-                    why="how DeepSpeed's users cut it is not in the files",
+                    why="the files do not record how it was split",
                     do="merge it with the tool that trained it",
                 )
             if match and found.setdefault(int(match[1] or 0), path) != path:
@@ -128,7 +128,7 @@ class ZeroFolder(Source):
         return found
 
     def _all_missing(self, kind: str, what: str) -> CheckpointError:
-        what, why = f"the *_{kind}_states.pt files are missing", f"{what} lie in them"
+        what, why = f"the *_{kind}_states.pt files are missing", f"they have {what}"
         return CheckpointError(what, where=str(self.path), why=why, do=_COPY)
 
     def _complete(self, files: dict[int, Path], kind: str) -> None:
@@ -141,7 +141,7 @@ class ZeroFolder(Source):
             raise CheckpointError(
                 f"{absent} of {self.ranks} *_{kind}_states.pt files are missing; the first is {first}",
                 where=str(self.path),
-                why="every rank holds a part of all weights",
+                why="every rank has a part of all weights",
                 do=_COPY,
             )
         if max(files) >= self.ranks:
@@ -170,7 +170,7 @@ class ZeroFolder(Source):
     def _flat(state: dict[str, Any], key: str, path: Path) -> list[torch.Tensor]:
         groups = _list(state.get(key), path)
         if not all(isinstance(t, torch.Tensor) and t.dim() == 1 and t.is_floating_point() for t in groups):
-            raise CheckpointError(f"{path.name}: {key!r} is no list of flat tensors", where=str(path), do=_OWN)
+            raise CheckpointError(f"{path.name}: {key!r} is not a list of flat tensors", where=str(path), do=_OWN)
         return [t.detach() for t in groups]
 
     def _cut_line(self, groups: list[dict[str, Shape]], parts: list[list[torch.Tensor]], paddings: Any) -> None:
@@ -185,7 +185,7 @@ class ZeroFolder(Source):
             for (name, shape), padding in zip(group.items(), after, strict=True):
                 self._add(name, shape, [(line, at, math.prod(shape))])
                 at += math.prod(shape) + _number(padding, 0)
-            # What fills the line up to a multiple of 2 × ranks is saved by some releases and left out by others.
+            # some releases save the padding of a line to a multiple of 2 × ranks, others do not
             least = at - (_number(after[-1], 0) if after else 0)
             if not least <= line.length < at + 2 * len(parts):
                 raise self._contradiction(f"{least:,} numbers in group {g}", f"{line.length:,}")
@@ -212,7 +212,7 @@ class ZeroFolder(Source):
                 self._complete(self._models, "model")
                 files = [self._models[r] for r in range(self.ranks)]
             states = [_dict(load_tensors(f, opaque=True), f, "a model") for f in files]
-            of_ranks = [tensors_of(s.get("frozen_param_fragments"), f) for s, f in zip(states, files, strict=True)]
+            of_ranks = [require_tensors(s.get("frozen_param_fragments"), f) for s, f in zip(states, files, strict=True)]
             for name, shape in frozen.items():
                 if not all(name in fragments for fragments in of_ranks):
                     raise CheckpointError(
@@ -227,7 +227,7 @@ class ZeroFolder(Source):
         for name, other in _dict(_or(model.get("shared_params"), {}), path, "shared_params").items():
             if isinstance(other, str) and other in self._shapes:
                 self._add(name, self._shapes[other], self._pieces[other])
-        # What is in no line: buffers, and parameters that ZeRO 1 was told to freeze. In ZeRO 3 only buffers are whole.
+        # Outside of lines: buffers, and parameters that were frozen under ZeRO 1. Under ZeRO 3 only buffers are full.
         module = _dict(model.get("module"), path, "a module")
         whole = _list(_or(model.get("buffer_names"), []), path) if self.stage == 3 else list(module)
         for name in whole:
@@ -240,24 +240,24 @@ class ZeroFolder(Source):
 
     def _contradiction(self, wanted: str, have: str) -> CheckpointError:
         return CheckpointError(
-            f"{self._model_file.name} asks for {wanted}, the *_optim_states.pt files hold {have}",
+            f"{self._model_file.name} describes {wanted}, the *_optim_states.pt files have {have}",
             where=str(self.path),
-            why="weights would be cut out at wrong places",
-            do="copy all files of one checkpoint again: these are of different ones, or altered",
+            why="weights would be read from wrong offsets",
+            do="copy all files of one checkpoint again: these are of different ones, or modified",
         )
 
 
 def _ranks(count: Any, path: Path) -> int:
-    """`partition_count`: a number, or one for each group."""
+    """The number of ranks, from `partition_count`: a number, or one for each group."""
     ranks = max(map(_number, count, [0] * len(count)), default=0) if isinstance(count, list) else _number(count, 0)
     if not 0 < ranks < 10**6:
-        raise CheckpointError(f"{path.name} does not say how many ranks there were", where=str(path), do=_OWN)
+        raise CheckpointError(f"{path.name} does not record the number of ranks", where=str(path), do=_OWN)
     return ranks
 
 
 def _dict(value: Any, path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} does not hold {what}", where=str(path), do=_OWN)
+        raise CheckpointError(f"{path.name} does not contain {what}", where=str(path), do=_OWN)
     return value
 
 
@@ -276,24 +276,24 @@ def _shapes(value: Any, path: Path) -> dict[str, Shape]:
 
 
 def _or(value: Any, default: Any) -> Any:
-    """`default` for nothing: None, or an empty list or dict. A tensor may be neither true nor false."""
+    """`default` for None and for an empty list or dict. (`value or default` fails for tensors.)"""
     return default if value is None or (isinstance(value, list | dict) and not value) else value
 
 
 def _number(value: Any, default: int) -> int:
-    """Also of a `ZeroStageEnum`, which is a placeholder here."""
+    """A count, also from a `ZeroStageEnum`, which is a placeholder here; else `default`."""
     if isinstance(value, Opaque) and value.args:
         value = value.args[0]
     return value if type(value) is int and 0 <= value < _MOST else default
 
 
 def _counts(count: Any) -> tuple[int, ...]:
-    """`partition_count` in a form that can be compared."""
+    """`partition_count` in a comparable form."""
     return tuple(_number(c, -1) for c in count) if isinstance(count, list) else (_number(count, -1),)
 
 
 def _step(state: dict[str, Any]) -> float | None:
-    """How many steps the optimizer had made, where it says so."""
+    """Number of steps of the optimizer, if recorded."""
     inner = _or(state.get("base_optimizer_state"), state.get("optimizer_state_dict"))
     slots = inner.get("state") if isinstance(inner, dict) else None
     for slot in slots.values() if isinstance(slots, dict) else ():
@@ -306,7 +306,7 @@ def _step(state: dict[str, Any]) -> float | None:
 
 
 def _allow_open_files(count: int) -> None:
-    """Raise the process's soft limit: a mapped file holds a descriptor, and there are as many files as ranks."""
+    """Raise the process's soft limit: a mapped file needs a descriptor, and there are as many files as ranks."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 

@@ -1,6 +1,6 @@
-"""The arithmetic of training: forward and backward of what a block does, with what is kept between them chosen.
+"""The arithmetic of training: forward and backward of a block, with a choice of what is kept between them.
 
-`elementwise` says in PyTorch what is computed, `kernels` does the same on GPUs in one pass over memory, `products`
-multiplies with weights, `varlen` brings attention from other packages, `sums` adds weight gradients up, `functions`
-puts them together for autograd.
+`elementwise` defines norms, rotation, SwiGLU and cross entropy in PyTorch; `elementwise_kernels` computes the same on
+GPUs. `matmul` multiplies with weights, in fp8 with `fp8_kernels`. `attention_backends` wraps attention of other
+packages, `gradient_sums` accumulates weight gradients, `functions` combines all of them for autograd.
 """

@@ -1,8 +1,8 @@
 """Variable-length attention on GPUs, by packages that compute it faster than a loop over documents.
 
-Each function gives its backend, or None where the package is missing. All follow PyTorch's switch for deterministic
-algorithms; FlashAttention-4 does not read it and gets it as an argument. The contract and the choice among them are in
-`model/attention.py`; `tests/test_gpu.py` compares each with fp64, and two deterministic runs with each other.
+Each function returns its backend, or None if the package is missing. All follow PyTorch's switch for deterministic
+algorithms; FlashAttention-4 does not read it and gets it as an argument. The contract and the selection are in
+`model/attention.py`. The GPU tests compare each backend with fp64, and two deterministic runs with each other.
 """
 
 import inspect
@@ -17,17 +17,17 @@ from xtuner.core.files import user_cache_dir
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
-BLOCK = 128  # tokens; FlexAttention leaves out whole blocks that nobody sees
-# cuDNN builds a graph (0.2 s) for each number of documents and longest length, which are rounded up so that few differ,
-# and for each 64 tokens of a micro-batch's length: it is for packs that are not cut.
-DOCUMENTS = 64  # in steps of so many, the last ones empty
-SHORTEST = 1024  # longest lengths are powers of two from here on
-SUMS = 2**30  # bytes of cuDNN's log-sums, as if all documents were as long as the longest; else varlen_attn takes over
+BLOCK = 128  # tokens; FlexAttention skips blocks that are masked in full
+# cuDNN builds a graph (0.2 s) for each number of documents and each longest length; both are rounded up so that few
+# graphs are needed. It also builds one for each 64 tokens of a micro-batch's length: use it for packs that are not cut.
+DOCUMENTS = 64  # the number of documents is rounded up to a multiple of this; the added ones are empty
+SHORTEST = 1024  # longest lengths are rounded up to powers of two, at least this
+SUMS = 2**30  # bytes of cuDNN's log-sums, padded to the longest document; above this varlen_attn is used instead
 
 
 @cache
 def flash_4() -> Attend | None:
-    """FlashAttention-4. Its kernels are compiled at first use (18 s on an H100), then taken from the user's cache."""
+    """FlashAttention-4. Its kernels are compiled at first use (18 s on an H100) and cached in the user's directory."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(user_cache_dir() / "flash-attention-4"))
     try:
@@ -49,12 +49,12 @@ def flash_4() -> Attend | None:
 
 @cache
 def cudnn() -> Attend | None:
-    """cuDNN's, through the operators that NVIDIA's Python front end registers."""
+    """cuDNN's attention, through the operators that NVIDIA's Python front end registers."""
     try:
         import cudnn.sdpa.fwd.torch_op  # noqa: F401
     except ImportError:
         return None
-    otherwise = varlen()
+    fallback = varlen()
 
     def attend(
         q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
@@ -62,8 +62,8 @@ def cudnn() -> Attend | None:
         empty = -(len(cu_seqlens) - 1) % DOCUMENTS
         borders = torch.cat((cu_seqlens, cu_seqlens[-1:].expand(empty)))
         longest = max(SHORTEST, 1 << (max_seqlen - 1).bit_length())
-        if otherwise and 4 * len(borders) * q_TND.shape[1] * longest > SUMS:
-            return otherwise(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen)
+        if fallback and 4 * len(borders) * q_TND.shape[1] * longest > SUMS:
+            return fallback(q_TND, k_TKD, v_TKD, cu_seqlens, max_seqlen)
         out, _ = torch.ops.cudnn.sdpa_fwd(
             q_TND, k_TKD, v_TKD, q_TND.shape[-1] ** -0.5, is_causal=True, cu_seqlens_q=borders, cu_seqlens_kv=borders,
             max_seqlen_q=longest, max_seqlen_kv=longest,
@@ -75,7 +75,7 @@ def cudnn() -> Attend | None:
 
 @cache
 def varlen() -> Attend | None:
-    """PyTorch's own, of FlashAttention-2's kind."""
+    """PyTorch's `varlen_attn`, based on FlashAttention-2."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -94,7 +94,7 @@ def varlen() -> Attend | None:
 
 @cache
 def flex() -> Attend | None:
-    """FlexAttention, compiled by PyTorch at first use; for GPUs that the others do not know."""
+    """FlexAttention, compiled by PyTorch at first use; for GPUs that the others do not support."""
     try:
         from torch.nn.attention.flex_attention import flex_attention
     except ImportError:
@@ -102,7 +102,7 @@ def flex() -> Attend | None:
     from torch.utils.weak import WeakIdKeyDictionary
 
     compiled = torch.compile(flex_attention, dynamic=True)
-    masks = WeakIdKeyDictionary()  # by borders: all layers of a micro-batch have the same
+    masks = WeakIdKeyDictionary()  # by `cu_seqlens`, which all layers of a micro-batch share
 
     def attend(
         q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
@@ -116,10 +116,10 @@ def flex() -> Attend | None:
 
 
 def document_mask(cu_seqlens: torch.Tensor, num_tokens: int) -> Any:
-    """FlexAttention's mask of causal documents, from borders int32 [n + 1], without looking at pairs of tokens.
+    """FlexAttention's mask of causal documents, from borders int32 [n + 1], without enumerating pairs of tokens.
 
-    A block of BLOCK queries needs the blocks from its first token's document on, up to itself. Those that begin after
-    its last token's document does, and lie before it, are seen whole.
+    A block of BLOCK queries needs the key blocks from the beginning of its first token's document up to itself. Of
+    these, the ones that begin inside its last token's document and lie before the query block are unmasked in full.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -130,14 +130,14 @@ def document_mask(cu_seqlens: torch.Tensor, num_tokens: int) -> Any:
     last = (BLOCK * (block + 1)).clamp(max=num_tokens) - 1
     query, key = block[:, None], block[None, :]
     needed = (key <= query) & (key >= begin_T[BLOCK * block, None] // BLOCK)
-    whole = (key < query) & (BLOCK * key >= begin_T[last, None])
+    full = (key < query) & (BLOCK * key >= begin_T[last, None])
 
-    def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many keys each row has, and which: those first."""
+    def list_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How many key blocks each query block has, and their indices, in front of all others."""
         order = chosen.int().argsort(dim=1, descending=True, stable=True)
         return chosen.sum(1).int()[None, None], order.int()[None, None]
 
     return BlockMask.from_kv_blocks(
-        *listed(needed & ~whole), *listed(whole), BLOCK_SIZE=BLOCK, seq_lengths=(num_tokens, num_tokens),
+        *list_blocks(needed & ~full), *list_blocks(full), BLOCK_SIZE=BLOCK, seq_lengths=(num_tokens, num_tokens),
         mask_mod=lambda b, h, q, kv: (kv <= q) & (kv >= begin_T[q]),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""What a block computes beside matrix products and attention, forward and backward: defined here in PyTorch.
+"""What a block computes apart from matrix products and attention, forward and backward, defined in PyTorch.
 
-On GPUs each is one kernel that reads and writes memory once (elementwise_kernels.py); tests/test_gpu.py compares both.
+On GPUs each function is one kernel that reads and writes memory once (elementwise_kernels.py); GPU tests compare both.
 
     T tokens   H hidden   N query heads   K kv heads   G = N/K   D head dim   F ffn   V vocabulary
 """
@@ -15,7 +15,7 @@ from xtuner.model.rope import rotate
 
 
 @cache
-def _have_triton() -> bool:
+def _has_triton() -> bool:
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -23,15 +23,15 @@ def _have_triton() -> bool:
     return True
 
 
-def _fast(x: torch.Tensor) -> bool:
-    return x.is_cuda and _have_triton()
+def _use_kernels(x: torch.Tensor) -> bool:
+    return x.is_cuda and _has_triton()
 
 
 def rms_norm(
     x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, add_TH: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + add, its norm times w). The mean square is taken in fp32, the product in x's dtype."""
-    if _fast(x_TH):
+    """(x + add, its norm times w). The mean square is computed in fp32, the product in x's dtype."""
+    if _use_kernels(x_TH):
         from xtuner.model.ops import elementwise_kernels
 
         return elementwise_kernels.rms_norm(x_TH, w_H, eps, add_TH)
@@ -45,8 +45,8 @@ def rms_norm(
 def rms_norm_backward(
     d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of x, of w in fp32) from that of the norm; `residual`, x's gradient by another way, is added."""
-    if _fast(x_TH):
+    """(gradient of x, of w in fp32) from that of the norm; `residual`, x's gradient from its other use, is added."""
+    if _use_kernels(x_TH):
         from xtuner.model.ops import elementwise_kernels
 
         return elementwise_kernels.rms_norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
@@ -64,8 +64,8 @@ def rms_norm_backward(
 def split_rotate(
     qkv: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, kv_heads: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[T, K·(G+2)·D] → q [T, N, D], k and v [T, K, D], q and k turned by each token's angles; all contiguous."""
-    if _fast(qkv):
+    """[T, K·(G+2)·D] → q [T, N, D], k and v [T, K, D], q and k rotated by each token's angles; all contiguous."""
+    if _use_kernels(qkv):
         from xtuner.model.ops import elementwise_kernels
 
         return elementwise_kernels.split_rotate(qkv, cos_TD, sin_TD, kv_heads, head_dim)
@@ -80,7 +80,7 @@ def split_rotate_backward(
     dq_TND: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
 ) -> torch.Tensor:
     """Gradients of q, k and v → that of the joint projection [T, K·(G+2)·D]."""
-    if _fast(dq_TND):
+    if _use_kernels(dq_TND):
         from xtuner.model.ops import elementwise_kernels
 
         return elementwise_kernels.split_rotate_backward(dq_TND, dk_TKD, dv_TKD, cos_TD, sin_TD)
@@ -92,7 +92,7 @@ def split_rotate_backward(
 
 def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up."""
-    if _fast(gate_TF):
+    if _use_kernels(gate_TF):
         from xtuner.model.ops import elementwise_kernels
 
         return elementwise_kernels.swiglu(gate_TF, up_TF)
@@ -102,8 +102,8 @@ def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
 def swiglu_backward(
     gate_TF: torch.Tensor, up_TF: torch.Tensor, d_TF: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(gradient of gate, of up, and silu(gate) · up again); on GPUs in the memory of the three inputs."""
-    if _fast(gate_TF):
+    """(gradient of gate, of up, and silu(gate) · up recomputed); on GPUs in the memory of the three inputs."""
+    if _use_kernels(gate_TF):
         from xtuner.model.ops import elementwise_kernels
 
         return elementwise_kernels.swiglu_backward_(gate_TF, up_TF, d_TF)
@@ -114,23 +114,23 @@ def swiglu_backward(
 
 
 def cross_entropy_(logits_TV: torch.Tensor, targets_T: torch.Tensor, scale: float | None) -> torch.Tensor:
-    """Losses, fp32 [T], 0 where there is no target; the logits become scale · d(sum of losses)/d(logits).
+    """Losses, fp32 [T], 0 where there is no target. The logits become scale · d(sum of losses)/d(logits) in place.
 
-    Without a scale no gradient is made, and the logits stay.
+    Without a scale the gradient is not computed, and the logits stay unchanged.
     """
-    if _fast(logits_TV):
+    if _use_kernels(logits_TV):
         from xtuner.model.ops import elementwise_kernels
 
         return elementwise_kernels.cross_entropy_(logits_TV, targets_T, scale)
-    unlearned, column = targets_T == IGNORE, targets_T.clamp(min=0)[:, None]
+    ignored, column = targets_T == IGNORE, targets_T.clamp(min=0)[:, None]
     scores = logits_TV.float()
     target_logit = scores.gather(1, column)
     largest = scores.amax(1, keepdim=True)
     scores = scores.sub(largest).exp_()
     total = scores.sum(1, keepdim=True)
-    losses = (total.log() + largest - target_logit)[:, 0].masked_fill(unlearned, 0.0)
+    losses = (total.log() + largest - target_logit)[:, 0].masked_fill(ignored, 0.0)
     if scale is None:
         return losses
     scores.div_(total).scatter_add_(1, column, -torch.ones_like(target_logit))
-    logits_TV.copy_(scores.masked_fill_(unlearned[:, None], 0.0).mul_(scale))
+    logits_TV.copy_(scores.masked_fill_(ignored[:, None], 0.0).mul_(scale))
     return losses

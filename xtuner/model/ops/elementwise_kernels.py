@@ -1,7 +1,7 @@
 """The functions of `elementwise.py` as GPU kernels (Triton): each reads and writes memory once.
 
-They round where the PyTorch definitions round, so that the two differ by the order of sums alone. The number of tokens
-is an ordinary argument: nothing is compiled again when it changes.
+They round where the PyTorch definitions round, so that results differ by the order of sums alone. The number of tokens
+is an ordinary argument, so that a new number does not trigger a compilation.
 """
 
 from typing import Any
@@ -13,8 +13,8 @@ import triton.language as tl
 from xtuner.data.packing.pack import IGNORE
 
 
-def warps(block: int) -> int:
-    """Of a program that holds so many numbers."""
+def choose_warps(block: int) -> int:
+    """Warps of a program that processes `block` numbers."""
     return 16 if block >= 8192 else 8 if block >= 2048 else 4
 
 
@@ -42,7 +42,7 @@ def rms_norm(
     total = x_TH if add_TH is None else torch.empty_like(x_TH)
     out, block = torch.empty_like(x_TH), triton.next_power_of_2(H)
     args = (x_TH, x_TH if add_TH is None else add_TH, w_H, total, out, H, eps)
-    _rms_norm[(T,)](*args, HAS_ADD=add_TH is not None, BLOCK=block, num_warps=warps(block))
+    _rms_norm[(T,)](*args, HAS_ADD=add_TH is not None, BLOCK=block, num_warps=choose_warps(block))
     return total, out
 
 
@@ -78,7 +78,7 @@ def rms_norm_backward(
     dx, dw = torch.empty_like(x_TH), torch.empty(programs, H, dtype=torch.float32, device=x_TH.device)
     block = triton.next_power_of_2(H)
     args = (d_TH.contiguous(), x_TH, w_H, x_TH if residual_TH is None else residual_TH.contiguous(), dx, dw, T, H, eps)
-    _rms_norm_backward[(programs,)](*args, HAS_RES=residual_TH is not None, BLOCK=block, num_warps=warps(block))
+    _rms_norm_backward[(programs,)](*args, HAS_RES=residual_TH is not None, BLOCK=block, num_warps=choose_warps(block))
     return dx, dw.sum(0)
 
 
@@ -88,15 +88,15 @@ def _split_rotate(
     KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """One token. Heads lie in QKV group by group: G queries, k, v; in Q, K and V each kind by itself."""
+    """One token. QKV has the heads group by group: G queries, k, v. Q, K and V have one kind of heads each."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, WIDTH)[None, :]
     inside = (head < KV * (G + 2)) & (pair < HALF)
-    group, place = head // (G + 2), head % (G + 2)
-    is_q, is_k, is_v = inside & (place < G), inside & (place == G), inside & (place == G + 1)
+    group, member = head // (G + 2), head % (G + 2)
+    is_q, is_k, is_v = inside & (member < G), inside & (member == G), inside & (member == G + 1)
     joint = QKV + (token * (KV * (G + 2)) + head) * (2 * HALF) + pair
-    q = Q + (token * (KV * G) + group * G + place) * (2 * HALF) + pair
+    q = Q + (token * (KV * G) + group * G + member) * (2 * HALF) + pair
     k = K + (token * KV + group) * (2 * HALF) + pair
     v = V + (token * KV + group) * (2 * HALF) + pair
     cos = tl.load(COS + token * HALF + pair, pair < HALF, 0.0)
@@ -218,7 +218,7 @@ def _cross_entropy(
     target_logit = tl.load(row + target, learned, 0.0).to(tl.float32)
     tl.store(LOSSES + token, tl.where(learned, tl.log(total) + largest - target_logit, 0.0))
     if GRADIENT:
-        tl.debug_barrier()  # all have read the target's logit before it is replaced
+        tl.debug_barrier()  # all threads have read the target's logit before it is overwritten
         factor = tl.where(learned, scale, 0.0)
         for begin in range(0, V, BLOCK):
             mask = begin + at < V

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from xtuner.model.ops.elementwise_kernels import warps
+from xtuner.model.ops.elementwise_kernels import choose_warps
 
-LARGEST, SMALLEST = tl.constexpr(448.0), tl.constexpr(1e-30)
+E4M3_MAX, ZERO_BELOW = tl.constexpr(448.0), tl.constexpr(1e-30)
 TILE = 64
 
 
@@ -17,7 +17,7 @@ def _rows(X, OUT, SCALE, C, BLOCK: tl.constexpr):
     mask = at < C
     x = tl.load(X + row * C + at, mask, 0.0).to(tl.float32)
     largest = tl.max(tl.abs(x))
-    factor = tl.where(largest > SMALLEST, LARGEST / largest, 1.0)
+    factor = tl.where(largest > ZERO_BELOW, E4M3_MAX / largest, 1.0)
     tl.store(OUT + row * C + at, (x * factor).to(tl.float8e4nv), mask)
     tl.store(SCALE + row, 1 / factor)
 
@@ -27,7 +27,7 @@ def quantize_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     T, K = x_TK.shape
     out, scale = torch.empty_like(x_TK, dtype=torch.float8_e4m3fn), x_TK.new_empty(T, 1, dtype=torch.float32)
     block = triton.next_power_of_2(K)
-    _rows[(T,)](x_TK, out, scale, K, BLOCK=block, num_warps=warps(block))
+    _rows[(T,)](x_TK, out, scale, K, BLOCK=block, num_warps=choose_warps(block))
     return out, scale
 
 
@@ -36,11 +36,11 @@ def _columns(W, LARGE, OUT, SCALE, N, K, TILE: tl.constexpr):
     n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
     largest = tl.load(LARGE + k, k < K, 0.0).to(tl.float32)
-    factor = tl.where(largest > SMALLEST, LARGEST / largest, 1.0)
+    factor = tl.where(largest > ZERO_BELOW, E4M3_MAX / largest, 1.0)
     inside = (n[:, None] < N) & (k[None, :] < K)
     w = tl.load(W + n[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32)
-    turned = tl.trans((w * factor[None, :]).to(tl.float8e4nv))
-    tl.store(OUT + k[:, None].to(tl.int64) * N + n[None, :], turned, (k[:, None] < K) & (n[None, :] < N))
+    transposed = tl.trans((w * factor[None, :]).to(tl.float8e4nv))
+    tl.store(OUT + k[:, None].to(tl.int64) * N + n[None, :], transposed, (k[:, None] < K) & (n[None, :] < N))
     if tl.program_id(0) == 0:
         tl.store(SCALE + k, 1 / factor, k < K)
 

@@ -13,7 +13,7 @@ from xtuner.core import hub, path_kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import MANIFEST, file_entry, read_json
 from xtuner.core.log import logger, progress
-from xtuner.export.hf import LOADABLE, export
+from xtuner.export.hf import LOADABLE, export_hf
 from xtuner.export.sources import recognise
 from xtuner.families import family_of
 from xtuner.tools.model_converters.pth_to_hf import from_config
@@ -68,7 +68,7 @@ class EvaluatedModel:
         dtype = _DTYPES.get(str(hf.get("torch_dtype") or hf.get("dtype")), torch.bfloat16)
         layout = family_of(hf).loads_as or family_of(hf).name
         logger.info(f"transformers 4 cannot read {folder}; converting it to {target} in the {layout} layout")
-        return export(folder, target, folder, layout, dtype)
+        return export_hf(folder, target, folder, layout, dtype)
 
 
 def _check(folder: Path) -> None:

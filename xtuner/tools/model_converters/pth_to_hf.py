@@ -33,13 +33,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from xtuner.core import log
-    from xtuner.export.hf import parse_size, summary
+    from xtuner.export.hf import parse_size, summarize_export
 
     dtype = torch.float32 if args.fp32 else torch.bfloat16
     size = parse_size(args.max_shard_size)
     how = {"layout": args.layout, "dtype": dtype, "max_shard_bytes": size, "with_code": args.with_code}
     target = from_config(args.config, args.cfg_options, args.pth_model, args.save_dir, **how)
-    log.logger.info(f"written {summary(target)}")
+    log.logger.info(f"written {summarize_export(target)}")
     return 0
 
 
@@ -52,7 +52,7 @@ def from_config(
     """
     from xtuner.compat.translate import load
     from xtuner.config.build import build
-    from xtuner.export.hf import export
+    from xtuner.export.hf import export_hf
     from xtuner.model.decoder import DecoderConfig
     from xtuner.model.source import ModelSource
 
@@ -64,7 +64,7 @@ def from_config(
         model: ModelSource = build(config.get("model") or {}, "model")
         return model.config
 
-    return export(checkpoint, target, folder, network=network, **how)
+    return export_hf(checkpoint, target, folder, network=network, **how)
 
 
 if __name__ == "__main__":

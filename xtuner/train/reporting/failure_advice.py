@@ -11,14 +11,16 @@ from xtuner.core.files import MANIFEST
 from xtuner.core.log import human_bytes
 from xtuner.dist import collectives
 from xtuner.dist.mesh import Mesh
-from xtuner.engine.memory import LEAST, Memory
+from xtuner.engine.memory import MIN_MICRO_BATCH, MemoryPlan
 from xtuner.engine.strategies.out_of_memory import OutOfMemory
 from xtuner.engine.zero import deepspeed_config, zero_memory
 from xtuner.model.flops import num_parameters
 from xtuner.optim.adamw import FORMS
 from xtuner.train.run import Plan, Settings
 
-ENGINES = deepspeed_config.shipped()  # sorted by name, which is also by memory: each needs less than those before it
+ENGINES = (
+    deepspeed_config.list_shipped()
+)  # sorted by name, and by memory: each needs less than those before it
 # The value of `optim_wrapper.full` for each; None would let stage 2 keep full gradients if memory allows at the start
 FULL = dict.fromkeys(ENGINES) | {"deepspeed_zero2": "weights"}
 OPTIONS = ("--deepspeed", "--fsdp", "--resume")  # replaced, not repeated
@@ -26,7 +28,7 @@ MIN_PACK_TOKENS = 2048  # shorter packs are not suggested
 
 
 def out_of_memory_error(
-    settings: Settings, plan: Plan, done: int, words: Sequence[str], error: BaseException, now: Memory | None = None
+    settings: Settings, plan: Plan, done: int, words: Sequence[str], error: BaseException, now: MemoryPlan | None = None
 ) -> ConfigError:
     """The error with which the run ends.
 
@@ -65,7 +67,7 @@ def interrupted_error(work_dir: Path, done: int, words: Sequence[str], mesh: Mes
     return error
 
 
-def _advice(settings: Settings, plan: Plan, words: list[str], now: Memory | None) -> Iterator[tuple[str, str]]:
+def _advice(settings: Settings, plan: Plan, words: list[str], now: MemoryPlan | None) -> Iterator[tuple[str, str]]:
     """(command line, its effect), the cheapest first."""
     config, mesh, resume = settings.config, settings.mesh, ["--resume", "auto"]
     choice, device, optim = plan.choice, settings.device, settings.optim
@@ -74,8 +76,8 @@ def _advice(settings: Settings, plan: Plan, words: list[str], now: Memory | None
         yield _command_line(words, again, mesh), "recomputes each block in the backward; the same result"
     tokens = settings.dataset.packed_length
     if choice.deepspeed and now:  # our own strategies have tried it already
-        half = min(now.most or tokens, tokens) // 2
-        if half >= LEAST:
+        half = min(now.max_tokens or tokens, tokens) // 2
+        if half >= MIN_MICRO_BATCH:
             smaller = ["--cfg-options", f"optim_wrapper.micro_batch={half}", *resume]
             yield (
                 _command_line(words, smaller, mesh),
@@ -88,7 +90,7 @@ def _advice(settings: Settings, plan: Plan, words: list[str], now: Memory | None
             _command_line(words, ["--deepspeed", name, *lean, *resume], mesh),
             f"{human_bytes(state)} of state per GPU{slower}",
         )
-    if not (choice.deepspeed or choice.fsdp) and optim.own_form(device) in (FORMS["fp32"], FORMS["split"]):
+    if not (choice.deepspeed or choice.fsdp) and optim.state_form(device) in (FORMS["fp32"], FORMS["split"]):
         size = human_bytes(num_parameters(settings.source.config) * FORMS["8bit"].bytes)
         leaner = ["--cfg-options", "optim_wrapper.states=8bit"]
         yield _command_line(words, leaner, mesh), f"{size} of state; a new run: the optimizer's state is different"
@@ -107,11 +109,13 @@ def _leaner_settings(settings: Settings, plan: Plan) -> Iterator[tuple[str, int]
         return  # DeepSpeed does not support these
     choice, ranks = plan.choice, settings.mesh.size
     at = ENGINES.index(choice.deepspeed) + 1 if choice.deepspeed in ENGINES else 0
-    optim = settings.optim.taking(plan.accumulative_counts)
+    optim = settings.optim.with_accumulation(plan.accumulative_counts)
     for name in ENGINES[at:]:
         optim.full = FULL[name]
         # pure arithmetic: the GPU has no free memory
-        state = zero_memory.zero_state(settings.source, optim, settings.device, ranks, deepspeed_config.read(name))
+        state = zero_memory.zero_state_bytes(
+            settings.source, optim, settings.device, ranks, deepspeed_config.read_settings(name)
+        )
         if state < 0.9 * choice.state or (at and state <= choice.state):
             yield name, state
 

@@ -10,7 +10,7 @@ from xtuner.core.log import human, human_bytes
 from xtuner.core.system import sysinfo
 from xtuner.model.attention import BACKENDS
 from xtuner.model.flops import num_parameters, training_flops
-from xtuner.optim.parameter_groups import group_of
+from xtuner.optim.parameter_groups import find_group
 from xtuner.train.run import Plan, Settings
 
 SHOWN_FILES = 20
@@ -45,7 +45,7 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
         *_parameter_group_rows(settings),
         ("strategy", plan.choice.name),
         ("precision", f"{_describe_masters(settings)}, compute in {compute} on {device}{_describe_products(settings)}"),
-        ("attention", BACKENDS[settings.source.attention_backend(device, dtype)].about),
+        ("attention", BACKENDS[settings.source.attention_backend(device, dtype)].description),
         ("state", f"{human_bytes(plan.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
         (
             "data",
@@ -71,7 +71,7 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
 def _parameter_group_rows(settings: Settings) -> list[tuple[str, str]]:
     """Number of parameters in each parameter group of the config."""
     groups = settings.optim.parameter_groups
-    taken = Counter(group_of(name, groups) for name in (settings.source.trained_names() if groups else ()))
+    taken = Counter(find_group(name, groups) for name in (settings.source.trained_names() if groups else ()))
     return [("", f"{taken[g]:,} parameters that match {g.match!r}: {g}") for g in groups]
 
 

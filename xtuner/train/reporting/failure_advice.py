@@ -18,9 +18,7 @@ from xtuner.model.flops import num_parameters
 from xtuner.optim.adamw import FORMS
 from xtuner.train.run import Plan, Settings
 
-ENGINES = (
-    deepspeed_config.list_shipped()
-)  # sorted by name, and by memory: each needs less than those before it
+ENGINES = deepspeed_config.list_shipped()  # sorted by name, and by memory: each needs less than those before it
 # The value of `optim_wrapper.full` for each; None would let stage 2 keep full gradients if memory allows at the start
 FULL = dict.fromkeys(ENGINES) | {"deepspeed_zero2": "weights"}
 OPTIONS = ("--deepspeed", "--fsdp", "--resume")  # replaced, not repeated

@@ -235,9 +235,9 @@ def test_a_token_cache_that_is_not_fresh_is_told(tmp_path: Path, caplog: Any) ->
     file = folder / CACHE / token_cache.cache_name("en/a.bin")
     whole = file.read_bytes()
     for harm, words in (
-        (lambda: os.truncate(file, len(whole) - 4), "is torn or of another version"),
-        (lambda: file.write_bytes(b""), "is torn or of another version"),
-        (lambda: file.write_bytes(whole.replace(b'tokens": 1', b'tokens": 0', 1)), "is torn or of another version"),
+        (lambda: os.truncate(file, len(whole) - 4), "is damaged or of another version"),
+        (lambda: file.write_bytes(b""), "is damaged or of another version"),
+        (lambda: file.write_bytes(whole.replace(b'tokens": 1', b'tokens": 0', 1)), "is damaged or of another version"),
         (lambda: os.utime(folder / "en" / "a.bin", ns=(1, 1)), "is older than its text"),
     ):
         file.write_bytes(whole)

@@ -19,7 +19,7 @@ from xtuner.data.format import file_catalog as catalogs
 from xtuner.data.format import token_cache as tokens
 from xtuner.data.format.bin_file import BinFile, Signature
 from xtuner.data.format.cache_dirs import Opening, Place, tell_once
-from xtuner.data.format.file_catalog import COLUMNS, Catalog
+from xtuner.data.format.file_catalog import SIGNATURE, Catalog, Records
 from xtuner.data.format.file_order import no_files, read_order, require_folder, walk
 from xtuner.data.format.text_reader import LongLines, SpanReader
 from xtuner.data.packing import document_order
@@ -171,7 +171,7 @@ def catalog_of(folder: Path, names: list[str], min_length: int, place: Place) ->
     catalog, fresh = _known(names, signatures, place, f"files-{min_length}.cat")
     unknown = np.flatnonzero(~fresh).tolist()
     if unknown:
-        meta_bytes = int(signatures[unknown, 2].clip(min=0).sum())
+        meta_bytes = int(signatures["meta_size"][unknown].clip(min=0).sum())
         _examine(catalog, unknown, folder, min_length, meta_bytes)
         if int(catalog.documents.sum()) >= document_order.SMALL and not place.read_only:
             keep(catalog, place, min_length)
@@ -184,58 +184,56 @@ def keep(catalog: Catalog, place: Place, min_length: int) -> None:
     with place.alone():
         for path in place.candidates(name):
             try:
-                older, _ = catalogs.unpack(path.read_bytes())
+                older, _ = catalogs.from_bytes(path.read_bytes())
             except (OSError, ValueError):
                 continue
             ours = set(catalog.names)
             others = older.select([i for i, n in enumerate(older.names) if n not in ours])
             catalog = Catalog(
                 catalog.names + others.names,
-                np.concatenate((catalog.numbers, others.numbers)),
+                np.concatenate((catalog.records, others.records)),
                 np.concatenate((catalog.identities, others.identities)),
             )
-        place.write(name, lambda f: f.write(catalogs.pack(catalog)), f"the index of {place.folder}")
+        place.write(name, lambda f: f.write(catalogs.to_bytes(catalog)), f"the index of {place.folder}")
 
 
-def signatures_of(folder: Path, names: list[str]) -> npt.NDArray[np.int64]:
-    """Sizes and times, int64 [files, 4]; -1 where a file or its meta cannot be seen."""
+def signatures_of(folder: Path, names: list[str]) -> Records:
+    """Sizes and times, SIGNATURE [files]; all -1 where a file or its meta cannot be seen."""
 
-    def ask(part: list[str]) -> list[tuple[int, ...]]:
+    def ask(part: list[str]) -> list[Signature]:
         return [_signature(folder / name) for name in part]
 
     parts = [names[i : i + STATS] for i in range(0, len(names), STATS)]
     with ThreadPoolExecutor(THREADS) as pool:  # a network file system answers many at once
         found = [s for part in pool.map(ask, parts) for s in part]
-    return np.array(found, np.int64).reshape(-1, 4)
+    return np.array(found, SIGNATURE)
 
 
-def _signature(path: Path) -> tuple[int, ...]:
+def _signature(path: Path) -> Signature:
     try:
         return Signature.of(path)
     except OSError:
-        return (-1, -1, -1, -1)
+        return Signature(-1, -1, -1, -1)
 
 
-def _known(
-    names: list[str], signatures: npt.NDArray[np.int64], place: Place, cache: str
-) -> tuple[Catalog, npt.NDArray[np.bool_]]:
+def _known(names: list[str], signatures: Records, place: Place, cache: str) -> tuple[Catalog, npt.NDArray[np.bool_]]:
     """What catalogs on disk know of files with these signatures; and which they know."""
-    catalog = Catalog(names, np.zeros((len(names), COLUMNS), np.int64), np.zeros((len(names), 32), np.uint8))
+    catalog = Catalog.empty(names)
     fresh = np.zeros(len(names), np.bool_)
     for path in place.candidates(cache):
         try:
-            older, _ = catalogs.unpack(path.read_bytes())
+            older, _ = catalogs.from_bytes(path.read_bytes())
         except (OSError, ValueError) as e:
             tell_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
             continue
         where = {name: i for i, name in enumerate(older.names)}
         rows = np.array([where.get(name, -1) for name in names], np.int64)
-        same = (older.numbers[rows, :4] == signatures).all(axis=1) if len(older) else rows >= 0
+        same = older.records["signature"][rows] == signatures if len(older) else rows >= 0
         changed = int(np.count_nonzero((rows >= 0) & ~same))
         if changed:
             logger.info(f"{changed} files of {place.folder} have changed since they were indexed: examined again")
         take = (rows >= 0) & same & ~fresh
-        catalog.numbers[take, :6] = older.numbers[rows[take], :6]
+        catalog.records[take] = older.records[rows[take]]
         catalog.identities[take] = older.identities[rows[take]]
         fresh |= take
     return catalog, fresh
@@ -253,8 +251,7 @@ def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int
             problems.append(found)
             continue
         assert found.facts is not None
-        catalog.numbers[i, :6] = *found.facts.signature, found.facts.documents, found.facts.tokens
-        catalog.identities[i] = np.frombuffer(found.facts.identity, np.uint8)
+        catalog.set_facts(i, found.facts)
     if len(problems) == 1:
         raise problems[0]
     if problems:

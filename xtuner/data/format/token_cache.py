@@ -7,7 +7,6 @@
 It is used while the pair's sizes and times are those that it was made from, and holds exactly what the text holds.
 """
 
-import json
 import mmap
 import os
 from pathlib import Path
@@ -19,10 +18,10 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.data.format.bin_file import BinFile, Int64s, Signature
 from xtuner.data.format.cache_dirs import Place, tell_once
+from xtuner.data.format.cache_file import HEADER_BYTES, CacheFormat
 from xtuner.data.format.text_reader import Places
 
-VERSION = 1
-HEADER = 4096
+FORMAT = CacheFormat("xtuner tokens", 1)
 ROWS = 2**20  # of a meta at a time
 MOST_MAPS = 256  # kept; each holds a file open
 Int32s = npt.NDArray[np.int32]
@@ -35,7 +34,7 @@ def cache_name(name: str) -> str:
 
 
 def _facts(signature: Signature, documents: int, tokens: int) -> dict[str, Any]:
-    return {"xtuner tokens": VERSION, "documents": documents, "tokens": tokens, "of": list(signature)}
+    return {"documents": documents, "tokens": tokens, "of": list(signature)}
 
 
 class TokenCache:
@@ -49,7 +48,7 @@ class TokenCache:
 
     @property
     def begin(self) -> int:
-        return HEADER + 8 * (self.documents + 1)
+        return HEADER_BYTES + 8 * (self.documents + 1)
 
     def read(self, places: Places, vocab_size: int | None = None) -> tuple[Int32s, int | None]:
         """See `SpanReader.read`."""
@@ -81,7 +80,7 @@ class TokenCache:
                     raise self._wrong("it has changed")
                 with open(self.path, "rb") as f:
                     mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-                starts = np.frombuffer(mapped, np.int64, self.documents + 1, HEADER)
+                starts = np.frombuffer(mapped, np.int64, self.documents + 1, HEADER_BYTES)
                 known = identity, starts, np.frombuffer(mapped, np.int32, self.tokens, self.begin)
                 while len(_MAPS) >= MOST_MAPS:
                     _MAPS.pop(next(iter(_MAPS)), None)
@@ -109,7 +108,7 @@ def find(file: BinFile, place: Place) -> TokenCache | None:
     for path in place.candidates(cache_name(file.name)):
         facts = read_header(path)
         if facts is None:
-            tell_once(f"the token cache {path} is torn or of another version: the text is read instead")
+            tell_once(f"the token cache {path} is damaged or of another version: the text is read instead")
         elif facts["of"] != list(file.facts.signature):
             tell_once(f"the token cache {path} is older than its text, which is read instead; run `xtuner data cache`")
         else:
@@ -121,21 +120,21 @@ def read_header(path: Path) -> dict[str, Any] | None:
     """None for a file that is no whole token cache of this version."""
     try:
         with open(path, "rb") as f:
-            facts: dict[str, Any] = json.loads(f.read(HEADER))
+            facts = FORMAT.read_header(f.read(HEADER_BYTES))
             size = os.fstat(f.fileno()).st_size
-        documents, tokens, right = facts["documents"], facts["tokens"], facts["xtuner tokens"] == VERSION
-        right = right and type(documents) is int and type(tokens) is int and min(documents, tokens) >= 0
-        right = right and isinstance(facts["of"], list)
-        return facts if right and size == HEADER + 8 * (documents + 1) + 4 * tokens else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError):
         return None
+    documents, tokens = facts.get("documents"), facts.get("tokens")
+    if not (type(documents) is int and type(tokens) is int and isinstance(facts.get("of"), list)):
+        return None
+    right = min(documents, tokens) >= 0 and size == HEADER_BYTES + 8 * (documents + 1) + 4 * tokens
+    return facts if right else None
 
 
 def begin(f: IO[bytes], lengths: npt.NDArray[Any], signature: Signature) -> None:
     """Begin the cache of a file whose documents have these lengths; all tokens must follow, in that order."""
     total = int(lengths.sum(dtype=np.int64))
-    facts = _facts(signature, len(lengths), total)
-    f.write(json.dumps(facts).encode().ljust(HEADER - 1) + b"\n")
+    f.write(FORMAT.header(**_facts(signature, len(lengths), total)))
     f.write(np.zeros(1, np.int64).data)
     total = 0
     for i in range(0, len(lengths), ROWS):

@@ -61,10 +61,10 @@ def _first_of_node(build: Build, told: Known) -> PackedDataset:
     if documents is None or documents.tables is None or documents.tables.key != told["key"]:
         return data  # it has looked for itself
     seen = signatures_of(documents.folder, documents.catalog.names)
-    unseen = np.flatnonzero((seen < 0).any(axis=1))
+    unseen = np.flatnonzero(seen["size"] < 0)
     if len(unseen):
         raise _not_seen([documents.catalog.names[i] for i in unseen], str(documents.folder))
-    if (seen == documents.catalog.numbers[:, :4]).all():
+    if (seen == documents.catalog.records["signature"]).all():
         return data
     return build(None)  # a copy of its own, with times of its own
 

@@ -10,7 +10,6 @@ as the number stays, this is the reference's sampler: `permutation[:E][r::n]`, e
 by cost (balance.py), another rank of the same iteration may take a pack.
 """
 
-import json
 import mmap
 import os
 import zlib
@@ -25,11 +24,11 @@ import numpy.typing as npt
 
 from xtuner.core.errors import ConfigError
 from xtuner.data.format.cache_dirs import Place, tell_once
+from xtuner.data.format.cache_file import HEADER_BYTES, CacheFormat
 from xtuner.dist.mesh import arrange
 
 Numbers = npt.NDArray[np.integer[Any]]
-VERSION = 1
-HEADER = 4096
+FORMAT = CacheFormat("xtuner order of packs", 1)
 SHARED_FROM = 2**20  # packs; the order of fewer takes each rank 4 MB
 CHUNK = 4096  # numbers made into Python's at a time
 
@@ -185,8 +184,7 @@ def _draw(seed: int, packs: int) -> Numbers:
 
 
 def _fill(f: IO[bytes], order: Numbers, seed: int) -> None:
-    facts = {"xtuner order of packs": VERSION, "seed": seed, "packs": len(order)}
-    f.write(json.dumps(facts | {"crc32": zlib.crc32(order.data)}).encode().ljust(HEADER - 1) + b"\n")
+    f.write(FORMAT.header(seed=seed, packs=len(order), crc32=zlib.crc32(order.data)))
     f.write(order.data)
 
 
@@ -194,16 +192,16 @@ def _open(path: Path, seed: int, packs: int) -> Numbers | None:
     """The order in a file; None, told, if it is not whole."""
     try:
         with open(path, "rb") as f:
-            facts = json.loads(f.read(HEADER))
+            facts = FORMAT.read_header(f.read(HEADER_BYTES))
             size = os.fstat(f.fileno()).st_size
             dtype = _dtype(packs)
-            ours = (facts["xtuner order of packs"], facts["seed"], facts["packs"]) == (VERSION, seed, packs)
-            if ours and size == HEADER + packs * dtype.itemsize:
+            right = (facts.get("seed"), facts.get("packs")) == (seed, packs)
+            if right and size == HEADER_BYTES + packs * dtype.itemsize:
                 mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-                if zlib.crc32(memoryview(mapped)[HEADER:]) == facts["crc32"]:
-                    found: Numbers = np.frombuffer(mapped, dtype, packs, HEADER)
+                if zlib.crc32(memoryview(mapped)[HEADER_BYTES:]) == facts.get("crc32"):
+                    found: Numbers = np.frombuffer(mapped, dtype, packs, HEADER_BYTES)
                     return found
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         pass
-    tell_once(f"the order of packs {path} is torn or of another version: it is made again")
+    tell_once(f"the order of packs {path} is damaged or of another version: it is made again")
     return None

@@ -25,7 +25,8 @@ from xtuner.core.foreign_inputs import open_regular
 from xtuner.core.log import logger, progress
 from xtuner.data.format.bin_file import BinFile, Int64s
 from xtuner.data.format.cache_dirs import Place, tell_once
-from xtuner.data.format.file_catalog import HEADER, Catalog, pack, unpack
+from xtuner.data.format.cache_file import DAMAGED, HEADER_BYTES
+from xtuner.data.format.file_catalog import Catalog, from_bytes, to_bytes
 from xtuner.data.process_pool import ordered, usable_workers
 
 SMALL = 100_000  # documents; fewer are ordered in milliseconds, and nothing is written for them
@@ -64,15 +65,15 @@ class Tables:
         self.path, self.key = path, key
         with open_regular(path) as f:
             size = os.fstat(f.fileno()).st_size
-            if size < HEADER:
-                raise ValueError("torn")
+            if size < HEADER_BYTES:
+                raise ValueError(DAMAGED)
             self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        self.catalog, head = unpack(self._map)
+        self.catalog, head = from_bytes(self._map)
         if head.get("key") != key or head.get("size") != size:
-            raise ValueError("torn" if head.get("key") == key else "of other data")
+            raise ValueError(DAMAGED if head.get("key") == key else "of other data")
         self.min_length, self.seed = head.get("min_length"), head.get("seed")
         if type(self.min_length) is not int or type(self.seed) is not int:
-            raise ValueError("torn")
+            raise ValueError(DAMAGED)
         self._sound: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -80,7 +81,7 @@ class Tables:
 
     def table(self, i: int) -> tuple[Rows, Int64s] | None:
         """Rows and ends of file i, mapped; None, told, if they are not what was written."""
-        documents, begin, checksum = self.catalog.numbers[i, [4, 6, 7]].tolist()
+        _, documents, _, begin, checksum = self.catalog.records[i].item()
         rows, size = _sizes(documents)
         if i not in self._sound:
             inside = documents >= 0 and 0 <= begin <= len(self._map) - size
@@ -172,9 +173,9 @@ class _Build:
         """Raises: OSError, DataError."""
         catalog, documents = self.catalog, self.catalog.documents
         facts: dict[str, Any] = {"key": self.key, "min_length": self.min_length, "seed": self.seed}
-        at = -(-(len(pack(catalog, **facts)) + 64) // HEADER) * HEADER
+        at = -(-(len(to_bytes(catalog, **facts)) + 64) // HEADER_BYTES) * HEADER_BYTES
         sizes = [_sizes(n)[1] for n in documents.tolist()]
-        catalog.numbers[:, 6] = at + np.concatenate(([0], np.cumsum(sizes)))[:-1]
+        catalog.records["order_begin"] = at + np.concatenate(([0], np.cumsum(sizes)))[:-1]
         facts["size"] = at + sum(sizes)
         os.truncate(f.fileno(), facts["size"])
         old = dict(self._old())
@@ -184,7 +185,7 @@ class _Build:
                 jobs.append(i)
         target = os.path.realpath(f"/proc/self/fd/{f.fileno()}")
         files = [catalog.file(i, self.folder, self.min_length) for i in jobs]
-        begins = catalog.numbers[jobs, 6].tolist()
+        begins = catalog.records["order_begin"][jobs].tolist()
         work = [_Job(file, self.seed, target, begin) for file, begin in zip(files, begins, strict=True)]
         count = int(documents[jobs].sum())
         if count:
@@ -192,9 +193,9 @@ class _Build:
         workers = min(usable_workers(None), MOST_WORKERS, len(jobs)) if count >= ALONE else 1
         done = ordered(make_table, work, max(workers, 1))
         for i, checksum in zip(jobs, progress(done, "ordering documents", total=len(jobs)), strict=True):
-            catalog.numbers[i, 7] = checksum
+            catalog.records["order_crc32"][i] = checksum
         f.seek(0)
-        f.write(pack(catalog, **facts))
+        f.write(to_bytes(catalog, **facts))
 
     def _old(self) -> Iterator[tuple[bytes, tuple["Tables", int]]]:
         """Tables of the same files in older indexes, by identity: what has not changed is copied."""
@@ -202,7 +203,7 @@ class _Build:
             for path in sorted(folder.glob("order-*.idx")):
                 with contextlib.suppress(OSError, ValueError):
                     with open_regular(path) as f:
-                        _, head = unpack(f.read(HEADER + 2**26))
+                        _, head = from_bytes(f.read(HEADER_BYTES + 2**26))
                     if head.get("seed") == self.seed and head.get("min_length") == self.min_length:
                         tables = Tables(path, str(head.get("key")))
                         for i, identity in enumerate(tables.catalog.identities):
@@ -212,8 +213,10 @@ class _Build:
         if old is None or old[0].table(old[1]) is None:
             return False
         tables, j = old
-        begin, checksum = tables.catalog.numbers[j, 6:8].tolist()
+        *_, begin, checksum = tables.catalog.records[j].item()
         size = _sizes(int(self.catalog.documents[i]))[1]
-        _write_at(f.fileno(), memoryview(tables._map)[begin : begin + size], int(self.catalog.numbers[i, 6]))
-        self.catalog.numbers[i, 7] = checksum
+        _write_at(
+            f.fileno(), memoryview(tables._map)[begin : begin + size], int(self.catalog.records["order_begin"][i])
+        )
+        self.catalog.records["order_crc32"][i] = checksum
         return True

@@ -44,7 +44,7 @@ def test_costs_are_those_of_the_batches(indexed: bool, tmp_path: Path, monkeypat
             continue
         documents = load_intern_repo_tokenized_dataset(case / "input", cache_dir=tmp_path)
         data = PackedDataset(documents, len(facts["packs"][0]["input_ids"]))
-        costs = [Batch.of(data[i]).attention_pairs for i in range(len(data))]
+        costs = [Batch.from_item(data[i]).attention_pairs for i in range(len(data))]
         order = np.random.RandomState(0).permutation(len(data)).astype(np.uint32)
         fresh = PackedDataset(documents, data.packed_length)
         assert fresh.costs(order).tolist() == [costs[i] for i in order]
@@ -58,7 +58,7 @@ def test_costs_are_those_of_the_batches(indexed: bool, tmp_path: Path, monkeypat
 def test_costs_of_the_longest_documents_are_exact() -> None:
     length = 2**31 - 1
     ends = np.array([0, 3, 3, 2 * length], np.int64)  # also documents without tokens
-    assert deal.squares(ends, np.array([0, length]), length).tolist() == [9 + (length - 3) ** 2, length**2]
+    assert deal.attention_costs(ends, np.array([0, length]), length).tolist() == [9 + (length - 3) ** 2, length**2]
 
 
 class Costly:

@@ -35,7 +35,7 @@ from xtuner.core.system import sysinfo
 from xtuner.data import load_intern_repo_tokenized_dataset, process_pool
 from xtuner.data.format.file_order import read_order, walk
 from xtuner.data.format.writer import write_bin
-from xtuner.data.inspect.check_files import check
+from xtuner.data.inspect.check_files import check_folder
 from xtuner.data.tokenize.run import tokenize
 from xtuner.data.tokenize.settings import Settings
 from xtuner.data.tokenizer import load_tokenizer
@@ -102,12 +102,12 @@ def test_only_regular_files_are_opened(
     folder = write_corpus(tmp_path / "data", 3, types=("en",))
     (folder / "en" / "a.bin").unlink()
     at("data/en/a.bin")
-    assert any(row.file == "en/a.bin" and kind in row.what for row in check(folder, workers=1).rows)
+    assert any(row.file == "en/a.bin" and kind in row.what for row in check_folder(folder, workers=1).rows)
     refused(lambda: load_intern_repo_tokenized_dataset(folder), kind, DataError)
     (folder / "en" / "a.bin").unlink()
     (folder / "en" / "b.bin.meta").unlink()
     at("data/en/b.bin.meta")
-    assert any(kind in row.what for row in check(folder, fix_meta=True, workers=1).rows)
+    assert any(kind in row.what for row in check_folder(folder, fix_meta=True, workers=1).rows)
     refused(lambda: read_order(at("order.txt"), folder), kind, ConfigError)
     inputs = Settings(str(tokenizer_folder), "txt")
     refused(lambda: tokenize([str(at("texts/x.txt").parent)], str(tmp_path / "out"), inputs, workers=1), kind)
@@ -430,8 +430,8 @@ def test_metas_that_do_not_fit_their_text(tmp_path: Path) -> None:
     ):  # fmt: skip
         meta.write_bytes(content)
         refused(lambda: load_intern_repo_tokenized_dataset(tmp_path), words, DataError)
-        [row] = check(tmp_path, fix_meta=True, workers=1).rows
-        assert row.kind == "mended"
+        [row] = check_folder(tmp_path, fix_meta=True, workers=1).rows
+        assert row.kind == "fixed"
         assert meta.read_bytes() == right
     long = tmp_path / ("x" * 251 + ".bin")  # its meta's name would be longer than names may be
     long.write_bytes(file.read_bytes())
@@ -446,7 +446,7 @@ def test_lines_that_are_not_documents(tmp_path: Path) -> None:
         (b'{"tokens": [' + b"9" * 5000 + b"]}", "is not JSON"),
     ):  # fmt: skip
         (tmp_path / "a.bin").write_bytes(line + b"\n")
-        [row] = [row for row in check(tmp_path, workers=1).rows if "byte 0" in row.what]
+        [row] = [row for row in check_folder(tmp_path, workers=1).rows if "byte 0" in row.what]
         assert len(row.what) < 400
         assert any(word in row.what for word in words.replace("\\", "").split("|")), row.what
 
@@ -480,7 +480,7 @@ def test_deep_folders(tmp_path: Path) -> None:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack(0)) + 250)  # folders 1,200 deep would take seconds to make
     try:
-        found, rows = list(walk(tmp_path)), check(tmp_path, workers=1).rows
+        found, rows = list(walk(tmp_path)), check_folder(tmp_path, workers=1).rows
     finally:
         sys.setrecursionlimit(limit)
     assert found == ["a.bin", deep + "x.bin"]
@@ -532,7 +532,6 @@ def test_records_of_what_was_tokenized(tokenizer_folder: Path, tmp_path: Path) -
 
 def test_caches_with_crafted_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made again; nothing is read by what they say."""
-    from xtuner.data.inspect.build_caches import make
     from xtuner.data.packing import document_order
     from xtuner.data.packing.pack import PackedDataset
 
@@ -540,7 +539,9 @@ def test_caches_with_crafted_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = write_corpus(tmp_path / "data", 10, types=("en",))
     dataset = PackedDataset(load_intern_repo_tokenized_dataset(folder), 16)
     expected = [dataset[i]["input_ids"].tolist() for i in range(len(dataset))]
-    make(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
+    from xtuner.data.inspect.build_caches import build_caches
+
+    build_caches(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
     caches = {p: p.read_bytes() for p in (folder / ".xtuner-cache").rglob("*") if p.is_file() and p.stat().st_size}
     assert len(caches) == 4  # two files' tokens, the catalog, the order
     for path, whole in caches.items():

@@ -12,7 +12,7 @@ from conftest import reference, write_corpus
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.format.file_order import read_order, walk
-from xtuner.data.inspect.build_caches import make
+from xtuner.data.inspect.build_caches import build_caches
 from xtuner.data.packing.pack import PackedDataset
 
 Command = Callable[..., int]
@@ -103,7 +103,7 @@ def test_a_file_named_several_times_is_taken_as_often(
         assert ([f.name for f in whole], whole.num_repeated) == (names, 2)
         if cached:
             capsys.readouterr()
-            made = make(whole, 1024)
+            made = build_caches(whole, 1024)
             assert (made.tokens, made.made) == (3, 3)
         packs = PackedDataset(whole, 8)
         assert [packs[i]["input_ids"].tolist() for i in range(len(packs))] == expected

@@ -480,7 +480,7 @@ def test_few_chunks_are_under_way(small: Path) -> None:
             yield read.Chunk(0, settings, data=b"text\n")
 
     ahead = []
-    for given, result in enumerate(process_pool.ordered(work.encode_chunk, chunks(), 2), 1):
+    for given, result in enumerate(process_pool.map_ordered(work.encode_chunk, chunks(), 2), 1):
         assert result.train.counts[0] == len(load_tokenizer(small).encode("text")) + 2
         ahead.append(taken - given)
     assert given == 100

@@ -31,9 +31,9 @@ from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.chat_template import INTERNLM2_MARKS
 from xtuner.data.format.file_order import read_order
 from xtuner.data.format.writer import write_bin
-from xtuner.data.inspect.build_caches import make
-from xtuner.data.inspect.check_files import check
-from xtuner.data.inspect.statistics import stats
+from xtuner.data.inspect.build_caches import build_caches
+from xtuner.data.inspect.check_files import check_folder
+from xtuner.data.inspect.statistics import compute_statistics
 from xtuner.data.packing import document_order
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.data.tokenize.run import tokenize
@@ -106,12 +106,12 @@ def _read_data(folder: Path, case: Any = None) -> None:
             dataset[i]
 
     every(
-        lambda: check(data, 92544, workers=1),
+        lambda: check_folder(data, 92544, workers=1),
         packs,
-        lambda: stats(load_intern_repo_tokenized_dataset(data), 8, workers=1),
-        lambda: make(load_intern_repo_tokenized_dataset(data), 1024, workers=1),
+        lambda: compute_statistics(load_intern_repo_tokenized_dataset(data), 8, workers=1),
+        lambda: build_caches(load_intern_repo_tokenized_dataset(data), 1024, workers=1),
         packs,
-        lambda: check(data, fix_meta=True, workers=1),
+        lambda: check_folder(data, fix_meta=True, workers=1),
         packs,
     )
 

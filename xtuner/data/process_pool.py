@@ -27,7 +27,7 @@ def usable_workers(workers: int | None) -> int:
     return workers
 
 
-def ordered(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+def map_ordered(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
     """`work` of each item, in the order of the items; `work` is a function of a module.
 
     At most `2 * workers + 2` items are under way, whatever their number. Workers are never forked from this process,

@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """The largest id + 1, special tokens included."""
 
-    def unplaced(self) -> list[str]:
+    def tokens_without_id(self) -> list[str]:
         """Special tokens that a settings file names and no file gives an id.
 
         transformers gives each a new id after the last one: an id that the data do not hold and the embedding may not.
@@ -111,7 +111,7 @@ class _SentencePiece:
     def vocab_size(self) -> int:
         return max(int(self._model.vocab_size()), *(i + 1 for i in self.special.values()))
 
-    def unplaced(self) -> list[str]:
+    def tokens_without_id(self) -> list[str]:
         return [name for name in _mentioned(self.folder) if name not in self.special]
 
     def encode(self, text: str) -> list[int]:
@@ -189,7 +189,7 @@ class _Fast:
         ids = self._model.get_vocab(with_added_tokens=True).values()
         return 1 + max(ids, default=-1)  # the library's get_vocab_size counts tokens, and ids may leave gaps
 
-    def unplaced(self) -> list[str]:
+    def tokens_without_id(self) -> list[str]:
         return [name for name in _mentioned(self.folder) if self._model.token_to_id(name) is None]
 
     def encode(self, text: str) -> list[int]:

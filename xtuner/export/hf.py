@@ -23,7 +23,7 @@ from xtuner.export.model_card import card
 from xtuner.export.opencompass import write_configs
 from xtuner.export.sources import Opened, read_tensor, recognise
 from xtuner.export.tokenizer_json import complete
-from xtuner.families import FAMILIES, OWN
+from xtuner.families import FAMILIES, NATIVE
 from xtuner.families.base import ModelFamily
 from xtuner.families.chat import ChatTemplate
 from xtuner.model.decoder import DecoderConfig
@@ -157,7 +157,7 @@ def _write_shards(
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
 
 
-def _copy_code(folder: Path, layout: ModelFamily = OWN) -> dict[str, Any]:
+def _copy_code(folder: Path, layout: ModelFamily = NATIVE) -> dict[str, Any]:
     """Write the .py files; returns what `config.json` says of them."""
     for name in {f"{cls.partition('.')[0]}.py" for cls in layout.auto_map.values()}:
         shutil.copyfile(Path(__file__).parent / "remote" / name, folder / name)
@@ -181,7 +181,7 @@ def _check_tokenizer(folder: Path | None, config: DecoderConfig) -> None:
             do="give the tokenizer that the data were tokenized with (`tokenizer` in the config); no rows are added: "
             "nothing would have been learnt for them",
         )
-    if unplaced := tokenizer.unplaced():
+    if unplaced := tokenizer.tokens_without_id():
         raise ConfigError(
             f"the tokenizer's settings name special tokens without their ids: {', '.join(unplaced)}",
             where=f"tokenizer: {folder} (tokenizer_config.json, special_tokens_map.json)",
@@ -204,7 +204,7 @@ def _check_readers(c: DecoderConfig, layout: ModelFamily) -> None:
 
 
 def _copy_tokenizer(
-    source: Path | None, folder: Path, config: DecoderConfig, chat: ChatTemplate | None = OWN.chat
+    source: Path | None, folder: Path, config: DecoderConfig, chat: ChatTemplate | None = NATIVE.chat
 ) -> list[int]:
     """Copy tokenizer files, and add what loading needs; return the ids at which a chat model stops."""
     if source is None:

@@ -20,8 +20,8 @@ from xtuner.families.llama import LLAMA
 from xtuner.families.network import DecoderConfig
 
 FAMILIES: Registry[ModelFamily] = Registry("model family", {family.name: family for family in (INTERNLM2, LLAMA)})
-OWN = INTERNLM2  # whose names are the decoder's, and those of checkpoints
-_FAMILY = "xtuner_family"  # in a checkpoint's config.json: the model's, where that is another than OWN
+NATIVE = INTERNLM2  # whose names are the decoder's, and those of checkpoints
+_FAMILY = "xtuner_family"  # in a checkpoint's config.json: the model's, where that is another than NATIVE
 _COPY = "copy the model's own config.json there again"
 
 
@@ -35,7 +35,7 @@ def chat_templates() -> dict[str, ChatTemplate]:
     return {chat.name: chat for family in FAMILIES.values() if (chat := family.chat)} | {PLAIN.name: PLAIN}
 
 
-def family_of(hf: Any, where: str = "config.json: ") -> ModelFamily:
+def find_family(hf: Any, where: str = "config.json: ") -> ModelFamily:
     """The family that a `config.json` announces.
 
     Raises: ConfigError for other families; CheckpointError for what is as little a `config.json` as a torn file.
@@ -61,7 +61,7 @@ def read_config(hf: dict[str, Any], where: str = "config.json: ") -> DecoderConf
 
     Raises: ConfigError for what we do not compute, and for values that describe no network.
     """
-    family, read = family_of(hf, where), Reader(hf, where)
+    family, read = find_family(hf, where), Reader(hf, where)
     name = hf.get(_FAMILY, family.name)
     if not isinstance(name, str):
         raise read.wrong(_FAMILY, f"{_FAMILY} = {short_repr(name)} is not the name of a model family")
@@ -75,17 +75,17 @@ def read_model(folder: Path) -> tuple[ModelFamily, DecoderConfig]:
     """
     path = folder / "config.json"
     hf, where = read_json(path), f"{path}: "
-    return family_of(hf, where), read_config(hf, where)
+    return find_family(hf, where), read_config(hf, where)
 
 
 def checkpoint_config(c: DecoderConfig) -> dict[str, Any]:
     """The `config.json` of a checkpoint's weights, which have the decoder's names whatever the model's family."""
-    named = {} if c.family == OWN.name else {_FAMILY: c.family}
-    return {**OWN.write_config(c, "float32"), **named}
+    named = {} if c.family == NATIVE.name else {_FAMILY: c.family}
+    return {**NATIVE.write_config(c, "float32"), **named}
 
 
-def family_by_names(names: Collection[str]) -> ModelFamily:
-    """The family whose files have tensors of such names; OWN if none has."""
+def find_family_by_names(names: Collection[str]) -> ModelFamily:
+    """The family whose files have tensors of such names; NATIVE if none has."""
     some = DecoderConfig(2, 2, 2, 1, 1, 1, 2)
     known = ((family, family.stored("model.tok_embeddings.weight", some)) for family in FAMILIES.values())
-    return next((family for family, stored in known if stored[0].name in names), OWN)
+    return next((family for family, stored in known if stored[0].name in names), NATIVE)

@@ -19,7 +19,7 @@ from xtuner.core.errors import CheckpointError
 from xtuner.core.foreign_inputs import check_regular, short, short_repr
 from xtuner.core.hub import INDEX, indexed_files
 from xtuner.core.log import progress
-from xtuner.families import OWN
+from xtuner.families import NATIVE
 from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import CausalLM, DecoderConfig
 
@@ -182,7 +182,7 @@ def join(parts: Mapping[str, torch.Tensor] | Source, name: str, family: ModelFam
     return torch.cat([t.reshape(r.groups, -1, *tail) for r, t in tensors], dim=1).reshape(-1, *tail)
 
 
-def hf_shapes(c: DecoderConfig, family: ModelFamily = OWN) -> dict[str, Shape]:
+def hf_shapes(c: DecoderConfig, family: ModelFamily = NATIVE) -> dict[str, Shape]:
     """The tensors of the network `c` in a family's files, by default under our own names: name → shape."""
     with torch.device("meta"):
         parameters = dict(CausalLM(c).named_parameters())

@@ -33,9 +33,9 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.files import not_written, require_utf8
 from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
-from xtuner.data.loading.open_on_ranks import open_together
+from xtuner.data.loading.open_on_ranks import open_on_ranks
 from xtuner.data.loading.sampler import InternRepoSampler
-from xtuner.data.packing.document_source import documents_of
+from xtuner.data.packing.document_source import as_documents
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.families import read_model
@@ -83,7 +83,7 @@ def prepare(
         opening: of its data. Read-only: fetch nothing of a hub, too; what is not on this machine is not looked at.
     """
     source = mesh.ranks.together(lambda: start(config, opening.read_only))
-    dataset = open_together(lambda known: open_data(config, replace(opening, known=known)), mesh.ranks)
+    dataset = open_on_ranks(lambda known: open_data(config, replace(opening, known=known)), mesh.ranks)
     return mesh.ranks.together(lambda: assemble(config, dataset, source, hooks, work_dir, device, seed, mesh, opening))
 
 
@@ -193,7 +193,7 @@ def assemble(
         source = from_scratch(vocab_size=4, hidden_size=2, intermediate_size=1, num_hidden_layers=1,
                               num_attention_heads=1)  # fmt: skip
     elif isinstance(dataset, PackedDataset):  # one of a user's own answers for its ids itself
-        dataset = dataset.of_vocabulary(source.config.vocab_size)
+        dataset = dataset.with_vocab_size(source.config.vocab_size)
     if source.seed is None:
         source = replace(source, seed=seed)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
@@ -206,7 +206,7 @@ def assemble(
     if config.get("val_dataset"):
         with naming(config, "val_dataset", *data_keys(config, "val_dataset")):
             spec = _opened_by(opening, config.get("val_dataset"), "val_dataset")
-            documents = documents_of(build(spec, "val_dataset"))
+            documents = as_documents(build(spec, "val_dataset"))
         held_out.append(ValidationHook(documents, config.setting("val_interval"), dataset.packed_length))
     ordered = tuple(sorted([*hooks, *held_out], key=priority_of))
     if len(dataset):

@@ -263,7 +263,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         where=f"packs {packs} of {', '.join(sorted(files))}",
         why="weights that met a NaN would be lost; these are as they were before the iteration",
         do=f"run the same iterations again: {again}\n"
-        f"        look at a pack: {data.how_to_show(packs[0], '--tokenizer DIR')}\n"
+        f"        look at a pack: {data.show_command(packs[0], '--tokenizer DIR')}\n"
         f"        or go on without such iterations: --cfg-options train_cfg.max_skipped=10",
     )
     error.quiet = not collectives.is_main()
@@ -292,7 +292,7 @@ def _without_targets(run: Run, number: int, packs: list[int]) -> None:
             why="a token is learned if it is above 0 in the .bin; negative ones are context only",
             do=f"count them: xtuner data stats {data.documents.folder}\n        look at a pack: "
             * bool(data.documents.folder)
-            + data.how_to_show(packs[0]),
+            + data.show_command(packs[0]),
         )
         error.quiet = not collectives.is_main()
         raise error

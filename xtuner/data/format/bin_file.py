@@ -34,7 +34,7 @@ class Signature(NamedTuple):
     meta_time: int
 
     @classmethod
-    def of(cls, path: Path) -> "Signature":
+    def read(cls, path: Path) -> "Signature":
         """Raises: OSError."""
         text, meta = os.stat(path), os.stat(meta_path(path))
         return cls(text.st_size, text.st_mtime_ns, meta.st_size, meta.st_mtime_ns)
@@ -66,10 +66,10 @@ class BinFile:
     min_length: int = 0
     facts: Facts | None = None
 
-    def examined(self) -> "BinFile":
+    def examine(self) -> "BinFile":
         """This file with its facts; nothing else is kept. Raises: DataError for a pair that is not right."""
         try:
-            signature = Signature.of(self.path)
+            signature = Signature.read(self.path)
         except OSError:
             signature = None  # `check` knows what to say of it
         fresh = BinFile(self.path, self.name, self.min_length)
@@ -80,7 +80,7 @@ class BinFile:
         return BinFile(self.path, self.name, self.min_length, facts)
 
     @cached_property
-    def whole_table(self) -> tuple[Int64s, Int64s]:
+    def full_table(self) -> tuple[Int64s, Int64s]:
         """(byte offsets, token counts), one entry a document of the file, used or not."""
         try:
             return read_meta(self.path)
@@ -91,14 +91,14 @@ class BinFile:
     @cached_property
     def kept(self) -> npt.NDArray[np.int64] | None:
         """Which rows of the meta are used; None for all."""
-        lengths = self.whole_table[1]
+        lengths = self.full_table[1]
         keep = lengths >= self.min_length
         return None if keep.all() else np.flatnonzero(keep)
 
     @cached_property
     def table(self) -> tuple[Int64s, Int64s]:
         """(byte offsets, token counts), one entry a document that is used."""
-        offsets, lengths = self.whole_table
+        offsets, lengths = self.full_table
         return (offsets, lengths) if self.kept is None else (offsets[self.kept], lengths[self.kept])
 
     @property
@@ -153,7 +153,7 @@ class BinFile:
             stat = os.fstat(f.fileno())
             if (stat.st_size, stat.st_mtime_ns) != known:
                 f.close()
-                raise self.changed(path, f"it had {known[0]:,} bytes, and has {stat.st_size:,}")
+                raise self.changed_error(path, f"it had {known[0]:,} bytes, and has {stat.st_size:,}")
         return f
 
     def check_unchanged(self) -> None:
@@ -164,20 +164,20 @@ class BinFile:
             raise DataError(f"{self.name} cannot be read: {e.strerror}", where=str(self.path)) from None
         known = self.facts and self.facts.signature[:2]
         if known and (stat.st_size, stat.st_mtime_ns) != known:
-            raise self.changed(self.path, f"it had {known[0]:,} bytes, and has {stat.st_size:,}")
+            raise self.changed_error(self.path, f"it had {known[0]:,} bytes, and has {stat.st_size:,}")
 
-    def changed(self, path: Path, how: str) -> DataError:
+    def changed_error(self, path: Path, how: str) -> DataError:
         return DataError(
             f"{path.name} has changed since it was indexed: {how}",
             where=str(path),
-            why="its documents would be read from wrong places, or would be others than the run has counted",
+            why="its documents would be read from wrong spans, or would be others than the run has counted",
             do="put the file back as it was, or start the command again to take the data as they are now",
         )
 
     def check(self) -> None:
         """Raise DataError unless the text can be opened and ends where the meta says its last document ends."""
         with self.open() as f:
-            offsets = self.whole_table[0]
+            offsets = self.full_table[0]
             last, end, closed = 0, 0, True
             if len(offsets):
                 last = int(offsets[offsets.argmax()])
@@ -227,7 +227,7 @@ class BinFile:
         """Raises: DataError if a document has another number of tokens than its meta says, or an id that is none."""
         where = f"{self.path}:{offset} (document {document})"
         if len(tokens) != length:
-            raise self.wrong_count(len(tokens), length, where)
+            raise self.count_error(len(tokens), length, where)
         self.check_ids(tokens, where, vocab_size)
 
     def check_ids(self, tokens: Int64s, where: str, vocab_size: int | None) -> None:
@@ -240,7 +240,7 @@ class BinFile:
                 do="tokenize the text again with the model's tokenizer, or take the model that belongs to the data",
             )
 
-    def wrong_count(self, found: int, length: int, where: str) -> DataError:
+    def count_error(self, found: int, length: int, where: str) -> DataError:
         return DataError(
             f"a document has {found} tokens, its meta says {length}",
             where=where,

@@ -17,18 +17,18 @@ from typing import IO, Any
 from xtuner.core.files import atomic_file, user_cache
 from xtuner.core.foreign_inputs import check_regular
 from xtuner.core.log import logger
-from xtuner.data.format.file_order import CACHE
+from xtuner.data.format.file_order import CACHE_FOLDER
 
 VARIABLE = "XTUNER_DATA_CACHE"
-_told: set[str] = set()
-_telling = threading.Lock()  # two threads read packs
+_logged: set[str] = set()
+_log_lock = threading.Lock()  # two threads read packs
 
 
-def tell_once(text: str, level: Callable[[str], None] = logger.warning) -> None:
-    with _telling:
-        if text in _told:
+def log_once(text: str, level: Callable[[str], None] = logger.warning) -> None:
+    with _log_lock:
+        if text in _logged:
             return
-        _told.add(text)
+        _logged.add(text)
     level(text)
 
 
@@ -47,7 +47,7 @@ class Opening:
     known: Mapping[str, Any] | None = None
 
 
-class Place:
+class CacheDirs:
     """The folders in which caches of one data folder may lie.
 
     Args:
@@ -66,14 +66,14 @@ class Place:
         if given:
             self.dirs = [Path(os.path.expanduser(given)) / own]
         else:
-            self.dirs = [folder / CACHE, user_cache() / "data" / own]
+            self.dirs = [folder / CACHE_FOLDER, user_cache() / "data" / own]
 
     def candidates(self, name: str) -> Iterator[Path]:
         """Files of this name that are there."""
         return (d / name for d in self.dirs if os.path.isfile(d / name))
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Wait until nobody else builds here, as far as the file system can tell: without locks the work is done twice,
         and the last of two equal files stays."""
         with contextlib.ExitStack() as stack:
@@ -109,9 +109,9 @@ class Place:
             except OSError as e:
                 self.failures.append(f"{folder}: {e.strerror or e}")
                 continue
-            if folder != self.folder / CACHE:
-                tell_once(f"caches of {self.folder} are kept in {folder}", logger.info)
+            if folder != self.folder / CACHE_FOLDER:
+                log_once(f"caches of {self.folder} are kept in {folder}", logger.info)
             return folder / name
         if not quiet:
-            tell_once(f"{what} is not kept: each start makes it again ({'; '.join(self.failures)}); give a --cache-dir")
+            log_once(f"{what} is not kept: each start makes it again ({'; '.join(self.failures)}); give a --cache-dir")
         return None

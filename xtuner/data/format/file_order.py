@@ -12,7 +12,7 @@ from xtuner.core.log import logger
 
 ORDER_FILE = "data_order.txt"
 SHOWN = 5  # names in one message
-CACHE = ".xtuner-cache"  # ours, beside the data: holds no data files
+CACHE_FOLDER = ".xtuner-cache"  # ours, beside the data: holds no data files
 
 
 def require_folder(folder: str | Path) -> Path:
@@ -27,7 +27,7 @@ def require_folder(folder: str | Path) -> Path:
     return root
 
 
-def no_files(folder: Path, file_type: str) -> DataError:
+def no_files_error(folder: Path, file_type: str) -> DataError:
     return DataError(
         f"no {file_type} file in the data folder",
         where=str(folder),
@@ -62,7 +62,7 @@ def walk(folder: Path, file_type: str = ".bin") -> Iterator[str]:
             continue
         folders = []
         for entry in found:
-            if entry.name == CACHE:
+            if entry.name == CACHE_FOLDER:
                 continue
             if _is_folder(entry):
                 folders.append(entry.name)
@@ -84,7 +84,7 @@ def write_order(folder: Path, save_folder: Path, file_type: str = ".bin") -> tup
 
     names = list(walk(require_folder(folder), file_type))
     if not names:
-        raise no_files(folder, file_type)
+        raise no_files_error(folder, file_type)
     broken = [n for n in names if "\n" in n or "\r" in n]
     if broken:
         raise DataError("a file name holds a line break", where=repr(broken[0]), do="rename the file")

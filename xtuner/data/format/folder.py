@@ -18,13 +18,13 @@ from xtuner.core.log import logger, progress
 from xtuner.data.format import file_catalog as catalogs
 from xtuner.data.format import token_cache as tokens
 from xtuner.data.format.bin_file import BinFile, Signature
-from xtuner.data.format.cache_dirs import Opening, Place, tell_once
+from xtuner.data.format.cache_dirs import CacheDirs, Opening, log_once
 from xtuner.data.format.file_catalog import SIGNATURE, Catalog, Records
-from xtuner.data.format.file_order import no_files, read_order, require_folder, walk
+from xtuner.data.format.file_order import no_files_error, read_order, require_folder, walk
 from xtuner.data.format.text_reader import LongLines, SpanReader
 from xtuner.data.packing import document_order
-from xtuner.data.packing.document_order import ALONE, MOST_WORKERS, Tables
-from xtuner.data.process_pool import ordered, usable_workers
+from xtuner.data.packing.document_order import ALONE, MOST_WORKERS, DocumentOrders
+from xtuner.data.process_pool import map_ordered, usable_workers
 
 SHOWN = 20  # problems in one message
 STATS = 256  # files whose sizes and times a thread asks for at a time
@@ -37,13 +37,15 @@ class TokenizedFolder:
     A file that a data order names several times is in it as often.
     """
 
-    def __init__(self, folder: Path, catalog: Catalog, min_length: int, place: Place, asked: list[str]) -> None:
+    def __init__(
+        self, folder: Path, catalog: Catalog, min_length: int, cache_dirs: CacheDirs, request: list[str]
+    ) -> None:
         self.folder = folder
         self.catalog = catalog
         self.min_length = min_length
-        self.place = place
-        self.asked = asked  # how it was asked for, in words that another rank can compare
-        self.tables: Tables | None = None
+        self.cache_dirs = cache_dirs
+        self.request = request  # how it was asked for, in words that another rank can compare
+        self.orders: DocumentOrders | None = None
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -96,23 +98,23 @@ class TokenizedFolder:
     def identities(self) -> Iterator[str]:
         return (bytes(row[:8]).hex() for row in self.catalog.identities)
 
-    def ordered_by(self, seed: int, small: int | None = None) -> Tables | None:
-        """The tables of this seed; see `document_order.find_or_build`."""
-        if self.tables is None or self.tables.seed != seed:
-            self.tables = document_order.find_or_build(
-                self.catalog, self.folder, self.min_length, seed, self.place, small
+    def load_orders(self, seed: int, small: int | None = None) -> DocumentOrders | None:
+        """The orders of this seed; see `document_order.find_or_build`."""
+        if self.orders is None or self.orders.seed != seed:
+            self.orders = document_order.find_or_build(
+                self.catalog, self.folder, self.min_length, seed, self.cache_dirs, small
             )
-        return self.tables
+        return self.orders
 
-    def order(self, i: int, seed: int) -> tuple[document_order.Rows, npt.NDArray[np.int64]]:
-        return document_order.order_of(self[i], seed)
+    def order(self, i: int, seed: int) -> tuple[document_order.RowNumbers, npt.NDArray[np.int64]]:
+        return document_order.shuffle_file(self[i], seed)
 
     def reader(self, i: int, long: LongLines) -> tokens.TokenCache | SpanReader:
         file = self[i]
         return self.token_cache(file) or SpanReader(file, long)
 
     def token_cache(self, file: BinFile) -> tokens.TokenCache | None:
-        return tokens.find(file, self.place)
+        return tokens.find(file, self.cache_dirs)
 
 
 def load_intern_repo_tokenized_dataset(
@@ -138,16 +140,16 @@ def load_intern_repo_tokenized_dataset(
     Raises: ConfigError for a folder that is not there, DataError for files that are.
     """
     root = require_folder(folder)
-    place = Place(root, opening.cache_dir or cache_dir, opening.read_only)
-    asked = [str(root), str(min_length), str(data_order_path), file_type]
-    if (known := opening.known) and known["asked"] == asked and (found := _open_shared(known)):
-        whole = TokenizedFolder(root, found.catalog, min_length, place, asked)
-        whole.tables = found
+    cache_dirs = CacheDirs(root, opening.cache_dir or cache_dir, opening.read_only)
+    request = [str(root), str(min_length), str(data_order_path), file_type]
+    if (known := opening.known) and known["request"] == request and (found := _open_shared(known)):
+        whole = TokenizedFolder(root, found.catalog, min_length, cache_dirs, request)
+        whole.orders = found
         return whole
     names = list(walk(root, file_type)) if data_order_path is None else read_order(data_order_path, root, file_type)
     if not names:
-        raise no_files(root, file_type)
-    catalog = catalog_of(root, list(dict.fromkeys(names)), min_length, place)
+        raise no_files_error(root, file_type)
+    catalog = build_catalog(root, list(dict.fromkeys(names)), min_length, cache_dirs)
     if len(names) > len(catalog):  # a data order names files more than once
         row = {name: i for i, name in enumerate(catalog.names)}
         catalog = catalog.select([row[name] for name in names])
@@ -155,34 +157,34 @@ def load_intern_repo_tokenized_dataset(
     if len(kept) < len(names):
         logger.info(f"{len(names) - len(kept)} files have no document of at least {min_length} tokens: left out")
         catalog = catalog.select(kept)
-    return TokenizedFolder(root, catalog, min_length, place, asked)
+    return TokenizedFolder(root, catalog, min_length, cache_dirs, request)
 
 
-def _open_shared(known: Mapping[str, Any]) -> Tables | None:
+def _open_shared(known: Mapping[str, Any]) -> DocumentOrders | None:
     try:
-        return Tables(Path(known["path"]), known["key"])
+        return DocumentOrders(Path(known["path"]), known["key"])
     except (OSError, ValueError):
         return None  # not on this node: it looks itself
 
 
-def catalog_of(folder: Path, names: list[str], min_length: int, place: Place) -> Catalog:
+def build_catalog(folder: Path, names: list[str], min_length: int, cache_dirs: CacheDirs) -> Catalog:
     """The catalog of these files, with those examined that are not known. Raises: DataError of all that is wrong."""
-    signatures = signatures_of(folder, names)
-    catalog, fresh = _known(names, signatures, place, f"files-{min_length}.cat")
+    signatures = read_signatures(folder, names)
+    catalog, fresh = _known(names, signatures, cache_dirs, f"files-{min_length}.cat")
     unknown = np.flatnonzero(~fresh).tolist()
     if unknown:
         meta_bytes = int(signatures["meta_size"][unknown].clip(min=0).sum())
         _examine(catalog, unknown, folder, min_length, meta_bytes)
-        if int(catalog.documents.sum()) >= document_order.SMALL and not place.read_only:
-            keep(catalog, place, min_length)
+        if int(catalog.documents.sum()) >= document_order.SMALL and not cache_dirs.read_only:
+            save_catalog(catalog, cache_dirs, min_length)
     return catalog
 
 
-def keep(catalog: Catalog, place: Place, min_length: int) -> None:
+def save_catalog(catalog: Catalog, cache_dirs: CacheDirs, min_length: int) -> None:
     """Write a catalog for the next start, with what older ones know of other files of the folder."""
     name = f"files-{min_length}.cat"
-    with place.alone():
-        for path in place.candidates(name):
+    with cache_dirs.locked():
+        for path in cache_dirs.candidates(name):
             try:
                 older, _ = catalogs.from_bytes(path.read_bytes())
             except (OSError, ValueError):
@@ -194,10 +196,10 @@ def keep(catalog: Catalog, place: Place, min_length: int) -> None:
                 np.concatenate((catalog.records, others.records)),
                 np.concatenate((catalog.identities, others.identities)),
             )
-        place.write(name, lambda f: f.write(catalogs.to_bytes(catalog)), f"the index of {place.folder}")
+        cache_dirs.write(name, lambda f: f.write(catalogs.to_bytes(catalog)), f"the index of {cache_dirs.folder}")
 
 
-def signatures_of(folder: Path, names: list[str]) -> Records:
+def read_signatures(folder: Path, names: list[str]) -> Records:
     """Sizes and times, SIGNATURE [files]; all -1 where a file or its meta cannot be seen."""
 
     def ask(part: list[str]) -> list[Signature]:
@@ -211,27 +213,29 @@ def signatures_of(folder: Path, names: list[str]) -> Records:
 
 def _signature(path: Path) -> Signature:
     try:
-        return Signature.of(path)
+        return Signature.read(path)
     except OSError:
         return Signature(-1, -1, -1, -1)
 
 
-def _known(names: list[str], signatures: Records, place: Place, cache: str) -> tuple[Catalog, npt.NDArray[np.bool_]]:
+def _known(
+    names: list[str], signatures: Records, cache_dirs: CacheDirs, cache: str
+) -> tuple[Catalog, npt.NDArray[np.bool_]]:
     """What catalogs on disk know of files with these signatures; and which they know."""
     catalog = Catalog.empty(names)
     fresh = np.zeros(len(names), np.bool_)
-    for path in place.candidates(cache):
+    for path in cache_dirs.candidates(cache):
         try:
             older, _ = catalogs.from_bytes(path.read_bytes())
         except (OSError, ValueError) as e:
-            tell_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
+            log_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
             continue
         where = {name: i for i, name in enumerate(older.names)}
         rows = np.array([where.get(name, -1) for name in names], np.int64)
         same = older.records["signature"][rows] == signatures if len(older) else rows >= 0
         changed = int(np.count_nonzero((rows >= 0) & ~same))
         if changed:
-            logger.info(f"{changed} files of {place.folder} have changed since they were indexed: examined again")
+            logger.info(f"{changed} files of {cache_dirs.folder} have changed since they were indexed: examined again")
         take = (rows >= 0) & same & ~fresh
         catalog.records[take] = older.records[rows[take]]
         catalog.identities[take] = older.identities[rows[take]]
@@ -245,7 +249,7 @@ def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int
     large = len(files) > 1 and meta_bytes >= 16 * ALONE
     workers = min(usable_workers(None), MOST_WORKERS) if large else 1
     problems = []
-    results = ordered(_examined, files, workers)
+    results = map_ordered(_examined, files, workers)
     for i, found in zip(unknown, progress(results, "reading metas", total=len(files)), strict=True):
         if isinstance(found, DataError):
             problems.append(found)
@@ -263,7 +267,7 @@ def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int
 def _examined(file: BinFile) -> BinFile | DataError:
     """For `ordered`: the file with its facts, or what is wrong with it."""
     try:
-        return file.examined()
+        return file.examine()
     except DataError as e:
         return e
     except OSError as e:  # it has gone meanwhile

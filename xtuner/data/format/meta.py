@@ -41,7 +41,7 @@ def _remedy(path: Path) -> str:
     return f"write {path.name} again, or make a new meta from its text: xtuner data check FOLDER --fix-meta"
 
 
-class Header(NamedTuple):
+class NpyHeader(NamedTuple):
     """Of an npy file. Read without numpy's own reader, which compiles it as Python, and that fails at times when two
     threads do it at once (CPython 3.11)."""
 
@@ -51,7 +51,7 @@ class Header(NamedTuple):
     begin: int  # byte at which the numbers begin
 
     @classmethod
-    def of(cls, f: BinaryIO) -> "Header":
+    def read(cls, f: BinaryIO) -> "NpyHeader":
         """Raises: ValueError for what is no npy file of plain numbers."""
         start = f.read(12)
         if start[:6] != b"\x93NUMPY" or len(start) < 12:
@@ -86,7 +86,7 @@ def _load(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
         )
     try:
         with open_regular(meta) as f:
-            shape, dtype, by_column, begin = Header.of(f)
+            shape, dtype, by_column, begin = NpyHeader.read(f)
             count = math.prod(shape)
             size = os.fstat(f.fileno()).st_size
             if size != (right := begin + count * dtype.itemsize):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.data.format.bin_file import BinFile, read_line
-from xtuner.data.format.meta import Header
+from xtuner.data.format.meta import NpyHeader
 from xtuner.data.format.parse_tokens import HEADS, Int64s, parse_line, parse_lines, parse_list
 
 LONG = 2**15  # tokens
@@ -36,7 +36,7 @@ class Span(NamedTuple):
     length: int
 
 
-class Places(NamedTuple):
+class SpanArrays(NamedTuple):
     """Spans as arrays [n], one entry each; the last one is not empty."""
 
     rows: npt.NDArray[np.uint32]
@@ -44,21 +44,21 @@ class Places(NamedTuple):
     stops: Int64s
     lengths: Int64s
 
-    def spans(self) -> list[Span]:
+    def as_list(self) -> list[Span]:
         return list(map(Span, *(array.tolist() for array in self)))
 
 
-class Rows:
+class MetaRows:
     """Single rows of a meta, without the others: byte offset, token count, and where the next row's line begins."""
 
     def __init__(self, meta: BinaryIO, file: BinFile) -> None:
-        header = Header.of(meta)
+        header = NpyHeader.read(meta)
         self.dtype, self.begin = header.dtype, header.begin
         self.rows, self.columns = header.shape
-        self.whole = file.whole_table if header.by_column else None
+        self.whole = file.full_table if header.by_column else None
         self.usual = self.dtype == np.dtype("<i8") and self.columns == 2
 
-    def of(self, meta: BinaryIO, row: int) -> tuple[int, int, int]:
+    def read(self, meta: BinaryIO, row: int) -> tuple[int, int, int]:
         if self.whole is not None:
             after = int(self.whole[0][row + 1]) if row + 1 < self.rows else -1
             return int(self.whole[0][row]), int(self.whole[1][row]), after
@@ -124,15 +124,15 @@ class SpanReader:
     def __init__(self, file: BinFile, long: LongLines) -> None:
         self.file = file
         self.long = long
-        self._rows: Rows | None = None
+        self._rows: MetaRows | None = None
 
-    def read(self, places: Places, vocab_size: int | None = None) -> tuple[Int64s, int | None]:
+    def read(self, span_arrays: SpanArrays, vocab_size: int | None = None) -> tuple[Int64s, int | None]:
         """Signed tokens of spans, end to end, and the token after the last one in its document.
 
         All but the first and the last span are whole documents. Raises: DataError if a line is not what the format and
         the meta say, an id is not below `vocab_size`, or a file is not what it was.
         """
-        spans = [span for span in places.spans() if span.start < span.stop]
+        spans = [span for span in span_arrays.as_list() if span.start < span.stop]
         try:
             parts = self._parts(spans, vocab_size)
         except DataError:
@@ -145,7 +145,7 @@ class SpanReader:
     def _parts(self, spans: list[Span], vocab_size: int | None) -> list[Int64s]:
         with self.file.open() as text, self.file.open_meta() as meta:
             if self._rows is None:
-                self._rows = Rows(meta, self.file)
+                self._rows = MetaRows(meta, self.file)
             rows = [self._row(meta, span) for span in spans]
             parts = []
             ends = (0, len(spans) - 1)  # those between are whole documents, and read with their neighbours
@@ -161,9 +161,11 @@ class SpanReader:
     def _row(self, meta: BinaryIO, span: Span) -> tuple[int, int]:
         """(byte offset, bytes up to the next row's line, 0 if that is not known)."""
         assert self._rows is not None
-        offset, length, after = self._rows.of(meta, span.row)
+        offset, length, after = self._rows.read(meta, span.row)
         if length != span.length or offset < 0:
-            raise self.file.changed(self.file.path, f"row {span.row} of its meta says {length}, not {span.length}")
+            raise self.file.changed_error(
+                self.file.path, f"row {span.row} of its meta says {length}, not {span.length}"
+            )
         size = after - offset
         return offset, size if 0 < size <= 64 + 16 * length else 0
 
@@ -207,12 +209,12 @@ class SpanReader:
         else:
             tokens = self._cut(text, line, span.row, span.start, stop, f"{self.file.path}:{offset}")
         if len(tokens) != stop - span.start:
-            raise self._not_the_same(span.row)
+            raise self._content_error(span.row)
         self.file.check_ids(tokens, f"{self.file.path}:{offset} (document {span.row})", vocab_size)
         return tokens
 
-    def _not_the_same(self, row: int) -> DataError:
-        return self.file.changed(self.file.path, f"document {row} does not hold what it held")
+    def _content_error(self, row: int) -> DataError:
+        return self.file.changed_error(self.file.path, f"document {row} does not hold what it held")
 
     def _note(self, text: BinaryIO, offset: int, span: Span) -> LongLine:
         """Go through a long line once. Raises: DataError if it has not `span.length` tokens."""
@@ -233,7 +235,7 @@ class SpanReader:
                 rest = os.pread(fd, 3, line.end + 1)
                 if rest in _TAIL or rest.startswith(b"}\n"):
                     if commas + 1 != span.length:
-                        raise self.file.wrong_count(commas + 1, span.length, f"{where} (document {span.row})")
+                        raise self.file.count_error(commas + 1, span.length, f"{where} (document {span.row})")
                     return line
                 break
             at += len(block)
@@ -258,7 +260,7 @@ class SpanReader:
         commas = np.flatnonzero(np.frombuffer(raw, np.uint8) == ord(","))
         before, behind = start - line.commas[first] - 1, stop - line.commas[first] - 1
         if before >= len(commas):
-            raise self._not_the_same(row)
+            raise self._content_error(row)
         begin = int(commas[before]) + 1 if start else 0
         part = raw[begin : int(commas[behind]) if behind < len(commas) else len(raw)]
         part = part.removeprefix(b" ") if start else part

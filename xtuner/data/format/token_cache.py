@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.data.format.bin_file import BinFile, Int64s, Signature
-from xtuner.data.format.cache_dirs import Place, tell_once
+from xtuner.data.format.cache_dirs import CacheDirs, log_once
 from xtuner.data.format.cache_file import HEADER_BYTES, CacheFormat
-from xtuner.data.format.text_reader import Places
+from xtuner.data.format.text_reader import SpanArrays
 
 FORMAT = CacheFormat("xtuner tokens", 1)
 ROWS = 2**20  # of a meta at a time
@@ -50,11 +50,11 @@ class TokenCache:
     def begin(self) -> int:
         return HEADER_BYTES + 8 * (self.documents + 1)
 
-    def read(self, places: Places, vocab_size: int | None = None) -> tuple[Int32s, int | None]:
+    def read(self, span_arrays: SpanArrays, vocab_size: int | None = None) -> tuple[Int32s, int | None]:
         """See `SpanReader.read`."""
         self.file.check_unchanged()
         starts, tokens = self.mapped()
-        rows, first, stop, lengths = places
+        rows, first, stop, lengths = span_arrays
         begins = starts[rows]
         if not np.array_equal(starts[rows + np.uint32(1)] - begins, lengths):
             raise self._wrong("its documents are not as long as they are in the index")
@@ -64,7 +64,7 @@ class TokenCache:
             raise self._wrong("documents reach beyond its end")
         following = int(tokens[spans[-1][1]]) if stop[-1] < lengths[-1] else None
         if vocab_size is not None and max(int(found.max()), -int(found.min()), abs(following or 0)) >= vocab_size:
-            for span, (i, j) in zip(places.spans(), spans, strict=True):
+            for span, (i, j) in zip(span_arrays.as_list(), spans, strict=True):
                 document = tokens[i : j + (span.stop < span.length)].astype(np.int64)
                 self.file.check_ids(document, f"{self.file.path} (document {span.row})", vocab_size)
         return found, following
@@ -102,15 +102,15 @@ class TokenCache:
         )
 
 
-def find(file: BinFile, place: Place) -> TokenCache | None:
+def find(file: BinFile, cache_dirs: CacheDirs) -> TokenCache | None:
     """The fresh token cache of a file that has facts. One that is torn, stale or of another version is told."""
     assert file.facts is not None
-    for path in place.candidates(cache_name(file.name)):
+    for path in cache_dirs.candidates(cache_name(file.name)):
         facts = read_header(path)
         if facts is None:
-            tell_once(f"the token cache {path} is damaged or of another version: the text is read instead")
+            log_once(f"the token cache {path} is damaged or of another version: the text is read instead")
         elif facts["of"] != list(file.facts.signature):
-            tell_once(f"the token cache {path} is older than its text, which is read instead; run `xtuner data cache`")
+            log_once(f"the token cache {path} is older than its text, which is read instead; run `xtuner data cache`")
         else:
             return TokenCache(file, path, facts["documents"], facts["tokens"])
     return None

@@ -19,7 +19,7 @@ from xtuner.data.format.meta import meta_path
 _DAY_S = 86400.0
 
 
-def line_of(tokens: Sequence[int]) -> bytes:
+def format_line(tokens: Sequence[int]) -> bytes:
     """A document of signed tokens as a line of a `.bin`."""
     return b'{"tokens": [' + ", ".join(map(str, tokens)).encode() + b"]}\n"
 
@@ -29,7 +29,7 @@ def write_bin(path: str | Path, documents: Iterable[Sequence[int]]) -> tuple[int
     with PairWriter(Path(path)) as writer:
         for tokens in documents:
             block = Block()
-            block.add(line_of(tokens), len(tokens))
+            block.add(format_line(tokens), len(tokens))
             writer.write(block)
         writer.commit()
     return writer.documents, writer.tokens

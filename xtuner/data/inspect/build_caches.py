@@ -12,15 +12,15 @@ from xtuner.core.log import progress
 from xtuner.data import process_pool
 from xtuner.data.format import token_cache as tokens
 from xtuner.data.format.bin_file import BinFile, Int64s
-from xtuner.data.format.cache_dirs import Place
-from xtuner.data.format.folder import TokenizedFolder, keep
+from xtuner.data.format.cache_dirs import CacheDirs
+from xtuner.data.format.folder import TokenizedFolder, save_catalog
 from xtuner.data.format.meta import MetaView
-from xtuner.data.inspect.check_files import compare
-from xtuner.data.inspect.scan import Scanner, parts_of
+from xtuner.data.inspect.check_files import compare_with_meta
+from xtuner.data.inspect.scan import Scanner, split_file
 
 
 @dataclass
-class Made:
+class CacheResult:
     """What lies where afterwards. `failed`: (file, why) of token caches that could not be made."""
 
     index: Path | None = None
@@ -32,7 +32,7 @@ class Made:
 
 class _Job(NamedTuple):
     file: BinFile
-    place: Place
+    cache_dirs: CacheDirs
 
 
 class _Result(NamedTuple):
@@ -42,16 +42,16 @@ class _Result(NamedTuple):
     error: DataError | None = None
 
 
-def make(data: TokenizedFolder, seed: int, with_tokens: bool = True, workers: int | None = None) -> Made:
+def build_caches(data: TokenizedFolder, seed: int, with_tokens: bool = True, workers: int | None = None) -> CacheResult:
     """Make what is not there yet.
 
     Raises: DataError for a text that is not what its meta says; other files' caches are made nevertheless.
     """
     workers = process_pool.usable_workers(workers)
     rows = {name: i for i, name in enumerate(data.catalog.names)}
-    keep(data.catalog.select(list(rows.values())), data.place, data.min_length)
-    tables = data.ordered_by(seed, small=0)
-    made = Made(tables.path if tables else None)
+    save_catalog(data.catalog.select(list(rows.values())), data.cache_dirs, data.min_length)
+    orders = data.load_orders(seed, small=0)
+    made = CacheResult(orders.path if orders else None)
     jobs = []
     for file in {file.name: file for file in data}.values():
         cache = data.token_cache(file)
@@ -59,9 +59,9 @@ def make(data: TokenizedFolder, seed: int, with_tokens: bool = True, workers: in
             made.tokens += 1
             made.bytes += cache.path.stat().st_size
         elif with_tokens:
-            jobs.append(_Job(file, data.place))
+            jobs.append(_Job(file, data.cache_dirs))
     errors = []
-    results = process_pool.ordered(cache_tokens, jobs, min(workers, max(len(jobs), 1)))
+    results = process_pool.map_ordered(cache_tokens, jobs, min(workers, max(len(jobs), 1)))
     for result in progress(results, "caching tokens", total=len(jobs)):
         if result.error:
             errors.append(result.error)
@@ -85,12 +85,12 @@ def cache_tokens(job: _Job) -> _Result:
         size = _fill(f, job.file)
 
     try:
-        path = job.place.write(
+        path = job.cache_dirs.write(
             tokens.cache_name(job.file.name), fill, f"the token cache of {job.file.name}", quiet=True
         )
     except DataError as e:
         return _Result(job.file.name, error=e)
-    failure = "" if path else "; ".join(job.place.failures)
+    failure = "" if path else "; ".join(job.cache_dirs.failures)
     return _Result(job.file.name, size, failure)
 
 
@@ -113,10 +113,10 @@ def _fill(f: IO[bytes], file: BinFile) -> int:
         f.write(part.astype(np.int32).data)
 
     tokens.begin(f, meta.lengths, file.facts.signature)
-    for part in parts_of(file.path, os.stat(file.path).st_size):
+    for part in split_file(file.path, os.stat(file.path).st_size):
         found = Scanner(part, take=take).run()
         wrong = f"byte {found.problems[0][0]}: {found.problems[0][1]}" if found.problems else ""
-        wrong = wrong or compare(meta, part, found.table())
+        wrong = wrong or compare_with_meta(meta, part, found.table())
         if wrong:
             raise DataError(
                 "the text is not what its meta says", where=str(file.path), why=wrong, do="xtuner data check FOLDER"

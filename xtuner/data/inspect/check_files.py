@@ -22,16 +22,16 @@ from xtuner.core.files import PendingFile
 from xtuner.core.foreign_inputs import open_regular
 from xtuner.core.log import progress
 from xtuner.data import process_pool
-from xtuner.data.format.file_order import no_files, require_folder, walk
+from xtuner.data.format.file_order import no_files_error, require_folder, walk
 from xtuner.data.format.meta import MetaView, meta_path
-from xtuner.data.inspect.scan import KEPT, Found, Part, Scanner, parts_of
+from xtuner.data.inspect.scan import MAX_PROBLEMS, ByteRange, Found, Scanner, split_file
 
-PROBLEM, NOTE, MENDED = "problem", "note", "mended"
+PROBLEM, NOTE, FIXED = "problem", "note", "fixed"
 NPY_HEADER = 128  # bytes
 
 
 @dataclass
-class Row:
+class Finding:
     """One line of the table of what was found."""
 
     kind: str  # problem, note or mended
@@ -40,16 +40,16 @@ class Row:
 
 
 @dataclass
-class Report:
+class CheckReport:
     files: int = 0
     documents: int = 0
     tokens: int = 0
     learned: int = 0
     largest: int = -1
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Finding] = field(default_factory=list)
 
     def add(self, kind: str, file: str, what: str) -> None:
-        self.rows.append(Row(kind, file, what))
+        self.rows.append(Finding(kind, file, what))
 
     @property
     def problems(self) -> int:
@@ -58,7 +58,7 @@ class Report:
 
 class _Job(NamedTuple):
     file: int
-    part: Part
+    part: ByteRange
     vocab_size: int | None
     keep_rows: bool
 
@@ -70,13 +70,13 @@ class _Result(NamedTuple):
     failure: str  # the system's error
 
 
-def check(
+def check_folder(
     folder: Path,
     vocab_size: int | None = None,
     fix_meta: bool = False,
     workers: int | None = None,
     ending: str = ".bin",
-) -> Report:
+) -> CheckReport:
     """Read all files of `folder`.
 
     Args:
@@ -90,12 +90,12 @@ def check(
     everything = list(walk(folder, ""))
     names = [name for name in everything if name.endswith(ending)]
     if not names:
-        raise no_files(folder, ending)
-    report = Report(files=len(names))
+        raise no_files_error(folder, ending)
+    report = CheckReport(files=len(names))
     sizes = _places(folder, names, report)
-    jobs = [_Job(i, part, vocab_size, fix_meta) for i in sizes for part in parts_of(folder / names[i], sizes[i])]
+    jobs = [_Job(i, part, vocab_size, fix_meta) for i in sizes for part in split_file(folder / names[i], sizes[i])]
     results = progress(
-        process_pool.ordered(_check_part, jobs, min(workers, max(len(jobs), 1))), "checking", total=len(jobs)
+        process_pool.map_ordered(_check_part, jobs, min(workers, max(len(jobs), 1))), "checking", total=len(jobs)
     )
     equal: dict[tuple[int, bytes], list[str]] = defaultdict(list)
     for i, group in groupby(results, key=lambda result: result.file):
@@ -113,7 +113,7 @@ def check(
     return report
 
 
-def _places(folder: Path, names: list[str], report: Report) -> dict[int, int]:
+def _places(folder: Path, names: list[str], report: CheckReport) -> dict[int, int]:
     """Size of each file that can be opened, by its number. Links are told, files that lie here under two names, too."""
     sizes: dict[int, int] = {}
     seen: dict[tuple[int, int], str] = {}
@@ -157,13 +157,13 @@ def _check_part(job: _Job) -> _Result:
     meta = ""
     if not found.num_problems:
         with contextlib.suppress(DataError):  # told once a file, by `_one_file`
-            meta = compare(MetaView(job.part.path), job.part, found.table())
+            meta = compare_with_meta(MetaView(job.part.path), job.part, found.table())
     if not job.keep_rows:
         found.rows = []
     return _Result(job.file, found, meta, "")
 
 
-def compare(meta: MetaView, part: Part, rows: npt.NDArray[np.int64]) -> str:
+def compare_with_meta(meta: MetaView, part: ByteRange, rows: npt.NDArray[np.int64]) -> str:
     """Where the meta is wrong about the documents that begin in a part; empty if nowhere. For metas in order."""
     told = meta.between(part.begin, part.end)
     n = min(len(told), len(rows))
@@ -180,7 +180,7 @@ def compare(meta: MetaView, part: Part, rows: npt.NDArray[np.int64]) -> str:
 
 
 def _one_file(
-    path: Path, name: str, results: Iterable[_Result], report: Report, fix: bool, vocab_size: int | None
+    path: Path, name: str, results: Iterable[_Result], report: CheckReport, fix: bool, vocab_size: int | None
 ) -> bytes:
     """Sum up the parts of one file, and mend its meta. Returns what tells its text from others'."""
     digest = hashlib.sha256()
@@ -207,16 +207,16 @@ def _one_file(
             report.largest = max(report.largest, found.largest)
         if note:
             report.add(NOTE, name, note)
-        for what in told[:KEPT]:
+        for what in told[:MAX_PROBLEMS]:
             report.add(PROBLEM, name, what)
-        if problems > KEPT:
-            report.add(PROBLEM, name, f"… and {problems - KEPT} more lines")
+        if problems > MAX_PROBLEMS:
+            report.add(PROBLEM, name, f"… and {problems - MAX_PROBLEMS} more lines")
         if large:
             report.add(PROBLEM, name, f"byte {large[0]}: token id {large[1]} is outside the vocabulary of {vocab_size}")
         if wrong and new and not problems and not failures:
             try:
                 new.commit()
-                report.add(MENDED, name, f"a new meta was made from the text; {wrong}")
+                report.add(FIXED, name, f"a new meta was made from the text; {wrong}")
             except OSError as e:
                 report.add(PROBLEM, name, f"{wrong}; a new meta cannot be written: {e.strerror}")
         elif wrong:
@@ -275,7 +275,7 @@ class _NewMeta:
         pending.commit()
 
 
-def table(report: Report, colour: Callable[[str, str], str] = lambda kind, text: text) -> Iterator[str]:
+def format_findings(report: CheckReport, colour: Callable[[str, str], str] = lambda kind, text: text) -> Iterator[str]:
     """The rows as lines for people."""
     width = max((len(row.file) for row in report.rows), default=0)
     for row in report.rows:

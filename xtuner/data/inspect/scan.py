@@ -22,17 +22,17 @@ from xtuner.data.format.text_reader import ODD_LINE
 
 PART = 2**25  # bytes
 BLOCK = 2**22  # bytes read at a time
-KEPT = 5  # problems told of one part
+MAX_PROBLEMS = 5  # problems told of one part
 
 
-class Part(NamedTuple):
+class ByteRange(NamedTuple):
     path: Path
     begin: int
     end: int
 
 
-def parts_of(path: Path, size: int) -> list[Part]:
-    return [Part(path, at, min(at + PART, size)) for at in range(0, max(size, 1), PART)]
+def split_file(path: Path, size: int) -> list[ByteRange]:
+    return [ByteRange(path, at, min(at + PART, size)) for at in range(0, max(size, 1), PART)]
 
 
 @dataclass
@@ -61,7 +61,9 @@ class Scanner:
         take: is given the signed tokens of all lines, in order.
     """
 
-    def __init__(self, part: Part, vocab_size: int | None = None, take: Callable[[Int64s], None] | None = None) -> None:
+    def __init__(
+        self, part: ByteRange, vocab_size: int | None = None, take: Callable[[Int64s], None] | None = None
+    ) -> None:
         keep_freed()
         self.part, self.vocab_size, self.take = part, vocab_size, take
         self.found = Found()
@@ -138,7 +140,7 @@ class Scanner:
 
     def _problem(self, offset: int, what: str) -> None:
         self.found.num_problems += 1
-        if len(self.found.problems) < KEPT:
+        if len(self.found.problems) < MAX_PROBLEMS:
             self.found.problems.append((offset, what))
 
     def _long(self, fd: int, at: int) -> int:

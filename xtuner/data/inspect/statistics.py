@@ -18,11 +18,11 @@ from xtuner.data.format import token_cache as tokens
 from xtuner.data.format.bin_file import BinFile, Int64s, data_type
 from xtuner.data.format.folder import TokenizedFolder
 from xtuner.data.format.meta import MetaView
-from xtuner.data.inspect.scan import Part, Scanner, parts_of
-from xtuner.data.loading.balance import squares
+from xtuner.data.inspect.scan import ByteRange, Scanner, split_file
+from xtuner.data.loading.balance import attention_costs
 from xtuner.data.loading.sampler import permutation
-from xtuner.data.packing.document_order import Tables, order_of
-from xtuner.data.packing.dropped_tokens import Dropped
+from xtuner.data.packing.document_order import DocumentOrders, shuffle_file
+from xtuner.data.packing.dropped_tokens import DroppedTokens
 
 BUCKETS = 33  # of lengths: 0, 1, 2–3, 4–7, …
 BLOCK = 2**20  # rows, tokens or packs at a time
@@ -75,9 +75,9 @@ class Stats:
     imbalance: list[dict[str, float]] = field(default_factory=list)  # ranks, mean and p95 of the slowest over the mean
     repeated: int = 0  # files that the data order names more than once
 
-    def dropped(self) -> Dropped:
+    def dropped(self) -> DroppedTokens:
         without_pack = sum(not file.packs for file in self.files)
-        return Dropped(self.packed_length, self.tokens, self.tail, len(self.files), without_pack)
+        return DroppedTokens(self.packed_length, self.tokens, self.tail, len(self.files), without_pack)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,7 +88,7 @@ class _Job(NamedTuple):
     file: BinFile
     seed: int
     packed_length: int
-    tables: Tables | None
+    orders: DocumentOrders | None
 
 
 class _Counted(NamedTuple):
@@ -99,11 +99,11 @@ class _Counted(NamedTuple):
 
 class _Learn(NamedTuple):
     number: int
-    part: Part
+    part: ByteRange
     cache: tokens.TokenCache | None  # instead of the text
 
 
-def stats(
+def compute_statistics(
     data: TokenizedFolder,
     packed_length: int,
     seed: int = 1024,
@@ -125,11 +125,11 @@ def stats(
         found.files.append(FileStats(name, documents, count, count // packed_length, count % packed_length))
     found.repeated = data.num_repeated
     found.packs, found.tail = sum(f.packs for f in found.files), sum(f.tail for f in found.files)
-    tables = data.ordered_by(seed)
-    jobs = [_Job(i, file, seed, packed_length, tables) for i, file in enumerate(data)]
+    orders = data.load_orders(seed)
+    jobs = [_Job(i, file, seed, packed_length, orders) for i, file in enumerate(data)]
     documents, counts = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
     costs = []
-    done = process_pool.ordered(_count, jobs, _workers(workers, found.documents // BLOCK, len(jobs)))
+    done = process_pool.map_ordered(_count, jobs, _workers(workers, found.documents // BLOCK, len(jobs)))
     for result in progress(done, "reading metas", total=len(jobs)):
         documents += result.documents
         counts += result.tokens
@@ -158,15 +158,15 @@ def _count(job: _Job) -> _Counted:
         bucket = np.searchsorted(steps, lengths, side="right")
         documents += np.bincount(bucket, minlength=BUCKETS)
         counts += np.bincount(bucket, lengths, minlength=BUCKETS).astype(np.int64)
-    table = job.tables.table(job.number) if job.tables else None
-    ends = (table or order_of(job.file, job.seed))[1]
+    table = job.orders.order(job.number) if job.orders else None
+    ends = (table or shuffle_file(job.file, job.seed))[1]
     return _Counted(documents, counts, pack_costs(ends, job.packed_length))
 
 
 def pack_costs(ends: Int64s, packed_length: int) -> npt.NDArray[np.float32]:
     """Σ len² over the fragments of each pack of a file whose documents end there."""
     packs = int(ends[-1]) // packed_length if len(ends) else 0
-    return squares(ends, np.arange(packs) * packed_length, packed_length).astype(np.float32)
+    return attention_costs(ends, np.arange(packs) * packed_length, packed_length).astype(np.float32)
 
 
 def _lengths(documents: Int64s, counts: Int64s) -> list[Lengths]:
@@ -203,12 +203,12 @@ def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
         cache = data.token_cache(file)
         assert file.facts is not None
         if cache:
-            jobs.append(_Learn(i, Part(cache.path, 0, cache.tokens), cache))
+            jobs.append(_Learn(i, ByteRange(cache.path, 0, cache.tokens), cache))
         else:
-            jobs += [_Learn(i, part, None) for part in parts_of(file.path, file.facts.signature.size)]
+            jobs += [_Learn(i, part, None) for part in split_file(file.path, file.facts.signature.size)]
     sums = [0] * len(data)
     size = sum(job.part.end - job.part.begin for job in jobs)
-    results = process_pool.ordered(_learned_part, jobs, _workers(workers, size // 2**25, len(jobs)))
+    results = process_pool.map_ordered(_learned_part, jobs, _workers(workers, size // 2**25, len(jobs)))
     for i, learned in progress(results, "reading tokens", total=len(jobs)):
         sums[i] += learned
     for file_stats, learned in zip(found.files, sums, strict=True):
@@ -245,7 +245,7 @@ def _types(files: list[FileStats]) -> list[FileStats]:
 SHOWN = 40  # files in the text; JSON has all
 
 
-def as_text(found: Stats) -> str:
+def format_statistics(found: Stats) -> str:
     """For a terminal."""
     dropped = found.dropped()
     repeated = f" ({found.repeated:,} named more than once)" if found.repeated else ""

@@ -36,7 +36,7 @@ th { color: var(--dim); font-weight: 600; }
 """
 
 
-def page(found: Stats) -> str:
+def html_page(found: Stats) -> str:
     """The whole page."""
     learned = f"{found.learned / found.tokens:.1%}" if found.learned is not None and found.tokens else None
     facts = [

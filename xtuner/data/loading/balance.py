@@ -25,7 +25,7 @@ Costs = npt.NDArray[Any]
 BLOCK = 2**20  # tokens of packs whose documents are looked at together: bounds what that takes
 
 
-def squares(ends: Int64s, starts: Ints, packed_length: int) -> Int64s:
+def attention_costs(ends: Int64s, starts: Ints, packed_length: int) -> Int64s:
     """Σ len² over the fragments of packs that begin at tokens `starts` of a file whose documents end at `ends`."""
     found = np.empty(len(starts), np.int64)
     step = max(BLOCK // packed_length, 1)

@@ -28,7 +28,7 @@ class Batch:
     pack: int = -1
 
     @classmethod
-    def of(cls, pack: dict[str, torch.Tensor], number: int = -1) -> "Batch":
+    def from_item(cls, pack: dict[str, torch.Tensor], number: int = -1) -> "Batch":
         """From an item of `PackedDataset`."""
         cu_seqlens, targets = pack["cumulative_len"], pack["targets"]
         return cls(
@@ -42,7 +42,7 @@ class Batch:
         )
 
     @classmethod
-    def of_raw(cls, raw: RawPack, rule: LabelRule, number: int = -1, pin: bool = False) -> "Batch":
+    def from_raw(cls, raw: RawPack, rule: LabelRule, number: int = -1, pin: bool = False) -> "Batch":
         """From what `PackedDataset.raw` gives. `pin`: in memory from which a GPU copies without waiting."""
         block = torch.empty((3, len(raw.signed)), dtype=torch.int64, pin_memory=pin)
         input_ids, targets, position_ids = block.numpy()
@@ -94,9 +94,9 @@ class Batch:
         groups = distribute(lengths, count)
         parts = [self._part(group) for group in groups if any(lengths[i] for i in group)]  # documents may be empty
         parts.sort(key=lambda part: -part.attention_pairs)
-        return parts + [self._idle()] * (count - len(parts))
+        return parts + [self._dummy()] * (count - len(parts))
 
-    def _idle(self) -> "Batch":
+    def _dummy(self) -> "Batch":
         """Some tokens to go through the motions with, where other ranks have another part."""
         tokens = slice(0, min(self.num_tokens, 16))
         ids = self.input_ids[tokens]

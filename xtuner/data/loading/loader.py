@@ -59,7 +59,7 @@ class PackLoader:
         self.dataset = dataset
         self.sampler = sampler
         self.num_workers = num_workers
-        self.lacks = what_dealing_lacks(dataset, sampler, balance)
+        self.lacks = missing_for_balance(dataset, sampler, balance)
         self.balance = 0 if self.lacks else balance
         self.accumulative_counts = accumulative_counts
         self.windows_from = windows_from
@@ -129,7 +129,7 @@ class PackLoader:
                 torch.cuda.set_device(gpu)
 
         def read(number: int) -> Batch:
-            return Batch.of_raw(self.dataset.raw(number), self.dataset.label_rule, number, gpu is not None)
+            return Batch.from_raw(self.dataset.raw(number), self.dataset.label_rule, number, gpu is not None)
 
         waiting: deque[Future[Batch]] = deque()
         with ThreadPoolExecutor(READERS, "xtuner-reader", begin) as pool:
@@ -159,14 +159,14 @@ class PackLoader:
                 if isinstance(item, XTunerError):
                     raise item
                 number, buffer = item
-                raw = RawPack.of(buffer.numpy())
-                yield Batch.of_raw(raw, self.dataset.label_rule, number, gpu is not None)
+                raw = RawPack.from_buffer(buffer.numpy())
+                yield Batch.from_raw(raw, self.dataset.label_rule, number, gpu is not None)
         finally:
             atexit.unregister(items._shutdown_workers)
             items._shutdown_workers()
 
 
-def what_dealing_lacks(dataset: PackedDataset, sampler: InternRepoSampler, balance: int) -> str:
+def missing_for_balance(dataset: PackedDataset, sampler: InternRepoSampler, balance: int) -> str:
     """A method that a dataset or sampler of the user's own does not have. Raises: ConfigError if k > 1 needs it."""
     for part, method, ours in ((dataset, "costs", "PackedDataset"), (sampler, "packs", "InternRepoSampler")):
         if not hasattr(part, method):
@@ -194,7 +194,7 @@ def identity(dataset: PackedDataset, sampler: InternRepoSampler, reshuffle: bool
     }
 
 
-def listed_files(dataset: PackedDataset) -> list[str] | int:
+def list_files(dataset: PackedDataset) -> list[str] | int:
     """`IDENTITY NAME` of the files in order, so that a resume can say which are others; of very many, how many."""
     documents = dataset.documents
     if len(documents) > LISTED:

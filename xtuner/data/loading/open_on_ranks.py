@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from xtuner.core.errors import DataError
-from xtuner.data.format.folder import signatures_of
+from xtuner.data.format.folder import read_signatures
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.collectives import Ranks
 
@@ -23,7 +23,7 @@ Known = dict[str, Any]  # what another rank has found
 Build = Callable[[Known | None], PackedDataset]
 
 
-def open_together(build: Build, ranks: Ranks) -> PackedDataset:
+def open_on_ranks(build: Build, ranks: Ranks) -> PackedDataset:
     """Build the same data on all ranks. Raises, on all: what `build` raises on any; DataError for other data."""
     if ranks.size == 1:
         return build(None)
@@ -44,23 +44,23 @@ def _told(data: Any) -> Known | None:
         return None
     documents = getattr(data, "documents", None)
     if documents is None:  # a dataset of the user's own
-        return {"asked": None, "fingerprint": None}
-    tables = documents.tables
-    names = None if tables or len(documents) > NAMED else documents.names
-    where = {"path": str(tables.path.absolute()), "key": tables.key} if tables else {"path": None, "key": None}
-    return {"asked": documents.asked, "fingerprint": data.fingerprint(), "names": names, **where}
+        return {"request": None, "fingerprint": None}
+    orders = documents.orders
+    names = None if orders or len(documents) > NAMED else documents.names
+    where = {"path": str(orders.path.absolute()), "key": orders.key} if orders else {"path": None, "key": None}
+    return {"request": documents.request, "fingerprint": data.fingerprint(), "names": names, **where}
 
 
 def _given(build: Build, told: Known) -> PackedDataset:
-    return build(None if told["asked"] is None or told["path"] is None else told)
+    return build(None if told["request"] is None or told["path"] is None else told)
 
 
 def _first_of_node(build: Build, told: Known) -> PackedDataset:
     data = _given(build, told)
     documents = getattr(data, "documents", None)
-    if documents is None or documents.tables is None or documents.tables.key != told["key"]:
+    if documents is None or documents.orders is None or documents.orders.key != told["key"]:
         return data  # it has looked for itself
-    seen = signatures_of(documents.folder, documents.catalog.names)
+    seen = read_signatures(documents.folder, documents.catalog.names)
     unseen = np.flatnonzero(seen["size"] < 0)
     if len(unseen):
         raise _not_seen([documents.catalog.names[i] for i in unseen], str(documents.folder))

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import ConfigError
-from xtuner.data.format.cache_dirs import Place, tell_once
+from xtuner.data.format.cache_dirs import CacheDirs, log_once
 from xtuner.data.format.cache_file import HEADER_BYTES, CacheFormat
 from xtuner.dist.mesh import arrange
 
@@ -89,7 +89,7 @@ class InternRepoSampler:
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"rank {self.rank} of {self.world_size}", where="train_dataloader.sampler")
         self.epoch = 0
-        self._place = getattr(getattr(dataset, "documents", None), "place", None)
+        self._cache_dirs = getattr(getattr(dataset, "documents", None), "cache_dirs", None)
         self._drawn: tuple[int, Numbers] | None = None
 
     def set_epoch(self, epoch: int) -> None:
@@ -100,7 +100,7 @@ class InternRepoSampler:
         if not self.shuffle:
             return np.arange(self.num_packs)
         if self._drawn is None or self._drawn[0] != self.epoch:
-            self._drawn = self.epoch, permutation(self.seed + self.epoch, self.num_packs, self._place)
+            self._drawn = self.epoch, permutation(self.seed + self.epoch, self.num_packs, self._cache_dirs)
         return self._drawn[1]
 
     def share(self, offset: int = 0) -> Numbers:
@@ -155,20 +155,20 @@ def numbers(share: Numbers) -> Iterator[int]:
         yield from share[i : i + CHUNK].tolist()
 
 
-def permutation(seed: int, packs: int, place: Place | None = None) -> Numbers:
-    """`RandomState(seed).permutation(packs)`; of many packs a mapped file in `place`, made by who comes first."""
-    if place is None or packs < SHARED_FROM:
+def permutation(seed: int, packs: int, cache_dirs: CacheDirs | None = None) -> Numbers:
+    """`RandomState(seed).permutation(packs)`; of many packs a mapped file in `cache_dirs`, made by who comes first."""
+    if cache_dirs is None or packs < SHARED_FROM:
         return _draw(seed, packs)
     name = f"packs-{seed}-{packs}.order"
-    for path in place.candidates(name):
+    for path in cache_dirs.candidates(name):
         if (found := _open(path, seed, packs)) is not None:
             return found
-    with place.alone():
-        for path in place.candidates(name):  # another process was faster
+    with cache_dirs.locked():
+        for path in cache_dirs.candidates(name):  # another process was faster
             if (found := _open(path, seed, packs)) is not None:
                 return found
         drawn = _draw(seed, packs)
-        written = place.write(name, lambda f: _fill(f, drawn, seed), f"the order of {packs:,} packs")
+        written = cache_dirs.write(name, lambda f: _fill(f, drawn, seed), f"the order of {packs:,} packs")
     found = _open(written, seed, packs) if written else None
     return drawn if found is None else found
 
@@ -203,5 +203,5 @@ def _open(path: Path, seed: int, packs: int) -> Numbers | None:
                     return found
     except (OSError, ValueError):
         pass
-    tell_once(f"the order of packs {path} is damaged or of another version: it is made again")
+    log_once(f"the order of packs {path} is damaged or of another version: it is made again")
     return None

@@ -24,30 +24,32 @@ import numpy.typing as npt
 from xtuner.core.foreign_inputs import open_regular
 from xtuner.core.log import logger, progress
 from xtuner.data.format.bin_file import BinFile, Int64s
-from xtuner.data.format.cache_dirs import Place, tell_once
+from xtuner.data.format.cache_dirs import CacheDirs, log_once
 from xtuner.data.format.cache_file import DAMAGED, HEADER_BYTES
 from xtuner.data.format.file_catalog import Catalog, from_bytes, to_bytes
-from xtuner.data.process_pool import ordered, usable_workers
+from xtuner.data.process_pool import map_ordered, usable_workers
 
 SMALL = 100_000  # documents; fewer are ordered in milliseconds, and nothing is written for them
 ALONE = 3_000_000  # documents below which one process does the work
 MOST_WORKERS = 16
-Rows = npt.NDArray[np.uint32]
+RowNumbers = npt.NDArray[np.uint32]
 
 
-def packing_order(lengths: Int64s, seed: int) -> tuple[Rows, Int64s]:
+def shuffle_documents(lengths: Int64s, seed: int) -> tuple[RowNumbers, Int64s]:
     """(numbers of documents in packing order, tokens up to and with each). The reference loader's order."""
     order = np.arange(len(lengths), dtype=np.uint32)  # the draws do not depend on the item type
     np.random.RandomState(seed).shuffle(order)
     return order, np.cumsum(lengths[order])
 
 
-def order_of(file: BinFile, seed: int) -> tuple[Rows, Int64s]:
+def shuffle_file(file: BinFile, seed: int) -> tuple[RowNumbers, Int64s]:
     """(rows of the meta in packing order, tokens up to and with each document)."""
     lengths = file.lengths
     if len(lengths) != file.num_documents:
-        raise file.changed(file.path, f"its meta has {len(lengths):,} documents instead of {file.num_documents:,}")
-    order, ends = packing_order(lengths, seed)
+        raise file.changed_error(
+            file.path, f"its meta has {len(lengths):,} documents instead of {file.num_documents:,}"
+        )
+    order, ends = shuffle_documents(lengths, seed)
     return (order if file.kept is None else file.kept[order].astype(np.uint32)), ends
 
 
@@ -57,7 +59,7 @@ def _sizes(documents: int) -> tuple[int, int]:
     return rows, rows + 8 * documents
 
 
-class Tables:
+class DocumentOrders:
     """The tables of all files of a catalog, mapped read-only."""
 
     def __init__(self, path: Path, key: str) -> None:
@@ -77,16 +79,16 @@ class Tables:
         self._sound: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tables, (self.path, self.key)
+        return DocumentOrders, (self.path, self.key)
 
-    def table(self, i: int) -> tuple[Rows, Int64s] | None:
-        """Rows and ends of file i, mapped; None, told, if they are not what was written."""
+    def order(self, i: int) -> tuple[RowNumbers, Int64s] | None:
+        """RowNumbers and ends of file i, mapped; None, told, if they are not what was written."""
         _, documents, _, begin, checksum = self.catalog.records[i].item()
         rows, size = _sizes(documents)
         if i not in self._sound:
             inside = documents >= 0 and 0 <= begin <= len(self._map) - size
             if not inside or zlib.crc32(memoryview(self._map)[begin : begin + size]) != checksum:
-                tell_once(f"the index {self.path} is damaged: it is removed, and made again at the next start")
+                log_once(f"the index {self.path} is damaged: it is removed, and made again at the next start")
                 with contextlib.suppress(OSError):
                     self.path.unlink()
                 return None
@@ -97,34 +99,34 @@ class Tables:
         )
 
 
-def find(catalog: Catalog, min_length: int, seed: int, place: Place) -> Tables | None:
+def find(catalog: Catalog, min_length: int, seed: int, cache_dirs: CacheDirs) -> DocumentOrders | None:
     key = catalog.key(min_length=min_length, seed=seed)
-    for path in place.candidates(_name(key)):
+    for path in cache_dirs.candidates(_name(key)):
         try:
-            return Tables(path, key)
+            return DocumentOrders(path, key)
         except (OSError, ValueError) as e:
-            tell_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
+            log_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
     return None
 
 
 def find_or_build(
-    catalog: Catalog, folder: Path, min_length: int, seed: int, place: Place, small: int | None = None
-) -> Tables | None:
-    """Tables of all files, made and kept if they are not there. None for little data, or where nothing can be kept.
+    catalog: Catalog, folder: Path, min_length: int, seed: int, cache_dirs: CacheDirs, small: int | None = None
+) -> DocumentOrders | None:
+    """Orders of all files, built and cached if absent. None for little data, or where nothing can be cached.
 
     Raises: DataError for a meta that has changed meanwhile.
     """
-    if found := find(catalog, min_length, seed, place):
+    if found := find(catalog, min_length, seed, cache_dirs):
         return found
-    if place.read_only or int(catalog.documents.sum()) < (SMALL if small is None else small):
+    if cache_dirs.read_only or int(catalog.documents.sum()) < (SMALL if small is None else small):
         return None
-    with place.alone():
-        if found := find(catalog, min_length, seed, place):  # another process was faster
+    with cache_dirs.locked():
+        if found := find(catalog, min_length, seed, cache_dirs):  # another process was faster
             return found
         key = catalog.key(min_length=min_length, seed=seed)
-        build = _Build(catalog, folder, min_length, seed, place, key)
-        path = place.write(_name(key), build.fill, f"the index of {folder}")
-    return Tables(path, key) if path else None
+        build = _Build(catalog, folder, min_length, seed, cache_dirs, key)
+        path = cache_dirs.write(_name(key), build.fill, f"the index of {folder}")
+    return DocumentOrders(path, key) if path else None
 
 
 def _name(key: str) -> str:
@@ -142,7 +144,7 @@ class _Job(NamedTuple):
 
 def make_table(job: _Job) -> int:
     """Returns the checksum. Raises: DataError, OSError."""
-    rows, ends = order_of(job.file, job.seed)
+    rows, ends = shuffle_file(job.file, job.seed)
     padded = rows.tobytes().ljust(_sizes(len(rows))[0], b"\0")
     fd = os.open(job.target, os.O_WRONLY)
     try:
@@ -166,7 +168,7 @@ class _Build:
     folder: Path
     min_length: int
     seed: int
-    place: Place
+    cache_dirs: CacheDirs
     key: str
 
     def fill(self, f: IO[bytes]) -> None:
@@ -191,32 +193,32 @@ class _Build:
         if count:
             logger.info(f"ordering {count:,} documents of {len(jobs):,} files, once for this seed")
         workers = min(usable_workers(None), MOST_WORKERS, len(jobs)) if count >= ALONE else 1
-        done = ordered(make_table, work, max(workers, 1))
+        done = map_ordered(make_table, work, max(workers, 1))
         for i, checksum in zip(jobs, progress(done, "ordering documents", total=len(jobs)), strict=True):
             catalog.records["order_crc32"][i] = checksum
         f.seek(0)
         f.write(to_bytes(catalog, **facts))
 
-    def _old(self) -> Iterator[tuple[bytes, tuple["Tables", int]]]:
-        """Tables of the same files in older indexes, by identity: what has not changed is copied."""
-        for folder in self.place.dirs:
+    def _old(self) -> Iterator[tuple[bytes, tuple["DocumentOrders", int]]]:
+        """DocumentOrders of the same files in older indexes, by identity: what has not changed is copied."""
+        for folder in self.cache_dirs.dirs:
             for path in sorted(folder.glob("order-*.idx")):
                 with contextlib.suppress(OSError, ValueError):
                     with open_regular(path) as f:
                         _, head = from_bytes(f.read(HEADER_BYTES + 2**26))
                     if head.get("seed") == self.seed and head.get("min_length") == self.min_length:
-                        tables = Tables(path, str(head.get("key")))
-                        for i, identity in enumerate(tables.catalog.identities):
-                            yield identity.tobytes(), (tables, i)
+                        orders = DocumentOrders(path, str(head.get("key")))
+                        for i, identity in enumerate(orders.catalog.identities):
+                            yield identity.tobytes(), (orders, i)
 
-    def _copy(self, f: IO[bytes], i: int, old: tuple[Tables, int] | None) -> bool:
-        if old is None or old[0].table(old[1]) is None:
+    def _copy(self, f: IO[bytes], i: int, old: tuple[DocumentOrders, int] | None) -> bool:
+        if old is None or old[0].order(old[1]) is None:
             return False
-        tables, j = old
-        *_, begin, checksum = tables.catalog.records[j].item()
+        orders, j = old
+        *_, begin, checksum = orders.catalog.records[j].item()
         size = _sizes(int(self.catalog.documents[i]))[1]
         _write_at(
-            f.fileno(), memoryview(tables._map)[begin : begin + size], int(self.catalog.records["order_begin"][i])
+            f.fileno(), memoryview(orders._map)[begin : begin + size], int(self.catalog.records["order_begin"][i])
         )
         self.catalog.records["order_crc32"][i] = checksum
         return True

@@ -7,7 +7,7 @@
         def read(self, i): return ids, learned   # int [tokens] from 0; bool [tokens], whether the token is learned
         def fingerprint(self): ...               # identity of all contents
 
-    dataset=dict(type=build_packed_dataset, dataset_cfg=dict(type=Rows, path=…), packed_length=…, seed=…)
+    dataset=dict(type=build_packed_dataset, dataset_cfg=dict(type=RowNumbers, path=…), packed_length=…, seed=…)
 
 All documents of a source are shuffled and packed together, as those of one `.bin` file are; a function that returns a
 list of sources has each packed by itself. A `TokenizedFolder` is such a list, of `BinFile`s, with faster ways to the
@@ -24,10 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import ConfigError, DataError
-from xtuner.data.format.cache_dirs import Place
+from xtuner.data.format.cache_dirs import CacheDirs
 from xtuner.data.format.parse_tokens import Int64s
-from xtuner.data.format.text_reader import LongLines, Places
-from xtuner.data.packing.document_order import Rows, Tables, packing_order
+from xtuner.data.format.text_reader import LongLines, SpanArrays
+from xtuner.data.packing.document_order import DocumentOrders, RowNumbers, shuffle_documents
 
 Integers = npt.NDArray[np.integer[Any]]
 Document = tuple[Integers, npt.NDArray[np.bool_]]  # ids [tokens] from 0, and whether each is learned
@@ -61,9 +61,9 @@ class Reader(Protocol):
     id_offset: int
 
     def read(
-        self, places: Places, vocab_size: int | None = None
+        self, span_arrays: SpanArrays, vocab_size: int | None = None
     ) -> tuple[npt.NDArray[np.signedinteger[Any]], int | None]:
-        """Tokens of all places, end to end, and the token after the last one in its document."""
+        """Tokens of all spans, end to end, and the token after the last one in its document."""
 
 
 class SourceFile(Protocol):
@@ -97,15 +97,15 @@ class Documents(Protocol):
         """For messages."""
 
     @property
-    def place(self) -> Place | None:
+    def cache_dirs(self) -> CacheDirs | None:
         """For caches."""
 
     @property
-    def tables(self) -> Tables | None:
-        """The orders that `ordered_by` has found last."""
+    def orders(self) -> DocumentOrders | None:
+        """The orders that `load_orders` has found last."""
 
     @property
-    def asked(self) -> list[str] | None:
+    def request(self) -> list[str] | None:
         """What was asked for, if ranks can open it by rank 0's word; see open_on_ranks.py."""
 
     @property
@@ -128,11 +128,11 @@ class Documents(Protocol):
     def identities(self) -> Iterator[str]:
         """Of the contents of each file, short."""
 
-    def ordered_by(self, seed: int) -> Tables | None:
+    def load_orders(self, seed: int) -> DocumentOrders | None:
         """The orders of all files' documents, where they are mapped."""
 
-    def order(self, i: int, seed: int) -> tuple[Rows, Int64s]:
-        """That of one file; see `document_order.packing_order`."""
+    def order(self, i: int, seed: int) -> tuple[RowNumbers, Int64s]:
+        """That of one file; see `document_order.shuffle_documents`."""
 
     def reader(self, i: int, long: LongLines) -> Reader: ...
 
@@ -233,10 +233,10 @@ class SourceReader:
     def __init__(self, source: CheckedSource) -> None:
         self.source = source
 
-    def read(self, places: Places, vocab_size: int | None = None) -> tuple[npt.NDArray[np.int32], int | None]:
+    def read(self, span_arrays: SpanArrays, vocab_size: int | None = None) -> tuple[npt.NDArray[np.int32], int | None]:
         """See `Reader.read`."""
         parts, following = [], None
-        for span in places.spans():
+        for span in span_arrays.as_list():
             if span.start == span.stop:
                 continue
             ids, learned = self.source.read_part(span.row, span.start, span.stop + 1, vocab_size)
@@ -250,7 +250,7 @@ class SourceReader:
 class SourceList:
     """Sources, each packed by itself, all of it in the memory of each rank: 20 bytes a document."""
 
-    folder = place = tables = asked = None
+    folder = cache_dirs = orders = request = None
     min_length = 0
 
     def __init__(self, sources: Sequence[DocumentSource]) -> None:
@@ -297,19 +297,19 @@ class SourceList:
     def identities(self) -> Iterator[str]:
         return (file.fingerprint()[:16] for file in self)
 
-    def ordered_by(self, seed: int) -> None:
+    def load_orders(self, seed: int) -> None:
         return None
 
-    def order(self, i: int, seed: int) -> tuple[Rows, Int64s]:
-        return packing_order(self.file(i).lengths, seed)
+    def order(self, i: int, seed: int) -> tuple[RowNumbers, Int64s]:
+        return shuffle_documents(self.file(i).lengths, seed)
 
     def reader(self, i: int, long: LongLines) -> SourceReader:
         return SourceReader(self.file(i))
 
 
-def documents_of(built: Any) -> Documents:
+def as_documents(built: Any) -> Documents:
     """What a config's dataset_cfg or val_dataset has built, for packing. Raises: ConfigError, DataError."""
-    if hasattr(built, "ordered_by"):  # a TokenizedFolder, or something else of many files
+    if hasattr(built, "load_orders"):  # a TokenizedFolder, or something else of many files
         found: Documents = built
         return found
     return SourceList(built if isinstance(built, list | tuple) else [built])

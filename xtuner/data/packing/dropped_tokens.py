@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-MUCH = 0.1  # share of the tokens from which on a warning says so
+WARN_FROM = 0.1  # share of the tokens from which on a warning says so
 
 
-class Dropped(NamedTuple):
+class DroppedTokens(NamedTuple):
     """Of all files together."""
 
     packed_length: int
@@ -20,7 +20,7 @@ class Dropped(NamedTuple):
 
     def warning(self) -> str:
         """What is lost and what to do about it; empty where it is little."""
-        if not self.dropped or self.dropped < MUCH * self.tokens:
+        if not self.dropped or self.dropped < WARN_FROM * self.tokens:
             return ""
         none = f" ({self.without_pack:,} of {self.files:,} files fill none at all)" if self.without_pack else ""
         return (

@@ -23,11 +23,11 @@ import torch
 from xtuner.config.build import build
 from xtuner.config.settings import SCHEMA
 from xtuner.data.format.bin_file import Int64s
-from xtuner.data.format.text_reader import LongLines, Places, Span
-from xtuner.data.loading.balance import squares
+from xtuner.data.format.text_reader import LongLines, Span, SpanArrays
+from xtuner.data.loading.balance import attention_costs
 from xtuner.data.packing import document_order
-from xtuner.data.packing.document_source import Documents, DocumentSource, Reader, SourceFile, documents_of
-from xtuner.data.packing.dropped_tokens import Dropped
+from xtuner.data.packing.document_source import Documents, DocumentSource, Reader, SourceFile, as_documents
+from xtuner.data.packing.dropped_tokens import DroppedTokens
 
 LabelRule = Literal["internevo", "xtuner"]
 IGNORE = -100  # no loss at this position
@@ -49,7 +49,7 @@ class RawPack(NamedTuple):
         return np.concatenate((head, self.borders, self.signed))
 
     @classmethod
-    def of(cls, buffer: Int32s) -> "RawPack":
+    def from_buffer(cls, buffer: Int32s) -> "RawPack":
         borders, following, id_offset = buffer[:3].tolist()
         return cls(buffer[3 + borders :], buffer[3 : 3 + borders], following, id_offset)
 
@@ -109,16 +109,16 @@ class FilePacks:
 
     def read(self, start: int, stop: int, vocab_size: int | None = None) -> RawPack:
         """Tokens `start` to `stop` of the file's token line."""
-        places = self.places(start, stop)
-        borders = np.zeros(len(places.rows) + 1, np.int32)
-        np.cumsum(places.stops - places.starts, out=borders[1:])
-        signed, following = self.reader.read(places, vocab_size)
+        spans = self.span_arrays(start, stop)
+        borders = np.zeros(len(spans.rows) + 1, np.int32)
+        np.cumsum(spans.stops - spans.starts, out=borders[1:])
+        signed, following = self.reader.read(spans, vocab_size)
         return RawPack(signed.astype(np.int32, copy=False), borders, following or 0, self.reader.id_offset)
 
     def spans(self, start: int, stop: int) -> list[Span]:
-        return self.places(start, stop).spans()
+        return self.span_arrays(start, stop).as_list()
 
-    def places(self, start: int, stop: int) -> Places:
+    def span_arrays(self, start: int, stop: int) -> SpanArrays:
         """The parts of documents that lie between tokens `start` and `stop` of the file's token line.
 
         Empty documents count to the pack in which they stand; those at its very end open the next one.
@@ -130,7 +130,7 @@ class FilePacks:
         begins = np.empty_like(ends)
         begins[0], begins[1:] = self._begin(first), ends[:-1]
         starts, stops = np.maximum(start - begins, 0), np.minimum(stop, ends) - begins
-        return Places(self.rows[first : last + 1], starts, stops, ends - begins)
+        return SpanArrays(self.rows[first : last + 1], starts, stops, ends - begins)
 
     def _begin(self, i: int) -> int:
         return int(self.ends[i - 1]) if i else 0
@@ -147,7 +147,7 @@ class PackedDataset:
         label_rule: LabelRule = "internevo",
     ) -> None:
         SCHEMA.require("train_dataloader.dataset", packed_length=packed_length, seed=seed, label_rule=label_rule)
-        self.documents = documents = documents_of(documents)
+        self.documents = documents = as_documents(documents)
         self.packed_length = packed_length
         self.seed = seed
         self.label_rule = label_rule
@@ -157,9 +157,9 @@ class PackedDataset:
         self._first_pack = np.concatenate(([0], np.cumsum(self._packs)))
         self._files: dict[int, FilePacks] = {}
         self._long = LongLines()
-        self._order = documents.ordered_by(seed)
+        self._orders = documents.load_orders(seed)
 
-    def of_vocabulary(self, size: int) -> "PackedDataset":
+    def with_vocab_size(self, size: int) -> "PackedDataset":
         """The same packs, of which ids from `size` on are rejected."""
         other = copy.copy(self)
         other.vocab_size = size
@@ -177,9 +177,9 @@ class PackedDataset:
         """Tokens dropped at each file's end because they fill no pack."""
         return (self._tokens % self.packed_length).tolist()
 
-    def dropped(self) -> Dropped:
+    def dropped(self) -> DroppedTokens:
         used, total = int(self._packs.sum()) * self.packed_length, int(self._tokens.sum())
-        return Dropped(self.packed_length, total, total - used, len(self._tokens), int((self._packs == 0).sum()))
+        return DroppedTokens(self.packed_length, total, total - used, len(self._tokens), int((self._packs == 0).sum()))
 
     def fingerprint(self) -> str:
         """Identity of what pack `i` holds, for all `i`: contents, order of files, packed_length, seed."""
@@ -189,7 +189,7 @@ class PackedDataset:
     def file_packs(self, file_number: int) -> FilePacks:
         """Pack table of one file, from the index or made now; its text is opened for each use."""
         if file_number not in self._files:
-            table = self._order.table(file_number) if self._order else None
+            table = self._orders.order(file_number) if self._orders else None
             rows, ends = table or self.documents.order(file_number, self.seed)
             reader = self.documents.reader(file_number, self._long)
             self._files[file_number] = FilePacks(self.documents.file(file_number), rows, ends, reader)
@@ -198,7 +198,7 @@ class PackedDataset:
     @property
     def indexed(self) -> bool:
         """Whether lengths of any documents can be looked up at once: they are mapped, or few."""
-        return self._order is not None or self.documents.num_documents < document_order.SMALL
+        return self._orders is not None or self.documents.num_documents < document_order.SMALL
 
     def costs(self, packs: npt.NDArray[np.integer[Any]]) -> Int64s:
         """Σ len² over the fragments of each of these packs: what attention's work goes with. No token is read."""
@@ -207,12 +207,12 @@ class PackedDataset:
         found = np.empty(len(packs), np.int64)
         by_file = np.argsort(file_numbers, kind="stable")
         for part in np.split(by_file, np.flatnonzero(np.diff(file_numbers[by_file])) + 1):
-            found[part] = squares(self._ends(int(file_numbers[part[0]])), starts[part], self.packed_length)
+            found[part] = attention_costs(self._ends(int(file_numbers[part[0]])), starts[part], self.packed_length)
         return found
 
     def _ends(self, file_number: int) -> Int64s:
         """Mapped where there is an index: of the files that other ranks read, nothing is opened or kept."""
-        table = self._order.table(file_number) if self._order and file_number not in self._files else None
+        table = self._orders.order(file_number) if self._orders and file_number not in self._files else None
         return table[1] if table else self.file_packs(file_number).ends
 
     def locate(self, pack: int) -> tuple[int, int]:
@@ -222,14 +222,14 @@ class PackedDataset:
         file_number = int(np.searchsorted(self._first_pack, pack, side="right")) - 1
         return file_number, (pack - int(self._first_pack[file_number])) * self.packed_length
 
-    def how_to_show(self, pack: int, more: str = "") -> str:
+    def show_command(self, pack: int, more: str = "") -> str:
         """A command that shows a pack, or in which documents of a source it lies. No token is read."""
         if folder := self.documents.folder:
             options = f"--pack {pack} --max-length {self.packed_length} --seed {self.seed}"
             return f"xtuner data show {folder} {options} {more}".rstrip()
         file_number, start = self.locate(pack)
         file = self.file_packs(file_number)
-        rows = list(map(str, file.places(start, start + self.packed_length).rows.tolist()))
+        rows = list(map(str, file.span_arrays(start, start + self.packed_length).rows.tolist()))
         others = f", … and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
         return f"documents {', '.join(rows[:SHOWN])}{others} of {file.file.name}"
 

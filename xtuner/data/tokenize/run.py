@@ -9,7 +9,7 @@ from typing import Any
 from xtuner.core.errors import CheckpointError, DataError
 from xtuner.core.log import logger, progress
 from xtuner.data.format.writer import PairWriter, remove_leftovers
-from xtuner.data.process_pool import ordered, usable_workers
+from xtuner.data.process_pool import map_ordered, usable_workers
 from xtuner.data.tokenize.plan import PARTS, SHOWN, Job, is_done, jobs
 from xtuner.data.tokenize.read import CHUNK, Chunk, chunks
 from xtuner.data.tokenize.records import encoder, forget
@@ -94,7 +94,7 @@ def _run(todo: list[Job], identity: str, workers: int, report: Report) -> None:
     sizes = [-(-job.source.stat().st_size // CHUNK) + 1 for job in todo]
     if sum(sizes) - len(sizes) <= 1:
         workers = 1  # a worker takes longer to start than this takes
-    results = progress(ordered(encode_chunk, _chunks(todo), workers), "tokenizing (MiB)", total=sum(sizes))
+    results = progress(map_ordered(encode_chunk, _chunks(todo), workers), "tokenizing (MiB)", total=sum(sizes))
     mistakes: list[str] = []
     for number, group in groupby(results, key=lambda result: result.job):
         job = todo[number]

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 
-from xtuner.data.format.writer import Block, line_of
+from xtuner.data.format.writer import Block, format_line
 from xtuner.data.tokenize.read import Chunk, Mistake
 from xtuner.data.tokenize.records import Document, encoder
 from xtuner.data.tokenize.settings import CHATS, Settings
@@ -43,7 +43,7 @@ def encode_chunk(chunk: Chunk) -> Result:
             result.stats["empty"] += 1
             continue
         _count(document, settings, result.stats)
-        written = line_of(document.tokens)
+        written = format_line(document.tokens)
         part = result.valid if is_valid(written, settings) else result.train
         part.add(written, len(document.tokens))
     return result

@@ -24,7 +24,7 @@ from xtuner.engine.memory import Memory
 from xtuner.engine.state.pinned_copies import HostCopy
 from xtuner.engine.state.slices import SavedStates, cut
 from xtuner.engine.state.snapshot import Snapshot, divide, file_names
-from xtuner.families import checkpoint_config, family_of
+from xtuner.families import checkpoint_config, find_family
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import Part, WeightFolder, check, fill, hf_shapes
 from xtuner.optim.adamw import GROUP, SCALES
@@ -159,7 +159,7 @@ class StatefulStrategy(ABC):
         return texts
 
     def load_weights(self, folder: Path) -> None:
-        family = family_of(read_json(folder / "config.json"))
+        family = find_family(read_json(folder / "config.json"))
         fill({n: s.master for n, s in self._shards().items()}, folder, family, self._config)
         self._refresh()
 

@@ -19,7 +19,7 @@ from xtuner.core.foreign_inputs import short
 from xtuner.export.sources.internevo import InternEvoFolder
 from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
-from xtuner.families import OWN, family_by_names, read_model
+from xtuner.families import NATIVE, find_family_by_names, read_model
 from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import Shape, Source, WeightFolder, base_weights, join
@@ -115,21 +115,21 @@ def _open_hf(path: Path) -> Opened:
 
 def _open_single(path: Path) -> Opened:
     source = _without_wrapper(SingleFile(path))
-    return Opened(source, "a single file of torch.save", family_by_names(source.shapes))
+    return Opened(source, "a single file of torch.save", find_family_by_names(source.shapes))
 
 
 def _open_zero(path: Path) -> Opened:
     zero = ZeroFolder(path)
     source = _without_wrapper(zero)
     return Opened(
-        source, f"a DeepSpeed checkpoint, ZeRO-{zero.stage}, {zero.ranks} ranks", family_by_names(source.shapes)
+        source, f"a DeepSpeed checkpoint, ZeRO-{zero.stage}, {zero.ranks} ranks", find_family_by_names(source.shapes)
     )
 
 
 def _open_internevo(path: Path) -> Opened:
     source = InternEvoFolder(path)
     what = f"an InternEvo checkpoint, {source.tp} tensor × {source.pp} pipeline ranks"
-    return Opened(source, what, OWN, network=source.network)
+    return Opened(source, what, NATIVE, network=source.network)
 
 
 def _without_wrapper(source: Source) -> Source:

@@ -183,7 +183,7 @@ def test_parts_and_blocks_change_nothing(data: Path, monkeypatch: pytest.MonkeyP
         if block >= 333:  # of a broken long line, what comes before the break has been counted
             assert len(taken) >= len(expected[3])
     monkeypatch.setattr(scan, "BLOCK", 333)
-    monkeypatch.setattr(scan, "ODD_LINE", 400)
+    monkeypatch.setattr(scan, "MAX_ODD_LINE", 400)
     assert "too long for another" in "\n".join(found(data))
 
 
@@ -197,7 +197,7 @@ def test_check_as_a_command(data: Path, xtuner: Command, capsys: Any) -> None:
     assert "problems: 1" in told
     assert xtuner("data", "check", data, "--fix-meta") == 0
     assert capsys.readouterr().out.startswith("fixed ")
-    with pytest.raises(ConfigError, match="not there"):
+    with pytest.raises(ConfigError, match="does not exist"):
         xtuner("data", "check", data / "no")
     with pytest.raises(DataError, match=r"no \.bin file"):
         xtuner("data", "check", empty(data))

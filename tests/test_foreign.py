@@ -456,19 +456,19 @@ def test_names_in_a_data_order(tmp_path: Path) -> None:
     (tmp_path / "data" / "a.bin").touch()
     order = tmp_path / "order.txt"
     for entries, words in (
-        (["y" * 300], "no entry"), (["a.bin", "y" * 300], "1 files of the data order are not there"),
-        (["a.bin", "a\0b"], "not there"),
-        (["d/" * 3000 + "x", "a.bin"], "not there"), (["../" * 3000], "leaves its folder"),
+        (["y" * 300], "no entry"), (["a.bin", "y" * 300], "1 files of the data order do not exist"),
+        (["a.bin", "a\0b"], "not exist"),
+        (["d/" * 3000 + "x", "a.bin"], "not exist"), (["../" * 3000], "leaves its folder"),
         (["/" * 9000 + "x"], "leaves"),
     ):  # fmt: skip
         order.write_text("\n".join(entries))
         refused(lambda: read_order(order, tmp_path / "data"), words, ConfigError)
     refused(lambda: read_order("o" * 300, tmp_path / "data"), "cannot be read", ConfigError)
     refused(lambda: read_order("a\0b", tmp_path / "data"), "cannot be read", ConfigError)
-    refused(lambda: load_intern_repo_tokenized_dataset("d" * 300), "not there", ConfigError)
+    refused(lambda: load_intern_repo_tokenized_dataset("d" * 300), "does not exist", ConfigError)
     refused(lambda: find("c" * 300), "no config file", ConfigError)
     refused(lambda: find("~nobody-of-that-name/x"), "no config file", ConfigError)
-    refused(lambda: load_intern_repo_tokenized_dataset("~nobody-of-that-name/x"), "not there", ConfigError)
+    refused(lambda: load_intern_repo_tokenized_dataset("~nobody-of-that-name/x"), "does not exist", ConfigError)
 
 
 def test_deep_folders(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_where_caches_are_kept(data: Path, tmp_path: Path, caplog: Any, monkeypa
     assert contents(opened(data)) == contents(opened(data)) == expected
     assert opened(data)._orders is None
     assert caplog.text.count("the index of") == 1
-    assert "give a --cache-dir" in caplog.text
+    assert "give a writable --cache-dir" in caplog.text
     for how in ("argument", "variable", "option"):
         folder = tmp_path / how
         if how == "variable":

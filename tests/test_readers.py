@@ -259,7 +259,7 @@ def test_a_token_cache_that_is_not_fresh_is_told(tmp_path: Path, caplog: Any) ->
 def test_a_line_of_a_gigabyte_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here one of 3 MB, and a limit to match: in the usual form of any length, in another one up to a limit."""
     monkeypatch.setattr(text_reader, "BLOCK", 2**12)
-    monkeypatch.setattr(text_reader, "ODD_LINE", 2**14)
+    monkeypatch.setattr(text_reader, "MAX_ODD_LINE", 2**14)
     document = np.random.RandomState(0).randint(-90000, 90000, size=400_000).tolist()
     write_bin(tmp_path / "a.bin", [[1, 2, 3], document, [4, 5]])
     data = PackedDataset(load_intern_repo_tokenized_dataset(tmp_path), 4096)

@@ -375,7 +375,7 @@ def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> 
         (ConfigError, ["--resume", str(tmp_path / "nowhere")], "no such folder"),
         (ConfigError, ["--resume", str(corpus)], "no checkpoint there"),
         (ConfigError, ["--resume", ""], "an empty path"),
-        (ConfigError, ["--cfg-options", "dataset_folder=/nowhere"], "data folder is not there"),
+        (ConfigError, ["--cfg-options", "dataset_folder=/nowhere"], "data folder does not exist"),
         (DataError, ["--cfg-options", "max_length=100000"], "0 packs, and one iteration takes 2"),
         (DataError, ["--cfg-options", f"dataset_folder={tmp_path / 'w'}"], "no .bin file"),
         (ConfigError, ["--launcher", "slurm"], "needs SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID"),

@@ -1,7 +1,7 @@
-"""A folder of `.bin` files as one sequence: by the sorted walk, or by a data-order file.
+"""A folder of `.bin` files as one sequence, in the order of the sorted walk or of a data-order file.
 
-Files that have not changed since they were last examined are known by their sizes and times (`catalog`); all others
-are examined: the whole meta, the ends of the text.
+Files that are unchanged since they were last examined are recognised by their sizes and times (file_catalog.py); all
+others are examined: the complete meta, and the beginning and end of the text.
 """
 
 from collections import Counter
@@ -27,14 +27,14 @@ from xtuner.data.packing.document_order import ALONE, MOST_WORKERS, DocumentOrde
 from xtuner.data.process_pool import map_ordered, usable_workers
 
 SHOWN = 20  # problems in one message
-STATS = 256  # files whose sizes and times a thread asks for at a time
+STATS = 256  # files per task of the threads that read sizes and times
 THREADS = 16
 
 
 class TokenizedFolder:
-    """The documents of a folder of tokenized files, as a sequence of `BinFile`s without the empty ones.
+    """The documents of a folder of tokenized files, as a sequence of `BinFile`s; files without documents are left out.
 
-    A file that a data order names several times is in it as often.
+    A file that a data order names several times is contained as often.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TokenizedFolder:
         self.catalog = catalog
         self.min_length = min_length
         self.cache_dirs = cache_dirs
-        self.request = request  # how it was asked for, in words that another rank can compare
+        self.request = request  # the arguments, for comparison with those of another rank
         self.orders: DocumentOrders | None = None
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class TokenizedFolder:
 
     @property
     def num_repeated(self) -> int:
-        """Files that are here more than once, as a data order may name them."""
+        """Files that the data order names more than once."""
         return sum(times > 1 for times in Counter(self.catalog.names).values())
 
     @property
@@ -125,19 +125,20 @@ def load_intern_repo_tokenized_dataset(
     cache_dir: str | Path | None = None,
     opening: Opening = Opening(),  # noqa: B008
 ) -> TokenizedFolder:
-    """Index a folder of tokenized files. Of the text, only the ends of files that are not known yet are read.
+    """Index a folder of tokenized files. Of the text, only beginning and end of files that are not in the catalog are
+    read.
 
     Args:
-        folder: holds `*.bin` and `*.bin.meta`, at any depth.
-        min_length: documents with fewer tokens are left out; files that have none left, too.
-        data_order_path: a file with one relative path a line, a file as often as it is named; None for the sorted
-            walk.
+        folder: contains `*.bin` and `*.bin.meta` files, at any depth.
+        min_length: documents with fewer tokens are left out, and so are files without any other document.
+        data_order_path: a file with one relative path per line; a file named several times is used as often. None for
+            the sorted walk.
         file_type: ending of the token files.
-        cache_dir: where the index is kept; None for beside the data, or the user's cache folder if that cannot be
-            written. Little data need none.
-        opening: by the run that opens it.
+        cache_dir: where the index is cached; None for next to the data, or the user's cache folder if that is not
+            writable. Small data need no cache.
+        opening: set by the run that opens the folder.
 
-    Raises: ConfigError for a folder that is not there, DataError for files that are.
+    Raises: ConfigError if the folder does not exist, DataError for faulty files.
     """
     root = require_folder(folder)
     cache_dirs = CacheDirs(root, opening.cache_dir or cache_dir, opening.read_only)
@@ -150,7 +151,7 @@ def load_intern_repo_tokenized_dataset(
     if not names:
         raise no_files_error(root, file_type)
     catalog = build_catalog(root, list(dict.fromkeys(names)), min_length, cache_dirs)
-    if len(names) > len(catalog):  # a data order names files more than once
+    if len(names) > len(catalog):  # the data order names files more than once
         row = {name: i for i, name in enumerate(catalog.names)}
         catalog = catalog.select([row[name] for name in names])
     kept = np.flatnonzero(catalog.documents)
@@ -164,13 +165,14 @@ def _open_shared(known: Mapping[str, Any]) -> DocumentOrders | None:
     try:
         return DocumentOrders(Path(known["path"]), known["key"])
     except (OSError, ValueError):
-        return None  # not on this node: it looks itself
+        return None  # not visible on this node: the folder is walked here
 
 
 def build_catalog(folder: Path, names: list[str], min_length: int, cache_dirs: CacheDirs) -> Catalog:
-    """The catalog of these files, with those examined that are not known. Raises: DataError of all that is wrong."""
+    """The catalog of these files; those without a valid cached entry are examined. Raises: DataError that lists all
+    faulty files."""
     signatures = read_signatures(folder, names)
-    catalog, fresh = _known(names, signatures, cache_dirs, f"files-{min_length}.cat")
+    catalog, fresh = _find_unchanged(names, signatures, cache_dirs, f"files-{min_length}.cat")
     unknown = np.flatnonzero(~fresh).tolist()
     if unknown:
         meta_bytes = int(signatures["meta_size"][unknown].clip(min=0).sum())
@@ -181,7 +183,7 @@ def build_catalog(folder: Path, names: list[str], min_length: int, cache_dirs: C
 
 
 def save_catalog(catalog: Catalog, cache_dirs: CacheDirs, min_length: int) -> None:
-    """Write a catalog for the next start, with what older ones know of other files of the folder."""
+    """Write a catalog for the next start, merged with the entries of older ones for other files of the folder."""
     name = f"files-{min_length}.cat"
     with cache_dirs.locked():
         for path in cache_dirs.candidates(name):
@@ -200,14 +202,14 @@ def save_catalog(catalog: Catalog, cache_dirs: CacheDirs, min_length: int) -> No
 
 
 def read_signatures(folder: Path, names: list[str]) -> Records:
-    """Sizes and times, SIGNATURE [files]; all -1 where a file or its meta cannot be seen."""
+    """Sizes and times, SIGNATURE [files]; all -1 for a file that cannot be accessed, or whose meta cannot."""
 
-    def ask(part: list[str]) -> list[Signature]:
+    def read(part: list[str]) -> list[Signature]:
         return [_signature(folder / name) for name in part]
 
     parts = [names[i : i + STATS] for i in range(0, len(names), STATS)]
-    with ThreadPoolExecutor(THREADS) as pool:  # a network file system answers many at once
-        found = [s for part in pool.map(ask, parts) for s in part]
+    with ThreadPoolExecutor(THREADS) as pool:  # a network file system serves many requests at once
+        found = [s for part in pool.map(read, parts) for s in part]
     return np.array(found, SIGNATURE)
 
 
@@ -218,17 +220,17 @@ def _signature(path: Path) -> Signature:
         return Signature(-1, -1, -1, -1)
 
 
-def _known(
+def _find_unchanged(
     names: list[str], signatures: Records, cache_dirs: CacheDirs, cache: str
 ) -> tuple[Catalog, npt.NDArray[np.bool_]]:
-    """What catalogs on disk know of files with these signatures; and which they know."""
+    """(catalog filled from cached ones for files with these signatures, bool [files]: which were found)."""
     catalog = Catalog.empty(names)
     fresh = np.zeros(len(names), np.bool_)
     for path in cache_dirs.candidates(cache):
         try:
             older, _ = catalogs.from_bytes(path.read_bytes())
         except (OSError, ValueError) as e:
-            log_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
+            log_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is rebuilt")
             continue
         where = {name: i for i, name in enumerate(older.names)}
         rows = np.array([where.get(name, -1) for name in names], np.int64)
@@ -244,12 +246,15 @@ def _known(
 
 
 def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int, meta_bytes: int) -> None:
-    """Read every meta of `unknown` files, of so many bytes, into the catalog; one error tells all that is wrong."""
+    """Examine the `unknown` files, whose metas have `meta_bytes` in total, and add them to the catalog.
+
+    Raises: DataError that lists all faulty files.
+    """
     files = [BinFile(folder / catalog.names[i], catalog.names[i], min_length) for i in unknown]
     large = len(files) > 1 and meta_bytes >= 16 * ALONE
     workers = min(usable_workers(None), MOST_WORKERS) if large else 1
     problems = []
-    results = map_ordered(_examined, files, workers)
+    results = map_ordered(_examine_file, files, workers)
     for i, found in zip(unknown, progress(results, "reading metas", total=len(files)), strict=True):
         if isinstance(found, DataError):
             problems.append(found)
@@ -264,11 +269,11 @@ def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int
         raise DataError(f"{len(problems)} of {len(catalog)} data files are faulty\n{shown}{more}")
 
 
-def _examined(file: BinFile) -> BinFile | DataError:
-    """For `ordered`: the file with its facts, or what is wrong with it."""
+def _examine_file(file: BinFile) -> BinFile | DataError:
+    """For `map_ordered`: the file with its facts, or the error."""
     try:
         return file.examine()
     except DataError as e:
         return e
-    except OSError as e:  # it has gone meanwhile
+    except OSError as e:  # the file was removed meanwhile
         return DataError(f"{file.name} cannot be read: {e.strerror}", where=str(file.path))

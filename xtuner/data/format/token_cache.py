@@ -1,10 +1,10 @@
-"""The token cache: a `.bin`'s tokens as int32, so that nothing is parsed while training. `xtuner data cache` makes it.
+"""The token cache: a `.bin`'s tokens as int32, so that nothing is parsed while training. Built by `xtuner data cache`.
 
-    4096 bytes   one line of JSON: version, documents, tokens, the pair's size and time
-    int64        [documents + 1]  where each document of the file begins, in tokens, in the order of the meta's rows
+    4096 bytes   header (cache_file.py): version, documents, tokens, the pair's sizes and times
+    int64        [documents + 1]  token at which each document begins, in the order of the meta's rows
     int32        [tokens]         signed, as in the text
 
-It is used while the pair's sizes and times are those that it was made from, and holds exactly what the text holds.
+It is used while sizes and times of the pair are those in the header, and contains exactly the tokens of the text.
 """
 
 import mmap
@@ -22,14 +22,14 @@ from xtuner.data.format.cache_file import HEADER_BYTES, CacheFormat
 from xtuner.data.format.text_reader import SpanArrays
 
 FORMAT = CacheFormat("xtuner tokens", 1)
-ROWS = 2**20  # of a meta at a time
-MOST_MAPS = 256  # kept; each holds a file open
+ROWS = 2**20  # of a meta per block
+MAX_MAPS = 256  # mappings kept; each keeps a file open
 Int32s = npt.NDArray[np.int32]
 _MAPS: dict[Path, tuple[tuple[int, ...], Int64s, Int32s]] = {}  # the files' inode, size and time; starts; tokens
 
 
 def cache_name(name: str) -> str:
-    """Of the cache of file `name`, below a cache folder. It does not end as a token file does."""
+    """Name of the cache of file `name`, below a cache directory. It does not end like a token file."""
     return f"tokens/{name}.int32"
 
 
@@ -38,7 +38,7 @@ def _facts(signature: Signature, documents: int, tokens: int) -> dict[str, Any]:
 
 
 class TokenCache:
-    """Reads spans of one file's documents, as `SpanReader` does, from its cache."""
+    """Reads spans of one file's documents from its cache, as `SpanReader` reads them from the text."""
 
     id_offset = 0
 
@@ -47,7 +47,7 @@ class TokenCache:
         self.documents, self.tokens = documents, tokens
 
     @property
-    def begin(self) -> int:
+    def tokens_begin(self) -> int:
         return HEADER_BYTES + 8 * (self.documents + 1)
 
     def read(self, span_arrays: SpanArrays, vocab_size: int | None = None) -> tuple[Int32s, int | None]:
@@ -57,11 +57,11 @@ class TokenCache:
         rows, first, stop, lengths = span_arrays
         begins = starts[rows]
         if not np.array_equal(starts[rows + np.uint32(1)] - begins, lengths):
-            raise self._wrong("its documents are not as long as they are in the index")
+            raise self._wrong("its documents have other lengths than in the index")
         spans = list(zip((begins + first).tolist(), (begins + stop).tolist(), strict=True))
         found = np.concatenate([tokens[i:j] for i, j in spans])
         if len(found) != int((stop - first).sum()):
-            raise self._wrong("documents reach beyond its end")
+            raise self._wrong("documents extend beyond its end")
         following = int(tokens[spans[-1][1]]) if stop[-1] < lengths[-1] else None
         if vocab_size is not None and max(int(found.max()), -int(found.min()), abs(following or 0)) >= vocab_size:
             for span, (i, j) in zip(span_arrays.as_list(), spans, strict=True):
@@ -70,7 +70,7 @@ class TokenCache:
         return found, following
 
     def mapped(self) -> tuple[Int64s, Int32s]:
-        """Where documents begin, and all tokens. Raises: DataError for a file that is not what it was."""
+        """(tokens at which documents begin [documents + 1], all tokens). Raises: DataError if the cache has changed."""
         try:
             stat = os.stat(self.path)
             known = _MAPS.get(self.path)
@@ -81,8 +81,8 @@ class TokenCache:
                 with open(self.path, "rb") as f:
                     mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
                 starts = np.frombuffer(mapped, np.int64, self.documents + 1, HEADER_BYTES)
-                known = identity, starts, np.frombuffer(mapped, np.int32, self.tokens, self.begin)
-                while len(_MAPS) >= MOST_MAPS:
+                known = identity, starts, np.frombuffer(mapped, np.int32, self.tokens, self.tokens_begin)
+                while len(_MAPS) >= MAX_MAPS:
                     _MAPS.pop(next(iter(_MAPS)), None)
                 _MAPS[self.path] = known
         except OSError as e:
@@ -97,13 +97,13 @@ class TokenCache:
         return DataError(
             f"the token cache of {self.file.name} cannot be read: {how}",
             where=str(self.path),
-            why="it was whole when the run began",
-            do="remove it, or make it again with `xtuner data cache`, and start again",
+            why="it was complete when the run started",
+            do="remove it, or rebuild it with `xtuner data cache`, and start again",
         )
 
 
 def find(file: BinFile, cache_dirs: CacheDirs) -> TokenCache | None:
-    """The fresh token cache of a file that has facts. One that is torn, stale or of another version is told."""
+    """The valid token cache of an examined file; one that is damaged, outdated or of another version is logged."""
     assert file.facts is not None
     for path in cache_dirs.candidates(cache_name(file.name)):
         facts = read_header(path)
@@ -117,7 +117,7 @@ def find(file: BinFile, cache_dirs: CacheDirs) -> TokenCache | None:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """None for a file that is no whole token cache of this version."""
+    """The facts of the header; None unless the file is a complete token cache of this version."""
     try:
         with open(path, "rb") as f:
             facts = FORMAT.read_header(f.read(HEADER_BYTES))
@@ -131,8 +131,8 @@ def read_header(path: Path) -> dict[str, Any] | None:
     return facts if right else None
 
 
-def begin(f: IO[bytes], lengths: npt.NDArray[Any], signature: Signature) -> None:
-    """Begin the cache of a file whose documents have these lengths; all tokens must follow, in that order."""
+def write_head(f: IO[bytes], lengths: npt.NDArray[Any], signature: Signature) -> None:
+    """Write header and document starts of the cache of a file; the caller writes all tokens after them, in order."""
     total = int(lengths.sum(dtype=np.int64))
     f.write(FORMAT.header(**_facts(signature, len(lengths), total)))
     f.write(np.zeros(1, np.int64).data)

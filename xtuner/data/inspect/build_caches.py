@@ -112,7 +112,7 @@ def _fill(f: IO[bytes], file: BinFile) -> int:
         total += len(part)
         f.write(part.astype(np.int32).data)
 
-    tokens.begin(f, meta.lengths, file.facts.signature)
+    tokens.write_head(f, meta.lengths, file.facts.signature)
     for part in split_file(file.path, os.stat(file.path).st_size):
         found = Scanner(part, take=take).run()
         wrong = f"byte {found.problems[0][0]}: {found.problems[0][1]}" if found.problems else ""

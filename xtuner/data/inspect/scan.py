@@ -18,7 +18,7 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.core.system.malloc import keep_freed
 from xtuner.data.format.parse_tokens import HEADS, Int64s, parse_line, parse_lines, parse_list
-from xtuner.data.format.text_reader import ODD_LINE
+from xtuner.data.format.text_reader import MAX_ODD_LINE
 
 PART = 2**25  # bytes
 BLOCK = 2**22  # bytes read at a time
@@ -165,7 +165,7 @@ class Scanner:
     def _odd(self, fd: int, at: int, done: int) -> None:
         """A long line in another form, whole if it is not too long. `done`: tokens of it that have been taken."""
         end = self._skip(fd, at, digest=False)
-        if end - at > ODD_LINE:
+        if end - at > MAX_ODD_LINE:
             self._problem(at, f"a line of {end - at:,} bytes is not in the usual form, and too long for another")
             return
         try:

@@ -143,7 +143,7 @@ def test_odd_but_right(data: Path) -> None:
     told = found(data)
     for words in (
         "problem en/b.bin: is the same file as again.bin",
-        "problem en/a.bin: holds the same text as code/z.bin",
+        "problem en/a.bin: has the same text as code/z.bin",
         "problem link/a.bin: is the same file as en/a.bin",
         "note alone.bin.meta: is a meta without its text",
         f"note link: is a link to the folder {data / 'en'}",
@@ -176,7 +176,7 @@ def test_parts_and_blocks_change_nothing(data: Path, monkeypatch: pytest.MonkeyP
     assert len(expected[1]) == 2
     assert expected[3][:500] == document
     for part, block in ((2**25, 64), (100, 64), (777, 333), (64, 2**12), (5000, 5000)):
-        monkeypatch.setattr(scan, "PART", part)
+        monkeypatch.setattr(scan, "RANGE", part)
         monkeypatch.setattr(scan, "BLOCK", block)
         rows, problems, large, taken = scanned()
         assert (rows, problems, large) == expected[:3]
@@ -314,7 +314,7 @@ def test_a_cache_makes_a_run_start_at_once(data: Path, tmp_path: Path, xtuner: C
     assert not (data / CACHE_FOLDER).exists()
     assert len(list((tmp_path / "elsewhere").glob("data-*/tokens/*/*.int32"))) == 4
     replace(data / "en" / "a.bin", b"]}", b"]]")
-    with pytest.raises(DataError, match="the text is not what its meta says") as error:
+    with pytest.raises(DataError, match="the text contradicts its meta") as error:
         xtuner("data", "cache", data)
     assert "byte 0: a line is not JSON" in str(error.value)
     assert len(list((data / CACHE_FOLDER).glob("tokens/*/*.int32"))) == 3  # the others are there all the same

@@ -186,13 +186,14 @@ def test_ranks_get_equally_many_and_nearly_equal_costs() -> None:
     costs = np.random.RandomState(0).lognormal(18, 0.7, 2**10)
 
     def wait(each: int, window: int) -> float:
-        return deal.waiting(costs, lambda c: c + 6e8, 8, each, window)
+        return deal.waiting_share(costs, lambda c: c + 6e8, 8, each, window)
 
     assert wait(1, 0) == wait(1, 1) > 2 * wait(1, 4) > 4 * wait(1, 16) > 0
     assert wait(1, 0) > wait(4, 0) > 2 * wait(4, 1) > 10 * wait(4, 16) > 0
     equal = np.full(64, 3.0)
-    assert deal.waiting(equal, lambda c: c, 8) == 0
-    assert deal.waiting(costs[:70], lambda c: c, 8, window=16) == deal.waiting(costs[:64], lambda c: c, 8, window=16)
+    assert deal.waiting_share(equal, lambda c: c, 8) == 0
+    cut, whole = (deal.waiting_share(costs[:n], lambda c: c, 8, window=16) for n in (70, 64))
+    assert cut == whole
 
 
 def test_a_dataset_without_costs_is_not_dealt() -> None:
@@ -204,7 +205,7 @@ def test_a_dataset_without_costs_is_not_dealt() -> None:
     sampler = InternRepoSampler(own, rank=1, world_size=3)
     plain = PackLoader(own, sampler)
     plain.accumulative_counts = 3
-    assert (plain.balance, plain.deals) == (0, False)
+    assert (plain.balance, plain.is_balanced) == (0, False)
     assert list(islice(plain.numbers_from(Position()), 3)) == sampler.permutation()[1::3].tolist()
     with pytest.raises(ConfigError, match=r"balance = 16, but Own has no method `costs`"):
         PackLoader(own, sampler, balance=16)

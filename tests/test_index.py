@@ -272,14 +272,17 @@ def ranks_open(ranks: Ranks, folder: Path) -> None:
     data = open_on_ranks(build("copied"), ranks)
     assert len(walks) == {0: 2, 1: 0, 2: 1}[ranks.rank]
     assert len(set(map(str, ranks.gather(contents(data)[1])))) == 1
-    for name, words in (("lost", "en/b.bin cannot be seen on there"), ("other", "not those that rank 0 sees")):
+    for name, words in (
+        ("lost", "en/b.bin can be accessed by rank 0, but not on there"),
+        ("other", "differ from those of rank 0"),
+    ):
         with pytest.raises(DataError, match=words) as error:
             open_on_ranks(build(name), ranks)
         assert error.value.quiet == (ranks.rank != 2)
     document_order.SMALL = 10**6  # without an index
     shutil.rmtree(folder / "here" / "lost" / CACHE_FOLDER, ignore_errors=True)
     ranks.gather(None)
-    with pytest.raises(DataError, match=r"en/b\.bin cannot be seen on there"):
+    with pytest.raises(DataError, match=r"en/b\.bin can be accessed by rank 0, but not on there"):
         open_on_ranks(build("lost"), ranks)
 
 

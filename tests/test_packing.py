@@ -17,7 +17,7 @@ from xtuner.data.format import text_reader
 from xtuner.data.format.bin_file import BinFile
 from xtuner.data.format.text_reader import LongLine, LongLines, SpanReader
 from xtuner.data.format.writer import write_bin
-from xtuner.data.loading.sampler import Position, numbers, packs_per_epoch
+from xtuner.data.loading.sampler import Position, iterate_numbers, packs_per_epoch
 from xtuner.data.packing.pack import PackedDataset
 
 ROOT = next(r for r in (SHARED, COPIED) if (r / "packing").is_dir())
@@ -174,7 +174,7 @@ def test_one_stream_whatever_the_ranks() -> None:
             samplers = [InternRepoSampler(range(num_packs), rank=r, world_size=size) for r in range(size)]
             for done in range(2 * per_epoch + 1):
                 position = Position().advance(done, per_epoch)
-                streams = [chain.from_iterable(map(numbers, s.stream(position, per_epoch))) for s in samplers]
+                streams = [chain.from_iterable(map(iterate_numbers, s.stream(position, per_epoch))) for s in samplers]
                 taken = [next(s) for _ in range(3 * per_epoch // size) for s in streams]
                 assert taken == expected[done : done + len(taken)].tolist(), (num_packs, begun_on, size, done)
         for rank in range(begun_on):  # the reference: an epoch's permutation, cut, every n-th

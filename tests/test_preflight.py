@@ -399,7 +399,7 @@ def test_the_right_config_is_right(world: Path, xtuner: Any, capsys: pytest.Capt
     assert xtuner("check-cfg", config, "--cfg-options", f"dataset_folder={world}/masked") == 0
     assert "the first pack has no token to learn from" in capsys.readouterr().err
     assert xtuner("data", "stats", world / "masked", "--max-length", 32) == 0
-    assert "there is nothing to learn from" in capsys.readouterr().out
+    assert "there is nothing to learn" in capsys.readouterr().out
 
 
 def test_the_same_from_real_commands(world: Path) -> None:

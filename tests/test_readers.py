@@ -81,8 +81,8 @@ def definition(documents: list[list[int]], seed: int, min_length: int, length: i
 def test_text_cache_and_definition_agree(
     documents: list[list[int]], seed: int, min_length: int, length: int, long: int, block: int, separator: str
 ) -> None:
-    before = text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.PART
-    text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.PART = (
+    before = text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.RANGE
+    text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.RANGE = (
         long,
         block,
         0,
@@ -96,7 +96,7 @@ def test_text_cache_and_definition_agree(
                 tighten(Path(folder, "a.bin"))
             compare(Path(folder), documents, seed, min_length, length)
     finally:
-        text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.PART = before
+        text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.RANGE = before
 
 
 def tighten(path: Path) -> None:

@@ -334,7 +334,7 @@ def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Co
     assert xtuner(*commands[2].split()[1:3], tmp_path / "joined", "--fix-meta") == 0
     assert xtuner("data", "stats", tmp_path / "joined", "--max-length", "100") == 0
     shown = capsys.readouterr().out
-    assert "tails that fill none: 60 tokens (7.9%)" in shown
+    assert "dropped tails: 60 tokens (7.9%)" in shown
     assert "not trained on" not in shown
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from xtuner.config.config import Config
 from xtuner.config.paths import data_keys
 from xtuner.core.errors import ConfigError, DataError
-from xtuner.data.loading.loader import identity, list_files, missing_for_balance
+from xtuner.data.loading.loader import find_balance_obstacle, identity, list_files
 from xtuner.engine.strategies.select import choose
 from xtuner.optim.schedule import Schedule
 from xtuner.train.resume import Found, fitted_counts, require_same_run, windows_from
@@ -45,7 +45,7 @@ def make_plan(
     _require_an_iteration(settings, lengths)
     reshuffle = config.setting("train_dataloader.reshuffle")
     balance = config.setting("train_dataloader.balance")
-    if missing_for_balance(settings.dataset, settings.sampler, balance):
+    if find_balance_obstacle(settings.dataset, settings.sampler, balance):
         balance = 0
     data = identity(settings.dataset, settings.sampler, reshuffle)
     origin = windows_from(found, balance, lengths) if found else 0

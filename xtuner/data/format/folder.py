@@ -23,7 +23,7 @@ from xtuner.data.format.file_catalog import SIGNATURE, Catalog, Records
 from xtuner.data.format.file_order import no_files_error, read_order, require_folder, walk
 from xtuner.data.format.text_reader import LongLines, SpanReader
 from xtuner.data.packing import document_order
-from xtuner.data.packing.document_order import ALONE, MOST_WORKERS, DocumentOrders
+from xtuner.data.packing.document_order import MAX_WORKERS, PARALLEL_FROM, DocumentOrders
 from xtuner.data.process_pool import map_ordered, usable_workers
 
 SHOWN = 20  # problems in one message
@@ -251,8 +251,8 @@ def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int
     Raises: DataError that lists all faulty files.
     """
     files = [BinFile(folder / catalog.names[i], catalog.names[i], min_length) for i in unknown]
-    large = len(files) > 1 and meta_bytes >= 16 * ALONE
-    workers = min(usable_workers(None), MOST_WORKERS) if large else 1
+    large = len(files) > 1 and meta_bytes >= 16 * PARALLEL_FROM
+    workers = min(usable_workers(None), MAX_WORKERS) if large else 1
     problems = []
     results = map_ordered(_examine_file, files, workers)
     for i, found in zip(unknown, progress(results, "reading metas", total=len(files)), strict=True):

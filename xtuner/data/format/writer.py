@@ -1,4 +1,4 @@
-"""Writes `.bin` and `.bin.meta` files: both or neither, the meta last, so that a `.bin` without a meta is incomplete."""
+"""Writes `.bin` and `.bin.meta` files: both or neither. The meta comes last: a `.bin` without it is incomplete."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""What `xtuner data cache` makes of a folder: the index of one seed, and the tokens of each file as int32."""
+"""Builds the caches of a folder for `xtuner data cache`: the index of one seed, and the tokens of each file."""
 
 import os
 from dataclasses import dataclass, field
@@ -21,11 +21,11 @@ from xtuner.data.inspect.scan import Scanner, split_file
 
 @dataclass
 class CacheResult:
-    """What lies where afterwards. `failed`: (file, why) of token caches that could not be made."""
+    """Where the caches were written. `failed`: (file, reason) of token caches that could not be written."""
 
     index: Path | None = None
-    tokens: int = 0  # files with a fresh token cache
-    made: int = 0  # of them, just now
+    tokens: int = 0  # files with a valid token cache
+    made: int = 0  # token caches that this call has written
     bytes: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
 
@@ -43,9 +43,9 @@ class _Result(NamedTuple):
 
 
 def build_caches(data: TokenizedFolder, seed: int, with_tokens: bool = True, workers: int | None = None) -> CacheResult:
-    """Make what is not there yet.
+    """Build the caches that are missing.
 
-    Raises: DataError for a text that is not what its meta says; other files' caches are made nevertheless.
+    Raises: DataError for a text that contradicts its meta, after the caches of all other files are built.
     """
     workers = process_pool.usable_workers(workers)
     rows = {name: i for i, name in enumerate(data.catalog.names)}
@@ -61,7 +61,7 @@ def build_caches(data: TokenizedFolder, seed: int, with_tokens: bool = True, wor
         elif with_tokens:
             jobs.append(_Job(file, data.cache_dirs))
     errors = []
-    results = process_pool.map_ordered(cache_tokens, jobs, min(workers, max(len(jobs), 1)))
+    results = process_pool.map_ordered(write_token_cache, jobs, min(workers, max(len(jobs), 1)))
     for result in progress(results, "caching tokens", total=len(jobs)):
         if result.error:
             errors.append(result.error)
@@ -72,12 +72,12 @@ def build_caches(data: TokenizedFolder, seed: int, with_tokens: bool = True, wor
     if errors:
         more = f" (and {len(errors) - 1} other files)" if len(errors) > 1 else ""
         first = errors[0]
-        raise DataError(first.what + more, where=first.where, why=first.why, do="see all: xtuner data check FOLDER")
+        raise DataError(first.what + more, where=first.where, why=first.why, do="list all: xtuner data check FOLDER")
     return made
 
 
-def cache_tokens(job: _Job) -> _Result:
-    """Write one file's token cache; for a worker process."""
+def write_token_cache(job: _Job) -> _Result:
+    """For a worker process: write the token cache of one file."""
     size = 0
 
     def fill(f: IO[bytes]) -> None:
@@ -103,7 +103,7 @@ def _fill(f: IO[bytes], file: BinFile) -> int:
         raise DataError(
             "the rows of the meta are not in the order of the text",
             where=str(file.path),
-            why="a token cache is made in one pass over both",
+            why="a token cache is built in one pass over both",
         )
     total = 0
 
@@ -119,7 +119,7 @@ def _fill(f: IO[bytes], file: BinFile) -> int:
         wrong = wrong or compare_with_meta(meta, part, found.table())
         if wrong:
             raise DataError(
-                "the text is not what its meta says", where=str(file.path), why=wrong, do="xtuner data check FOLDER"
+                "the text contradicts its meta", where=str(file.path), why=wrong, do="xtuner data check FOLDER"
             )
     file.check_unchanged()
     return f.tell()

@@ -1,7 +1,7 @@
-"""What is in a folder of tokenized data: documents, lengths, packs, and how unequal the packs' work is.
+"""Statistics of a folder of tokenized data: documents, lengths, packs, and the imbalance of the packs' attention cost.
 
-Lengths and packs follow from the metas; the learned share needs the tokens, from their cache or from the text. Work
-goes through files in parts; what is held grows with the number of packs alone (4 bytes each).
+Lengths and packs follow from the metas; the learned share needs the tokens, from caches or from the text. Files are
+processed in blocks; memory grows only with the number of packs (4 bytes each).
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ from xtuner.data.packing.document_order import DocumentOrders, shuffle_file
 from xtuner.data.packing.dropped_tokens import DroppedTokens
 
 BUCKETS = 33  # of lengths: 0, 1, 2–3, 4–7, …
-BLOCK = 2**20  # rows, tokens or packs at a time
-COSTS = 24  # bars of the histogram of costs
+BLOCK = 2**20  # rows or tokens per block
+COST_BARS = 24  # of the histogram of costs
 SAMPLER_SEED = 1024
 
 
@@ -36,7 +36,7 @@ class FileStats:
     documents: int
     tokens: int
     packs: int
-    tail: int  # tokens that fill no pack
+    tail: int  # tokens that do not fill a pack
     learned: int | None = None
 
     @property
@@ -56,7 +56,7 @@ class Lengths:
 
 @dataclass
 class Stats:
-    """Costs are Σ len² over the fragments of a pack, what the work of attention goes with."""
+    """Costs are Σ len² over the fragments of a pack, to which attention cost is proportional."""
 
     folder: str
     packed_length: int
@@ -72,7 +72,7 @@ class Stats:
     lengths: list[Lengths] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)  # mean, least, median, p95, most
     cost_bars: list[tuple[float, float, int]] = field(default_factory=list)  # from, to, packs
-    imbalance: list[dict[str, float]] = field(default_factory=list)  # ranks, mean and p95 of the slowest over the mean
+    imbalance: list[dict[str, float]] = field(default_factory=list)  # ranks; mean and p95 of slowest rank / mean rank
     repeated: int = 0  # files that the data order names more than once
 
     def dropped(self) -> DroppedTokens:
@@ -111,12 +111,12 @@ def compute_statistics(
     with_text: bool = True,
     workers: int | None = None,
 ) -> Stats:
-    """Count everything.
+    """Compute all statistics.
 
     Args:
-        ranks: sizes of which the imbalance is told, each rank taking a pack at a time in the order of epoch 0.
-        with_text: count the learned tokens, for which all tokens are read.
-    Raises: DataError for a text that is not what its format says.
+        ranks: numbers of ranks for which to report the imbalance, one pack per rank and step in the order of epoch 0.
+        with_text: count learned tokens, which reads all tokens.
+    Raises: DataError for a text that contradicts the format.
     """
     workers = process_pool.usable_workers(workers)
     found = Stats(str(data.folder), packed_length, seed, data.min_length, data.num_documents, data.num_tokens)
@@ -143,12 +143,12 @@ def compute_statistics(
 
 
 def _workers(workers: int, work: int, jobs: int) -> int:
-    """Few for little work: a worker takes longer to start."""
+    """Few processes for little work, because starting one takes time."""
     return max(1, min(workers, work + 1, jobs))
 
 
 def _count(job: _Job) -> _Counted:
-    """For a worker process: lengths and costs of one file."""
+    """For a worker process: document lengths and pack costs of one file."""
     meta = MetaView(job.file.path)
     documents, counts = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
     steps = 2 ** np.arange(BUCKETS - 1, dtype=np.int64)
@@ -164,7 +164,7 @@ def _count(job: _Job) -> _Counted:
 
 
 def pack_costs(ends: Int64s, packed_length: int) -> npt.NDArray[np.float32]:
-    """Σ len² over the fragments of each pack of a file whose documents end there."""
+    """Σ len² over the fragments of each pack of a file whose documents end at `ends`."""
     packs = int(ends[-1]) // packed_length if len(ends) else 0
     return attention_costs(ends, np.arange(packs) * packed_length, packed_length).astype(np.float32)
 
@@ -184,7 +184,7 @@ def _balance(found: Stats, costs: npt.NDArray[np.float32], ranks: Sequence[int])
         return
     least, median, p95, most = np.quantile(costs, (0, 0.5, 0.95, 1)).tolist()
     found.cost = {"mean": float(costs.mean()), "least": least, "median": median, "p95": p95, "most": most}
-    bars, edges = np.histogram(costs, COSTS if most > least else [least, most], (least, most))
+    bars, edges = np.histogram(costs, COST_BARS if most > least else [least, most], (least, most))
     found.cost_bars = list(zip(edges[:-1].tolist(), edges[1:].tolist(), bars.tolist(), strict=True))
     order = permutation(SAMPLER_SEED, len(costs))
     for size in ranks:
@@ -217,7 +217,7 @@ def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
 
 
 def _learned_part(job: _Learn) -> tuple[int, int]:
-    """For a worker process."""
+    """For a worker process: (file number, learned tokens) of one byte range or cache."""
     if job.cache:
         cached = job.cache.mapped()[1]
         steps = range(0, len(cached), BLOCK)
@@ -225,7 +225,7 @@ def _learned_part(job: _Learn) -> tuple[int, int]:
     found = Scanner(job.part).run()
     if found.problems:
         byte, what = found.problems[0]
-        raise DataError(what, where=f"{job.part.path}:{byte}", do="see all of it: xtuner data check FOLDER")
+        raise DataError(what, where=f"{job.part.path}:{byte}", do="list all problems: xtuner data check FOLDER")
     return job.number, found.learned
 
 
@@ -242,25 +242,24 @@ def _types(files: list[FileStats]) -> list[FileStats]:
     return list(types.values())
 
 
-SHOWN = 40  # files in the text; JSON has all
+SHOWN = 40  # files in the text; JSON contains all
 
 
 def format_statistics(found: Stats) -> str:
-    """For a terminal."""
+    """The statistics as text for a terminal."""
     dropped = found.dropped()
     repeated = f" ({found.repeated:,} named more than once)" if found.repeated else ""
     lines = [
         f"{found.folder}: {len(found.files):,} files{repeated}, {found.documents:,} documents, {found.tokens:,} tokens"
         + _share(found.learned, found.tokens),
-        f"packs of {found.packed_length:,}: {found.packs:,}; "
-        f"tails that fill none: {found.tail:,} tokens ({dropped.share})",
+        f"packs of {found.packed_length:,}: {found.packs:,}; dropped tails: {found.tail:,} tokens ({dropped.share})",
     ]
     if warning := dropped.warning():
         lines.append(warning)
     if found.learned == 0 and found.tokens:
         lines.append(
-            "there is nothing to learn from: no token is above 0, and negative ones are context only. Training "
-            "on these data would end with exit code 65"
+            "there is nothing to learn: no token is above 0, and negative ones are context only. Training on "
+            "these data would end with exit code 65"
         )
     lines += ["", f"{'documents of':>22} {'documents':>14} {'tokens':>18}"]
     most = max((x.documents for x in found.lengths), default=1)
@@ -276,7 +275,7 @@ def format_statistics(found: Stats) -> str:
                 f"{f.name:<{width}} {f.documents:>14,} {f.tokens:>18,} {learned:>8} {f.packs:>10,} {f.tail:>12,}"
             )
     if len(found.files) > SHOWN:
-        lines.append(f"… and {len(found.files) - SHOWN:,} more files (--json has all)")
+        lines.append(f"… and {len(found.files) - SHOWN:,} more files (all with --json)")
     if found.cost:
         c = found.cost
         lines += [
@@ -285,8 +284,8 @@ def format_statistics(found: Stats) -> str:
             + ", ".join(f"{k} {human(c[k])}" for k in ("least", "median", "mean", "p95", "most")),
         ]
         for row in found.imbalance:
-            told = f"the slowest has {row['mean']:.2f} × the mean of a step (p95 {row['p95']:.2f})"
-            lines.append(f"{row['ranks']:>6.0f} ranks: {told}")
+            text = f"the slowest has {row['mean']:.2f} × the mean of a step (p95 {row['p95']:.2f})"
+            lines.append(f"{row['ranks']:>6.0f} ranks: {text}")
     return "\n".join(lines)
 
 

@@ -83,22 +83,22 @@ def _dealing(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
         return [("balance", of)] if window > 1 else []
     if window > 1:
         what = f"packs of {window} iterations are dealt to them by attention cost"
-    elif loader.deals:
+    elif loader.is_balanced:
         what = "packs of an iteration are dealt to its ranks by attention cost"
     elif window:
         what = "one pack a rank in an iteration, nothing to deal"
     else:
-        what = "packs are not dealt" + (f", because {loader.lacks}" if loader.lacks else "")
+        what = "packs are not dealt" + (f", because {loader.balance_obstacle}" if loader.balance_obstacle else "")
 
     def flops(squares: Any) -> Any:
         return training_flops(settings.source.config, loader.dataset.packed_length, squares)
 
     most = max(LOOKED_AT // plan.packs_per_iteration, min(window, MOST), SUGGESTED)
-    now, undealt, better = (loader.waiting(flops, balance, most) for balance in (window, 0, SUGGESTED))
+    now, undealt, better = (loader.waiting_share(flops, balance, most) for balance in (window, 0, SUGGESTED))
     if now is None or undealt is None or better is None:
         return [("balance", what)]
     what += f": ranks wait {now:.1%} of an iteration for the slowest"
-    if loader.deals:
+    if loader.is_balanced:
         what += f" instead of {undealt:.1%}"
     if window < SUGGESTED and now - better >= WORTH:
         what += f"; train_dataloader.balance = {SUGGESTED} would leave {better:.1%}"

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from xtuner.core.errors import ConfigError
 from xtuner.data.chat_template import find_template
-from xtuner.data.tokenize.chat import messages
-from xtuner.data.tokenize.read import Mistake
+from xtuner.data.tokenize.chat_records import messages
+from xtuner.data.tokenize.read_chunks import Mistake
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.families import FAMILIES, INTERNLM2, LLAMA, read_config
 from xtuner.families.chat import Message
@@ -115,7 +115,7 @@ def test_a_family_from_outside(
         xtuner("chat", checkpoint, "--tokenizer", marked, "--prompt", "x")
     with pytest.raises(ConfigError, match=r"no model family 'granite'[\s\S]*import the module that registers it"):
         xtuner("convert", "pth_to_hf", tiny, checkpoint, tmp_path / "again")
-    with pytest.raises(ConfigError, match="models of type 'granite' cannot be read"):
+    with pytest.raises(ConfigError, match="models of type 'granite' are not supported"):
         load_pretrained(hf)
 
 

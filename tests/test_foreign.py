@@ -36,8 +36,8 @@ from xtuner.data import load_intern_repo_tokenized_dataset, process_pool
 from xtuner.data.format.file_order import read_order, walk
 from xtuner.data.format.writer import write_bin
 from xtuner.data.inspect.check_files import check_folder
-from xtuner.data.tokenize.run import tokenize
-from xtuner.data.tokenize.settings import Settings
+from xtuner.data.tokenize.tokenize_files import tokenize
+from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.consolidate import consolidate
 from xtuner.model import from_pretrained, from_scratch
@@ -109,7 +109,7 @@ def test_only_regular_files_are_opened(
     at("data/en/b.bin.meta")
     assert any(kind in row.what for row in check_folder(folder, fix_meta=True, workers=1).rows)
     refused(lambda: read_order(at("order.txt"), folder), kind, ConfigError)
-    inputs = Settings(str(tokenizer_folder), "txt")
+    inputs = TokenizeSettings(str(tokenizer_folder), "txt")
     refused(lambda: tokenize([str(at("texts/x.txt").parent)], str(tmp_path / "out"), inputs, workers=1), kind)
     refused(lambda: tokenize([str(at("x.txt"))], str(tmp_path / "out"), inputs, workers=1), kind, DataError)
     refused(lambda: read_json(at("x.json")), kind, CheckpointError)
@@ -117,7 +117,7 @@ def test_only_regular_files_are_opened(
     refused(lambda: load_tensors(at("a.pth")), kind, CheckpointError)
     for name in ("model.safetensors", "pytorch_model.bin", hub.INDEX):
         refused(lambda name=name: WeightFolder(at(f"w{len(name)}/{name}").parent).shapes, kind, CheckpointError)
-    refused(lambda: load_tokenizer(at("t/tokenizer.model").parent), "no tokenizer.model", ConfigError)
+    refused(lambda: load_tokenizer(at("t/tokenizer.model").parent), "neither tokenizer.model nor", ConfigError)
     refused(lambda: xtuner("check-cfg", at("config.py")), "no config file", ConfigError)
     refused(lambda: xtuner("convert", "weights", at("a.pth"), tmp_path / "o.safetensors"), "not a file")
     refused(lambda: from_pretrained(str(at("m/config.json").parent)), kind, CheckpointError)
@@ -334,7 +334,7 @@ def test_absurd_values_in_config_json(change: dict[str, Any], where: str, tmp_pa
 def test_files_that_are_not_a_config_json(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for content, words in (
-        ("[]", r"holds \[\], not an object"), ("null", "holds None"), ("3", "holds 3"), ("{}", "type ''"),
+        ("[]", r"contains \[\], not an object"), ("null", "contains None"), ("3", "contains 3"), ("{}", "type ''"),
         ("[" * 100_000, "nested too deeply"), ('{"a": ' * 3000 + "1" + "}" * 3000, "nested too deeply"),
         ("9" * 5000, "is not JSON"), ('{"vocab_size": ' + "9" * 5000 + "}", "is not JSON"), ("\ufeff{}", "is not JSON"),
     ):  # fmt: skip
@@ -519,7 +519,7 @@ def test_tokenizer_files(tokenizer_folder: Path, tmp_path: Path) -> None:
 
 def test_records_of_what_was_tokenized(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text\n")
-    again = [str(tmp_path / "a.txt")], str(tmp_path / "out"), Settings(str(tokenizer_folder))
+    again = [str(tmp_path / "a.txt")], str(tmp_path / "out"), TokenizeSettings(str(tokenizer_folder))
     assert tokenize(*again, workers=1).files == 1
     record = tmp_path / "out" / "made_from" / "en" / "a.json"
     right = json.loads(record.read_text())

@@ -218,7 +218,7 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
         ({}, lacking, CheckpointError, "model.norm.weight is missing"),
         ({}, {**weights, "extra": torch.zeros(1)}, CheckpointError, "no place in the model"),
         ({"vocab_size": 99}, weights, CheckpointError, "by config.json"),
-        ({"model_type": "gpt2"}, weights, ConfigError, "'gpt2' cannot be read"),
+        ({"model_type": "gpt2"}, weights, ConfigError, "'gpt2' are not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, weights, ConfigError, "'yarn' is not supported"),
         ({"hidden_act": "gelu"}, weights, ConfigError, "hidden_act = 'gelu'"),
     ):

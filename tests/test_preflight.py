@@ -217,7 +217,7 @@ CONFIGS: dict[str, Row] = {
     **{f"model_{name}": Row(code, [*says, "tiny.py:"], edit=pretrained(f"{{w}}/{name}"))
        for name, code, says in (
            ("tied", 2, ["tie_word_embeddings", "{w}/tied"]), ("gpt", 2, ["'gpt2'", "{w}/gpt/config.json"]),
-           ("list", 74, ["holds [], not an object", "{w}/list/config.json"]),
+           ("list", 74, ["contains [], not an object", "{w}/list/config.json"]),
            ("missing", 74, ["output.weight is missing"]), ("extra", 74, ["no place in the model", "more.weight"]),
            ("shape", 74, ["model.norm.weight is [3]"]), ("cut", 74, ["cannot be read as safetensors"]),
            ("vocab", 2, ["the model's vocabulary 300"]),
@@ -399,7 +399,7 @@ def test_the_right_config_is_right(world: Path, xtuner: Any, capsys: pytest.Capt
     assert xtuner("check-cfg", config, "--cfg-options", f"dataset_folder={world}/masked") == 0
     assert "the first pack has no token to learn from" in capsys.readouterr().err
     assert xtuner("data", "stats", world / "masked", "--max-length", 32) == 0
-    assert "there is nothing to learn" in capsys.readouterr().out
+    assert "there is nothing to learn: no token is above 0" in capsys.readouterr().out
 
 
 def test_the_same_from_real_commands(world: Path) -> None:

@@ -36,8 +36,8 @@ from xtuner.data.inspect.check_files import check_folder
 from xtuner.data.inspect.statistics import compute_statistics
 from xtuner.data.packing import document_order
 from xtuner.data.packing.pack import PackedDataset
-from xtuner.data.tokenize.run import tokenize
-from xtuner.data.tokenize.settings import Settings
+from xtuner.data.tokenize.tokenize_files import tokenize
+from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.consolidate import consolidate
 from xtuner.families import FAMILIES, read_config
@@ -493,18 +493,21 @@ def _inputs(shared: Path) -> list[Target]:
 
     def read(here: Path, case: Any) -> None:
         kind = next(iter(case)).partition("/")[0]
-        settings = Settings(str(folder), kind)
+        settings = TokenizeSettings(str(folder), kind)
         every(
             lambda: tokenize([str(here / kind)], str(here / "out"), settings, workers=1),
             lambda: tokenize(
-                [str(here / kind)], str(here / "whole"), Settings(str(folder), "auto", whole_record=True), workers=1
+                [str(here / kind)],
+                str(here / "whole"),
+                TokenizeSettings(str(folder), "auto", whole_record=True),
+                workers=1,
             ),
         )
 
     right = {"chat/a.jsonl": json.dumps({"messages": chat}).encode()}
 
     def read_again(here: Path, case: Any) -> None:
-        tokenize([str(here / "chat")], str(here / "out"), Settings(str(folder), "chat"), workers=1)
+        tokenize([str(here / "chat")], str(here / "out"), TokenizeSettings(str(folder), "chat"), workers=1)
 
     made = shared / "made"
     (made / "chat").mkdir(parents=True)

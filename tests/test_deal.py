@@ -178,11 +178,17 @@ def test_dealing_may_begin_in_the_middle_of_a_run(
 
 
 def test_ranks_get_equally_many_and_nearly_equal_costs() -> None:
-    assert deal.to_ranks(np.array([5, 1, 7, 3, 6, 2]), 2).tolist() == [[2, 3, 5], [4, 0, 1]]  # 7 + 3 + 2, 6 + 5 + 1
-    assert deal.to_ranks(np.array([9, 1, 1, 1, 1, 1]), 2).tolist() == [[0, 4, 5], [1, 2, 3]]  # not 9 against the rest
-    assert deal.to_ranks(np.array([4, 9, 4]), 3).tolist() == [[0], [1], [2]]
-    assert deal.to_ranks(np.array([4, 9, 4]), 1).tolist() == [[0, 1, 2]]
-    assert deal.to_iterations(np.array([5, 1, 7, 1, 6, 2]), 2).tolist() == [[0, 5], [1, 3], [2, 4]]
+    assert deal.assign_to_ranks(np.array([5, 1, 7, 3, 6, 2]), 2).tolist() == [
+        [2, 3, 5],
+        [4, 0, 1],
+    ]  # 7 + 3 + 2, 6 + 5 + 1
+    assert deal.assign_to_ranks(np.array([9, 1, 1, 1, 1, 1]), 2).tolist() == [
+        [0, 4, 5],
+        [1, 2, 3],
+    ]  # not 9 against the rest
+    assert deal.assign_to_ranks(np.array([4, 9, 4]), 3).tolist() == [[0], [1], [2]]
+    assert deal.assign_to_ranks(np.array([4, 9, 4]), 1).tolist() == [[0, 1, 2]]
+    assert deal.assign_to_iterations(np.array([5, 1, 7, 1, 6, 2]), 2).tolist() == [[0, 5], [1, 3], [2, 4]]
     costs = np.random.RandomState(0).lognormal(18, 0.7, 2**10)
 
     def wait(each: int, window: int) -> float:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from xtuner.core.errors import ConfigError
 from xtuner.data.chat_template import find_template
-from xtuner.data.tokenize.chat_records import messages
+from xtuner.data.tokenize.chat_records import read_messages
 from xtuner.data.tokenize.read_chunks import Mistake
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.families import FAMILIES, INTERNLM2, LLAMA, read_config
@@ -136,7 +136,7 @@ def test_what_a_family_cannot_be(granite: Any, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="from_scratch has no setting 'bias'"):
         from_scratch(family="granite", bias=True)
     with pytest.raises(Mistake, match=r"unknown role 'tool'.* Known: system, user, assistant"):
-        messages([{"role": "tool", "content": "x"}], granite.CHAT.roles)
+        read_messages([{"role": "tool", "content": "x"}], granite.CHAT.roles)
     monkeypatch.setitem(granite.Granite.names, "attention_norm", "post_attention_layernorm")  # as the other norm
     with pytest.raises(AssertionError, match="granite: 592 of 600 numbers have a place"):
         hf_shapes(network, granite.GRANITE)

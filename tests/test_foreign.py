@@ -33,7 +33,7 @@ from xtuner.core.foreign_inputs import open_regular, short_repr
 from xtuner.core.pickles import load_tensors
 from xtuner.core.system import sysinfo
 from xtuner.data import load_intern_repo_tokenized_dataset, process_pool
-from xtuner.data.format.file_order import read_order, walk
+from xtuner.data.format.file_order import read_order, walk_files
 from xtuner.data.format.writer import write_bin
 from xtuner.data.inspect.check_files import check_folder
 from xtuner.data.tokenize.tokenize_files import tokenize
@@ -480,7 +480,7 @@ def test_deep_folders(tmp_path: Path) -> None:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack(0)) + 250)  # folders 1,200 deep would take seconds to make
     try:
-        found, rows = list(walk(tmp_path)), check_folder(tmp_path, workers=1).rows
+        found, rows = list(walk_files(tmp_path)), check_folder(tmp_path, workers=1).rows
     finally:
         sys.setrecursionlimit(limit)
     assert found == ["a.bin", deep + "x.bin"]

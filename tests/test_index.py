@@ -21,7 +21,7 @@ from xtuner.data.format import cache_dirs
 from xtuner.data.format import folder as index
 from xtuner.data.format.bin_file import BinFile
 from xtuner.data.format.cache_file import HEADER_BYTES
-from xtuner.data.format.file_order import CACHE_FOLDER, walk
+from xtuner.data.format.file_order import CACHE_FOLDER, walk_files
 from xtuner.data.format.writer import write_bin
 from xtuner.data.loading import sampler as order
 from xtuner.data.loading.open_on_ranks import open_on_ranks
@@ -76,7 +76,7 @@ def test_the_index_holds_what_is_made_without(data: Path, min_length: int, seed:
     warm = opened(data, min_length, seed)
     assert warm._orders is not None
     assert contents(warm) == expected
-    assert [f.name for f in warm.documents] == FILES == list(walk(data))
+    assert [f.name for f in warm.documents] == FILES == list(walk_files(data))
 
 
 def test_little_data_leave_nothing_behind(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,9 @@ def test_the_order_of_packs_is_shared(data: Path, monkeypatch: pytest.MonkeyPatc
         for harm in (lambda f: os.truncate(f, 4097), lambda f: overwrite(f, 4100, b"?"), lambda f: f.write_bytes(b"")):
             harm(file)
             cache_dirs._logged.clear()
-            assert np.array_equal(order.permutation(1024 + epoch, len(dataset), dataset.documents.cache_dirs), expected)
+            assert np.array_equal(
+                order.load_permutation(1024 + epoch, len(dataset), dataset.documents.cache_dirs), expected
+            )
             assert f"{file} is damaged" in caplog.text
             assert file.stat().st_size == HEADER_BYTES + 4 * len(dataset)
     walked = InternRepoSampler(range(11), shuffle=False, rank=1, world_size=3)
@@ -258,8 +260,8 @@ def ranks_open(ranks: Ranks, folder: Path) -> None:
     """Three ranks on two nodes: one index, walked by rank 0 alone; a copy of the data on the other node; other data."""
     os.chdir(folder / ("here" if ranks.rank < 2 else "there"))
     platform.node = lambda: "there" if ranks.rank == 2 else "here"
-    walks, true = [], index.walk
-    index.walk = lambda *a: walks.append(a) or true(*a)  # type: ignore[func-returns-value,assignment]
+    walks, true = [], index.walk_files
+    index.walk_files = lambda *a: walks.append(a) or true(*a)  # type: ignore[func-returns-value,assignment]
 
     def build(name: str) -> Any:
         return lambda known: opened(Path(name), opening=cache_dirs.Opening(known=known))

@@ -11,7 +11,7 @@ from conftest import reference, write_corpus
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import load_intern_repo_tokenized_dataset
-from xtuner.data.format.file_order import read_order, walk
+from xtuner.data.format.file_order import read_order, walk_files
 from xtuner.data.inspect.build_caches import build_caches
 from xtuner.data.packing.pack import PackedDataset
 
@@ -40,9 +40,13 @@ def test_written_alike_however_the_folder_is_named(
 
 def test_the_order_is_the_loaders(data: Path) -> None:
     files = [f.name for f in load_intern_repo_tokenized_dataset(data / "chatml" / "train")]
-    assert files == [*walk(data / "chatml" / "train")] == ["code dir/a.bin", "code dir/b.bin", "en/a.bin", "en/b.bin"]
+    assert (
+        files
+        == [*walk_files(data / "chatml" / "train")]
+        == ["code dir/a.bin", "code dir/b.bin", "en/a.bin", "en/b.bin"]
+    )
     case = reference("packing", "g17_nested_chain")
-    assert list(walk(case / "input")) == [f.name for f in load_intern_repo_tokenized_dataset(case / "input")]
+    assert list(walk_files(case / "input")) == [f.name for f in load_intern_repo_tokenized_dataset(case / "input")]
 
 
 def test_an_order_of_a_folder_above(data: Path, tmp_path: Path, xtuner: Command, caplog: Any) -> None:

@@ -1,4 +1,4 @@
-"""The token files of a folder in the loader's order: by a sorted walk, or by a data-order file."""
+"""The token files of a folder in the loader's order: by a sorted walk_files, or by a data-order file."""
 
 import os
 import posixpath
@@ -35,7 +35,7 @@ def no_files_error(folder: Path, file_type: str) -> DataError:
     )
 
 
-def walk(folder: Path, file_type: str = ".bin") -> Iterator[str]:
+def walk_files(folder: Path, file_type: str = ".bin") -> Iterator[str]:
     """Relative POSIX paths of all token files below `folder`: a folder's files by code point, then its sub-folders.
 
     The order does not depend on the file system. Links are followed, except a link to one of its own parent folders.
@@ -82,7 +82,7 @@ def write_order(folder: Path, save_folder: Path, file_type: str = ".bin") -> tup
     """Write `save_folder/data_order.txt`. Returns (the file, number of names). Raises: ConfigError, DataError."""
     from xtuner.core.files import atomic_file
 
-    names = list(walk(require_folder(folder), file_type))
+    names = list(walk_files(require_folder(folder), file_type))
     if not names:
         raise no_files_error(folder, file_type)
     broken = [n for n in names if "\n" in n or "\r" in n]
@@ -137,7 +137,7 @@ def read_order(path: str | Path, folder: Path, file_type: str = ".bin") -> list[
             f"{path} names {len(repeated)} of its {len(named)} files more than once; each is used as often as named: "
             f"{', '.join(repeated[:SHOWN])}{more}"
         )
-    unnamed = [name for name in walk(folder, file_type) if name not in named]
+    unnamed = [name for name in walk_files(folder, file_type) if name not in named]
     if unnamed:
         logger.warning(
             f"{len(unnamed)} files of {folder} are not in {path} and not trained on; the first is {unnamed[0]}"

@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.core.log import logger, progress
-from xtuner.data.format import file_catalog as catalogs
-from xtuner.data.format import token_cache as tokens
+from xtuner.data.format import file_catalog
 from xtuner.data.format.bin_file import BinFile, Signature
 from xtuner.data.format.cache_dirs import CacheDirs, Opening, log_once
 from xtuner.data.format.file_catalog import SIGNATURE, Catalog, Records
-from xtuner.data.format.file_order import no_files_error, read_order, require_folder, walk
+from xtuner.data.format.file_order import no_files_error, read_order, require_folder, walk_files
 from xtuner.data.format.text_reader import LongLines, SpanReader
+from xtuner.data.format.token_cache import TokenCache, find_token_cache
 from xtuner.data.packing import document_order
 from xtuner.data.packing.document_order import MAX_WORKERS, PARALLEL_FROM, DocumentOrders
 from xtuner.data.process_pool import map_ordered, usable_workers
@@ -99,9 +99,9 @@ class TokenizedFolder:
         return (bytes(row[:8]).hex() for row in self.catalog.identities)
 
     def load_orders(self, seed: int, small: int | None = None) -> DocumentOrders | None:
-        """The orders of this seed; see `document_order.find_or_build`."""
+        """The orders of this seed; see `document_order.find_or_build_orders`."""
         if self.orders is None or self.orders.seed != seed:
-            self.orders = document_order.find_or_build(
+            self.orders = document_order.find_or_build_orders(
                 self.catalog, self.folder, self.min_length, seed, self.cache_dirs, small
             )
         return self.orders
@@ -109,12 +109,12 @@ class TokenizedFolder:
     def order(self, i: int, seed: int) -> tuple[document_order.RowNumbers, npt.NDArray[np.int64]]:
         return document_order.shuffle_file(self[i], seed)
 
-    def reader(self, i: int, long: LongLines) -> tokens.TokenCache | SpanReader:
+    def reader(self, i: int, long: LongLines) -> TokenCache | SpanReader:
         file = self[i]
-        return self.token_cache(file) or SpanReader(file, long)
+        return self.find_token_cache(file) or SpanReader(file, long)
 
-    def token_cache(self, file: BinFile) -> tokens.TokenCache | None:
-        return tokens.find(file, self.cache_dirs)
+    def find_token_cache(self, file: BinFile) -> TokenCache | None:
+        return find_token_cache(file, self.cache_dirs)
 
 
 def load_intern_repo_tokenized_dataset(
@@ -147,7 +147,9 @@ def load_intern_repo_tokenized_dataset(
         whole = TokenizedFolder(root, found.catalog, min_length, cache_dirs, request)
         whole.orders = found
         return whole
-    names = list(walk(root, file_type)) if data_order_path is None else read_order(data_order_path, root, file_type)
+    names = (
+        list(walk_files(root, file_type)) if data_order_path is None else read_order(data_order_path, root, file_type)
+    )
     if not names:
         raise no_files_error(root, file_type)
     catalog = build_catalog(root, list(dict.fromkeys(names)), min_length, cache_dirs)
@@ -188,7 +190,7 @@ def save_catalog(catalog: Catalog, cache_dirs: CacheDirs, min_length: int) -> No
     with cache_dirs.locked():
         for path in cache_dirs.candidates(name):
             try:
-                older, _ = catalogs.from_bytes(path.read_bytes())
+                older, _ = file_catalog.from_bytes(path.read_bytes())
             except (OSError, ValueError):
                 continue
             ours = set(catalog.names)
@@ -198,7 +200,7 @@ def save_catalog(catalog: Catalog, cache_dirs: CacheDirs, min_length: int) -> No
                 np.concatenate((catalog.records, others.records)),
                 np.concatenate((catalog.identities, others.identities)),
             )
-        cache_dirs.write(name, lambda f: f.write(catalogs.to_bytes(catalog)), f"the index of {cache_dirs.folder}")
+        cache_dirs.write(name, lambda f: f.write(file_catalog.to_bytes(catalog)), f"the index of {cache_dirs.folder}")
 
 
 def read_signatures(folder: Path, names: list[str]) -> Records:
@@ -228,7 +230,7 @@ def _find_unchanged(
     fresh = np.zeros(len(names), np.bool_)
     for path in cache_dirs.candidates(cache):
         try:
-            older, _ = catalogs.from_bytes(path.read_bytes())
+            older, _ = file_catalog.from_bytes(path.read_bytes())
         except (OSError, ValueError) as e:
             log_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is rebuilt")
             continue

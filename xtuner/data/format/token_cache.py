@@ -102,7 +102,7 @@ class TokenCache:
         )
 
 
-def find(file: BinFile, cache_dirs: CacheDirs) -> TokenCache | None:
+def find_token_cache(file: BinFile, cache_dirs: CacheDirs) -> TokenCache | None:
     """The valid token cache of an examined file; one that is damaged, outdated or of another version is logged."""
     assert file.facts is not None
     for path in cache_dirs.candidates(cache_name(file.name)):

@@ -10,7 +10,7 @@ import numpy as np
 from xtuner.core.errors import DataError
 from xtuner.core.log import progress
 from xtuner.data import process_pool
-from xtuner.data.format import token_cache as tokens
+from xtuner.data.format import token_cache
 from xtuner.data.format.bin_file import BinFile, Int64s
 from xtuner.data.format.cache_dirs import CacheDirs
 from xtuner.data.format.folder import TokenizedFolder, save_catalog
@@ -54,7 +54,7 @@ def build_caches(data: TokenizedFolder, seed: int, with_tokens: bool = True, wor
     made = CacheResult(orders.path if orders else None)
     jobs = []
     for file in {file.name: file for file in data}.values():
-        cache = data.token_cache(file)
+        cache = data.find_token_cache(file)
         if cache is not None:
             made.tokens += 1
             made.bytes += cache.path.stat().st_size
@@ -86,7 +86,7 @@ def write_token_cache(job: _Job) -> _Result:
 
     try:
         path = job.cache_dirs.write(
-            tokens.cache_name(job.file.name), fill, f"the token cache of {job.file.name}", quiet=True
+            token_cache.cache_name(job.file.name), fill, f"the token cache of {job.file.name}", quiet=True
         )
     except DataError as e:
         return _Result(job.file.name, error=e)
@@ -112,7 +112,7 @@ def _fill(f: IO[bytes], file: BinFile) -> int:
         total += len(part)
         f.write(part.astype(np.int32).data)
 
-    tokens.write_head(f, meta.lengths, file.facts.signature)
+    token_cache.write_head(f, meta.lengths, file.facts.signature)
     for part in split_file(file.path, os.stat(file.path).st_size):
         found = Scanner(part, take=take).run()
         wrong = f"byte {found.problems[0][0]}: {found.problems[0][1]}" if found.problems else ""

@@ -22,9 +22,9 @@ from xtuner.core.files import PendingFile
 from xtuner.core.foreign_inputs import open_regular
 from xtuner.core.log import progress
 from xtuner.data import process_pool
-from xtuner.data.format.file_order import no_files_error, require_folder, walk
+from xtuner.data.format.file_order import no_files_error, require_folder, walk_files
 from xtuner.data.format.meta import MetaView, meta_path
-from xtuner.data.inspect.scan import MAX_PROBLEMS, ByteRange, Found, Scanner, split_file
+from xtuner.data.inspect.scan import MAX_PROBLEMS, ByteRange, Scanner, ScanResult, split_file
 
 PROBLEM, NOTE, FIXED = "problem", "note", "fixed"
 NPY_HEADER = 128  # bytes
@@ -65,7 +65,7 @@ class _Job(NamedTuple):
 
 class _Result(NamedTuple):
     file: int
-    found: Found
+    found: ScanResult
     meta: str  # how the meta contradicts this range; empty if it does not
     failure: str  # error of the operating system
 
@@ -87,7 +87,7 @@ def check_folder(
     """
     folder = require_folder(folder)
     workers = process_pool.usable_workers(workers)
-    everything = list(walk(folder, ""))
+    everything = list(walk_files(folder, ""))
     names = [name for name in everything if name.endswith(ending)]
     if not names:
         raise no_files_error(folder, ending)
@@ -153,7 +153,7 @@ def _check_range(job: _Job) -> _Result:
     try:
         found = Scanner(job.part, job.vocab_size).run()
     except OSError as e:
-        return _Result(job.file, Found(), "", f"cannot be read: {e.strerror}")
+        return _Result(job.file, ScanResult(), "", f"cannot be read: {e.strerror}")
     meta = ""
     if not found.num_problems:
         with contextlib.suppress(DataError):  # reported once per file, by `_check_file`

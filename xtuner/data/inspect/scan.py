@@ -36,7 +36,7 @@ def split_file(path: Path, size: int) -> list[ByteRange]:
 
 
 @dataclass
-class Found:
+class ScanResult:
     """Result of scanning a byte range."""
 
     rows: list[npt.NDArray[np.int64]] = field(default_factory=list)  # [n, 2]: offset of the line, tokens
@@ -66,10 +66,10 @@ class Scanner:
     ) -> None:
         keep_freed()
         self.part, self.vocab_size, self.take = part, vocab_size, take
-        self.found = Found()
+        self.found = ScanResult()
         self._digest = hashlib.sha256()
 
-    def run(self) -> Found:
+    def run(self) -> ScanResult:
         """Raises: OSError."""
         fd = os.open(self.part.path, os.O_RDONLY)
         try:

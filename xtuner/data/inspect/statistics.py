@@ -14,13 +14,13 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.core.log import human, progress
 from xtuner.data import process_pool
-from xtuner.data.format import token_cache as tokens
+from xtuner.data.format import token_cache
 from xtuner.data.format.bin_file import BinFile, Int64s, data_type
 from xtuner.data.format.folder import TokenizedFolder
 from xtuner.data.format.meta import MetaView
 from xtuner.data.inspect.scan import ByteRange, Scanner, split_file
 from xtuner.data.loading.balance import attention_costs
-from xtuner.data.loading.sampler import permutation
+from xtuner.data.loading.sampler import load_permutation
 from xtuner.data.packing.document_order import DocumentOrders, shuffle_file
 from xtuner.data.packing.dropped_tokens import DroppedTokens
 
@@ -100,7 +100,7 @@ class _Counted(NamedTuple):
 class _Learn(NamedTuple):
     number: int
     part: ByteRange
-    cache: tokens.TokenCache | None  # instead of the text
+    cache: token_cache.TokenCache | None  # instead of the text
 
 
 def compute_statistics(
@@ -186,7 +186,7 @@ def _balance(found: Stats, costs: npt.NDArray[np.float32], ranks: Sequence[int])
     found.cost = {"mean": float(costs.mean()), "least": least, "median": median, "p95": p95, "most": most}
     bars, edges = np.histogram(costs, COST_BARS if most > least else [least, most], (least, most))
     found.cost_bars = list(zip(edges[:-1].tolist(), edges[1:].tolist(), bars.tolist(), strict=True))
-    order = permutation(SAMPLER_SEED, len(costs))
+    order = load_permutation(SAMPLER_SEED, len(costs))
     for size in ranks:
         steps = len(costs) // size
         if steps:
@@ -200,7 +200,7 @@ def _balance(found: Stats, costs: npt.NDArray[np.float32], ranks: Sequence[int])
 def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
     jobs = []
     for i, file in enumerate(data):
-        cache = data.token_cache(file)
+        cache = data.find_token_cache(file)
         assert file.facts is not None
         if cache:
             jobs.append(_Learn(i, ByteRange(cache.path, 0, cache.tokens), cache))

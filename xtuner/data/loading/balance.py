@@ -67,7 +67,7 @@ def windows(begin: int, origin: int, packs: int, per_epoch: int, size: int) -> I
                 yield offset + together[0] * packs, len(together), max(done - together[0], 0)
 
 
-def to_iterations(costs: Costs, packs: int) -> Ints:
+def assign_to_iterations(costs: Costs, packs: int) -> Ints:
     """Indices into a window [iterations, P]: packs of similar cost together, each group in the order of the stream.
 
     Iterations are ordered by their first packs in the stream, so that their order is independent of the cost.
@@ -76,7 +76,7 @@ def to_iterations(costs: Costs, packs: int) -> Ints:
     return groups[np.argsort(groups[:, 0])]
 
 
-def to_ranks(costs: Costs, ranks: int) -> Ints:
+def assign_to_ranks(costs: Costs, ranks: int) -> Ints:
     """Indices into an iteration [ranks, packs per rank], each rank's costliest pack first; unchanged for one rank.
 
     Greedy: the costliest remaining pack goes to the rank with the least cost that needs more packs.
@@ -111,7 +111,7 @@ def waiting_share(costs: Costs, time: Callable[[Costs], Costs], ranks: int, each
         rows = []
         for first in range(0, len(costs), packs * window):
             inside = costs[first : first + packs * window]
-            rows += [inside[row][to_ranks(inside[row], ranks)] for row in to_iterations(inside, packs)]
+            rows += [inside[row][assign_to_ranks(inside[row], ranks)] for row in assign_to_iterations(inside, packs)]
         dealt = np.array(rows)
     times = time(dealt).sum(axis=2)
     return float(1 - times.mean() / times.max(axis=1).mean())

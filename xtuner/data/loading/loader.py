@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.system.malloc import keep_freed
-from xtuner.data.loading.balance import Costs, to_iterations, to_ranks, waiting_share, windows
+from xtuner.data.loading.balance import Costs, assign_to_iterations, assign_to_ranks, waiting_share, windows
 from xtuner.data.loading.batch import Batch
 from xtuner.data.loading.sampler import InternRepoSampler, Position, iterate_numbers, packs_per_epoch
 from xtuner.data.packing.pack import PackedDataset, RawPack
@@ -106,8 +106,8 @@ class PackLoader:
         for first, iterations, done in windows(begin, self.windows_from, packs, per_epoch, self.balance):
             window = self.sampler.packs(first, first + iterations * packs, per_epoch, self.reshuffle)
             costs = self.dataset.costs(window)
-            for taken in to_iterations(costs, packs)[done:]:
-                mine = to_ranks(costs[taken], self.dp_size)[self.sampler.rank]
+            for taken in assign_to_iterations(costs, packs)[done:]:
+                mine = assign_to_ranks(costs[taken], self.dp_size)[self.sampler.rank]
                 yield from window[taken[mine]].tolist()
 
     def waiting_share(self, time: Callable[[Costs], Costs], balance: int, most: int) -> float | None:

@@ -101,7 +101,7 @@ class InternRepoSampler:
         if not self.shuffle:
             return np.arange(self.num_packs)
         if self._drawn is None or self._drawn[0] != self.epoch:
-            self._drawn = self.epoch, permutation(self.seed + self.epoch, self.num_packs, self._cache_dirs)
+            self._drawn = self.epoch, load_permutation(self.seed + self.epoch, self.num_packs, self._cache_dirs)
         return self._drawn[1]
 
     def share(self, offset: int = 0) -> PackNumbers:
@@ -156,7 +156,7 @@ def iterate_numbers(share: PackNumbers) -> Iterator[int]:
         yield from share[i : i + CHUNK].tolist()
 
 
-def permutation(seed: int, packs: int, cache_dirs: CacheDirs | None = None) -> PackNumbers:
+def load_permutation(seed: int, packs: int, cache_dirs: CacheDirs | None = None) -> PackNumbers:
     """`RandomState(seed).permutation(packs)`. For many packs a mapped file in `cache_dirs`, written once."""
     if cache_dirs is None or packs < SHARED_FROM:
         return _draw(seed, packs)

@@ -99,7 +99,7 @@ class DocumentOrders:
         )
 
 
-def find(catalog: Catalog, min_length: int, seed: int, cache_dirs: CacheDirs) -> DocumentOrders | None:
+def find_orders(catalog: Catalog, min_length: int, seed: int, cache_dirs: CacheDirs) -> DocumentOrders | None:
     key = catalog.key(min_length=min_length, seed=seed)
     for path in cache_dirs.candidates(_name(key)):
         try:
@@ -109,19 +109,19 @@ def find(catalog: Catalog, min_length: int, seed: int, cache_dirs: CacheDirs) ->
     return None
 
 
-def find_or_build(
+def find_or_build_orders(
     catalog: Catalog, folder: Path, min_length: int, seed: int, cache_dirs: CacheDirs, small: int | None = None
 ) -> DocumentOrders | None:
     """Orders of all files, built and cached if absent. None for little data, or where nothing can be cached.
 
     Raises: DataError for a meta that has changed meanwhile.
     """
-    if found := find(catalog, min_length, seed, cache_dirs):
+    if found := find_orders(catalog, min_length, seed, cache_dirs):
         return found
     if cache_dirs.read_only or int(catalog.documents.sum()) < (SMALL if small is None else small):
         return None
     with cache_dirs.locked():
-        if found := find(catalog, min_length, seed, cache_dirs):  # another process was faster
+        if found := find_orders(catalog, min_length, seed, cache_dirs):  # another process was faster
             return found
         key = catalog.key(min_length=min_length, seed=seed)
         build = _Builder(catalog, folder, min_length, seed, cache_dirs, key)

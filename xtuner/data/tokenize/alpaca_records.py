@@ -12,13 +12,13 @@ INTERNEVO_END = 92542  # id of <|im_end|>, which that tool writes with any token
 _INTERNEVO_NEWLINE = 13  # the byte piece <0x0A>
 
 
-def messages(record: Any) -> list[Message]:
+def read_messages(record: Any) -> list[Message]:
     """Raises: Mistake."""
     question, answer = _texts(record)
     return [Message("user", question), Message("assistant", answer)]
 
 
-def internevo(record: Any, tokenizer: Tokenizer, allowed: Collection[str] = ()) -> list[int]:
+def encode_internevo(record: Any, tokenizer: Tokenizer, allowed: Collection[str] = ()) -> list[int]:
     """Signed ids as InternEvo's alpaca tool wrote them in 2024, without begin and end.
 
     For reproducing old data sets bit for bit. Marks are spelt in ordinary pieces, newlines are byte pieces, and an

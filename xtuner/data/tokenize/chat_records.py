@@ -14,7 +14,7 @@ from xtuner.families.chat import ROLES
 _OPENAI_KEYS = ("tool_calls", "tool_call_id", "function_call")
 
 
-def messages(record: Any, roles: Collection[str] = ROLES) -> list[Message]:
+def read_messages(record: Any, roles: Collection[str] = ROLES) -> list[Message]:
     """Raises: Mistake, also for a role not in `roles`."""
     if isinstance(record, dict):
         if "messages" not in record:
@@ -54,7 +54,7 @@ def _message(n: int, value: Any, roles: Collection[str]) -> Message:
     return Message(role, value["content"], name or "", loss)
 
 
-def encode(pieces: Iterable[Piece], tokenizer: Tokenizer, allowed: Collection[str] = ()) -> list[int]:
+def encode_conversation(pieces: Iterable[Piece], tokenizer: Tokenizer, allowed: Collection[str] = ()) -> list[int]:
     """Signed ids of a conversation.
 
     Text is encoded in runs. A run ends at a mark and where learning begins or ends, because a server, too, encodes the

@@ -103,15 +103,17 @@ def _chat_document(record: str, tokenizer: Tokenizer, settings: TokenizeSettings
     limit = settings.max_length
     begin, end = _ends(tokenizer, settings)
     if settings.template == INTERNEVO:
-        body = _encoded(partial(alpaca_records.internevo, value, tokenizer, settings.allow_special))
+        body = _encoded(partial(alpaca_records.encode_internevo, value, tokenizer, settings.allow_special))
         keep = len(body) if limit is None else limit - len(begin) - len(end)  # the end token is never cut
         return Document([*begin, *body[:keep], *end], cut=keep < len(body))
     template = find_template(settings.template)
     if settings.format == "alpaca":
-        messages = alpaca_records.messages(value)
+        messages = alpaca_records.read_messages(value)
     else:
-        messages = chat_records.messages(value, template.roles)
-    body = _encoded(partial(chat_records.encode, template.pieces(messages), tokenizer, settings.allow_special))
+        messages = chat_records.read_messages(value, template.roles)
+    body = _encoded(
+        partial(chat_records.encode_conversation, template.pieces(messages), tokenizer, settings.allow_special)
+    )
     tokens = [*begin, *body, *end]
     return Document(tokens[:limit], cut=limit is not None and len(tokens) > limit)
 

@@ -16,9 +16,9 @@ from xtuner.core.errors import CheckpointError, ConfigError, DataError, did_you_
 from xtuner.core.files import file_entry, read_json, sha256, write_json
 from xtuner.core.foreign_inputs import check_regular
 from xtuner.core.log import logger
-from xtuner.data.format.bin_file import meta_path
-from xtuner.data.format.folder import walk
-from xtuner.data.tokenize.read_chunks import first_record, is_list
+from xtuner.data.format.file_order import walk_files
+from xtuner.data.format.meta import meta_path
+from xtuner.data.tokenize.read_chunks import first_record, is_json_list
 from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 
 SUFFIXES = {
@@ -107,7 +107,7 @@ def _plan_input(
     if os.path.isfile(path):
         files = [(path, path.stem)]
     else:
-        names = [Path(name) for name in walk(path, "")]
+        names = [Path(name) for name in walk_files(path, "")]
         names = [n for n in names if not any(part.startswith(".") for part in n.parts)]
         names = [n for n in names if not (path / n).resolve().is_relative_to(root.resolve())]
         files = [(path / n, n.with_suffix("").as_posix()) for n in names if n.suffix in wanted]
@@ -159,7 +159,7 @@ def _format(file: Path, settings: TokenizeSettings) -> str:
         raise ConfigError(f"the ending {file.suffix!r} implies no format.{hint}", where=str(file), do="give --format")
     if file.suffix == ".txt":
         return "txt"
-    texts = "json" if is_list(file, "auto") else "jsonl"
+    texts = "json" if is_json_list(file, "auto") else "jsonl"
     if settings.whole_record or settings.text_key != TokenizeSettings.text_key:
         return texts
     try:

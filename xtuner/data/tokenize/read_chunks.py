@@ -179,12 +179,12 @@ class JsonList:
         return not self._ended
 
 
-def chunks(path: Path, job: int, settings: TokenizeSettings, done: Callable[[str], None]) -> Iterator[Chunk]:
+def read_chunks(path: Path, job: int, settings: TokenizeSettings, done: Callable[[str], None]) -> Iterator[Chunk]:
     """All chunks of a file, at least one; then `done(sha256 of the file)`."""
     with open(path, "rb") as opened:
         file = Hashed(opened)
         yield Chunk(job, settings)  # also for a file without lines
-        if is_list(path, settings.format):
+        if is_json_list(path, settings.format):
             try:
                 for items in item_chunks(file):
                     yield Chunk(job, settings, items=items)
@@ -196,7 +196,7 @@ def chunks(path: Path, job: int, settings: TokenizeSettings, done: Callable[[str
         done(file.sha256())
 
 
-def is_list(path: Path, kind: str) -> bool:
+def is_json_list(path: Path, kind: str) -> bool:
     """Whether the file is one JSON list instead of one record per line."""
     return kind == "json" or (path.suffix == ".json" and kind in ("auto", "alpaca", "chat"))
 
@@ -205,7 +205,7 @@ def first_record(path: Path) -> str:
     """Text of the first record; empty if it cannot be read."""
     with open(path, "rb") as opened:
         file = Hashed(opened)
-        if is_list(path, "auto"):
+        if is_json_list(path, "auto"):
             try:
                 return next((text for _, text in JsonList(file).items()), "")
             except Mistake:

@@ -13,7 +13,7 @@ from xtuner.data.process_pool import map_ordered, usable_workers
 from xtuner.data.tokenize.encode_chunk import MAX_MISTAKES, Result, encode_chunk
 from xtuner.data.tokenize.encode_record import clear_caches, get_encoder
 from xtuner.data.tokenize.plan_jobs import SHOWN, SPLITS, Job, is_done, plan_jobs
-from xtuner.data.tokenize.read_chunks import CHUNK, Chunk, chunks
+from xtuner.data.tokenize.read_chunks import CHUNK, Chunk, read_chunks
 from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 from xtuner.data.tokenizer import load_tokenizer
 
@@ -121,7 +121,7 @@ def _chunks(todo: list[Job]) -> Iterator[Chunk]:
             job.sha256 = sha256
 
         try:
-            yield from chunks(job.source, number, job.settings, done)
+            yield from read_chunks(job.source, number, job.settings, done)
         except OSError as e:
             raise DataError(f"the input cannot be read: {e.strerror}", where=str(job.source)) from None
 

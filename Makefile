@@ -10,11 +10,13 @@ LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 LLAMACPP := $(CACHE)/llama-cpp-python-0.3.36
 MMENGINE := $(CACHE)/mmengine-0.10.7
 
-.PHONY: demo test test-interop fuzz lint lmdeploy llamacpp mmengine bench-table bench-several bench-data settings clean help
+.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine bench-table bench-several bench-data settings clean help
 
 help:
 	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
-	@echo "make test   install into .venv, lint, check types, run the tests"
+	@echo "make check  install into .venv, lint, check formatting and types (seconds)"
+	@echo "make test-fast  the tests that start no process (a minute)"
+	@echo "make test   make check, then all tests (ten minutes)"
 	@echo "make lmdeploy  fetch LMDeploy's last converter (76 MB), which a test compares ours with; skipped without"
 	@echo "make llamacpp  fetch llama.cpp's converter to GGUF and build its tokenizer (77 MB, a minute), which a test runs; skipped without"
 	@echo "make mmengine  fetch mmengine 0.10.7 (15 MB), whose learning rates a test compares ours with; skipped without"
@@ -29,8 +31,11 @@ help:
 demo: .venv/installed
 	$(BIN)/python demo/run.py
 
-test: .venv/installed lint
+test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not processes and not interop'
 
 test-interop: .venv/installed
 	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL="$(TORCH_INDEX)") $(BIN)/xtuner eval opencompass --install --env "$(CACHE)/evaluation"
@@ -40,7 +45,7 @@ FUZZ_SECONDS ?= 600
 fuzz: .venv/installed
 	PYTHONPATH=tests $(BIN)/python -m fuzz $(TARGET) --seconds $(FUZZ_SECONDS) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED))
 
-lint: .venv/installed
+check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -50,22 +55,22 @@ settings: .venv/installed
 
 lmdeploy: $(LMDEPLOY)/installed
 
-$(LMDEPLOY)/installed: tests/lmdeploy.txt | .venv/installed
+$(LMDEPLOY)/installed: tests/external/lmdeploy.txt | .venv/installed
 	rm -rf "$(LMDEPLOY)"
-	$(BIN)/python -m pip install -q --no-deps --target "$(LMDEPLOY)" -r tests/lmdeploy.txt
+	$(BIN)/python -m pip install -q --no-deps --target "$(LMDEPLOY)" -r tests/external/lmdeploy.txt
 	rm -rf "$(LMDEPLOY)/lmdeploy/lib"  # 300 MB of compiled code, which the converter only imports
 	touch "$@"
 
 llamacpp: $(LLAMACPP)/tokenize
 
-$(LLAMACPP)/tokenize: tests/llamacpp.sh tests/llamacpp_tokenize.cpp | .venv/installed
-	PATH="$(abspath $(BIN)):$$PATH" bash tests/llamacpp.sh 0.3.36 "$(LLAMACPP)"
+$(LLAMACPP)/tokenize: tests/external/llamacpp.sh tests/external/llamacpp_tokenize.cpp | .venv/installed
+	PATH="$(abspath $(BIN)):$$PATH" bash tests/external/llamacpp.sh 0.3.36 "$(LLAMACPP)"
 
 mmengine: $(MMENGINE)/installed
 
-$(MMENGINE)/installed: tests/mmengine.txt | .venv/installed
+$(MMENGINE)/installed: tests/external/mmengine.txt | .venv/installed
 	rm -rf "$(MMENGINE)"
-	$(BIN)/python -m pip install -q --no-deps --target "$(MMENGINE)" -r tests/mmengine.txt
+	$(BIN)/python -m pip install -q --no-deps --target "$(MMENGINE)" -r tests/external/mmengine.txt
 	touch "$@"
 
 .venv/installed: pyproject.toml constraints.txt

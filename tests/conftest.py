@@ -1,61 +1,50 @@
-"""Reference data, and a small world to train in: a tokenizer, a data folder, a config."""
+"""A small world to train in: a tokenizer, a data folder, a config; and the command line, run in this process."""
 
+import multiprocessing.process
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-import slurm as own_slurm
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-HERE = Path(__file__).resolve().parent
-SHARED = HERE.parent.parent / "shared" / "reference"
-COPIED = HERE / "data"  # the packing cases and two small models, so that a bare clone tests itself
-VOCABULARY = 400
+pytest.register_assert_rewrite("helpers")
+
+from helpers import slurm as own_slurm  # noqa: E402
+from helpers.corpus import VOCABULARY, train_tokenizer, write_corpus  # noqa: E402
+
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"}
+started: list[str] = []  # processes that the test has started
+original_start = multiprocessing.process.BaseProcess.start
 
 
-def reference(*parts: str) -> Path:
-    """A path of the reference data: the shared folder where it is, else our copy, else the test is skipped."""
-    for root in (SHARED, COPIED):
-        if root.joinpath(*parts).exists():
-            return root.joinpath(*parts)
-    pytest.skip(f"reference data {'/'.join(parts)} is not here")
+def note_start(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in STARTS:
+        started.append(f"{event}{arguments[:2]}")
 
 
-def write_corpus(folder: Path, documents: int, seed: int = 0, types: tuple[str, ...] = ("en", "code")) -> Path:
-    """Random documents of 3 to 40 tokens in two files a type; some runs of tokens are not learned."""
-    from xtuner.data.format.writer import write_bin
-
-    draw = np.random.RandomState(seed)
-    for kind in types:
-        for name in ("a", "b"):
-            texts = []
-            for _ in range(documents):
-                tokens = draw.randint(3, VOCABULARY, size=draw.randint(3, 40))
-                learned = draw.rand(len(tokens)) < 0.8
-                texts.append(np.where(learned, tokens, -tokens).tolist())
-            write_bin(folder / kind / f"{name}.bin", texts)
-    return folder
+def noted_start(process: Any) -> None:
+    """A spawned process of `multiprocessing`, which no audit event reports."""
+    started.append(repr(process))
+    original_start(process)
 
 
-def train_tokenizer(folder: Path, **options: object) -> Path:
-    """A byte-fallback BPE of 400 pieces that takes text as it is, like InternLM2's."""
-    import sentencepiece
+sys.addaudithook(note_start)
+multiprocessing.process.BaseProcess.start = noted_start
 
-    folder.mkdir(exist_ok=True)
-    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter((HERE / "conftest.py").read_text().split("\n") * 3),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=VOCABULARY,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **{**plain, **options},
-    )
-    return folder
+
+def pytest_runtest_setup() -> None:
+    started.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """`make test-fast` leaves out the tests marked `processes`: that mark has to be complete."""
+    yield
+    if started and not item.get_closest_marker("processes"):
+        pytest.fail(f"starts a process and is not marked `processes`: {started[0][:200]}")
 
 
 @pytest.fixture(scope="session")

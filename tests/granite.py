@@ -1,4 +1,4 @@
-"""IBM's Granite as a user would add it: one file outside the package. The family that test_families.py trains.
+"""IBM's Granite as a user would add it: one file outside the package. The family that test_custom_family.py trains.
 
 A config that imports this file can say `model = dict(type=from_scratch, family="granite", …)`. Conversations become
 data by `xtuner data tokenize --template granite.CHAT`.

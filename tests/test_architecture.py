@@ -29,6 +29,7 @@ def imports(file: Path) -> list[str]:
     return found
 
 
+@pytest.mark.processes
 def test_imports_run_downwards() -> None:
     for file in ROOT.rglob("*.py"):
         room, *below = file.relative_to(ROOT).parts
@@ -41,6 +42,7 @@ def test_imports_run_downwards() -> None:
         assert "compat.adapters" not in re.sub(r"[\"'`].*", "", file.read_text()), file
 
 
+@pytest.mark.processes
 def test_families_are_light() -> None:
     """What `data` and `model` both use imports `core` alone, and no library that is heavy."""
     for file in (ROOT / "families").rglob("*.py"):
@@ -71,7 +73,7 @@ def test_nothing_passes_arguments_by_the_side() -> None:
     for file in ROOT.rglob("*.py"):
         assert not re.search(r"\bContextVar\b|\binit=False\b", file.read_text()), file
     found = {str(f.relative_to(ROOT)) for f in ROOT.rglob("*.py") if re.search(r"^ +global ", f.read_text(), re.M)}
-    assert found == {"core/dist.py", "core/secrets.py"}
+    assert found == {"core/progress.py", "core/secrets.py"}
 
 
 def test_only_the_mesh_knows_the_world() -> None:
@@ -87,6 +89,7 @@ def test_the_map_names_every_room() -> None:
         assert f"`xtuner/{room}/`" in text, room
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "words",
     [
@@ -118,3 +121,15 @@ heavy = {{"torch", "numpy", "rich", "transformers"}} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_no_test_imports_another() -> None:
+    """What several share lies in tests/helpers; a module's program in a child process may import the module itself."""
+    files = [f for f in ROOT.parent.joinpath("tests").rglob("*.py") if "reference" not in f.parts]
+    tests = {f.stem for f in files if f.stem.startswith("test_")}
+    assert len(tests) == sum(f.stem.startswith("test_") for f in files), "two files of one name"
+    for file in files:
+        found = re.findall(r"^\s*(?:from|import) (conftest|test_\w+)", file.read_text(), re.M)
+        assert set(found) <= {file.stem}, file
+    for room in (f.parent.name for f in files if f.stem.startswith("test_") and f.parent.name != "tests"):
+        assert room in (*LEVELS, "benchmarks", "fuzz", "scenarios"), room

@@ -75,6 +75,24 @@ def test_links_lead_somewhere() -> None:
                 assert (page.parent / link).exists(), f"{page}: {link}"
 
 
+def test_the_files_that_are_named_exist() -> None:
+    """Paths in the pages for developers, from the root or within the package."""
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md", *(ROOT / "docs").glob("*/extend.md")):
+        for path in re.findall(r"`((?:\w+/)+\w+\.\w+)[`:]", page.read_text()):
+            assert any((root / path).exists() for root in (ROOT, ROOT / "xtuner")), f"{page}: {path}"
+
+
+def test_the_tests_that_are_named_exist() -> None:
+    """Pages name tests by function, wherever its file is."""
+    defined = {
+        n for f in (ROOT / "tests").rglob("test_*.py") for n in re.findall(r"^def (test_\w+)", f.read_text(), re.M)
+    }
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            if page.name != "settings.md":  # there are settings of such names
+                assert name in defined, f"{page}: {name}"
+
+
 def test_the_verbs_of_the_documentation_exist() -> None:
     from xtuner.cli.main import VERBS
 
@@ -83,6 +101,7 @@ def test_the_verbs_of_the_documentation_exist() -> None:
             assert verb in VERBS or verb.split()[0] in VERBS, f"{page}: xtuner {verb}"
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="sed -i as on Linux")
 def test_the_workflow_runs(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "corpus").mkdir()

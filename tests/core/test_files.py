@@ -71,6 +71,7 @@ def test_recover(tmp_path: Path) -> None:
     assert (tmp_path / "y.pth" / "inner" / "a").read_text() == "new"
 
 
+@pytest.mark.processes
 def test_what_the_dead_have_left_is_removed_and_the_living_are_left_alone(tmp_path: Path, caplog: Any) -> None:
     """A process that writes the same folder is killed: the next writer removes its part, not a living one's."""
     target, other = tmp_path / "x", tmp_path / "xx"
@@ -94,7 +95,7 @@ def test_what_the_dead_have_left_is_removed_and_the_living_are_left_alone(tmp_pa
         child.join()
     foreign = tmp_path / ".x.tmp-0123456789ab-1-1-01234567"  # of another machine
     foreign.mkdir()
-    os.rename(target, files.beside(target, "old"))  # ours, and we live
+    os.rename(target, files.temporary_sibling(target, "old"))  # ours, and we live
     caplog.set_level(logging.INFO, "xtuner")
     make(target, "two")
     assert not folders[0].exists()
@@ -112,17 +113,18 @@ def test_what_the_dead_have_left_is_removed_and_the_living_are_left_alone(tmp_pa
     assert (target / "inner" / "a").read_text() == "three"
 
 
+@pytest.mark.processes
 def test_a_replaced_folder_comes_back(tmp_path: Path) -> None:
     """Killed between taking the old one away and giving the new one its name."""
     target = tmp_path / "x"
     make(target, "old")
     child = multiprocessing.get_context("fork").Process(
-        target=lambda: (os.rename(target, files.beside(target, "old")), os._exit(0))
+        target=lambda: (os.rename(target, files.temporary_sibling(target, "old")), os._exit(0))
     )
     child.start()
     child.join()
     assert not target.exists()
-    files.sweep(target)
+    files.remove_leftovers(target)
     assert (target / "inner" / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
@@ -197,7 +199,8 @@ def test_ranks_divide_the_reading(tmp_path: Path) -> None:
     for i in range(1, 7):
         (target / str(i)).write_text("y" * i)
         told = [attempt(partial(files.verify, target, rank, 3))[1] for rank in range(3)]
-        assert [failure["what"] for failure in told if failure] == [f"{i} is altered: its sha256 is not the manifest's"]
+        what = f"{i} is altered: its sha256 differs from the manifest's"
+        assert [failure["what"] for failure in told if failure] == [what]
         (target / str(i)).write_text("x" * i)
     os.truncate(target / "6", 5)
     for rank in range(3):

@@ -165,6 +165,7 @@ def server():
         hub.shutdown()
 
 
+@pytest.mark.processes
 def test_from_a_hub_and_from_its_cache(server, tmp_path):
     weights = {**SHARDS, "model.safetensors.index.json": INDEX.encode()}
     with Child(tmp_path, server.address) as child:
@@ -199,12 +200,12 @@ def test_from_a_hub_and_from_its_cache(server, tmp_path):
 
         for name, options, words in (
             ("org/empty", {}, "has no weights"),
-            ("org/absent", {}, "no folder org/absent here, and the hub has no model of that name"),
+            ("org/absent", {}, "no folder org/absent here, and no readable model of that name on the hub"),
             ("org/coded", {}, "(401)"),
             ("org/sharded", {"revision": "v9"}, "no revision 'v9'"),
             ("org/gated", {}, "gated or private"),
             ("org/down", {}, "answered 500"),
-            ("org/" + "x" * 100, {}, "no hub id"),
+            ("org/" + "x" * 100, {}, "nor a hub id"),
         ):
             error = child.resolve(name, **options).get("error", "")
             assert words in error, name
@@ -230,6 +231,7 @@ def test_from_a_hub_and_from_its_cache(server, tmp_path):
             side.symlink_to(blob)
 
 
+@pytest.mark.processes
 def test_two_processes_of_a_node_download_once(server, tmp_path):
     server.may_send_weights.clear()
     with Child(tmp_path, server.address) as one, Child(tmp_path, server.address) as two:
@@ -253,7 +255,7 @@ def test_folders(tmp_path, monkeypatch):
     assert hub.resolve("~/org/name") == tmp_path / "org" / "name"
     absent = ["./x", "../x", "x/", "/x/y", "~/x", "~nobody-here/x", "a/b/c", ".\\x", "x\\y/z", "plain", "", "org/file"]
     for name in absent:
-        with pytest.raises(ConfigError, match=r"no folder here|is a file") as e:
+        with pytest.raises(ConfigError, match=r"neither a folder here|is a file") as e:
             hub.resolve(name)
         assert e.value.where
         assert e.value.why

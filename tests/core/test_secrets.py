@@ -89,7 +89,7 @@ def test_values() -> None:
 
 
 def test_known_values(monkeypatch: Any) -> None:
-    monkeypatch.setattr(secrets, "_learnt", set())
+    monkeypatch.setattr(secrets, "_learned", set())
     monkeypatch.setenv("SOME_SERVICE_TOKEN", "from-the-environment")
     monkeypatch.setenv("OTHER_SECRET", "short")
     secrets.learn({"hub": {"hub_token": "from-a-config", "name": "remains-visible", "pad_token": "padding-text"}})

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import train_tokenizer
+from helpers.checkpoints import internlm2_weights, write_internevo, write_zero
+from helpers.corpus import train_tokenizer
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from safetensors.torch import save
-from test_weights_convert import internlm2, write_internevo, write_zero
 
 from fuzz.strategies import ABSURD, DEEP, changed, json_bytes, mutated, one_changed, pickles
 from xtuner.compat.translate import load
-from xtuner.config.check import problems
+from xtuner.config.check import find_mistakes
 from xtuner.config.load import SHIPPED
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError, XTunerError
@@ -183,7 +183,7 @@ def _small_config(shared: Path) -> str:
 
 
 def _read_options(config: Path, options: list[str]) -> None:
-    found = problems(load(str(config), options), paths=True)
+    found = find_mistakes(load(str(config), options), paths=True)
     if found:
         raise ConfigError("\n".join(map(str, found))[:10_000])
 
@@ -323,7 +323,7 @@ def _weights() -> Target:
         "hidden_size": 6,
         "head_dim": 2,
     }
-    tensors = internlm2(layers=1)
+    tensors = internlm2_weights(layers=1)
     names = ["model-1.safetensors", "model-2.safetensors"]
     halves = [dict(list(tensors.items())[:4]), dict(list(tensors.items())[4:])]
     weight_map = {name: file for file, half in zip(names, halves, strict=True) for name in half}
@@ -377,7 +377,7 @@ def _read_pickle(folder: Path, case: Any) -> None:
 
 
 def _pickle() -> Target:
-    right = {"a.pth": _saved({"state_dict": internlm2()}), "hf/pytorch_model.bin": _saved(internlm2())}
+    right = {"a.pth": _saved({"state_dict": internlm2_weights()}), "hf/pytorch_model.bin": _saved(internlm2_weights())}
     seeds = [{"state_dict": {"a": [1, 2.5, None], "b": (1, "x", b"y")}, "c": {1, "z"}}]
 
     def files(code: bytes) -> Files:
@@ -388,8 +388,8 @@ def _pickle() -> Target:
 
 
 def _zip() -> Target:
-    whole = _saved({"state_dict": internlm2()})
-    right = {"a.pth": whole, "hf/pytorch_model.bin": _saved(internlm2())}
+    whole = _saved({"state_dict": internlm2_weights()})
+    right = {"a.pth": whole, "hf/pytorch_model.bin": _saved(internlm2_weights())}
     ends = len(whole) - 1200  # where the list of members lies
 
     inputs = st.one_of(mutated(whole), mutated(whole[ends:]).map(lambda end: whole[:ends] + end))
@@ -402,9 +402,9 @@ def _foreign(shared: Path) -> list[Target]:
               torch.ones(0), torch.tensor(1), torch.Size([2, 3]), -5]  # fmt: skip
     made = []
     for name, folder in (
-        ("zero2", write_zero(shared / "zero2", internlm2(), 2, 2, padding=1)),
-        ("zero3", write_zero(shared / "zero3", internlm2(), 3, 2, frozen=("model.norm.weight",))),
-        ("internevo", write_internevo(shared / "internevo", internlm2(layers=2), 1, [1, 1])),
+        ("zero2", write_zero(shared / "zero2", internlm2_weights(), 2, 2, padding=1)),
+        ("zero3", write_zero(shared / "zero3", internlm2_weights(), 3, 2, frozen=("model.norm.weight",))),
+        ("internevo", write_internevo(shared / "internevo", internlm2_weights(layers=2), 1, [1, 1])),
     ):
         right = {path.name: path.read_bytes() for path in folder.iterdir()}
         files = {n: changed(torch.load(folder / n, weights_only=False), values).map(_saved) for n in right}

@@ -1,4 +1,4 @@
-"""xtuner chat MODEL: talk with a model on the terminal, or let it continue a text."""
+"""xtuner chat MODEL: chat with a model on the terminal, or let it continue a text."""
 
 import argparse
 import sys
@@ -15,30 +15,33 @@ from xtuner.data.tokenizer import Tokenizer, load_tokenizer, single_tokens
 from xtuner.families import FAMILIES
 from xtuner.families.chat import PLAIN
 
-HELP = "an empty line is ignored; /reset begins a new conversation, /exit or Ctrl-D ends"
+HELP = "empty lines are ignored; /reset starts a new conversation, /exit or Ctrl-D ends"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hugging Face folder, checkpoint")
-    parser.add_argument("--prompt", type=as_text, help="answer this one text and end; without it: a conversation")
+    parser.add_argument("model", help="Hugging Face folder, or checkpoint")
+    parser.add_argument("--prompt", type=as_text, help="answer this text and exit (default: a conversation)")
     parser.add_argument(
-        "--template", help="default: that of the model's family, such as internlm2_chat; plain continues texts"
+        "--template",
+        help="chat template, e.g. internlm2_chat, or plain to continue texts (default: that of the model's family)",
     )
     parser.add_argument(
-        "--tokenizer", help="folder or hub id of the tokenizer, where the model has none: a checkpoint has not"
+        "--tokenizer", help="folder or hub id of the tokenizer, if the model has none (a checkpoint has none)"
     )
     parser.add_argument("--system", type=as_text, default="", help="system prompt")
-    parser.add_argument("--stop-words", type=as_text, nargs="+", default=[], help="further words to stop at")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="at most so many in a reply")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most likely token each time")
-    parser.add_argument("--top-p", type=float, default=0.8, help="share of the probability that tokens are drawn from")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--stop-words", type=as_text, nargs="+", default=[], help="additional stop words")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum tokens of a reply")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always take the most likely token")
+    parser.add_argument(
+        "--top-p", type=float, default=0.8, help="sample from the most likely tokens with this total probability"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from xtuner.dist.process_group import device
+    from xtuner.dist.process_group import select_device
     from xtuner.model.generate import Session, sample
     from xtuner.model.source import require_marks
     from xtuner.train.evaluate import open_model
@@ -52,19 +55,19 @@ def run(args: argparse.Namespace) -> int:
     ):
         if not ok:
             value = getattr(args, option.replace("-", "_"))
-            raise ConfigError(f"--{option} {value} cannot be", where=f"--{option}", do=f"give {range_}")
+            raise ConfigError(f"--{option} {value} is not valid", where=f"--{option}", do=f"give {range_}")
     if not args.tokenizer:
-        refuse_checkpoint(args.model)
-    model, _ = open_model(args.model, [], device())
+        reject_checkpoint(args.model)
+    model, _ = open_model(args.model, [], select_device())
     require_marks(model.config, f"{args.model}/config.json: ")
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     if template is None:
-        family = FAMILIES.find(model.config.family, args.model, "say with --template how it speaks")
+        family = FAMILIES.find(model.config.family, args.model, "give its chat template with --template")
         template = family.chat or PLAIN
     if missing := [mark for mark in template.turn_marks if mark not in tokenizer.special]:
         logger.warning(
-            f"the tokenizer has no special token {', '.join(missing)}, which the template {template.name} writes. "
-            "Spelt in ordinary pieces, they are not what a chat model learned: the answer may be empty or nonsense. "
+            f"the tokenizer has no special token {', '.join(missing)}, which the template {template.name} uses. "
+            "Encoded as ordinary text they are not what a chat model has learned: answers may be empty or meaningless. "
             "Give the chat model's tokenizer with --tokenizer, or continue a text with --template plain"
         )
     stop_words = [*template.stop_words, *args.stop_words]
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     session = Session(model)
     fresh = True
-    for text in [args.prompt] if args.prompt is not None else asked():
+    for text in [args.prompt] if args.prompt is not None else read_inputs():
         if text is None:  # /reset
             session, fresh = Session(model), True
             continue
@@ -82,22 +85,22 @@ def run(args: argparse.Namespace) -> int:
         logits = session.feed([model.config.bos_token_id, *ids] if fresh else ids)
         tokens = sample(session, logits, args.max_new_tokens, stop_ids, args.temperature, args.top_p, generator)
         pieces = 0
-        for piece in spoken(tokens, tokenizer, stop_words):
+        for piece in decode_stream(tokens, tokenizer, stop_words):
             pieces += bool(piece)
             print(piece, end="", flush=True)
         print()
         if not pieces:
-            logger.warning("an empty answer: the model stopped at once")
+            logger.warning("the answer is empty: the model stopped immediately")
         if template.assistant_begin:
             session.feed(tokenizer.encode(template.assistant_end))
             fresh = False
-        else:  # a continued text is no turn of a conversation
+        else:  # a continued text is not part of a conversation
             session, fresh = Session(model), True
     return 0
 
 
-def refuse_checkpoint(model: str) -> None:
-    """A checkpoint holds no tokenizer, and no file may be added to it. Raises: ConfigError that names the run's."""
+def reject_checkpoint(model: str) -> None:
+    """Raises: ConfigError with the tokenizer of the run, if `model` is a checkpoint: it has none."""
     facts = Path(model).expanduser() / "trainer.json"
     if not facts.is_file():
         return
@@ -106,15 +109,15 @@ def refuse_checkpoint(model: str) -> None:
     named = config.get("tokenizer") if isinstance(config, dict) else None
     name = next((v for k, v in named.items() if k.endswith("name_or_path")), None) if isinstance(named, dict) else None
     raise ConfigError(
-        "a checkpoint holds no tokenizer",
+        "a checkpoint has no tokenizer",
         where=model,
         do=f"xtuner chat {model} --tokenizer {name or 'FOLDER'}"
-        + (", the one that the run's config names" if name else ", the one that the data were tokenized with"),
+        + (", the one in the run's config" if name else ", the one that the data were tokenized with"),
     )
 
 
-def asked() -> Iterator[str | None]:
-    """What the user types, line by line; None for a new conversation."""
+def read_inputs() -> Iterator[str | None]:
+    """The lines that the user types; None for a new conversation."""
     print(HELP, file=sys.stderr)
     while True:
         try:
@@ -129,8 +132,8 @@ def asked() -> Iterator[str | None]:
             yield line
 
 
-def spoken(tokens: Iterator[int], tokenizer: Tokenizer, stop_words: list[str]) -> Iterator[str]:
-    """Text as it grows, whole characters only; ends before a stop word, of which no beginning is shown early."""
+def decode_stream(tokens: Iterator[int], tokenizer: Tokenizer, stop_words: list[str]) -> Iterator[str]:
+    """Decode tokens to pieces of text: complete characters only, up to a stop word, and never a part of one."""
     held: list[int] = []
     shown = 0
     longest = max(map(len, stop_words), default=1)

@@ -1,4 +1,4 @@
-"""xtuner check-cfg CONFIG: whatever `xtuner train` would refuse because of the config, or that it is right."""
+"""xtuner check-cfg CONFIG: report every mistake that would stop `xtuner train`, or that the config is valid."""
 
 import argparse
 
@@ -9,23 +9,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.compat.report import paragraphs
+    from xtuner.compat.report import report_paragraphs
     from xtuner.compat.translate import load
     from xtuner.data.format.cache_dirs import Opening
     from xtuner.dist.mesh import Mesh
-    from xtuner.dist.process_group import device
+    from xtuner.dist.process_group import select_device
     from xtuner.engine import capacity
     from xtuner.train import preflight
     from xtuner.train.plan import make_plan
 
     config = load(args.config, args.cfg_options)
     parts = preflight.settings(config)
-    here = device()
+    here = select_device()
     work_dir = preflight.work_dir_of(None, config)
     settings = preflight.prepare(config, parts.hooks, work_dir, here, None, Mesh(), Opening(read_only=True))
     plan = make_plan(settings)
     notes = list(plan.schedule.remarks(plan.max_iterations))
-    print("\n\n".join([*paragraphs(config), f"{config.path} is right"]))
+    print("\n\n".join([*report_paragraphs(config), f"{config.path} is valid"]))
     for note in notes:
         print(f"note: {note}")
     if why_not := capacity.why_not_alone(settings.source, settings.optim, here):

@@ -1,9 +1,10 @@
-"""xtuner completion SHELL: a script that completes verbs, their options and the names of shipped configs.
+"""xtuner completion SHELL: print a script that completes verbs, their options and the names of shipped configs.
 
     source <(xtuner completion bash)           # in ~/.bashrc; zsh: the same in ~/.zshrc, after compinit
     xtuner completion fish | source            # in ~/.config/fish/config.fish
 
-The script holds all words itself, so a key press starts no Python. What a verb takes is read from its own parser.
+The script contains all words, read from the parsers of the verbs, so that the Tab key starts no Python, as it
+would with argcomplete and typer.
 """
 
 import argparse
@@ -16,12 +17,12 @@ SHELLS = ("bash", "zsh", "fish")
 
 @dataclass
 class Words:
-    """What may follow a verb. Where nothing is known, files are completed."""
+    """What may follow a verb. Otherwise file names are completed."""
 
     options: list[str] = field(default_factory=list)
     values: dict[str, list[str]] = field(default_factory=dict)  # option → its choices
-    first: list[str] = field(default_factory=list)  # for the word behind the verb
-    files: bool = False  # it may be a file, too
+    first: list[str] = field(default_factory=list)  # choices of the first argument
+    files: bool = False  # the first argument may also be a file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verbs() -> dict[str, Words]:
-    """Every verb of `xtuner`, with what its parser takes."""
+    """Every verb of `xtuner`, with the options and choices of its parser."""
     import importlib
 
     from xtuner.cli.main import VERBS
@@ -59,7 +60,7 @@ def verbs() -> dict[str, Words]:
 
 
 def _groups(table: dict[str, Words]) -> dict[str, list[str]]:
-    """First words of verbs of two words → the second ones."""
+    """First word of two-word verbs → the second words."""
     groups: dict[str, list[str]] = {}
     for name in table:
         head, _, rest = name.partition(" ")
@@ -69,7 +70,7 @@ def _groups(table: dict[str, Words]) -> dict[str, list[str]]:
 
 
 def _values(table: dict[str, Words], choose: str) -> str:
-    """A case for each option that has choices; `choose` is what is done with them."""
+    """A shell case for each option with choices; `choose` is the command that offers them."""
     found = ((name, *pair) for name, words in table.items() for pair in words.values.items())
     return "\n".join(
         f'        "{name} {o}") {choose.format(" ".join(choices))}; return ;;' for name, o, choices in found
@@ -122,6 +123,6 @@ def fish(table: dict[str, Words]) -> str:
 
 
 def _filled(shell: str, table: dict[str, Words], **parts: str) -> str:
-    """`templates/completion.SHELL`, with the first words of all verbs and further parts."""
+    """`templates/completion.SHELL` with the first words of all verbs and other parts filled in."""
     heads = " ".join(dict.fromkeys(name.split()[0] for name in table))
     return job_scripts.filled(f"completion.{shell}", heads=heads, **parts)

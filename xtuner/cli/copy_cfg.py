@@ -1,10 +1,10 @@
-"""xtuner copy-cfg NAME DIR: a shipped config to edit, as DIR/NAME_copy.py."""
+"""xtuner copy-cfg NAME DIR: copy a shipped config to DIR/NAME_copy.py, to edit it."""
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config_name", help="as `xtuner list-cfg` lists it")
+    parser.add_argument("config_name", help="name of a shipped config, see `xtuner list-cfg`")
     parser.add_argument("save_dir", help="folder for NAME_copy.py")
 
 
@@ -23,12 +23,12 @@ def run(args: argparse.Namespace) -> int:
     target = Path(args.save_dir).expanduser() / f"{name}_copy.py"
     if target.exists():
         raise ConfigError(
-            "the file is there already",
+            "the file already exists",
             where=str(target),
             why="your changes in it would be lost",
             do="move it away first",
         )
     with atomic_file(target) as f:
         f.write(source.read_text(encoding="utf-8"))
-    print(f"copied to {target}" + (f" (here the config is called {ALIASES[name]})" if name in ALIASES else ""))
+    print(f"copied to {target}" + (f" (the config is now called {ALIASES[name]})" if name in ALIASES else ""))
     return 0

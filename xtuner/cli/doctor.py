@@ -1,4 +1,4 @@
-"""xtuner doctor: does this machine train? Versions, GPUs, disk, limits, and a small computation on each device."""
+"""xtuner doctor: check versions, GPUs, disk and limits of this machine, and run a small computation on each device."""
 
 import argparse
 
@@ -7,8 +7,10 @@ RESET = "\033[0m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work-dir", default="work_dirs", help="where runs would be written (default: ./work_dirs)")
-    parser.add_argument("--json", action="store_true", help="print the report, and all facts of the machine, as JSON")
+    parser.add_argument(
+        "--work-dir", default="work_dirs", help="folder for runs, whose disk is checked (default: ./work_dirs)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report and all facts of the machine as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,11 +47,11 @@ def run(args: argparse.Namespace) -> int:
     problems, notes = (sum(row.state == state for row in rows) for state in (PROBLEM, NOTE))
     if args.json:
         facts = None
-        with contextlib.suppress(ImportError, OSError, RuntimeError):  # a torch that is absent or broken: a row says so
+        with contextlib.suppress(ImportError, OSError, RuntimeError):  # torch is missing or broken: a check reports it
             facts = mask(sysinfo.facts())
         report = {"ok": not problems, "problems": problems, "notes": notes}
         print(json.dumps(report | {"checks": [asdict(r) for r in rows], "machine": facts}, indent=2))
     else:
-        verdict = "training will not work here as it should" if problems else "training will work here"
+        verdict = "training will not work correctly here" if problems else "training will work here"
         print(f"\n{verdict}: problems: {problems}, notes: {notes}")
     return EXIT_CONFIG if problems else EXIT_DONE

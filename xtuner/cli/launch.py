@@ -1,4 +1,4 @@
-"""xtuner launch --scheduler slurm|k8s|dlc CONFIG: a job script for a cluster. It submits nothing."""
+"""xtuner launch --scheduler slurm|k8s|dlc CONFIG: write a job script for a cluster, without submitting it."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ from xtuner.core.files import atomic_file
 from xtuner.tools import job_scripts
 from xtuner.tools.job_scripts import Job
 
-ONLY_FOR = {  # option → schedulers that have a use for it
+ONLY_FOR = {  # option → schedulers that use it
     "partition": ("slurm",),
     "time": ("slurm",),
     "image": ("k8s", "dlc"),
@@ -24,36 +24,40 @@ ONLY_FOR = {  # option → schedulers that have a use for it
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, or the name of a shipped one")
-    parser.add_argument("--scheduler", required=True, choices=("slurm", "k8s", "dlc"), help="what the job is for")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="processes on each")
-    parser.add_argument("--partition", metavar="P", help="Slurm (default: the site's)")
-    parser.add_argument("--time", metavar="T", help="Slurm: limit, e.g. 24:00:00 or 2-00; the job is requeued after it")
-    parser.add_argument("--image", metavar="I", help="k8s, dlc: container image with xtuner in it")
-    parser.add_argument("--namespace", metavar="NS", help="k8s (default: default)")
+    parser.add_argument("--scheduler", required=True, choices=("slurm", "k8s", "dlc"), help="scheduler of the cluster")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of machines")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="processes per machine")
+    parser.add_argument("--partition", metavar="P", help="Slurm: partition (default: the site's)")
     parser.add_argument(
-        "--pvc", action="append", metavar="NAME:PATH", help="k8s: mount a volume claim; may be given again"
+        "--time", metavar="T", help="Slurm: time limit, e.g. 24:00:00 or 2-00; the job is then requeued"
+    )
+    parser.add_argument("--image", metavar="I", help="k8s, dlc: container image with xtuner in it")
+    parser.add_argument("--namespace", metavar="NS", help="k8s: namespace (default: default)")
+    parser.add_argument(
+        "--pvc", action="append", metavar="NAME:PATH", help="k8s: mount a volume claim; may be repeated"
     )
     engine = parser.add_mutually_exclusive_group()
     engine.add_argument("--deepspeed", metavar="NAME_OR_JSON", help="ZeRO stage (default: deepspeed_zero1)")
     engine.add_argument("--fsdp", action="store_true", help="PyTorch's FSDP instead of DeepSpeed")
-    parser.add_argument("--work-dir", metavar="D", help="checkpoints and logs, on a disk that all nodes share")
-    parser.add_argument("--name", metavar="JOB", help="of the job (default: the config's)")
-    parser.add_argument("--output", metavar="FILE", help="write it there instead of to the terminal")
+    parser.add_argument(
+        "--work-dir", metavar="D", help="folder for checkpoints and logs, on a disk that all nodes share"
+    )
+    parser.add_argument("--name", metavar="JOB", help="name of the job (default: that of the config)")
+    parser.add_argument("--output", metavar="FILE", help="file to write (default: standard output)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.compat.report import tell
+    from xtuner.compat.report import log_report
     from xtuner.compat.translate import load
     from xtuner.train import preflight
 
     for option, schedulers in ONLY_FOR.items():
         if getattr(args, option) and args.scheduler not in schedulers:
-            what = f"--{option} means nothing to --scheduler {args.scheduler}"
+            what = f"--{option} has no effect with --scheduler {args.scheduler}"
             raise ConfigError(what, where=f"--{option}", do=f"leave it out; it is for {' and '.join(schedulers)}")
     config = load(args.config)
-    preflight.settings(config, paths=False)  # of the cluster, which may see other disks
-    tell(config)
+    preflight.settings(config, paths=False)  # paths are those of the cluster, which may have other disks
+    log_report(config)
     job = _job(args, config)
     text = job_scripts.RENDER[args.scheduler](job)
     if args.output:
@@ -88,20 +92,23 @@ def _job(args: argparse.Namespace, config: Config) -> Job:
 
 
 def _in_containers(job: Job, config: Config, work_dir: str | None, claims: list[str]) -> Job:
-    """The job with paths as its containers see them, and the files of this machine that it brings along."""
+    """The job with paths inside its containers, and the files of this machine that it mounts there."""
     if not job.image:
-        raise ConfigError("no image is given", where="--image", do="build one with xtuner/templates/Dockerfile")
+        raise ConfigError(
+            "no container image is given", where="--image", do="build one with xtuner/templates/Dockerfile"
+        )
     volumes = tuple(map(job_scripts.volume, claims))
     if len({mounted.rstrip("/") for _, mounted in volumes}) < len(volumes):
-        raise ConfigError("two volumes at one path", where="--pvc")
+        raise ConfigError("two volumes have the same path", where="--pvc")
     target = work_dir or (f"{volumes[0][1].rstrip('/')}/work_dirs/{config.name}" if volumes else "")
     inside = PurePosixPath(target)
     if ".." in inside.parts or not any(inside.is_relative_to(mounted) for _, mounted in volumes):
         raise ConfigError(
-            f"the work dir {target!r} lies on no volume" if volumes else "no volume is given",
+            f"the work dir {target!r} is not on a volume" if volumes else "no volume is given",
             where="--work-dir" if volumes else "--pvc",
-            why="checkpoints would be gone with their container, and nothing could be resumed",
-            do="mount one that all nodes can write: --pvc NAME:/PATH" + (", and a work dir below it" if target else ""),
+            why="checkpoints would be lost with the container, and the run could not be resumed",
+            do="mount one that all nodes can write: --pvc NAME:/PATH"
+            + (", and give a work dir on it" if target else ""),
         )
     name = re.sub(r"[^-._a-zA-Z0-9]", "_", config.path.name)
     files, engine = {name: config.source}, job.engine
@@ -109,7 +116,7 @@ def _in_containers(job: Job, config: Config, work_dir: str | None, claims: list[
         files["deepspeed.json"] = Path(engine[-1]).read_text(encoding="utf-8")
         engine = ("--deepspeed", f"{job_scripts.MOUNTED}/deepspeed.json")
     if sum(len(text.encode()) for text in files.values()) > job_scripts.CONFIG_MAP_BYTES:
-        raise ConfigError("the config is larger than a ConfigMap may be (1 MiB)", where=str(config.path))
+        raise ConfigError("the config exceeds the size limit of a ConfigMap (1 MiB)", where=str(config.path))
     work = job_scripts.path(target, "--work-dir")
     return replace(
         job, config=f"{job_scripts.MOUNTED}/{name}", work_dir=work, volumes=volumes, files=files, engine=engine
@@ -121,7 +128,9 @@ def _write(output: str, text: str) -> None:
     if target.exists():
         head = target.read_bytes()[:500] if target.is_file() else b""
         if job_scripts.MARK.encode() not in head:
-            raise ConfigError("this is not a script of `xtuner launch`", where=output, do="choose another --output")
+            raise ConfigError(
+                "the file exists, and was not written by `xtuner launch`", where=output, do="choose another --output"
+            )
     with atomic_file(target) as f:
         f.write(text)
 
@@ -136,4 +145,4 @@ def _submit(scheduler: str, job: Job, output: str | None) -> str:
     program = {"slurm": "sbatch", "k8s": "kubectl apply -f"}[scheduler]
     if file:
         return f"{program} {file}"
-    return f"the same command with | {program}{' -' if scheduler == 'k8s' else ''} behind it"
+    return f"{program}{' -' if scheduler == 'k8s' else ''}, to which this command can be piped"

@@ -1,11 +1,11 @@
-"""xtuner list-cfg: names of the shipped configs, or all settings."""
+"""xtuner list-cfg: list the shipped configs, or all settings."""
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-p", "--pattern", default="", help="only names that contain this, or match it (`*7b*`)")
-    parser.add_argument("--settings", action="store_true", help="list all settings of a config, with what each means")
+    parser.add_argument("--settings", action="store_true", help="list all settings of a config, with descriptions")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
 
         found = list(listed(args.pattern))
         if not found:
-            raise ConfigError(f"no setting has {args.pattern!r} in it", do="`xtuner list-cfg --settings` lists all")
+            raise ConfigError(f"no setting contains {args.pattern!r}", do="`xtuner list-cfg --settings` lists all")
         print("\n".join(found))
         return 0
     wanted = args.pattern.lower()

@@ -1,4 +1,4 @@
-"""xtuner log-dataset CONFIG: the first packs that a config trains on."""
+"""xtuner log-dataset CONFIG: show the first packs that a config trains on."""
 
 import argparse
 
@@ -6,7 +6,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, or the name of a shipped one")
     parser.add_argument("--show", default="text", help="text (default), masked_text, input_ids, labels or all")
-    parser.add_argument("--num-packs", type=int, default=1, help="how many, in the order of training (default: 1)")
+    parser.add_argument("--num-packs", type=int, default=1, help="number of packs, in training order (default: 1)")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
 
 
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     if loader.balance > 1:
         each = loader.accumulative_counts
         print(
-            f"in the order of one process that takes {each} pack{'s' * (each > 1)} an iteration: the packs of "
-            f"{loader.balance} iterations are dealt to them by attention cost (train_dataloader.balance)"
+            f"in the order of a single process with {each} pack{'s' * (each > 1)} per iteration: the packs of "
+            f"{loader.balance} iterations are distributed by attention cost (train_dataloader.balance)"
         )
     packs = islice(loader.numbers_from(Position()), max(min(args.num_packs, len(data)), 0))
     return print_packs(data, list(packs), args.show, tokenizer)

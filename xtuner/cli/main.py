@@ -1,50 +1,53 @@
-"""The `xtuner` command: finds the verb and lets it parse its own arguments.
+"""The `xtuner` command: find the verb, which parses its own arguments.
 
-A verb is a module with `add_arguments(parser)` and `run(args) -> int`; it imports torch inside `run` only, so that
+A verb is a module with `add_arguments(parser)` and `run(args) -> int`. It imports torch only inside `run`, so that
 `xtuner --help` stays fast.
+
+Only the module of the requested verb is imported. typer or cyclopts would replace `main` below, but are one more
+dependency and take 0.05 s at each start; the error format and exit codes in `core/command.py` would still be needed.
 """
 
 import importlib
 import sys
 from typing import NoReturn
 
-from xtuner.core.command import complain, exit_with, run_command
+from xtuner.core.command import exit_with, print_error, run_command
 from xtuner.core.errors import EXIT_CONFIG
 
 VERBS = {  # words → (module, what it does)
     "list-cfg": ("xtuner.cli.list_cfg", "list the shipped configs"),
     "copy-cfg": ("xtuner.cli.copy_cfg", "copy a shipped config here to edit it"),
-    "check-cfg": ("xtuner.cli.check_cfg", "find all mistakes of a config"),
+    "check-cfg": ("xtuner.cli.check_cfg", "report all mistakes in a config"),
     "data order": ("xtuner.tools.get_data_order", "write the order of files for training"),
-    "data tokenize": ("xtuner.cli.data.tokenize", "text → .bin and .bin.meta files for training"),
-    "data check": ("xtuner.cli.data.check", "every file against its meta and the format; mend metas"),
-    "data stats": ("xtuner.cli.data.stats", "documents, tokens, lengths, packs, balance: text, JSON or a page"),
-    "data cache": ("xtuner.cli.data.cache", "prepare index and token caches, so that a run starts at once"),
+    "data tokenize": ("xtuner.cli.data.tokenize", "convert text to .bin and .bin.meta files for training"),
+    "data check": ("xtuner.cli.data.check", "check files against their metas and the format; repair metas"),
+    "data stats": ("xtuner.cli.data.stats", "statistics of documents, tokens, packs and balance: text, JSON or HTML"),
+    "data cache": ("xtuner.cli.data.cache", "build index and token caches, so that a run starts at once"),
     "data show": ("xtuner.cli.data.show", "show a pack: text, learned and masked parts, document borders"),
     "log-dataset": ("xtuner.cli.log_dataset", "show the first packs that a config trains on"),
-    "doctor": ("xtuner.cli.doctor", "examine this machine: will training work here?"),
-    "train": ("xtuner.cli.train", "train by a config"),
-    "launch": ("xtuner.cli.launch", "a job script for Slurm, Kubernetes or Aliyun DLC"),
-    "plot-loss": ("xtuner.cli.plot_loss", "draw the loss of a run"),
-    "eval loss": ("xtuner.cli.eval.loss", "mean loss of a model on tokenized data"),
-    "eval opencompass": ("xtuner.cli.eval.opencompass", "scores of OpenCompass, on its datasets or your own file"),
-    "eval lm-eval": ("xtuner.cli.eval.lm_eval", "scores of EleutherAI's lm-eval, on its tasks or your own"),
-    "chat": ("xtuner.cli.chat", "talk with a model, or let it continue a text"),
-    "convert pth_to_hf": ("xtuner.tools.model_converters.pth_to_hf", "a checkpoint as a Hugging Face folder"),
-    "convert turbomind": ("xtuner.cli.convert.turbomind", "a Hugging Face folder for LMDeploy up to 0.9"),
-    "convert weights": ("xtuner.cli.convert.weights", "all weights of a checkpoint as fp32 in one file"),
-    "completion": ("xtuner.cli.completion", "a script that completes words for bash, zsh or fish"),
+    "doctor": ("xtuner.cli.doctor", "check whether training will work on this machine"),
+    "train": ("xtuner.cli.train", "train a model by a config"),
+    "launch": ("xtuner.cli.launch", "write a job script for Slurm, Kubernetes or Aliyun DLC"),
+    "plot-loss": ("xtuner.cli.plot_loss", "plot the loss of a run"),
+    "eval loss": ("xtuner.cli.eval.loss", "compute the mean loss of a model on tokenized data"),
+    "eval opencompass": ("xtuner.cli.eval.opencompass", "evaluate with OpenCompass, on its datasets or your own file"),
+    "eval lm-eval": ("xtuner.cli.eval.lm_eval", "evaluate with EleutherAI's lm-eval, on its tasks or your own"),
+    "chat": ("xtuner.cli.chat", "chat with a model, or let it continue a text"),
+    "convert pth_to_hf": ("xtuner.tools.model_converters.pth_to_hf", "convert a checkpoint to a Hugging Face folder"),
+    "convert turbomind": ("xtuner.cli.convert.turbomind", "convert a Hugging Face folder for LMDeploy up to 0.9"),
+    "convert weights": ("xtuner.cli.convert.weights", "write all weights of a checkpoint as fp32 to one file"),
+    "completion": ("xtuner.cli.completion", "print a completion script for bash, zsh or fish"),
 }
 
 
 def usage(group: str = "") -> str:
-    """All verbs, or those of a group such as `data`."""
+    """Help text of all verbs, or of those in a group such as `data`."""
     first = f"{group} " if group else ""
     shown = {words: text for words, (_, text) in VERBS.items() if words.startswith(first)}
     width = max(map(len, shown))
     lines = [f"  {words:<{width}}  {text}" for words, text in shown.items()]
     verb = f"xtuner {first}VERB"
-    return f"usage: {verb} ...\n\n" + "\n".join(lines) + f"\n\n`{verb} --help` describes one.\n"
+    return f"usage: {verb} ...\n\n" + "\n".join(lines) + f"\n\n`{verb} --help` describes a verb.\n"
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +70,7 @@ def main(argv: list[str]) -> int:
 
         given = " ".join(argv[: 2 if group else 1])
         near = did_you_mean(" ".join(argv[:2]), list(VERBS)) or did_you_mean(argv[0], list(VERBS))
-        complain(f"there is no verb {given!r}.{near}\n\n{usage(group)}".rstrip())
+        print_error(f"there is no verb {given!r}.{near}\n\n{usage(group)}".rstrip())
         return EXIT_CONFIG
     module_name, text = VERBS[words]
     module = importlib.import_module(module_name)

@@ -1,17 +1,17 @@
-"""xtuner plot-loss WORK_DIR: the curves of a run, all its starts joined, as a picture."""
+"""xtuner plot-loss WORK_DIR: plot the curves of a run, over all its starts."""
 
 import argparse
 from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("work_dir", help="a run's work dir")
-    parser.add_argument("-o", "--output", help="picture to write, .png, .svg or .pdf (default: WORK_DIR/loss.png)")
+    parser.add_argument("work_dir", help="work dir of a run")
+    parser.add_argument("-o", "--output", help="image to write, .png, .svg or .pdf (default: WORK_DIR/loss.png)")
     parser.add_argument(
         "--smoothing",
         type=float,
         metavar="ITERATIONS",
-        help="iterations that the smoothed loss averages over, 0 for none (default: a 20th of the run)",
+        help="iterations to average the smoothed loss over, 0 for none (default: a 20th of the run)",
     )
 
 
@@ -21,13 +21,15 @@ def run(args: argparse.Namespace) -> int:
 
     work_dir = Path(args.work_dir)
     if args.smoothing is not None and not args.smoothing >= 0:
-        raise ConfigError(f"--smoothing {args.smoothing:g} is negative or not a number", do="give a number from 0 on")
+        raise ConfigError(
+            f"--smoothing {args.smoothing:g} is negative or not a number", do="give a number of at least 0"
+        )
     runs = read_runs(work_dir)
     if not runs:
         raise ConfigError(
-            "no run has left metrics here",
+            "no metrics of a run here",
             where=str(work_dir),
-            do="give the work dir of `xtuner train`; the first record is written with the first log line",
+            do="give the work dir of `xtuner train`; metrics are written from the first log line on",
         )
     try:
         import matplotlib.figure
@@ -37,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
     known = matplotlib.figure.Figure().canvas.get_supported_filetypes()
     if target.suffix.lstrip(".").lower() not in known:
         raise ConfigError(
-            f"{target.suffix or 'a name without an ending'} is not a kind of picture",
+            f"{target.suffix or 'a name without a suffix'} is not an image format",
             where=f"--output {target}",
-            do=f"give a name that ends with one of: {', '.join(sorted(known))}",
+            do=f"give a name with one of these suffixes: {', '.join(sorted(known))}",
         )
     draw(runs, work_dir.resolve().name, target, args.smoothing)
     print(f"written {target}")

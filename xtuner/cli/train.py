@@ -1,54 +1,58 @@
-"""xtuner train CONFIG: train by a config."""
+"""xtuner train CONFIG: train a model by a config."""
 
 import argparse
 
-from xtuner.dist.launchers import LAUNCHERS, Names
+from xtuner.dist.launchers import LAUNCHERS, LauncherNames
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file, or the name of a shipped one")
-    parser.add_argument("--work-dir", help="where checkpoints and logs go (default: ./work_dirs/CONFIG)")
+    parser.add_argument("--work-dir", help="folder for checkpoints and logs (default: ./work_dirs/CONFIG)")
     parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         metavar="PATH",
-        help="go on from a checkpoint; alone or `auto`: from the newest in the work dir, or start if there is none",
+        help="continue from a checkpoint; without PATH or with `auto`: from the newest in the work dir, if any",
     )
     parser.add_argument(
-        "--strict-resume", action="store_true", help="a damaged checkpoint is an error, none before it is used"
+        "--strict-resume",
+        action="store_true",
+        help="fail if the newest checkpoint is damaged, instead of using an older one",
     )
     parser.add_argument(
         "--allow-change",
         action="store_true",
-        help="resume although settings or data that change the result have changed",
+        help="resume even if settings or data that affect the result have changed",
     )
-    parser.add_argument("--seed", type=int, help="of random weights; overrides randomness.seed")
+    parser.add_argument("--seed", type=int, help="seed of random weights; overrides randomness.seed")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
-    parser.add_argument("--dry-run", action="store_true", help="check and report everything, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check and report everything, but do not train")
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="with --dry-run: report the run of N processes, 8 on each machine"
+        "--ranks", type=int, metavar="N", help="with --dry-run: report a run of N processes, 8 per machine"
     )
-    parser.add_argument("--max-minutes", type=float, metavar="M", help="save and stop (exit 75) within so many minutes")
-    parser.add_argument("--cache-dir", metavar="DIR", help="where data indexes are kept (default: beside the data)")
+    parser.add_argument(
+        "--max-minutes", type=float, metavar="M", help="save and stop (exit code 75) after M minutes at most"
+    )
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder for data indexes (default: next to the data)")
     parser.add_argument(
         "--launcher",
         default="none",
-        choices=Names(LAUNCHERS),
-        help="what has started the processes: torchrun, srun, mpirun, or package.module.Class for a launcher of your "
-        "own; none (default): this one works alone, or starts a process for each GPU if NPROC_PER_NODE says so",
+        choices=LauncherNames(LAUNCHERS),
+        help="what started the processes: torchrun (pytorch), srun (slurm), mpirun (mpi), or package.module.Class for "
+        "your own launcher; none (default): a single process, or one per GPU if NPROC_PER_NODE is set",
     )
     parser.add_argument(
         "--deepspeed",
         metavar="NAME_OR_JSON",
-        help="ZeRO by DeepSpeed: deepspeed_zero1, _zero2, _zero3, …, or a JSON file",
+        help="train with DeepSpeed: deepspeed_zero1, _zero2, _zero3, …, or a JSON file",
     )
     parser.add_argument(
         "--fsdp",
         nargs="?",
         const="full",
         choices=("full", "hybrid"),
-        help="full (default): several GPUs divide the state over all of them; hybrid: over those of each machine",
+        help="full (default): shard the training state over all GPUs; hybrid: over the GPUs of each machine",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
@@ -56,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from xtuner.dist import environment
 
-    with environment.main_reports(args.launcher):
+    with environment.report_interrupt_once(args.launcher):
         return _train(args)
 
 
@@ -73,24 +77,26 @@ def _train(args: argparse.Namespace) -> int:
     from xtuner.dist import launchers, workers
 
     if not args.dry_run:
-        stdio.survive()  # a run continues when nobody reads what it prints
+        stdio.ignore_write_errors()  # a run continues when its terminal is closed
     if not faulthandler.is_enabled():
-        faulthandler.enable()  # where each thread stood if a library crashes, or a mapped file is cut off
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is told in words, not in frames of C++
+        faulthandler.enable()  # prints stack traces if a library crashes, or a mapped file is truncated
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # the heartbeat reports a lost rank; hide the C++ stack traces
     for option in ("--work-dir", "--cache-dir", "--deepspeed"):
-        if getattr(args, option[2:].replace("-", "_")) == "":  # as a rule a variable of a script that is not set
+        if getattr(args, option[2:].replace("-", "_")) == "":  # most likely an unset variable in a script
             raise ConfigError(f"{option} is empty", where=option, do="give a value, or leave the option out")
     if args.ranks is not None and (not args.dry_run or args.ranks < 1):
-        do = "give both, and a number of processes from 1 on; a run has those that the launcher starts"
-        raise ConfigError(f"--ranks {args.ranks} is for --dry-run", where="--ranks", do=do)
+        do = "give --dry-run and a number of at least 1; a real run has the processes that the launcher starts"
+        raise ConfigError(f"--ranks {args.ranks} needs --dry-run", where="--ranks", do=do)
     config = load(args.config, args.cfg_options)
-    nodes = launchers.find_launcher(args.launcher).nodes(os.environ, device_count())
-    if not args.ranks and nodes and nodes.workers * nodes.nodes > 1:
-        return workers.start(nodes, [sys.executable, "-m", "xtuner", "train", *args.words])
+    layout = launchers.find_launcher(args.launcher).read_nodes(os.environ, device_count())
+    if not args.ranks and layout and layout.workers * layout.num_nodes > 1:
+        return workers.run_workers(layout, [sys.executable, "-m", "xtuner", "train", *args.argv])
     workers.end_with_parent()
-    place = launchers.place(args.launcher, os.environ)
+    info = launchers.read_rank(args.launcher, os.environ)
 
-    from xtuner.dist.process_group import taking_part
+    from xtuner.dist.process_group import join_run
     from xtuner.train.preflight import work_dir_of
     from xtuner.train.trainer import Options, train
 
@@ -105,7 +111,7 @@ def _train(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         deepspeed=args.deepspeed,
         fsdp=args.fsdp,
-        words=tuple(args.words),
+        words=tuple(args.argv),
     )
-    with taking_part(place, group=bool(args.deepspeed)) as (device, watch):
-        return train(config, work_dir_of(args.work_dir, config), device, options, watch)
+    with join_run(info, group=bool(args.deepspeed)) as (device, heartbeat):
+        return train(config, work_dir_of(args.work_dir, config), device, options, heartbeat)

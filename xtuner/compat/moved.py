@@ -1,4 +1,4 @@
-"""Modules of ours that have moved: configs and checkpoints name classes and functions by where they were."""
+"""Modules of xtuner that have moved. Configs and checkpoints may contain the old dotted names."""
 
 MOVED = {
     "xtuner.data.index": "xtuner.data.format.folder",
@@ -15,7 +15,7 @@ MOVED = {
 
 
 def find_current(written: str) -> str:
-    """The dotted name of a module, or of something in one, by where it is now."""
+    """The current dotted name of a module, or of a class or function in one."""
     module, _, name = written.rpartition(".")
     if written in MOVED or not module:
         return MOVED.get(written, written)

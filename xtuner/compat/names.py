@@ -1,13 +1,13 @@
-"""Names of classes and functions in configs of XTuner 0.1 and 0.2, and what is built in their place.
+"""Names of classes and functions in configs of XTuner 0.1 and 0.2, and ours in their place.
 
-Such a config writes a name in one of four ways, and `find` knows all of them:
+Such a config writes a name in one of four ways, which `find_ours` accepts:
 
     from mmengine.hooks import CheckpointHook         a class or function
-    "mmengine.hooks.CheckpointHook"                   its dotted name, as the old tool dumped configs
+    "mmengine.hooks.CheckpointHook"                   its dotted name, as in configs dumped by the old tool
     "CheckpointHook"                                  its name in mmengine's registry
-    "mmengine.CheckpointHook"                         the same, with the registry's scope
+    "mmengine.CheckpointHook"                         the same with the scope of the registry
 
-Targets are strings: the rooms above are imported by whoever resolves a name.
+Targets are strings, as the layers above must not be imported here; `config.build.resolve_type` imports them.
 """
 
 import functools
@@ -24,7 +24,7 @@ _BACKENDS = "Aim ClearML DVCLive Local MLflow Neptune Tensorboard Wandb"
 
 _SCHEDULERS = "ConstantLR CosineAnnealingLR LinearLR MultiStepLR"
 
-# (what it is, old modules, names, our module). A module below one of these gives the same names.
+# (kind, old modules, names, our module). Submodules of the old modules have the same names.
 _TABLE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("hook", ("mmengine.hooks",), "CheckpointHook LoggerHook RuntimeInfoHook", "xtuner.compat.adapters.train"),
     ("hook", ("mmengine.hooks",), "DistSamplerSeedHook IterTimerHook ParamSchedulerHook", "xtuner.train.hooks"),
@@ -49,24 +49,24 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
      " ".join(f"{name}VisBackend" for name in _BACKENDS.split()), "xtuner.compat.adapters.train"),
 )  # fmt: skip
 
-# (module, name) → what is imported instead
+# (module, name) → our dotted name
 REPLACED = {
     (module, name): f"{ours}.{name}" for _, old, names, ours in _TABLE for module in old for name in names.split()
 }
-_BARE = {n: f"{ours}.{n}" for _, _, names, ours in _TABLE for n in names.split()}
+_BY_NAME = {n: f"{ours}.{n}" for _, _, names, ours in _TABLE for n in names.split()}
 _OF_MMENGINE = {name for module, name in REPLACED if module.startswith("mmengine.")}
 
-# Packages that a config may name things of by the table alone
+# Packages of which only the names in the table are accepted
 _FOREIGN = ("mmengine", "transformers", "peft", "bitsandbytes", "mmcv")
-_OLD_ROOMS = tuple(f"xtuner.{room}" for room in (
+_OLD_PACKAGES = tuple(f"xtuner.{name}" for name in (
     "apis", "dataset", "engine._strategy", "engine.hooks", "engine.runner", "evaluation", "model.llava",
     "model.modules", "model.utils", "parallel", "registry", "utils",
 ))  # fmt: skip
-# Old names of rooms that are ours as well
+# Old names in packages that we have also
 _SHARED = {"xtuner.engine": ("DeepSpeedStrategy", "HFCheckpointHook"), "xtuner.model": ("LLaVAModel",)}
 
-# A place in a config → what is described there. Only there is a name without dots a registry's.
-_PLACES = {
+# Pattern of a path in a config → kind of object there. Only at these paths is a name without dots one of a registry.
+_KIND_BY_PATH = {
     r"(default|custom)_hooks\.[^.]+": "hook",
     r"param_scheduler(\.\d+)?": "scheduler",
     r"optim_wrapper": "optimizer wrapper",
@@ -82,12 +82,12 @@ _PLACES = {
     r"visualizer\.vis_backends(\.\d+)?": "visualizer's backend",
 }
 
-# Of PyTorch's optimizers those that train no model here
-_NOT_HERE = ("LBFGS", "SparseAdam")
+# Optimizers of PyTorch that cannot train a model here
+_UNSUPPORTED = ("LBFGS", "SparseAdam")
 _TOKENIZED = "load_intern_repo_tokenized_dataset, on .bin and .bin.meta files (`xtuner data tokenize` writes them)"
 _FULL = "all weights are trained: leave it out"
 _DEEPSPEED = "--deepspeed on the command line"
-# name → the nearest that there is
+# name → the nearest thing that exists
 _NEAREST = {
     "BitsAndBytesConfig": _FULL,
     "ConcatDataset": _TOKENIZED,
@@ -101,41 +101,41 @@ _NEAREST = {
     "InfiniteSampler": "InternRepoSampler of xtuner.dataset.samplers",
     "IterBasedTrainLoop": "xtuner.engine.runner.TrainLoop with max_epochs",
     "LLaVAModel": "SupervisedFinetune: models read text only",
-    "LocalAttnArgsToMessageHubHook": "none; the borders of documents come with each batch",
+    "LocalAttnArgsToMessageHubHook": "none; each batch contains the document borders",
     "LoraConfig": _FULL,
     "OptimWrapper": "mmengine.optim.AmpOptimWrapper",
     "ProfilerHook": "xtuner.train.reporting.profile.ProfileHook",
     "SYSTEM_TEMPLATE": "the system prompt itself, as a string",
-    "SequenceParallelSampler": "xtuner.dataset.samplers.InternRepoSampler; there is no sequence parallelism",
+    "SequenceParallelSampler": "xtuner.dataset.samplers.InternRepoSampler; sequence parallelism is not supported",
     "load_dataset": _TOKENIZED,
     "load_intern_repo_untokenized_dataset": _TOKENIZED,
     "process_hf_dataset": _TOKENIZED,
     "process_intern_repo_dataset": "build_packed_dataset with dataset_cfg: see the shipped configs",
-    "read_base": "the other config's contents: a config is one whole file",
-    "template_map_fn_factory": "none; templates are applied when the text is tokenized",
+    "read_base": "the contents of the other config: a config is a single file",
+    "template_map_fn_factory": "none; templates are applied by `xtuner data tokenize`",
 }
 
 
-def kind_of(place: str) -> str:
-    """What a config describes at a dotted path, `default_hooks.logger`; empty where nothing is built."""
-    return next((kind for pattern, kind in _PLACES.items() if re.fullmatch(pattern, place)), "")
+def find_kind(key: str) -> str:
+    """The kind of object at a dotted path, such as `default_hooks.logger`; empty if none is built there."""
+    return next((kind for pattern, kind in _KIND_BY_PATH.items() if re.fullmatch(pattern, key)), "")
 
 
-def find(written: str, place: str = "") -> str | None:
-    """Our dotted name for an old one, or None.
+def find_ours(written: str, key: str = "") -> str | None:
+    """Our dotted name for an old name, or None.
 
     Args:
-        written: `package.module.name`, `….Class.method`, or a registry's name.
-        place: dotted path in the config where it is written; a registry's name counts only where objects are built.
+        written: `package.module.name`, `….Class.method`, or a name in a registry.
+        key: dotted path in the config; names of a registry are accepted only where objects are built.
     """
     module, name, method = _split(written)
     if "" in written.split("."):
         return None
     if (now := find_current(written)) != written:
         return now
-    kind, new = kind_of(place), None
+    kind, new = find_kind(key), None
     if module in ("", "mmengine") and (kind or module):
-        new = _BARE.get(name) or (_torch_optimizers().get(name) if kind == "optimizer" else None)
+        new = _BY_NAME.get(name) or (_torch_optimizers().get(name) if kind == "optimizer" else None)
     while module and new is None:
         new = REPLACED.get((module, name))
         module = module.rpartition(".")[0] if is_old(module) else ""
@@ -143,7 +143,7 @@ def find(written: str, place: str = "") -> str | None:
 
 
 def written_name(kind: Any) -> str:
-    """`type=` of a spec as a string: itself, or a class's or function's dotted name."""
+    """`type=` of a spec as a string; for a class or function its dotted name."""
     if isinstance(kind, str):
         return kind
     if inspect.isclass(kind) or inspect.isroutine(kind):
@@ -152,40 +152,40 @@ def written_name(kind: Any) -> str:
 
 
 def is_old(module: str) -> bool:
-    """Whether nothing but the table is taken from a module."""
-    old = any(module == room or module.startswith(f"{room}.") for room in _OLD_ROOMS)
+    """Whether only the names in the table are accepted from a module."""
+    old = any(module == old or module.startswith(f"{old}.") for old in _OLD_PACKAGES)
     return old or module.partition(".")[0] in _FOREIGN
 
 
 def is_unknown(written: str) -> bool:
-    """Whether a name is of an older tool, or of a registry, and there is nothing in its place."""
+    """Whether a name of an older tool, or of a registry, has no replacement."""
     module, name, _ = _split(written)
-    return find(written) is None and (not module or is_old(module) or name in _SHARED.get(module, ()))
+    return find_ours(written) is None and (not module or is_old(module) or name in _SHARED.get(module, ()))
 
 
 def is_of_mmengine(written: str) -> bool:
     return written.startswith("mmengine.") or written in _OF_MMENGINE
 
 
-def unknown(written: str, where: str, place: str = "") -> ConfigError:
-    """The error for a name that there is nothing for."""
+def unknown_name(written: str, where: str, key: str = "") -> ConfigError:
+    """The error for a name without a replacement."""
     module, name, _ = _split(written)
-    if module and not (module == "mmengine" and kind_of(place)):
-        why = "configs of XTuner 0.1 and 0.2 run if they train all weights on tokenized data"
-        return ConfigError(f"there is no {written} here", where=where, why=why, do=_nearest(module, name))
-    kind = kind_of(place)
+    if module and not (module == "mmengine" and find_kind(key)):
+        why = "only configs of XTuner 0.1 and 0.2 that train all weights on tokenized data are supported"
+        return ConfigError(f"{written} has no replacement in xtuner", where=where, why=why, do=_nearest(module, name))
+    kind = find_kind(key)
     known = _registered(kind)
     if name in _NEAREST:
         do = f"nearest: {_NEAREST[name]}"
     else:
-        near = [n for n in known if n not in _NOT_HERE] or sorted(_BARE)
+        near = [n for n in known if n not in _UNSUPPORTED] or sorted(_BY_NAME)
         do = did_you_mean(name, near).strip() + " give a class, a function, or its dotted name"
-        if known and kind != "optimizer":  # of those there are dozens
-            do += f"; names alone do for {', '.join(known)}"
+        if known and kind != "optimizer":  # there are dozens of optimizers
+            do += f"; names without a module: {', '.join(known)}"
     return ConfigError(
         f"there is no {kind or 'class or function'} {written!r}",
         where=where,
-        why="a name without a module is looked up among those of mmengine and XTuner",
+        why="a name without a module must be one of mmengine or XTuner",
         do=do.strip(),
     )
 
@@ -214,7 +214,7 @@ def _nearest(module: str, name: str) -> str:
     if not there and is_old(module.rpartition(".")[0]):  # mmengine.hooks.checkpoint_hook
         return _nearest(module.rpartition(".")[0], name)
     hint = did_you_mean(name, there).strip()
-    known = f"of {module} there are: {', '.join(there)}" if there else "leave it out, with what uses it"
+    known = f"supported in {module}: {', '.join(there)}" if there else "leave it out, and what uses it"
     return f"{hint} {known}".strip()
 
 

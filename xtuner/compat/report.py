@@ -1,5 +1,5 @@
-"""What is reported of a config made for an older tool: names replaced, settings without effect, and how its run differs
-from one of that tool. The documentation (`docs/*/config.md`) holds the same list of differences.
+"""Report on a config for an older tool: names that were replaced, settings without effect, and how its run differs from
+a run of that tool. The documentation (`docs/*/config.md`) has the same list of differences.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -8,26 +8,26 @@ from typing import Any
 
 from xtuner.compat.names import written_name
 from xtuner.compat.settings import SCHEMA
-from xtuner.config.adapter import adapter_of
+from xtuner.config.adapter import find_adapter
 from xtuner.config.build import resolve_type, type_name
 from xtuner.config.config import Config
-from xtuner.config.specs import specs
+from xtuner.config.specs import find_specs
 from xtuner.core.log import logger
 from xtuner.dist import collectives
 
 
-def tell(config: Config) -> None:
-    """Log it, once, on the main process; nothing for a config of our own."""
+def log_report(config: Config) -> None:
+    """Log the report once, on rank 0. For a config of xtuner itself there is none."""
     if collectives.is_main():
-        for paragraph in paragraphs(config):
+        for paragraph in report_paragraphs(config):
             logger.info(paragraph)
 
 
-def paragraphs(config: Config) -> Iterator[str]:
+def report_paragraphs(config: Config) -> Iterator[str]:
     legacy = any(r.new.startswith("xtuner.") for r in config.replaced)  # not for "AdamW" alone
     differences = [d.text for d in DIFFERENCES if legacy and d.concerns(config)]
     for title, lines in (
-        (f"{config.path.name} names things of other tools; replaced:", [str(r) for r in config.replaced]),
+        (f"{config.path.name} uses names of other tools; replaced:", [str(r) for r in config.replaced]),
         ("settings without effect:", list(dict.fromkeys(_without_effect(config)))),
         ("differences from XTuner 0.1 and 0.2:", differences),
     ):
@@ -38,12 +38,12 @@ def paragraphs(config: Config) -> Iterator[str]:
 def _without_effect(config: Config) -> Iterator[str]:
     for s in SCHEMA.settings:
         values = config.get(s.parent) if s.parent else config.values
-        plain = isinstance(values, Mapping) and "type" not in values  # a TrainLoop speaks for itself
-        if s.idle and plain and s.name in values and not (s.key == "visualizer" and config.get("visualizer.type")):
-            yield f"{s.key}: because {s.idle}"
-    for spec in specs(config):
-        if facts := adapter_of(resolve_type(spec.kind, spec.key)):
-            for name, why in facts.without_work(spec.arguments):
+        plain = isinstance(values, Mapping) and "type" not in values  # a TrainLoop has an adapter, which reports it
+        if s.no_effect and plain and s.name in values and not (s.key == "visualizer" and config.get("visualizer.type")):
+            yield f"{s.key}: because {s.no_effect}"
+    for spec in find_specs(config):
+        if facts := find_adapter(resolve_type(spec.kind, spec.key)):
+            for name, why in facts.find_without_effect(spec.arguments):
                 what = type_name(spec.kind).rpartition(".")[2]
                 setting = f"{spec.key}.{name}" if name else f"{spec.key} ({what})"
                 yield f"{setting}: because {why}"
@@ -53,11 +53,11 @@ def _without_effect(config: Config) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a run here differs from the old tool's run of the same config.
+    """How a run differs from a run of the old tool with the same config.
 
     Args:
-        text: as printed, and as the documentation says it.
-        concerns: whether it does with this config.
+        text: as printed, and as in the documentation.
+        concerns: whether it applies to a config.
     """
 
     text: str
@@ -69,10 +69,10 @@ def _accumulates(config: Config) -> bool:
 
 
 def _builds(name: str, setting: str = "", *values: Any) -> Callable[[Config], bool]:
-    """Whether a config has a `dict(type=name)` which leaves `setting` out, or sets it to one of `values`."""
+    """Whether a config has a `dict(type=name)` without `setting`, or with one of `values` for it."""
 
     def concerns(config: Config) -> bool:
-        found = [s.arguments for s in specs(config) if f".{written_name(s.kind)}".endswith(f".{name}")]
+        found = [s.arguments for s in find_specs(config) if f".{written_name(s.kind)}".endswith(f".{name}")]
         return any(setting not in given or given[setting] in values for given in found)
 
     return concerns

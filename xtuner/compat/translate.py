@@ -1,6 +1,6 @@
-"""Configs of XTuner 0.1 and 0.2 run as they are: what they name of mmengine, transformers and the old package is
-replaced by ours (`names`), first where it is imported, then in the values that the config comes to. So it does not
-matter how a name got there: written in place, assigned, or put together by a loop. None of those packages is needed.
+"""Run configs of XTuner 0.1 and 0.2 without changes: names of mmengine, transformers and the old package are replaced
+by ours (`names`), first in imports, then in the values that result from running the config. So a name may be written in
+place, assigned to a variable, or computed. None of those packages needs to be installed.
 """
 
 import ast
@@ -13,10 +13,10 @@ from xtuner.compat.settings import SCHEMA
 from xtuner.config import load as load_ours
 from xtuner.config import specs
 from xtuner.config.config import Config, Replacement
-from xtuner.config.findings import together
+from xtuner.config.findings import combine_errors
 from xtuner.core.errors import ConfigError
 
-# mmengine adds these to a config's default_hooks by itself
+# mmengine adds these to the default_hooks of a config
 DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "timer": {"type": "xtuner.train.hooks.IterTimerHook"},
     "sampler_seed": {"type": "xtuner.train.hooks.DistSamplerSeedHook"},
@@ -24,46 +24,46 @@ DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "param_scheduler": {"type": "xtuner.train.hooks.ParamSchedulerHook"},
     "checkpoint": {"type": "xtuner.compat.adapters.train.CheckpointHook", "interval": 1},
 }
-# mmengine's names of the order in which hooks are called: those with lower numbers first, as here
+# mmengine's names of hook priorities; hooks with lower numbers are called first
 PRIORITIES = {
     "HIGHEST": 0, "VERY_HIGH": 10, "HIGH": 30, "ABOVE_NORMAL": 40, "NORMAL": 50, "BELOW_NORMAL": 60, "LOW": 70,
     "VERY_LOW": 90, "LOWEST": 100,
 }  # fmt: skip
-_ONE_FILE = "a config is one whole file: copy the other one's contents into it"
+_ONE_FILE = "a config is a single file: copy the contents of the other config into it"
 
 
 def load(name_or_path: str, options: list[str] | None = None) -> Config:
-    """`config.load.load` for configs of any of these tools."""
+    """`config.load.load`, also for configs of these tools."""
     return load_ours.load(name_or_path, options, DIALECT)
 
 
 def replace_imports(tree: ast.Module, path: str) -> tuple[ast.Module, list[Replacement]]:
-    """The config with imports of older tools replaced, line numbers kept; and what was replaced.
+    """Replace imports of older tools, keeping line numbers. Returns the new tree and the replacements.
 
-    Raises: ConfigError that lists every name that there is nothing for.
+    Raises: ConfigError that lists all names without a replacement.
     """
     imports = _Imports(path)
     tree = ast.fix_missing_locations(imports.visit(tree))
     if imports.problems:
-        raise together(imports.problems, "imports of the config have nothing in their place")
+        raise combine_errors(imports.problems, "imports of the config have no replacement")
     return tree, imports.replaced
 
 
 def replace_names(values: dict[str, Any], where: Callable[[str], str]) -> tuple[list[Replacement], dict[str, str]]:
-    """Put our names in the place of old ones at `type` of every dict that is built, and take out what mmengine alone
-    reads there. Names that there is nothing for stay: `check` lists them.
+    """Replace old names at `type` of every dict that is built, and remove keys that only mmengine reads. Names without
+    a replacement are kept; `check` reports them.
 
     Args:
-        values: what the config assigns; its dicts are changed.
-        where: from a dotted path to `file:line` for messages.
+        values: what the config assigns; its dicts are changed in place.
+        where: from a dotted path to `file:line`, for messages.
 
-    Returns: what was replaced, and what was taken out: dotted path → why it has no effect.
+    Returns: the replacements, and the removed keys: dotted path → why it has no effect.
 
-    Raises: ConfigError for `_delete_`, which changes a base config that there is not.
+    Raises: ConfigError for `_delete_`, which needs a base config.
     """
     replaced, dropped, problems = [], {}, []
     seen: set[int] = set()
-    for key, spec in (pair for root in specs.ROOTS for pair in specs.walked(root, values.get(root), seen)):
+    for key, spec in (pair for root in specs.ROOTS for pair in specs.walk_values(root, values.get(root), seen)):
         if not isinstance(spec, dict):
             continue
         if "_delete_" in spec:
@@ -71,28 +71,28 @@ def replace_names(values: dict[str, Any], where: Callable[[str], str]) -> tuple[
         if "type" not in spec:
             continue
         written = old_names.written_name(spec["type"])
-        if new := old_names.find(written, key):
+        if new := old_names.find_ours(written, key):
             if new != find_current(written):
                 replaced.append(Replacement(written, new))
             spec["type"] = new
         if isinstance(spec.get("_scope_"), str):
             del spec["_scope_"]
             dropped[f"{key}._scope_"] = "names are imported, not registered"
-        if old_names.kind_of(key) == "hook" and _is_our_hook(spec["type"]) and _is_priority(spec.get("priority")):
+        if old_names.find_kind(key) == "hook" and _is_our_hook(spec["type"]) and _is_priority(spec.get("priority")):
             del spec["priority"]
-            dropped[f"{key}.priority"] = "hooks of ours run in a fixed order: they measure, log, then save"
+            dropped[f"{key}.priority"] = "xtuner's hooks run in a fixed order: they measure, log, then save"
     if problems:
-        raise together(problems)
+        raise combine_errors(problems)
     return replaced, dropped
 
 
 def find_unknown(values: dict[str, Any]) -> dict[str, ConfigError]:
-    """Names of other tools, and of nobody, at `type` of what is built, for which there is nothing: path → error."""
+    """Names without a replacement at `type` of what is built: path → error."""
     found = {}
-    for key, spec in (pair for root in specs.ROOTS for pair in specs.walked(root, values.get(root))):
+    for key, spec in (pair for root in specs.ROOTS for pair in specs.walk_values(root, values.get(root))):
         written = spec.get("type") if isinstance(spec, dict) else None
         if isinstance(written, str) and old_names.is_unknown(written):
-            found[key] = old_names.unknown(written, f"{key}.type", key)
+            found[key] = old_names.unknown_name(written, f"{key}.type", key)
     return found
 
 
@@ -114,10 +114,11 @@ def _overridden(config: Config) -> None:
 
 
 def apply_hook_settings(values: dict[str, Any], absent: bool = False) -> None:
-    """Two settings by the names of hooks that switch them on: where another hook has the name, or None, they are off.
+    """Set `param_scheduler` and `train_dataloader.reshuffle` from the hooks that enabled them in older tools: if such a
+    hook is None or of another type, its setting is switched off.
 
     Args:
-        absent: a config that has no such hook means "off", too, as configs did before these were settings.
+        absent: also switch it off if the hook is missing, as in configs from before these were settings.
     """
     hooks = values.get("default_hooks") or {}
     if not isinstance(hooks, dict):
@@ -136,7 +137,7 @@ def apply_hook_settings(values: dict[str, Any], absent: bool = False) -> None:
 
 
 def complete_hooks(values: dict[str, Any], replaced: list[Replacement]) -> None:
-    """Give a config made for mmengine's runner the hooks that the runner adds, without those it switches off (None)."""
+    """Add the hooks that mmengine's runner adds by itself, and remove those that the config switches off (None)."""
     hooks = values.get("default_hooks") or {}
     if isinstance(hooks, dict) and any(old_names.is_of_mmengine(r.old) for r in replaced):
         apply_hook_settings(values)
@@ -163,7 +164,7 @@ class _Imports(ast.NodeTransformer):
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         if any(isinstance(t, ast.Name) and t.id == "_base_" for t in node.targets):
             where = f"{self.path}:{node.lineno}"
-            self.problems.append(ConfigError("_base_ is not followed", where=where, do=_ONE_FILE))
+            self.problems.append(ConfigError("_base_ is not supported", where=where, do=_ONE_FILE))
         return node
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.AST]:
@@ -174,17 +175,17 @@ class _Imports(ast.NodeTransformer):
         nodes: list[ast.AST] = []
         for alias in node.names:
             old = f"{module}.{alias.name}"
-            new = old_names.REPLACED.get((module, alias.name)) or old_names.find(old)
+            new = old_names.REPLACED.get((module, alias.name)) or old_names.find_ours(old)
             if new is None:
                 if old_names.is_unknown(old):
-                    self.problems.append(old_names.unknown(old, f"{self.path}:{alias.lineno}"))
+                    self.problems.append(old_names.unknown_name(old, f"{self.path}:{alias.lineno}"))
                 kept.append(alias)
                 continue
             if new != find_current(old):
                 self.replaced.append(Replacement(old, new))
-            room, _, name = new.rpartition(".")
+            module_of_ours, _, name = new.rpartition(".")
             own = ast.alias(name=name, asname=alias.asname or alias.name)
-            ours = ast.ImportFrom(module=room, names=[ast.copy_location(own, alias)], level=0)
+            ours = ast.ImportFrom(module=module_of_ours, names=[ast.copy_location(own, alias)], level=0)
             nodes.append(ast.copy_location(ours, alias))
         if not nodes:
             return node
@@ -197,7 +198,7 @@ class _Imports(ast.NodeTransformer):
             if old_names.is_old(alias.name):
                 self.problems.append(
                     ConfigError(
-                        f"`import {alias.name}`: xtuner runs without it and puts its own in place of names only",
+                        f"`import {alias.name}`: only names imported with `from` are replaced by xtuner's",
                         where=f"{self.path}:{alias.lineno}",
                         do=f"write `from {alias.name} import NAME`",
                     )

@@ -1,11 +1,11 @@
-"""Adapters: functions that take the settings of an older tool's object and return ours.
+"""Adapters: functions that take the settings of an object of an older tool and return our object.
 
-    @adapter(no_work={"padding_side": ("packs have no padding", str)}, only={"lora": Only((None,), "…", "…")})
+    @adapter(no_effect={"padding_side": ("packs have no padding", str)}, allowed={"lora": Allowed((None,), "…", "…")})
     def AutoTokenizer(name): …
 
-`no_work` settings are accepted and reported; of `only` settings other values are refused, by `check` before a run and
-by the adapter itself when it is called. The function takes them, too, if it has a use for them. Names may have dots,
-`clip_grad.error_if_nonfinite`, and `no_work` may be meant for one value, `dtype=float16`.
+Settings in `no_effect` are accepted and reported. Settings in `allowed` are rejected for any other value: by `check`
+before a run, and by the adapter when it is called. Both are passed to the function only if it has a parameter of that
+name. Names may be dotted (`clip_grad.error_if_nonfinite`); `no_effect` may concern one value only (`dtype=float16`).
 """
 
 import functools
@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from xtuner.config.config import value_at
-from xtuner.config.schema import ABSENT, Only
+from xtuner.config.schema import ABSENT, Allowed
 from xtuner.core.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,23 +24,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Adapter:
-    """What `check` must know of an adapter. `idle`: why the whole object has no work to do here."""
+    """What `check` reads of an adapter. `unused`: why the whole object has no effect here."""
 
-    idle: str = ""
-    no_work: Mapping[str, str] = field(default_factory=dict)
-    only: Mapping[str, Only] = field(default_factory=dict)
+    unused: str = ""
+    no_effect: Mapping[str, str] = field(default_factory=dict)
+    allowed: Mapping[str, Allowed] = field(default_factory=dict)
 
-    def refused(self, arguments: Mapping[str, Any]) -> Iterator[ConfigError]:
-        for name, only in self.only.items():
+    def find_rejected(self, arguments: Mapping[str, Any]) -> Iterator[ConfigError]:
+        for name, allowed in self.allowed.items():
             value = value_at(arguments, name, ABSENT)
-            if value is not ABSENT and (problem := only.problem(name, value)):
+            if value is not ABSENT and (problem := allowed.find_problem(name, value)):
                 yield problem
 
-    def without_work(self, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """(setting, why) of those given."""
-        if self.idle:
-            yield "", self.idle
-        for setting, why in self.no_work.items():
+    def find_without_effect(self, arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """(setting, why) for each of `arguments` without effect; an empty setting stands for the whole object."""
+        if self.unused:
+            yield "", self.unused
+        for setting, why in self.no_effect.items():
             name, _, only = setting.partition("=")
             value = value_at(arguments, name, ABSENT)
             if value is not ABSENT and only in ("", str(value)):
@@ -48,22 +48,23 @@ class Adapter:
 
 
 def adapter(
-    idle: str = "",
-    no_work: Mapping[str, str | tuple[str, Any]] = MappingProxyType({}),
-    only: Mapping[str, Only] = MappingProxyType({}),
+    unused: str = "",
+    no_effect: Mapping[str, str | tuple[str, Any]] = MappingProxyType({}),
+    allowed: Mapping[str, Allowed] = MappingProxyType({}),
     ignored: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[[F], F]:
-    """Mark a function as an adapter; see above.
+    """Mark a function as an adapter (see the top of this file).
 
     Args:
-        no_work: why a setting has no effect, and the type of its values if others are mistakes.
-        ignored: further settings that are accepted, and the types of their values.
+        unused: why the whole object has no effect.
+        no_effect: setting → why it has no effect, or (why, type of its values).
+        ignored: setting → type of its values; accepted and not reported.
     """
-    reasons = {name: why if isinstance(why, str) else why[0] for name, why in no_work.items()}
-    facts = Adapter(idle, reasons, only)
-    kinds = {name: Any if isinstance(why, str) else why[1] for name, why in no_work.items()}
+    reasons = {name: why if isinstance(why, str) else why[0] for name, why in no_effect.items()}
+    facts = Adapter(unused, reasons, allowed)
+    kinds = {name: Any if isinstance(why, str) else why[1] for name, why in no_effect.items()}
     kinds = {
-        name: kind for name, kind in (dict.fromkeys(only, Any) | kinds | {**ignored}).items() if name.isidentifier()
+        name: kind for name, kind in (dict.fromkeys(allowed, Any) | kinds | {**ignored}).items() if name.isidentifier()
     }
 
     def mark(function: F) -> F:
@@ -72,7 +73,7 @@ def adapter(
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            for problem in facts.refused(kwargs):
+            for problem in facts.find_rejected(kwargs):
                 raise problem
             return function(*args, **{name: value for name, value in kwargs.items() if name not in left_out})
 
@@ -87,6 +88,6 @@ def adapter(
     return mark
 
 
-def adapter_of(kind: Any) -> Adapter | None:
+def find_adapter(kind: Any) -> Adapter | None:
     found = getattr(kind, "xtuner_adapter", None)
     return found if isinstance(found, Adapter) else None

@@ -9,11 +9,11 @@ from xtuner.core.errors import ConfigError, did_you_mean
 
 
 def resolve_type(kind: Any, where: str = "") -> Callable[..., Any]:
-    """The callable behind `type=`: itself, or what a name stands for.
+    """The class or function of `type=`, imported if it is a name.
 
     Args:
         kind: a class or function, `package.module.name`, or `package.module.Class.name`.
-        where: its dotted path in the config.
+        where: dotted path in the config, for messages.
 
     Raises: ConfigError.
     """
@@ -38,9 +38,9 @@ def type_name(kind: Any) -> str:
 
 
 def build(spec: Mapping[str, Any], where: str = "", **more: Any) -> Any:
-    """Call `spec["type"]` with the other items of `spec` and `more`.
+    """Call `spec["type"]` with the other items of `spec` and with `more`.
 
-    Raises: ConfigError when `type` is missing or a key does not fit its signature.
+    Raises: ConfigError if `type` is missing or a key does not match the signature.
     """
     if not isinstance(spec, Mapping) or "type" not in spec:
         raise ConfigError(f"expected dict(type=…, …), found {spec!r}", where=where)
@@ -51,7 +51,7 @@ def build(spec: Mapping[str, Any], where: str = "", **more: Any) -> Any:
 
 
 def check_arguments(kind: Callable[..., Any], arguments: Mapping[str, Any], where: str = "") -> None:
-    """Raise ConfigError for names that `kind` does not take, and for missing ones."""
+    """Raise ConfigError for unknown and missing arguments of `kind`."""
     try:
         signature = inspect.signature(kind)
     except ValueError:  # some builtins have none

@@ -1,4 +1,4 @@
-"""Rules that a config must keep, all checked at once, before any data, model or process is touched."""
+"""Check a config for all mistakes at once, before any data, model or process is touched."""
 
 import difflib
 import inspect
@@ -8,92 +8,92 @@ from typing import Any
 
 from xtuner.config import paths as path_checks
 from xtuner.config import rules, types
-from xtuner.config.adapter import adapter_of
+from xtuner.config.adapter import find_adapter
 from xtuner.config.build import build, check_arguments, resolve_type, type_name
 from xtuner.config.config import Config
-from xtuner.config.findings import together
-from xtuner.config.schema import NEEDED
-from xtuner.config.specs import ROOTS, Spec, specs, walked
-from xtuner.core.errors import ConfigError, did_you_mean, of_exit
+from xtuner.config.findings import combine_errors
+from xtuner.config.schema import REQUIRED
+from xtuner.config.specs import ROOTS, Spec, find_specs, walk_values
+from xtuner.core.errors import ConfigError, did_you_mean, from_system_exit
 from xtuner.core.log import logger
 
-# What the trainer gives to them besides
-GIVEN: dict[str, dict[str, Any]] = {
+# Arguments that the trainer adds
+PASSED_BY_TRAINER: dict[str, dict[str, Any]] = {
     "train_dataloader.sampler": {"dataset": None},
     "train_dataloader.batch_sampler": {"sampler": None},
     "optim_wrapper.optimizer": {"params": None},
-    "train_cfg": {"max_epochs": 1},  # `_train_cfg` reports that it is missing
+    "train_cfg": {"max_epochs": 1},  # if it is missing, `_check_train_cfg` reports it
 }
-# Dicts whose "type" is a word of theirs, not something to build
-WORDS = ("clip_grad", "rope_parameters", "rope_scaling")
+# Dicts whose "type" is a plain value, not a class to build
+NOT_BUILT = ("clip_grad", "rope_parameters", "rope_scaling")
 
 
 def check(config: Config, paths: bool = False) -> None:
-    """Raise one ConfigError that lists every mistake found, each with its file and line.
+    """Raise one ConfigError that lists all mistakes, each with file and line.
 
     Args:
-        paths: look, too, whether the folders and files that it names are there.
+        paths: also check that the folders and files in the config exist.
     """
-    if found := problems(config, paths):
-        raise together(found)
+    if found := find_mistakes(config, paths):
+        raise combine_errors(found)
 
 
-def problems(config: Config, paths: bool = False) -> list[ConfigError]:
+def find_mistakes(config: Config, paths: bool = False) -> list[ConfigError]:
     """All mistakes, each with its file and line."""
-    length, found = list(_train_cfg(config)), _names(config)
-    inside = [*_section(config, "", closed=False), *_parts(config), *_dataloader(config), *length]
-    inside += [*_section(config, "train_dataloader"), *_section(config, "randomness")]
-    inside += [*_section(config, "optim_wrapper.clip_grad", closed=False)]
-    inside += [*_not_specs(config), *rules.not_finite(config)]
-    inside += [e for spec in specs(config) for e in _spec(config, spec)]
-    if config.values.get("batch_size", 1) != 1:  # said once, by the name that the file uses
+    length, found = list(_check_train_cfg(config)), _check_names(config)
+    inside = [*_check_section(config, "", closed=False), *_check_parts(config), *_check_dataloader(config), *length]
+    inside += [*_check_section(config, "train_dataloader"), *_check_section(config, "randomness")]
+    inside += [*_check_section(config, "optim_wrapper.clip_grad", closed=False)]
+    inside += [*_check_types(config), *rules.find_not_finite(config)]
+    inside += [e for spec in find_specs(config) for e in _check_spec(config, spec)]
+    if config.values.get("batch_size", 1) != 1:  # reported once, under the name in the file
         inside = [e for e in inside if not e.where.endswith(".batch_size")]
     wrong = [e.where for e in inside]
     if length or "train_cfg" not in config.values:
-        wrong.append("param_scheduler")  # its begins and ends are made from max_epochs
-    for spec in specs(config):
+        wrong.append("param_scheduler")  # its begin and end are derived from max_epochs
+    for spec in find_specs(config):
         if not any(_within(where, spec.key) or _within(spec.key, where) for where in wrong):
-            inside += _trial(spec)
-    if "optim_wrapper.optimizer.lr" in wrong:  # from which eta_min is made
+            inside += _try_constructor(spec)
+    if "optim_wrapper.optimizer.lr" in wrong:  # eta_min is derived from it
         inside = [e for e in inside if not re.fullmatch(r"param_scheduler\..*eta_min", e.where)]
     found += [ConfigError(e.what, where=config.where(e.where), why=e.why, do=e.do) for e in inside]
     if paths:
-        found += path_checks.problems(config)
+        found += path_checks.find_missing(config)
     once = {(p.what, p.where.partition(" (")[0]): p for p in reversed(found)}  # one line may set several values
     return list(reversed(once.values()))
 
 
-def _names(config: Config) -> list[ConfigError]:
+def _check_names(config: Config) -> list[ConfigError]:
     top = list(config.schema.inside(""))
-    known, accepted = [s.name for s in top if not s.old], [s.name for s in top]
+    known, accepted = [s.name for s in top if not s.is_legacy], [s.name for s in top]
     missing = [
         ConfigError(f"the config has no {s.name!r}", where=str(config.path), do="compare with a shipped config")
         for s in top
-        if s.default is NEEDED and s.name not in config.values
+        if s.default is REQUIRED and s.name not in config.values
     ]
     unknown = []
-    for name in config.unmet:
+    for name in config.unassigned:
         if name not in accepted:
             hint = did_you_mean(name, [*known, *(n for n in config.values if n != name)])
             unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=f"--cfg-options {name}"))
-    used = [n for n in config.values if n not in config.unread]
-    for name in config.unread:
+    used = [n for n in config.values if n not in config.unused]
+    for name in config.unused:
         if name in accepted:
             continue
         near = difflib.get_close_matches(name, [*known, *used], n=1, cutoff=0.8)
-        if near:  # a slip of the pen: lod_from
+        if near:  # a typing mistake: lod_from
             hint = f" Did you mean {near[0]!r}?"
             unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=config.where(name)))
-        else:  # left over, as when a hook is removed
+        else:  # left over, e.g. after a hook was removed
             logger.warning(f"nothing reads the setting {config.where(name)}")
     return missing + unknown
 
 
-def _section(config: Config, parent: str, closed: bool = True) -> Iterator[ConfigError]:
-    """Mistakes in the settings directly below a path, which are no arguments of a `dict(type=…)`.
+def _check_section(config: Config, parent: str, closed: bool = True) -> Iterator[ConfigError]:
+    """Mistakes in the settings directly below a path that is not a `dict(type=…)`.
 
     Args:
-        closed: there are no others than those that are declared.
+        closed: undeclared settings are mistakes.
     """
     values = config.get(parent) if parent else config.values
     if not isinstance(values, Mapping):
@@ -104,57 +104,57 @@ def _section(config: Config, parent: str, closed: bool = True) -> Iterator[Confi
         if name not in settings:
             if closed and name != "type":
                 yield ConfigError(f"{parent} has no setting {name!r}.{did_you_mean(str(name), [*settings])}", where=key)
-        elif not settings[name].built and (problem := settings[name].problem(key, value)):
+        elif not settings[name].built and (problem := settings[name].find_problem(key, value)):
             yield problem
 
 
-def _parts(config: Config) -> Iterator[ConfigError]:
+def _check_parts(config: Config) -> Iterator[ConfigError]:
     for s in config.schema.settings:
-        if s.built and s.default is NEEDED and s.parent and not s.of:
+        if s.built and s.default is REQUIRED and s.parent and not s.owner:
             whole = config.get(s.parent)
             if isinstance(whole, Mapping) and whole.get(s.name) is None:
                 yield ConfigError(f"{s.parent} has no {s.name}", where=s.key, do="compare with a shipped config")
 
 
-def _dataloader(config: Config) -> Iterator[ConfigError]:
-    """What the settings of older tools in it would call."""
+def _check_dataloader(config: Config) -> Iterator[ConfigError]:
+    """Functions of older tools in `train_dataloader` that would not be called."""
     loader = config.get("train_dataloader")
     for name, right in (
-        ("collate_fn", lambda kind: (facts := adapter_of(kind)) is not None and facts.idle),
+        ("collate_fn", lambda kind: (facts := find_adapter(kind)) is not None and facts.unused),
         ("batch_sampler", lambda kind: type_name(kind).rpartition(".")[2] == "BatchSampler"),
     ):
         spec, key = loader.get(name) if isinstance(loader, Mapping) else None, f"train_dataloader.{name}"
-        kind = _resolved(config, spec["type"], key) if isinstance(spec, Mapping) and "type" in spec else None
+        kind = _resolve(config, spec["type"], key) if isinstance(spec, Mapping) and "type" in spec else None
         if isinstance(kind, ConfigError):
-            continue  # `_not_specs` reports it
+            continue  # `_check_types` reports it
         if spec is not None and not right(kind):
             yield ConfigError(
                 f"this {name} would not be called",
                 where=key,
-                why="the loader makes batches of packs itself",
-                do="leave it out; to change batches, give a dataset of your own",
+                why="the loader builds batches from packs itself",
+                do="leave it out; to change batches, write your own dataset",
             )
 
 
-def _train_cfg(config: Config) -> Iterator[ConfigError]:
-    values, found = config.values.get("train_cfg"), list(_section(config, "train_cfg"))
+def _check_train_cfg(config: Config) -> Iterator[ConfigError]:
+    values, found = config.values.get("train_cfg"), list(_check_section(config, "train_cfg"))
     if not isinstance(values, Mapping):
-        return  # reported with the other settings of the top level
+        return  # reported with the other top-level settings
     if values.get("max_epochs") is None:
         iterations = [e for e in found if e.where in ("train_cfg.by_epoch", "train_cfg.max_iters")]
         given = " and ".join(f"{name} = {values[name]!r}" for name in (e.where.partition(".")[2] for e in iterations))
-        why = f"{given}: a run's length is not given in iterations here" if given else ""
-        do = "give max_epochs, the run's length"
+        why = f"{given}: the length of a run is given in epochs, not in iterations" if given else ""
+        do = "set max_epochs"
         found = [e for e in found if e not in iterations and e.where != "train_cfg.max_epochs"]
         found.append(ConfigError("train_cfg has no max_epochs", where="train_cfg.max_epochs", why=why, do=do))
     if "type" in values:
-        kind = _resolved(config, values["type"], "train_cfg")
-        if not isinstance(kind, ConfigError) and adapter_of(kind) is None:
-            found.append(ConfigError("a loop of your own would not be called", where="train_cfg", do="leave type out"))
+        kind = _resolve(config, values["type"], "train_cfg")
+        if not isinstance(kind, ConfigError) and find_adapter(kind) is None:
+            found.append(ConfigError("a custom loop would not be called", where="train_cfg", do="leave type out"))
     yield from found
 
 
-def _not_specs(config: Config) -> Iterator[ConfigError]:
+def _check_types(config: Config) -> Iterator[ConfigError]:
     built = [s.key for s in config.schema.settings if s.built]
     wanted = {key: config.get(key) for key in built}
     for name in ("default_hooks", "custom_hooks", "trackers", "param_scheduler"):
@@ -169,68 +169,68 @@ def _not_specs(config: Config) -> Iterator[ConfigError]:
         if not absent and not (isinstance(spec, Mapping) and "type" in spec):
             yield ConfigError(f"expected dict(type=…, …), found {spec!r}", where=key)
     for root in ROOTS:
-        for key, value in walked(root, config.values.get(root)):
-            if isinstance(value, Mapping) and "type" in value and not key.endswith(WORDS):
-                problem = _resolved(config, value["type"], key)
+        for key, value in walk_values(root, config.values.get(root)):
+            if isinstance(value, Mapping) and "type" in value and not key.endswith(NOT_BUILT):
+                problem = _resolve(config, value["type"], key)
                 if isinstance(problem, ConfigError):
                     yield problem
 
 
-def _resolved(config: Config, kind: Any, key: str) -> Any:
-    """The class or function behind `type=` of what is described at `key`, or what is wrong with it."""
+def _resolve(config: Config, kind: Any, key: str) -> Any:
+    """The class or function of `type=` at `key`, or the error."""
     where = f"{key}.type"
     try:
         return config.unknown.get(key) or resolve_type(kind, where)
     except ConfigError as e:
         return e
     except SystemExit as e:
-        return of_exit(e, where, f"importing {kind!r}")
-    except Exception as e:  # of a module of the user's that is imported for the first time
+        return from_system_exit(e, where, f"importing {kind!r}")
+    except Exception as e:  # raised by a module of the user
         return ConfigError(f"type={kind!r} cannot be imported: {type(e).__name__}: {e}", where=where)
 
 
-def _spec(config: Config, spec: Spec) -> Iterator[ConfigError]:
-    """Mistakes in one dict(type=…): settings that its type does not take or lacks, values of other types or out of
-    range, what an adapter refuses."""
-    kind = _resolved(config, spec.kind, spec.key)
+def _check_spec(config: Config, spec: Spec) -> Iterator[ConfigError]:
+    """Mistakes in one dict(type=…): unknown or missing arguments, values of a wrong type or out of range, or values
+    that an adapter rejects."""
+    kind = _resolve(config, spec.kind, spec.key)
     if isinstance(kind, ConfigError):
-        return  # told above
+        return  # reported by `_check_types`
     try:
-        check_arguments(kind, spec.arguments | GIVEN.get(spec.key, {}), spec.key)
+        check_arguments(kind, spec.arguments | PASSED_BY_TRAINER.get(spec.key, {}), spec.key)
     except ConfigError as e:
         yield e
     if spec.key == "train_cfg":
-        return  # `_train_cfg` reports it
-    hints, facts = types.parameter_types(kind), adapter_of(kind)
+        return  # `_check_train_cfg` reports it
+    hints, facts = types.parameter_types(kind), find_adapter(kind)
     for name, value in spec.arguments.items():
         key, problem = f"{spec.key}.{name}", None
         if name in hints and not types.fits(value, hints[name]):
-            yield ConfigError(f"{name} = {value!r} is not {types.words(hints[name])}", where=key)
+            yield ConfigError(f"{name} = {value!r} is not {types.describe(hints[name])}", where=key)
         elif setting := config.schema.find(key, type_name(kind)):
-            problem = setting.problem(
-                key if setting.only else name, value, typed=bool(setting.of) and name not in hints
+            problem = setting.find_problem(
+                key if setting.allowed else name, value, typed=bool(setting.owner) and name not in hints
             )
         if problem:
             yield ConfigError(problem.what, where=key, why=problem.why, do=problem.do)
-    for problem in facts.refused(spec.arguments) if facts else ():
+    for problem in facts.find_rejected(spec.arguments) if facts else ():
         yield ConfigError(problem.what, where=f"{spec.key}.{problem.where}", why=problem.why, do=problem.do)
     if spec.key == "model":
-        yield from rules.shape(spec)
+        yield from rules.check_shape(spec)
 
 
 def _within(key: str, other: str) -> bool:
     return f"{key}.".startswith(f"{other}.")
 
 
-def _trial(spec: Spec) -> Iterator[ConfigError]:
-    """What a constructor of ours that touches nothing has to say itself."""
+def _try_constructor(spec: Spec) -> Iterator[ConfigError]:
+    """Errors of constructors that have no side effects: our own, and the optimizer's."""
     kind = resolve_type(spec.kind, spec.key)
     root, _, rest = spec.key.partition(".")
     own = inspect.unwrap(kind).__module__.startswith("xtuner.") if hasattr(kind, "__module__") else False
     hook = root in ("default_hooks", "custom_hooks") and "." not in rest
     scheduler = root == "param_scheduler" and "." not in rest
     try:
-        if spec.key == "optim_wrapper.optimizer":  # OptimWrapper tries more, if nothing else in it is wrong
+        if spec.key == "optim_wrapper.optimizer":  # OptimWrapper checks more, if it has no other mistakes
             import torch
 
             kind([torch.nn.Parameter(torch.zeros(2, 2))], **spec.arguments)
@@ -238,14 +238,14 @@ def _trial(spec: Spec) -> Iterator[ConfigError]:
             build({"type": kind, **spec.arguments}, spec.key)
     except ConfigError as e:
         inside = e.where == spec.key or e.where.startswith(f"{spec.key}.")
-        where = f"{spec.key}.{e.where}" if e.where in spec.arguments else spec.key  # a constructor names its argument
+        where = f"{spec.key}.{e.where}" if e.where in spec.arguments else spec.key  # constructors name the argument
         yield ConfigError(e.what, where=e.where if inside else where, why=e.why, do=e.do)
     except SystemExit as e:
-        yield of_exit(e, spec.key, type_name(kind))
+        yield from_system_exit(e, spec.key, type_name(kind))
     except (TypeError, ValueError) as e:
         yield ConfigError(f"{type_name(kind)} does not take these values: {e}", where=spec.key)
     except Exception as e:
         if spec.key == "optim_wrapper.optimizer":
-            return  # it needs a GPU, say: that is seen when it is built for the run
+            return  # it may need a GPU; reported when it is built for the run
         what = f"{type_name(kind)} does not take these values: {type(e).__name__}: {e}"
         yield ConfigError(what, where=spec.key)

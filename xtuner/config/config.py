@@ -1,4 +1,4 @@
-"""A config that has been run: what it assigns, and where each value is written."""
+"""The result of running a config file: the values that it assigns, and where each is written."""
 
 import inspect
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from xtuner.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Replacement:
-    """A name of an older tool as written, and what is taken instead."""
+    """A name of an older tool, and our name in its place."""
 
     old: str
     new: str
@@ -25,18 +25,18 @@ class Replacement:
 
 @dataclass
 class Config:
-    """The values that a config file assigns at its top level, and where each comes from."""
+    """The values that a config file assigns at its top level, and where each is written."""
 
     path: Path
     source: str
     values: dict[str, Any]
     lines: dict[str, int] = field(default_factory=dict)  # "train_dataloader.sampler.seed" → line
-    unread: list[str] = field(default_factory=list)  # names that the file itself makes no use of
-    unmet: list[str] = field(default_factory=list)  # overridden names that the file does not assign
-    names: dict[str, str] = field(default_factory=dict)  # "train_dataloader.dataset" → "train_dataset", as written
+    unused: list[str] = field(default_factory=list)  # names that the file assigns, but does not use
+    unassigned: list[str] = field(default_factory=list)  # overrides of names that the file does not assign
+    names: dict[str, str] = field(default_factory=dict)  # "train_dataloader.dataset" → "train_dataset"
     replaced: list[Replacement] = field(default_factory=list)  # names of older tools
-    dropped: dict[str, str] = field(default_factory=dict)  # settings taken out → why they have no effect
-    unknown: dict[str, ConfigError] = field(default_factory=dict)  # dict(type=…) of another tool that is not ours → why
+    dropped: dict[str, str] = field(default_factory=dict)  # removed settings → why they have no effect
+    unknown: dict[str, ConfigError] = field(default_factory=dict)  # path of an unknown `type` of another tool → error
     schema: Schema = SCHEMA
 
     @property
@@ -53,17 +53,17 @@ class Config:
         return self.schema.default(key) if value is ABSENT else value
 
     def where(self, key: str) -> str:
-        """`file:line key` for messages: where the value is written, or the nearest part of the path that is.
+        """`file:line key` for messages: the line of the value, or of its nearest parent that has one.
 
-        `lr` in `optimizer=dict(lr=lr)` is written where `lr` is assigned: `file:40 lr (optim_wrapper.optimizer.lr)`.
+        For `optimizer=dict(lr=lr)` it is the line that assigns `lr`: `file:40 lr (optim_wrapper.optimizer.lr)`.
         """
-        written = self.written(key)
+        written = self.name_in_file(key)
         known = [".".join(written.split(".")[:n]) for n in range(written.count(".") + 1, 0, -1)]
         line = next((f":{self.lines[part]}" for part in known if part in self.lines), "")
         return f"{self.path}{line} {written}" + (f" ({key})" if written != key else "")
 
-    def written(self, key: str) -> str:
-        """The path by which the file itself writes the value at `key`, `dataset_folder` for example."""
+    def name_in_file(self, key: str) -> str:
+        """The name under which the file assigns the value at `key`, for example `dataset_folder`."""
         for _ in range(10):  # a = b, b = c, …
             parts = key.split(".")
             heads = ((".".join(parts[:n]), parts[n:]) for n in range(len(parts), 0, -1))
@@ -74,7 +74,7 @@ class Config:
         return key
 
     def resolved(self) -> dict[str, Any]:
-        """All values as JSON: classes and functions by their dotted names, `***` for secrets."""
+        """All values as JSON, with dotted names for classes and functions, and `***` for secrets."""
         return {key: secrets.mask(_plain(value), key) for key, value in self.values.items()}
 
 

@@ -1,4 +1,4 @@
-"""Many mistakes, one error: a user mends them all before the next try. Each says which setting it has to do with."""
+"""Report many mistakes as one error, so that a user can fix them all at once. Each names its setting."""
 
 import contextlib
 import sys
@@ -7,54 +7,54 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from xtuner.config.config import Config
-from xtuner.core.errors import CheckpointError, ConfigError, XTunerError, of_exit
+from xtuner.core.errors import CheckpointError, ConfigError, XTunerError, from_system_exit
 
 _OURS = Path(__file__).resolve().parents[1]
 _INSTALLED = [Path(p) for p in (sys.prefix, sys.base_prefix)]
 
 
-def together(problems: Sequence[XTunerError], what: str = "mistakes in the config") -> XTunerError:
-    """One error that says all of them; a single one as it is. Its exit code is the first one's."""
+def combine_errors(problems: Sequence[XTunerError], what: str = "mistakes in the config") -> XTunerError:
+    """One error with all messages, and the exit code of the first. A single error is returned unchanged."""
     if len(problems) == 1:
         return problems[0]
     return type(problems[0])(f"{len(problems)} {what}\n" + "\n".join(f"* {p}" for p in problems))
 
 
 class Findings:
-    """Errors of several things that are looked at one after another."""
+    """Collects the errors of several steps."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.errors: list[XTunerError] = []
 
     @contextlib.contextmanager
-    def looking(self, key: str) -> Iterator[None]:
-        """Keep the error that ends the block; it says where the setting `key`, with which it has to do, is written."""
+    def collect(self, key: str) -> Iterator[None]:
+        """Keep the error that ends the block, with the file and line of the setting `key`."""
         try:
-            with naming(self.config, key):
+            with locate_errors(self.config, key):
                 yield
         except XTunerError as e:
             self.errors.append(e)
 
     def check(self) -> None:
-        """Raise what has been found."""
+        """Raise the collected errors, if any."""
         if self.errors:
-            raise together(self.errors)
+            raise combine_errors(self.errors)
 
 
 @contextlib.contextmanager
-def naming(config: Config, key: str, *to_blame: str) -> Iterator[None]:
-    """Errors inside say where the settings `to_blame`, or what is built at `key` itself, are written; those of a user's
-    own classes become errors for users, about `key`."""
-    to_blame = to_blame or (key,)
-    here = " and ".join(config.where(k) for k in to_blame)
+def locate_errors(config: Config, key: str, *causes: str) -> Iterator[None]:
+    """Add the file and line of the settings `causes`, by default of `key`, to errors in the block. Exceptions of a
+    user's own classes become errors for users, about `key`."""
+    causes = causes or (key,)
+    here = " and ".join(config.where(k) for k in causes)
     try:
         yield
     except XTunerError as e:
-        where = here if not e.where or to_blame[0].startswith(e.where) else f"{e.where}, by {here}"
+        where = here if not e.where or causes[0].startswith(e.where) else f"{e.where}, by {here}"
         raise type(e)(e.what, where=where, why=e.why, do=e.do) from None
     except SystemExit as e:
-        raise of_exit(e, config.where(key), key) from None
+        raise from_system_exit(e, config.where(key), key) from None
     except OSError as e:
         what = f"{e.filename or key} cannot be read: {e.strerror or e}"
         raise CheckpointError(what, where=here) from None
@@ -70,7 +70,7 @@ def naming(config: Config, key: str, *to_blame: str) -> Iterator[None]:
 
 
 def _is_users(frames: Sequence[traceback.FrameSummary]) -> bool:
-    """Whether a class that `build` has called, or something on the way, is neither ours nor installed."""
+    """Whether the traceback contains code that is neither ours nor installed, or `build` called such a class."""
     files = [Path(f.filename).resolve() for f in frames]
     called = next((f for f in files[1:] if f != _OURS / "config" / "build.py"), None)
     return (

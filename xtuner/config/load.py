@@ -1,5 +1,5 @@
-"""Configs are Python files that are run. An override of a top-level name replaces its assignment before that, so that
-everything derived from it follows; an override with dots changes the result afterwards.
+"""Load a config: a Python file that is run. An override of a top-level name replaces its assignment before the run, so
+that derived values follow; an override with dots changes the resulting values.
 
     --cfg-options max_length=4096 train_dataloader.num_workers=2 betas="[0.9, 0.95]"
 """
@@ -22,13 +22,13 @@ from xtuner.config.redact import secret_literals
 from xtuner.config.schema import Schema
 from xtuner.config.settings import SCHEMA
 from xtuner.core import secrets
-from xtuner.core.errors import ConfigError, did_you_mean, of_exit
+from xtuner.core.errors import ConfigError, did_you_mean, from_system_exit
 from xtuner.core.foreign_inputs import short_repr
 
-DEEPEST = 50  # brackets or signs of a value of --cfg-options
+MAX_DEPTH = 50  # of nested brackets or signs in a value of --cfg-options
 _NOT_FINITE = {"nan": math.nan, **{f"{sign}inf": float(f"{sign}inf") for sign in ("", "+", "-")}}
 SHIPPED = Path(__file__).parent.parent / "configs"
-# Names under which older tools shipped a config → ours for the same data and model
+# Names of shipped configs in older tools → ours for the same data and model
 ALIASES = {
     "internlm2_7b_full_intern_repo_dataset_template": "internlm2_7b_w_tokenized_dataset",
     "internlm2_7b_w_internevo_dataset": "internlm2_7b_w_tokenized_dataset",
@@ -40,14 +40,14 @@ def shipped_names() -> list[str]:
 
 
 def shipped_file(name: str) -> Path | None:
-    """The file of a shipped config, also by its older name."""
+    """The file of a shipped config, by its name or an older name."""
     name = ALIASES.get(name, name)
     return SHIPPED / f"{name}.py" if name in shipped_names() else None
 
 
 def find(name_or_path: str) -> Path:
-    """A config file, or a shipped config's name. Raises: ConfigError with the nearest name."""
-    with contextlib.suppress(OSError, RuntimeError):  # a name too long for a file, a ~user that is not known
+    """The path of a config file or of a shipped config. Raises: ConfigError with the nearest name."""
+    with contextlib.suppress(OSError, RuntimeError):  # a name that is too long, an unknown ~user
         path = Path(name_or_path).expanduser()
         if path.is_file():
             return path
@@ -62,11 +62,13 @@ def find(name_or_path: str) -> Path:
 
 @dataclass(frozen=True)
 class Dialect:
-    """How configs of other tools are read as ours (compat/).
+    """How configs of other tools are translated (see compat/).
 
     Args:
-        schema: all settings that they may have.
-        imports: replaces what the file imports; values: what it assigns; overridden: after overrides with dots.
+        schema: all accepted settings.
+        imports: translates the imports of the file.
+        values: translates the values that it assigns.
+        overridden: called after overrides with dots were applied.
     """
 
     schema: Schema = SCHEMA
@@ -80,9 +82,9 @@ def load(name_or_path: str, options: list[str] | None = None, dialect: Dialect =
 
     Args:
         options: `key=value` each, as given to --cfg-options.
-        dialect: in which the file may be written; by default ours alone.
+        dialect: of the file; by default that of xtuner.
 
-    Raises: ConfigError for a file that cannot be run and for overrides that meet nothing.
+    Raises: ConfigError for a file that cannot be run, and for overrides of paths that do not exist.
     """
     path = find(name_or_path)
     source = _read(path)
@@ -92,12 +94,12 @@ def load(name_or_path: str, options: list[str] | None = None, dialect: Dialect =
         raise ConfigError(f"the config is not Python: {e.msg}", where=f"{path}:{e.lineno or 1}") from None
     except ValueError as e:  # of ast.parse: zero bytes
         raise ConfigError(f"the config is not Python: {e}", where=str(path)) from None
-    except (RecursionError, MemoryError):  # of ast.parse and of all who walk what it has made
-        raise ConfigError("the config holds an expression that is nested too deep", where=str(path)) from None
+    except (RecursionError, MemoryError):  # of ast.parse, or of walking the tree
+        raise ConfigError("the config has an expression that is nested too deeply", where=str(path)) from None
 
 
 def _read(path: Path) -> str:
-    """The text of a config, in the encoding that its first lines declare as Python's do; UTF-8 without one."""
+    """The text of a config, in the encoding that its first lines declare, by default UTF-8."""
     data = b""
     try:
         data = path.read_bytes()
@@ -111,9 +113,9 @@ def _read(path: Path) -> str:
         at = _first_wrong_byte(data, name)
         line = None if at is None else data.count(b"\n", 0, at) + 1
         raise ConfigError(
-            f"the config is not a text in {name}: " + (str(e) if at is None else f"byte 0x{data[at]:02x}"),
+            f"the config is not {name} text: " + (str(e) if at is None else f"byte 0x{data[at]:02x}"),
             where=f"{path}:{line or 1}",
-            do="save it as UTF-8, or declare what it is in its first line: # -*- coding: gbk -*-",
+            do="save it as UTF-8, or declare its encoding in the first line: # -*- coding: gbk -*-",
         ) from None
 
 
@@ -144,12 +146,12 @@ def _load(path: Path, source: str, options: list[str], dialect: Dialect) -> Conf
     for key, value in overrides.items():
         if "." in key:
             _set(values, key, value)
-        elif key not in replacer.met:
-            values[key] = value  # `check` knows whether there is such a key
+        elif key not in replacer.replaced:
+            values[key] = value  # `check` reports unknown keys
     dialect.overridden(config)
-    secrets.learn(values)  # also those that were computed
-    config.unmet = [key for key in overrides if "." not in key and key not in replacer.met]
-    config.unread = [name for name in values if name not in read and name not in config.unmet]
+    secrets.learn(values)  # including computed ones
+    config.unassigned = [key for key in overrides if "." not in key and key not in replacer.replaced]
+    config.unused = [name for name in values if name not in read and name not in config.unassigned]
     return config
 
 
@@ -168,11 +170,11 @@ def parse_option(option: str) -> tuple[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """A Python literal if it is one, else true/false/none/nan/inf, else a list of what commas part, else the text.
+    """A Python literal, else true/false/none/nan/inf, else a comma-separated list, else the text itself.
 
-    Raises: TypeError, RecursionError, MemoryError for what only looks like a literal.
+    Raises: TypeError, RecursionError, MemoryError for an invalid literal.
     """
-    if max(map(text.count, "([{-+~")) > DEEPEST and _depth(text) > DEEPEST:
+    if max(map(text.count, "([{-+~")) > MAX_DEPTH and _depth(text) > MAX_DEPTH:
         raise RecursionError
     try:
         return ast.literal_eval(text)
@@ -189,7 +191,7 @@ def parse_value(text: str) -> Any:
 
 
 def _depth(text: str) -> int:
-    """How deep brackets and signs nest: Python's parser fails in many ways where it is too deep."""
+    """Depth of nested brackets and signs; Python's parser fails in many ways if it is too large."""
     deepest = depth = signs = 0
     for c in text:
         depth += (c in "([{") - (c in ")]}")
@@ -199,7 +201,7 @@ def _depth(text: str) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside brackets."""
+    """Split at commas outside brackets."""
     parts, depth = [""], 0
     for c in text:
         depth += (c in "([{") - (c in ")]}")
@@ -217,7 +219,7 @@ def _run(tree: ast.Module, path: Path, overrides: dict[str, Any]) -> dict[str, A
     except (ConfigError, KeyboardInterrupt):
         raise
     except SystemExit as e:
-        raise of_exit(e, f"{path}:{_line(e, path)}", "the config") from None
+        raise from_system_exit(e, f"{path}:{_line(e, path)}", "the config") from None
     except BaseException as e:
         line = _line(e, path)
         raise ConfigError(
@@ -231,7 +233,7 @@ def _run(tree: ast.Module, path: Path, overrides: dict[str, Any]) -> dict[str, A
 
 
 def _line(error: BaseException, path: Path) -> int:
-    """The line of the config that failed, also if what it calls did."""
+    """The line of the config at which it failed, directly or in a call."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return error.lineno or 1
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
@@ -239,20 +241,20 @@ def _line(error: BaseException, path: Path) -> int:
 
 
 def _words(error: BaseException) -> str:
-    """What the error says, in one line."""
+    """The first line of an error's message."""
     try:
         lines = str(error).strip().splitlines()
-    except Exception:  # of its own __str__
+    except Exception:  # raised by its __str__
         return ""
     return lines[0][:500] if lines else ""
 
 
 def _remedy(error: BaseException, overridden: list[str]) -> str:
     if overridden:
-        return f"look at what --cfg-options gives: {', '.join(overridden)}"
+        return f"check the values of --cfg-options: {', '.join(overridden)}"
     if isinstance(error, ImportError):
-        return "a config made for another version? `xtuner copy-cfg` copies a fresh one"
-    return "correct the line; `xtuner copy-cfg` copies a fresh config to compare with"
+        return "the config may be for another version: `xtuner copy-cfg` copies a current one"
+    return "correct the line; `xtuner copy-cfg` copies a config to compare with"
 
 
 def _names_at(tree: ast.Module, line: int) -> list[str]:
@@ -261,14 +263,14 @@ def _names_at(tree: ast.Module, line: int) -> list[str]:
 
 
 def _values_at(tree: ast.Module, line: int, namespace: dict[str, Any]) -> str:
-    """`there, lr = 'abc' and max_epochs = 1`: what a line that failed reads."""
+    """`with lr = 'abc' and max_epochs = 1`: the variables of the line that failed."""
     names = [n for n in _names_at(tree, line) if n in namespace]
     plain = [n for n in names if isinstance(namespace[n], str | int | float | list | tuple | None)]
-    return "there, " + " and ".join(f"{n} = {short_repr(namespace[n])}" for n in plain) if plain else ""
+    return "with " + " and ".join(f"{n} = {short_repr(namespace[n])}" for n in plain) if plain else ""
 
 
 def _set(values: dict[str, Any], key: str, new: Any) -> None:
-    """Set a nested value. Everything but the last part of the path must exist."""
+    """Set the value at a dotted path, of which all but the last part must exist."""
     *parts, last = key.split(".")
     at: Any = values
     for part in parts:

@@ -1,22 +1,21 @@
-"""Whether the folders and files that a config names are there, before anything is started."""
+"""Check that the folders and files of a config exist, before anything is started."""
 
-import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from xtuner.config.config import Config
-from xtuner.config.specs import Spec, specs
+from xtuner.config.specs import Spec, find_specs
 from xtuner.core import hub, path_kinds
 from xtuner.core.errors import ConfigError
 
 _MODEL = ("name_or_path", "pretrained_model_name_or_path")
-ORDER_FILE = "data_order.txt"  # by which `xtuner data order` calls it in a folder
+ORDER_FILE = "data_order.txt"  # the file that `xtuner data order` writes in a folder
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
-def problems(config: Config) -> list[ConfigError]:
-    """A mistake for each missing path, once, with the line that names it."""
+def find_missing(config: Config) -> list[ConfigError]:
+    """One mistake for each missing path, with the line where it is written."""
     found = [
         (key, value, problem)
         for key, value, problem in (*_data(config), *_models(config), *_weights(config))
@@ -29,31 +28,31 @@ def problems(config: Config) -> list[ConfigError]:
 
 
 def _data(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
-    for spec in specs(config):
+    for spec in find_specs(config):
         if not spec.key.startswith(("train_dataloader.", "val_dataset")):
             continue
         folder, order = spec.arguments.get("folder"), spec.arguments.get("data_order_path")
         if isinstance(folder, str | Path):
-            yield f"{spec.key}.folder", folder, _folder(folder, config.written(f"{spec.key}.folder"))
+            yield f"{spec.key}.folder", folder, _folder(folder, config.name_in_file(f"{spec.key}.folder"))
         if isinstance(order, str | Path):
             yield f"{spec.key}.data_order_path", order, _order(order)
 
 
 def data_keys(config: Config, root: str) -> list[str]:
-    """The settings below `root` that name a data folder, and the order of its files; else `root` itself."""
-    inside = [s for s in specs(config) if f"{s.key}.".startswith(f"{root}.")]
+    """The settings below `root` with a data folder or the order of its files; else `root` itself."""
+    inside = [s for s in find_specs(config) if f"{s.key}.".startswith(f"{root}.")]
     named = [(s.key, n) for s in inside for n in ("folder", "data_order_path") if s.arguments.get(n) is not None]
     return [f"{key}.{name}" for key, name in named] or [root]
 
 
 def _kind(name: str | Path) -> str:
-    """ "folder", "file", or "" for what is not there and what no path can be."""
-    if not str(name):  # to Path, the folder that we are in
+    """ "folder", "file", or "" for a missing or invalid path."""
+    if not str(name):  # Path("") is the current folder
         return ""
     try:
         path = Path(name).expanduser()
         return "folder" if path.is_dir() else "file" if path.exists() else ""
-    except (OSError, RuntimeError, ValueError):  # too long, a ~user that is not known, a zero byte
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown ~user, a zero byte
         return ""
 
 
@@ -73,7 +72,7 @@ def _order(name: str | Path) -> ConfigError | None:
         path = path.expanduser()
         if path.is_file() or (path / ORDER_FILE).is_file():
             return None
-    found = {"folder": f"the folder {str(name)!r} holds no {ORDER_FILE}", "": f"there is no file {str(name)!r}"}
+    found = {"folder": f"the folder {str(name)!r} has no {ORDER_FILE}", "": f"there is no file {str(name)!r}"}
     return ConfigError(
         f"the data order cannot be read: {found.get(kind, f'{str(name)!r} is not a regular file')}",
         do="write one with `xtuner data order --data-folder DATA --save-folder DIR`",
@@ -81,8 +80,8 @@ def _order(name: str | Path) -> ConfigError | None:
 
 
 def named_models(config: Config) -> Iterator[tuple[Spec, str, bool]]:
-    """Each `dict(type=…)` that names a model's folder or hub id; the argument that does; is it for a tokenizer?"""
-    for spec in specs(config):
+    """(spec, argument, is it a tokenizer) for each `dict(type=…)` with a model's folder or hub id."""
+    for spec in find_specs(config):
         for name in _MODEL:
             if isinstance(spec.arguments.get(name), str | Path):
                 yield spec, name, spec.key.rpartition(".")[2] == "tokenizer"
@@ -97,7 +96,7 @@ def _models(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
 def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
     what = "tokenizer" if is_tokenizer else "model"
     kind = _kind(name)
-    usual = (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN, path_kinds.NOTHING)  # which have words of their own
+    usual = (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN, path_kinds.NOTHING)  # reported by the code below
     use, instead = "give {} as the model", "leave the model as it is: load_from = '{}' starts from its weights"
     if kind and not is_tokenizer and (other := _other_kind(Path(name).expanduser(), usual, use, instead)):
         return other
@@ -108,12 +107,9 @@ def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
         else:
             missing = hub.missing_files(path)
         return ConfigError(f"the {what} folder {name!r} has no {missing[0]}") if missing else None
-    if re.fullmatch(hub.ID, name) and not kind:
-        return None  # of a hub, which is asked when the model is wanted
-    return ConfigError(
-        f"the {what} {name!r} is " + ("a file" if kind else "no folder here, and no hub id"),
-        do="check the spelling, and that this machine sees the disk the folder is on",
-    )
+    if kind:
+        return ConfigError(f"the {what} {name!r} is a file", do="give its folder")
+    return None if hub.is_hub_id(name) else hub.not_found(name, what)  # the hub itself is asked when the model is built
 
 
 def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
@@ -132,9 +128,9 @@ def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
 
 
 def _other_kind(path: Path, taken: Collection[str], use: str, checkpoint: str = "") -> ConfigError | None:
-    """The error for a path that holds something else than `taken`."""
+    """The error for a path of a kind that is not in `taken`."""
     try:
-        path_kinds.take(path, taken, "", use, checkpoint)
+        path_kinds.require_kind(path, taken, "", use, checkpoint)
     except ConfigError as e:
         return e
     return None

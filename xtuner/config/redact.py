@@ -1,6 +1,6 @@
-"""Secrets written into a config: found in its source, and left out of the copy that is kept with a run.
+"""Find secrets in the source of a config, and mask them in the copy that is kept with a run.
 
-A config is its user's own file and stays as it is. In the copy only the texts of literals (and comments) are replaced.
+The user's file is not changed. In the copy only literals and comments are replaced.
 """
 
 import ast
@@ -15,7 +15,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def secret_literals(tree: ast.AST) -> Iterator[tuple[ast.expr, str]]:
-    """Texts that are given to secret names anywhere in a program, each with its name."""
+    """Literals that are assigned to secret names anywhere in a program, each with its name."""
     for node in ast.walk(tree):
         for name, value in _given(node):
             if is_secret_name(name):
@@ -23,7 +23,7 @@ def secret_literals(tree: ast.AST) -> Iterator[tuple[ast.expr, str]]:
 
 
 def without_secrets(source: bytes) -> bytes:
-    """The source with `***` for each secret, in its own encoding; the same bytes if it holds none.
+    """The source with `***` for each secret, in its encoding; unchanged if it has none.
 
     Raises: SyntaxError.
     """
@@ -35,7 +35,7 @@ def without_secrets(source: bytes) -> bytes:
 
 def _masked(text: str) -> str:
     tree = ast.parse(text)
-    source = text.encode()  # the columns of nodes count bytes of UTF-8
+    source = text.encode()  # column offsets of nodes count bytes of UTF-8
     begins = [0]
     for line in source.splitlines(keepends=True):
         begins.append(begins[-1] + len(line))
@@ -57,14 +57,14 @@ def _masked(text: str) -> str:
     spans |= _comments(text, begins)
     done, parts = 0, []
     for (begin, end), new in sorted(spans.items(), key=lambda item: (item[0][0], -item[0][1])):
-        if begin >= done:  # else a part of an f-string that is replaced as a whole
+        if begin >= done:  # else it is inside an f-string that is already replaced
             parts += [source[done:begin], new]
             done = end
     return b"".join((*parts, source[done:])).decode()
 
 
 def _given(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
-    """What a node gives to names: assignments, arguments, defaults, entries of dicts, pairs, comparisons."""
+    """(name, value) pairs of a node: assignments, arguments, defaults, dict entries, pairs, comparisons."""
     if isinstance(node, ast.Assign):
         for target in node.targets:
             yield from _assigned(target, node.value)
@@ -97,7 +97,7 @@ def _assigned(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr
 
 
 def _name(node: ast.expr) -> str:
-    """`a`, `x.a` and `x["a"]` are all called a."""
+    """The name "a" for `a`, `x.a` and `x["a"]`."""
     if isinstance(node, ast.Subscript):
         return _text(node.slice)
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
@@ -108,7 +108,7 @@ def _text(node: ast.expr) -> str:
 
 
 def _texts(node: ast.expr, name: str) -> Iterator[ast.expr]:
-    """Literals that a secret value is made of; not the names in `os.environ["HF_TOKEN"]` and `dict(type="…")`."""
+    """Literals in a secret value, without the names in `os.environ["HF_TOKEN"]` and `dict(type="…")`."""
     if isinstance(node, ast.Constant):
         text = node.value
         if isinstance(text, str | bytes) and text.strip() and not _is_variable(text) and mask(text, name) != text:
@@ -136,7 +136,7 @@ def _is_bytes(node: ast.expr) -> bool:
 
 
 def _open(node: ast.expr, written: bytes) -> bytes:
-    """The source of a text under an open name: what it holds of known values and forms replaced."""
+    """The source of a text with an open name, with known secrets and forms of secrets replaced."""
     if isinstance(node, ast.JoinedStr):
         new = mask_text(written.decode())
         try:

@@ -1,8 +1,8 @@
-"""What is known of a setting, in one declaration each (settings.py).
+"""How a setting is declared: once, in settings.py.
 
-`check-cfg`, messages, `xtuner list-cfg --settings`, the reference page (tools/settings_pages.py) and the list of
-changes of a resume (train/reporting/config_changes.py) read it. So do the uses: `Config.setting` gives the value, or
-the declared default.
+The declaration is read by `check-cfg`, by messages, by `xtuner list-cfg --settings`, by the reference page
+(tools/settings_pages.py) and by the list of changes at a resume (train/reporting/config_changes.py). Code that uses a
+setting calls `Config.setting`, which returns the value or the declared default.
 """
 
 import math
@@ -13,28 +13,28 @@ from functools import cached_property
 from typing import Any, Literal
 
 from xtuner.config import types
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, did_you_mean
 
 ABSENT: Any = object()
-NEEDED: Any = object()  # in place of a default: the setting has to be given
-# What a value that is not the checkpoint's means for a resume; "not compared": nothing
+REQUIRED: Any = object()  # in place of a default: the setting must be given
+# What a resume does about a value that differs from the checkpoint's
 Resume = Literal["harmless", "changes the result", "impossible", "not compared"]
 HARMLESS: Resume = "harmless"
 RESULT: Resume = "changes the result"
 IMPOSSIBLE: Resume = "impossible"
-NOTHING: Resume = "not compared"
+NOT_COMPARED: Resume = "not compared"
 
 
 @dataclass(frozen=True)
-class Only:
-    """The values of a setting that are built or make sense; a dict, all that say nothing else of its keys."""
+class Allowed:
+    """The only values of a setting that are supported. A dict among them allows every dict with the same items."""
 
-    allowed: tuple[Any, ...]
+    values: tuple[Any, ...]
     why: str
     do: str
 
-    def problem(self, name: str, value: Any) -> ConfigError | None:
-        if any(_equal(value, a) for a in self.allowed):
+    def find_problem(self, name: str, value: Any) -> ConfigError | None:
+        if any(_equal(value, a) for a in self.values):
             return None
         return ConfigError(f"{name} = {value!r} is not supported", where=name, why=self.why, do=self.do)
 
@@ -42,34 +42,36 @@ class Only:
 def _equal(value: Any, allowed: Any) -> bool:
     if isinstance(allowed, Mapping):
         return isinstance(value, Mapping) and all(_equal(value.get(k, a), a) for k, a in allowed.items())
-    return type(value) is type(allowed) and value == allowed  # 1 == True, but batch_size=True is no batch size
+    return type(value) is type(allowed) and value == allowed  # 1 == True, but batch_size=True is a mistake
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which values of the right type are accepted; `words` follow `name = value` in the message."""
+    """Which values of the right type are accepted. `message` follows `name = value` in the error."""
 
     accepts: Callable[[Any], bool]
-    words: str
-    sign: str = ""  # the same for tables
+    message: str
+    range: str = ""  # the accepted values, for tables
     why: str = ""
+    names: tuple[str, ...] = ()  # the accepted ones, to suggest the nearest
 
 
 @dataclass(frozen=True)
 class Setting:
     """
     Args:
-        key: dotted path in the config; `*` stands for any part of a part.
+        key: dotted path in the config; `*` matches any characters but a dot.
         kind: type of its values, as an annotation.
-        default: what holds where it is left out.
-        help, zh: what it is, in English and Chinese.
-        resume: what another value than the checkpoint's means; None: as for what it is a part of.
+        default: value if the setting is left out.
+        help, zh: description in English and Chinese; without one it is a setting of older tools only.
+        resume: what a value that differs from the checkpoint's means; None: the same as for its parent.
         rules: which values are accepted.
-        of: of a class or function with this name alone.
-        built: described as `dict(type=…, …)`.
-        only: some values are built; idle: accepted, and why it has no effect.
+        owner: name of the class or function whose argument it is; "" for any.
+        built: written as `dict(type=…, …)`.
+        allowed: the supported values, if not all.
+        no_effect: why it is accepted without effect.
         harmless: values among which a change is harmless, whatever `resume` says.
-        words: in place of the type's, for messages.
+        expected: describes the values in messages, in place of the type.
     """
 
     key: str
@@ -79,12 +81,12 @@ class Setting:
     zh: str = ""
     resume: Resume | None = None
     rules: tuple[Rule, ...] = ()
-    of: str = ""
+    owner: str = ""
     built: bool = False
-    only: Only | None = None
-    idle: str = ""
+    allowed: Allowed | None = None
+    no_effect: str = ""
     harmless: tuple[Any, ...] = ()
-    words: str = ""
+    expected: str = ""
 
     @property
     def name(self) -> str:
@@ -95,48 +97,52 @@ class Setting:
         return self.key.rpartition(".")[0]
 
     @property
-    def old(self) -> bool:
-        """Of older tools: accepted, and no more."""
+    def is_legacy(self) -> bool:
+        """A setting of older tools only."""
         return not self.help
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
         return re.compile(re.escape(self.key).replace(r"\*", "[^.]*"))
 
-    def is_meant(self, key: str, kind: str | None) -> bool:
-        return bool(self.pattern.fullmatch(key)) and (kind is None or self.of in ("", kind))
+    def matches(self, key: str, kind: str | None) -> bool:
+        return bool(self.pattern.fullmatch(key)) and (kind is None or self.owner in ("", kind))
 
     @property
-    def type_words(self) -> str:
-        return self.words or types.words(self.kind)
+    def type_text(self) -> str:
+        return self.expected or types.describe(self.kind)
 
-    def problem(self, name: str, value: Any, typed: bool = True) -> ConfigError | None:
-        """What is wrong with a value. Args: typed: look at its type, too."""
-        if self.only and (problem := self.only.problem(name, value)):
+    def find_problem(self, name: str, value: Any, typed: bool = True) -> ConfigError | None:
+        """What is wrong with a value, if anything. `typed`: check its type also."""
+        if self.allowed and (problem := self.allowed.find_problem(name, value)):
             return problem
         if isinstance(value, float) and not math.isfinite(value):
-            return None  # reported once, wherever it stands
+            return None  # reported once, by rules.find_not_finite
         if not types.fits(value, self.kind):
-            expected = f"expected {self.words}, found {value!r}" if self.words.startswith("dict(") else ""
-            what = expected or f"{name} = {value!r} is not {self.type_words}"
+            expected = f"expected {self.expected}, found {value!r}" if self.expected.startswith("dict(") else ""
+            what = expected or f"{name} = {value!r} is not {self.type_text}"
             return ConfigError(what, where=name) if typed else None
         broken = next((rule for rule in self.rules if value is not None and not rule.accepts(value)), None)
-        return ConfigError(f"{name} = {value!r} {broken.words}", where=name, why=broken.why) if broken else None
+        if broken is None:
+            return None
+        near = did_you_mean(value, list(broken.names)) if isinstance(value, str) else ""
+        what = f"{name} = {value!r} {broken.message}" + (f".{near}" if near else "")
+        return ConfigError(what, where=name, why=broken.why)
 
 
 class Schema:
-    """All settings. Args: below: further ones."""
+    """A list of declared settings, after those of `base`."""
 
-    def __init__(self, declared: Sequence[Setting], below: "Schema | None" = None) -> None:
-        self.declared, self._below = tuple(declared), below
+    def __init__(self, declared: Sequence[Setting], base: "Schema | None" = None) -> None:
+        self.declared, self._base = tuple(declared), base
 
     @property
     def settings(self) -> tuple[Setting, ...]:
-        return (*(self._below.settings if self._below else ()), *self.declared)
+        return (*(self._base.settings if self._base else ()), *self.declared)
 
     def find(self, key: str, kind: str | None = None) -> Setting | None:
-        """The declaration of a setting. Args: kind: name of the class whose argument it is; None for any."""
-        return next((s for s in self.settings if s.is_meant(key, kind)), None)
+        """The declaration of a setting; `kind`: name of the class whose argument it is, None for any."""
+        return next((s for s in self.settings if s.matches(key, kind)), None)
 
     def inside(self, parent: str) -> Iterator[Setting]:
         """Settings directly below a path; "" for those at the top level."""
@@ -144,23 +150,23 @@ class Schema:
 
     def default(self, key: str) -> Any:
         found = self.find(key)
-        assert found is not None and found.default is not NEEDED, key  # noqa: PT018
+        assert found is not None and found.default is not REQUIRED, key  # noqa: PT018
         return found.default
 
     def require(self, parent: str, **values: Any) -> None:
-        """For who is built by arguments of these names. Raises: ConfigError for one that its declaration rejects."""
+        """Check a constructor's arguments. Raises: ConfigError for a value that its declaration rejects."""
         for name, value in values.items():
             setting = self.find(f"{parent}.{name}")
-            if setting and (problem := setting.problem(name, value)):
+            if setting and (problem := setting.find_problem(name, value)):
                 raise ConfigError(problem.what, where=f"{parent}.{name}", why=problem.why)
 
     def resume(self, key: str, before: Any, now: Any) -> Resume:
-        """What a change of a value at `key`, declared or part of something that is, means for a resume."""
+        """What a change of the value at `key` means for a resume, by its declaration or its nearest parent's."""
         parts = key.split(".")
         for n in range(len(parts), 0, -1):
-            found = [s for s in self.settings if s.is_meant(".".join(parts[:n]), None) and s.resume]
+            found = [s for s in self.settings if s.matches(".".join(parts[:n]), None) and s.resume]
             if found:
                 one = found[0]
                 same = one.harmless and all(value in one.harmless for value in (before, now))
                 return HARMLESS if same else one.resume or RESULT
-        return NOTHING
+        return NOT_COMPARED

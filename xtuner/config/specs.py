@@ -1,4 +1,4 @@
-"""Every `dict(type=…)` of a config that `xtuner train` builds."""
+"""Find every `dict(type=…)` of a config that `xtuner train` builds."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -22,24 +22,24 @@ class Spec:
     arguments: dict[str, Any]
 
     def value(self, name: str, kind: Any) -> Any:
-        """An argument, or what `kind` takes in its place."""
+        """The value of an argument, or its default in the signature of `kind`."""
         if name in self.arguments:
             return self.arguments[name]
         parameter = inspect.signature(kind).parameters.get(name)
         return parameter.default if parameter and parameter.default is not parameter.empty else None
 
 
-def specs(config: Config) -> Iterator[Spec]:
-    """Each dict once, under the path where it is met first."""
+def find_specs(config: Config) -> Iterator[Spec]:
+    """Each dict once, under the path where it occurs first."""
     seen: set[int] = set()
     for root in ROOTS:
-        for key, value in walked(root, config.values.get(root), seen):
+        for key, value in walk_values(root, config.values.get(root), seen):
             if isinstance(value, Mapping) and "type" in value and _is_kind(value["type"]):
                 yield Spec(key, value["type"], {str(k): v for k, v in value.items() if k != "type"})
 
 
-def walked(key: str, value: Any, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of a value and of all inside it; each dict and list once."""
+def walk_values(key: str, value: Any, seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of a value and of all values inside it; each dict and list once."""
     seen = set() if seen is None else seen
     if isinstance(value, Mapping | list | tuple):
         if id(value) in seen:
@@ -48,7 +48,7 @@ def walked(key: str, value: Any, seen: set[int] | None = None) -> Iterator[tuple
     yield key, value
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     for name, part in items:
-        yield from walked(f"{key}.{name}", part, seen)
+        yield from walk_values(f"{key}.{name}", part, seen)
 
 
 def _is_kind(value: Any) -> bool:

@@ -1,5 +1,5 @@
-"""What the statements of a config file say before it is run: which names they assign and read, and in which lines; and
-how overrides take the place of what they assign.
+"""Static analysis of a config file: the names that its statements assign and read, and their lines; and replacing
+assigned values by overrides.
 """
 
 import ast
@@ -7,16 +7,16 @@ from typing import Any
 
 
 class Override(ast.NodeTransformer):
-    """Put overriding values in place of what the file assigns to a top-level name."""
+    """Replaces the values that the file assigns to top-level names."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
-        self.met: set[str] = set()
+        self.replaced: set[str] = set()
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.AST]:
         more: list[ast.AST] = []
         for name in [n for n in assigned(node) if n.id in self.values]:
-            self.met.add(name.id)
+            self.replaced.add(name.id)
             value = ast.copy_location(_literal(self.values[name.id]), node.value)
             if name in node.targets:
                 node.value = value
@@ -29,7 +29,7 @@ class Override(ast.NodeTransformer):
         return self.visit_Assign(_without_annotation(node)) if plain else node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        return node  # names in there are its own
+        return node  # names inside are local
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         return node
@@ -48,7 +48,7 @@ def _without_annotation(node: ast.AnnAssign) -> ast.Assign:
 
 
 def _literal(value: Any) -> ast.expr:
-    """An expression with this value. Not by `repr`: inf and nan have none."""
+    """An expression with this value. `repr` does not work for inf and nan."""
     if isinstance(value, set) and value:
         return ast.Set([_literal(v) for v in value])
     if isinstance(value, list | tuple | set):
@@ -64,13 +64,13 @@ def names_read(tree: ast.Module) -> set[str]:
 
 
 def written_lines(tree: ast.Module) -> tuple[dict[str, int], dict[str, str]]:
-    """Dotted path → line where it is written, and dotted path → top-level name that stands there as its value."""
+    """Dotted path → line where it is written, and dotted path → top-level name that is its value."""
     lines: dict[str, int] = {}
     names: dict[str, str] = {}
     statements = [_without_annotation(n) if isinstance(n, ast.AnnAssign) and n.value else n for n in tree.body]
     known = {name.id for n in statements for name in assigned(n)}
 
-    def note(path: str, node: ast.expr, line: int) -> None:
+    def add(path: str, node: ast.expr, line: int) -> None:
         lines[path] = line
         if isinstance(node, ast.IfExp) and isinstance(node.body, ast.Call | ast.Dict):
             node = node.body  # dict(type=…, folder=val_folder) if val_folder else None
@@ -79,14 +79,14 @@ def written_lines(tree: ast.Module) -> tuple[dict[str, int], dict[str, str]]:
         elif isinstance(node, ast.Call):
             for k in node.keywords:
                 if k.arg:
-                    note(f"{path}.{k.arg}", k.value, k.value.lineno)
+                    add(f"{path}.{k.arg}", k.value, k.value.lineno)
         elif isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(key.value, str):
-                    note(f"{path}.{key.value}", value, value.lineno)
+                    add(f"{path}.{key.value}", value, value.lineno)
         elif isinstance(node, ast.List | ast.Tuple):
             for i, item in enumerate(node.elts):
-                note(f"{path}.{i}", item, item.lineno)
+                add(f"{path}.{i}", item, item.lineno)
 
     for n in (s for s in statements if isinstance(s, ast.Assign)):
         for target in n.targets:
@@ -96,12 +96,12 @@ def written_lines(tree: ast.Module) -> tuple[dict[str, int], dict[str, str]]:
                 pairs = [(target, n.value)]
             for part, value in pairs:
                 if path := _path(part):
-                    note(path, value, n.lineno)
+                    add(path, value, n.lineno)
     return lines, names
 
 
 def _path(target: ast.expr) -> str:
-    """`a["b"][0]` → "a.b.0"; empty for what is no such place."""
+    """`a["b"][0]` → "a.b.0"; empty for other targets."""
     if isinstance(target, ast.Name):
         return target.id
     if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):

@@ -1,4 +1,4 @@
-"""Whether a value is what a parameter's annotation asks for. What an annotation does not say plainly, anything is."""
+"""Compare values with annotations. An annotation that cannot be checked accepts every value."""
 
 import inspect
 import types
@@ -6,14 +6,14 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Union
 
-_WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", type(None): "None"}
 
 
-_MANY = {int: "whole numbers", float: "numbers", str: "texts", dict: "dicts"}
+_PLURALS = {int: "whole numbers", float: "numbers", str: "strings", dict: "dicts"}
 
 
 def parameter_types(kind: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations of what `kind` takes, by name; empty where they cannot be read."""
+    """Annotations of the parameters of `kind`, by name; empty if they cannot be read."""
     function = kind.__init__ if inspect.isclass(kind) else inspect.unwrap(kind)
     try:
         return typing.get_type_hints(function)
@@ -36,7 +36,7 @@ def fits(value: Any, wanted: Any) -> bool:
     plain = origin or wanted
     if not inspect.isclass(plain) or plain is object:
         return True
-    if plain in (list, tuple, Sequence):  # one may stand for another
+    if plain in (list, tuple, Sequence):  # interchangeable
         items = [w for w in inner if w is not ...]
         if not isinstance(value, list | tuple):
             return False
@@ -45,22 +45,22 @@ def fits(value: Any, wanted: Any) -> bool:
     if plain is Mapping or plain is dict:
         return isinstance(value, Mapping)
     if isinstance(value, Mapping) and "type" in value:
-        return True  # to be built
+        return True  # an object that will be built
     try:
         return isinstance(value, plain)
     except TypeError:  # a Protocol
         return True
 
 
-def words(wanted: Any) -> str:
+def describe(wanted: Any) -> str:
     """`float | None` → "a number or None"."""
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (Union, types.UnionType):
-        return " or ".join(words(w) for w in inner)
+        return " or ".join(describe(w) for w in inner)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin in (list, tuple, Sequence):
-        return "a list of " + " and ".join(dict.fromkeys(_MANY.get(w) or words(w) for w in inner if w is not ...))
+        return "a list of " + " and ".join(dict.fromkeys(_PLURALS.get(w) or describe(w) for w in inner if w is not ...))
     if (origin or wanted) in (Mapping, dict):
         return "a dict"
-    return _WORDS.get(wanted) or str(getattr(wanted, "__name__", wanted))
+    return _NAMES.get(wanted) or str(getattr(wanted, "__name__", wanted))

@@ -1,7 +1,7 @@
-"""Errors that a user can do something about, and the exit code each ends the program with.
+"""Errors that a user can act on, each with the exit code of the program.
 
 Every message answers four questions: what happened, where (file and byte, or config key), why it matters,
-and what to do next. A bug in xtuner itself is never one of these: it ends in a traceback and exit code 1.
+and what to do next. A bug in xtuner itself is not one of these: it ends in a traceback and exit code 1.
 """
 
 import errno
@@ -22,21 +22,21 @@ EXIT_IO = 74
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}  # never a program's fault
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}  # not the program's
 
 
 class XTunerError(Exception):
-    """Base of all errors meant for users. Secrets in its texts, such as values of a config, are masked.
+    """Base of all errors for users. Secrets in its texts, such as values of a config, are masked.
 
     Args:
         what: one sentence, what happened.
         where: file:byte, or the config key path.
-        why: what would go wrong if we went on.
+        why: what would go wrong if the program continued.
         do: the next command or edit.
     """
 
     exit_code = EXIT_BUG
-    quiet = False  # another rank tells it
+    reported_elsewhere = False  # another rank reports it
 
     def __init__(self, what: str, *, where: str = "", why: str = "", do: str = "") -> None:
         self.what, self.where, self.why, self.do = map(mask_text, (what, where, why, do))
@@ -52,13 +52,13 @@ class ConfigError(XTunerError):
 
 
 class DataError(XTunerError):
-    """Data that is missing, torn, or not what it says it is."""
+    """Data that is missing, truncated or invalid."""
 
     exit_code = EXIT_DATA
 
 
 class DivergedError(XTunerError):
-    """A loss or a gradient that is no finite number."""
+    """A loss or a gradient that is not finite."""
 
     exit_code = EXIT_DATA
 
@@ -76,45 +76,45 @@ class CheckpointError(XTunerError):
 
 
 class LostRankError(XTunerError):
-    """Another process of the run has gone or does not answer."""
+    """Another process of the run has ended or does not respond."""
 
 
 class InterruptedRunError(XTunerError):
-    """A second Ctrl-C has ended a run without saving."""
+    """A second Ctrl-C ended a run without saving."""
 
     exit_code = EXIT_INTERRUPTED
 
 
-def of_system(error: OSError) -> CheckpointError | None:
-    """The system's refusal to read or write a file, in words; None if this is not one.
+def from_os_error(error: OSError) -> CheckpointError | None:
+    """The error for users if the operating system failed to read or write a file; None for any other OSError.
 
-    Nor is it one if the code of someone else raised it (a hook, a config): its author needs the traceback.
+    Also None if a user's code raised it (a hook, a config): its author needs the traceback.
     """
     names = [os.fsdecode(n) for n in (error.filename, error.filename2) if isinstance(n, str | bytes | os.PathLike)]
     if not (names or error.errno in DISK_ERRORS) or not _is_ours(error.__traceback__):
         return None
     return CheckpointError(
-        f"the system refuses a file or folder: {error.strerror or error}",
+        f"a file or folder cannot be used: {error.strerror or error}",
         where=" → ".join(names) or "an output, a temporary file (TMPDIR) or standard output",
-        do=_ADVICE.get(error.errno or 0, "look at the path and its disk"),
+        do=_ADVICE.get(error.errno or 0, "check the path and its disk"),
     )
 
 
-def of_exit(error: SystemExit, where: str = "", by: str = "") -> ConfigError:
-    """The error for code of a user's that ends the program: without it, exit code 0 would say that all is done.
+def from_system_exit(error: SystemExit, where: str = "", by: str = "") -> ConfigError:
+    """The error for user code that calls `sys.exit`: exit code 0 would otherwise claim that training is done.
 
     Args:
-        where: the file and line, or the setting; the line that raised it if empty.
-        by: what ends the program.
+        where: the file and line, or the setting; by default the line that raised it.
+        by: what called `sys.exit`.
     """
     frames = traceback.extract_tb(error.__traceback__)
     line = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return ConfigError(
-        f"{by or 'code that the config names'} ends the program: SystemExit({error.code!r})",
+        f"{by or 'code of the config'} ends the program: SystemExit({error.code!r})",
         where=where or line,
-        why="nothing more would be trained, and the exit code would not be ours"
+        why="training would stop with an exit code that is not xtuner's"
         + (f"; raised at {line}" if where and line not in where else ""),
-        do="take the call out; an exception stops a run, too, and says why",
+        do="remove the call; raise an exception to stop a run with a reason",
     )
 
 
@@ -122,12 +122,12 @@ _FULL = "free some space, or write to another disk"
 _ADVICE = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
-    errno.EACCES: "check its permissions, or give another place",
-    errno.EPERM: "check its permissions, or give another place",
-    errno.EROFS: "give a place on a disk that can be written",
-    errno.EISDIR: "a folder is in the way: move it, or give another name",
-    errno.ENOTDIR: "a file stands where a folder belongs: move it, or give another name",
-    errno.EEXIST: "something else is in the way: move it, or give another name",
+    errno.EACCES: "check its permissions, or give another path",
+    errno.EPERM: "check its permissions, or give another path",
+    errno.EROFS: "give a path on a disk that is writable",
+    errno.EISDIR: "a folder has this name: move it, or give another name",
+    errno.ENOTDIR: "a file has the name of a folder: move it, or give another name",
+    errno.EEXIST: "something else has this name: move it, or give another name",
     errno.ENOENT: "check the path",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EMFILE: "raise the limit of open files: ulimit -n 65536",
@@ -135,7 +135,7 @@ _ADVICE = {
 
 
 def _is_ours(trace: TracebackType | None) -> bool:
-    """Whether only this package, Python and installed packages took part."""
+    """Whether the traceback has frames of this package, Python and installed packages only."""
     installed = (*(f"{folder}{os.sep}" for folder in (Path(__file__).parent.parent, sys.prefix, sys.base_prefix)), "<")
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
@@ -146,7 +146,7 @@ def _is_ours(trace: TracebackType | None) -> bool:
 
 
 def raised_by_us(error: SystemExit) -> bool:
-    """Whether this package itself ends the program."""
+    """Whether this package itself raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and frames[-1].filename.startswith(f"{Path(__file__).parent.parent}{os.sep}")
 

@@ -1,7 +1,7 @@
-"""Which process made something that others find later, a lock or a temporary name, and whether that process still runs.
+"""Which process created a lock or a temporary file, and whether that process still runs.
 
-Process numbers are used again, start times are not; containers of one host have numbers of their own. So an owner is a
-boot of a machine with a process namespace, a process number in it, and the start time of that process.
+Process ids are reused, and each container has its own. An owner is therefore identified by the boot of its machine, the
+process namespace, the process id, and the start time of the process.
 """
 
 import hashlib
@@ -10,11 +10,11 @@ import re
 import secrets
 from pathlib import Path
 
-_NOWHERE = "0" * 12  # where processes cannot be told apart
+_UNKNOWN = "0" * 12  # in place of the namespace where there is no /proc
 
 
 def namespace() -> str:
-    """This boot of this machine and this process namespace; empty where there is no /proc."""
+    """Identifies this boot of this machine and this process namespace; empty where there is no /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -22,8 +22,8 @@ def namespace() -> str:
         return ""
 
 
-def born(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; None if there is none."""
+def start_time(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot; None if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as f:
             fields = f.read().rpartition(")")[2].split()
@@ -32,22 +32,22 @@ def born(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def mark() -> str:
-    """Names this process in the name of a file, and makes the name unique: `NAMESPACE-PID-BORN-RANDOM`."""
+def owner_tag() -> str:
+    """A suffix that makes a file name unique and identifies this process: `NAMESPACE-PID-START_TIME-RANDOM`."""
     pid = os.getpid()
-    return f"{_short(namespace())}-{pid}-{born(pid) or 0}-{secrets.token_hex(4)}"
+    return f"{_short(namespace())}-{pid}-{start_time(pid) or 0}-{secrets.token_hex(4)}"
 
 
-def made_by_living(name: str) -> bool | None:
-    """Whether the process runs whose `mark` ends `name`; None if that cannot be seen from here.
+def is_owner_alive(name: str) -> bool | None:
+    """Whether the process whose `owner_tag` ends `name` still runs; None if that is unknown.
 
-    It cannot for a process of another machine, boot or container, and for names that carry no mark.
+    It is unknown for a process of another machine, boot or container, and for names without a tag.
     """
     found = re.search(r"-([0-9a-f]{12})-(\d{1,10})-(\d{1,20})-[0-9a-f]{8}$", f"-{name}")
-    if not found or found[1] == _NOWHERE or found[1] != _short(namespace()):
+    if not found or found[1] == _UNKNOWN or found[1] != _short(namespace()):
         return None
-    return born(int(found[2])) == found[3]
+    return start_time(int(found[2])) == found[3]
 
 
 def _short(namespace: str) -> str:
-    return hashlib.sha256(namespace.encode()).hexdigest()[:12] if namespace else _NOWHERE
+    return hashlib.sha256(namespace.encode()).hexdigest()[:12] if namespace else _UNKNOWN

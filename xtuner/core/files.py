@@ -1,13 +1,14 @@
-"""The only place that writes files which must be whole: temporary name, sync, rename, sync of the folder.
+"""Atomic writes of files and folders: temporary name, fsync, rename, fsync of the parent folder. All files that must
+not be seen half-written are written here.
 
-A directory published here carries `manifest.json` (size and sha256 of each file, and of itself). The manifest is
-written last, so a directory with a manifest that verifies is complete, whatever happened to the process that wrote it.
+A folder published here contains `manifest.json` (size and sha256 of each file, and of itself). The manifest is written
+last, so a folder whose manifest verifies is complete, even if the process that wrote it was killed.
 
-Next to a target NAME there may be, each with the mark of the process that made it (`core/file_owner.py`):
+Next to a target NAME there may be, each with the tag of the process that made it (`core/file_owner.py`):
 
-    .NAME.tmp-MARK         what is being written
-    .NAME.old-MARK         what it replaces, until the new one has the name
-    .NAME.removing-MARK    what has lost its name to be deleted
+    .NAME.tmp-TAG         the new version while it is written
+    .NAME.old-TAG         the old version, until the new one has taken the name
+    .NAME.removing-TAG    an old version that is being deleted
 """
 
 import contextlib
@@ -24,19 +25,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from xtuner.core.errors import DISK_ERRORS, CheckpointError, ConfigError, XTunerError
-from xtuner.core.file_owner import made_by_living, mark
+from xtuner.core.file_owner import is_owner_alive, owner_tag
 from xtuner.core.foreign_inputs import open_regular, read_regular, short, short_repr
 from xtuner.core.log import logger
 from xtuner.core.progress import record_progress
 
 MANIFEST = "manifest.json"
-HASHERS = 4  # files hashed side by side; one core hashes about 1.5 GB/s
-_UMASK = os.umask(0)  # can only be read by setting it; later, with threads that write, one could keep the other's 0
+HASHERS = 4  # files hashed at a time; one core hashes about 1.5 GB/s
+_UMASK = os.umask(0)  # reading it sets it, so it is read before threads that write files exist
 os.umask(_UMASK)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
+    """Make renames inside `folder` survive a power failure."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -50,36 +51,36 @@ def sync_file(path: Path) -> None:
 
 
 def require_utf8(path: Path, setting: str) -> None:
-    """Raises: ConfigError if safetensors, which takes no other paths, could not read what is written below `path`."""
+    """Raises: ConfigError if `path` is not UTF-8: safetensors could not read files below it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise ConfigError(
             "the path is not UTF-8",
             where=f"{setting}: {path}",
-            why="safetensors opens UTF-8 paths only: nothing saved there could be read again",
+            why="safetensors opens UTF-8 paths only; what is saved there could not be read",
             do="give another folder, or rename that part of the path",
         ) from None
 
 
-def beside(target: Path, purpose: str) -> Path:
-    """A new name next to `target`, of this process: see the top of this file."""
-    return target.with_name(f".{target.name}.{purpose}-{mark()}")
+def temporary_sibling(target: Path, purpose: str) -> Path:
+    """A unique temporary name next to `target` (see the top of this file)."""
+    return target.with_name(f".{target.name}.{purpose}-{owner_tag()}")
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path`; on success it takes the name `path` in one step.
+    """Open a temporary file next to `path`; on success rename it to `path`.
 
-    Text is UTF-8; bytes of a path that are not stay as they are. OSErrors of writing name `path`.
+    Text is UTF-8; bytes of file names that are not UTF-8 are kept. OSErrors of writing name `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(path, "tmp")
+    temporary = temporary_sibling(path, "tmp")
     try:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as e:
-        e.filename = str(path)  # the temporary name is nobody's
+        e.filename = str(path)  # not the temporary name, which the user did not choose
         raise
     try:
         os.fchmod(fd, 0o666 & ~_UMASK)
@@ -94,12 +95,12 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(e, OSError) and (e.filename == temporary or (e.filename is None and e.errno in DISK_ERRORS)):
-            e.filename, e.filename2 = str(path), None  # `write` knows no name
+            e.filename, e.filename2 = str(path), None  # errors of `write` have no file name
         raise
 
 
 class PendingFile:
-    """A temporary file beside `path`, open as `file`, that takes the name by `commit`; by `drop` nothing is left."""
+    """A temporary file next to `path`, open as `file`: `commit` renames it to `path`, `drop` deletes it."""
 
     def __init__(self, path: str | Path, mode: str = "w") -> None:
         self._stack = contextlib.ExitStack()
@@ -117,8 +118,8 @@ class _Dropped(Exception):
     pass
 
 
-def user_cache() -> Path:
-    """Our folder for what can be made again, in the user's cache. It need not exist."""
+def user_cache_dir() -> Path:
+    """xtuner's folder in the user's cache, for files that can be rebuilt. It may not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "xtuner"
 
 
@@ -129,7 +130,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def _text(value: Any) -> str:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "backslashreplace").decode()  # bytes of paths that are not UTF-8: JSON's own escapes
+    return text.encode("utf-8", "backslashreplace").decode()  # file names that are not UTF-8 become JSON escapes
 
 
 def read_json(path: str | Path) -> Any:
@@ -153,7 +154,7 @@ def _parsed(path: Path, text: str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise CheckpointError(f"{path.name} is nested too deeply", where=str(path)) from None
-    except ValueError as e:  # numbers of thousands of digits included
+    except ValueError as e:  # also raised for numbers of thousands of digits
         raise CheckpointError(f"{path.name} is not JSON: {e}", where=str(path)) from None
 
 
@@ -168,19 +169,19 @@ def file_entry(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, entries: dict[str, dict[str, Any]], **facts: Any) -> None:
-    """Seal a directory: `entries` maps relative names to `file_entry`s. The manifest's own sha256 is its last entry."""
+    """Write the manifest of a folder; `entries`: relative name → `file_entry`. Its own sha256 is the last entry."""
     manifest = {**facts, "files": dict(sorted(entries.items()))}
-    write_json(folder / MANIFEST, {**manifest, "sha256": _own(manifest)})
+    write_json(folder / MANIFEST, {**manifest, "sha256": _manifest_digest(manifest)})
 
 
-def _own(manifest: dict[str, Any]) -> str:
+def _manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(_text(manifest).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, as it was written to the last byte; no other file is looked at.
+    """The manifest, verified against its own sha256. No other file is read.
 
-    Those of older versions lack their own sha256; they are compared with how they would be written.
+    Manifests of older versions have no sha256 of their own; their text must equal what would be written today.
     Raises: CheckpointError.
     """
     path = folder / MANIFEST
@@ -189,7 +190,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     plain = isinstance(manifest, dict) and all(isinstance(v, str | int) for k, v in manifest.items() if k != "files")
     if not plain or not isinstance(files, dict) or manifest.keys() - {"kind", "iteration", "files", "sha256"}:
-        raise CheckpointError("the manifest is not one of ours", where=str(path))
+        raise CheckpointError("the manifest was not written by xtuner", where=str(path))
     for name, entry in files.items():
         if not name or ".." in Path(name).parts or Path(name).is_absolute():
             raise CheckpointError(
@@ -200,8 +201,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"the manifest has no size and sha256 of {short_repr(name)}", where=str(path))
     own = manifest.pop("sha256", None)
     sealed = {**manifest, "sha256": own} if own is not None else manifest
-    if text != _text(sealed) or own not in (None, _own(manifest)):
-        raise CheckpointError("the manifest is altered: it is not as it was written", where=str(path))
+    if text != _text(sealed) or own not in (None, _manifest_digest(manifest)):
+        raise CheckpointError("the manifest is altered: it differs from what was written", where=str(path))
     return dict(manifest)
 
 
@@ -209,7 +210,7 @@ def seal(folder: Path, **facts: Any) -> None:
     """Sync and hash every file below `folder`, then write its manifest."""
     entries = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        usual_permissions(file)
+        set_default_permissions(file)
         sync_file(file)
         entries[file.relative_to(folder).as_posix()] = file_entry(file)
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
@@ -218,9 +219,11 @@ def seal(folder: Path, **facts: Any) -> None:
 
 
 def verify(folder: str | Path, rank: int = 0, ranks: int = 1, contents: bool = True) -> dict[str, Any]:
-    """Check every file that the manifest names, size first, then contents.
+    """Check the size, then the contents, of every file in the manifest.
 
-    Of several `ranks` each compares the contents of its share of the files only; without `contents`, sizes alone.
+    Args:
+        rank, ranks: this rank hashes only its share of the files.
+        contents: False to check sizes only.
 
     Returns the manifest. Raises: CheckpointError naming the first file that is missing, short or altered.
     """
@@ -243,7 +246,8 @@ def verify(folder: str | Path, rank: int = 0, ranks: int = 1, contents: bool = T
         for name, found in zip(hashed, pool.map(lambda name: sha256(folder / name), hashed), strict=True):
             record_progress(f"{name} read")
             if found != files[name]["sha256"]:
-                raise CheckpointError(f"{name} is altered: its sha256 is not the manifest's", where=str(folder / name))
+                what = f"{name} is altered: its sha256 differs from the manifest's"
+                raise CheckpointError(what, where=str(folder / name))
     unknown = [n for p in folder.rglob("*") if p.is_file() and (n := p.relative_to(folder).as_posix()) not in files]
     if set(unknown) - {MANIFEST}:
         raise CheckpointError(f"{min(set(unknown) - {MANIFEST})} is not in the manifest", where=str(folder))
@@ -251,9 +255,9 @@ def verify(folder: str | Path, rank: int = 0, ranks: int = 1, contents: bool = T
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a directory so that a crash half-way never leaves something that looks whole: manifest first. Or a file.
+    """Delete a file, or a folder with its manifest first, so that a crash never leaves a folder that looks complete.
 
-    Only for what has a temporary name already; see `discard`.
+    Only for temporary names; see `discard`.
     """
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
@@ -264,17 +268,17 @@ def remove_tree(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete what stands under a name of its own. It loses that name first: what a crash half-way leaves is known to
-    be on its way out, and `recover` or `sweep` removes it."""
-    aside = beside(path, "removing")
+    """Rename a file or folder to a temporary name, then delete it. After a crash in between, `recover` or
+    `remove_leftovers` deletes the rest."""
+    aside = temporary_sibling(path, "removing")
     with contextlib.suppress(FileNotFoundError):
         os.rename(path, aside)
         remove_tree(aside)
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Give a finished directory its name. An older one of that name is moved aside first, then removed."""
-    aside = beside(target, "old")
+    """Rename a finished folder to `target`. An older one of that name is moved aside first, then deleted."""
+    aside = temporary_sibling(target, "old")
     if os.path.lexists(target):
         os.rename(target, aside)
     os.rename(temporary, target)
@@ -284,70 +288,71 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def recover(parent: Path, pattern: str) -> None:
-    """Clean up after a process that died while it wrote, replaced or removed a directory named like `pattern` (a glob).
+    """Clean up after a process that was killed while it wrote, replaced or removed a folder named like `pattern` (a
+    glob).
 
-    What was moved aside gets its name back if nothing took it; the rest is removed. Only for the one job that owns
-    `parent`: whoever made these is dead. Names that do not fit the pattern are nobody's business.
+    A folder that was moved aside gets its name back if nothing has taken it; the rest is removed. Only for the job that
+    owns `parent`, so that no living process uses these files.
     """
     for purpose in ("old", "tmp", "removing"):
         for path in parent.glob(f".{pattern}.{purpose}-*"):
             _clear(path, purpose)
 
 
-def sweep(target: Path) -> None:
-    """Clean up what processes that died have left of writing `target`, which no lock protects.
+def remove_leftovers(target: Path) -> None:
+    """Remove temporary files that killed processes left next to `target`, which no lock protects.
 
-    Only what a process of this machine has made that no longer runs; what cannot be judged from here is reported.
+    Only those of processes of this machine that no longer run. If the owner's state is unknown, a warning is logged.
     """
     for purpose in ("old", "tmp", "removing"):
         for path in target.parent.glob(f".{glob.escape(target.name)}.{purpose}-*"):
-            if (living := made_by_living(path.name)) is False:
-                logger.info(f"{path.name} was left by a process that has ended: " + _clear(path, purpose))
+            if (living := is_owner_alive(path.name)) is False:
+                logger.info(f"{path.name} was left by a process that ended: " + _clear(path, purpose))
             elif living is None:
                 logger.warning(
-                    f"{path} was left by a process of another machine or container, or by an older version of xtuner: "
-                    f"if nothing writes {target.name} there any more, remove it"
+                    f"{path} was left by a process of another machine or container, or by an older version of xtuner; "
+                    f"remove it if no process is writing {target.name}"
                 )
 
 
 def _clear(path: Path, purpose: str) -> str:
-    """Returns what was done, in a word or two."""
+    """Returns what was done, for the log."""
     target = path.with_name(path.name[1:].rpartition(f".{purpose}-")[0])
     if purpose == "old" and (path / MANIFEST).is_file() and not os.path.lexists(target):
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             os.rename(path, target)
-        return f"it is {target.name} again"
+        return f"restored as {target.name}"
     remove_tree(path)
     return "removed"
 
 
-def usual_permissions(path: Path) -> None:
-    """Those of an ordinarily made file or folder; temporary ones, and safetensors' files, are their owner's alone."""
+def set_default_permissions(path: Path) -> None:
+    """Permissions by the umask; temporary files, and those of safetensors, are readable by their owner only."""
     os.chmod(path, (0o777 if path.is_dir() else 0o666) & ~_UMASK)
 
 
 def temporary_folder(target: Path) -> Path:
-    """A new empty folder beside `target`, for `publish`."""
-    folder = beside(target, "tmp")
+    """A new empty folder next to `target`, for `publish`."""
+    folder = temporary_sibling(target, "tmp")
     folder.mkdir()
     return folder
 
 
-def not_written(error: OSError, what: str, path: Path, do: str) -> XTunerError:
-    """The error for users where `path` cannot be written: CheckpointError (74) for a disk that is full or fails,
-    ConfigError (2) for a place that nothing can be written to."""
+def write_failure(error: OSError, what: str, path: Path, do: str) -> XTunerError:
+    """The error for users if `path` cannot be written: CheckpointError (74) if the disk is full or fails, else
+    ConfigError (2)."""
     what, where = f"{what} cannot be written: {error.strerror or error}", str(error.filename or path)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
-        return CheckpointError(what, where=where, do="look at the disk: space, quota, errors")
+        return CheckpointError(what, where=where, do="check the disk: space, quota, errors")
     return ConfigError(what, where=where, do=do)
 
 
 @contextlib.contextmanager
 def atomic_folder(target: str | Path, **facts: Any) -> Iterator[Path]:
-    """Yield a temporary directory beside `target`; on success it is sealed and published as `target`."""
+    """Yield a temporary folder next to `target`; on success seal it and publish it as `target`."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    sweep(target)
+    remove_leftovers(target)
     temporary = temporary_folder(target)
     try:
         yield temporary

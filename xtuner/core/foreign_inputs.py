@@ -1,8 +1,8 @@
-"""What others wrote: opened, read and shown with care.
+"""Safe access to files and values that others wrote.
 
-A path of a data folder or a model folder may be a named pipe or a device, and a value that a foreign file holds may be
-larger than the file itself, as parts of it may be used many times over. Whether a path is there is asked with
-`os.path.isfile`, `isdir` and `exists`, which are False for names that no file can have; `Path`'s own raise.
+A path in a data folder or a model folder may be a named pipe or a device. A value read from such a file may be larger
+than the file, if it contains one part many times. Existence is tested with `os.path.isfile`, `isdir` and `exists`: they
+return False for invalid names, where the methods of `Path` raise.
 """
 
 import errno
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 SHOWN = 120  # characters of a foreign value in a message
-_ITEMS = 4  # of a list or dict that are shown
+_ITEMS = 4  # of a list or dict in a message
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -22,18 +22,18 @@ _KINDS = {
 
 
 class NotAFileError(OSError):
-    """A path that names a pipe, a socket or a device. `strerror` says which."""
+    """The path is a pipe, a socket or a device; `strerror` says which."""
 
 
 def open_regular(path: str | Path, buffering: int = -1) -> Any:
-    """As `open(path, "rb", buffering)`, but for regular files alone: opening a named pipe would wait for its writer.
+    """As `open(path, "rb", buffering)`, for regular files only: opening a named pipe would wait for its writer.
 
-    Raises: OSError; NotAFileError, which is one, for pipes, sockets and devices.
+    Raises: OSError; its subclass NotAFileError for pipes, sockets and devices.
     """
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except ValueError as e:  # a NUL or half a surrogate pair in the name
-        raise NotAFileError(0, f"no file can have this name: {e}", short_repr(str(path))) from None
+        raise NotAFileError(0, f"invalid file name: {e}", short_repr(str(path))) from None
     except OSError:
         check_regular(path)  # opening a socket fails with "No such device or address"
         raise
@@ -52,7 +52,7 @@ def read_regular(path: str | Path) -> bytes:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raises: OSError if something else than a regular file is there. An absent file is not an error here."""
+    """Raises: OSError if the path is not a regular file. A missing file is not an error here."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -64,19 +64,19 @@ def _check_kind(mode: int, path: str | Path) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
         raise NotAFileError(0, f"it is {kind}, not a file", str(path))
 
 
 def short(text: str, length: int = SHOWN) -> str:
-    """The beginning of a text that others chose, such as a name."""
+    """The beginning of a text that others chose, such as a file name."""
     return text if len(text) <= length else f"{text[:length]}…"
 
 
 def short_repr(value: Any, length: int = SHOWN) -> str:
-    """`repr` for messages: at most about `length` characters, and made without looking at more of the value.
+    """`repr` for messages: at most about `length` characters, and without visiting more of the value.
 
-    `repr` itself visits a list as often as it is mentioned: a hundred nested pairs of one list take for ever.
+    `repr` itself visits a list as often as it occurs: a hundred nested pairs of one list would never finish.
     """
     return short(_short(value, length, 2), length + 2)
 

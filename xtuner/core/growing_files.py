@@ -1,4 +1,4 @@
-"""Files that grow record by record beside the work: logs and curves. They may be lost, never the process."""
+"""Files that grow record by record during a run: logs and metrics. An error of writing loses records, not the run."""
 
 import contextlib
 import os
@@ -9,13 +9,12 @@ from pathlib import Path
 class AppendFile:
     """A file to which whole records are appended; no method raises OSError.
 
-    A record that cannot be written (a full disk, a folder that has vanished) is lost. The first such loss is reported;
-    every further record is tried again, so that the file continues when the disk has room. A record cut short by a
-    full disk is removed: readers meet whole ones only.
+    A record that cannot be written (disk full, folder deleted) is lost. The first loss is reported; later records are
+    attempted again, so the file continues once the disk has space. A partially written record is removed again.
 
     Args:
-        report: takes one sentence.
-        header: what a new file begins with.
+        report: called with one sentence.
+        header: first bytes of a new file.
     """
 
     def __init__(self, path: Path, report: Callable[[str], None], header: bytes = b"") -> None:
@@ -28,24 +27,24 @@ class AppendFile:
         try:
             if self._fd is not None and not os.fstat(self._fd).st_nlink:
                 self.close()
-                self._report(f"{self.path} has been removed, with what it held; a new one is begun")
+                self._report(f"{self.path} was deleted; a new file is started")
             if self._fd is None:
                 self._open()
             self._append(record)
         except OSError as e:
             self.lost += 1
             if self.lost == 1:
-                self._report(f"{self.path} cannot be written: {e.strerror}; what belongs there is lost until it can be")
+                self._report(f"{self.path} cannot be written: {e.strerror}; records are lost until it can be")
 
     def _open(self) -> None:
-        # One level only: under a file system that is no longer mounted, deeper folders would be made on another disk.
+        # One level only: if the file system was unmounted, deeper folders would be created on another disk.
         self.path.parent.mkdir(exist_ok=True)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def _append(self, record: bytes) -> None:
         assert self._fd is not None
         size = os.fstat(self._fd).st_size
-        left = memoryview(record if size else self._header + record)  # a disk that was full may have cost the header
+        left = memoryview(record if size else self._header + record)  # the header is lost if the disk was full
         try:
             while left:
                 left = left[os.write(self._fd, left) :]
@@ -55,7 +54,7 @@ class AppendFile:
             raise
 
     def close_and_report(self) -> None:
-        """Close, and say how many records were lost."""
+        """Close, and report how many records were lost."""
         self.close()
         if self.lost:
             self._report(f"{self.lost} records of {self.path} were lost")

@@ -1,7 +1,7 @@
-"""Names of models → folders: a folder as it is, or a snapshot in the Hugging Face cache, downloaded once per node.
+"""Find the folder of a model: a local folder, or a snapshot in the Hugging Face cache, downloaded once per node.
 
-huggingface_hub honours HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN. We take weights, configs and tokenizers from
-a hub, never code, and pickles (`.bin`) only of repositories without safetensors.
+huggingface_hub reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN. Only weights, configs and tokenizers are
+downloaded, never code; pickles (`.bin`) only from repositories without safetensors.
 """
 
 import os
@@ -20,39 +20,49 @@ _SMALL = ["config.json", "generation_config.json", *TOKENIZER_FILES]
 INDEX = "model.safetensors.index.json"
 _SAFETENSORS = ["*.safetensors", INDEX]
 _PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-ID = r"[A-Za-z0-9][\w.-]*/[\w.-]+"  # organisation/name
-_NEVER = ["*/*", "consolidated*"]  # other formats in sub-folders; a second copy of the weights (Mistral)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # organisation/name
+_EXCLUDED = ["*/*", "consolidated*"]  # other formats in sub-folders; a second copy of the weights (Mistral)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form organisation/name."""
+    return bool(_HUB_ID.fullmatch(name))
+
+
+def not_found(name: str, what: str = "model", where: str = "") -> ConfigError:
+    """The error for a name that is neither a folder nor a hub id; `what` it should be."""
+    return ConfigError(
+        f"the {what} {name!r} is neither a folder here nor a hub id",
+        where=where,
+        why="a hub id has the form organisation/name",
+        do="check the spelling, and that this machine sees the disk of the folder",
+    )
 
 
 def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: bool = False) -> Path:
-    """The folder that holds a model.
+    """The folder of a model.
 
     Args:
-        name_or_path: a folder (`~` is expanded), or a hub id such as `internlm/internlm2-7b`. A folder wins. What the
-            cache holds whole is taken from there without touching the network.
+        name_or_path: a folder (`~` is expanded), or a hub id such as `internlm/internlm2-7b`. A folder has precedence.
+            A model that is complete in the cache is used without a network request.
         revision: branch, tag or commit of a hub id; the main branch by default.
         tokenizer_only: the weights are not needed.
-    Raises: ConfigError if there is no such folder and no such model, or the hub cannot be reached or read.
+    Raises: ConfigError if there is no such folder or model, or the hub cannot be reached or read.
     """
     path = Path(os.path.expanduser(name_or_path))
     if name_or_path and os.path.isdir(path):
         return path
-    if re.fullmatch(ID, name_or_path) and not os.path.exists(path):
+    if is_hub_id(name_or_path) and not os.path.exists(path):
         return _from_hub(name_or_path, revision, tokenizer_only)
     if os.path.isfile(path):
-        path_kinds.take(path, (), str(path.absolute()), "give {} as the model")
-    raise ConfigError(
-        f"the model {name_or_path!r} is no folder here, and no hub id",
-        where=str(path.absolute()),
-        why="a model is a folder with config.json and weights, or a hub id of the form organisation/name",
-        do="check the spelling, and that this machine sees the disk the folder is on",
-    )
+        path_kinds.require_kind(path, (), str(path.absolute()), "give {} as the model")
+    raise not_found(name_or_path, where=str(path.absolute()))
 
 
-def is_here(name_or_path: str, tokenizer_only: bool = False) -> bool:
-    """Whether `resolve` finds it, or refuses it, without the network."""
+def is_local(name_or_path: str, tokenizer_only: bool = False) -> bool:
+    """Whether `resolve` returns or fails without a network request."""
     path = Path(os.path.expanduser(name_or_path))
-    if os.path.exists(path) or not re.fullmatch(ID, name_or_path):
+    if os.path.exists(path) or not is_hub_id(name_or_path):
         return True
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -66,7 +76,7 @@ def is_here(name_or_path: str, tokenizer_only: bool = False) -> bool:
 
 
 def missing_files(folder: Path, tokenizer_only: bool = False) -> list[str]:
-    """What a folder lacks to be used, judged by its own index of weights; empty if nothing."""
+    """What is missing from a model's folder, by its own index of weights; empty if it is complete."""
     if tokenizer_only:
         return [] if any(os.path.isfile(folder / name) for name in TOKENIZER_FILES[:3]) else ["a tokenizer"]
     missing = [] if os.path.isfile(folder / "config.json") else ["config.json"]
@@ -76,20 +86,20 @@ def missing_files(folder: Path, tokenizer_only: bool = False) -> list[str]:
                 return missing + [name for name in indexed_files(folder / index) if not os.path.isfile(folder / name)]
             except CheckpointError:
                 return [*missing, f"a readable {index}"]
-        # without an index, only files that are not one of many can be all of them
+        # without an index, files named PREFIX-00001-of-00002 may be a part of the weights
         if any("-of-" not in file.name for file in folder.glob(pattern) if os.path.isfile(file)):
             return missing
     return [*missing, "weights"]
 
 
 def indexed_files(index: Path) -> list[str]:
-    """The files that an index of weights (`model.safetensors.index.json`) names, sorted. Raises: CheckpointError."""
+    """The files named in an index of weights (`model.safetensors.index.json`), sorted. Raises: CheckpointError."""
     content = read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(
-            "the index does not map the names of tensors to the names of files",
+            "the index does not map tensor names to file names",
             where=f"{index}: weight_map",
             do="copy the model's file there again",
         )
@@ -97,11 +107,11 @@ def indexed_files(index: Path) -> list[str]:
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str], local: bool) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import; reads the environment then
+    from huggingface_hub import snapshot_download  # imported late: slow, and it reads the environment at import
 
     return Path(
         snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns=_NEVER, local_files_only=local
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=_EXCLUDED, local_files_only=local
         )
     )
 
@@ -112,7 +122,7 @@ def _from_hub(name: str, revision: str | None, tokenizer_only: bool) -> Path:
     from huggingface_hub.utils import WeakFileLock
 
     patterns = _SMALL if tokenizer_only else _SMALL + _SAFETENSORS
-    partial: Path | None = None  # a folder of the cache that lacks files
+    partial: Path | None = None  # a folder of the cache with missing files
 
     def cached() -> Path | None:
         nonlocal partial
@@ -134,49 +144,49 @@ def _from_hub(name: str, revision: str | None, tokenizer_only: bool) -> Path:
             folder = _snapshot(name, revision, patterns, local=False)
             if not tokenizer_only and not any(folder.glob("*.safetensors*")):
                 _snapshot(name, revision, _SMALL + _PICKLES, local=False)
-    except Exception as e:  # of huggingface_hub, of whichever HTTP library it uses, of the disk
+    except Exception as e:  # of huggingface_hub, its HTTP library, or the disk
         if partial is None or missing_files(partial, tokenizer_only):
             raise _explain(e, name, revision) from None
-        logger.warning(f"{name}: the hub cannot be read; going on with what the cache has, {partial}")
+        logger.warning(f"{name}: the hub cannot be read; using the cached files in {partial}")
         return partial
     if missing := missing_files(folder, tokenizer_only):
         what = f"the model {name} has no {missing[0]}" + (f" ({len(missing)} missing)" if missing[1:] else "")
-        raise ConfigError(what, where=str(folder), do="take a model with safetensors weights, or convert this one")
+        raise ConfigError(what, where=str(folder), do="choose a model with safetensors weights, or convert this one")
     return folder
 
 
 def _explain(error: Exception, name: str, revision: str | None) -> ConfigError:
-    """The error in plain words. huggingface_hub's text is kept out: it may hold the password of an endpoint."""
+    """The error for users. huggingface_hub's text is left out: it may contain the password of an endpoint."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RevisionNotFoundError
 
     url = urlsplit(constants.ENDPOINT)
     hub = url._replace(netloc=url.netloc.rpartition("@")[2], query="").geturl()
-    elsewhere = f"or run `hf download {name}` where there is a network, and give the folder that it prints"
+    elsewhere = f"or run `hf download {name}` on a machine with a network, and give the folder that it prints"
     status, cause = None, error
     while status is None and cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         cause = cause.__cause__  # type: ignore[assignment]
 
     if isinstance(error, HFValidationError):
-        what, do = f"{name!r} is no folder here, and no hub id", "check the spelling"
-    elif constants.HF_HUB_OFFLINE:
-        what = f"the model {name} is not whole in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
+        return not_found(name, where=f"{hub}/{name}")
+    if constants.HF_HUB_OFFLINE:
+        what = f"the model {name} is not complete in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
         do = f"unset HF_HUB_OFFLINE, {elsewhere}"
     elif isinstance(error, RevisionNotFoundError):
-        what, do = f"the model {name} has no revision {revision!r}", "name a branch, a tag or a commit of it"
+        what, do = f"the model {name} has no revision {revision!r}", "give a branch, tag or commit of the model"
     elif isinstance(error, GatedRepoError) or status == 403:
-        what = f"the hub does not let us read the model {name} (gated or private)"
+        what = f"no permission to read the model {name} (gated or private)"
         do = "accept its terms on its page, then set HF_TOKEN or run `hf auth login`"
     elif status in (401, 404):
-        what = f"there is no folder {name} here, and the hub has no model of that name that we may read ({status})"
+        what = f"no folder {name} here, and no readable model of that name on the hub ({status})"
         do = "check the spelling; for a private model set HF_TOKEN or run `hf auth login`"
     elif status is not None:
-        what, do = f"the hub answered {status} when asked for the model {name}", f"try again later, {elsewhere}"
+        what, do = f"the hub answered {status} to the request for the model {name}", f"try again later, {elsewhere}"
     elif isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
         what = f"the model {name} cannot be written to the cache {constants.HF_HUB_CACHE}: {error.strerror}"
-        do = "set HF_HOME to a disk with room that you may write to"
+        do = "set HF_HOME to a writable disk with free space"
     else:
-        what = f"the model {name} is no folder here, and the hub cannot be reached ({type(error).__name__})"
+        what = f"there is no folder {name} here, and the hub cannot be reached ({type(error).__name__})"
         do = f"set HF_ENDPOINT to a mirror that this machine reaches, {elsewhere}"
     return ConfigError(what, where=f"{hub}/{name}", why="training starts from its weights and tokenizer", do=do)

@@ -1,4 +1,4 @@
-"""One logger for the whole toolkit: coloured on a terminal, plain elsewhere and in the log file."""
+"""The logger of xtuner: coloured on a terminal, plain elsewhere and in the log file."""
 
 import contextlib
 import logging
@@ -18,21 +18,21 @@ T = TypeVar("T")
 logger = logging.getLogger("xtuner")
 
 _COLOURS = {logging.DEBUG: DIM, logging.WARNING: YELLOW, logging.ERROR: RED, logging.CRITICAL: RED}
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # in samples and file names: a terminal would obey them
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # in samples and file names a terminal would execute them
 _CLOCK = "%H:%M:%S"
-_TELL_EVERY = 5.0  # s between lines on the progress in a log
-_REDRAW = 0.1  # s at least between two states of the progress line
+_PROGRESS_EVERY = 5.0  # s between progress lines in a log
+_REDRAW = 0.1  # s at least between two updates of the progress line
 
 
 class _Lines(logging.Formatter):
-    """Lines without secrets: message, traceback and all."""
+    """Masks secrets in the whole line, including a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         return mask_text(super().format(record))
 
 
 class _Terminal(logging.StreamHandler):
-    """Log lines for people and, on a terminal, a progress line below them that changes in place."""
+    """Log lines on standard error and, on a terminal, a progress line below them that is updated in place."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -57,7 +57,7 @@ class _Terminal(logging.StreamHandler):
         self._draw()
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A line that nobody can read any more is lost; anything else is a bug, and reported."""
+        """Ignore OSErrors (a closed terminal); report anything else, which is a bug."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
@@ -74,7 +74,7 @@ class _Terminal(logging.StreamHandler):
                 self._draw()
 
     def _draw(self) -> None:
-        """As many parts as the terminal is wide: a longer line would wrap, and could not be erased."""
+        """Draw as many parts as fit the width of the terminal: a wrapped line could not be erased."""
         if not self._progress:
             return
         try:
@@ -95,7 +95,7 @@ class _Terminal(logging.StreamHandler):
 
 
 class _File(logging.Handler):
-    """Log lines in a file; a disk that is full costs lines, not the run."""
+    """Log lines in a file. A full disk loses lines, but does not stop the run."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _File(logging.Handler):
 
 
 def setup(level: str = "INFO", file: Path | None = None, rank: int = 0) -> None:
-    """(Re)configure the logger. Of ranks other than 0 only errors reach the terminal.
+    """(Re)configure the logger. On ranks other than 0 only errors are printed on the terminal.
 
     Raises: ValueError for an unknown level.
     """
@@ -131,15 +131,15 @@ def setup(level: str = "INFO", file: Path | None = None, rank: int = 0) -> None:
 
 
 def print_result(text: str) -> None:
-    """Print what a command was run for to standard output, and keep it in the log file; standard error has the rest."""
+    """Print the result of a command to standard output and the log file. All other lines go to standard error."""
     print(mask_text(text), flush=True)
     logger.info(text, extra={"printed": True})
 
 
 def show_progress(*parts: str) -> None:
-    """Show the state of the work in one line below the log, on a terminal only; without `parts` the line goes.
+    """Show a progress line below the log, on a terminal only; without `parts` remove it.
 
-    What does not fit the width of the terminal is left out, from the end.
+    Parts that do not fit the width of the terminal are left out, from the end.
     """
     for handler in logger.handlers:
         if isinstance(handler, _Terminal):
@@ -147,7 +147,7 @@ def show_progress(*parts: str) -> None:
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a progress bar on a terminal, or a line every few seconds in a log."""
+    """Iterate with a progress bar on a terminal, or a progress line every few seconds in a log."""
     if total is None:
         total = len(items)  # type: ignore[arg-type]
     if use_colour(sys.stderr) and logger.handlers and logger.handlers[0].level < logging.ERROR:
@@ -158,7 +158,7 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
         return
     last = time.monotonic()
     for done, item in enumerate(items):
-        if time.monotonic() - last > _TELL_EVERY:
+        if time.monotonic() - last > _PROGRESS_EVERY:
             last = time.monotonic()
             logger.info(f"{what}: {done}/{total}")
         yield item

@@ -1,6 +1,6 @@
-"""What lies at a path, by the names of files alone: one list of the kinds of models and checkpoints for every command.
+"""Kinds of models and checkpoints, recognised by file names only: one list for all commands.
 
-Whoever takes some of them calls `take`, which says what any other is and gives the command that makes it fit.
+A command that accepts some kinds calls `require_kind`: its error says what the path is, and which command converts it.
 """
 
 import os
@@ -14,29 +14,29 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.files import MANIFEST
 
 CHECKPOINT = "a checkpoint of xtuner"
-PARTIAL = "not a whole checkpoint of xtuner: its manifest.json is missing"
+PARTIAL = "not a complete checkpoint of xtuner: its manifest.json is missing"
 HF = "a Hugging Face folder"
 BARE = "a folder of weights whose config.json is missing"
-ADAPTER = "an adapter (LoRA), not a whole model"
-ZERO = "a checkpoint of DeepSpeed, as XTuner 0.1 and 0.2 write them"
+ADAPTER = "an adapter (LoRA), not a complete model"
+ZERO = "a checkpoint of DeepSpeed, as written by XTuner 0.1 and 0.2"
 INTERNEVO = "a checkpoint of InternEvo"
 SINGLE = "a single file of torch.save"
 SAFETENSORS = "a single file of weights, without the config.json that describes their network"
 FILE = "a file, not a folder with config.json and weights"
-TURBOMIND = "a directory of TurboMind, for LMDeploy alone"
+TURBOMIND = "a directory of TurboMind, for LMDeploy only"
 WORK_DIR = "a folder of checkpoints"
 UNKNOWN = "neither a model nor a checkpoint that xtuner knows"
 NOTHING = "not there"
 _FILES = {".safetensors": SAFETENSORS, ".pth": SINGLE, ".pt": SINGLE, ".bin": SINGLE, ".ckpt": SINGLE}
 _NUMBERED = re.compile(r"(?:iter_|epoch_|global_step)(\d{1,15})(?:\.pth)?")
-CONVERTIBLE = (CHECKPOINT, ZERO, INTERNEVO, SINGLE)  # what `xtuner convert pth_to_hf` takes beside HF
+CONVERTIBLE = (CHECKPOINT, ZERO, INTERNEVO, SINGLE)  # accepted by `xtuner convert pth_to_hf`, in addition to HF
 
 
 @dataclass(frozen=True)
 class Kind:
     path: Path
     what: str  # one of the above
-    inner: Path | None = None  # of a folder of checkpoints: the newest
+    inner: Path | None = None  # the newest checkpoint in a folder of checkpoints
 
     @property
     def exists(self) -> bool:
@@ -44,39 +44,39 @@ class Kind:
 
     @property
     def foreign(self) -> bool:
-        """Known as something else than a checkpoint of ours."""
+        """Recognised, but not as a checkpoint of xtuner."""
         return self.what not in (CHECKPOINT, PARTIAL, BARE, UNKNOWN, NOTHING)
 
-    def fits(self, use: str) -> str:
-        """What to do so that it fits.
+    def advice(self, use: str) -> str:
+        """What the user has to do to use it as a model.
 
         Args:
-            use: how the folder of a model is given there, as "load_from = '{}'".
+            use: how a model's folder is given in that setting, e.g. "load_from = '{}'".
         """
         if self.what == HF:
             return use.format(self.path)
         if self.what in CONVERTIBLE:
             command = f"xtuner convert pth_to_hf CONFIG {shlex.quote(str(self.path))} HF_DIR --fp32"
-            return f"{command}   (CONFIG names its model and tokenizer), then {use.format('HF_DIR')}"
+            return f"{command}   (CONFIG gives its model and tokenizer), then {use.format('HF_DIR')}"
         if self.what == SAFETENSORS:
             folder = f"a folder that holds it as model.safetensors, with the config.json of its model: {use}"
             return folder.format("that folder")
         others = {
-            BARE: "copy the config.json of its model there",
-            PARTIAL: "give another one: this was being removed, or has been copied in part",
+            BARE: "copy the config.json of its model into it",
+            PARTIAL: "give another one: this was being removed, or was copied incompletely",
             ADAPTER: f"merge it into its model with the tool that trained it, then {use.format('the merged model')}",
-            TURBOMIND: f"give the Hugging Face folder that it was made from: {use.format('HF_DIR')}",
+            TURBOMIND: f"give the Hugging Face folder that it was converted from: {use.format('HF_DIR')}",
         }
         return others.get(self.what, "give a Hugging Face folder, or an iter_N.pth checkpoint of xtuner")
 
 
-def take(path: str | Path, kinds: Collection[str], where: str, use: str, checkpoint: str = "") -> Kind:
-    """What lies at `path`, if it is one of `kinds`. Raises: ConfigError, which says what it is and what to do.
+def require_kind(path: str | Path, kinds: Collection[str], where: str, use: str, checkpoint: str = "") -> Kind:
+    """The kind of `path`, if it is one of `kinds`. Raises: ConfigError that says what it is and what to do.
 
     Args:
-        where: the setting or argument that named it.
-        use: see `Kind.fits`.
-        checkpoint: what to do instead with a checkpoint of ours.
+        where: the setting or argument that gave the path.
+        use: see `Kind.advice`.
+        checkpoint: what to do with a checkpoint of xtuner instead.
     """
     kind = recognise(path)
     if kind.what in kinds:
@@ -84,7 +84,7 @@ def take(path: str | Path, kinds: Collection[str], where: str, use: str, checkpo
     raise ConfigError(
         f"{path} is {kind.what}",
         where=where,
-        why="it cannot be used there as it is" if kind.exists else "",
+        why="this kind is not accepted there" if kind.exists else "",
         do=_advice(recognise(kind.inner) if kind.inner else kind, kinds, use, checkpoint),
     )
 
@@ -92,11 +92,11 @@ def take(path: str | Path, kinds: Collection[str], where: str, use: str, checkpo
 def _advice(kind: Kind, kinds: Collection[str], use: str, checkpoint: str) -> str:
     if kind.what in kinds:
         return use.format(kind.path)
-    return checkpoint.format(kind.path) if checkpoint and kind.what == CHECKPOINT else kind.fits(use)
+    return checkpoint.format(kind.path) if checkpoint and kind.what == CHECKPOINT else kind.advice(use)
 
 
 def recognise(path: str | Path) -> Kind:
-    """What lies at `path`. Nothing is opened."""
+    """The kind of `path`. No file is opened."""
     path = Path(os.path.expanduser(path))
     try:
         if path.is_file():

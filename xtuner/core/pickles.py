@@ -1,18 +1,18 @@
-"""Reads files of `torch.save` that other programs wrote, without running anything that they name.
+"""Read files of `torch.save` that other programs wrote, without running any code that they name.
 
 A pickle is a program for a stack machine. Python's machine looks up and calls any global that a file names, and its
-BUILD opcode sets attributes or calls `__setstate__` of whatever lies on the stack, tensors included. So this is a
-machine of our own: `pickletools` splits the bytes into opcodes, and those below can only make plain values, tensors
-and inert placeholders. A global is a key into `_GLOBALS`, our own builders; nothing is imported or looked up.
+BUILD opcode sets attributes or calls `__setstate__` of any object on the stack, tensors included. This module therefore
+has its own machine: `pickletools` splits the bytes into opcodes, and the opcodes implemented here can only build plain
+values, tensors and inert placeholders. A global is a key of `_GLOBALS`, our own builders; nothing is imported.
 
-A small file may describe something large: parts of it can be used many times over. So members of the zip may not share
-bytes, what is built out of a list that lies in the memo is counted, a tensor is at most as large as its file, and
-messages show the beginning of a value.
+A small file can describe a very large value by using one part many times. Therefore members of the zip must not share
+bytes, elements built from memoised lists are counted, a tensor is at most as large as its file, and messages show only
+the beginning of a value.
 
 Formats: pickletools documents the opcodes. Since torch 1.6 a file is an uncompressed zip: `NAME/data.pkl`,
 `NAME/data/KEY` (a storage each), `NAME/byteorder`. In the pickle a tensor is a call of `_rebuild_tensor_v2(storage,
 offset, size, stride, requires_grad, hooks)`, a storage is the id `('storage', type, KEY, device, elements)`. One
-with attributes of its own (DeepSpeed's ZeRO-3 gives some) is `_rebuild_from_type_v2(function, class, arguments, them)`.
+with attributes (as in DeepSpeed's ZeRO-3) is `_rebuild_from_type_v2(function, class, arguments, attributes)`.
 """
 
 import bisect
@@ -36,22 +36,22 @@ import torch
 from xtuner.core.errors import CheckpointError
 from xtuner.core.foreign_inputs import open_regular, short, short_repr
 
-_RUNS_CODE = "a pickle can run any program of whoever wrote it, so only tensors and plain values are read"
-_CONVERT = "if you trust whoever wrote it, load it where that is safe and save the weights as .safetensors"
+_RUNS_CODE = "a pickle can run arbitrary code, so only tensors and plain values are read"
+_CONVERT = "if you trust its author, load it in a safe environment and save the weights as .safetensors"
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which Python names from 3.13 on
 _MOST_DIMENSIONS = 64  # of a tensor, as in torch
-_LONGEST_NAME = 1000  # of a module, and of a class in it
+_LONGEST_NAME = 1000  # of a module, or of a class in it
 _MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # the integer 0x1950a86a20f9469cfc6c, pickled
 
 
 @dataclass(slots=True, eq=False)
 class Opaque:
-    """Stands for an object of a class that we do not know: keeps what the file gave it, does nothing."""
+    """Placeholder for an object of an unknown class: keeps its arguments and state, does nothing."""
 
     name: str  # of the class or function, as 'module.name'
     args: tuple[Any, ...] = ()
     state: Any = None
-    items: list[Any] = field(default_factory=list)  # appended values, or keys and values in turn
+    items: list[Any] = field(default_factory=list)  # appended values, or keys and values alternating
 
     def __repr__(self) -> str:
         return f"<opaque {self.name}>"
@@ -64,7 +64,7 @@ class _Builder:
 
 @dataclass(frozen=True, slots=True)
 class _Class:
-    """Stands for a class that a file may name, but not call."""
+    """Placeholder for a class that a file may name, but not call."""
 
     name: str
 
@@ -77,12 +77,12 @@ class _Storage:
     data: torch.UntypedStorage
     dtype: torch.dtype
     length: int  # elements of dtype
-    file_size: int  # bytes, which no tensor may exceed: with strides of 0 a byte stands for any number of elements
+    file_size: int  # bytes; the limit of a tensor, as strides of 0 repeat a byte any number of times
 
 
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, grad: Any = False, *rest: Any) -> torch.Tensor:
-    """A view of the storage. Raises: ValueError where it would reach outside."""
-    # rest: hooks, always empty; in `_rebuild_tensor_v3` the dtype (float8, uint16, …: the storage counts bytes); bits.
+    """A view of the storage. Raises: ValueError if it exceeds the storage."""
+    # rest: hooks (always empty); in `_rebuild_tensor_v3` the dtype (float8, uint16, …; the storage counts bytes); bits.
     dtype = next((value for value in rest if isinstance(value, torch.dtype)), storage.dtype)
     if len(rest) > 4 or any(not isinstance(value, torch.dtype) and value for value in rest):
         raise ValueError("a tensor with hooks, or a conjugated or negated view")
@@ -107,7 +107,7 @@ def _parameter(data: torch.Tensor, grad: Any, *hooks_and_attributes: Any) -> tor
 def _typed(make: Any, cls: Any, args: Any, attributes: Any) -> torch.Tensor:
     """A tensor that was saved with attributes, without them."""
     if not (isinstance(make, _Builder) and make.make is _tensor and isinstance(args, tuple)):
-        raise ValueError("a tensor that is made in an unknown way")
+        raise ValueError("a tensor with an unknown constructor")
     if cls != _TENSOR:
         raise ValueError(f"a tensor of the class {short_repr(getattr(cls, 'name', cls))}")
     return _tensor(*args)
@@ -121,9 +121,9 @@ def _bytes(text: str = "", encoding: str = "latin1") -> bytes:
 
 
 def _key(value: Any) -> Any:
-    # Flat keys only: hashing a tuple nested a million deep overflows the C stack, which kills the process; comparing
-    # two equal frozensets that nest takes twice as long for each level. Integers beyond 2^61 can be chosen to have one
-    # hash, and a dict of n of them takes n² steps.
+    # Flat keys only: hashing a tuple nested a million deep overflows the C stack and kills the process; comparing
+    # two equal nested frozensets takes twice as long for each level. Integers beyond 2^61 can be chosen to have equal
+    # hashes, and a dict of n of them takes n² steps.
     for part in value if isinstance(value, tuple) else (value,):
         if not isinstance(part, _FLAT) or (isinstance(part, int) and part.bit_length() > 60):
             raise ValueError(f"{short_repr(part)} as a key")
@@ -151,12 +151,12 @@ _GLOBALS: dict[str, _Builder | _Class | torch.dtype] = {
     "torch._utils._rebuild_parameter_with_state": _Builder(_parameter),
     "torch._tensor._rebuild_from_type_v2": _Builder(_typed),
     "torch.Tensor": _TENSOR,
-    # Not the quantized ones (quint8, …): a tensor of them needs more than a storage.
+    # Without the quantized ones (quint8, …): their tensors need more than a storage.
     **{f"torch.{k}": v for k, v in vars(torch).items() if isinstance(v, torch.dtype) and not k.startswith("q")},
     **{f"torch.{name}Storage": dtype for name, dtype in _STORAGES.items()},
     "torch.storage.UntypedStorage": torch.uint8,
 }
-# Opcodes whose argument is the value itself.
+# Opcodes whose argument is the value.
 _VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"}
 _VALUES |= {"BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
 _MAKES: dict[str, Callable[[], Any]] = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
@@ -164,15 +164,15 @@ _MAKES |= {"EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict, "EMPTY_
 
 
 class _Machine:
-    """Runs the opcodes that make values. `storage` turns a persistent id into a storage."""
+    """Runs the opcodes that build values. `storage` turns a persistent id into a storage."""
 
     def __init__(self, path: str | Path, storage: Callable[[Any], _Storage], opaque: bool) -> None:
         self.path, self.storage, self.opaque = path, storage, opaque
         self.at = 0  # byte of the pickle, for messages
-        self.room = 0  # how many more elements may be built out of lists and texts
+        self.budget = 0  # elements that may still be built from lists and strings
 
     def run(self, code: bytes) -> Any:
-        self.room = len(code)  # each element took at least a byte, and is built once
+        self.budget = len(code)  # an honest file has at least a byte for each element
         stack: list[Any] = []
         marks: list[int] = []  # heights of the stack
         memo: dict[Any, Any] = {}
@@ -239,7 +239,7 @@ class _Machine:
         if self.opaque:
             return Opaque(name)
         where = f"{self.path}, byte {self.at} of its data.pkl"
-        raise CheckpointError(f"the pickle asks for {short_repr(name)}", where=where, why=_RUNS_CODE, do=_CONVERT)
+        raise CheckpointError(f"the pickle refers to {short_repr(name)}", where=where, why=_RUNS_CODE, do=_CONVERT)
 
     def call(self, function: Any, args: Any, keywords: Any = None) -> Any:
         if not isinstance(args, tuple):
@@ -247,9 +247,10 @@ class _Machine:
         if isinstance(function, Opaque):
             return Opaque(function.name, (*args, keywords) if keywords else args)
         if isinstance(function, _Builder) and not keywords:
-            self.room -= len(args) + sum(len(v) for v in args if isinstance(v, str | bytes | list | tuple | dict | set))
-            if self.room < 0:
-                raise ValueError("a value that is built over and over")
+            sized = (v for v in args if isinstance(v, str | bytes | list | tuple | dict | set))
+            self.budget -= len(args) + sum(map(len, sized))
+            if self.budget < 0:
+                raise ValueError("one value is built too many times")
             return function.make(*args)
         raise TypeError(f"a call of a {type(function).__name__}")
 
@@ -282,17 +283,17 @@ class _Archive:
         self.file = file
         self.zip = zipfile.ZipFile(file)
         self.length = file.seek(0, 2)
-        # Where the bytes of a member end at the latest: no two may share any.
+        # A member must end before the next one begins: members must not share bytes.
         self.begins = sorted(info.header_offset for info in self.zip.infolist())
         if len(set(self.begins)) < len(self.begins):
-            raise zipfile.BadZipFile("two members lie in the same place")
+            raise zipfile.BadZipFile("two members begin at the same byte")
         roots = [name[: -len("/data.pkl")] for name in self.zip.namelist() if name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise zipfile.BadZipFile(f"{len(roots)} members named data.pkl instead of one")
         self.root = roots[0]
-        # Copy on write: a tensor may be changed in memory, the file may not. Alive as long as a tensor uses it.
-        # One map for the file, as each holds a file descriptor. Nothing is reserved for pages that might be changed:
-        # Linux would refuse files larger than the machine's memory.
+        # Copy on write: tensors may be changed in memory, the file stays as it is. Tensors keep the map alive. One map
+        # for the whole file, as each map uses a file descriptor. No memory is reserved for changed pages: otherwise
+        # Linux refuses files larger than the machine's memory.
         self.map: Mapping | None = None
         with contextlib.suppress(OSError):
             flags, protection = MAP_PRIVATE | _NORESERVE, PROT_READ | PROT_WRITE
@@ -303,7 +304,7 @@ class _Archive:
         return f"{self.root}/{name}" in self.zip.namelist()
 
     def span(self, name: str) -> tuple[int, int]:
-        """Where a member's bytes begin in the file, and how many there are."""
+        """(offset in the file, length) of a member's bytes."""
         info = self.zip.getinfo(f"{self.root}/{name}")
         self.file.seek(info.header_offset)
         header = self.file.read(30)
@@ -338,8 +339,8 @@ class _Archive:
     def bytes_of(self, name: str) -> torch.UntypedStorage:
         begin, size = self.span(name)
         if size == 0:
-            return torch.UntypedStorage(0)  # frombuffer refuses nothing at all
-        if self.map is not None and begin % 16 == 0:  # torch aligns to 64; others' files may be anywhere
+            return torch.UntypedStorage(0)  # frombuffer rejects an empty buffer
+        if self.map is not None and begin % 16 == 0:  # torch aligns to 64; other writers may not
             return torch.frombuffer(self.map, dtype=torch.uint8, count=size, offset=begin).untyped_storage()
         return torch.frombuffer(self.read(name), dtype=torch.uint8).untyped_storage()
 
@@ -348,26 +349,26 @@ def _check_start(start: bytes, path: str | Path) -> None:
     if start.startswith(b"PK\3\4"):
         return
     if _MAGIC in start:
-        what, do = "the file has torch's format of before 1.6", _CONVERT
+        what, do = "the file is in torch's format of before 1.6", _CONVERT
     elif start.startswith(b"\x80"):
         what, do = "the file is a bare pickle, not a file of torch.save", _CONVERT
     elif start.startswith(b"version https://git-lfs"):
         what, do = "the file is a pointer of git-lfs, not the weights", "git lfs pull"
     else:
-        what, do = f"the file is not one of torch.save: it begins with {start[:8]!r}", "give the checkpoint's own file"
+        what, do = f"the file was not written by torch.save: it begins with {start[:8]!r}", "give the checkpoint's file"
     raise CheckpointError(what, where=str(path), why="only the zip format of torch 1.6 and later is read", do=do)
 
 
 def load_tensors(path: str | Path, mmap: bool = True, opaque: bool = False) -> Any:
-    """What `torch.load` would give for a file of `torch.save`, of tensors and plain values only.
+    """What `torch.load` returns for a file of `torch.save`, limited to tensors and plain values.
 
     Args:
-        mmap: leave tensors on disk until they are used. The file must stay as it is while they live.
+        mmap: leave tensors on disk until they are used. The file must not change while they exist.
         opaque: objects of unknown classes become inert `Opaque` placeholders instead of an error.
 
-    Returns: tensors on CPU wherever they were saved; attributes of dicts (`_metadata`) and of tensors are left
-        out. Contents are not checked against the zip's checksums.
-    Raises: CheckpointError for a file that is missing, damaged, of another format, or asks for anything else.
+    Returns: tensors on the CPU, without attributes of dicts (`_metadata`) and of tensors. Contents are not compared
+        with the checksums of the zip.
+    Raises: CheckpointError for a file that is missing, damaged, of another format, or contains anything else.
     """
     machine = None
     try:
@@ -379,7 +380,7 @@ def load_tensors(path: str | Path, mmap: bool = True, opaque: bool = False) -> A
                 raise CheckpointError(
                     f"the tensors are {short_repr(order)}-endian, this machine is {sys.byteorder}-endian",
                     where=str(path),
-                    why="every number would be read wrong",
+                    why="all numbers would be wrong",
                     do="load it with torch on any machine and save it there as .safetensors",
                 )
             machine = _Machine(path, archive.storage, opaque)
@@ -393,5 +394,5 @@ def load_tensors(path: str | Path, mmap: bool = True, opaque: bool = False) -> A
             f"{Path(path).name} is cut short, damaged or crafted: {short(str(e))}",
             where=f"{path}, byte {machine.at} of its data.pkl" if machine else str(path),
             why="its tensors may be missing or wrong",
-            do="compare its size and sha256 with the original's and copy it again",
+            do="compare its size and sha256 with the original, and copy it again",
         ) from e

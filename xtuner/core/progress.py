@@ -1,10 +1,10 @@
-"""What this process is doing, read by the heartbeat: a rank that makes no progress is reported with its last step."""
+"""What this process is doing. The heartbeat reports the last activity of a rank that makes no progress."""
 
 current_activity = ""
-num_activities = 0  # so far: a rank whose number grows is alive
+num_activities = 0  # recorded so far; a rank whose number grows makes progress
 
 
 def record_progress(activity: str) -> None:
-    """A step of work has begun, such as a collective or a file of a checkpoint."""
+    """Record the start of a step of work, such as a collective or a file of a checkpoint."""
     global current_activity, num_activities
     current_activity, num_activities = activity, num_activities + 1

@@ -1,8 +1,8 @@
-"""Tokens, passwords and keys, kept out of logs, dumps and messages: where one would stand, `***` stands.
+"""Mask tokens, passwords and keys as `***` in logs, dumps and messages.
 
-A text is secret if its name says so (`hub_token`, not `pad_token`), if it has the form of a known kind (`hf_…`,
-`user:password@host`), or if it is a value already met: of an environment variable with such a name, or `learn`ed from
-a config. Names and forms are ours to guess: what neither gives away, and what a hook prints itself, stays visible.
+A text is secret if it has a secret name (`hub_token`, not `pad_token`), the form of a known kind (`hf_…`,
+`user:password@host`), or a known value: that of an environment variable with a secret name, or one passed to `learn`
+from a config. Names and forms are heuristics: other secrets, and what a hook prints itself, are not masked.
 """
 
 import os
@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 MASK = "***"
-SHORTEST = 8  # characters; a shorter value is hidden under its name, but not searched for in other texts
+SHORTEST = 8  # characters; a shorter value is masked under its name, but not searched for in other texts
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _ALONE = {
@@ -22,7 +22,7 @@ _ALONE = {
 }  # fmt: skip
 _KEYS = {"access", "account", "api", "auth", "encryption", "private", "secret", "service", "signing", "ssh", "storage"}
 _PASS = {"admin", "db", "ftp", "http", "mail", "mysql", "pg", "postgres", "redis", "root", "smtp", "user"}
-# A token of text, as in `pad_token`; any other is taken for one that opens doors, as in `hub_token`.
+# Words before "token" that make it a token of text, as in `pad_token`; any other token is a credential (`hub_token`).
 _OF_TEXT = {
     "additional", "assistant", "audio", "begin", "bos", "call", "cls", "context", "current", "each", "end", "eod",
     "eos", "eot", "extra", "fim", "first", "forced", "image", "img", "input", "last", "mask", "max", "min", "new",
@@ -43,13 +43,13 @@ _FORMS = tuple(map(re.compile, _FORMS_TEXT))
 _NAME = re.compile(r"""(?<![\w.-])([A-Za-z_-][\w.-]*+)\\?["']?\s*((?<![=!<>])=(?!=)|:)\s*""")
 _QUOTES = ('\\"', '"', "'")
 _VALUE = re.compile(r"""\\"[^"\n]*?\\"|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|[^\s,;&"'()\[\]{}\\]+""")
-_learnt: set[str] = set()
+_learned: set[str] = set()
 _cached: tuple[dict[Any, Any], tuple[str, ...]] | None = None  # an environment, and what `_known` found in it
 
 
 @lru_cache(4096)
 def _kind(name: str) -> str:
-    """ "secret", "token" (where numbers, and `<pad>`, are none), or "" for an open name. Whole words decide."""
+    """ "secret", "token" (numbers and `<pad>` are not secret there), or "" for an open name. Decided by whole words."""
     if name in _NO_SECRETS:
         return ""
     words = [w.lower() for w in _WORD.findall(name.rpartition(".")[2])]
@@ -72,14 +72,14 @@ def _kind(name: str) -> str:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what stands under this name (the last part of a dotted one) is to be hidden."""
+    """Whether values of this name (the last part of a dotted one) are masked."""
     return bool(_kind(name))
 
 
 def mask(value: Any, key: str = "") -> Any:
-    """`value` with every secret replaced: all texts below secret names, and what `mask_text` finds in the others.
+    """`value` with every secret replaced: all texts below secret names, and what `mask_text` finds in other texts.
 
-    Dicts, lists and tuples are copied; other objects are given back as they are. Masking twice changes nothing.
+    Dicts, lists and tuples are copied; other objects are returned unchanged. Masking twice has no further effect.
     """
     return _mask(value, _kind(key), _known())
 
@@ -103,14 +103,14 @@ def _text(value: Any, known: tuple[str, ...]) -> Any:
 
 
 def _is_open(value: str | bytes, kind: str) -> bool:
-    """No secret in spite of its name: nothing, a switch, or a token of text (`<pad>`, `[SEP]`)."""
+    """Not secret in spite of its name: empty, a switch, or a token of text (`<pad>`, `[SEP]`)."""
     text = value if isinstance(value, str) else value.decode("latin-1")
     switch = text.lower() in ("", "true", "false", "none", "null", MASK)
     return switch or (kind == "token" and bool(re.fullmatch(r"<[^<>]*>|\[[A-Z_]+\]|\d+", text)))
 
 
 def mask_text(text: str) -> str:
-    """`text` with what is known, what has the form of a secret, and values behind secret names replaced."""
+    """`text` with known secrets, texts in the form of a secret, and values of secret names replaced."""
     return _mask_text(text, _known())
 
 
@@ -144,9 +144,9 @@ def _keep_user(found: re.Match[str]) -> str:
 
 
 def learn(value: Any, key: str = "") -> None:
-    """Remember texts below secret names, so that they are recognised wherever they turn up later."""
+    """Remember texts below secret names, so that they are masked wherever they occur later."""
     global _cached
-    _learnt.update(s for s in _secrets_in(value, _kind(key)) if len(s) >= SHORTEST)
+    _learned.update(s for s in _secrets_in(value, _kind(key)) if len(s) >= SHORTEST)
     _cached = None
 
 
@@ -165,24 +165,24 @@ def _secrets_in(value: Any, kind: str) -> Iterator[str]:
 def _known() -> tuple[str, ...]:
     """Values to search for, the longest first.
 
-    Clusters set thousands of variables, and every log line is masked: they are examined again only when one of them has
-    changed. Two dicts of the same objects are compared in 20 µs at 3,000 variables.
+    Clusters set thousands of variables, and every log line is masked, so the result is cached until a variable changes.
+    Comparing two dicts of the same objects takes 20 µs at 3,000 variables.
     """
     global _cached
-    now = getattr(os.environ, "_data", os.environ)  # as CPython keeps them: nothing is decoded
+    now = getattr(os.environ, "_data", os.environ)  # the bytes that CPython keeps: no decoding
     cached = _cached
     if cached is not None and now == cached[0]:
         return cached[1]
     environment = dict(now)
     values = {v for k, v in os.environ.items() if len(v) >= SHORTEST and (kind := _kind(k)) and not _is_open(v, kind)}
-    values |= _learnt
+    values |= _learned
     found = tuple(sorted(values | {repr(v)[1:-1] for v in values}, key=len, reverse=True))
     _cached = environment, found
     return found
 
 
 def mask_command(words: Sequence[str]) -> list[str]:
-    """A command line: values of `name=value`, `--name=value` and `--name value`."""
+    """Mask a command line: values of `name=value`, `--name=value` and `--name value`."""
     known, masked, kind = _known(), [], ""
     for word in words:
         name, equals, value = word.partition("=")

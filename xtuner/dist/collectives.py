@@ -1,6 +1,6 @@
-"""The processes of a run, and small messages between them. One process is the case with rank 0 of 1.
+"""The ranks of a run, and small messages between them. A single process is rank 0 of 1.
 
-Messages are JSON, not pickles: what another rank sends is data, never code.
+Messages are JSON, not pickles, so that a message cannot run code.
 """
 
 import json
@@ -19,8 +19,8 @@ T = TypeVar("T")
 class Ranks:
     """A group of all processes of the run.
 
-    Collective calls must be made by all ranks in the same order within one group; a background thread therefore needs a
-    group of its own (`fresh`).
+    All ranks must call the collectives of one group in the same order. A background thread therefore needs its own group
+    (`new_group`).
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -39,17 +39,17 @@ class Ranks:
         """True on the one process that prints and writes shared files."""
         return self.rank == 0
 
-    def fresh(self) -> "Ranks":
-        """A gloo group of its own for collectives of another thread."""
+    def new_group(self) -> "Ranks":
+        """A new gloo group, for collectives of another thread."""
         return Ranks(_distributed().new_group(backend="gloo")) if self.size > 1 else Ranks()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's JSON value, by rank, on every rank."""
+        """The JSON values of all ranks, in the order of ranks, on every rank."""
         if self.size == 1:
             return [value]
         import torch
 
-        record_progress("a message to all")
+        record_progress("all_gather of a message")
         distributed = _distributed()
         raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
@@ -61,14 +61,14 @@ class Ranks:
         distributed.all_gather(texts, padded, group=self._group)
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's JSON value, on every rank."""
         return self.gather(value if self.is_main else None)[0]
 
-    def together(self, action: Callable[[], T]) -> T:
-        """Run `action`, which must not talk to other ranks, on every rank. Returns this rank's result.
+    def run_on_all(self, action: Callable[[], T]) -> T:
+        """Run `action`, which must not communicate, on every rank. Returns this rank's result.
 
-        If it fails on any rank with an error for users, the first of these errors is raised on all.
+        If it raises an error for users on any rank, the first of these errors is raised on all ranks.
         """
         if self.size == 1:
             return action()
@@ -76,14 +76,14 @@ class Ranks:
         failures = self.gather(failure)
         for rank, error in enumerate(failures):
             if error is not None:
-                raise revived(error, quiet=rank != self.rank)
+                raise restore_error(error, reported_elsewhere=rank != self.rank)
         assert outcome is not None
         return outcome[0]
 
-    def on_main(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on rank 0 alone. Returns its JSON result, or raises its error for users, on all ranks."""
-        value = self.together(lambda: action() if self.is_main else None)
-        return value if self.size == 1 else self.from_main(value)
+    def run_on_main(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 only. Returns its JSON result, or raises its error for users, on all ranks."""
+        value = self.run_on_all(lambda: action() if self.is_main else None)
+        return value if self.size == 1 else self.broadcast(value)
 
     def sum(self, value: float) -> float:
         """Sum of a number over all ranks, exact for integers below 2**53."""
@@ -91,31 +91,31 @@ class Ranks:
             return value
         import torch
 
-        record_progress("a sum over all")
+        record_progress("all_reduce of a sum")
         total = torch.tensor([value], dtype=torch.float64)
         _distributed().all_reduce(total, group=self._group)
         return float(total)
 
     def sum_on_device(self, value: Any) -> Any:
-        """Sum of a small tensor, as `tolist` gives it, summed where it lies: on GPUs without the detour over hosts."""
+        """Sum of a small tensor over all ranks, as a list; reduced on its own device, without a copy to the host first."""
         total = value.double().clone()
         if self.size > 1:
-            record_progress("a sum over all")
+            record_progress("all_reduce of a sum")
             _distributed().all_reduce(total, group=self._group)
         return total.tolist()
 
-    def sums_and_most(self, sums: Sequence[float], values: Sequence[int]) -> tuple[list[float], list[int]]:
-        """Over all ranks, the sums of some numbers and the largest of others, in one message.
+    def sums_and_maxima(self, sums: Sequence[float], values: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Over all ranks, the sums of `sums` and the maxima of `values`, in one all-reduce.
 
-        All ranks give equally many of both. Sums are exact for integers below 2**53; `values` are 0 or more.
+        The lengths must be equal on all ranks. Sums are exact for integers below 2**53; `values` are 0 or more.
         """
         if self.size == 1:
             return list(sums), list(values)
         import torch
 
-        record_progress("sums and largest numbers over all")
+        record_progress("all_reduce of sums and maxima")
         distributed = _distributed()
-        # A maximum by a sum: with more than `size` for a base, no sum of lower powers reaches the next power
+        # A maximum from a sum: with a base above `size`, lower powers never add up to the next power
         bits = self.size.bit_length()
         powers = [2.0 ** (bits * v) if bits * v < 960 else math.inf for v in values]
         totals = torch.tensor([*sums, *powers], dtype=torch.float64)
@@ -127,25 +127,25 @@ class Ranks:
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
         return found, largest.tolist()
 
-    def number_from_main(self, value: int) -> int:
+    def broadcast_int(self, value: int) -> int:
         """Rank 0's number, on every rank."""
         if self.size == 1:
             return value
         import torch
 
-        record_progress("a number of rank 0")
+        record_progress("broadcast of a number")
         number = torch.tensor([value])
         _distributed().broadcast(number, 0, group=self._group)
         return int(number)
 
     def reduce(self, tensor: Any, to: int) -> None:
-        """Sum a tensor over all ranks into that of rank `to`; the others' become undefined."""
-        record_progress(f"a tensor of {tensor.numel():,} elements to rank {to}")
+        """Sum a tensor over all ranks into that of rank `to`; it becomes undefined on the other ranks."""
+        record_progress(f"reduce of {tensor.numel():,} elements to rank {to}")
         _distributed().reduce(tensor, to, group=self._group)
 
 
 def attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, dict[str, str] | None]:
-    """((result,), None), or (None, the error for users as JSON). The system's errors are such errors, too."""
+    """((result,), None), or (None, the error for users as JSON). An OSError becomes a CheckpointError."""
     try:
         return (action(),), None
     except XTunerError as e:
@@ -155,12 +155,12 @@ def attempt(action: Callable[[], T]) -> tuple[tuple[T] | None, dict[str, str] | 
     return None, {"kind": kind, "what": error.what, "where": error.where, "why": error.why, "do": error.do}
 
 
-def revived(failure: dict[str, str], quiet: bool) -> XTunerError:
-    """The error that `attempt` has met, on another rank: `quiet` there, as its own rank tells it."""
+def restore_error(failure: dict[str, str], reported_elsewhere: bool) -> XTunerError:
+    """The error that `attempt` caught, from JSON; `reported_elsewhere`: it is another rank's, which reports it."""
     kinds = {kind.__name__: kind for kind in XTunerError.__subclasses__()}
     kind, what = failure["kind"], failure["what"]
     error = kinds[kind](what, where=failure["where"], why=failure["why"], do=failure["do"])
-    error.quiet = quiet
+    error.reported_elsewhere = reported_elsewhere
     return error
 
 
@@ -172,7 +172,7 @@ def rank() -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine, as whoever has started them, or dist/process_group.py, says."""
+    """Ranks on this machine, as set by the launcher or by dist/process_group.py."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -187,5 +187,5 @@ def _distributed() -> Any:
 
 
 def _started() -> bool:
-    torch = sys.modules.get("torch")  # not imported yet: no process group either
+    torch = sys.modules.get("torch")  # not imported: there is no process group
     return bool(torch and torch.distributed.is_available() and torch.distributed.is_initialized())

@@ -1,6 +1,6 @@
-"""The launchers that come with xtuner (see dist/launchers.py): each reads environment variables.
+"""The launchers of xtuner (see dist/launchers.py): each reads environment variables.
 
-`none` (this process is all, or starts its own workers, see workers.py), `pytorch` (torchrun, or anything that sets its
+`none` (a single process, or one that starts workers, see workers.py), `pytorch` (torchrun, or any program that sets its
 variables), `slurm` (srun), `mpi` (mpirun).
 """
 
@@ -12,34 +12,34 @@ from collections.abc import Iterator, Mapping
 
 from xtuner.core.errors import ConfigError, InterruptedRunError
 from xtuner.core.system.sysinfo import usable_cpus
-from xtuner.dist.launchers import LOOPBACK, Launcher, Nodes, Place, place
+from xtuner.dist.launchers import LOOPBACK, Launcher, NodeLayout, RankInfo, read_rank
 
 PORTS = range(20000, 32000)  # below Linux's ephemeral ports
 _NODES = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "ADDR", "PORT")
 
 
 @contextlib.contextmanager
-def main_reports(launcher: str) -> Iterator[None]:
-    """A Ctrl-C, which reaches all ranks, is reported by rank 0 alone."""
+def report_interrupt_once(launcher: str) -> Iterator[None]:
+    """Let only rank 0 report a Ctrl-C, which all ranks receive."""
     try:
         yield
     except KeyboardInterrupt:
         try:
-            rank = place(launcher, os.environ).rank
+            rank = read_rank(launcher, os.environ).rank
         except ConfigError:
             rank = 0
         if not rank:
             raise
         error = InterruptedRunError("interrupted")
-        error.quiet = True
+        error.reported_elsewhere = True
         raise error from None
 
 
-def nodes(environ: Mapping[str, str], gpus: int) -> Nodes | None:
-    """What asks this process to start workers; None if it is to work itself.
+def read_nodes(environ: Mapping[str, str], gpus: int) -> NodeLayout | None:
+    """The workers that this process has to start; None if it is itself a process of the run.
 
-    `NPROC_PER_NODE`, `NNODES`, `NODE_RANK`, `ADDR` and `PORT` win, then torchrun's own (`PET_…`), which Kubernetes'
-    PyTorchJob sets. `RANK` and `WORLD_SIZE` count nodes where no LOCAL_RANK is set (Aliyun DLC, PyTorchJob).
+    `NPROC_PER_NODE`, `NNODES`, `NODE_RANK`, `ADDR` and `PORT` have precedence, then torchrun's `PET_…`, which Kubernetes'
+    PyTorchJob sets. Without LOCAL_RANK, `RANK` and `WORLD_SIZE` count nodes (Aliyun DLC, PyTorchJob).
     """
     if "LOCAL_RANK" in environ:
         return None
@@ -54,90 +54,90 @@ def nodes(environ: Mapping[str, str], gpus: int) -> Nodes | None:
     if not given["NPROC_PER_NODE"] and not given["NNODES"]:
         return None
     number = {k: _number(*v) for k, v in given.items() if v and k != "ADDR" and v[1] not in ("auto", "gpu")}
-    found = Nodes(
+    found = NodeLayout(
         number.get("NPROC_PER_NODE", max(gpus, 1)),
         number.get("NNODES", 1),
         number.get("NODE_RANK", 0),
         given["ADDR"][1] if given["ADDR"] else LOOPBACK,
         number.get("PORT", 0),
     )
-    if found.workers < 1 or found.nodes < 1:
-        raise ConfigError(f"{found.nodes} nodes with {found.workers} processes each", where=_shown(environ, names))
-    if not 0 <= found.node_rank < found.nodes:
+    if found.workers < 1 or found.num_nodes < 1:
+        raise ConfigError(f"{found.num_nodes} nodes with {found.workers} processes each", where=_shown(environ, names))
+    if not 0 <= found.node_rank < found.num_nodes:
         raise ConfigError(
-            f"node {found.node_rank} of {found.nodes}",
+            f"node {found.node_rank} of {found.num_nodes}",
             where=_shown(environ, names),
             why="nodes are counted from 0",
-            do="give every node its own NODE_RANK and all the same NNODES",
+            do="set a different NODE_RANK on every node, and the same NNODES",
         )
-    missing = [k for k in ("NODE_RANK", "ADDR", "PORT") if found.nodes > 1 and not given[k]]
+    missing = [k for k in ("NODE_RANK", "ADDR", "PORT") if found.num_nodes > 1 and not given[k]]
     if missing:
         raise ConfigError(
-            f"{found.nodes} nodes, and no {' and no '.join(missing)}",
+            f"{found.num_nodes} nodes, but {' and '.join(missing)} not set",
             where=_shown(environ, names) or "environment",
-            why="processes of different nodes must know who they are and where to meet",
+            why="processes of several nodes need their rank and a common address",
             do="on every node: export NNODES=… NODE_RANK=… ADDR=<host of node 0> PORT=<free port there, e.g. 29500>",
         )
     return found
 
 
-class Alone(Launcher):
-    """One process is all, unless something has started several of it that would not know of each other."""
+class SingleProcess(Launcher):
+    """`none`: a single process. Raises: ConfigError if srun or mpirun started several, which would train separately."""
 
-    def place(self, environ: Mapping[str, str]) -> Place:
+    def read_rank(self, environ: Mapping[str, str]) -> RankInfo:
         if "LOCAL_RANK" in environ:
             return read_torchrun(environ)
         started = {"slurm": ("SLURM_STEP_NUM_TASKS", "srun"), "mpi": ("OMPI_COMM_WORLD_SIZE", "mpirun")}
         for launcher, (name, program) in started.items():
-            if environ.get(name, "1") != "1" and "SLURM_PTY_PORT" not in environ:  # a shell of srun --pty is one
+            if environ.get(name, "1") != "1" and "SLURM_PTY_PORT" not in environ:  # except in a shell of srun --pty
                 raise ConfigError(
                     f"{program} has started {environ[name]} processes, and --launcher is none",
                     where=f"environment: {name}",
-                    why="each would train alone, all in the same work dir",
+                    why="each would train by itself, in the same work dir",
                     do=f"add --launcher {launcher}, or start one process",
                 )
-        return Place()
+        return RankInfo()
 
-    def nodes(self, environ: Mapping[str, str], gpus: int) -> Nodes | None:
-        return nodes(environ, gpus)
+    def read_nodes(self, environ: Mapping[str, str], gpus: int) -> NodeLayout | None:
+        return read_nodes(environ, gpus)
 
 
 class Torchrun(Launcher):
-    def place(self, environ: Mapping[str, str]) -> Place:
+    def read_rank(self, environ: Mapping[str, str]) -> RankInfo:
         return read_torchrun(environ)
 
-    def nodes(self, environ: Mapping[str, str], gpus: int) -> Nodes | None:
-        return nodes(environ, gpus)
+    def read_nodes(self, environ: Mapping[str, str], gpus: int) -> NodeLayout | None:
+        return read_nodes(environ, gpus)
 
 
-def read_torchrun(environ: Mapping[str, str]) -> Place:
+def read_torchrun(environ: Mapping[str, str]) -> RankInfo:
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     _require(
         environ, needed, "pytorch", "start with torchrun --nproc-per-node N -m xtuner train …, or NPROC_PER_NODE=N"
     )
     rank, size, local, port = (_number(n, environ[n]) for n in needed if n != "MASTER_ADDR")
-    return Place(rank, size, local, environ["MASTER_ADDR"], port)
+    return RankInfo(rank, size, local, environ["MASTER_ADDR"], port)
 
 
 class Slurm(Launcher):
-    def place(self, environ: Mapping[str, str]) -> Place:
+    def read_rank(self, environ: Mapping[str, str]) -> RankInfo:
         _require(environ, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "slurm", "start with srun xtuner train …")
         rank, size, local = (_number(n, environ[n]) for n in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
         if size > 1 and "SLURM_STEP_ID" not in environ:
             raise ConfigError(
-                f"the Slurm job has {size} tasks, and this process is none of them but the job's script",
+                f"the Slurm job has {size} tasks, and this process is the job script, not one of them",
                 where="--launcher slurm",
-                why="it would wait for the others for ever: srun starts them",
+                why="srun starts the tasks; without it this process would wait for them forever",
                 do="start with srun xtuner train …",
             )
         listed = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
         address = environ.get("MASTER_ADDR") or (first_node(listed) if _number_of_nodes(environ) > 1 else LOOPBACK)
         job = f"{environ.get('SLURM_JOB_ID', '')}.{environ.get('SLURM_STEP_ID', '')}"
-        return Place(rank, size, local, address, _port(environ, job))
+        return RankInfo(rank, size, local, address, _port(environ, job))
 
 
 class Mpi(Launcher):
-    def place(self, environ: Mapping[str, str]) -> Place:
+    def read_rank(self, environ: Mapping[str, str]) -> RankInfo:
         kinds = (
             ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
             ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
@@ -150,7 +150,7 @@ class Mpi(Launcher):
             fix = "mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 …"
             _require(environ, ("MASTER_ADDR", "MASTER_PORT"), "mpi", fix)
         port = _port(environ, environ.get("PMIX_NAMESPACE", ""))
-        return Place(rank, size, local, environ.get("MASTER_ADDR", LOOPBACK), port)
+        return RankInfo(rank, size, local, environ.get("MASTER_ADDR", LOOPBACK), port)
 
 
 def first_node(listed: str) -> str:
@@ -158,7 +158,7 @@ def first_node(listed: str) -> str:
     match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", listed)
     if not match:
         raise ConfigError(
-            "Slurm does not say which nodes the job has",
+            "the variables of Slurm do not name the nodes of the job",
             where="SLURM_JOB_NODELIST",
             do="export MASTER_ADDR=<host of the first node>",
         )
@@ -171,7 +171,7 @@ def _number_of_nodes(environ: Mapping[str, str]) -> int:
 
 
 def _port(environ: Mapping[str, str], job: str) -> int:
-    """MASTER_PORT, else one that follows from the job, so that two jobs of a node do not meet."""
+    """MASTER_PORT, else a port derived from the job id, so that two jobs on a node use different ones."""
     if environ.get("MASTER_PORT"):
         return _number("MASTER_PORT", environ["MASTER_PORT"])
     return PORTS[zlib.crc32(job.encode()) % len(PORTS)]
@@ -183,7 +183,7 @@ def _require(environ: Mapping[str, str], names: tuple[str, ...], launcher: str, 
         raise ConfigError(
             f"--launcher {launcher} needs {', '.join(missing)} in the environment",
             where=f"--launcher {launcher}",
-            why="without them a process does not know which of the run's it is, and would train alone",
+            why="a process finds its rank in them; without them it would train alone",
             do=do,
         )
 
@@ -193,9 +193,9 @@ def _number(name: str, text: str) -> int:
     try:
         number = int(text)
     except ValueError:
-        raise ConfigError(f"{name} = {text!r} is no number", where=where) from None
+        raise ConfigError(f"{name} = {text!r} is not a number", where=where) from None
     if name.endswith("PORT") and not 0 < number < 2**16:
-        raise ConfigError(f"{name} = {text} is no port", where=where, do="choose a free one from 1024 to 65535")
+        raise ConfigError(f"{name} = {text} is not a port", where=where, do="choose a free one from 1024 to 65535")
     return number
 
 
@@ -203,15 +203,15 @@ def _shown(environ: Mapping[str, str], names: Mapping[str, tuple[str, ...]]) -> 
     return " ".join(f"{n}={environ[n]}" for tries in names.values() for n in tries if n in environ)
 
 
-def environment_of_workers(environ: Mapping[str, str], asked: Nodes, local_rank: int, port: int) -> dict[str, str]:
-    """Torchrun's variables for one worker; what asked for workers is gone, so that none starts more."""
+def environment_of_workers(environ: Mapping[str, str], layout: NodeLayout, local_rank: int, port: int) -> dict[str, str]:
+    """The variables of torchrun for one worker, without those that would make it start workers itself."""
     kept = {k: v for k, v in environ.items() if k not in _NODES and not k.startswith("PET_")}
     return kept | {
-        "RANK": str(asked.node_rank * asked.workers + local_rank),
-        "WORLD_SIZE": str(asked.nodes * asked.workers),
+        "RANK": str(layout.node_rank * layout.workers + local_rank),
+        "WORLD_SIZE": str(layout.num_nodes * layout.workers),
         "LOCAL_RANK": str(local_rank),
-        "LOCAL_WORLD_SIZE": str(asked.workers),
-        "MASTER_ADDR": asked.address,
+        "LOCAL_WORLD_SIZE": str(layout.workers),
+        "MASTER_ADDR": layout.address,
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, usable_cpus() // asked.workers))),
+        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS", str(max(1, usable_cpus() // layout.workers))),
     }

@@ -1,12 +1,12 @@
 """How the ranks of a run are arranged: `dp_replicate × dp_shard × cp × tp`, in this order, the last varying fastest.
 
-    dp_replicate   copies of the model: each holds all of its state, divided over dp_shard × cp
-    dp_shard       ranks over which weights, gradients and optimizer state are divided
+    dp_replicate   copies of the model; the state of each is sharded over dp_shard × cp
+    dp_shard       ranks over which weights, gradients and optimizer state are sharded
     cp             ranks that share the tokens of one pack
-    tp             ranks that share each matrix product; always 1 until it is built
+    tp             ranks that share each matrix product; 1, as it is not implemented
 
-Data-parallel ranks (dp_replicate × dp_shard) take packs of their own. Sums over targets and gradients go over dp and cp.
-A single process is a mesh of ones: it has no process groups.
+Each data-parallel rank (dp_replicate × dp_shard) trains on its own packs. Sums over targets and gradients are taken over
+dp and cp. A single process is a mesh of ones, without process groups.
 """
 
 from dataclasses import dataclass, field
@@ -20,9 +20,9 @@ from xtuner.core.errors import ConfigError
 @dataclass(frozen=True)
 class Mesh:
     """Args:
-    rank: of this process; its coordinates follow.
+    rank: of this process; its coordinates follow from it.
     local_size: ranks on this machine.
-    ranks: all of them, for messages.
+    ranks: the group of all ranks, for messages.
     """
 
     dp_replicate: int = 1
@@ -34,7 +34,7 @@ class Mesh:
     ranks: Ranks = field(default_factory=Ranks, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        assert self.tp == 1, "tensor parallelism is not built yet"
+        assert self.tp == 1, "tensor parallelism is not implemented"
         assert 0 <= self.rank < self.size
 
     @property
@@ -47,7 +47,7 @@ class Mesh:
 
     @property
     def dp_size(self) -> int:
-        """Ranks that take packs of their own."""
+        """Ranks with packs of their own."""
         return self.dp_replicate * self.dp_shard
 
     @property
@@ -56,7 +56,7 @@ class Mesh:
 
     @property
     def shard_size(self) -> int:
-        """Ranks over which state is divided."""
+        """Ranks over which one copy of the state is sharded."""
         return self.dp_shard * self.cp
 
     @property
@@ -65,18 +65,18 @@ class Mesh:
 
     @property
     def replica(self) -> int:
-        """Which copy of the state this process holds a part of."""
+        """Index of the copy of the state of which this process has a shard."""
         return self.rank // (self.shard_size * self.tp)
 
     @cached_property
     def shard_group(self) -> Any:
-        """The process group of the ranks that hold the other parts of this copy. All ranks must ask for it together."""
+        """Process group of the ranks with the shards of this copy. A collective: all ranks must call it."""
         each = self.shard_size
         return self._group([list(range(i * each, (i + 1) * each)) for i in range(self.dp_replicate)])
 
     @cached_property
     def replica_group(self) -> Any:
-        """The process group of the ranks that hold the same part of other copies. All ranks must ask together."""
+        """Process group of the ranks with the same shard of each copy. A collective: all ranks must call it."""
         return self._group([list(range(i, self.size, self.shard_size)) for i in range(self.shard_size)])
 
     def _group(self, members: list[list[int]]) -> Any:
@@ -87,13 +87,13 @@ class Mesh:
         return distributed.new_subgroups_by_enumeration(members)[0]
 
 
-def arrange(fsdp: str | None = None, planned: int | None = None) -> Mesh:
-    """The mesh of the processes there are.
+def make_mesh(fsdp: str | None = None, planned: int | None = None) -> Mesh:
+    """The mesh of the running processes.
 
     Args:
-        planned: of so many, 8 on each machine, in place of those there are: nothing can be sent in it.
-        fsdp: "hybrid" to keep a copy of the state on each machine, divided over its ranks; otherwise one copy is
-            divided over all ranks.
+        fsdp: "hybrid" for one copy of the state per machine, sharded over its ranks; otherwise one copy is sharded over
+            all ranks.
+        planned: make the mesh of this many ranks, 8 on each machine, for a dry run; it cannot communicate.
 
     Raises: ConfigError for a hybrid mesh of machines with unequal numbers of ranks.
     """
@@ -102,9 +102,9 @@ def arrange(fsdp: str | None = None, planned: int | None = None) -> Mesh:
         return Mesh(dp_shard=size, rank=ranks.rank, local_size=here, ranks=ranks)
     if size % here:
         raise ConfigError(
-            f"{size} ranks do not divide into nodes of {here}",
+            f"{size} ranks cannot be divided into nodes of {here}",
             where="--fsdp hybrid",
-            why="every node is to hold one full copy of the model",
-            do="start equally many processes on every node, or use --fsdp full",
+            why="every node has one full copy of the model",
+            do="start the same number of processes on every node, or use --fsdp full",
         )
     return Mesh(size // here, here, rank=ranks.rank, local_size=here, ranks=ranks)

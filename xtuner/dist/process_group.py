@@ -1,4 +1,4 @@
-"""Taking part in a run of several processes: meet, watch each other, and leave in order."""
+"""Join a run of several processes: process group, heartbeat, and an orderly end."""
 
 import contextlib
 import os
@@ -10,87 +10,87 @@ import torch.distributed as torch_dist
 
 from xtuner.dist.collectives import ALL
 from xtuner.core.errors import ConfigError, InterruptedRunError, XTunerError
-from xtuner.dist.launchers import Place
-from xtuner.dist.heartbeat import Watch, store
+from xtuner.dist.launchers import RankInfo
+from xtuner.dist.heartbeat import Heartbeat, connect_store
 
-# Collectives may wait as long as another rank prepares data or a checkpoint; the watch finds those that hang.
-PATIENCE = timedelta(days=2)
-_SEGMENTS = "expandable_segments:True"  # micro-batches of changing lengths would leave holes between fixed ones
+# Collectives may wait for a rank that prepares data or a checkpoint; the heartbeat detects ranks that hang.
+COLLECTIVE_TIMEOUT = timedelta(days=2)
+_SEGMENTS = "expandable_segments:True"  # segments of fixed size would fragment, as micro-batches differ in length
 _PINNING = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"  # 21 GiB in 2.7 s instead of 16
 
 
-def device(local_rank: int = 0) -> torch.device:
+def select_device(local_rank: int = 0) -> torch.device:
     """The GPU of a process, or the CPU where there is none. Raises: ConfigError for more processes than GPUs."""
     count = torch.cuda.device_count()
     if not count:
         return torch.device("cpu")
     if count > 1 and local_rank >= count:
         raise ConfigError(
-            f"local rank {local_rank}, and {count} GPUs are visible",
+            f"local rank {local_rank}, but only {count} GPUs are visible",
             where=f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}",
             why="two processes would share a GPU, and its memory",
             do="start as many processes on a node as it has GPUs",
         )
-    return torch.device("cuda", local_rank if local_rank < count else 0)  # one visible: the launcher has bound it
+    return torch.device("cuda", local_rank if local_rank < count else 0)  # one visible GPU: the launcher has assigned it
 
 
-# what a process group leaves in the environment, for engines and whoever else asks there
-_TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# set in the environment while the run lasts, for engines that read them
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextlib.contextmanager
-def taking_part(place: Place, group: bool) -> Iterator[tuple[torch.device, Watch | None]]:
-    """Yield this process's device, and what it tells how far it is (None if it is alone).
+def join_run(info: RankInfo, group: bool) -> Iterator[tuple[torch.device, Heartbeat | None]]:
+    """Yield this process's device and its heartbeat (None for a single process).
+
+    Errors are propagated to the other ranks. An error that is caused by another rank's failure is raised as that failure.
 
     Args:
-        group: make a process group for a single process, too, as engines want it.
-
-    An error inside is told to the others; one that comes of another's end becomes that one's story.
+        group: create a process group for a single process also, as DeepSpeed needs it.
     """
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    for about, wanted in (("pinned", _PINNING), ("expandable_segments", _SEGMENTS)):
-        if about not in settings:
+    for name, wanted in (("pinned", _PINNING), ("expandable_segments", _SEGMENTS)):
+        if name not in settings:
             settings = ",".join(filter(None, (settings, wanted)))
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = settings
-    here = device(place.local_rank)
+    here = select_device(info.local_rank)
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    if place.size == 1 and not group:
+    if info.size == 1 and not group:
         yield here, None
         return
-    meeting = store(place)
-    before = {name: os.environ.get(name) for name in _TOLD}
-    os.environ |= {"RANK": str(place.rank), "WORLD_SIZE": str(place.size), "LOCAL_RANK": str(place.local_rank)}
-    os.environ |= {"MASTER_ADDR": place.address, "MASTER_PORT": str(meeting.port)}
-    watch = Watch(place, meeting) if place.size > 1 else None
+    meeting = connect_store(info)
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    os.environ |= {"RANK": str(info.rank), "WORLD_SIZE": str(info.size), "LOCAL_RANK": str(info.local_rank)}
+    os.environ |= {"MASTER_ADDR": info.address, "MASTER_PORT": str(meeting.port)}
+    heartbeat = Heartbeat(info, meeting) if info.size > 1 else None
     try:
         torch_dist.init_process_group(
             "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo",
             store=torch_dist.PrefixStore("run", meeting),
-            rank=place.rank,
-            world_size=place.size,
-            timeout=PATIENCE,
+            rank=info.rank,
+            world_size=info.size,
+            timeout=COLLECTIVE_TIMEOUT,
         )
-        hosts = ALL.gather(place.host)
-        os.environ.setdefault("LOCAL_WORLD_SIZE", str(hosts.count(place.host)))  # srun and mpirun do not say it
-        yield here, watch
-        torch_dist.barrier()  # rank 0 holds the store: it leaves last
+        hosts = ALL.gather(info.host)
+        os.environ.setdefault("LOCAL_WORLD_SIZE", str(hosts.count(info.host)))  # srun and mpirun do not set it
+        yield here, heartbeat
+        torch_dist.barrier()  # rank 0 hosts the store, so it ends last
     except XTunerError as e:
-        if watch and (not e.quiet or isinstance(e, InterruptedRunError)):
-            watch.failed(e)
+        if heartbeat and (not e.reported_elsewhere or isinstance(e, InterruptedRunError)):
+            heartbeat.report_failure(e)
         raise
     except Exception as e:
-        if watch and (lost := watch.explain(e)):
+        if heartbeat and (lost := heartbeat.explain(e)):
             raise lost from None
-        if watch:
-            watch.failed(e)
+        if heartbeat:
+            heartbeat.report_failure(e)
         raise
     finally:
-        if watch:
-            watch.close()
+        if heartbeat:
+            heartbeat.close()
         if torch_dist.is_initialized():
             torch_dist.destroy_process_group()
-        for name, value in before.items():  # what this process starts later is not a rank of this run
+        for name, value in before.items():  # processes started later are not ranks of this run
             if value is None:
                 os.environ.pop(name, None)
             else:

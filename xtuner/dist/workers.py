@@ -1,4 +1,4 @@
-"""`xtuner train` on a node with several GPUs: start a worker for each, pass signals on, end all when one ends badly."""
+"""`xtuner train` on a node with several GPUs: start a worker for each, forward signals, end all if one fails."""
 
 import ctypes
 import os
@@ -11,38 +11,38 @@ from types import FrameType
 
 from xtuner.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED
 from xtuner.core.log import logger
-from xtuner.dist.launchers import LOOPBACK, Nodes
+from xtuner.dist.launchers import LOOPBACK, NodeLayout
 from xtuner.dist.environment import environment_of_workers
 
-GRACE = 12.0  # s that the others have, after one has ended badly, to say what they saw
+GRACE = 12.0  # s that the other workers have after a failure to report what they saw
 KILL_AFTER = 5.0  # s between SIGTERM and SIGKILL
 _PARENT = "XTUNER_PARENT"
 
 
 def stop_signals() -> list[signal.Signals]:
-    """Signals that request a run to save and stop. SIGHUP, of a terminal that closes, unless `nohup` has it ignored."""
+    """Signals that request a run to save and stop; SIGHUP (a closed terminal) unless `nohup` set it to be ignored."""
     hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     return [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, *hangup]
 
 
-def start(asked: Nodes, command: list[str]) -> int:
-    """Run `command` as all workers of this node. Returns the exit code of the one that failed first, else 75 if they
-    stopped on request, else 0. A worker killed by signal n gives 128 + n, as in a shell."""
-    port = asked.port or _free_port()
+def run_workers(layout: NodeLayout, command: list[str]) -> int:
+    """Run `command` as all workers of this node. Returns the exit code of the first that failed, else 75 if they stopped
+    on request, else 0. A worker killed by signal n counts as 128 + n, as in a shell."""
+    port = layout.port or _free_port()
     environ = {**os.environ, _PARENT: str(os.getpid())}
     workers = [
-        subprocess.Popen(command, env=environment_of_workers(environ, asked, i, port), start_new_session=True)
-        for i in range(asked.workers)
+        subprocess.Popen(command, env=environment_of_workers(environ, layout, i, port), start_new_session=True)
+        for i in range(layout.workers)
     ]
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         for worker in workers:
             if worker.returncode is None:
                 worker.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
+    before = {number: signal.signal(number, forward) for number in stop_signals()}
     try:
-        return _watch(workers, asked.node_rank * asked.workers)
+        return _wait(workers, layout.node_rank * layout.workers)
     finally:
         for worker in workers:
             if worker.poll() is None:
@@ -51,7 +51,7 @@ def start(asked: Nodes, command: list[str]) -> int:
             signal.signal(number, handler)
 
 
-def _watch(workers: list["subprocess.Popen[bytes]"], first_rank: int) -> int:
+def _wait(workers: list["subprocess.Popen[bytes]"], first_rank: int) -> int:
     failed: int | None = None
     ended: set[int] = set()
     deadline, step = float("inf"), iter((signal.SIGTERM, signal.SIGKILL))
@@ -62,9 +62,9 @@ def _watch(workers: list["subprocess.Popen[bytes]"], first_rank: int) -> int:
             ended.add(i)
             if code not in (EXIT_DONE, EXIT_STOPPED) and failed is None:
                 failed, deadline = code, time.monotonic() + GRACE
-                if code not in (EXIT_INTERRUPTED, -signal.SIGINT):  # a second Ctrl-C ends them all: rank 0 says so
+                if code not in (EXIT_INTERRUPTED, -signal.SIGINT):  # a second Ctrl-C ends all workers: rank 0 reports it
                     logger.error(
-                        f"rank {first_rank + i} (process {worker.pid}) {_describe(code)}; the others are ended"
+                        f"rank {first_rank + i} (process {worker.pid}) {_describe(code)}; the other workers are stopped"
                     )
         if time.monotonic() > deadline:
             number = next(step, signal.SIGKILL)
@@ -92,7 +92,7 @@ def _free_port() -> int:
 
 
 def end_with_parent() -> None:
-    """For a worker: end when the process that has started it is gone, however that ended."""
+    """For a worker: end when the process that started it ends, for whatever reason."""
     parent = os.environ.pop(_PARENT, "")
     if parent and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

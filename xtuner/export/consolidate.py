@@ -16,7 +16,7 @@ from typing import IO
 import torch
 
 from xtuner.core.errors import CheckpointError, ConfigError
-from xtuner.core.files import atomic_file, sweep
+from xtuner.core.files import atomic_file, remove_leftovers
 from xtuner.core.foreign_inputs import open_regular, short
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.export.sources import Opened, read_tensor, recognise
@@ -43,7 +43,7 @@ def consolidate(checkpoint: str | Path, target: str | Path) -> Path:
     opened = kind.open()
     logger.info(f"{kind.path}: {opened.what}")
     shapes = _checked_shapes(opened)
-    sweep(target)
+    remove_leftovers(target)
     try:
         with atomic_file(target, "wb") as file:
             _write(file, shapes, opened)

@@ -42,7 +42,9 @@ Blocks = Iterator[torch.Tensor]
 def read_source(folder: Path) -> Source:
     """Raises: ConfigError for what is not a Hugging Face folder, or a model or tokenizer that cannot be converted,
     CheckpointError without config.json."""
-    path_kinds.take(folder, (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN), "HF_DIR", "give {} as the model")
+    path_kinds.require_kind(
+        folder, (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN), "HF_DIR", "give {} as the model"
+    )
     hf = read_json(folder / "config.json")
     layout, config = read_model(folder)
     if config.attention_bias:

@@ -156,7 +156,7 @@ def from_pretrained(
     """
     _require_varlen(use_varlen_attn)
     folder = hub.resolve(str(pretrained_model_name_or_path))
-    path_kinds.take(
+    path_kinds.require_kind(
         folder, (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN), "pretrained_model_name_or_path", "give {} there"
     )
     layout, config = read_model(folder)

@@ -1,4 +1,4 @@
-# xtuner: words for bash. source <(xtuner completion bash)
+# Completion of xtuner for bash: source <(xtuner completion bash)
 _xtuner() {
     local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"
     local verb="${COMP_WORDS[1]}" at=2 words="" options="" first="" files=

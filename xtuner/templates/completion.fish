@@ -1,4 +1,4 @@
-# xtuner: words for fish. xtuner completion fish | source
+# Completion of xtuner for fish: xtuner completion fish | source
 function __xtuner_at  # the words before the cursor begin with these
     set -l given (commandline -opc)
     string match -q -- "$argv *" "$given[2..] "

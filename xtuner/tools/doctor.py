@@ -181,17 +181,17 @@ def _open_files() -> Iterator[Row]:
 
 
 def _work_dir(wanted: Path, step: Callable[[int], object]) -> Iterator[Row]:
-    place = disk.nearest(wanted)
+    place = disk.nearest_existing(wanted)
     free = shutil.disk_usage(place).free
     do = f"a checkpoint of the 1.8B model takes {human_bytes(CHECKPOINT)}: give --work-dir on a larger disk"
     found = f"{human_bytes(free)} free in {place}"
     yield _row("work dir", free < CHECKPOINT, found, do, PROBLEM if free < GIB / 4 else NOTE)
     try:
         with tempfile.TemporaryDirectory(prefix=".xtuner-doctor-", dir=place) as folder:
-            broken = list(disk.broken_promises(Path(folder)))
+            broken = list(disk.find_broken_guarantees(Path(folder)))
             found = "; ".join(broken) or "hard links, rename and fsync work"
             yield _row("locks", bool(broken), found, "give --work-dir on another file system", PROBLEM)
-            write, read = disk.speed(Path(folder), min(SPEED_BYTES, free // 10), step)
+            write, read = disk.measure_speed(Path(folder), min(SPEED_BYTES, free // 10), step)
     except OSError as e:
         yield Row("work dir", PROBLEM, f"{place} cannot be written: {e.strerror}", "give another --work-dir")
         return

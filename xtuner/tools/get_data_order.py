@@ -24,6 +24,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from xtuner.core.command import script
+    from xtuner.core.command import run_script
 
-    script("write the order of files for training", add_arguments, run)
+    run_script("write the order of files for training", add_arguments, run)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.compat.settings import SCHEMA
-from xtuner.config.schema import ABSENT, NEEDED, Setting
+from xtuner.config.schema import ABSENT, REQUIRED, Setting
 from xtuner.core.files import atomic_file
 
 _EN = {
@@ -46,10 +46,10 @@ def page(language: str) -> str:
     sections: dict[str, list[str]] = {}
     for s in SCHEMA.settings:
         root = s.key.partition(".")[0]
-        if s.old and (s.idle or s.only):
-            taken = _code(*s.only.allowed) if s.only else words.get("all, without effect", "all, without effect")
+        if s.is_legacy and (s.no_effect or s.allowed):
+            taken = _code(*s.allowed.values) if s.allowed else words.get("all, without effect", "all, without effect")
             sections.setdefault(words["old"], []).append(f"`{s.key}` | {taken}")
-        elif not s.old:
+        elif not s.is_legacy:
             title = root if any(SCHEMA.inside(root)) else words["top"]
             sections.setdefault(title, []).append(_row(s, words, s.help if words is _EN else s.zh))
     parts = [f"# {words['title']}\n\n{words['intro']}\n"]
@@ -63,18 +63,18 @@ def page(language: str) -> str:
 def listed(word: str = "") -> Iterator[str]:
     """Lines on each setting that has a word in its path or description."""
     for s in SCHEMA.settings:
-        if not s.old and word.lower() in f"{_title(s)} {s.help}".lower():
-            given = "needed" if s.default is NEEDED else f"default {s.default!r}"
+        if not s.is_legacy and word.lower() in f"{_title(s)} {s.help}".lower():
+            given = "needed" if s.default is REQUIRED else f"default {s.default!r}"
             yield f"{_title(s)}: {_type(s)}, {given}\n    {s.help}; at a resume: {_meaning(s)}"
 
 
 def _title(s: Setting) -> str:
-    return f"{s.key} ({s.of})" if s.of else s.key
+    return f"{s.key} ({s.owner})" if s.owner else s.key
 
 
 def _type(s: Setting) -> str:
     """`int | None, ≥ 1`."""
-    return ", ".join([_annotation(s.kind), *(rule.sign for rule in s.rules if rule.sign)])
+    return ", ".join([_annotation(s.kind), *(rule.range for rule in s.rules if rule.range)])
 
 
 def _annotation(kind: Any) -> str:
@@ -91,7 +91,7 @@ def _meaning(s: Setting) -> str:
 
 
 def _row(s: Setting, words: dict[str, str], text: str) -> str:
-    default = words.get("needed", "needed") if s.default is NEEDED else _code(s.default)
+    default = words.get("needed", "needed") if s.default is REQUIRED else _code(s.default)
     path, _, of = _title(s).partition(" ")
     cells = f"`{path}` {of}".strip(), _code_text(_type(s)), default, text, words.get(_meaning(s), _meaning(s))
     return " | ".join(cells)

@@ -39,6 +39,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from xtuner.core.command import script
+    from xtuner.core.command import run_script
 
-    script("ftdp data sets → .bin and .bin.meta files", add_arguments, run)
+    run_script("ftdp data sets → .bin and .bin.meta files", add_arguments, run)

@@ -189,7 +189,7 @@ def open_model(name: str, options: list[str], device: torch.device) -> tuple[Cau
         config = load(name, options)
         source: ModelSource = build(config.values["model"], "model")
         return source.build(device, dtype).eval(), f"{config.resolved()['model']}"
-    kind = path_kinds.take(path, (path_kinds.CHECKPOINT, path_kinds.HF), "MODEL", "give {} as the model")
+    kind = path_kinds.require_kind(path, (path_kinds.CHECKPOINT, path_kinds.HF), "MODEL", "give {} as the model")
     if kind.what == path_kinds.CHECKPOINT:
         verify(path)
         path = base_weights(path)
@@ -226,7 +226,7 @@ def evaluate(
     if ranks.rank >= next(turns) % ranks.size > 0:
         nothing = torch.zeros(1, dtype=torch.int64)
         _loss(model, [(nothing, nothing)])  # other ranks wait for the collectives in it
-    sums, _ = ranks.sums_and_most(sums, [])
+    sums, _ = ranks.sums_and_maxima(sums, [])
     by_type: dict[str, Result] = {}
     for name, total, tokens in zip(documents.names, sums[::2], sums[1::2], strict=True):
         kind = data_type(name)

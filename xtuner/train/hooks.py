@@ -248,7 +248,7 @@ class EvaluateChatHook(Hook):
         for text in self.inputs:
             prompt = self.template.prompt(text, self.system) if self.template else text
             ids = [config.bos_token_id, *self.tokenizer.encode(prompt)]
-            agree = run.mesh.ranks.number_from_main
+            agree = run.mesh.ranks.broadcast_int
             reply = self.tokenizer.decode(list(generate(model, ids, self.max_new_tokens, stops, agree=agree)))
             logger.info(f"sample at iteration {run.state.iteration}:\n{prompt}{reply}\n")
             run.metrics.text("sample", f"{prompt}{reply}", run.state.iteration)

@@ -27,7 +27,7 @@ def build_parts(config: Config, found: Findings) -> Parts:
     for name in ("custom_hooks", "trackers"):
         named += [(f"{name}.{i}", spec) for i, spec in enumerate(config.get(name) or [])]
     for key, spec in named:
-        with found.looking(key):
+        with found.collect(key):
             part = build(spec, key)
             if key.startswith("trackers."):
                 trackers.append(_require(part, Tracker, "a tracker", "xtuner.train.trackers", key, spec))

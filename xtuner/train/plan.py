@@ -84,11 +84,11 @@ def _require_an_iteration(settings: Settings, lengths: Lengths) -> None:
     config, data, ranks = settings.config, settings.dataset, lengths.dp_size
     documents: Any = data.documents
     takes = f"one iteration takes {lengths.packs_per_iteration}" + (f" on {ranks} ranks" if ranks > 1 else "")
-    length, counts = (config.written(k) for k in (f"{DATASET}.packed_length", "optim_wrapper.accumulative_counts"))
+    length, counts = (config.name_in_file(k) for k in (f"{DATASET}.packed_length", "optim_wrapper.accumulative_counts"))
     key, lower, kept = data_keys(config, DATASET)[0], f"{length} or {counts}", ""
     if least := getattr(documents, "min_length", 0):
         key = f"{DATASET}.dataset_cfg.min_length"
-        lower, kept = f"{config.written(key)}, {lower}", f", in documents of at least {least:,}"
+        lower, kept = f"{config.name_in_file(key)}, {lower}", f", in documents of at least {least:,}"
     raise DataError(
         f"{len(data)} packs, and {takes}",
         where=f"{documents.location}: {documents.num_tokens:,} tokens in {len(documents)} files{kept}, "

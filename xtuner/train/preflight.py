@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from xtuner.config.build import build, resolve_type, type_name
-from xtuner.config.check import problems
+from xtuner.config.check import find_mistakes
 from xtuner.config.config import Config
-from xtuner.config.findings import Findings, naming, together
+from xtuner.config.findings import Findings, combine_errors, locate_errors
 from xtuner.config.paths import data_keys, named_models
-from xtuner.config.specs import walked
+from xtuner.config.specs import walk_values
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
-from xtuner.core.files import not_written, require_utf8
+from xtuner.core.files import require_utf8, write_failure
 from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.data.loading.open_on_ranks import open_on_ranks
@@ -64,8 +64,8 @@ def settings(config: Config, paths: bool = True) -> Parts:
     Args:
         paths: look, too, whether the folders and files that it names are there.
     """
-    if wrong := problems(config, paths):
-        raise together(wrong)
+    if wrong := find_mistakes(config, paths):
+        raise combine_errors(wrong)
     found = Findings(config)
     parts = build_parts(config, found)
     found.check()
@@ -82,9 +82,11 @@ def prepare(
         seed: of random weights; None for the config's.
         opening: of its data. Read-only: fetch nothing of a hub, too; what is not on this machine is not looked at.
     """
-    source = mesh.ranks.together(lambda: start(config, opening.read_only))
+    source = mesh.ranks.run_on_all(lambda: start(config, opening.read_only))
     dataset = open_on_ranks(lambda known: open_data(config, replace(opening, known=known)), mesh.ranks)
-    return mesh.ranks.together(lambda: assemble(config, dataset, source, hooks, work_dir, device, seed, mesh, opening))
+    return mesh.ranks.run_on_all(
+        lambda: assemble(config, dataset, source, hooks, work_dir, device, seed, mesh, opening)
+    )
 
 
 def start(config: Config, only_look: bool = False) -> ModelSource | None:
@@ -96,21 +98,21 @@ def start(config: Config, only_look: bool = False) -> ModelSource | None:
     source: ModelSource | None = None
     named = [(spec, f"{spec.key}.{n}", str(spec.arguments[n]), is_tok) for spec, n, is_tok in named_models(config)]
     seen = [(name, is_tok) for spec, _, name, is_tok in named if only_look or not _is_built(config, spec.key)]
-    absent = [name for name, is_tok in seen if not hub.is_here(name, is_tok)]
+    absent = [name for name, is_tok in seen if not hub.is_local(name, is_tok)]
     for name in dict.fromkeys(absent if only_look else ()):
         logger.info(f"{name} is not on this machine yet: whether it fits is seen when it has been downloaded")
     models = [(key, name) for _, key, name, is_tok in named if not is_tok]
     if not any(name in absent for _, name in models):
-        with found.looking(next((key for key, _ in models if key.startswith("model")), "model")):
+        with found.collect(next((key for key, _ in models if key.startswith("model")), "model")):
             source = _model(config)
             if source.folder:
                 check_weights(WeightFolder(source.folder), hf_shapes(source.config, source.layout))
     if name := config.setting("load_from"):
-        with found.looking("load_from"):
+        with found.collect("load_from"):
             _weights_to_start_from(Path(name).expanduser(), source)
     for spec, key, name, is_tok in named:
         if is_tok and name not in absent:
-            with found.looking(key):
+            with found.collect(key):
                 _tokenizer(build({"type": spec.kind, **spec.arguments}, spec.key), source)
     found.check()
     return source
@@ -118,7 +120,7 @@ def start(config: Config, only_look: bool = False) -> ModelSource | None:
 
 def _is_built(config: Config, key: str) -> bool:
     """Whether a run makes what is described at `key`; the tokenizer at the top level is for hooks and the export."""
-    used = (walked(root, config.get(root)) for root in ("default_hooks", "custom_hooks"))
+    used = (walk_values(root, config.get(root)) for root in ("default_hooks", "custom_hooks"))
     return key != "tokenizer" or any(value is config.values["tokenizer"] for inside in used for _, value in inside)
 
 
@@ -151,7 +153,7 @@ def _tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
 
 def open_data(config: Config, opening: Opening) -> PackedDataset:
     """The training data. Raises: ConfigError and DataError of the folder, its files and their order."""
-    with naming(config, DATASET, *data_keys(config, DATASET)):
+    with locate_errors(config, DATASET, *data_keys(config, DATASET)):
         return _with_all(config, DATASET, build(_opened_by(opening, config.get(DATASET), DATASET), DATASET))
 
 
@@ -198,13 +200,13 @@ def assemble(
         source = replace(source, seed=seed)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
     if known:
-        with naming(config, "optim_wrapper.parameter_groups"):
+        with locate_errors(config, "optim_wrapper.parameter_groups"):
             require_matches(source.trained_names(), optim.parameter_groups)
-    with naming(config, SAMPLER):
+    with locate_errors(config, SAMPLER):
         sampler = _with_all(config, SAMPLER, _sampler(config.get(SAMPLER), dataset, mesh))
     held_out: list[Hook] = []
     if config.get("val_dataset"):
-        with naming(config, "val_dataset", *data_keys(config, "val_dataset")):
+        with locate_errors(config, "val_dataset", *data_keys(config, "val_dataset")):
             spec = _opened_by(opening, config.get("val_dataset"), "val_dataset")
             documents = as_documents(build(spec, "val_dataset"))
         held_out.append(ValidationHook(documents, config.setting("val_interval"), dataset.packed_length))
@@ -216,7 +218,7 @@ def assemble(
 
 def _look_at_first_pack(config: Config, dataset: PackedDataset) -> None:
     """Read it as training reads it: ids beyond the vocabulary are seen before a run has begun. Raises: DataError."""
-    with naming(config, DATASET, *data_keys(config, DATASET)):
+    with locate_errors(config, DATASET, *data_keys(config, DATASET)):
         first = dataset[0]
     if not (first["targets"] >= 0).any():
         counts = f": `xtuner data stats {folder}` counts" if (folder := dataset.documents.folder) else ""
@@ -260,7 +262,7 @@ def command_line(work_dir: Path, seed: int | None = None, max_minutes: float | N
         raise ConfigError(f"the work dir cannot be made: {e}", where=repr(str(work_dir))) from None
     except OSError as e:
         e.filename = None  # of what was made to try
-        raise not_written(e, "the work dir", work_dir, "give another one with --work-dir") from None
+        raise write_failure(e, "the work dir", work_dir, "give another one with --work-dir") from None
 
 
 def _try_to_write(folder: Path) -> None:

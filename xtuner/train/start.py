@@ -12,7 +12,7 @@ from pathlib import Path
 from xtuner.config.redact import without_secrets
 from xtuner.core import log
 from xtuner.core.errors import ConfigError, XTunerError
-from xtuner.core.files import not_written, recover, write_json
+from xtuner.core.files import recover, write_failure, write_json
 from xtuner.core.log import logger
 from xtuner.dist import collectives
 from xtuner.train.checkpoints.work_dir_lock import WorkDirLock
@@ -61,8 +61,8 @@ def take_work_dir(work_dir: Path, at_the_end: contextlib.ExitStack) -> None:
 def open_log(settings: Settings) -> Path:
     """This rank's log file, in a folder for this start, with environment, config as written and resolved."""
     ranks, config = settings.mesh.ranks, settings.config
-    folder = Path(ranks.on_main(lambda: str(_make_folder(settings))))
-    ranks.together(lambda: _see(folder))
+    folder = Path(ranks.run_on_main(lambda: str(_make_folder(settings))))
+    ranks.run_on_all(lambda: _see(folder))
     file = folder / (f"{folder.name}.log" if ranks.is_main else f"rank_{ranks.rank:05d}.log")
     log.setup(config.setting("log_level"), file, ranks.rank)
     return file
@@ -108,7 +108,7 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise not_written(e, "the work dir", folder, "give another one with --work-dir") from None
+        raise write_failure(e, "the work dir", folder, "give another one with --work-dir") from None
 
 
 def _copy_config(config: Path, copy: Path) -> None:

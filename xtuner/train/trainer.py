@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from xtuner.compat.report import tell
+from xtuner.compat.report import log_report
 from xtuner.config.config import Config
 from xtuner.core import log
-from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, DivergedError, of_exit
+from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, DivergedError, from_system_exit
 from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.dist import collectives
-from xtuner.dist.heartbeat import Watch
-from xtuner.dist.mesh import arrange
+from xtuner.dist.heartbeat import Heartbeat
+from xtuner.dist.mesh import make_mesh
 from xtuner.engine import capacity, memory
 from xtuner.engine.state.slices import SavedStates
 from xtuner.engine.strategies.out_of_memory import is_out_of_memory
@@ -52,24 +52,26 @@ class Options:
     words: tuple[str, ...] = ()  # of the command line, after `xtuner train`
 
 
-def train(config: Config, work_dir: Path, device: torch.device, options: Options, watch: Watch | None = None) -> int:
+def train(
+    config: Config, work_dir: Path, device: torch.device, options: Options, heartbeat: Heartbeat | None = None
+) -> int:
     """Run a config to its end: settings, then the plan, then the run.
 
     Args:
-        watch: what is told how far this rank is, if there are others.
+        heartbeat: what is told how far this rank is, if there are others.
 
     Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
     """
-    mesh = arrange(options.fsdp, options.ranks)
+    mesh = make_mesh(options.fsdp, options.ranks)
     ranks = mesh.ranks
     log.setup(rank=ranks.rank)
-    parts = ranks.together(lambda: preflight.settings(config))
-    tell(config)
+    parts = ranks.run_on_all(lambda: preflight.settings(config))
+    log_report(config)
     if config.setting("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.setting("randomness.deterministic"))  # attention is chosen by it
     log.setup(config.setting("log_level"), rank=ranks.rank)
-    ranks.on_main(lambda: preflight.command_line(work_dir, options.seed, options.max_minutes))
+    ranks.run_on_main(lambda: preflight.command_line(work_dir, options.seed, options.max_minutes))
     settings = preflight.prepare(config, parts.hooks, work_dir, device, options.seed, mesh, Opening(options.cache_dir))
     if options.dry_run:
         found = _find(settings, options, contents=False)
@@ -81,29 +83,29 @@ def train(config: Config, work_dir: Path, device: torch.device, options: Options
         return EXIT_DONE
     with contextlib.ExitStack() as at_the_end:
         early = EarlyLog()
-        ranks.on_main(lambda: take_work_dir(work_dir, at_the_end))
+        ranks.run_on_main(lambda: take_work_dir(work_dir, at_the_end))
         found = _find(settings, options)
         plan = _plan(settings, options, found)
         _require_memory(settings, plan)
         file = open_log(settings)
         early.into_file()
         stop = Stop(work_dir, ranks, options.max_minutes)
-        if watch:
-            watch.log, watch.interrupted = file, lambda: stop.interrupted
+        if heartbeat:
+            heartbeat.log, heartbeat.interrupted = file, lambda: stop.interrupted
         run: Run | None = None
         progress = Progress(found.state) if found else Progress()
         try:
             run = _build(settings, plan, found, parts.trackers, file, at_the_end)
             progress = run.progress
             with hooks_of(run):
-                return loop(run, stop, watch)
+                return loop(run, stop, heartbeat)
         except Exception as e:
             if is_out_of_memory(e):
                 now = run.strategy.memory if run else None
                 raise out_of_memory(settings, plan, progress.state.iteration, options.words, e, now) from None
             raise
         except SystemExit as e:  # of a hook's or a dataset's method
-            raise of_exit(e) from None
+            raise from_system_exit(e) from None
         except KeyboardInterrupt:
             at_the_end.close()  # with a save in flight
             raise interrupted(work_dir, progress.state.iteration, options.words, mesh) from None
@@ -120,13 +122,13 @@ def _plan(settings: Settings, options: Options, found: Found | None) -> Plan:
     """All ranks call it together, and come to the same."""
     ranks, optim, device = settings.mesh.ranks, settings.optim, settings.device
     # kernels that are tried take memory: what is free is looked at afterwards
-    ranks.together(lambda: settings.source.require(device, optim.compute_dtype(device)))
-    ranks.together(lambda: optim.traits(device))
+    ranks.run_on_all(lambda: settings.source.require(device, optim.compute_dtype(device)))
+    ranks.run_on_all(lambda: optim.traits(device))
     free = memory.free_of_all(device, settings.mesh)
     how = options.allow_change, options.deepspeed, options.fsdp, free
-    plan = ranks.together(lambda: make_plan(settings, found, *how))
+    plan = ranks.run_on_all(lambda: make_plan(settings, found, *how))
     if found:
-        ranks.on_main(lambda: SavedStates(found.folder) and None)  # the optimizer's state is there
+        ranks.run_on_main(lambda: SavedStates(found.folder) and None)  # the optimizer's state is there
     return plan
 
 
@@ -134,7 +136,7 @@ def _require_memory(settings: Settings, plan: Plan) -> None:
     def require() -> None:
         capacity.require(plan.choice, settings.source, settings.optim, settings.device)
 
-    settings.mesh.ranks.together(require)
+    settings.mesh.ranks.run_on_all(require)
 
 
 def _print_report(settings: Settings, plan: Plan) -> None:
@@ -164,26 +166,26 @@ def _build(
     if settings.device.type == "cuda":
         trains.memory.tell(plan.choice.pack, settings.mesh)
     progress = load_into(trains, settings.config, found, ranks)
-    ranks.on_main(lambda: history.make_way(settings.work_dir, found.chosen if found else None))
-    ranks.on_main(lambda: record_start(settings, progress, found, file.parent))
+    ranks.run_on_main(lambda: history.make_way(settings.work_dir, found.chosen if found else None))
+    ranks.run_on_main(lambda: record_start(settings, progress, found, file.parent))
     return Run(**vars(settings), plan=plan, loader=plan.loader(settings), strategy=trains, metrics=metrics,
                saver=saver, log=file, progress=progress)  # fmt: skip
 
 
-def loop(run: Run, stop: Stop, watch: Watch | None = None) -> int:
+def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
     """Train until the end or a request to stop."""
     packs = run.loader.iterate_from(run.state.position)
     begun_at = run.state.iteration
     while run.state.iteration < run.max_iterations:
         begin = time.perf_counter()
-        if watch:
-            watch.iteration = run.state.iteration
+        if heartbeat:
+            heartbeat.iteration = run.state.iteration
         batch = [next(packs) for _ in range(run.plan.accumulative_counts)]
         data_time = time.perf_counter() - begin
         # at least one iteration is done; all that ranks have to agree on for the next goes in one message
         stops = run.state.iteration > begun_at and stop.requested(run.saver.save_time)
         counted = [stops, sum(b.num_targets for b in batch), sum(b.attention_pairs for b in batch)]
-        counts, parts = run.mesh.ranks.sums_and_most(counted, run.strategy.parts(batch))
+        counts, parts = run.mesh.ranks.sums_and_maxima(counted, run.strategy.parts(batch))
         if counts[0]:
             return _stopped(run, stop)
         num_targets = int(counts[1])
@@ -266,7 +268,7 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         f"        look at a pack: {data.show_command(packs[0], '--tokenizer DIR')}\n"
         f"        or go on without such iterations: --cfg-options train_cfg.max_skipped=10",
     )
-    error.quiet = not collectives.is_main()
+    error.reported_elsewhere = not collectives.is_main()
     raise error
 
 
@@ -294,7 +296,7 @@ def _without_targets(run: Run, number: int, packs: list[int]) -> None:
             * bool(data.documents.folder)
             + data.show_command(packs[0]),
         )
-        error.quiet = not collectives.is_main()
+        error.reported_elsewhere = not collectives.is_main()
         raise error
 
 

@@ -1,4 +1,4 @@
-"""xtuner convert turbomind [NAME] HF_DIR: the directory that LMDeploy up to 0.9 serves; --check compares one."""
+"""xtuner convert turbomind [NAME] HF_DIR: write the directory that LMDeploy up to 0.9 serves; --check compares one."""
 
 import argparse
 
@@ -6,16 +6,20 @@ _DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "bfloat16": "b
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model_name", nargs="?", default="", help="as of `lmdeploy convert`, e.g. internlm2-chat-7b")
-    parser.add_argument("model_path", metavar="HF_DIR", help="Hugging Face folder (internlm2 or llama layout), hub id")
-    parser.add_argument("--dst-path", default="workspace", metavar="DST", help="folder to write (default: workspace)")
-    parser.add_argument("--check", metavar="DST", help="write nothing: compare DST with HF_DIR, bit for bit")
-    parser.add_argument("--tp", type=int, default=1, help="GPUs that will share the model (default: 1)")
     parser.add_argument(
-        "--dtype", choices=list(_DTYPES), default="auto", help="auto (default): bf16 stays, all else becomes fp16"
+        "model_name", nargs="?", default="", help="name as in `lmdeploy convert`, e.g. internlm2-chat-7b"
     )
     parser.add_argument(
-        "--chat-template", choices=("base", "internlm2"), help="default, as LMDeploy: internlm2 if HF_DIR says so"
+        "model_path", metavar="HF_DIR", help="Hugging Face folder (internlm2 or llama layout), or hub id"
+    )
+    parser.add_argument("--dst-path", default="workspace", metavar="DST", help="folder to write (default: workspace)")
+    parser.add_argument("--check", metavar="DST", help="write nothing: compare DST with HF_DIR, bit for bit")
+    parser.add_argument("--tp", type=int, default=1, help="number of GPUs for tensor parallelism (default: 1)")
+    parser.add_argument(
+        "--dtype", choices=list(_DTYPES), default="auto", help="auto (default): bf16 is kept, other dtypes become fp16"
+    )
+    parser.add_argument(
+        "--chat-template", choices=("base", "internlm2"), help="default: as in LMDeploy, by the name of HF_DIR"
     )
 
 
@@ -30,15 +34,15 @@ def run(args: argparse.Namespace) -> int:
     source = read_source(hub.resolve(args.model_path))
     if args.check:
         files = check(source, Path(args.check).expanduser())
-        print(f"{args.check} holds the weights of {args.model_path}: {files} files, equal bit for bit")
+        print(f"{args.check} has the weights of {args.model_path}: {files} files, bitwise equal")
         return 0
     if args.model_name:
-        log.logger.info(f"the name {args.model_name} is only noted in config.yaml; LMDeploy does not use it")
+        log.logger.info(f"the name {args.model_name} is only written to config.yaml; LMDeploy does not use it")
         if "internlm2" not in args.model_name.lower():
-            log.logger.warning(f"{args.model_name} is no name of an InternLM2 model; what is converted is HF_DIR")
+            log.logger.warning(f"{args.model_name} is not a name of an InternLM2 model; HF_DIR is converted regardless")
     template = args.chat_template or template_by_path(args.model_path)
     if not args.chat_template and template == BASE and source.speaks_chat:
-        log.logger.warning(f"chat template: {BASE}, none, as the path says; for chats give --chat-template {CHAT}")
+        log.logger.warning(f"chat template: {BASE} (none), by the path; for chats give --chat-template {CHAT}")
     target = convert(source, Path(args.dst_path), args.tp, _DTYPES[args.dtype], args.model_name, template)
     log.logger.info(f"written {summary(target)}")
     return 0

@@ -1,4 +1,4 @@
-"""xtuner convert weights SRC DST.safetensors: all weights of a checkpoint as fp32 in one file."""
+"""xtuner convert weights SRC DST.safetensors: write all weights of a checkpoint as fp32 to one file."""
 
 import argparse
 
@@ -8,7 +8,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         metavar="SRC",
         help="checkpoint (work_dirs/CONFIG/iter_N.pth), Hugging Face folder, DeepSpeed folder (ZeRO 1, 2, 3), "
-        "InternEvo folder, or single .pth file; which one is seen by the files in it",
+        "InternEvo folder, or single .pth file; the kind is detected",
     )
     parser.add_argument("target", metavar="DST", help="file to write, NAME.safetensors")
 

@@ -1,4 +1,4 @@
-"""xtuner data check FOLDER: every file against its meta and the format, before a cluster reads them."""
+"""xtuner data check FOLDER: check all files against their metas and the format, before a run reads them."""
 
 import argparse
 
@@ -9,15 +9,15 @@ RESET = "\033[0m"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder of .bin and .bin.meta files")
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="ids from N on are wrong (default: any id is right)"
+        "--vocab-size", type=int, metavar="N", help="report ids of N and above (default: accept all ids)"
     )
     parser.add_argument(
         "--fix-meta",
         action="store_true",
-        help="make absent or wrong metas from their texts, if those are right",
+        help="rebuild missing or wrong metas from valid texts",
     )
-    parser.add_argument("--file-type", default=".bin", help="ending of the token files (default: .bin)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--file-type", default=".bin", help="suffix of the token files (default: .bin)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:

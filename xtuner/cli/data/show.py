@@ -1,4 +1,4 @@
-"""xtuner data show FOLDER: packs as a person reads them."""
+"""xtuner data show FOLDER: print packs in readable form."""
 
 import argparse
 import sys
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder of .bin and .bin.meta files")
     parser.add_argument("--pack", type=int, default=0, help="number of the pack (default: 0)")
-    parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer; without it numbers are shown")
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens of a pack (default: 2048)")
-    parser.add_argument("--seed", type=int, default=1024, help="of the documents' order (default: 1024)")
+    parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer (default: show token ids)")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens per pack (default: 2048)")
+    parser.add_argument("--seed", type=int, default=1024, help="seed of the document order (default: 1024)")
     parser.add_argument("--data-order", help="data_order.txt (default: folders in sorted order)")
     parser.add_argument(
         "--show",
@@ -44,13 +44,15 @@ def print_packs(data: "PackedDataset", packs: list[int], way: str, tokenizer: To
 
     if way not in WAYS:
         raise ConfigError(
-            f"no way {way!r}.{did_you_mean(way, list(WAYS))}", where="--show", do=f"one of {', '.join(WAYS)}"
+            f"unknown form {way!r}.{did_you_mean(way, list(WAYS))}",
+            where="--show",
+            do=f"choose one of {', '.join(WAYS)}",
         )
     if way in ("text", "masked_text", "all") and tokenizer is None:
         raise ConfigError("text needs a tokenizer", where=f"--show {way}", do="give --tokenizer FOLDER")
     if not len(data):
         raise DataError(
-            "there is no pack",
+            "there are no packs",
             where=f"{data.documents.folder}: {data.documents.num_tokens:,} tokens",
             why=f"no file has {data.packed_length:,} tokens",
             do="give a smaller --max-length",

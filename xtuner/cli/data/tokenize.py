@@ -1,4 +1,4 @@
-"""xtuner data tokenize INPUT... --tokenizer FOLDER --output DIR: text → .bin and .bin.meta files."""
+"""xtuner data tokenize INPUT... --tokenizer FOLDER --output DIR: convert text to .bin and .bin.meta files."""
 
 import argparse
 
@@ -7,43 +7,52 @@ from xtuner.tools.tokenize_ftdp_datasets import add_run_options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     both = argparse.BooleanOptionalAction
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or folders (walked in sorted order)")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or folders (read in sorted order)")
     parser.add_argument("--tokenizer", required=True, help="model folder or hub id with tokenizer.model or .json")
-    parser.add_argument("--output", required=True, metavar="DIR", help="gets train/TYPE/NAME.bin, and valid/ if asked")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder for train/TYPE/NAME.bin, and valid/ if requested"
+    )
     parser.add_argument(
         "--type", metavar="TYPE", help="folder name, e.g. cn, en, code, ja, ar, kaoshi (default: en; ftdp: cn/DATASET)"
     )
     parser.add_argument(
-        "--format", default="auto", help="txt, json, jsonl, alpaca, chat, ftdp; auto (default): by ending and record 1"
+        "--format",
+        default="auto",
+        help="txt, json, jsonl, alpaca, chat, ftdp; auto (default): by suffix and first record",
     )
     parser.add_argument(
         "--suffix",
         action="append",
         default=[],
         metavar=".ENDING",
-        help="take the files of a folder that end so, e.g. .md; may be given again (default: those of the format)",
+        help="read files of a folder with this suffix, e.g. .md; may be repeated (default: those of the format)",
     )
-    parser.add_argument("--text-key", default="text", help="where a json record has its text (default: text)")
+    parser.add_argument("--text-key", default="text", help="key of the text in a json record (default: text)")
     parser.add_argument(
-        "--whole-record", action="store_true", help="tokenize a record's JSON, as InternEvo's tool does"
+        "--whole-record", action="store_true", help="tokenize the JSON of a record, as InternEvo's tool does"
     )
     parser.add_argument(
         "--template",
         default="internlm2_chat",
-        help="of conversations: internlm2_chat (default), another family's, or package.module.NAME of your own; "
-        "internevo writes alpaca records as that tool does, bit by bit",
+        help="chat template: internlm2_chat (default), another family's, or package.module.NAME of your own; "
+        "internevo writes alpaca records bit for bit as that tool does",
     )
-    parser.add_argument("--add-bos", action=both, help="begin each document with the begin token (default: yes)")
-    parser.add_argument("--add-eos", action=both, help="end each with the end token (default: text yes, chat no)")
+    parser.add_argument("--add-bos", action=both, help="start each document with the BOS token (default: yes)")
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help="cut conversations there (default: 32768 for ftdp, else no cut)"
+        "--add-eos", action=both, help="end each document with the EOS token (default: text yes, chat no)"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="N",
+        help="truncate conversations to N tokens (default: 32768 for ftdp, else no limit)",
     )
     parser.add_argument(
         "--allow-special",
         action="append",
         default=[],
         metavar="NAME",
-        help="a special token that a text may spell, e.g. '<s>'; may be given again",
+        help="special token to recognise in texts, e.g. '<s>'; may be repeated",
     )
     add_run_options(parser)
 

@@ -1,4 +1,4 @@
-"""What the verbs that run others' evaluators share."""
+"""Shared by the verbs that run external evaluators."""
 
 import argparse
 from pathlib import Path
@@ -6,22 +6,28 @@ from pathlib import Path
 from xtuner.tools.evaluators.environment import Environment, default_folder
 
 
-def add_shared(parser: argparse.ArgumentParser, who: str) -> None:
+def add_shared(parser: argparse.ArgumentParser, evaluator: str) -> None:
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="for results (default: work_dirs/eval/MODEL)")
     parser.add_argument(
-        "--env", type=Path, metavar="DIR", help=f"environment with {who} (default: of the user's cache)"
-    )
-    parser.add_argument("--install", action="store_true", help="make that environment first; with no MODEL: only that")
-    parser.add_argument(
-        "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="of CONFIG.py"
+        "--env", type=Path, metavar="DIR", help=f"environment with {evaluator} (default: in the user's cache)"
     )
     parser.add_argument(
-        "--extra", nargs=argparse.REMAINDER, default=[], metavar="WORD", help=f"all behind it: to {who}"
+        "--install", action="store_true", help="create that environment first; without MODEL do nothing else"
+    )
+    parser.add_argument(
+        "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides for CONFIG.py"
+    )
+    parser.add_argument(
+        "--extra",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="WORD",
+        help=f"pass all following arguments to {evaluator}",
     )
 
 
 def environment(args: argparse.Namespace, command: str, turbomind: bool = False) -> Environment:
-    """The one that is asked for, installed if that is asked for."""
+    """The environment of --env, installed first if --install is given."""
     found = Environment(args.env or default_folder(), command)
     if args.install:
         found.install(turbomind)

@@ -1,4 +1,4 @@
-"""xtuner eval lm-eval MODEL --tasks NAME …: scores of lm-eval, EleutherAI's harness."""
+"""xtuner eval lm-eval MODEL --tasks NAME …: evaluate with EleutherAI's lm-eval."""
 
 import argparse
 from pathlib import Path
@@ -12,14 +12,16 @@ COMMAND = "xtuner eval lm-eval"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="*", metavar="MODEL", help="Hugging Face folder; or CONFIG.py CHECKPOINT")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="of lm-eval, or of --include-path")
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with tasks of your own (YAML)")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="tasks of lm-eval, or of --include-path")
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with your own tasks (YAML)")
     parser.add_argument(
         "--num-fewshot", type=int, metavar="N", help="solved examples before each question (default: the task's)"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="rows of each task, to try things out (default: all)")
-    parser.add_argument("--batch-size", default="8", metavar="N", help="texts at a time, or auto (default: 8)")
-    parser.add_argument("--model-args", nargs="+", default=[], metavar="KEY=VALUE", help="more for lm-eval's model")
+    parser.add_argument("--limit", type=int, metavar="N", help="number of samples per task, for a trial (default: all)")
+    parser.add_argument("--batch-size", default="8", metavar="N", help="texts per batch, or auto (default: 8)")
+    parser.add_argument(
+        "--model-args", nargs="+", default=[], metavar="KEY=VALUE", help="additional arguments of lm-eval's model"
+    )
     add_shared(parser, "lm-eval")
 
 
@@ -33,19 +35,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     given = Given(args.model, args.cfg_options)
     if not args.tasks:
-        raise ConfigError("nothing is asked", where=COMMAND, do="give --tasks NAME …")
+        raise ConfigError("no tasks are given", where=COMMAND, do="give --tasks NAME …")
     if args.include_path and not args.include_path.is_dir():
         raise ConfigError("there is no such folder", where=f"--include-path {args.include_path}")
-    place = environment(args, COMMAND)
-    place.need(lm_eval.PACKAGE)
-    words = ["--batch_size", args.batch_size, "--device", "cuda" if place.probe(gpus=True)["gpus"] else "cpu"]
+    found = environment(args, COMMAND)
+    found.need(lm_eval.PACKAGE)
+    words = ["--batch_size", args.batch_size, "--device", "cuda" if found.probe(gpus=True)["gpus"] else "cpu"]
     words += ["--num_fewshot", str(args.num_fewshot)] if args.num_fewshot is not None else []
     words += ["--limit", str(args.limit)] if args.limit is not None else []
     work_dir = given.work_dir(args.work_dir)
     with exclusive(work_dir / ".evaluating", "another process evaluates there"):
         folder = given.folder(work_dir)
         model = [f"pretrained={folder}", "dtype=auto", *args.model_args]
-        file = lm_eval.evaluate(place, model, args.tasks, args.include_path, work_dir, [*words, *args.extra])
+        file = lm_eval.evaluate(found, model, args.tasks, args.include_path, work_dir, [*words, *args.extra])
     print(text(lm_eval.scores(file)))
     print(f"results: {file}")
     return 0

@@ -1,14 +1,18 @@
-"""xtuner eval loss MODEL DATA: mean loss and perplexity on tokenized data."""
+"""xtuner eval loss MODEL DATA: compute mean loss and perplexity on tokenized data."""
 
 import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hugging Face folder, checkpoint, or config (its starting weights)")
+    parser.add_argument("model", help="Hugging Face folder, checkpoint, or config (its initial weights)")
     parser.add_argument("data_folder", help="folder of .bin and .bin.meta files")
-    parser.add_argument("--max-length", type=int, default=32768, help="longer documents are cut into such parts")
     parser.add_argument(
-        "--save", metavar="FILE", help="keep results by file, and continue them after a stop (default: not kept)"
+        "--max-length", type=int, default=32768, help="longer documents are split into parts of this length"
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FILE",
+        help="save results per data file, to continue after an interruption (default: not saved)",
     )
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
 
@@ -18,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.core.errors import ConfigError
     from xtuner.data import load_intern_repo_tokenized_dataset
-    from xtuner.dist.process_group import device
+    from xtuner.dist.process_group import select_device
     from xtuner.train.evaluate import Record, check_place, evaluate, open_model
 
     if args.max_length < 2:
@@ -27,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if save:
         check_place(save)
     documents = load_intern_repo_tokenized_dataset(args.data_folder)
-    model, identity = open_model(args.model, args.cfg_options, device())
+    model, identity = open_model(args.model, args.cfg_options, select_device())
     record = Record(save, identity, args.max_length)
     results = evaluate(model, documents, args.max_length, record)
     width = max(len(r.name) for r in results)

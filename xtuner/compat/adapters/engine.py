@@ -1,6 +1,6 @@
-"""What configs of XTuner 0.1 and 0.2 name of mmengine's optimizer wrapper and schedulers, as ours.
+"""Adapters from mmengine's optimizer wrapper and schedulers to ours.
 
-`compat/translate.py` puts these in place of the old names. Defaults are mmengine's.
+`compat/translate.py` replaces the old names by these. Defaults are mmengine's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,41 +9,43 @@ from typing import Any
 import torch
 
 from xtuner.config.adapter import adapter
-from xtuner.config.schema import Only
+from xtuner.config.schema import Allowed
 from xtuner.optim import schedule
 from xtuner.optim.optim_wrapper import OptimWrapper
 
 _DTYPES = {None: "auto", "float16": "auto", "bfloat16": "bf16", "float32": "fp32"}
 _FP16 = "bf16 on GPUs and fp32 on CPUs are used instead"
 _ONE_RATE = (
-    "all parameters of this wrapper share one rate and one decay",
+    "all parameters of this wrapper have the same learning rate and weight decay",
     "leave it out; xtuner.engine.OptimWrapper takes parameter_groups = [dict(match='norm', weight_decay=0.0)]",
 )
 _FRESH = {
-    "last_step": Only((-1,), "a resumed run finds its place by itself", "leave it out"),
+    "last_step": Allowed((-1,), "a resumed run restores its position itself", "leave it out"),
 }
-_QUIET = {"verbose": ("the rate stands in every log line", bool)}
+_QUIET = {"verbose": ("the learning rate is in every log line", bool)}
 
 
 @adapter(
-    no_work={
+    no_effect={
         "loss_scale": "bf16 on GPUs and fp32 on CPUs need no loss scale",
         "dtype=float16": _FP16,
         "dtype=torch.float16": _FP16,
-        "clip_grad.error_if_nonfinite": "a step whose gradient is not finite is not applied, and reported",
+        "clip_grad.error_if_nonfinite": "a step with a gradient that is not finite is skipped and reported",
     },
-    only={
-        "clip_grad.error_if_nonfinite": Only((False,), "such a step is left out; the run continues", "set it to False"),
-        "clip_grad.norm_type": Only((2, 2.0), "gradients are clipped by their 2-norm", "set it to 2"),
-        "clip_grad.type": Only(("norm",), "gradients are clipped by their norm", "leave it out"),
-        "dtype": Only(
+    allowed={
+        "clip_grad.error_if_nonfinite": Allowed(
+            (False,), "such a step is skipped; the run continues", "set it to False"
+        ),
+        "clip_grad.norm_type": Allowed((2, 2.0), "gradients are clipped by their 2-norm", "set it to 2"),
+        "clip_grad.type": Allowed(("norm",), "gradients are clipped by their norm", "leave it out"),
+        "dtype": Allowed(
             (*_DTYPES, torch.float16, torch.bfloat16, torch.float32),
-            "there is no such type to compute in",
+            "this dtype is not supported",
             "leave it out: bf16 on GPUs, fp32 on CPUs",
         ),
-        "use_fsdp": Only((False,), "the engine is chosen on the command line", "leave it out, and give --fsdp"),
-        "paramwise_cfg": Only((None,), *_ONE_RATE),
-        "constructor": Only((None, "DefaultOptimWrapperConstructor"), *_ONE_RATE),
+        "use_fsdp": Allowed((False,), "the engine is chosen on the command line", "leave it out, and give --fsdp"),
+        "paramwise_cfg": Allowed((None,), *_ONE_RATE),
+        "constructor": Allowed((None, "DefaultOptimWrapperConstructor"), *_ONE_RATE),
     },
 )
 def AmpOptimWrapper(
@@ -57,7 +59,7 @@ def AmpOptimWrapper(
     return OptimWrapper(optimizer, norm or None, accumulative_counts, _DTYPES[name])
 
 
-@adapter(no_work=_QUIET, only=_FRESH)
+@adapter(no_effect=_QUIET, allowed=_FRESH)
 def LinearLR(
     start_factor: float = 1 / 3,
     end_factor: float = 1.0,
@@ -69,7 +71,7 @@ def LinearLR(
     return schedule.LinearLR(begin, end, by_epoch, convert_to_iter_based, start_factor, end_factor)
 
 
-@adapter(no_work=_QUIET, only=_FRESH)
+@adapter(no_effect=_QUIET, allowed=_FRESH)
 def ConstantLR(
     factor: float = 1 / 3,
     begin: float = 0,
@@ -80,7 +82,7 @@ def ConstantLR(
     return schedule.ConstantLR(begin, end, by_epoch, convert_to_iter_based, factor)
 
 
-@adapter(no_work=_QUIET, only=_FRESH)
+@adapter(no_effect=_QUIET, allowed=_FRESH)
 def MultiStepLR(
     milestones: Sequence[float],
     gamma: float = 0.1,
@@ -92,7 +94,7 @@ def MultiStepLR(
     return schedule.MultiStepLR(begin, end, by_epoch, convert_to_iter_based, gamma, milestones=milestones)
 
 
-@adapter(no_work=_QUIET, only=_FRESH)
+@adapter(no_effect=_QUIET, allowed=_FRESH)
 def CosineAnnealingLR(
     eta_min: float | None = None,
     begin: float = 0,

@@ -1,6 +1,6 @@
-"""What configs of XTuner 0.1 and 0.2 name of models, as ours.
+"""Adapters from the models of XTuner 0.1 and 0.2 to ours.
 
-`compat/translate.py` puts these in place of the old names.
+`compat/translate.py` replaces the old names by these.
 """
 
 import dataclasses
@@ -10,31 +10,31 @@ from typing import Any
 from xtuner.compat.settings import HUB
 from xtuner.config.adapter import adapter
 from xtuner.config.build import build
-from xtuner.config.schema import Only
+from xtuner.config.schema import Allowed
 from xtuner.model import source
 from xtuner.model.source import ModelSource
 
-_FULL = Only((None,), "all weights are trained, in full precision: there are no adapters", "leave it out")
-_DTYPE = "weights are kept in fp32 and computed with in bf16 on GPUs, in fp32 on CPUs"
+_FULL = Allowed((None,), "all weights are trained; LoRA adapters are not supported", "leave it out")
+_DTYPE = "weights are kept in fp32; the compute dtype is bf16 on GPUs and fp32 on CPUs"
 
 
 class AutoModelForCausalLM:
-    """Stands for transformers' class of this name in a config."""
+    """Replaces transformers' class of this name in a config."""
 
     @staticmethod
     @adapter(
-        no_work={
-            "trust_remote_code": ("no code of a hub is run", bool),
+        no_effect={
+            "trust_remote_code": ("code of a hub is never run", bool),
             "torch_dtype": _DTYPE,
             "dtype": _DTYPE,
-            "attn_implementation": ("the fastest attention that there is for the device is taken", str | None),
-            "low_cpu_mem_usage": ("weights are read a tensor at a time", bool | None),
-            "use_cache": ("training keeps no cache", bool | None),
-            "use_safetensors": ("safetensors are taken where there are any", bool | None),
+            "attn_implementation": ("the fastest attention backend for the device is used", str | None),
+            "low_cpu_mem_usage": ("weights are read one tensor at a time", bool | None),
+            "use_cache": ("training uses no key-value cache", bool | None),
+            "use_safetensors": ("safetensors are used if there are any", bool | None),
         },
-        only={
-            "quantization_config": Only((None,), "quantized weights are not trained", "leave it out"),
-            "device_map": Only((None,), "every process holds the model on its own device", "leave it out"),
+        allowed={
+            "quantization_config": Allowed((None,), "quantized weights are not trained", "leave it out"),
+            "device_map": Allowed((None,), "every process has the model on its own device", "leave it out"),
             **HUB,
         },
     )
@@ -43,16 +43,16 @@ class AutoModelForCausalLM:
 
 
 @adapter(
-    only={
-        "use_varlen_attn": Only(
+    allowed={
+        "use_varlen_attn": Allowed(
             (True,), "without it the documents of a pack see each other", "set use_varlen_attn = True"
         ),
         "lora": _FULL,
         "peft_model": _FULL,
-        "tokenizer": Only((None,), "the vocabulary stays as long as it is", "leave it out"),
-        "max_position_embeddings": Only(
+        "tokenizer": Allowed((None,), "the vocabulary is not resized", "leave it out"),
+        "max_position_embeddings": Allowed(
             (None,),
-            "the old tool scales the rotary frequencies then: another network",
+            "the old tool then scales the rotary frequencies, which changes the network",
             "write rope_scaling and max_position_embeddings in the model's config.json",
         ),
     }
@@ -62,6 +62,6 @@ def SupervisedFinetune(
     use_varlen_attn: bool = True,
     use_activation_checkpointing: bool = True,
 ) -> ModelSource:
-    """The model that `llm` describes; activation checkpointing is on unless it is switched off."""
+    """The model of `llm`; activation checkpointing is on by default."""
     model: ModelSource = build(llm, "model.llm")
     return dataclasses.replace(model, recompute=use_activation_checkpointing)

@@ -1,5 +1,6 @@
-"""What configs of XTuner 0.1 and 0.2 name of hooks and loops, as ours. `compat/translate.py` puts these in place of the
-old names. Defaults are the old tool's.
+"""Adapters from the hooks and loops of XTuner 0.1 and 0.2 to ours, with the defaults of the old tool.
+
+`compat/translate.py` replaces the old names by these.
 """
 
 import dataclasses
@@ -9,29 +10,29 @@ from typing import Any
 from xtuner.compat.adapters.data import template_named
 from xtuner.compat.settings import SCHEMA
 from xtuner.config.adapter import adapter
-from xtuner.config.schema import Only
+from xtuner.config.schema import Allowed
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.train import hooks
 
-_NO_BEST = Only((None,), "checkpoints are kept by age", "leave it out; `xtuner eval loss` compares")
-_DISK = Only((None,), "files are written to this machine's file systems", "leave it out; mount the storage")
+_NO_BEST = Allowed((None,), "checkpoints are kept by age", "leave it out; compare them with `xtuner eval loss`")
+_DISK = Allowed((None,), "files are written to local or mounted file systems only", "leave it out; mount the storage")
 _DISKS = {"backend_args": _DISK, "file_client_args": _DISK}
-_LOGS = "logs lie in the work dir, one folder a start"
+_LOGS = "logs are in the work dir, one folder per start"
 _BARE = ChatTemplate(system="", user="{text}", assistant_begin="", assistant_end="", stop_words=())
 
 
 @adapter(
-    no_work={
-        "save_param_scheduler": ("the rate follows from the iteration; there is nothing to save", bool),
+    no_effect={
+        "save_param_scheduler": ("the learning rate is a function of the iteration, and needs no state", bool),
         "filename_tmpl": ("checkpoints are named iter_N.pth", str | None),
         "save_begin": ("checkpoints are saved from the first interval on", int),
     },
-    only={
-        "out_dir": Only((None,), "checkpoints lie in the work dir", "give --work-dir"),
+    allowed={
+        "out_dir": Allowed((None,), "checkpoints are in the work dir", "give --work-dir"),
         **dict.fromkeys(("save_best", "rule", "greater_keys", "less_keys"), _NO_BEST),
         **_DISKS,
-        "save_last": Only((True,), "the end of a run is always saved", "leave it out"),
-        "published_keys": Only((None,), "weights are published by `xtuner convert pth_to_hf`", "leave it out"),
+        "save_last": Allowed((True,), "the end of a run is always saved", "leave it out"),
+        "published_keys": Allowed((None,), "weights are published by `xtuner convert pth_to_hf`", "leave it out"),
     },
 )
 def CheckpointHook(
@@ -41,31 +42,31 @@ def CheckpointHook(
 
 
 @adapter(
-    no_work={
-        "log_metric_by_epoch": ("a line counts iterations", bool),
+    no_effect={
+        "log_metric_by_epoch": ("log lines count iterations", bool),
         "ignore_last": ("the last iteration is always logged", bool),
         "interval_exp_name": ("the log file is named after the start", int),
         "out_dir": (_LOGS, str | None),
         "out_suffix": _LOGS,
         "keep_local": (_LOGS, bool),
     },
-    only=_DISKS,
+    allowed=_DISKS,
 )
 def LoggerHook(interval: int = 10) -> hooks.LoggerHook:
     return hooks.LoggerHook(interval)
 
 
-@adapter(no_work={"is_intern_repo_dataset": ("all data are tokenized", bool)})
+@adapter(no_effect={"is_intern_repo_dataset": ("all data are tokenized", bool)})
 def DatasetInfoHook(tokenizer: Any) -> hooks.DatasetInfoHook:
     return hooks.DatasetInfoHook(tokenizer)
 
 
 @adapter(
-    no_work={"generation_kwargs": "samples take the most likely token each time"},
-    only={
-        "every_n_epochs": Only((None,), "samples are written by the iteration", "give every_n_iters"),
+    no_effect={"generation_kwargs": "samples always take the most likely token"},
+    allowed={
+        "every_n_epochs": Allowed((None,), "the interval counts iterations", "give every_n_iters"),
         **dict.fromkeys(
-            ("evaluation_images", "image_processor"), Only((None,), "models read text only", "leave it out")
+            ("evaluation_images", "image_processor"), Allowed((None,), "models are text only", "leave it out")
         ),
     },
 )
@@ -93,39 +94,39 @@ _SWITCHES = ("use_activation_checkpointing", "is_casual")
 _KNOWN = dict.fromkeys(_SIZES, int | None) | dict.fromkeys(_SWITCHES, bool | None) | {"mlp_ratio": float | None}
 
 
-@adapter(no_work={name: ("read from the model", kind) for name, kind in _KNOWN.items()})
+@adapter(no_effect={name: ("read from the model", kind) for name, kind in _KNOWN.items()})
 def ThroughputHook() -> hooks.ThroughputHook:
     return hooks.ThroughputHook()
 
 
-@adapter("the borders of documents come with each batch")
+@adapter("each batch contains the document borders")
 def VarlenAttnArgsToMessageHubHook() -> hooks.Hook:
     return hooks.Hook()
 
 
-@adapter("the trainer knows the iteration itself")
+@adapter("the trainer counts iterations itself")
 def RuntimeInfoHook() -> hooks.Hook:
     return hooks.Hook()
 
 
-_LENGTH = {s.name: s.only for s in SCHEMA.inside("train_cfg") if s.only}
-_IDLE = {s.name: s.idle for s in SCHEMA.settings if s.idle and s.parent in ("", "train_cfg")}
-_VALIDATION = {name: (_IDLE[name], int) for name in ("val_begin", "val_interval")}
+_LENGTH = {s.name: s.allowed for s in SCHEMA.inside("train_cfg") if s.allowed}
+_NO_EFFECT = {s.name: s.no_effect for s in SCHEMA.settings if s.no_effect and s.parent in ("", "train_cfg")}
+_VALIDATION = {name: (_NO_EFFECT[name], int) for name in ("val_begin", "val_interval")}
 
 
-@adapter(no_work=_VALIDATION, only=_LENGTH)
+@adapter(no_effect=_VALIDATION, allowed=_LENGTH)
 def TrainLoop(max_epochs: int) -> dict[str, int]:
-    """Never built: the trainer reads max_epochs where it stands."""
+    """Never built: the trainer reads `train_cfg.max_epochs`."""
     return {"max_epochs": max_epochs}
 
 
-@adapter(no_work={**_VALIDATION, "dynamic_intervals": _IDLE["dynamic_intervals"]}, only=_LENGTH)
+@adapter(no_effect={**_VALIDATION, "dynamic_intervals": _NO_EFFECT["dynamic_intervals"]}, allowed=_LENGTH)
 def EpochBasedTrainLoop(max_epochs: int) -> dict[str, int]:
-    """Never built, as above."""
+    """Never built: the trainer reads `train_cfg.max_epochs`."""
     return {"max_epochs": max_epochs}
 
 
-_SCALARS = _IDLE["visualizer"]
+_SCALARS = _NO_EFFECT["visualizer"]
 _FOLDER = {"save_dir": str | None}
 _FIGURE = ("image", "fig_save_cfg", "fig_show_cfg")
 _BACKENDS = Sequence[Mapping[str, Any]] | Mapping[str, Any] | None
@@ -144,7 +145,7 @@ def TensorboardVisBackend() -> None: ...
 
 
 def _remote(name: str, service: str) -> Any:
-    @adapter(f"nothing is sent to {service}; scalars.json and TensorBoard files hold the numbers")
+    @adapter(f"nothing is sent to {service}; metrics are in scalars.json and TensorBoard files")
     def backend(save_dir: str | None = None, **settings: Any) -> None: ...
 
     backend.__name__ = backend.__qualname__ = name

@@ -1,4 +1,4 @@
-"""What a folder's file system does: how fast, and whether it keeps the promises that locks and checkpoints need."""
+"""Measure a file system: its speed, and whether it has the guarantees that locks and checkpoints rely on."""
 
 import contextlib
 import os
@@ -9,22 +9,22 @@ from pathlib import Path
 from xtuner.core.files import sync_folder
 
 CHUNK = 16 * 2**20  # bytes
-SECONDS = 1.0  # at most, for writing and for reading each, but for the chunk that is under way then
+SECONDS = 1.0  # time limit of writing, and of reading; the current chunk is finished
 
 
-def nearest(folder: Path) -> Path:
-    """`folder`, or the nearest one above it that exists."""
+def nearest_existing(folder: Path) -> Path:
+    """`folder`, or its nearest parent that exists."""
     folder = folder.expanduser().absolute()
     return next(f for f in (folder, *folder.parents) if f.is_dir())
 
 
-def speed(folder: Path, size: int, step: Callable[[int], object] = lambda done: None) -> tuple[float, float]:
-    """Write (fsync included) and read bytes a second of a file of at most `size` bytes in `folder`.
+def measure_speed(folder: Path, size: int, step: Callable[[int], object] = lambda done: None) -> tuple[float, float]:
+    """(write with fsync, read) in bytes/s, for a file of at most `size` bytes in `folder`.
 
-    A slow disk gets a smaller file. The page cache is asked to forget the file before it is read; where a system does
-    not do so, reading is memory's speed. `step` is called with the bytes done so far, of both. Raises: OSError.
+    On a slow disk the file is smaller. The page cache is told to drop the file before it is read; where the system
+    ignores this, the read speed is that of memory. `step` is called with the bytes done so far. Raises: OSError.
     """
-    chunk = os.urandom(min(CHUNK, size))  # nothing that a file system could compress
+    chunk = os.urandom(min(CHUNK, size))  # incompressible
     path = folder / "speed"
     try:
         with open(path, "wb", buffering=0) as f:
@@ -47,25 +47,25 @@ def speed(folder: Path, size: int, step: Callable[[int], object] = lambda done: 
     return written / write_s, read / read_s
 
 
-def broken_promises(folder: Path) -> Iterator[str]:
-    """What does not work in `folder` of that which the lock (hard links) and checkpoints (rename, fsync) rely on."""
+def find_broken_guarantees(folder: Path) -> Iterator[str]:
+    """Guarantees that `folder` lacks: the lock relies on hard links, checkpoints on rename and fsync."""
     a, b = folder / "a", folder / "b"
     a.write_text("a")
     b.write_text("b")
     try:
         os.link(a, folder / "linked")
         if not (folder / "linked").samefile(a):
-            yield "a hard link is another file"
+            yield "a hard link is a separate file"
     except OSError as e:
         yield f"hard links: {e.strerror}"
     else:
         with contextlib.suppress(FileExistsError):
             os.link(b, folder / "linked")
-            yield "a hard link replaces a file that is there"
+            yield "a hard link replaces an existing file"
     try:
         os.replace(b, a)
         if a.read_text() != "b" or b.exists():
-            yield "rename does not replace a file"
+            yield "rename does not replace an existing file"
         (folder / "c").mkdir()
         os.rename(folder / "c", folder / "d")
     except OSError as e:

@@ -1,4 +1,4 @@
-"""Standard input, output and error: there whatever our parent closed, and no character or closed terminal ends us."""
+"""Standard input, output and error that always work: closed by the parent, in any encoding, without a terminal."""
 
 import codecs
 import contextlib
@@ -14,7 +14,7 @@ _STANDARD = ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w"))
 
 
 def _encode_anyway(error: UnicodeError) -> tuple[bytes, int]:
-    """What an encoding lacks: a byte of a path that is not UTF-8 as it is on the disk, any other character escaped."""
+    """Encode what the encoding lacks: bytes of a path that is not UTF-8 as they are, other characters escaped."""
     assert isinstance(error, UnicodeEncodeError)
     characters = error.object[error.start : error.end]
     parts = [
@@ -27,18 +27,18 @@ def _encode_anyway(error: UnicodeError) -> tuple[bytes, int]:
 codecs.register_error(_ERRORS, _encode_anyway)
 
 
-def prepare() -> None:
+def prepare_streams() -> None:
     """Make the three streams usable, before any other file is opened.
 
-    A descriptor that was closed (by cron or a daemon) becomes /dev/null: otherwise the next file opened gets its
-    number, and what is printed goes into it. Neither output in another encoding than UTF-8 nor input that is not text
-    raises a UnicodeError.
+    A descriptor that was closed (by cron or a daemon) becomes /dev/null: otherwise the next file that is opened would
+    get its number, and receive what is printed. Output in any encoding and input that is not text raise no
+    UnicodeError.
     """
     for fd, name, mode in _STANDARD:
         try:
             os.fstat(fd)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is `fd`
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number, which is `fd`
         stream = getattr(sys, name)
         if stream is None:
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115
@@ -48,25 +48,25 @@ def prepare() -> None:
 
 
 def as_text(argument: str) -> str:
-    """A word of the command line as text: bytes that are not UTF-8 are replaced, as they are in standard input."""
+    """An argument of the command line as text: bytes that are not UTF-8 are replaced, as in standard input."""
     return os.fsencode(argument).decode("utf-8", "replace")
 
 
 class _Lossy(io.FileIO):
-    """A descriptor that takes everything: what cannot be written is lost."""
+    """A descriptor whose writes never fail: what cannot be written is lost."""
 
     def write(self, data: Any) -> int:
-        with contextlib.suppress(OSError):  # EPIPE, EIO: nobody reads any more; ENOSPC: a redirection to a full disk
+        with contextlib.suppress(OSError):  # EPIPE, EIO: no reader any more; ENOSPC: redirected to a full disk
             written = super().write(data)
             if written is not None:
                 return written
         return memoryview(data).nbytes
 
 
-def survive() -> None:
-    """For a process whose work outlives its terminal: from now on no write to standard output or error fails.
+def ignore_write_errors() -> None:
+    """From now on no write to standard output or error fails: for a process that may outlive its terminal.
 
-    That holds for hooks and libraries as well. Streams that someone has replaced (a notebook, a test) are left alone.
+    Writes of hooks and libraries are included. Streams that were replaced (in a notebook or a test) are not changed.
     """
     for fd, name, _ in _STANDARD[1:]:
         stream = getattr(sys, name)
@@ -84,18 +84,18 @@ def survive() -> None:
         setattr(sys, f"__{name}__", lossy)
 
 
-def discard() -> None:
-    """Drop what is still buffered for standard output and error: it would fail again when the process ends."""
+def discard_buffers() -> None:
+    """Drop buffered output: writing it at exit would fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for fd in (1, 2):
         os.dup2(nowhere, fd)
 
 
 def is_terminal(stream: object) -> bool:
-    """Whether a person looks at `stream`, on a terminal that understands escape sequences."""
+    """Whether `stream` is a terminal that understands escape sequences."""
     return bool(getattr(stream, "isatty", lambda: False)()) and os.environ.get("TERM") != "dumb"
 
 
 def use_colour(stream: object) -> bool:
-    """Colours only for people: a terminal, and neither NO_COLOR nor TERM=dumb."""
+    """Whether to print colours: on a terminal, without NO_COLOR or TERM=dumb."""
     return is_terminal(stream) and "NO_COLOR" not in os.environ

@@ -1,7 +1,7 @@
-"""Facts of the machine and of what is installed on it: for `xtuner doctor`, and for the report kept with every run.
+"""Facts of the machine and its software: for `xtuner doctor`, and for the report kept with every run.
 
-Nothing here fails because something is absent: what cannot be found out is None. torch is imported by those functions
-alone that need it.
+A fact that cannot be determined is None; no function fails because something is missing. Only functions that need torch
+import it.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import xtuner
 from xtuner.core.secrets import mask, mask_command
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-# used where they are; all else that we import is required
+# used if installed; all other imports are required
 OPTIONAL = ("deepspeed", "matplotlib", "transformers", "triton", "flash-attn-4", "nvidia-cudnn-frontend")
 GIT_SECONDS = 2.0
 NVIDIA_SMI_SECONDS = 5.0
@@ -39,7 +39,7 @@ def facts(*folders: Path) -> dict[str, Any]:
     """Versions, hardware, command line, variables, and the git state of each of `folders` and of our own checkout."""
     import torch
 
-    found = gpus()
+    found_gpus = gpus()
     return {
         "xtuner": xtuner.__version__,
         "python": platform.python_version(),
@@ -51,9 +51,9 @@ def facts(*folders: Path) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "nccl": nccl_version(),
         "driver": driver_version(),
-        "gpu": found[0]["name"] if found else None,
-        "gpu_count": len(found),
-        "gpus": found,
+        "gpu": found_gpus[0]["name"] if found_gpus else None,
+        "gpu_count": len(found_gpus),
+        "gpus": found_gpus,
         "host": platform.node(),
         "cpus": os.cpu_count(),
         "usable_cpus": usable_cpus(),
@@ -67,7 +67,7 @@ def facts(*folders: Path) -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    """The version that is installed; the package is not imported."""
+    """The installed version, without importing the package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -75,12 +75,12 @@ def installed(package: str) -> str | None:
 
 
 def requirements() -> dict[str, str]:
-    """What we depend on → the lowest version: of the checkout's pyproject.toml, else of the installed package."""
+    """Required package → lowest version: from the checkout's pyproject.toml, else from the installed package."""
     project = CHECKOUT / "pyproject.toml"
     lines: Iterable[str] = []
     with contextlib.suppress(OSError, KeyError, tomllib.TOMLDecodeError):
-        told = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-        lines = told["dependencies"] if told["name"] == "xtuner" else []
+        declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        lines = declared["dependencies"] if declared["name"] == "xtuner" else []
     if not lines:
         with contextlib.suppress(metadata.PackageNotFoundError):
             lines = [line for line in metadata.requires("xtuner") or [] if "extra ==" not in line]
@@ -89,13 +89,13 @@ def requirements() -> dict[str, str]:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """`2.13.0+cpu` → (2, 13, 0), which compares as versions do."""
+    """`2.13.0+cpu` → (2, 13, 0), which can be compared."""
     numbers = re.match(r"[\d.]*\d", version)
     return tuple(map(int, numbers[0].split("."))) if numbers else ()
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: of its affinity, and of its container's quota."""
+    """CPUs that this process may use, by its affinity and the quota of its container."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -142,17 +142,17 @@ def nccl_version() -> str | None:
 
 
 def driver_version() -> str | None:
-    """The NVIDIA kernel driver's, from the driver itself or from nvidia-smi."""
+    """Version of the NVIDIA kernel driver, from the driver itself or from nvidia-smi."""
     with contextlib.suppress(OSError):
         if found := re.search(r"Kernel Module\D*([\d.]+\d)", Path("/proc/driver/nvidia/version").read_text()):
             return found[1]
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = _said(words, NVIDIA_SMI_SECONDS) if shutil.which("nvidia-smi") else None
-    return said.split()[0] if said and said.split() else None
+    output = _output_of(words, NVIDIA_SMI_SECONDS) if shutil.which("nvidia-smi") else None
+    return output.split()[0] if output and output.split() else None
 
 
 def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the driver serves, as (12, 8); None without a driver."""
+    """The newest CUDA version that the driver supports, as (12, 8); None without a driver."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
         number = ctypes.c_int()  # 12080 is 12.8; 0 without a device
@@ -173,16 +173,16 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     None where there is no checkout, no git, or no answer in time. Nothing is written to the checkout.
     """
     options = ["-C", str(folder), "-c", "core.fsmonitor=false", "--no-optional-locks"]
-    said = _said(["git", *options, "status", "--porcelain=v2", "--branch", "--untracked-files=no"], GIT_SECONDS)
-    commit = re.search(r"^# branch\.oid ([0-9a-f]{40,})$", said or "", re.MULTILINE)
-    if not said or not commit:
+    output = _output_of(["git", *options, "status", "--porcelain=v2", "--branch", "--untracked-files=no"], GIT_SECONDS)
+    commit = re.search(r"^# branch\.oid ([0-9a-f]{40,})$", output or "", re.MULTILINE)
+    if not output or not commit:
         return None
-    return {"commit": commit[1], "dirty": any(not line.startswith("#") for line in said.splitlines())}
+    return {"commit": commit[1], "dirty": any(not line.startswith("#") for line in output.splitlines())}
 
 
-def _said(words: list[str], seconds: float) -> str | None:
-    """What a program prints if it ends well and in time."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # in a git hook they name its repository
+def _output_of(words: list[str], seconds: float) -> str | None:
+    """What a program prints; None if it fails or takes longer than `seconds`."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # set in a git hook, to its repository
     env |= {"LC_ALL": "C"}
     try:
         done = subprocess.run(words, capture_output=True, timeout=seconds, stdin=subprocess.DEVNULL, env=env)

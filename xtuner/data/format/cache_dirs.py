@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from xtuner.core.files import atomic_file, user_cache
+from xtuner.core.files import atomic_file, user_cache_dir
 from xtuner.core.foreign_inputs import check_regular
 from xtuner.core.log import logger
 from xtuner.data.format.file_order import CACHE_FOLDER
@@ -67,7 +67,7 @@ class CacheDirs:
         if given:
             self.dirs = [Path(os.path.expanduser(given)) / own]
         else:
-            self.dirs = [folder / CACHE_FOLDER, user_cache() / "data" / own]
+            self.dirs = [folder / CACHE_FOLDER, user_cache_dir() / "data" / own]
 
     def candidates(self, name: str) -> Iterator[Path]:
         """Existing cache files of this name."""

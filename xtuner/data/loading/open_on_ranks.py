@@ -29,12 +29,12 @@ def open_on_ranks(build: Build, ranks: Ranks) -> PackedDataset:
         return build(None)
     nodes = ranks.gather(platform.node())
     first = nodes.index(nodes[ranks.rank])
-    data = ranks.together(lambda: build(None) if ranks.is_main else None)
-    found = ranks.from_main(_summarize(data))
-    data = ranks.together(lambda: _open_on_first_rank(build, found) if data is None and first == ranks.rank else data)
+    data = ranks.run_on_all(lambda: build(None) if ranks.is_main else None)
+    found = ranks.broadcast(_summarize(data))
+    data = ranks.run_on_all(lambda: _open_on_first_rank(build, found) if data is None and first == ranks.rank else data)
     of_node = ranks.gather(_summarize(data))[first]
-    data = ranks.together(lambda: _open_known(build, of_node) if data is None else data)
-    ranks.together(lambda: _check_same(data, found))
+    data = ranks.run_on_all(lambda: _open_known(build, of_node) if data is None else data)
+    ranks.run_on_all(lambda: _check_same(data, found))
     return data
 
 

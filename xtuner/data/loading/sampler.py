@@ -25,7 +25,7 @@ import numpy.typing as npt
 from xtuner.core.errors import ConfigError
 from xtuner.data.format.cache_dirs import CacheDirs, log_once
 from xtuner.data.format.cache_file import HEADER_BYTES, CacheFormat
-from xtuner.dist.mesh import arrange
+from xtuner.dist.mesh import make_mesh
 
 PackNumbers = npt.NDArray[np.integer[Any]]
 FORMAT = CacheFormat("xtuner order of packs", 1)
@@ -84,7 +84,7 @@ class InternRepoSampler:
         self.num_packs = len(dataset)
         self.shuffle = shuffle
         self.seed = seed
-        mesh = arrange()
+        mesh = make_mesh()
         self.rank = mesh.dp_rank if rank is None else rank
         self.world_size = mesh.dp_size if world_size is None else world_size
         if not 0 <= self.rank < self.world_size:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from xtuner.core.files import file_entry, sync_file, usual_permissions, write_json
+from xtuner.core.files import file_entry, set_default_permissions, sync_file, write_json
 from xtuner.core.progress import record_progress
 
 SHARD = 2**30  # bytes a file; files are written and hashed side by side
@@ -46,7 +46,7 @@ class Snapshot:
             save_file(self.tensors[name], path, metadata=self.metadata.get(name, {"format": "pt"}))
         except Exception as e:  # safetensors wraps the system's error in one of its own
             raise OSError(getattr(e, "errno", None) or 5, str(e), str(path)) from e
-        usual_permissions(path)
+        set_default_permissions(path)
         entry = hashers.submit(file_entry, path)  # from memory, while the disk takes the file
         sync_file(path)
         record_progress(f"{name} written")  # a large save takes longer than a rank may stand still

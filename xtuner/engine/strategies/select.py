@@ -9,7 +9,7 @@ import torch
 from xtuner.config.build import type_name
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import logger
-from xtuner.dist.mesh import Mesh, arrange
+from xtuner.dist.mesh import Mesh, make_mesh
 from xtuner.engine import memory
 from xtuner.engine.base import Strategy
 from xtuner.engine.memory import PACK, Memory
@@ -75,7 +75,7 @@ def choose(
             why="both cut the model over the ranks, each in its way",
             do="give one of them",
         )
-    mesh = mesh or arrange(fsdp)
+    mesh = mesh or make_mesh(fsdp)
     if deepspeed:
         return _zero(source, optim, device, deepspeed, mesh, pack, free)
     mode = fsdp or ("full" if mesh.size > 1 else None)

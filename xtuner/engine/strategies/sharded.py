@@ -87,7 +87,7 @@ class ShardedStrategy(StatefulStrategy):
             if not failures:
                 break
             self._take_less(failure, max(b.num_tokens for b in batch), iteration)
-            _, counts = self.mesh.ranks.sums_and_most([], self.parts(batch))
+            _, counts = self.mesh.ranks.sums_and_maxima([], self.parts(batch))
         return mean
 
     def _attempt(self, pieces: Sequence[Batch], num_targets: int) -> tuple[torch.Tensor, Failure | None]:

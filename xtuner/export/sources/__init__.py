@@ -76,7 +76,7 @@ def recognise(path: str | Path) -> Kind:
         do = "give a work_dirs/CONFIG/iter_N.pth; work_dirs/CONFIG/last_checkpoint names the newest"
     elif kind.what != path_kinds.UNKNOWN:
         what, why = f"this is {kind.what}", "it cannot be converted as it is"
-        do = f"give one of them, such as {kind.inner}" if kind.inner else kind.fits("convert that: {}")
+        do = f"give one of them, such as {kind.inner}" if kind.inner else kind.advice("convert that: {}")
     else:
         what = "no kind of checkpoint is recognised here"
         why = (

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from xtuner.core.files import user_cache
+from xtuner.core.files import user_cache_dir
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -29,7 +29,7 @@ SUMS = 2**30  # bytes of cuDNN's log-sums, as if all documents were as long as t
 def flash_4() -> Attend | None:
     """FlashAttention-4. Its kernels are compiled at first use (18 s on an H100), then taken from the user's cache."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(user_cache() / "flash-attention-4"))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(user_cache_dir() / "flash-attention-4"))
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ImportError:

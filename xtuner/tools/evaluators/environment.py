@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.core.errors import BusyError, CheckpointError, ConfigError
-from xtuner.core.files import read_json, user_cache, write_json
+from xtuner.core.files import read_json, user_cache_dir, write_json
 from xtuner.core.log import logger
 from xtuner.tools.evaluators.process import ToolError, environ, last_line, run, tail
 
@@ -45,7 +45,7 @@ print(json.dumps(found))
 
 
 def default_folder() -> Path:
-    return user_cache() / "evaluation"
+    return user_cache_dir() / "evaluation"
 
 
 def pinned(package: str) -> str:

@@ -74,7 +74,7 @@ class Given:
 def _check(folder: Path) -> None:
     """Raises: ConfigError for what is no export."""
     usual = (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN)
-    path_kinds.take(folder, usual, "MODEL", "give {} as the model", "give its config, too: CONFIG.py {}")
+    path_kinds.require_kind(folder, usual, "MODEL", "give {} as the model", "give its config, too: CONFIG.py {}")
     missing = hub.missing_files(folder) + hub.missing_files(folder, tokenizer_only=True)
     if missing:
         raise ConfigError(

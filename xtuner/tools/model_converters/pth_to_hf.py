@@ -68,6 +68,6 @@ def from_config(
 
 
 if __name__ == "__main__":
-    from xtuner.core.command import script
+    from xtuner.core.command import run_script
 
-    script("a checkpoint as a Hugging Face folder", add_arguments, run)
+    run_script("a checkpoint as a Hugging Face folder", add_arguments, run)

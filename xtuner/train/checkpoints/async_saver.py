@@ -25,7 +25,7 @@ class Saver:
 
     def __init__(self, work_dir: Path, ranks: Ranks) -> None:
         self.work_dir = work_dir
-        self._ranks = ranks.fresh()  # its collectives run in the thread, between the main one's
+        self._ranks = ranks.new_group()  # its collectives run in the thread, between the main one's
         self._pool = ThreadPoolExecutor(1, "xtuner-save")
         self._flying: Future[None] | None = None
         self._failures = 0

@@ -91,7 +91,7 @@ def _agreed(ranks: Ranks, target: Path, action: Callable[[], Any]) -> list[Any]:
 
 def _publish(folder: Path, target: Path, entries: dict[str, Any], iteration: int, keep: int) -> None:
     for inner in (folder, *(p for p in folder.rglob("*") if p.is_dir())):
-        files.usual_permissions(inner)
+        files.set_default_permissions(inner)
         files.sync_folder(inner)
     files.write_manifest(folder, entries, kind="checkpoint", iteration=iteration)
     files.publish(folder, target)
@@ -126,7 +126,7 @@ def check(folder: Path, ranks: Ranks, contents: bool = True) -> None:
         contents: compare their sha256; else sizes alone, which takes no time.
     """
     begin = time.perf_counter()
-    manifest = ranks.together(lambda: _checked(folder, ranks, contents))
+    manifest = ranks.run_on_all(lambda: _checked(folder, ranks, contents))
     if not contents:
         logger.info(f"{folder} has all its files, in their sizes; their contents are checked when a run begins")
         return

@@ -46,9 +46,9 @@ def to_resume(
     if resume is True or resume == "auto":
         return latest(work_dir, ranks, strict, contents)
     folder = Path(os.path.expanduser(resume))
-    if ranks.on_main(lambda: _is_work_dir(folder)):
+    if ranks.run_on_main(lambda: _is_work_dir(folder)):
         return latest(folder, ranks, strict, contents)
-    ranks.on_main(lambda: _there(folder, resume))
+    ranks.run_on_main(lambda: _there(folder, resume))
     check(folder, ranks, contents)
     return Chosen(folder)
 
@@ -61,7 +61,7 @@ def latest(work_dir: Path, ranks: Ranks, strict: bool = False, contents: bool = 
     """
     damaged: list[Path] = []
     told = ""
-    for name in ranks.from_main([p.name for _, p in reversed(found(work_dir))] if ranks.is_main else None):
+    for name in ranks.broadcast([p.name for _, p in reversed(found(work_dir))] if ranks.is_main else None):
         folder = work_dir / name
         try:
             check(folder, ranks, contents)
@@ -74,9 +74,9 @@ def latest(work_dir: Path, ranks: Ranks, strict: bool = False, contents: bool = 
             continue
         if damaged:
             logger.warning(f"{name} is used, the newest that is whole")
-        ranks.on_main(lambda: _report_missing(work_dir))
+        ranks.run_on_main(lambda: _report_missing(work_dir))
         return Chosen(folder, tuple(damaged))
-    ranks.on_main(lambda: _refuse_to_start_afresh(work_dir, told))
+    ranks.run_on_main(lambda: _refuse_to_start_afresh(work_dir, told))
     return None
 
 
@@ -111,7 +111,7 @@ def _refuse_to_start_afresh(work_dir: Path, told: str) -> None:
     elif not told:
         name = last.name if last else others[-1]
         kind = path_kinds.recognise(work_dir / name)
-        told = f"{name} is " + (kind.what if kind.foreign else "not a whole checkpoint")
+        told = f"{name} is " + (kind.what if kind.foreign else "not a complete checkpoint")
         if kind.foreign:
             raise CheckpointError(
                 f"--resume has nothing to resume from: {told}",
@@ -132,7 +132,7 @@ def _refuse_to_start_afresh(work_dir: Path, told: str) -> None:
 def _weights(kind: path_kinds.Kind) -> str:
     if kind.inner:
         return f"give one of them, such as --resume {kind.inner}, if it is of xtuner"
-    return kind.fits("start from its weights, without --resume, with load_from = '{}'")
+    return kind.advice("start from its weights, without --resume, with load_from = '{}'")
 
 
 def _exists(path: Path) -> bool:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.core.errors import BusyError
-from xtuner.core.file_owner import born, namespace
-from xtuner.core.files import beside, sweep
+from xtuner.core.file_owner import namespace, start_time
+from xtuner.core.files import remove_leftovers, temporary_sibling
 from xtuner.core.foreign_inputs import read_regular
 from xtuner.core.log import logger
 
@@ -36,8 +36,8 @@ class WorkDirLock:
         threading.Thread(target=self._beat, name="xtuner-lock", daemon=True).start()
 
     def _take(self) -> None:
-        sweep(self.path)
-        mine = beside(self.path, "tmp")
+        remove_leftovers(self.path)
+        mine = temporary_sibling(self.path, "tmp")
         mine.write_text(self._me, encoding="utf-8")
         try:
             for _ in range(3):
@@ -55,7 +55,7 @@ class WorkDirLock:
             return  # just released
         text, owner, age = dead
         # Only one of several that judge so at once moves this very lock away; the others find it gone, or a new one.
-        aside = beside(self.path, "old")
+        aside = temporary_sibling(self.path, "old")
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
@@ -122,7 +122,14 @@ def _myself() -> dict[str, Any]:
     job = next((f"{name}={os.environ[name]}" for name in JOB_VARIABLES if name in os.environ), "")
     pid = os.getpid()
     token = uuid.uuid4().hex
-    return {"host": platform.node(), "pid": pid, "born": born(pid), "where": namespace(), "job": job, "token": token}
+    return {
+        "host": platform.node(),
+        "pid": pid,
+        "born": start_time(pid),
+        "where": namespace(),
+        "job": job,
+        "token": token,
+    }
 
 
 def _describe(owner: dict[str, Any]) -> str:
@@ -136,4 +143,4 @@ def _alive(owner: dict[str, Any]) -> bool | None:
     """True if the very process that wrote the lock runs, False if it is gone, None if that cannot be seen from here."""
     if not owner.get("where") or owner["where"] != namespace():
         return None
-    return born(owner.get("pid", 0)) == owner.get("born")
+    return start_time(owner.get("pid", 0)) == owner.get("born")

@@ -6,7 +6,7 @@ from typing import Any
 
 from xtuner.compat.moved import find_current
 from xtuner.compat.settings import SCHEMA
-from xtuner.config.schema import NOTHING
+from xtuner.config.schema import NOT_COMPARED
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Change:
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """Differences of two resolved configs, in the order of their keys."""
-    compared = [s.name for s in SCHEMA.inside("") if s.resume not in (None, NOTHING)]
+    compared = [s.name for s in SCHEMA.inside("") if s.resume not in (None, NOT_COMPARED)]
     old, new = dict(_flat(before, compared)), dict(_flat(now, compared))
     settings = [
         (name, before[name], now[name])

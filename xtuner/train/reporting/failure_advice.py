@@ -52,7 +52,7 @@ def out_of_memory(
         do="one of these, first what costs least:\n        "
         + "\n        ".join([*advice, "or more GPUs: what is divided over ranks becomes less on each"]),
     )
-    found.quiet = isinstance(error, OutOfMemory) and error.rank != settings.mesh.rank
+    found.reported_elsewhere = isinstance(error, OutOfMemory) and error.rank != settings.mesh.rank
     return found
 
 
@@ -67,7 +67,7 @@ def interrupted(work_dir: Path, done: int, words: Sequence[str], mesh: Mesh) -> 
         if newest
         else f"to begin again: {_line(list(words), [], mesh)}",
     )
-    error.quiet = not collectives.is_main()
+    error.reported_elsewhere = not collectives.is_main()
     return error
 
 

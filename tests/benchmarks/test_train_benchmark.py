@@ -1,0 +1,143 @@
+"""The benchmarks' arithmetic, and that peers do the same work as ours: equal losses from equal weights and packs."""
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from xtuner.data.loading.batch import Batch
+from xtuner.families import LLAMA
+from xtuner.model.decoder import CausalLM, DecoderConfig
+from xtuner.model.flops import training_flops, whole_pack_flops
+from xtuner.model.weights import split
+from xtuner.train.reporting.profile import by_part
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SHAPE = DecoderConfig(300, 128, 512, 2, 2, 1, 64)
+BORDERS = [0, 50, 51, 128]
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def pack(borders: list[int]) -> Batch:
+    draw = torch.Generator().manual_seed(0)
+    lengths = [b - a for a, b in pairwise(borders)]
+    targets = torch.randint(3, 300, (128,), generator=draw)
+    targets[5:9] = -100
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    ids = torch.randint(3, 300, (128,), generator=draw)
+    return Batch(ids, targets, positions, cu_seqlens, max(lengths), int((targets >= 0).sum()))
+
+
+@pytest.fixture(scope="module")
+def ours() -> CausalLM:
+    torch.manual_seed(0)
+    model = CausalLM(SHAPE)  # PyTorch's own random weights: large enough that attention matters
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize(
+    ("package", "engine", "attention"),
+    [("transformers", "hf", "sdpa"), ("transformers", "hf", "flex"), ("torchtitan", "torchtitan", "flex")],
+)
+def test_peers_do_the_same_work(package: str, engine: str, attention: str, ours: CausalLM) -> None:
+    pytest.importorskip(package)
+    from peer import Settings, build, put
+
+    settings = Settings(engine, SHAPE, torch.device("cpu"), "fp32", attention=attention, compute=torch.float32)
+    peer = build(settings)
+    weights = {k: v for name, p in ours.named_parameters() for k, v in split(name, p.data, LLAMA, SHAPE).items()}
+    theirs = dict(peer.model.named_parameters())
+    for name, weight in peer.rename(weights).items():
+        put(theirs.pop(name), weight)
+    assert not theirs
+    apart, together = pack(BORDERS), pack([0, 128])
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling is the GPU's business
+        wanted, mixed = (
+            ours(b.input_ids, b.cu_seqlens, b.targets, b.position_ids).item() / b.num_targets for b in (apart, together)
+        )
+        found = peer.loss(apart).item()
+    print(f"{engine} {attention}: ours {wanted:.6f}, peer {found:.6f}; were documents one: {mixed:.6f}")
+    assert abs(mixed - wanted) > 1e-3
+    assert found == pytest.approx(wanted, abs=2e-6)
+
+
+@pytest.mark.processes
+def test_a_peer_runs_as_a_case(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    words = [sys.executable, str(BENCHMARKS / "train.py"), "1.8b", "--engine", "hf", "--tiny", "--warm", "1"]
+    words += ["--iterations", "2", "--results", str(tmp_path / "results.jsonl")]
+    run = subprocess.run(words, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout[run.stdout.index("{") :])
+    assert (found["case"], found["engine"], found["states"]) == ("1.8b", "hf sdpa full", "fp32")
+    assert found["spread"] == [found["tokens_per_s"]] * 2  # of the one iteration that counts
+    assert not (tmp_path / "results.jsonl").exists()  # nothing was measured
+    run = subprocess.run([*words, "--warm", "2"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "leaves none" in run.stderr
+
+
+def test_flops_by_hand() -> None:
+    c = DecoderConfig(100, 8, 16, 1, 2, 1, 4)
+    weights = (8 * 8 + 2 * 8 * 4 + 8 * 8) + 3 * 8 * 16 + 100 * 8  # q, k and v, out; the MLP; the head
+    assert weights == 1376
+    assert training_flops(c, 10, 6 * 6 + 4 * 4) == 6 * weights * 10 + 6 * 8 * 52
+    assert whole_pack_flops(c, 10, 10) == 6 * weights * 10 + 12 * 8 * 100
+
+
+def test_kernels_are_summed_by_part() -> None:
+    kernels = {
+        "flash_bwd": 3.0,
+        "nvjet_hsh": 5.0,
+        "triton_poi_fused_add": 1.0,
+        "multi_tensor_apply": 0.5,
+        "Memcpy": 0.25,
+    }
+    parts = by_part(kernels, 10.0)
+    assert {k: v for k, v in parts.items() if v} == {
+        "attention": 3.0, "matrix products": 5.0, "elementwise": 1.0, "optimizer": 0.5, "copies": 0.25, "idle": 0.25,
+    }  # fmt: skip
+    assert by_part(kernels, 1.0)["idle"] == 0  # kernels of two streams overlap
+
+
+@pytest.mark.processes
+def test_the_table_shows_old_and_new_rows(tmp_path: Path) -> None:
+    place = {"gpu": "NVIDIA H100 80GB HBM3", "torch": "2.11.0+cu130"}
+    old = {**place, "case": "1.8b", "engine": "zero2", "date": "2026-11-23", "tokens_per_s": 40000, "mfu": 0.447}
+    old |= {"spread": [39000, 41000], "memory": 64 * 2**30, "first": 25.4, "profile": None}
+    new = {**old, "date": "2026-11-24", "engine": "single", "states": "fp32", "data_time": 0.0004, "first": 17.0}
+    new |= {
+        "expected": "memory: 33.4 GiB of state; peak 72.2 GiB expected",
+        "profile": {"attention": 66.2, "idle": 9.8},
+    }
+    peer = {**new, "engine": "torchtitan flex selective", "versions": "torchtitan 0.2.2", "data_time": None}
+    peer |= {"mfu": float("nan"), "expected": "", "gpu": "unknown"}
+    from table import table
+
+    path = tmp_path / "results.jsonl"
+    assert "nothing" in table(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in (old, new, peer)))
+    text = table(path)
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    # (6 · 1,699,479,552 + 12 · 24 · 2048 · 32768) · 40,000 / 989.4e12 = 1.194
+    figures = ["40,000 (39.0–41.0k)", "0.447", "1.194"]
+    assert ["1.8b", "zero2", "–", *figures, "64.0", "25", "–"] in cells
+    assert ["1.8b", "single", "fp32", *figures, "64.0 (72.2)", "17", "0.000"] in cells
+    assert ["1.8b", "torchtitan flex selective", "fp32", figures[0], "–", "–", "64.0", "17", "–"] in cells
+    assert ["1.8b", "single", "66", "10", "0"] in cells
+    assert "torchtitan flex selective: torchtitan 0.2.2" in text
+    assert text.index("2026-11-23") < text.index("2026-11-24")
+    assert max(map(len, text.splitlines())) <= 120

@@ -1,0 +1,122 @@
+"""Which attention is chosen, and FlexAttention's mask; how exact each is, GPUs show (test_gpu.py)."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from xtuner.core.errors import ConfigError
+from xtuner.model import attention, from_scratch
+from xtuner.model.ops.attention_backends import BLOCK, document_mask
+
+SHAPE = dict(
+    vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+    num_key_value_heads=1,
+)  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "lengths", [[17, 1, 300, 64, 128, 5], [0, 700, 0, 3, 1], [1000], [128, 256, 1, 127, 384], [1] * 300 + [200]]
+)
+def test_the_mask_of_documents_holds_the_blocks_that_are_seen(lengths: list[int]) -> None:
+    borders, total = torch.tensor([0, *lengths]).cumsum(0).int(), sum(lengths)
+    mask = document_mask(borders, total)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    token = torch.arange(total)
+    seen = (document[:, None] == document) & (token[:, None] >= token)
+    assert torch.equal(mask.mask_mod(0, 0, token[:, None], token[None]), seen)
+    count = -(-total // BLOCK)
+    square = torch.zeros(count * BLOCK, count * BLOCK, dtype=torch.bool)
+    square[:total, :total] = seen
+    blocks = square.view(count, BLOCK, count, BLOCK).transpose(1, 2).flatten(2)
+    rows = square[:total].view(total, count, BLOCK).all(2)  # tokens that see all of a block
+
+    def listed(numbers: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        chosen = torch.zeros(count, count, dtype=torch.bool)
+        for row, (n, which) in enumerate(zip(numbers[0, 0].tolist(), indices[0, 0].long(), strict=True)):
+            chosen[row, which[:n]] = True
+        return chosen
+
+    part, whole = listed(mask.kv_num_blocks, mask.kv_indices), listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (part & whole).any()
+    assert torch.equal(part | whole, blocks.any(2))
+    for query, key in whole.nonzero().tolist():
+        assert rows[query * BLOCK : (query + 1) * BLOCK, key].all()
+    assert not (part & blocks.all(2)).any(), "a block that is seen whole needs no mask"
+
+
+def test_the_fastest_that_runs_is_chosen() -> None:
+    assert attention.choose(CPU, torch.float32, 64) == attention.choose(CPU, torch.bfloat16, 128) == "loop"
+    assert attention.choose(CPU, torch.float32, 64, "loop") == "loop"
+    for name in attention.BACKENDS:  # an engine's first look at the network, on no device
+        from_scratch(attention=name, **SHAPE).empty(torch.device("meta"), torch.float32)
+    assert get_args(attention.Name) == tuple(attention.BACKENDS)
+    with pytest.raises(ConfigError, match=r"FlashAttention-4 cannot run here: it does not run on cpu"):
+        attention.choose(CPU, torch.bfloat16, 128, "flash4")
+    with pytest.raises(ConfigError, match=r"no attention backend 'flash'") as error:
+        attention.choose(CPU, torch.bfloat16, 128, "flash")
+    assert "flash4, varlen, cudnn, flex, loop" in error.value.do
+    gpu, flash = torch.device("cuda"), attention.BACKENDS["flash4"]
+    assert flash.why_not(gpu, torch.float32, 128) == "it does not compute in float32"
+    torch.use_deterministic_algorithms(True)
+    try:  # FlashAttention-4 keeps an order only where no key-value head is shared
+        assert "randomness.deterministic is on" in (flash.unfit(gpu, torch.bfloat16, 128, groups=4) or "")
+        assert attention.BACKENDS["loop"].unfit(CPU, torch.bfloat16, 128, groups=4) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert flash.why_not(gpu, torch.bfloat16, 80) == "heads of 80 are not among 64, 96, 128"
+
+
+OUTSIDE = """
+import torch
+from xtuner.model.attention import BACKENDS, Backend
+
+calls = []
+
+
+def attend(q, k, v, cu_seqlens, max_seqlen):
+    token = torch.arange(len(q))
+    document = torch.searchsorted(cu_seqlens, token, right=True)
+    seen = (document[:, None] == document) & (token[:, None] >= token)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qnd,snd->nqs", q, k) * q.shape[-1] ** -0.5
+    calls.append(len(q))
+    return torch.einsum("nqs,snd->qnd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+BACKENDS.register("masked", Backend("one mask for all", lambda: attend, devices=("cpu",), dtypes=()))
+"""
+
+
+@pytest.mark.processes
+def test_a_backend_from_outside(
+    tiny: Path, tmp_path: Path, xtuner: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Registered by a module that the config imports, chosen by name: it is what trains, and is named in the report."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "masked_attention.py").write_text(OUTSIDE)
+    (tmp_path / "config.py").write_text("import masked_attention\n" + tiny.read_text())
+    losses = []
+    try:
+        for name in ("loop", "masked"):
+            words = ("--work-dir", tmp_path / name, "--cfg-options", "custom_hooks=[]", f"model.attention={name}")
+            assert xtuner("train", tmp_path / "config.py", *words) == 0
+            (record,) = (tmp_path / name).rglob("scalars.json")
+            entries = [json.loads(line) for line in record.read_text().splitlines()]
+            losses.append([entry["loss"] for entry in entries if "loss" in entry])
+        import masked_attention
+
+        assert len(masked_attention.calls) >= len(losses[1]) > 5
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert losses[0] != losses[1]
+        assert "one mask for all" in next((tmp_path / "masked").rglob("*.log")).read_text()
+        with pytest.raises(ConfigError, match="one mask for all cannot run here: it does not run on cuda"):
+            attention.choose(torch.device("cuda"), torch.bfloat16, 64, "masked")
+        with pytest.raises(ConfigError, match="xtuner already has the attention backend 'loop'"):
+            attention.BACKENDS.register("loop", attention.BACKENDS["masked"])
+    finally:
+        attention.BACKENDS.pop("masked", None)

@@ -1,0 +1,72 @@
+"""A place for figures that the package does not know: one class in a user's file, named in a config."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from xtuner.core.errors import ConfigError
+
+OWN = '''
+import json
+from xtuner.train.trackers import Tracker
+class ToFile(Tracker):
+    """Each call as a line of JSON."""
+    def __init__(self, path, fails_at=0):
+        self.path, self.fails_at = path, fails_at
+    def write(self, *words):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(words) + "\\n")
+    def begin(self, folder, config):
+        self.write("begin", str(folder), config["max_length"])
+    def log(self, record):
+        if record["iter"] == self.fails_at:
+            raise OSError("the service with token=abcdef0123456789 is away")
+        self.write("log", record)
+    def text(self, tag, value, iteration):
+        self.write("text", tag, value, iteration)
+    def close(self):
+        self.write("close")
+class Away(Tracker):
+    def begin(self, folder, config):
+        raise ConnectionError("no route")
+class Plain: pass
+'''
+
+
+@pytest.mark.processes
+def test_trackers_of_a_config(tiny: Path, tmp_path: Path, xtuner: Callable[..., int]) -> None:
+    first = "from torch.optim import AdamW\n"
+    good, bad, config = tmp_path / "good", tmp_path / "bad", tmp_path / "own.py"
+    listed = (
+        f"[dict(type=ToFile, path={str(good)!r}), dict(type=ToFile, path={str(bad)!r}, fails_at=2), dict(type=Away)]"
+    )
+    config.write_text(tiny.read_text().replace(first, f"{first}{OWN}") + f"\ntrackers = {listed}\n")
+    small = ["--cfg-options", "custom_hooks=[]", "default_hooks.logger.interval=1", "accumulative_counts=8"]
+    assert xtuner("check-cfg", config) == 0
+    assert not good.exists()
+    assert xtuner("train", config, "--work-dir", tmp_path / "w", *small) == 0
+    (scalars,) = (tmp_path / "w").glob("*/vis_data/scalars.json")
+    begin, *logged, end = [json.loads(line) for line in good.read_text().splitlines()]
+    assert begin == ["begin", str(scalars.parent.parent), 32]
+    assert [record for _, record in logged] == [json.loads(line) for line in scalars.read_text().splitlines()]
+    assert {"iter", "loss", "lr", "grad_norm"} <= logged[0][1].keys()
+    assert end == ["close"]
+    assert [json.loads(line)[0] for line in bad.read_text().splitlines()] == ["begin", "log"]
+    (log,) = scalars.parent.parent.glob("*.log")
+    left_out = [line for line in log.read_text().splitlines() if "gets nothing more" in line]
+    assert len(left_out) == 2
+    assert left_out[0].endswith("Away failed and gets nothing more; the run continues: ConnectionError: no route")
+    assert "token=***" in left_out[1]
+    for wrong, message in (
+        ("trackers=[dict(type=Plain)]", "Plain is not a tracker"),
+        ("trackers=[dict(type=ToFile)]", "path"),
+        ("trackers=dict(type=Away)", "is not a list"),
+        ("trackers=[3]", "expected dict"),
+    ):
+        config.write_text(tiny.read_text().replace(first, f"{first}{OWN}") + f"\n{wrong}\n")
+        for command in ("check-cfg", "train"):
+            with pytest.raises(ConfigError, match=message):
+                xtuner(command, config, *(["--work-dir", tmp_path / "none"] if command == "train" else []))
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,381 @@
+"""Training: resume is exact wherever a run was killed; every hook and setting has its effect; stops and refusals."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.configs import with_hook
+from helpers.corpus import write_corpus
+from helpers.runs import contents, records
+from safetensors.torch import load_file
+
+from xtuner.cli.main import main
+from xtuner.core.errors import CheckpointError, ConfigError, DataError
+
+Command = Callable[..., int]
+PLAIN = ["custom_hooks=[]"]
+
+
+def killed_after(iterations: int, config: Path, work_dir: Path, options: list[str]) -> None:
+    """Run in a forked process that stands still after `iterations`, and SIGKILL it there."""
+    read, write = os.pipe()
+    paused = with_hook(config, work_dir.with_suffix(".py"), iterations, f"os.write({write}, b'x'), signal.pause()")
+    words = ["train", str(paused), "--work-dir", str(work_dir), "--cfg-options", *options]
+    child = multiprocessing.get_context("fork").Process(target=main, args=(words,))
+    child.start()
+    os.close(write)
+    assert os.read(read, 1) == b"x", "the run ended before it could be killed"
+    os.close(read)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.processes
+def test_resume_is_exact_wherever_it_was_killed(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    """For every N: N iterations, SIGKILL, resume. Accumulation 2, 25 packs an epoch: iterations cross epoch borders."""
+    options = ["max_epochs=3", "save_steps=2", "save_total_limit=2", "max_length=64", "evaluation_inputs=[]"]
+    straight = tmp_path / "straight"
+    assert xtuner("train", tiny, "--work-dir", straight, "--cfg-options", *options) == 0
+    lines = records(straight)
+    last = max(lines)
+    per_epoch = json.loads((straight / f"iter_{last}.pth" / "trainer.json").read_text())["data"]["num_packs"]
+    assert per_epoch % 2 == 1, "no iteration crosses an epoch border"
+    assert last == 3 * per_epoch // 2
+    for n in range(1, last):
+        work_dir = tmp_path / f"killed_{n}"
+        killed_after(n, tiny, work_dir, options)
+        assert max(records(work_dir)) == n
+        assert xtuner("train", tiny, "--work-dir", work_dir, "--resume", "--cfg-options", *options) == 0
+        assert records(work_dir) == lines, n
+        assert contents(work_dir / f"iter_{last}.pth") == contents(straight / f"iter_{last}.pth"), n
+        shutil.rmtree(work_dir)
+
+
+@pytest.mark.processes
+def test_sigterm_stops_cleanly(tiny: Path, tmp_path: Path) -> None:
+    """Exit code 75 with a checkpoint at the iteration that was reached, although none was due."""
+    work_dir = tmp_path / "stopped"
+    config = with_hook(tiny, tmp_path / "stopped.py", 3, "os.kill(os.getpid(), signal.SIGTERM)")
+    assert main(["train", str(config), "--work-dir", str(work_dir)]) == 75
+    assert (work_dir / "last_checkpoint").read_text() == "iter_3.pth\n"
+    assert max(records(work_dir)) == 3
+
+
+def final(work_dir: Path) -> dict[str, torch.Tensor]:
+    name = (work_dir / "last_checkpoint").read_text().strip()
+    return load_file(work_dir / name / "weights" / "model.safetensors")
+
+
+@pytest.mark.processes
+def test_every_setting_has_its_effect(tiny: Path, tmp_path: Path, xtuner: Command, caplog: Any) -> None:
+    """Each shipped hook and setting, changed alone, changes what it should."""
+
+    def run(name: str, *options: str, words: tuple[str, ...] = ()) -> Path:
+        work_dir = tmp_path / name
+        assert xtuner("train", tiny, "--work-dir", work_dir, *words, "--cfg-options", *PLAIN, *options) == 0
+        return work_dir
+
+    base = records(run("base", "max_epochs=2"))
+    weights = final(tmp_path / "base")
+    total = len(base)
+    assert records(run("again", "max_epochs=2")) == base
+    # hooks
+    no_schedule = records(
+        run("no_schedule", "max_epochs=2", "default_hooks.param_scheduler.type=xtuner.train.hooks.Hook")
+    )
+    assert {r["lr"] for r in no_schedule.values()} == {2e-3}
+    assert len({r["lr"] for r in base.values()}) > total // 2
+    no_seed = records(run("no_seed", "max_epochs=2", "default_hooks.sampler_seed.type=xtuner.train.hooks.Hook"))
+    assert no_seed[2] == base[2]
+    assert no_seed[total] != base[total]
+    assert list(records(run("interval", "default_hooks.logger.interval=5"))) == [5, 10, total // 2]
+    timer = (tmp_path / "base").glob("*/vis_data/scalars.json")
+    record = json.loads(next(timer).read_text().splitlines()[-1])
+    assert {"time", "data_time", "eta", "memory"} <= record.keys()
+    assert "tokens_per_s" not in record
+    # checkpoints
+    kept = run("kept", "save_steps=2", "save_total_limit=2")
+    one_epoch = total // 2
+    expected = {f"iter_{one_epoch}.pth", f"iter_{(one_epoch - 1) // 2 * 2}.pth"}
+    assert {p.name for p in kept.glob("iter_*")} == expected
+    epochs = run(
+        "epochs", "max_epochs=2", "default_hooks.checkpoint.by_epoch=True", "save_steps=1", "save_total_limit=-1"
+    )
+    assert len(list(epochs.glob("iter_*"))) == 2
+    lean = run("lean", "save_optimizer=False")
+    assert not (lean / f"iter_{total // 2}.pth" / "optimizer").exists()
+    with pytest.raises(CheckpointError, match="save_optimizer=False"):
+        run("lean", "save_optimizer=False", words=("--resume",))
+    # optimizer and data
+    for name, options in {
+        "lr": ["lr=0.001"],
+        "betas": ["betas=(0.5, 0.5)"],
+        "weight_decay": ["weight_decay=0.5"],
+        "max_norm": ["max_norm=0.01"],
+        "warm_up_ratio": ["warm_up_ratio=0.5"],
+        "sampler": ["train_dataloader.sampler.shuffle=False"],
+        "sampler_seed": ["train_dataloader.sampler.seed=7"],
+        "seed": ["train_dataset.seed=7"],
+        "min_length": ["train_dataset.dataset_cfg.min_length=20"],
+        "label_rule": ["train_dataset.label_rule=xtuner"],
+        "order": [f"data_order_path={tmp_path / 'order' / 'data_order.txt'}"],
+        "random": ["randomness.seed=5"],
+        "load_from": [f"load_from={tmp_path / 'base' / f'iter_{total}.pth'}"],
+        "resume": ["resume=True", f"work_dir={tmp_path / 'of_config'}"],
+        "file_type": ["train_dataset.dataset_cfg.file_type=b.bin"],
+        "optim_type": ["optim_wrapper.optimizer.type=torch.optim.NAdam"],
+    }.items():
+        if name == "order":
+            xtuner("data", "order", "--data-folder", tiny_corpus(tiny), "--save-folder", tmp_path / "order")
+            order = tmp_path / "order" / "data_order.txt"
+            order.write_text("\n".join(reversed(order.read_text().split())))
+        if name == "resume":  # the config alone names work dir and resume; the copied run is over, nothing is trained
+            shutil.copytree(tmp_path / "lr", tmp_path / "of_config")
+            assert xtuner("train", tiny, "--cfg-options", *PLAIN, "max_epochs=2", "lr=0.001", *options) == 0
+            assert final(tmp_path / "of_config")["output.weight"].equal(final(tmp_path / "lr")["output.weight"])
+            assert len(records(tmp_path / "of_config")) == total
+            continue
+        changed = final(run(name, "max_epochs=2", *options))
+        assert any(not changed[k].equal(weights[k]) for k in weights), name
+    for name, options, words in (
+        ("workers", ["dataloader_num_workers=2"], ()),
+        ("recompute", ["model.activation_checkpointing=True"], ()),
+        ("deterministic", ["randomness.deterministic=True"], ()),
+        ("level", ["log_level=WARNING"], ()),
+        ("accumulate", [], ("--seed", "0")),
+    ):
+        same = final(run(name, "max_epochs=2", *options, words=words))
+        torch.use_deterministic_algorithms(False)
+        assert all(same[k].equal(weights[k]) for k in weights), name
+    assert len(records(run("counts", "accumulative_counts=1"))) > len(records(run("more", "accumulative_counts=4")))
+
+
+@pytest.mark.processes
+def test_a_line_is_the_mean_since_the_one_before(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    """Loss over all targets of the interval; of a single iteration its own, to the last bit; tokens of all so far."""
+
+    def lines(interval: int) -> dict[int, dict[str, Any]]:
+        work_dir = tmp_path / str(interval)
+        options = (f"default_hooks.logger.interval={interval}", "evaluation_inputs=[]", "log_level=WARNING")
+        assert xtuner("train", tiny, "--work-dir", work_dir, "--cfg-options", *options) == 0
+        text = next(work_dir.glob("*/vis_data/scalars.json")).read_text()
+        return {line["iter"]: line for line in map(json.loads, text.splitlines())}
+
+    single, five = lines(1), lines(5)
+    last = max(single)
+    assert list(five) == [*range(5, last, 5), last]
+    smoothed = targets = begin = 0.0
+    for number, line in single.items():
+        smoothed = smoothed * 0.98 + line["loss"] * line["targets"]
+        targets = targets * 0.98 + line["targets"]
+        assert line["loss_smoothed"] == pytest.approx(smoothed / targets, rel=1e-12)
+        assert line["tokens"] == number * 2 * 32
+        if number in five:
+            those = [single[i] for i in range(int(begin) + 1, number + 1)]
+            mean = sum(r["loss"] * r["targets"] for r in those) / sum(r["targets"] for r in those)
+            assert five[number]["loss"] == pytest.approx(mean, rel=1e-12)
+            assert five[number]["targets"] == sum(r["targets"] for r in those)
+            same = ("lr", "grad_norm", "tokens", "applied", "loss_smoothed")
+            assert [five[number][key] for key in same] == [line[key] for key in same]
+            begin = number
+
+
+def test_averages_of_odd_iterations() -> None:
+    """NaN is left out of the mean, iterations without targets weigh nothing, rates are weighted by seconds."""
+    from xtuner.train.reporting.averages import Averages
+    from xtuner.train.run import Iteration
+    from xtuner.train.state import TrainState
+
+    def line(*iterations: tuple[float, int, bool, float]) -> dict[str, Any]:
+        averages = Averages()
+        for loss, targets, applied, seconds in iterations:
+            record = {"time": seconds, "tokens_per_s": 100 / seconds, "own": seconds}
+            averages.add(Iteration(TrainState(), 0.1, loss, 1.0, applied, targets, 100, 0, 0.0, record))
+        return averages.record()
+
+    nan, none = (float("nan"), 10, False, 1.0), (0.0, 0, False, 3.0)
+    found = line((2.0, 30, True, 1.0), nan, none, (4.0, 10, True, 5.0))
+    assert (found["loss"], found["targets"], found["applied"]) == (2.5, 50, False)
+    assert (found["time"], found["tokens_per_s"], found["own"]) == (2.5, 40.0, 5.0)
+    assert line((2.0, 30, True, 1.0), none)["applied"] is True
+    assert (line(none)["targets"], line(none)["applied"]) == (0, False)
+    assert line(none, nan)["loss"] != line(none, nan)["loss"]
+
+
+def tiny_corpus(tiny: Path) -> str:
+    from xtuner.config.load import load
+
+    return str(load(str(tiny)).values["dataset_folder"])
+
+
+@pytest.mark.processes
+def test_custom_hooks_speak(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    options = ["evaluation_freq=5", "evaluation_inputs=['import os', 'x = ']", "SYSTEM='be brief'"]
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
+    log = next((tmp_path / "w").glob("*/*.log")).read_text()
+    total = len(records(tmp_path / "w"))
+    assert log.count("sample at iteration") == 2 * (2 + total // 5)
+    assert log.count("be brief\nimport os") == 2 + total // 5
+    assert "first pack begins" in log
+    assert "tok/s" in log
+    assert "ETA" in log
+    assert capsys.readouterr().err.count("sample at iteration") == log.count("sample at iteration")
+    environment = json.loads(next((tmp_path / "w").glob("*/environment.json")).read_text())
+    assert environment["torch"] == torch.__version__
+    assert list((tmp_path / "w").glob("*/vis_data/events.out.tfevents.*"))
+    assert json.loads(next((tmp_path / "w").glob("*/config.json")).read_text())["evaluation_freq"] == 5
+
+
+@pytest.mark.processes
+def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--dry-run") == 0
+    assert not (tmp_path / "w").exists()
+    shown = capsys.readouterr().out  # the report is what a dry run is for
+    for word in ("parameters", "documents", "tail of", "iterations", "epochs", "FLOPs without attention"):
+        assert word in shown
+
+
+@pytest.mark.processes
+def test_an_iteration_without_targets_changes_no_weight(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    from xtuner.data.format.writer import write_bin
+
+    for i in range(3):
+        learned = i == 1
+        write_bin(tmp_path / "data" / f"{i}.bin", [[5 if learned else -5] * 70])
+    options = [f"dataset_folder={tmp_path / 'data'}", "accumulative_counts=1", "save_steps=1", "save_total_limit=-1"]
+    options += ["train_dataloader.sampler.shuffle=False", *PLAIN]
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
+    lines = records(tmp_path / "w")
+    assert [r["targets"] > 0 for r in lines.values()] == [False, False, True, True, False, False]
+    assert [r["applied"] for r in lines.values()] == [r["targets"] > 0 for r in lines.values()]
+    weights = [load_file(tmp_path / "w" / f"iter_{i}.pth" / "weights" / "model.safetensors") for i in range(1, 7)]
+    same = [all(a[k].equal(b[k]) for k in a) for a, b in pairwise(weights)]
+    assert same == [True, False, False, True, True]
+
+
+@pytest.mark.processes
+def test_data_without_anything_to_learn(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    """Reported once and then counted; a whole epoch, or a whole run, without a target is an error (65)."""
+    from xtuner.data.format.writer import write_bin
+
+    write_bin(tmp_path / "data" / "a.bin", [[-5] * 32] * 25)
+    options = [f"dataset_folder={tmp_path / 'data'}", "accumulative_counts=1", "save_steps=1", *PLAIN]
+    for name, more in (("a", []), ("b", ["max_epochs=3"])):
+        capsys.readouterr()
+        with pytest.raises(DataError, match="no token to learn from in 25 packs: nothing was trained"):
+            xtuner("train", tiny, "--work-dir", tmp_path / name, "--cfg-options", *options, *more)
+        said = capsys.readouterr().err
+        assert said.count("changed no weight") == 1
+        assert said.count("10 iterations so far had no token") == 1
+    write_bin(tmp_path / "data" / "b.bin", [[5] * 32])
+    capsys.readouterr()
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
+    said = capsys.readouterr().err
+    assert said.count("changed no weight") == 1
+    assert "25 iterations had no token to learn from" in said.splitlines()[-1]
+
+
+@pytest.mark.processes
+def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    """Small files and long packs: how much is lost and what to do, which then works."""
+    from xtuner.data.format.writer import write_bin
+
+    for i in range(10):
+        write_bin(tmp_path / "data" / "en" / f"{i}.bin", [[5] * 10] * (4 if i else 40))
+    options = ["--cfg-options", f"dataset_folder={tmp_path / 'data'}", "max_length=100", "warm_up_ratio=0.5", *PLAIN]
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--dry-run", *options) == 0
+    said = "47.4% of the tokens (360 of 760) are not trained on: the last tokens of each file fill no pack of 100 "
+    said += "(9 of 10 files fill none at all)"
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert "360 tokens (47.4%) of file tails" in shown.out
+    assert xtuner("data", "stats", tmp_path / "data", "--max-length", "100") == 0
+    shown = capsys.readouterr().out
+    assert said in shown
+    commands = shown[shown.index("mkdir -p joined") :].splitlines()[0].rpartition("; ")
+    assert commands[2] == "xtuner data check joined --fix-meta"
+    subprocess.run(commands[0], shell=True, check=True, cwd=tmp_path)
+    assert xtuner(*commands[2].split()[1:3], tmp_path / "joined", "--fix-meta") == 0
+    assert xtuner("data", "stats", tmp_path / "joined", "--max-length", "100") == 0
+    shown = capsys.readouterr().out
+    assert "dropped tails: 60 tokens (7.9%)" in shown
+    assert "not trained on" not in shown
+
+
+@pytest.mark.processes
+def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> None:
+    work_dir = tmp_path / "w"
+    train = ("train", tiny, "--work-dir", work_dir)
+    assert xtuner(*train, "--cfg-options", *PLAIN) == 0
+    other = write_corpus(tmp_path / "other", 10, seed=1)
+    order = tmp_path / "order.txt"
+    order.write_text("en/a.bin\nen/b.bin\ncode/a.bin\ncode/b.bin\n")
+    for error, words, message in (
+        (
+            DataError,
+            ["--resume", "--cfg-options", f"dataset_folder={other}"],
+            r"not what the checkpoint was trained on: files: 4 changed \(code/a\.bin, code/b\.bin, en/a\.bin, …\)",
+        ),
+        (DataError, ["--resume", "--cfg-options", "max_length=16"], r"not what .*: max_length: 32 → 16 \(train_data"),
+        (
+            DataError,
+            ["--resume", "--cfg-options", f"data_order_path={order}"],
+            "order of files: number 1 was code/a.bin",
+        ),
+        (
+            DataError,
+            ["--resume", "--cfg-options", "train_dataset.dataset_cfg.min_length=20"],
+            r"trained on: train_dataloader\.dataset\.dataset_cfg\.min_length: 0 → 20\n",
+        ),
+        (
+            ConfigError,
+            ["--resume", "--cfg-options", "accumulative_counts=1"],
+            "an iteration took 2 packs and would take 1: accumulative_counts: 2 → 1",
+        ),
+        (
+            ConfigError,
+            ["--resume", "--cfg-options", "max_epochs=5"],
+            "to have 15 iterations and would have 75: max_epochs: 1 → 5",
+        ),
+        (ConfigError, ["--resume", str(tmp_path / "nowhere")], "no such folder"),
+        (ConfigError, ["--resume", str(corpus)], "no checkpoint there"),
+        (ConfigError, ["--resume", ""], "an empty path"),
+        (ConfigError, ["--cfg-options", "dataset_folder=/nowhere"], "data folder does not exist"),
+        (DataError, ["--cfg-options", "max_length=100000"], "0 packs, and one iteration takes 2"),
+        (DataError, ["--cfg-options", f"dataset_folder={tmp_path / 'w'}"], "no .bin file"),
+        (ConfigError, ["--launcher", "slurm"], "needs SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID"),
+    ):
+        with pytest.raises(error, match=message):
+            xtuner(*train, *words)
+
+
+@pytest.mark.processes
+def test_a_damaged_checkpoint_is_passed_over(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    """One flipped byte in the newest: it is named, and the run goes on from the one before, to the same end."""
+    options = ["--cfg-options", *PLAIN, "save_steps=4", "save_total_limit=-1"]
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", *options) == 0
+    names = sorted((p.name for p in (tmp_path / "w").glob("iter_*")), key=lambda n: int(n[5:-4]))
+    good = contents(tmp_path / "w" / names[-1])
+    file = tmp_path / "w" / names[-1] / "optimizer" / "rank_00000.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--resume", *options) == 0
+    assert contents(tmp_path / "w" / names[-1]) == good
+    log = sorted((tmp_path / "w").glob("*/*.log"))[-1].read_text()
+    assert f"{names[-1]} is damaged" in log
+    assert f"resumed from {tmp_path / 'w' / names[-2]}" in log
+    file = tmp_path / "w" / names[0] / "trainer.json"
+    file.write_text(file.read_text().replace("{", "[", 1))
+    with pytest.raises(CheckpointError, match="altered"):
+        xtuner("train", tiny, "--work-dir", tmp_path / "w", "--resume", tmp_path / "w" / names[0], *options)

@@ -10,23 +10,24 @@ LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 LLAMACPP := $(CACHE)/llama-cpp-python-0.3.36
 MMENGINE := $(CACHE)/mmengine-0.10.7
 
-.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine bench-table bench-several bench-data settings clean help
+.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine bench-table bench-several bench-data settings configs clean help
 
 help:
-	@echo "make demo   install into .venv and go the whole path on a tiny model (minutes, no GPU)"
+	@echo "make demo   install into .venv and run every step from text to a trained, exported tiny model (minutes, no GPU)"
 	@echo "make check  install into .venv, lint, check formatting and types (seconds)"
 	@echo "make test-fast  the tests that start no process (a minute)"
 	@echo "make test   make check, then all tests (ten minutes)"
-	@echo "make lmdeploy  fetch LMDeploy's last converter (76 MB), which a test compares ours with; skipped without"
-	@echo "make llamacpp  fetch llama.cpp's converter to GGUF and build its tokenizer (77 MB, a minute), which a test runs; skipped without"
-	@echo "make mmengine  fetch mmengine 0.10.7 (15 MB), whose learning rates a test compares ours with; skipped without"
-	@echo "make bench-table  what benchmarks/train.py has measured on this machine's GPU"
-	@echo "make bench-several  on a host with several GPUs: collectives, speed next to the prediction and peers, faults (what is done is kept)"
-	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare what they say with ours (minutes)"
-	@echo "make fuzz  odd inputs for every reader of foreign bytes, FUZZ_SECONDS=600 for each (TARGET=name for one); finds are kept in fuzz-finds"
-	@echo "make bench-data  measure the data path; beside megatron-core with PEER=python-that-has-it (FOLDER keeps the data)"
-	@echo "make settings  write the pages of all settings, docs/*/settings.md"
-	@echo "make clean  remove .venv and everything made"
+	@echo "make lmdeploy  download LMDeploy's last converter (76 MB), the reference of a test that is skipped without it"
+	@echo "make llamacpp  download llama.cpp's GGUF converter and build its tokenizer (77 MB, a minute), for a test that is skipped without them"
+	@echo "make mmengine  download mmengine 0.10.7 (15 MB), the reference of a test of learning rates that is skipped without it"
+	@echo "make bench-table  print the results of benchmarks/single_gpu.py"
+	@echo "make bench-several  on a host with several GPUs: collectives, predicted and measured speed, peers, fault recovery (results are kept)"
+	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare their results with ours (minutes)"
+	@echo "make fuzz  malformed inputs for every reader of external files, FUZZ_SECONDS=600 for each (TARGET=name for one); failures are kept in fuzz-finds"
+	@echo "make bench-data  measure the data path, next to megatron-core with PEER=python-that-has-it (FOLDER keeps the data)"
+	@echo "make settings  generate the pages of all settings, docs/*/settings.md"
+	@echo "make configs  generate the shipped configs, xtuner/configs/*.py, from xtuner/templates/config.txt"
+	@echo "make clean  remove .venv and all generated files"
 
 demo: .venv/installed
 	$(BIN)/python demo/run.py
@@ -53,12 +54,15 @@ check: .venv/installed
 settings: .venv/installed
 	$(BIN)/python -m xtuner.tools.settings_pages docs
 
+configs: .venv/installed
+	$(BIN)/python -m xtuner.tools.shipped_configs xtuner/configs
+
 lmdeploy: $(LMDEPLOY)/installed
 
 $(LMDEPLOY)/installed: tests/external/lmdeploy.txt | .venv/installed
 	rm -rf "$(LMDEPLOY)"
 	$(BIN)/python -m pip install -q --no-deps --target "$(LMDEPLOY)" -r tests/external/lmdeploy.txt
-	rm -rf "$(LMDEPLOY)/lmdeploy/lib"  # 300 MB of compiled code, which the converter only imports
+	rm -rf "$(LMDEPLOY)/lmdeploy/lib"  # 300 MB of compiled code that the converter imports but does not use
 	touch "$@"
 
 llamacpp: $(LLAMACPP)/tokenize
@@ -79,14 +83,14 @@ $(MMENGINE)/installed: tests/external/mmengine.txt | .venv/installed
 	touch $@
 
 bench-several: .venv/installed
-	$(BIN)/python benchmarks/several.py all
+	$(BIN)/python benchmarks/multi_gpu.py all
 
 bench-table: .venv/installed
-	$(BIN)/python benchmarks/train.py --table
+	$(BIN)/python benchmarks/single_gpu.py --table
 
-# megatron-core is measured where it can be imported: PEER is the Python of an environment with megatron-core, rich, torch
+# megatron-core is measured if it can be imported: PEER is the Python of an environment with megatron-core, rich, torch
 bench-data: .venv/installed
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(or $(PEER),$(BIN)/python) benchmarks/data.py $(if $(FOLDER),--folder $(FOLDER))
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(or $(PEER),$(BIN)/python) benchmarks/data_path.py $(if $(FOLDER),--folder $(FOLDER))
 
 clean:
 	rm -rf .venv build dist *.egg-info demo/out .mypy_cache .ruff_cache .pytest_cache

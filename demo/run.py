@@ -1,7 +1,7 @@
-"""make demo: from text to a trained model, with the public commands only, on any laptop in minutes.
+"""make demo: from text to a trained model with the public commands, on any laptop in minutes.
 
-The text is what every machine with Python has: functions of the standard library. Each command is printed before it
-runs, so that it can be repeated by hand. Everything is written below demo/out.
+The text is available on every machine with Python: functions of the standard library. Each command is printed before it
+runs, so that it can be repeated by hand. All output is in demo/out.
 """
 
 import ast
@@ -24,21 +24,21 @@ OUT = Path(__file__).resolve().parent / "out"
 CONFIG = "internlm2_tiny_w_tokenized_dataset_copy"
 WORK_DIR = f"work_dirs/{CONFIG}"
 VOCABULARY = 2048
-NOT_CODE = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}  # most of it tables
+SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}  # mostly tables
 LENGTHS = range(60, 1500)  # characters of a function
-HELD_OUT = 50  # one source file in so many is not trained on
+HELD_OUT = 50  # every 50th source file is held out for validation
 SHARDS = {"train": 4, "valid": 1}
 STOP_AT = 40
 MUST_FALL_BY = 2.0  # nats; the tiny model starts near ln 2048 = 7.6
 BOLD, RESET = ("\033[1m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
 
 
-def title(text: str) -> None:
+def print_title(text: str) -> None:
     print(f"\n{BOLD}── {text}{RESET}", flush=True)
 
 
-def command(*words: str, expect: int = 0, stop_at: int | None = None) -> str:
-    """Run a public command; show and return what it prints. `stop_at`: send SIGTERM when that iteration is done."""
+def run_command(*words: str, expect: int = 0, stop_at: int | None = None) -> str:
+    """Run a public command; print and return its output. `stop_at`: send SIGTERM after that iteration."""
     print(f"{BOLD}$ {shlex.join(words)}{RESET}", flush=True)
     xtuner = [sys.executable, "-m", "xtuner.cli.main"] if words[0] == "xtuner" else [sys.executable]
     process = subprocess.Popen(
@@ -50,30 +50,30 @@ def command(*words: str, expect: int = 0, stop_at: int | None = None) -> str:
         print(line, end="", flush=True)
         output += line
         if stop_at and re.search(rf"iter +{stop_at}/", line):
-            print(f"{BOLD}  (the demo sends SIGTERM now){RESET}", flush=True)
+            print(f"{BOLD}  (the demo now sends SIGTERM){RESET}", flush=True)
             process.send_signal(signal.SIGTERM)
     code = process.wait()
     if code != expect:
-        sys.exit(f"demo: the command ended with {code}, expected was {expect}")
+        sys.exit(f"demo: the command ended with exit code {code}, expected {expect}")
     return output
 
 
-def corpus() -> list[list[str]]:
+def collect_functions() -> list[list[str]]:
     """Functions of the standard library, by file: the same selection on every run.
 
-    Written in one style, without comments and docstrings: so little text is enough to learn from in minutes. Functions
-    are short, so that every pack holds several of different files, and packs are alike.
+    They are normalised, without comments and docstrings, so that little text suffices to learn from. They are short, so
+    that every pack contains several from different files, and packs are similar.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(p for p in root.rglob("*.py") if not NOT_CODE & set(p.parts))
+    files = sorted(p for p in root.rglob("*.py") if not SKIPPED_FOLDERS & set(p.parts))
     functions = []
     for file in files:
-        with contextlib.suppress(SyntaxError, ValueError):  # a file may be a template, or of another Python
-            functions.append([*functions_of(file.read_text(encoding="utf-8", errors="ignore"))])
+        with contextlib.suppress(SyntaxError, ValueError):  # a template, or for another Python version
+            functions.append([*normalise_functions(file.read_text(encoding="utf-8", errors="ignore"))])
     return functions
 
 
-def functions_of(source: str) -> Iterator[str]:
+def normalise_functions(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             if ast.get_docstring(node) is not None:
@@ -83,14 +83,14 @@ def functions_of(source: str) -> Iterator[str]:
                 yield text + "\n"
 
 
-def prepare() -> None:
-    """A tokenizer trained on the text, and the text as .bin and .bin.meta files of data type `code`."""
+def prepare_data() -> None:
+    """Train a tokenizer on the text, and write the text as .bin and .bin.meta files of data type `code`."""
     import sentencepiece
 
     from xtuner.core.log import progress
     from xtuner.data.format.writer import write_bin
 
-    files = corpus()
+    files = collect_functions()
     texts = [text for file in files for text in file]
     (OUT / "tokenizer").mkdir(parents=True)
     size = sum(map(len, texts)) / 1e6
@@ -116,24 +116,24 @@ def prepare() -> None:
     parts = {"valid": held_out, "train": [file for i, file in enumerate(documents) if i % HELD_OUT]}
     for part, of_part in parts.items():
         docs = [document for file in of_part for document in file]
-        random.Random(0).shuffle(docs)  # each shard a mixture of all files
+        random.Random(0).shuffle(docs)  # so that each shard is a mixture of all files
         shards = [docs[i :: SHARDS[part]] for i in range(SHARDS[part])]
         counts = [write_bin(OUT / "data" / part / "code" / f"{i:02d}.bin", shard) for i, shard in enumerate(shards)]
         print(f"data/{part}/code: {len(counts)} files, {len(docs):,} documents, {sum(t for _, t in counts):,} tokens")
 
 
-def losses() -> list[float]:
+def read_losses() -> list[float]:
     """Training loss of every iteration, over all starts of the run."""
     lines = [
         json.loads(line)
         for file in sorted((OUT / WORK_DIR).glob("*/vis_data/scalars.json"))
         for line in file.read_text().splitlines()
     ]
-    training = [record for record in lines if "loss" in record]  # others are of validation
+    training = [record for record in lines if "loss" in record]  # the others are validation losses
     return [record["loss"] for record in sorted(training, key=lambda r: r["iter"])]
 
 
-def valid_loss(output: str) -> float:
+def parse_validation_loss(output: str) -> float:
     found = re.search(r"^all +[\d,]+ +([\d.]+)", output, re.MULTILINE)
     assert found, "eval loss printed no line `all`"
     return float(found[1])
@@ -143,10 +143,10 @@ def main() -> None:
     begin = time.monotonic()
     if OUT.exists():
         shutil.rmtree(OUT)
-    title("1. Text to tokens")
-    prepare()
-    title("2. A config")
-    command("xtuner", "copy-cfg", "internlm2_tiny_w_tokenized_dataset", ".")
+    print_title("1. Text to tokens")
+    prepare_data()
+    print_title("2. A config")
+    run_command("xtuner", "copy-cfg", "internlm2_tiny_w_tokenized_dataset", ".")
     config = OUT / f"{CONFIG}.py"
     text = config.read_text()
     for old, new in (
@@ -159,39 +159,43 @@ def main() -> None:
         text = text.replace(old, new)
     config.write_text(text)
     print(f"{config.name}: dataset_folder, val_folder, tokenizer_path and data_order_path set")
-    title("3. The order of files")
-    command("xtuner", "data", "order", "--data-folder", "data/train", "--save-folder", "order", "--file-type", ".bin")
-    title("4. Loss before")
-    before = valid_loss(command("xtuner", "eval", "loss", config.name, "data/valid", "--max-length", "1024"))
-    title("5. Train; stop in the middle")
+    print_title("3. The order of files")
+    run_command(
+        "xtuner", "data", "order", "--data-folder", "data/train", "--save-folder", "order", "--file-type", ".bin"
+    )
+    print_title("4. Loss before")
+    before = parse_validation_loss(
+        run_command("xtuner", "eval", "loss", config.name, "data/valid", "--max-length", "1024")
+    )
+    print_title("5. Train; stop in the middle")
     shown_often = ("--cfg-options", "default_hooks.logger.interval=10", "val_interval=100")
-    command("xtuner", "train", config.name, *shown_often, expect=75, stop_at=STOP_AT)
-    title("6. Resume")
-    command("xtuner", "train", config.name, "--resume", *shown_often)
-    title("7. To Hugging Face")
+    run_command("xtuner", "train", config.name, *shown_often, expect=75, stop_at=STOP_AT)
+    print_title("6. Resume")
+    run_command("xtuner", "train", config.name, "--resume", *shown_often)
+    print_title("7. To Hugging Face")
     last = (OUT / WORK_DIR / "last_checkpoint").read_text().strip()
-    command("xtuner", "convert", "pth_to_hf", config.name, f"{WORK_DIR}/{last}", "hf")
-    title("8. Loss after, and a few lines")
-    after = valid_loss(command("xtuner", "eval", "loss", "hf", "data/valid", "--max-length", "1024"))
+    run_command("xtuner", "convert", "pth_to_hf", config.name, f"{WORK_DIR}/{last}", "hf")
+    print_title("8. Loss after, and a few lines")
+    after = parse_validation_loss(run_command("xtuner", "eval", "loss", "hf", "data/valid", "--max-length", "1024"))
     for prompt in ("def __init__(self, ", "def read", "def is_"):
         sample = ("--max-new-tokens", "60", "--temperature", "0.5", "--template", "plain")
-        command("xtuner", "chat", "hf", "--prompt", prompt, *sample)
-    command("xtuner", "plot-loss", WORK_DIR, "-o", "loss.png")
+        run_command("xtuner", "chat", "hf", "--prompt", prompt, *sample)
+    run_command("xtuner", "plot-loss", WORK_DIR, "-o", "loss.png")
 
-    curve = losses()
-    title(f"Done in {time.monotonic() - begin:.0f} s")
-    print(f"loss on unseen files   {before:.3f} → {after:.3f} nats a token")
+    curve = read_losses()
+    print_title(f"Done in {time.monotonic() - begin:.0f} s")
+    print(f"loss on unseen files   {before:.3f} → {after:.3f} nats per token")
     print(f"training loss          {curve[0]:.3f} → {sum(curve[-5:]) / 5:.3f}")
     for what, where in (
         ("model", "hf"),
         ("checkpoints, logs", WORK_DIR),
-        ("picture of the loss", "loss.png"),
+        ("loss curves", "loss.png"),
         ("config", config.name),
         ("data, tokenizer", "data, tokenizer"),
     ):
         print(f"{what:<22} demo/out/{where}")
     if not after < before - MUST_FALL_BY:
-        sys.exit(f"demo: the loss fell from {before:.3f} to {after:.3f} only; at least {MUST_FALL_BY} were expected")
+        sys.exit(f"demo: the loss fell only from {before:.3f} to {after:.3f}; expected a decrease of {MUST_FALL_BY}")
 
 
 if __name__ == "__main__":

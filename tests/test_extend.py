@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from xtuner.data.packing.pack import PackedDataset
-from xtuner.dist.launchers import Place, place
+from xtuner.dist.launchers import RankInfo, read_rank
 from xtuner.families import FAMILIES
 from xtuner.model import load_pretrained
 from xtuner.model.attention import BACKENDS, attend_loop
@@ -62,6 +62,7 @@ def losses(work_dir: Path) -> dict[int, float]:
     return {r["iter"]: r["loss"] for r in map(json.loads, file.read_text().splitlines()) if "loss" in r}
 
 
+@pytest.mark.processes
 def test_the_page_trains_resumes_and_exports(
     extended: Path, monkeypatch: pytest.MonkeyPatch, xtuner: Callable[..., int]
 ) -> None:
@@ -112,9 +113,9 @@ def test_each_part_alone(extended: Path) -> None:
     import my_optimizer
     import my_source
 
-    assert place("my_launcher.MyCluster", dict(TASK_ID="5", TASK_COUNT="8", TASKS_PER_HOST="4", FIRST_HOST="a")) == (
-        Place(5, 8, 1, "a", 29500)
-    )
+    assert read_rank(
+        "my_launcher.MyCluster", dict(TASK_ID="5", TASK_COUNT="8", TASKS_PER_HOST="4", FIRST_HOST="a")
+    ) == (RankInfo(5, 8, 1, "a", 29500))
 
     source = my_source.TokenArray(extended / "token_array")
     first = source.read(0)[0].tolist()

@@ -1,4 +1,4 @@
-"""benchmarks/several.py: its arithmetic against numbers computed by hand, and all of it on two CPU processes."""
+"""benchmarks/multi_gpu.py: its arithmetic against numbers computed by hand, and all of it on two CPU processes."""
 
 import importlib
 import json
@@ -23,13 +23,13 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_what_each_engine_sends(bench: Any) -> None:
     """1.8B has 1,889,110,016 parameters: embedding and head of 189,530,112 each, 24 blocks have the rest."""
-    predict, one_gpu = bench("predict"), bench("one_gpu")
-    m, links = one_gpu.MODELS["1.8b"], predict.Links()
+    predict, one_gpu = bench("benchlib.multi_gpu.prediction"), bench("benchlib.multi_gpu.single_gpu_times")
+    m, links = one_gpu.MODELS["1.8b"], predict.Interconnect()
     assert (m.parameters, m.ends) == (1_889_110_016, 379_060_224)
     free = one_gpu.MACHINES["H100"].free
 
     def by_zero(m: Any, engine: str, ranks: int) -> Any:
-        return predict.sent_by_zero(m, engine, ranks, links, predict.room(m, engine, ranks, free))
+        return predict.zero_traffic(m, engine, ranks, links, predict.plan_memory(m, engine, ranks, free))
 
     # half of: sums of gradients in fp32, to their owners once, and weights in bf16, gathered
     assert by_zero(m, "zero1", 2).bytes == (4 + 2) * 1_889_110_016 / 2
@@ -39,25 +39,25 @@ def test_what_each_engine_sends(bench: Any) -> None:
     assert by_zero(seven, "zero1", 4).bytes == (2 + 2) * 7_737_708_544 * 3 / 4
     assert by_zero(seven, "zero2", 4).bytes == (3 * 8 + 2) * 7_737_708_544 * 3 / 4
     # our own strategy keeps both full: weights in bf16, gathered once; gradients in fp32, reduce-scattered once
-    there = predict.room(m, "fsdp", 8, one_gpu.MACHINES["H100"].free)
-    assert predict.sent_by_own(m, 8, links, there).bytes == 7 / 8 * (2 + 4) * 1_889_110_016
+    there = predict.plan_memory(m, "fsdp", 8, one_gpu.MACHINES["H100"].free)
+    assert predict.sharded_traffic(m, 8, links, there).bytes == 7 / 8 * (2 + 4) * 1_889_110_016
     # 7B on four: gradients for each of 3 micro-batches
-    there = predict.room(seven, "fsdp", 4, one_gpu.MACHINES["H100"].free)
-    assert predict.sent_by_own(seven, 4, links, there).bytes == 3 / 4 * (2 + 3 * 4) * 7_737_708_544
+    there = predict.plan_memory(seven, "fsdp", 4, one_gpu.MACHINES["H100"].free)
+    assert predict.sharded_traffic(seven, 4, links, there).bytes == 3 / 4 * (2 + 3 * 4) * 7_737_708_544
     # head and 5 blocks stay: (10⁹ − 2 heads) ÷ 2 blocks of 62,918,741 is 4.9
     zero3 = (2 * (2 * 1_889_110_016 - 189_530_112 - 5 * 1_510_049_792 / 24) + 4 * 1_889_110_016) / 2
     assert by_zero(m, "zero3", 2).bytes == pytest.approx(zero3, rel=1e-9)
-    assert all(by_zero(m, engine, 1) == predict.Sent(0, 0, 0) for engine in predict.ENGINES[1:])
-    assert predict.sent_by_own(m, 1, links, predict.Room(0, there.plan, 1)) == predict.Sent(0, 0, 0)
+    assert all(by_zero(m, engine, 1) == predict.Traffic(0, 0, 0) for engine in predict.ENGINES[1:])
+    assert predict.sharded_traffic(m, 1, links, predict.MemoryPlan(0, there.plan, 1)) == predict.Traffic(0, 0, 0)
 
 
 def test_a_prediction_begins_with_what_was_measured(bench: Any) -> None:
-    predict, one_gpu = bench("predict"), bench("one_gpu")
-    usual, h100, links = np.full(64, 93.6e6), one_gpu.MACHINES["H100"], predict.Links()
+    predict, one_gpu = bench("benchlib.multi_gpu.prediction"), bench("benchlib.multi_gpu.single_gpu_times")
+    usual, h100, links = np.full(64, 93.6e6), one_gpu.MACHINES["H100"], predict.Interconnect()
     for m in one_gpu.MODELS.values():
-        assert predict.alone(m, h100, np.full(64, m.squares)) == pytest.approx(m.tokens_per_s)
+        assert predict.single_gpu_speed(m, h100, np.full(64, m.squares)) == pytest.approx(m.tokens_per_s)
         one_document = m.fixed + m.attention_long  # ms
-        assert predict.alone(m, h100, np.array([one_gpu.LONG])) == pytest.approx(32_768_000 / one_document)
+        assert predict.single_gpu_speed(m, h100, np.array([one_gpu.LONG])) == pytest.approx(32_768_000 / one_document)
     assert one_gpu.MODELS["7b"].a + one_gpu.MODELS["7b"].b * 129.7e6 == pytest.approx(286, rel=0.02)  # as measured
     m = one_gpu.MODELS["1.8b"]
     for engine in predict.ENGINES:
@@ -69,7 +69,7 @@ def test_a_prediction_begins_with_what_was_measured(bench: Any) -> None:
     assert uneven.terms["slowest rank"] == pytest.approx((643 - 66) / (2**30 - 66.5e6) * 0.5e8)
     # at 1 GB/s everywhere, half a second for a rank's half of a gibibyte, and nothing is hidden any more
     names, at_all_sizes = ("all_reduce", "all_gather", "reduce_scatter"), {"1024": 1e9, str(2**30): 1e9}
-    slow = predict.Links({"slowdown": 0.5, "bytes_per_s": {name: at_all_sizes for name in names}})
+    slow = predict.Interconnect({"slowdown": 0.5, "bytes_per_s": {name: at_all_sizes for name in names}})
     assert slow.ms("all_gather", 2**30, 2) == pytest.approx(536.87, rel=1e-4)
     assert slow.ms("all_reduce", 2**30, 2) == pytest.approx(2 * 536.87, rel=1e-4)
     late = predict.predict(m, h100, "fsdp", 2, usual, slow).terms
@@ -83,7 +83,7 @@ def test_a_prediction_begins_with_what_was_measured(bench: Any) -> None:
 
 
 def test_dealing_packs(bench: Any) -> None:
-    balance = bench("balance")
+    balance = bench("benchlib.multi_gpu.waiting_time")
     # documents of 3, 4 and 6 in packs of 5: 3 + 2 | 2 + 3 | the last 3 fill none
     assert balance.squares(np.array([3, 4, 6]), 5).tolist() == [13, 13]
     assert balance.squares(np.array([5, 5]), 5).tolist() == [25, 25]
@@ -91,7 +91,7 @@ def test_dealing_packs(bench: Any) -> None:
     assert balance.waiting(times, 2) == pytest.approx(1 - 2 / 3)  # both iterations take 3, the mean pack 2
     assert balance.waiting(times, 2, window=2) == 0  # the two of 1 together, the two of 3
     assert balance.waiting(times, 1) == 0
-    with pytest.raises(ValueError, match="4 packs are no 2 iterations of 4 ranks"):
+    with pytest.raises(ValueError, match="4 packs are fewer than 2 iterations of 4 ranks"):
         balance.waiting(times, 4, window=2)
     lengths = balance.lengths(2**25, 2**15, 0.5)
     assert lengths[lengths == 2**15].sum() / lengths.sum() == pytest.approx(0.5, abs=0.01)
@@ -100,7 +100,11 @@ def test_dealing_packs(bench: Any) -> None:
 
 
 def test_which_runs_there_are(bench: Any) -> None:
-    runs, peers, cases = bench("runs"), bench("peers"), bench("cases")
+    runs, peers, cases = (
+        bench("benchlib.multi_gpu.xtuner_runs"),
+        bench("benchlib.multi_gpu.peer_runs"),
+        bench("benchlib.workloads"),
+    )
     Job = runs.Job
     found = runs.jobs([1, 2, 4], ["1.8b", "7b", "20b"], ["fsdp", "zero1"])
     assert len({job.name for job in found}) == len(found)
@@ -138,7 +142,7 @@ def test_which_runs_there_are(bench: Any) -> None:
 
 
 def test_mixed_documents_fill_whole_packs(bench: Any, tmp_path: Path) -> None:
-    cases, runs = bench("cases"), bench("runs")
+    cases, runs = bench("benchlib.workloads"), bench("benchlib.multi_gpu.xtuner_runs")
     cases.write_mixed(tmp_path, 120, 512, 500)
     lengths = np.load(tmp_path / "synthetic.bin.meta")[:, 1]
     assert 120 * 512 <= lengths.sum() < 121 * 512
@@ -156,7 +160,7 @@ def record(job: Any, **more: Any) -> str:
 
 
 def test_the_table_of_runs(bench: Any, tmp_path: Path) -> None:
-    runs, predict = bench("runs"), bench("predict")
+    runs, predict = bench("benchlib.multi_gpu.xtuner_runs"), bench("benchlib.multi_gpu.prediction")
     usual, results = runs.Job("speed", "7b", "fsdp", 4, 4), tmp_path / "runs.jsonl"
     expected = "memory: 50.0 GiB of state; micro-batches of at most 4,096 tokens; peak 76.05 GiB expected"
     save = {"bytes": 86 * 2**30, "saved": 43.0, "waited": 2.5, "disk_writes": 2**30, "disk_reads": 2**31}
@@ -171,7 +175,7 @@ def test_the_table_of_runs(bench: Any, tmp_path: Path) -> None:
         + record(usual._replace(engine="zero3"), failed="CUDA out of memory")
         + record(usual._replace(kind="save"), **save)
     )
-    text = runs.table(results, tmp_path, lambda n: predict.Links())
+    text = runs.table(results, tmp_path, lambda n: predict.Interconnect())
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in text.splitlines()[2:-4]}
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     assert rows["7b, fsdp, 4"][0] == "10,000"
@@ -189,11 +193,11 @@ def test_the_table_of_runs(bench: Any, tmp_path: Path) -> None:
         "86.0 GiB saved in 43.0 s (2,048 MiB/s; the disk alone writes 1,024, reads 2,048), training waited 2.50 s"
         in text
     )
-    assert "beside the save 3.50 s at most; first iteration 31 s after the command, after a resume 52 s" in text
+    assert "during the save 3.50 s at most; first iteration 31 s after the command, after a resume 52 s" in text
 
 
 def test_the_table_of_peers(bench: Any, tmp_path: Path) -> None:
-    peers, runs = bench("peers"), bench("runs")
+    peers, runs = bench("benchlib.multi_gpu.peer_runs"), bench("benchlib.multi_gpu.xtuner_runs")
     titan, liger = peers.PeerJob("torchtitan", "7b", "full", 4), peers.PeerJob("hf-liger", "7b", "full", 4)
     of_ours = record(runs.Job("speed", "7b", "fsdp", 4, 4), losses=[11.25, 10.0])
     of_ours += record(runs.Job("speed", "7b", "fsdp", 4, 4, "fp8"), tokens_per_s=1e9)  # is not compared
@@ -208,9 +212,9 @@ def test_the_table_of_peers(bench: Any, tmp_path: Path) -> None:
     assert "| 7b, 4 | ours | 10,000 (9.0–11.0k) | 0.500 | 70.0, 78.0 |  |" in text
     assert "| 7b, 4 | torchtitan flex full | 8,000 (9.0–11.0k) | 0.500 | 70.0, 78.0 | 2.5e-01 |" in text
     assert "| 7b-torchtitan-selective-4 | failed: out of memory |" in text
-    assert "7b, 4 GPUs: ours is 1.25 × the best, torchtitan flex full (1.2 × wanted: yes)" in text
+    assert "7b, 4 GPUs: ours is 1.25 × the best, torchtitan flex full (1.2 × required: yes)" in text
     (tmp_path / "ours").write_text(of_ours.splitlines()[0].replace("40000.0", "38000.0"))
-    assert "ours is 1.19 × the best, torchtitan flex full (1.2 × wanted: NO)" in peers.table(
+    assert "ours is 1.19 × the best, torchtitan flex full (1.2 × required: NO)" in peers.table(
         tmp_path / "peers", tmp_path / "ours"
     )
 
@@ -218,7 +222,7 @@ def test_the_table_of_peers(bench: Any, tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_a_peer_that_fails_ends_whole(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One by itself; one in time; and what is done, or runs out of memory, is not tried again."""
-    peers, runs = bench("peers"), bench("runs")
+    peers, runs = bench("benchlib.multi_gpu.peer_runs"), bench("benchlib.multi_gpu.xtuner_runs")
     (tmp_path / "work").mkdir()
     refused, fine = peers.PeerJob("hf", "tiny", "selective", 2), peers.PeerJob("hf", "tiny", "full", 2)
     assert peers.run([refused], tmp_path / "r", tmp_path / "work", True, time.monotonic() + 60) == 1
@@ -234,12 +238,12 @@ def test_a_peer_that_fails_ends_whole(bench: Any, tmp_path: Path, capsys: pytest
         assert len(runs.read(tmp_path / "r")) == 1
     (tmp_path / "r").write_text(record(refused, failed="x", out_of_memory=False))
     assert peers.run([refused, fine], tmp_path / "r", tmp_path / "work", True, time.monotonic() - 1) == 0
-    assert capsys.readouterr().out.endswith("tiny-hf-selective-2 and what follows is left for another call\n")
+    assert capsys.readouterr().out.endswith("tiny-hf-selective-2 and later runs are left for another call\n")
     assert len(runs.read(tmp_path / "r")) == 1
 
 
 def several(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "several.py"), *map(str, words)]
+    command = [sys.executable, str(BENCHMARKS / "multi_gpu.py"), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -271,7 +275,7 @@ def test_all_of_it_on_two_cpu_processes(bench: Any, tmp_path: Path) -> None:
     assert split["losses"] == pytest.approx(speed["losses"], abs=0.02)
     assert split["losses"] != speed["losses"]
     # fp32 weights and two moments, in slices of both ranks
-    state = 12 * bench("xtuner.model.flops").num_parameters(bench("cases").SHAPES["tiny"].config)
+    state = 12 * bench("xtuner.model.flops").num_parameters(bench("benchlib.workloads").SHAPES["tiny"].config)
     assert state < save["bytes"] < 1.02 * state
     assert min(save["saved"], save["first"], save["resumed"], save["disk_writes"], save["disk_reads"]) > 0
     assert not list(tmp_path.glob("work/*/work/iter_*"))
@@ -293,17 +297,17 @@ def test_all_of_it_on_two_cpu_processes(bench: Any, tmp_path: Path) -> None:
 
 
 def test_what_is_rejected(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    main, folder = bench("several").main, "--results=/nowhere/at/all"
-    monkeypatch.setattr(bench("runs"), "gpus_here", lambda: 0)
+    main, folder = bench("multi_gpu").main, "--results=/nowhere/at/all"
+    monkeypatch.setattr(bench("benchlib.multi_gpu.xtuner_runs"), "gpus_here", lambda: 0)
     for words, wanted in (
         ("run", "--tiny runs on two CPU processes"),
         ("run --tiny --gpus 4", "there are 2 here"),
-        ("peers --tiny --gpus 1", "peers on one GPU are for train.py"),
+        ("peers --tiny --gpus 1", "peers on one GPU are for single_gpu.py"),
         ("faults --tiny --only x", "faults has none"),
         ("run --tiny --only tiny-fsdp-2-speed-2,x", "no run is called x; there are: tiny-fsdp-2-speed-2, "),
         ("peers --tiny --only=", "no run is called ; there are: tiny-hf-full-2, "),
     ):
-        monkeypatch.setattr(sys, "argv", ["several.py", *words.split(), folder])
+        monkeypatch.setattr(sys, "argv", ["multi_gpu.py", *words.split(), folder])
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 2

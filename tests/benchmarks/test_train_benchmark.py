@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, and that peers do the same work as ours: equal losses from equal weights and packs."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from xtuner.families import LLAMA
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.flops import training_flops, whole_pack_flops
 from xtuner.model.weights import split
-from xtuner.train.reporting.profile import by_part
+from xtuner.train.reporting.profile import sum_by_part
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SHAPE = DecoderConfig(300, 128, 512, 2, 2, 1, 64)
@@ -54,14 +55,14 @@ def ours() -> CausalLM:
 )
 def test_peers_do_the_same_work(package: str, engine: str, attention: str, ours: CausalLM) -> None:
     pytest.importorskip(package)
-    from peer import Settings, build, put
+    from benchlib.peers.training_loop import Settings, build, copy_shard
 
     settings = Settings(engine, SHAPE, torch.device("cpu"), "fp32", attention=attention, compute=torch.float32)
     peer = build(settings)
     weights = {k: v for name, p in ours.named_parameters() for k, v in split(name, p.data, LLAMA, SHAPE).items()}
     theirs = dict(peer.model.named_parameters())
     for name, weight in peer.rename(weights).items():
-        put(theirs.pop(name), weight)
+        copy_shard(theirs.pop(name), weight)
     assert not theirs
     apart, together = pack(BORDERS), pack([0, 128])
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiling is the GPU's business
@@ -77,7 +78,7 @@ def test_peers_do_the_same_work(package: str, engine: str, attention: str, ours:
 @pytest.mark.processes
 def test_a_peer_runs_as_a_case(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    words = [sys.executable, str(BENCHMARKS / "train.py"), "1.8b", "--engine", "hf", "--tiny", "--warm", "1"]
+    words = [sys.executable, str(BENCHMARKS / "single_gpu.py"), "1.8b", "--engine", "hf", "--tiny", "--warm", "1"]
     words += ["--iterations", "2", "--results", str(tmp_path / "results.jsonl")]
     run = subprocess.run(words, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -88,6 +89,15 @@ def test_a_peer_runs_as_a_case(tmp_path: Path) -> None:
     run = subprocess.run([*words, "--warm", "2"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "leaves none" in run.stderr
+
+
+def test_every_script_explains_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for script in BENCHMARKS.glob("*.py"):
+        monkeypatch.setattr(sys, "argv", [script.name, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(script.stem).main()
+        assert ended.value.code == 0
+        assert f"usage: {script.name}" in capsys.readouterr().out
 
 
 def test_flops_by_hand() -> None:
@@ -106,11 +116,11 @@ def test_kernels_are_summed_by_part() -> None:
         "multi_tensor_apply": 0.5,
         "Memcpy": 0.25,
     }
-    parts = by_part(kernels, 10.0)
+    parts = sum_by_part(kernels, 10.0)
     assert {k: v for k, v in parts.items() if v} == {
         "attention": 3.0, "matrix products": 5.0, "elementwise": 1.0, "optimizer": 0.5, "copies": 0.25, "idle": 0.25,
     }  # fmt: skip
-    assert by_part(kernels, 1.0)["idle"] == 0  # kernels of two streams overlap
+    assert sum_by_part(kernels, 1.0)["idle"] == 0  # kernels of two streams overlap
 
 
 @pytest.mark.processes
@@ -125,7 +135,7 @@ def test_the_table_shows_old_and_new_rows(tmp_path: Path) -> None:
     }
     peer = {**new, "engine": "torchtitan flex selective", "versions": "torchtitan 0.2.2", "data_time": None}
     peer |= {"mfu": float("nan"), "expected": "", "gpu": "unknown"}
-    from table import table
+    from benchlib.results_table import table
 
     path = tmp_path / "results.jsonl"
     assert "nothing" in table(path)

@@ -217,7 +217,7 @@ def test_models_are_folders_or_hub_ids(tiny: Path, tmp_path: Path) -> None:
     for name, words in (
         ("internlm/internlm2-7b", None),
         ("internlm2-7b", "the model 'internlm2-7b' is neither a folder here nor a hub id"),
-        ("/nowhere/a", "the model '/nowhere/a' is no folder"),
+        ("/nowhere/a", "the model '/nowhere/a' is neither a folder here nor a hub id"),
         (str(tmp_path), "has no config.json"),
     ):
         (tmp_path / "c.py").write_text(text.replace("NAME", name))

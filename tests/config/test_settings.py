@@ -13,6 +13,7 @@ import torch
 from xtuner.compat.translate import load
 from xtuner.config import types
 from xtuner.config.check import check
+from xtuner.config.load import SHIPPED
 from xtuner.config.schema import REQUIRED, Rule, Setting
 from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError, DataError
@@ -20,12 +21,13 @@ from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_rep
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import OptimWrapper
 from xtuner.model import from_pretrained, from_scratch
-from xtuner.tools.settings_pages import LANGUAGES, page
+from xtuner.tools.settings_pages import LANGUAGES, render_page
+from xtuner.tools.shipped_configs import render_configs
 from xtuner.train import hooks, preflight
-from xtuner.train.checkpoints.history import Chosen
+from xtuner.train.checkpoints.history import ResumeChoice
 from xtuner.train.plan import make_plan
-from xtuner.train.reporting.config_changes import changes
-from xtuner.train.resume import Found, require_same_run
+from xtuner.train.reporting.config_changes import compare_configs
+from xtuner.train.resume import ResumePoint, require_same_run
 from xtuner.train.state import TrainState
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -58,23 +60,29 @@ def test_one_declaration_is_all_that_a_setting_needs(tiny: Path, xtuner: Any, ca
         f"{NEW.key}: int, < 9, default 3", f"    {NEW.help}; at a resume: impossible", ""
     ]  # fmt: skip
     for language, text in (("en", NEW.help), ("zh_cn", NEW.zh)):
-        assert f"| `{NEW.key}` | `int, < 9` | `3` | {text} |" in page(language)
-    (change,) = changes({"train_cfg": {}}, {"train_cfg": {"warm_restarts": 4}})
+        assert f"| `{NEW.key}` | `int, < 9` | `3` | {text} |" in render_page(language)
+    (change,) = compare_configs({"train_cfg": {}}, {"train_cfg": {"warm_restarts": 4}})
     assert (change.key, change.kind) == (NEW.key, "impossible")
 
 
 def test_without_the_declaration_it_is_nobodys(tiny: Path) -> None:
     with pytest.raises(ConfigError, match="train_cfg has no setting 'warm_restarts'"):
         check(load(str(tiny), [f"{NEW.key}=4"]))
-    (change,) = changes({"train_cfg": {}}, {"train_cfg": {"warm_restarts": 4}})
+    (change,) = compare_configs({"train_cfg": {}}, {"train_cfg": {"warm_restarts": 4}})
     assert change.kind == "changes the result"
 
 
 def test_the_pages_are_up_to_date() -> None:
     """`make settings` writes them."""
     for language in LANGUAGES:
-        assert (DOCS / language / "settings.md").read_text() == page(language)
+        assert (DOCS / language / "settings.md").read_text() == render_page(language)
     assert all(s.zh for s in SCHEMA.settings if s.help)
+
+
+def test_shipped_configs_are_up_to_date() -> None:
+    """They are what `make configs` writes, and no other file is there."""
+    shipped = {file.name: file.read_text(encoding="utf-8") for file in SHIPPED.glob("*.py") if file.stem != "__init__"}
+    assert shipped == dict(render_configs())
 
 
 @pytest.mark.parametrize(
@@ -111,7 +119,7 @@ def test_the_plan_of_other_machines(tiny: Path, xtuner: Any, capsys: Any) -> Non
     options = ["--cfg-options", "accumulative_counts=1", "max_length=8"]
     assert xtuner("train", tiny, "--dry-run", "--ranks", 16, "--fsdp", "hybrid", *options) == 0
     report = capsys.readouterr().out
-    for words in ("FSDP, hybrid", "on each of 16 ranks", "tokens in packs: 16;", "one pack a rank in an iteration"):
+    for words in ("FSDP, hybrid", "on each of 16 ranks", "tokens in packs: 16;", "one pack per rank and iteration"):
         assert words in report
     for words in (["--ranks", 16], ["--ranks", 0, "--dry-run"]):
         with pytest.raises(ConfigError, match="needs --dry-run"):
@@ -129,9 +137,9 @@ def test_a_list_of_settings_needs_no_torch() -> None:
 def test_a_resume_knows_what_hooks_once_switched_on(tiny: Path, tmp_path: Path) -> None:
     """Of a checkpoint of before: without these hooks, it had no schedule, and the first epoch's order in all epochs."""
     config = load(str(tiny))
-    facts = make_plan(preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh())).facts
+    facts = make_plan(preflight.prepare_settings(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh())).facts
     before = json.loads(json.dumps({k: v for k, v in facts.items() if k != "version"}))
-    found = Found(Chosen(tmp_path), TrainState(), before)
+    found = ResumePoint(ResumeChoice(tmp_path), TrainState(), before)
     require_same_run(found, dict(facts), allow_change=False)
     del before["config"]["default_hooks"]["param_scheduler"]
     with pytest.raises(ConfigError, match=r"param_scheduler.0.type: None → "):

@@ -155,7 +155,7 @@ def test_no_bit_of_a_manifest_can_change(tmp_path: Path) -> None:
         noticed[text] = passed
     assert noticed[whole] == []
     assert 0 < len(noticed[older]) < 100
-    assert all(found["files"] == entries for found in noticed[older])  # kind, iteration: `checkpoint.check` compares
+    assert all(found["files"] == entries for found in noticed[older])  # kind, iteration: `checkpoint.verify` compares
 
 
 def test_crafted_manifests(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.train import preflight
 from xtuner.train.plan import make_plan
-from xtuner.train.reporting.start_report import report
+from xtuner.train.reporting.start_report import format_start_report
 
 CASES = sorted(p.parent for p in reference("packing").glob("*/expected.json"))
 
@@ -221,22 +221,28 @@ def test_a_dataset_without_costs_is_not_dealt() -> None:
 @pytest.mark.parametrize(
     ("options", "ranks", "words"),
     [
-        ([], 4, ["packs of an iteration are dealt to its ranks", "the slowest instead of ", "= 16 would leave"]),
-        (["accumulative_counts=1"], 4, ["one pack a rank in an iteration, nothing to deal: ranks wait "]),
-        (["train_dataloader.balance=0"], 2, ["packs are not dealt: ranks wait "]),
-        (["train_dataloader.balance=3"], 2, ["packs of 3 iterations are dealt to them", "the slowest instead of "]),
-        (["train_dataloader.balance=16"], 1, ["packs of 16 iterations are dealt to them", "as on several ranks"]),
+        ([], 4, ["packs of an iteration are assigned to ranks", "the slowest instead of ", "= 16 would leave"]),
+        (["accumulative_counts=1"], 4, ["one pack per rank and iteration, nothing to balance: ranks wait "]),
+        (["train_dataloader.balance=0"], 2, ["packs are not balanced: ranks wait "]),
+        (["train_dataloader.balance=3"], 2, ["packs of 3 iterations are assigned to ranks", "the slowest instead of "]),
+        (
+            ["train_dataloader.balance=16"],
+            1,
+            ["packs of 16 iterations are ordered by attention cost", "as on several ranks"],
+        ),
         ([], 1, []),
     ],
 )
 def test_the_report_says_what_is_dealt(
     options: list[str], ranks: int, words: list[str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xtuner.train.reporting.start_report.WORTH", 0)  # attention is little of what a tiny model does
+    monkeypatch.setattr(
+        "xtuner.train.reporting.start_report.MIN_GAIN", 0
+    )  # attention is little of what a tiny model does
     config = load(str(tiny), options)
-    settings = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh(dp_shard=ranks))
+    settings = preflight.prepare_settings(config, [], tmp_path / "w", torch.device("cpu"), None, Mesh(dp_shard=ranks))
     plan = make_plan(settings)
-    lines = [line for line in report(settings, plan).split("\n") if line.startswith("  balance ")]
+    lines = [line for line in format_start_report(settings, plan).split("\n") if line.startswith("  balance ")]
     assert len(lines) == bool(words)
     for word in words:
         assert word in lines[0]
@@ -249,6 +255,6 @@ def test_log_dataset_shows_the_packs_that_come_first(tiny: Path, capsys: Any, xt
         options = [f"train_dataloader.balance={balance}", "accumulative_counts=3"]
         assert xtuner("log-dataset", tiny, "--show", "input_ids", "--num-packs", 30, "--cfg-options", *options) == 0
         shown.append(capsys.readouterr().out.split("\n"))
-    assert "the packs of 4 iterations are dealt to them" in shown[1].pop(0)
+    assert "the packs of 4 iterations are distributed by attention cost" in shown[1].pop(0)
     assert sorted(shown[0]) == sorted(shown[1]) != []
     assert shown[0] != shown[1]

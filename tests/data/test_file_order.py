@@ -131,7 +131,7 @@ def test_a_file_named_several_times_is_taken_as_often(
     report, said = capsys.readouterr()
     named = "each is used as often as named: en/b.bin 3 times, en/a.bin 2"
     assert said.count(f"names 2 of its 3 files more than once; {named}") == 1
-    assert "6 files (2 named more than once)" in report
+    assert "6 files (2 listed more than once)" in report
     assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--resume", "--cfg-options", *options) == 0
     order.write_text("\n".join(names[:-1]))
     with pytest.raises(DataError, match="data is not what the checkpoint"):

@@ -167,7 +167,7 @@ def test_too_few_packs_for_the_ranks(tiny: Path, tmp_path: Path) -> None:
     children = start_ranks(train(tiny, tmp_path, "pass", "max_length=512"), tmp_path)
     assert exit_codes(children) == [65, 65]
     assert re.search(r"\d packs, and one iteration takes 4 on 2 ranks", stderr_of(tmp_path, 0))
-    assert "or take fewer ranks" in stderr_of(tmp_path, 0)
+    assert "or use fewer ranks" in stderr_of(tmp_path, 0)
     assert "packs, and" not in stderr_of(tmp_path, 1)
 
 

@@ -111,12 +111,12 @@ def saves(ranks: Ranks, folder: Path) -> None:
         damaged.write_bytes(raw)
     ranks.gather(None)
     with pytest.raises(CheckpointError, match=r"rank_00002\.safetensors is altered"):
-        history.latest(folder, ranks, strict=True)
-    chosen = history.latest(folder, ranks)
-    assert chosen == history.Chosen(folder / "iter_3.pth", (folder / "iter_4.pth",))
+        history.latest_checkpoint(folder, ranks, strict=True)
+    chosen = history.latest_checkpoint(folder, ranks)
+    assert chosen == history.ResumeChoice(folder / "iter_3.pth", (folder / "iter_4.pth",))
     assert (folder / "iter_4.pth").is_dir()  # only found so far
     ranks.gather(None)
-    ranks.run_on_main(lambda: history.make_way(folder, chosen))
+    ranks.run_on_main(lambda: history.set_aside_others(folder, chosen))
     assert (folder / "iter_4.pth.damaged").is_dir()
     stop = Stop(folder, ranks)
     assert not ranks.sum(stop.requested())
@@ -129,14 +129,14 @@ def saves(ranks: Ranks, folder: Path) -> None:
     if me == 0:
         (folder / "iter_3.pth" / "manifest.json").unlink()
     for resume in ("auto", str(folder)):
-        with pytest.raises(CheckpointError, match=r"iter_4\.pth, which is not there") as error:
-            history.to_resume(folder, resume, ranks)
+        with pytest.raises(CheckpointError, match=r"iter_4\.pth, which does not exist") as error:
+            history.select_checkpoint(folder, resume, ranks)
         assert error.value.reported_elsewhere == (me != 0)
     with pytest.raises(ConfigError, match="no checkpoint there"):
-        history.to_resume(folder, str(folder / "iter_3.pth" / "optimizer"), ranks)
+        history.select_checkpoint(folder, str(folder / "iter_3.pth" / "optimizer"), ranks)
     empty = folder / "empty"
     empty.mkdir(exist_ok=True)
-    assert history.to_resume(empty, "auto", ranks) is None
+    assert history.select_checkpoint(empty, "auto", ranks) is None
 
 
 def test_a_checkpoint_is_saved_and_found_by_all(tmp_path: Path) -> None:
@@ -233,6 +233,6 @@ def test_one_stream_on_any_number_of_ranks(
     assert state.position.epoch < 3
     left = 3 * per_epoch - state.packs
     assert f"done: {len(straight)} iterations, {state.packs} packs" in stderr_of(tmp_path, 0)
-    assert f"{left} packs at the end filled no iteration" in stderr_of(tmp_path, 0)
+    assert f"{left} packs at the end did not fill an iteration" in stderr_of(tmp_path, 0)
     facts = files.read_json(tmp_path / "w" / last / "trainer.json")
     assert (facts["begun_on"], facts["ranks"], facts["packs_per_iteration"]) == (chain[0], chain[-1], 4)

@@ -1,5 +1,6 @@
 """Our own strategy on meshes: whatever is kept full and however state is divided, the numbers are one process's."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,14 @@ import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
 from helpers.models import (
+    LR,
+    MAX_NORM,
     LowRanks,
     odd_model,
     save_snapshot,
     sharded_strategy,
     train_iterations,
+    uneven_packs,
 )
 from helpers.ranks import on_ranks
 from helpers.runs import assert_same_state, optimizer_states
@@ -26,13 +30,107 @@ from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.memory import ALL_FULL, DIVISIONS, Division, Memory
 from xtuner.engine.step_time import Work
+from xtuner.engine.strategies.divided import rows_each
 from xtuner.model.ops.functions import Keep
 from xtuner.model.source import from_scratch
+from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train.checkpoints import checkpoint
 from xtuner.train.state import TrainState
 
 GPU = torch.device("cuda")  # of which only arithmetic speaks here
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("division", DIVISIONS.values())
+@pytest.mark.parametrize("form", ["fp32", "8bit"])
+def test_what_is_kept_full_changes_nothing(division: Division, form: str, tmp_path: Path) -> None:
+    """Losses, norms and a step that meets a NaN, on two ranks of which one has to cut its packs as the other does."""
+    expected = list(train_iterations(sharded_strategy(form), range(4)))
+    tolerance = 1e-5 if form == "fp32" else 1e-3  # bf16 sums of two ranks
+
+    def on_two(_: Ranks, folder: Path) -> None:
+        s = sharded_strategy(form, division)
+        s.memory = replace(s.memory, most=44 if collectives.rank() else None)
+        lines = list(train_iterations(s, range(3)))
+        assert lines == [
+            (pytest.approx(x, abs=tolerance), pytest.approx(n, rel=10 * tolerance), a) for x, n, a in expected[:3]
+        ]
+        before = save_snapshot(s, folder / "before")
+        hook = None
+        if collectives.rank():
+            hook = s.model.model.layers[1].register_forward_hook(lambda module, args, out: out * float("nan"))
+        ((loss, _, applied),) = train_iterations(s, range(3, 4))
+        assert loss != loss
+        assert not applied
+        assert_same_state(before, save_snapshot(s, folder / "after"))
+        if hook:
+            hook.remove()
+        with torch.no_grad():  # evaluation between iterations
+            s.model(uneven_packs()[0].input_ids)
+        ((loss, _, applied),) = train_iterations(s, range(3, 4))
+        assert applied
+        assert loss == pytest.approx(expected[3][0], abs=tolerance)
+
+    assert on_ranks(2, on_two, tmp_path) == [0, 0]
+
+
+def step(s: Any, seed: int) -> None:
+    """With gradients that are the same however they are divided."""
+    for name, p in s._divided.parameters.items():
+        draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        full = torch.randn(p.weight.shape, generator=draw) * 1e-3
+        p.sum.reset()
+        p.sum.add(full)
+        if s.mesh.size > 1:
+            p.own_buffer[: p.count] = full.view(-1)[p.begin : p.begin + p.count]
+    s._has_targets = True
+    s._settle(torch.zeros(2))
+    assert s.step(LR, MAX_NORM)[1]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("form", FORMS)
+def test_equal_gradients_make_equal_bits_on_any_mesh(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales of 8-bit groups and random bits are those of the full parameter. Resumed on 1 → 2 → 4 → 1 processes."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    straight = sharded_strategy(form)
+    for seed in range(8):
+        step(straight, seed)
+        if seed == 1:
+            save_snapshot(straight, tmp_path / "at2")
+    save_snapshot(straight, tmp_path / "straight")
+
+    def resumed(_: Ranks, folder: Path) -> None:
+        ranks = collectives.ALL.size
+        other = sharded_strategy(form, DIVISIONS["blocks"])
+        s = sharded_strategy(form, fsdp="hybrid" if ranks == 4 else None)
+        at = {2: 2, 4: 4}[ranks]
+        for each in (s, other):
+            each.load(tmp_path / f"at{at}")
+            for seed in range(at, at + 2):
+                step(each, seed)
+        assert_same_state(save_snapshot(s, tmp_path / f"at{at + 2}"), save_snapshot(other, folder / "other"))
+
+    assert on_ranks(2, resumed, tmp_path / "two") == [0, 0]
+    assert on_ranks(4, resumed, tmp_path / "four") == [0] * 4
+    again = sharded_strategy(form)
+    again.load(tmp_path / "at6")
+    for seed in (6, 7):
+        step(again, seed)
+    assert_same_state(tmp_path / "straight", save_snapshot(again, tmp_path / "again"))
+
+
+def test_rows_keep_groups_together() -> None:
+    for shape in ((401, 64), (7,), (1000,), (4096, 4096), (6144, 4097), (3, 5, 7)):
+        for ranks in (1, 2, 3, 8):
+            each = rows_each(torch.Size(shape), ranks)
+            row = torch.Size(shape[1:]).numel()
+            assert each * ranks >= shape[0]
+            assert ranks == 1 or each * row % 256 == 0
+            assert ranks == 1 or (each - 256) * ranks < shape[0]
 
 
 @pytest.mark.processes

@@ -392,7 +392,7 @@ def test_manifests_and_trainer_json(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(text)
         (tmp_path / "trainer.json").write_text(text)
         refused(lambda: verify(tmp_path), "nested too deeply|is not JSON|not written by xtuner", CheckpointError)
-        refused(lambda: read_trainer(tmp_path), "nested too deeply|is not JSON|not of this version", CheckpointError)
+        refused(lambda: read_trainer(tmp_path), "nested too deeply|is not JSON|format of this version", CheckpointError)
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------

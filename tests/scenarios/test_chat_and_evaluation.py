@@ -188,7 +188,7 @@ def test_evaluation_goes_on_by_file(model: Path, corpus: Path, tmp_path: Path, x
         xtuner(*words, "--max-length", "7")
     for mine in ("my notes", "my\nnotes\n", "{}\n", '{"a": 1}\n{"b": 2}\nno'):
         save.write_text(mine)
-        with pytest.raises(ConfigError, match="no record"):
+        with pytest.raises(ConfigError, match="not a record"):
             xtuner(*words)
         assert save.read_text() == mine
 
@@ -222,12 +222,12 @@ def test_records_that_cannot_be_written(
     for place in ("/proc/x.json", tmp_path, tmp_path / "file" / "x.json", "/dev/null"):
         with pytest.raises(CheckpointError, match=f"(?s)cannot be written.*{place}"):
             xtuner("eval", "loss", "no model", corpus, "--save", place)
-    with pytest.raises(ConfigError, match="in a checkpoint"):
+    with pytest.raises(ConfigError, match="inside a checkpoint"):
         xtuner("eval", "loss", "no model", corpus, "--save", tmp_path / "iter_1.pth" / "x.json")
     with pytest.raises(ConfigError, match="no model"):
         xtuner("eval", "loss", "no model", corpus, "--save", tmp_path / "new" / "x.json")
     assert not list((tmp_path / "new").iterdir())
-    monkeypatch.setattr(evaluate, "_line", lambda value: b"x" if "file" in value else b"{}\n")
+    monkeypatch.setattr(evaluate, "_encode_line", lambda value: b"x" if "file" in value else b"{}\n")
     record = evaluate.Record(tmp_path / "x.json", "m", 8)
     (tmp_path / "x.json").unlink()
     (tmp_path / "x.json").mkdir()

@@ -103,7 +103,7 @@ def test_a_trainer_state_of_another_shape_is_refused(tiny: Path, tmp_path: Path,
         shutil.copytree(straight, evil)
         (evil / "trainer.json").write_text(text)
         sealed(evil)
-        with pytest.raises(CheckpointError, match="not of this version"):
+        with pytest.raises(CheckpointError, match="does not have the format of this version"):
             main(["train", str(tiny), "--work-dir", str(tmp_path / "w"), "--resume", str(evil)])
         shutil.rmtree(evil)
 

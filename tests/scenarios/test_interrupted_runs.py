@@ -131,7 +131,7 @@ def limited(bytes_a_file: int, words: list[str]) -> None:
 
 
 def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path, straight: Path, xtuner: Command) -> None:
-    """Writes fail with the system's own error: the old checkpoint stays, training goes on, a third failure ends it."""
+    """Writes fail with the system's error: the old checkpoint stays, training continues, a third failure ends it."""
     work_dir = tmp_path / "w"
     shutil.copytree(straight.parent, work_dir)
     shutil.rmtree(work_dir / straight.name)
@@ -144,7 +144,7 @@ def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path, straight: Path, x
     files.verify(aside)
     log = sorted(work_dir.glob("*/*.log"))[-1].read_text()
     assert "the checkpoint cannot be written: rank 0: " in log
-    assert log.count("training goes on") == TOLERATED
+    assert log.count("training continues") == TOLERATED
     assert [p.name for p in work_dir.glob(".iter*")] == []
     assert_resume_is_exact(tiny, work_dir, straight)
 
@@ -175,7 +175,7 @@ def test_stopped_on_request(
         "STOP file": f"open({str(work_dir / 'STOP')!r}, 'w').close()",
     }
     config = with_hook(tiny, tmp_path / "act.py", 1, actions.get(how, "None"))
-    monkeypatch.setattr("xtuner.train.stop.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("xtuner.train.stop.POLL_SECONDS", 0.0)
     words = ["train", str(config), "--work-dir", str(work_dir)]
     words += ["--max-minutes", "0"] if how == "--max-minutes" else []
     if how == "Slurm":
@@ -224,7 +224,7 @@ def test_another_runs_checkpoints_are_moved_aside(tiny: Path, tmp_path: Path, st
     assert contents(work_dir / straight.name) == contents(straight)
     assert [p.name for p in next(work_dir.glob("before_*")).iterdir()] == [straight.name]
     log = sorted(work_dir.glob("*/*.log"))[-1].read_text()
-    assert f"later checkpoints than {earlier}, which is resumed, are now in {work_dir}/before_" in log
+    assert f"checkpoints newer than {earlier}, which is resumed, were moved to {work_dir}/before_" in log
     assert "run were here" not in log
 
 
@@ -244,8 +244,8 @@ def put_deepspeed(folder: Path) -> None:
     ("harm", "words"),
     [
         (lambda folder: flip(folder / "weights" / "model.safetensors"), "is damaged: weights/model.safetensors is alt"),
-        (shutil.rmtree, "last_checkpoint names iter_1.pth, which is not there"),
-        (lambda folder: folder.rename(f"{folder}.damaged"), "last_checkpoint names iter_1.pth, which is not there"),
+        (shutil.rmtree, "last_checkpoint names iter_1.pth, which does not exist"),
+        (lambda folder: folder.rename(f"{folder}.damaged"), "last_checkpoint names iter_1.pth, which does not exist"),
         (remove_manifest, "iter_1.pth is not a complete checkpoint"),
         (put_deepspeed, "iter_1.pth is a checkpoint of DeepSpeed"),
     ],
@@ -293,11 +293,11 @@ def test_a_checkpoint_of_an_older_version(tiny: Path, tmp_path: Path, straight: 
     files.write_json(folder / files.MANIFEST, manifest)
     other = write_corpus(tmp_path / "other", 10, seed=1)
     train = ("train", tiny, "--work-dir", work_dir, "--resume", "--cfg-options", *SHORT)
-    with pytest.raises(DataError, match=r"documents of its files, or the order of files, are others \(7 packs then"):
+    with pytest.raises(DataError, match=r"documents of its files, or the order of files, have changed \(7 packs then"):
         xtuner(*train, f"dataset_folder={other}")
     for key, value in (("iteration", 3), ("kind", "export!")):
         files.write_json(folder / files.MANIFEST, {**manifest, key: value})
-        with pytest.raises(CheckpointError, match="is damaged: the manifest is altered: it is of "):
+        with pytest.raises(CheckpointError, match="is damaged: the manifest was altered: it is for "):
             xtuner(*train)
     files.write_json(folder / files.MANIFEST, manifest)
     assert_resume_is_exact(tiny, work_dir, straight)

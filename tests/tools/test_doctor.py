@@ -25,7 +25,7 @@ def test_this_machine(tmp_path: Path) -> None:
     assert {"python", "numpy", "deepspeed", "gpu", "cuda", "nccl", "memory", "locks", "variables"} <= by_name.keys()
     assert "HF_ENDPOINT=https://me:***@mirror" in done.stdout
     assert "training will work here: problems: 0" in done.stdout
-    for absent in ("in-the-address", "in-a-variable", "\033", "cannot be examined"):
+    for absent in ("in-the-address", "in-a-variable", "\033", "cannot be checked"):
         assert absent not in done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
 

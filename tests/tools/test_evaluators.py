@@ -22,7 +22,7 @@ from xtuner.core.files import verify, write_json
 from xtuner.export.opencompass import Settings, config_text
 from xtuner.tools.evaluators import custom, environment, lm_eval, opencompass
 from xtuner.tools.evaluators.environment import MARK, Environment, exclusive, pinned
-from xtuner.tools.evaluators.model import Given
+from xtuner.tools.evaluators.model import EvaluatedModel
 from xtuner.tools.evaluators.process import ToolError, bar, run
 
 Command = Callable[..., int]
@@ -123,15 +123,15 @@ def test_an_export_without_tokenizer_has_no_configs(exported: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("rows", "line", "message"),
     [
-        ([CHOICE, CHOICE | {"answer": "C"}], 2, "the answer is 'C', none of A, B"),
+        ([CHOICE, CHOICE | {"answer": "C"}], 2, "the answer is 'C', not one of A, B"),
         ([CHOICE, {k: v for k, v in CHOICE.items() if k != "B"}], 2, "no 'B'"),
-        ([CHOICE, CHOICE | {"C": "3"}], 2, "has 'C', other than line 1"),
-        ([CHOICE | {"topic": "x"}, CHOICE], 2, "lacks 'topic', other than line 1"),
-        ([CHOICE, CHOICE | {"A": 1}], 2, "'A' is 1, no text"),
-        ([QUESTION | {"n": 1}, QUESTION | {"n": "1"}], 2, "of another kind"),
+        ([CHOICE, CHOICE | {"C": "3"}], 2, "has 'C', unlike line 1"),
+        ([CHOICE | {"topic": "x"}, CHOICE], 2, "lacks 'topic', unlike line 1"),
+        ([CHOICE, CHOICE | {"A": 1}], 2, "'A' is 1, not a text"),
+        ([QUESTION | {"n": 1}, QUESTION | {"n": "1"}], 2, "another type"),
         ([{"question": "1+1?"}], 1, "no 'answer'"),
         ([QUESTION, {"answer": "2"}], 2, "no 'question'"),
-        ([QUESTION, [1]], 2, "no JSON object"),
+        ([QUESTION, [1]], 2, "not a JSON object"),
         ([QUESTION, b"", QUESTION], 2, "empty"),
         ([QUESTION, b"{", QUESTION], 2, "not JSON"),
         ([QUESTION, b"\xff"], 2, "not UTF-8"),
@@ -195,7 +195,7 @@ def test_an_environment_is_whole_or_not(place: Environment, tmp_path: Path) -> N
     claim(place, "opencompass", pinned("opencompass"))
     for half in ('{"whole": false}', "{", "[]"):
         (place.folder / MARK).write_text(half)
-        with pytest.raises(ConfigError, match=r"(?s)not whole.*xtuner eval opencompass --install --env"):
+        with pytest.raises(ConfigError, match=r"(?s)incomplete.*xtuner eval opencompass --install --env"):
             place.need("opencompass")
     write_json(place.folder / MARK, {"whole": True})
     place.need("opencompass")
@@ -210,7 +210,7 @@ def test_an_environment_is_whole_or_not(place: Environment, tmp_path: Path) -> N
 
 @pytest.mark.processes
 def test_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    """pip itself, without a network: it fails and leaves "not whole"; made anew; completed; and then nothing to do."""
+    """pip itself, without a network: it fails and leaves "incomplete"; made anew; completed; and then nothing to do."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
@@ -219,7 +219,7 @@ def test_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: A
     with pytest.raises(ToolError, match=r"(?s)pip.*ERROR: .*opencompass==0.5.4"):
         made.install()
     (made.folder / "rest").touch()
-    with pytest.raises(ConfigError, match="not whole"):
+    with pytest.raises(ConfigError, match="incomplete"):
         made.need("opencompass")
     small, more = tmp_path / "evaluation.txt", tmp_path / "turbomind.txt"
     small.write_text("# nothing\n")
@@ -249,7 +249,7 @@ def test_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: A
 def test_where_nothing_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    for folder, message in (("mine", "something else"), ("mine/thesis.txt", "something else"), ("a b", "shells")):
+    for folder, message in (("mine", "something else"), ("mine/thesis.txt", "something else"), ("a b", "of the shell")):
         with pytest.raises(ConfigError, match=message):
             Environment(tmp_path / folder, "x").install()
     with (
@@ -280,7 +280,7 @@ from xtuner.core import log
 from xtuner.core.command import exit_with
 from xtuner.tools.evaluators import process
 log.setup()
-process.TELL_EVERY = process.GRACE = 0.2
+process.REPORT_EVERY = process.GRACE = 0.2
 folder = Path(sys.argv[1])
 log_file = folder / "log"
 words = [sys.executable, "-c", sys.argv[2], str(folder / "pids")]
@@ -315,7 +315,7 @@ def test_a_program_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     log = tmp_path / "new" / "log"
     assert run([sys.executable, "-c", code], log, lambda: None, tmp_path, environ()) == 1
     assert log.read_text().splitlines() == [f"None {tmp_path}", "at last", ""]
-    assert (last_line(log), last_line(tmp_path / "none"), bar(log)) == ("at last", "it said nothing", None)
+    assert (last_line(log), last_line(tmp_path / "none"), bar(log)) == ("at last", "it printed nothing", None)
     log.write_text("INFO start\n  0%|     | 0/3 [00:00<?, ?it/s]\r 33%|##   | 1/3 [00:01<00:02,  1.00it/s]")
     assert bar(log) == "1/3 [00:01<00:02,  1.00it/s]"
 
@@ -357,12 +357,12 @@ def test_what_can_be_given(exported: Path, trained: Path, tiny: Path, tmp_path: 
     """A folder, or a config with a checkpoint; the internlm2 layout is written again for transformers, bit for bit."""
     from xtuner.model import load_pretrained
 
-    assert Given([str(exported)]).folder(tmp_path, any_layout=True) == exported
-    made = Given([str(exported)]).folder(tmp_path / "a")
+    assert EvaluatedModel([str(exported)]).folder(tmp_path, any_layout=True) == exported
+    made = EvaluatedModel([str(exported)]).folder(tmp_path / "a")
     assert json.loads((made / "config.json").read_text())["model_type"] == "llama"
-    again = Given([str(made)]).folder(tmp_path / "b")
+    again = EvaluatedModel([str(made)]).folder(tmp_path / "b")
     assert again == made
-    given = Given([str(tiny), str(trained)])
+    given = EvaluatedModel([str(tiny), str(trained)])
     assert given.name == f"tiny-{trained.stem}"
     bf16 = given.folder(tmp_path / "c")
     assert json.loads((bf16 / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -371,8 +371,8 @@ def test_what_can_be_given(exported: Path, trained: Path, tiny: Path, tmp_path: 
     content = bytearray((made / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (made / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not what was exported"):
-        Given([str(made)]).folder(tmp_path / "b")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has changed since the export"):
+        EvaluatedModel([str(made)]).folder(tmp_path / "b")
     (made / "model.safetensors").unlink()
     for words, message in (
         ([], "no model is given"),
@@ -380,17 +380,17 @@ def test_what_can_be_given(exported: Path, trained: Path, tiny: Path, tmp_path: 
         ([trained.parent], rf"(?s)is a folder of checkpoints.*CONFIG\.py {trained.parent}/iter_"),
         ([made], "weights is missing"),
         ([tmp_path / "none"], "neither a folder here"),
-        ([trained, tiny], "is no model"),
-        ([tiny, trained, trained], "is no model"),
+        ([trained, tiny], "is not a model"),
+        ([tiny, trained, trained], "is not a model"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Given([str(w) for w in words])
+            EvaluatedModel([str(w) for w in words])
     with pytest.raises(ConfigError, match="in the model's folder"):
-        Given([str(exported)]).work_dir(exported / "w")
-    with pytest.raises(ConfigError, match="no config that it could change"):
-        Given([str(exported)], ["lr=1"])
+        EvaluatedModel([str(exported)]).work_dir(exported / "w")
+    with pytest.raises(ConfigError, match="no config to change"):
+        EvaluatedModel([str(exported)], ["lr=1"])
     with pytest.raises(ConfigError, match="no checkpoint"):
-        Given([str(tiny), str(tmp_path / "none")])
+        EvaluatedModel([str(tiny), str(tmp_path / "none")])
 
 
 @pytest.mark.processes

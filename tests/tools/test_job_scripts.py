@@ -191,14 +191,18 @@ def test_kubernetes(xtuner: Command, tiny: Path, tmp_path: Path) -> None:
 
 K8S = ["--scheduler", "k8s", "--image", "x:1", "--pvc", "data:/data"]
 SLURM = ["--scheduler", "slurm"]
+NO_TIMES = ("soon", "1:2:3:4", "2-", "-5", "1d", "24h", "٣٠", "60 --wrap=x")
 REFUSED = [
     ([*SLURM, "--gpus-per-node", "0"], "0 is not a number of at least 1"),
     ([*SLURM, "--nodes", "-1"], "-1 is not a number"),
-    *[([*SLURM, "--time", t], "is no time") for t in ("soon", "1:2:3:4", "2-", "-5", "1d", "24h", "٣٠", "60 --wrap=x")],
+    *[
+        ([*SLURM, "--time", t], "is not a duration")
+        for t in ("soon", "1:2:3:4", "2-", "-5", "1d", "24h", "٣٠", "60 --wrap=x")
+    ],
     *[([*SLURM, "--time", t], "shorter than 10 minutes") for t in ("0", "9", "9:59", "0:09:59", "0-0:09")],
-    ([*SLURM, "--partition", "a b"], "no name for Slurm"),
-    ([*SLURM, "--name", "x\n#SBATCH --uid=0"], "no name for Slurm"),
-    ([*SLURM, "--work-dir", "a\nb"], "cannot be printed"),
+    ([*SLURM, "--partition", "a b"], "not a valid name for Slurm"),
+    ([*SLURM, "--name", "x\n#SBATCH --uid=0"], "not a valid name for Slurm"),
+    ([*SLURM, "--work-dir", "a\nb"], "not printable"),
     ([*SLURM, "--image", "x:1"], "--image has no effect with --scheduler slurm"),
     ([*SLURM, "--deepspeed", "zero5"], "no DeepSpeed setting 'zero5'"),
     ([*SLURM, "--deepspeed", "deepspeed_zero4"], "Did you mean 'deepspeed_zero3'?"),
@@ -206,10 +210,10 @@ REFUSED = [
     ([*K8S, "--time", "24:00:00"], "--time has no effect with --scheduler k8s"),
     (K8S[:2], "no container image is given"),
     (K8S[:4], "no volume is given"),
-    ([*K8S, "--image", "x y"], "is no image"),
-    *[([*K8S, f"--name={n}"], "is no name for a job") for n in ("Big", "a_b", "-a", "a-", "7b", "a" * 41)],
-    ([*K8S, "--namespace", "a.b"], "is no namespace"),
-    *[([*K8S, "--pvc", p], "no name of a volume claim") for p in ("X:/y", ":/y", "a b:/y")],
+    ([*K8S, "--image", "x y"], "is not a valid image"),
+    *[([*K8S, f"--name={n}"], "is not a valid name for a job") for n in ("Big", "a_b", "-a", "a-", "7b", "a" * 41)],
+    ([*K8S, "--namespace", "a.b"], "is not a valid namespace"),
+    *[([*K8S, "--pvc", p], "not a valid name of a volume claim") for p in ("X:/y", ":/y", "a b:/y")],
     *[([*K8S, "--pvc", p], "") for p in ("a", "a:", "a:y", "a:/", "a:/x/../y", "a:/x:ro", "a:/x\ny", "a:/etc/xtuner")],
     ([*K8S, "--pvc", "b:/data/"], "two volumes have the same path"),
     *[([*K8S, "--work-dir", w], "is not on a volume") for w in ("/out", "here", "/data2", "/data/../out")],

@@ -85,7 +85,7 @@ def test_damaged_records(tmp_path: Path, xtuner: Any, capsys: Any) -> None:
     shutil.move(tmp_path / "pipe", tmp_path / "20260102_000000" / "vis_data" / "scalars.json")
     assert xtuner("plot-loss", tmp_path) == 0
     shown = capsys.readouterr().err
-    assert f"{file}: 10 of 13 lines are damaged, and left out" in shown
+    assert f"{file}: 10 of 13 lines are damaged and were skipped" in shown
     assert "scalars.json cannot be read: it is a named pipe, not a file" in shown
     file.write_bytes(b"\n".join(lines) + b"\n")
     with pytest.raises(CheckpointError, match="10 of 10 lines are damaged"):

@@ -23,7 +23,7 @@ from xtuner.model.activation_memory import Plan
 from xtuner.optim.adamw import FORMS
 from xtuner.train import preflight
 from xtuner.train.plan import make_plan
-from xtuner.train.reporting.failure_advice import _line, out_of_memory
+from xtuner.train.reporting.failure_advice import _command_line, out_of_memory_error
 
 # After an iteration the process may take 1 MiB more; the next one needs more than that.
 LIMIT = """exec('import resource; n = next(x for x in open("/proc/self/status") if x.startswith("VmData")); \
@@ -49,7 +49,7 @@ def test_memory_runs_out(tiny: Path, tmp_path: Path) -> None:
     assert code == 2, text
     error = text[text.index("xtuner: memory ran out in iteration 3: ") :]
     assert "one process, ranks: 1, packs of 128 tokens, on cpu" in error
-    assert re.search(r"take [\d.]+ MiB here by arithmetic", error)
+    assert re.search(r"take [\d.]+ MiB by arithmetic", error)
     again = train_commands(error)[0]
     assert again.endswith("--cfg-options model.activation_checkpointing=True --resume auto")
     program = shlex.split(again)
@@ -94,10 +94,10 @@ def test_a_7b_model_on_8_gpus(
     options += ["optim_wrapper.dtype=bf16", "param_scheduler=[]"]  # as on GPUs; one iteration
     config = load(str(tiny), options)
     mesh = Mesh(dp_shard=8, local_size=8)
-    run = preflight.prepare(config, [], tmp_path / "w", torch.device("cpu"), None, mesh)
+    run = preflight.prepare_settings(config, [], tmp_path / "w", torch.device("cpu"), None, mesh)
     plan = make_plan(run, deepspeed=zero, fsdp=fsdp)
     words = ["c.py", *(["--deepspeed", zero] if zero else ["--fsdp"]), "--cfg-options", "a=b"]
-    error = out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"))
+    error = out_of_memory_error(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"))
     assert error.exit_code == 2
     found = train_commands(str(error))
     start = "NPROC_PER_NODE=8 xtuner train c.py"
@@ -108,11 +108,13 @@ def test_a_7b_model_on_8_gpus(
         *(f"{start} --cfg-options a=b --deepspeed deepspeed_{name}{full.get(name, '')} --resume auto" for name in more),
         f"{start} {engine} --cfg-options a=b --cfg-options max_length=4096 accumulative_counts=4",
     ]
-    assert len(re.findall(r"# \d+\.\d\d GiB of state a GPU", str(error))) == len(more)
+    assert len(re.findall(r"# \d+\.\d\d GiB of state per GPU", str(error))) == len(more)
     run.optim.full = "all"  # what another stage, or sums by DeepSpeed, would refuse is taken back
     now = zero_memory.ZeroMemory(0, Plan(run.source.config, 2), 8200)
     full = {"zero2": "weights"} | dict.fromkeys(("zero1", "zero2_offload", "zero3", "zero3_offload"))
-    found = train_commands(str(out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"), now)))
+    found = train_commands(
+        str(out_of_memory_error(run, plan, 0, words, torch.OutOfMemoryError("CUDA out of memory"), now))
+    )
     smaller = [f"{start} {engine} --cfg-options a=b --cfg-options optim_wrapper.micro_batch=4096 --resume auto"]
     again = "--cfg-options a=b --deepspeed deepspeed_"
     assert found[1:-1] == (smaller if zero else []) + [
@@ -120,7 +122,7 @@ def test_a_7b_model_on_8_gpus(
     ]
     run.optim.states = FORMS["split"]  # not with DeepSpeed
     assert len(
-        train_commands(str(out_of_memory(run, plan, 0, words, torch.OutOfMemoryError("CUDA"), now)))
+        train_commands(str(out_of_memory_error(run, plan, 0, words, torch.OutOfMemoryError("CUDA"), now)))
     ) == 2 + bool(zero)
 
 
@@ -135,4 +137,4 @@ def test_a_7b_model_on_8_gpus(
     ],
 )  # fmt: skip
 def test_options_are_replaced_not_repeated(given: str, more: list[str], expected: str) -> None:
-    assert _line(shlex.split(given), more, Mesh()) == f"xtuner train {expected}"
+    assert _command_line(shlex.split(given), more, Mesh()) == f"xtuner train {expected}"

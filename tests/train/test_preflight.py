@@ -441,7 +441,7 @@ def test_a_state_that_cannot_fit(world: Path, xtuner: Any, capsys: pytest.Captur
     with pytest.raises(XTunerError, match="weights, gradients and optimizer state need"):
         xtuner("train", world / "tiny.py", "--dry-run", *options)
     shown = capsys.readouterr()
-    assert "what this run is" in shown.out + shown.err
+    assert "plan of the run" in shown.out + shown.err
     assert xtuner("check-cfg", world / "tiny.py", *options) == 0
     shown = capsys.readouterr()
     assert "tiny.py is valid" in shown.out

@@ -55,9 +55,9 @@ def test_trackers_of_a_config(tiny: Path, tmp_path: Path, xtuner: Callable[..., 
     assert end == ["close"]
     assert [json.loads(line)[0] for line in bad.read_text().splitlines()] == ["begin", "log"]
     (log,) = scalars.parent.parent.glob("*.log")
-    left_out = [line for line in log.read_text().splitlines() if "gets nothing more" in line]
+    left_out = [line for line in log.read_text().splitlines() if "is no longer used" in line]
     assert len(left_out) == 2
-    assert left_out[0].endswith("Away failed and gets nothing more; the run continues: ConnectionError: no route")
+    assert left_out[0].endswith("Away failed and is no longer used; the run continues: ConnectionError: no route")
     assert "token=***" in left_out[1]
     for wrong, message in (
         ("trackers=[dict(type=Plain)]", "Plain is not a tracker"),

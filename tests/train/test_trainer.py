@@ -298,7 +298,7 @@ def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Co
     said += "(9 of 10 files fill none at all)"
     shown = capsys.readouterr()
     assert said in shown.err
-    assert "360 tokens (47.4%) of file tails" in shown.out
+    assert "360 tokens (47.4%) at the ends of files" in shown.out
     assert xtuner("data", "stats", tmp_path / "data", "--max-length", "100") == 0
     shown = capsys.readouterr().out
     assert said in shown
@@ -345,7 +345,7 @@ def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> 
         (
             ConfigError,
             ["--resume", "--cfg-options", "max_epochs=5"],
-            "to have 15 iterations and would have 75: max_epochs: 1 → 5",
+            "the run had 15 iterations and would have 75: max_epochs: 1 → 5",
         ),
         (ConfigError, ["--resume", str(tmp_path / "nowhere")], "no such folder"),
         (ConfigError, ["--resume", str(corpus)], "no checkpoint there"),

@@ -19,10 +19,11 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.train.plan import make_plan
 
     config = load(args.config, args.cfg_options)
-    parts = preflight.settings(config)
+    extensions = preflight.check_settings(config)
     here = select_device()
-    work_dir = preflight.work_dir_of(None, config)
-    settings = preflight.prepare(config, parts.hooks, work_dir, here, None, Mesh(), Opening(read_only=True))
+    work_dir = preflight.resolve_work_dir(None, config)
+    opening = Opening(read_only=True)
+    settings = preflight.prepare_settings(config, extensions.hooks, work_dir, here, None, Mesh(), opening)
     plan = make_plan(settings)
     notes = list(plan.schedule.remarks(plan.max_iterations))
     print("\n\n".join([*report_paragraphs(config), f"{config.path} is valid"]))

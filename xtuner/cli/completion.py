@@ -125,4 +125,4 @@ def fish(table: dict[str, Words]) -> str:
 def _filled(shell: str, table: dict[str, Words], **parts: str) -> str:
     """`templates/completion.SHELL` with the first words of all verbs and other parts filled in."""
     heads = " ".join(dict.fromkeys(name.split()[0] for name in table))
-    return job_scripts.filled(f"completion.{shell}", heads=heads, **parts)
+    return job_scripts.fill_template(f"completion.{shell}", heads=heads, **parts)

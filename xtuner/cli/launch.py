@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             what = f"--{option} has no effect with --scheduler {args.scheduler}"
             raise ConfigError(what, where=f"--{option}", do=f"leave it out; it is for {' and '.join(schedulers)}")
     config = load(args.config)
-    preflight.settings(config, paths=False)  # paths are those of the cluster, which may have other disks
+    preflight.check_settings(config, paths=False)  # of the cluster, which may see other disks
     log_report(config)
     job = _job(args, config)
     text = job_scripts.RENDER[args.scheduler](job)

@@ -15,9 +15,9 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core.errors import ConfigError
 
     if args.settings:
-        from xtuner.tools.settings_pages import listed
+        from xtuner.tools.settings_pages import list_settings
 
-        found = list(listed(args.pattern))
+        found = list(list_settings(args.pattern))
         if not found:
             raise ConfigError(f"no setting contains {args.pattern!r}", do="`xtuner list-cfg --settings` lists all")
         print("\n".join(found))

@@ -97,7 +97,7 @@ def _train(args: argparse.Namespace) -> int:
     info = launchers.read_rank(args.launcher, os.environ)
 
     from xtuner.dist.process_group import join_run
-    from xtuner.train.preflight import work_dir_of
+    from xtuner.train.preflight import resolve_work_dir
     from xtuner.train.trainer import Options, train
 
     options = Options(
@@ -111,7 +111,7 @@ def _train(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
         deepspeed=args.deepspeed,
         fsdp=args.fsdp,
-        words=tuple(args.argv),
+        arguments=tuple(args.argv),
     )
     with join_run(info, group=bool(args.deepspeed)) as (device, heartbeat):
-        return train(config, work_dir_of(args.work_dir, config), device, options, heartbeat)
+        return train(config, resolve_work_dir(args.work_dir, config), device, options, heartbeat)

@@ -1,4 +1,4 @@
-"""A tiny InternLM2 from random weights: learns on a laptop in minutes, takes every step that a large one takes."""
+"""A tiny InternLM2 from random weights: learns on a laptop in minutes, with every step of a large one."""
 
 from torch.optim import AdamW
 
@@ -26,22 +26,22 @@ hidden_size = 256
 num_layers = 4
 vocab_size = 2048  # of the tokenizer
 tokenizer_path = "/path/to/your/tokenizer"  # folder with tokenizer.model or tokenizer.json
-use_varlen_attn = True  # documents of a pack do not see each other
+use_varlen_attn = True  # attention stays within documents
 
 # Data: a folder of .bin and .bin.meta files, at any depth
 dataset_folder = "/path/to/your/dataset"
-val_folder = None  # held-out data of the same form; None: no validation
+val_folder = None  # held-out data in the same format; None: no validation
 data_order_path = None  # written by get_data_order.py; None: files sorted by path
 prompt_template = PROMPT_TEMPLATE.plain  # for the samples below
-max_length = 1024  # tokens of a pack
+max_length = 1024  # tokens per pack
 pack_to_max_length = True
 
 # Parallel
 sequence_parallel_size = 1
 
 # Scheduler & Optimizer
-batch_size = 1  # packs a device
-accumulative_counts = 1  # packs every device takes before an optimizer step
+batch_size = 1  # packs per device
+accumulative_counts = 1  # packs per device and optimizer step
 dataloader_num_workers = 0  # 0: a thread prepares packs
 max_epochs = 1
 optim_type = AdamW
@@ -49,7 +49,7 @@ lr = 2e-3
 betas = (0.9, 0.95)
 weight_decay = 0.01
 max_norm = 1  # gradients are clipped to this norm
-states = "fp32"  # how AdamW keeps masters and moments; "bf16", "8bit" need less
+states = "fp32"  # precision of AdamW's masters and moments; "bf16", "8bit" need less memory
 warm_up_ratio = 0.1  # of all iterations
 
 # Save
@@ -101,7 +101,7 @@ train_dataset = dict(
 train_dataloader = dict(
     batch_size=batch_size,
     num_workers=dataloader_num_workers,
-    balance=1,  # ranks share the packs of an iteration by attention cost; 16: those of 16 iterations; 0: as they come
+    balance=1,  # assign packs to ranks by attention cost: 1 in each iteration, 16 over 16 iterations, 0 never
     dataset=train_dataset,
     sampler=dict(type=InternRepoSampler, shuffle=True, seed=1024),
 )
@@ -117,7 +117,7 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=max_norm),
     accumulative_counts=accumulative_counts,
     states=states,
-    dtype="auto",  # bf16 on GPUs, fp32 on CPUs; of weights and moments see states
+    dtype="auto",  # of the computation: bf16 on GPUs, fp32 on CPUs; for weights and moments see states
 )
 
 # the rate rises from lr / 40 during the warm-up, then falls along half a cosine to 0.15 lr
@@ -175,5 +175,5 @@ custom_hooks = [
 
 log_level = "INFO"
 load_from = None  # weights to start from: a Hugging Face folder or an iter_N.pth of another run
-resume = False  # True: go on from the newest checkpoint of the work dir
+resume = False  # True: continue from the newest checkpoint of the work dir
 randomness = dict(seed=0, deterministic=False)

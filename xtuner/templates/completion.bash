@@ -1,4 +1,4 @@
-# Completion of xtuner for bash: source <(xtuner completion bash)
+# xtuner: completion for bash. source <(xtuner completion bash)
 _xtuner() {
     local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"
     local verb="${COMP_WORDS[1]}" at=2 words="" options="" first="" files=
@@ -14,7 +14,7 @@ _xtuner() {
 @{verbs}
     esac
     if [[ "$current" == -* ]]; then COMPREPLY=( $(compgen -W "$options" -- "$current") ); return; fi
-    (( COMP_CWORD == at )) || return 0  # no words: files, by -o default
+    (( COMP_CWORD == at )) || return 0  # without matches bash completes files (-o default)
     COMPREPLY=( $(compgen -W "$first" -- "$current") )
     if [[ "$files" ]]; then
         local IFS=$'\n'

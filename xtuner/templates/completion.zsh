@@ -1,5 +1,5 @@
 #compdef xtuner
-# Completion of xtuner for zsh: source <(xtuner completion zsh), after compinit
+# xtuner: completion for zsh. source <(xtuner completion zsh), after compinit
 _xtuner() {
     local verb="$words[2]" current="$words[CURRENT]" previous="$words[CURRENT-1]"
     local -i at=3

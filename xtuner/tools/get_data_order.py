@@ -1,6 +1,6 @@
 """python xtuner/tools/get_data_order.py --data-folder D --save-folder S: write the order of files for training.
 
-The same as `xtuner data order`.
+Equivalent to `xtuner data order`.
 """
 
 import argparse
@@ -8,8 +8,8 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-folder", required=True, help="folder of tokenized files, at any depth")
-    parser.add_argument("--save-folder", required=True, help="where data_order.txt goes")
-    parser.add_argument("--file-type", default=".bin", help="ending of the token files (default: .bin)")
+    parser.add_argument("--save-folder", required=True, help="folder for data_order.txt")
+    parser.add_argument("--file-type", default=".bin", help="suffix of the token files (default: .bin)")
 
 
 def run(args: argparse.Namespace) -> int:

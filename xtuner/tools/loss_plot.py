@@ -1,9 +1,9 @@
-"""The curves of a run as a picture: loss with its smoothed value and validation, learning rate, gradient norm.
+"""Plots a run: loss with its smoothed value and validation loss, learning rate, gradient norm.
 
-A run that was stopped and resumed has left several `scalars.json`, one for each start. They are joined into one curve:
-a resume replaces what an earlier start recorded after that checkpoint, because that work was lost and done again.
-Each start records in `start.json` what it continued from; of older versions, a start whose first record is later than
-that of the run before it is taken for a resume.
+A run that was stopped and resumed has several `scalars.json`, one per start. They are joined into one curve: a resume
+replaces what earlier starts recorded after its checkpoint, since those iterations were repeated. `start.json` records
+the checkpoint that a start resumed; for older versions, a start whose first iteration is later than that of the run
+before it is treated as a resume.
 """
 
 import json
@@ -23,14 +23,14 @@ Record = dict[str, Any]
 START = "start.json"
 SCALARS = "vis_data/scalars.json"
 CURVES = ("loss", "val_loss", "lr", "grad_norm", "tokens")
-LARGEST = 2**53  # iterations: a float holds them exactly
+LARGEST = 2**53  # iterations: integers below are exact in a float
 
 TRAINING, VALIDATION = "#0969da", "#bf5700"
 EARLIER = "#8c959f"  # runs that a fresh start in the same work dir has replaced
-SMOOTHED_OVER = 1 / 20  # of the run: the window of the smoothed loss
-OUTLIERS = 0.01  # share of the single losses that may lie above the picture if they tower over the others
+SMOOTHED_OVER = 1 / 20  # window of the smoothed loss, as a share of the run
+OUTLIERS = 0.01  # share of losses that may be cut off at the top if they are far above the others
 INK, FAINT = "#1f2328", "#d1d9e0"
-FONTS = (  # for the title, which is a folder's name: matplotlib's own, then usual ones with Chinese characters
+FONTS = (  # for the title, which is a folder's name: matplotlib's default, then common ones with Chinese characters
     "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN",
     "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC", "PingFang HK", "Heiti TC", "Hiragino Sans GB",
     "Microsoft YaHei", "SimHei", "SimSun", "Arial Unicode MS", "Noto Serif CJK SC", "Noto Serif CJK JP",
@@ -39,9 +39,9 @@ FONTS = (  # for the title, which is a folder's name: matplotlib's own, then usu
 
 
 def read_runs(work_dir: Path) -> list[list[Record]]:
-    """All runs of a work dir, oldest first, each as its records by iteration; starts without records are left out.
+    """All runs of a work dir, oldest first, each as a list of records; starts without records are skipped.
 
-    Raises: CheckpointError if there are metrics, and none of them can be read.
+    Raises: CheckpointError if there are metrics and none of them can be read.
     """
     starts = {p.parent for p in work_dir.glob(f"*/{START}")} | {p.parents[1] for p in work_dir.glob(f"*/{SCALARS}")}
     runs: list[list[Record]] = []
@@ -56,7 +56,7 @@ def read_runs(work_dir: Path) -> list[list[Record]]:
             if not records:
                 continue
             first = min(r["iter"] for r in records)
-            kept = first - 1 if runs and runs[-1] and first > runs[-1][0]["iter"] else 0  # later: a resume, it seems
+            kept = first - 1 if runs and runs[-1] and first > runs[-1][0]["iter"] else 0  # later: probably a resume
         if kept:
             before = runs.pop() if runs else []
             records = [r for r in before if r["iter"] <= kept] + records
@@ -64,18 +64,18 @@ def read_runs(work_dir: Path) -> list[list[Record]]:
     found = [run for run in runs if run]
     if damaged and not found:
         raise CheckpointError(
-            "the metrics that are here cannot be read",
+            "none of the metrics can be read",
             where=str(work_dir),
             why="; ".join(damaged[:3]),
-            do="restore the files, or draw another work dir",
+            do="restore the files, or plot another work dir",
         )
     return found
 
 
 def read_records(file: Path) -> tuple[list[Record], str]:
-    """The records of one start, and a sentence on those that are damaged, if any.
+    """The records of one start, and a warning about damaged lines, or "".
 
-    A last line that is still being written, or was cut off by a kill, is left out.
+    An incomplete last line (still being written, or cut off by a kill) is ignored.
     """
     try:
         lines = read_regular(file).split(b"\n")[:-1]
@@ -86,11 +86,11 @@ def read_records(file: Path) -> tuple[list[Record], str]:
     found = [_record(line) for line in lines if line.strip()]
     records = [r for r in found if r is not None]
     damaged = len(found) - len(records)
-    return records, f"{file}: {damaged} of {len(found)} lines are damaged, and left out" if damaged else ""
+    return records, f"{file}: {damaged} of {len(found)} lines are damaged and were skipped" if damaged else ""
 
 
 def _record(line: bytes) -> Record | None:
-    """What is drawn of a record; None for a damaged one."""
+    """The plotted values of a record; None for a damaged one."""
     try:
         record = json.loads(line.decode())
         values = {key: record[key] for key in CURVES if record.get(key) is not None}
@@ -104,31 +104,31 @@ def _record(line: bytes) -> Record | None:
 
 
 def _resumed_at(start: Path) -> int | None:
-    """The iteration whose checkpoint a start has continued from, 0 for a new run; None if that is not recorded.
+    """The iteration of the checkpoint that a start resumed, 0 for a new run; None if that is not recorded.
 
-    From a checkpoint of another folder: a new run, as far as this work dir is concerned.
+    A resume from another folder's checkpoint counts as a new run of this work dir.
     """
     try:
         facts = read_json(start / START)
         iteration, source = facts["iteration"], facts["resumed_from"]
     except (CheckpointError, KeyError, TypeError):
-        return None  # of an older version, or damaged
+        return None  # written by an older version, or damaged
     if type(iteration) is not int or iteration < 0:
         return None
     return iteration if isinstance(source, str) and "/" not in source else 0
 
 
 def curve(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
-    """Iterations and values of the records that have `key`. A value that is not finite is a gap in the line."""
+    """Iterations and values of the records with `key`. Values that are not finite become gaps (nan)."""
     found = [(r["iter"], r[key]) for r in records if r.get(key) is not None]
     return [i for i, _ in found], [v if math.isfinite(v) else math.nan for _, v in found]
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """The mean of `window` values around each; gaps (nan) are passed over.
+    """The mean of `window` values around each value; gaps (nan) are skipped.
 
     The window is centred, so that it does not lag behind a falling curve. It shrinks towards the first value; at the
-    end it looks back only, so that the last value is a mean, too.
+    end it includes only earlier values, so that the last value is also a mean.
     """
     half = max(window // 2, 0)
     smoothed = []
@@ -141,12 +141,12 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def draw(runs: Sequence[Sequence[Record]], title: str, target: Path, smoothing: float | None = None) -> None:
-    """Write the picture.
+    """Write the plot to `target`.
 
     Args:
         runs: records of each run, the current one last.
-        smoothing: iterations that the smoothed loss averages over; None for a share of the run, 0 for none.
-    Raises: OSError if `target` cannot be written; ValueError for an ending that is not a picture's.
+        smoothing: window of the smoothed loss in iterations; None: SMOOTHED_OVER of the run; 0: no smoothing.
+    Raises: OSError if `target` cannot be written; ValueError for a suffix that is not an image format.
     """
     import matplotlib
 
@@ -190,14 +190,14 @@ def draw(runs: Sequence[Sequence[Record]], title: str, target: Path, smoothing: 
         _add_token_axis(loss, runs[-1])
         figure.align_ylabels(axes)
         try:
-            with atomic_file(target, "wb") as file:  # a full disk leaves the picture that was there
+            with atomic_file(target, "wb") as file:  # on a full disk the old picture stays
                 figure.savefig(file, dpi=130, format=target.suffix.lstrip(".").lower())
         finally:
             pyplot.close(figure)
 
 
 def _drawable(title: str) -> tuple[str, list[str]]:
-    """The title, and the families of fonts to draw it with; characters that no font here has are written as escapes."""
+    """The title and font families to draw it with; characters that no installed font has become escapes."""
     from matplotlib import font_manager
 
     missing = sorted(set(title))
@@ -208,7 +208,7 @@ def _drawable(title: str) -> tuple[str, list[str]]:
         try:
             file = font_manager.findfont(font_manager.FontProperties(family=[family]), fallback_to_default=False)
             font = font_manager.get_font(file)
-        except (ValueError, OSError, RuntimeError):  # not installed, or since removed
+        except (ValueError, OSError, RuntimeError):  # not installed, or removed since
             continue
         left = [c for c in missing if not font.get_char_index(ord(c))]
         if len(left) < len(missing) or not families:
@@ -239,7 +239,7 @@ def _draw_validation(axis: Any, run: Sequence[Record]) -> None:
 
 
 def _limit(axis: Any, runs: Sequence[Sequence[Record]]) -> None:
-    """A single spike must not flatten the rest of the curve: the highest few losses may be cut off at the top."""
+    """Set the range of the y axis. The highest losses may be cut off: a single spike must not flatten the curve."""
     losses = sorted(v for run in runs for key in ("loss", "val_loss") for v in curve(run, key)[1] if not math.isnan(v))
     if len(losses) < 2:
         return
@@ -251,10 +251,10 @@ def _limit(axis: Any, runs: Sequence[Sequence[Record]]) -> None:
 
 
 def _add_token_axis(axis: Any, run: Sequence[Record]) -> None:
-    """Above the picture: the tokens that all ranks have been trained on. Every iteration takes equally many."""
+    """Add an upper x axis: tokens seen by all ranks. Every iteration has the same number."""
     counted = [(r["iter"], r["tokens"]) for r in run if r["iter"] and 0 < r.get("tokens", 0) < math.inf]
     if not counted:
-        return  # a run of an older version
+        return  # written by an older version
     each = counted[-1][1] / counted[-1][0]
     above = axis.secondary_xaxis("top", functions=(lambda i: i * each, lambda tokens: tokens / each))
     above.xaxis.set_major_formatter(lambda tokens, _: human(tokens).replace(".00", ""))

@@ -1,4 +1,4 @@
-"""All settings as pages of the documentation, and as `xtuner list-cfg --settings` prints them.
+"""Renders all settings as documentation pages and for `xtuner list-cfg --settings`.
 
 python -m xtuner.tools.settings_pages docs        writes docs/en/settings.md and docs/zh_cn/settings.md
 """
@@ -40,7 +40,7 @@ _ZH = {
 LANGUAGES = {"en": _EN, "zh_cn": _ZH}
 
 
-def page(language: str) -> str:
+def render_page(language: str) -> str:
     """The page in "en" or "zh_cn"."""
     words = LANGUAGES[language]
     sections: dict[str, list[str]] = {}
@@ -60,8 +60,8 @@ def page(language: str) -> str:
     return "\n".join(parts)
 
 
-def listed(word: str = "") -> Iterator[str]:
-    """Lines on each setting that has a word in its path or description."""
+def list_settings(word: str = "") -> Iterator[str]:
+    """The entry of each setting with `word` in its path or description."""
     for s in SCHEMA.settings:
         if not s.is_legacy and word.lower() in f"{_title(s)} {s.help}".lower():
             given = "needed" if s.default is REQUIRED else f"default {s.default!r}"
@@ -108,4 +108,4 @@ def _code_text(text: str) -> str:
 if __name__ == "__main__":
     for name in LANGUAGES:
         with atomic_file(Path(sys.argv[1]) / name / "settings.md") as f:
-            f.write(page(name))
+            f.write(render_page(name))

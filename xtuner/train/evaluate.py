@@ -1,6 +1,6 @@
 """Mean loss on tokenized data, per data type (the first folder below the data folder) and in all.
 
-Ranks share the work: forward passes are dealt to them in turn, and all have the same result.
+Forward passes are assigned to ranks in turn; all ranks get the same result.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ from xtuner.model.weights import base_weights
 from xtuner.train.checkpoints.checkpoint import TRAINER
 
 BATCH_TOKENS = 16384
-Part = tuple[torch.Tensor, torch.Tensor]  # ids and unshifted labels of a document, or of a part of one
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")  # what tells models apart
+Piece = tuple[torch.Tensor, torch.Tensor]  # ids and unshifted labels of a document, or of a piece of one
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")  # files that identify a model
 
 
 @dataclass
 class Result:
-    """Sum of the cross entropy in nats over `tokens` learned tokens."""
+    """`total`: sum of the cross entropy in nats over `tokens` targets."""
 
     name: str
     total: float = 0.0
@@ -63,12 +63,12 @@ class Result:
 
 
 class Record:
-    """Results by file, kept on disk so that an evaluation that was stopped goes on with the next file.
+    """Results by file on the disk, so that a stopped evaluation continues with the next file.
 
-    JSON lines: first the model and `max_length` that the record belongs to, then one line a file, appended when that
-    file is done. Files that have changed are evaluated again; their later line holds.
+    JSON lines: first the model and `max_length` that the record belongs to, then one line per file, appended when the
+    file is done. Files that have changed are evaluated again; the last line of a file is valid.
 
-    Raises: ConfigError for another model's record or a file that is none, CheckpointError if it cannot be written.
+    Raises: ConfigError for another model's record or another kind of file, CheckpointError if it cannot be written.
     """
 
     def __init__(self, path: Path | None, model: str, max_length: int) -> None:
@@ -77,39 +77,39 @@ class Record:
         if path is None:
             return
         facts = {"model": model, "max_length": max_length}
-        head = _line(facts)
+        head = _encode_line(facts)
         with _writing(path):
             data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]  # a kill may have torn the line after it
-        if whole:
-            self._read(path, whole, facts)
+        complete = data[: data.rfind(b"\n") + 1]  # a kill may have left a partial last line
+        if complete:
+            self._read(path, complete, facts)
         elif not head.startswith(data):
-            raise _no_record(path)
-        if len(whole) < len(data):
+            raise _not_a_record(path)
+        if len(complete) < len(data):
             with _writing(path):
-                os.truncate(path, len(whole))
-        if not whole:
+                os.truncate(path, len(complete))
+        if not complete:
             self._append(head)
 
-    def _read(self, path: Path, whole: bytes, facts: dict[str, Any]) -> None:
+    def _read(self, path: Path, complete: bytes, facts: dict[str, Any]) -> None:
         try:
-            found, *entries = map(json.loads, whole.splitlines())
+            found, *entries = map(json.loads, complete.splitlines())
             self.entries = {
                 e["file"]: {"identity": e["identity"], "total": float(e["total"]), "tokens": int(e["tokens"])}
                 for e in entries
             }
             ours = found.keys() == facts.keys()
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise _no_record(path) from None
+            raise _not_a_record(path) from None
         if not ours:
-            raise _no_record(path)
+            raise _not_a_record(path)
         if found != facts:
             raise ConfigError(
-                "the record is of another model or another --max-length",
+                "the record belongs to another model or another --max-length",
                 where=str(path),
                 do="remove it, or give another --save",
             )
-        logger.info(f"{len(self.entries)} files are in {path} already")
+        logger.info(f"{len(self.entries)} files are already in {path}")
 
     def find(self, file: SourceFile) -> tuple[float, int] | None:
         entry = self.entries.get(file.name)
@@ -121,7 +121,7 @@ class Record:
         if self.path is not None:
             entry = {"identity": file.fingerprint(), "total": total, "tokens": tokens}
             self.entries[file.name] = entry
-            self._append(_line({"file": file.name, **entry}))
+            self._append(_encode_line({"file": file.name, **entry}))
 
     def _append(self, line: bytes) -> None:
         assert self.path is not None
@@ -129,39 +129,39 @@ class Record:
             f.write(line)
 
 
-def _line(value: dict[str, Any]) -> bytes:
+def _encode_line(value: dict[str, Any]) -> bytes:
     text = json.dumps(value, ensure_ascii=False) + "\n"
-    return text.encode("utf-8", "backslashreplace")  # names that are not UTF-8, as JSON's own escapes
+    return text.encode("utf-8", "backslashreplace")  # names that are not UTF-8 become JSON escapes
 
 
-def _no_record(path: Path) -> ConfigError:
+def _not_a_record(path: Path) -> ConfigError:
     return ConfigError(
-        "the file is no record of `eval loss`",
+        "the file is not a record of `eval loss`",
         where=str(path),
-        why="it is left as it is",
+        why="it was not changed",
         do="give another --save",
     )
 
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """OSErrors as CheckpointError."""
+    """Convert OSError to CheckpointError."""
     try:
         yield
     except OSError as e:
         raise CheckpointError(
-            f"the record cannot be written: {e}", where=str(path), do="give another --save, or look at the disk"
+            f"the record cannot be written: {e}", where=str(path), do="give another --save, or check the disk"
         ) from None
 
 
-def check_place(path: Path) -> None:
-    """Whether a record can be kept at `path`, asked before the long work. Raises: CheckpointError, ConfigError."""
+def check_record_path(path: Path) -> None:
+    """Check before the evaluation that a record can be written to `path`. Raises: CheckpointError, ConfigError."""
     with _writing(path):
         if any((folder / TRAINER).is_file() for folder in path.resolve().parents):
             raise ConfigError(
-                "the record would lie in a checkpoint",
+                "the record would be inside a checkpoint",
                 where=str(path),
-                why="with a file that is not in its manifest, the checkpoint counts as damaged",
+                why="a checkpoint with a file that is not in its manifest counts as damaged",
                 do="give another --save",
             )
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,19 +169,19 @@ def check_place(path: Path) -> None:
             with tempfile.TemporaryFile(dir=path.parent):
                 return
         if not path.is_file():
-            raise CheckpointError("the record cannot be written: this is no file", where=str(path))
+            raise CheckpointError("the record cannot be written: this is not a file", where=str(path))
         with open(path, "ab"):
             pass
 
 
 def open_model(name: str, options: list[str], device: torch.device) -> tuple[CausalLM, str]:
-    """A model in evaluation form, and the identity of its weights.
+    """A model in evaluation mode, and the identity of its weights.
 
     Args:
-        name: a Hugging Face folder, a checkpoint, or a config (for what it would start from).
+        name: a Hugging Face folder, a checkpoint, or a config (the model that it starts from).
         options: overrides of a config.
 
-    Raises: ConfigError, CheckpointError; a checkpoint is verified first.
+    Raises: ConfigError, CheckpointError. A checkpoint is verified first.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     path = Path(name).expanduser()
@@ -207,10 +207,10 @@ def evaluate(
     quiet: bool = False,
     ranks: Ranks = ALL,
 ) -> list[Result]:
-    """Loss over all documents; the first token of a document, and of a part of one, has no prediction.
+    """Loss over all documents. The first token of a document, and of a piece of one, has no prediction.
 
-    Documents are taken whole, in parts of `max_length` tokens if they are longer. Several ranks call it together, with
-    the same arguments and no record. Returns one result per data type, then "all": the same on every rank.
+    Documents longer than `max_length` tokens are cut into pieces of that length. Several ranks call it together, with
+    the same arguments and no record. Returns one result per data type, then "all"; the same on every rank.
     """
     assert record is None or ranks.size == 1
     turns = itertools.count()
@@ -225,7 +225,7 @@ def evaluate(
         sums += found
     if ranks.rank >= next(turns) % ranks.size > 0:
         nothing = torch.zeros(1, dtype=torch.int64)
-        _loss(model, [(nothing, nothing)])  # other ranks wait for the collectives in it
+        _loss(model, [(nothing, nothing)])  # dummy forward: other ranks wait in its collectives
     sums, _ = ranks.sums_and_maxima(sums, [])
     by_type: dict[str, Result] = {}
     for name, total, tokens in zip(documents.names, sums[::2], sums[1::2], strict=True):
@@ -238,24 +238,24 @@ def evaluate(
 def _file_loss(
     model: CausalLM, file: SourceFile, max_length: int, turns: Iterator[int], ranks: Ranks
 ) -> tuple[float, int]:
-    """This rank's share of a file: (sum of losses, number of targets). `turns` counts the groups of all files."""
+    """This rank's part of a file: (sum of losses, number of targets). `turns` counts the groups of all files."""
     total, count = 0.0, 0
 
-    @functools.lru_cache(1)  # parts of a long document follow one another
-    def read(document: int) -> Part:
+    @functools.lru_cache(1)  # pieces of a long document are consecutive
+    def read(document: int) -> Piece:
         ids, learned = file.read(document, model.config.vocab_size)
         return torch.from_numpy(ids), torch.from_numpy(np.where(learned, ids, IGNORE))
 
     for group in _groups(file, max_length):
         if next(turns) % ranks.size == ranks.rank:
             found = ((*read(d), slice(begin, end)) for d, begin, end in group)
-            loss, targets = _loss(model, [(ids[part], labels[part]) for ids, labels, part in found])
+            loss, targets = _loss(model, [(ids[piece], labels[piece]) for ids, labels, piece in found])
             total, count = total + loss, count + targets
     return total, count
 
 
 def _groups(file: SourceFile, max_length: int) -> Iterator[list[tuple[int, int, int]]]:
-    """(document, begin, end) of documents and their parts, up to BATCH_TOKENS (or one part) at a time."""
+    """(document, begin, end) of documents and their pieces, in groups of at most BATCH_TOKENS (or one piece)."""
     group: list[tuple[int, int, int]] = []
     held = 0
     for document, length in enumerate(file.lengths.tolist()):
@@ -270,10 +270,10 @@ def _groups(file: SourceFile, max_length: int) -> Iterator[list[tuple[int, int, 
         yield group
 
 
-def _loss(model: CausalLM, parts: list[Part]) -> tuple[float, int]:
-    """(sum of losses, number of targets) of documents laid end to end."""
-    ids, labels = map(torch.cat, zip(*parts, strict=True))
-    cu_seqlens = torch.tensor([0] + [len(part) for part, _ in parts]).cumsum(0).int()
+def _loss(model: CausalLM, pieces: list[Piece]) -> tuple[float, int]:
+    """(sum of losses, number of targets) of concatenated documents."""
+    ids, labels = map(torch.cat, zip(*pieces, strict=True))
+    cu_seqlens = torch.tensor([0] + [len(piece) for piece, _ in pieces]).cumsum(0).int()
     targets = labels.roll(-1)
     targets[cu_seqlens[1:].long() - 1] = IGNORE
     device = model.output.weight.device

@@ -1,7 +1,7 @@
-"""Hooks: what a config may add to the loop. They observe and save; what training does is a setting.
+"""The hooks that a config can add to the training loop. They observe and save; settings determine the training itself.
 
-They are called in the order of `priority`: hooks that measure fill `it.record`, LoggerHook writes it, CheckpointHook
-comes last.
+They are called in the order of `priority`: measuring hooks fill `it.record`, LoggerHook writes it, CheckpointHook runs
+last.
 """
 
 import resource
@@ -25,7 +25,7 @@ from xtuner.train.run import Hook, Iteration, Run
 
 
 class IterTimerHook(Hook):
-    """Seconds an iteration, seconds waited for data, time left."""
+    """Seconds per iteration, seconds spent waiting for data, remaining time."""
 
     priority = 10
 
@@ -37,13 +37,13 @@ class IterTimerHook(Hook):
         now = time.perf_counter()
         self._times = [*self._times[-49:], now - self._last]
         self._last = now
-        typical = sorted(self._times)[len(self._times) // 2]  # the first iterations compile, some save
+        typical = sorted(self._times)[len(self._times) // 2]  # median: the first iterations compile, some save
         left = run.max_iterations - it.state.iteration
         it.record |= {"time": self._times[-1], "data_time": it.data_time, "eta": round(left * typical)}
 
 
 class ThroughputHook(Hook):
-    """Tokens a second of all ranks and, on a GPU that we know, model FLOPs utilisation (MFU) as flops.py counts."""
+    """Tokens per second over all ranks and, on known GPUs, model FLOPs utilisation (MFU) as counted in flops.py."""
 
     priority = 20
 
@@ -55,7 +55,7 @@ class ThroughputHook(Hook):
         now = time.perf_counter()
         elapsed, self._last = now - self._last, now
         each = it.num_tokens / elapsed
-        it.record["tokens_per_s"] = each * run.mesh.dp_size  # packs are equally long on all ranks
+        it.record["tokens_per_s"] = each * run.mesh.dp_size  # packs have the same length on all ranks
         if run.mesh.dp_size > 1:
             it.record["tokens_per_s_a_rank"] = each
         if self._peak:
@@ -64,17 +64,17 @@ class ThroughputHook(Hook):
 
 
 class ParamSchedulerHook(Hook):
-    """Stands for a setting: `param_scheduler` is applied unless another hook has this one's name."""
+    """Placeholder: `param_scheduler` is applied unless another hook takes this name."""
 
 
 class DistSamplerSeedHook(Hook):
-    """Stands for a setting: `train_dataloader.reshuffle` is True unless another hook has this one's name."""
+    """Placeholder: `train_dataloader.reshuffle` is True unless another hook takes this name."""
 
 
 class LoggerHook(Hook):
-    """A line in the log, in scalars.json and TensorBoard every `interval` iterations; see reporting/averages.py.
+    """Writes a line to the log, scalars.json and TensorBoard every `interval` iterations; see reporting/averages.py.
 
-    On a terminal also a progress line, at every iteration.
+    On a terminal it also updates a progress line at every iteration.
     """
 
     priority = 80
@@ -98,18 +98,18 @@ class LoggerHook(Hook):
         show_progress(*parts)
         if number % self.interval == 0 or number == last:
             record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
-            record["memory"] = memory_in_use(run.strategy.device)
+            record["memory"] = peak_memory(run.strategy.device)
             record["tokens"] = it.state.packs * run.dataset.packed_length
-            run.metrics.log(record)  # before the line, so that a reader of the line finds the record
-            logger.info(log_line(record, last))
+            run.metrics.log(record)  # before the log line: whoever sees the line finds the record
+            logger.info(format_log_line(record, last))
             self._averages.restart()
 
     def after_run(self, run: Run) -> None:
         show_progress()
 
 
-def log_line(record: dict[str, Any], last: int) -> str:
-    """What one record says, in one line."""
+def format_log_line(record: dict[str, Any], last: int) -> str:
+    """A record as one log line."""
     loss = f"loss {record['loss']:.4f} (smoothed {record['loss_smoothed']:.4f})" if record["targets"] else "no targets"
     parts = [
         f"iter {record['iter']:>{len(str(last))}}/{last}",
@@ -131,8 +131,8 @@ def log_line(record: dict[str, Any], last: int) -> str:
     return "  ".join(parts)
 
 
-def memory_in_use(device: torch.device) -> int:
-    """Peak bytes so far: of the GPU, or of this process."""
+def peak_memory(device: torch.device) -> int:
+    """Peak memory so far in bytes: of the GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -173,7 +173,7 @@ class CheckpointHook(Hook):
 
 
 class ValidationHook(Hook):
-    """Loss on held-out data every `interval` iterations and at the end; the trainer adds it for `val_dataset`."""
+    """Loss on held-out data every `interval` iterations and at the end. Added automatically for `val_dataset`."""
 
     priority = 85
 
@@ -198,7 +198,7 @@ class ValidationHook(Hook):
 
 
 class DatasetInfoHook(Hook):
-    """Tells the number of packs and shows the beginning of the first one as text."""
+    """Logs the number of packs and the beginning of the first one as text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -212,7 +212,7 @@ class DatasetInfoHook(Hook):
 
 
 class EvaluateChatHook(Hook):
-    """Lets the model answer `evaluation_inputs` before the run, every n iterations, and at the end."""
+    """Logs the model's replies to `evaluation_inputs` before the run, every n iterations, and at the end."""
 
     priority = 70
 

@@ -1,4 +1,4 @@
-"""Settings and what is known of the checkpoint to resume → the plan of a run."""
+"""Settings and the facts of the checkpoint to resume → the plan of a run."""
 
 from fractions import Fraction
 from typing import Any
@@ -9,7 +9,7 @@ from xtuner.core.errors import ConfigError, DataError
 from xtuner.data.loading.loader import find_balance_obstacle, identity, list_files
 from xtuner.engine.strategies.select import choose
 from xtuner.optim.schedule import Schedule
-from xtuner.train.resume import Found, fitted_counts, require_same_run, windows_from
+from xtuner.train.resume import ResumePoint, find_window_start, fit_accumulative_counts, require_same_run
 from xtuner.train.run import Lengths, Plan, Settings
 
 DATASET = "train_dataloader.dataset"
@@ -17,24 +17,24 @@ DATASET = "train_dataloader.dataset"
 
 def make_plan(
     settings: Settings,
-    found: Found | None = None,
+    found: ResumePoint | None = None,
     allow_change: bool = False,
     deepspeed: str | None = None,
     fsdp: str | None = None,
     free: int | None = None,
 ) -> Plan:
-    """The plan of a run. Asks no other rank, loads nothing.
+    """The plan of a run. Pure arithmetic: no messages to other ranks, no weights.
 
     Args:
         found: the checkpoint to resume.
-        allow_change: also if settings or data that change the result have changed since.
+        allow_change: accept changes of settings or data that change the result.
         deepspeed, fsdp: as on the command line.
-        free: bytes of a GPU that every rank can still get (`memory.free_of_all`).
+        free: bytes of GPU memory that every rank can still allocate (`memory.free_of_all`).
 
-    Raises: ConfigError, DataError for what cannot be planned, and for another run's checkpoint.
+    Raises: ConfigError or DataError if no plan is possible, or the checkpoint is another run's.
     """
     config, optim, dp_size = settings.config, settings.optim, settings.sampler.world_size
-    counts = fitted_counts(found, optim.accumulative_counts, dp_size) if found else optim.accumulative_counts
+    counts = fit_accumulative_counts(found, optim.accumulative_counts, dp_size) if found else optim.accumulative_counts
     lengths = Lengths(
         dp_size=dp_size,
         begun_on=found.facts["begun_on"] if found else dp_size,
@@ -48,9 +48,9 @@ def make_plan(
     if find_balance_obstacle(settings.dataset, settings.sampler, balance):
         balance = 0
     data = identity(settings.dataset, settings.sampler, reshuffle)
-    origin = windows_from(found, balance, lengths) if found else 0
+    origin = find_window_start(found, balance, lengths) if found else 0
     facts = {
-        "version": 2,  # before it, schedule and reshuffling were switched on by hooks
+        "version": 2,  # version 1: schedule and reshuffling were switched on by hooks
         "data": data,
         "files": list_files(settings.dataset),
         "packs_per_iteration": lengths.packs_per_iteration,
@@ -93,6 +93,6 @@ def _require_an_iteration(settings: Settings, lengths: Lengths) -> None:
         f"{len(data)} packs, and {takes}",
         where=f"{documents.location}: {documents.num_tokens:,} tokens in {len(documents)} files{kept}, "
         f"by {config.where(key)}",
-        why=f"a file's tokens that do not fill a pack of {data.packed_length:,} are dropped",
-        do=f"lower {lower}, or give more data" + (", or take fewer ranks" * (ranks > 1)),
+        why=f"a file's last tokens that do not fill a pack of {data.packed_length:,} are dropped",
+        do=f"lower {lower}, or give more data" + (", or use fewer ranks" * (ranks > 1)),
     )

@@ -1,10 +1,10 @@
-"""The three stages of a run, each complete before the next begins, and none changed afterwards:
+"""The three stages of a run. Each is complete before the next one starts and does not change afterwards:
 
-    Settings   what a config and a command line describe, built but for weights    preflight.prepare
+    Settings   the objects that config and command line describe, except weights   preflight.prepare_settings
     Plan       what follows from them and from the checkpoint to resume            plan.make_plan
-    Run        everything that trains; what hooks see                              trainer
+    Run        everything that trains; hooks receive it                            trainer
 
-What a run has done so far is its `Progress`.
+`Progress` is the mutable part: what the run has done so far.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from xtuner.engine.strategies.select import Choice
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.schedule import Schedule
-from xtuner.train.checkpoints.async_saver import Saver
+from xtuner.train.checkpoints.async_saver import AsyncSaver
 from xtuner.train.state import TrainState
 from xtuner.train.trackers import Trackers
 
@@ -47,11 +47,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Lengths:
-    """How many packs an iteration, an epoch and the run have.
+    """Numbers of packs per iteration, per epoch and of the run.
 
     Args:
-        dp_size: ranks that take packs of their own; begun_on: those on which the run was begun.
-        accumulative_counts: packs that each of them takes in an iteration.
+        dp_size: data-parallel ranks; begun_on: their number when the run was started.
+        accumulative_counts: packs per data-parallel rank and iteration.
         num_packs: of the data.
     """
 
@@ -83,11 +83,11 @@ class Plan(Lengths):
     """What a run will do.
 
     Args:
-        reshuffle: a new order of packs each epoch.
-        balance: how packs are dealt to ranks; windows_from: see `PackLoader`.
+        reshuffle: a new order of packs in each epoch.
+        balance: how packs are assigned to ranks; windows_from: see `PackLoader`.
         schedule: the learning rate of every iteration.
-        choice: which strategy trains, and how it uses the memory.
-        facts: what the run depends on, kept with every checkpoint.
+        choice: the strategy, and how it uses the memory.
+        facts: what a resume compares; saved with every checkpoint.
     """
 
     reshuffle: bool
@@ -115,8 +115,8 @@ class Progress:
     """What a run has done so far.
 
     Args:
-        saved: iteration of the newest save, and whether it can be resumed.
-        without_targets: iterations of this start that had no token to learn from.
+        saved: iteration of the newest save, and whether it has optimizer state.
+        without_targets: iterations since this start that had no token to learn from.
     """
 
     state: TrainState = field(default_factory=TrainState)
@@ -126,17 +126,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run(Settings):
-    """Everything of one run.
+    """Everything that one run uses.
 
     Args:
-        log: of this rank.
+        log: the log file of this rank.
     """
 
     plan: Plan
     loader: PackLoader
     strategy: Strategy
     metrics: Trackers
-    saver: Saver
+    saver: AsyncSaver
     log: Path
     progress: Progress
 
@@ -149,7 +149,7 @@ class Run(Settings):
         return self.plan.max_iterations
 
     def save(self, optimizer: bool = True, keep: int = -1, last: bool = False) -> None:
-        """Save the present state, unless that has been done; with `last`, wait until it is on the disk."""
+        """Save the current state, unless it has been saved; with `last`, wait until it is on the disk."""
         iteration, resumable = self.progress.saved
         if iteration != self.state.iteration or (optimizer and not resumable):
             facts = {**self.plan.facts, "strategy": self.strategy.name}
@@ -161,7 +161,7 @@ class Run(Settings):
 
 @dataclass
 class Iteration:
-    """What one iteration did. Hooks add to `record`, which becomes the log line."""
+    """The result of one iteration. Hooks add to `record`, which becomes the log line."""
 
     state: TrainState  # after it
     lr: float
@@ -170,40 +170,40 @@ class Iteration:
     applied: bool
     num_targets: int
     num_tokens: int  # of this rank
-    attention_pairs: float  # Σ len² of a rank's packs, the mean of all ranks
-    data_time: float  # s this rank waited for packs
+    attention_pairs: float  # Σ len² of a rank's packs, mean over ranks
+    data_time: float  # s that this rank waited for packs
     record: dict[str, Any] = field(default_factory=dict)
 
 
 class Hook:
-    """What a config adds to a run: it observes and saves. Called on every rank, in the order of `priority`.
+    """An extension of the training loop that a config adds: it observes and saves. Called on every rank, by `priority`.
 
-    An error in one of the first four ends the run. One in `on_error` or `on_end` is logged, and hides no other.
+    An error in one of the first four methods ends the run. One in `on_error` or `on_end` is only logged.
     """
 
     priority = 50
 
     def before_run(self, run: Run) -> None:
-        """Before the first iteration; weights and state are those that the run begins from."""
+        """Before the first iteration, with the weights and state that the run starts from."""
 
     def after_iteration(self, run: Run, it: Iteration) -> None: ...
 
     def after_checkpoint(self, run: Run, folder: Path) -> None:
-        """A checkpoint is on the disk, whole. Ranks may notice at different iterations: send no messages to others."""
+        """A checkpoint is complete on the disk. Ranks may call this at different iterations: use no collectives."""
 
     def after_run(self, run: Run) -> None:
-        """After the last iteration; not of a run that is stopped or fails."""
+        """After the last iteration; not called if the run is stopped or fails."""
 
     def on_error(self, run: Run, error: BaseException) -> None:
         """The run ends with this error."""
 
     def on_end(self, run: Run) -> None:
-        """However the run ends, last of all, where `before_run` has been called."""
+        """Called last, however the run ends, if `before_run` was called."""
 
 
 @contextlib.contextmanager
-def hooks_of(run: Run) -> Iterator[None]:
-    """Begin the hooks of a run, and end them after the block, in reverse order."""
+def run_hooks(run: Run) -> Iterator[None]:
+    """Call `before_run` of all hooks; after the block call `on_error` and `on_end`, in reverse order."""
     begun: list[Hook] = []
 
     def call(hook: Hook, name: str, *more: Any) -> None:

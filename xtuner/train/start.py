@@ -1,4 +1,4 @@
-"""What a start leaves in the work dir before training begins: the lock, a folder for its logs, what it continues."""
+"""What a start creates in the work dir before training: the lock, a folder for its logs, a record of its origin."""
 
 import contextlib
 import logging
@@ -16,8 +16,8 @@ from xtuner.core.files import recover, write_failure, write_json
 from xtuner.core.log import logger
 from xtuner.dist import collectives
 from xtuner.train.checkpoints.work_dir_lock import WorkDirLock
-from xtuner.train.reporting.start_report import environment
-from xtuner.train.resume import Found
+from xtuner.train.reporting.start_report import describe_environment
+from xtuner.train.resume import ResumePoint
 from xtuner.train.run import Progress, Settings
 from xtuner.train.trackers import Tracker, Trackers
 from xtuner.train.trackers.json_lines import JsonLines
@@ -25,7 +25,7 @@ from xtuner.train.trackers.tensorboard import TensorBoard
 
 
 class EarlyLog(logging.Handler):
-    """Keeps what is logged before there is a log file, for the file."""
+    """Buffers log records until the log file exists."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,48 +35,48 @@ class EarlyLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
 
-    def into_file(self) -> None:
-        for handler in logger.handlers[1:]:  # the first is the terminal, which has shown them
+    def write_to_file(self) -> None:
+        for handler in logger.handlers[1:]:  # the first is the terminal, which has shown them already
             for record in self.records:
                 handler.handle(record)
 
 
-def take_work_dir(work_dir: Path, at_the_end: contextlib.ExitStack) -> None:
-    """Make the work dir and lock it. A run that is refused before it writes anything leaves no folder that was new."""
+def acquire_work_dir(work_dir: Path, cleanup: contextlib.ExitStack) -> None:
+    """Create the work dir and lock it. If the run fails before it writes anything, new folders are removed."""
     new = [folder for folder in (work_dir, *work_dir.parents) if not folder.exists()]
 
-    def give_back() -> None:
+    def remove_new_folders() -> None:
         for folder in new:
-            with contextlib.suppress(OSError):  # a run has begun in it
+            with contextlib.suppress(OSError):  # not empty: the run has written files
                 folder.rmdir()
 
     with _writing(work_dir):
-        at_the_end.callback(give_back)
+        cleanup.callback(remove_new_folders)
         work_dir.mkdir(parents=True, exist_ok=True)
-        at_the_end.callback(WorkDirLock(work_dir).release)
+        cleanup.callback(WorkDirLock(work_dir).release)
         recover(work_dir, "iter_*.pth")
         recover(work_dir, "last_checkpoint")
 
 
 def open_log(settings: Settings) -> Path:
-    """This rank's log file, in a folder for this start, with environment, config as written and resolved."""
+    """Create the folder of this start, with environment and configs; returns this rank's log file in it."""
     ranks, config = settings.mesh.ranks, settings.config
     folder = Path(ranks.run_on_main(lambda: str(_make_folder(settings))))
-    ranks.run_on_all(lambda: _see(folder))
+    ranks.run_on_all(lambda: _require_visible(folder))
     file = folder / (f"{folder.name}.log" if ranks.is_main else f"rank_{ranks.rank:05d}.log")
     log.setup(config.setting("log_level"), file, ranks.rank)
     return file
 
 
 def open_trackers(settings: Settings, trackers: list[Tracker], folder: Path) -> Trackers:
-    """Ours and those of the config, on rank 0."""
+    """The built-in trackers and those of the config, on rank 0."""
     found = Trackers([JsonLines(), TensorBoard(), *trackers] if settings.mesh.is_main else [])
     found.begin(folder, settings.config.resolved())
     return found
 
 
-def record_start(settings: Settings, progress: Progress, found: Found | None, folder: Path) -> None:
-    """What the records of this start continue: a checkpoint of this work dir by its name, another one by its path."""
+def record_start(settings: Settings, progress: Progress, found: ResumePoint | None, folder: Path) -> None:
+    """Write start.json: the resumed checkpoint, by name if it is in this work dir, else by path."""
     source = None if found is None else str(found.folder.resolve())
     if found and found.folder.resolve().parent == settings.work_dir.resolve():
         source = found.folder.name
@@ -91,10 +91,10 @@ def _make_folder(settings: Settings) -> Path:
     try:
         with _writing(folder):
             folder.mkdir(exist_ok=True)
-            write_json(folder / "environment.json", environment(settings.config.path))
+            write_json(folder / "environment.json", describe_environment(settings.config.path))
             write_json(folder / "config.json", settings.config.resolved())
             _copy_config(settings.config.path, copy)
-    except XTunerError:  # a run that has not begun leaves nothing
+    except XTunerError:  # a run that has not started leaves no files
         if folder in new:
             shutil.rmtree(folder, ignore_errors=True)
         if copy in new:
@@ -112,15 +112,15 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _copy_config(config: Path, copy: Path) -> None:
-    if copy.exists() and copy.samefile(config):  # the config lies in the work dir
+    if copy.exists() and copy.samefile(config):  # the config is the copy in the work dir
         return
     copy.write_bytes(without_secrets(config.read_bytes()))
 
 
-def _see(folder: Path) -> None:
+def _require_visible(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(
-            f"rank {collectives.rank()} on {platform.node()} does not see the work dir that rank 0 has made",
+            f"rank {collectives.rank()} on {platform.node()} does not see the work dir that rank 0 created",
             where=str(folder),
             why="all ranks write their parts of a checkpoint there",
             do="give a --work-dir on a file system that all nodes share, as an absolute path",

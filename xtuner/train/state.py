@@ -1,4 +1,4 @@
-"""What a run has done so far: everything a resume needs beside weights and optimizer."""
+"""Counters and data position of a run: what a resume needs in addition to weights and optimizer state."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -8,11 +8,11 @@ from xtuner.data.loading.sampler import Position
 
 @dataclass(frozen=True)
 class TrainState:
-    iteration: int = 0  # optimizer steps done, those that were not applied included
+    iteration: int = 0  # optimizer steps, including those that were not applied
     position: Position = field(default_factory=Position)
-    packs: int = 0  # by all ranks
-    targets: int = 0  # tokens learned from, by all ranks
-    skipped: int = 0  # iterations whose loss or gradient was not finite
+    packs: int = 0  # over all ranks
+    targets: int = 0  # tokens with a loss, over all ranks
+    skipped: int = 0  # iterations with a loss or gradient that was not finite
 
     def advance(self, position: Position, packs: int, targets: int) -> "TrainState":
         """The state after one more iteration."""
@@ -29,7 +29,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainState":
-        """Raises: ValueError, TypeError, KeyError, AttributeError for anything that `to_json` does not make."""
+        """Raises: ValueError, TypeError, KeyError, AttributeError for a value that `to_json` cannot have written."""
         position = value["position"]
         for number in (*position.values(), *(n for key, n in value.items() if key != "position")):
             if type(number) is not int or not 0 <= number < 2**63:

@@ -1,8 +1,7 @@
-"""Requests to stop: finish the iteration, save, exit 75. A second signal changes nothing, a second Ctrl-C ends at once.
+"""Stop requests: finish the iteration, save, exit 75. A second signal has no effect, a second Ctrl-C ends at once.
 
-Requested by SIGTERM, SIGUSR1, Ctrl-C or a terminal that closes (SIGHUP, unless `nohup` has it ignored), by a file
-`STOP` in the work dir, by `--max-minutes`, or because the Slurm job is about to end. Any rank's request is all ranks'
-request, at the same iteration.
+Sources: SIGTERM, SIGUSR1, Ctrl-C, a closing terminal (SIGHUP, unless `nohup` ignores it), a file `STOP` in the work
+dir, `--max-minutes`, and the end of the Slurm job. A request on any rank stops all ranks at the same iteration.
 """
 
 import contextlib
@@ -20,15 +19,15 @@ from xtuner.dist.workers import stop_signals
 
 FILE = "STOP"
 SLURM_END = "SLURM_JOB_END_TIME"  # seconds since 1970
-LOOK_EVERY = 2.0  # s between looks at the file
-SLACK = {"--max-minutes": 0.0}  # s kept for the unforeseen; 60 before a limit that kills
+POLL_SECONDS = 2.0  # between checks for the file
+SLACK = {"--max-minutes": 0.0}  # s of margin before a limit; 60 before one at which the job is killed
 
 
 class Stop:
-    """Listens from its making on.
+    """Installs its signal handlers when constructed.
 
     Args:
-        max_minutes: stop in time to have saved when so many have passed; None for no limit.
+        max_minutes: stop early enough to have saved after that many minutes; None for no limit.
     """
 
     def __init__(self, work_dir: Path, ranks: Ranks, max_minutes: float | None = None) -> None:
@@ -36,8 +35,8 @@ class Stop:
         self.interrupted = False  # by a first Ctrl-C
         self._file = work_dir / FILE
         self._ranks = ranks
-        self._answers = ranks.is_main  # by what a handler may use
-        self._looked = self._last = time.time()
+        self._prints = ranks.is_main  # from the signal handler, with os.write only
+        self._last_poll = self._last = time.time()
         self._longest = 0.0
         limits = {"--max-minutes": time.time() + 60 * max_minutes} if max_minutes is not None else {}
         if SLURM_END in os.environ:
@@ -45,47 +44,47 @@ class Stop:
         self._limits = limits
         self._erase = ERASE_LINE if is_terminal(sys.stderr) else ""
         if self._file.exists() and ranks.is_main:
-            logger.warning(f"{self._file} was there already: removed")
+            logger.warning(f"removed {self._file}, which an earlier request had left")
             self._file.unlink(missing_ok=True)
         for number in stop_signals():
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle_signal)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         name, again = signal.Signals(number).name, ""
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # first of all: the next one may be on its way
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # first: the next Ctrl-C may follow at once
             self.interrupted = True
             again = "; press Ctrl-C again to stop at once without saving"
-        if self._answers and (again or not self.reason):
-            with contextlib.suppress(OSError):  # a handler must not log or print: it may interrupt just that
+        if self._prints and (again or not self.reason):
+            with contextlib.suppress(OSError):  # not log or print: the handler may have interrupted one
                 os.write(2, f"{self._erase}xtuner: {name}: finishing this iteration, then saving{again}\n".encode())
         self.reason = self.reason or name
 
     def requested(self, save_time: float = 0.0) -> bool:
-        """Whether this rank has a reason to stop. Called once an iteration.
+        """Whether this rank has a reason to stop. Called once per iteration.
 
         Args:
-            save_time: s that a save has taken, which must fit before a time limit.
+            save_time: duration of a save in s, which must fit before a time limit.
         """
-        self.reason = self.reason or self._look(save_time)
+        self.reason = self.reason or self._find_reason(save_time)
         return bool(self.reason)
 
     def agree(self) -> None:
-        """Once any rank has a reason: make the first of them the `reason` of all. All ranks call it together."""
+        """Set the `reason` of all ranks to that of the first rank which has one. All ranks call it together."""
         self.reason = next(filter(None, self._ranks.gather(self.reason)))
         if self._ranks.is_main:
-            with contextlib.suppress(OSError):  # read-only by now: the next start removes it
+            with contextlib.suppress(OSError):  # read-only: the next start removes it
                 self._file.unlink(missing_ok=True)
 
-    def _look(self, save_time: float) -> str:
+    def _find_reason(self, save_time: float) -> str:
         now = time.time()
         self._longest, self._last = max(self._longest, now - self._last), now
         for what, end in self._limits.items():
             if now + 2 * self._longest + 2 * save_time + SLACK.get(what, 60.0) > end:
                 return what
-        if self._ranks.is_main and now - self._looked >= LOOK_EVERY:
-            self._looked = now
-            with contextlib.suppress(OSError):  # a file system that does not answer is no request
+        if self._ranks.is_main and now - self._last_poll >= POLL_SECONDS:
+            self._last_poll = now
+            with contextlib.suppress(OSError):  # an unreachable file system is not a request
                 if self._file.exists():
                     return f"the file {FILE}"
         return ""

@@ -1,4 +1,4 @@
-"""The loop, and what it needs put together from a config."""
+"""The training loop, and the assembly of a run from a config."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,13 @@ from xtuner.engine.strategies.out_of_memory import is_out_of_memory
 from xtuner.engine.strategies.select import strategy
 from xtuner.train import preflight
 from xtuner.train.checkpoints import history
-from xtuner.train.checkpoints.async_saver import Saver
+from xtuner.train.checkpoints.async_saver import AsyncSaver
 from xtuner.train.plan import make_plan
-from xtuner.train.reporting.failure_advice import interrupted, out_of_memory
-from xtuner.train.reporting.start_report import report
-from xtuner.train.resume import Found, find, load_into
-from xtuner.train.run import Iteration, Plan, Progress, Run, Settings, hooks_of
-from xtuner.train.start import EarlyLog, open_log, open_trackers, record_start, take_work_dir
+from xtuner.train.reporting.failure_advice import interrupted_error, out_of_memory_error
+from xtuner.train.reporting.start_report import format_start_report
+from xtuner.train.resume import ResumePoint, find_resume_point, load_run_state
+from xtuner.train.run import Iteration, Plan, Progress, Run, Settings, run_hooks
+from xtuner.train.start import EarlyLog, acquire_work_dir, open_log, open_trackers, record_start
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 from xtuner.train.trackers import Tracker
@@ -37,19 +37,19 @@ from xtuner.train.trackers import Tracker
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a run is started, beside what its config says."""
+    """Options of the command line."""
 
-    resume: str | None = None  # a checkpoint, "auto" for the newest in the work dir, None for what the config says
-    strict_resume: bool = False  # a damaged checkpoint is an error, not a reason to take the one before it
+    resume: str | None = None  # a checkpoint, "auto" for the newest in the work dir, None for the config's `resume`
+    strict_resume: bool = False  # a damaged checkpoint is an error; else the previous one is used
     allow_change: bool = False  # resume although settings or data that change the result have changed
     seed: int | None = None  # of random weights; None for the config's
-    dry_run: bool = False  # report everything, load no weights, train nothing
-    ranks: int | None = None  # of a dry run: plan for so many processes
-    max_minutes: float | None = None  # stop in time to have saved by then
-    cache_dir: str | None = None  # where data indexes are kept
+    dry_run: bool = False  # report the plan without loading weights or training
+    ranks: int | None = None  # of a dry run: plan for this number of processes
+    max_minutes: float | None = None  # stop early enough to have saved by then
+    cache_dir: str | None = None  # for data indexes
     deepspeed: str | None = None  # a shipped name or a JSON file
     fsdp: str | None = None  # "full" or "hybrid"
-    words: tuple[str, ...] = ()  # of the command line, after `xtuner train`
+    arguments: tuple[str, ...] = ()  # the command line after `xtuner train`
 
 
 def train(
@@ -58,77 +58,79 @@ def train(
     """Run a config to its end: settings, then the plan, then the run.
 
     Args:
-        heartbeat: what is told how far this rank is, if there are others.
+        heartbeat: the one that monitors this rank's progress, if there are several ranks.
 
-    Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for what a user can mend.
+    Returns the exit code: 0 done, 75 stopped on request. Raises: XTunerError for errors that the user can fix.
     """
     mesh = make_mesh(options.fsdp, options.ranks)
     ranks = mesh.ranks
     log.setup(rank=ranks.rank)
-    parts = ranks.run_on_all(lambda: preflight.settings(config))
+    extensions = ranks.run_on_all(lambda: preflight.check_settings(config))
     log_report(config)
     if config.setting("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.setting("randomness.deterministic"))  # attention is chosen by it
+    torch.use_deterministic_algorithms(config.setting("randomness.deterministic"))  # affects the choice of attention
     log.setup(config.setting("log_level"), rank=ranks.rank)
-    ranks.run_on_main(lambda: preflight.command_line(work_dir, options.seed, options.max_minutes))
-    settings = preflight.prepare(config, parts.hooks, work_dir, device, options.seed, mesh, Opening(options.cache_dir))
+    ranks.run_on_main(lambda: preflight.check_command_line(work_dir, options.seed, options.max_minutes))
+    settings = preflight.prepare_settings(
+        config, extensions.hooks, work_dir, device, options.seed, mesh, Opening(options.cache_dir)
+    )
     if options.dry_run:
-        found = _find(settings, options, contents=False)
-        plan = _plan(settings, options, found)
+        found = _find_resume_point(settings, options, contents=False)
+        plan = _make_plan(settings, options, found)
         _print_report(settings, plan)
-        if options.ranks is None:  # else it is another machine's memory
+        if options.ranks is None:  # else the plan is for other machines
             _require_memory(settings, plan)
         logger.info("dry run: nothing was trained" + (f"; it would resume from {found.folder}" if found else ""))
         return EXIT_DONE
-    with contextlib.ExitStack() as at_the_end:
+    with contextlib.ExitStack() as cleanup:
         early = EarlyLog()
-        ranks.run_on_main(lambda: take_work_dir(work_dir, at_the_end))
-        found = _find(settings, options)
-        plan = _plan(settings, options, found)
+        ranks.run_on_main(lambda: acquire_work_dir(work_dir, cleanup))
+        found = _find_resume_point(settings, options)
+        plan = _make_plan(settings, options, found)
         _require_memory(settings, plan)
         file = open_log(settings)
-        early.into_file()
+        early.write_to_file()
         stop = Stop(work_dir, ranks, options.max_minutes)
         if heartbeat:
             heartbeat.log, heartbeat.interrupted = file, lambda: stop.interrupted
         run: Run | None = None
         progress = Progress(found.state) if found else Progress()
         try:
-            run = _build(settings, plan, found, parts.trackers, file, at_the_end)
+            run = _build_run(settings, plan, found, extensions.trackers, file, cleanup)
             progress = run.progress
-            with hooks_of(run):
+            with run_hooks(run):
                 return loop(run, stop, heartbeat)
         except Exception as e:
             if is_out_of_memory(e):
                 now = run.strategy.memory if run else None
-                raise out_of_memory(settings, plan, progress.state.iteration, options.words, e, now) from None
+                raise out_of_memory_error(settings, plan, progress.state.iteration, options.arguments, e, now) from None
             raise
-        except SystemExit as e:  # of a hook's or a dataset's method
+        except SystemExit as e:  # raised by a hook or dataset
             raise from_system_exit(e) from None
         except KeyboardInterrupt:
-            at_the_end.close()  # with a save in flight
-            raise interrupted(work_dir, progress.state.iteration, options.words, mesh) from None
+            cleanup.close()  # waits for a save in progress
+            raise interrupted_error(work_dir, progress.state.iteration, options.arguments, mesh) from None
         finally:
             log.show_progress()
 
 
-def _find(settings: Settings, options: Options, contents: bool = True) -> Found | None:
+def _find_resume_point(settings: Settings, options: Options, contents: bool = True) -> ResumePoint | None:
     resume = options.resume if options.resume is not None else settings.config.setting("resume")
-    return find(settings.work_dir, resume, settings.mesh.ranks, options.strict_resume, contents)
+    return find_resume_point(settings.work_dir, resume, settings.mesh.ranks, options.strict_resume, contents)
 
 
-def _plan(settings: Settings, options: Options, found: Found | None) -> Plan:
-    """All ranks call it together, and come to the same."""
+def _make_plan(settings: Settings, options: Options, found: ResumePoint | None) -> Plan:
+    """All ranks call it together and get equal plans."""
     ranks, optim, device = settings.mesh.ranks, settings.optim, settings.device
-    # kernels that are tried take memory: what is free is looked at afterwards
+    # these two try kernels, which takes memory: measure free memory afterwards
     ranks.run_on_all(lambda: settings.source.require(device, optim.compute_dtype(device)))
     ranks.run_on_all(lambda: optim.traits(device))
     free = memory.free_of_all(device, settings.mesh)
     how = options.allow_change, options.deepspeed, options.fsdp, free
     plan = ranks.run_on_all(lambda: make_plan(settings, found, *how))
     if found:
-        ranks.run_on_main(lambda: SavedStates(found.folder) and None)  # the optimizer's state is there
+        ranks.run_on_main(lambda: SavedStates(found.folder) and None)  # raises if the optimizer's state is absent
     return plan
 
 
@@ -140,35 +142,35 @@ def _require_memory(settings: Settings, plan: Plan) -> None:
 
 
 def _print_report(settings: Settings, plan: Plan) -> None:
-    """On rank 0. Its result goes to standard output; what happens while training goes to standard error."""
+    """Print the plan on rank 0: to standard output, unlike the log of the training."""
     if collectives.is_main():
-        log.print_result(report(settings, plan))
+        log.print_result(format_start_report(settings, plan))
         if warning := settings.dataset.dropped().warning():
             logger.warning(warning)
         for remark in plan.schedule.remarks(plan.max_iterations):
             logger.warning(remark)
 
 
-def _build(
-    settings: Settings, plan: Plan, found: Found | None, trackers: list[Tracker], file: Path,
-    at_the_end: contextlib.ExitStack,
+def _build_run(
+    settings: Settings, plan: Plan, found: ResumePoint | None, trackers: list[Tracker], file: Path,
+    cleanup: contextlib.ExitStack,
 ) -> Run:  # fmt: skip
-    """Everything of the run, brought to where it begins; what does not lead there is moved out of the way."""
+    """Build the run, load its initial state, and move aside checkpoints that it does not continue."""
     ranks = settings.mesh.ranks
     metrics = open_trackers(settings, trackers, file.parent)
-    at_the_end.callback(metrics.close)
-    saver = Saver(settings.work_dir, ranks)
-    at_the_end.callback(saver.close)
+    cleanup.callback(metrics.close)
+    saver = AsyncSaver(settings.work_dir, ranks)
+    cleanup.callback(saver.close)
     _print_report(settings, plan)
     if plan.choice.remark and collectives.is_main():
         logger.info(plan.choice.remark)
-    trains = strategy(plan.choice, settings.source, settings.optim, settings.device)
+    strategy_ = strategy(plan.choice, settings.source, settings.optim, settings.device)
     if settings.device.type == "cuda":
-        trains.memory.tell(plan.choice.pack, settings.mesh)
-    progress = load_into(trains, settings.config, found, ranks)
-    ranks.run_on_main(lambda: history.make_way(settings.work_dir, found.chosen if found else None))
+        strategy_.memory.tell(plan.choice.pack, settings.mesh)
+    progress = load_run_state(strategy_, settings.config, found, ranks)
+    ranks.run_on_main(lambda: history.set_aside_others(settings.work_dir, found.chosen if found else None))
     ranks.run_on_main(lambda: record_start(settings, progress, found, file.parent))
-    return Run(**vars(settings), plan=plan, loader=plan.loader(settings), strategy=trains, metrics=metrics,
+    return Run(**vars(settings), plan=plan, loader=plan.loader(settings), strategy=strategy_, metrics=metrics,
                saver=saver, log=file, progress=progress)  # fmt: skip
 
 
@@ -182,12 +184,12 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
             heartbeat.iteration = run.state.iteration
         batch = [next(packs) for _ in range(run.plan.accumulative_counts)]
         data_time = time.perf_counter() - begin
-        # at least one iteration is done; all that ranks have to agree on for the next goes in one message
+        # at least one iteration per start; everything that ranks must agree on is sent in one message
         stops = run.state.iteration > begun_at and stop.requested(run.saver.save_time)
         counted = [stops, sum(b.num_targets for b in batch), sum(b.attention_pairs for b in batch)]
         counts, parts = run.mesh.ranks.sums_and_maxima(counted, run.strategy.parts(batch))
         if counts[0]:
-            return _stopped(run, stop)
+            return _save_and_stop(run, stop)
         num_targets = int(counts[1])
         lr = run.plan.schedule(run.state.iteration)
         loss = run.strategy.forward_backward(batch, num_targets, parts, run.state.iteration + 1)
@@ -205,7 +207,7 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
             data_time=data_time,
         )
         if not applied:
-            _not_applied(run, it, [b.pack for b in batch])
+            _report_unapplied_step(run, it, [b.pack for b in batch])
         for hook in run.hooks:
             hook.after_iteration(run, it)
         _report_checkpoints(run)
@@ -216,22 +218,22 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
     left = max(run.plan.total_packs - run.state.packs, 0)
     logger.info(
         f"done: {run.state.iteration} iterations, {run.state.packs:,} packs, {run.state.targets:,} tokens learned from"
-        + (f"; {left} packs at the end filled no iteration" if left else "")
+        + (f"; {left} packs at the end did not fill an iteration" if left else "")
         + (f"; {empty:,} iterations had no token to learn from" if empty else "")
     )
     return EXIT_DONE
 
 
 def _report_checkpoints(run: Run) -> None:
-    """Those that have come to the disk since the last time."""
+    """Pass checkpoints that have been written since the last call to the hooks."""
     while run.saver.written:
         folder = run.saver.written.popleft()
         for hook in run.hooks:
             hook.after_checkpoint(run, folder)
 
 
-def _stopped(run: Run, stop: Stop) -> int:
-    """Save where the run stands, before its next iteration."""
+def _save_and_stop(run: Run, stop: Stop) -> int:
+    """Save the current state and return EXIT_STOPPED."""
     stop.agree()
     run.save(last=True)
     _report_checkpoints(run)
@@ -239,12 +241,12 @@ def _stopped(run: Run, stop: Stop) -> int:
     return EXIT_STOPPED
 
 
-def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
-    """Tell why an iteration changed no weight. Raises: DivergedError beyond the budget `train_cfg.max_skipped`."""
+def _report_unapplied_step(run: Run, it: Iteration, packs: list[int]) -> None:
+    """Log why an iteration changed no weight. Raises: DivergedError beyond the budget `train_cfg.max_skipped`."""
     number = it.state.iteration
     packs = [p for rank in run.mesh.ranks.gather(packs) for p in rank]
     if not it.num_targets:
-        _without_targets(run, number, packs)
+        _report_without_targets(run, number, packs)
         return
     run.progress.state = dataclasses.replace(run.state, skipped=run.state.skipped + 1)
     what = f"iteration {number}: loss {it.loss}, gradient norm {it.grad_norm}; the step was not applied"
@@ -256,23 +258,23 @@ def _not_applied(run: Run, it: Iteration, packs: list[int]) -> None:
         return
     run.saver.finish()
     try:
-        last = history.latest(run.work_dir, run.mesh.ranks)
+        last = history.latest_checkpoint(run.work_dir, run.mesh.ranks)
     except CheckpointError:
         last = None
     again = f"xtuner train {run.config.path} --work-dir {run.work_dir}" + (f" --resume {last.folder}" if last else "")
     error = DivergedError(
         what,
         where=f"packs {packs} of {', '.join(sorted(files))}",
-        why="weights that met a NaN would be lost; these are as they were before the iteration",
-        do=f"run the same iterations again: {again}\n"
+        why="a NaN would have destroyed the weights; they are unchanged since the iteration before",
+        do=f"repeat the same iterations: {again}\n"
         f"        look at a pack: {data.show_command(packs[0], '--tokenizer DIR')}\n"
-        f"        or go on without such iterations: --cfg-options train_cfg.max_skipped=10",
+        f"        or continue without such iterations: --cfg-options train_cfg.max_skipped=10",
     )
     error.reported_elsewhere = not collectives.is_main()
     raise error
 
 
-def _without_targets(run: Run, number: int, packs: list[int]) -> None:
+def _report_without_targets(run: Run, number: int, packs: list[int]) -> None:
     """Report the first iteration without a token to learn from, and the 10th, the 100th, …
 
     Raises: DataError when a whole epoch, or the whole run, had none.
@@ -281,7 +283,7 @@ def _without_targets(run: Run, number: int, packs: list[int]) -> None:
     count, data = run.progress.without_targets, run.loader.dataset
     if count == 1:
         logger.warning(
-            f"iteration {number} changed no weight: none of its tokens is marked as learned (packs {packs}). "
+            f"iteration {number} changed no weight: none of its tokens is a target (packs {packs}). "
             "Further ones are counted, not listed"
         )
     elif set(str(count)) <= {"1", "0"} and str(count).count("1") == 1:
@@ -291,7 +293,7 @@ def _without_targets(run: Run, number: int, packs: list[int]) -> None:
         error = DataError(
             f"no token to learn from in {run.state.packs:,} packs: nothing was trained",
             where=data.documents.location,
-            why="a token is learned if it is above 0 in the .bin; negative ones are context only",
+            why="tokens above 0 in the .bin are learned; negative ones are context only",
             do=f"count them: xtuner data stats {data.documents.folder}\n        look at a pack: "
             * bool(data.documents.folder)
             + data.show_command(packs[0]),

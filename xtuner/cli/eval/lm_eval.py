@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from xtuner.tools.evaluators import lm_eval
-    from xtuner.tools.evaluators.model import Given
+    from xtuner.tools.evaluators.model import EvaluatedModel
     from xtuner.tools.evaluators.table import text
 
     if args.install and not args.model:
         environment(args, COMMAND)
         return 0
-    given = Given(args.model, args.cfg_options)
+    given = EvaluatedModel(args.model, args.cfg_options)
     if not args.tasks:
         raise ConfigError("no tasks are given", where=COMMAND, do="give --tasks NAME …")
     if args.include_path and not args.include_path.is_dir():

@@ -23,13 +23,13 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core.errors import ConfigError
     from xtuner.data import load_intern_repo_tokenized_dataset
     from xtuner.dist.process_group import select_device
-    from xtuner.train.evaluate import Record, check_place, evaluate, open_model
+    from xtuner.train.evaluate import Record, check_record_path, evaluate, open_model
 
     if args.max_length < 2:
         raise ConfigError("a part needs at least 2 tokens", where=f"--max-length {args.max_length}")
     save = Path(args.save).expanduser() if args.save else None
     if save:
-        check_place(save)
+        check_record_path(save)
     documents = load_intern_repo_tokenized_dataset(args.data_folder)
     model, identity = open_model(args.model, args.cfg_options, select_device())
     record = Record(save, identity, args.max_length)

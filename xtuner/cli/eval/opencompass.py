@@ -52,14 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from xtuner.export.opencompass import Settings, config_text, has_chat_template
     from xtuner.tools.evaluators import opencompass
-    from xtuner.tools.evaluators.model import Given
+    from xtuner.tools.evaluators.model import EvaluatedModel
     from xtuner.tools.evaluators.table import text
 
     turbomind = args.backend == "turbomind"
     if args.install and not args.model:
         environment(args, COMMAND, turbomind)
         return 0
-    given = Given(args.model, args.cfg_options)
+    given = EvaluatedModel(args.model, args.cfg_options)
     _check_options(args)
     questions = opencompass.read_file(args.custom, args.infer) if args.custom else None
     found = environment(args, COMMAND, turbomind)

@@ -232,7 +232,7 @@ def _find_unchanged(
         try:
             older, _ = file_catalog.from_bytes(path.read_bytes())
         except (OSError, ValueError) as e:
-            log_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is rebuilt")
+            log_once(f"the index {path} cannot be used ({getattr(e, 'strerror', None) or e}): it is rebuilt")
             continue
         where = {name: i for i, name in enumerate(older.names)}
         rows = np.array([where.get(name, -1) for name in names], np.int64)

@@ -105,7 +105,7 @@ def find_orders(catalog: Catalog, min_length: int, seed: int, cache_dirs: CacheD
         try:
             return DocumentOrders(path, key)
         except (OSError, ValueError) as e:
-            log_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is rebuilt")
+            log_once(f"the index {path} cannot be used ({getattr(e, 'strerror', None) or e}): it is rebuilt")
     return None
 
 

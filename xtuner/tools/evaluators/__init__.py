@@ -1,8 +1,8 @@
-"""Others' evaluators (OpenCompass, lm-eval), run as programs of an environment of their own.
+"""Third-party evaluators (OpenCompass, lm-eval), run as programs in a separate virtual environment.
 
-environment    where they are installed, and whether that is whole
-model          what is given, as a folder that they can read
-custom         rows of a user's own file, checked before anything starts
-process        one program run: log, progress, signals
+environment    the environment: installation and completeness
+model          the given model, as a folder that the evaluators can read
+custom         a user's own questions, checked before the evaluation starts
+process        runs one program: log, progress, signals
 opencompass, lm_eval   command lines, and results as a table
 """

@@ -1,9 +1,9 @@
-"""A user's own questions, a JSON object a line:
+"""A user's own questions, one JSON object per line:
 
-    {"question": "…", "answer": "…"}                            answered by a text
-    {"question": "…", "A": "…", "B": "…", …, "answer": "B"}     multiple choice, two options or more, by letter
+    {"question": "…", "answer": "…"}                            free text answer
+    {"question": "…", "A": "…", "B": "…", …, "answer": "B"}     multiple choice, with at least two options
 
-OpenCompass takes the first row's fields for all and fills what is missing, so every row is checked before.
+OpenCompass applies the first row's fields to all rows and fills in missing ones, so every row is checked first.
 """
 
 import json
@@ -17,10 +17,10 @@ QUESTIONS, CHOICES = "qa", "mcq"  # OpenCompass's names
 
 
 def check(path: Path) -> str:
-    """QUESTIONS or CHOICES. Raises: DataError with the line of the first row that is wrong."""
+    """QUESTIONS or CHOICES. Raises: DataError with the line of the first invalid row."""
     if path.suffix != ".jsonl":
         raise DataError(
-            "the file is no .jsonl", where=str(path), do="give JSON lines, a row a line, in a file NAME.jsonl"
+            "the file is not a .jsonl", where=str(path), do="give JSON lines, one row per line, in a file NAME.jsonl"
         )
     try:
         lines = path.read_bytes().split(b"\n")
@@ -48,12 +48,12 @@ def _row(line: bytes, path: Path, number: int) -> dict[str, Any]:
     except json.JSONDecodeError as e:
         _refuse("the line is empty" if not line.strip() else f"the line is not JSON: {e.msg}", path, number)
     if not isinstance(row, dict):
-        _refuse("the line is no JSON object", path, number)
+        _refuse("the line is not a JSON object", path, number)
     return row
 
 
 def _options(row: dict[str, Any]) -> list[str]:
-    """A, B, … as far as the row has them in a row; OpenCompass's rule."""
+    """A, B, … up to the first letter that the row lacks (OpenCompass's rule)."""
     found = []
     for letter in string.ascii_uppercase:
         if letter not in row:
@@ -67,15 +67,15 @@ def _check(row: dict[str, Any], first: dict[str, Any], options: list[str], path:
         if name not in row:
             _refuse(f"the row has no {name!r}", path, number)
         if not isinstance(row[name], str):
-            _refuse(f"{name!r} is {row[name]!r}, no text", path, number)
+            _refuse(f"{name!r} is {row[name]!r}, not a text", path, number)
     if options and row["answer"] not in options:
-        _refuse(f"the answer is {row['answer']!r}, none of {', '.join(options)}", path, number)
+        _refuse(f"the answer is {row['answer']!r}, not one of {', '.join(options)}", path, number)
     if strange := sorted(first.keys() ^ row.keys()):
         verb = "lacks" if strange[0] in first else "has"
-        _refuse(f"the row {verb} {strange[0]!r}, other than line 1", path, number)
+        _refuse(f"the row {verb} {strange[0]!r}, unlike line 1", path, number)
     for name, value in row.items():
         if type(value) is not type(first[name]):
-            _refuse(f"{name!r} is {value!r}, on line 1 {first[name]!r}: of another kind", path, number)
+            _refuse(f"{name!r} is {value!r}, but {first[name]!r} on line 1: another type", path, number)
 
 
 def _refuse(what: str, path: Path, number: int) -> NoReturn:

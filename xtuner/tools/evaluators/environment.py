@@ -1,8 +1,8 @@
-"""The environment that evaluators run in: a virtual environment apart from ours, since their needs contradict ours.
+"""The virtual environment of the evaluators. It is separate, since their requirements conflict with ours.
 
-A virtual environment cannot be renamed (its scripts hold its path), so it is made in place, under a mark that says
-"not whole" from before the first file until the last one is there. One that somebody made by hand has no mark, and is
-judged by the versions in it alone.
+A virtual environment cannot be renamed (its scripts contain its path), so it is created in place, with a marker file
+that says "incomplete" until the installation has finished. A manually created one has no marker file; only the versions
+in it are checked.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "evaluation.txt"
 TURBOMIND = HERE / "turbomind.txt"
 MARK = "xtuner-environment.json"
-NEWEST_PYTHON = (3, 12)  # for which all of them have wheels
+NEWEST_PYTHON = (3, 12)  # the newest for which all packages have wheels
 PROBE_SECONDS = 300  # importing torch from a cold network disk takes minutes
 _PROBE = """
 import importlib.metadata, json, sys
@@ -49,14 +49,14 @@ def default_folder() -> Path:
 
 
 def pinned(package: str) -> str:
-    """The version that the requirements name."""
+    """The version of a package in the requirements."""
     found = re.search(rf"^{package}==(\S+)", REQUIREMENTS.read_text() + TURBOMIND.read_text(), re.MULTILINE)
     assert found, package
     return found[1]
 
 
 class Environment:
-    """Args: folder: of the virtual environment; command: of ours that installs it, for messages."""
+    """Args: folder: of the virtual environment; command: our command that installs it, for messages."""
 
     def __init__(self, folder: Path, command: str) -> None:
         self.folder = folder.expanduser().absolute()
@@ -65,29 +65,29 @@ class Environment:
         self._command = f"{command} --install" + ("" if self.folder == default_folder() else f" --env {folder}")
 
     def to_install(self, turbomind: bool = False) -> str:
-        """The command that puts everything there; one made by hand is its maker's, and we do not touch it."""
+        """The command that installs everything; a manually created environment is left to its owner."""
         if not self._mark.is_file() and self.python.is_file():
             files = [REQUIREMENTS, *([TURBOMIND] if turbomind else [])]
             return shlex.join([str(self.python), "-m", "pip", "install", *(w for f in files for w in ("-r", str(f)))])
         return self._command + (" --backend turbomind" if turbomind else "")
 
     def need(self, package: str) -> None:
-        """Raises: ConfigError unless the environment is whole and has `package` in the version that we know."""
+        """Raises: ConfigError unless the environment is complete and has `package` in the tested version."""
         wanted = pinned(package)
         where, do = str(self.folder), f"run `{self.to_install()}` (some minutes, 2.3 GB; more with CUDA)"
         if not self.python.is_file():
             raise ConfigError(f"{package} is not installed: there is no such environment", where=where, do=do)
         if self._found_mark().get("whole") is False:
-            raise ConfigError("the environment is not whole: its installation has not ended", where=where, do=do)
+            raise ConfigError("the environment is incomplete: its installation did not finish", where=where, do=do)
         found = self.probe(package)[package]
         if found is None:
             raise ConfigError(f"{package} is not in the environment", where=where, do=do)
         if found != wanted:
-            why = f"what is written for it here was tried with {wanted}"
+            why = f"xtuner was tested with {wanted}"
             raise ConfigError(f"{package} is {found} there, not {wanted}", where=where, why=why, do=do)
 
     def probe(self, *packages: str, gpus: bool = False) -> dict[str, Any]:
-        """Versions of packages, None for one that is absent; "gpus": how many its torch sees.
+        """Versions of packages, None for absent ones; "gpus": how many its torch sees.
 
         Raises: ConfigError if its Python does not run.
         """
@@ -112,13 +112,13 @@ class Environment:
         return next(iter(sorted(self.folder.glob("lib/python3*/site-packages"))), self.folder)
 
     def install(self, turbomind: bool = False) -> None:
-        """Make it, or what is missing of it. Raises: ConfigError, BusyError, CheckpointError, ToolError."""
+        """Create or complete the environment. Raises: ConfigError, BusyError, CheckpointError, ToolError."""
         found = self._found_mark()
         files = [REQUIREMENTS, *([TURBOMIND] if turbomind or found.get("turbomind") else [])]
         digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
         whole = bool(found.get("whole")) and self._runs()
         if whole and found.get("requirements") == digest:
-            logger.info(f"{self.folder} is there already, and whole")
+            logger.info(f"{self.folder} is complete already")
             return
         self._check_place(bool(found))
         facts = {"turbomind": len(files) > 1, "requirements": digest}
@@ -128,7 +128,7 @@ class Environment:
     def _runs(self) -> bool:
         try:
             self.probe()
-        except ConfigError:  # the Python that it was made with is gone
+        except ConfigError:  # the Python that created it is gone
             return False
         return True
 
@@ -139,14 +139,14 @@ class Environment:
             raise ConfigError(f"the evaluators need Python {version} or older", where=sys.executable, do=by_hand)
         if shlex.quote(str(self.folder)) != str(self.folder):
             raise ConfigError(
-                "the path has a character that shells treat in their own way",
+                "the path contains a special character of the shell",
                 where=f"--env {self.folder}",
-                why="OpenCompass starts its tasks through a shell, and does not quote",
-                do="give another",
+                why="OpenCompass starts its tasks through a shell without quoting",
+                do="give another path",
             )
         if not ours and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError(
-                "there is something else already", where=f"--env {self.folder}", do="give another, or remove it"
+                "there is something else already", where=f"--env {self.folder}", do="give another path, or remove it"
             )
 
     def _make(self, files: list[Path], facts: dict[str, Any], fresh: bool) -> None:
@@ -157,13 +157,13 @@ class Environment:
             for inside in self.folder.iterdir():
                 if inside != self._mark:
                     shutil.rmtree(inside) if inside.is_dir() and not inside.is_symlink() else inside.unlink()
-            logger.info(f"making {self.folder}")
+            logger.info(f"creating {self.folder}")
             self._step([sys.executable, "-m", "venv", str(self.folder)], log)
         logger.info(f"installing {', '.join(f.name for f in files)}: some minutes; the log is {log}")
         pip = [str(self.python), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
         self._step([*pip, *(word for f in files for word in ("-r", str(f)))], log)
         write_json(self._mark, {"whole": True, **facts})
-        logger.info(f"{self.folder} is whole")
+        logger.info(f"{self.folder} is complete")
 
     def _step(self, words: list[str], log: Path) -> None:
         def news() -> str | None:
@@ -173,7 +173,7 @@ class Environment:
         if run(words, log, news, self.folder, environ(PIP_DISABLE_PIP_VERSION_CHECK="1")):
             errors = [line for line in tail(log).splitlines() if line.startswith("ERROR")]
             why = errors[0] if errors else last_line(log)
-            do = "look at the log; pip follows PIP_INDEX_URL, PIP_FIND_LINKS and the like"
+            do = "see the log; pip follows PIP_INDEX_URL, PIP_FIND_LINKS and so on"
             raise ToolError(f"`{shlex.join(words[1:4])} …` failed", where=str(log), why=why, do=do)
 
     def _found_mark(self) -> dict[str, Any]:
@@ -188,13 +188,13 @@ class Environment:
 
 @contextlib.contextmanager
 def exclusive(path: Path, busy: str) -> Iterator[None]:
-    """One process at a time, of those on one machine. The lock ends with the process.
+    """A lock between processes of one machine. It ends with the process.
 
-    Raises: BusyError, CheckpointError where nothing can be written.
+    Raises: BusyError; CheckpointError if the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        f = open(path, "a")  # noqa: SIM115  # closed below, after what runs under it
+        f = open(path, "a")  # noqa: SIM115  # closed below, at the end of the context
     except OSError as e:
         raise CheckpointError(f"nothing can be written there: {e.strerror}", where=str(path.parent)) from None
     with f:
@@ -203,5 +203,5 @@ def exclusive(path: Path, busy: str) -> Iterator[None]:
         except BlockingIOError:
             raise BusyError(busy, where=str(path), do="wait for it, or give another folder") from None
         except OSError:
-            logger.warning(f"{path.parent} is on a file system without locks: a second process would not be noticed")
+            logger.warning(f"{path.parent} is on a file system without locks: a second process will not be detected")
         yield

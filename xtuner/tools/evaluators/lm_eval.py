@@ -1,6 +1,6 @@
 """lm-eval 0.4.13 (EleutherAI's harness): its command line, and its results as a table.
 
-lm_eval.log               what it says, of the last run
+lm_eval.log               output of the last run
 lm_eval/MODEL/*.json      its results, and with --log_samples its samples
 """
 
@@ -32,11 +32,11 @@ def evaluate(
 
     Args:
         model: KEY=VALUE of its model `hf`: pretrained, the folder in the llama layout; dtype; …
-        include: a folder with tasks of one's own (YAML). Relative paths in them start where we run.
-        further: words for its own command line.
+        include: a folder with the user's own tasks (YAML). Relative paths in them start at the current folder.
+        further: more arguments for its command line.
     """
     if "," in model[0]:
-        raise ConfigError("the model's path has a comma, at which lm-eval would cut it", where=model[0], do="rename it")
+        raise ConfigError("the model's path has a comma, where lm-eval would split it", where=model[0], do="rename it")
     log, results = work_dir / "lm_eval.log", work_dir / PACKAGE
     before = set(results.rglob("results_*.json"))
     command = [str(environment.python), "-m", "lm_eval", "run", "--model", "hf"]
@@ -47,9 +47,7 @@ def evaluate(
     code = run(command, log, lambda: bar(log) or "lm-eval is starting", Path.cwd(), environ())
     if code:
         _explain(log, environment, include)
-        raise ToolError(
-            f"lm-eval ended with exit code {code}", where=str(log), why=last_line(log), do="look at the log"
-        )
+        raise ToolError(f"lm-eval ended with exit code {code}", where=str(log), why=last_line(log), do="see the log")
     written = sorted(set(results.rglob("results_*.json")) - before)
     if not written:
         raise ToolError("lm-eval has written no results", where=str(log), why=last_line(log))
@@ -76,7 +74,7 @@ def _task_names(folder: Path) -> set[str]:
 
 
 def scores(file: Path) -> list[list[str]]:
-    """Rows of the results, of which the first is the head."""
+    """The table of the results; the first row is the header."""
     found = json.loads(file.read_text(encoding="utf-8"))
     rows = [["task", "metric", "filter", "n-shot", "value", "stderr"]]
     for task, values in found["results"].items():

@@ -1,6 +1,6 @@
-"""What is evaluated, as a folder that evaluators read: a Hugging Face folder as it is, or a checkpoint with its config.
+"""The evaluated model as a folder that evaluators can read, from a Hugging Face folder or a checkpoint with its config.
 
-transformers 4 has no InternLM2. What is in its layout is written again in that of llama, below the work dir.
+transformers 4 does not support InternLM2: a model in its layout is converted to the llama layout in the work dir.
 """
 
 import os
@@ -22,10 +22,10 @@ COPY = "model"  # of the work dir
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class Given:
+class EvaluatedModel:
     """Args: words: HF_DIR, or CONFIG.py and CHECKPOINT; options: overrides of the config.
 
-    Raises: ConfigError, CheckpointError for what is none of these.
+    Raises: ConfigError, CheckpointError for anything else.
     """
 
     def __init__(self, words: Sequence[str], options: Sequence[str] = ()) -> None:
@@ -34,26 +34,26 @@ class Given:
         if not words:
             raise ConfigError("no model is given", where="MODEL", do=do)
         if len(words) > 2 or (len(words) == 2 and not words[0].endswith(".py")):
-            raise ConfigError(f"{' '.join(words)} is no model", where="MODEL", do=do)
+            raise ConfigError(f"{' '.join(words)} is not a model", where="MODEL", do=do)
         if len(words) == 2:
             recognise(words[1])
             self.name = f"{Path(words[0]).stem}-{Path(words[1]).resolve().stem}"  # for folders and tables
             return
         if options:
-            raise ConfigError("there is no config that it could change", where="--cfg-options", do="leave it out")
+            raise ConfigError("there is no config to change", where="--cfg-options", do="omit it")
         self._hf = Path(os.path.abspath(hub.resolve(words[0])))
         self.name = self._hf.name if Path(words[0]).expanduser().is_dir() else words[0].rpartition("/")[2]
         _check(self._hf)
 
-    def work_dir(self, asked: Path | None) -> Path:
-        """Where results go, absolute. Raises: ConfigError inside the model, which would not be what was exported."""
-        found = (asked or Path("work_dirs") / "eval" / self.name).expanduser().resolve()
+    def work_dir(self, requested: Path | None) -> Path:
+        """The absolute folder for results. Raises: ConfigError for one inside the model's folder."""
+        found = (requested or Path("work_dirs") / "eval" / self.name).expanduser().resolve()
         if len(self._words) == 1 and found.is_relative_to(self._hf.resolve()):
-            raise ConfigError("results would lie in the model's folder", where=str(found), do="give another --work-dir")
+            raise ConfigError("results would be in the model's folder", where=str(found), do="give another --work-dir")
         return found
 
     def folder(self, work_dir: Path, any_layout: bool = False) -> Path:
-        """Where the evaluators find it, in a layout of transformers unless `any_layout` will do.
+        """The model's folder, converted to a layout of transformers unless `any_layout` is accepted.
 
         Raises: ConfigError, CheckpointError.
         """
@@ -67,31 +67,31 @@ class Given:
             return folder
         dtype = _DTYPES.get(str(hf.get("torch_dtype") or hf.get("dtype")), torch.bfloat16)
         layout = find_family(hf).loads_as or find_family(hf).name
-        logger.info(f"transformers 4 does not read {folder} as it is; writing it to {target} in the {layout} layout")
+        logger.info(f"transformers 4 cannot read {folder}; converting it to {target} in the {layout} layout")
         return export(folder, target, folder, layout, dtype)
 
 
 def _check(folder: Path) -> None:
-    """Raises: ConfigError for what is no export."""
+    """Raises: ConfigError unless the folder is an exported model."""
     usual = (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN)
     path_kinds.require_kind(folder, usual, "MODEL", "give {} as the model", "give its config, too: CONFIG.py {}")
     missing = hub.missing_files(folder) + hub.missing_files(folder, tokenizer_only=True)
     if missing:
         raise ConfigError(
-            f"this is no exported model: {missing[0]} is missing",
+            f"this is not an exported model: {missing[0]} is missing",
             where=str(folder),
             do="give a Hugging Face folder, as `xtuner convert pth_to_hf` writes it, or CONFIG.py CHECKPOINT",
         )
 
 
 def _check_weights(folder: Path) -> None:
-    """Against the manifest of an export of ours: a flipped bit would only be seen as a lower score.
+    """Compare weights with the manifest of our export, if any: a flipped bit would only show as a lower score.
 
-    Other files may have been changed since, such as a chat template. Raises: CheckpointError.
+    Other files, such as a chat template, may have been changed since. Raises: CheckpointError.
     """
     files = read_json(folder / MANIFEST).get("files", {}) if (folder / MANIFEST).is_file() else {}
     weights = {folder / name: entry for name, entry in files.items() if name.endswith(".safetensors")}
     for path in progress(list(weights), "checking weights"):
         if not path.is_file() or file_entry(path) != weights[path]:
-            what = f"{path.name} is not what was exported: its sha256 is not the manifest's"
+            what = f"{path.name} has changed since the export: its sha256 is not that of the manifest"
             raise CheckpointError(what, where=str(path), do="export it again")

@@ -1,11 +1,11 @@
 """OpenCompass 0.5.4: its command line, its datasets by name, and its results as a table.
 
-What is asked of it lies below the work dir:
+Files in the work dir:
 
-    opencompass.log           what it says, of the last run
-    opencompass/TIMESTAMP/    configs, predictions, results, logs and summary, as OpenCompass writes them
+    opencompass.log           output of the last run
+    opencompass/TIMESTAMP/    configs, predictions, results, logs and summary, written by OpenCompass
 
-It exits with 0 when a task has failed; a dataset without a score is an error here.
+OpenCompass exits with 0 even if a task has failed; here a dataset without a score is an error.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ _MODEL = "xtuner_model"
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked: OpenCompass's datasets by name, or a user's own file."""
+    """The questions: OpenCompass's datasets by name, or a user's own file."""
 
     datasets: Sequence[str] = ()
     file: Path | None = None
-    kind: str = ""  # of the file, as `custom.check` says
-    infer: str = ""  # of the file: "ppl", the option with the lowest perplexity, or "gen", an answer
+    kind: str = ""  # of the file: the result of `custom.check`
+    infer: str = ""  # of the file: "ppl" (choose the option with the lowest perplexity) or "gen" (generate an answer)
 
     @property
     def by_likelihood(self) -> bool:
-        """Whether a model must give the likelihood of a text, which OpenCompass's chat models do not."""
+        """Whether the model must return likelihoods of texts, which OpenCompass's chat models cannot."""
         return self.infer == "ppl" or any(_BY_LIKELIHOOD.search(name.split("/")[0]) for name in self.datasets)
 
     @property
@@ -55,26 +55,26 @@ class Questions:
 
 
 def read_file(path: Path, infer: str | None) -> Questions:
-    """A user's own file. Raises: DataError, ConfigError."""
+    """Questions of a user's own file. Raises: DataError, ConfigError."""
     kind = custom.check(path)
     if kind == custom.QUESTIONS and infer == "ppl":
         why = f"the rows of {path} have no options A, B, … whose likelihood could be compared"
-        raise ConfigError("questions are answered by a text", where="--infer ppl", why=why, do="leave it out")
+        raise ConfigError("these questions need a generated answer", where="--infer ppl", why=why, do="omit it")
     return Questions(file=path, kind=kind, infer=infer or ("ppl" if kind == custom.CHOICES else "gen"))
 
 
 def read_names(names: Sequence[str], environment: Environment) -> Questions:
-    """Datasets that OpenCompass has. Raises: ConfigError for others, with names that are close."""
-    place = environment.site_packages() / PACKAGE / "configs"
-    files = [f for part in ("datasets", "dataset_collections") for f in (place / part).rglob("*.py")]
+    """Datasets of OpenCompass by name. Raises: ConfigError for unknown names, with similar ones."""
+    configs = environment.site_packages() / PACKAGE / "configs"
+    files = [f for part in ("datasets", "dataset_collections") for f in (configs / part).rglob("*.py")]
     known = sorted({f.stem for f in files if not f.stem.startswith("_")})
     for name in names:
-        asked = name.split("/")[0].removesuffix(".py")  # behind a / comes which of its lists
-        if asked not in known:
+        dataset = name.split("/")[0].removesuffix(".py")  # the part after a / names one of its lists
+        if dataset not in known:
             raise ConfigError(
-                f"OpenCompass has no dataset {asked!r}",
+                f"OpenCompass has no dataset {dataset!r}",
                 where="--datasets",
-                do=f"one of its {len(known)} names; close are: {', '.join(_close(asked, known)) or 'none'}",
+                do=f"one of its {len(known)} names; close are: {', '.join(_close(dataset, known)) or 'none'}",
             )
     return Questions(datasets=names)
 
@@ -127,9 +127,9 @@ def evaluate(
 
 @contextlib.contextmanager
 def _running_in(work_dir: Path) -> Iterator[Path]:
-    """A folder for what OpenCompass leaves where it runs, which is more than it cleans up.
+    """A temporary folder to run in: OpenCompass leaves files in the current folder.
 
-    It hands the folder's path to a shell unquoted, so a work dir with a blank in its path will not do.
+    It passes the folder's path to a shell without quoting, so a work dir with a blank in its path cannot be used.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     inside = str(work_dir)
@@ -160,7 +160,7 @@ def _news(results: Path, earlier: set[Path]) -> str:
 
 
 def scores(folder: Path) -> list[list[str]]:
-    """Rows of the summary, of which the first is the head. A dataset that has no score has `-`."""
+    """The table of the summary; the first row is the header. `-` means no score."""
     files = sorted(folder.glob("summary/*.csv"))
     if not files:
         raise ToolError("OpenCompass has written no summary", where=str(folder))
@@ -169,7 +169,7 @@ def scores(folder: Path) -> list[list[str]]:
 
 
 def check_scores(rows: list[list[str]], log: Path) -> None:
-    """Raises: ToolError if a dataset has no score, with what its task said last."""
+    """Raises: ToolError if a dataset has no score, with the last line of its task's log."""
     if missing := [row[0] for row in rows[1:] if row[-1] == "-"]:
         failed = re.findall(r"task .+ fail, see\s+(\S.*)", log.read_text(encoding="utf-8", errors="replace"))
         where = Path(failed[0].strip()) if failed else log
@@ -187,4 +187,4 @@ def _advice(log: Path) -> str:
         return "give a smaller --batch-size, or more --gpus"
     if "URLError" in said or "ConnectionError" in said or "No valid url" in said:
         return "give --data DIR, whose data/ holds OpenCompass's datasets, or run it where there is a network"
-    return "look at the log"
+    return "see the log"

@@ -1,4 +1,4 @@
-"""A program of others run to its end: output in a log, progress told, ended with us when we are stopped."""
+"""Runs a third-party program: its output goes to a log, its progress is reported, and it ends if we are stopped."""
 
 import os
 import re
@@ -16,30 +16,30 @@ from xtuner.core.log import logger
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE = 5.0  # s between SIGTERM and SIGKILL
 POLL = 0.2  # s
-TELL_EVERY = 5.0  # s
-TAIL = 8192  # bytes of a log that are looked at
+REPORT_EVERY = 5.0  # s
+TAIL = 8192  # bytes at the end of a log that are examined
 _BAR = re.compile(r"([^\r\n|]*?):?[ \t]*\d+%\|[^|\r\n]*\|[ \t]*(\d+/\d+ \[[^\]\r\n]*\])")
 _NOT_TAKEN_ALONG = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
 
 class ToolError(XTunerError):
-    """A program of others that we ran has failed."""
+    """A third-party program has failed."""
 
     exit_code = EXIT_BUG
 
 
 def environ(**more: str) -> dict[str, str]:
-    """Our variables without those that would lead another environment's Python to our packages."""
+    """Our environment variables without those that would make another environment's Python use our packages."""
     kept = {k: v for k, v in os.environ.items() if k not in _NOT_TAKEN_ALONG}
     ours = {"PYTHONNOUSERSITE": "1", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**kept, **ours, **more}
 
 
 def run(words: list[str], log: Path, news: Callable[[], str | None], cwd: Path, env: Mapping[str, str]) -> int:
-    """Run a program; returns its exit code. What it prints goes to `log`, which is written anew.
+    """Run a program; returns its exit code. Its output replaces `log`.
 
-    `news` is asked for what it is doing; an answer that has changed is told, at most every few seconds. When we get a
-    signal to stop, the program and all that it has started are ended first.
+    `news` returns its current activity, which is logged when it has changed, at most every few seconds. On a signal to
+    stop, the program and all processes that it has started are ended first.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     stopped: list[int] = []
@@ -58,7 +58,7 @@ def run(words: list[str], log: Path, news: Callable[[], str | None], cwd: Path, 
         finally:
             _end(process)
     if stopped:
-        logger.warning(f"stopped; what {words[0]} has said is in {log}")
+        logger.warning(f"stopped; the output of {words[0]} is in {log}")
         if stopped[0] == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + stopped[0])
@@ -66,19 +66,19 @@ def run(words: list[str], log: Path, news: Callable[[], str | None], cwd: Path, 
 
 
 def _wait(process: "subprocess.Popen[bytes]", news: Callable[[], str | None], stopped: list[int]) -> None:
-    told, last = None, time.monotonic()
+    reported, last = None, time.monotonic()
     while process.poll() is None and not stopped:
         time.sleep(POLL)
-        if time.monotonic() - last < TELL_EVERY:
+        if time.monotonic() - last < REPORT_EVERY:
             continue
         found, last = news(), time.monotonic()
-        if found and found != told:
+        if found and found != reported:
             logger.info(found)
-            told = found
+            reported = found
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a program that still runs, with all that it has started."""
+    """End a running program and all processes that it has started."""
     if process.poll() is not None:
         return
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -113,12 +113,12 @@ def tail(path: Path) -> str:
 
 
 def bar(path: Path) -> str | None:
-    """The last state of a progress bar (tqdm's) in a log: `Running requests: 3/25 [00:01<00:10, 2.00it/s]`."""
+    """The last state of a tqdm progress bar in a log: `Running requests: 3/25 [00:01<00:10, 2.00it/s]`."""
     found = _BAR.findall(tail(path))
     return ": ".join(filter(None, (part.strip() for part in found[-1]))) if found else None
 
 
 def last_line(path: Path) -> str:
-    """What a failed program said last, which is the message of its exception."""
+    """The last line of a failed program's output: the message of its exception."""
     lines = [line.strip() for line in re.split(r"[\r\n]", tail(path)) if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"

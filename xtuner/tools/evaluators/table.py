@@ -1,10 +1,10 @@
-"""Rows as a table for people."""
+"""Formats rows as a text table."""
 
 from collections.abc import Sequence
 
 
 def text(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell; numbers to the right. The first row is the head."""
+    """Columns as wide as their longest cell; numbers are right-aligned. The first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(_cell(c, w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

@@ -1,6 +1,6 @@
-"""python xtuner/tools/model_converters/pth_to_hf.py CONFIG SRC DST: a checkpoint as a Hugging Face folder.
+"""python xtuner/tools/model_converters/pth_to_hf.py CONFIG SRC DST: convert a checkpoint to a Hugging Face folder.
 
-The same as `xtuner convert pth_to_hf`.
+Equivalent to `xtuner convert pth_to_hf`.
 """
 
 import argparse
@@ -10,11 +10,11 @@ from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="the config of the run (names the tokenizer and the model)")
+    parser.add_argument("config", help="the config of the run, for tokenizer and model")
     parser.add_argument(
         "pth_model",
         metavar="SRC",
-        help="checkpoint: work_dirs/CONFIG/iter_N.pth, or what `xtuner convert weights` takes",
+        help="checkpoint: work_dirs/CONFIG/iter_N.pth, or any that `xtuner convert weights` accepts",
     )
     parser.add_argument("save_dir", metavar="DST", help="folder to write")
     parser.add_argument("--fp32", action="store_true", help="write the fp32 masters instead of bf16")
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--with-code", action="store_true", help="add .py files, for transformers with trust_remote_code=True"
     )
-    parser.add_argument("--safe-serialization", action="store_true", help="accepted; always safetensors")
+    parser.add_argument("--safe-serialization", action="store_true", help="has no effect: always safetensors")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
 
 
@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
 def from_config(
     config_path: str, options: Sequence[str], checkpoint: str | Path, target: str | Path, **how: Any
 ) -> Path:
-    """Export a checkpoint with the tokenizer, and if need be the network, of its config.
+    """Export a checkpoint with the tokenizer and, if the checkpoint does not name it, the network of its config.
 
-    Args: how: further arguments of `export.hf.export`.
+    Args: how: more arguments of `export.hf.export`.
     """
     from xtuner.compat.translate import load
     from xtuner.config.build import build

@@ -1,4 +1,4 @@
-"""Checkpoints beside training: a step waits for the copy to host memory only, a thread brings it to the disk."""
+"""Asynchronous checkpoints: training waits only for the copy to host memory; a thread writes it to the disk."""
 
 import time
 from collections import deque
@@ -16,26 +16,26 @@ from xtuner.train.state import TrainState
 TOLERATED = 2  # failed saves in a row; one more ends the run
 
 
-class Saver:
-    """Saves checkpoints into one work dir, one at a time.
+class AsyncSaver:
+    """Saves checkpoints to one work dir, one at a time.
 
-    A save that fails is told, and training goes on with the older checkpoints; three in a row, or the last one of a
-    run, raise CheckpointError.
+    A failed save is logged, and training continues with the older checkpoints. The third failure in a row, or a failure
+    of the run's last save, raises CheckpointError.
     """
 
     def __init__(self, work_dir: Path, ranks: Ranks) -> None:
         self.work_dir = work_dir
-        self._ranks = ranks.new_group()  # its collectives run in the thread, between the main one's
+        self._ranks = ranks.new_group()  # a group of its own: its collectives run in the thread
         self._pool = ThreadPoolExecutor(1, "xtuner-save")
-        self._flying: Future[None] | None = None
+        self._pending: Future[None] | None = None
         self._failures = 0
-        self.save_time = 0.0  # s that the last save took
-        self.written: deque[Path] = deque()  # checkpoints that are on the disk, for who takes them out
+        self.save_time = 0.0  # s, of the last save
+        self.written: deque[Path] = deque()  # checkpoints on the disk, not yet passed to hooks
 
     def save(
         self, state: TrainState, strategy: Strategy, facts: dict[str, Any], optimizer: bool = True, keep: int = -1
     ) -> None:
-        """Begin to save; returns when what training may change has been copied. Waits for an earlier save first."""
+        """Start a save; returns once the state has been copied. Waits for the previous save first."""
         self.finish()
         begin = time.perf_counter()
         snapshot = strategy.snapshot(optimizer)
@@ -55,21 +55,21 @@ class Saver:
                 f"training waited {copied:.2f} s"
             )
 
-        self._flying = self._pool.submit(write)
+        self._pending = self._pool.submit(write)
 
     def finish(self, last: bool = False) -> None:
-        """Wait for the save in flight. Raises: CheckpointError if it was one failure too many, or the `last` save."""
-        if self._flying is None:
+        """Wait for the save in progress. Raises: CheckpointError if it was the third failure in a row, or `last`."""
+        if self._pending is None:
             return
-        error, self._flying = self._flying.exception(), None
+        error, self._pending = self._pending.exception(), None
         if error is None:
             self._failures = 0
             return
         self._failures += 1
         if last or self._failures > TOLERATED or not isinstance(error, CheckpointError):
             raise error
-        logger.error(f"failure {self._failures} of {TOLERATED + 1} that end the run; training goes on")
+        logger.error(f"checkpoint failed ({self._failures} in a row; {TOLERATED + 1} end the run); training continues")
 
     def close(self) -> None:
-        """Wait, whatever came of it: nothing half-written is left to a process that ends."""
+        """Wait for the save in progress, without its error: the process must not end while files are being written."""
         self._pool.shutdown(wait=True)

@@ -1,4 +1,4 @@
-"""The checkpoints that a work dir holds already: which of them a resume begins from, and what is in a new run's way."""
+"""The existing checkpoints of a work dir: which one to resume from, and which to move aside for a new run."""
 
 import os
 import time
@@ -12,126 +12,126 @@ from xtuner.core.files import MANIFEST
 from xtuner.core.foreign_inputs import read_regular
 from xtuner.core.log import logger
 from xtuner.dist.collectives import Ranks
-from xtuner.train.checkpoints.checkpoint import LAST, TRAINER, check, found, named
+from xtuner.train.checkpoints.checkpoint import LAST, TRAINER, list_named, list_published, verify
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a resume would begin from, when nothing has been touched yet."""
+class ResumeChoice:
+    """The checkpoint to resume from. Nothing on the disk has been changed yet."""
 
     folder: Path
-    damaged: tuple[Path, ...] = ()  # newer ones in its folder that cannot be used
+    damaged: tuple[Path, ...] = ()  # newer checkpoints in the same folder that cannot be used
 
 
-def to_resume(
+def select_checkpoint(
     work_dir: Path, resume: str | bool | None, ranks: Ranks, strict: bool = False, contents: bool = True
-) -> Chosen | None:
-    """What `--resume` means: None for a fresh start, or a checkpoint that verifies. All ranks call it together.
+) -> ResumeChoice | None:
+    """The verified checkpoint that `--resume` selects, or None for a fresh start. All ranks call it together.
 
-    "auto" and True take the newest in `work_dir`, or None if there never was one: safe in scripts that start and
-    restart. Changes nothing on the disk; `make_way` does. Without `contents` (a dry run) sizes alone are compared.
+    "auto" and True select the newest one in `work_dir`, or None if there never was one: safe for starts and restarts.
+    Changes nothing on the disk; `set_aside_others` does. Without `contents` (a dry run), only sizes are compared.
 
-    Raises: CheckpointError if there is nothing whole to resume from although there should be, ConfigError for a path
-    that leads to no checkpoint.
+    Raises: CheckpointError if no checkpoint is complete although there should be one, ConfigError for a path that is
+    not a checkpoint.
     """
     if resume == "":
         raise ConfigError(
             "--resume is given an empty path",
             where="--resume",
-            why="starting afresh instead would throw the run away unnoticed",
-            do="set the variable that should hold the path, or leave --resume out to start afresh",
+            why="a fresh start instead would silently discard the run",
+            do="set the variable that should contain the path, or omit --resume to start afresh",
         )
     if not resume:
         return None
     if resume is True or resume == "auto":
-        return latest(work_dir, ranks, strict, contents)
+        return latest_checkpoint(work_dir, ranks, strict, contents)
     folder = Path(os.path.expanduser(resume))
     if ranks.run_on_main(lambda: _is_work_dir(folder)):
-        return latest(folder, ranks, strict, contents)
-    ranks.run_on_main(lambda: _there(folder, resume))
-    check(folder, ranks, contents)
-    return Chosen(folder)
+        return latest_checkpoint(folder, ranks, strict, contents)
+    ranks.run_on_main(lambda: _require_checkpoint(folder, resume))
+    verify(folder, ranks, contents)
+    return ResumeChoice(folder)
 
 
-def latest(work_dir: Path, ranks: Ranks, strict: bool = False, contents: bool = True) -> Chosen | None:
-    """The newest checkpoint whose every file is as it was written; each rank reads its share of the files.
+def latest_checkpoint(work_dir: Path, ranks: Ranks, strict: bool = False, contents: bool = True) -> ResumeChoice | None:
+    """The newest checkpoint whose files all match the manifest; each rank reads its share of the files.
 
-    A damaged one is named, and the one before is used; with `strict` it is an error instead. None if the work dir has
-    never had a checkpoint. Raises: CheckpointError if it had, and none is whole.
+    A damaged one is logged and skipped; with `strict` it is an error. None if the work dir never had a checkpoint.
+    Raises: CheckpointError if it had some and none is complete.
     """
     damaged: list[Path] = []
-    told = ""
-    for name in ranks.broadcast([p.name for _, p in reversed(found(work_dir))] if ranks.is_main else None):
+    reason = ""
+    for name in ranks.broadcast([p.name for _, p in reversed(list_published(work_dir))] if ranks.is_main else None):
         folder = work_dir / name
         try:
-            check(folder, ranks, contents)
+            verify(folder, ranks, contents)
         except CheckpointError as e:
             if strict:
                 raise
             logger.warning(f"{name} is damaged: {e.what}")
             damaged.append(folder)
-            told = told or f"{name} is damaged: {e.what}"
+            reason = reason or f"{name} is damaged: {e.what}"
             continue
         if damaged:
-            logger.warning(f"{name} is used, the newest that is whole")
+            logger.warning(f"{name} is used: the newest complete checkpoint")
         ranks.run_on_main(lambda: _report_missing(work_dir))
-        return Chosen(folder, tuple(damaged))
-    ranks.run_on_main(lambda: _refuse_to_start_afresh(work_dir, told))
+        return ResumeChoice(folder, tuple(damaged))
+    ranks.run_on_main(lambda: _refuse_to_start_afresh(work_dir, reason))
     return None
 
 
-def _last(work_dir: Path) -> Path | None:
-    """What `last_checkpoint` names; mmengine writes a whole path there."""
+def _read_last(work_dir: Path) -> Path | None:
+    """The path that `last_checkpoint` names; mmengine writes an absolute path there."""
     try:
         name = read_regular(work_dir / LAST).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
     except OSError:
-        return work_dir / LAST  # something that cannot be read: not nothing
+        return work_dir / LAST  # unreadable, but there
     return work_dir / name[:4096] if name else None
 
 
 def _report_missing(work_dir: Path) -> None:
-    """Mention what looks like checkpoints and is not used."""
-    if (last := _last(work_dir)) and not _exists(last):
-        logger.warning(f"{LAST} names {last.name}, which is not there any more; the newest that is there is used")
-    for _, folder in named(work_dir):
+    """Warn about files that look like checkpoints and are not used."""
+    if (last := _read_last(work_dir)) and not _exists(last):
+        logger.warning(f"{LAST} names {last.name}, which no longer exists; the newest existing checkpoint is used")
+    for _, folder in list_named(work_dir):
         if folder.is_dir() and not (folder / MANIFEST).is_file():
-            logger.warning(f"{folder.name} has no {MANIFEST}: it is not whole, and not used")
+            logger.warning(f"{folder.name} has no {MANIFEST}: it is incomplete and not used")
 
 
-def _refuse_to_start_afresh(work_dir: Path, told: str) -> None:
-    """Raise CheckpointError if the work dir, in which nothing is whole, shows that a run was here."""
-    last = _last(work_dir)
-    others = [p.name for _, p in named(work_dir)] + [p.name for p in work_dir.glob("iter_*.pth.damaged*")]
-    if not (told or last or others):
+def _refuse_to_start_afresh(work_dir: Path, reason: str) -> None:
+    """Raise CheckpointError if the work dir has traces of a run but no complete checkpoint."""
+    last = _read_last(work_dir)
+    others = [p.name for _, p in list_named(work_dir)] + [p.name for p in work_dir.glob("iter_*.pth.damaged*")]
+    if not (reason or last or others):
         return
-    if not told and last and not _exists(last):
-        told = f"{LAST} names {last.name}, which is not there"
-    elif not told:
+    if not reason and last and not _exists(last):
+        reason = f"{LAST} names {last.name}, which does not exist"
+    elif not reason:
         name = last.name if last else others[-1]
         kind = path_kinds.recognise(work_dir / name)
-        told = f"{name} is " + (kind.what if kind.foreign else "not a complete checkpoint")
+        reason = f"{name} is " + (kind.what if kind.foreign else "not a complete checkpoint")
         if kind.foreign:
             raise CheckpointError(
-                f"--resume has nothing to resume from: {told}",
+                f"--resume has nothing to resume from: {reason}",
                 where=str(work_dir / name),
-                why="it has no optimizer state and data position of ours",
-                do=_weights(kind),
+                why="it has no optimizer state and data position in our format",
+                do=_advise_on_weights(kind),
             )
     raise CheckpointError(
-        f"--resume has nothing to resume from: {told}",
+        f"--resume has nothing to resume from: {reason}",
         where=str(work_dir),
-        why="starting afresh instead would throw the run away unnoticed",
-        do="restore a checkpoint (--resume PATH takes one from elsewhere), or start afresh on purpose: another "
-        "--work-dir, or this one without --resume (`resume = False` in the config), which moves what is there to "
+        why="a fresh start instead would silently discard the run",
+        do="restore a checkpoint (--resume PATH takes one from elsewhere), or start afresh on purpose: use another "
+        "--work-dir, or this one without --resume (`resume = False` in the config), which moves its checkpoints to "
         "before_TIME/",
     )
 
 
-def _weights(kind: path_kinds.Kind) -> str:
+def _advise_on_weights(kind: path_kinds.Kind) -> str:
     if kind.inner:
-        return f"give one of them, such as --resume {kind.inner}, if it is of xtuner"
+        return f"give one of them, such as --resume {kind.inner}, if xtuner wrote it"
     return kind.advice("start from its weights, without --resume, with load_from = '{}'")
 
 
@@ -143,59 +143,63 @@ def _exists(path: Path) -> bool:
 
 
 def _is_work_dir(folder: Path) -> bool:
-    return os.path.isdir(folder) and not os.path.isfile(folder / TRAINER) and bool(named(folder) or _last(folder))
+    return (
+        os.path.isdir(folder)
+        and not os.path.isfile(folder / TRAINER)
+        and bool(list_named(folder) or _read_last(folder))
+    )
 
 
-def _there(folder: Path, resume: str) -> None:
-    if os.path.isfile(folder / TRAINER):  # False, too, for what no path can be
+def _require_checkpoint(folder: Path, resume: str) -> None:
+    if os.path.isfile(folder / TRAINER):  # also False for an invalid path
         return
     kind = path_kinds.recognise(folder)
     if kind.foreign:
         raise ConfigError(
             f"--resume {resume}: this is {kind.what}",
             where=str(folder),
-            why="it has no optimizer state and data position of ours",
-            do=_weights(kind),
+            why="it has no optimizer state and data position in our format",
+            do=_advise_on_weights(kind),
         )
     partial = f"this is {kind.what}" if kind.what == path_kinds.PARTIAL else ""
     raise ConfigError(
         f"--resume {resume}: " + (partial or ("no checkpoint there" if kind.exists else "there is no such folder")),
         where=str(folder),
-        why="starting afresh instead would throw the run away unnoticed",
-        do="give an iter_N.pth folder, or `--resume auto` for the newest one of the work dir",
+        why="a fresh start instead would silently discard the run",
+        do="give an iter_N.pth folder, or `--resume auto` for the newest one in the work dir",
     )
 
 
-def make_way(work_dir: Path, chosen: Chosen | None) -> None:
-    """Move what does not lead to this run out of its way: pruning and a later `--resume` would take it for this run's.
+def set_aside_others(work_dir: Path, chosen: ResumeChoice | None) -> None:
+    """Move aside what this run does not continue: pruning and a later `--resume` would mistake it for this run's.
 
-    Damaged checkpoints become `iter_N.pth.damaged`, for a person to look at. Into `work_dir/before_TIME/` go those
-    that are newer than the one resumed from; for a fresh start, or one from elsewhere, all.
+    Damaged checkpoints become `iter_N.pth.damaged`, so that a person can examine them. Checkpoints newer than the one
+    resumed from move to `work_dir/before_TIME/`; all of them do for a fresh start or a resume from elsewhere.
     """
     ours = chosen is not None and chosen.folder.resolve().parent == work_dir.resolve()
     for folder in chosen.damaged if chosen and ours else ():
-        aside = _free(folder.with_name(f"{folder.name}.damaged"))
+        aside = _unused_path(folder.with_name(f"{folder.name}.damaged"))
         folder.rename(aside)
-        logger.warning(f"{folder.name}, which is damaged, is kept as {aside.name}")
+        logger.warning(f"the damaged {folder.name} is kept as {aside.name}")
     if chosen and ours:
         last = int(chosen.folder.stem.removeprefix("iter_"))
-        moved = [p for n, p in named(work_dir) if n > last]
+        moved = [p for n, p in list_named(work_dir) if n > last]
     else:
         moved = [p for p in (work_dir / LAST, *sorted(work_dir.glob("iter_*.pth.damaged*"))) if os.path.lexists(p)]
-        moved += [p for _, p in named(work_dir)]
+        moved += [p for _, p in list_named(work_dir)]
     if not moved:
         return
-    aside = _free(work_dir / time.strftime("before_%Y%m%d_%H%M%S"))
+    aside = _unused_path(work_dir / time.strftime("before_%Y%m%d_%H%M%S"))
     aside.mkdir()
     for path in moved:
         path.rename(aside / path.name)
     names = ", ".join(p.name for p in moved if p.name != LAST) or LAST
     if chosen and ours:
-        logger.warning(f"later checkpoints than {chosen.folder.name}, which is resumed, are now in {aside}: {names}")
+        logger.warning(f"checkpoints newer than {chosen.folder.name}, which is resumed, were moved to {aside}: {names}")
     else:
-        logger.warning(f"checkpoints of an earlier run were here; they are now in {aside}: {names}")
+        logger.warning(f"checkpoints of an earlier run were moved to {aside}: {names}")
 
 
-def _free(path: Path) -> Path:
-    """`path`, or with a number behind it if there is something of that name."""
+def _unused_path(path: Path) -> Path:
+    """`path`, or `path.N` if something has that name."""
     return next(p for n in count(1) if not os.path.lexists(p := path.with_name(path.name + (f".{n}" if n > 1 else ""))))

@@ -1,7 +1,7 @@
-"""One job to a work dir.
+"""One job per work dir.
 
-`work_dir/.lock` names its owner and is touched every few seconds. A lock is dead if its process is gone (judged on the
-machine and in the process namespace where it was made), or else if nothing has touched it for a while.
+`work_dir/.lock` names its owner, which touches it every few seconds. A lock is dead if its owner's process is gone;
+from another machine or process namespace, where that cannot be seen, if it has not been touched for a while.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_NAME", "HOSTNAME
 
 
 class WorkDirLock:
-    """Held from making until `release`. Raises: BusyError if another live job holds it."""
+    """Held from construction until `release`. Raises: BusyError if another live job holds it."""
 
     def __init__(self, work_dir: Path) -> None:
         self.path = work_dir / NAME
@@ -48,19 +48,19 @@ class WorkDirLock:
                     self._remove_if_dead(now=mine.stat().st_mtime)  # the file server's clock, not ours
         finally:
             mine.unlink()
-        raise BusyError("the work dir's lock changes hands again and again", where=str(self.path), do="try again")
+        raise BusyError("several jobs compete for the work dir's lock", where=str(self.path), do="try again")
 
     def _remove_if_dead(self, now: float) -> None:
         if (dead := require_dead(self.path, now)) is None:
             return  # just released
         text, owner, age = dead
-        # Only one of several that judge so at once moves this very lock away; the others find it gone, or a new one.
+        # If several jobs do this at once, only one renames this lock; the others find it gone, or a new one.
         aside = temporary_sibling(self.path, "old")
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
             return
-        if _read(aside) != text:  # a living one, made since we looked: back with it
+        if _read(aside) != text:  # a live lock, created since the check: put it back
             os.rename(aside, self.path)
             return
         aside.unlink()
@@ -78,20 +78,20 @@ class WorkDirLock:
                 with contextlib.suppress(OSError):  # tried again with the next beat
                     os.utime(self.path)
             else:
-                logger.error(f"{self.path} is no longer this job's: another one may write here, too")
+                logger.error(f"{self.path} no longer belongs to this job: another job may also write here")
                 return
 
     def release(self) -> None:
         self._released.set()
         if self._mine():
-            with contextlib.suppress(OSError):  # read-only by now: its process is gone, so the next start takes it over
+            with contextlib.suppress(OSError):  # read-only: the next start sees that the process is gone
                 self.path.unlink(missing_ok=True)
 
 
 def require_dead(lock: Path, now: float) -> tuple[str, dict[str, Any], float] | None:
-    """A dead job's lock: its text, its owner, seconds without a touch; None if there is no lock.
+    """The lock of a dead job: (text, owner, seconds since its last touch); None if there is no lock.
 
-    Raises: BusyError if the job lives.
+    Raises: BusyError if the job is alive.
     """
     try:
         text = _read(lock)
@@ -109,7 +109,7 @@ def require_dead(lock: Path, now: float) -> tuple[str, dict[str, Any], float] | 
             f"another job uses this work dir: {_describe(owner)}",
             where=str(lock),
             why="two runs would overwrite each other's checkpoints",
-            do=f"stop it, or give another --work-dir; a dead job's lock is taken over after {DEAD_AFTER:.0f} s",
+            do=f"stop it, or give another --work-dir; the lock of a dead job expires after {DEAD_AFTER:.0f} s",
         )
     return text, owner, age
 
@@ -140,7 +140,7 @@ def _describe(owner: dict[str, Any]) -> str:
 
 
 def _alive(owner: dict[str, Any]) -> bool | None:
-    """True if the very process that wrote the lock runs, False if it is gone, None if that cannot be seen from here."""
+    """Whether the process that wrote the lock is running; None if this cannot be seen from here."""
     if not owner.get("where") or owner["where"] != namespace():
         return None
     return start_time(owner.get("pid", 0)) == owner.get("born")

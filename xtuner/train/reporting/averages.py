@@ -1,24 +1,24 @@
-"""What a log line says of the iterations since the one before: means, so that one odd pack is not the curve."""
+"""Averages over the iterations since the previous log line, so that a single odd pack does not dominate the curve."""
 
 import math
 from typing import Any
 
 from xtuner.train.run import Iteration
 
-MEMORY = 0.98  # of the smoothed loss: the weight of an iteration halves with every 34 that follow
+SMOOTHING = 0.98  # decay of the smoothed loss: the weight of an iteration halves every 34 iterations
 _RATES = ("tokens_per_s", "tokens_per_s_a_rank", "mfu")
 _SECONDS = ("time", "data_time")
 
 
 class Averages:
-    """Collects iterations; `record` gives their means, `restart` begins with the next line.
+    """Collects iterations; `record` returns their averages, `restart` begins the next log line.
 
-    - `loss`: mean over the targets of all of them; of a single iteration it is that iteration's own, to the last bit.
-      One that is not finite is left out, unless there is no other: it was reported, and its step not applied.
-    - `loss_smoothed`: the same mean over all iterations since the start, older ones with ever smaller weights (MEMORY).
-    - seconds are means; rates are means weighted by seconds, so that tokens per second is tokens over seconds.
+    - `loss`: mean over the targets of all iterations; for a single iteration exactly its own loss. Values that are not
+      finite are skipped, unless there are no others: they were reported, and their steps not applied.
+    - `loss_smoothed`: the same mean over all iterations since the start, with exponential decay (SMOOTHING).
+    - seconds: means. Rates: means weighted by seconds, so that tokens per second is tokens over seconds.
     - `targets`: their sum. `applied`: whether every step that had targets was applied.
-    - Everything else that hooks have recorded: the last iteration's own.
+    - Everything else that hooks have recorded: the value of the last iteration.
     """
 
     def __init__(self) -> None:
@@ -31,8 +31,8 @@ class Averages:
     def add(self, it: Iteration) -> None:
         self._iterations.append(it)
         if it.num_targets and math.isfinite(it.loss):
-            self._losses = MEMORY * self._losses + it.loss * it.num_targets
-            self._targets = MEMORY * self._targets + it.num_targets
+            self._losses = SMOOTHING * self._losses + it.loss * it.num_targets
+            self._targets = SMOOTHING * self._targets + it.num_targets
 
     def record(self) -> dict[str, Any]:
         last = self._iterations[-1]

@@ -1,4 +1,4 @@
-"""What has changed in a config and its data between a checkpoint and its resume, and what that means."""
+"""Changes of a config and its data between a checkpoint and its resume, and their consequences."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ class Change:
     before: Any
     now: Any
     kind: str
-    setting: str = ""  # the name at the top of the config that changed in the same way: what a user has written
+    setting: str = ""  # the top-level name of the config that changed in the same way: what the user edited
 
     def __str__(self) -> str:
         change = f"{self.before!r} → {self.now!r}"
         return f"{self.setting}: {change} ({self.key})" if self.setting else f"{self.key}: {change}"
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """Differences of two resolved configs, in the order of their keys."""
+def compare_configs(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """Differences of two resolved configs, sorted by key."""
     compared = [s.name for s in SCHEMA.inside("") if s.resume not in (None, NOT_COMPARED)]
-    old, new = dict(_flat(before, compared)), dict(_flat(now, compared))
+    old, new = dict(_flatten(before, compared)), dict(_flatten(now, compared))
     settings = [
         (name, before[name], now[name])
         for name in before.keys() & now.keys()
@@ -42,31 +42,31 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     return found
 
 
-def changed_files(before: Any, now: Any) -> str:
-    """How two lists of `PackLoader.files` differ, in words; empty if they do not, or cannot be compared."""
+def describe_changed_files(before: Any, now: Any) -> str:
+    """The difference of two lists of `PackLoader.files` as text; empty if they are equal or cannot be compared."""
     if not isinstance(before, list) or not isinstance(now, list) or before == now:
         return ""
     old, new = ([str(entry).partition(" ")[::2] for entry in files] for files in (before, now))  # (identity, name)
     if [identity for identity, _ in old] == [identity for identity, _ in new]:
-        return ""  # under other names
+        return ""  # only renamed
     if sorted(identity for identity, _ in old) == sorted(identity for identity, _ in new):
-        place = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a[0] != b[0])
-        return f"the order of files: number {place + 1} was {old[place][1]}, is {new[place][1]}"
+        index = next(i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a[0] != b[0])
+        return f"the order of files: number {index + 1} was {old[index][1]}, is {new[index][1]}"
     olds, news = {name: identity for identity, name in old}, {name: identity for identity, name in new}
     parts = (
         ("changed", sorted(n for n in olds.keys() & news.keys() if olds[n] != news[n])),
         ("gone", sorted(olds.keys() - news.keys())),
         ("new", sorted(news.keys() - olds.keys())),
     )
-    told = [f"{len(names)} {what} ({_few(names)})" for what, names in parts if names]
-    return "files: " + (", ".join(told) or "some are named more or less often in the order")
+    details = [f"{len(names)} {what} ({_first_names(names)})" for what, names in parts if names]
+    return "files: " + (", ".join(details) or "some occur more or less often in the order")
 
 
-def _few(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if names[3:] else "")
 
 
-def _flat(config: dict[str, Any], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _flatten(config: dict[str, Any], names: Sequence[str]) -> Iterator[tuple[str, Any]]:
     def walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
         if items is None:

@@ -1,4 +1,4 @@
-"""What to do when a run has ended early, as command lines that can be run as they are."""
+"""Advice after a run has ended early: command lines that can be run unchanged."""
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -18,109 +18,106 @@ from xtuner.model.flops import num_parameters
 from xtuner.optim.adamw import FORMS
 from xtuner.train.run import Plan, Settings
 
-ENGINES = (
-    "deepspeed_zero1",
-    "deepspeed_zero2",
-    "deepspeed_zero2_offload",
-    "deepspeed_zero3",
-    "deepspeed_zero3_offload",
-)
-# `optim_wrapper.full` with each; without it stage 2 sums whole gradients, where there is memory at the start
+ENGINES = deepspeed_config.shipped()  # sorted by name, which is also by memory: each needs less than those before it
+# The value of `optim_wrapper.full` for each; None would let stage 2 keep full gradients if memory allows at the start
 FULL = dict.fromkeys(ENGINES) | {"deepspeed_zero2": "weights"}
 OPTIONS = ("--deepspeed", "--fsdp", "--resume")  # replaced, not repeated
-SHORTEST = 2048  # tokens of a pack below which shorter ones are no advice
+MIN_PACK_TOKENS = 2048  # shorter packs are not suggested
 
 
-def out_of_memory(
+def out_of_memory_error(
     settings: Settings, plan: Plan, done: int, words: Sequence[str], error: BaseException, now: Memory | None = None
 ) -> ConfigError:
-    """The error to end with.
+    """The error with which the run ends.
 
     Args:
-        done: iterations.
-        words: what followed `xtuner train` on the command line.
-        now: how memory was used at last; None if it ran out before the strategy was built.
+        done: completed iterations.
+        words: the command line after `xtuner train`.
+        now: the latest use of memory; None if it ran out before the strategy was built.
     """
     choice, ranks, tokens = plan.choice, settings.mesh.size, settings.dataset.packed_length
-    used = _in_use(settings.device)
+    used = _describe_memory_in_use(settings.device)
     advice = [f"{command}\n            # {effect}" for command, effect in _advice(settings, plan, list(words), now)]
     found = ConfigError(
         f"memory ran out in iteration {done + 1}{used}: {str(error).splitlines()[0][:200]}",
         where=f"{choice.name}, ranks: {ranks}, packs of {tokens:,} tokens, on {settings.device}",
-        why=f"weights, gradients and optimizer take {human_bytes(choice.state)} here by arithmetic; "
-        "what a pack needs comes on top, the more the longer its documents",
-        do="one of these, first what costs least:\n        "
-        + "\n        ".join([*advice, "or more GPUs: what is divided over ranks becomes less on each"]),
+        why=f"weights, gradients and optimizer take {human_bytes(choice.state)} by arithmetic; "
+        "activations come on top, more for longer documents",
+        do="one of these, the cheapest first:\n        "
+        + "\n        ".join([*advice, "or more GPUs: each then holds a smaller part of the state"]),
     )
     found.reported_elsewhere = isinstance(error, OutOfMemory) and error.rank != settings.mesh.rank
     return found
 
 
-def interrupted(work_dir: Path, done: int, words: Sequence[str], mesh: Mesh) -> InterruptedRunError:
-    """The error to end with after a second Ctrl-C. What a save in flight leaves must be there by now."""
+def interrupted_error(work_dir: Path, done: int, words: Sequence[str], mesh: Mesh) -> InterruptedRunError:
+    """The error with which the run ends after a second Ctrl-C. Any save in progress must have finished."""
     sealed = list(work_dir.glob(f"*.pth/{MANIFEST}"))
     newest = max(sealed, key=lambda manifest: manifest.stat().st_mtime, default=None)
     error = InterruptedRunError(
         f"stopped without saving, after iteration {done}",
         where=f"newest checkpoint: {newest.parent}" if newest else f"{work_dir}: no checkpoint was saved",
-        do=f"to continue from it: {_line(list(words), ['--resume'], mesh)}"
+        do=f"to continue from it: {_command_line(list(words), ['--resume'], mesh)}"
         if newest
-        else f"to begin again: {_line(list(words), [], mesh)}",
+        else f"to start again: {_command_line(list(words), [], mesh)}",
     )
     error.reported_elsewhere = not collectives.is_main()
     return error
 
 
 def _advice(settings: Settings, plan: Plan, words: list[str], now: Memory | None) -> Iterator[tuple[str, str]]:
-    """(command line, what it changes), what costs least first."""
+    """(command line, its effect), the cheapest first."""
     config, mesh, resume = settings.config, settings.mesh, ["--resume", "auto"]
     choice, device, optim = plan.choice, settings.device, settings.optim
     if not settings.source.recompute and config.get("model.llm") is None:
         again = ["--cfg-options", "model.activation_checkpointing=True", *resume]
-        yield _line(words, again, mesh), "computes each block again in the backward; the same result"
+        yield _command_line(words, again, mesh), "recomputes each block in the backward; the same result"
     tokens = settings.dataset.packed_length
-    if choice.deepspeed and now:  # our own has tried it
+    if choice.deepspeed and now:  # our own strategies have tried it already
         half = min(now.most or tokens, tokens) // 2
         if half >= LEAST:
             smaller = ["--cfg-options", f"optim_wrapper.micro_batch={half}", *resume]
-            yield _line(words, smaller, mesh), "micro-batches half as long, if documents are; the same result"
-    for name, state in _leaner(settings, plan):
+            yield (
+                _command_line(words, smaller, mesh),
+                "micro-batches of half the length, where documents allow; the same result",
+            )
+    for name, state in _leaner_settings(settings, plan):
         slower = "; slower: the optimizer steps on the CPU" if "offload" in name else ""
         lean = ["--cfg-options", f"optim_wrapper.full={FULL[name]}"] if FULL[name] != optim.full else []
         yield (
-            _line(words, ["--deepspeed", name, *lean, *resume], mesh),
-            f"{human_bytes(state)} of state a GPU{slower}",
+            _command_line(words, ["--deepspeed", name, *lean, *resume], mesh),
+            f"{human_bytes(state)} of state per GPU{slower}",
         )
     if not (choice.deepspeed or choice.fsdp) and optim.own_form(device) in (FORMS["fp32"], FORMS["split"]):
         size = human_bytes(num_parameters(settings.source.config) * FORMS["8bit"].bytes)
         leaner = ["--cfg-options", "optim_wrapper.states=8bit"]
-        yield _line(words, leaner, mesh), f"{size} of state; a new run, as the optimizer's state is another"
+        yield _command_line(words, leaner, mesh), f"{size} of state; a new run: the optimizer's state is different"
     packed, counts = config.get("max_length"), config.get("accumulative_counts")
-    if isinstance(packed, int) and isinstance(counts, int) and packed // 2 >= SHORTEST:
+    if isinstance(packed, int) and isinstance(counts, int) and packed // 2 >= MIN_PACK_TOKENS:
         shorter = ["--cfg-options", f"max_length={packed // 2}", f"accumulative_counts={counts * 2}"]
         yield (
-            _line(words, shorter, mesh),
-            "half the pack, as many tokens an iteration; a new run, as packs are others",
+            _command_line(words, shorter, mesh),
+            "half the pack length, as many tokens per iteration; a new run: the packs are different",
         )
 
 
-def _leaner(settings: Settings, plan: Plan) -> Iterator[tuple[str, int]]:
-    """Settings of DeepSpeed's that need less, and bytes of state a GPU: those after the present ones, or all."""
+def _leaner_settings(settings: Settings, plan: Plan) -> Iterator[tuple[str, int]]:
+    """DeepSpeed settings that need less memory than the current strategy: (name, bytes of state per GPU)."""
     if settings.optim.states is not FORMS["fp32"] or settings.source.adapter:
-        return  # not with DeepSpeed
+        return  # DeepSpeed does not support these
     choice, ranks = plan.choice, settings.mesh.size
     at = ENGINES.index(choice.deepspeed) + 1 if choice.deepspeed in ENGINES else 0
     optim = settings.optim.taking(plan.accumulative_counts)
     for name in ENGINES[at:]:
         optim.full = FULL[name]
-        # by arithmetic alone: the GPU is full
+        # pure arithmetic: the GPU has no free memory
         state = zero_memory.zero_state(settings.source, optim, settings.device, ranks, deepspeed_config.read(name))
         if state < 0.9 * choice.state or (at and state <= choice.state):
             yield name, state
 
 
-def _line(words: list[str], more: list[str], mesh: Mesh) -> str:
-    """The command line with `more`, which replaces what was given of the same options."""
+def _command_line(words: list[str], more: list[str], mesh: Mesh) -> str:
+    """The command line with `more` appended; options in `more` replace earlier ones."""
     replaced = {"--resume", *more} | ({"--fsdp"} if "--deepspeed" in more else set())
     kept, i = [], 0
     while i < len(words):
@@ -129,12 +126,12 @@ def _line(words: list[str], more: list[str], mesh: Mesh) -> str:
         if option not in OPTIONS or option not in replaced:
             kept.append(words[i - 1])
         elif not value and not "".join(words[i : i + 1]).startswith("-"):
-            i += 1  # its value
-    return shlex.join([*_started_by(words, mesh), "xtuner", "train", *kept, *more])
+            i += 1  # also drop its value
+    return shlex.join([*_launcher_prefix(words, mesh), "xtuner", "train", *kept, *more])
 
 
-def _started_by(words: list[str], mesh: Mesh) -> list[str]:
-    """What goes before `xtuner`, so that as many processes start again."""
+def _launcher_prefix(words: list[str], mesh: Mesh) -> list[str]:
+    """The words before `xtuner` that start the same number of processes."""
     ranks, local = mesh.size, mesh.local_size
     if ranks == 1:
         return []
@@ -149,7 +146,7 @@ def _started_by(words: list[str], mesh: Mesh) -> list[str]:
     return prefixes.get(launcher, lambda: [f"NPROC_PER_NODE={local}"] if ranks == local else [])()
 
 
-def _in_use(device: torch.device) -> str:
+def _describe_memory_in_use(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""Where a GPU's time goes: kernels of a few iterations, summed up by what they are for."""
+"""Where a GPU's time goes: kernel times of a few iterations, summed by purpose."""
 
 import re
 import time
@@ -11,7 +11,8 @@ from xtuner.core.log import logger
 from xtuner.dist import collectives
 from xtuner.train.run import Hook, Iteration, Run
 
-# What a kernel is for, by its name; the first that matches. Those that torch.compile fuses beside attention are not it.
+# The purpose of a kernel by its name: the first pattern that matches. Kernels that torch.compile fuses around attention
+# have it in their names, but are elementwise.
 PARTS = {
     "attention": r"^(?!triton_(poi|red|per)_).*(flash|fmha|attention|sdpa)",
     "optimizer": r"^_update$|adam|multi_tensor|foreach|lpnorm|LpNorm|l2norm",
@@ -22,20 +23,20 @@ PARTS = {
 }
 
 
-def part_of(kernel: str) -> str:
+def classify_kernel(kernel: str) -> str:
     return next(part for part, pattern in PARTS.items() if re.search(pattern, kernel))
 
 
-def by_part(kernels: Mapping[str, float], wall: float) -> dict[str, float]:
-    """Sums by part of `kernels` (ms by name), and what is left of `wall` (ms): the GPU was idle."""
+def sum_by_part(kernels: Mapping[str, float], wall: float) -> dict[str, float]:
+    """Sums of `kernels` (ms by name) by part; "idle" is the rest of `wall` (ms)."""
     sums = dict.fromkeys(PARTS, 0.0)
     for kernel, ms in kernels.items():
-        sums[part_of(kernel)] += ms
+        sums[classify_kernel(kernel)] += ms
     return {**sums, "idle": max(wall - sum(sums.values()), 0.0)}
 
 
 class KernelTimer:
-    """Times every GPU kernel from its making to `stop`."""
+    """Times every GPU kernel from its construction to `stop`."""
 
     def __init__(self) -> None:
         torch.cuda.synchronize()
@@ -44,7 +45,7 @@ class KernelTimer:
         self._start = time.perf_counter()
 
     def stop(self) -> tuple[dict[str, float], float]:
-        """ms by kernel, the longest first, and ms of wall time."""
+        """(ms by kernel, the longest first; ms of wall time)."""
         torch.cuda.synchronize()
         wall = (time.perf_counter() - self._start) * 1e3
         self._profile.__exit__(None, None, None)
@@ -53,10 +54,10 @@ class KernelTimer:
 
 
 class ProfileHook(Hook):
-    """Times every GPU kernel of `iterations` iterations, tells the sums by part, and writes them to profile.json.
+    """Times every GPU kernel of `iterations` iterations, logs the sums by part and writes them to profile.json.
 
     Args:
-        begin: the first iteration that is timed; those before compile and fill caches.
+        begin: the first timed iteration; earlier ones compile and fill caches.
     """
 
     priority = 15
@@ -72,15 +73,15 @@ class ProfileHook(Hook):
             self._timer = KernelTimer()
         elif it.state.iteration == self.begin - 1 + self.iterations and self._timer is not None:
             kernels, wall = self._timer.stop()
-            self._tell(run, {k: ms / self.iterations for k, ms in kernels.items()}, wall / self.iterations)
+            self._report(run, {k: ms / self.iterations for k, ms in kernels.items()}, wall / self.iterations)
             self._timer = None
 
-    def _tell(self, run: Run, kernels: dict[str, float], wall: float) -> None:
-        """Both in ms an iteration."""
-        sums = by_part(kernels, wall)
+    def _report(self, run: Run, kernels: dict[str, float], wall: float) -> None:
+        """Args: kernels, wall: in ms per iteration."""
+        sums = sum_by_part(kernels, wall)
         shown = "\n".join(f"  {part:<16} {ms:9.1f} ms {100 * ms / wall:5.1f} %" for part, ms in sums.items() if ms)
         longest = "\n".join(f"  {ms:9.1f} ms  {kernel[:90]}" for kernel, ms in list(kernels.items())[:12])
-        logger.info(f"an iteration of {wall:.1f} ms on the GPU, by part\n{shown}\nthe longest kernels\n{longest}")
+        logger.info(f"an iteration of {wall:.1f} ms on the GPU, by part\n{shown}\nlongest kernels\n{longest}")
         if collectives.is_main():
             kept = dict(list(kernels.items())[:40])
             try:

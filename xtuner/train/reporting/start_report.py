@@ -1,4 +1,4 @@
-"""What a run tells before its first step: every derived number with its unit, and the machine it runs on."""
+"""The report before the first step: every derived number with its unit, and the machine."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,24 +14,24 @@ from xtuner.optim.parameter_groups import group_of
 from xtuner.train.run import Plan, Settings
 
 SHOWN_FILES = 20
-LOOKED_AT = 1024  # packs of which it is worked out how long ranks wait for each other
-SUGGESTED = 16  # iterations whose packs are dealt together: `train_dataloader.balance`
-MOST = 64  # iterations that are looked at for a window of more
-WORTH = 0.005  # of an iteration, to suggest it
+PACKS_EXAMINED = 1024  # packs from which the waiting time of ranks is computed
+SUGGESTED_WINDOW = 16  # iterations whose packs are assigned together: `train_dataloader.balance`
+MAX_WINDOW = 64  # iterations examined for larger windows
+MIN_GAIN = 0.005  # share of an iteration; smaller gains are not suggested
 
 
-def environment(config: Path) -> dict[str, Any]:
-    """Versions, machine, command line, and the git state of the folder that the config lies in; secrets masked."""
+def describe_environment(config: Path) -> dict[str, Any]:
+    """Versions, machine, command line, and the git state of the config's folder; secrets masked."""
     return sysinfo.facts(config.resolve().parent)
 
 
-def report(settings: Settings, plan: Plan) -> str:
-    """The numbers that follow from config and data, for standard output."""
+def format_start_report(settings: Settings, plan: Plan) -> str:
+    """The numbers derived from config and data, for standard output."""
     data, config = settings.dataset, settings.source.config
     documents, tails, dropped = data.documents, data.tail_tokens_per_file, data.dropped()
     files, lost = f"{len(documents):,} files", f"{dropped.dropped:,} tokens ({dropped.share})"
     if documents.num_repeated:
-        files += f" ({documents.num_repeated:,} named more than once)"
+        files += f" ({documents.num_repeated:,} listed more than once)"
     parameters = num_parameters(config)
     where = str(settings.source.folder) if settings.source.folder else f"random weights, seed {settings.source.seed}"
     tokens = plan.packs_per_iteration * data.packed_length
@@ -42,73 +42,73 @@ def report(settings: Settings, plan: Plan) -> str:
     rows = [
         ("model", f"{parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, from {where}"),
         ("optimizer", settings.optim.describe()),
-        *_groups(settings),
+        *_parameter_group_rows(settings),
         ("strategy", plan.choice.name),
-        ("precision", f"{_masters(settings)}, compute in {compute} on {device}{_products(settings)}"),
+        ("precision", f"{_describe_masters(settings)}, compute in {compute} on {device}{_describe_products(settings)}"),
         ("attention", BACKENDS[settings.source.attention_backend(device, dtype)].about),
         ("state", f"{human_bytes(plan.choice.state)} {each}for weights, gradients and optimizer, by arithmetic"),
         (
             "data",
             f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {files}, {documents.location}",
         ),
-        ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {lost} of file tails fill none"),
+        ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {lost} at the ends of files are dropped"),
     ]
     shown = (documents.file(i) for i in range(min(len(documents), SHOWN_FILES)))
     for file, packs, tail in zip(shown, data.packs_per_file, tails, strict=False):
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))
-    rows += _dealing(settings, plan)
+    rows += _balance_rows(settings, plan)
     left_over = plan.total_packs - plan.max_iterations * plan.packs_per_iteration
     rows += [
         ("iteration", f"{tokens:,} tokens in packs: {plan.packs_per_iteration}; {human(flops)}FLOPs without attention"),
         ("run", f"{plan.max_iterations:,} iterations; epochs: {plan.max_epochs}; packs left over: {left_over}"),
         ("work dir", str(settings.work_dir)),
     ]
-    return "what this run is\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows)
+    return "plan of the run\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows)
 
 
-def _groups(settings: Settings) -> list[tuple[str, str]]:
-    """What the config's parameter groups take."""
+def _parameter_group_rows(settings: Settings) -> list[tuple[str, str]]:
+    """Number of parameters in each parameter group of the config."""
     groups = settings.optim.parameter_groups
     taken = Counter(group_of(name, groups) for name in (settings.source.trained_names() if groups else ()))
     return [("", f"{taken[g]:,} parameters that match {g.match!r}: {g}") for g in groups]
 
 
-def _dealing(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
-    """Which packs are dealt to ranks, and how long those wait for the slowest, by arithmetic."""
+def _balance_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
+    """How packs are assigned to ranks, and how long ranks wait for the slowest, by arithmetic."""
     loader, window = plan.loader(settings), plan.balance
     if loader.dp_size == 1:
-        of = f"packs of {window} iterations are dealt to them by attention cost, as on several ranks"
-        return [("balance", of)] if window > 1 else []
+        what = f"packs of {window} iterations are ordered by attention cost, as on several ranks"
+        return [("balance", what)] if window > 1 else []
     if window > 1:
-        what = f"packs of {window} iterations are dealt to them by attention cost"
+        what = f"packs of {window} iterations are assigned to ranks by attention cost"
     elif loader.is_balanced:
-        what = "packs of an iteration are dealt to its ranks by attention cost"
+        what = "packs of an iteration are assigned to ranks by attention cost"
     elif window:
-        what = "one pack a rank in an iteration, nothing to deal"
+        what = "one pack per rank and iteration, nothing to balance"
     else:
-        what = "packs are not dealt" + (f", because {loader.balance_obstacle}" if loader.balance_obstacle else "")
+        what = "packs are not balanced" + (f", because {loader.balance_obstacle}" if loader.balance_obstacle else "")
 
     def flops(squares: Any) -> Any:
         return training_flops(settings.source.config, loader.dataset.packed_length, squares)
 
-    most = max(LOOKED_AT // plan.packs_per_iteration, min(window, MOST), SUGGESTED)
-    now, undealt, better = (loader.waiting_share(flops, balance, most) for balance in (window, 0, SUGGESTED))
+    most = max(PACKS_EXAMINED // plan.packs_per_iteration, min(window, MAX_WINDOW), SUGGESTED_WINDOW)
+    now, undealt, better = (loader.waiting_share(flops, balance, most) for balance in (window, 0, SUGGESTED_WINDOW))
     if now is None or undealt is None or better is None:
         return [("balance", what)]
     what += f": ranks wait {now:.1%} of an iteration for the slowest"
     if loader.is_balanced:
         what += f" instead of {undealt:.1%}"
-    if window < SUGGESTED and now - better >= WORTH:
-        what += f"; train_dataloader.balance = {SUGGESTED} would leave {better:.1%}"
+    if window < SUGGESTED_WINDOW and now - better >= MIN_GAIN:
+        what += f"; train_dataloader.balance = {SUGGESTED_WINDOW} would leave {better:.1%}"
     return [("balance", f"{what} (by arithmetic)")]
 
 
-def _masters(settings: Settings) -> str:
+def _describe_masters(settings: Settings) -> str:
     form = settings.optim.states
     return "fp32 masters" if form.moment == torch.float32 else f"bf16 weights, {form.name} moments"
 
 
-def _products(settings: Settings) -> str:
+def _describe_products(settings: Settings) -> str:
     return "" if settings.source.products == "own" else f", products of blocks in {settings.source.products}"

@@ -1,4 +1,4 @@
-"""Where figures go: `JsonLines` and `TensorBoard`, which every run has, and what a config adds."""
+"""Trackers of metrics: `JsonLines` and `TensorBoard`, which every run has, and those that a config adds."""
 
 from xtuner.train.trackers.base import Tracker, Trackers
 

@@ -1,4 +1,4 @@
-"""Where the figures of a run go: a small protocol, so that any service can be one more place."""
+"""The protocol for trackers: any service that takes the metrics of a run can be added."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,28 +9,28 @@ from xtuner.core.secrets import mask, mask_text
 
 
 class Tracker:
-    """A place for the figures and texts of a run. Only rank 0 has trackers.
+    """Receives the metrics and texts of a run. Only rank 0 has trackers.
 
-    Derive from it, and name the class in a config: `trackers = [dict(type=MyTracker, …)]`. What the constructor refuses
-    ends `xtuner train` before it begins; after that, an error of a tracker is reported, and the run continues without
-    that tracker. Secrets (tokens, passwords) are masked in all that it gets.
+    Derive from it, and name the class in a config: `trackers = [dict(type=MyTracker, …)]`. An error of the constructor
+    ends `xtuner train` before training; after that, an error of a tracker is logged, and the run continues without it.
+    Secrets (tokens, passwords) are masked in everything that it receives.
     """
 
     def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
-        """Args: folder: of this start, in the work dir; config: resolved."""
+        """Args: folder: of this start, inside the work dir; config: resolved."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Figures by name; `record["iter"]` is the iteration. What is not a number (an ETA, a list) may be left out."""
+        """Metrics by name; `record["iter"]` is the iteration. Values that are not numbers may be skipped."""
 
     def text(self, tag: str, value: str, iteration: int) -> None:
-        """A sample of the model, for one."""
+        """A text, such as a sample of the model."""
 
     def close(self) -> None:
-        """After the last record, also of a run that ends with an error."""
+        """Called after the last record, also if the run ends with an error."""
 
 
 class Trackers:
-    """Several at once; one that fails is left out from then on."""
+    """Several trackers; one that fails is dropped."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
@@ -57,4 +57,4 @@ class Trackers:
             except Exception as e:
                 self._trackers.remove(tracker)
                 name, why = type(tracker).__name__, mask_text(f"{type(e).__name__}: {e}")
-                logger.warning(f"{name} failed and gets nothing more; the run continues: {why}")
+                logger.warning(f"{name} failed and is no longer used; the run continues: {why}")

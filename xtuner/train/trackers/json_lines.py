@@ -1,4 +1,4 @@
-"""Every figure of a run with all its digits."""
+"""Every metric of a run, unrounded."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from xtuner.train.trackers.base import Tracker
 
 
 class JsonLines(Tracker):
-    """`vis_data/scalars.json` in the folder of a start: one JSON object a line."""
+    """`vis_data/scalars.json` in the folder of a start: one JSON object per line."""
 
     def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._file = AppendFile(folder / "vis_data" / "scalars.json", logger.warning)

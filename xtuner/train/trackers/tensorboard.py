@@ -15,7 +15,7 @@ from xtuner.train.trackers.base import Tracker
 class TensorBoard(Tracker):
     """An event file in `vis_data/` of the folder of a start.
 
-    TensorBoard's own writer is not used: its thread keeps what went wrong, and raises it from the next curve.
+    TensorBoard's own writer is not used: its thread stores errors and raises them at a later, unrelated write.
     """
 
     def begin(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class TensorBoard(Tracker):
 
 
 def _event(**fields: Any) -> bytes:
-    """A record of TensorBoard's event files: an `Event`, framed by its length and checksums."""
+    """A record of a TensorBoard event file: an `Event`, framed by its length and checksums."""
     from io import BytesIO
 
     from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]

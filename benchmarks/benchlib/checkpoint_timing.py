@@ -1,36 +1,30 @@
-"""Saving beside training, and resuming, of `xtuner train` itself, beside what the disk alone can do.
+"""Times one save and one resume of `xtuner train`, and the raw speed of the disk.
 
-    python benchmarks/checkpoint.py 1.8b --folder /scratch    # one GPU; `several.py run` does it on more
-
-A run saves after 8 iterations and is killed (SIGKILL) when the checkpoint is whole; then it is resumed, and killed
-after its first iteration. Reported: how long training waited for the save, an iteration's usual time, bytes a second of
-save and load, the disk's own bytes a second, seconds from the command to the first iteration after the resume.
+A run saves after 8 iterations and is killed (SIGKILL) when the checkpoint is complete; then it is resumed, and killed
+after its first iteration. Reported: how long training waited for the save, the usual time of an iteration, bytes per
+second of save, load and disk, seconds from the command to the first iteration after the resume.
 """
 
-import argparse
 import json
 import math
 import os
 import re
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import CASES, machine, write_data
-from ours import config_of, watched, words_of
+from benchlib.xtuner_training import stream_lines
 
 SAVE_AT = 8
 SIZE = 4 * 2**30  # bytes of the file that measures the disk
-ROUNDED = 0.05  # s: what the log shows as 0.0
+ROUNDED = 0.05  # s: times below it are 0.0 in the log
 SAVED = r"saved .* in ([\d.]+) s .*training waited ([\d.]+) s"
 
 
 def disk(folder: Path, size: int = SIZE) -> tuple[float, float]:
-    """Bytes a second that one file is written with, synced, and read with from the disk itself."""
+    """(write, read) bytes per second of one file, with fsync and without the page cache."""
     path, block = folder / "disk", os.urandom(min(2**26, size))
     begin = time.perf_counter()
     with open(path, "wb") as f:
@@ -52,10 +46,10 @@ def disk(folder: Path, size: int = SIZE) -> tuple[float, float]:
 def save_and_resume(
     words: Sequence[str], work: Path, log: Path, environ: Mapping[str, str] = os.environ, size: int = SIZE
 ) -> dict[str, Any]:
-    """Figures of a run into `work` that is killed after its first checkpoint and resumed; both write to `log`.
+    """Time a run in `work` that is killed after its first checkpoint, and its resume; both write to `log`.
 
     Args:
-        words: the run's command, which saves at SAVE_AT and nowhere before.
+        words: the run's command, with its first save at SAVE_AT.
         size: of the file that measures the disk.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -64,7 +58,7 @@ def save_and_resume(
     with open(log, "w") as f:
         for until, more in ((SAVED, []), (r"iter +\d+/", ["--resume"])):
             first, line = math.nan, ""
-            for seconds, line in watched([*words, *more], until, environ):
+            for seconds, line in stream_lines([*words, *more], until, environ):
                 f.write(line)
                 if math.isnan(first) and re.search(r"iter +\d+/", line):
                     first = seconds
@@ -82,33 +76,12 @@ def save_and_resume(
     return found | {"seconds": statistics.median(times[3:SAVE_AT]), "beside": times[SAVE_AT:]}
 
 
-def shown(r: Mapping[str, Any]) -> str:
-    """What `save_and_resume` has found, in a sentence."""
-    mib, beside = 2**20, f"; iterations beside the save {max(r['beside']):.2f} s at most" if r["beside"] else ""
+def describe(r: Mapping[str, Any]) -> str:
+    """The result of `save_and_resume` as a sentence."""
+    mib, beside = 2**20, f"; iterations during the save {max(r['beside']):.2f} s at most" if r["beside"] else ""
     return (
         f"{r['bytes'] / 2**30:.1f} GiB saved in {r['saved']:.1f} s ({r['bytes'] / r['saved'] / mib:,.0f} MiB/s; the "
         f"disk alone writes {r['disk_writes'] / mib:,.0f}, reads {r['disk_reads'] / mib:,.0f}), training waited "
         f"{r['waited']:.2f} s; an iteration takes {r['seconds']:.2f} s{beside}; first iteration {r['first']:.0f} s "
         f"after the command, after a resume {r['resumed']:.0f} s, of which loading takes {r['loaded']:.1f} s"
     )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=list(CASES))
-    parser.add_argument("--folder", type=Path, help="where data and checkpoints go")
-    a = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="xtuner-bench-", dir=a.folder))
-    write_data(folder / "data", 64)
-    (folder / "config.py").write_text(config_of(CASES[a.case], folder / "data", None, 0))
-    words = [*words_of(folder / "config.py", folder / "w", "single"), "--cfg-options", f"save_steps={SAVE_AT}"]
-    found = save_and_resume(words, folder / "w", folder / "log")
-    if "failed" in found:
-        raise SystemExit(f"{found['failed']}\nsee {folder / 'log'}")
-    print(shown(found))
-    print(json.dumps(machine()))
-    shutil.rmtree(folder)
-
-
-if __name__ == "__main__":
-    main()

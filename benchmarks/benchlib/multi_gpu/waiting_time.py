@@ -1,10 +1,10 @@
-"""What ranks lose by waiting for the slowest, and what dealing packs by their attention cost would give back.
+"""The time that ranks wait for the slowest one, and how much less it is if packs are balanced by attention cost.
 
-A pack's time is  fixed + a + b · Σ len²  over its documents: matrix products and the like depend on tokens alone, which
-are equally many in all packs; attention on documents' lengths. All ranks of an iteration wait for the slowest.
+A pack takes  fixed + a + b · Σ len²  over its documents: matrix products depend on the number of tokens, which is the
+same for all packs; attention depends on the lengths of documents. All ranks of an iteration wait for the slowest.
 
-Packs are dealt as training deals them (xtuner/data/loading/balance.py): in windows of iterations
-(`train_dataloader.balance`), or within each iteration, which has an effect only with several packs a rank.
+Packs are assigned to ranks as in training (xtuner/data/loading/balance.py): over windows of iterations
+(`train_dataloader.balance`), or within each iteration, which only matters with several packs per rank.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ Floats = npt.NDArray[np.float64]
 Time = Callable[[Floats], Floats]  # of packs of these costs, in any unit
 
 RANKS = (2, 4, 8, 64)
-WAYS = (  # packs a rank, iterations dealt together, in words
-    (1, 0, "one pack a rank, not dealt"),
+WAYS = (  # packs per rank, window of iterations, label
+    (1, 0, "one pack per rank, not balanced"),
     (1, 4, "in 4 iterations"),
     (1, 16, "in 16 iterations"),
     (1, 64, "in 64 iterations"),
-    (4, 0, "4 packs a rank, not dealt"),
+    (4, 0, "4 packs per rank, not balanced"),
     (4, 1, "in each iteration"),
     (4, 16, "in 16 iterations"),
 )
@@ -37,12 +37,12 @@ MIXES = {
 
 
 def squares(lengths: npt.NDArray[np.int64], pack: int) -> Floats:
-    """Σ len² of each pack, documents laid end to end and cut every `pack` tokens; the tail fills none."""
+    """Σ len² of each pack: documents are concatenated and cut every `pack` tokens; the tail is dropped."""
     return pack_costs(np.cumsum(lengths), pack).astype(float)
 
 
 def lengths(tokens: int, pack: int, long: float, seed: int = 0) -> npt.NDArray[np.int64]:
-    """Documents as synthetic.py draws them, of which so large a part of all tokens lies in documents of `pack`."""
+    """Document lengths as in workloads.py, with the share `long` of all tokens in documents of `pack` tokens."""
     draw = np.random.RandomState(seed)
     short = int(tokens * (1 - long))
     drawn = draw.lognormal(np.log(700), 1.0, size=short // 800 + 1)
@@ -54,17 +54,17 @@ def lengths(tokens: int, pack: int, long: float, seed: int = 0) -> npt.NDArray[n
 
 
 def waiting(costs: Floats, ranks: int, window: int = 1, each: int = 1, time: Time = lambda costs: costs) -> float:
-    """Part of an iteration that the average rank waits for the slowest, over full windows of packs."""
+    """Share of an iteration that the average rank waits for the slowest, over full windows of packs."""
     together = ranks * each * max(window, 1)
     if len(costs) < together:
-        raise ValueError(f"{len(costs)} packs are no {window} iterations of {ranks} ranks")
+        raise ValueError(f"{len(costs)} packs are fewer than {window} iterations of {ranks} ranks")
     return balance.waiting_share(costs[: len(costs) // together * together], time, ranks, each, window)
 
 
 def table(models: dict[str, Any], packs: int = 2**15) -> str:
-    """For each model (see predict.py: fixed, a, b in ms) and mix: the wait, and what dealing leaves of it."""
+    """For each model (with fixed, a, b in ms) and mix of documents: the wait, unbalanced and balanced."""
     head = [f"{r} ranks" for r in RANKS]
-    lines = [f"| model, documents | Σ len² of a pack, mean ± deviation | dealt | {' | '.join(head)} |"]
+    lines = [f"| model, documents | Σ len² of a pack, mean ± deviation | balanced | {' | '.join(head)} |"]
     lines.append("|---|---|---|" + "---|" * len(RANKS))
     for mix, long in MIXES.items():
         s = squares(lengths(packs * 32768, 32768, long), 32768)

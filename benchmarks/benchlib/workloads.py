@@ -1,11 +1,11 @@
-"""The cases that are measured, for ours and for peers: shape, state of AdamW, documents."""
+"""Workloads for ours and for peers: model shapes, cases, documents and packs."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from synthetic import documents
 
 from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
 from xtuner.data.format.writer import write_bin
@@ -13,14 +13,15 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.model import from_scratch
 from xtuner.model.decoder import DecoderConfig
 
+BENCHMARKS = Path(__file__).resolve().parents[1]
 PACK = 32768
-PACKS = 64  # written for every case, so that all that is measured takes the same ones
+PACKS = 64  # written for every case, so that all measurements use the same ones
 MEDIAN = 700  # tokens of a document
 
 
 @dataclass(frozen=True)
 class Shape:
-    template: str  # whose settings a case takes
+    template: str  # the shipped config
     hidden: int
     layers: int
     heads: int
@@ -29,7 +30,7 @@ class Shape:
     vocabulary: int = 92544
 
     def fields(self) -> dict[str, int]:
-        """As `from_scratch` takes them."""
+        """Arguments of `from_scratch`."""
         return dict(
             vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.ffn,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
@@ -53,7 +54,7 @@ VOCABULARY = SHAPES["7b"].vocabulary
 
 @dataclass(frozen=True)
 class Case:
-    """`long`: every pack is one document; else lengths are lognormal."""
+    """`long`: every pack is one document; else document lengths are lognormal."""
 
     name: str
     shape: str
@@ -72,39 +73,55 @@ CASES = {
 }
 
 
+def draw_documents(tokens: int, vocabulary: int, median: int, longest: int, seed: int) -> list[list[int]]:
+    """Random documents of about `tokens` tokens in all."""
+    draw = np.random.RandomState(seed)
+    found, total = [], 0
+    while total < tokens:
+        length = int(min(max(draw.lognormal(np.log(median), 1.0), 2), longest))
+        found.append(draw.randint(3, vocabulary, size=length).tolist())
+        total += length
+    return found
+
+
 def write_data(folder: Path, packs: int, length: int = 0, pack: int = PACK, vocabulary: int = VOCABULARY) -> None:
-    """Documents for so many packs, all of `length` tokens, or of lognormal lengths."""
+    """Write documents for that number of packs: all of `length` tokens, or of lognormal lengths."""
     if length:
-        texts = of_lengths([length] * (packs * pack // length), vocabulary)
+        texts = draw_documents_of([length] * (packs * pack // length), vocabulary)
     else:
-        texts = documents(packs * pack, vocabulary, MEDIAN * pack // PACK, pack, 0)
+        texts = draw_documents(packs * pack, vocabulary, MEDIAN * pack // PACK, pack, 0)
     write_bin(folder / "synthetic.bin", texts)
 
 
 def write_mixed(folder: Path, packs: int, pack: int = PACK, vocabulary: int = VOCABULARY) -> None:
-    """A third of the tokens in documents of a quarter of a pack up to a pack, a sixth in documents of two packs, one of
-    which fills a pack wherever it begins, the others of lognormal lengths."""
+    """Write documents of mixed lengths. A third of the tokens is in documents of a quarter to one pack, a sixth in
+    documents of two packs (each fills at least one pack), the rest in documents of lognormal lengths."""
     draw, lengths = np.random.RandomState(1), [2 * pack] * (packs // 12)
     while sum(lengths) < packs * pack // 2:
         lengths.append(int(draw.randint(pack // 4, pack)))
-    short = documents(packs * pack - sum(lengths), vocabulary, MEDIAN * pack // PACK, pack, 0)
-    write_bin(folder / "synthetic.bin", [*of_lengths(lengths, vocabulary), *short])
+    short = draw_documents(packs * pack - sum(lengths), vocabulary, MEDIAN * pack // PACK, pack, 0)
+    write_bin(folder / "synthetic.bin", [*draw_documents_of(lengths, vocabulary), *short])
 
 
-def of_lengths(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
-    """Random documents."""
+def draw_documents_of(lengths: Sequence[int], vocabulary: int) -> list[list[int]]:
+    """Random documents of the given lengths."""
     draw = np.random.RandomState(0)
     return [draw.randint(3, vocabulary, size=length).tolist() for length in lengths]
 
 
-def in_order(folder: Path, pack: int = PACK) -> tuple[PackedDataset, list[int]]:
-    """The packs of a folder, and their numbers in the order in which `xtuner train` takes them."""
+def packs_in_training_order(folder: Path, pack: int = PACK) -> tuple[PackedDataset, list[int]]:
+    """The packs of a folder, and their numbers in the order in which `xtuner train` uses them."""
     described = dict(type=load_intern_repo_tokenized_dataset, folder=str(folder))
     packs = build_packed_dataset(described, pack, seed=1024)
     return packs, [int(n) for n in InternRepoSampler(packs, rank=0, world_size=1, seed=1024).permutation()]
 
 
-def machine() -> dict[str, str]:
+def add_to_python_path(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables with which another process can import benchlib."""
+    return {**environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(BENCHMARKS), environ.get("PYTHONPATH")]))}
+
+
+def describe_machine() -> dict[str, str]:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

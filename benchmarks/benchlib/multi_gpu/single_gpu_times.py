@@ -1,24 +1,24 @@
-"""What one H100 takes for one pack of 32,768 tokens, by part, and what engines cost there: all that predict.py is fed.
+"""Times of one H100 for one pack of 32,768 tokens, by part: the input of prediction.py.
 
-A pack's attention is  a + b · Σ len²  over its documents, from packs of many documents and of one.
+Attention takes  a + b · Σ len²  over a pack's documents, fitted to packs of many documents and of one.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from cases import PACK, SHAPES
+from benchlib.workloads import PACK, SHAPES
 
 from xtuner.model import from_scratch
 from xtuner.model.flops import num_parameters
 
 GIB = 2**30
 LONG = float(PACK**2)  # Σ len² of a pack that is one document
-PROFILED = 66.5e6  # mean Σ len² of the packs whose kernels were timed
+PROFILED = 66.5e6  # mean Σ len² of the packs of the profiled run
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One H100 80GB (700 W), torch 2.11.0+cu130, 2026-11-24: ms of one pack of 32,768 tokens, all kernels of a kind."""
+    """One H100 80GB (700 W), torch 2.11.0+cu130, 2026-11-24: ms per pack of 32,768 tokens, by kind of kernel."""
 
     shape: str
     products: float
@@ -27,8 +27,8 @@ class Measured:
     elementwise: float
     optimizer: float  # fp32 AdamW
     copies: float
-    tokens_per_s: float  # of the whole run on one GPU; what kernels do not explain of it is idle
-    squares: float  # Σ len² of a pack of that run, its median
+    tokens_per_s: float  # of a full run on one GPU; time without kernels is idle
+    squares: float  # Σ len² of a pack of that run, median
 
     @property
     def source(self) -> Any:
@@ -40,7 +40,7 @@ class Measured:
 
     @property
     def ends(self) -> int:
-        """Embedding and head."""
+        """Parameters of embedding and head."""
         return 2 * self.source.config.vocab_size * self.source.config.hidden_size
 
     @property
@@ -57,7 +57,7 @@ class Measured:
 
     @property
     def fixed(self) -> float:
-        """All but attention."""
+        """ms of everything except attention."""
         return 1000 * PACK / self.tokens_per_s - self.a - self.b * self.squares
 
     @property
@@ -66,11 +66,11 @@ class Measured:
 
     @property
     def optimizer_there(self) -> float:
-        """Of the run that `tokens_per_s` is of: 7B fits one H100 with 8-bit moments only."""
+        """ms of the optimizer in the run of `tokens_per_s`: 7B fits one H100 only with 8-bit moments."""
         return 44.0 if self.shape == "7b" else self.optimizer
 
 
-# A check of b: the fp8 run of 7B was profiled at 129.7e6, where this says 283 ms; it took 286.
+# A check of b: an fp8 run of 7B at Σ len² = 129.7e6 took 286 ms of attention; this formula gives 283.
 MODELS = {
     "1.8b": Measured("1.8b", 466, 66, 643, 85, 22, 5, 48_495, 95.6e6),
     "7b": Measured("7b", 2079, 182, 1795, 187, 22 * 7.738 / 1.889, 14, 12_618, 110.7e6),  # fp32 AdamW: by parameters
@@ -79,8 +79,8 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Machine:
-    free: float  # bytes that a process finds free on a GPU
-    slower: float = 1.0  # times of what memory bandwidth bounds, beside the H100's: 3.35 ÷ 4.8 TB/s
+    free: float  # bytes of GPU memory that are free for a process
+    slower: float = 1.0  # times of memory-bound kernels, relative to an H100
 
 
 MACHINES = {"H100": Machine(78.7 * GIB), "H200": Machine(139 * GIB, 3.35 / 4.8)}

@@ -1,15 +1,15 @@
-"""torchtitan: its Llama 3 with its own recompute, compiled block by block, its loss compiled.
+"""torchtitan: its Llama 3 with its own activation checkpointing, blocks and loss compiled.
 
-    pip install --no-deps torchtitan==0.2.2    # of the time of torch 2.11; 0.3.0 wants a newer one
+    pip install --no-deps torchtitan==0.2.2    # for torch 2.11; 0.3.0 needs a newer one
 
-What its model imports and this does not use, readers of data and of command lines, may be missing (`Absent`).
+Packages that its model imports but this does not use may be missing (`Absent`).
 
-`parallelize_llama` as it is (activation checkpointing, torch.compile, FSDP on several GPUs); FlexAttention under its
-block-causal mask or its variable-length attention, SDPA where a pack is one document. It gets no positions, as from its
-trainer: rotary positions are relative. On one GPU weights in fp32 are computed in bf16 by its FSDP on a mesh of one
-rank. Logits are held whole, since 0.2.2 has no other loss: bf16 [T, V], and their gradient. By arithmetic, packs of
-32,768 tokens fit into 80 GB with 'selective' at 1.8B (60 GiB) and with 'full' at 7B (50 GiB). 'budget-0.3' leaves the
-choice to the compiler, within that part of what it would keep.
+`parallelize_llama` unchanged (activation checkpointing, torch.compile, FSDP on several GPUs); FlexAttention with its
+block-causal mask, its variable-length attention, or SDPA if a pack is one document. As in its trainer, the model gets
+no positions: rotary positions are relative. On one GPU its FSDP on a mesh of one rank computes fp32 weights in bf16.
+0.2.2 has only a loss on full logits: bf16 [T, V], and their gradient. By arithmetic, packs of 32,768 tokens fit into
+80 GB with 'selective' at 1.8B (60 GiB) and with 'full' at 7B (50 GiB). 'budget-0.3' lets the compiler choose what to
+keep, up to 0.3 of all activations.
 """
 
 import importlib.abc
@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peer import Peer, Settings, Weights
+from benchlib.peers.training_loop import Peer, Settings, Weights
 from torch.distributed.fsdp import FSDPModule
 
 
 class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Packages that are not installed, as modules that have every name: an empty class, or if it is in lower case an
-    empty module."""
+    """Replaces missing packages by modules in which every name exists: as an empty class, or in lower case as an empty
+    module."""
 
     def __init__(self, *names: str) -> None:
         self.names = {name for name in names if importlib.util.find_spec(name) is None}
@@ -65,7 +65,7 @@ from xtuner.data.loading.batch import Batch  # noqa: E402
 from xtuner.model.decoder import DecoderConfig  # noqa: E402
 
 MODES = {"none": "none", "selective": "selective", "full": "full", "budget": "memory_budget"}
-END = SimpleNamespace(eos_id=1)  # what its masks take for a document's last token, in a row that marks just these
+END = SimpleNamespace(eos_id=1)  # its masks end documents at this token; the row that they get marks the ends only
 
 
 def model_args(c: DecoderConfig, attention: str) -> TransformerModelArgs:
@@ -91,7 +91,7 @@ def build(s: Settings) -> Peer:
     if attention not in ("flex", "varlen", "sdpa"):
         raise SystemExit("torchtitan: --attention is flex, varlen or sdpa")
     if attention == "sdpa" and not s.long:
-        raise SystemExit("torchtitan's sdpa keeps no documents apart: take a case whose packs are one document (-long)")
+        raise SystemExit("torchtitan's sdpa does not separate documents: use a case with one document per pack (-long)")
     recompute = s.recompute or ("full" if s.shape.hidden_size > 2048 else "selective")
     mode, _, budget = recompute.partition("-")
     if mode not in MODES or bool(budget) != (mode == "budget"):
@@ -107,7 +107,7 @@ def build(s: Settings) -> Peer:
         model = Transformer(model_args(s.shape, attention))
     torch.set_default_dtype(torch.float32)
     assert model.layers["0"].feed_forward.w1.out_features == s.shape.intermediate_size
-    parallel_dims.device_type = s.device.type  # it does not think of CPUs
+    parallel_dims.device_type = s.device.type  # its default ignores CPUs
     ranks = s.mesh.size() if s.mesh else 1
     parallelize_llama(model, ParallelDims(1, ranks, 1, 1, 1, 1, 1, world_size=ranks), job)
     if ranks == 1 and s.dtype != s.compute:
@@ -116,7 +116,7 @@ def build(s: Settings) -> Peer:
         mesh = dist.init_device_mesh(s.device.type, (1,), mesh_dim_names=("fsdp",))
         apply_fsdp(model, mesh, param_dtype=s.compute, reduce_dtype=torch.float32, pp_enabled=False)
     for module in model.modules():
-        if isinstance(module, FSDPModule) and s.device.type == "cpu":  # gloo multiplies no sums, as 0.2.2 requests
+        if isinstance(module, FSDPModule) and s.device.type == "cpu":  # gloo lacks the scaled sums that 0.2.2 requests
             module.set_force_sum_reduction_for_comms(True)
     model.to_empty(device=s.device)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def build(s: Settings) -> Peer:
 
 
 def own_names(model: Transformer) -> dict[str, str]:
-    """Names as they were before modules were wrapped → as they are."""
+    """Names before modules were wrapped → names after."""
     return {
         name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): name
         for name, _ in model.named_parameters()
@@ -150,5 +150,5 @@ def own_names(model: Transformer) -> dict[str, str]:
 
 
 def from_hf(model: Transformer, weights: Weights) -> Weights:
-    """Weights of the llama layout by names before wrapping: with rows of q and k for its interleaved rotation."""
+    """Weights of the llama layout by names before wrapping; rows of q and k permuted for its interleaved rotation."""
     return Llama3StateDictAdapter(model.model_args, None).from_hf(weights)

@@ -8,20 +8,9 @@ The lengths are those of the published figures: median 700, sigma 1, cut at 32,7
 import argparse
 from pathlib import Path
 
-import numpy as np
+from benchlib.workloads import draw_documents
 
 from xtuner.data.format.writer import write_bin
-
-
-def documents(tokens: int, vocabulary: int, median: int, longest: int, seed: int) -> list[list[int]]:
-    """Random documents of about `tokens` tokens in all."""
-    draw = np.random.RandomState(seed)
-    found, total = [], 0
-    while total < tokens:
-        length = int(min(max(draw.lognormal(np.log(median), 1.0), 2), longest))
-        found.append(draw.randint(3, vocabulary, size=length).tolist())
-        total += length
-    return found
 
 
 def main() -> None:
@@ -33,7 +22,9 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=32768)
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    count, total = write_bin(a.folder / "synthetic.bin", documents(a.tokens, a.vocabulary, a.median, a.longest, a.seed))
+    count, total = write_bin(
+        a.folder / "synthetic.bin", draw_documents(a.tokens, a.vocabulary, a.median, a.longest, a.seed)
+    )
     print(f"{a.folder / 'synthetic.bin'}: {count:,} documents, {total:,} tokens")
 
 

@@ -1,4 +1,4 @@
-"""One case of ours: `xtuner train` with a shipped template, in a process of its own."""
+"""Runs `xtuner train` with a shipped config in a process of its own, and reads its metrics."""
 
 import argparse
 import json
@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import PACK, PACKS, SHAPES, Case, write_data
+from benchlib.workloads import PACK, PACKS, SHAPES, Case, write_data
 
 from xtuner.config.load import SHIPPED
 
 ENGINES = ("single", "zero1", "zero2", "zero3", "fsdp")
 
 
-def config_of(case: Case, data: Path, tokenizer: str | None, profile: int, counted: Path | None = None) -> str:
-    """The shipped template with random weights of its shape, and nothing else changed.
+def render_config(case: Case, data: Path, tokenizer: str | None, profile: int, counted: Path | None = None) -> str:
+    """The shipped config with random weights of its shape, otherwise unchanged.
 
     Args:
         profile: the iteration that is timed by part; 0 for none.
-        counted: where ranks write how much of their GPU is in use (in_use.py); needs this folder on PYTHONPATH.
+        counted: where ranks write their use of GPU memory (gpu_memory.py); needs `add_to_python_path`.
     """
     text = (SHIPPED / f"internlm2_{SHAPES[case.shape].template}_w_tokenized_dataset.py").read_text()
     shape = ", ".join(f"{key}={value}" for key, value in SHAPES[case.shape].fields().items())
@@ -43,25 +43,25 @@ def config_of(case: Case, data: Path, tokenizer: str | None, profile: int, count
         text = re.sub(r"(?s)\n    dict\(type=DatasetInfoHook.*?\),\n", "\n", text)
         text = re.sub(r"(?s)\n    dict\(\n        type=EvaluateChatHook.*?\n    \),\n", "\n", text)
     if counted:
-        text += "\nfrom in_use import InUseHook\n"
-        text += f'custom_hooks.append(dict(type=InUseHook, folder="{counted}"))\n'
+        text += "\nfrom benchlib.gpu_memory import GpuMemoryHook\n"
+        text += f'custom_hooks.append(dict(type=GpuMemoryHook, folder="{counted}"))\n'
     if profile:
         text += "\nfrom xtuner.train.reporting.profile import ProfileHook\n"
         text += f"custom_hooks.append(dict(type=ProfileHook, begin={profile}, iterations=2))\n"
     return text
 
 
-def words_of(config: Path, work: Path, engine: str) -> list[str]:
-    """`xtuner train`, as a user would type it. Engines: single, zero1, zero2, zero3, fsdp."""
+def train_command(config: Path, work: Path, engine: str) -> list[str]:
+    """The command line of `xtuner train`. Engines: single, zero1, zero2, zero3, fsdp."""
     words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(work)]
     return words + {"single": [], "fsdp": ["--fsdp", "full"]}.get(engine, ["--deepspeed", f"deepspeed_{engine}"])
 
 
-def watched(
+def stream_lines(
     words: list[str], until: str, environ: Mapping[str, str] = os.environ, deadline: float = math.inf
 ) -> Iterator[tuple[float, str]]:
-    """(seconds since the start, line) of a command, which is killed after a line that matches `until`, or is the first
-    after `deadline` (of time.monotonic). Ends when all processes have ended that hold the command's output."""
+    """(seconds since the start, line) of a command's output. The command is killed after the first line that matches
+    `until` or comes after `deadline` (of time.monotonic). Ends when all processes that write to the output have."""
     begin, environ = time.perf_counter(), {**environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
     assert process.stdout is not None
@@ -73,9 +73,9 @@ def watched(
 
 
 @dataclass
-class Followed:
-    """What a run has logged: seconds to its first iteration, the memory that it expected, how far it got, its last
-    line, and what it said of memory that ran out."""
+class TrainingOutput:
+    """What a run has logged: seconds to its first iteration, expected memory, last iteration, last line, lines about
+    exhausted memory."""
 
     first: float | None = None
     expected: str = ""
@@ -84,18 +84,18 @@ class Followed:
     short: list[str] = field(default_factory=list)
 
 
-def follow(
+def run_until(
     words: list[str],
     iterations: int,
     log: Path,
     environ: Mapping[str, str] = os.environ,
     echo: bool = False,
     deadline: float = math.inf,
-) -> Followed:
-    """Run `xtuner train` until so many iterations are done; its output goes to `log`."""
-    found = Followed()
+) -> TrainingOutput:
+    """Run `xtuner train` for that number of iterations; its output goes to `log`."""
+    found = TrainingOutput()
     with open(log, "w") as f:
-        for seconds, found.last in watched(words, rf"iter +{iterations}/", environ, deadline):
+        for seconds, found.last in stream_lines(words, rf"iter +{iterations}/", environ, deadline):
             f.write(found.last)
             if echo:
                 print(found.last, end="", flush=True)
@@ -112,11 +112,11 @@ def follow(
     return found
 
 
-def figures(work: Path, warm: int, last: int) -> dict[str, Any]:
-    """What a run has written of its iterations after the first `warm`; losses and norms of all, up to `last`."""
+def read_metrics(work: Path, warm: int, last: int) -> dict[str, Any]:
+    """Metrics of a run: speeds after the first `warm` iterations; losses and norms of all, up to `last`."""
     (scalars,) = work.glob("*/vis_data/scalars.json")
     every = [json.loads(line) for line in scalars.read_text().splitlines()]
-    every = [r for r in every if r["iter"] <= last]  # it may have begun one more before it was ended
+    every = [r for r in every if r["iter"] <= last]  # it may have started another one before it was killed
     records = [r for r in every if r["iter"] > warm]
     return {
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in records),
@@ -131,9 +131,9 @@ def figures(work: Path, warm: int, last: int) -> dict[str, Any]:
 
 
 def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
-    """Run `xtuner train` on a case until the iterations asked for are done; the row of the table."""
+    """Run `xtuner train` on a case for the requested iterations. Returns a row of the table."""
     if not torch.cuda.is_available():
-        raise SystemExit("these models are measured on a GPU")
+        raise SystemExit("these models need a GPU")
     chosen = {"attention": a.attention, "products": a.products}
     chosen = {name: value for name, value in chosen.items() if value}
     engine = " ".join([a.engine, *chosen.values()])
@@ -142,16 +142,16 @@ def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     write_data(folder / "data", PACKS, PACK if case.long else 0)
     last = a.iterations - (3 if a.profile else 0)
     config = folder / "config.py"
-    config.write_text(config_of(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0))
-    words = words_of(config, folder / "work", a.engine)
+    config.write_text(render_config(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0))
+    words = train_command(config, folder / "work", a.engine)
     words += ["--cfg-options", *(f"model.{name}={value}" for name, value in chosen.items())] if chosen else []
-    ended = follow(words, a.iterations, folder / "log", echo=True)
+    ended = run_until(words, a.iterations, folder / "log", echo=True)
     if ended.first is None:
-        raise SystemExit(f"{case.name} did not get to its first iteration; see {folder / 'log'}")
+        raise SystemExit(f"{case.name} did not reach its first iteration; see {folder / 'log'}")
     profiles = list((folder / "work").glob("*/profile.json"))
     return {
         "engine": engine,
-        **figures(folder / "work", a.warm, last),
+        **read_metrics(folder / "work", a.warm, last),
         "first": ended.first,
         "expected": ended.expected,
         "profile": json.loads(profiles[0].read_text())["parts"] if profiles else None,

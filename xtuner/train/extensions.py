@@ -1,4 +1,4 @@
-"""What a config adds to a run and needs nothing of it to be built: hooks, trackers."""
+"""The hooks and trackers of a config: built before everything else, since they need nothing of the run."""
 
 import math
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from xtuner.train.trackers import Tracker
 T = TypeVar("T")
 
 
-class Parts(NamedTuple):
+class Extensions(NamedTuple):
     hooks: list[Hook]
     trackers: list[Tracker]
 
 
-def build_parts(config: Config, found: Findings) -> Parts:
-    """Mistakes go to `found`, whose `check` raises them."""
+def build_extensions(config: Config, found: Findings) -> Extensions:
+    """Build them all; mistakes are added to `found`, whose `check` raises them."""
     hooks, trackers = [], []
     named = [(f"default_hooks.{k}", spec) for k, spec in (config.get("default_hooks") or {}).items()]
     for name in ("custom_hooks", "trackers"):
@@ -33,9 +33,9 @@ def build_parts(config: Config, found: Findings) -> Parts:
                 trackers.append(_require(part, Tracker, "a tracker", "xtuner.train.trackers", key, spec))
             else:
                 hook = _require(part, Hook, "a hook", "xtuner.train.hooks", key, spec)
-                priority_of(hook)
+                read_priority(hook)
                 hooks.append(hook)
-    return Parts(hooks, trackers)
+    return Extensions(hooks, trackers)
 
 
 def _require(part: Any, base: type[T], what: str, module: str, key: str, spec: Mapping[str, Any]) -> T:
@@ -49,14 +49,14 @@ def _require(part: Any, base: type[T], what: str, module: str, key: str, spec: M
     )
 
 
-def priority_of(hook: Hook) -> float:
-    """The number by which hooks are sorted; a class made for mmengine may give its name. Raises: ConfigError."""
+def read_priority(hook: Hook) -> float:
+    """The number by which hooks are sorted; a class written for mmengine may use a name. Raises: ConfigError."""
     value: Any = hook.priority
     number = PRIORITIES.get(value.upper()) if isinstance(value, str) else value
     if not isinstance(number, int | float) or isinstance(number, bool) or not math.isfinite(number):
         raise ConfigError(
             f"{type(hook).__name__}.priority = {value!r} is neither a number nor one of {', '.join(PRIORITIES)}",
             why="hooks are called in the order of their priorities, the lowest number first",
-            do=f"leave it out for {Hook.priority}; hooks of ours measure at 10 to 20, log at 80, save at 90",
+            do=f"omit it for {Hook.priority}; our own hooks measure at 10 to 20, log at 80, save at 90",
         )
     return number

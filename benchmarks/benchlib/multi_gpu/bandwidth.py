@@ -1,6 +1,6 @@
-"""What collectives reach between the GPUs of one host, and what one that runs beside it costs a matrix product.
+"""Bandwidth of collectives between the GPUs of one host, and how much a concurrent one slows down a matrix product.
 
-NVLink multicast stays off (NCCL_NVLS_ENABLE=0). On CPUs, through gloo, the figures say nothing but that it runs.
+NVLink multicast is off (NCCL_NVLS_ENABLE=0). On CPUs, with gloo, the numbers only show that it runs.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from benchlib.workloads import add_to_python_path
 
 MIB = 2**20
 SIZES = [MIB << i for i in range(0, 11, 2)]  # 1 MiB … 1 GiB
@@ -24,18 +25,18 @@ OFF = {"NCCL_NVLS_ENABLE": "0"}
 
 
 def bus_bytes(name: str, size: int, ranks: int) -> float:
-    """Bytes that each rank must send, and receive, for a collective whose whole tensor has `size` bytes.
+    """Bytes that each rank must send, and receive, for a collective on a full tensor of `size` bytes.
 
-    An all-reduce is a reduce-scatter and an all-gather. "Bus bandwidth", as nccl-tests count it, is this over time.
+    An all-reduce is a reduce-scatter and an all-gather. "Bus bandwidth", as in nccl-tests, is this over time.
     """
     return (2 if name == "all_reduce" else 1) * size * (ranks - 1) / ranks
 
 
 def measure(gpus: int, tiny: bool = False) -> dict[str, Any]:
-    """Start a process for each GPU; returns what rank 0 found."""
+    """Start one process per GPU; returns the results of rank 0."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, str(Path(__file__).resolve())]
-        environ = {**os.environ, **OFF, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        words = [sys.executable, "-m", "benchlib.multi_gpu.bandwidth"]
+        environ = add_to_python_path(os.environ) | OFF | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         ranks = [
             subprocess.Popen([*words, str(rank), str(gpus), folder, str(int(tiny))], env=environ)
             for rank in range(gpus)
@@ -43,14 +44,14 @@ def measure(gpus: int, tiny: bool = False) -> dict[str, Any]:
         while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
             time.sleep(0.05)
         if failed := [i for i, rank in enumerate(ranks) if rank.returncode]:
-            for rank in ranks:  # they wait for those that are gone
+            for rank in ranks:  # the others wait for it
                 rank.kill()
             raise SystemExit(f"collectives of {gpus} processes: rank {failed[0]} failed, see above")
         return json.loads((Path(folder) / "found.json").read_text())
 
 
 def worker(rank: int, ranks: int, folder: Path, tiny: bool) -> None:
-    """What each process does; rank 0 writes `found.json`."""
+    """The work of each process; rank 0 writes `found.json`."""
     warnings.filterwarnings("ignore", r"`torch.distributed.\w+` is deprecated", FutureWarning)  # 2.11 has no others
     on_gpu = torch.cuda.is_available() and not tiny
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
@@ -82,7 +83,7 @@ def worker(rank: int, ranks: int, folder: Path, tiny: bool) -> None:
 
 
 def _collective(name: str, size: int, ranks: int, device: torch.device) -> Callable[[], Any]:
-    """One whose whole tensor has `size` bytes, in the dtype that training sends: weights bf16, gradients fp32."""
+    """A collective on a full tensor of `size` bytes, in the dtype of training: weights bf16, gradients fp32."""
     dtype = torch.bfloat16 if name == "all_gather" else torch.float32
     count = size // dtype.itemsize // ranks * ranks
     whole = torch.zeros(count, dtype=dtype, device=device)
@@ -95,7 +96,7 @@ def _collective(name: str, size: int, ranks: int, device: torch.device) -> Calla
 
 
 def _seconds(work: Callable[[], Any], times: int, device: torch.device) -> float:
-    """Of one call, after a first that does not count; the slowest rank's."""
+    """Seconds per call on the slowest rank, after one warm-up call."""
     work().wait()
     _wait(device)
     dist.barrier()
@@ -109,9 +110,9 @@ def _seconds(work: Callable[[], Any], times: int, device: torch.device) -> float
 
 
 def _slowdown(ranks: int, device: torch.device, tiny: bool) -> float:
-    """By what part of a collective's time a matrix product that runs beside it takes longer.
+    """How much longer a matrix product takes next to a collective, as a share of the collective's time.
 
-    Collectives take some of a GPU's multiprocessors and of its memory's bandwidth: being hidden is not free.
+    Collectives use some of a GPU's multiprocessors and memory bandwidth: hidden ones are not free.
     """
     n = 256 if tiny else 8192
     a = torch.randn(n, n, device=device, dtype=torch.float32 if tiny else torch.bfloat16)
@@ -151,11 +152,11 @@ def _wait(device: torch.device) -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """One row a size: bus bandwidth."""
+    """Bus bandwidth, one row per size."""
     names = list(found["bytes_per_s"])
     lines = [
         f"{found['ranks']} × {found['device']}, {found['backend']}, NVLink multicast off; GB/s each way",
-        f"A product beside a collective takes longer by {found['slowdown']:.0%} of the collective's time.",
+        f"A concurrent matrix product takes longer by {found['slowdown']:.0%} of the collective's time.",
         "",
         "| MiB | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
@@ -168,5 +169,5 @@ def table(found: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) != 5:
-        raise SystemExit("this is one process of `several.py bandwidth`")
+        raise SystemExit("this is one process of `multi_gpu.py bandwidth`")
     worker(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] == "1")

@@ -1,4 +1,4 @@
-"""How much of a GPU a run takes, by the driver's count: with libraries, and what PyTorch's allocator keeps back."""
+"""GPU memory that a run uses as the driver counts it: including libraries and PyTorch's cached memory."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from xtuner.train.run import Hook, Iteration, Run
 
 
 def in_use(device: torch.device) -> int:
-    """The most bytes that were in use so far, all processes of the GPU together; on a CPU this process's.
+    """Peak bytes in use so far by all processes of the GPU; on a CPU by this process.
 
-    What the allocator had reserved at most and has given back since is added to what the driver says now.
+    That is the driver's present value plus what PyTorch's allocator has returned since its peak.
     """
     if device.type != "cuda":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -22,13 +22,13 @@ def in_use(device: torch.device) -> int:
     return int(total - free + returned)
 
 
-def most(folder: Path) -> int | None:
-    """Of all ranks of a run; None if none has written it."""
+def read_most_in_use(folder: Path) -> int | None:
+    """The largest value of any rank of a run; None if no rank has written one."""
     return max((json.loads(file.read_text()) for file in folder.glob("in_use-*")), default=None)
 
 
-class InUseHook(Hook):
-    """Each rank writes its own into `folder`, with no word to the others."""
+class GpuMemoryHook(Hook):
+    """Each rank writes its own peak into `folder`, without communication."""
 
     priority = 5
 
@@ -36,4 +36,6 @@ class InUseHook(Hook):
         self.file = Path(folder) / f"in_use-{os.environ.get('RANK', 0)}"
 
     def after_iteration(self, run: Run, it: Iteration) -> None:
-        self.file.write_text(str(in_use(run.strategy.device)))
+        partial = self.file.with_name(f"writing-{self.file.name}")  # the run may be killed at any moment
+        partial.write_text(str(in_use(run.strategy.device)))
+        partial.replace(self.file)

@@ -1,15 +1,14 @@
-"""The same work by others: one loop for all peers, on the packs, with the state of AdamW and the figures of ours.
+"""One training loop for all peers: the same packs, initial weights, AdamW state and metrics as ours.
 
-A peer is a function that builds its model and a loss from `Settings`; the loop is a plain one as their trainers run
-it: one pack of 32,768 tokens a step and rank, documents kept apart, clipping to norm 1, AdamW. It starts from the
-weights that ours starts from. Reading data is not counted, to the peer's favour. State of AdamW, as nearly as the
-peers' ways allow:
+A peer builds its model and a loss from `Settings`. The loop is what plain trainers run: one pack of 32,768 tokens per
+step and rank, attention within documents, clipping to norm 1, AdamW. Reading data is not counted, in the peer's favour.
+State of AdamW, as close to ours as the peers' options allow:
 
-    fp32    fp32 weights, gradients and moments (16 bytes a parameter), computed in bf16; fused AdamW
+    fp32    fp32 weights, gradients and moments (16 bytes per parameter), compute in bf16; fused AdamW
     bf16    everything in bf16 (8 bytes); fused AdamW
-    8bit    bf16 weights rounded at random, 8-bit moments (6 bytes): torchao's AdamW8bit   # pip install torchao
+    8bit    bf16 weights with stochastic rounding, 8-bit moments (6 bytes): torchao's AdamW8bit   # pip install torchao
 
-On several GPUs (peers.py) the fp32 state is sharded by FSDP2, gradients are summed in fp32.
+On several GPUs (multi_gpu/peer_runs.py) FSDP2 shards the fp32 state, and gradients are summed in fp32.
 """
 
 import argparse
@@ -24,8 +23,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import PACK, PACKS, VOCABULARY, Case, in_order, write_data
-from table import shape_of
+from benchlib.results_table import shape_of
+from benchlib.workloads import PACK, PACKS, VOCABULARY, Case, packs_in_training_order, write_data
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -35,7 +34,7 @@ from xtuner.families import LLAMA
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.weights import split
-from xtuner.train.reporting.profile import KernelTimer, by_part
+from xtuner.train.reporting.profile import KernelTimer, sum_by_part
 
 Weights = dict[str, torch.Tensor]
 LR = 4e-5
@@ -44,7 +43,7 @@ TINY, TINY_PACK = DecoderConfig(VOCABULARY, 128, 512, 2, 1, 1, 128), 512
 
 @dataclass(frozen=True)
 class Settings:
-    """What is requested of a peer; None leaves a choice to it."""
+    """Options of a peer; None: the peer's choice."""
 
     engine: str
     shape: DecoderConfig
@@ -64,18 +63,18 @@ class Settings:
 
 @dataclass
 class Peer:
-    """Args: model: with its buffers; the contents of parameters do not matter.  loss: mean over a pack's targets."""
+    """Args: model: with buffers; its parameters are overwritten.  loss: mean over a pack's targets."""
 
-    name: str  # the engine with what was chosen, as the table shows it
+    name: str  # engine and options, as the table shows them
     attention: str
     versions: str
     model: nn.Module
     loss: Callable[[Batch], torch.Tensor]
-    rename: Callable[[Weights], Weights] = lambda weights: weights  # of the llama layout, by the model's own names
-    adds_up: bool = False  # gradients of several ranks, which FSDP averages by default
+    rename: Callable[[Weights], Weights] = lambda weights: weights  # llama layout → the model's own names
+    adds_up: bool = False  # sums gradients over ranks; FSDP averages by default
 
     def start(self, shape: DecoderConfig) -> None:
-        """Give the model the random weights that ours starts from, one tensor at a time."""
+        """Load the random weights that ours starts from, one tensor at a time."""
         with torch.device("meta"):
             ours = dict(CausalLM(shape).named_parameters())
         theirs = dict(self.model.named_parameters())
@@ -84,14 +83,14 @@ class Peer:
             full = torch.empty(parameter.shape, device=device)
             initialize(name, full, shape, 0)
             for key, weight in self.rename(split(name, full, LLAMA, shape)).items():
-                put(theirs.pop(key), weight)
+                copy_shard(theirs.pop(key), weight)
         if theirs:
-            raise RuntimeError(f"{self.name} has weights that ours has not: {', '.join(theirs)}")
+            raise RuntimeError(f"{self.name} has weights that ours does not have: {', '.join(theirs)}")
 
 
 @torch.no_grad()
-def put(parameter: torch.Tensor, full: torch.Tensor) -> None:
-    """Of a parameter that FSDP shards this rank's rows."""
+def copy_shard(parameter: torch.Tensor, full: torch.Tensor) -> None:
+    """Copy `full` into a parameter; if FSDP shards it, only this rank's rows."""
     if isinstance(parameter, DTensor):
         mesh, held = parameter.device_mesh, parameter.to_local()
         rows = full.chunk(mesh.size(), 0)
@@ -103,14 +102,14 @@ def put(parameter: torch.Tensor, full: torch.Tensor) -> None:
 
 def build(s: Settings) -> Peer:
     if s.states == "split":
-        raise SystemExit("peers know no --states split: take fp32")
+        raise SystemExit("peers do not support --states split: use fp32")
     if s.mesh and s.states != "fp32":
         raise SystemExit("peers on several GPUs are measured with fp32 state")
-    module = "peer_titan" if s.engine == "torchtitan" else "peer_hf"
+    module = "torchtitan_model" if s.engine == "torchtitan" else "transformers_model"
     try:
-        return importlib.import_module(module).build(s)
+        return importlib.import_module(f"benchlib.peers.{module}").build(s)
     except ModuleNotFoundError as e:
-        raise SystemExit(f"{e}; benchmarks/{module}.py says what to install") from e
+        raise SystemExit(f"{e}; benchmarks/benchlib/peers/{module}.py says what to install") from e
 
 
 def optimizer_of(states: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -126,23 +125,23 @@ def optimizer_of(states: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 class Loop:
-    """What a plain trainer does. Of several ranks each takes one of an iteration's packs."""
+    """A plain trainer. Each rank takes one pack of an iteration."""
 
     def __init__(self, peer: Peer, s: Settings) -> None:
         self.peer, self.device = peer, s.device
         self.rank = s.mesh.get_local_rank() if s.mesh else 0
         peer.start(s.shape)
         if s.device.type == "cuda":
-            torch.cuda.empty_cache()  # of whole tensors that were drawn
+            torch.cuda.empty_cache()  # full tensors of the initial weights
         peer.model.train()
         self.parameters = list(peer.model.parameters())
         self.optimizer = optimizer_of(s.states, peer.model)
 
     def backward(self, packs: Sequence[Batch]) -> torch.Tensor:
-        """The mean loss over the targets of all ranks, whose gradient all get.
+        """Mean loss over the targets of all ranks; its gradient is on all ranks.
 
         Args:
-            packs: of the iteration, one for each rank.
+            packs: of the iteration, one per rank.
         """
         mine = packs[self.rank]
         share = mine.num_targets / sum(pack.num_targets for pack in packs)
@@ -154,7 +153,7 @@ class Loop:
         return loss
 
     def step(self) -> torch.Tensor:
-        """The norm of the gradient of all ranks."""
+        """Clip, step, and return the gradient norm over all ranks."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm)
@@ -162,10 +161,12 @@ class Loop:
         self.optimizer.zero_grad()
         return norm
 
-    def iterate(self, iterations: Sequence[Sequence[Batch]], rates: Sequence[float] = ()) -> Iterator["Iterated"]:
+    def iterate(
+        self, iterations: Sequence[Sequence[Batch]], rates: Sequence[float] = ()
+    ) -> Iterator["IterationResult"]:
         """
         Args:
-            rates: the learning rate of each iteration; without them it stays.
+            rates: the learning rate of each iteration; empty: constant.
         """
         for i, packs in enumerate(iterations):
             for group in self.optimizer.param_groups if rates else ():
@@ -173,24 +174,24 @@ class Loop:
             start = time.perf_counter()
             loss = self.backward(packs)
             norm = self.step()
-            found = loss.item(), norm.item()  # waits for the device, and for all ranks
+            found = loss.item(), norm.item()  # synchronizes with the device and all ranks
             took = time.perf_counter() - start
             if self.rank == 0:
                 print(f"iter {i + 1} loss {found[0]:.4f} {packs[0].num_tokens / took:,.0f} tok/s a rank", flush=True)
-            yield Iterated(took, *found)
+            yield IterationResult(took, *found)
 
 
 @dataclass(frozen=True)
-class Iterated:
+class IterationResult:
     seconds: float
     loss: float
     norm: float
 
 
 def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
-    """Train a peer's model for `a.iterations` on one device; the row of the table. `begin`: when the command did."""
+    """Train a peer's model for `a.iterations` on one device. Returns a row of the table. `begin`: of the command."""
     if not a.tiny and not torch.cuda.is_available():
-        raise SystemExit("peers are measured on a GPU; --tiny tries one on a CPU")
+        raise SystemExit("peers need a GPU; --tiny tries one on a CPU")
     device = torch.device("cpu" if a.tiny else "cuda")
     shape, length = (TINY, TINY_PACK) if a.tiny else (shape_of(case.name), PACK)
     settings = Settings(a.engine, shape, device, case.states, case.long, a.attention, a.recompute)
@@ -200,14 +201,14 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
     loop = Loop(peer, settings)
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), 6 if a.tiny else PACKS, PACK if case.long else 0)
-        data, order = in_order(Path(folder), length)
+        data, order = packs_in_training_order(Path(folder), length)
         packs = [[Batch.from_item(data[i])] for i in order[: a.iterations + 2]]
     found, first = [], 0.0
     for i, iterated in enumerate(loop.iterate(packs[: a.iterations])):
         first = first or time.perf_counter() - begin
         found.append(iterated)
         if i + 1 == a.warm and not a.tiny:
-            torch.cuda.reset_peak_memory_stats()  # compilers tried kernels out before
+            torch.cuda.reset_peak_memory_stats()  # forget the autotuning of compilers
     counted = found[a.warm :]
     speeds = [
         training_flops(shape, length, pack.attention_pairs) / it.seconds
@@ -230,7 +231,7 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
 
 
 def profile(loop: Loop, packs: list[list[Batch]], wall: float) -> dict[str, float]:
-    """ms an iteration by part, of `wall`. All of `step` is the optimizer's: names of compiled kernels do not say so."""
+    """ms per iteration by part, of `wall`. All of `step` counts as optimizer: compiled kernels have other names."""
     kernels: dict[str, float] = {}
     stepping = 0.0
     for pack in packs:
@@ -243,5 +244,5 @@ def profile(loop: Loop, packs: list[list[Batch]], wall: float) -> dict[str, floa
         stepping += sum(timer.stop()[0].values()) / len(packs)
     for name, ms in sorted(kernels.items(), key=lambda pair: -pair[1])[:20]:
         print(f"{ms:9.1f} ms  {name[:100]}")
-    parts = by_part(kernels, wall - stepping)
+    parts = sum_by_part(kernels, wall - stepping)
     return {**parts, "optimizer": parts["optimizer"] + stepping}

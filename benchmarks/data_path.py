@@ -1,9 +1,9 @@
-"""Measure the data path beside its peers: packs a second, the default loader, the index of very many documents.
+"""Speed of the data path next to megatron-core: packs per second, the default loader, indexes of many documents.
 
-    python benchmarks/data.py [--folder DIR] [--only packs|index] [--billion]      (`make bench-data`)
+    python benchmarks/data_path.py [--folder DIR] [--only packs|index] [--billion]      (`make bench-data`)
 
-Data are made in DIR once (6 GB; the texts of the large indexes are sparse, their files linked). megatron-core's
-IndexedDataset is measured where it can be imported, in this process, on the same documents in the same order.
+Data are written to DIR once (6 GB; the texts of the large indexes are sparse, their files linked). megatron-core's
+IndexedDataset is measured if it can be imported, in this process, on the same documents in the same order.
 """
 
 import argparse
@@ -39,12 +39,12 @@ from xtuner.data.packing.pack import FilePacks, PackedDataset, RawPack
 FILES, DOCUMENTS, TOKENS = 20, 200_000, 200_000_000
 LENGTH = 32768  # tokens of a pack
 VOCABULARY = 92544
-PACKS = 400  # a measurement
-ROUNDS = 3  # of which the best counts: other work on the machine only adds time
+PACKS = 400  # per measurement
+ROUNDS = 3  # the best one counts: other work on the machine only adds time
 
 
 def make_text(folder: Path) -> None:
-    """Documents of lognormal length, each of a file one of a thousand different ones."""
+    """Documents of lognormal length; each file repeats a thousand different ones."""
     if folder.is_dir():
         return
     unfinished = folder.with_name(folder.name + ".part")
@@ -69,7 +69,7 @@ def make_text(folder: Path) -> None:
 
 
 def make_large(folder: Path, files: int, documents: int) -> None:
-    """`files` names of one sparse text with `documents` lines, of which only the last is there."""
+    """`files` links to one sparse text of `documents` lines, of which only the last is written."""
     if folder.is_dir():
         return
     folder.mkdir(parents=True)
@@ -105,7 +105,7 @@ def in_page_cache(files: list[Path]) -> float:
 
 
 def forget(files: list[Path]) -> None:
-    """Ask the system to drop the files from memory."""
+    """Ask the system to drop the files from the page cache."""
     os.sync()
     for path in files:
         with open(path, "rb") as f:
@@ -124,7 +124,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def best(what: str, order: list[int], work: Callable[[int], Any], note: str = "") -> float:
-    """Measure `work` on packs that it has not seen, as an epoch does. Prints, and returns, tokens per CPU second."""
+    """Measure `work` on packs that it has not read before, as in an epoch. Prints and returns tokens per CPU second."""
     for pack in order[:50]:
         work(pack)
     found = []
@@ -138,7 +138,7 @@ def best(what: str, order: list[int], work: Callable[[int], Any], note: str = ""
 
 
 class FromText(PackedDataset):
-    """Reads the text although there are token caches."""
+    """Reads the text even if there are token caches."""
 
     def file_packs(self, file_number: int) -> FilePacks:
         found = super().file_packs(file_number)
@@ -149,7 +149,7 @@ class FromText(PackedDataset):
 
 
 def megatron(folder: Path, data: PackedDataset, cached: PackedDataset) -> Callable[[int], RawPack] | str:
-    """A function that reads a pack through IndexedDataset, or why there is none."""
+    """A function that reads a pack through IndexedDataset, or a text that says why it is not measured."""
     try:
         from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
     except Exception as e:
@@ -221,17 +221,17 @@ def packs(folder: Path) -> None:
 
 
 def cold(folder: Path, what: str) -> None:
-    """In a process of its own, before anything is mapped, which would keep it in memory: packs read from the disk."""
+    """Read packs from the disk, in a process of its own: mapped files would stay in memory."""
     kind = FromText if what == "text" else PackedDataset
     data = kind(load_intern_repo_tokenized_dataset(folder / "text"), LENGTH)
-    place = Path(data.documents.cache_dirs.dirs[0])
-    files = sorted((folder / "text").glob("*.bin") if what == "text" else place.glob("tokens/*"))
+    cache = Path(data.documents.cache_dirs.dirs[0])
+    files = sorted((folder / "text").glob("*.bin") if what == "text" else cache.glob("tokens/*"))
     before = in_page_cache(files)
     order = np.random.RandomState(2).permutation(len(data))[:PACKS].tolist()
     cpu, wall = timed(lambda: [Batch.from_raw(data.raw(i), "internevo", i) for i in order] and None)
     tokens = PACKS * LENGTH
-    told = f"{before:.0%} in the page cache before; {tokens / wall / 1e6:.1f} M tok/s of wall time"
-    row(f"cold read: from {'text' if what == 'text' else 'token caches'}", tokens, cpu, wall, told)
+    note = f"{before:.0%} in the page cache before; {tokens / wall / 1e6:.1f} M tok/s of wall time"
+    row(f"cold read: from {'text' if what == 'text' else 'token caches'}", tokens, cpu, wall, note)
 
 
 def _copy(flat: Any, start: int) -> Any:
@@ -239,7 +239,7 @@ def _copy(flat: Any, start: int) -> Any:
 
 
 def loaders(parsed: PackedDataset, cached: PackedDataset, tokens: int) -> None:
-    """Through `PackLoader` to a consumer that reads every number of a batch; wall time counts."""
+    """Wall time of `PackLoader` with a consumer that reads every number of a batch."""
     print(f"{'through the loader, a consumer that sums all tensors':<58} {'M tok/s':>8} {'CPU s':>8} {'wall s':>8}")
     for what, data, workers in (
         ("from text, default (a thread)", parsed, 0),
@@ -250,7 +250,7 @@ def loaders(parsed: PackedDataset, cached: PackedDataset, tokens: int) -> None:
         results = []
         for _ in range(ROUNDS):
             stream = PackLoader(data, InternRepoSampler(data, rank=0, world_size=1), workers).iterate_from(Position())
-            for batch in islice(stream, 20):  # begun
+            for batch in islice(stream, 20):  # warm-up
                 _touch(batch)
             results.append(timed(lambda stream=stream: [_touch(b) for b in islice(stream, PACKS)])[::-1])
             stream.close()  # type: ignore[attr-defined]
@@ -289,7 +289,7 @@ print(f'{wall:.2f} s wall, {cpu:.2f} s CPU; 3,000 lookups: {lookup:.1f} us each,
 
 
 def index(folder: Path, files: int, documents: int) -> None:
-    """Cold and warm start in fresh processes, held to one core, so that the CPU time of all work is seen."""
+    """Cold and warm start in new processes on one core, so that wall time includes all work."""
     make_large(folder, files, documents // files)
     print(f"\nindex of {documents:,} documents in {files:,} files (one pair, linked), in the page cache", flush=True)
     shutil.rmtree(folder / CACHE_FOLDER, ignore_errors=True)
@@ -313,21 +313,21 @@ def work_folder(given: Path | None) -> Iterator[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="keep the data there (default: a temporary folder, removed)")
-    parser.add_argument("--only", choices=("packs", "index"), help="one part")
+    parser.add_argument("--folder", type=Path, help="keep the data there (default: a temporary folder)")
+    parser.add_argument("--only", choices=("packs", "index"), help="only this part")
     parser.add_argument("--billion", action="store_true", help="also a billion documents (12 GB of disk, 2 minutes)")
     parser.add_argument("--cold", choices=("text", "caches"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed()  # as the loader does; for the peers, too
+    keep_freed()  # as the loader does; also for the peers
     if a.cold:
         return cold(a.folder, a.cold)
     versions = f"Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}"
     print(f"{time.strftime('%Y-%m-%d')}, {len(os.sched_getaffinity(0))} CPU cores, {versions}")
     print(f"load of the machine: {os.getloadavg()[0]:.1f}")
     if not torch.cuda.is_available():
-        print("no GPU here: copies from pinned memory are not measured")
-    print("all figures of a machine that other work shares are lower bounds" * (os.getloadavg()[0] > 1))
+        print("no GPU: copies from pinned memory are not measured")
+    print("other work runs on this machine: all speeds are lower bounds" * (os.getloadavg()[0] > 1))
     with work_folder(a.folder) as folder:
         if a.only != "index":
             packs(folder)
@@ -336,7 +336,7 @@ def main() -> None:
             index(folder / "deep", 4, 20_000_000)
             if a.billion:
                 index(folder / "billion", 10_000, 1_000_000_000)
-    print(f"\nmost memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Ranks of one host that are stopped, killed or stand still while `xtuner train` runs, and what a resume makes of it.
+"""Stops, kills or suspends ranks of `xtuner train` on one host, resumes the run, and checks its losses.
 
-Signals come from outside, to real processes of our own launcher (NPROC_PER_NODE). Each drill is compared, iteration by
-iteration, with a run that nothing disturbs. Losses agree to 1e-5 in fp32 on CPUs, and to 1e-3 (of about 11) in bf16 on
-GPUs, where sums over another number of ranks are rounded in another order.
+Signals are sent from outside to real processes of our launcher (NPROC_PER_NODE). Each drill is compared, iteration by
+iteration, with an undisturbed run. Losses agree to 1e-5 in fp32 on CPUs, and to 1e-3 (of about 11) in bf16 on GPUs,
+where sums over another number of ranks are rounded in another order.
 """
 
 import json
@@ -16,20 +16,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bandwidth import OFF
-from cases import SHAPES, Case, write_data
-from ours import config_of, words_of
+from benchlib.multi_gpu.bandwidth import OFF
+from benchlib.workloads import SHAPES, Case, write_data
+from benchlib.xtuner_training import render_config, train_command
 
 ITERATIONS = 24
 SAVE_EVERY = 6  # iterations
 SAVED = r"saved \S*iter_(\d+)\.pth"
-Act = Callable[[int], None]  # what is done to a launcher's process
+Act = Callable[[int], None]  # acts on a launcher's process
 NAMES = ("stopped", "killed", "hung")
 
 
 class Ended(NamedTuple):
     code: int
-    seconds: float  # from what was done to it until the last process was gone
+    seconds: float  # from the action until the last process was gone
     text: str
 
 
@@ -37,8 +37,8 @@ class Drill:
     """Runs of one config in one folder.
 
     Args:
-        gpus: the usual number of ranks.
-        tiny: on CPUs, in seconds.
+        gpus: the normal number of ranks.
+        tiny: a tiny model on CPUs.
     """
 
     def __init__(self, folder: Path, gpus: int, tiny: bool) -> None:
@@ -48,13 +48,13 @@ class Drill:
         data = folder / "data"
         write_data(data, ITERATIONS * gpus + gpus, pack=self.pack, vocabulary=SHAPES[shape].vocabulary)
         self.config = folder / "config.py"
-        self.config.write_text(config_of(Case(shape, shape, "fp32"), data, None, 0))
+        self.config.write_text(render_config(Case(shape, shape, "fp32"), data, None, 0))
         self.environ = {**os.environ, **OFF, "PYTHONUNBUFFERED": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if tiny else {})
         self.environ["XTUNER_SILENT_SECONDS"] = "5" if tiny else "20"
 
     def go(self, name: str, ranks: int, act: Act | None = None, when: str = "", **options: Any) -> Ended:
-        """Run until it ends; after the first line that matches `when`, do `act` to the launcher's process."""
-        words = [*words_of(self.config, self.folder / name, "fsdp"), "--resume", "--cfg-options"]
+        """Run to the end; after the first line that matches `when`, apply `act` to the launcher's process."""
+        words = [*train_command(self.config, self.folder / name, "fsdp"), "--resume", "--cfg-options"]
         options = {"max_length": self.pack, "save_steps": SAVE_EVERY, "warm_up_ratio": 0.1, **options}
         words += [f"{key}={value}" for key, value in options.items()]
         environ = {**self.environ, "NPROC_PER_NODE": str(ranks)}
@@ -69,7 +69,7 @@ class Drill:
                     act(process.pid)
                     act = None
         finally:
-            process.kill()  # interrupted: workers end with their parent
+            process.kill()  # if interrupted; workers end with their parent
         code = process.wait()
         ended = Ended(code, time.perf_counter() - acted, "".join(lines))
         with open(self.folder / f"{name}.log", "a") as f:
@@ -77,7 +77,7 @@ class Drill:
         return ended
 
     def losses(self, name: str) -> dict[int, list[float]]:
-        """What was logged of each iteration, once or, where it was run again, twice."""
+        """Logged losses by iteration: one, or two for a repeated iteration."""
         found: dict[int, list[float]] = {}
         for file in sorted((self.folder / name).glob("*/vis_data/scalars.json")):
             for record in map(json.loads, file.read_text().splitlines()):
@@ -85,7 +85,7 @@ class Drill:
         return found
 
     def off(self, name: str) -> float:
-        """The largest difference of any iteration's loss from the undisturbed run's. All iterations must be there."""
+        """The largest difference of a loss from the undisturbed run's; infinity if an iteration is missing."""
         ours, theirs = self.losses(name), self.losses("undisturbed")
         if ours.keys() != theirs.keys():
             return float("inf")
@@ -93,7 +93,7 @@ class Drill:
 
 
 def worker(launcher: int, rank: int) -> int:
-    """The process of a rank, by its launcher."""
+    """The process id of a rank, found through its launcher."""
     for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             return int(pid)
@@ -106,12 +106,12 @@ def first_resumed(text: str) -> int | None:
 
 
 def saved(text: str) -> int:
-    """The last iteration that a run has told to be saved; -1 for none."""
+    """The last iteration that a run has logged as saved; -1 for none."""
     return int((re.findall(SAVED, text) or [-1])[-1])
 
 
 def drills(folder: Path, gpus: int, tiny: bool, names: Sequence[str] = NAMES) -> list[dict[str, Any]]:
-    """One after the other. Each record says whether it went as promised: named, ended, resumed, the same losses."""
+    """Run the drills in turn. `as_promised`: the rank was named, the run ended and resumed, and losses agree."""
     shutil.rmtree(folder, ignore_errors=True)
     d = Drill(folder, gpus, tiny)
     found: list[dict[str, Any]] = []
@@ -155,7 +155,7 @@ def drills(folder: Path, gpus: int, tiny: bool, names: Sequence[str] = NAMES) ->
         wanted = ended.code == (128 + signal.SIGKILL if name == "killed" else 1) and f"rank {last}" in ended.text
         wanted = wanted and again.code == 0 and resumed == saved(ended.text) + 1
         note(f"{number.name} of rank {last}, to the end on {gpus}", ended, wanted, name, resumed)
-    if all(record["as_promised"] for record in found):  # else logs and checkpoints are left to be looked at
+    if all(record["as_promised"] for record in found):  # else keep logs and checkpoints for analysis
         shutil.rmtree(folder)
     return found
 

@@ -1,11 +1,11 @@
-"""Does what saves bytes or time learn as well? AdamW's leaner forms, and products in fp8, on the same real text.
+"""Do AdamW's leaner states and fp8 products learn as well as fp32? Compared on the same real text.
 
-    make demo && python benchmarks/states.py --demo demo/out                      # 4 M parameters, any machine
-    python benchmarks/states.py --text DIR --tokenizer DIR --iterations 250       # 1.8B, one GPU, 70 s a way
+    make demo && python benchmarks/optimizer_states.py --demo demo/out                # 4 M parameters, any machine
+    python benchmarks/optimizer_states.py --text DIR --tokenizer DIR --iterations 250   # 1.8B, one GPU, 70 s each
 
 DIR of `--text`: any folder with Python files; packs of 8,192 tokens, each seen once, from random weights. On a CPU,
-bf16 weights are bf16 numbers that compute in fp32. Told: the mean training loss over quarters of the run, and the loss
-on unseen documents after it.
+bf16 weights compute in fp32. Reported: the mean training loss over quarters of the run, and the final loss on unseen
+documents.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cases import CASES
-from ours import config_of, watched
+from benchlib.workloads import CASES
+from benchlib.xtuner_training import render_config, stream_lines
 
 from xtuner.core.log import progress
 from xtuner.data.format.writer import write_bin
@@ -35,7 +35,7 @@ PACK, LR, WARM_UP = 8192, 3e-4, 0.1
 
 
 def write_text(text: Path, tokenizer: str, folder: Path, packs: int) -> None:
-    """Python files below `text` as documents, every twentieth unseen, until the rest fills `packs`."""
+    """Python files below `text` as documents, every twentieth held out, until the others fill `packs`."""
     encode, total = load_tokenizer(tokenizer).encode, 0
     parts: dict[str, list[list[int]]] = {"train": [], "valid": []}
     for i, file in enumerate(progress(sorted(text.rglob("*.py")), "tokenizing")):
@@ -45,19 +45,19 @@ def write_text(text: Path, tokenizer: str, folder: Path, packs: int) -> None:
         if total >= packs * PACK:
             break
     else:
-        raise SystemExit(f"{text} holds {total:,} tokens of Python; {packs * PACK:,} are needed")
+        raise SystemExit(f"{text} contains {total:,} tokens of Python; {packs * PACK:,} are needed")
     for part, documents in parts.items():
         count, tokens_written = write_bin(folder / part / "text.bin", documents)
         print(f"{part}: {count:,} documents, {tokens_written:,} tokens", flush=True)
 
 
 def measure(name: str, config: Path, options: list[str], work: Path) -> dict[str, Any]:
-    """Train in one way up to its loss on unseen documents."""
+    """Train one variant until its loss on unseen documents is logged."""
     words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(work), "--cfg-options"]
     words += [*options, *WAYS[name], "evaluation_inputs=[]", "save_optimizer=False", "default_hooks.logger.interval=1"]
-    lines = [line for _, line in watched(words, UNSEEN)]
+    lines = [line for _, line in stream_lines(words, UNSEEN)]
     if not (unseen := re.search(UNSEEN, lines[-1])):
-        raise SystemExit(f"{name} did not get to its end:\n{''.join(lines[-30:])}")
+        raise SystemExit(f"{name} did not finish:\n{''.join(lines[-30:])}")
     (scalars,) = work.glob("*/vis_data/scalars.json")
     losses = [r["loss"] for r in map(json.loads, scalars.read_text().splitlines()) if "loss" in r]
     quarter = len(losses) // 4
@@ -70,7 +70,7 @@ def measure(name: str, config: Path, options: list[str], work: Path) -> dict[str
 
 
 def draw(curves: dict[str, list[float]], picture: Path) -> None:
-    """Training losses, and how far each lies from the first; means over WINDOW iterations."""
+    """Training losses, and their differences from the first variant's; means over WINDOW iterations."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -85,7 +85,7 @@ def draw(curves: dict[str, list[float]], picture: Path) -> None:
     for i, way in enumerate(others, 1):
         right.plot(iterations, means[way] - means[first], color=f"C{i}", label=way, linewidth=1)
     right.axhline(0, color="C0", linewidth=1)
-    left.set(title="Training loss", xlabel="iteration", ylabel="nats a token")
+    left.set(title="Training loss", xlabel="iteration", ylabel="nats per token")
     right.set(title=f"Difference from {first}", xlabel="iteration")
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="with --text: a folder with InternLM2's tokenizer.model")
     parser.add_argument("--iterations", type=int, default=250, help="with --text")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--picture", type=Path, help="draw the losses of all ways: .png or .svg")
+    parser.add_argument("--picture", type=Path, help="plot the losses of all variants: .png or .svg")
     a = parser.parse_args()
     if a.text and not a.tokenizer:
         parser.error("--text needs --tokenizer")
@@ -114,10 +114,10 @@ def main() -> None:
     else:
         write_text(a.text, a.tokenizer, folder, a.iterations)
         config = folder / "config.py"
-        config.write_text(config_of(CASES["1.8b"], folder / "train", a.tokenizer, 0))
+        config.write_text(render_config(CASES["1.8b"], folder / "train", a.tokenizer, 0))
         options = [f"val_folder={folder / 'valid'}", f"val_interval={a.iterations}", "save_steps=-1"]
         options += [f"max_length={PACK}", f"lr={LR}", f"warm_up_ratio={WARM_UP}"]
-    print(f"| way | training loss by quarter | last {WINDOW} | unseen |\n" + "|---" * 4 + "|", flush=True)
+    print(f"| variant | training loss by quarter | last {WINDOW} | unseen |\n" + "|---" * 4 + "|", flush=True)
     curves = {}
     for name in a.ways:
         r = measure(name, config, options, folder / f"work-{name}")

@@ -1,14 +1,14 @@
 """Hugging Face transformers: its Llama with FlexAttention, and with Liger's kernels.   # pip install liger-kernel
 
 On one GPU as its Trainer runs it: fp32 weights under autocast (`bf16=True`), or a model loaded in bf16. On several as
-accelerate's FSDP2 does: layers sharded one by one, embedding and head with the root. Full recompute. Documents are kept
-apart by positions that begin again, from which transformers makes the mask.
+accelerate's FSDP2 does: each layer sharded by itself, embedding and head with the root. Full recomputation. Positions
+start again in each document, from which transformers derives the mask.
 """
 
 from importlib.metadata import version
 
 import torch
-from peer import Peer, Settings
+from benchlib.peers.training_loop import Peer, Settings
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -1,4 +1,4 @@
-"""What has been measured, as Markdown that fits a terminal: figures, then time by part of what was profiled."""
+"""Results of single_gpu.py as Markdown that fits a terminal: metrics, then time by part of profiled runs."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cases import CASES, PACK, SHAPES
+from benchlib.workloads import CASES, PACK, SHAPES
 
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import peak_of, whole_pack_flops
@@ -24,23 +24,23 @@ def shape_of(case: str) -> DecoderConfig:
 
 
 def mfu_whole(case: str, tokens_per_s: float, gpu: str) -> float | None:
-    """MFU with attention counted over whole packs, as other tools do; None for a GPU we do not know."""
+    """MFU with attention counted over whole packs, as other tools do; None for unknown GPUs."""
     peak = peak_of(gpu)
     return peak and whole_pack_flops(shape_of(case), PACK, PACK) / PACK * tokens_per_s / peak
 
 
 def table(results: Path) -> str:
-    """Rows in the order in which they were measured, under the machine that they were measured on."""
+    """Rows in the order of measurement, grouped by machine."""
     if not results.exists():
-        return f"nothing has been measured yet: {results} is not there"
+        return f"nothing has been measured yet: {results} does not exist"
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    places = dict.fromkeys((r["gpu"], r["torch"], r["date"]) for r in rows)
-    parts = [_of(place, [r for r in rows if (r["gpu"], r["torch"], r["date"]) == place]) for place in places]
+    setups = dict.fromkeys((r["gpu"], r["torch"], r["date"]) for r in rows)
+    parts = [_setup_table(s, [r for r in rows if (r["gpu"], r["torch"], r["date"]) == s]) for s in setups]
     return "\n\n".join([*parts, LEGEND])
 
 
-def _of(place: tuple[str, str, str], rows: list[Row]) -> str:
-    gpu, torch, date = place
+def _setup_table(setup: tuple[str, str, str], rows: list[Row]) -> str:
+    gpu, torch, date = setup
     head = ["case", "engine", "state", "tok/s (from–to)", "MFU", "whole", "peak (exp.) GiB", "first s", "data s"]
     text = f"{gpu}, torch {torch}, {date}\n\n{_aligned(head, map(_figures, rows))}"
     profiled = [r for r in rows if r.get("profile")]
@@ -49,7 +49,7 @@ def _of(place: tuple[str, str, str], rows: list[Row]) -> str:
         parts = (
             [r["case"], r["engine"], *(f"{r['profile'].get(p, 0):.0f}" for p in shown), _data(r)] for r in profiled
         )
-        text += f"\n\nms an iteration by part\n\n{_aligned(['case', 'engine', *shown, 'data'], parts)}"
+        text += f"\n\nms per iteration by part\n\n{_aligned(['case', 'engine', *shown, 'data'], parts)}"
     versions = {r["engine"]: r["versions"] for r in rows if r.get("versions")}
     return "\n\n".join([text, *(f"{engine}: {shown}" for engine, shown in versions.items())])
 

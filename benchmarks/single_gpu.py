@@ -1,0 +1,90 @@
+"""Speed of training at the real shape, with random weights: ours, and the same work by others.
+
+    python benchmarks/single_gpu.py 7b                          # one case; a minute or two on one GPU
+    python benchmarks/single_gpu.py 1.8b --engine zero2
+    python benchmarks/single_gpu.py 7b --products fp8
+    python benchmarks/single_gpu.py 1.8b --engine hf-liger      # a peer; benchlib/peers/ says what to install
+    python benchmarks/single_gpu.py 7b --engine torchtitan --profile
+    python benchmarks/single_gpu.py 1.8b --engine hf --tiny     # tries a peer on a CPU; measures nothing
+    python benchmarks/single_gpu.py --table                     # all results, as Markdown
+
+Ours is `xtuner train` itself with a shipped config, loader, hooks and logging. A case runs for `--iterations` and is
+appended to `--results` as one JSON line: tokens per second and MFU (medians after the first `--warm` iterations; model
+FLOPs as counted in xtuner/model/flops.py, over the nominal peak), measured and expected peak memory, seconds from the
+command to the first iteration, and with `--profile` the time by part. The table adds the MFU with attention counted
+over whole packs, as other tools do ("whole").
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from benchlib import xtuner_training
+from benchlib.results_table import table
+from benchlib.workloads import CASES, PACKS, describe_machine
+
+PEERS = ("hf", "hf-liger", "torchtitan")
+
+
+def main() -> None:
+    begin = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", nargs="?", choices=list(CASES))
+    parser.add_argument("--engine", default="single", choices=[*xtuner_training.ENGINES, *PEERS])
+    parser.add_argument(
+        "--states", choices=["fp32", "split", "bf16", "8bit"], help="AdamW's state instead of the case's"
+    )
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--warm", type=int, default=5, help="iterations before the measurement")
+    parser.add_argument("--profile", action="store_true", help="time kernels in two more iterations")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print all results")
+    parser.add_argument(
+        "--attention", help="instead of the fastest: ours flash4, cudnn, varlen, flex; peers flex, varlen, sdpa"
+    )
+    own = parser.add_argument_group("ours only")
+    own.add_argument("--products", choices=["own", "fp8"], help="precision of the blocks' matrix products")
+    own.add_argument("--tokenizer", help="a folder with tokenizer.model; without it there are no sampling hooks")
+    own.add_argument("--folder", help="for data, config and log")
+    peers = parser.add_argument_group("peers only")
+    peers.add_argument(
+        "--recompute", choices=["none", "selective", "full"], help="activation recomputation in the backward"
+    )
+    peers.add_argument("--tiny", action="store_true", help="a small model and short packs, on a CPU; not recorded")
+    a = parser.parse_args()
+    if a.iterations <= a.warm + (3 if a.profile and a.engine in xtuner_training.ENGINES else 0):
+        parser.error("--iterations leaves none to measure")
+    if a.iterations > PACKS - 2:
+        parser.error(f"--iterations: there are {PACKS} packs")
+    if a.case:
+        case = replace(CASES[a.case], states=a.states or CASES[a.case].states)
+        if a.engine in PEERS:
+            if a.products or a.tokenizer or a.folder:
+                parser.error("--products, --tokenizer and --folder are for ours")
+            from benchlib.peers import training_loop
+
+            found = training_loop.measure(case, a, begin)
+        elif a.tiny or a.recompute:
+            parser.error("--tiny and --recompute are for peers")
+        else:
+            found = xtuner_training.measure(case, a)
+        found = {
+            "case": case.name,
+            "engine": a.engine,
+            "states": case.states,
+            "date": time.strftime("%Y-%m-%d"),
+            **describe_machine(),
+            **found,
+        }
+        if not a.tiny:
+            with open(a.results, "a") as f:
+                f.write(json.dumps(found) + "\n")
+        print(json.dumps({k: v for k, v in found.items() if k not in ("losses", "norms")}, indent=1))
+    if a.table or not a.case:
+        print(table(a.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The shipped configs, written from one template: what they share is in one place, and each is a complete file.
+
+python -m xtuner.tools.shipped_configs xtuner/configs        writes internlm2_{1_8b,7b,20b,tiny}_w_tokenized_dataset.py
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from xtuner.core.files import atomic_file
+from xtuner.tools.job_scripts import fill_template
+
+_PRETRAINED = {
+    "model": "from_pretrained",
+    "model_arguments": "    pretrained_model_name_or_path=pretrained_model_name_or_path,\n"
+    "    use_varlen_attn=use_varlen_attn,\n"
+    "    activation_checkpointing=True,\n",
+    "tokenizer_path": "pretrained_model_name_or_path",
+    "prompt_template": "internlm2_chat",
+    "max_length": 32768,
+    "lr": "4e-5",
+    "states_hint": '"bf16", "8bit" need less memory',
+    "warm_up_ratio": 0.025,
+    "save_steps": 500,
+    "evaluation_freq": 500,
+    "evaluation_inputs": '["请介绍一下上海的历史。", "What makes a good scientific question?"]',
+    "more_chat_arguments": "",
+}
+_TINY = _PRETRAINED | {
+    "title": "A tiny InternLM2 from random weights: learns on a laptop in minutes, with every step of a large one.",
+    "model": "from_scratch",
+    "model_settings": "# Model: random weights of this shape\n"
+    "hidden_size = 256\n"
+    "num_layers = 4\n"
+    "vocab_size = 2048  # of the tokenizer\n"
+    'tokenizer_path = "/path/to/your/tokenizer"  # folder with tokenizer.model or tokenizer.json',
+    "model_arguments": "    use_varlen_attn=use_varlen_attn,\n"
+    "    activation_checkpointing=False,\n"
+    "    vocab_size=vocab_size,\n"
+    "    hidden_size=hidden_size,\n"
+    "    intermediate_size=hidden_size * 3,\n"
+    "    num_hidden_layers=num_layers,\n"
+    "    num_attention_heads=hidden_size // 64,\n"
+    "    num_key_value_heads=hidden_size // 128,\n"
+    "    max_position_embeddings=max_length,\n"
+    "    rope_theta=10000,\n",
+    "tokenizer_path": "tokenizer_path",
+    "prompt_template": "plain",
+    "max_length": 1024,
+    "lr": "2e-3",
+    "warm_up_ratio": 0.1,
+    "save_steps": 50,
+    "evaluation_freq": 100,
+    "evaluation_inputs": '["def main("]',
+    "more_chat_arguments": "        max_new_tokens=40,\n",
+}
+
+
+def _pretrained(size: str, **changes: object) -> dict[str, object]:
+    hub_id = f"internlm/internlm2-{size.lower().replace('.', '_')}"
+    title = f"InternLM2-{size} on data tokenized by InternEvo's tools, in packs of 32,768 tokens."
+    settings = f'# Model: a folder, or a hub id\npretrained_model_name_or_path = "{hub_id}"'
+    return _PRETRAINED | {"title": title, "model_settings": settings, **changes}
+
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "1_8b": _pretrained("1.8B"),
+    "7b": _pretrained("7B", states_hint='"8bit" lets one 80 GB GPU train all of it'),
+    "20b": _pretrained("20B"),
+    "tiny": _TINY,
+}
+
+
+def render_configs() -> Iterator[tuple[str, str]]:
+    """(file name, text) of every shipped config."""
+    for size, values in CONFIGS.items():
+        yield f"internlm2_{size}_w_tokenized_dataset.py", fill_template("config.txt", **values)
+
+
+if __name__ == "__main__":
+    for name, text in render_configs():
+        with atomic_file(Path(sys.argv[1]) / name) as f:
+            f.write(text)

@@ -28,9 +28,9 @@ import torch
 
 from xtuner.core.system.malloc import keep_freed
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
-from xtuner.data.format.file_order import CACHE
+from xtuner.data.format.file_order import CACHE_FOLDER
 from xtuner.data.format.text_reader import SpanReader
-from xtuner.data.inspect.build_caches import make
+from xtuner.data.inspect.build_caches import build_caches
 from xtuner.data.loading.batch import Batch
 from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
@@ -183,13 +183,13 @@ def packs(folder: Path) -> None:
     make_text(text)
     peers.mkdir(exist_ok=True)
     documents = load_intern_repo_tokenized_dataset(text)
-    made = make(documents, 1024)
+    made = build_caches(documents, 1024)
     cached, parsed = PackedDataset(documents, LENGTH), FromText(documents, LENGTH)
     read = megatron(peers, parsed, cached)
     order = np.random.RandomState(1).permutation(len(cached)).tolist()
 
     def whole(raw: Callable[[int], RawPack]) -> Callable[[int], Batch]:
-        return lambda i: Batch.of_raw(raw(i), "internevo", i)
+        return lambda i: Batch.from_raw(raw(i), "internevo", i)
 
     texts = sorted(text.glob("*.bin"))
     caches = sorted((made.index or text).parent.glob("tokens/*"))
@@ -224,11 +224,11 @@ def cold(folder: Path, what: str) -> None:
     """Read packs from the disk, in a process of its own: mapped files would stay in memory."""
     kind = FromText if what == "text" else PackedDataset
     data = kind(load_intern_repo_tokenized_dataset(folder / "text"), LENGTH)
-    cache = Path(data.documents.place.dirs[0])
+    cache = Path(data.documents.cache_dirs.dirs[0])
     files = sorted((folder / "text").glob("*.bin") if what == "text" else cache.glob("tokens/*"))
     before = in_page_cache(files)
     order = np.random.RandomState(2).permutation(len(data))[:PACKS].tolist()
-    cpu, wall = timed(lambda: [Batch.of_raw(data.raw(i), "internevo", i) for i in order] and None)
+    cpu, wall = timed(lambda: [Batch.from_raw(data.raw(i), "internevo", i) for i in order] and None)
     tokens = PACKS * LENGTH
     note = f"{before:.0%} in the page cache before; {tokens / wall / 1e6:.1f} M tok/s of wall time"
     row(f"cold read: from {'text' if what == 'text' else 'token caches'}", tokens, cpu, wall, note)
@@ -282,7 +282,7 @@ for i in packs:
 begin = time.process_time()
 for i in packs:
     number, start = data.locate(i)
-    data.file_packs(number).places(start, start + 32768)
+    data.file_packs(number).span_arrays(start, start + 32768)
 lookup = (time.process_time() - begin) / len(packs) * 1e6
 print(f'{wall:.2f} s wall, {cpu:.2f} s CPU; 3,000 lookups: {lookup:.1f} us each, {private() - before:.1f} MiB private')
 """
@@ -292,13 +292,13 @@ def index(folder: Path, files: int, documents: int) -> None:
     """Cold and warm start in new processes on one core, so that wall time includes all work."""
     make_large(folder, files, documents // files)
     print(f"\nindex of {documents:,} documents in {files:,} files (one pair, linked), in the page cache", flush=True)
-    shutil.rmtree(folder / CACHE, ignore_errors=True)
+    shutil.rmtree(folder / CACHE_FOLDER, ignore_errors=True)
     core = min(os.sched_getaffinity(0))
     for what in ("cold", "warm", "warm"):
         words = ["taskset", "-c", str(core), sys.executable, "-c", PROBE, str(folder)]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         print(f"  {what}: {done.stdout.strip() or done.stderr.strip()}", flush=True)
-    size = sum(p.stat().st_size for p in (folder / CACHE).iterdir())
+    size = sum(p.stat().st_size for p in (folder / CACHE_FOLDER).iterdir())
     print(f"  {size / documents:.2f} bytes a document on the disk")
 
 

@@ -174,7 +174,7 @@ def test_mistakes_are_explained(tiny: Path, options: list[str], words: list[str]
         (["default_hooks.logger=None"], ["expected dict(type=…, …), found None"]),
         (["default_hooks.logger=3"], ["expected dict(type=…, …), found 3"]),
         # paths
-        (["dataset_folder=/nowhere"], ["data folder is not there: '/nowhere'", "tiny.py:", "dataset_folder (train"]),
+        (["dataset_folder=/nowhere"], ["data folder does not exist: '/nowhere'", "tiny.py:", "dataset_folder (train"]),
         (["data_order_path=/nowhere.txt"], ["no file '/nowhere.txt'", "xtuner data order"]),
         (
             ["tokenizer_path=/nowhere"],

@@ -44,7 +44,7 @@ def test_costs_are_those_of_the_batches(indexed: bool, tmp_path: Path, monkeypat
             continue
         documents = load_intern_repo_tokenized_dataset(case / "input", cache_dir=tmp_path)
         data = PackedDataset(documents, len(facts["packs"][0]["input_ids"]))
-        costs = [Batch.of(data[i]).attention_pairs for i in range(len(data))]
+        costs = [Batch.from_item(data[i]).attention_pairs for i in range(len(data))]
         order = np.random.RandomState(0).permutation(len(data)).astype(np.uint32)
         fresh = PackedDataset(documents, data.packed_length)
         assert fresh.costs(order).tolist() == [costs[i] for i in order]
@@ -58,7 +58,7 @@ def test_costs_are_those_of_the_batches(indexed: bool, tmp_path: Path, monkeypat
 def test_costs_of_the_longest_documents_are_exact() -> None:
     length = 2**31 - 1
     ends = np.array([0, 3, 3, 2 * length], np.int64)  # also documents without tokens
-    assert deal.squares(ends, np.array([0, length]), length).tolist() == [9 + (length - 3) ** 2, length**2]
+    assert deal.attention_costs(ends, np.array([0, length]), length).tolist() == [9 + (length - 3) ** 2, length**2]
 
 
 class Costly:
@@ -179,21 +179,28 @@ def test_dealing_may_begin_in_the_middle_of_a_run(
 
 
 def test_ranks_get_equally_many_and_nearly_equal_costs() -> None:
-    assert deal.to_ranks(np.array([5, 1, 7, 3, 6, 2]), 2).tolist() == [[2, 3, 5], [4, 0, 1]]  # 7 + 3 + 2, 6 + 5 + 1
-    assert deal.to_ranks(np.array([9, 1, 1, 1, 1, 1]), 2).tolist() == [[0, 4, 5], [1, 2, 3]]  # not 9 against the rest
-    assert deal.to_ranks(np.array([4, 9, 4]), 3).tolist() == [[0], [1], [2]]
-    assert deal.to_ranks(np.array([4, 9, 4]), 1).tolist() == [[0, 1, 2]]
-    assert deal.to_iterations(np.array([5, 1, 7, 1, 6, 2]), 2).tolist() == [[0, 5], [1, 3], [2, 4]]
+    assert deal.assign_to_ranks(np.array([5, 1, 7, 3, 6, 2]), 2).tolist() == [
+        [2, 3, 5],
+        [4, 0, 1],
+    ]  # 7 + 3 + 2, 6 + 5 + 1
+    assert deal.assign_to_ranks(np.array([9, 1, 1, 1, 1, 1]), 2).tolist() == [
+        [0, 4, 5],
+        [1, 2, 3],
+    ]  # not 9 against the rest
+    assert deal.assign_to_ranks(np.array([4, 9, 4]), 3).tolist() == [[0], [1], [2]]
+    assert deal.assign_to_ranks(np.array([4, 9, 4]), 1).tolist() == [[0, 1, 2]]
+    assert deal.assign_to_iterations(np.array([5, 1, 7, 1, 6, 2]), 2).tolist() == [[0, 5], [1, 3], [2, 4]]
     costs = np.random.RandomState(0).lognormal(18, 0.7, 2**10)
 
     def wait(each: int, window: int) -> float:
-        return deal.waiting(costs, lambda c: c + 6e8, 8, each, window)
+        return deal.waiting_share(costs, lambda c: c + 6e8, 8, each, window)
 
     assert wait(1, 0) == wait(1, 1) > 2 * wait(1, 4) > 4 * wait(1, 16) > 0
     assert wait(1, 0) > wait(4, 0) > 2 * wait(4, 1) > 10 * wait(4, 16) > 0
     equal = np.full(64, 3.0)
-    assert deal.waiting(equal, lambda c: c, 8) == 0
-    assert deal.waiting(costs[:70], lambda c: c, 8, window=16) == deal.waiting(costs[:64], lambda c: c, 8, window=16)
+    assert deal.waiting_share(equal, lambda c: c, 8) == 0
+    cut, whole = (deal.waiting_share(costs[:n], lambda c: c, 8, window=16) for n in (70, 64))
+    assert cut == whole
 
 
 def test_a_dataset_without_costs_is_not_dealt() -> None:
@@ -205,7 +212,7 @@ def test_a_dataset_without_costs_is_not_dealt() -> None:
     sampler = InternRepoSampler(own, rank=1, world_size=3)
     plain = PackLoader(own, sampler)
     plain.accumulative_counts = 3
-    assert (plain.balance, plain.deals) == (0, False)
+    assert (plain.balance, plain.is_balanced) == (0, False)
     assert list(islice(plain.numbers_from(Position()), 3)) == sampler.permutation()[1::3].tolist()
     with pytest.raises(ConfigError, match=r"balance = 16, but Own has no method `costs`"):
         PackLoader(own, sampler, balance=16)
@@ -248,6 +255,6 @@ def test_log_dataset_shows_the_packs_that_come_first(tiny: Path, capsys: Any, xt
         options = [f"train_dataloader.balance={balance}", "accumulative_counts=3"]
         assert xtuner("log-dataset", tiny, "--show", "input_ids", "--num-packs", 30, "--cfg-options", *options) == 0
         shown.append(capsys.readouterr().out.split("\n"))
-    assert "the packs of 4 iterations are dealt to them" in shown[1].pop(0)
+    assert "the packs of 4 iterations are distributed by attention cost" in shown[1].pop(0)
     assert sorted(shown[0]) == sorted(shown[1]) != []
     assert shown[0] != shown[1]

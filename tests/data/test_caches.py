@@ -17,13 +17,14 @@ from helpers.ranks import on_ranks
 
 from xtuner.core.errors import DataError
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
-from xtuner.data.format import cache_dirs, file_catalog
+from xtuner.data.format import cache_dirs
 from xtuner.data.format import folder as index
 from xtuner.data.format.bin_file import BinFile
-from xtuner.data.format.file_order import CACHE, walk
+from xtuner.data.format.cache_file import HEADER_BYTES
+from xtuner.data.format.file_order import CACHE_FOLDER, walk_files
 from xtuner.data.format.writer import write_bin
 from xtuner.data.loading import sampler as order
-from xtuner.data.loading.open_on_ranks import open_together
+from xtuner.data.loading.open_on_ranks import open_on_ranks
 from xtuner.data.packing import document_order
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.collectives import Ranks
@@ -36,7 +37,7 @@ def always_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Little data get an index, too; the user's cache folder is the test's."""
     monkeypatch.setattr(document_order, "SMALL", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(cache_dirs, "_told", set())
+    monkeypatch.setattr(cache_dirs, "_logged", set())
 
 
 @pytest.fixture
@@ -57,12 +58,12 @@ def contents(data: PackedDataset) -> list[Any]:
 
 def in_memory(folder: Path, **how: Any) -> list[Any]:
     data = opened(folder, **how)
-    data._order = None
+    data._orders = None
     return contents(data)
 
 
 def index_of(folder: Path) -> Path:
-    (found,) = (folder / CACHE).glob("order-*.idx")
+    (found,) = (folder / CACHE_FOLDER).glob("order-*.idx")
     return found
 
 
@@ -70,25 +71,25 @@ def index_of(folder: Path) -> Path:
 def test_the_index_holds_what_is_made_without(data: Path, min_length: int, seed: int, monkeypatch: Any) -> None:
     expected = in_memory(data, min_length=min_length, seed=seed)
     assert index_of(data)
-    monkeypatch.setattr(BinFile, "examined", None)  # a warm start reads no meta
-    monkeypatch.setattr(document_order, "order_of", None)
+    monkeypatch.setattr(BinFile, "examine", None)  # a warm start reads no meta
+    monkeypatch.setattr(document_order, "shuffle_file", None)
     warm = opened(data, min_length, seed)
-    assert warm._order is not None
+    assert warm._orders is not None
     assert contents(warm) == expected
-    assert [f.name for f in warm.documents] == FILES == list(walk(data))
+    assert [f.name for f in warm.documents] == FILES == list(walk_files(data))
 
 
 def test_little_data_leave_nothing_behind(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document_order, "SMALL", 1000)
-    assert opened(data)._order is None
-    assert not (data / CACHE).exists()
+    assert opened(data)._orders is None
+    assert not (data / CACHE_FOLDER).exists()
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "cut": ("torn", lambda p: os.truncate(p, p.stat().st_size - 1)),
-    "empty": ("torn", lambda p: os.truncate(p, 0)),
-    "head": ("torn", lambda p: overwrite(p, 3, b"?")),
-    "names": ("torn", lambda p: overwrite(p, file_catalog.HEADER + 40, b"?")),
+    "cut": ("damaged", lambda p: os.truncate(p, p.stat().st_size - 1)),
+    "empty": ("damaged", lambda p: os.truncate(p, 0)),
+    "head": ("damaged", lambda p: overwrite(p, 3, b"?")),
+    "names": ("damaged", lambda p: overwrite(p, HEADER_BYTES + 40, b"?")),
     "version": ("of version 0, not 1", lambda p: swap(p, b'"version": 1', b'"version": 0')),
     "table": ("damaged", lambda p: overwrite(p, p.stat().st_size - 30, b"?")),
 }
@@ -111,27 +112,25 @@ def swap(path: Path, old: bytes, new: bytes) -> None:
 def test_damaged_caches_are_made_again(damage: str, which: str, data: Path, caplog: Any) -> None:
     words, harm = DAMAGES[damage]
     expected = contents(opened(data))
-    (file,) = (data / CACHE).glob(which)
+    (file,) = (data / CACHE_FOLDER).glob(which)
     harm(file)
-    if which == "files-0.cat" and damage in ("cut", "table"):
-        words = "torn"  # it ends with names, and has no tables
     again = opened(data)
     assert contents(again) == expected
     assert words in caplog.text
     assert caplog.text.count(str(file)) == 1
     caplog.clear()
-    cache_dirs._told.clear()
+    cache_dirs._logged.clear()
     assert contents(opened(data)) == expected  # and it is whole now
     assert contents(opened(data)) == expected
-    assert "torn" not in caplog.text
+    assert "damaged" not in caplog.text
 
 
 def test_changed_files_are_seen(data: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only they are examined and ordered anew; an added file takes its place, a lost one is gone."""
     caplog.set_level("INFO", "xtuner")
     opened(data)
-    ordered, true = [], document_order.order_of
-    monkeypatch.setattr(document_order, "order_of", lambda f, s: ordered.append(f.name) or true(f, s))  # type: ignore[func-returns-value]
+    ordered, true = [], document_order.shuffle_file
+    monkeypatch.setattr(document_order, "shuffle_file", lambda f, s: ordered.append(f.name) or true(f, s))  # type: ignore[func-returns-value]
     write_bin(data / "en" / "a.bin", [[1, 2, 3] * 30])
     changed = opened(data)
     assert ordered == ["en/a.bin"]
@@ -157,8 +156,8 @@ def test_changed_files_are_seen(data: Path, caplog: Any, monkeypatch: pytest.Mon
 def test_a_moved_folder_with_its_cache(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = contents(opened(data))
     os.rename(data, tmp_path / "moved")
-    monkeypatch.setattr(BinFile, "examined", None)
-    monkeypatch.setattr(document_order, "order_of", None)
+    monkeypatch.setattr(BinFile, "examine", None)
+    monkeypatch.setattr(document_order, "shuffle_file", None)
     assert contents(opened(tmp_path / "moved")) == expected
 
 
@@ -166,33 +165,33 @@ def test_where_caches_are_kept(data: Path, tmp_path: Path, caplog: Any, monkeypa
     """Beside the data; in the user's folder if that takes no file (told once); where it is told to; in memory."""
     caplog.set_level("INFO", "xtuner")
     expected = in_memory(data)
-    shutil.rmtree(data / CACHE)
-    (data / CACHE).write_text("")  # root may write anywhere: a file stands in the way
+    shutil.rmtree(data / CACHE_FOLDER)
+    (data / CACHE_FOLDER).write_text("")  # root may write anywhere: a file stands in the way
     assert contents(opened(data)) == expected
-    assert opened(data)._order is not None
+    assert opened(data)._orders is not None
     assert list((tmp_path / "home" / "xtuner" / "data").glob("data-*/order-*.idx"))
     assert caplog.text.count("are kept in") == 1
     (tmp_path / "home").rename(tmp_path / "gone")
     (tmp_path / "home").write_text("")
     assert contents(opened(data)) == contents(opened(data)) == expected
-    assert opened(data)._order is None
+    assert opened(data)._orders is None
     assert caplog.text.count("the index of") == 1
-    assert "give a --cache-dir" in caplog.text
+    assert "give a writable --cache-dir" in caplog.text
     for how in ("argument", "variable", "option"):
         folder = tmp_path / how
         if how == "variable":
             monkeypatch.setenv(cache_dirs.VARIABLE, str(folder))
         opening = cache_dirs.Opening(str(folder) if how == "option" else None)
         found = opened(data, cache_dir=folder if how == "argument" else None, opening=opening)
-        assert found._order is not None
-        assert folder in found._order.path.parents
+        assert found._orders is not None
+        assert folder in found._orders.path.parents
         assert contents(found) == expected
 
 
 def limited(folder: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    os._exit(0 if opened(folder)._order is None and len(contents(opened(folder))[1]) > 5 else 1)
+    os._exit(0 if opened(folder)._orders is None and len(contents(opened(folder))[1]) > 5 else 1)
 
 
 @pytest.mark.processes
@@ -202,18 +201,18 @@ def test_a_full_disk_is_done_without(data: Path, tmp_path: Path) -> None:
     child.start()
     child.join()
     assert child.exitcode == 0
-    assert [p.name for p in (data / CACHE).iterdir()] == ["lock"]  # nothing half-written
+    assert [p.name for p in (data / CACHE_FOLDER).iterdir()] == ["lock"]  # nothing half-written
 
 
 def builder(folder: Path, expected: list[Any]) -> None:
-    os._exit(0 if contents(opened(folder)) == expected and opened(folder)._order is not None else 1)
+    os._exit(0 if contents(opened(folder)) == expected and opened(folder)._orders is not None else 1)
 
 
 @pytest.mark.processes
 def test_builders_at_once(data: Path) -> None:
     expected = in_memory(data)
     for locks in (True, False):
-        shutil.rmtree(data / CACHE)
+        shutil.rmtree(data / CACHE_FOLDER)
         if not locks:
             cache_dirs.fcntl.flock = no_locks
         try:
@@ -226,7 +225,7 @@ def test_builders_at_once(data: Path) -> None:
         finally:
             cache_dirs.fcntl.flock = FLOCK
         assert [child.exitcode for child in children] == [0] * 6
-        assert sorted(p.name for p in (data / CACHE).iterdir()) == ["files-0.cat", "lock", index_of(data).name]
+        assert sorted(p.name for p in (data / CACHE_FOLDER).iterdir()) == ["files-0.cat", "lock", index_of(data).name]
 
 
 FLOCK = cache_dirs.fcntl.flock
@@ -246,13 +245,15 @@ def test_the_order_of_packs_is_shared(data: Path, monkeypatch: pytest.MonkeyPatc
             sampler.set_epoch(epoch)
             assert np.array_equal(sampler.permutation(), expected)
             assert list(sampler) == expected.tolist()
-        (file,) = (data / CACHE).glob(f"packs-{1024 + epoch}-*.order")
+        (file,) = (data / CACHE_FOLDER).glob(f"packs-{1024 + epoch}-*.order")
         for harm in (lambda f: os.truncate(f, 4097), lambda f: overwrite(f, 4100, b"?"), lambda f: f.write_bytes(b"")):
             harm(file)
-            cache_dirs._told.clear()
-            assert np.array_equal(order.permutation(1024 + epoch, len(dataset), dataset.documents.place), expected)
-            assert f"{file} is torn" in caplog.text
-            assert file.stat().st_size == order.HEADER + 4 * len(dataset)
+            cache_dirs._logged.clear()
+            assert np.array_equal(
+                order.load_permutation(1024 + epoch, len(dataset), dataset.documents.cache_dirs), expected
+            )
+            assert f"{file} is damaged" in caplog.text
+            assert file.stat().st_size == HEADER_BYTES + 4 * len(dataset)
     walked = InternRepoSampler(range(11), shuffle=False, rank=1, world_size=3)
     assert (walked.share().tolist(), walked.share(4).tolist()) == ([1, 4, 7], [5, 8])
 
@@ -261,29 +262,32 @@ def ranks_open(ranks: Ranks, folder: Path) -> None:
     """Three ranks on two nodes: one index, walked by rank 0 alone; a copy of the data on the other node; other data."""
     os.chdir(folder / ("here" if ranks.rank < 2 else "there"))
     platform.node = lambda: "there" if ranks.rank == 2 else "here"
-    walks, true = [], index.walk
-    index.walk = lambda *a: walks.append(a) or true(*a)  # type: ignore[func-returns-value,assignment]
+    walks, true = [], index.walk_files
+    index.walk_files = lambda *a: walks.append(a) or true(*a)  # type: ignore[func-returns-value,assignment]
 
     def build(name: str) -> Any:
         return lambda known: opened(Path(name), opening=cache_dirs.Opening(known=known))
 
-    data = open_together(build("shared"), ranks)
-    assert data._order is not None
+    data = open_on_ranks(build("shared"), ranks)
+    assert data._orders is not None
     assert len(walks) == (ranks.rank == 0)
     fingerprints = ranks.gather(data.fingerprint())
     assert len(set(fingerprints)) == 1
-    data = open_together(build("copied"), ranks)
+    data = open_on_ranks(build("copied"), ranks)
     assert len(walks) == {0: 2, 1: 0, 2: 1}[ranks.rank]
     assert len(set(map(str, ranks.gather(contents(data)[1])))) == 1
-    for name, words in (("lost", "en/b.bin cannot be seen on there"), ("other", "not those that rank 0 sees")):
+    for name, words in (
+        ("lost", "en/b.bin can be accessed by rank 0, but not on there"),
+        ("other", "differ from those of rank 0"),
+    ):
         with pytest.raises(DataError, match=words) as error:
-            open_together(build(name), ranks)
+            open_on_ranks(build(name), ranks)
         assert error.value.reported_elsewhere == (ranks.rank != 2)
     document_order.SMALL = 10**6  # without an index
-    shutil.rmtree(folder / "here" / "lost" / CACHE, ignore_errors=True)
+    shutil.rmtree(folder / "here" / "lost" / CACHE_FOLDER, ignore_errors=True)
     ranks.gather(None)
-    with pytest.raises(DataError, match=r"en/b\.bin cannot be seen on there"):
-        open_together(build("lost"), ranks)
+    with pytest.raises(DataError, match=r"en/b\.bin can be accessed by rank 0, but not on there"):
+        open_on_ranks(build("lost"), ranks)
 
 
 @pytest.mark.processes

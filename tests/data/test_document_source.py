@@ -14,7 +14,7 @@ from helpers.runs import contents, records
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import build_packed_dataset, load_intern_repo_tokenized_dataset
 from xtuner.data.loading.batch import Batch
-from xtuner.data.loading.open_on_ranks import open_together
+from xtuner.data.loading.open_on_ranks import open_on_ranks
 from xtuner.data.packing.document_source import DocumentSource, SourceList
 from xtuner.data.packing.pack import PackedDataset, RawPack
 from xtuner.dist.collectives import Ranks
@@ -96,7 +96,7 @@ def test_packs_of_a_source(rule: Any) -> None:
         assert pack["targets"] == after
         seen |= {*pack["targets"]}
         raw = data.raw(number)
-        shipped = Batch.of_raw(RawPack.of(raw.buffer()), rule, number)
+        shipped = Batch.from_raw(RawPack.from_buffer(raw.buffer()), rule, number)
         assert shipped.targets.tolist() == pack["targets"]
         assert shipped.input_ids.tolist() == pack["input_ids"]
         assert shipped.cu_seqlens.tolist() == pack["cumulative_len"]
@@ -183,10 +183,10 @@ def test_a_source_of_a_config_trains_and_resumes(
 @pytest.mark.processes
 def test_ranks_must_see_the_same_source(tmp_path: Path) -> None:
     def opened(ranks: Ranks, folder: Path) -> None:
-        same = open_together(lambda _: PackedDataset(Given(drawn(40, 9)), 32), ranks)
+        same = open_on_ranks(lambda _: PackedDataset(Given(drawn(40, 9)), 32), ranks)
         assert len(set(ranks.gather(same.fingerprint()))) == 1
-        with pytest.raises(DataError, match="are not those that rank 0 sees\n  where: Given"):
-            open_together(lambda _: PackedDataset(Given(drawn(40, 9, ranks.rank)), 32), ranks)
+        with pytest.raises(DataError, match="differ from those of rank 0\n  where: Given"):
+            open_on_ranks(lambda _: PackedDataset(Given(drawn(40, 9, ranks.rank)), 32), ranks)
 
     assert on_ranks(2, opened, tmp_path) == [0, 0]
 
@@ -221,8 +221,8 @@ ONE = [(np.array([1, 2, 3, 4]), np.ones(4, bool))]
         (Given(ONE, lengths=[-4]), "the length of document 0 is -4"),
         (Given(ONE, lengths=[5]), r"document 0 has ids int64 \[4\] and learned bool \[4\] instead of .* \[5\]"),
         (Given([(ONE[0][0], [1, 1, 0, 1])]), "learned int64"),
-        (Given([(ONE[0][0] - 2, ONE[0][1])]), "document 0 holds -1, which is not an id"),
-        (Given([(ONE[0][0] + 2**31, ONE[0][1])]), "document 0 holds 21474836.., which is not an id"),
+        (Given([(ONE[0][0] - 2, ONE[0][1])]), "document 0 contains -1, which is not a token id"),
+        (Given([(ONE[0][0] + 2**31, ONE[0][1])]), "document 0 contains 21474836.., which is not a token id"),
         (Given(ONE, fingerprint=lambda: None), "its fingerprint is None"),
     ],
 )

@@ -12,8 +12,8 @@ from helpers.paths import reference
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import load_intern_repo_tokenized_dataset
-from xtuner.data.format.file_order import read_order, walk
-from xtuner.data.inspect.build_caches import make
+from xtuner.data.format.file_order import read_order, walk_files
+from xtuner.data.inspect.build_caches import build_caches
 from xtuner.data.packing.pack import PackedDataset
 
 Command = Callable[..., int]
@@ -41,9 +41,13 @@ def test_written_alike_however_the_folder_is_named(
 
 def test_the_order_is_the_loaders(data: Path) -> None:
     files = [f.name for f in load_intern_repo_tokenized_dataset(data / "chatml" / "train")]
-    assert files == [*walk(data / "chatml" / "train")] == ["code dir/a.bin", "code dir/b.bin", "en/a.bin", "en/b.bin"]
+    assert (
+        files
+        == [*walk_files(data / "chatml" / "train")]
+        == ["code dir/a.bin", "code dir/b.bin", "en/a.bin", "en/b.bin"]
+    )
     case = reference("packing", "g17_nested_chain")
-    assert list(walk(case / "input")) == [f.name for f in load_intern_repo_tokenized_dataset(case / "input")]
+    assert list(walk_files(case / "input")) == [f.name for f in load_intern_repo_tokenized_dataset(case / "input")]
 
 
 def test_an_order_of_a_folder_above(data: Path, tmp_path: Path, xtuner: Command, caplog: Any) -> None:
@@ -69,7 +73,7 @@ def test_an_order_of_a_folder_above(data: Path, tmp_path: Path, xtuner: Command,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("en/a.bin\nen/c.bin\nen/b.bin\nen/d.bin\n", r"2 files of the data order are not there.*'en/c\.bin'"),
+        ("en/a.bin\nen/c.bin\nen/b.bin\nen/d.bin\n", r"2 files of the data order do not exist.*'en/c\.bin'"),
         ("en/a.bin\nen/c.bin\n", "lines 2 "),
         ("fr/a.bin\n", "no entry of the data order"),
         ("en/a.bin\n../x.bin\n", "leaves its folder"),
@@ -105,7 +109,7 @@ def test_a_file_named_several_times_is_taken_as_often(
         assert ([f.name for f in whole], whole.num_repeated) == (names, 2)
         if cached:
             capsys.readouterr()
-            made = make(whole, 1024)
+            made = build_caches(whole, 1024)
             assert (made.tokens, made.made) == (3, 3)
         packs = PackedDataset(whole, 8)
         assert [packs[i]["input_ids"].tolist() for i in range(len(packs))] == expected
@@ -125,9 +129,8 @@ def test_a_file_named_several_times_is_taken_as_often(
     options = ["custom_hooks=[]", f"dataset_folder={folder}", f"data_order_path={order}", "max_length=8"]
     assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
     report, said = capsys.readouterr()
-    assert (
-        said.count("names 2 of its 3 files more than once; each is taken as often: en/b.bin 3 times, en/a.bin 2") == 1
-    )
+    named = "each is used as often as named: en/b.bin 3 times, en/a.bin 2"
+    assert said.count(f"names 2 of its 3 files more than once; {named}") == 1
     assert "6 files (2 listed more than once)" in report
     assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--resume", "--cfg-options", *options) == 0
     order.write_text("\n".join(names[:-1]))
@@ -136,7 +139,7 @@ def test_a_file_named_several_times_is_taken_as_often(
 
 
 def test_folders_that_do_not_do(tmp_path: Path, xtuner: Command) -> None:
-    with pytest.raises(ConfigError, match="not there"):
+    with pytest.raises(ConfigError, match="does not exist"):
         xtuner("data", "order", "--data-folder", tmp_path / "no", "--save-folder", tmp_path)
     with pytest.raises(DataError, match=r"no \.bin file"):
         xtuner("data", "order", "--data-folder", tmp_path, "--save-folder", tmp_path)

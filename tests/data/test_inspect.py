@@ -19,12 +19,12 @@ from helpers.corpus import VOCABULARY, write_corpus
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
 from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.format import cache_dirs
-from xtuner.data.format.file_order import CACHE
+from xtuner.data.format.file_order import CACHE_FOLDER
 from xtuner.data.format.token_cache import TokenCache
 from xtuner.data.format.writer import write_bin
 from xtuner.data.inspect import scan
-from xtuner.data.inspect.check_files import check
-from xtuner.data.inspect.scan import Scanner, parts_of
+from xtuner.data.inspect.check_files import check_folder
+from xtuner.data.inspect.scan import Scanner, split_file
 from xtuner.data.loading.batch import Batch
 from xtuner.data.packing import document_order
 from xtuner.data.packing.pack import PackedDataset
@@ -35,7 +35,7 @@ Command = Callable[..., int]
 @pytest.fixture(autouse=True)
 def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(cache_dirs, "_told", set())
+    monkeypatch.setattr(cache_dirs, "_logged", set())
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def found(folder: Path, **how: Any) -> list[str]:
-    return [f"{r.kind} {r.file}: {r.what}" for r in check(folder, workers=1, **how).rows]
+    return [f"{r.kind} {r.file}: {r.what}" for r in check_folder(folder, workers=1, **how).rows]
 
 
 def replace(path: Path, old: bytes, new: bytes) -> None:
@@ -105,7 +105,7 @@ def put_meta_again(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_found_and_mended(name: str, data: Path) -> None:
+def test_what_is_wrong_is_found_and_fixed(name: str, data: Path) -> None:
     assert found(data, vocab_size=VOCABULARY) == []
     harm, words, mendable = WRONG[name]
     file = data / "en" / "a.bin"
@@ -115,7 +115,7 @@ def test_what_is_wrong_is_found_and_mended(name: str, data: Path) -> None:
     assert re.search(words, "\n".join(rows))
     before = file.read_bytes() if file.exists() else None
     rows = found(data, vocab_size=VOCABULARY, fix_meta=True)
-    assert any(r.startswith("mended en/a.bin: a new meta") for r in rows) == mendable
+    assert any(r.startswith("fixed en/a.bin: a new meta") for r in rows) == mendable
     assert sorted(p.name for p in (data / "en").iterdir() if p.name.startswith(".")) == []
     if mendable:
         assert file.read_bytes() == before
@@ -143,7 +143,7 @@ def test_odd_but_right(data: Path) -> None:
     told = found(data)
     for words in (
         "problem en/b.bin: is the same file as again.bin",
-        "problem en/a.bin: holds the same text as code/z.bin",
+        "problem en/a.bin: has the same text as code/z.bin",
         "problem link/a.bin: is the same file as en/a.bin",
         "note alone.bin.meta: is a meta without its text",
         f"note link: is a link to the folder {data / 'en'}",
@@ -163,7 +163,9 @@ def test_parts_and_blocks_change_nothing(data: Path, monkeypatch: pytest.MonkeyP
 
     def scanned() -> tuple[Any, ...]:
         taken: list[int] = []
-        parts = [Scanner(p, 250, lambda t: taken.extend(t.tolist())).run() for p in parts_of(file, file.stat().st_size)]
+        parts = [
+            Scanner(p, 250, lambda t: taken.extend(t.tolist())).run() for p in split_file(file, file.stat().st_size)
+        ]
         rows = np.concatenate([p.table() for p in parts]).tolist()
         problems = [at for p in parts for at, _ in p.problems]
         large = next((p.too_large for p in parts if p.too_large), None)
@@ -174,14 +176,14 @@ def test_parts_and_blocks_change_nothing(data: Path, monkeypatch: pytest.MonkeyP
     assert len(expected[1]) == 2
     assert expected[3][:500] == document
     for part, block in ((2**25, 64), (100, 64), (777, 333), (64, 2**12), (5000, 5000)):
-        monkeypatch.setattr(scan, "PART", part)
+        monkeypatch.setattr(scan, "RANGE", part)
         monkeypatch.setattr(scan, "BLOCK", block)
         rows, problems, large, taken = scanned()
         assert (rows, problems, large) == expected[:3]
         if block >= 333:  # of a broken long line, what comes before the break has been counted
             assert len(taken) >= len(expected[3])
     monkeypatch.setattr(scan, "BLOCK", 333)
-    monkeypatch.setattr(scan, "ODD_LINE", 400)
+    monkeypatch.setattr(scan, "MAX_ODD_LINE", 400)
     assert "too long for another" in "\n".join(found(data))
 
 
@@ -195,8 +197,8 @@ def test_check_as_a_command(data: Path, xtuner: Command, capsys: Any) -> None:
     assert told.startswith("problem  en/a.bin")
     assert "problems: 1" in told
     assert xtuner("data", "check", data, "--fix-meta") == 0
-    assert capsys.readouterr().out.startswith("mended ")
-    with pytest.raises(ConfigError, match="not there"):
+    assert capsys.readouterr().out.startswith("fixed ")
+    with pytest.raises(ConfigError, match="does not exist"):
         xtuner("data", "check", data / "no")
     with pytest.raises(DataError, match=r"no \.bin file"):
         xtuner("data", "check", empty(data))
@@ -250,7 +252,7 @@ def test_statistics_are_those_of_the_packs(
         inside = lengths[(lengths >= row["least"]) & (lengths <= row["most"])]
         assert (row["documents"], row["tokens"]) == (len(inside), inside.sum())
     assert sum(row["documents"] for row in told["lengths"]) == len(lengths)
-    costs = np.array([Batch.of(packs[i]).attention_pairs for i in range(len(packs))], np.float64)
+    costs = np.array([Batch.from_item(packs[i]).attention_pairs for i in range(len(packs))], np.float64)
     assert told["cost"]["mean"] == pytest.approx(costs.mean(), rel=1e-6)
     assert (told["cost"]["least"], told["cost"]["most"]) == (costs.min(), costs.max())
     assert sum(n for _, _, n in told["cost_bars"]) == len(packs)
@@ -302,24 +304,24 @@ def test_the_page(data: Path, tmp_path: Path, xtuner: Command) -> None:
 def test_a_cache_makes_a_run_start_at_once(data: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     before = [PackedDataset(load_intern_repo_tokenized_dataset(data), 32).raw(i).signed.tolist() for i in range(40)]
     assert xtuner("data", "cache", data, "--index-only") == 0
-    assert not list((data / CACHE).glob("tokens/**/*.int32"))
+    assert not list((data / CACHE_FOLDER).glob("tokens/**/*.int32"))
     assert xtuner("data", "cache", data, "--workers", 2) == 0
     assert "token caches: 4 files (4 new)" in capsys.readouterr().out
     assert xtuner("data", "cache", data) == 0
     assert "token caches: 4 files (0 new)" in capsys.readouterr().out
     cached = PackedDataset(load_intern_repo_tokenized_dataset(data), 32)
-    assert cached._order is not None
+    assert cached._orders is not None
     assert isinstance(cached.file_packs(0).reader, TokenCache)
     assert [cached.raw(i).signed.tolist() for i in range(40)] == before
-    shutil.rmtree(data / CACHE)
+    shutil.rmtree(data / CACHE_FOLDER)
     assert xtuner("data", "cache", data, "--cache-dir", tmp_path / "elsewhere") == 0
-    assert not (data / CACHE).exists()
+    assert not (data / CACHE_FOLDER).exists()
     assert len(list((tmp_path / "elsewhere").glob("data-*/tokens/*/*.int32"))) == 4
     replace(data / "en" / "a.bin", b"]}", b"]]")
-    with pytest.raises(DataError, match="the text is not what its meta says") as error:
+    with pytest.raises(DataError, match="the text contradicts its meta") as error:
         xtuner("data", "cache", data)
     assert "byte 0: a line is not JSON" in str(error.value)
-    assert len(list((data / CACHE).glob("tokens/*/*.int32"))) == 3  # the others are there all the same
+    assert len(list((data / CACHE_FOLDER).glob("tokens/*/*.int32"))) == 3  # the others are there all the same
     with pytest.raises(ConfigError, match="seed"):
         xtuner("data", "cache", data, "--seed", -1)
 
@@ -345,7 +347,7 @@ def test_a_disk_that_is_full_while_caching(data: Path) -> None:
     child.start()
     child.join()
     assert child.exitcode == 74
-    left = [p.name for p in (data / CACHE).rglob("*") if p.is_file()]
+    left = [p.name for p in (data / CACHE_FOLDER).rglob("*") if p.is_file()]
     assert [name for name in left if ".tmp-" in name or name.endswith(".int32")] == []
     data_ = PackedDataset(load_intern_repo_tokenized_dataset(data), 32)
     assert len([data_.raw(i) for i in range(len(data_))]) == len(data_)
@@ -353,5 +355,5 @@ def test_a_disk_that_is_full_while_caching(data: Path) -> None:
 
 def test_write_bin_is_what_these_tools_read(tmp_path: Path) -> None:
     write_bin(tmp_path / "a.bin", [[0, -1, 2], [], [3]])
-    report = check(tmp_path, vocab_size=4, workers=1)
+    report = check_folder(tmp_path, vocab_size=4, workers=1)
     assert (report.documents, report.tokens, report.learned, report.largest, report.rows) == (3, 4, 2, 3, [])

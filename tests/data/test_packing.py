@@ -17,7 +17,7 @@ from xtuner.data.format import text_reader
 from xtuner.data.format.bin_file import BinFile
 from xtuner.data.format.text_reader import LongLine, LongLines, SpanReader
 from xtuner.data.format.writer import write_bin
-from xtuner.data.loading.sampler import Position, numbers, packs_per_epoch
+from xtuner.data.loading.sampler import Position, iterate_numbers, packs_per_epoch
 from xtuner.data.packing.pack import PackedDataset
 
 CASES = sorted(p.name for p in (REFERENCE / "packing").iterdir() if p.is_dir())
@@ -110,9 +110,9 @@ def test_a_document_of_many_packs_is_gone_through_once(tmp_path: Path, monkeypat
     write_bin(tmp_path / "a.bin", documents)
     folder = load_intern_repo_tokenized_dataset(tmp_path)
     opened, noted, cut = [], [], []
-    true_open, true_note, true_list = BinFile.open, SpanReader._note, text_reader.parse_list
+    true_open, true_note, true_list = BinFile.open, SpanReader._index_line, text_reader.parse_list
     monkeypatch.setattr(BinFile, "open", lambda self: opened.append(self) or true_open(self))  # type: ignore[func-returns-value]
-    monkeypatch.setattr(SpanReader, "_note", lambda *a: noted.append(a) or true_note(*a))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(SpanReader, "_index_line", lambda *a: noted.append(a) or true_note(*a))  # type: ignore[func-returns-value]
     monkeypatch.setattr(text_reader, "parse_list", lambda text: cut.append(len(text)) or true_list(text))  # type: ignore[func-returns-value]
     dataset = PackedDataset(folder, 10)
     packs = [dataset[i] for i in (*range(13), *range(13))]
@@ -129,14 +129,14 @@ def test_a_document_of_many_packs_is_gone_through_once(tmp_path: Path, monkeypat
 
 def test_what_is_known_of_long_documents_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     long = LongLines()
-    monkeypatch.setattr(LongLines, "MOST", 16)
+    monkeypatch.setattr(LongLines, "MAX_LINES", 16)
     for i in range(40):
-        long.keep(i, LongLine(tokens=np.arange(8)))
+        long.add(i, LongLine(tokens=np.arange(8)))
     assert list(long.held) == list(range(39, 23, -1))
-    monkeypatch.setattr(LongLines, "MOST_BYTES", 3 * (64 + 64))
-    long.keep(40, LongLine(commas=[0], tokens=np.arange(8)))
+    monkeypatch.setattr(LongLines, "MAX_BYTES", 3 * (64 + 64))
+    long.add(40, LongLine(commas=[0], tokens=np.arange(8)))
     assert list(long.held) == [40, 39, 38, 37, 36]
-    long.keep(41, LongLine(tokens=np.arange(100)))
+    long.add(41, LongLine(tokens=np.arange(100)))
     assert list(long.held) == [41]
     assert long.find(40) is None
 
@@ -173,7 +173,7 @@ def test_one_stream_whatever_the_ranks() -> None:
             samplers = [InternRepoSampler(range(num_packs), rank=r, world_size=size) for r in range(size)]
             for done in range(2 * per_epoch + 1):
                 position = Position().advance(done, per_epoch)
-                streams = [chain.from_iterable(map(numbers, s.stream(position, per_epoch))) for s in samplers]
+                streams = [chain.from_iterable(map(iterate_numbers, s.stream(position, per_epoch))) for s in samplers]
                 taken = [next(s) for _ in range(3 * per_epoch // size) for s in streams]
                 assert taken == expected[done : done + len(taken)].tolist(), (num_packs, begun_on, size, done)
         for rank in range(begun_on):  # the reference: an epoch's permutation, cut, every n-th

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from xtuner.core.errors import DataError
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
 from xtuner.data.format import cache_dirs, text_reader, token_cache
-from xtuner.data.format.file_order import CACHE
+from xtuner.data.format.file_order import CACHE_FOLDER
 from xtuner.data.format.meta import MetaView, read_meta
 from xtuner.data.format.parse_tokens import parse_line, parse_list
 from xtuner.data.format.text_reader import SpanReader
 from xtuner.data.format.token_cache import TokenCache
 from xtuner.data.format.writer import write_bin
 from xtuner.data.inspect import scan
-from xtuner.data.inspect.build_caches import make
+from xtuner.data.inspect.build_caches import build_caches
 from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
 from xtuner.data.packing import document_order
@@ -38,7 +38,7 @@ DOCUMENT = st.lists(
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_dirs, "_told", set())
+    monkeypatch.setattr(cache_dirs, "_logged", set())
 
 
 def definition(documents: list[list[int]], seed: int, min_length: int, length: int) -> list[dict[str, Any]]:
@@ -81,8 +81,8 @@ def definition(documents: list[list[int]], seed: int, min_length: int, length: i
 def test_text_cache_and_definition_agree(
     documents: list[list[int]], seed: int, min_length: int, length: int, long: int, block: int, separator: str
 ) -> None:
-    before = text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.PART
-    text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.PART = (
+    before = text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.RANGE
+    text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.RANGE = (
         long,
         block,
         0,
@@ -96,7 +96,7 @@ def test_text_cache_and_definition_agree(
                 tighten(Path(folder, "a.bin"))
             compare(Path(folder), documents, seed, min_length, length)
     finally:
-        text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.PART = before
+        text_reader.LONG, text_reader.BLOCK, document_order.SMALL, scan.BLOCK, scan.RANGE = before
 
 
 def tighten(path: Path) -> None:
@@ -116,7 +116,7 @@ def compare(folder: Path, documents: list[list[int]], seed: int, min_length: int
         assert expected == []
         return
     parsed = PackedDataset(whole, length, seed)
-    assert make(whole, seed, workers=1).tokens == 1
+    assert build_caches(whole, seed, workers=1).tokens == 1
     cached = PackedDataset(load_intern_repo_tokenized_dataset(folder, min_length), length, seed)
     assert len(parsed) == len(cached) == len(expected)
     assert isinstance(parsed.file_packs(0).reader, TokenCache | SpanReader)
@@ -126,7 +126,7 @@ def compare(folder: Path, documents: list[list[int]], seed: int, min_length: int
     text = SpanReader(table.file, text_reader.LongLines())
     for i, pack in enumerate(expected):
         from_cache = table.read(i * length, (i + 1) * length)
-        places = table.places(i * length, (i + 1) * length)
+        places = table.span_arrays(i * length, (i + 1) * length)
         for _ in range(2):  # with and without what is noted of long lines
             signed, following = text.read(places)
             assert signed.tolist() == from_cache.signed.tolist()
@@ -136,7 +136,7 @@ def compare(folder: Path, documents: list[list[int]], seed: int, min_length: int
             assert got[key].tolist() == pack[key], key
         borders = got["cumulative_len"].tolist()
         assert sorted(set(borders)) == [*pack["starts"], length]
-        again = RawPack.of(from_cache.buffer())
+        again = RawPack.from_buffer(from_cache.buffer())
         assert [np.asarray(a).tolist() for a in again] == [np.asarray(a).tolist() for a in from_cache]
 
 
@@ -201,11 +201,11 @@ def test_files_that_change_under_a_running_job(cached: bool, how: str, tmp_path:
     """A named error at the next pack, and nothing that was read from the wrong place."""
     folder = write_corpus(tmp_path / "data", 30, types=("en",))
     if cached:
-        make(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
+        build_caches(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
     before = [b.input_ids.tolist() for b in islice(stream(folder), 60)]
     packs = stream(folder)
     seen = [next(packs).input_ids.tolist()]
-    for file in folder.glob(f"{CACHE}/tokens/en/*" if how == "cache" else "en/*.bin"):
+    for file in folder.glob(f"{CACHE_FOLDER}/tokens/en/*" if how == "cache" else "en/*.bin"):
         if how == "grows":
             file.write_bytes(file.read_bytes() + b'{"tokens": [1]}\n')
         elif how == "changes":
@@ -231,23 +231,23 @@ def test_files_that_change_under_a_running_job(cached: bool, how: str, tmp_path:
 def test_a_token_cache_that_is_not_fresh_is_told(tmp_path: Path, caplog: Any) -> None:
     folder = write_corpus(tmp_path / "data", 30, types=("en",))
     expected = [b.input_ids.tolist() for b in islice(stream(folder), 60)]
-    make(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
-    file = folder / CACHE / token_cache.cache_name("en/a.bin")
+    build_caches(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
+    file = folder / CACHE_FOLDER / token_cache.cache_name("en/a.bin")
     whole = file.read_bytes()
     for harm, words in (
-        (lambda: os.truncate(file, len(whole) - 4), "is torn or of another version"),
-        (lambda: file.write_bytes(b""), "is torn or of another version"),
-        (lambda: file.write_bytes(whole.replace(b'tokens": 1', b'tokens": 0', 1)), "is torn or of another version"),
+        (lambda: os.truncate(file, len(whole) - 4), "is damaged or of another version"),
+        (lambda: file.write_bytes(b""), "is damaged or of another version"),
+        (lambda: file.write_bytes(whole.replace(b'tokens": 1', b'tokens": 0', 1)), "is damaged or of another version"),
         (lambda: os.utime(folder / "en" / "a.bin", ns=(1, 1)), "is older than its text"),
     ):
         file.write_bytes(whole)
         harm()
-        cache_dirs._told.clear()
+        cache_dirs._logged.clear()
         caplog.clear()
         assert [b.input_ids.tolist() for b in islice(stream(folder), 60)] == expected
         assert caplog.text.count(words) == 1
     caplog.clear()
-    made = make(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
+    made = build_caches(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
     assert (made.tokens, made.made) == (2, 1)
     data = PackedDataset(load_intern_repo_tokenized_dataset(folder), 16)
     assert all(isinstance(data.file_packs(i).reader, TokenCache) for i in range(2))
@@ -259,7 +259,7 @@ def test_a_token_cache_that_is_not_fresh_is_told(tmp_path: Path, caplog: Any) ->
 def test_a_line_of_a_gigabyte_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here one of 3 MB, and a limit to match: in the usual form of any length, in another one up to a limit."""
     monkeypatch.setattr(text_reader, "BLOCK", 2**12)
-    monkeypatch.setattr(text_reader, "ODD_LINE", 2**14)
+    monkeypatch.setattr(text_reader, "MAX_ODD_LINE", 2**14)
     document = np.random.RandomState(0).randint(-90000, 90000, size=400_000).tolist()
     write_bin(tmp_path / "a.bin", [[1, 2, 3], document, [4, 5]])
     data = PackedDataset(load_intern_repo_tokenized_dataset(tmp_path), 4096)

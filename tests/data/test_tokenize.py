@@ -22,7 +22,7 @@ from xtuner.data.chat_template import INTERNLM2_MARKS, PROMPT_TEMPLATE, Message,
 from xtuner.data.format.folder import load_intern_repo_tokenized_dataset
 from xtuner.data.format.meta import read_meta
 from xtuner.data.format.writer import write_bin
-from xtuner.data.tokenize import read, run, work
+from xtuner.data.tokenize import encode_chunk, read_chunks, tokenize_files
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer
 
 Command = Callable[..., int]
@@ -259,7 +259,7 @@ def test_cut_and_unlearned(tmp_path: Path, small: Path, xtuner: Command, capfd: 
     assert documents[0][0] == -load_tokenizer(small).special["<|im_start|>"]
     told = capfd.readouterr().err
     assert "1 documents were longer than 30 tokens" in told
-    assert "1 documents have nothing to learn" in told
+    assert "1 documents have no learned token" in told
 
 
 # ---------------------------------------------------------------- lines and lists
@@ -283,13 +283,13 @@ def test_lines(tmp_path: Path, small: Path, xtuner: Command) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 1 << 20])
 def test_a_json_list_is_read_piece_by_piece(chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "CHUNK", chunk)
+    monkeypatch.setattr(read_chunks, "CHUNK", chunk)
     values = [{"a": 'é\u2028]}\\"'}, [], {}, "", 12, -1.5e3, True, None, [[1, [2]], {"b": {}}], "x" * 100, "ünï"]
     for n, indent in ((0, None), (1, 0), (11, None), (11, 2)):
         text = "\ufeff " + json.dumps(values[:n], ensure_ascii=False, indent=indent) + "\n"
         path = write(tmp_path, "a.json", text)
         with open(path, "rb") as f:
-            items = list(read.JsonList(read.Hashed(f)).items())
+            items = list(read_chunks.JsonList(read_chunks.Hashed(f)).items())
         assert [json.loads(text) for _, text in items] == values[:n]
         for line, record in items:
             assert record.split("\n")[0] in text.split("\n")[line - 1]
@@ -353,7 +353,7 @@ def test_many_mistakes_and_good_files_beside(tmp_path: Path, small: Path, xtuner
     assert [f"a.jsonl:{n}" in str(caught.value) for n in (1, 2, 3, 4)] == [True, True, True, False]
     assert sorted(p.name for p in (tmp_path / "out").rglob("*.*")) == ["good.bin", "good.bin.meta", "good.json"]
     write(tmp_path / "in", "a.jsonl", "bad\n" * 1000)
-    with pytest.raises(DataError, match="20 mistakes in the input, and perhaps more") as caught:
+    with pytest.raises(DataError, match="20 mistakes in the input, possibly more") as caught:
         xtuner(*command)
     assert "a.jsonl:20:" in str(caught.value)
     assert "a.jsonl:21:" not in str(caught.value)
@@ -369,19 +369,19 @@ def test_options_that_cannot_be(tmp_path: Path, small: Path, tokenizer_folder: P
     chat = write(tmp_path, "c.jsonl", CHAT % '{"role": "assistant", "content": "a"}')
     for words, error, message in (
         ([path, "--format", "jsnl"], ConfigError, "Did you mean 'json"),
-        ([path, "--valid-fraction", "1.5"], ConfigError, "no fraction"),
-        ([path, "--max-length", "1"], ConfigError, "hold no document"),
+        ([path, "--valid-fraction", "1.5"], ConfigError, "is not a fraction"),
+        ([path, "--max-length", "1"], ConfigError, "1 tokens are too few"),
         ([path, "--max-length", "100"], ConfigError, "are not cut"),
         ([path, "--workers", "0"], ConfigError, "do no work"),
-        ([path, "--type", "a/b"], ConfigError, "no folder name"),
+        ([path, "--type", "a/b"], ConfigError, "is not a folder name"),
         ([path, "--template", "internevo", "--format", "chat"], ConfigError, "alpaca records only"),
         ([chat, "--template", "internevo", "--format", "alpaca"], ConfigError, "the internevo template uses 92542"),
         ([path, "--allow-special", "<|nope|>"], ConfigError, "no special token <|nope|>".replace("|", r"\|")),
         ([chat, "--tokenizer", tokenizer_folder], ConfigError, r"no special token <\|im_start\|>"),
-        ([tmp_path / "nothing"], ConfigError, "not there"),
-        ([write(tmp_path, "a.csv", "x")], ConfigError, "tells no format"),
+        ([tmp_path / "nothing"], ConfigError, "the input does not exist"),
+        ([write(tmp_path, "a.csv", "x")], ConfigError, "implies no format"),
         ([path, path], ConfigError, "two inputs would be written"),
-        ([path, "--format", "ftdp"], ConfigError, "in no folder `processed`"),
+        ([path, "--format", "ftdp"], ConfigError, "is not in a folder `processed`"),
         ([empty], DataError, r"no \.txt or \.json or \.jsonl in the input folder"),
         ([empty, "--format", "ftdp"], DataError, r"no DATASET/processed/FILE\.jsonl in the input folder"),
     ):
@@ -403,15 +403,15 @@ def test_files_with_other_endings(tmp_path: Path, small: Path, xtuner: Command, 
         write(tmp_path / "in", name, "text")
     command = ["data", "tokenize", tmp_path / "in", "--tokenizer", small, "--format", "txt"]
     for suffixes, taken, left_out in (
-        ([], "a", "4 files end otherwise than .txt: left out (2 .md, 1 without an ending, 1 .rst); --suffix"),
-        (["--suffix", ".md", "--suffix", "rst"], "bcd", "2 files end otherwise than .md or .rst: left out"),
-        (["--suffix", ""], ["README"], "4 files end otherwise than"),
+        ([], "a", "4 files have another ending than .txt: skipped (2 .md, 1 without an ending, 1 .rst); --suffix"),
+        (["--suffix", ".md", "--suffix", "rst"], "bcd", "2 files have another ending than .md or .rst: skipped"),
+        (["--suffix", ""], ["README"], "4 files have another ending than"),
     ):
         output = tmp_path / f"out{len(suffixes)}"
         assert xtuner(*command, "--output", output, *suffixes) == 0
         assert sorted(p.stem for p in output.rglob("*.bin")) == list(taken)
         assert left_out in capfd.readouterr().err
-    with pytest.raises(DataError, match=r"(?s)no \.html in the input folder.*next: --suffix \.ENDING takes"):
+    with pytest.raises(DataError, match=r"(?s)no \.html in the input folder.*next: --suffix \.ENDING selects"):
         xtuner(*command, "--output", tmp_path / "out", "--suffix", ".html")
 
 
@@ -459,7 +459,7 @@ def test_workers_do_not_change_a_byte(
 ) -> None:
     command = ["data", "tokenize", corpus_folder, "--tokenizer", small, "--valid-fraction", 0.3]
     xtuner(*command, "--output", tmp_path / "one", "--workers", 1)
-    for module in (read, run):
+    for module in (read_chunks, tokenize_files):
         monkeypatch.setattr(module, "CHUNK", 500)
     xtuner(*command, "--output", tmp_path / "three", "--workers", 3)
     assert tree(tmp_path / "one") == tree(tmp_path / "three")
@@ -476,16 +476,16 @@ def test_workers_do_not_change_a_byte(
 
 @pytest.mark.processes
 def test_few_chunks_are_under_way(small: Path) -> None:
-    settings = run.Settings(str(small)).resolved("txt")
+    settings = tokenize_files.TokenizeSettings(str(small)).resolved("txt")
     taken = 0
 
     def chunks() -> Any:
         nonlocal taken
         for taken in range(1, 101):  # noqa: B007
-            yield read.Chunk(0, settings, data=b"text\n")
+            yield read_chunks.Chunk(0, settings, data=b"text\n")
 
     ahead = []
-    for given, result in enumerate(process_pool.ordered(work.encode_chunk, chunks(), 2), 1):
+    for given, result in enumerate(process_pool.map_ordered(encode_chunk.encode_chunk, chunks(), 2), 1):
         assert result.train.counts[0] == len(load_tokenizer(small).encode("text")) + 2
         ahead.append(taken - given)
     assert given == 100
@@ -507,11 +507,11 @@ def test_outputs_that_are_there(tmp_path: Path, small: Path, xtuner: Command, ca
     meta = target.with_suffix(".bin.meta")
     for spoil, message in (
         (lambda: path.write_text("other text\nmore text\n"), "other contents of a.txt"),
-        (lambda: target.write_bytes(target.read_bytes()[:-1]), r"a\.bin is altered"),
-        (lambda: meta.write_bytes(meta.read_bytes()[:-1]), r"a\.bin\.meta is altered"),
-        (lambda: meta.unlink(), "a file of it is missing"),
-        (lambda: (out / "made_from/en/a.json").unlink(), "nothing says what it was made from"),
-        (lambda: (out / "made_from/en/a.json").write_text("{"), "nothing says"),
+        (lambda: target.write_bytes(target.read_bytes()[:-1]), r"a\.bin has been altered"),
+        (lambda: meta.write_bytes(meta.read_bytes()[:-1]), r"a\.bin\.meta has been altered"),
+        (lambda: meta.unlink(), "one of its files is missing"),
+        (lambda: (out / "made_from/en/a.json").unlink(), "there is no record of what it was made from"),
+        (lambda: (out / "made_from/en/a.json").write_text("{"), "there is no record"),
     ):
         spoil()  # type: ignore[no-untyped-call]
         before = tree(out)
@@ -534,7 +534,7 @@ def test_outputs_that_are_there(tmp_path: Path, small: Path, xtuner: Command, ca
     assert tree(out) == first
     write(tmp_path, "b.txt", "x")
     write(out, "train/en/b.bin", "foreign")
-    with pytest.raises(DataError, match="2 outputs are there already"):
+    with pytest.raises(DataError, match="2 outputs exist already"):
         xtuner("data", "tokenize", tmp_path / "b.txt", *command[2:])
 
 

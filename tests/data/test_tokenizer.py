@@ -121,7 +121,7 @@ def test_tokenizer_json(tmp_path: Path) -> None:
 
 
 def test_folders_without_a_readable_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no tokenizer\.model"):
+    with pytest.raises(ConfigError, match=r"neither tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ConfigError, match=r"tokenizer\.model cannot be read"):

@@ -60,8 +60,13 @@ def test_good_forms(tmp_path: Path) -> None:
 
 
 WRONG: list[tuple[str, Callable[[Path], Any], str, str]] = [
-    ("no_bin", lambda f: f.mkdir(), "no .bin file in the data folder", "give a folder above them"),
-    ("not_there", lambda f: None, "the data folder is not there", "give the folder that holds"),
+    (
+        "no_bin",
+        lambda f: f.mkdir(),
+        "no .bin file in the data folder",
+        "give a folder that contains .bin and .bin.meta",
+    ),
+    ("not_there", lambda f: None, "the data folder does not exist", "give the folder that contains"),
     ("no_meta", lambda f: (put(f, LINES), (f / "a.bin.meta").unlink()), "a.bin has no meta", "a.bin.meta"),
     ("torn_meta", lambda f: (put(f, LINES), (f / "a.bin.meta").write_bytes(b"\x93NUMPY")), "not an npy array", ".meta"),
     ("empty_meta", lambda f: (put(f, LINES), (f / "a.bin.meta").write_bytes(b"")), "not an npy array", ".meta"),
@@ -74,8 +79,8 @@ WRONG: list[tuple[str, Callable[[Path], Any], str, str]] = [
     ),
     ("pickled_meta", lambda f: (put(f, LINES), save(f, np.array([{}]))), "npy", ".meta"),
     ("overflow", lambda f: _overflow(f), "overflowed 32 bits", "beyond 2 GiB"),
-    ("stale_meta", lambda f: put(f, LINES, (3, 2)), "goes on after the last document of its meta", "a.bin:41"),
-    ("no_rows", lambda f: put(f, LINES, ()), "goes on after the last document of its meta", "a.bin:0"),
+    ("stale_meta", lambda f: put(f, LINES, (3, 2)), "continues after the last document of its meta", "a.bin:41"),
+    ("no_rows", lambda f: put(f, LINES, ()), "continues after the last document of its meta", "a.bin:0"),
     ("cut_bin", lambda f: (put(f, LINES), os.truncate(f / "a.bin", 30)), "the .bin has 30 bytes", "cut short"),
     ("cut_line", lambda f: (put(f, LINES), os.truncate(f / "a.bin", 50)), "last line is not complete", "a.bin:41"),
     ("zero_bin", lambda f: (put(f, LINES), os.truncate(f / "a.bin", 0)), "the .bin has 0 bytes", ".meta"),
@@ -149,7 +154,7 @@ def test_a_long_last_line(tmp_path: Path) -> None:
     line = b'{"tokens": [1, 2, 3], "text": "' + b"x" * 2**25 + b'"}\n'
     began = time.monotonic()
     assert read_all(put(tmp_path / "good", [line, line], (3, 3))) == 1
-    with pytest.raises(DataError, match="goes on after"):
+    with pytest.raises(DataError, match="continues after"):
         read_all(put(tmp_path / "bad", [line, line], (3,)))
     assert time.monotonic() - began < 20
 

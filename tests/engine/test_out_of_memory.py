@@ -43,7 +43,9 @@ def pack(number: int, lengths: tuple[int, ...] = LENGTHS, vocabulary: int = 401)
     ids = torch.randint(3, vocabulary, (sum(lengths),), generator=draw)
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return Batch.of(dict(input_ids=ids, targets=ids.roll(-1), position_ids=positions, cumulative_len=borders), number)
+    return Batch.from_item(
+        dict(input_ids=ids, targets=ids.roll(-1), position_ids=positions, cumulative_len=borders), number
+    )
 
 
 def train(

@@ -186,7 +186,7 @@ def test_refusals(tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPat
         (ConfigError, r"3 GPUs cannot share.*sizes that work: 1, 2, 4", source, ["--tp", "3"]),
         (ConfigError, r"8 GPUs cannot share", source, ["--tp", "8"]),
         (ConfigError, r"0 GPUs cannot share", source, ["--tp", "0"]),
-        (ConfigError, r"no tokenizer", changed("n", lambda d: (d / "tokenizer.json").unlink()), []),
+        (ConfigError, r"neither tokenizer", changed("n", lambda d: (d / "tokenizer.json").unlink()), []),
         (CheckpointError, r"which is missing", changed("w", lambda d: (d / "model-0.safetensors").unlink()), []),
         (CheckpointError, r"config\.json is missing", changed("c", lambda d: (d / "config.json").unlink()), []),
         (CheckpointError, r"\[400, 512\] on disk and \[401, 512\]", changed("v", settings(vocab_size=401)), []),

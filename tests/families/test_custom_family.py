@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from xtuner.core.errors import ConfigError
 from xtuner.data.chat_template import find_template
-from xtuner.data.tokenize.chat import messages
-from xtuner.data.tokenize.read import Mistake
+from xtuner.data.tokenize.chat_records import read_messages
+from xtuner.data.tokenize.read_chunks import Mistake
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.families import FAMILIES, INTERNLM2, LLAMA, read_config
 from xtuner.families.chat import Message
@@ -116,7 +116,7 @@ def test_a_family_from_outside(
         xtuner("chat", checkpoint, "--tokenizer", marked, "--prompt", "x")
     with pytest.raises(ConfigError, match=r"no model family 'granite'[\s\S]*import the module that registers it"):
         xtuner("convert", "pth_to_hf", tiny, checkpoint, tmp_path / "again")
-    with pytest.raises(ConfigError, match="models of type 'granite' cannot be read"):
+    with pytest.raises(ConfigError, match="models of type 'granite' are not supported"):
         load_pretrained(hf)
 
 
@@ -137,7 +137,7 @@ def test_what_a_family_cannot_be(granite: Any, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="from_scratch has no setting 'bias'"):
         from_scratch(family="granite", bias=True)
     with pytest.raises(Mistake, match=r"unknown role 'tool'.* Known: system, user, assistant"):
-        messages([{"role": "tool", "content": "x"}], granite.CHAT.roles)
+        read_messages([{"role": "tool", "content": "x"}], granite.CHAT.roles)
     monkeypatch.setitem(granite.Granite.names, "attention_norm", "post_attention_layernorm")  # as the other norm
     with pytest.raises(AssertionError, match="granite: its files store 592 of 600 numbers"):
         hf_shapes(network, granite.GRANITE)

@@ -31,13 +31,13 @@ from xtuner.data import load_intern_repo_tokenized_dataset
 from xtuner.data.chat_template import INTERNLM2_MARKS
 from xtuner.data.format.file_order import read_order
 from xtuner.data.format.writer import write_bin
-from xtuner.data.inspect.build_caches import make
-from xtuner.data.inspect.check_files import check
-from xtuner.data.inspect.statistics import stats
+from xtuner.data.inspect.build_caches import build_caches
+from xtuner.data.inspect.check_files import check_folder
+from xtuner.data.inspect.statistics import compute_statistics
 from xtuner.data.packing import document_order
 from xtuner.data.packing.pack import PackedDataset
-from xtuner.data.tokenize.run import tokenize
-from xtuner.data.tokenize.settings import Settings
+from xtuner.data.tokenize.tokenize_files import tokenize
+from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.consolidate import consolidate
 from xtuner.families import FAMILIES, read_config
@@ -106,12 +106,12 @@ def _read_data(folder: Path, case: Any = None) -> None:
             dataset[i]
 
     every(
-        lambda: check(data, 92544, workers=1),
+        lambda: check_folder(data, 92544, workers=1),
         packs,
-        lambda: stats(load_intern_repo_tokenized_dataset(data), 8, workers=1),
-        lambda: make(load_intern_repo_tokenized_dataset(data), 1024, workers=1),
+        lambda: compute_statistics(load_intern_repo_tokenized_dataset(data), 8, workers=1),
+        lambda: build_caches(load_intern_repo_tokenized_dataset(data), 1024, workers=1),
         packs,
-        lambda: check(data, fix_meta=True, workers=1),
+        lambda: check_folder(data, fix_meta=True, workers=1),
         packs,
     )
 
@@ -493,18 +493,21 @@ def _inputs(shared: Path) -> list[Target]:
 
     def read(here: Path, case: Any) -> None:
         kind = next(iter(case)).partition("/")[0]
-        settings = Settings(str(folder), kind)
+        settings = TokenizeSettings(str(folder), kind)
         every(
             lambda: tokenize([str(here / kind)], str(here / "out"), settings, workers=1),
             lambda: tokenize(
-                [str(here / kind)], str(here / "whole"), Settings(str(folder), "auto", whole_record=True), workers=1
+                [str(here / kind)],
+                str(here / "whole"),
+                TokenizeSettings(str(folder), "auto", whole_record=True),
+                workers=1,
             ),
         )
 
     right = {"chat/a.jsonl": json.dumps({"messages": chat}).encode()}
 
     def read_again(here: Path, case: Any) -> None:
-        tokenize([str(here / "chat")], str(here / "out"), Settings(str(folder), "chat"), workers=1)
+        tokenize([str(here / "chat")], str(here / "out"), TokenizeSettings(str(folder), "chat"), workers=1)
 
     made = shared / "made"
     (made / "chat").mkdir(parents=True)

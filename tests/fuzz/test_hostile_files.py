@@ -33,11 +33,11 @@ from xtuner.core.foreign_inputs import open_regular, short_repr
 from xtuner.core.pickles import load_tensors
 from xtuner.core.system import sysinfo
 from xtuner.data import load_intern_repo_tokenized_dataset, process_pool
-from xtuner.data.format.file_order import read_order, walk
+from xtuner.data.format.file_order import read_order, walk_files
 from xtuner.data.format.writer import write_bin
-from xtuner.data.inspect.check_files import check
-from xtuner.data.tokenize.run import tokenize
-from xtuner.data.tokenize.settings import Settings
+from xtuner.data.inspect.check_files import check_folder
+from xtuner.data.tokenize.tokenize_files import tokenize
+from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.consolidate import consolidate
 from xtuner.model import from_pretrained, from_scratch
@@ -103,14 +103,14 @@ def test_only_regular_files_are_opened(
     folder = write_corpus(tmp_path / "data", 3, types=("en",))
     (folder / "en" / "a.bin").unlink()
     at("data/en/a.bin")
-    assert any(row.file == "en/a.bin" and kind in row.what for row in check(folder, workers=1).rows)
+    assert any(row.file == "en/a.bin" and kind in row.what for row in check_folder(folder, workers=1).rows)
     refused(lambda: load_intern_repo_tokenized_dataset(folder), kind, DataError)
     (folder / "en" / "a.bin").unlink()
     (folder / "en" / "b.bin.meta").unlink()
     at("data/en/b.bin.meta")
-    assert any(kind in row.what for row in check(folder, fix_meta=True, workers=1).rows)
+    assert any(kind in row.what for row in check_folder(folder, fix_meta=True, workers=1).rows)
     refused(lambda: read_order(at("order.txt"), folder), kind, ConfigError)
-    inputs = Settings(str(tokenizer_folder), "txt")
+    inputs = TokenizeSettings(str(tokenizer_folder), "txt")
     refused(lambda: tokenize([str(at("texts/x.txt").parent)], str(tmp_path / "out"), inputs, workers=1), kind)
     refused(lambda: tokenize([str(at("x.txt"))], str(tmp_path / "out"), inputs, workers=1), kind, DataError)
     refused(lambda: read_json(at("x.json")), kind, CheckpointError)
@@ -118,7 +118,7 @@ def test_only_regular_files_are_opened(
     refused(lambda: load_tensors(at("a.pth")), kind, CheckpointError)
     for name in ("model.safetensors", "pytorch_model.bin", hub.INDEX):
         refused(lambda name=name: WeightFolder(at(f"w{len(name)}/{name}").parent).shapes, kind, CheckpointError)
-    refused(lambda: load_tokenizer(at("t/tokenizer.model").parent), "no tokenizer.model", ConfigError)
+    refused(lambda: load_tokenizer(at("t/tokenizer.model").parent), "neither tokenizer.model nor", ConfigError)
     refused(lambda: xtuner("check-cfg", at("config.py")), "no config file", ConfigError)
     refused(lambda: xtuner("convert", "weights", at("a.pth"), tmp_path / "o.safetensors"), "not a file")
     refused(lambda: from_pretrained(str(at("m/config.json").parent)), kind, CheckpointError)
@@ -335,7 +335,7 @@ def test_absurd_values_in_config_json(change: dict[str, Any], where: str, tmp_pa
 def test_files_that_are_not_a_config_json(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for content, words in (
-        ("[]", r"holds \[\], not an object"), ("null", "holds None"), ("3", "holds 3"), ("{}", "type ''"),
+        ("[]", r"contains \[\], not an object"), ("null", "contains None"), ("3", "contains 3"), ("{}", "type ''"),
         ("[" * 100_000, "nested too deeply"), ('{"a": ' * 3000 + "1" + "}" * 3000, "nested too deeply"),
         ("9" * 5000, "is not JSON"), ('{"vocab_size": ' + "9" * 5000 + "}", "is not JSON"), ("\ufeff{}", "is not JSON"),
     ):  # fmt: skip
@@ -432,8 +432,8 @@ def test_metas_that_do_not_fit_their_text(tmp_path: Path) -> None:
     ):  # fmt: skip
         meta.write_bytes(content)
         refused(lambda: load_intern_repo_tokenized_dataset(tmp_path), words, DataError)
-        [row] = check(tmp_path, fix_meta=True, workers=1).rows
-        assert row.kind == "mended"
+        [row] = check_folder(tmp_path, fix_meta=True, workers=1).rows
+        assert row.kind == "fixed"
         assert meta.read_bytes() == right
     long = tmp_path / ("x" * 251 + ".bin")  # its meta's name would be longer than names may be
     long.write_bytes(file.read_bytes())
@@ -448,7 +448,7 @@ def test_lines_that_are_not_documents(tmp_path: Path) -> None:
         (b'{"tokens": [' + b"9" * 5000 + b"]}", "is not JSON"),
     ):  # fmt: skip
         (tmp_path / "a.bin").write_bytes(line + b"\n")
-        [row] = [row for row in check(tmp_path, workers=1).rows if "byte 0" in row.what]
+        [row] = [row for row in check_folder(tmp_path, workers=1).rows if "byte 0" in row.what]
         assert len(row.what) < 400
         assert any(word in row.what for word in words.replace("\\", "").split("|")), row.what
 
@@ -458,19 +458,19 @@ def test_names_in_a_data_order(tmp_path: Path) -> None:
     (tmp_path / "data" / "a.bin").touch()
     order = tmp_path / "order.txt"
     for entries, words in (
-        (["y" * 300], "no entry"), (["a.bin", "y" * 300], "1 files of the data order are not there"),
-        (["a.bin", "a\0b"], "not there"),
-        (["d/" * 3000 + "x", "a.bin"], "not there"), (["../" * 3000], "leaves its folder"),
+        (["y" * 300], "no entry"), (["a.bin", "y" * 300], "1 files of the data order do not exist"),
+        (["a.bin", "a\0b"], "not exist"),
+        (["d/" * 3000 + "x", "a.bin"], "not exist"), (["../" * 3000], "leaves its folder"),
         (["/" * 9000 + "x"], "leaves"),
     ):  # fmt: skip
         order.write_text("\n".join(entries))
         refused(lambda: read_order(order, tmp_path / "data"), words, ConfigError)
     refused(lambda: read_order("o" * 300, tmp_path / "data"), "cannot be read", ConfigError)
     refused(lambda: read_order("a\0b", tmp_path / "data"), "cannot be read", ConfigError)
-    refused(lambda: load_intern_repo_tokenized_dataset("d" * 300), "not there", ConfigError)
+    refused(lambda: load_intern_repo_tokenized_dataset("d" * 300), "does not exist", ConfigError)
     refused(lambda: find("c" * 300), "no config file", ConfigError)
     refused(lambda: find("~nobody-of-that-name/x"), "no config file", ConfigError)
-    refused(lambda: load_intern_repo_tokenized_dataset("~nobody-of-that-name/x"), "not there", ConfigError)
+    refused(lambda: load_intern_repo_tokenized_dataset("~nobody-of-that-name/x"), "does not exist", ConfigError)
 
 
 def test_deep_folders(tmp_path: Path) -> None:
@@ -482,7 +482,7 @@ def test_deep_folders(tmp_path: Path) -> None:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(len(inspect.stack(0)) + 250)  # folders 1,200 deep would take seconds to make
     try:
-        found, rows = list(walk(tmp_path)), check(tmp_path, workers=1).rows
+        found, rows = list(walk_files(tmp_path)), check_folder(tmp_path, workers=1).rows
     finally:
         sys.setrecursionlimit(limit)
     assert found == ["a.bin", deep + "x.bin"]
@@ -521,7 +521,7 @@ def test_tokenizer_files(tokenizer_folder: Path, tmp_path: Path) -> None:
 
 def test_records_of_what_was_tokenized(tokenizer_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text\n")
-    again = [str(tmp_path / "a.txt")], str(tmp_path / "out"), Settings(str(tokenizer_folder))
+    again = [str(tmp_path / "a.txt")], str(tmp_path / "out"), TokenizeSettings(str(tokenizer_folder))
     assert tokenize(*again, workers=1).files == 1
     record = tmp_path / "out" / "made_from" / "en" / "a.json"
     right = json.loads(record.read_text())
@@ -534,7 +534,6 @@ def test_records_of_what_was_tokenized(tokenizer_folder: Path, tmp_path: Path) -
 
 def test_caches_with_crafted_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made again; nothing is read by what they say."""
-    from xtuner.data.inspect.build_caches import make
     from xtuner.data.packing import document_order
     from xtuner.data.packing.pack import PackedDataset
 
@@ -542,7 +541,9 @@ def test_caches_with_crafted_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = write_corpus(tmp_path / "data", 10, types=("en",))
     dataset = PackedDataset(load_intern_repo_tokenized_dataset(folder), 16)
     expected = [dataset[i]["input_ids"].tolist() for i in range(len(dataset))]
-    make(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
+    from xtuner.data.inspect.build_caches import build_caches
+
+    build_caches(load_intern_repo_tokenized_dataset(folder), 1024, workers=1)
     caches = {p: p.read_bytes() for p in (folder / ".xtuner-cache").rglob("*") if p.is_file() and p.stat().st_size}
     assert len(caches) == 4  # two files' tokens, the catalog, the order
     for path, whole in caches.items():

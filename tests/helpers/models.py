@@ -56,7 +56,8 @@ def uneven_packs() -> list[Batch]:
         targets[:] = -100 if i % 5 == 3 else targets
         borders = torch.tensor([0, 20, 64], dtype=torch.int32)
         positions = torch.cat((torch.arange(20), torch.arange(44)))
-        found.append(Batch.of(dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders), i))
+        item = dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders)
+        found.append(Batch.from_item(item, i))
     return found
 
 

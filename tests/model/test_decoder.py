@@ -218,7 +218,7 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
         ({}, lacking, CheckpointError, "model.norm.weight is missing"),
         ({}, {**weights, "extra": torch.zeros(1)}, CheckpointError, "not in the model"),
         ({"vocab_size": 99}, weights, CheckpointError, "by config.json"),
-        ({"model_type": "gpt2"}, weights, ConfigError, "'gpt2' cannot be read"),
+        ({"model_type": "gpt2"}, weights, ConfigError, "'gpt2' are not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, weights, ConfigError, "'yarn' is not supported"),
         ({"hidden_act": "gelu"}, weights, ConfigError, "hidden_act = 'gelu'"),
     ):
@@ -251,7 +251,7 @@ def test_the_single_strategy_keeps_the_contract(dtype: str, tmp_path: Path) -> N
     def batch(rows: slice) -> Batch:
         row, cu_seqlens = rows_as_documents(ids[rows])
         pack = dict(input_ids=row, targets=targets[rows].reshape(-1), cumulative_len=cu_seqlens)
-        return Batch.of({**pack, "position_ids": torch.arange(48).repeat(len(ids[rows]))})
+        return Batch.from_item({**pack, "position_ids": torch.arange(48).repeat(len(ids[rows]))})
 
     total = int((targets != -100).sum())
     whole, cut = (ShardedStrategy(source, optim, torch.device("cpu")) for _ in range(2))

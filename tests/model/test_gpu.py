@@ -93,7 +93,7 @@ def test_nothing_is_compiled_again_when_borders_change(name: str) -> None:
         borders = [0, *sorted(draw.choice(np.arange(1, total), draw.randint(1, 60), replace=False)), total]
         ids = torch.from_numpy(draw.randint(3, 503, total))
         positions = np.concatenate([np.arange(b - a) for a, b in pairwise(borders)])
-        pack = Batch.of(dict(
+        pack = Batch.from_item(dict(
             input_ids=ids, targets=ids, position_ids=torch.from_numpy(positions),
             cumulative_len=torch.tensor(borders, dtype=torch.int32),
         ))  # fmt: skip
@@ -136,7 +136,7 @@ def test_deterministic_runs_are_equal_bit_for_bit(name: str, kv_heads: int, dete
             borders = [0, 1500, *sorted(draw.choice(np.arange(1501, 4096), 20, replace=False)), 4096]
             ids = torch.from_numpy(draw.randint(3, 503, 4096))
             positions = np.concatenate([np.arange(b - a) for a, b in pairwise(borders)])
-            pack = Batch.of(dict(
+            pack = Batch.from_item(dict(
                 input_ids=ids, targets=ids.roll(-1), position_ids=torch.from_numpy(positions),
                 cumulative_len=torch.tensor(borders, dtype=torch.int32),
             ))  # fmt: skip
@@ -307,7 +307,7 @@ def test_what_is_kept_changes_no_gradient(room: int | None) -> None:
     targets = ids.roll(-1)
     targets[borders[1:].long() - 1] = -100
     positions = torch.cat([torch.arange(n) for n in lengths])
-    pack = Batch.of(dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders))
+    pack = Batch.from_item(dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders))
     assert [b - a for a, b in pairwise(borders.tolist())] == lengths
     whole, cut = (ShardedStrategy(source, optim, torch.device("cuda")) for _ in range(2))
     loss = whole.forward_backward([pack], pack.num_targets)
@@ -331,7 +331,7 @@ def test_the_host_runs_ahead_of_the_gpu(scaling: dict[str, Any] | None) -> None:
     s = ShardedStrategy(source, OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3)), torch.device("cuda"))
     ids, borders = torch.randint(3, 503, (1024,)), torch.tensor([0, 300, 1024], dtype=torch.int32)
     positions = torch.cat([torch.arange(300), torch.arange(724)])
-    pack = Batch.of(dict(input_ids=ids, targets=ids, position_ids=positions, cumulative_len=borders))
+    pack = Batch.from_item(dict(input_ids=ids, targets=ids, position_ids=positions, cumulative_len=borders))
     s.forward_backward([pack], 1024, [2])  # kernels are compiled, pinned memory is taken
     assert s.step(1e-3, 1.0)[1]
     try:
@@ -398,7 +398,9 @@ def test_memory_that_runs_out_at_the_first_size_does_not_end_a_run() -> None:
     def pack(documents: int) -> Batch:
         ids, borders = torch.randint(3, 503, (documents * 1024,)), torch.arange(documents + 1).int() * 1024
         positions = torch.arange(1024).repeat(documents)
-        return Batch.of(dict(input_ids=ids, targets=ids.roll(-1), position_ids=positions, cumulative_len=borders))
+        return Batch.from_item(
+            dict(input_ids=ids, targets=ids.roll(-1), position_ids=positions, cumulative_len=borders)
+        )
 
     one, small = pack(tokens // 1024), pack(4)
     assert s.memory.count_micro_batches(one) == 1

@@ -140,7 +140,7 @@ def test_a_pack_in_parts(most: int) -> None:
     T = sum(lengths)
     ids, positions = torch.arange(T) + 3, torch.cat([torch.arange(n) for n in lengths])
     targets = torch.where(torch.arange(T) % 3 > 0, ids, -100)
-    pack = Batch.of(dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders), 7)
+    pack = Batch.from_item(dict(input_ids=ids, targets=targets, position_ids=positions, cumulative_len=borders), 7)
     parts = pack.split(pack.num_parts(most))
     fragments = []
     for p in parts:
@@ -182,7 +182,7 @@ def test_parts_are_about_equal() -> None:
         draw.shuffle(lengths)
         borders = torch.tensor([0, *lengths]).cumsum(0).int()
         ids = torch.arange(32768)
-        pack = Batch.of(dict(input_ids=ids, targets=ids, position_ids=ids, cumulative_len=borders))
+        pack = Batch.from_item(dict(input_ids=ids, targets=ids, position_ids=ids, cumulative_len=borders))
         parts = pack.split(count)
         sizes, pairs = [p.num_tokens for p in parts], [p.attention_pairs for p in parts]
         assert max(sizes) - min(sizes) <= 16

@@ -146,7 +146,7 @@ def test_a_tokenizer_that_does_not_fit(folder: Path, tiny: Path, tmp_path: Path,
     for options, message in (
         ([f"tokenizer_path={large}"], "the tokenizer has 407 ids, the embedding 400 rows"),
         ([f"tokenizer_path={tmp_path / 'nowhere'}"], "nowhere"),
-        ([f"tokenizer_path={folder / 'iter.pth'}"], r"no tokenizer\.model and no tokenizer\.json"),
+        ([f"tokenizer_path={folder / 'iter.pth'}"], r"neither tokenizer\.model nor tokenizer\.json"),
     ):
         with pytest.raises(ConfigError, match=message):
             xtuner(*export, *options)

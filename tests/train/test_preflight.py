@@ -168,7 +168,7 @@ CONFIGS: dict[str, Row] = {
     "scaling_number": Row(2, ["model", "tiny.py:"], ["model.rope_scaling=3"]),
     "randomness": Row(2, ["randomness = 3 is not a dict"], ["randomness=3"]),
     "work_dir_empty": Row(2, ["work_dir = '' is not a folder"], ["work_dir=''"]),
-    "folder_empty": Row(2, ["data folder is not there: ''", "dataset_folder"], ["dataset_folder=''"]),
+    "folder_empty": Row(2, ["data folder does not exist: ''", "dataset_folder"], ["dataset_folder=''"]),
     "length_0": Row(2, ["packed_length = 0", "max_length"], ["max_length=0"]),
     "lr_text": Row(2, ["lr = 'fast'", "--cfg-options gives: lr"], ["lr=fast"]),
     "work_dir_3": Row(2, ["work_dir = 3 is not a folder"], ["work_dir=3"]),
@@ -187,8 +187,8 @@ CONFIGS: dict[str, Row] = {
     # data
     "no_folder": Row(2, ["'/nowhere'", "set dataset_folder to", "dataset_folder (train"], ["dataset_folder=/nowhere"]),
     "folder_is_file": Row(2, ["is a file", "dataset_folder"], ["dataset_folder={w}/file"]),
-    "long_name": Row(2, ["not there", "dataset_folder"], ["dataset_folder=/" + "x" * 300]),
-    "no_user": Row(2, ["not there", "dataset_folder"], ["dataset_folder=~nobody_x/data"]),
+    "long_name": Row(2, ["not exist", "dataset_folder"], ["dataset_folder=/" + "x" * 300]),
+    "no_user": Row(2, ["not exist", "dataset_folder"], ["dataset_folder=~nobody_x/data"]),
     "empty_folder": Row(65, ["no .bin file", "{w}/empty", "dataset_folder"], ["dataset_folder={w}/empty"]),
     "short_data": Row(65, ["1 packs, and one iteration takes 2", "dataset_folder", "lower max_length or accumul"],
         ["dataset_folder={w}/short"]),
@@ -217,7 +217,7 @@ CONFIGS: dict[str, Row] = {
     **{f"model_{name}": Row(code, [*says, "tiny.py:"], edit=pretrained(f"{{w}}/{name}"))
        for name, code, says in (
            ("tied", 2, ["tie_word_embeddings", "{w}/tied"]), ("gpt", 2, ["'gpt2'", "{w}/gpt/config.json"]),
-           ("list", 74, ["holds [], not an object", "{w}/list/config.json"]),
+           ("list", 74, ["contains [], not an object", "{w}/list/config.json"]),
            ("missing", 74, ["output.weight is missing"]), ("extra", 74, ["not in the model", "more.weight"]),
            ("shape", 74, ["model.norm.weight is [3]"]), ("cut", 74, ["cannot be read as safetensors"]),
            ("vocab", 2, ["the model's vocabulary 300"]),
@@ -401,7 +401,7 @@ def test_the_right_config_is_right(world: Path, xtuner: Any, capsys: pytest.Capt
     assert xtuner("check-cfg", config, "--cfg-options", f"dataset_folder={world}/masked") == 0
     assert "the first pack has no token to learn from" in capsys.readouterr().err
     assert xtuner("data", "stats", world / "masked", "--max-length", 32) == 0
-    assert "there is nothing to learn from" in capsys.readouterr().out
+    assert "there is nothing to learn: no token is above 0" in capsys.readouterr().out
 
 
 @pytest.mark.processes

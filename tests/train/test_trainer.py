@@ -308,7 +308,7 @@ def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Co
     assert xtuner(*commands[2].split()[1:3], tmp_path / "joined", "--fix-meta") == 0
     assert xtuner("data", "stats", tmp_path / "joined", "--max-length", "100") == 0
     shown = capsys.readouterr().out
-    assert "tails that fill none: 60 tokens (7.9%)" in shown
+    assert "dropped tails: 60 tokens (7.9%)" in shown
     assert "not trained on" not in shown
 
 
@@ -350,7 +350,7 @@ def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> 
         (ConfigError, ["--resume", str(tmp_path / "nowhere")], "no such folder"),
         (ConfigError, ["--resume", str(corpus)], "no checkpoint there"),
         (ConfigError, ["--resume", ""], "an empty path"),
-        (ConfigError, ["--cfg-options", "dataset_folder=/nowhere"], "data folder is not there"),
+        (ConfigError, ["--cfg-options", "dataset_folder=/nowhere"], "data folder does not exist"),
         (DataError, ["--cfg-options", "max_length=100000"], "0 packs, and one iteration takes 2"),
         (DataError, ["--cfg-options", f"dataset_folder={tmp_path / 'w'}"], "no .bin file"),
         (ConfigError, ["--launcher", "slurm"], "needs SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID"),

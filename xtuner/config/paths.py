@@ -61,7 +61,7 @@ def _folder(name: str | Path, setting: str) -> ConfigError | None:
     if kind == "folder":
         return None
     return ConfigError(
-        f"the data folder is a file: {name}" if kind else f"the data folder is not there: {str(name)!r}",
+        f"the data folder is a file: {name}" if kind else f"the data folder does not exist: {str(name)!r}",
         do=f"set {setting} to the folder that holds your .bin and .bin.meta files",
     )
 

@@ -1,6 +1,6 @@
-"""The data path: tokenized files → packs → batches. Names here are what configs use.
+"""The data path: tokenized files → packs → batches. The names exported here are used in configs.
 
-They are loaded when asked for: packs need torch, walking a folder and tokenizing text do not.
+They are imported on first use: packs need torch, walking a folder and tokenizing text do not.
 """
 
 import importlib

@@ -26,10 +26,10 @@ PROMPT_TEMPLATE = _Templates()
 
 
 def find_template(name: str, where: str = "--template", others: tuple[str, ...] = ()) -> ChatTemplate:
-    """The template of that name, or `package.module.NAME`: one of your own, which any process can import.
+    """The template of that name; `package.module.NAME` is a user's own template, which every process can import.
 
     Args:
-        others: words that are also known at `where`.
+        others: other words that are valid at `where`.
 
     Raises: ConfigError.
     """
@@ -40,7 +40,7 @@ def find_template(name: str, where: str = "--template", others: tuple[str, ...] 
     if module:
         try:
             template = getattr(importlib.import_module(module), last)
-        except Exception as e:  # of whatever that module does
+        except Exception as e:  # from any code of that module
             raise ConfigError(f"the template {name!r} cannot be imported: {e}", where=where) from None
         if not isinstance(template, ChatTemplate):
             raise ConfigError(f"{name} is a {type(template).__name__}, not a ChatTemplate", where=where)

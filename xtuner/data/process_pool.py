@@ -1,4 +1,4 @@
-"""Work in several processes, with results in the order of the work."""
+"""Maps a function over items in several processes, with results in the order of the items."""
 
 import multiprocessing
 import os
@@ -19,7 +19,10 @@ R = TypeVar("R")
 
 
 def usable_workers(workers: int | None) -> int:
-    """`workers`, or one for each CPU that we may use (`core/system/sysinfo.py`). Raises: ConfigError for none."""
+    """`workers`, or the number of CPUs that this process may use (affinity and container quota, see sysinfo.py).
+
+    Raises: ConfigError for less than 1.
+    """
     if workers is None:
         return usable_cpus()
     if workers < 1:
@@ -27,12 +30,13 @@ def usable_workers(workers: int | None) -> int:
     return workers
 
 
-def ordered(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """`work` of each item, in the order of the items; `work` is a function of a module.
+def map_ordered(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """Yield `work(item)` in the order of the items. `work` must be a module-level function.
 
-    At most `2 * workers + 2` items are under way, whatever their number. Workers are never forked from this process,
-    which may have threads: a server of their own imports once and forks them. They end when this process does, however
-    it ends. Raises: what `work` raises; CheckpointError if a worker ends by itself.
+    At most `2 * workers + 2` items are in flight. Workers are never forked from this process, which may have threads,
+    but from a server process that imports once. They end when this process ends, however it ends.
+
+    Raises: what `work` raises; CheckpointError if a worker ends unexpectedly.
     """
     if workers == 1:
         yield from map(work, items)
@@ -48,8 +52,8 @@ def ordered(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterato
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise CheckpointError(
-            "a worker process ended by itself",
-            why="its part of the work is lost; the system may have killed it for memory",
+            "a worker process ended unexpectedly",
+            why="its results are lost; the system may have killed it because memory ran out",
             do="run the same command again, with fewer --workers if it happens again",
         ) from None
     finally:
@@ -65,12 +69,12 @@ def _context(module: str) -> BaseContext:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     end_with_parent()
 
 
 def end_with_parent() -> None:
-    """For a worker process: end when its parent is gone, also by SIGKILL."""
+    """For a worker process: exit when its parent dies, also by SIGKILL."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

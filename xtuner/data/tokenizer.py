@@ -20,7 +20,7 @@ _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens
 
 
 class Tokenizer(Protocol):
-    """What the toolkit needs of a tokenizer. `folder` holds its files, which an export copies."""
+    """The interface of tokenizers. `folder` contains the tokenizer's files, which an export copies."""
 
     folder: Path
     special: Mapping[str, int]  # names of special tokens → ids
@@ -28,48 +28,48 @@ class Tokenizer(Protocol):
     eos_id: int | None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without begin and end tokens. Names of special tokens in it become those tokens."""
+        """Ids of a text, without begin and end tokens. Names of special tokens in the text become those tokens."""
 
     def encode_plain(self, text: str, allowed: Collection[str] = ()) -> list[int]:
-        """Ids of a text in which no name of a special token is one, but for those in `allowed`.
+        """Ids of a text in which names of special tokens are ordinary text, except those in `allowed`.
 
-        For text that others wrote: a page that spells `<|im_end|>` must not end a turn.
+        For text from untrusted sources: a page that spells `<|im_end|>` must not end a turn.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens are shown by name."""
+        """Text of ids; special tokens appear by name."""
 
     @property
     def vocab_size(self) -> int:
         """The largest id + 1, special tokens included."""
 
-    def unplaced(self) -> list[str]:
-        """Special tokens that a settings file names and no file gives an id.
+    def tokens_without_id(self) -> list[str]:
+        """Special tokens that a settings file names without any file defining their ids.
 
-        transformers gives each a new id after the last one: an id that the data do not hold and the embedding may not.
+        transformers assigns each a new id after the last one, which the data do not contain and the embedding may lack.
         """
 
     def identity(self) -> str:
-        """sha256 over all that decides the ids: the vocabulary file, and names and ids of special tokens."""
+        """sha256 over everything that determines the ids: the vocabulary file, and names and ids of special tokens."""
 
 
 def single_tokens(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:
-    """Ids of the words that are one token: those a generation can stop at without looking at the text."""
+    """Ids of the words that are a single token: generation can stop at these without decoding the text."""
     encoded = [tokenizer.encode(word) for word in words]
     return [ids[0] for ids in encoded if len(ids) == 1]
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder or hub id. Raises: ConfigError if it has none that we read."""
+    """The tokenizer of a model folder or hub id. Raises: ConfigError if it has none of a known form."""
     folder = hub.resolve(str(name_or_path), tokenizer_only=True)
     if os.path.isfile(folder / "tokenizer.model"):
         return _SentencePiece(folder)
     if os.path.isfile(folder / "tokenizer.json"):
-        return _Fast(folder)
+        return _JsonTokenizer(folder)
     raise ConfigError(
-        "no tokenizer.model and no tokenizer.json in the folder",
+        "the folder contains neither tokenizer.model nor tokenizer.json",
         where=str(folder),
-        do="give a folder that holds the tokenizer's files: the one that the data were tokenized with",
+        do="give the folder of the tokenizer that the data were tokenized with",
     )
 
 
@@ -87,23 +87,24 @@ class _SentencePiece:
             self.special: Mapping[str, int] = self._names()
             self._by_id = {i: name for name, i in self.special.items()}
             spelt = [*self.special, *(self._model.id_to_piece(i) for i in self._by_id if i < self._model.vocab_size())]
-            # pieces that SentencePiece itself takes out of any text, and whose ids are those of special tokens
+            # pieces that SentencePiece matches in any text, and whose ids are those of special tokens
             found = ((piece, self._model.encode(piece)) for piece in dict.fromkeys(spelt))
             self._dangerous = [piece for piece, ids in found if not self._by_id.keys().isdisjoint(ids)]
-        except (RuntimeError, OSError, UnicodeDecodeError) as e:  # of the library, whose texts may be any bytes
+        except (RuntimeError, OSError, UnicodeDecodeError) as e:  # of the library; its messages may be any bytes
             raise _unreadable(path, e) from None
 
     def _names(self) -> dict[str, int]:
-        """The model's control pieces, what its family leaves unsaid, and `tokenizer_config.json`, which wins."""
+        """Control pieces of the model, unnamed special tokens of its family, and `tokenizer_config.json`, which takes
+        precedence."""
         model = self._model
         names = {model.id_to_piece(i): i for i in (model.unk_id(), model.bos_id(), model.eos_id()) if i >= 0}
         for unnamed in (family.unnamed_tokens for family in FAMILIES.values()):
             is_last = 1 + max(unnamed, default=0) == model.vocab_size()
             if is_last and all(model.id_to_piece(i) == piece for i, (piece, _) in unnamed.items()):
                 names |= {name: i for i, (_, name) in unnamed.items()}
-        pieces = ((name, model.piece_to_id(name)) for name in _mentioned(self.folder))
+        pieces = ((name, model.piece_to_id(name)) for name in _read_mentioned(self.folder))
         names |= {name: i for name, i in pieces if i != model.unk_id()}
-        listed = _added_tokens(self.folder)
+        listed = _read_added_tokens(self.folder)
         taken = set(listed.values())
         return {name: i for name, i in names.items() if i not in taken} | listed
 
@@ -111,8 +112,8 @@ class _SentencePiece:
     def vocab_size(self) -> int:
         return max(int(self._model.vocab_size()), *(i + 1 for i in self.special.values()))
 
-    def unplaced(self) -> list[str]:
-        return [name for name in _mentioned(self.folder) if name not in self.special]
+    def tokens_without_id(self) -> list[str]:
+        return [name for name in _read_mentioned(self.folder) if name not in self.special]
 
     def encode(self, text: str) -> list[int]:
         return self.encode_plain(text, self.special)
@@ -151,28 +152,28 @@ class _SentencePiece:
         return _identity(self.folder / "tokenizer.model", self.special)
 
 
-class _Fast:
+class _JsonTokenizer:
     def __init__(self, folder: Path) -> None:
         import tokenizers
 
         self.folder = folder
         path = folder / "tokenizer.json"
-        with self._panics():
+        with self._catch_panics():
             try:
                 self._model = tokenizers.Tokenizer.from_file(str(path))
                 self._without_names = tokenizers.Tokenizer.from_file(str(path))
-            except Exception as e:  # the library raises bare Exception
+            except Exception as e:  # the library raises plain Exception
                 raise _unreadable(path, e) from None
         self._without_names.encode_special_tokens = True
         self.special: Mapping[str, int] = {
             t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special
         }
-        config = _config(folder)
+        config = _read_config(folder)
         self.bos_id, self.eos_id = self._named(config.get("bos_token")), self._named(config.get("eos_token"))
 
     @contextlib.contextmanager
-    def _panics(self) -> Iterator[None]:
-        """The library is Rust: it panics for values that it does not expect, which is not an Exception."""
+    def _catch_panics(self) -> Iterator[None]:
+        """The library is written in Rust; unexpected values cause panics, which are not derived from Exception."""
         try:
             yield
         except BaseException as e:
@@ -182,18 +183,18 @@ class _Fast:
 
     def _named(self, token: Any) -> int | None:
         name = token.get("content") if isinstance(token, dict) else token
-        return self._model.token_to_id(name) if isinstance(name, str) and _is_utf8(name) else None
+        return self._model.token_to_id(name) if isinstance(name, str) and _is_valid_name(name) else None
 
     @cached_property
     def vocab_size(self) -> int:
         ids = self._model.get_vocab(with_added_tokens=True).values()
-        return 1 + max(ids, default=-1)  # the library's get_vocab_size counts tokens, and ids may leave gaps
+        return 1 + max(ids, default=-1)  # the library's get_vocab_size counts tokens, but ids may have gaps
 
-    def unplaced(self) -> list[str]:
-        return [name for name in _mentioned(self.folder) if self._model.token_to_id(name) is None]
+    def tokens_without_id(self) -> list[str]:
+        return [name for name in _read_mentioned(self.folder) if self._model.token_to_id(name) is None]
 
     def encode(self, text: str) -> list[int]:
-        with self._panics():
+        with self._catch_panics():
             return list(self._model.encode(text, add_special_tokens=False).ids)
 
     def encode_plain(self, text: str, allowed: Collection[str] = ()) -> list[int]:
@@ -202,12 +203,12 @@ class _Fast:
             if piece in allowed:
                 ids.append(self.special[piece])
             else:
-                with self._panics():
+                with self._catch_panics():
                     ids += self._without_names.encode(piece, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        with self._panics():
+        with self._catch_panics():
             return str(self._model.decode(list(ids), skip_special_tokens=False))
 
     def identity(self) -> str:
@@ -219,7 +220,7 @@ def _unreadable(path: Path, error: BaseException) -> ConfigError:
 
 
 def _id(i: int) -> int | None:
-    return int(i) if i >= 0 else None  # SentencePiece says -1 for "none"
+    return int(i) if i >= 0 else None  # SentencePiece uses -1 for "none"
 
 
 def _identity(vocabulary: Path, names: Mapping[str, int | None]) -> str:
@@ -227,17 +228,17 @@ def _identity(vocabulary: Path, names: Mapping[str, int | None]) -> str:
     return hashlib.sha256(vocabulary.read_bytes() + b"\0" + listed).hexdigest()
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    return _object(folder / "tokenizer_config.json")
+def _read_config(folder: Path) -> dict[str, Any]:
+    return _read_object(folder / "tokenizer_config.json")
 
 
-def _named_tokens(folder: Path) -> dict[str, int]:
+def _read_listed_tokens(folder: Path) -> dict[str, int]:
     """Special tokens by name, as `tokenizer_config.json` lists them: `<|im_start|>` → 92543."""
-    listed = _config(folder).get("added_tokens_decoder") or {}
+    listed = _read_config(folder).get("added_tokens_decoder") or {}
     entries = listed.items() if isinstance(listed, dict) else [("", listed)]
     for i, entry in entries:
         name = entry.get("content") if isinstance(entry, dict) else None
-        if not (isinstance(name, str) and _is_utf8(name) and re.fullmatch(r"[0-9]{1,9}", i)):
+        if not (isinstance(name, str) and _is_valid_name(name) and re.fullmatch(r"[0-9]{1,9}", i)):
             raise ConfigError(
                 f"added_tokens_decoder has {short_repr(i)}: {short_repr(entry)}, not an id with the text of its token",
                 where=str(folder / "tokenizer_config.json"),
@@ -246,35 +247,35 @@ def _named_tokens(folder: Path) -> dict[str, int]:
     return {entry["content"]: int(i) for i, entry in entries}
 
 
-def _added_tokens(folder: Path) -> dict[str, int]:
-    """Added tokens by name: those of `tokenizer_config.json`, which wins, and of the older `added_tokens.json`."""
-    listed = _named_tokens(folder)
-    listed_there = _object(folder / "added_tokens.json").items()
-    older = {n: i for n, i in listed_there if _is_utf8(n) and type(i) is int and 0 <= i < 10**9}
+def _read_added_tokens(folder: Path) -> dict[str, int]:
+    """Added tokens by name, from `tokenizer_config.json`, which takes precedence, and the older `added_tokens.json`."""
+    listed = _read_listed_tokens(folder)
+    entries = _read_object(folder / "added_tokens.json").items()
+    older = {n: i for n, i in entries if _is_valid_name(n) and type(i) is int and 0 <= i < 10**9}
     return {name: i for name, i in older.items() if i not in listed.values()} | listed
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; empty for any other and for none."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file does not exist or contains anything else."""
     found = read_json(path) if os.path.exists(path) else {}
     return found if isinstance(found, dict) else {}
 
 
-def _mentioned(folder: Path) -> list[str]:
-    """Special tokens that the settings files name without saying their ids."""
+def _read_mentioned(folder: Path) -> list[str]:
+    """Special tokens that the settings files name without their ids."""
     found: dict[str, None] = {}
-    for settings in (_config(folder), _object(folder / "special_tokens_map.json")):
+    for settings in (_read_config(folder), _read_object(folder / "special_tokens_map.json")):
         entries = [settings.get(f"{role}_token") for role in _ROLES]
         for key in ("additional_special_tokens", "extra_special_tokens"):
             more = settings.get(key)
             entries += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
         names = (entry.get("content") if isinstance(entry, dict) else entry for entry in entries)
-        found |= dict.fromkeys(name for name in names if isinstance(name, str) and _is_utf8(name))
+        found |= dict.fromkeys(name for name in names if isinstance(name, str) and _is_valid_name(name))
     return list(found)
 
 
-def _is_utf8(name: str) -> bool:
-    """Whether a text can be part of others: not empty, and without half a surrogate pair, which JSON can spell."""
+def _is_valid_name(name: str) -> bool:
+    """Whether a name is not empty and has no half of a surrogate pair, which JSON allows."""
     try:
         return name.encode() != b""
     except UnicodeEncodeError:
@@ -282,7 +283,7 @@ def _is_utf8(name: str) -> bool:
 
 
 def _split_at(text: str, names: Collection[str]) -> list[str]:
-    """The text cut before and after each of `names` in it; empty parts are left out."""
+    """The text split before and after each occurrence of `names`; empty parts are omitted."""
     if not any(name in text for name in names):
         return [text] if text else []
     longest_first = "|".join(re.escape(n) for n in sorted(names, key=len, reverse=True))
@@ -290,7 +291,7 @@ def _split_at(text: str, names: Collection[str]) -> list[str]:
 
 
 def _break_up(text: str, pieces: Collection[str]) -> Iterator[str]:
-    """The text cut behind the first character of each of `pieces` in it, so that none of them is left whole."""
+    """The text split after the first character of each occurrence of `pieces`, so that none of them remains intact."""
     rest = ""
     for part in _split_at(text, pieces):
         if part in pieces:

@@ -20,7 +20,7 @@ from xtuner.core.files import atomic_file, remove_leftovers
 from xtuner.core.foreign_inputs import open_regular, short
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.export.sources import OpenedCheckpoint, read_tensor, recognise
-from xtuner.families import OWN
+from xtuner.families import NATIVE
 from xtuner.families.network import DecoderConfig
 from xtuner.model.weights import Shape, WeightSource, check_shapes, hf_shapes
 
@@ -64,7 +64,7 @@ def _checked_shapes(opened: OpenedCheckpoint) -> dict[str, Shape]:
     if opened.config:
         check_shapes(opened.source, hf_shapes(opened.config, opened.layout))
         return hf_shapes(opened.config)
-    if opened.layout is not OWN:
+    if opened.layout is not NATIVE:
         raise CheckpointError(
             f"the names are those of the {opened.layout.name} layout, and the number of heads is unknown",
             where=str(opened.source.path),

@@ -24,7 +24,7 @@ from xtuner.export.model_card import render_card
 from xtuner.export.opencompass import write_configs
 from xtuner.export.sources import OpenedCheckpoint, read_tensor, recognise
 from xtuner.export.tokenizer_json import complete_tokenizer
-from xtuner.families import FAMILIES, OWN
+from xtuner.families import FAMILIES, NATIVE
 from xtuner.families.base import ModelFamily
 from xtuner.families.chat import ChatTemplate
 from xtuner.model.decoder import DecoderConfig
@@ -155,7 +155,7 @@ def _write_shards(
         write_json(folder / INDEX, weight_index(dict(zip(final, files, strict=True)), sum(sizes)))
 
 
-def _copy_code(folder: Path, layout: ModelFamily = OWN) -> dict[str, Any]:
+def _copy_code(folder: Path, layout: ModelFamily = NATIVE) -> dict[str, Any]:
     """Write the .py files; returns their entries of `config.json`."""
     for name in {f"{cls.partition('.')[0]}.py" for cls in layout.auto_map.values()}:
         shutil.copyfile(Path(__file__).parent / "remote" / name, folder / name)
@@ -177,7 +177,7 @@ def _check_tokenizer(folder: Path | None, config: DecoderConfig) -> None:
             do="give the tokenizer that the data were tokenized with (`tokenizer` in the config); rows are not "
             "added, as they would be untrained",
         )
-    if unplaced := tokenizer.unplaced():
+    if unplaced := tokenizer.tokens_without_id():
         raise ConfigError(
             f"the tokenizer's settings name special tokens without their ids: {', '.join(unplaced)}",
             where=f"tokenizer: {folder} (tokenizer_config.json, special_tokens_map.json)",
@@ -200,7 +200,7 @@ def _check_readers(c: DecoderConfig, layout: ModelFamily) -> None:
 
 
 def _copy_tokenizer(
-    source: Path | None, folder: Path, config: DecoderConfig, chat: ChatTemplate | None = OWN.chat
+    source: Path | None, folder: Path, config: DecoderConfig, chat: ChatTemplate | None = NATIVE.chat
 ) -> list[int]:
     """Copy tokenizer files, and add files that loading needs; return the ids at which a chat model stops."""
     if source is None:

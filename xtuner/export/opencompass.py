@@ -13,7 +13,7 @@ from pathlib import Path
 import xtuner
 from xtuner.core.files import read_json
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.families import family_of, read_config
+from xtuner.families import find_family, read_config
 
 BACKENDS = ("hf", "turbomind")
 CLASSES = {
@@ -48,7 +48,7 @@ def stop_words(folder: Path) -> list[str]:
     path = folder / "generation_config.json"
     ids = read_json(path).get("eos_token_id", []) if path.is_file() else read_config(_hf(folder)).eos_token_id
     found = [names[i] for i in (ids if isinstance(ids, list) else [ids]) if i in names]
-    chat = family_of(_hf(folder)).chat
+    chat = find_family(_hf(folder)).chat
     return list(dict.fromkeys([*found, *(name for name in names.values() if chat and name in chat.stop_words)]))
 
 
@@ -105,7 +105,7 @@ def _notes(folder: Path, backend: str) -> list[str]:
     notes = [
         f"# The command `xtuner eval opencompass HF_DIR --backend {backend} --datasets NAME` does everything needed."
     ]
-    if backend == "hf" and (other := family_of(_hf(folder)).loads_as):
+    if backend == "hf" and (other := find_family(_hf(folder)).loads_as):
         notes += [
             f"# transformers does not support this layout, but --layout {other}; `xtuner eval opencompass` converts it."
         ]

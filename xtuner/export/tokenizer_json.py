@@ -11,7 +11,7 @@ from typing import Any
 from xtuner.core.files import read_json, write_json
 from xtuner.core.log import logger
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.families import OWN
+from xtuner.families import NATIVE
 from xtuner.families.chat import ChatTemplate
 
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # types of pieces
@@ -23,7 +23,7 @@ _LIBRARY = {
 }
 
 
-def complete_tokenizer(folder: Path, chat: ChatTemplate | None = OWN.chat) -> None:
+def complete_tokenizer(folder: Path, chat: ChatTemplate | None = NATIVE.chat) -> None:
     """Make a folder's tokenizer load without remote code, with the same ids everywhere.
 
     A single `tokenizer.model` gets a `tokenizer.json` and a matching `tokenizer_config.json`. A `tokenizer_config.json`

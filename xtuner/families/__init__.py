@@ -1,6 +1,6 @@
-"""Families of models: a file each, a line each in the table. Holds no torch; `data` and `model` both use it.
+"""Model families: one file and one line of the table each. Imports no torch; used by `data` and `model`.
 
-xtuner.families.base     what a family says, and how to add one of your own
+xtuner.families.base     what a family defines, and how to add one
 """
 
 from collections.abc import Collection
@@ -20,36 +20,36 @@ from xtuner.families.llama import LLAMA
 from xtuner.families.network import DecoderConfig
 
 FAMILIES: Registry[ModelFamily] = Registry("model family", {family.name: family for family in (INTERNLM2, LLAMA)})
-OWN = INTERNLM2  # whose names are the decoder's, and those of checkpoints
-_FAMILY = "xtuner_family"  # in a checkpoint's config.json: the model's, where that is another than OWN
+NATIVE = INTERNLM2  # the decoder and checkpoints use its names
+_FAMILY = "xtuner_family"  # key of a checkpoint's config.json: the model's family, if it is not NATIVE
 _COPY = "copy the model's own config.json there again"
 
 
 def register(family: ModelFamily) -> ModelFamily:
-    """Make a family of one's own known, in a config or in a module that it imports. Raises: ConfigError."""
+    """Register a user's own family, in a config or in a module that it imports. Raises: ConfigError."""
     return FAMILIES.register(family.name, family)
 
 
 def chat_templates() -> dict[str, ChatTemplate]:
-    """The families' own by name, then the one that marks nothing."""
+    """The chat templates of all families by name, then the one without marks."""
     return {chat.name: chat for family in FAMILIES.values() if (chat := family.chat)} | {PLAIN.name: PLAIN}
 
 
-def family_of(hf: Any, where: str = "config.json: ") -> ModelFamily:
-    """The family that a `config.json` announces.
+def find_family(hf: Any, where: str = "config.json: ") -> ModelFamily:
+    """The family that a `config.json` names.
 
-    Raises: ConfigError for other families; CheckpointError for what is as little a `config.json` as a torn file.
+    Raises: ConfigError for unknown families; CheckpointError for contents that are not an object.
     """
     if not isinstance(hf, dict):
-        what = f"config.json holds {short_repr(hf)}, not an object"
+        what = f"config.json contains {short_repr(hf)}, not an object"
         raise CheckpointError(what, where=where.rstrip(": "), do=_COPY)
     kind = hf.get("model_type", "")
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
     raise ConfigError(
-        f"models of type {short_repr(kind)} cannot be read",
+        f"models of type {short_repr(kind)} are not supported",
         where=f"{where}model_type",
-        do=f"known are: {', '.join(FAMILIES)}",
+        do=f"supported are: {', '.join(FAMILIES)}",
     )
 
 
@@ -57,11 +57,11 @@ def read_config(hf: dict[str, Any], where: str = "config.json: ") -> DecoderConf
     """A `DecoderConfig` from the contents of a `config.json`.
 
     Args:
-        where: stands before a key in messages.
+        where: prefix of keys in messages.
 
-    Raises: ConfigError for what we do not compute, and for values that describe no network.
+    Raises: ConfigError for unsupported features, and for values that do not describe a network.
     """
-    family, read = family_of(hf, where), Reader(hf, where)
+    family, read = find_family(hf, where), Reader(hf, where)
     name = hf.get(_FAMILY, family.name)
     if not isinstance(name, str):
         raise read.wrong(_FAMILY, f"{_FAMILY} = {short_repr(name)} is not the name of a model family")
@@ -69,23 +69,23 @@ def read_config(hf: dict[str, Any], where: str = "config.json: ") -> DecoderConf
 
 
 def read_model(folder: Path) -> tuple[ModelFamily, DecoderConfig]:
-    """(the family by whose names weights lie there, network) of a model's folder.
+    """(family whose tensor names the files use, network) of a model's folder.
 
     Raises: ConfigError, CheckpointError; both name its `config.json`.
     """
     path = folder / "config.json"
     hf, where = read_json(path), f"{path}: "
-    return family_of(hf, where), read_config(hf, where)
+    return find_family(hf, where), read_config(hf, where)
 
 
 def checkpoint_config(c: DecoderConfig) -> dict[str, Any]:
-    """The `config.json` of a checkpoint's weights, which have the decoder's names whatever the model's family."""
-    named = {} if c.family == OWN.name else {_FAMILY: c.family}
-    return {**OWN.write_config(c, "float32"), **named}
+    """The `config.json` of a checkpoint's weights, which use the decoder's names for all families."""
+    named = {} if c.family == NATIVE.name else {_FAMILY: c.family}
+    return {**NATIVE.write_config(c, "float32"), **named}
 
 
-def family_by_names(names: Collection[str]) -> ModelFamily:
-    """The family whose files have tensors of such names; OWN if none has."""
+def find_family_by_names(names: Collection[str]) -> ModelFamily:
+    """The family whose files have tensors of these names; NATIVE if none has."""
     some = DecoderConfig(2, 2, 2, 1, 1, 1, 2)
     known = ((family, family.stored("model.tok_embeddings.weight", some)) for family in FAMILIES.values())
-    return next((family for family, stored in known if stored[0].name in names), OWN)
+    return next((family for family, stored in known if stored[0].name in names), NATIVE)

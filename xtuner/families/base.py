@@ -1,14 +1,14 @@
-"""What the toolkit has to know of a family of models: `ModelFamily`.
+"""The interface of a model family: `ModelFamily`.
 
-The decoder holds every family's weights under its own names, which are InternLM2's. A family says where its files keep
-each of them, and what else its `config.json` and its users mean. A new family is a subclass in one file and, for a
-shipped one, a name in the table of `families/__init__.py`; for one's own
+The decoder stores the weights of all families under its own names, which are InternLM2's. A family defines where its
+files store each of them, and the meaning of its `config.json`. A new family is a subclass in one file. A shipped family
+is added to the table of `families/__init__.py`; a user's own family is registered by
 
     from xtuner.families import register
     register(MyFamily())
 
-in a config, or in a module that the config imports. `model = dict(type=from_scratch, family="its name", …)` then starts
-one, and a folder whose `config.json` names it as `model_type` is read. tests/granite.py is one to copy.
+in a config, or in a module that the config imports. `model = dict(type=from_scratch, family="its name", …)` creates
+such a model, and folders whose `config.json` has its name as `model_type` can be read. Example: tests/granite.py.
 """
 
 from abc import ABC, abstractmethod
@@ -23,10 +23,10 @@ from xtuner.families.network import DecoderConfig
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a family's files as a part of one of ours.
+    """A tensor of a family's files that is a part of one of the decoder's.
 
-    Dimension 0 of ours is `groups` equal groups of rows. The file has rows [begin, end) of each, one group after the
-    other; all rows of each if `end` is None.
+    Dimension 0 of the decoder's tensor consists of `groups` equal groups of rows. The file's tensor has rows
+    [begin, end) of each group, concatenated; all rows if `end` is None.
     """
 
     name: str
@@ -36,37 +36,37 @@ class Stored:
 
 
 class ModelFamily(ABC):
-    """Names of a family's files, its settings, and how its models speak."""
+    """Tensor names, settings and chat template of a family."""
 
     name: str  # `model_type` of its config.json; `--layout`; `family` of a config
-    architecture: str  # the class that transformers and servers have for it
-    loads_as: str = ""  # the family in whose form transformers loads these networks; "": its own
-    tags: tuple[str, ...] = ()  # of a model card
+    architecture: str  # its class in transformers and servers
+    loads_as: str = ""  # family whose form transformers can load for these networks; "": its own
+    tags: tuple[str, ...] = ()  # of the model card
     chat: ChatTemplate | None = None  # of its chat models
     auto_map: ClassVar[Mapping[str, str]] = {}  # of config.json: classes in the files of `--with-code` (export/remote/)
-    # special tokens that its tokenizer.model has as unused pieces, and nowhere names: id → (piece, name)
+    # special tokens that its tokenizer.model contains only as unnamed unused pieces: id → (piece, name)
     unnamed_tokens: ClassVar[Mapping[int, tuple[str, str]]] = {}
-    fields: frozenset[str] = FIELDS  # of config.json that say what network it is: settings of `from_scratch`
-    defaults: ClassVar[Mapping[str, Any]] = {}  # of these where a config leaves them out
+    fields: frozenset[str] = FIELDS  # keys of config.json that define the network: settings of `from_scratch`
+    defaults: ClassVar[Mapping[str, Any]] = {}  # of these keys where a config omits them
 
     @abstractmethod
     def read_config(self, read: Reader) -> DecoderConfig:
-        """The network of a `config.json`. Raises: ConfigError for what we do not compute."""
+        """The network of a `config.json`. Raises: ConfigError for unsupported features."""
 
     @abstractmethod
     def write_config(self, c: DecoderConfig, dtype: str) -> dict[str, Any]:
-        """A `config.json` with every field written out, since class defaults differ between releases.
+        """A `config.json` with every field explicit, because class defaults differ between releases.
 
         Args:
-            dtype: of the weights beside it, such as "bfloat16".
+            dtype: of the weights next to it, such as "bfloat16".
 
-        Raises: ConfigError for a network that the family does not have.
+        Raises: ConfigError for a network that the family cannot express.
         """
 
     @abstractmethod
     def stored(self, name: str, c: DecoderConfig) -> tuple[Stored, ...]:
-        """Where its files keep our tensor `name`: parts that are all of its rows."""
+        """Where its files store the decoder's tensor `name`: parts that together have all of its rows."""
 
     def not_served(self, c: DecoderConfig) -> list[str]:
-        """What common servers do not read of such a network from this form, in words."""
+        """Features of the network that common servers do not support in this form, in words."""
         return []

@@ -1,18 +1,18 @@
-"""How a conversation is written as text for a chat model."""
+"""Chat templates: how a conversation is written as text for a chat model."""
 
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# A tool turn is the model's call of a tool ("function" is the same); what the tool answers is an environment turn.
+# A tool turn is the model's call of a tool ("function" is a synonym); the tool's answer is an environment turn.
 CALLS = ("tool", "function")
 ANSWERS = ("assistant", "thought")
 ROLES = ("system", "user", "environment", *ANSWERS, *CALLS)
 
 
 class Message(NamedTuple):
-    """One message. `loss` None: learned if it is the model's own, and as the message before it in the same turn."""
+    """One message. `loss` None: as the previous message of its turn; the first one is learned if the model wrote it."""
 
     role: str
     content: str
@@ -21,7 +21,7 @@ class Message(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a conversation: a text, or a mark, which is the name of a special token."""
+    """A part of a conversation: text, or a mark, which is the name of a special token."""
 
     text: str
     learned: bool = False
@@ -30,9 +30,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """`{text}` stands for a turn's content. A model stops at any of `stop_words`.
+    """`{text}` is replaced by a turn's content. A model stops at any of `stop_words`.
 
-    A template with more than these turns, such as calls of tools, is a subclass with its own `pieces` and `jinja`.
+    A template with other turns, such as calls of tools, is a subclass that overrides `pieces` and `jinja`.
     """
 
     system: str
@@ -40,22 +40,22 @@ class ChatTemplate:
     assistant_begin: str
     assistant_end: str
     stop_words: tuple[str, ...]
-    name: str = ""  # for settings and options
-    marks: tuple[str, ...] = ()  # names of special tokens that it writes
+    name: str = ""  # in settings and options
+    marks: tuple[str, ...] = ()  # names of the special tokens in it
     roles: tuple[str, ...] = ("system", "user", "assistant")  # that `pieces` knows
 
     def prompt(self, user: str, system: str = "") -> str:
-        """The text after which the model answers."""
+        """The text up to the beginning of the model's answer."""
         opening = self.system.replace("{text}", system) if system else ""
         return opening + self.user.replace("{text}", user) + self.assistant_begin
 
     @property
     def turn_marks(self) -> list[str]:
-        """Those of `marks` without which no turn can be written."""
+        """The marks of ordinary turns, without which no conversation can be written."""
         return [mark for mark in self.marks if mark in self.prompt("", "-") + self.assistant_end]
 
     def pieces(self, messages: Iterable[Message]) -> Iterator[Piece]:
-        """The pieces of a conversation, without the begin token. Contents and ends of answers are learned."""
+        """Pieces of a conversation, without the begin token. Contents and ends of answers are learned."""
         for role, content, _, loss in messages:
             before, _, after = self._turn(role).partition("{text}")
             learned = role == "assistant" and loss is not False
@@ -64,7 +64,7 @@ class ChatTemplate:
             yield from self._cut(after, learned)
 
     def jinja(self) -> str:
-        """The same in the form of `tokenizer_config.json`, with the begin token."""
+        """The template in the form of `tokenizer_config.json`, with the begin token."""
         turns = ""
         for role in ("system", "user", "assistant"):
             before, _, after = self._turn(role).partition("{text}")
@@ -78,7 +78,7 @@ class ChatTemplate:
         return {"system": self.system, "user": self.user, "assistant": answer}[role]
 
     def _cut(self, text: str, learned: bool) -> Iterator[Piece]:
-        """A text of the template itself, cut at its marks."""
+        """A text of the template itself, split at its marks."""
         longest_first = "|".join(re.escape(mark) for mark in sorted(self.marks, key=len, reverse=True))
         parts = re.split(f"({longest_first})", text) if self.marks else [text]
         yield from (Piece(part, learned, part in self.marks) for part in parts if part)

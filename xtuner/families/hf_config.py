@@ -1,4 +1,4 @@
-"""The fields of a Hugging Face `config.json` that most families share: read with care, and written."""
+"""Reads (with validation) and writes the fields of a Hugging Face `config.json` that most families share."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,8 @@ FIELDS = frozenset({
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
 })  # fmt: skip
-# Larger than any network that is. A layer takes a millisecond before anything is known of its weights.
-_LARGEST = {
+# Limits beyond all existing networks. They bound the work for wrong values: each layer takes a millisecond to build.
+_LIMITS = {
     "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1000,
     "num_attention_heads": 2**13, "num_key_value_heads": 2**13, "head_dim": 2**13, "max_position_embeddings": 2**40,
 }  # fmt: skip
@@ -21,9 +21,9 @@ _LARGEST = {
 
 @dataclass(frozen=True)
 class Reader:
-    """Values of a `config.json`, which anybody may have written. `null` is as good as nothing.
+    """Reads untrusted values of a `config.json`. `null` counts as absent.
 
-    `where` stands before a key in messages.
+    `where` is the prefix of keys in messages.
     """
 
     hf: dict[str, Any]
@@ -33,13 +33,13 @@ class Reader:
         return ConfigError(what, where=f"{self.where}{key}", why="no network can be built from it")
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number that a size of a network can be. Of settings with a default, 0 means it."""
+        """An integer in the range of this size. With a default, 0 means the default."""
         value = self.hf.get(key)
         if default is not None and (value is None or value == 0):
             return default
         whole = int(value) if isinstance(value, float) and value.is_integer() else value
-        if type(whole) is not int or not 1 <= whole <= _LARGEST[key]:
-            raise self.wrong(key, f"{key} = {short_repr(value)} is not a whole number from 1 to {_LARGEST[key]:,}")
+        if type(whole) is not int or not 1 <= whole <= _LIMITS[key]:
+            raise self.wrong(key, f"{key} = {short_repr(value)} is not an integer from 1 to {_LIMITS[key]:,}")
         return whole
 
     def number(self, key: str, default: float) -> float:
@@ -60,7 +60,7 @@ class Reader:
         return value
 
     def token(self, key: str, default: int) -> Any:
-        """An id, the first of several, or None for none."""
+        """A token id, the first of a list of ids, or None."""
         ids = self.hf.get(key, default)
         value = ids[0] if isinstance(ids, list) and ids else ids
         if value is not None and (type(value) is not int or not -(2**31) <= value < 2**31):
@@ -74,7 +74,7 @@ class Reader:
         return value
 
     def inner(self, key: str) -> dict[str, Any]:
-        """An object inside, empty if there is none."""
+        """A nested object; empty if absent."""
         value = self.hf.get(key) or {}
         if not isinstance(value, dict):
             raise self.wrong(key, f"{key} = {short_repr(value)} is not an object")
@@ -87,7 +87,7 @@ def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> Dec
     Args:
         more: fields of `DecoderConfig` that the family reads itself.
 
-    Raises: ConfigError for what we do not compute, and for values that describe no network.
+    Raises: ConfigError for unsupported features, and for values that do not describe a network.
     """
     hf = read.hf
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -105,10 +105,10 @@ def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> Dec
     head_dim = read.size("head_dim", hidden // heads)
     if head_dim % 2:
         at = "head_dim" if hf.get("head_dim") else "hidden_size"
-        raise read.wrong(at, f"head_dim {head_dim} is odd, and rotary positions turn pairs")
+        raise read.wrong(at, f"head_dim {head_dim} is odd, and rotary positions need pairs")
     theta, scaling = _read_rope(read)
-    if head_dim < 4 and scaling and scaling.kind == "dynamic":  # the base grows by the power D / (D - 2)
-        raise read.wrong("rope_scaling", f"dynamic rope scaling cannot turn heads of {head_dim}")
+    if head_dim < 4 and scaling and scaling.kind == "dynamic":  # its base is scaled with the exponent D / (D - 2)
+        raise read.wrong("rope_scaling", f"dynamic rope scaling is undefined for head_dim {head_dim}")
     shared: dict[str, Any] = dict(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -168,5 +168,5 @@ def _read_rope(read: Reader) -> tuple[float, RopeScaling | None]:
     raise ConfigError(
         f"rope scaling {short_repr(kind)} is not supported",
         where=f"{read.where}rope_scaling",
-        do="known are: linear, dynamic",
+        do="supported are: linear, dynamic",
     )

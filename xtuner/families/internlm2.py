@@ -1,4 +1,4 @@
-"""InternLM2. The decoder's own names are this family's, so that each tensor is stored as it is."""
+"""InternLM2. The decoder uses the names of this family, so that each tensor is stored unchanged."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
@@ -14,11 +14,11 @@ _BY_ID = (*_NAME_MARKS.values(), *reversed(MARKS[:4]))  # the last ids of its to
 
 
 class InternLM2Chat(ChatTemplate):
-    """Adds names of speakers, thoughts, calls of tools and what these answer."""
+    """Adds names of speakers, thoughts, calls of tools and their answers."""
 
     def pieces(self, messages: Iterable[Message]) -> Iterator[Piece]:
-        """The model's turn is an assistant or thought message and the calls that follow it; its contents, its calls and
-        its end are learned, everything else is not:
+        """The model's turn is an assistant or thought message with the calls that follow it. Its contents, calls and
+        end are learned, everything else is not:
 
             <|im_start|>assistant\\n CONTENT <|action_start|><|plugin|>\\n CALL <|action_end|>\\n <|im_end|>\\n
                                     └──────────────────────── learned ─────────────────────────────────┘
@@ -104,12 +104,12 @@ class InternLM2(ModelFamily):
         return read_network(read, attention_bias=read.only("bias", (True, False), True))
 
     def write_config(self, c: DecoderConfig, dtype: str) -> dict[str, Any]:
-        return {  # no auto_map: the .py files it would name are not there
+        return {  # no auto_map: the .py files it would name are not exported
             "architectures": [self.architecture],
             "model_type": self.name,
             "bias": c.attention_bias,
             "attn_implementation": "eager",
-            **({} if c.head_dim * c.num_heads == c.hidden_size else {"head_dim": c.head_dim}),  # not in the originals
+            **({} if c.head_dim * c.num_heads == c.hidden_size else {"head_dim": c.head_dim}),  # as the originals
             **write_network(c, dtype),
         }
 

@@ -1,4 +1,4 @@
-"""Llama, and what has its names: q, k and v apart. InternLM2's networks are exported in this form, too."""
+"""Llama and models with its tensor names: q, k and v are separate. InternLM2 models can be exported in this form."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ class Llama(ModelFamily):
     tags = ("llama",)
     chat = INTERNLM2.chat
     fields = FIELDS | {"attention_bias"}
-    # ours → theirs; in a layer, what stands behind `model.layers.N.`
+    # decoder's name → Llama's; inside a layer, the part after `model.layers.N.`
     names: ClassVar[Mapping[str, str]] = {
         "model.tok_embeddings.weight": "model.embed_tokens.weight",
         "model.norm.weight": "model.norm.weight",
@@ -50,7 +50,7 @@ class Llama(ModelFamily):
         matrix, _, kind = rest.rpartition(".")
         if matrix != "attention.wqkv":
             return (Stored(layer + self.names[rest]),)
-        q = c.num_heads // c.num_kv_heads * c.head_dim  # rows of a kv head's group: its q, then k, then v
+        q = c.num_heads // c.num_kv_heads * c.head_dim  # rows of the group of one kv head: its q heads, then k, then v
         borders = (0, q, q + c.head_dim, q + 2 * c.head_dim)
         parts = zip(self.qkv, borders, borders[1:], strict=False)
         return tuple(Stored(f"{layer}{part}.{kind}", c.num_kv_heads, begin, end) for part, begin, end in parts)

@@ -1,4 +1,4 @@
-"""What describes a network: shapes and constants, plain numbers."""
+"""`DecoderConfig`: the shapes and constants that describe a network."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,8 +29,8 @@ class DecoderConfig:
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
-    pad_token_id: int | None = 2  # its embedding row gets no gradient, as in the original
-    family: str = field(default="internlm2", compare=False)  # which the model belongs to; not a part of the network
+    pad_token_id: int | None = 2  # its embedding row gets no gradient, as in the original model
+    family: str = field(default="internlm2", compare=False)  # the model's family; not a property of the network
 
     @property
     def query_width(self) -> int:

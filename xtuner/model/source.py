@@ -9,7 +9,7 @@ import torch
 
 from xtuner.core import hub, path_kinds
 from xtuner.core.errors import ConfigError
-from xtuner.families import FAMILIES, OWN, read_config, read_model
+from xtuner.families import FAMILIES, NATIVE, read_config, read_model
 from xtuner.families.base import ModelFamily
 from xtuner.model import attention
 from xtuner.model.activation_memory import ActivationPlan
@@ -41,7 +41,7 @@ class ModelSource:
 
     config: DecoderConfig
     folder: Path | None
-    layout: ModelFamily = OWN
+    layout: ModelFamily = NATIVE
     seed: int | None = None
     recompute: bool = False
     attention: str | None = None  # a backend's name; None: the fastest
@@ -171,7 +171,7 @@ def from_scratch(
     attention: str | None = None,
     products: MatmulKind = "own",
     seed: int | None = None,
-    family: str = OWN.name,
+    family: str = NATIVE.name,
     **shape: Any,
 ) -> ModelSource:
     """Start from random weights of a given shape.
@@ -193,7 +193,7 @@ def from_scratch(
             do=f"it takes: {', '.join(sorted(found.fields))}",
         )
     config = read_config({"model_type": found.name, **found.defaults, **shape}, where="model.")
-    return ModelSource(config, None, OWN, seed, activation_checkpointing, attention, products)
+    return ModelSource(config, None, NATIVE, seed, activation_checkpointing, attention, products)
 
 
 def _require_varlen(use_varlen_attn: bool) -> None:

@@ -19,7 +19,7 @@ from xtuner.core.errors import CheckpointError
 from xtuner.core.foreign_inputs import check_regular, short, short_repr
 from xtuner.core.hub import INDEX, indexed_files
 from xtuner.core.log import progress
-from xtuner.families import OWN
+from xtuner.families import NATIVE
 from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import CausalLM, DecoderConfig
 
@@ -184,7 +184,7 @@ def join_from_family(
     return torch.cat([t.reshape(r.groups, -1, *tail) for r, t in tensors], dim=1).reshape(-1, *tail)
 
 
-def hf_shapes(c: DecoderConfig, family: ModelFamily = OWN) -> dict[str, Shape]:
+def hf_shapes(c: DecoderConfig, family: ModelFamily = NATIVE) -> dict[str, Shape]:
     """Names and shapes of the tensors of network `c` in a family's files; by default under our own names."""
     with torch.device("meta"):
         parameters = dict(CausalLM(c).named_parameters())

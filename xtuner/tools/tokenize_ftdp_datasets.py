@@ -26,10 +26,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.data.tokenize.run import tokenize
-    from xtuner.data.tokenize.settings import Settings
+    from xtuner.data.tokenize.tokenize_files import tokenize
+    from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 
-    settings = Settings(
+    settings = TokenizeSettings(
         tokenizer=args.tokenizer_path,
         format="ftdp",
         max_length=args.max_length,

@@ -6,7 +6,7 @@ from typing import Any
 from xtuner.config.config import Config
 from xtuner.config.paths import data_keys
 from xtuner.core.errors import ConfigError, DataError
-from xtuner.data.loading.loader import identity, listed_files, what_dealing_lacks
+from xtuner.data.loading.loader import find_balance_obstacle, identity, list_files
 from xtuner.engine.strategies.select import choose_strategy
 from xtuner.optim.schedule import Schedule
 from xtuner.train.resume import ResumePoint, find_window_start, fit_accumulative_counts, require_same_run
@@ -45,14 +45,14 @@ def make_plan(
     _require_an_iteration(settings, lengths)
     reshuffle = config.setting("train_dataloader.reshuffle")
     balance = config.setting("train_dataloader.balance")
-    if what_dealing_lacks(settings.dataset, settings.sampler, balance):
+    if find_balance_obstacle(settings.dataset, settings.sampler, balance):
         balance = 0
     data = identity(settings.dataset, settings.sampler, reshuffle)
     origin = find_window_start(found, balance, lengths) if found else 0
     facts = {
         "version": 2,  # version 1: schedule and reshuffling were switched on by hooks
         "data": data,
-        "files": listed_files(settings.dataset),
+        "files": list_files(settings.dataset),
         "packs_per_iteration": lengths.packs_per_iteration,
         "max_iterations": lengths.max_iterations,
         "ranks": dp_size,

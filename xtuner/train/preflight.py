@@ -33,9 +33,9 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.files import require_utf8, write_failure
 from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
-from xtuner.data.loading.open_on_ranks import open_together
+from xtuner.data.loading.open_on_ranks import open_on_ranks
 from xtuner.data.loading.sampler import InternRepoSampler
-from xtuner.data.packing.document_source import documents_of
+from xtuner.data.packing.document_source import as_documents
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.families import read_model
@@ -83,7 +83,7 @@ def prepare_settings(
         opening: how to open the data. Read-only: also download nothing, and skip what is not on this machine.
     """
     source = mesh.ranks.run_on_all(lambda: check_models_and_tokenizers(config, opening.read_only))
-    dataset = open_together(lambda known: open_dataset(config, replace(opening, known=known)), mesh.ranks)
+    dataset = open_on_ranks(lambda known: open_dataset(config, replace(opening, known=known)), mesh.ranks)
     return mesh.ranks.run_on_all(
         lambda: assemble_settings(config, dataset, source, hooks, work_dir, device, seed, mesh, opening)
     )
@@ -199,7 +199,7 @@ def assemble_settings(
         source = from_scratch(vocab_size=4, hidden_size=2, intermediate_size=1, num_hidden_layers=1,
                               num_attention_heads=1)  # fmt: skip
     elif isinstance(dataset, PackedDataset):  # a user's own dataset checks its ids itself
-        dataset = dataset.of_vocabulary(source.config.vocab_size)
+        dataset = dataset.with_vocab_size(source.config.vocab_size)
     if source.seed is None:
         source = replace(source, seed=seed)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
@@ -212,7 +212,7 @@ def assemble_settings(
     if config.get("val_dataset"):
         with locate_errors(config, "val_dataset", *data_keys(config, "val_dataset")):
             spec = _insert_opening(opening, config.get("val_dataset"), "val_dataset")
-            documents = documents_of(build(spec, "val_dataset"))
+            documents = as_documents(build(spec, "val_dataset"))
         held_out.append(ValidationHook(documents, config.setting("val_interval"), dataset.packed_length))
     ordered = tuple(sorted([*hooks, *held_out], key=read_priority))
     if len(dataset):

@@ -267,7 +267,7 @@ def _report_unapplied_step(run: Run, it: Iteration, packs: list[int]) -> None:
         where=f"packs {packs} of {', '.join(sorted(files))}",
         why="a NaN would have destroyed the weights; they are unchanged since the iteration before",
         do=f"repeat the same iterations: {again}\n"
-        f"        look at a pack: {data.how_to_show(packs[0], '--tokenizer DIR')}\n"
+        f"        look at a pack: {data.show_command(packs[0], '--tokenizer DIR')}\n"
         f"        or continue without such iterations: --cfg-options train_cfg.max_skipped=10",
     )
     error.reported_elsewhere = not collectives.is_main()
@@ -296,7 +296,7 @@ def _report_without_targets(run: Run, number: int, packs: list[int]) -> None:
             why="tokens above 0 in the .bin are learned; negative ones are context only",
             do=f"count them: xtuner data stats {data.documents.folder}\n        look at a pack: "
             * bool(data.documents.folder)
-            + data.how_to_show(packs[0]),
+            + data.show_command(packs[0]),
         )
         error.reported_elsewhere = not collectives.is_main()
         raise error

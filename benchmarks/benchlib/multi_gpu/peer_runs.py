@@ -150,7 +150,7 @@ def worker(job: PeerJob, data: Path, run_folder: Path, tiny: bool, rank: int) ->
     compute = torch.float32 if tiny else torch.bfloat16
     settings = Settings(job.engine, shape, device, "fp32", job.data == "long", None, job.recompute, compute, mesh)
     packs, order = packs_in_training_order(data, length)
-    read = [Batch.of(packs[i]) for i in order[: xtuner_runs.ITERATIONS * ranks]]
+    read = [Batch.from_item(packs[i]) for i in order[: xtuner_runs.ITERATIONS * ranks]]
     iterations = [read[i : i + ranks] for i in range(0, len(read), ranks)]
     peer = build(settings)
     loop, found, first = Loop(peer, settings), [], 0.0

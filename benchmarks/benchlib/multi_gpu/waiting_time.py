@@ -58,7 +58,7 @@ def waiting(costs: Floats, ranks: int, window: int = 1, each: int = 1, time: Tim
     together = ranks * each * max(window, 1)
     if len(costs) < together:
         raise ValueError(f"{len(costs)} packs are fewer than {window} iterations of {ranks} ranks")
-    return balance.waiting(costs[: len(costs) // together * together], time, ranks, each, window)
+    return balance.waiting_share(costs[: len(costs) // together * together], time, ranks, each, window)
 
 
 def table(models: dict[str, Any], packs: int = 2**15) -> str:

@@ -328,7 +328,9 @@ def _dealt(job: Job, folder: Path) -> float | None:
     model = single_gpu_times.MODELS[job.shape]
     costs = squares(data(folder, False), False)[job.warm * job.packs : job.iterations * job.packs]
     undealt, dealt = (
-        balance.waiting(costs, lambda c: model.fixed + model.a + model.b * c, job.gpus, job.packs // job.gpus, window)
+        balance.waiting_share(
+            costs, lambda c: model.fixed + model.a + model.b * c, job.gpus, job.packs // job.gpus, window
+        )
         for window in (0, DEALT[job.variant])
     )
     return (1 - dealt) / (1 - undealt) - 1

@@ -202,7 +202,7 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), 6 if a.tiny else PACKS, PACK if case.long else 0)
         data, order = packs_in_training_order(Path(folder), length)
-        packs = [[Batch.of(data[i])] for i in order[: a.iterations + 2]]
+        packs = [[Batch.from_item(data[i])] for i in order[: a.iterations + 2]]
     found, first = [], 0.0
     for i, iterated in enumerate(loop.iterate(packs[: a.iterations])):
         first = first or time.perf_counter() - begin

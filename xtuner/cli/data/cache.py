@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from xtuner.core.errors import CheckpointError
     from xtuner.core.log import human_bytes
-    from xtuner.data.inspect.build_caches import make
+    from xtuner.data.inspect.build_caches import build_caches
 
     data = open_folder(args)
-    made = make(data, args.seed, not args.index_only, args.workers)
+    made = build_caches(data, args.seed, not args.index_only, args.workers)
     if made.index:
         size = human_bytes(made.index.stat().st_size)
         print(
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     if made.tokens:
         print(f"token caches: {made.tokens:,} files ({made.made:,} new), {human_bytes(made.bytes)}")
     if made.failed or made.index is None:
-        name, why = made.failed[0] if made.failed else ("the index", "; ".join(data.place.failures))
+        name, why = made.failed[0] if made.failed else ("the index", "; ".join(data.cache_dirs.failures))
         raise CheckpointError(
             f"{len(made.failed)} token caches could not be written"
             if made.failed

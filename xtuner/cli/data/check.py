@@ -2,7 +2,7 @@
 
 import argparse
 
-COLOURS = {"problem": "\033[31m", "note": "\033[33m", "mended": "\033[32m"}
+COLOURS = {"problem": "\033[31m", "note": "\033[33m", "fixed": "\033[32m"}
 RESET = "\033[0m"
 
 
@@ -26,13 +26,13 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.core.errors import EXIT_DATA, EXIT_DONE, ConfigError
     from xtuner.core.log import use_colour
-    from xtuner.data.inspect.check_files import check, table
+    from xtuner.data.inspect.check_files import check_folder, format_findings
 
     if args.vocab_size is not None and args.vocab_size < 1:
         raise ConfigError(f"a vocabulary of {args.vocab_size} has no ids", where="--vocab-size")
-    report = check(Path(args.folder), args.vocab_size, args.fix_meta, args.workers, args.file_type)
+    report = check_folder(Path(args.folder), args.vocab_size, args.fix_meta, args.workers, args.file_type)
     coloured = use_colour(sys.stdout)
-    for line in table(report, lambda kind, text: f"{COLOURS[kind]}{text}{RESET}" if coloured else text):
+    for line in format_findings(report, lambda kind, text: f"{COLOURS[kind]}{text}{RESET}" if coloured else text):
         print(line)
     share = f" ({report.learned / report.tokens:.1%} learned)" if report.tokens else ""
     print(

@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core.errors import CheckpointError, ConfigError
     from xtuner.core.files import atomic_file
     from xtuner.core.log import logger
-    from xtuner.data.inspect.statistics import as_text, stats
-    from xtuner.data.inspect.stats_page import page
+    from xtuner.data.inspect.statistics import compute_statistics, format_statistics
+    from xtuner.data.inspect.stats_page import html_page
 
     if args.max_length < 1:
         raise ConfigError(f"a pack of {args.max_length} tokens is too short", where="--max-length")
@@ -37,12 +37,14 @@ def run(args: argparse.Namespace) -> int:
     if not all(word.isdecimal() and int(word) for word in words):
         raise ConfigError(f"{args.ranks!r} is not a list of numbers of ranks", where="--ranks", do="e.g. --ranks 8,64")
     data = open_folder(args)
-    found = stats(data, args.max_length, args.seed, [int(w) for w in words], not args.no_text, args.workers)
-    print(json.dumps(found.as_json(), indent=2) if args.json else as_text(found))
+    found = compute_statistics(
+        data, args.max_length, args.seed, [int(w) for w in words], not args.no_text, args.workers
+    )
+    print(json.dumps(found.as_json(), indent=2) if args.json else format_statistics(found))
     if args.html:
         try:
             with atomic_file(Path(args.html).expanduser()) as f:
-                f.write(page(found))
+                f.write(html_page(found))
         except OSError as e:
             raise CheckpointError(f"the page cannot be written: {e.strerror or e}", where=args.html) from None
         logger.info(f"page written to {args.html}")

@@ -58,10 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.data.tokenize.run import tokenize
-    from xtuner.data.tokenize.settings import Settings
+    from xtuner.data.tokenize.tokenize_files import tokenize
+    from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 
-    settings = Settings(
+    settings = TokenizeSettings(
         tokenizer=args.tokenizer,
         format=args.format,
         text_key=args.text_key,

@@ -1,10 +1,10 @@
 """One `.bin` / `.bin.meta` pair, InternEvo's tokenized format.
 
-    NAME.bin        one JSON object a line: {"tokens": [1, 320, -15, ...]}
-                    a negative token stands for the id with its sign flipped, and is not learned
-    NAME.bin.meta   npy integer array, one row a document: byte offset of its line, ..., number of tokens
+    NAME.bin        one JSON object per line: {"tokens": [1, 320, -15, ...]}
+                    a negative token is context only: no loss is computed for it
+    NAME.bin.meta   npy integer array, one row per document: byte offset of its line, ..., number of tokens
 
-id = abs(token); learned iff token > 0, so id 0 is never learned.
+id = abs(token); a token is learned if it is > 0, so id 0 is never learned.
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from xtuner.core.foreign_inputs import open_regular, read_regular
 from xtuner.data.format.meta import meta_path, read_meta
 from xtuner.data.format.parse_tokens import Int64s, parse_line
 
-_CHUNK = 2**20  # bytes a read, where the length of what is sought is not known
+_CHUNK = 2**20  # bytes per read where the length to read is unknown
 
 
 class Signature(NamedTuple):
-    """What tells that a pair has not changed, without reading it. Times in ns."""
+    """Sizes and modification times (ns) of a pair. The same signature means that the pair is unchanged."""
 
     size: int
     time: int
@@ -34,19 +34,19 @@ class Signature(NamedTuple):
     meta_time: int
 
     @classmethod
-    def of(cls, path: Path) -> "Signature":
+    def read(cls, path: Path) -> "Signature":
         """Raises: OSError."""
         text, meta = os.stat(path), os.stat(meta_path(path))
         return cls(text.st_size, text.st_mtime_ns, meta.st_size, meta.st_mtime_ns)
 
 
 def data_type(name: str) -> str:
-    """Of a file: the first folder below the data folder; "." for files that lie in none."""
+    """The data type of a file: its first folder below the data folder; "." for files directly in the data folder."""
     return name.split("/")[0] if "/" in name else "."
 
 
 class Facts(NamedTuple):
-    """What is known of a pair once it has been examined. `documents` and `tokens` count those that are used."""
+    """Result of examining a pair. `documents` and `tokens` count only the documents that are used."""
 
     signature: Signature
     documents: int
@@ -56,49 +56,49 @@ class Facts(NamedTuple):
 
 @dataclass(frozen=True)
 class BinFile:
-    """A `.bin` file and the documents of it that are used (those of at least `min_length` tokens).
+    """A `.bin` file and its documents of at least `min_length` tokens, the ones that are used.
 
-    With `facts` it is known to be right, and to be another if its signature is.
+    With `facts` the pair has been examined; if its signature differs from theirs, it has changed since.
     """
 
     path: Path
-    name: str  # relative to the data folder, POSIX style; what logs and data orders show
+    name: str  # relative to the data folder, POSIX style; shown in logs and data orders
     min_length: int = 0
     facts: Facts | None = None
 
-    def examined(self) -> "BinFile":
-        """This file with its facts; nothing else is kept. Raises: DataError for a pair that is not right."""
+    def examine(self) -> "BinFile":
+        """This file with its facts, without cached arrays. Raises: DataError for a faulty pair."""
         try:
-            signature = Signature.of(self.path)
+            signature = Signature.read(self.path)
         except OSError:
-            signature = None  # `check` knows what to say of it
+            signature = None  # `check` raises the appropriate error
         fresh = BinFile(self.path, self.name, self.min_length)
         fresh.check()
         if signature is None:
-            raise DataError(f"{self.name} has appeared just now", where=str(self.path), do="start again")
+            raise DataError(f"{self.name} appeared while it was examined", where=str(self.path), do="start again")
         facts = Facts(signature, fresh.num_documents, fresh.num_tokens, fresh.identity())
         return BinFile(self.path, self.name, self.min_length, facts)
 
     @cached_property
-    def whole_table(self) -> tuple[Int64s, Int64s]:
-        """(byte offsets, token counts), one entry a document of the file, used or not."""
+    def full_table(self) -> tuple[Int64s, Int64s]:
+        """(byte offsets, token counts), int64 [n] each, of all documents of the file, used or not."""
         try:
             return read_meta(self.path)
         except (DataError, OSError):
-            self.check_unchanged()  # if it has changed just now, that is what to say
+            self.check_unchanged()  # a change of the file during the run is the better explanation
             raise
 
     @cached_property
     def kept(self) -> npt.NDArray[np.int64] | None:
-        """Which rows of the meta are used; None for all."""
-        lengths = self.whole_table[1]
+        """Rows of the meta that are used; None for all."""
+        lengths = self.full_table[1]
         keep = lengths >= self.min_length
         return None if keep.all() else np.flatnonzero(keep)
 
     @cached_property
     def table(self) -> tuple[Int64s, Int64s]:
-        """(byte offsets, token counts), one entry a document that is used."""
-        offsets, lengths = self.whole_table
+        """(byte offsets, token counts), int64 [n] each, of the documents that are used."""
+        offsets, lengths = self.full_table
         return (offsets, lengths) if self.kept is None else (offsets[self.kept], lengths[self.kept])
 
     @property
@@ -118,7 +118,7 @@ class BinFile:
         return self.facts.tokens if self.facts else int(self.lengths.sum())
 
     def identity(self) -> bytes:
-        """sha256 over the size, the ends of the text, the whole meta and min_length. Reads 8 KiB of the text.
+        """sha256 over size, first and last 4 KiB of the text, the complete meta, and min_length.
 
         Raises: DataError: the text or the meta cannot be read.
         """
@@ -134,14 +134,14 @@ class BinFile:
         return hashlib.sha256(f"{size} {self.min_length}\0".encode() + ends + meta).digest()
 
     def open(self) -> BinaryIO:
-        """The text, unbuffered. Opened for each use: folders of more files than a process may hold open are common.
+        """The text, unbuffered. Opened for each use, as a folder may have more files than a process may open.
 
-        Raises: DataError: a dangling link, no permission; or it is not the file any more that `facts` are of.
+        Raises: DataError for a dangling link, missing permission, or a file that changed since it was examined.
         """
         return self._open(self.path, self.facts and self.facts.signature[:2])
 
     def open_meta(self) -> BinaryIO:
-        """The meta, likewise."""
+        """The meta, as `open` opens the text."""
         return self._open(meta_path(self.path), self.facts and self.facts.signature[2:])
 
     def _open(self, path: Path, known: tuple[int, ...] | None) -> BinaryIO:
@@ -153,31 +153,31 @@ class BinFile:
             stat = os.fstat(f.fileno())
             if (stat.st_size, stat.st_mtime_ns) != known:
                 f.close()
-                raise self.changed(path, f"it had {known[0]:,} bytes, and has {stat.st_size:,}")
+                raise self.changed_error(path, f"it had {known[0]:,} bytes and now has {stat.st_size:,}")
         return f
 
     def check_unchanged(self) -> None:
-        """Raises: DataError if the text is not the file any more that `facts` are of."""
+        """Raises: DataError if the text changed since it was examined."""
         try:
             stat = os.stat(self.path)
         except OSError as e:
             raise DataError(f"{self.name} cannot be read: {e.strerror}", where=str(self.path)) from None
         known = self.facts and self.facts.signature[:2]
         if known and (stat.st_size, stat.st_mtime_ns) != known:
-            raise self.changed(self.path, f"it had {known[0]:,} bytes, and has {stat.st_size:,}")
+            raise self.changed_error(self.path, f"it had {known[0]:,} bytes and now has {stat.st_size:,}")
 
-    def changed(self, path: Path, how: str) -> DataError:
+    def changed_error(self, path: Path, how: str) -> DataError:
         return DataError(
             f"{path.name} has changed since it was indexed: {how}",
             where=str(path),
-            why="its documents would be read from wrong places, or would be others than the run has counted",
-            do="put the file back as it was, or start the command again to take the data as they are now",
+            why="documents would be read from wrong offsets, or would differ from those that the run has counted",
+            do="restore the file, or start the command again to use the data as they are now",
         )
 
     def check(self) -> None:
-        """Raise DataError unless the text can be opened and ends where the meta says its last document ends."""
+        """Check that the text can be opened and ends where the last document of the meta ends. Raises: DataError."""
         with self.open() as f:
-            offsets = self.whole_table[0]
+            offsets = self.full_table[0]
             last, end, closed = 0, 0, True
             if len(offsets):
                 last = int(offsets[offsets.argmax()])
@@ -192,16 +192,16 @@ class BinFile:
             )
         if beyond is not None:
             raise DataError(
-                "the .bin goes on after the last document of its meta",
+                "the .bin continues after the last document of its meta",
                 where=f"{self.path}:{beyond}",
                 why="the meta is older than the text, or belongs to another file",
-                do="make the meta from the text (xtuner data check FOLDER --fix-meta), or write the file again",
+                do="rebuild the meta from the text (xtuner data check FOLDER --fix-meta), or write the file again",
             )
 
     def read_document(self, document: int, vocab_size: int | None = None) -> Int64s:
         """Signed tokens of one document, int64 [length].
 
-        Raises: DataError if the line is not what the format and the meta say, or an id is not below `vocab_size`.
+        Raises: DataError if the line contradicts the format or the meta, or an id is not below `vocab_size`.
         """
         offset, length = int(self.offsets[document]), int(self.lengths[document])
         with self.open() as f:
@@ -224,10 +224,10 @@ class BinFile:
     def check_document(
         self, tokens: Int64s, document: int, offset: int, length: int, vocab_size: int | None = None
     ) -> None:
-        """Raises: DataError if a document has another number of tokens than its meta says, or an id that is none."""
+        """Raises: DataError if the number of tokens differs from the meta, or an id is not below `vocab_size`."""
         where = f"{self.path}:{offset} (document {document})"
         if len(tokens) != length:
-            raise self.wrong_count(len(tokens), length, where)
+            raise self.count_error(len(tokens), length, where)
         self.check_ids(tokens, where, vocab_size)
 
     def check_ids(self, tokens: Int64s, where: str, vocab_size: int | None) -> None:
@@ -236,26 +236,28 @@ class BinFile:
             raise DataError(
                 f"token id {largest} is outside the vocabulary of {vocab_size}",
                 where=where,
-                why="the data were made with another tokenizer than the model's",
-                do="tokenize the text again with the model's tokenizer, or take the model that belongs to the data",
+                why="the data were tokenized with a tokenizer other than the model's",
+                do="tokenize the text again with the model's tokenizer, or use the model that belongs to the data",
             )
 
-    def wrong_count(self, found: int, length: int, where: str) -> DataError:
+    def count_error(self, found: int, length: int, where: str) -> DataError:
         return DataError(
             f"a document has {found} tokens, its meta says {length}",
             where=where,
-            why="every pack after it in this file would be shifted",
-            do="write the file again, or make its meta from the text: xtuner data check FOLDER --fix-meta",
+            why="all following packs of this file would be shifted",
+            do="write the file again, or rebuild its meta from the text: xtuner data check FOLDER --fix-meta",
         )
 
 
 def read_line(f: BinaryIO, offset: int, length: int, most: int | None = None) -> bytes:
-    """Bytes from `offset` to the end of that line, or of the file; not many more than `most` of them.
+    """Bytes from `offset` to the end of that line or of the file.
 
-    `length`: tokens it should hold.
+    Args:
+        length: expected number of tokens, from which the first read is sized.
+        most: stop soon after this many bytes.
     """
     f.seek(offset)
-    size = 64 + 8 * length  # most lines fit: 6 digits, a comma and a space a token
+    size = 64 + 8 * length  # enough for most lines: 6 digits, a comma and a space per token
     size = size if most is None else min(size, most + 1)
     parts: list[bytes] = []
     total = 0
@@ -273,7 +275,7 @@ def read_line(f: BinaryIO, offset: int, length: int, most: int | None = None) ->
 
 
 def _line_end(f: BinaryIO, offset: int) -> tuple[int, bool]:
-    """(where the line that begins at `offset` ends, whether a `}` closes it). Holds a part of the line at a time."""
+    """(end of the line that begins at `offset`, whether it ends with `}`). Reads a chunk of the line at a time."""
     f.seek(offset)
     last = b""
     while chunk := f.read(_CHUNK):
@@ -287,7 +289,7 @@ def _line_end(f: BinaryIO, offset: int) -> tuple[int, bool]:
 
 
 def _find_text(f: BinaryIO, offset: int) -> int | None:
-    """Where the first byte that is no white space stands, from `offset` on."""
+    """Offset of the first byte from `offset` on that is not white space."""
     f.seek(offset)
     while chunk := f.read(_CHUNK):
         if text := chunk.lstrip():

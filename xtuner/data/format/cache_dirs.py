@@ -1,7 +1,7 @@
-"""Where what is made of a data folder is kept: beside it, where that can be written, else in a folder of the user's.
+"""Directories for the caches of a data folder: next to the data if that is writable, else the user's cache folder.
 
-Nothing here is needed: whatever is absent, torn, old or cannot be written is made again or done without. Files appear
-whole under their names, and never change afterwards: whoever has one mapped keeps what was in it.
+Caches are optional: one that is absent, damaged, outdated or cannot be written is rebuilt or done without. A cache file
+is complete from the moment it has its name and never changes afterwards, so that mappings of it stay valid.
 """
 
 import contextlib
@@ -17,18 +17,19 @@ from typing import IO, Any
 from xtuner.core.files import atomic_file, user_cache_dir
 from xtuner.core.foreign_inputs import check_regular
 from xtuner.core.log import logger
-from xtuner.data.format.file_order import CACHE
+from xtuner.data.format.file_order import CACHE_FOLDER
 
 VARIABLE = "XTUNER_DATA_CACHE"
-_told: set[str] = set()
-_telling = threading.Lock()  # two threads read packs
+_logged: set[str] = set()
+_log_lock = threading.Lock()  # two threads read packs
 
 
-def tell_once(text: str, level: Callable[[str], None] = logger.warning) -> None:
-    with _telling:
-        if text in _told:
+def log_once(text: str, level: Callable[[str], None] = logger.warning) -> None:
+    """Log a text at its first occurrence in this process."""
+    with _log_lock:
+        if text in _logged:
             return
-        _told.add(text)
+        _logged.add(text)
     level(text)
 
 
@@ -37,8 +38,8 @@ class Opening:
     """How a run opens its data folders.
 
     Args:
-        cache_dir: of `--cache-dir`, before what a config says.
-        read_only: look at caches, write none.
+        cache_dir: value of `--cache-dir`, which overrides the config's.
+        read_only: use existing caches, write none.
         known: what another rank has found (open_on_ranks.py).
     """
 
@@ -47,13 +48,13 @@ class Opening:
     known: Mapping[str, Any] | None = None
 
 
-class Place:
-    """The folders in which caches of one data folder may lie.
+class CacheDirs:
+    """The directories that may contain caches of one data folder, in order of preference.
 
     Args:
-        cache_dir: the one place to use; None for $XTUNER_DATA_CACHE, else beside the data, else the user's cache
-            folder.
-        read_only: look at caches, write none.
+        cache_dir: the only directory to use; None for $XTUNER_DATA_CACHE, else next to the data, else the user's
+            cache folder.
+        read_only: use existing caches, write none.
     """
 
     def __init__(self, folder: Path, cache_dir: str | Path | None = None, read_only: bool = False) -> None:
@@ -66,16 +67,16 @@ class Place:
         if given:
             self.dirs = [Path(os.path.expanduser(given)) / own]
         else:
-            self.dirs = [folder / CACHE, user_cache_dir() / "data" / own]
+            self.dirs = [folder / CACHE_FOLDER, user_cache_dir() / "data" / own]
 
     def candidates(self, name: str) -> Iterator[Path]:
-        """Files of this name that are there."""
+        """Existing cache files of this name."""
         return (d / name for d in self.dirs if os.path.isfile(d / name))
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until nobody else builds here, as far as the file system can tell: without locks the work is done twice,
-        and the last of two equal files stays."""
+    def locked(self) -> Iterator[None]:
+        """Exclude other processes that build caches here. Where the file system has no locks, two processes may build
+        the same file; both results are equal, and the last one stays."""
         with contextlib.ExitStack() as stack:
             for folder in self.dirs:
                 try:
@@ -88,15 +89,16 @@ class Place:
                     try:
                         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:
-                        logger.info(f"another process builds the index of {self.folder}: waiting for it")
+                        logger.info(f"another process is building the index of {self.folder}: waiting for it")
                         fcntl.flock(lock, fcntl.LOCK_EX)
                 break
             yield
 
     def write(self, name: str, fill: Callable[[IO[bytes]], Any], what: str, quiet: bool = False) -> Path | None:
-        """Write a file by `fill` in the first folder that takes it. Returns where; None, told once, if none does.
+        """Write a file with `fill` to the first directory where that works. Returns its path; None, logged once, if
+        it works nowhere.
 
-        `failures` says afterwards why folders did not take it. Raises: what `fill` raises, but OSError.
+        Sets `failures`, one reason per directory. Raises: what `fill` raises, except OSError.
         """
         self.failures = []
         if self.read_only:
@@ -109,9 +111,10 @@ class Place:
             except OSError as e:
                 self.failures.append(f"{folder}: {e.strerror or e}")
                 continue
-            if folder != self.folder / CACHE:
-                tell_once(f"caches of {self.folder} are kept in {folder}", logger.info)
+            if folder != self.folder / CACHE_FOLDER:
+                log_once(f"caches of {self.folder} are kept in {folder}", logger.info)
             return folder / name
         if not quiet:
-            tell_once(f"{what} is not kept: each start makes it again ({'; '.join(self.failures)}); give a --cache-dir")
+            why = "; ".join(self.failures)
+            log_once(f"{what} cannot be cached and is rebuilt at each start ({why}); give a writable --cache-dir")
         return None

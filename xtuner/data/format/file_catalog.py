@@ -1,11 +1,10 @@
-"""What is known of the files of a folder: names, sizes and times, documents, tokens, identities. 0.1 kB a file.
+"""What is known about the files of a folder: names, sizes and times, documents, tokens, identities. 0.1 kB a file.
 
-It is kept so that a start only asks the file system for sizes and times: files that have not changed are known to be
-right. Kept as arrays: folders of a hundred thousand files are common, and every rank holds this.
+The catalog is cached, so that a start only reads sizes and times from the file system: unchanged files need no second
+examination. It is kept as arrays, because folders of a hundred thousand files are common and every rank holds one.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,42 +13,54 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xtuner.core.foreign_inputs import short_repr
 from xtuner.data.format.bin_file import BinFile, Facts, Signature
+from xtuner.data.format.cache_file import DAMAGED, HEADER_BYTES, CacheFormat
 
-VERSION = 1
-MAGIC = b"xtuner data index\n"
-HEADER = 4096
-FILE_BYTES = 8 * 8 + 32  # of a file's numbers and identity
-COLUMNS = 8  # size, time, meta size, meta time, documents, tokens, where the file's table begins, its checksum
+FORMAT = CacheFormat("version", 1, magic=b"xtuner data index\n")
+SIGNATURE = np.dtype([(name, "<i8") for name in Signature._fields])
+# One record a file. `order_begin` and `order_crc32` belong to the index of one seed, see packing/document_order.py.
+RECORD = np.dtype([
+    ("signature", SIGNATURE), ("documents", "<i8"), ("tokens", "<i8"), ("order_begin", "<i8"), ("order_crc32", "<i8"),
+])  # fmt: skip
+IDENTITY_BYTES = 32
+Records = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """Files in order; row i of each array is of file i."""
+    """Files in order; entry i of each array belongs to file i."""
 
     names: list[str]
-    numbers: npt.NDArray[np.int64]  # [files, COLUMNS]
+    records: Records  # RECORD [files]
     identities: npt.NDArray[np.uint8]  # [files, 32]
+
+    @classmethod
+    def empty(cls, names: list[str]) -> "Catalog":
+        """Of files about which nothing is known yet."""
+        return cls(names, np.zeros(len(names), RECORD), np.zeros((len(names), IDENTITY_BYTES), np.uint8))
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def documents(self) -> npt.NDArray[np.int64]:
-        return self.numbers[:, 4]
+        return self.records["documents"]
 
     @property
     def tokens(self) -> npt.NDArray[np.int64]:
-        return self.numbers[:, 5]
+        return self.records["tokens"]
 
     def file(self, i: int, folder: Path, min_length: int) -> BinFile:
-        row = self.numbers[i].tolist()
-        facts = Facts(Signature(*row[:4]), row[4], row[5], self.identities[i].tobytes())
+        signature, documents, tokens, _, _ = self.records[i].item()
+        facts = Facts(Signature(*signature), documents, tokens, self.identities[i].tobytes())
         return BinFile(folder / self.names[i], self.names[i], min_length, facts)
 
+    def set_facts(self, i: int, facts: Facts) -> None:
+        self.records[i] = (tuple(facts.signature), facts.documents, facts.tokens, 0, 0)
+        self.identities[i] = np.frombuffer(facts.identity, np.uint8)
+
     def select(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> "Catalog":
-        return Catalog([self.names[i] for i in rows], self.numbers[rows], self.identities[rows])
+        return Catalog([self.names[i] for i in rows], self.records[rows], self.identities[rows])
 
     def fingerprint(self) -> str:
         """Identity of the contents: size, meta, first and last bytes of each file in order. No names, no times."""
@@ -57,51 +68,38 @@ class Catalog:
 
     def body(self) -> bytes:
         names = "\0".join(self.names).encode(errors="surrogateescape")
-        return self.numbers.tobytes() + self.identities.tobytes() + names
+        return self.records.tobytes() + self.identities.tobytes() + names
 
     def key(self, **more: Any) -> str:
-        """Changes with anything in it (but tables' places) and with `more`."""
-        bare = Catalog(self.names, self.numbers.copy(), self.identities)
-        bare.numbers[:, 6:] = 0
-        return hashlib.sha256(f"{VERSION} {sorted(more.items())}".encode() + bare.body()).hexdigest()
+        """Hash of everything in the catalog except the location and checksum of orders, and of `more`."""
+        bare = Catalog(self.names, self.records.copy(), self.identities)
+        bare.records["order_begin"] = bare.records["order_crc32"] = 0
+        return hashlib.sha256(f"{FORMAT.version} {sorted(more.items())}".encode() + bare.body()).hexdigest()
 
 
-def pack(catalog: Catalog, **facts: Any) -> bytes:
-    """A catalog as the beginning of a file; `facts` are small JSON values."""
+def to_bytes(catalog: Catalog, **facts: Any) -> bytes:
+    """A catalog as the beginning of a file; `facts` are small JSON values for its header."""
     body = catalog.body()
-    head = {
-        "version": VERSION,
-        "files": len(catalog),
-        "bytes": len(body),
-        "sha256": hashlib.sha256(body).hexdigest(),
-        **facts,
-    }
-    return (MAGIC + json.dumps(head).encode()).ljust(HEADER - 1) + b"\n" + body
+    sha256 = hashlib.sha256(body).hexdigest()
+    return FORMAT.header(files=len(catalog), bytes=len(body), sha256=sha256, **facts) + body
 
 
-def unpack(data: Any) -> tuple[Catalog, dict[str, Any]]:
-    """The catalog that a file (bytes, or a map of it) begins with, and its facts.
+def from_bytes(data: Any) -> tuple[Catalog, dict[str, Any]]:
+    """The catalog at the beginning of a file (bytes, or a map of it), and the facts of its header.
 
-    Raises: ValueError, told in words, for anything that is no whole catalog of this version.
+    Raises: ValueError with a readable reason for anything else than a complete catalog of this version.
     """
-    if bytes(data[: len(MAGIC)]) != MAGIC:
-        raise ValueError("torn or no index")
-    try:
-        head: dict[str, Any] = json.loads(bytes(data[len(MAGIC) : HEADER]))
-        version, files, size = head["version"], head["files"], head["bytes"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError("torn") from None
-    if version != VERSION:
-        raise ValueError(f"of version {short_repr(version)}, not {VERSION}")
-    if not (type(files) is int and type(size) is int and 0 <= files * FILE_BYTES <= size):
-        raise ValueError("torn")
-    body = bytes(data[HEADER : HEADER + size])
+    head = FORMAT.read_header(data)
+    files, size = head.get("files"), head.get("bytes")
+    if not (type(files) is int and type(size) is int and 0 <= files * (RECORD.itemsize + IDENTITY_BYTES) <= size):
+        raise ValueError(DAMAGED)
+    body = bytes(data[HEADER_BYTES : HEADER_BYTES + size])
     if len(body) != size or hashlib.sha256(body).hexdigest() != head.get("sha256"):
-        raise ValueError("torn")
-    table = files * COLUMNS * 8
-    numbers = np.frombuffer(body, np.int64, files * COLUMNS).reshape(files, COLUMNS)
-    identities = np.frombuffer(body, np.uint8, files * 32, table).reshape(files, 32)
-    names = body[table + files * 32 :].decode(errors="surrogateescape").split("\0") if files else []
+        raise ValueError(DAMAGED)
+    end = files * RECORD.itemsize
+    records = np.frombuffer(body, RECORD, files)
+    identities = np.frombuffer(body, np.uint8, files * IDENTITY_BYTES, end).reshape(files, IDENTITY_BYTES)
+    names = body[end + files * IDENTITY_BYTES :].decode(errors="surrogateescape").split("\0") if files else []
     if len(names) != files:
-        raise ValueError("torn")
-    return Catalog(names, numbers.copy(), identities.copy()), head
+        raise ValueError(DAMAGED)
+    return Catalog(names, records.copy(), identities.copy()), head

@@ -1,7 +1,7 @@
-"""A folder of `.bin` files as one sequence: by the sorted walk, or by a data-order file.
+"""A folder of `.bin` files as one sequence, in the order of the sorted walk or of a data-order file.
 
-Files that have not changed since they were last examined are known by their sizes and times (`catalog`); all others
-are examined: the whole meta, the ends of the text.
+Files that are unchanged since they were last examined are recognised by their sizes and times (file_catalog.py); all
+others are examined: the complete meta, and the beginning and end of the text.
 """
 
 from collections import Counter
@@ -15,35 +15,37 @@ import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.core.log import logger, progress
-from xtuner.data.format import file_catalog as catalogs
-from xtuner.data.format import token_cache as tokens
+from xtuner.data.format import file_catalog
 from xtuner.data.format.bin_file import BinFile, Signature
-from xtuner.data.format.cache_dirs import Opening, Place, tell_once
-from xtuner.data.format.file_catalog import COLUMNS, Catalog
-from xtuner.data.format.file_order import no_files, read_order, require_folder, walk
+from xtuner.data.format.cache_dirs import CacheDirs, Opening, log_once
+from xtuner.data.format.file_catalog import SIGNATURE, Catalog, Records
+from xtuner.data.format.file_order import no_files_error, read_order, require_folder, walk_files
 from xtuner.data.format.text_reader import LongLines, SpanReader
+from xtuner.data.format.token_cache import TokenCache, find_token_cache
 from xtuner.data.packing import document_order
-from xtuner.data.packing.document_order import ALONE, MOST_WORKERS, Tables
-from xtuner.data.process_pool import ordered, usable_workers
+from xtuner.data.packing.document_order import MAX_WORKERS, PARALLEL_FROM, DocumentOrders
+from xtuner.data.process_pool import map_ordered, usable_workers
 
 SHOWN = 20  # problems in one message
-STATS = 256  # files whose sizes and times a thread asks for at a time
+STATS = 256  # files per task of the threads that read sizes and times
 THREADS = 16
 
 
 class TokenizedFolder:
-    """The documents of a folder of tokenized files, as a sequence of `BinFile`s without the empty ones.
+    """The documents of a folder of tokenized files, as a sequence of `BinFile`s; files without documents are left out.
 
-    A file that a data order names several times is in it as often.
+    A file that a data order names several times is contained as often.
     """
 
-    def __init__(self, folder: Path, catalog: Catalog, min_length: int, place: Place, asked: list[str]) -> None:
+    def __init__(
+        self, folder: Path, catalog: Catalog, min_length: int, cache_dirs: CacheDirs, request: list[str]
+    ) -> None:
         self.folder = folder
         self.catalog = catalog
         self.min_length = min_length
-        self.place = place
-        self.asked = asked  # how it was asked for, in words that another rank can compare
-        self.tables: Tables | None = None
+        self.cache_dirs = cache_dirs
+        self.request = request  # the arguments, for comparison with those of another rank
+        self.orders: DocumentOrders | None = None
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -78,7 +80,7 @@ class TokenizedFolder:
 
     @property
     def num_repeated(self) -> int:
-        """Files that are here more than once, as a data order may name them."""
+        """Files that the data order names more than once."""
         return sum(times > 1 for times in Counter(self.catalog.names).values())
 
     @property
@@ -96,23 +98,23 @@ class TokenizedFolder:
     def identities(self) -> Iterator[str]:
         return (bytes(row[:8]).hex() for row in self.catalog.identities)
 
-    def ordered_by(self, seed: int, small: int | None = None) -> Tables | None:
-        """The tables of this seed; see `document_order.find_or_build`."""
-        if self.tables is None or self.tables.seed != seed:
-            self.tables = document_order.find_or_build(
-                self.catalog, self.folder, self.min_length, seed, self.place, small
+    def load_orders(self, seed: int, small: int | None = None) -> DocumentOrders | None:
+        """The orders of this seed; see `document_order.find_or_build_orders`."""
+        if self.orders is None or self.orders.seed != seed:
+            self.orders = document_order.find_or_build_orders(
+                self.catalog, self.folder, self.min_length, seed, self.cache_dirs, small
             )
-        return self.tables
+        return self.orders
 
-    def order(self, i: int, seed: int) -> tuple[document_order.Rows, npt.NDArray[np.int64]]:
-        return document_order.order_of(self[i], seed)
+    def order(self, i: int, seed: int) -> tuple[document_order.RowNumbers, npt.NDArray[np.int64]]:
+        return document_order.shuffle_file(self[i], seed)
 
-    def reader(self, i: int, long: LongLines) -> tokens.TokenCache | SpanReader:
+    def reader(self, i: int, long: LongLines) -> TokenCache | SpanReader:
         file = self[i]
-        return self.token_cache(file) or SpanReader(file, long)
+        return self.find_token_cache(file) or SpanReader(file, long)
 
-    def token_cache(self, file: BinFile) -> tokens.TokenCache | None:
-        return tokens.find(file, self.place)
+    def find_token_cache(self, file: BinFile) -> TokenCache | None:
+        return find_token_cache(file, self.cache_dirs)
 
 
 def load_intern_repo_tokenized_dataset(
@@ -123,138 +125,144 @@ def load_intern_repo_tokenized_dataset(
     cache_dir: str | Path | None = None,
     opening: Opening = Opening(),  # noqa: B008
 ) -> TokenizedFolder:
-    """Index a folder of tokenized files. Of the text, only the ends of files that are not known yet are read.
+    """Index a folder of tokenized files. Of the text, only beginning and end of files that are not in the catalog are
+    read.
 
     Args:
-        folder: holds `*.bin` and `*.bin.meta`, at any depth.
-        min_length: documents with fewer tokens are left out; files that have none left, too.
-        data_order_path: a file with one relative path a line, a file as often as it is named; None for the sorted
-            walk.
+        folder: contains `*.bin` and `*.bin.meta` files, at any depth.
+        min_length: documents with fewer tokens are left out, and so are files without any other document.
+        data_order_path: a file with one relative path per line; a file named several times is used as often. None for
+            the sorted walk.
         file_type: ending of the token files.
-        cache_dir: where the index is kept; None for beside the data, or the user's cache folder if that cannot be
-            written. Little data need none.
-        opening: by the run that opens it.
+        cache_dir: where the index is cached; None for next to the data, or the user's cache folder if that is not
+            writable. Small data need no cache.
+        opening: set by the run that opens the folder.
 
-    Raises: ConfigError for a folder that is not there, DataError for files that are.
+    Raises: ConfigError if the folder does not exist, DataError for faulty files.
     """
     root = require_folder(folder)
-    place = Place(root, opening.cache_dir or cache_dir, opening.read_only)
-    asked = [str(root), str(min_length), str(data_order_path), file_type]
-    if (known := opening.known) and known["asked"] == asked and (found := _open_shared(known)):
-        whole = TokenizedFolder(root, found.catalog, min_length, place, asked)
-        whole.tables = found
+    cache_dirs = CacheDirs(root, opening.cache_dir or cache_dir, opening.read_only)
+    request = [str(root), str(min_length), str(data_order_path), file_type]
+    if (known := opening.known) and known["request"] == request and (found := _open_shared(known)):
+        whole = TokenizedFolder(root, found.catalog, min_length, cache_dirs, request)
+        whole.orders = found
         return whole
-    names = list(walk(root, file_type)) if data_order_path is None else read_order(data_order_path, root, file_type)
+    names = (
+        list(walk_files(root, file_type)) if data_order_path is None else read_order(data_order_path, root, file_type)
+    )
     if not names:
-        raise no_files(root, file_type)
-    catalog = catalog_of(root, list(dict.fromkeys(names)), min_length, place)
-    if len(names) > len(catalog):  # a data order names files more than once
+        raise no_files_error(root, file_type)
+    catalog = build_catalog(root, list(dict.fromkeys(names)), min_length, cache_dirs)
+    if len(names) > len(catalog):  # the data order names files more than once
         row = {name: i for i, name in enumerate(catalog.names)}
         catalog = catalog.select([row[name] for name in names])
     kept = np.flatnonzero(catalog.documents)
     if len(kept) < len(names):
         logger.info(f"{len(names) - len(kept)} files have no document of at least {min_length} tokens: left out")
         catalog = catalog.select(kept)
-    return TokenizedFolder(root, catalog, min_length, place, asked)
+    return TokenizedFolder(root, catalog, min_length, cache_dirs, request)
 
 
-def _open_shared(known: Mapping[str, Any]) -> Tables | None:
+def _open_shared(known: Mapping[str, Any]) -> DocumentOrders | None:
     try:
-        return Tables(Path(known["path"]), known["key"])
+        return DocumentOrders(Path(known["path"]), known["key"])
     except (OSError, ValueError):
-        return None  # not on this node: it looks itself
+        return None  # not visible on this node: the folder is walked here
 
 
-def catalog_of(folder: Path, names: list[str], min_length: int, place: Place) -> Catalog:
-    """The catalog of these files, with those examined that are not known. Raises: DataError of all that is wrong."""
-    signatures = signatures_of(folder, names)
-    catalog, fresh = _known(names, signatures, place, f"files-{min_length}.cat")
+def build_catalog(folder: Path, names: list[str], min_length: int, cache_dirs: CacheDirs) -> Catalog:
+    """The catalog of these files; those without a valid cached entry are examined. Raises: DataError that lists all
+    faulty files."""
+    signatures = read_signatures(folder, names)
+    catalog, fresh = _find_unchanged(names, signatures, cache_dirs, f"files-{min_length}.cat")
     unknown = np.flatnonzero(~fresh).tolist()
     if unknown:
-        meta_bytes = int(signatures[unknown, 2].clip(min=0).sum())
+        meta_bytes = int(signatures["meta_size"][unknown].clip(min=0).sum())
         _examine(catalog, unknown, folder, min_length, meta_bytes)
-        if int(catalog.documents.sum()) >= document_order.SMALL and not place.read_only:
-            keep(catalog, place, min_length)
+        if int(catalog.documents.sum()) >= document_order.SMALL and not cache_dirs.read_only:
+            save_catalog(catalog, cache_dirs, min_length)
     return catalog
 
 
-def keep(catalog: Catalog, place: Place, min_length: int) -> None:
-    """Write a catalog for the next start, with what older ones know of other files of the folder."""
+def save_catalog(catalog: Catalog, cache_dirs: CacheDirs, min_length: int) -> None:
+    """Write a catalog for the next start, merged with the entries of older ones for other files of the folder."""
     name = f"files-{min_length}.cat"
-    with place.alone():
-        for path in place.candidates(name):
+    with cache_dirs.locked():
+        for path in cache_dirs.candidates(name):
             try:
-                older, _ = catalogs.unpack(path.read_bytes())
+                older, _ = file_catalog.from_bytes(path.read_bytes())
             except (OSError, ValueError):
                 continue
             ours = set(catalog.names)
             others = older.select([i for i, n in enumerate(older.names) if n not in ours])
             catalog = Catalog(
                 catalog.names + others.names,
-                np.concatenate((catalog.numbers, others.numbers)),
+                np.concatenate((catalog.records, others.records)),
                 np.concatenate((catalog.identities, others.identities)),
             )
-        place.write(name, lambda f: f.write(catalogs.pack(catalog)), f"the index of {place.folder}")
+        cache_dirs.write(name, lambda f: f.write(file_catalog.to_bytes(catalog)), f"the index of {cache_dirs.folder}")
 
 
-def signatures_of(folder: Path, names: list[str]) -> npt.NDArray[np.int64]:
-    """Sizes and times, int64 [files, 4]; -1 where a file or its meta cannot be seen."""
+def read_signatures(folder: Path, names: list[str]) -> Records:
+    """Sizes and times, SIGNATURE [files]; all -1 for a file that cannot be accessed, or whose meta cannot."""
 
-    def ask(part: list[str]) -> list[tuple[int, ...]]:
+    def read(part: list[str]) -> list[Signature]:
         return [_signature(folder / name) for name in part]
 
     parts = [names[i : i + STATS] for i in range(0, len(names), STATS)]
-    with ThreadPoolExecutor(THREADS) as pool:  # a network file system answers many at once
-        found = [s for part in pool.map(ask, parts) for s in part]
-    return np.array(found, np.int64).reshape(-1, 4)
+    with ThreadPoolExecutor(THREADS) as pool:  # a network file system serves many requests at once
+        found = [s for part in pool.map(read, parts) for s in part]
+    return np.array(found, SIGNATURE)
 
 
-def _signature(path: Path) -> tuple[int, ...]:
+def _signature(path: Path) -> Signature:
     try:
-        return Signature.of(path)
+        return Signature.read(path)
     except OSError:
-        return (-1, -1, -1, -1)
+        return Signature(-1, -1, -1, -1)
 
 
-def _known(
-    names: list[str], signatures: npt.NDArray[np.int64], place: Place, cache: str
+def _find_unchanged(
+    names: list[str], signatures: Records, cache_dirs: CacheDirs, cache: str
 ) -> tuple[Catalog, npt.NDArray[np.bool_]]:
-    """What catalogs on disk know of files with these signatures; and which they know."""
-    catalog = Catalog(names, np.zeros((len(names), COLUMNS), np.int64), np.zeros((len(names), 32), np.uint8))
+    """(catalog filled from cached ones for files with these signatures, bool [files]: which were found)."""
+    catalog = Catalog.empty(names)
     fresh = np.zeros(len(names), np.bool_)
-    for path in place.candidates(cache):
+    for path in cache_dirs.candidates(cache):
         try:
-            older, _ = catalogs.unpack(path.read_bytes())
+            older, _ = file_catalog.from_bytes(path.read_bytes())
         except (OSError, ValueError) as e:
-            tell_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
+            log_once(f"the index {path} cannot be used ({getattr(e, 'strerror', None) or e}): it is rebuilt")
             continue
         where = {name: i for i, name in enumerate(older.names)}
         rows = np.array([where.get(name, -1) for name in names], np.int64)
-        same = (older.numbers[rows, :4] == signatures).all(axis=1) if len(older) else rows >= 0
+        same = older.records["signature"][rows] == signatures if len(older) else rows >= 0
         changed = int(np.count_nonzero((rows >= 0) & ~same))
         if changed:
-            logger.info(f"{changed} files of {place.folder} have changed since they were indexed: examined again")
+            logger.info(f"{changed} files of {cache_dirs.folder} have changed since they were indexed: examined again")
         take = (rows >= 0) & same & ~fresh
-        catalog.numbers[take, :6] = older.numbers[rows[take], :6]
+        catalog.records[take] = older.records[rows[take]]
         catalog.identities[take] = older.identities[rows[take]]
         fresh |= take
     return catalog, fresh
 
 
 def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int, meta_bytes: int) -> None:
-    """Read every meta of `unknown` files, of so many bytes, into the catalog; one error tells all that is wrong."""
+    """Examine the `unknown` files, whose metas have `meta_bytes` in total, and add them to the catalog.
+
+    Raises: DataError that lists all faulty files.
+    """
     files = [BinFile(folder / catalog.names[i], catalog.names[i], min_length) for i in unknown]
-    large = len(files) > 1 and meta_bytes >= 16 * ALONE
-    workers = min(usable_workers(None), MOST_WORKERS) if large else 1
+    large = len(files) > 1 and meta_bytes >= 16 * PARALLEL_FROM
+    workers = min(usable_workers(None), MAX_WORKERS) if large else 1
     problems = []
-    results = ordered(_examined, files, workers)
+    results = map_ordered(_examine_file, files, workers)
     for i, found in zip(unknown, progress(results, "reading metas", total=len(files)), strict=True):
         if isinstance(found, DataError):
             problems.append(found)
             continue
         assert found.facts is not None
-        catalog.numbers[i, :6] = *found.facts.signature, found.facts.documents, found.facts.tokens
-        catalog.identities[i] = np.frombuffer(found.facts.identity, np.uint8)
+        catalog.set_facts(i, found.facts)
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -263,11 +271,11 @@ def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int
         raise DataError(f"{len(problems)} of {len(catalog)} data files are faulty\n{shown}{more}")
 
 
-def _examined(file: BinFile) -> BinFile | DataError:
-    """For `ordered`: the file with its facts, or what is wrong with it."""
+def _examine_file(file: BinFile) -> BinFile | DataError:
+    """For `map_ordered`: the file with its facts, or the error."""
     try:
-        return file.examined()
+        return file.examine()
     except DataError as e:
         return e
-    except OSError as e:  # it has gone meanwhile
+    except OSError as e:  # the file was removed meanwhile
         return DataError(f"{file.name} cannot be read: {e.strerror}", where=str(file.path))

@@ -1,4 +1,4 @@
-"""A `.bin.meta`: an npy array of integers, one row a document of the text beside it: byte offset, …, token count."""
+"""`.bin.meta` files: an npy array of integers, one row per document of the `.bin`: byte offset, …, token count."""
 
 import bisect
 import math
@@ -14,7 +14,7 @@ from xtuner.core.errors import DataError
 from xtuner.core.foreign_inputs import open_regular, short_repr
 from xtuner.data.format.parse_tokens import Int64s
 
-LEAST_BYTES = 2  # of a token in the text: a digit, and a comma or bracket
+MIN_TOKEN_BYTES = 2  # of a token in the text: a digit, and a comma or bracket
 
 
 def meta_path(path: Path) -> Path:
@@ -24,8 +24,8 @@ def meta_path(path: Path) -> Path:
 def read_meta(path: Path) -> tuple[Int64s, Int64s]:
     """(byte offsets, token counts) of all documents of `path`, read from `path`.meta, int64 [n] each.
 
-    The array has at least two columns: the first is the offset, the last the count. Raises: DataError when the meta
-    is missing, is no such array, or cannot belong to this file.
+    The array has at least two columns; the first is the offset, the last the count. Raises: DataError if the meta is
+    missing, is not such an array, or cannot belong to this file.
     """
     array = _load(path)
     if array.size == 0:
@@ -38,24 +38,24 @@ def read_meta(path: Path) -> tuple[Int64s, Int64s]:
 
 
 def _remedy(path: Path) -> str:
-    return f"write {path.name} again, or make a new meta from its text: xtuner data check FOLDER --fix-meta"
+    return f"write {path.name} again, or rebuild the meta from its text: xtuner data check FOLDER --fix-meta"
 
 
-class Header(NamedTuple):
-    """Of an npy file. Read without numpy's own reader, which compiles it as Python, and that fails at times when two
-    threads do it at once (CPython 3.11)."""
+class NpyHeader(NamedTuple):
+    """Header of an npy file. numpy's own reader is not used: it compiles the header as Python code, which can fail when
+    two threads do so at once (CPython 3.11)."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     by_column: bool
-    begin: int  # byte at which the numbers begin
+    begin: int  # byte offset of the numbers
 
     @classmethod
-    def of(cls, f: BinaryIO) -> "Header":
-        """Raises: ValueError for what is no npy file of plain numbers."""
+    def read(cls, f: BinaryIO) -> "NpyHeader":
+        """Raises: ValueError for anything else than an npy file of plain numbers."""
         start = f.read(12)
         if start[:6] != b"\x93NUMPY" or len(start) < 12:
-            raise ValueError("it does not begin as one")
+            raise ValueError("it does not begin like one")
         size, begin = (2, 10) if start[6] == 1 else (4, 12)
         length = int.from_bytes(start[8 : 8 + size], "little")
         f.seek(begin)
@@ -64,18 +64,18 @@ class Header(NamedTuple):
         order = re.search(r"'fortran_order': *(True|False)", text)
         shape = re.search(r"'shape': *\(([\d, ]*)\)", text)
         if not (descr and order and shape):
-            raise ValueError("its header is torn, or it holds no plain numbers")
+            raise ValueError("its header is damaged, or it does not contain plain numbers")
         dtype = np.dtype(descr[1])
         if dtype.hasobject:
-            raise ValueError("it holds a pickle")
+            raise ValueError("it contains a pickle")
         if dtype.kind not in "iufb":
-            raise ValueError(f"it holds {dtype}, not numbers")
+            raise ValueError(f"it contains {dtype}, not numbers")
         sizes = tuple(int(word) for word in shape[1].replace(",", " ").split())
         return cls(sizes, dtype, order[1] == "True", begin + length)
 
 
 def _load(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
-    """The array of a meta. Raises: DataError when it is missing or none that a meta may be."""
+    """The array of a meta. Raises: DataError if it is missing or not a valid meta."""
     meta = meta_path(path)
     if not os.path.exists(meta):  # Path.exists raises for a name that is too long
         raise DataError(
@@ -86,7 +86,7 @@ def _load(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
         )
     try:
         with open_regular(meta) as f:
-            shape, dtype, by_column, begin = Header.of(f)
+            shape, dtype, by_column, begin = NpyHeader.read(f)
             count = math.prod(shape)
             size = os.fstat(f.fileno()).st_size
             if size != (right := begin + count * dtype.itemsize):
@@ -109,9 +109,9 @@ def _load(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
 
 
 class MetaView:
-    """A meta mapped, for tools that go through it a part at a time.
+    """A mapped meta, for tools that process it in blocks.
 
-    Raises: DataError as `read_meta` does, for what can be told without reading it all.
+    Raises: DataError as `read_meta` does, for errors that show without reading the complete array.
     """
 
     ROWS = 2**20
@@ -128,7 +128,7 @@ class MetaView:
         return len(self.offsets)
 
     def check(self) -> None:
-        """Raises: DataError for rows that cannot be of this text. Sets `in_order`."""
+        """Raises: DataError for rows that cannot belong to this text. Sets `in_order`."""
         size = self.path.stat().st_size
         self.in_order = True
         before = -1
@@ -142,7 +142,7 @@ class MetaView:
             before = int(offsets[-1])
 
     def between(self, begin: int, end: int) -> npt.NDArray[np.int64]:
-        """Rows (offset, count) of lines that begin in these bytes, int64 [n, 2]; of a meta in order."""
+        """Rows (offset, count) of lines that begin in this byte range, int64 [n, 2]. The meta must be in order."""
         first, last = (bisect.bisect_left(self.offsets, at) for at in (begin, end))
         return np.stack((self.offsets[first:last], self.lengths[first:last]), axis=1).astype(np.int64)
 
@@ -154,7 +154,7 @@ def _check_meta(
         raise DataError(
             "byte offsets have overflowed 32 bits",
             where=str(meta),
-            why="an int32 meta cannot describe a file beyond 2 GiB; documents would be read from wrong places",
+            why="an int32 meta cannot describe a file beyond 2 GiB; documents would be read from wrong offsets",
             do=remedy,
         )
     if lengths.min() < 0:
@@ -167,7 +167,7 @@ def _check_meta(
             why="the .bin is cut short, or the meta belongs to another file",
             do=remedy,
         )
-    out = np.flatnonzero(lengths > (size - offsets) // LEAST_BYTES)
+    out = np.flatnonzero(lengths > (size - offsets) // MIN_TOKEN_BYTES)
     if len(out):
         raise DataError(
             f"document {first + int(out[0])} has {int(lengths[out[0]]):,} tokens by its meta, and the .bin has "
@@ -179,11 +179,11 @@ def _check_meta(
 
 
 def _check_total(path: Path, tokens: int, size: int) -> None:
-    """Rows that are used twice count tokens that are not there, without end."""
-    if tokens > size // LEAST_BYTES:
+    """Reject a meta whose token counts together cannot fit into the text, such as one with repeated rows."""
+    if tokens > size // MIN_TOKEN_BYTES:
         raise DataError(
             f"the meta counts at least {tokens:,} tokens, and the .bin has {size:,} bytes",
             where=str(meta_path(path)),
-            why="a token takes at least 2 bytes: the meta belongs to another file, or has rows twice",
+            why="a token takes at least 2 bytes: the meta belongs to another file, or repeats rows",
             do=_remedy(path),
         )

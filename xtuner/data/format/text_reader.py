@@ -1,7 +1,8 @@
-"""Tokens of parts of documents, read from the text of a `.bin` by the rows of its meta.
+"""Reads tokens of parts of documents from the text of a `.bin`, located by the rows of its meta.
 
-A pack takes parts of some dozens of documents. Their lines are read one by one and parsed together. A document longer
-than `LONG` is never read whole: where its commas stand is noted once, and each pack reads what it needs.
+A pack contains parts of some dozens of documents. Their lines are read one by one and parsed together. A document
+longer than `LONG` tokens is never read completely: its commas are counted once per block of bytes, after which each
+pack reads only the blocks that it needs.
 """
 
 import bisect
@@ -17,18 +18,18 @@ import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.data.format.bin_file import BinFile, read_line
-from xtuner.data.format.meta import Header
+from xtuner.data.format.meta import NpyHeader
 from xtuner.data.format.parse_tokens import HEADS, Int64s, parse_line, parse_lines, parse_list
 
 LONG = 2**15  # tokens
-BLOCK = 2**18  # bytes between two notes in a long line
-ODD_LINE = 2**26  # bytes; a longer line has to be in the usual form
+BLOCK = 2**18  # bytes of a long line between two entries of its comma index
+MAX_ODD_LINE = 2**26  # bytes; a longer line must be in the usual form (parse_tokens.py)
 _TWO_ROWS = struct.Struct("<4q")
 _TAIL = (b"}", b"}\n", b"}\r\n")
 
 
 class Span(NamedTuple):
-    """Tokens `start` to `stop` of a document: its row in the meta, of `length` tokens."""
+    """Tokens `start` to `stop` of the document in this row of the meta, which has `length` tokens."""
 
     row: int
     start: int
@@ -36,29 +37,29 @@ class Span(NamedTuple):
     length: int
 
 
-class Places(NamedTuple):
-    """Spans as arrays [n], one entry each; the last one is not empty."""
+class SpanArrays(NamedTuple):
+    """n spans as arrays [n]; the last span is not empty."""
 
     rows: npt.NDArray[np.uint32]
     starts: Int64s
     stops: Int64s
     lengths: Int64s
 
-    def spans(self) -> list[Span]:
+    def as_list(self) -> list[Span]:
         return list(map(Span, *(array.tolist() for array in self)))
 
 
-class Rows:
-    """Single rows of a meta, without the others: byte offset, token count, and where the next row's line begins."""
+class MetaRows:
+    """Reads single rows of a meta: (byte offset, token count, byte offset of the next row's line or -1)."""
 
     def __init__(self, meta: BinaryIO, file: BinFile) -> None:
-        header = Header.of(meta)
+        header = NpyHeader.read(meta)
         self.dtype, self.begin = header.dtype, header.begin
         self.rows, self.columns = header.shape
-        self.whole = file.whole_table if header.by_column else None
+        self.whole = file.full_table if header.by_column else None
         self.usual = self.dtype == np.dtype("<i8") and self.columns == 2
 
-    def of(self, meta: BinaryIO, row: int) -> tuple[int, int, int]:
+    def read(self, meta: BinaryIO, row: int) -> tuple[int, int, int]:
         if self.whole is not None:
             after = int(self.whole[0][row + 1]) if row + 1 < self.rows else -1
             return int(self.whole[0][row]), int(self.whole[1][row]), after
@@ -79,9 +80,10 @@ class Rows:
 
 @dataclass
 class LongLine:
-    """A long document in the usual form: after how many commas which byte stands. Or `tokens`, in any other form."""
+    """Index of a long document in the usual form: `commas[i]` commas precede byte `bytes[i]`. For a document in any
+    other form its `tokens` instead."""
 
-    end: int = 0  # where the closing bracket stands
+    end: int = 0  # byte offset of the closing bracket
     commas: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
     tokens: Int64s | None = None
@@ -92,14 +94,14 @@ class LongLine:
 
 
 class LongLines:
-    """The notes of the last long documents that were read.
+    """Indexes of the long documents read last.
 
-    `held` is replaced, never changed: threads need no lock, and at worst forget an entry. Bounded, since a corpus of
-    books has a long document in every line.
+    `held` is replaced, never modified: threads need no lock, and at worst lose an entry. Bounded, because in a corpus
+    of books every line is a long document.
     """
 
-    MOST = 512
-    MOST_BYTES = 2**26  # together; a single document may be larger
+    MAX_LINES = 512
+    MAX_BYTES = 2**26  # of all entries; a single one may be larger
 
     def __init__(self) -> None:
         self.held: dict[Any, LongLine] = {}
@@ -107,70 +109,72 @@ class LongLines:
     def find(self, key: Any) -> LongLine | None:
         return self.held.get(key)
 
-    def keep(self, key: Any, line: LongLine) -> None:
+    def add(self, key: Any, line: LongLine) -> None:
         held, size = {key: line}, line.nbytes
         for other, entry in self.held.items():
             size += entry.nbytes
-            if size <= self.MOST_BYTES and len(held) < self.MOST and other != key:
+            if size <= self.MAX_BYTES and len(held) < self.MAX_LINES and other != key:
                 held[other] = entry
         self.held = held
 
 
 class SpanReader:
-    """Reads spans of one file's documents from its text."""
+    """Reads spans of one file's documents from its text; see `Reader` in packing/document_source.py."""
 
-    id_offset = 0  # of the format, in which id 0 is never learned
+    id_offset = 0  # the format cannot mark id 0 as learned
 
     def __init__(self, file: BinFile, long: LongLines) -> None:
         self.file = file
         self.long = long
-        self._rows: Rows | None = None
+        self._rows: MetaRows | None = None
 
-    def read(self, places: Places, vocab_size: int | None = None) -> tuple[Int64s, int | None]:
-        """Signed tokens of spans, end to end, and the token after the last one in its document.
+    def read(self, span_arrays: SpanArrays, vocab_size: int | None = None) -> tuple[Int64s, int | None]:
+        """(signed tokens of the spans end to end, the token after the last one in its document or None).
 
-        All but the first and the last span are whole documents. Raises: DataError if a line is not what the format and
-        the meta say, an id is not below `vocab_size`, or a file is not what it was.
+        All spans except the first and the last are complete documents. Raises: DataError if a line contradicts the
+        format or the meta, an id is not below `vocab_size`, or a file changed since it was examined.
         """
-        spans = [span for span in places.spans() if span.start < span.stop]
+        spans = [span for span in span_arrays.as_list() if span.start < span.stop]
         try:
             parts = self._parts(spans, vocab_size)
         except DataError:
-            self.file.check_unchanged()  # if it has changed just now, that is what to say
+            self.file.check_unchanged()  # a change of the file during the run is the better explanation
             raise
-        goes_on = spans[-1].stop < spans[-1].length
+        continues = spans[-1].stop < spans[-1].length
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return (tokens[:-1], int(tokens[-1])) if goes_on else (tokens, None)
+        return (tokens[:-1], int(tokens[-1])) if continues else (tokens, None)
 
     def _parts(self, spans: list[Span], vocab_size: int | None) -> list[Int64s]:
         with self.file.open() as text, self.file.open_meta() as meta:
             if self._rows is None:
-                self._rows = Rows(meta, self.file)
+                self._rows = MetaRows(meta, self.file)
             rows = [self._row(meta, span) for span in spans]
             parts = []
-            ends = (0, len(spans) - 1)  # those between are whole documents, and read with their neighbours
+            ends = (0, len(spans) - 1)  # spans between are complete documents, read together with their neighbours
             for is_long, group in groupby(range(len(spans)), lambda i: i in ends and spans[i].length > LONG):
                 numbers = list(group)
                 if is_long:
-                    parts += [self._part(text, rows[i], spans[i], vocab_size) for i in numbers]
+                    parts += [self._read_long(text, rows[i], spans[i], vocab_size) for i in numbers]
                 else:
                     taken = slice(numbers[0], numbers[-1] + 1)
-                    parts.append(self._whole(text, rows[taken], spans[taken], vocab_size))
+                    parts.append(self._read_short(text, rows[taken], spans[taken], vocab_size))
             return parts
 
     def _row(self, meta: BinaryIO, span: Span) -> tuple[int, int]:
-        """(byte offset, bytes up to the next row's line, 0 if that is not known)."""
+        """(byte offset, bytes up to the next row's line or 0 if unknown)."""
         assert self._rows is not None
-        offset, length, after = self._rows.of(meta, span.row)
+        offset, length, after = self._rows.read(meta, span.row)
         if length != span.length or offset < 0:
-            raise self.file.changed(self.file.path, f"row {span.row} of its meta says {length}, not {span.length}")
+            raise self.file.changed_error(
+                self.file.path, f"row {span.row} of its meta says {length}, not {span.length}"
+            )
         size = after - offset
         return offset, size if 0 < size <= 64 + 16 * length else 0
 
-    def _whole(
+    def _read_short(
         self, text: BinaryIO, rows: list[tuple[int, int]], spans: Sequence[Span], vocab_size: int | None
     ) -> Int64s:
-        """The spans' documents parsed together, cut to the spans and the token after the last."""
+        """The documents parsed together, cut to the spans plus the token after the last."""
         fd = text.fileno()
         lines = []
         for (offset, size), span in zip(rows, spans, strict=True):
@@ -194,28 +198,28 @@ class SpanReader:
         last = spans[-1]
         return tokens[spans[0].start : len(tokens) - max(last.length - last.stop - 1, 0)]
 
-    def _part(self, text: BinaryIO, row: tuple[int, int], span: Span, vocab_size: int | None) -> Int64s:
-        """A span of a long document, and the token after it if there is one."""
+    def _read_long(self, text: BinaryIO, row: tuple[int, int], span: Span, vocab_size: int | None) -> Int64s:
+        """A span of a long document, plus the token after it if there is one."""
         offset, key = row[0], (self.file.name, span.row)
         line = self.long.find(key)
         if line is None:
-            line = self._note(text, offset, span)
-            self.long.keep(key, line)
+            line = self._index_line(text, offset, span)
+            self.long.add(key, line)
         stop = min(span.stop + 1, span.length)
         if line.tokens is not None:
             tokens = line.tokens[span.start : stop]
         else:
-            tokens = self._cut(text, line, span.row, span.start, stop, f"{self.file.path}:{offset}")
+            tokens = self._read_indexed(text, line, span.row, span.start, stop, f"{self.file.path}:{offset}")
         if len(tokens) != stop - span.start:
-            raise self._not_the_same(span.row)
+            raise self._content_error(span.row)
         self.file.check_ids(tokens, f"{self.file.path}:{offset} (document {span.row})", vocab_size)
         return tokens
 
-    def _not_the_same(self, row: int) -> DataError:
-        return self.file.changed(self.file.path, f"document {row} does not hold what it held")
+    def _content_error(self, row: int) -> DataError:
+        return self.file.changed_error(self.file.path, f"document {row} has other contents than before")
 
-    def _note(self, text: BinaryIO, offset: int, span: Span) -> LongLine:
-        """Go through a long line once. Raises: DataError if it has not `span.length` tokens."""
+    def _index_line(self, text: BinaryIO, offset: int, span: Span) -> LongLine:
+        """Read a long line once to count its commas. Raises: DataError if it does not have `span.length` tokens."""
         fd = text.fileno()
         head = next((h for h in HEADS if os.pread(fd, len(h), offset) == h), None)
         where = f"{self.file.path}:{offset}"
@@ -233,36 +237,36 @@ class SpanReader:
                 rest = os.pread(fd, 3, line.end + 1)
                 if rest in _TAIL or rest.startswith(b"}\n"):
                     if commas + 1 != span.length:
-                        raise self.file.wrong_count(commas + 1, span.length, f"{where} (document {span.row})")
+                        raise self.file.count_error(commas + 1, span.length, f"{where} (document {span.row})")
                     return line
                 break
             at += len(block)
-        raw = read_line(text, offset, span.length, ODD_LINE)
-        if len(raw) > ODD_LINE:
+        raw = read_line(text, offset, span.length, MAX_ODD_LINE)
+        if len(raw) > MAX_ODD_LINE:
             raise DataError(
-                f"a line of more than {ODD_LINE:,} bytes is not in the usual form",
+                f"a line of more than {MAX_ODD_LINE:,} bytes is not in the usual form",
                 where=where,
-                why='a line of this size is read in parts, for which it must be {"tokens": [1, -2, 3]}',
+                why='a line of this size is read in parts, which needs the form {"tokens": [1, -2, 3]}',
                 do="write the file again with `xtuner data tokenize`",
             )
         tokens = parse_line(raw, where=where)
         self.file.check_document(tokens, span.row, offset, span.length)
         return LongLine(tokens=tokens)
 
-    def _cut(self, text: BinaryIO, line: LongLine, row: int, start: int, stop: int, where: str) -> Int64s:
-        """Tokens `start` to `stop` of a line whose commas are known: the n-th comma stands before token n."""
+    def _read_indexed(self, text: BinaryIO, line: LongLine, row: int, start: int, stop: int, where: str) -> Int64s:
+        """Tokens `start` to `stop` of an indexed line: n commas precede token n."""
         first = max(bisect.bisect_left(line.commas, start) - 1, 0)
-        last = bisect.bisect_left(line.commas, stop)  # the first block that begins behind the comma we end at
+        last = bisect.bisect_left(line.commas, stop)  # the first block that begins after the comma before token `stop`
         end = line.bytes[last] if last < len(line.bytes) else line.end
         raw = os.pread(text.fileno(), end - line.bytes[first], line.bytes[first])
         commas = np.flatnonzero(np.frombuffer(raw, np.uint8) == ord(","))
         before, behind = start - line.commas[first] - 1, stop - line.commas[first] - 1
         if before >= len(commas):
-            raise self._not_the_same(row)
+            raise self._content_error(row)
         begin = int(commas[before]) + 1 if start else 0
         part = raw[begin : int(commas[behind]) if behind < len(commas) else len(raw)]
         part = part.removeprefix(b" ") if start else part
         tokens = parse_list(part)
         if tokens is None:
-            return parse_line(HEADS[0] + part + b"]}", where=where)  # says what is wrong
+            return parse_line(HEADS[0] + part + b"]}", where=where)  # raises the appropriate error
         return tokens

@@ -1,13 +1,12 @@
-"""The token cache: a `.bin`'s tokens as int32, so that nothing is parsed while training. `xtuner data cache` makes it.
+"""The token cache: a `.bin`'s tokens as int32, so that nothing is parsed while training. Built by `xtuner data cache`.
 
-    4096 bytes   one line of JSON: version, documents, tokens, the pair's size and time
-    int64        [documents + 1]  where each document of the file begins, in tokens, in the order of the meta's rows
+    4096 bytes   header (cache_file.py): version, documents, tokens, the pair's sizes and times
+    int64        [documents + 1]  token at which each document begins, in the order of the meta's rows
     int32        [tokens]         signed, as in the text
 
-It is used while the pair's sizes and times are those that it was made from, and holds exactly what the text holds.
+It is used while sizes and times of the pair are those in the header, and contains exactly the tokens of the text.
 """
 
-import json
 import mmap
 import os
 from pathlib import Path
@@ -18,28 +17,28 @@ import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.data.format.bin_file import BinFile, Int64s, Signature
-from xtuner.data.format.cache_dirs import Place, tell_once
-from xtuner.data.format.text_reader import Places
+from xtuner.data.format.cache_dirs import CacheDirs, log_once
+from xtuner.data.format.cache_file import HEADER_BYTES, CacheFormat
+from xtuner.data.format.text_reader import SpanArrays
 
-VERSION = 1
-HEADER = 4096
-ROWS = 2**20  # of a meta at a time
-MOST_MAPS = 256  # kept; each holds a file open
+FORMAT = CacheFormat("xtuner tokens", 1)
+ROWS = 2**20  # of a meta per block
+MAX_MAPS = 256  # mappings kept; each keeps a file open
 Int32s = npt.NDArray[np.int32]
 _MAPS: dict[Path, tuple[tuple[int, ...], Int64s, Int32s]] = {}  # the files' inode, size and time; starts; tokens
 
 
 def cache_name(name: str) -> str:
-    """Of the cache of file `name`, below a cache folder. It does not end as a token file does."""
+    """Name of the cache of file `name`, below a cache directory. It does not end like a token file."""
     return f"tokens/{name}.int32"
 
 
 def _facts(signature: Signature, documents: int, tokens: int) -> dict[str, Any]:
-    return {"xtuner tokens": VERSION, "documents": documents, "tokens": tokens, "of": list(signature)}
+    return {"documents": documents, "tokens": tokens, "of": list(signature)}
 
 
 class TokenCache:
-    """Reads spans of one file's documents, as `SpanReader` does, from its cache."""
+    """Reads spans of one file's documents from its cache, as `SpanReader` reads them from the text."""
 
     id_offset = 0
 
@@ -48,30 +47,30 @@ class TokenCache:
         self.documents, self.tokens = documents, tokens
 
     @property
-    def begin(self) -> int:
-        return HEADER + 8 * (self.documents + 1)
+    def tokens_begin(self) -> int:
+        return HEADER_BYTES + 8 * (self.documents + 1)
 
-    def read(self, places: Places, vocab_size: int | None = None) -> tuple[Int32s, int | None]:
+    def read(self, span_arrays: SpanArrays, vocab_size: int | None = None) -> tuple[Int32s, int | None]:
         """See `SpanReader.read`."""
         self.file.check_unchanged()
         starts, tokens = self.mapped()
-        rows, first, stop, lengths = places
+        rows, first, stop, lengths = span_arrays
         begins = starts[rows]
         if not np.array_equal(starts[rows + np.uint32(1)] - begins, lengths):
-            raise self._wrong("its documents are not as long as they are in the index")
+            raise self._wrong("its documents have other lengths than in the index")
         spans = list(zip((begins + first).tolist(), (begins + stop).tolist(), strict=True))
         found = np.concatenate([tokens[i:j] for i, j in spans])
         if len(found) != int((stop - first).sum()):
-            raise self._wrong("documents reach beyond its end")
+            raise self._wrong("documents extend beyond its end")
         following = int(tokens[spans[-1][1]]) if stop[-1] < lengths[-1] else None
         if vocab_size is not None and max(int(found.max()), -int(found.min()), abs(following or 0)) >= vocab_size:
-            for span, (i, j) in zip(places.spans(), spans, strict=True):
+            for span, (i, j) in zip(span_arrays.as_list(), spans, strict=True):
                 document = tokens[i : j + (span.stop < span.length)].astype(np.int64)
                 self.file.check_ids(document, f"{self.file.path} (document {span.row})", vocab_size)
         return found, following
 
     def mapped(self) -> tuple[Int64s, Int32s]:
-        """Where documents begin, and all tokens. Raises: DataError for a file that is not what it was."""
+        """(tokens at which documents begin [documents + 1], all tokens). Raises: DataError if the cache has changed."""
         try:
             stat = os.stat(self.path)
             known = _MAPS.get(self.path)
@@ -81,9 +80,9 @@ class TokenCache:
                     raise self._wrong("it has changed")
                 with open(self.path, "rb") as f:
                     mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-                starts = np.frombuffer(mapped, np.int64, self.documents + 1, HEADER)
-                known = identity, starts, np.frombuffer(mapped, np.int32, self.tokens, self.begin)
-                while len(_MAPS) >= MOST_MAPS:
+                starts = np.frombuffer(mapped, np.int64, self.documents + 1, HEADER_BYTES)
+                known = identity, starts, np.frombuffer(mapped, np.int32, self.tokens, self.tokens_begin)
+                while len(_MAPS) >= MAX_MAPS:
                     _MAPS.pop(next(iter(_MAPS)), None)
                 _MAPS[self.path] = known
         except OSError as e:
@@ -98,44 +97,44 @@ class TokenCache:
         return DataError(
             f"the token cache of {self.file.name} cannot be read: {how}",
             where=str(self.path),
-            why="it was whole when the run began",
-            do="remove it, or make it again with `xtuner data cache`, and start again",
+            why="it was complete when the run started",
+            do="remove it, or rebuild it with `xtuner data cache`, and start again",
         )
 
 
-def find(file: BinFile, place: Place) -> TokenCache | None:
-    """The fresh token cache of a file that has facts. One that is torn, stale or of another version is told."""
+def find_token_cache(file: BinFile, cache_dirs: CacheDirs) -> TokenCache | None:
+    """The valid token cache of an examined file; one that is damaged, outdated or of another version is logged."""
     assert file.facts is not None
-    for path in place.candidates(cache_name(file.name)):
+    for path in cache_dirs.candidates(cache_name(file.name)):
         facts = read_header(path)
         if facts is None:
-            tell_once(f"the token cache {path} is torn or of another version: the text is read instead")
+            log_once(f"the token cache {path} is damaged or of another version: the text is read instead")
         elif facts["of"] != list(file.facts.signature):
-            tell_once(f"the token cache {path} is older than its text, which is read instead; run `xtuner data cache`")
+            log_once(f"the token cache {path} is older than its text, which is read instead; run `xtuner data cache`")
         else:
             return TokenCache(file, path, facts["documents"], facts["tokens"])
     return None
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """None for a file that is no whole token cache of this version."""
+    """The facts of the header; None unless the file is a complete token cache of this version."""
     try:
         with open(path, "rb") as f:
-            facts: dict[str, Any] = json.loads(f.read(HEADER))
+            facts = FORMAT.read_header(f.read(HEADER_BYTES))
             size = os.fstat(f.fileno()).st_size
-        documents, tokens, right = facts["documents"], facts["tokens"], facts["xtuner tokens"] == VERSION
-        right = right and type(documents) is int and type(tokens) is int and min(documents, tokens) >= 0
-        right = right and isinstance(facts["of"], list)
-        return facts if right and size == HEADER + 8 * (documents + 1) + 4 * tokens else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError):
         return None
+    documents, tokens = facts.get("documents"), facts.get("tokens")
+    if not (type(documents) is int and type(tokens) is int and isinstance(facts.get("of"), list)):
+        return None
+    right = min(documents, tokens) >= 0 and size == HEADER_BYTES + 8 * (documents + 1) + 4 * tokens
+    return facts if right else None
 
 
-def begin(f: IO[bytes], lengths: npt.NDArray[Any], signature: Signature) -> None:
-    """Begin the cache of a file whose documents have these lengths; all tokens must follow, in that order."""
+def write_head(f: IO[bytes], lengths: npt.NDArray[Any], signature: Signature) -> None:
+    """Write header and document starts of the cache of a file; the caller writes all tokens after them, in order."""
     total = int(lengths.sum(dtype=np.int64))
-    facts = _facts(signature, len(lengths), total)
-    f.write(json.dumps(facts).encode().ljust(HEADER - 1) + b"\n")
+    f.write(FORMAT.header(**_facts(signature, len(lengths), total)))
     f.write(np.zeros(1, np.int64).data)
     total = 0
     for i in range(0, len(lengths), ROWS):

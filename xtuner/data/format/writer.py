@@ -1,7 +1,4 @@
-"""Writing `.bin` and `.bin.meta`: the two appear together or not at all, the meta last.
-
-A `.bin` without a meta is one that was not finished; nothing takes it for whole.
-"""
+"""Writes `.bin` and `.bin.meta` files: both or neither. The meta comes last: a `.bin` without it is incomplete."""
 
 import contextlib
 import hashlib
@@ -19,17 +16,17 @@ from xtuner.data.format.meta import meta_path
 _DAY_S = 86400.0
 
 
-def line_of(tokens: Sequence[int]) -> bytes:
+def format_line(tokens: Sequence[int]) -> bytes:
     """A document of signed tokens as a line of a `.bin`."""
     return b'{"tokens": [' + ", ".join(map(str, tokens)).encode() + b"]}\n"
 
 
 def write_bin(path: str | Path, documents: Iterable[Sequence[int]]) -> tuple[int, int]:
-    """Write documents of signed tokens (a negative one is not learned). Returns (documents, tokens)."""
+    """Write documents of signed tokens (a negative token is not learned). Returns (documents, tokens)."""
     with PairWriter(Path(path)) as writer:
         for tokens in documents:
             block = Block()
-            block.add(line_of(tokens), len(tokens))
+            block.add(format_line(tokens), len(tokens))
             writer.write(block)
         writer.commit()
     return writer.documents, writer.tokens
@@ -37,7 +34,7 @@ def write_bin(path: str | Path, documents: Iterable[Sequence[int]]) -> tuple[int
 
 @dataclass
 class Block:
-    """Lines of a `.bin` one after the other; the bytes and the tokens of each."""
+    """Consecutive lines of a `.bin`, with the number of bytes and of tokens of each."""
 
     data: bytearray = field(default_factory=bytearray)
     sizes: "array[int]" = field(default_factory=lambda: array("q"))
@@ -50,9 +47,9 @@ class Block:
 
 
 class PairWriter:
-    """`with PairWriter(path) as w: w.write(block); …; w.commit()`. Without `commit`, nothing is left behind.
+    """`with PairWriter(path) as w: w.write(block); …; w.commit()`. Without `commit`, no file remains.
 
-    A pair without documents is not written; an older one of its name is gone then, too.
+    A pair without documents is not written; an older pair of the same name is removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,9 +86,9 @@ class PairWriter:
             self._bytes += size
 
     def commit(self) -> dict[str, dict[str, Any]]:
-        """Give the files their names, the meta last: a `.bin` without a meta is not finished. An older pair is gone.
+        """Give the files their names, the meta last. An older pair is replaced.
 
-        Returns size and sha256 of each file written, by name.
+        Returns size and sha256 of each written file by name.
         """
         import numpy as np
 
@@ -109,7 +106,7 @@ class PairWriter:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Take away temporary files that a killed process left; a living one has written to its own today."""
+    """Remove temporary files of killed processes: those not written to for a day."""
     if not os.path.isdir(folder):
         return
     for file in folder.iterdir():

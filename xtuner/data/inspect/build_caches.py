@@ -1,4 +1,4 @@
-"""What `xtuner data cache` makes of a folder: the index of one seed, and the tokens of each file as int32."""
+"""Builds the caches of a folder for `xtuner data cache`: the index of one seed, and the tokens of each file."""
 
 import os
 from dataclasses import dataclass, field
@@ -10,29 +10,29 @@ import numpy as np
 from xtuner.core.errors import DataError
 from xtuner.core.log import progress
 from xtuner.data import process_pool
-from xtuner.data.format import token_cache as tokens
+from xtuner.data.format import token_cache
 from xtuner.data.format.bin_file import BinFile, Int64s
-from xtuner.data.format.cache_dirs import Place
-from xtuner.data.format.folder import TokenizedFolder, keep
+from xtuner.data.format.cache_dirs import CacheDirs
+from xtuner.data.format.folder import TokenizedFolder, save_catalog
 from xtuner.data.format.meta import MetaView
-from xtuner.data.inspect.check_files import compare
-from xtuner.data.inspect.scan import Scanner, parts_of
+from xtuner.data.inspect.check_files import compare_with_meta
+from xtuner.data.inspect.scan import Scanner, split_file
 
 
 @dataclass
-class Made:
-    """What lies where afterwards. `failed`: (file, why) of token caches that could not be made."""
+class CacheResult:
+    """Where the caches were written. `failed`: (file, reason) of token caches that could not be written."""
 
     index: Path | None = None
-    tokens: int = 0  # files with a fresh token cache
-    made: int = 0  # of them, just now
+    tokens: int = 0  # files with a valid token cache
+    made: int = 0  # token caches that this call has written
     bytes: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)
 
 
 class _Job(NamedTuple):
     file: BinFile
-    place: Place
+    cache_dirs: CacheDirs
 
 
 class _Result(NamedTuple):
@@ -42,26 +42,26 @@ class _Result(NamedTuple):
     error: DataError | None = None
 
 
-def make(data: TokenizedFolder, seed: int, with_tokens: bool = True, workers: int | None = None) -> Made:
-    """Make what is not there yet.
+def build_caches(data: TokenizedFolder, seed: int, with_tokens: bool = True, workers: int | None = None) -> CacheResult:
+    """Build the caches that are missing.
 
-    Raises: DataError for a text that is not what its meta says; other files' caches are made nevertheless.
+    Raises: DataError for a text that contradicts its meta, after the caches of all other files are built.
     """
     workers = process_pool.usable_workers(workers)
     rows = {name: i for i, name in enumerate(data.catalog.names)}
-    keep(data.catalog.select(list(rows.values())), data.place, data.min_length)
-    tables = data.ordered_by(seed, small=0)
-    made = Made(tables.path if tables else None)
+    save_catalog(data.catalog.select(list(rows.values())), data.cache_dirs, data.min_length)
+    orders = data.load_orders(seed, small=0)
+    made = CacheResult(orders.path if orders else None)
     jobs = []
     for file in {file.name: file for file in data}.values():
-        cache = data.token_cache(file)
+        cache = data.find_token_cache(file)
         if cache is not None:
             made.tokens += 1
             made.bytes += cache.path.stat().st_size
         elif with_tokens:
-            jobs.append(_Job(file, data.place))
+            jobs.append(_Job(file, data.cache_dirs))
     errors = []
-    results = process_pool.ordered(cache_tokens, jobs, min(workers, max(len(jobs), 1)))
+    results = process_pool.map_ordered(write_token_cache, jobs, min(workers, max(len(jobs), 1)))
     for result in progress(results, "caching tokens", total=len(jobs)):
         if result.error:
             errors.append(result.error)
@@ -72,12 +72,12 @@ def make(data: TokenizedFolder, seed: int, with_tokens: bool = True, workers: in
     if errors:
         more = f" (and {len(errors) - 1} other files)" if len(errors) > 1 else ""
         first = errors[0]
-        raise DataError(first.what + more, where=first.where, why=first.why, do="see all: xtuner data check FOLDER")
+        raise DataError(first.what + more, where=first.where, why=first.why, do="list all: xtuner data check FOLDER")
     return made
 
 
-def cache_tokens(job: _Job) -> _Result:
-    """Write one file's token cache; for a worker process."""
+def write_token_cache(job: _Job) -> _Result:
+    """For a worker process: write the token cache of one file."""
     size = 0
 
     def fill(f: IO[bytes]) -> None:
@@ -85,12 +85,12 @@ def cache_tokens(job: _Job) -> _Result:
         size = _fill(f, job.file)
 
     try:
-        path = job.place.write(
-            tokens.cache_name(job.file.name), fill, f"the token cache of {job.file.name}", quiet=True
+        path = job.cache_dirs.write(
+            token_cache.cache_name(job.file.name), fill, f"the token cache of {job.file.name}", quiet=True
         )
     except DataError as e:
         return _Result(job.file.name, error=e)
-    failure = "" if path else "; ".join(job.place.failures)
+    failure = "" if path else "; ".join(job.cache_dirs.failures)
     return _Result(job.file.name, size, failure)
 
 
@@ -103,7 +103,7 @@ def _fill(f: IO[bytes], file: BinFile) -> int:
         raise DataError(
             "the rows of the meta are not in the order of the text",
             where=str(file.path),
-            why="a token cache is made in one pass over both",
+            why="a token cache is built in one pass over both",
         )
     total = 0
 
@@ -112,14 +112,14 @@ def _fill(f: IO[bytes], file: BinFile) -> int:
         total += len(part)
         f.write(part.astype(np.int32).data)
 
-    tokens.begin(f, meta.lengths, file.facts.signature)
-    for part in parts_of(file.path, os.stat(file.path).st_size):
+    token_cache.write_head(f, meta.lengths, file.facts.signature)
+    for part in split_file(file.path, os.stat(file.path).st_size):
         found = Scanner(part, take=take).run()
         wrong = f"byte {found.problems[0][0]}: {found.problems[0][1]}" if found.problems else ""
-        wrong = wrong or compare(meta, part, found.table())
+        wrong = wrong or compare_with_meta(meta, part, found.table())
         if wrong:
             raise DataError(
-                "the text is not what its meta says", where=str(file.path), why=wrong, do="xtuner data check FOLDER"
+                "the text contradicts its meta", where=str(file.path), why=wrong, do="xtuner data check FOLDER"
             )
     file.check_unchanged()
     return f.tell()

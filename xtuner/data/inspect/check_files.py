@@ -1,6 +1,6 @@
-"""Every file of a folder held against its meta and the format: what `xtuner data check` tells.
+"""Checks every file of a folder against its meta and the format, for `xtuner data check`.
 
-All text is read, in parts of some MB by several processes; no part, and no line, is too large for that.
+All text is read, by several processes in byte ranges of some MB, whatever the size of files and lines.
 """
 
 import contextlib
@@ -22,34 +22,34 @@ from xtuner.core.files import PendingFile
 from xtuner.core.foreign_inputs import open_regular
 from xtuner.core.log import progress
 from xtuner.data import process_pool
-from xtuner.data.format.file_order import no_files, require_folder, walk
+from xtuner.data.format.file_order import no_files_error, require_folder, walk_files
 from xtuner.data.format.meta import MetaView, meta_path
-from xtuner.data.inspect.scan import KEPT, Found, Part, Scanner, parts_of
+from xtuner.data.inspect.scan import MAX_PROBLEMS, ByteRange, Scanner, ScanResult, split_file
 
-PROBLEM, NOTE, MENDED = "problem", "note", "mended"
+PROBLEM, NOTE, FIXED = "problem", "note", "fixed"
 NPY_HEADER = 128  # bytes
 
 
 @dataclass
-class Row:
-    """One line of the table of what was found."""
+class Finding:
+    """One line of the report."""
 
-    kind: str  # problem, note or mended
+    kind: str  # problem, note or fixed
     file: str
     what: str
 
 
 @dataclass
-class Report:
+class CheckReport:
     files: int = 0
     documents: int = 0
     tokens: int = 0
     learned: int = 0
     largest: int = -1
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Finding] = field(default_factory=list)
 
     def add(self, kind: str, file: str, what: str) -> None:
-        self.rows.append(Row(kind, file, what))
+        self.rows.append(Finding(kind, file, what))
 
     @property
     def problems(self) -> int:
@@ -58,53 +58,53 @@ class Report:
 
 class _Job(NamedTuple):
     file: int
-    part: Part
+    part: ByteRange
     vocab_size: int | None
     keep_rows: bool
 
 
 class _Result(NamedTuple):
     file: int
-    found: Found
-    meta: str  # where the meta is wrong about this part; empty if it is right
-    failure: str  # the system's error
+    found: ScanResult
+    meta: str  # how the meta contradicts this range; empty if it does not
+    failure: str  # error of the operating system
 
 
-def check(
+def check_folder(
     folder: Path,
     vocab_size: int | None = None,
     fix_meta: bool = False,
     workers: int | None = None,
     ending: str = ".bin",
-) -> Report:
+) -> CheckReport:
     """Read all files of `folder`.
 
     Args:
-        vocab_size: ids from there on are wrong.
-        fix_meta: write a new meta for each file whose text is right and whose meta is absent or wrong.
-        workers: processes; None for one a core.
-    Raises: ConfigError, DataError for a folder in which nothing can be checked.
+        vocab_size: larger or equal ids are problems.
+        fix_meta: write a new meta for each file whose text is valid and whose meta is absent or wrong.
+        workers: processes; None for one per usable CPU.
+    Raises: ConfigError, DataError for a folder without files to check.
     """
     folder = require_folder(folder)
     workers = process_pool.usable_workers(workers)
-    everything = list(walk(folder, ""))
+    everything = list(walk_files(folder, ""))
     names = [name for name in everything if name.endswith(ending)]
     if not names:
-        raise no_files(folder, ending)
-    report = Report(files=len(names))
-    sizes = _places(folder, names, report)
-    jobs = [_Job(i, part, vocab_size, fix_meta) for i in sizes for part in parts_of(folder / names[i], sizes[i])]
+        raise no_files_error(folder, ending)
+    report = CheckReport(files=len(names))
+    sizes = _read_sizes(folder, names, report)
+    jobs = [_Job(i, part, vocab_size, fix_meta) for i in sizes for part in split_file(folder / names[i], sizes[i])]
     results = progress(
-        process_pool.ordered(_check_part, jobs, min(workers, max(len(jobs), 1))), "checking", total=len(jobs)
+        process_pool.map_ordered(_check_range, jobs, min(workers, max(len(jobs), 1))), "checking", total=len(jobs)
     )
     equal: dict[tuple[int, bytes], list[str]] = defaultdict(list)
     for i, group in groupby(results, key=lambda result: result.file):
-        digest = _one_file(folder / names[i], names[i], group, report, fix_meta, vocab_size)
+        digest = _check_file(folder / names[i], names[i], group, report, fix_meta, vocab_size)
         if sizes[i] and digest:
             equal[sizes[i], digest].append(names[i])
     for first, *others in equal.values():
         for other in others:
-            report.add(PROBLEM, other, f"holds the same text as {first}: it would be trained on twice")
+            report.add(PROBLEM, other, f"has the same text as {first}: it would be trained on twice")
     texts = set(names)
     for name in everything:
         if name.endswith(f"{ending}.meta") and name.removesuffix(".meta") not in texts:
@@ -113,8 +113,8 @@ def check(
     return report
 
 
-def _places(folder: Path, names: list[str], report: Report) -> dict[int, int]:
-    """Size of each file that can be opened, by its number. Links are told, files that lie here under two names, too."""
+def _read_sizes(folder: Path, names: list[str], report: CheckReport) -> dict[int, int]:
+    """Size of each file that can be opened, by its number. Also reports links and files that have two names."""
     sizes: dict[int, int] = {}
     seen: dict[tuple[int, int], str] = {}
     for i, name in enumerate(names):
@@ -139,7 +139,7 @@ def _places(folder: Path, names: list[str], report: Report) -> dict[int, int]:
 
 def _folder_links(folder: Path) -> Iterator[str]:
     left = [str(folder)]
-    while left:  # `os.walk` calls itself, and folders may nest deeper than that
+    while left:  # `os.walk` is recursive, and folders may nest deeper than Python's recursion limit
         with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
@@ -148,43 +148,43 @@ def _folder_links(folder: Path) -> Iterator[str]:
                     yield Path(entry.path).relative_to(folder).as_posix()
 
 
-def _check_part(job: _Job) -> _Result:
+def _check_range(job: _Job) -> _Result:
     """For a worker process."""
     try:
         found = Scanner(job.part, job.vocab_size).run()
     except OSError as e:
-        return _Result(job.file, Found(), "", f"cannot be read: {e.strerror}")
+        return _Result(job.file, ScanResult(), "", f"cannot be read: {e.strerror}")
     meta = ""
     if not found.num_problems:
-        with contextlib.suppress(DataError):  # told once a file, by `_one_file`
-            meta = compare(MetaView(job.part.path), job.part, found.table())
+        with contextlib.suppress(DataError):  # reported once per file, by `_check_file`
+            meta = compare_with_meta(MetaView(job.part.path), job.part, found.table())
     if not job.keep_rows:
         found.rows = []
     return _Result(job.file, found, meta, "")
 
 
-def compare(meta: MetaView, part: Part, rows: npt.NDArray[np.int64]) -> str:
-    """Where the meta is wrong about the documents that begin in a part; empty if nowhere. For metas in order."""
-    told = meta.between(part.begin, part.end)
-    n = min(len(told), len(rows))
-    differ = np.flatnonzero((told[:n] != rows[:n]).any(axis=1))
+def compare_with_meta(meta: MetaView, part: ByteRange, rows: npt.NDArray[np.int64]) -> str:
+    """How the meta contradicts the documents that begin in a byte range; empty if it does not. For metas in order."""
+    stored = meta.between(part.begin, part.end)
+    n = min(len(stored), len(rows))
+    differ = np.flatnonzero((stored[:n] != rows[:n]).any(axis=1))
     i = int(differ[0]) if len(differ) else n
-    if i == len(told) == len(rows):
+    if i == len(stored) == len(rows):
         return ""
-    here, there = (found[i].tolist() if i < len(found) else (math.inf, 0) for found in (rows, told))
+    here, there = (found[i].tolist() if i < len(found) else (math.inf, 0) for found in (rows, stored))
     if here[0] == there[0]:
         return f"byte {here[0]}: a document of {here[1]} tokens, {there[1]} in the meta"
     if here[0] < there[0]:
         return f"byte {here[0]}: a document that is not in the meta"
-    return f"byte {there[0]}: the meta has a document there, the text none"
+    return f"byte {there[0]}: the meta has a document there, the text does not"
 
 
-def _one_file(
-    path: Path, name: str, results: Iterable[_Result], report: Report, fix: bool, vocab_size: int | None
+def _check_file(
+    path: Path, name: str, results: Iterable[_Result], report: CheckReport, fix: bool, vocab_size: int | None
 ) -> bytes:
-    """Sum up the parts of one file, and mend its meta. Returns what tells its text from others'."""
+    """Add the results of one file to the report, and fix its meta. Returns a hash of its text."""
     digest = hashlib.sha256()
-    told: list[str] = []
+    messages: list[str] = []
     wrong, note = _structure(path)
     failures, problems = 0, 0
     large: tuple[int, int] | None = None
@@ -192,11 +192,11 @@ def _one_file(
         for _, found, meta, failure in results:
             if failure:
                 failures += 1
-                told.append(failure)
+                messages.append(failure)
                 continue
             digest.update(found.digest)
             problems += found.num_problems
-            told += [f"byte {byte}: {what}" for byte, what in found.problems]
+            messages += [f"byte {byte}: {what}" for byte, what in found.problems]
             wrong = wrong or (meta if not note else "")
             large = large or found.too_large
             if new:
@@ -207,16 +207,16 @@ def _one_file(
             report.largest = max(report.largest, found.largest)
         if note:
             report.add(NOTE, name, note)
-        for what in told[:KEPT]:
+        for what in messages[:MAX_PROBLEMS]:
             report.add(PROBLEM, name, what)
-        if problems > KEPT:
-            report.add(PROBLEM, name, f"… and {problems - KEPT} more lines")
+        if problems > MAX_PROBLEMS:
+            report.add(PROBLEM, name, f"… and {problems - MAX_PROBLEMS} more lines")
         if large:
             report.add(PROBLEM, name, f"byte {large[0]}: token id {large[1]} is outside the vocabulary of {vocab_size}")
         if wrong and new and not problems and not failures:
             try:
                 new.commit()
-                report.add(MENDED, name, f"a new meta was made from the text; {wrong}")
+                report.add(FIXED, name, f"a new meta was written from the text; {wrong}")
             except OSError as e:
                 report.add(PROBLEM, name, f"{wrong}; a new meta cannot be written: {e.strerror}")
         elif wrong:
@@ -225,7 +225,7 @@ def _one_file(
 
 
 def _structure(path: Path) -> tuple[str, str]:
-    """What is wrong with, and what is odd about, a meta, as far as it can be seen without the text."""
+    """(problem, note) of a meta, as far as they show without the text; empty strings for none."""
     try:
         meta = MetaView(path)
         meta.check()
@@ -235,7 +235,7 @@ def _structure(path: Path) -> tuple[str, str]:
 
 
 class _NewMeta:
-    """Collects rows beside a file; `commit` makes them its meta. Without it, nothing is left."""
+    """Collects rows in a temporary file; `commit` makes it the meta. Without it, no file remains."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -243,7 +243,7 @@ class _NewMeta:
         self._pending: PendingFile | None = None
 
     def __enter__(self) -> "_NewMeta":
-        with contextlib.suppress(OSError):  # said by `commit`
+        with contextlib.suppress(OSError):  # reported by `commit`
             self._pending = PendingFile(meta_path(self.path), "wb")
             self._pending.file.write(b"\0" * NPY_HEADER)
         return self
@@ -265,7 +265,7 @@ class _NewMeta:
     def commit(self) -> None:
         """Raises: OSError."""
         if self._pending is None:
-            raise OSError(0, "the folder takes no file")
+            raise OSError(0, "no file can be written to the folder")
         text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({self.rows}, 2), }}"
         file = self._pending.file
         file.seek(0)
@@ -275,8 +275,8 @@ class _NewMeta:
         pending.commit()
 
 
-def table(report: Report, colour: Callable[[str, str], str] = lambda kind, text: text) -> Iterator[str]:
-    """The rows as lines for people."""
+def format_findings(report: CheckReport, colour: Callable[[str, str], str] = lambda kind, text: text) -> Iterator[str]:
+    """The report as lines of text."""
     width = max((len(row.file) for row in report.rows), default=0)
     for row in report.rows:
         yield f"{colour(row.kind, f'{row.kind:<7}')}  {row.file:<{min(width, 60)}}  {row.what}"

@@ -1,7 +1,7 @@
-"""All lines of a part of a `.bin`, read once, a few MB at a time: for `data check`, `data stats` and `data cache`.
+"""Scans all lines of a byte range of a `.bin` in one pass, for `xtuner data` check, stats and cache.
 
-A part is a range of bytes; the lines that begin in it belong to it. So several processes share one large file, and the
-memory that this takes depends neither on a file's size nor on a line's.
+The lines that begin in a range belong to it, so that several processes share one large file. Ranges are read in blocks
+of a few MB: memory depends neither on the size of the file nor on that of a line.
 """
 
 import hashlib
@@ -18,34 +18,34 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.core.system.malloc import keep_freed
 from xtuner.data.format.parse_tokens import HEADS, Int64s, parse_line, parse_lines, parse_list
-from xtuner.data.format.text_reader import ODD_LINE
+from xtuner.data.format.text_reader import MAX_ODD_LINE
 
-PART = 2**25  # bytes
+RANGE = 2**25  # bytes
 BLOCK = 2**22  # bytes read at a time
-KEPT = 5  # problems told of one part
+MAX_PROBLEMS = 5  # reported per byte range
 
 
-class Part(NamedTuple):
+class ByteRange(NamedTuple):
     path: Path
     begin: int
     end: int
 
 
-def parts_of(path: Path, size: int) -> list[Part]:
-    return [Part(path, at, min(at + PART, size)) for at in range(0, max(size, 1), PART)]
+def split_file(path: Path, size: int) -> list[ByteRange]:
+    return [ByteRange(path, at, min(at + RANGE, size)) for at in range(0, max(size, 1), RANGE)]
 
 
 @dataclass
-class Found:
-    """What a part holds. One row a document: where its line begins, how many tokens it has."""
+class ScanResult:
+    """Result of scanning a byte range."""
 
-    rows: list[npt.NDArray[np.int64]] = field(default_factory=list)  # of [n, 2]
+    rows: list[npt.NDArray[np.int64]] = field(default_factory=list)  # [n, 2]: offset of the line, tokens
     documents: int = 0
     tokens: int = 0
     learned: int = 0
     largest: int = -1
-    too_large: tuple[int, int] | None = None  # (where its line begins, id) of the first id outside the vocabulary
-    problems: list[tuple[int, str]] = field(default_factory=list)  # (byte, what), the first of them
+    too_large: tuple[int, int] | None = None  # (offset of its line, id) of the first id outside the vocabulary
+    problems: list[tuple[int, str]] = field(default_factory=list)  # (byte offset, message) of the first ones
     num_problems: int = 0
     digest: bytes = b""
 
@@ -54,20 +54,22 @@ class Found:
 
 
 class Scanner:
-    """Reads one part.
+    """Scans one byte range.
 
     Args:
-        vocab_size: ids from there on are wrong; None for no limit.
-        take: is given the signed tokens of all lines, in order.
+        vocab_size: larger or equal ids are reported; None for no limit.
+        take: called with the signed tokens of all lines, in order.
     """
 
-    def __init__(self, part: Part, vocab_size: int | None = None, take: Callable[[Int64s], None] | None = None) -> None:
+    def __init__(
+        self, part: ByteRange, vocab_size: int | None = None, take: Callable[[Int64s], None] | None = None
+    ) -> None:
         keep_freed()
         self.part, self.vocab_size, self.take = part, vocab_size, take
-        self.found = Found()
+        self.found = ScanResult()
         self._digest = hashlib.sha256()
 
-    def run(self) -> Found:
+    def run(self) -> ScanResult:
         """Raises: OSError."""
         fd = os.open(self.part.path, os.O_RDONLY)
         try:
@@ -81,7 +83,7 @@ class Scanner:
         return self.found
 
     def _block(self, fd: int, at: int, block: bytes) -> int:
-        """Takes the whole lines at the beginning of a block. Returns where the next one begins."""
+        """Scan the complete lines at the beginning of a block. Returns the offset of the next line."""
         stop = block.rfind(b"\n") + 1
         if not stop and len(block) < BLOCK:
             stop = len(block)  # the file's end
@@ -119,7 +121,7 @@ class Scanner:
         found.rows.append(np.stack((offsets, counts), axis=1))
         found.documents += len(offsets)
         self._tokens(int(offsets[0]), tokens)
-        if found.too_large and found.too_large[0] == offsets[0] and len(offsets) > 1:  # of which line is it?
+        if found.too_large and found.too_large[0] == offsets[0] and len(offsets) > 1:  # find the line of this id
             first = int(np.flatnonzero(np.abs(tokens) >= self.vocab_size)[0])
             line = int(np.searchsorted(np.cumsum(counts), first, side="right"))
             found.too_large = int(offsets[line]), found.too_large[1]
@@ -138,11 +140,11 @@ class Scanner:
 
     def _problem(self, offset: int, what: str) -> None:
         self.found.num_problems += 1
-        if len(self.found.problems) < KEPT:
+        if len(self.found.problems) < MAX_PROBLEMS:
             self.found.problems.append((offset, what))
 
     def _long(self, fd: int, at: int) -> int:
-        """A line longer than a block, in pieces. Returns where the next line begins."""
+        """Scan a line longer than a block, in pieces. Returns the offset of the next line."""
         head = next((h for h in HEADS if os.pread(fd, len(h), at) == h), None)
         count = 0
         try:
@@ -161,9 +163,9 @@ class Scanner:
         self.found.documents += 1
 
     def _odd(self, fd: int, at: int, done: int) -> None:
-        """A long line in another form, whole if it is not too long. `done`: tokens of it that have been taken."""
+        """Scan a long line that is not in the usual form, if it is not too long. `done`: its tokens counted already."""
         end = self._skip(fd, at, digest=False)
-        if end - at > ODD_LINE:
+        if end - at > MAX_ODD_LINE:
             self._problem(at, f"a line of {end - at:,} bytes is not in the usual form, and too long for another")
             return
         try:
@@ -175,7 +177,7 @@ class Scanner:
         self._row(at, len(tokens))
 
     def _skip(self, fd: int, at: int, digest: bool = True, end: float = math.inf) -> int:
-        """Where the line after the one at `at` begins; `end` or beyond if it does not before."""
+        """Offset of the line after the one at `at`; some offset >= `end` if that line begins after `end`."""
         while at < end and (block := os.pread(fd, BLOCK, at)):
             part = block[: block.find(b"\n") + 1] or block
             if digest:
@@ -191,7 +193,7 @@ class _Odd(Exception):
 
 
 def _pieces(fd: int, at: int) -> Iterator[Int64s]:
-    """Tokens of a line in the usual form from the first number on. Raises: _Odd when it turns out to be none."""
+    """Yield the tokens of a line in the usual form, from its first number on. Raises: _Odd for another form."""
     rest, begun = b"", False
     while True:
         block = os.pread(fd, BLOCK, at)

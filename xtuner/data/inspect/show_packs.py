@@ -1,4 +1,4 @@
-"""A pack for people: decoded text with learned and masked parts, document borders, positions."""
+"""Shows a pack as text: decoded learned and masked parts, document borders, positions."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -8,33 +8,33 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.data.tokenizer import Tokenizer
 
 WAYS = ("text", "masked_text", "input_ids", "labels", "all")
-MASK = "…"  # stands for what is not learned in masked_text
+MASK = "…"  # replaces parts without loss in masked_text
 
 
 def show_pack(data: PackedDataset, pack: int, way: str, tokenizer: Tokenizer | None, colour: bool) -> Iterator[str]:
     """Lines that show one pack.
 
     Args:
-        way: "text" (learned and masked parts told apart), "masked_text" (learned parts alone), "input_ids", "labels"
+        way: "text" (learned and masked parts, marked), "masked_text" (only learned parts), "input_ids", "labels"
             (numbers), "all" (text and both).
         tokenizer: needed for text.
-        colour: learned parts in green, masked ones dim; without it masked parts stand in ⟦ ⟧.
+        colour: learned parts green, masked parts dim; without colour masked parts are in ⟦ ⟧.
 
-    Raises: ConfigError for a pack that is not there.
+    Raises: ConfigError for a pack that does not exist.
     """
     if not 0 <= pack < len(data):
         raise ConfigError(f"there is no pack {pack}: they are numbered 0 to {len(data) - 1}", where="--pack")
     file_number, start = data.locate(pack)
-    table = data.file_packs(file_number)
+    packs = data.file_packs(file_number)
     item = data[pack]
     ids, labels, borders = (item[k].tolist() for k in ("input_ids", "labels", "cumulative_len"))
     learned = [label >= 0 for label in labels]
-    targets = int((item["targets"] >= 0).sum())  # what the loss is computed for: other than the tokens marked
+    targets = int((item["targets"] >= 0).sum())  # positions with loss; differs from the number of learned tokens
     yield (
         f"pack {pack} of {len(data)}: {len(ids)} tokens, {sum(learned)} marked as learned, {targets} targets of the "
-        f"loss, {table.file.name} from token {start}"
+        f"loss, {packs.file.name} from token {start}"
     )
-    for span, begin, end in zip(table.spans(start, start + len(ids)), borders, borders[1:], strict=False):
+    for span, begin, end in zip(packs.spans(start, start + len(ids)), borders, borders[1:], strict=False):
         length = span.length
         part = "" if span.stop - span.start == length else f", its tokens {span.start} to {span.stop - 1} of {length}"
         yield _rule(f"document {span.row}{part}; positions 0 to {end - begin - 1}", colour)

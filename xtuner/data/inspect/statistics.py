@@ -1,7 +1,7 @@
-"""What is in a folder of tokenized data: documents, lengths, packs, and how unequal the packs' work is.
+"""Statistics of a folder of tokenized data: documents, lengths, packs, and the imbalance of the packs' attention cost.
 
-Lengths and packs follow from the metas; the learned share needs the tokens, from their cache or from the text. Work
-goes through files in parts; what is held grows with the number of packs alone (4 bytes each).
+Lengths and packs follow from the metas; the learned share needs the tokens, from caches or from the text. Files are
+processed in blocks; memory grows only with the number of packs (4 bytes each).
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.core.log import human, progress
 from xtuner.data import process_pool
-from xtuner.data.format import token_cache as tokens
+from xtuner.data.format import token_cache
 from xtuner.data.format.bin_file import BinFile, Int64s, data_type
 from xtuner.data.format.folder import TokenizedFolder
 from xtuner.data.format.meta import MetaView
-from xtuner.data.inspect.scan import Part, Scanner, parts_of
-from xtuner.data.loading.balance import squares
-from xtuner.data.loading.sampler import permutation
-from xtuner.data.packing.document_order import Tables, order_of
-from xtuner.data.packing.dropped_tokens import Dropped
+from xtuner.data.inspect.scan import ByteRange, Scanner, split_file
+from xtuner.data.loading.balance import attention_costs
+from xtuner.data.loading.sampler import load_permutation
+from xtuner.data.packing.document_order import DocumentOrders, shuffle_file
+from xtuner.data.packing.dropped_tokens import DroppedTokens
 
 BUCKETS = 33  # of lengths: 0, 1, 2–3, 4–7, …
-BLOCK = 2**20  # rows, tokens or packs at a time
-COSTS = 24  # bars of the histogram of costs
+BLOCK = 2**20  # rows or tokens per block
+COST_BARS = 24  # of the histogram of costs
 SAMPLER_SEED = 1024
 
 
@@ -36,7 +36,7 @@ class FileStats:
     documents: int
     tokens: int
     packs: int
-    tail: int  # tokens that fill no pack
+    tail: int  # tokens that do not fill a pack
     learned: int | None = None
 
     @property
@@ -56,7 +56,7 @@ class Lengths:
 
 @dataclass
 class Stats:
-    """Costs are Σ len² over the fragments of a pack, what the work of attention goes with."""
+    """Costs are Σ len² over the fragments of a pack, to which attention cost is proportional."""
 
     folder: str
     packed_length: int
@@ -72,12 +72,12 @@ class Stats:
     lengths: list[Lengths] = field(default_factory=list)
     cost: dict[str, float] = field(default_factory=dict)  # mean, least, median, p95, most
     cost_bars: list[tuple[float, float, int]] = field(default_factory=list)  # from, to, packs
-    imbalance: list[dict[str, float]] = field(default_factory=list)  # ranks, mean and p95 of the slowest over the mean
+    imbalance: list[dict[str, float]] = field(default_factory=list)  # ranks; mean and p95 of slowest rank / mean rank
     repeated: int = 0  # files that the data order names more than once
 
-    def dropped(self) -> Dropped:
+    def dropped(self) -> DroppedTokens:
         without_pack = sum(not file.packs for file in self.files)
-        return Dropped(self.packed_length, self.tokens, self.tail, len(self.files), without_pack)
+        return DroppedTokens(self.packed_length, self.tokens, self.tail, len(self.files), without_pack)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,7 +88,7 @@ class _Job(NamedTuple):
     file: BinFile
     seed: int
     packed_length: int
-    tables: Tables | None
+    orders: DocumentOrders | None
 
 
 class _Counted(NamedTuple):
@@ -99,11 +99,11 @@ class _Counted(NamedTuple):
 
 class _Learn(NamedTuple):
     number: int
-    part: Part
-    cache: tokens.TokenCache | None  # instead of the text
+    part: ByteRange
+    cache: token_cache.TokenCache | None  # instead of the text
 
 
-def stats(
+def compute_statistics(
     data: TokenizedFolder,
     packed_length: int,
     seed: int = 1024,
@@ -111,12 +111,12 @@ def stats(
     with_text: bool = True,
     workers: int | None = None,
 ) -> Stats:
-    """Count everything.
+    """Compute all statistics.
 
     Args:
-        ranks: sizes of which the imbalance is told, each rank taking a pack at a time in the order of epoch 0.
-        with_text: count the learned tokens, for which all tokens are read.
-    Raises: DataError for a text that is not what its format says.
+        ranks: numbers of ranks for which to report the imbalance, one pack per rank and step in the order of epoch 0.
+        with_text: count learned tokens, which reads all tokens.
+    Raises: DataError for a text that contradicts the format.
     """
     workers = process_pool.usable_workers(workers)
     found = Stats(str(data.folder), packed_length, seed, data.min_length, data.num_documents, data.num_tokens)
@@ -125,11 +125,11 @@ def stats(
         found.files.append(FileStats(name, documents, count, count // packed_length, count % packed_length))
     found.repeated = data.num_repeated
     found.packs, found.tail = sum(f.packs for f in found.files), sum(f.tail for f in found.files)
-    tables = data.ordered_by(seed)
-    jobs = [_Job(i, file, seed, packed_length, tables) for i, file in enumerate(data)]
+    orders = data.load_orders(seed)
+    jobs = [_Job(i, file, seed, packed_length, orders) for i, file in enumerate(data)]
     documents, counts = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
     costs = []
-    done = process_pool.ordered(_count, jobs, _workers(workers, found.documents // BLOCK, len(jobs)))
+    done = process_pool.map_ordered(_count, jobs, _workers(workers, found.documents // BLOCK, len(jobs)))
     for result in progress(done, "reading metas", total=len(jobs)):
         documents += result.documents
         counts += result.tokens
@@ -143,12 +143,12 @@ def stats(
 
 
 def _workers(workers: int, work: int, jobs: int) -> int:
-    """Few for little work: a worker takes longer to start."""
+    """Few processes for little work, because starting one takes time."""
     return max(1, min(workers, work + 1, jobs))
 
 
 def _count(job: _Job) -> _Counted:
-    """For a worker process: lengths and costs of one file."""
+    """For a worker process: document lengths and pack costs of one file."""
     meta = MetaView(job.file.path)
     documents, counts = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
     steps = 2 ** np.arange(BUCKETS - 1, dtype=np.int64)
@@ -158,15 +158,15 @@ def _count(job: _Job) -> _Counted:
         bucket = np.searchsorted(steps, lengths, side="right")
         documents += np.bincount(bucket, minlength=BUCKETS)
         counts += np.bincount(bucket, lengths, minlength=BUCKETS).astype(np.int64)
-    table = job.tables.table(job.number) if job.tables else None
-    ends = (table or order_of(job.file, job.seed))[1]
+    table = job.orders.order(job.number) if job.orders else None
+    ends = (table or shuffle_file(job.file, job.seed))[1]
     return _Counted(documents, counts, pack_costs(ends, job.packed_length))
 
 
 def pack_costs(ends: Int64s, packed_length: int) -> npt.NDArray[np.float32]:
-    """Σ len² over the fragments of each pack of a file whose documents end there."""
+    """Σ len² over the fragments of each pack of a file whose documents end at `ends`."""
     packs = int(ends[-1]) // packed_length if len(ends) else 0
-    return squares(ends, np.arange(packs) * packed_length, packed_length).astype(np.float32)
+    return attention_costs(ends, np.arange(packs) * packed_length, packed_length).astype(np.float32)
 
 
 def _lengths(documents: Int64s, counts: Int64s) -> list[Lengths]:
@@ -184,9 +184,9 @@ def _balance(found: Stats, costs: npt.NDArray[np.float32], ranks: Sequence[int])
         return
     least, median, p95, most = np.quantile(costs, (0, 0.5, 0.95, 1)).tolist()
     found.cost = {"mean": float(costs.mean()), "least": least, "median": median, "p95": p95, "most": most}
-    bars, edges = np.histogram(costs, COSTS if most > least else [least, most], (least, most))
+    bars, edges = np.histogram(costs, COST_BARS if most > least else [least, most], (least, most))
     found.cost_bars = list(zip(edges[:-1].tolist(), edges[1:].tolist(), bars.tolist(), strict=True))
-    order = permutation(SAMPLER_SEED, len(costs))
+    order = load_permutation(SAMPLER_SEED, len(costs))
     for size in ranks:
         steps = len(costs) // size
         if steps:
@@ -200,15 +200,15 @@ def _balance(found: Stats, costs: npt.NDArray[np.float32], ranks: Sequence[int])
 def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
     jobs = []
     for i, file in enumerate(data):
-        cache = data.token_cache(file)
+        cache = data.find_token_cache(file)
         assert file.facts is not None
         if cache:
-            jobs.append(_Learn(i, Part(cache.path, 0, cache.tokens), cache))
+            jobs.append(_Learn(i, ByteRange(cache.path, 0, cache.tokens), cache))
         else:
-            jobs += [_Learn(i, part, None) for part in parts_of(file.path, file.facts.signature.size)]
+            jobs += [_Learn(i, part, None) for part in split_file(file.path, file.facts.signature.size)]
     sums = [0] * len(data)
     size = sum(job.part.end - job.part.begin for job in jobs)
-    results = process_pool.ordered(_learned_part, jobs, _workers(workers, size // 2**25, len(jobs)))
+    results = process_pool.map_ordered(_learned_part, jobs, _workers(workers, size // 2**25, len(jobs)))
     for i, learned in progress(results, "reading tokens", total=len(jobs)):
         sums[i] += learned
     for file_stats, learned in zip(found.files, sums, strict=True):
@@ -217,7 +217,7 @@ def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
 
 
 def _learned_part(job: _Learn) -> tuple[int, int]:
-    """For a worker process."""
+    """For a worker process: (file number, learned tokens) of one byte range or cache."""
     if job.cache:
         cached = job.cache.mapped()[1]
         steps = range(0, len(cached), BLOCK)
@@ -225,7 +225,7 @@ def _learned_part(job: _Learn) -> tuple[int, int]:
     found = Scanner(job.part).run()
     if found.problems:
         byte, what = found.problems[0]
-        raise DataError(what, where=f"{job.part.path}:{byte}", do="see all of it: xtuner data check FOLDER")
+        raise DataError(what, where=f"{job.part.path}:{byte}", do="list all problems: xtuner data check FOLDER")
     return job.number, found.learned
 
 
@@ -242,25 +242,24 @@ def _types(files: list[FileStats]) -> list[FileStats]:
     return list(types.values())
 
 
-SHOWN = 40  # files in the text; JSON has all
+SHOWN = 40  # files in the text; JSON contains all
 
 
-def as_text(found: Stats) -> str:
-    """For a terminal."""
+def format_statistics(found: Stats) -> str:
+    """The statistics as text for a terminal."""
     dropped = found.dropped()
     repeated = f" ({found.repeated:,} named more than once)" if found.repeated else ""
     lines = [
         f"{found.folder}: {len(found.files):,} files{repeated}, {found.documents:,} documents, {found.tokens:,} tokens"
         + _share(found.learned, found.tokens),
-        f"packs of {found.packed_length:,}: {found.packs:,}; "
-        f"tails that fill none: {found.tail:,} tokens ({dropped.share})",
+        f"packs of {found.packed_length:,}: {found.packs:,}; dropped tails: {found.tail:,} tokens ({dropped.share})",
     ]
     if warning := dropped.warning():
         lines.append(warning)
     if found.learned == 0 and found.tokens:
         lines.append(
-            "there is nothing to learn from: no token is above 0, and negative ones are context only. Training "
-            "on these data would end with exit code 65"
+            "there is nothing to learn: no token is above 0, and negative ones are context only. Training on "
+            "these data would end with exit code 65"
         )
     lines += ["", f"{'documents of':>22} {'documents':>14} {'tokens':>18}"]
     most = max((x.documents for x in found.lengths), default=1)
@@ -276,7 +275,7 @@ def as_text(found: Stats) -> str:
                 f"{f.name:<{width}} {f.documents:>14,} {f.tokens:>18,} {learned:>8} {f.packs:>10,} {f.tail:>12,}"
             )
     if len(found.files) > SHOWN:
-        lines.append(f"… and {len(found.files) - SHOWN:,} more files (--json has all)")
+        lines.append(f"… and {len(found.files) - SHOWN:,} more files (all with --json)")
     if found.cost:
         c = found.cost
         lines += [
@@ -285,8 +284,8 @@ def as_text(found: Stats) -> str:
             + ", ".join(f"{k} {human(c[k])}" for k in ("least", "median", "mean", "p95", "most")),
         ]
         for row in found.imbalance:
-            told = f"the slowest has {row['mean']:.2f} × the mean of a step (p95 {row['p95']:.2f})"
-            lines.append(f"{row['ranks']:>6.0f} ranks: {told}")
+            text = f"the slowest has {row['mean']:.2f} × the mean of a step (p95 {row['p95']:.2f})"
+            lines.append(f"{row['ranks']:>6.0f} ranks: {text}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The statistics as one HTML page: no script, no network, light and dark."""
+"""The statistics as one HTML page, light and dark, without scripts and without network access."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from xtuner.core.log import human
 from xtuner.data.inspect.statistics import FileStats, Stats
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 720, 220, 64, 26, 18
-FILES = 500  # rows of the table; JSON has all
+FILES = 500  # rows of the table; JSON contains all
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --dim: #59636e; --line: #d1d9e0; --bar: #0969da; --two: #bf5700;
@@ -36,8 +36,8 @@ th { color: var(--dim); font-weight: 600; }
 """
 
 
-def page(found: Stats) -> str:
-    """The whole page."""
+def html_page(found: Stats) -> str:
+    """The complete page."""
     learned = f"{found.learned / found.tokens:.1%}" if found.learned is not None and found.tokens else None
     facts = [
         (human(found.tokens), "tokens"),
@@ -45,7 +45,7 @@ def page(found: Stats) -> str:
         (f"{len(found.files):,}", "files"),
         *([(learned, "of tokens learned")] if learned else []),
         (f"{found.packs:,}", f"packs of {found.packed_length:,}"),
-        (f"{found.tail / found.tokens:.2%}" if found.tokens else "–", "of tokens in tails that fill no pack"),
+        (f"{found.tail / found.tokens:.2%}" if found.tokens else "–", "of tokens in dropped tails"),
     ]
     parts = [
         f"<h1>{escape(found.folder)}</h1>",
@@ -53,7 +53,7 @@ def page(found: Stats) -> str:
         '<div class="facts">' + "".join(f"<div><b>{escape(n)}</b><span>{escape(t)}</span></div>" for n, t in facts),
         "</div>",
         "<h2>Lengths of documents</h2>",
-        '<p>By the length of the document, from so many tokens on:<i class="key" style="background:var(--bar)"></i>'
+        '<p>Length of the document, lower bound of each bin in tokens:<i class="key" style="background:var(--bar)"></i>'
         'share of all documents,<i class="key" style="background:var(--two)"></i>share of all tokens.</p>',
         _bars(
             [f"{x.least:,}–{x.most:,}" for x in found.lengths],
@@ -68,10 +68,10 @@ def page(found: Stats) -> str:
     ]
     if found.cost:
         c = found.cost
-        told = ", ".join(f"{name} {human(c[name])}" for name in ("least", "median", "mean", "p95", "most"))
+        costs = ", ".join(f"{name} {human(c[name])}" for name in ("least", "median", "mean", "p95", "most"))
         parts += [
             "<h2>Attention of a pack</h2>",
-            f"<p>Number of packs by Σ len² over their fragments, what the work of attention goes with: {told}.</p>",
+            f"<p>Number of packs by Σ len² over their fragments, proportional to the cost of attention: {costs}.</p>",
             _bars(
                 [f"{human(a)}–{human(b)}" for a, b, _ in found.cost_bars],
                 [n for _, _, n in found.cost_bars],
@@ -85,7 +85,7 @@ def page(found: Stats) -> str:
         )
         parts += [
             "<h2>Imbalance over ranks</h2>",
-            "<p>Attention of the rank with the most of it in a step, over the mean of all; each takes one pack.</p>",
+            "<p>Attention cost of the slowest rank in a step, divided by the mean of all ranks; one pack per rank.</p>",
             f'<div class="wide"><table><tr><th></th><th>mean</th><th>p95</th></tr>{rows}</table></div>',
         ]
     more = f" (the first {FILES})" if len(found.files) > FILES else ""
@@ -109,7 +109,7 @@ def _table(rows: Iterable[FileStats]) -> str:
 def _bars(
     names: Sequence[str], *series: Sequence[float], ticks: Sequence[str] | None = None, percent: bool = False
 ) -> str:
-    """A bar chart; bars of several series stand side by side. `ticks` are the names below the axis, if others."""
+    """A bar chart; bars of several series are side by side. `ticks`: labels of the axis, if different from `names`."""
     highest = max((v for values in series for v in values), default=0)
     most = _round_up(highest or 1, whole=not percent)
     room, floor = (WIDTH - LEFT) / max(len(names), 1), HEIGHT - BOTTOM
@@ -134,20 +134,20 @@ def _bars(
         if i % every == 0:
             tick = ticks[i] if ticks else name
             short = tick if len(tick) <= 12 else tick[:11] + "…"
-            odd = ' class="odd"' if i // every % 2 and len(names) > 4 else ""  # left out where the page is narrow
+            odd = ' class="odd"' if i // every % 2 and len(names) > 4 else ""  # hidden on narrow pages
             parts.append(f'<text{odd} x="{middle:.1f}" y="{floor + 16}" text-anchor="middle">{escape(short)}</text>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
 def _round_up(value: float, whole: bool) -> float:
-    """The next number whose quarters are round; `whole`: and whole, as numbers of packs are."""
+    """The next larger number whose quarters are round; with `whole` also integers, for numbers of packs."""
     step = 10.0 ** math.floor(math.log10(value))
     rounded = (step * n for n in (1, 2, 4, 6, 8, 10, 20, 40) if step * n >= value)
     return next(n for n in rounded if not whole or n % 4 == 0)
 
 
 def _short(value: float) -> str:
-    """For an axis: three digits at most, `1.13 M`, `250`."""
+    """A number for an axis, with at most three digits: `1.13 M`, `250`."""
     number, _, unit = human(value).partition(" ")
     return f"{float(number):.3g} {unit}".rstrip()
 

@@ -1,14 +1,14 @@
-"""Which packs an iteration has, and which rank computes which of them, when packs are dealt by their attention cost.
+"""Assigns packs to iterations and ranks so that the attention cost is balanced.
 
 A pack costs a constant + b · Σ len² over its document fragments, and all ranks of an iteration wait for the slowest.
 
     stream       p0 p1 p2 p3 │ p4 p5 p6 p7 │ p8 …            an iteration: P packs of all ranks
-    window       iterations [0:k], [k:2k], … of the run, or since P or k was changed; cut where an epoch ends
-    iterations   k > 1: the packs of a window sorted by cost, P neighbours to each iteration     by P alone
-    ranks        an iteration's packs, the costliest first, to the rank with the least so far    by P and the ranks
+    window       iterations [0:k], [k:2k], … of the run, or since P or k changed; cut at the end of an epoch
+    iterations   k > 1: the packs of a window sorted by cost, P neighbours per iteration        depends on P only
+    ranks        an iteration's packs by descending cost, each to the rank with the least cost  depends on P and ranks
 
-With k = 1 every iteration has the packs that it has undealt. No window reaches from one epoch into the next, so that
-the two visits of a pack never meet in one iteration.
+With k = 1 every iteration has the same packs as without balancing. No window extends from one epoch into the next, so
+that an iteration never contains the same pack twice.
 """
 
 import heapq
@@ -22,10 +22,10 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.integer[Any]]
 Int64s = npt.NDArray[np.int64]
 Costs = npt.NDArray[Any]
-BLOCK = 2**20  # tokens of packs whose documents are looked at together: bounds what that takes
+BLOCK = 2**20  # tokens of packs whose documents are processed together; bounds the memory
 
 
-def squares(ends: Int64s, starts: Ints, packed_length: int) -> Int64s:
+def attention_costs(ends: Int64s, starts: Ints, packed_length: int) -> Int64s:
     """Σ len² over the fragments of packs that begin at tokens `starts` of a file whose documents end at `ends`."""
     found = np.empty(len(starts), np.int64)
     step = max(BLOCK // packed_length, 1)
@@ -34,7 +34,7 @@ def squares(ends: Int64s, starts: Ints, packed_length: int) -> Int64s:
         stops = begins + packed_length
         first, last = np.searchsorted(ends, begins, "right"), np.searchsorted(ends, stops, "left")
         counts = last - first + 1  # fragments of each pack
-        heads = np.cumsum(counts) - counts  # where a pack's fragments begin among those of all
+        heads = np.cumsum(counts) - counts  # index of each pack's first fragment among all fragments
         inside = np.arange(int(counts.sum())) + np.repeat(first - heads, counts)
         cuts = np.minimum(ends[inside], np.repeat(stops, counts))
         lengths = np.diff(cuts, prepend=0)
@@ -44,19 +44,20 @@ def squares(ends: Int64s, starts: Ints, packed_length: int) -> Int64s:
 
 
 def windows(begin: int, origin: int, packs: int, per_epoch: int, size: int) -> Iterator[tuple[int, int, int]]:
-    """What is dealt together, from pack `begin` of the stream on: (its first pack, its iterations, those of them done).
+    """Windows from pack `begin` of the stream on: (first pack, iterations, iterations of it that lie before `begin`).
 
     Args:
         origin: pack of the stream from which windows are counted.
         packs: P.
-        per_epoch: packs of an epoch; a window is cut there, and an iteration with packs of two epochs dealt alone.
+        per_epoch: packs per epoch; windows are cut at its end, and an iteration with packs of two epochs is a window
+            of its own.
         size: k, iterations of a full window.
     """
     done = (begin - origin) // packs
     offset = begin - done * packs
 
     def epochs(i: int) -> tuple[int, int]:
-        """Of an iteration's first and last pack; equal for neighbours only if they lie in one epoch."""
+        """(epoch of an iteration's first pack, of its last pack): the key by which windows are cut."""
         return (offset + i * packs) // per_epoch, (offset + (i + 1) * packs - 1) // per_epoch
 
     for start in count(done // size * size, size):
@@ -66,41 +67,41 @@ def windows(begin: int, origin: int, packs: int, per_epoch: int, size: int) -> I
                 yield offset + together[0] * packs, len(together), max(done - together[0], 0)
 
 
-def to_iterations(costs: Costs, packs: int) -> Ints:
-    """Indices into a window [iterations, P]: packs of like cost together, in the order of the stream.
+def assign_to_iterations(costs: Costs, packs: int) -> Ints:
+    """Indices into a window [iterations, P]: packs of similar cost together, each group in the order of the stream.
 
-    The order of iterations is that of their first packs in the stream, so that it says nothing of the cost.
+    Iterations are ordered by their first packs in the stream, so that their order is independent of the cost.
     """
     groups = np.sort(np.argsort(costs, kind="stable").reshape(-1, packs), axis=1)
     return groups[np.argsort(groups[:, 0])]
 
 
-def to_ranks(costs: Costs, ranks: int) -> Ints:
-    """Indices into an iteration [ranks, packs a rank], each rank's costliest first; of one rank, as they come.
+def assign_to_ranks(costs: Costs, ranks: int) -> Ints:
+    """Indices into an iteration [ranks, packs per rank], each rank's costliest pack first; unchanged for one rank.
 
-    Greedy: the costliest pack left goes to the rank with the least cost that has not got all of its packs.
+    Greedy: the costliest remaining pack goes to the rank with the least cost that needs more packs.
     """
-    each = len(costs) // ranks
-    if 1 in (each, ranks):
-        return np.arange(len(costs)).reshape(ranks, each)
+    per_rank = len(costs) // ranks
+    if 1 in (per_rank, ranks):
+        return np.arange(len(costs)).reshape(ranks, per_rank)
     taken: list[list[int]] = [[] for _ in range(ranks)]
     least = [(0, rank) for rank in range(ranks)]
     for i in np.argsort(-costs, kind="stable").tolist():
         cost, rank = heapq.heappop(least)
         taken[rank].append(i)
-        if len(taken[rank]) < each:
+        if len(taken[rank]) < per_rank:
             heapq.heappush(least, (cost + costs[i].item(), rank))
     return np.array(taken)
 
 
-def waiting(costs: Costs, time: Callable[[Costs], Costs], ranks: int, each: int = 1, window: int = 0) -> float:
-    """Part of an iteration that the mean rank waits for the slowest, over packs in the order of the stream.
+def waiting_share(costs: Costs, time: Callable[[Costs], Costs], ranks: int, each: int = 1, window: int = 0) -> float:
+    """Share of an iteration during which the mean rank waits for the slowest, over packs in the order of the stream.
 
     Args:
-        costs: of each pack, by which it is dealt; those of a last incomplete iteration are left out.
-        time: what a pack of a cost takes, in any unit.
-        each: packs of a rank.
-        window: iterations dealt together; 0: packs are not dealt.
+        costs: of each pack; those of a last incomplete iteration are left out.
+        time: costs → durations, in any unit.
+        each: packs per rank.
+        window: iterations balanced together; 0: no balancing.
     """
     packs = ranks * each
     costs = costs[: len(costs) // packs * packs]
@@ -110,7 +111,7 @@ def waiting(costs: Costs, time: Callable[[Costs], Costs], ranks: int, each: int 
         rows = []
         for first in range(0, len(costs), packs * window):
             inside = costs[first : first + packs * window]
-            rows += [inside[row][to_ranks(inside[row], ranks)] for row in to_iterations(inside, packs)]
+            rows += [inside[row][assign_to_ranks(inside[row], ranks)] for row in assign_to_iterations(inside, packs)]
         dealt = np.array(rows)
     times = time(dealt).sum(axis=2)
     return float(1 - times.mean() / times.max(axis=1).mean())

@@ -1,4 +1,4 @@
-"""What the model sees: one pack, or a part of one: some of its documents."""
+"""The input of the model: one pack, or some of its document fragments."""
 
 import bisect
 import heapq
@@ -9,18 +9,18 @@ import torch
 
 from xtuner.data.packing.pack import IGNORE, LabelRule, RawPack
 
-EXCHANGES = 64  # between groups of fragments; a few suffice
+MAX_EXCHANGES = 64  # between groups of fragments; a few usually suffice
 
 
 @dataclass(frozen=True)
 class Batch:
-    """T tokens of n document fragments laid end to end.
+    """T tokens of n concatenated document fragments.
 
-    `num_targets` counts the positions with a target; `pack` is the pack's number, for messages and replays.
+    `num_targets` is the number of positions with a target; `pack` is the pack's number, for messages and replays.
     """
 
     input_ids: torch.Tensor  # int64 [T]
-    targets: torch.Tensor  # int64 [T], already shifted, -100 where there is no loss
+    targets: torch.Tensor  # int64 [T], already shifted, -100 without loss
     position_ids: torch.Tensor  # int64 [T], from 0 in each fragment
     cu_seqlens: torch.Tensor  # int32 [n + 1], fragment borders from 0 to T
     max_seqlen: int  # longest fragment
@@ -28,7 +28,7 @@ class Batch:
     pack: int = -1
 
     @classmethod
-    def of(cls, pack: dict[str, torch.Tensor], number: int = -1) -> "Batch":
+    def from_item(cls, pack: dict[str, torch.Tensor], number: int = -1) -> "Batch":
         """From an item of `PackedDataset`."""
         cu_seqlens, targets = pack["cumulative_len"], pack["targets"]
         return cls(
@@ -42,8 +42,8 @@ class Batch:
         )
 
     @classmethod
-    def of_raw(cls, raw: RawPack, rule: LabelRule, number: int = -1, pin: bool = False) -> "Batch":
-        """From what `PackedDataset.raw` gives. `pin`: in memory from which a GPU copies without waiting."""
+    def from_raw(cls, raw: RawPack, rule: LabelRule, number: int = -1, pin: bool = False) -> "Batch":
+        """From the result of `PackedDataset.raw`. `pin`: in pinned memory, for asynchronous copies to a GPU."""
         block = torch.empty((3, len(raw.signed)), dtype=torch.int64, pin_memory=pin)
         input_ids, targets, position_ids = block.numpy()
         raw.input_ids(input_ids)
@@ -66,27 +66,27 @@ class Batch:
 
     @property
     def attention_pairs(self) -> int:
-        """Σ len² over fragments: what the cost of attention goes with."""
+        """Σ len² over fragments, to which the cost of attention is proportional."""
         return int(self.cu_seqlens.diff().long().square().sum())
 
     def num_parts(self, most: int) -> int:
-        """The fewest parts, of whole fragments, with at most `most` tokens each; a longer fragment is a part alone."""
+        """Smallest number of parts of complete fragments with at most `most` tokens; a longer fragment is alone."""
         lengths = self.cu_seqlens.diff().tolist()
 
         def fits(group: list[int]) -> bool:
-            held = [lengths[i] for i in group]
-            return sum(held) <= max([most, *held])
+            found = [lengths[i] for i in group]
+            return sum(found) <= max([most, *found])
 
-        count = -(-sum(min(n, most) for n in lengths) // most)  # no fewer can do
+        count = -(-sum(min(n, most) for n in lengths) // most)  # a lower bound
         while not all(map(fits, distribute(lengths, count))):
             count += 1
         return count
 
     def split(self, count: int) -> list["Batch"]:
-        """So many parts of whole fragments, about equally long; where fragments are too few, idle ones follow.
+        """`count` parts of complete fragments, about equally long; if there are too few fragments, dummies follow.
 
-        The part with the most attention comes first: ranks that wait for each other in every part wait least if all
-        compute their costly parts together.
+        The part with the most attention comes first: ranks that synchronise in every part wait least if all compute
+        their costly parts at the same time.
         """
         if count == 1:
             return [self]
@@ -94,10 +94,10 @@ class Batch:
         groups = distribute(lengths, count)
         parts = [self._part(group) for group in groups if any(lengths[i] for i in group)]  # documents may be empty
         parts.sort(key=lambda part: -part.attention_pairs)
-        return parts + [self._idle()] * (count - len(parts))
+        return parts + [self._dummy()] * (count - len(parts))
 
-    def _idle(self) -> "Batch":
-        """Some tokens to go through the motions with, where other ranks have another part."""
+    def _dummy(self) -> "Batch":
+        """Dummy micro-batch without targets, so that this rank joins the same collectives as the others."""
         tokens = slice(0, min(self.num_tokens, 16))
         ids = self.input_ids[tokens]
         borders = torch.tensor([0, len(ids)], dtype=torch.int32)
@@ -105,7 +105,7 @@ class Batch:
         return Batch(ids, torch.full_like(ids, IGNORE), positions, borders, len(ids), 0, self.pack)
 
     def _part(self, chosen: list[int]) -> "Batch":
-        """These fragments, in ascending order."""
+        """The chosen fragments, in ascending order."""
         borders = self.cu_seqlens.tolist()
         lengths = torch.tensor([borders[i + 1] - borders[i] for i in chosen])
         tokens = torch.cat([torch.arange(borders[i], borders[i + 1]) for i in chosen])
@@ -121,7 +121,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy to a device without waiting."""
+        """Copy to a device asynchronously."""
         if device.type == "cpu":
             return self
         names = ("input_ids", "targets", "position_ids", "cu_seqlens")
@@ -132,8 +132,8 @@ class Batch:
 def distribute(lengths: list[int], count: int) -> list[list[int]]:
     """Indices of `lengths` in `count` groups whose sums are about equal, ascending in each group.
 
-    The longest first, each to the group with the least so far; then the fullest group gives away, or exchanges, what
-    brings it closest to another, as long as that helps.
+    The longest first, each to the group with the smallest sum; then the largest group repeatedly moves or exchanges the
+    element that brings it closest to another group, as long as that reduces the larger sum.
     """
     groups: list[list[int]] = [[] for _ in range(count)]
     sums = [0] * count
@@ -143,9 +143,9 @@ def distribute(lengths: list[int], count: int) -> list[list[int]]:
         groups[g].append(i)
         sums[g] += lengths[i]
         heapq.heappush(heap, (sums[g], g))
-    for _ in range(EXCHANGES):
+    for _ in range(MAX_EXCHANGES):
         full = max(range(count), key=sums.__getitem__)
-        best = (sums[full], full, -1, -1)  # (the larger of both sums, other group, what goes there, what comes back)
+        best = (sums[full], full, -1, -1)  # (larger of both sums, other group, index moved there, index moved back)
         for other in range(count):
             if other == full:
                 continue

@@ -1,4 +1,4 @@
-"""An endless stream of this rank's packs from any position, prepared ahead of the training step."""
+"""An endless stream of this rank's packs from any position, prefetched during the training step."""
 
 import atexit
 import contextlib
@@ -18,17 +18,17 @@ from torch.utils.data import DataLoader
 from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.system.malloc import keep_freed
-from xtuner.data.loading.balance import Costs, to_iterations, to_ranks, waiting, windows
+from xtuner.data.loading.balance import Costs, assign_to_iterations, assign_to_ranks, waiting_share, windows
 from xtuner.data.loading.batch import Batch
-from xtuner.data.loading.sampler import InternRepoSampler, Position, numbers, packs_per_epoch
+from xtuner.data.loading.sampler import InternRepoSampler, Position, iterate_numbers, packs_per_epoch
 from xtuner.data.packing.pack import PackedDataset, RawPack
 from xtuner.data.process_pool import end_with_parent
 
-READERS = 2  # threads that read; most of the work is numpy's, which lets others run
-PREFETCH = 4  # packs prepared ahead; one pack of 32k tokens takes about 1 MB
-LISTED = 10_000  # files that a checkpoint lists by name: 1 MB
-PATIENCE = 5.0  # s that the end of a stream waits for its thread
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the trainer's to handle; see `_begin_worker`
+READERS = 2  # reading threads; most of the work is in numpy, which releases the GIL
+PREFETCH = 4  # packs prepared ahead; a pack of 32k tokens takes about 1 MB
+MAX_LISTED_FILES = 10_000  # that a checkpoint lists by name: 1 MB
+STOP_TIMEOUT = 5.0  # s that closing a stream waits for its thread
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # handled by the trainer; see `_init_worker`
 
 
 class PackLoader:
@@ -36,12 +36,13 @@ class PackLoader:
 
     Args:
         num_workers: 0 prepares packs in a thread of this process, n > 0 in n processes.
-        balance: 0: rank r of n takes `[r::n]` of the stream. 1: the packs of an iteration are dealt to ranks by
-            attention cost; k > 1: those of k iterations to iterations, too. See balance.py.
-        accumulative_counts: packs that each rank takes in an iteration.
-        reshuffle: a new order each epoch; otherwise epoch 0's again.
-        begun_on: ranks that the run was begun on, which decide what an epoch is; None for those of the sampler.
-        windows_from: where in the data k iterations are counted from.
+        balance: 0: rank r of n takes `[r::n]` of the stream. 1: the packs of an iteration are assigned to ranks by
+            attention cost; k > 1: the packs of k iterations are also assigned to iterations. See balance.py.
+        accumulative_counts: packs per rank and iteration.
+        reshuffle: a new order each epoch; otherwise that of epoch 0.
+        begun_on: number of ranks on which the run was started; it decides the length of an epoch. None for that of
+            the sampler.
+        windows_from: pack of the stream from which windows of k iterations are counted.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class PackLoader:
         self.dataset = dataset
         self.sampler = sampler
         self.num_workers = num_workers
-        self.lacks = what_dealing_lacks(dataset, sampler, balance)
-        self.balance = 0 if self.lacks else balance
+        self.balance_obstacle = find_balance_obstacle(dataset, sampler, balance)
+        self.balance = 0 if self.balance_obstacle else balance
         self.accumulative_counts = accumulative_counts
         self.windows_from = windows_from
         self.reshuffle = reshuffle
@@ -79,7 +80,7 @@ class PackLoader:
         return packs_per_epoch(self.num_packs, self.begun_on)
 
     def iterate_from(self, position: Position) -> Iterator[Batch]:
-        """Yield this rank's batches from `position` on, without end. Nothing before it is read."""
+        """Yield this rank's batches from `position` on, endlessly. Nothing before it is read."""
         keep_freed()
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         if self.num_workers:
@@ -87,49 +88,49 @@ class PackLoader:
         return prefetch(lambda: self._read(position, gpu), PREFETCH)
 
     @property
-    def deals(self) -> bool:
-        """Whether costs decide anything: with one pack a rank, or one rank, an iteration has nothing to deal."""
+    def is_balanced(self) -> bool:
+        """Whether costs decide the assignment. With one rank, or one pack per rank, an iteration has no choice."""
         return self.balance > 1 or (self.balance == 1 and self.dp_size > 1 and self.accumulative_counts > 1)
 
     def numbers_from(self, position: Position) -> Iterator[int]:
-        """Numbers of this rank's packs from `position` on, without end."""
-        if self.deals:
-            return self._dealt(position)
+        """Numbers of this rank's packs from `position` on, endlessly."""
+        if self.is_balanced:
+            return self._balanced_numbers(position)
         shares = self.sampler.stream(position, self.packs_per_epoch, self.reshuffle)
-        return chain.from_iterable(map(numbers, shares))
+        return chain.from_iterable(map(iterate_numbers, shares))
 
-    def _dealt(self, position: Position) -> Iterator[int]:
-        """The same, of which every iteration's are chosen by cost. Costs of a window are looked up when it begins."""
+    def _balanced_numbers(self, position: Position) -> Iterator[int]:
+        """`numbers_from` with packs assigned by cost. The costs of a window are computed when it begins."""
         per_epoch, packs = self.packs_per_epoch, self.dp_size * self.accumulative_counts
         begin = position.packs_before(per_epoch)
         for first, iterations, done in windows(begin, self.windows_from, packs, per_epoch, self.balance):
             window = self.sampler.packs(first, first + iterations * packs, per_epoch, self.reshuffle)
             costs = self.dataset.costs(window)
-            for taken in to_iterations(costs, packs)[done:]:
-                mine = to_ranks(costs[taken], self.dp_size)[self.sampler.rank]
+            for taken in assign_to_iterations(costs, packs)[done:]:
+                mine = assign_to_ranks(costs[taken], self.dp_size)[self.sampler.rank]
                 yield from window[taken[mine]].tolist()
 
-    def waiting(self, time: Callable[[Costs], Costs], balance: int, most: int) -> float | None:
-        """Part of an iteration that ranks wait for the slowest, in the first `most` iterations of epoch 0.
+    def waiting_share(self, time: Callable[[Costs], Costs], balance: int, most: int) -> float | None:
+        """Share of an iteration during which ranks wait for the slowest, over the first `most` iterations of epoch 0.
 
         Args:
-            time: that a pack takes, from Σ len² of its fragments.
-        Returns None where documents have no index, and to look at many takes long.
+            time: Σ len² of the fragments of packs → durations.
+        Returns None for documents without an index, whose lengths would take long to read.
         """
         packs = self.dp_size * self.accumulative_counts
         iterations = min(most, self.packs_per_epoch // packs)
-        if not iterations or self.lacks or not getattr(self.dataset, "indexed", True):
+        if not iterations or self.balance_obstacle or not getattr(self.dataset, "indexed", True):
             return None
         first = self.sampler.packs(0, iterations * packs, self.packs_per_epoch, self.reshuffle)
-        return waiting(self.dataset.costs(first), time, self.dp_size, self.accumulative_counts, balance)
+        return waiting_share(self.dataset.costs(first), time, self.dp_size, self.accumulative_counts, balance)
 
     def _read(self, position: Position, gpu: int | None) -> Iterator[Batch]:
         def begin() -> None:
-            if gpu is not None:  # a thread's own setting; without it all ranks would pin by the first GPU
+            if gpu is not None:  # the setting is per thread; without it all ranks would pin through the first GPU
                 torch.cuda.set_device(gpu)
 
         def read(number: int) -> Batch:
-            return Batch.of_raw(self.dataset.raw(number), self.dataset.label_rule, number, gpu is not None)
+            return Batch.from_raw(self.dataset.raw(number), self.dataset.label_rule, number, gpu is not None)
 
         waiting: deque[Future[Batch]] = deque()
         with ThreadPoolExecutor(READERS, "xtuner-reader", begin) as pool:
@@ -140,34 +141,37 @@ class PackLoader:
 
     def _from_processes(self, position: Position, gpu: int | None) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
-            _Shipped(self.dataset),  # type: ignore[arg-type]
+            _PackBuffers(self.dataset),  # type: ignore[arg-type]
             batch_size=None,
             sampler=self.numbers_from(position),
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=_init_worker,
         )
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # workers inherit it until they ignore them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # inherited by workers until they ignore it
         try:
             items: Any = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # Python's own exit would send the workers a SIGTERM, and wait for ever.
+        # Otherwise Python's exit would send SIGTERM to the workers, which ignore it, and wait forever.
         atexit.register(items._shutdown_workers)
         try:
             for item in items:
                 if isinstance(item, XTunerError):
                     raise item
                 number, buffer = item
-                raw = RawPack.of(buffer.numpy())
-                yield Batch.of_raw(raw, self.dataset.label_rule, number, gpu is not None)
+                raw = RawPack.from_buffer(buffer.numpy())
+                yield Batch.from_raw(raw, self.dataset.label_rule, number, gpu is not None)
         finally:
             atexit.unregister(items._shutdown_workers)
             items._shutdown_workers()
 
 
-def what_dealing_lacks(dataset: PackedDataset, sampler: InternRepoSampler, balance: int) -> str:
-    """A method that a dataset or sampler of the user's own does not have. Raises: ConfigError if k > 1 needs it."""
+def find_balance_obstacle(dataset: PackedDataset, sampler: InternRepoSampler, balance: int) -> str:
+    """Why packs cannot be balanced: a method that a user's own dataset or sampler lacks; empty if they can.
+
+    Raises: ConfigError if balance > 1 requires it.
+    """
     for part, method, ours in ((dataset, "costs", "PackedDataset"), (sampler, "packs", "InternRepoSampler")):
         if not hasattr(part, method):
             lacks = f"{type(part).__name__} has no method `{method}`"
@@ -175,15 +179,15 @@ def what_dealing_lacks(dataset: PackedDataset, sampler: InternRepoSampler, balan
                 raise ConfigError(
                     f"balance = {balance}, but {lacks}",
                     where="train_dataloader.balance",
-                    why="packs are dealt by the lengths of their documents",
-                    do=f"derive it from {ours}, give it that method, or set balance = 0",
+                    why="packs are balanced by the lengths of their documents",
+                    do=f"derive it from {ours}, add that method, or set balance = 0",
                 )
             return lacks
     return ""
 
 
 def identity(dataset: PackedDataset, sampler: InternRepoSampler, reshuffle: bool) -> dict[str, Any]:
-    """What the order of packs depends on. A resume compares it."""
+    """Everything that the order of packs depends on. A resume compares it."""
     return {
         "data": dataset.fingerprint(),
         "packed_length": dataset.packed_length,
@@ -194,29 +198,30 @@ def identity(dataset: PackedDataset, sampler: InternRepoSampler, reshuffle: bool
     }
 
 
-def listed_files(dataset: PackedDataset) -> list[str] | int:
-    """`IDENTITY NAME` of the files in order, so that a resume can say which are others; of very many, how many."""
+def list_files(dataset: PackedDataset) -> list[str] | int:
+    """`IDENTITY NAME` of the files in order, so that a resume can report which have changed; of very many files, their
+    number."""
     documents = dataset.documents
-    if len(documents) > LISTED:
+    if len(documents) > MAX_LISTED_FILES:
         return len(documents)
     names = (name.encode(errors="backslashreplace").decode() for name in documents.names)
     return [f"{identity} {name}" for identity, name in zip(documents.identities(), names, strict=True)]
 
 
-def _begin_worker(worker: int) -> None:
-    """For a worker process: Slurm, Kubernetes and Ctrl-C signal all processes of a job, and the iteration in progress
-    still needs its packs. A worker ends when the loader tells it to, or when its parent is gone: torch looks for that,
-    too, but not if it went before the worker had begun."""
+def _init_worker(worker: int) -> None:
+    """Initialise a worker process. It ignores stop signals: Slurm, Kubernetes and Ctrl-C signal all processes of a job,
+    and the iteration in progress still needs its packs. It ends when the loader stops it or when its parent dies;
+    torch's own check misses a parent that died before the worker had started."""
     keep_freed()
-    for number in _STOPS:
+    for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent()
 
 
-class _Shipped:
-    """A pack as a worker process sends it: its number and one int32 buffer, a sixth of what the tensors would be.
+class _PackBuffers:
+    """Packs as worker processes send them: (number, one int32 buffer), a sixth of the size of the tensors.
 
-    An error for users is a value: raised here, torch would put this process's traceback into its message.
+    An error for users is returned: if it were raised, torch would add this process's traceback to its message.
     """
 
     def __init__(self, dataset: PackedDataset) -> None:
@@ -230,7 +235,7 @@ class _Shipped:
 
 
 def prefetch(make: Callable[[], Iterator[Batch]], ahead: int) -> Iterator[Batch]:
-    """Run an iterator in a thread, at most `ahead` items in front. Its errors are raised at the consumer."""
+    """Run an iterator in a thread, at most `ahead` items ahead. Its errors are raised in the consumer."""
     ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()
 
@@ -246,11 +251,12 @@ def prefetch(make: Callable[[], Iterator[Batch]], ahead: int) -> Iterator[Batch]
     thread = threading.Thread(target=fill, name="xtuner-prefetch", daemon=True)
 
     def stop() -> None:
-        """End the thread, unless a disk holds it. One that frees tensors while Python ends would abort the process."""
+        """Stop the thread, unless it is blocked by a disk. Freeing tensors in a thread while Python exits would abort
+        the process."""
         stopped.set()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + STOP_TIMEOUT
         while thread.is_alive() and time.monotonic() < deadline:
-            with contextlib.suppress(queue.Empty):  # it may wait for room
+            with contextlib.suppress(queue.Empty):  # it may be blocked by a full queue
                 ready.get(timeout=0.01)
         thread.join(0)
 

@@ -1,8 +1,8 @@
-"""How the ranks of a run open one folder of data: rank 0 looks at all of it, the others take its word where they can.
+"""Opens one folder of data on all ranks of a run; ranks other than 0 reuse the index of rank 0 where they can.
 
-Rank 0 walks, asks for sizes and times, and builds what is missing. Then the first rank of each node, given a path and a
-hash, opens rank 0's index if it sees it and all files; else it looks for itself, and must find the same contents. The
-other ranks of the node open what their first one has. What one rank cannot see, all report together.
+Rank 0 walks the folder, reads sizes and times, and builds a missing index. Then the first rank of each node receives
+its path and hash. It opens that index if it can access it and all files; else it walks the folder itself, and must find
+the same contents. The other ranks of a node open the index of its first rank. An error of one rank is raised on all.
 """
 
 import platform
@@ -12,83 +12,83 @@ from typing import Any
 import numpy as np
 
 from xtuner.core.errors import DataError
-from xtuner.data.format.folder import signatures_of
+from xtuner.data.format.folder import read_signatures
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.collectives import Ranks
 
-NAMED = 10_000  # files whose names rank 0 tells where there is no index to tell them
+MAX_SENT_NAMES = 10_000  # of files, sent by rank 0 where there is no index
 
 
 Known = dict[str, Any]  # what another rank has found
 Build = Callable[[Known | None], PackedDataset]
 
 
-def open_together(build: Build, ranks: Ranks) -> PackedDataset:
-    """Build the same data on all ranks. Raises, on all: what `build` raises on any; DataError for other data."""
+def open_on_ranks(build: Build, ranks: Ranks) -> PackedDataset:
+    """Build the same data on all ranks. Raises, on all ranks: what `build` raises on any; DataError if data differ."""
     if ranks.size == 1:
         return build(None)
     nodes = ranks.gather(platform.node())
     first = nodes.index(nodes[ranks.rank])
     data = ranks.run_on_all(lambda: build(None) if ranks.is_main else None)
-    found = ranks.broadcast(_told(data))
-    data = ranks.run_on_all(lambda: _first_of_node(build, found) if data is None and first == ranks.rank else data)
-    of_node = ranks.gather(_told(data))[first]
-    data = ranks.run_on_all(lambda: _given(build, of_node) if data is None else data)
-    ranks.run_on_all(lambda: _compare(data, found))
+    found = ranks.broadcast(_summarize(data))
+    data = ranks.run_on_all(lambda: _open_on_first_rank(build, found) if data is None and first == ranks.rank else data)
+    of_node = ranks.gather(_summarize(data))[first]
+    data = ranks.run_on_all(lambda: _open_known(build, of_node) if data is None else data)
+    ranks.run_on_all(lambda: _check_same(data, found))
     return data
 
 
-def _told(data: Any) -> Known | None:
-    """A path and a hash, and by what they are recognised; None for no data."""
+def _summarize(data: Any) -> Known | None:
+    """What other ranks need to open or compare the data; None for no data."""
     if data is None:
         return None
     documents = getattr(data, "documents", None)
-    if documents is None:  # a dataset of the user's own
-        return {"asked": None, "fingerprint": None}
-    tables = documents.tables
-    names = None if tables or len(documents) > NAMED else documents.names
-    where = {"path": str(tables.path.absolute()), "key": tables.key} if tables else {"path": None, "key": None}
-    return {"asked": documents.asked, "fingerprint": data.fingerprint(), "names": names, **where}
+    if documents is None:  # a user's own dataset
+        return {"request": None, "fingerprint": None}
+    orders = documents.orders
+    names = None if orders or len(documents) > MAX_SENT_NAMES else documents.names
+    where = {"path": str(orders.path.absolute()), "key": orders.key} if orders else {"path": None, "key": None}
+    return {"request": documents.request, "fingerprint": data.fingerprint(), "names": names, **where}
 
 
-def _given(build: Build, told: Known) -> PackedDataset:
-    return build(None if told["asked"] is None or told["path"] is None else told)
+def _open_known(build: Build, known: Known) -> PackedDataset:
+    return build(None if known["request"] is None or known["path"] is None else known)
 
 
-def _first_of_node(build: Build, told: Known) -> PackedDataset:
-    data = _given(build, told)
+def _open_on_first_rank(build: Build, known: Known) -> PackedDataset:
+    data = _open_known(build, known)
     documents = getattr(data, "documents", None)
-    if documents is None or documents.tables is None or documents.tables.key != told["key"]:
-        return data  # it has looked for itself
-    seen = signatures_of(documents.folder, documents.catalog.names)
-    unseen = np.flatnonzero((seen < 0).any(axis=1))
+    if documents is None or documents.orders is None or documents.orders.key != known["key"]:
+        return data  # it has walked the folder itself
+    seen = read_signatures(documents.folder, documents.catalog.names)
+    unseen = np.flatnonzero(seen["size"] < 0)
     if len(unseen):
-        raise _not_seen([documents.catalog.names[i] for i in unseen], str(documents.folder))
-    if (seen == documents.catalog.numbers[:, :4]).all():
+        raise _access_error([documents.catalog.names[i] for i in unseen], str(documents.folder))
+    if (seen == documents.catalog.records["signature"]).all():
         return data
-    return build(None)  # a copy of its own, with times of its own
+    return build(None)  # a copy on this node, with other times
 
 
-def _compare(data: Any, told: Known) -> None:
-    if told["fingerprint"] is None or data.fingerprint() == told["fingerprint"]:
+def _check_same(data: Any, known: Known) -> None:
+    if known["fingerprint"] is None or data.fingerprint() == known["fingerprint"]:
         return
     documents = data.documents
     names = set(documents.names)
-    if told["names"] and (missing := [n for n in told["names"] if n not in names]):
-        raise _not_seen(missing, documents.location)
+    if known["names"] and (missing := [n for n in known["names"] if n not in names]):
+        raise _access_error(missing, documents.location)
     raise DataError(
-        f"the data on {platform.node()} are not those that rank 0 sees",
+        f"the data on {platform.node()} differ from those of rank 0",
         where=documents.location,
-        why="ranks that count other packs would train on others than the run says",
-        do="copy the folder again, or give one that all nodes share",
+        why="ranks with different packs would not train on what the run reports",
+        do="copy the folder again, or use one that all nodes share",
     )
 
 
-def _not_seen(names: list[str], folder: str) -> DataError:
+def _access_error(names: list[str], folder: str) -> DataError:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return DataError(
-        f"{names[0]}{more} cannot be seen on {platform.node()}, but by rank 0",
+        f"{names[0]}{more} can be accessed by rank 0, but not on {platform.node()}",
         where=f"{folder}/{names[0]}",
         why="all ranks read all files",
-        do="give a folder that all nodes share, or copy it whole to each",
+        do="use a folder that all nodes share, or copy it completely to each node",
     )

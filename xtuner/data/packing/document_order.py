@@ -1,12 +1,12 @@
-"""The order of every file's documents and where each ends, for one seed: 12 bytes a document, made once and mapped.
+"""The order of every file's documents and where each ends, for one seed: 12 bytes per document, built once and mapped.
 
-    the catalog (see file_catalog.py), with where each file's table begins and its checksum
-    a file's table:   uint32 [documents]  rows of the meta, in packing order; then, aligned,
-                      int64  [documents]  tokens up to and with each document
+    the catalog (file_catalog.py), with offset and checksum of each file's order
+    the order of a file:   uint32 [documents]  rows of the meta in packing order; then, aligned to 8 bytes,
+                           int64  [documents]  number of tokens up to and including each document
 
-All ranks and workers of a node share the mapped pages; a rank's own memory holds none of it. The file is named by what
-it was made from (names, sizes, times, contents, min_length, seed, version), so it is never stale; a table whose
-checksum is wrong is made again in memory, and the file removed.
+All ranks and workers of a node share the mapped pages. The file name is a hash of everything that the orders depend on
+(names, sizes, times, contents, min_length, seed, version), so that an index is never outdated. An order with a wrong
+checksum is rebuilt in memory, and the file is removed.
 """
 
 import contextlib
@@ -24,106 +24,109 @@ import numpy.typing as npt
 from xtuner.core.foreign_inputs import open_regular
 from xtuner.core.log import logger, progress
 from xtuner.data.format.bin_file import BinFile, Int64s
-from xtuner.data.format.cache_dirs import Place, tell_once
-from xtuner.data.format.file_catalog import HEADER, Catalog, pack, unpack
-from xtuner.data.process_pool import ordered, usable_workers
+from xtuner.data.format.cache_dirs import CacheDirs, log_once
+from xtuner.data.format.cache_file import DAMAGED, HEADER_BYTES
+from xtuner.data.format.file_catalog import Catalog, from_bytes, to_bytes
+from xtuner.data.process_pool import map_ordered, usable_workers
 
-SMALL = 100_000  # documents; fewer are ordered in milliseconds, and nothing is written for them
-ALONE = 3_000_000  # documents below which one process does the work
-MOST_WORKERS = 16
-Rows = npt.NDArray[np.uint32]
+SMALL = 100_000  # documents; fewer are ordered in milliseconds, so that nothing is cached for them
+PARALLEL_FROM = 3_000_000  # documents; fewer are ordered by one process
+MAX_WORKERS = 16
+RowNumbers = npt.NDArray[np.uint32]
 
 
-def packing_order(lengths: Int64s, seed: int) -> tuple[Rows, Int64s]:
-    """(numbers of documents in packing order, tokens up to and with each). The reference loader's order."""
-    order = np.arange(len(lengths), dtype=np.uint32)  # the draws do not depend on the item type
+def shuffle_documents(lengths: Int64s, seed: int) -> tuple[RowNumbers, Int64s]:
+    """(document numbers in packing order, tokens up to and including each), [n] each, as in the reference loader."""
+    order = np.arange(len(lengths), dtype=np.uint32)  # the draws do not depend on the dtype
     np.random.RandomState(seed).shuffle(order)
     return order, np.cumsum(lengths[order])
 
 
-def order_of(file: BinFile, seed: int) -> tuple[Rows, Int64s]:
-    """(rows of the meta in packing order, tokens up to and with each document)."""
+def shuffle_file(file: BinFile, seed: int) -> tuple[RowNumbers, Int64s]:
+    """(rows of the meta in packing order, tokens up to and including each document), [n] each, of used documents."""
     lengths = file.lengths
     if len(lengths) != file.num_documents:
-        raise file.changed(file.path, f"its meta has {len(lengths):,} documents instead of {file.num_documents:,}")
-    order, ends = packing_order(lengths, seed)
+        raise file.changed_error(
+            file.path, f"its meta has {len(lengths):,} documents instead of {file.num_documents:,}"
+        )
+    order, ends = shuffle_documents(lengths, seed)
     return (order if file.kept is None else file.kept[order].astype(np.uint32)), ends
 
 
 def _sizes(documents: int) -> tuple[int, int]:
-    """Bytes of (rows with what aligns the ends, the whole table)."""
+    """Bytes of (the rows with padding, the complete order of a file)."""
     rows = -(-4 * documents // 8) * 8
     return rows, rows + 8 * documents
 
 
-class Tables:
-    """The tables of all files of a catalog, mapped read-only."""
+class DocumentOrders:
+    """The orders of all files of a catalog, mapped read-only."""
 
     def __init__(self, path: Path, key: str) -> None:
-        """Raises: OSError; ValueError for a file that is not whole, or not of this key."""
+        """Raises: OSError; ValueError for a file that is not complete, or has another key."""
         self.path, self.key = path, key
         with open_regular(path) as f:
             size = os.fstat(f.fileno()).st_size
-            if size < HEADER:
-                raise ValueError("torn")
+            if size < HEADER_BYTES:
+                raise ValueError(DAMAGED)
             self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        self.catalog, head = unpack(self._map)
+        self.catalog, head = from_bytes(self._map)
         if head.get("key") != key or head.get("size") != size:
-            raise ValueError("torn" if head.get("key") == key else "of other data")
+            raise ValueError(DAMAGED if head.get("key") == key else "of other data")
         self.min_length, self.seed = head.get("min_length"), head.get("seed")
         if type(self.min_length) is not int or type(self.seed) is not int:
-            raise ValueError("torn")
-        self._sound: set[int] = set()
+            raise ValueError(DAMAGED)
+        self._verified: set[int] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tables, (self.path, self.key)
+        return DocumentOrders, (self.path, self.key)
 
-    def table(self, i: int) -> tuple[Rows, Int64s] | None:
-        """Rows and ends of file i, mapped; None, told, if they are not what was written."""
-        documents, begin, checksum = self.catalog.numbers[i, [4, 6, 7]].tolist()
+    def order(self, i: int) -> tuple[RowNumbers, Int64s] | None:
+        """(rows, ends) of file i, mapped; None, logged, if the checksum is wrong."""
+        _, documents, _, begin, checksum = self.catalog.records[i].item()
         rows, size = _sizes(documents)
-        if i not in self._sound:
+        if i not in self._verified:
             inside = documents >= 0 and 0 <= begin <= len(self._map) - size
             if not inside or zlib.crc32(memoryview(self._map)[begin : begin + size]) != checksum:
-                tell_once(f"the index {self.path} is damaged: it is removed, and made again at the next start")
+                log_once(f"the index {self.path} is damaged: it is removed, and rebuilt at the next start")
                 with contextlib.suppress(OSError):
                     self.path.unlink()
                 return None
-            self._sound.add(i)
+            self._verified.add(i)
         return (
             np.frombuffer(self._map, np.uint32, documents, begin),
             np.frombuffer(self._map, np.int64, documents, begin + rows),
         )
 
 
-def find(catalog: Catalog, min_length: int, seed: int, place: Place) -> Tables | None:
+def find_orders(catalog: Catalog, min_length: int, seed: int, cache_dirs: CacheDirs) -> DocumentOrders | None:
     key = catalog.key(min_length=min_length, seed=seed)
-    for path in place.candidates(_name(key)):
+    for path in cache_dirs.candidates(_name(key)):
         try:
-            return Tables(path, key)
+            return DocumentOrders(path, key)
         except (OSError, ValueError) as e:
-            tell_once(f"the index {path} is {getattr(e, 'strerror', None) or e}: it is made again")
+            log_once(f"the index {path} cannot be used ({getattr(e, 'strerror', None) or e}): it is rebuilt")
     return None
 
 
-def find_or_build(
-    catalog: Catalog, folder: Path, min_length: int, seed: int, place: Place, small: int | None = None
-) -> Tables | None:
-    """Tables of all files, made and kept if they are not there. None for little data, or where nothing can be kept.
+def find_or_build_orders(
+    catalog: Catalog, folder: Path, min_length: int, seed: int, cache_dirs: CacheDirs, small: int | None = None
+) -> DocumentOrders | None:
+    """Orders of all files, built and cached if absent. None for little data, or where nothing can be cached.
 
     Raises: DataError for a meta that has changed meanwhile.
     """
-    if found := find(catalog, min_length, seed, place):
+    if found := find_orders(catalog, min_length, seed, cache_dirs):
         return found
-    if place.read_only or int(catalog.documents.sum()) < (SMALL if small is None else small):
+    if cache_dirs.read_only or int(catalog.documents.sum()) < (SMALL if small is None else small):
         return None
-    with place.alone():
-        if found := find(catalog, min_length, seed, place):  # another process was faster
+    with cache_dirs.locked():
+        if found := find_orders(catalog, min_length, seed, cache_dirs):  # another process was faster
             return found
         key = catalog.key(min_length=min_length, seed=seed)
-        build = _Build(catalog, folder, min_length, seed, place, key)
-        path = place.write(_name(key), build.fill, f"the index of {folder}")
-    return Tables(path, key) if path else None
+        build = _Builder(catalog, folder, min_length, seed, cache_dirs, key)
+        path = cache_dirs.write(_name(key), build.fill, f"the index of {folder}")
+    return DocumentOrders(path, key) if path else None
 
 
 def _name(key: str) -> str:
@@ -131,7 +134,7 @@ def _name(key: str) -> str:
 
 
 class _Job(NamedTuple):
-    """One file's table, written into a file that is being made."""
+    """The order of one file, to be written at offset `begin` of the index file `target`."""
 
     file: BinFile
     seed: int
@@ -139,9 +142,9 @@ class _Job(NamedTuple):
     begin: int
 
 
-def make_table(job: _Job) -> int:
-    """Returns the checksum. Raises: DataError, OSError."""
-    rows, ends = order_of(job.file, job.seed)
+def write_order(job: _Job) -> int:
+    """For a worker process. Returns the checksum. Raises: DataError, OSError."""
+    rows, ends = shuffle_file(job.file, job.seed)
     padded = rows.tobytes().ljust(_sizes(len(rows))[0], b"\0")
     fd = os.open(job.target, os.O_WRONLY)
     try:
@@ -154,66 +157,70 @@ def make_table(job: _Job) -> int:
 
 def _write_at(fd: int, data: Any, at: int) -> None:
     view = memoryview(data)
-    while len(view):  # a full disk writes less than was asked for, then fails
+    while len(view):  # a full disk writes less than requested, then fails
         written = os.pwrite(fd, view, at)
         view, at = view[written:], at + written
 
 
 @dataclass
-class _Build:
+class _Builder:
+    """Writes the index file of one seed."""
+
     catalog: Catalog
     folder: Path
     min_length: int
     seed: int
-    place: Place
+    cache_dirs: CacheDirs
     key: str
 
     def fill(self, f: IO[bytes]) -> None:
-        """Raises: OSError, DataError."""
+        """Write the complete file. Raises: OSError, DataError."""
         catalog, documents = self.catalog, self.catalog.documents
         facts: dict[str, Any] = {"key": self.key, "min_length": self.min_length, "seed": self.seed}
-        at = -(-(len(pack(catalog, **facts)) + 64) // HEADER) * HEADER
+        at = -(-(len(to_bytes(catalog, **facts)) + 64) // HEADER_BYTES) * HEADER_BYTES
         sizes = [_sizes(n)[1] for n in documents.tolist()]
-        catalog.numbers[:, 6] = at + np.concatenate(([0], np.cumsum(sizes)))[:-1]
+        catalog.records["order_begin"] = at + np.concatenate(([0], np.cumsum(sizes)))[:-1]
         facts["size"] = at + sum(sizes)
         os.truncate(f.fileno(), facts["size"])
-        old = dict(self._old())
+        old = dict(self._find_older())
         jobs = []
         for i in range(len(catalog)):
             if not self._copy(f, i, old.get(catalog.identities[i].tobytes())):
                 jobs.append(i)
         target = os.path.realpath(f"/proc/self/fd/{f.fileno()}")
         files = [catalog.file(i, self.folder, self.min_length) for i in jobs]
-        begins = catalog.numbers[jobs, 6].tolist()
+        begins = catalog.records["order_begin"][jobs].tolist()
         work = [_Job(file, self.seed, target, begin) for file, begin in zip(files, begins, strict=True)]
         count = int(documents[jobs].sum())
         if count:
             logger.info(f"ordering {count:,} documents of {len(jobs):,} files, once for this seed")
-        workers = min(usable_workers(None), MOST_WORKERS, len(jobs)) if count >= ALONE else 1
-        done = ordered(make_table, work, max(workers, 1))
+        workers = min(usable_workers(None), MAX_WORKERS, len(jobs)) if count >= PARALLEL_FROM else 1
+        done = map_ordered(write_order, work, max(workers, 1))
         for i, checksum in zip(jobs, progress(done, "ordering documents", total=len(jobs)), strict=True):
-            catalog.numbers[i, 7] = checksum
+            catalog.records["order_crc32"][i] = checksum
         f.seek(0)
-        f.write(pack(catalog, **facts))
+        f.write(to_bytes(catalog, **facts))
 
-    def _old(self) -> Iterator[tuple[bytes, tuple["Tables", int]]]:
-        """Tables of the same files in older indexes, by identity: what has not changed is copied."""
-        for folder in self.place.dirs:
+    def _find_older(self) -> Iterator[tuple[bytes, tuple["DocumentOrders", int]]]:
+        """(identity, its order) of files in older indexes of this seed: orders of unchanged files are copied."""
+        for folder in self.cache_dirs.dirs:
             for path in sorted(folder.glob("order-*.idx")):
                 with contextlib.suppress(OSError, ValueError):
                     with open_regular(path) as f:
-                        _, head = unpack(f.read(HEADER + 2**26))
+                        _, head = from_bytes(f.read(HEADER_BYTES + 2**26))
                     if head.get("seed") == self.seed and head.get("min_length") == self.min_length:
-                        tables = Tables(path, str(head.get("key")))
-                        for i, identity in enumerate(tables.catalog.identities):
-                            yield identity.tobytes(), (tables, i)
+                        orders = DocumentOrders(path, str(head.get("key")))
+                        for i, identity in enumerate(orders.catalog.identities):
+                            yield identity.tobytes(), (orders, i)
 
-    def _copy(self, f: IO[bytes], i: int, old: tuple[Tables, int] | None) -> bool:
-        if old is None or old[0].table(old[1]) is None:
+    def _copy(self, f: IO[bytes], i: int, old: tuple[DocumentOrders, int] | None) -> bool:
+        if old is None or old[0].order(old[1]) is None:
             return False
-        tables, j = old
-        begin, checksum = tables.catalog.numbers[j, 6:8].tolist()
+        orders, j = old
+        *_, begin, checksum = orders.catalog.records[j].item()
         size = _sizes(int(self.catalog.documents[i]))[1]
-        _write_at(f.fileno(), memoryview(tables._map)[begin : begin + size], int(self.catalog.numbers[i, 6]))
-        self.catalog.numbers[i, 7] = checksum
+        _write_at(
+            f.fileno(), memoryview(orders._map)[begin : begin + size], int(self.catalog.records["order_begin"][i])
+        )
+        self.catalog.records["order_crc32"][i] = checksum
         return True

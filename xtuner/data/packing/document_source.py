@@ -1,17 +1,17 @@
-"""Documents from anywhere: one class of yours in place of a folder of `.bin` files.
+"""Documents from any source: a class of the user's instead of a folder of `.bin` files.
 
     class Rows(DocumentSource):                  # deriving from it is optional
         def __init__(self, path): ...
-        def __len__(self): ...                   # documents
+        def __len__(self): ...                   # number of documents
         lengths = ...                            # int [documents], tokens of each
         def read(self, i): return ids, learned   # int [tokens] from 0; bool [tokens], whether the token is learned
         def fingerprint(self): ...               # identity of all contents
 
-    dataset=dict(type=build_packed_dataset, dataset_cfg=dict(type=Rows, path=…), packed_length=…, seed=…)
+    dataset=dict(type=build_packed_dataset, dataset_cfg=dict(type=RowNumbers, path=…), packed_length=…, seed=…)
 
-All documents of a source are shuffled and packed together, as those of one `.bin` file are; a function that returns a
-list of sources has each packed by itself. A `TokenizedFolder` is such a list, of `BinFile`s, with faster ways to the
-same: orders that are mapped, readers of many documents at once.
+All documents of a source are shuffled and packed together, as those of one `.bin` file are; of a list of sources each
+is packed separately. A `TokenizedFolder` is such a list, of `BinFile`s, with faster access: mapped orders, and readers
+of many documents at once.
 """
 
 import hashlib
@@ -24,23 +24,23 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import ConfigError, DataError
-from xtuner.data.format.cache_dirs import Place
+from xtuner.data.format.cache_dirs import CacheDirs
 from xtuner.data.format.parse_tokens import Int64s
-from xtuner.data.format.text_reader import LongLines, Places
-from xtuner.data.packing.document_order import Rows, Tables, packing_order
+from xtuner.data.format.text_reader import LongLines, SpanArrays
+from xtuner.data.packing.document_order import DocumentOrders, RowNumbers, shuffle_documents
 
 Integers = npt.NDArray[np.integer[Any]]
 Document = tuple[Integers, npt.NDArray[np.bool_]]  # ids [tokens] from 0, and whether each is learned
 _NEEDED = ("__len__", "lengths", "read", "fingerprint")
-_LARGEST = 2**31 - 2  # of an id: 32 bits hold the one after it, with a sign
+_MAX_ID = 2**31 - 2  # id + 1 fits into 32 bits with a sign
 
 
 class DocumentSource(Protocol):
-    """Documents of token ids, numbered from 0. It may have a `name`, by which messages call it. A class with these
-    members is one, derived from this or not.
+    """Documents of token ids, numbered from 0. Any class with these members is a source. An optional `name` is used in
+    messages.
 
-    `read` is called by two threads at once, and in forked worker processes (`num_workers`): what it opens must not be
-    shared between calls in a way that they disturb each other.
+    `read` is called by two threads at once, and in forked worker processes (`num_workers`): it must be thread-safe, and
+    must not share the position of an open file between calls.
     """
 
     lengths: Integers  # tokens of each document
@@ -48,22 +48,22 @@ class DocumentSource(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> tuple[Any, Any]:
-        """(ids, learned) of one document, see `Document`: of a long one a view of mapped arrays. Only what a pack
-        takes is looked at. An OSError is reported as a fault of the data."""
+        """(ids, learned) of one document, see `Document`. For long documents return views of mapped arrays: only the
+        part that a pack needs is accessed. An OSError is reported as an error of the data."""
 
     def fingerprint(self) -> str:
-        """Another one for any other contents, the same wherever they lie. A resume compares it."""
+        """A text that depends on the contents only, not on their location. A resume compares it."""
 
 
 class Reader(Protocol):
-    """Reads parts of documents. In what it returns id n is ±(n + id_offset), above 0 where it is learned."""
+    """Reads parts of documents. It returns id n as n + id_offset where it is learned, else as -(n + id_offset)."""
 
     id_offset: int
 
     def read(
-        self, places: Places, vocab_size: int | None = None
+        self, span_arrays: SpanArrays, vocab_size: int | None = None
     ) -> tuple[npt.NDArray[np.signedinteger[Any]], int | None]:
-        """Tokens of all places, end to end, and the token after the last one in its document."""
+        """(tokens of all spans end to end, the token after the last one in its document or None)."""
 
 
 class SourceFile(Protocol):
@@ -79,38 +79,38 @@ class SourceFile(Protocol):
     def lengths(self) -> Int64s: ...
     @property
     def kept(self) -> npt.NDArray[np.int64] | None:
-        """Numbers by which readers know the documents; None for 0, 1, 2, …"""
+        """Document numbers that readers use; None for 0, 1, 2, …"""
 
     def read(self, i: int, vocab_size: int | None = None) -> Document: ...
     def fingerprint(self) -> str: ...
 
 
 class Documents(Protocol):
-    """What a `PackedDataset` packs, a file after the other: a `TokenizedFolder` or a `SourceList`."""
+    """The input of a `PackedDataset`, packed file by file: a `TokenizedFolder` or a `SourceList`."""
 
     @property
     def folder(self) -> Path | None:
-        """Of `.bin` files, which the tools of `xtuner data` read."""
+        """The folder of `.bin` files, for hints to the tools of `xtuner data`; None for other sources."""
 
     @property
     def location(self) -> str:
-        """For messages."""
+        """Where the documents are, for messages."""
 
     @property
-    def place(self) -> Place | None:
-        """For caches."""
+    def cache_dirs(self) -> CacheDirs | None:
+        """Where caches are kept; None if there are none."""
 
     @property
-    def tables(self) -> Tables | None:
-        """The orders that `ordered_by` has found last."""
+    def orders(self) -> DocumentOrders | None:
+        """The result of the last `load_orders`."""
 
     @property
-    def asked(self) -> list[str] | None:
-        """What was asked for, if ranks can open it by rank 0's word; see open_on_ranks.py."""
+    def request(self) -> list[str] | None:
+        """The arguments it was opened with, if ranks can open what rank 0 has found; see open_on_ranks.py."""
 
     @property
     def min_length(self) -> int:
-        """Of documents; shorter ones are left out."""
+        """Documents with fewer tokens are left out."""
 
     @property
     def names(self) -> list[str]: ...
@@ -126,30 +126,30 @@ class Documents(Protocol):
     def file(self, i: int) -> SourceFile: ...
     def fingerprint(self) -> str: ...
     def identities(self) -> Iterator[str]:
-        """Of the contents of each file, short."""
+        """A short hash of the contents of each file."""
 
-    def ordered_by(self, seed: int) -> Tables | None:
-        """The orders of all files' documents, where they are mapped."""
+    def load_orders(self, seed: int) -> DocumentOrders | None:
+        """The mapped orders of all files' documents; None if there are none."""
 
-    def order(self, i: int, seed: int) -> tuple[Rows, Int64s]:
-        """That of one file; see `document_order.packing_order`."""
+    def order(self, i: int, seed: int) -> tuple[RowNumbers, Int64s]:
+        """The order of one file; see `document_order.shuffle_documents`."""
 
     def reader(self, i: int, long: LongLines) -> Reader: ...
 
 
 class CheckedSource:
-    """A `DocumentSource` as a `SourceFile`. Everything that the source returns is checked."""
+    """A `DocumentSource` as a `SourceFile`. All values that the source returns are checked."""
 
     kept = None
 
     def __init__(self, source: DocumentSource) -> None:
-        """Raises: ConfigError for what is not a source; DataError for lengths that are not."""
+        """Raises: ConfigError if it is not a source; DataError for invalid lengths."""
         self.source = source
         if missing := [member for member in _NEEDED if not _has(source, member)]:
             raise ConfigError(
                 f"{type(source).__name__} is not a source of documents: it has no {', '.join(missing)}",
-                why="packs are made of the documents that it reads",
-                do=f"{__name__}.DocumentSource says what each has to be",
+                why="packs are built from the documents that it reads",
+                do=f"see {__name__}.DocumentSource for the members of a source",
             )
         self.name = str(getattr(source, "name", None) or type(source).__name__)
         self.num_documents = len(source)
@@ -203,40 +203,40 @@ class CheckedSource:
         if not ids.size:
             return
         least, largest = int(ids.min()), int(ids.max())
-        if least < 0 or largest > _LARGEST:
-            raise self._wrong(f"document {i} holds {least if least < 0 else largest}, which is not an id")
+        if least < 0 or largest > _MAX_ID:
+            raise self._wrong(f"document {i} contains {least if least < 0 else largest}, which is not a token id")
         if vocab_size is not None and largest >= vocab_size:
             raise DataError(
                 f"token id {largest} is outside the vocabulary of {vocab_size}",
                 where=f"{self.name}, document {i}",
-                why="the data were made with another tokenizer than the model's",
-                do="tokenize the text again with the model's tokenizer, or take the model that belongs to the data",
+                why="the data were tokenized with a tokenizer other than the model's",
+                do="tokenize the text again with the model's tokenizer, or use the model that belongs to the data",
             )
 
     def _wrong(self, how: str) -> DataError:
         name = type(self.source).__name__
         return DataError(
-            f"{name} cannot be packed: {how}", where=self.name, do=f"see {__name__}.DocumentSource, and mend {name}"
+            f"{name} cannot be packed: {how}", where=self.name, do=f"see {__name__}.DocumentSource, and fix {name}"
         )
 
 
 def _has(source: object, member: str) -> bool:
-    """Whether it is its own, not what `DocumentSource` only declares."""
+    """Whether the class defines the member itself; `DocumentSource` only declares it."""
     return hasattr(source, member) and getattr(type(source), member, None) is not vars(DocumentSource).get(member, ...)
 
 
 class SourceReader:
-    """Reads parts of a source's documents, for packs."""
+    """Reads parts of a source's documents; see `Reader`."""
 
-    id_offset = 1  # 0 is an id like others here
+    id_offset = 1  # id 0 may be learned, unlike in `.bin` files
 
     def __init__(self, source: CheckedSource) -> None:
         self.source = source
 
-    def read(self, places: Places, vocab_size: int | None = None) -> tuple[npt.NDArray[np.int32], int | None]:
+    def read(self, span_arrays: SpanArrays, vocab_size: int | None = None) -> tuple[npt.NDArray[np.int32], int | None]:
         """See `Reader.read`."""
         parts, following = [], None
-        for span in places.spans():
+        for span in span_arrays.as_list():
             if span.start == span.stop:
                 continue
             ids, learned = self.source.read_part(span.row, span.start, span.stop + 1, vocab_size)
@@ -248,9 +248,9 @@ class SourceReader:
 
 
 class SourceList:
-    """Sources, each packed by itself, all of it in the memory of each rank: 20 bytes a document."""
+    """Sources, each packed separately. Lengths and orders are in the memory of each rank: 20 bytes per document."""
 
-    folder = place = tables = asked = None
+    folder = cache_dirs = orders = request = None
     min_length = 0
 
     def __init__(self, sources: Sequence[DocumentSource]) -> None:
@@ -297,19 +297,19 @@ class SourceList:
     def identities(self) -> Iterator[str]:
         return (file.fingerprint()[:16] for file in self)
 
-    def ordered_by(self, seed: int) -> None:
+    def load_orders(self, seed: int) -> None:
         return None
 
-    def order(self, i: int, seed: int) -> tuple[Rows, Int64s]:
-        return packing_order(self.file(i).lengths, seed)
+    def order(self, i: int, seed: int) -> tuple[RowNumbers, Int64s]:
+        return shuffle_documents(self.file(i).lengths, seed)
 
     def reader(self, i: int, long: LongLines) -> SourceReader:
         return SourceReader(self.file(i))
 
 
-def documents_of(built: Any) -> Documents:
-    """What a config's dataset_cfg or val_dataset has built, for packing. Raises: ConfigError, DataError."""
-    if hasattr(built, "ordered_by"):  # a TokenizedFolder, or something else of many files
+def as_documents(built: Any) -> Documents:
+    """The object that a dataset_cfg or val_dataset describes, as `Documents`. Raises: ConfigError, DataError."""
+    if hasattr(built, "load_orders"):  # a TokenizedFolder, or another list of many files
         found: Documents = built
         return found
     return SourceList(built if isinstance(built, list | tuple) else [built])

@@ -1,26 +1,26 @@
-"""What packing leaves out: the last tokens of each file, which fill no pack. Much of it in many small files."""
+"""Tokens that packing drops: the last ones of each file, which do not fill a pack. Many, where files are small."""
 
 from typing import NamedTuple
 
-MUCH = 0.1  # share of the tokens from which on a warning says so
+WARN_FROM = 0.1  # share of dropped tokens from which a warning is logged
 
 
-class Dropped(NamedTuple):
-    """Of all files together."""
+class DroppedTokens(NamedTuple):
+    """Totals over all files."""
 
     packed_length: int
     tokens: int
-    dropped: int  # of them
+    dropped: int  # of these tokens
     files: int
-    without_pack: int  # of them: they have fewer tokens than one pack
+    without_pack: int  # files with fewer tokens than one pack
 
     @property
     def share(self) -> str:
         return f"{self.dropped / self.tokens:.1%}" if self.tokens else "0.0%"
 
     def warning(self) -> str:
-        """What is lost and what to do about it; empty where it is little."""
-        if not self.dropped or self.dropped < MUCH * self.tokens:
+        """What is dropped and what to do about it; empty below the limit."""
+        if not self.dropped or self.dropped < WARN_FROM * self.tokens:
             return ""
         none = f" ({self.without_pack:,} of {self.files:,} files fill none at all)" if self.without_pack else ""
         return (

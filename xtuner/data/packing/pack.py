@@ -1,12 +1,12 @@
-"""Packs: every file's documents in shuffled order, laid end to end and cut every `packed_length` tokens.
+"""Packs: the documents of each file in shuffled order, concatenated and cut every `packed_length` tokens.
 
     documents of a file, shuffled     [ d4      ][ d0  ][ d2               ][d1][ d3    ]
     packs of packed_length tokens     |     pack 0     |     pack 1     |   (tail, dropped)
     cu_seqlens of pack 1               0  ^ the rest of d2 ^  d1  ^ the beginning of d3
 
-A document cut by a border goes on in the next pack as a fragment of its own: positions start again at 0, attention
-does not reach back. Every file starts from the same seed and loses its own tail. All numbers are equal to the
-reference loader's (InternLM's XTuner 0.2).
+A document that is cut by a border continues in the next pack as a separate fragment: positions start again at 0, and
+attention does not reach back. Every file is shuffled with the same seed and drops its own tail. All values equal those
+of the reference loader (InternLM's XTuner 0.2).
 """
 
 import copy
@@ -23,11 +23,11 @@ import torch
 from xtuner.config.build import build
 from xtuner.config.settings import SCHEMA
 from xtuner.data.format.bin_file import Int64s
-from xtuner.data.format.text_reader import LongLines, Places, Span
-from xtuner.data.loading.balance import squares
+from xtuner.data.format.text_reader import LongLines, Span, SpanArrays
+from xtuner.data.loading.balance import attention_costs
 from xtuner.data.packing import document_order
-from xtuner.data.packing.document_source import Documents, DocumentSource, Reader, SourceFile, documents_of
-from xtuner.data.packing.dropped_tokens import Dropped
+from xtuner.data.packing.document_source import Documents, DocumentSource, Reader, SourceFile, as_documents
+from xtuner.data.packing.dropped_tokens import DroppedTokens
 
 LabelRule = Literal["internevo", "xtuner"]
 IGNORE = -100  # no loss at this position
@@ -36,20 +36,20 @@ Int32s = npt.NDArray[np.int32]
 
 
 class RawPack(NamedTuple):
-    """All that is known of a pack of T tokens with n fragments; `expand` makes the rest of it."""
+    """A pack of T tokens with n fragments in compact form; its methods compute the tensors that the model needs."""
 
     signed: Int32s  # [T]
-    borders: Int32s  # [n + 1] from 0
-    following: int  # the signed token that follows in the last fragment's document, 0 when it ends there
-    id_offset: int = 0  # id n is ±(n + id_offset), see `Reader`
+    borders: Int32s  # [n + 1] from 0 to T
+    following: int  # the next signed token of the last fragment's document; 0 if the document ends here
+    id_offset: int = 0  # id n is stored as ±(n + id_offset), see `Reader`
 
     def buffer(self) -> Int32s:
-        """All of it in one array, as worker processes ship it."""
+        """The pack as one array, for transfer from worker processes."""
         head = np.array([len(self.borders), self.following, self.id_offset], np.int32)
         return np.concatenate((head, self.borders, self.signed))
 
     @classmethod
-    def of(cls, buffer: Int32s) -> "RawPack":
+    def from_buffer(cls, buffer: Int32s) -> "RawPack":
         borders, following, id_offset = buffer[:3].tolist()
         return cls(buffer[3 + borders :], buffer[3 : 3 + borders], following, id_offset)
 
@@ -64,11 +64,12 @@ class RawPack(NamedTuple):
         out[self.signed <= 0] = IGNORE
 
     def targets(self, rule: LabelRule, out: Int64s) -> int:
-        """Next-token targets. Returns how many positions have one.
+        """Next-token targets. Returns the number of positions that have one.
 
-        "internevo": they stay inside documents. The last token of a document predicts nothing; the last position of a
-        pack predicts its true next token when its document goes on.
-        "xtuner": shifted over the whole pack, so that a document's last token predicts the next one's first.
+        "internevo": targets never cross documents. The last token of a document has no target; the last position of a
+        pack has the true next token as its target if the document continues.
+        "xtuner": shifted over the complete pack, so that the target of a document's last token is the first token of
+        the next document.
         """
         following = np.empty_like(self.signed)
         following[:-1] = self.signed[1:]
@@ -79,12 +80,12 @@ class RawPack(NamedTuple):
             following[-1] = self.following
         learned = following > 0
         following -= IGNORE + self.id_offset
-        following *= learned  # where nothing is learned: 0, which becomes IGNORE; faster than to choose
+        following *= learned  # masked targets become 0 here and IGNORE after the add; faster than np.where
         np.add(following, IGNORE, out=out)
         return int(np.count_nonzero(learned))
 
     def position_ids(self, out: Int64s) -> None:
-        """From 0 in each fragment."""
+        """Positions from 0 in each fragment."""
         np.subtract(_counting(len(out)), np.repeat(self.borders[:-1], np.diff(self.borders)), out=out)
 
 
@@ -95,49 +96,49 @@ def _counting(n: int) -> Int32s:
 
 @dataclass(frozen=True)
 class FilePacks:
-    """The pack table of one file: documents in packing order and where each ends on the file's token line."""
+    """The packs of one file: its documents in packing order, and where each ends in the file's token stream."""
 
     file: SourceFile
-    rows: npt.NDArray[np.uint32]  # by which the reader knows documents: those of the meta
-    ends: Int64s  # [documents] tokens up to and with each document
+    rows: npt.NDArray[np.uint32]  # document numbers that the reader uses: rows of the meta
+    ends: Int64s  # [documents] tokens up to and including each document
     reader: Reader
 
     @property
     def order(self) -> npt.NDArray[np.integer[Any]]:
-        """Numbers of the documents among those that are used, in packing order."""
+        """Numbers of the documents among the used ones, in packing order."""
         return self.rows if self.file.kept is None else np.searchsorted(self.file.kept, self.rows)
 
     def read(self, start: int, stop: int, vocab_size: int | None = None) -> RawPack:
-        """Tokens `start` to `stop` of the file's token line."""
-        places = self.places(start, stop)
-        borders = np.zeros(len(places.rows) + 1, np.int32)
-        np.cumsum(places.stops - places.starts, out=borders[1:])
-        signed, following = self.reader.read(places, vocab_size)
+        """Tokens `start` to `stop` of the file's token stream."""
+        spans = self.span_arrays(start, stop)
+        borders = np.zeros(len(spans.rows) + 1, np.int32)
+        np.cumsum(spans.stops - spans.starts, out=borders[1:])
+        signed, following = self.reader.read(spans, vocab_size)
         return RawPack(signed.astype(np.int32, copy=False), borders, following or 0, self.reader.id_offset)
 
     def spans(self, start: int, stop: int) -> list[Span]:
-        return self.places(start, stop).spans()
+        return self.span_arrays(start, stop).as_list()
 
-    def places(self, start: int, stop: int) -> Places:
-        """The parts of documents that lie between tokens `start` and `stop` of the file's token line.
+    def span_arrays(self, start: int, stop: int) -> SpanArrays:
+        """The parts of documents between tokens `start` and `stop` of the file's token stream.
 
-        Empty documents count to the pack in which they stand; those at its very end open the next one.
+        An empty document belongs to the pack that contains its position; at a border, to the next pack.
         """
         first, last = np.searchsorted(self.ends, (start, stop)).tolist()
         if self.ends[first] == start and self._begin(first) < start:
-            first += 1  # it ends where we begin
+            first += 1  # it ends at `start`
         ends = self.ends[first : last + 1]
         begins = np.empty_like(ends)
         begins[0], begins[1:] = self._begin(first), ends[:-1]
         starts, stops = np.maximum(start - begins, 0), np.minimum(stop, ends) - begins
-        return Places(self.rows[first : last + 1], starts, stops, ends - begins)
+        return SpanArrays(self.rows[first : last + 1], starts, stops, ends - begins)
 
     def _begin(self, i: int) -> int:
         return int(self.ends[i - 1]) if i else 0
 
 
 class PackedDataset:
-    """All packs of a folder, or of another source. `dataset[i]` is a dict of tensors; see `__getitem__`."""
+    """All packs of a folder or of another source of documents. `dataset[i]` is a dict of tensors; see `__getitem__`."""
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class PackedDataset:
         label_rule: LabelRule = "internevo",
     ) -> None:
         SCHEMA.require("train_dataloader.dataset", packed_length=packed_length, seed=seed, label_rule=label_rule)
-        self.documents = documents = documents_of(documents)
+        self.documents = documents = as_documents(documents)
         self.packed_length = packed_length
         self.seed = seed
         self.label_rule = label_rule
@@ -157,10 +158,10 @@ class PackedDataset:
         self._first_pack = np.concatenate(([0], np.cumsum(self._packs)))
         self._files: dict[int, FilePacks] = {}
         self._long = LongLines()
-        self._order = documents.ordered_by(seed)
+        self._orders = documents.load_orders(seed)
 
-    def of_vocabulary(self, size: int) -> "PackedDataset":
-        """The same packs, of which ids from `size` on are rejected."""
+    def with_vocab_size(self, size: int) -> "PackedDataset":
+        """The same packs; reading rejects ids from `size` on."""
         other = copy.copy(self)
         other.vocab_size = size
         return other
@@ -174,22 +175,22 @@ class PackedDataset:
 
     @property
     def tail_tokens_per_file(self) -> list[int]:
-        """Tokens dropped at each file's end because they fill no pack."""
+        """Tokens dropped at the end of each file because they do not fill a pack."""
         return (self._tokens % self.packed_length).tolist()
 
-    def dropped(self) -> Dropped:
+    def dropped(self) -> DroppedTokens:
         used, total = int(self._packs.sum()) * self.packed_length, int(self._tokens.sum())
-        return Dropped(self.packed_length, total, total - used, len(self._tokens), int((self._packs == 0).sum()))
+        return DroppedTokens(self.packed_length, total, total - used, len(self._tokens), int((self._packs == 0).sum()))
 
     def fingerprint(self) -> str:
-        """Identity of what pack `i` holds, for all `i`: contents, order of files, packed_length, seed."""
+        """Identity of the contents of all packs: contents and order of files, packed_length, seed."""
         facts = f"{self.documents.fingerprint()} {self.packed_length} {self.seed}"
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def file_packs(self, file_number: int) -> FilePacks:
-        """Pack table of one file, from the index or made now; its text is opened for each use."""
+        """The packs of one file, with its order from the index or computed now."""
         if file_number not in self._files:
-            table = self._order.table(file_number) if self._order else None
+            table = self._orders.order(file_number) if self._orders else None
             rows, ends = table or self.documents.order(file_number, self.seed)
             reader = self.documents.reader(file_number, self._long)
             self._files[file_number] = FilePacks(self.documents.file(file_number), rows, ends, reader)
@@ -197,52 +198,52 @@ class PackedDataset:
 
     @property
     def indexed(self) -> bool:
-        """Whether lengths of any documents can be looked up at once: they are mapped, or few."""
-        return self._order is not None or self.documents.num_documents < document_order.SMALL
+        """Whether document lengths are available without reading metas: they are mapped, or few."""
+        return self._orders is not None or self.documents.num_documents < document_order.SMALL
 
     def costs(self, packs: npt.NDArray[np.integer[Any]]) -> Int64s:
-        """Σ len² over the fragments of each of these packs: what attention's work goes with. No token is read."""
+        """Σ len² over the fragments of each of these packs: proportional to their attention cost. Reads no tokens."""
         file_numbers = np.searchsorted(self._first_pack, packs, side="right") - 1
         starts = (packs - self._first_pack[file_numbers]) * self.packed_length
         found = np.empty(len(packs), np.int64)
         by_file = np.argsort(file_numbers, kind="stable")
         for part in np.split(by_file, np.flatnonzero(np.diff(file_numbers[by_file])) + 1):
-            found[part] = squares(self._ends(int(file_numbers[part[0]])), starts[part], self.packed_length)
+            found[part] = attention_costs(self._ends(int(file_numbers[part[0]])), starts[part], self.packed_length)
         return found
 
     def _ends(self, file_number: int) -> Int64s:
-        """Mapped where there is an index: of the files that other ranks read, nothing is opened or kept."""
-        table = self._order.table(file_number) if self._order and file_number not in self._files else None
+        """Mapped where there is an index, so that files that only other ranks read are not opened."""
+        table = self._orders.order(file_number) if self._orders and file_number not in self._files else None
         return table[1] if table else self.file_packs(file_number).ends
 
     def locate(self, pack: int) -> tuple[int, int]:
-        """(file number, token at which the pack begins on that file's token line)."""
+        """(file number, token of that file's token stream at which the pack begins)."""
         if not 0 <= pack < len(self):
             raise IndexError(f"pack {pack} of {len(self)}")
         file_number = int(np.searchsorted(self._first_pack, pack, side="right")) - 1
         return file_number, (pack - int(self._first_pack[file_number])) * self.packed_length
 
-    def how_to_show(self, pack: int, more: str = "") -> str:
-        """A command that shows a pack, or in which documents of a source it lies. No token is read."""
+    def show_command(self, pack: int, more: str = "") -> str:
+        """The command that shows a pack; for a source without a folder, the documents in it. Reads no tokens."""
         if folder := self.documents.folder:
             options = f"--pack {pack} --max-length {self.packed_length} --seed {self.seed}"
             return f"xtuner data show {folder} {options} {more}".rstrip()
         file_number, start = self.locate(pack)
         file = self.file_packs(file_number)
-        rows = list(map(str, file.places(start, start + self.packed_length).rows.tolist()))
+        rows = list(map(str, file.span_arrays(start, start + self.packed_length).rows.tolist()))
         others = f", … and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
         return f"documents {', '.join(rows[:SHOWN])}{others} of {file.file.name}"
 
     def raw(self, pack: int) -> RawPack:
-        """One pack as it is read. Raises: DataError for data that are not what the format and the index say."""
+        """One pack in compact form. Raises: DataError for data that contradict the format or the index."""
         file_number, start = self.locate(pack)
         return self.file_packs(file_number).read(start, start + self.packed_length, self.vocab_size)
 
     def __getitem__(self, pack: int) -> dict[str, torch.Tensor]:
         """One pack of T = packed_length tokens with n document fragments.
 
-        Returns int64 tensors `input_ids` [T], `labels` [T] (unshifted), `targets` [T] (shifted by the label rule),
-        `position_ids` [T], and int32 `cumulative_len` [n + 1]. -100 marks no loss.
+        Returns int64 tensors `input_ids` [T], `labels` [T] (unshifted), `targets` [T] (shifted, by the label rule),
+        `position_ids` [T], and int32 `cumulative_len` [n + 1]. -100 marks positions without loss.
         """
         raw = self.raw(pack)
         names = ("input_ids", "labels", "targets", "position_ids")
@@ -261,10 +262,10 @@ def build_packed_dataset(
     """Pack the documents that `dataset_cfg` (`dict(type=load_intern_repo_tokenized_dataset, …)`) describes.
 
     Args:
-        dataset_cfg: builds a `TokenizedFolder`, a `DocumentSource` of your own (document_source.py),
-            or a list of these.
-        packed_length: tokens a pack.
-        seed: of the documents' order inside each file, 0 … 2^32 - 1.
+        dataset_cfg: describes a `TokenizedFolder`, a `DocumentSource` of the user's (document_source.py), or a list
+            of these.
+        packed_length: tokens per pack.
+        seed: of the shuffle of documents inside each file, 0 … 2^32 - 1.
         label_rule: "internevo" (targets never cross documents) or "xtuner" (plain shift, to reproduce old runs).
     """
     return PackedDataset(build(dataset_cfg), packed_length, seed, label_rule)

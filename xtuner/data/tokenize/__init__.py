@@ -1,1 +1,1 @@
-"""Text files → `.bin` and `.bin.meta`: `plan` (what to write) → `read` (chunks) → `work` (ids) → `pair` (files)."""
+"""Text files → `.bin` and `.bin.meta` files: `tokenize_files` runs `plan_jobs`, `read_chunks` and `encode_chunk`."""

@@ -24,7 +24,7 @@ from xtuner.engine.memory import MemoryPlan
 from xtuner.engine.state.pinned_copies import HostCopy
 from xtuner.engine.state.slices import SavedStates, cut_into_slices
 from xtuner.engine.state.snapshot import Snapshot, group_into_files
-from xtuner.families import checkpoint_config, family_of
+from xtuner.families import checkpoint_config, find_family
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import (
     FlatRange,
@@ -167,7 +167,7 @@ class StatefulStrategy(ABC):
         return files_json
 
     def load_weights(self, folder: Path) -> None:
-        family = family_of(read_json(folder / "config.json"))
+        family = find_family(read_json(folder / "config.json"))
         fill_weights({n: s.master for n, s in self._shards().items()}, folder, family, self._config)
         self._sync_weights()
 

@@ -19,7 +19,7 @@ from xtuner.core.foreign_inputs import short
 from xtuner.export.sources.internevo import InternEvoFolder
 from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
-from xtuner.families import OWN, family_by_names, read_model
+from xtuner.families import NATIVE, find_family_by_names, read_model
 from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import Shape, WeightFolder, WeightSource, find_base_weights, join_from_family
@@ -115,21 +115,21 @@ def _open_hf(path: Path) -> OpenedCheckpoint:
 
 def _open_single(path: Path) -> OpenedCheckpoint:
     source = _without_wrapper(SingleFile(path))
-    return OpenedCheckpoint(source, "a single file of torch.save", family_by_names(source.shapes))
+    return OpenedCheckpoint(source, "a single file of torch.save", find_family_by_names(source.shapes))
 
 
 def _open_zero(path: Path) -> OpenedCheckpoint:
     zero = ZeroFolder(path)
     source = _without_wrapper(zero)
     return OpenedCheckpoint(
-        source, f"a DeepSpeed checkpoint, ZeRO-{zero.stage}, {zero.ranks} ranks", family_by_names(source.shapes)
+        source, f"a DeepSpeed checkpoint, ZeRO-{zero.stage}, {zero.ranks} ranks", find_family_by_names(source.shapes)
     )
 
 
 def _open_internevo(path: Path) -> OpenedCheckpoint:
     source = InternEvoFolder(path)
     what = f"an InternEvo checkpoint, {source.tp} tensor × {source.pp} pipeline ranks"
-    return OpenedCheckpoint(source, what, OWN, network=source.network)
+    return OpenedCheckpoint(source, what, NATIVE, network=source.network)
 
 
 def _without_wrapper(source: WeightSource) -> WeightSource:

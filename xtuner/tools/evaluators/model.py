@@ -15,7 +15,7 @@ from xtuner.core.files import MANIFEST, file_entry, read_json
 from xtuner.core.log import logger, progress
 from xtuner.export.hf import LOADABLE, export_hf
 from xtuner.export.sources import recognise
-from xtuner.families import family_of
+from xtuner.families import find_family
 from xtuner.tools.model_converters.pth_to_hf import from_config
 
 COPY = "model"  # of the work dir
@@ -63,10 +63,10 @@ class EvaluatedModel:
             return from_config(self._words[0], self._options, self._words[1], target, layout=LOADABLE)
         folder, hf = self._hf, read_json(self._hf / "config.json")
         _check_weights(folder)
-        if (folder / "tokenizer.json").is_file() and (any_layout or not family_of(hf).loads_as):
+        if (folder / "tokenizer.json").is_file() and (any_layout or not find_family(hf).loads_as):
             return folder
         dtype = _DTYPES.get(str(hf.get("torch_dtype") or hf.get("dtype")), torch.bfloat16)
-        layout = family_of(hf).loads_as or family_of(hf).name
+        layout = find_family(hf).loads_as or find_family(hf).name
         logger.info(f"transformers 4 cannot read {folder}; converting it to {target} in the {layout} layout")
         return export_hf(folder, target, folder, layout, dtype)
 

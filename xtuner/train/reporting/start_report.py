@@ -83,22 +83,22 @@ def _balance_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
         return [("balance", what)] if window > 1 else []
     if window > 1:
         what = f"packs of {window} iterations are assigned to ranks by attention cost"
-    elif loader.deals:
+    elif loader.is_balanced:
         what = "packs of an iteration are assigned to ranks by attention cost"
     elif window:
         what = "one pack per rank and iteration, nothing to balance"
     else:
-        what = "packs are not balanced" + (f", because {loader.lacks}" if loader.lacks else "")
+        what = "packs are not balanced" + (f", because {loader.balance_obstacle}" if loader.balance_obstacle else "")
 
     def flops(squares: Any) -> Any:
         return training_flops(settings.source.config, loader.dataset.packed_length, squares)
 
     most = max(PACKS_EXAMINED // plan.packs_per_iteration, min(window, MAX_WINDOW), SUGGESTED_WINDOW)
-    now, undealt, better = (loader.waiting(flops, balance, most) for balance in (window, 0, SUGGESTED_WINDOW))
+    now, undealt, better = (loader.waiting_share(flops, balance, most) for balance in (window, 0, SUGGESTED_WINDOW))
     if now is None or undealt is None or better is None:
         return [("balance", what)]
     what += f": ranks wait {now:.1%} of an iteration for the slowest"
-    if loader.deals:
+    if loader.is_balanced:
         what += f" instead of {undealt:.1%}"
     if window < SUGGESTED_WINDOW and now - better >= MIN_GAIN:
         what += f"; train_dataloader.balance = {SUGGESTED_WINDOW} would leave {better:.1%}"

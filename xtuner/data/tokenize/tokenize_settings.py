@@ -1,4 +1,4 @@
-"""What decides the bytes of an output."""
+"""Settings of the tokenizer command: everything that determines the contents of an output."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,15 +11,15 @@ TEXTS = ("txt", "json", "jsonl")
 CHATS = ("alpaca", "chat", "ftdp")
 FORMATS = TEXTS + CHATS
 OWN_TEMPLATE = InternLM2.chat.name
-INTERNEVO = "internevo"  # the old tool's own rule for alpaca records, which is not a chat template
-RULES = 1  # raise it when the same input and settings give other bytes than before: old outputs are then made again
+INTERNEVO = "internevo"  # InternEvo's rule for alpaca records, which is not a chat template
+RULES = 1  # increase it when the same input and settings give a different output, so that old outputs are replaced
 FTDP_LENGTH = 32768
 INTERNEVO_LENGTH = 2048
 
 
 @dataclass(frozen=True)
-class Settings:
-    """None: what suits the format. `tokenizer` is a folder or hub id."""
+class TokenizeSettings:
+    """None means the default of the format. `tokenizer` is a folder or hub id."""
 
     tokenizer: str
     format: str = "auto"
@@ -42,9 +42,9 @@ class Settings:
         if self.template != INTERNEVO:
             find_template(self.template, others=(INTERNEVO,))
         if not 0 <= self.valid_fraction <= 1:
-            raise ConfigError(f"{self.valid_fraction} is no fraction", where="--valid-fraction", do="from 0 to 1")
+            raise ConfigError(f"{self.valid_fraction} is not a fraction", where="--valid-fraction", do="from 0 to 1")
         if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"{self.max_length} tokens hold no document", where="--max-length", do="2 or more")
+            raise ConfigError(f"{self.max_length} tokens are too few", where="--max-length", do="2 or more")
         if self.template == INTERNEVO and self.format not in ("auto", "alpaca"):
             raise ConfigError(
                 f"the internevo template writes alpaca records only, not {self.format}",
@@ -52,15 +52,15 @@ class Settings:
                 do=f"--format alpaca, or --template {OWN_TEMPLATE}",
             )
 
-    def resolved(self, kind: str) -> "Settings":
-        """The settings for one file of format `kind`, with nothing left open and nothing in it that has no effect."""
+    def resolved(self, kind: str) -> "TokenizeSettings":
+        """The settings for one file of format `kind`: defaults filled in, settings without effect cleared."""
         is_text = kind in TEXTS
         if is_text and self.max_length is not None:
             raise ConfigError(
                 f"{kind} documents are not cut",
                 where=f"--max-length {self.max_length}",
                 why="the rest of each would be lost; packing cuts them without loss",
-                do="leave --max-length out",
+                do="omit --max-length",
             )
         internevo = kind == "alpaca" and self.template == INTERNEVO
         default_length = INTERNEVO_LENGTH if internevo else FTDP_LENGTH if kind == "ftdp" else None
@@ -79,6 +79,6 @@ class Settings:
         )
 
     def recipe(self, tokenizer_identity: str) -> dict[str, Any]:
-        """As the record beside an output keeps it: no paths, so that a moved tokenizer is the same tokenizer."""
-        own = {"wording": repr(find_template(self.template))} if "." in self.template else {}  # it may change
+        """The settings as recorded with an output. They contain no paths, so that a tokenizer may be moved."""
+        own = {"wording": repr(find_template(self.template))} if "." in self.template else {}  # which users may change
         return {"rules": RULES, **asdict(self), "tokenizer": tokenizer_identity, **own}

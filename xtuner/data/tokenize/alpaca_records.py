@@ -1,37 +1,37 @@
-"""Alpaca records: `{"instruction": …, "input": …, "output": …}`; the input may be empty or left out."""
+"""Alpaca records: `{"instruction": …, "input": …, "output": …}`; the input may be empty or absent."""
 
 from collections.abc import Collection
 from typing import Any
 
 from xtuner.core.foreign_inputs import short_repr
 from xtuner.data.chat_template import Message
-from xtuner.data.tokenize.read import Mistake
+from xtuner.data.tokenize.read_chunks import Mistake
 from xtuner.data.tokenizer import Tokenizer
 
-INTERNEVO_END = 92542  # the id of <|im_end|>, which that tool writes whatever the tokenizer
+INTERNEVO_END = 92542  # id of <|im_end|>, which that tool writes with any tokenizer
 _INTERNEVO_NEWLINE = 13  # the byte piece <0x0A>
 
 
-def messages(record: Any) -> list[Message]:
+def read_messages(record: Any) -> list[Message]:
     """Raises: Mistake."""
     question, answer = _texts(record)
     return [Message("user", question), Message("assistant", answer)]
 
 
-def internevo(record: Any, tokenizer: Tokenizer, allowed: Collection[str] = ()) -> list[int]:
+def encode_internevo(record: Any, tokenizer: Tokenizer, allowed: Collection[str] = ()) -> list[int]:
     """Signed ids as InternEvo's alpaca tool wrote them in 2024, without begin and end.
 
-    For old data sets that must be made again bit by bit. The marks are spelt in ordinary pieces, newlines are byte
-    pieces, and a stale `<|Bot|>:` stands over the first eight characters of the answer's header.
+    For reproducing old data sets bit for bit. Marks are spelt in ordinary pieces, newlines are byte pieces, and an
+    obsolete `<|Bot|>:` replaces the first eight characters of the answer's header.
     """
     question, answer = _texts(record)
 
-    def skipped(text: str) -> list[int]:
+    def encode_masked(text: str) -> list[int]:
         return [-i for i in tokenizer.encode_plain(text, allowed)]
 
     end = [INTERNEVO_END, _INTERNEVO_NEWLINE]
-    asked = skipped("<|im_start|>user\n" + question) + [-i for i in end] + skipped("<|Bot|>:")
-    return asked + tokenizer.encode_plain("<|im_start|>assistant\n"[8:] + answer, allowed) + end
+    prompt = encode_masked("<|im_start|>user\n" + question) + [-i for i in end] + encode_masked("<|Bot|>:")
+    return prompt + tokenizer.encode_plain("<|im_start|>assistant\n"[8:] + answer, allowed) + end
 
 
 def _texts(record: Any) -> tuple[str, str]:

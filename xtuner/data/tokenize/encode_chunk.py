@@ -1,15 +1,15 @@
-"""A chunk → lines of a `.bin`: what a worker process does."""
+"""Encodes a chunk of records to lines of a `.bin`, in a worker process."""
 
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 
-from xtuner.data.format.writer import Block, line_of
-from xtuner.data.tokenize.read import Chunk, Mistake
-from xtuner.data.tokenize.records import Document, encoder
-from xtuner.data.tokenize.settings import CHATS, Settings
+from xtuner.data.format.writer import Block, format_line
+from xtuner.data.tokenize.encode_record import Document, get_encoder
+from xtuner.data.tokenize.read_chunks import Chunk, Mistake
+from xtuner.data.tokenize.tokenize_settings import CHATS, TokenizeSettings
 
-MISTAKES = 20  # as many are shown; then we stop
+MAX_MISTAKES = 20  # shown; then tokenizing stops
 
 
 @dataclass
@@ -22,16 +22,16 @@ class Result:
 
 
 def encode_chunk(chunk: Chunk) -> Result:
-    """Mistakes are collected, not raised; at most `MISTAKES` of them."""
+    """Mistakes are collected, not raised; at most `MAX_MISTAKES` of them."""
     result = Result(chunk.job)
     settings = chunk.settings
-    encode = encoder(settings)
+    encode = get_encoder(settings)
 
     def complain(line: int, message: str) -> None:
         result.mistakes.append((line, message))
 
     for line, text in chunk.records(complain):
-        if len(result.mistakes) >= MISTAKES:
+        if len(result.mistakes) >= MAX_MISTAKES:
             break
         try:
             document = encode(text)
@@ -43,21 +43,22 @@ def encode_chunk(chunk: Chunk) -> Result:
             result.stats["empty"] += 1
             continue
         _count(document, settings, result.stats)
-        written = line_of(document.tokens)
-        part = result.valid if is_valid(written, settings) else result.train
-        part.add(written, len(document.tokens))
+        written = format_line(document.tokens)
+        block = result.valid if is_valid(written, settings) else result.train
+        block.add(written, len(document.tokens))
     return result
 
 
-def is_valid(line: bytes, settings: Settings) -> bool:
-    """Whether a document goes to the valid part. Its contents and the seed decide, so equal ones stay together."""
+def is_valid(line: bytes, settings: TokenizeSettings) -> bool:
+    """Whether a document belongs to the valid split. Decided by its contents and the seed, so that duplicates stay
+    together."""
     if not settings.valid_fraction:
         return False
     digest = hashlib.blake2b(line, digest_size=8, key=str(settings.seed).encode()).digest()
     return int.from_bytes(digest, "big") < settings.valid_fraction * 2**64
 
 
-def _count(document: Document, settings: Settings, stats: Counter[str]) -> None:
+def _count(document: Document, settings: TokenizeSettings, stats: Counter[str]) -> None:
     stats["cut"] += document.cut
     stats["zeros"] += document.tokens.count(0)
     if settings.format in CHATS and max(document.tokens[1:], default=0) <= 0:

@@ -1,4 +1,4 @@
-"""Input files → chunks of records, in a fixed amount of memory. A chunk is what one worker takes at a time."""
+"""Reads input files as chunks of records with bounded memory. A worker processes one chunk at a time."""
 
 import codecs
 import hashlib
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from xtuner.data.tokenize.settings import Settings
+from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 
 CHUNK = 1 << 20  # bytes
 LARGEST_RECORD = 1 << 28  # characters of one record of a JSON list
@@ -18,7 +18,7 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 class Mistake(Exception):
-    """A mistake in the input, on `line` (0: the line of the record)."""
+    """A mistake in the input, on `line` (0: on the line of the record)."""
 
     def __init__(self, message: str, line: int = 0) -> None:
         super().__init__(message)
@@ -27,23 +27,23 @@ class Mistake(Exception):
 
 @dataclass(frozen=True)
 class Chunk:
-    """Lines (`data`, the first of which is line `first`) or records of a JSON list (`items`: line, text)."""
+    """Lines (`data`, which begins with line `first`) or records of a JSON list (`items`: line, text)."""
 
     job: int
-    settings: Settings
+    settings: TokenizeSettings
     first: int = 1
     data: bytes = b""
     items: list[tuple[int, str]] = field(default_factory=list)
     mistakes: list[tuple[int, str]] = field(default_factory=list)
 
     def records(self, complain: Callable[[int, str], None]) -> Iterator[tuple[int, str]]:
-        """(line, text) of each record that is not blank. A line keeps its `\\n`; `\\r\\n` becomes one."""
+        """(line, text) of each record that is not blank. A line keeps its `\\n`; `\\r\\n` becomes `\\n`."""
         for line, message in self.mistakes:
             complain(line, message)
         yield from self.items
         if not self.data:
             return
-        lines = self.data.split(b"\n")  # not splitlines: U+2028, form feeds and the like belong to the text
+        lines = self.data.split(b"\n")  # not splitlines: U+2028, form feeds etc. belong to the text
         for number, raw in enumerate(lines, self.first):
             try:
                 text = raw.decode()
@@ -56,27 +56,27 @@ class Chunk:
 
 
 class Hashed:
-    """A file read in blocks, with the sha256 of what was read so far."""
+    """A file read in blocks, with the sha256 of what has been read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest = file, hashlib.sha256()
 
     def read(self, size: int) -> bytes:
-        return self._seen(self._file.read(size))
+        return self._hash(self._file.read(size))
 
     def rest_of_line(self) -> bytes:
-        return self._seen(self._file.readline())
+        return self._hash(self._file.readline())
 
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
-    def _seen(self, data: bytes) -> bytes:
+    def _hash(self, data: bytes) -> bytes:
         self._digest.update(data)
         return data
 
 
 def line_chunks(file: Hashed) -> Iterator[tuple[int, bytes]]:
-    """(number of the first line, whole lines), about `CHUNK` bytes each."""
+    """(number of the first line, complete lines), about `CHUNK` bytes each."""
     first = 1
     data = file.read(CHUNK)
     while data:
@@ -101,7 +101,7 @@ def item_chunks(file: Hashed) -> Iterator[list[tuple[int, str]]]:
 
 
 class JsonList:
-    """Finds where each record of a JSON list begins and ends; holds one record and a block in memory."""
+    """Splits a JSON list into its records; one record and one block are in memory."""
 
     def __init__(self, file: Hashed) -> None:
         self._file = file
@@ -111,7 +111,7 @@ class JsonList:
 
     def items(self) -> Iterator[tuple[int, str]]:
         if self._next() != "[":
-            raise Mistake("not a list of records: it does not begin with [ (records a line are jsonl)", self._line)
+            raise Mistake("not a list of records: it does not begin with [ (one record per line is jsonl)", self._line)
         self._advance(1)
         if self._next() == "]":
             self._advance(1)
@@ -134,7 +134,7 @@ class JsonList:
                 return
 
     def _next(self) -> str:
-        """Go to the next character that is no blank; empty at the end of the file."""
+        """Advance to the next character that is not blank, and return it; empty at the end of the file."""
         while True:
             blanks = _BLANKS.match(self._text, self._at)
             assert blanks is not None
@@ -145,7 +145,7 @@ class JsonList:
                 return ""
 
     def _length(self) -> int:
-        """Characters of the record that begins here."""
+        """Number of characters of the record at the current position."""
         scan = json.JSONDecoder().raw_decode
         while True:
             try:
@@ -167,9 +167,9 @@ class JsonList:
         self._at += length
 
     def _more(self) -> bool:
-        """Read on; what was passed is let go. False at the end of the file."""
+        """Read the next block and drop the text before the current position. False at the end of the file."""
         self._text, self._at = self._text[self._at :], 0
-        data = self._file.read(max(CHUNK, len(self._text)))  # doubling: a long record is not scanned over and over
+        data = self._file.read(max(CHUNK, len(self._text)))  # doubling: a long record is scanned a few times only
         try:
             self._text += self._decode(data, final=not data)
         except UnicodeDecodeError as e:
@@ -179,12 +179,12 @@ class JsonList:
         return not self._ended
 
 
-def chunks(path: Path, job: int, settings: Settings, done: Callable[[str], None]) -> Iterator[Chunk]:
+def read_chunks(path: Path, job: int, settings: TokenizeSettings, done: Callable[[str], None]) -> Iterator[Chunk]:
     """All chunks of a file, at least one; then `done(sha256 of the file)`."""
     with open(path, "rb") as opened:
         file = Hashed(opened)
-        yield Chunk(job, settings)  # a file without a line has a chunk, too
-        if is_list(path, settings.format):
+        yield Chunk(job, settings)  # also for a file without lines
+        if is_json_list(path, settings.format):
             try:
                 for items in item_chunks(file):
                     yield Chunk(job, settings, items=items)
@@ -196,21 +196,21 @@ def chunks(path: Path, job: int, settings: Settings, done: Callable[[str], None]
         done(file.sha256())
 
 
-def is_list(path: Path, kind: str) -> bool:
-    """Whether the file is one JSON list, not a record a line."""
+def is_json_list(path: Path, kind: str) -> bool:
+    """Whether the file is one JSON list instead of one record per line."""
     return kind == "json" or (path.suffix == ".json" and kind in ("auto", "alpaca", "chat"))
 
 
 def first_record(path: Path) -> str:
-    """Text of the first record, empty if there is none that can be read."""
+    """Text of the first record; empty if it cannot be read."""
     with open(path, "rb") as opened:
         file = Hashed(opened)
-        if is_list(path, "auto"):
+        if is_json_list(path, "auto"):
             try:
                 return next((text for _, text in JsonList(file).items()), "")
             except Mistake:
                 return ""
         for first, data in line_chunks(file):
-            for _, text in Chunk(0, Settings(""), first, data).records(lambda line, message: None):
+            for _, text in Chunk(0, TokenizeSettings(""), first, data).records(lambda line, message: None):
                 return text
     return ""

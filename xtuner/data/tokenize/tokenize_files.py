@@ -1,4 +1,4 @@
-"""Tokenize files: the one way in, for the command and for scripts."""
+"""Tokenizes files: the entry point for the command and for scripts."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,17 +9,17 @@ from typing import Any
 from xtuner.core.errors import CheckpointError, DataError
 from xtuner.core.log import logger, progress
 from xtuner.data.format.writer import PairWriter, remove_leftovers
-from xtuner.data.process_pool import ordered, usable_workers
-from xtuner.data.tokenize.plan import PARTS, SHOWN, Job, is_done, jobs
-from xtuner.data.tokenize.read import CHUNK, Chunk, chunks
-from xtuner.data.tokenize.records import encoder, forget
-from xtuner.data.tokenize.settings import Settings
-from xtuner.data.tokenize.work import MISTAKES, Result, encode_chunk
+from xtuner.data.process_pool import map_ordered, usable_workers
+from xtuner.data.tokenize.encode_chunk import MAX_MISTAKES, Result, encode_chunk
+from xtuner.data.tokenize.encode_record import clear_caches, get_encoder
+from xtuner.data.tokenize.plan_jobs import SHOWN, SPLITS, Job, is_done, plan_jobs
+from xtuner.data.tokenize.read_chunks import CHUNK, Chunk, read_chunks
+from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 from xtuner.data.tokenizer import load_tokenizer
 
 
 @dataclass
-class Report:
+class TokenizeReport:
     files: int = 0
     skipped: int = 0
     documents: int = 0
@@ -29,32 +29,32 @@ class Report:
 def tokenize(
     inputs: list[str],
     output: str,
-    settings: Settings,
+    settings: TokenizeSettings,
     kind: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     suffixes: Sequence[str] = (),
-) -> Report:
+) -> TokenizeReport:
     """Write `output`/{train,valid}/TYPE/NAME.bin and .bin.meta for each input file.
 
     Args:
         inputs: files, or folders that are walked in sorted order.
         kind: TYPE; None for `en` (ftdp data: `cn`).
-        workers: processes; None for one a core. The bytes do not depend on it.
-        overwrite: replace outputs that are there. Otherwise those made from the same input and settings are left as
-            they are, and others are refused.
-        suffixes: endings of the files that are taken of a folder; empty for those of the format.
-    Raises: ConfigError; DataError with file and line of up to 20 mistakes: files without mistakes are written
-        nevertheless, of files with mistakes nothing is.
+        workers: processes; None for one per usable CPU. The output does not depend on it.
+        overwrite: replace existing outputs. Otherwise outputs of the same input and settings are kept, and others are
+            an error.
+        suffixes: endings of the files selected in a folder; empty for those of the format.
+    Raises: ConfigError; DataError with file and line of up to 20 mistakes. Files without mistakes are written, files
+        with mistakes are not.
     """
     settings.check()
     workers = usable_workers(workers)
-    forget()
+    clear_caches()
     identity = load_tokenizer(settings.tokenizer).identity()
-    todo, report = [], Report()
+    todo, report = [], TokenizeReport()
     refused: list[DataError] = []
-    for job in jobs(inputs, output, settings, kind, suffixes):
-        encoder(job.settings)  # a tokenizer that lacks something is known before anything is written
+    for job in plan_jobs(inputs, output, settings, kind, suffixes):
+        get_encoder(job.settings)  # a tokenizer that lacks something is found before anything is written
         try:
             if not overwrite and is_done(job, job.settings.recipe(identity)):
                 logger.info(f"{job.name}: complete, made from the same input and settings: skipped")
@@ -65,7 +65,7 @@ def tokenize(
         todo.append(job)
     if refused:
         raise _refusal(refused)
-    for folder in {path.parent for job in todo for path in (job.record, *map(job.part, PARTS))}:
+    for folder in {path.parent for job in todo for path in (job.record, *map(job.output, SPLITS))}:
         remove_leftovers(folder)
     try:
         _run(todo, identity, workers, report)
@@ -87,14 +87,14 @@ def _refusal(refused: list[DataError]) -> DataError:
         return refused[0]
     first = refused[0]
     listed = "".join(f"\n  {e.where}: {e.what.partition(', and ')[2]}" for e in refused[:SHOWN])
-    return DataError(f"{len(refused)} outputs are there already:{listed}", why=first.why, do=first.do)
+    return DataError(f"{len(refused)} outputs exist already:{listed}", why=first.why, do=first.do)
 
 
-def _run(todo: list[Job], identity: str, workers: int, report: Report) -> None:
+def _run(todo: list[Job], identity: str, workers: int, report: TokenizeReport) -> None:
     sizes = [-(-job.source.stat().st_size // CHUNK) + 1 for job in todo]
     if sum(sizes) - len(sizes) <= 1:
-        workers = 1  # a worker takes longer to start than this takes
-    results = progress(ordered(encode_chunk, _chunks(todo), workers), "tokenizing (MiB)", total=sum(sizes))
+        workers = 1  # starting a worker would take longer than the work
+    results = progress(map_ordered(encode_chunk, _chunks(todo), workers), "tokenizing (MiB)", total=sum(sizes))
     mistakes: list[str] = []
     for number, group in groupby(results, key=lambda result: result.job):
         job = todo[number]
@@ -102,15 +102,15 @@ def _run(todo: list[Job], identity: str, workers: int, report: Report) -> None:
         mistakes += [
             f"{job.source}:{line}: {message}" if line else f"{job.source}: {message}" for line, message in found
         ]
-        if len(mistakes) >= MISTAKES:
+        if len(mistakes) >= MAX_MISTAKES:
             break
     if mistakes:
-        shown = mistakes[:MISTAKES]
-        more = ", and perhaps more" if len(mistakes) >= MISTAKES else ""
+        shown = mistakes[:MAX_MISTAKES]
+        more = ", possibly more" if len(mistakes) >= MAX_MISTAKES else ""
         raise DataError(
             f"{len(shown)} mistake{'s' * (len(shown) > 1)} in the input{more}:\n  " + "\n  ".join(shown),
-            why="nothing is written of a file with a mistake",
-            do="correct them and run the same command again; finished files are not made twice",
+            why="a file with a mistake is not written",
+            do="correct them and run the same command again; finished files are skipped",
         )
 
 
@@ -121,20 +121,20 @@ def _chunks(todo: list[Job]) -> Iterator[Chunk]:
             job.sha256 = sha256
 
         try:
-            yield from chunks(job.source, number, job.settings, done)
+            yield from read_chunks(job.source, number, job.settings, done)
         except OSError as e:
             raise DataError(f"the input cannot be read: {e.strerror}", where=str(job.source)) from None
 
 
-def _write(job: Job, results: Iterator[Result], identity: str, report: Report) -> list[tuple[int, str]]:
-    """Write both parts of one file, or nothing. Returns its mistakes."""
+def _write(job: Job, results: Iterator[Result], identity: str, report: TokenizeReport) -> list[tuple[int, str]]:
+    """Write the train and valid output of one file, or neither. Returns its mistakes."""
     mistakes: list[tuple[int, str]] = []
     stats: Counter[str] = Counter()
-    with PairWriter(job.part("train")) as train, PairWriter(job.part("valid")) as valid:
+    with PairWriter(job.output("train")) as train, PairWriter(job.output("valid")) as valid:
         for result in results:
             mistakes += result.mistakes
             stats += result.stats
-            if len(mistakes) >= MISTAKES:
+            if len(mistakes) >= MAX_MISTAKES:
                 return mistakes
             if not mistakes:
                 train.write(result.train)
@@ -145,29 +145,29 @@ def _write(job: Job, results: Iterator[Result], identity: str, report: Report) -
         if mistakes:
             return mistakes
         recipe = job.settings.recipe(identity)
-        job.write_record(recipe, done=False)  # from here to the next record the output may be half old, half new
+        job.write_record(recipe, done=False)  # until the next record, old and new output files may be mixed
         outputs: dict[str, Any] = {}
         for writer in (train, valid):
             folder = writer.path.parent.relative_to(job.folder)
             outputs |= {(folder / name).as_posix(): entry for name, entry in writer.commit().items()}
         facts = {"bytes": job.source.stat().st_size, "sha256": job.sha256, "outputs": outputs}
         job.write_record(recipe, done=True, **facts, documents=documents, tokens=train.tokens + valid.tokens)
-    _tell(job, stats, train, valid)
+    _log_result(job, stats, train, valid)
     report.files += 1
     report.documents += documents
     report.tokens += train.tokens + valid.tokens
     return []
 
 
-def _tell(job: Job, stats: Counter[str], train: PairWriter, valid: PairWriter) -> None:
+def _log_result(job: Job, stats: Counter[str], train: PairWriter, valid: PairWriter) -> None:
     parts = f"{train.documents:,} documents, {train.tokens:,} tokens"
     if job.settings.valid_fraction:
         parts += f"; valid: {valid.documents:,} documents, {valid.tokens:,} tokens"
     logger.info(f"{job.name}.bin: {job.settings.format}, {parts}")
     for key, text in (
-        ("empty", "records have no text: left out"),
+        ("empty", "records have no text: skipped"),
         ("cut", f"documents were longer than {job.settings.max_length} tokens: cut there"),
-        ("unlearned", "documents have nothing to learn"),
+        ("unlearned", "documents have no learned token"),
         ("zeros", "tokens have id 0, which this format cannot mark as learned"),
     ):
         if stats[key]:

@@ -6,16 +6,16 @@ from typing import Any
 from xtuner.core.errors import did_you_mean
 from xtuner.core.foreign_inputs import short_repr
 from xtuner.data.chat_template import Message, Piece
-from xtuner.data.tokenize.read import Mistake
+from xtuner.data.tokenize.read_chunks import Mistake
 from xtuner.data.tokenizer import Tokenizer
 from xtuner.families.chat import ROLES
 
-# Keys of another format, in which a tool message is the tool's answer. Taken for ours it would be learned.
+# Keys of a format in which a tool message is the tool's answer. Mistaken for ours, the answer would be learned.
 _OPENAI_KEYS = ("tool_calls", "tool_call_id", "function_call")
 
 
-def messages(record: Any, roles: Collection[str] = ROLES) -> list[Message]:
-    """Raises: Mistake, also for a role that is not one of `roles`."""
+def read_messages(record: Any, roles: Collection[str] = ROLES) -> list[Message]:
+    """Raises: Mistake, also for a role not in `roles`."""
     if isinstance(record, dict):
         if "messages" not in record:
             raise Mistake(f"no key 'messages'; the record has {', '.join(map(short_repr, list(record)[:8])) or 'none'}")
@@ -45,7 +45,7 @@ def _message(n: int, value: Any, roles: Collection[str]) -> Message:
     if foreign:
         raise Mistake(
             f"message {n} has {foreign[0]!r}, OpenAI's form of tool use: write each call as a message of role tool, "
-            "and what the tool answers as one of role environment"
+            "and the answer of the tool as one of role environment"
         )
     if not isinstance(name, str | None):
         raise Mistake(f"message {n}: 'name' is a {type(name).__name__}, not a text")
@@ -54,11 +54,11 @@ def _message(n: int, value: Any, roles: Collection[str]) -> Message:
     return Message(role, value["content"], name or "", loss)
 
 
-def encode(pieces: Iterable[Piece], tokenizer: Tokenizer, allowed: Collection[str] = ()) -> list[int]:
+def encode_conversation(pieces: Iterable[Piece], tokenizer: Tokenizer, allowed: Collection[str] = ()) -> list[int]:
     """Signed ids of a conversation.
 
-    Text is encoded run by run. A run ends at a mark and where learning begins or ends, because a server, too, has
-    the ids of the prompt before it generates the first one of the answer.
+    Text is encoded in runs. A run ends at a mark and where learning begins or ends, because a server, too, encodes the
+    prompt before the first token of the answer exists.
     """
     tokens: list[int] = []
     run, is_learned = "", False
@@ -76,6 +76,6 @@ def encode(pieces: Iterable[Piece], tokenizer: Tokenizer, allowed: Collection[st
         if is_mark and text in tokenizer.special:
             tokens.append(tokenizer.special[text] if learned else -tokenizer.special[text])
         else:
-            run += text  # also the mark of a tool that the tokenizer has no name for
+            run += text  # also a tool's mark for which the tokenizer has no special token
     flush()
     return tokens

@@ -1,4 +1,4 @@
-"""One record → signed tokens, by format."""
+"""Encodes one record to signed tokens, by format."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from xtuner.core.errors import ConfigError
 from xtuner.core.foreign_inputs import short_repr
 from xtuner.data.chat_template import find_template
-from xtuner.data.tokenize import alpaca, chat
-from xtuner.data.tokenize.read import Mistake
-from xtuner.data.tokenize.settings import CHATS, INTERNEVO, Settings
+from xtuner.data.tokenize import alpaca_records, chat_records
+from xtuner.data.tokenize.read_chunks import Mistake
+from xtuner.data.tokenize.tokenize_settings import CHATS, INTERNEVO, TokenizeSettings
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer
 
 
 class Document(NamedTuple):
-    """Signed tokens; `cut` if `max_length` took some away."""
+    """Signed tokens; `cut`: whether some were removed because of `max_length`."""
 
     tokens: list[int]
     cut: bool = False
@@ -25,17 +25,17 @@ Encoder = Callable[[str], Document | None]  # None for a record without text; ra
 
 
 @lru_cache
-def encoder(settings: Settings) -> Encoder:
-    """What turns the text of a record into a document. Raises: ConfigError if the tokenizer lacks what it takes."""
+def get_encoder(settings: TokenizeSettings) -> Encoder:
+    """The function that encodes the text of a record. Raises: ConfigError if the tokenizer lacks a required token."""
     tokenizer = _tokenizer(settings.tokenizer)
     _check(tokenizer, settings)
     encode = _chat_document if settings.format in CHATS else _text_document
     return partial(encode, tokenizer=tokenizer, settings=settings)
 
 
-def forget() -> None:
-    """Load tokenizers anew: their files may have changed since."""
-    encoder.cache_clear()
+def clear_caches() -> None:
+    """Load tokenizers again: their files may have changed."""
+    get_encoder.cache_clear()
     _tokenizer.cache_clear()
 
 
@@ -44,14 +44,14 @@ def _tokenizer(name: str) -> Tokenizer:
     return load_tokenizer(name)
 
 
-def _check(tokenizer: Tokenizer, settings: Settings) -> None:
+def _check(tokenizer: Tokenizer, settings: TokenizeSettings) -> None:
     for option, needed, has in (
         ("--add-bos", settings.add_bos, tokenizer.bos_id),
         ("--add-eos", settings.add_eos, tokenizer.eos_id),
     ):
         if needed and has is None:
             kind = option[-3:]
-            do = f"leave it out with --no-add-{kind}, or set {kind}_token in tokenizer_config.json"
+            do = f"omit it with --no-add-{kind}, or set {kind}_token in tokenizer_config.json"
             raise ConfigError(f"the tokenizer has no {kind} token", where=str(tokenizer.folder), do=do)
     needs = find_template(settings.template).marks if settings.template not in ("", INTERNEVO) else ()
     missing = [name for name in (*needs, *settings.allow_special) if name not in tokenizer.special]
@@ -59,18 +59,18 @@ def _check(tokenizer: Tokenizer, settings: Settings) -> None:
         raise ConfigError(
             f"the tokenizer has no special token {', '.join(missing)}",
             where=str(tokenizer.folder),
-            why="spelt in ordinary pieces it would not be what the model and its servers look for",
+            why="spelt in ordinary pieces, models and servers would not recognise it",
             do="use a chat model's tokenizer, or list it in added_tokens_decoder of tokenizer_config.json",
         )
-    if settings.template == INTERNEVO and tokenizer.vocab_size <= alpaca.INTERNEVO_END:
+    if settings.template == INTERNEVO and tokenizer.vocab_size <= alpaca_records.INTERNEVO_END:
         raise ConfigError(
-            f"the tokenizer has {tokenizer.vocab_size} ids; the internevo template uses {alpaca.INTERNEVO_END}",
+            f"the tokenizer has {tokenizer.vocab_size} ids; the internevo template uses {alpaca_records.INTERNEVO_END}",
             where=str(tokenizer.folder),
             do="use InternLM2's tokenizer, or --template internlm2_chat",
         )
 
 
-def _text_document(record: str, tokenizer: Tokenizer, settings: Settings) -> Document | None:
+def _text_document(record: str, tokenizer: Tokenizer, settings: TokenizeSettings) -> Document | None:
     text = _text(record, settings)
     if not text.strip():
         return None
@@ -79,7 +79,7 @@ def _text_document(record: str, tokenizer: Tokenizer, settings: Settings) -> Doc
     return Document([*begin, *ids, *end])
 
 
-def _text(record: str, settings: Settings) -> str:
+def _text(record: str, settings: TokenizeSettings) -> str:
     if settings.format == "txt":
         return record.strip()
     value = parse(record)
@@ -92,29 +92,34 @@ def _text(record: str, settings: Settings) -> str:
         raise Mistake(f"a record is a {type(value).__name__}, neither an object with the key {key!r} nor a text")
     if key not in value:
         has = ", ".join(map(short_repr, list(value)[:8])) or "none"
-        raise Mistake(f"no key {key!r} (--text-key names another); the record has {has}")
+        raise Mistake(f"no key {key!r} (select another with --text-key); the record has {has}")
     if not isinstance(value[key], str):
         raise Mistake(f"the value of {key!r} is a {type(value[key]).__name__}, not a text")
     return str(value[key])
 
 
-def _chat_document(record: str, tokenizer: Tokenizer, settings: Settings) -> Document | None:
+def _chat_document(record: str, tokenizer: Tokenizer, settings: TokenizeSettings) -> Document | None:
     value = parse(record)
     limit = settings.max_length
     begin, end = _ends(tokenizer, settings)
     if settings.template == INTERNEVO:
-        body = _encoded(partial(alpaca.internevo, value, tokenizer, settings.allow_special))
-        keep = len(body) if limit is None else limit - len(begin) - len(end)  # the end token is never cut off
+        body = _encoded(partial(alpaca_records.encode_internevo, value, tokenizer, settings.allow_special))
+        keep = len(body) if limit is None else limit - len(begin) - len(end)  # the end token is never cut
         return Document([*begin, *body[:keep], *end], cut=keep < len(body))
     template = find_template(settings.template)
-    messages = alpaca.messages(value) if settings.format == "alpaca" else chat.messages(value, template.roles)
-    body = _encoded(partial(chat.encode, template.pieces(messages), tokenizer, settings.allow_special))
+    if settings.format == "alpaca":
+        messages = alpaca_records.read_messages(value)
+    else:
+        messages = chat_records.read_messages(value, template.roles)
+    body = _encoded(
+        partial(chat_records.encode_conversation, template.pieces(messages), tokenizer, settings.allow_special)
+    )
     tokens = [*begin, *body, *end]
     return Document(tokens[:limit], cut=limit is not None and len(tokens) > limit)
 
 
-def _ends(tokenizer: Tokenizer, settings: Settings) -> Iterator[list[int]]:
-    """The begin token, and the end token, where they are wanted."""
+def _ends(tokenizer: Tokenizer, settings: TokenizeSettings) -> Iterator[list[int]]:
+    """The begin token and the end token, each as a list that is empty if the settings omit it."""
     for wanted, token in ((settings.add_bos, tokenizer.bos_id), (settings.add_eos, tokenizer.eos_id)):
         yield [token] if wanted and token is not None else []
 
@@ -131,8 +136,8 @@ def parse(record: str) -> Any:
 
 
 def _encoded(encode: Callable[[], list[int]]) -> list[int]:
-    """The ids; half a surrogate pair, which JSON can spell and UTF-8 cannot, is a mistake of the input."""
+    """The ids. Half a surrogate pair, which JSON allows and UTF-8 does not, raises Mistake."""
     try:
         return encode()
     except (RuntimeError, UnicodeError, TypeError) as e:
-        raise Mistake(f"the text cannot be encoded, perhaps for half a surrogate pair such as \\ud800: {e}") from None
+        raise Mistake(f"the text cannot be encoded, possibly half a surrogate pair such as \\ud800: {e}") from None

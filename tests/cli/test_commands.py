@@ -40,7 +40,7 @@ def test_list_and_copy(tmp_path: Path, corpus: Path, xtuner: Command, capsys: An
     assert xtuner("copy-cfg", names[2], tmp_path / "new") == 0
     copy = tmp_path / "new" / f"{names[2]}_copy.py"
     assert copy.read_text() == (ROOT / "xtuner" / "configs" / f"{names[2]}.py").read_text()
-    with pytest.raises(ConfigError, match="there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         xtuner("copy-cfg", names[2], tmp_path / "new")
     with pytest.raises(ConfigError, match="Did you mean 'internlm2_7b_w_tokenized_dataset'"):
         xtuner("copy-cfg", "internlm2_7b_tokenized_dataset", tmp_path)

@@ -134,7 +134,7 @@ def test_chat_without_what_it_needs(
     words = ("chat", checkpoint, "--tokenizer", tokenizer_folder, "--prompt", "x", "--max-new-tokens", "1")
     assert xtuner(*words, "--stop-words", "") == 0
     said = capsys.readouterr().err
-    assert "no special token <|im_start|>, <|im_end|>, which the template internlm2_chat writes" in said
+    assert "no special token <|im_start|>, <|im_end|>, which the template internlm2_chat uses" in said
     assert "the answer is empty" in said
     assert xtuner(*words, "--template", "plain") == 0
     assert "no special token" not in capsys.readouterr().err

@@ -40,7 +40,7 @@ _QUIET = {"verbose": ("the learning rate is in every log line", bool)}
         "clip_grad.type": Allowed(("norm",), "gradients are clipped by their norm", "leave it out"),
         "dtype": Allowed(
             (*_DTYPES, torch.float16, torch.bfloat16, torch.float32),
-            "this dtype is not supported",
+            "matrices are multiplied in bf16 or fp32 only",
             "leave it out: bf16 on GPUs, fp32 on CPUs",
         ),
         "use_fsdp": Allowed((False,), "the engine is chosen on the command line", "leave it out, and give --fsdp"),

@@ -259,8 +259,8 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
         "default_hooks.logger.log_metric_by_epoch: because",
         "LinearLR → xtuner.compat.adapters.engine.LinearLR",
         "differences from XTuner 0.1 and 0.2:",
-        "mean over the learned tokens of all its packs",
-        "count iterations (optimizer steps); there they counted packs",
+        "mean over the targets of all its packs",
+        "count iterations (optimizer steps); in XTuner they counted packs",
         "label_rule='xtuner'",
         "never in fp16",
     ):
@@ -392,7 +392,7 @@ def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
             "    lora=dict(type='LoraConfig', r=64),\n    llm=dict(",
             ["lora = ", "all weights are trained"],
         ),
-        ("    llm=dict(", "    tokenizer=tokenizer,\n    llm=dict(", ["the vocabulary stays"]),
+        ("    llm=dict(", "    tokenizer=tokenizer,\n    llm=dict(", ["the vocabulary is not resized"]),
         ("    llm=dict(", "    max_position_embeddings=64,\n    llm=dict(", ["rotary frequencies"]),
         ("trust_remote_code=True))", "quantization_config=dict(load_in_4bit=True)))", ["quantized weights"]),
         (

@@ -80,61 +80,61 @@ def _builds(name: str, setting: str = "", *values: Any) -> Callable[[Config], bo
 
 DIFFERENCES = (
     Difference(
-        "The loss of an iteration, and so its gradient, is the mean over the learned tokens of all its packs on all "
-        "ranks; there it was the mean of the packs' means, and the log showed one rank's.",
+        "The loss of an iteration, and so its gradient, is the mean over the targets of all its packs on all ranks; "
+        "in XTuner it was the mean of the packs' means, and the log showed one rank's.",
         lambda config: True,
     ),
     Difference(
         "`save_steps`, `evaluation_freq`, log intervals, and `begin`, `end`, `T_max` of schedules with "
-        "`by_epoch=False` count iterations (optimizer steps); there they counted packs of a rank, "
-        "`accumulative_counts` of which make an iteration: divide them by it.",
+        "`by_epoch=False` count iterations (optimizer steps); in XTuner they counted packs of a rank, of which an "
+        "iteration has `accumulative_counts`: divide by it.",
         _accumulates,
     ),
     Difference(
-        "The learning rate changes with every iteration; there it changed with every pack, and a step took the rate "
-        "of its last one (`accumulative_counts` above 1).",
+        "The learning rate changes with every iteration; in XTuner it changed with every pack, and a step used the "
+        "rate of its last one (`accumulative_counts` above 1).",
         _accumulates,
     ),
     Difference(
-        "Packs that do not fill a last iteration are not trained, and reported; there they made a smaller step "
-        "(`accumulative_counts` above 1).",
+        "Packs that do not fill a last iteration are not trained on, which is reported; in XTuner they made a smaller "
+        "step (`accumulative_counts` above 1).",
         _accumulates,
     ),
     Difference(
         "The last token of a document is not trained to predict the next document's first, and the last position of a "
-        "pack learns its true next token; there the first was trained and the second not, as with "
+        "pack learns its true next token; in XTuner the first was trained and the second not, as with "
         "`label_rule='xtuner'` of `build_packed_dataset`.",
         _builds("build_packed_dataset", "label_rule"),
     ),
     Difference(
-        "Documents of a pack do not see each other, and positions restart in each; there only with "
-        "`use_varlen_attn=True`, and a model without that setting had it off.",
+        "Documents of a pack do not attend to each other, and positions restart in each; in XTuner only with "
+        "`use_varlen_attn=True`, which was off by default.",
         _builds("adapters.model.SupervisedFinetune", "use_varlen_attn"),
     ),
     Difference(
-        "Matrices are multiplied in bf16 on GPUs and in fp32 on CPUs, never in fp16; weights are kept in fp32.",
+        "Matrix products are in bf16 on GPUs and in fp32 on CPUs, never in fp16; weights are kept in fp32.",
         _builds("adapters.engine.AmpOptimWrapper"),
     ),
     Difference(
         "Checkpoints are directories named `iter_N.pth`, N in iterations, also with `by_epoch=True` (the default of "
-        "`CheckpointHook`), which named them `epoch_N.pth` there.",
+        "`CheckpointHook`), which in XTuner named them `epoch_N.pth`.",
         _builds("adapters.train.CheckpointHook", "by_epoch", True),
     ),
     Difference(
-        "Without `data_order_path`, sub-folders come in sorted order; there they came in the file system's.",
+        "Without `data_order_path`, sub-folders are sorted; in XTuner they had the file system's order.",
         _builds("load_intern_repo_tokenized_dataset", "data_order_path", None),
     ),
     Difference(
-        "`DefaultSampler` draws another order of the packs than there; `InternRepoSampler` draws the same.",
+        "`DefaultSampler` has another permutation of packs than in XTuner; `InternRepoSampler` has the same.",
         _builds("adapters.data.DefaultSampler"),
     ),
     Difference(
-        "Samples take the most likely token each time; there tokens were drawn at random.",
+        "Samples are generated greedily; in XTuner tokens were drawn at random.",
         _builds("adapters.train.EvaluateChatHook"),
     ),
     Difference(
-        "Tokens a second count the tokens of packs, and FLOPs the arithmetic of the model; there padding and "
-        "recomputation were counted as well.",
+        "Tokens per second count the tokens of packs, and FLOPs the arithmetic of the model; XTuner also counted "
+        "padding and recomputation.",
         _builds("adapters.train.ThroughputHook"),
     ),
 )

@@ -304,12 +304,12 @@ def test_the_documentation_has_the_same_lists() -> None:
          "type=Visualizer, vis_backends=[dict(type=WandbVisBackend)])", "(WandbVisBackend): because nothing is sent"),
         ("xtuner_0_1_17", "", "default_hooks.checkpoint.priority: because"),
         ("xtuner_0_1_17", "", "default_hooks.timer.priority: because"),
-        ("registry_names", "", "there only with `use_varlen_attn=True`"),
+        ("registry_names", "", "only with `use_varlen_attn=True`"),
         ("registry_names", "", "param_scheduler.1._scope_: because"),
-        ("registry_names", "train_dataloader['sampler'] = dict(type='DefaultSampler')", "draws another order of the"),
+        ("registry_names", "train_dataloader['sampler'] = dict(type='DefaultSampler')", "has another permutation of packs"),
         ("dumped_names", "default_hooks['checkpoint'] = dict(type='CheckpointHook')", "named them `epoch_N.pth`"),
-        ("xtuner_0_1_14", "optim_wrapper['accumulative_counts'] = 4", "there they counted packs of a rank"),
-        ("xtuner_0_1_14", "optim_wrapper['accumulative_counts'] = 4", "took the rate of its last one"),
+        ("xtuner_0_1_14", "optim_wrapper['accumulative_counts'] = 4", "in XTuner they counted packs of a rank"),
+        ("xtuner_0_1_14", "optim_wrapper['accumulative_counts'] = 4", "used the rate of its last one"),
     ],
 )  # fmt: skip
 def test_what_is_dropped_or_differs_is_reported(form: str, line: str, told: str, tmp_path: Path) -> None:

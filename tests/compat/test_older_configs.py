@@ -306,7 +306,7 @@ def test_the_documentation_has_the_same_lists() -> None:
         ("xtuner_0_1_17", "", "default_hooks.timer.priority: because"),
         ("registry_names", "", "only with `use_varlen_attn=True`"),
         ("registry_names", "", "param_scheduler.1._scope_: because"),
-        ("registry_names", "train_dataloader['sampler'] = dict(type='DefaultSampler')", "has another permutation of packs"),
+        ("registry_names", "train_dataloader['sampler'] = dict(type='DefaultSampler')", "another permutation"),
         ("dumped_names", "default_hooks['checkpoint'] = dict(type='CheckpointHook')", "named them `epoch_N.pth`"),
         ("xtuner_0_1_14", "optim_wrapper['accumulative_counts'] = 4", "in XTuner they counted packs of a rank"),
         ("xtuner_0_1_14", "optim_wrapper['accumulative_counts'] = 4", "used the rate of its last one"),

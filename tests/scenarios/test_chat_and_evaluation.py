@@ -134,7 +134,7 @@ def test_chat_without_what_it_needs(
     words = ("chat", checkpoint, "--tokenizer", tokenizer_folder, "--prompt", "x", "--max-new-tokens", "1")
     assert xtuner(*words, "--stop-words", "") == 0
     said = capsys.readouterr().err
-    assert "no special token <|im_start|>, <|im_end|>, which the template internlm2_chat writes" in said
+    assert "no special token <|im_start|>, <|im_end|>, which the template internlm2_chat uses" in said
     assert "the answer is empty" in said
     assert xtuner(*words, "--template", "plain") == 0
     assert "no special token" not in capsys.readouterr().err
@@ -274,7 +274,7 @@ def test_a_plot_of_validation_and_nan(tmp_path: Path, xtuner: Command, monkeypat
     assert repr(curves) == "{'training': [2.5, nan, nan, 1.5], 'validation': [2.0]}"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(demo, "OUT", tmp_path)
-    assert repr(demo.losses()) == "[2.5, nan, inf, 1.5]"
+    assert repr(demo.read_losses()) == "[2.5, nan, inf, 1.5]"
 
 
 @pytest.mark.processes

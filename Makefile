@@ -36,7 +36,7 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-fast: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not processes and not interop'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not processes and not slow and not interop'
 
 test-interop: .venv/installed
 	$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL="$(TORCH_INDEX)") $(BIN)/xtuner eval opencompass --install --env "$(CACHE)/evaluation"

@@ -101,6 +101,7 @@ def test_the_verbs_of_the_documentation_exist() -> None:
             assert verb in VERBS or verb.split()[0] in VERBS, f"{page}: xtuner {verb}"
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="sed -i as on Linux")
 def test_the_workflow_runs(tmp_path: Path, tokenizer_folder: Path) -> None:

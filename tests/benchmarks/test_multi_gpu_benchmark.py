@@ -250,6 +250,7 @@ def several(*words: object) -> subprocess.CompletedProcess[str]:
 CHOSEN = "speed-2,even-2,reference-2,speed-2-split,save-2,full-2"  # ends of names
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_all_of_it_on_two_cpu_processes(bench: Any, tmp_path: Path) -> None:
     """Measured, run, compared with one process and a peer, killed and resumed; what is done is not done again."""

@@ -102,6 +102,7 @@ def test_a_full_disk_and_a_vanished_folder_cost_lines(
     assert (f"iter 30/{end}" in shown, f"iter 30/{end}" in log.read_text()) == (True, False)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_closed_streams(tiny: Path, tmp_path: Path) -> None:
     """As cron and daemons start programs: all three closed, and two workers. Nothing is written where it should not."""

@@ -559,6 +559,7 @@ def killed_after(renames: int, command: Callable[[], int]) -> bool:
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_killed_at_every_rename(tmp_path: Path, corpus_folder: Path, small: Path, xtuner: Command) -> None:
     options = ["data", "tokenize", corpus_folder, "--tokenizer", small, "--valid-fraction", 0.3, "--workers", 1]

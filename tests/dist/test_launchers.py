@@ -48,6 +48,7 @@ def run(words: list[Any], env: dict[str, str]) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "words"),
     [
@@ -71,6 +72,7 @@ def test_two_processes_of_a_machine(
     assert parts == ["rank_00000.safetensors", "rank_00001.safetensors"]  # hybrid, too: both are of one machine
 
 
+@pytest.mark.slow
 def test_two_pods_of_dlc(tiny: Path, tmp_path: Path, alone: Path, path_with_xtuner: dict[str, str]) -> None:
     """The rendered script, once a pod, with the variables that DLC sets there."""
     path, script = full_config(tiny, tmp_path, TWO), tmp_path / "job.sh"
@@ -94,6 +96,7 @@ def test_two_pods_of_dlc(tiny: Path, tmp_path: Path, alone: Path, path_with_xtun
 SLURM = {"MASTER_ADDR": "127.0.0.1"}  # the names of the two nodes lead nowhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", ["deepspeed_zero1", "deepspeed_zero3"])
 def test_srun(
     zero: str, tiny: Path, tmp_path: Path, alone: Path, slurm: Slurm, path_with_xtuner: dict[str, str]
@@ -112,6 +115,7 @@ open(f"{place}{{it.state.iteration}}.{{os.environ['SLURM_PROCID']}}", "w").close
 os.read(r[0], 1), signal.set_wakeup_fd(-1)"""
 
 
+@pytest.mark.slow
 def test_slurm_stops_requeues_and_preempts(
     tiny: Path, tmp_path: Path, alone: Path, slurm: Slurm, path_with_xtuner: dict[str, str]
 ) -> None:

@@ -168,6 +168,7 @@ def test_a_rank_that_dies_in_a_save_publishes_nothing(tmp_path: Path) -> None:
     assert [p for p in tmp_path.iterdir() if ".tmp-" in p.name] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chain", "balance"), [((1, 2, 2, 4, 1), 1), ((2, 1, 4), 1), ((1, 2, 4), 3)])
 def test_one_stream_on_any_number_of_ranks(
     chain: tuple[int, ...], balance: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -51,7 +51,7 @@ def test_what_is_kept_full_changes_nothing(division: Division, form: str, tmp_pa
 
     def on_two(_: Ranks, folder: Path) -> None:
         s = sharded_strategy(form, division)
-        s.memory = replace(s.memory, most=44 if collectives.rank() else None)
+        s.memory = replace(s.memory, max_tokens=44 if collectives.rank() else None)
         lines = list(train_iterations(s, range(3)))
         assert lines == [
             (pytest.approx(x, abs=tolerance), pytest.approx(n, rel=10 * tolerance), a) for x, n, a in expected[:3]
@@ -85,7 +85,7 @@ def step(s: Any, seed: int) -> None:
         if s.mesh.size > 1:
             p.own_buffer[: p.count] = full.view(-1)[p.begin : p.begin + p.count]
     s._has_targets = True
-    s._settle(torch.zeros(2))
+    s._sum_over_ranks(torch.zeros(2))
     assert s.step(LR, MAX_NORM)[1]
 
 

@@ -286,6 +286,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 def test_memory_is_a_shard_and_a_tensor(tmp_path: Path) -> None:

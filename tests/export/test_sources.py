@@ -371,8 +371,8 @@ def test_parts_of_internevo_that_do_not_fit(tmp_path: Path) -> None:
     for missing, words in (
         ("model_tp1_pp1.pt", "model_tp1_pp1.pt is missing"),
         ("model_config.pt", "model_config.pt is missing"),
-        ("model_tp2_pp*.pt", r"asks for \[7, 6\] for .*hold \[5, 6\]"),
-        ("model_tp*_pp1.pt", "asks for 2 layers"),
+        ("model_tp2_pp*.pt", r"describes \[7, 6\] for .*have \[5, 6\]"),
+        ("model_tp*_pp1.pt", "describes 2 layers"),
         ("model_tp*.pt", "no model_tp"),
     ):
         path = folder()

@@ -264,6 +264,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
 def test_memory_is_a_few_blocks(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 from fuzz.__main__ import NAMES, explore
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_only_our_own_errors_come_out() -> None:
     """No traceback, no hang, no memory beyond the input's measure, nothing run, nothing written outside."""

@@ -5,10 +5,11 @@ import gc
 import multiprocessing
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import deepspeed  # noqa: F401  once, before processes are forked
 import torch
@@ -20,18 +21,33 @@ from xtuner.dist.collectives import ALL, Ranks
 
 
 def on_ranks(size: int, body: Callable[[Ranks, Path], None], folder: Path) -> list[int | None]:
-    """Run `body(ranks, folder)` in `size` processes; returns their exit codes, negative for signals."""
+    """Run `body(ranks, folder)` in `size` processes; returns their exit codes, negative for signals.
+
+    What ranks that fail have written to stderr, also from C++, is printed once all have ended.
+    """
     folder.mkdir(exist_ok=True)
     fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=_run_body, args=(rank, size, body, folder)) for rank in range(size)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
+    with contextlib.ExitStack() as opened:
+        logs = [opened.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(size)]
+        children = [fork.Process(target=_run_body, args=(r, size, body, folder, logs[r])) for r in range(size)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        for rank, (child, log) in enumerate(zip(children, logs, strict=True)):
+            if child.exitcode:
+                log.seek(0)
+                print(f"rank {rank} ended with {child.exitcode}:\n{log.read()}", file=sys.stderr)
     return [child.exitcode for child in children]
 
 
-def _run_body(rank: int, size: int, body: Callable[[Ranks, Path], None], folder: Path) -> None:
+def _redirect_stderr(file: int) -> None:
+    os.dup2(file, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+
+
+def _run_body(rank: int, size: int, body: Callable[[Ranks, Path], None], folder: Path, log: IO[str]) -> None:
+    _redirect_stderr(log.fileno())
     gc.freeze()  # DeepSpeed collects garbage for every engine: a second each, with all that is imported
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # DeepSpeed looks; nobody connects
@@ -46,7 +62,7 @@ def _run_body(rank: int, size: int, body: Callable[[Ranks, Path], None], folder:
 
 
 def start_ranks(words: list[Any], folder: Path, ranks: int = 2) -> list[Any]:
-    """`xtuner train` as that many processes of a launcher; what each tells goes to `told.RANK`."""
+    """`xtuner train` as that many processes of a launcher; the stderr of each goes to `stderr.RANK`."""
     with contextlib.closing(listening_socket()) as server:
         port = str(server.getsockname()[1])
     fork = multiprocessing.get_context("fork")
@@ -61,9 +77,7 @@ def start_ranks(words: list[Any], folder: Path, ranks: int = 2) -> list[Any]:
 def _run_train(rank: int, ranks: int, port: str, words: list[str], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(ranks)}
-    told = os.open(folder / f"told.{rank}", os.O_WRONLY | os.O_CREAT)
-    os.dup2(told, 2)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    _redirect_stderr(os.open(folder / f"stderr.{rank}", os.O_WRONLY | os.O_CREAT))
     try:
         exit_with(lambda: main(words))
     except SystemExit as e:
@@ -83,4 +97,4 @@ def exit_codes(children: list[Any]) -> list[int]:
 
 
 def stderr_of(folder: Path, rank: int) -> str:
-    return (folder / f"told.{rank}").read_text()
+    return (folder / f"stderr.{rank}").read_text()

@@ -96,6 +96,7 @@ def outcome(run: Callable[[], Any], rejected: str) -> str:
     return WORKS
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_what_the_docs_say_of_each_optimizer_happens(tmp_path: Path) -> None:
     table, alone = {}, {}

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.processes
 Command = Callable[..., int]
 
 
+@pytest.mark.slow
 def test_killed_at_every_write_point_of_every_save(tiny: Path, tmp_path: Path, straight: Path) -> None:
     """Also between publishing and pruning: three saves, of which two are kept. After each kill, resume is exact."""
     point, saved = 1, 0
@@ -48,6 +49,7 @@ def test_killed_at_every_write_point_of_every_save(tiny: Path, tmp_path: Path, s
     assert saved > 20
 
 
+@pytest.mark.slow
 def test_killed_at_write_points_of_a_resume_and_of_exports(tiny: Path, tmp_path: Path, straight: Path) -> None:
     begun = tmp_path / "begun"
     shutil.copytree(straight.parent, begun)
@@ -100,6 +102,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_every_damage_of_every_file(tiny: Path, tmp_path: Path, straight: Path) -> None:
     """The damaged checkpoint is set aside, the one before is used; `--strict-resume` refuses."""
     names = sorted(p.relative_to(straight).as_posix() for p in straight.rglob("*") if p.is_file())

@@ -43,6 +43,7 @@ SECRETS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_no_secret_is_written(tiny: Path, tmp_path: Path) -> None:
     first = "from torch.optim import AdamW\n"

@@ -24,6 +24,8 @@ from xtuner.core.errors import ConfigError
 from xtuner.model import load_pretrained
 from xtuner.model.generate import generate
 
+pytestmark = pytest.mark.processes
+
 Command = Callable[..., int]
 SHAPE = ["hidden_size=256", "model.num_attention_heads=2", "model.num_key_value_heads=1", "num_layers=2"]
 OPTIONS = ["--cfg-options", *SHAPE, "custom_hooks=[]"]
@@ -44,7 +46,6 @@ def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.processes
 def test_transformers_answers_with_our_tokens(folder: Path) -> None:
     """Greedy, token for token, from the weights of the checkpoint and of each export."""
     from transformers import AutoModelForCausalLM
@@ -61,7 +62,6 @@ def test_transformers_answers_with_our_tokens(folder: Path) -> None:
             assert list(generate(model, prompt[0].tolist(), 24)) == answer
 
 
-@pytest.mark.processes
 def test_turbomind_from_both_layouts(folder: Path, tmp_path: Path, xtuner: Command) -> None:
     """The same weights from either; every file as LMDeploy's own converter writes it from the same export."""
     trees = []
@@ -89,7 +89,6 @@ def test_turbomind_from_both_layouts(folder: Path, tmp_path: Path, xtuner: Comma
         assert len([n for n in expected if n.startswith(WEIGHTS.as_posix())]) == 18  # 17 of weights
 
 
-@pytest.mark.processes
 def test_training_starts_from_either_layout(folder: Path, tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     """`load_from`, and `from_pretrained`: the same first loss and the same end, bit for bit, as from the checkpoint."""
     ends = []
@@ -107,7 +106,6 @@ def test_training_starts_from_either_layout(folder: Path, tiny: Path, tmp_path: 
     assert json.loads(first)["loss"] != float(ends[0]["loss"])
 
 
-@pytest.mark.processes
 def test_code_in_a_folder_is_never_run(folder: Path, tiny: Path, tmp_path: Path, xtuner: Command, corpus: Path) -> None:
     """A folder whose config and tokenizer name code of its own: everything reads it, nothing runs it."""
     marker, evil = tmp_path / "marker", tmp_path / "evil"

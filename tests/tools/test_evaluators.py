@@ -213,6 +213,7 @@ def test_an_environment_is_whole_or_not(place: Environment, tmp_path: Path) -> N
         Environment(tmp_path / "none", "xtuner eval lm-eval").need("lm_eval")
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     """pip itself, without a network: it fails and leaves "incomplete"; made anew; completed; and then nothing to do."""

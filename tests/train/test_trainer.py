@@ -24,6 +24,8 @@ from xtuner.core.errors import CheckpointError, ConfigError, DataError
 Command = Callable[..., int]
 PLAIN = ["custom_hooks=[]"]
 
+pytestmark = pytest.mark.processes
+
 
 def killed_after(iterations: int, config: Path, work_dir: Path, options: list[str]) -> None:
     """Run in a forked process that stands still after `iterations`, and SIGKILL it there."""
@@ -40,7 +42,7 @@ def killed_after(iterations: int, config: Path, work_dir: Path, options: list[st
     assert child.exitcode == -signal.SIGKILL
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_resume_is_exact_wherever_it_was_killed(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     """For every N: N iterations, SIGKILL, resume. Accumulation 2, 25 packs an epoch: iterations cross epoch borders."""
     options = ["max_epochs=3", "save_steps=2", "save_total_limit=2", "max_length=64", "evaluation_inputs=[]"]
@@ -61,7 +63,6 @@ def test_resume_is_exact_wherever_it_was_killed(tiny: Path, tmp_path: Path, xtun
         shutil.rmtree(work_dir)
 
 
-@pytest.mark.processes
 def test_sigterm_stops_cleanly(tiny: Path, tmp_path: Path) -> None:
     """Exit code 75 with a checkpoint at the iteration that was reached, although none was due."""
     work_dir = tmp_path / "stopped"
@@ -76,91 +77,140 @@ def final(work_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(work_dir / name / "weights" / "model.safetensors")
 
 
-@pytest.mark.processes
-def test_every_setting_has_its_effect(tiny: Path, tmp_path: Path, xtuner: Command, caplog: Any) -> None:
-    """Each shipped hook and setting, changed alone, changes what it should."""
+@pytest.fixture(scope="module")
+def base(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs without custom hooks; tests change one setting of it."""
+    work_dir = tmp_path_factory.mktemp("base") / "w"
+    words = ["train", str(tiny), "--work-dir", str(work_dir), "--cfg-options", *PLAIN, "max_epochs=2"]
+    assert main(words) == 0
+    return work_dir
 
-    def run(name: str, *options: str, words: tuple[str, ...] = ()) -> Path:
+
+@pytest.fixture
+def run(tiny: Path, tmp_path: Path, xtuner: Command) -> Callable[..., Path]:
+    """Trains with further options; returns the work dir."""
+
+    def train(name: str, *options: str, words: tuple[str, ...] = ()) -> Path:
         work_dir = tmp_path / name
         assert xtuner("train", tiny, "--work-dir", work_dir, *words, "--cfg-options", *PLAIN, *options) == 0
         return work_dir
 
-    base = records(run("base", "max_epochs=2"))
-    weights = final(tmp_path / "base")
-    total = len(base)
-    assert records(run("again", "max_epochs=2")) == base
-    # hooks
-    no_schedule = records(
-        run("no_schedule", "max_epochs=2", "default_hooks.param_scheduler.type=xtuner.train.hooks.Hook")
-    )
-    assert {r["lr"] for r in no_schedule.values()} == {2e-3}
-    assert len({r["lr"] for r in base.values()}) > total // 2
-    no_seed = records(run("no_seed", "max_epochs=2", "default_hooks.sampler_seed.type=xtuner.train.hooks.Hook"))
-    assert no_seed[2] == base[2]
-    assert no_seed[total] != base[total]
+    return train
+
+
+def test_equal_settings_make_equal_runs(base: Path, run: Callable[..., Path]) -> None:
+    assert records(run("again", "max_epochs=2")) == records(base)
+
+
+def test_the_schedule_is_a_hook(base: Path, run: Callable[..., Path]) -> None:
+    lines = records(base)
+    changed = records(run("changed", "max_epochs=2", "default_hooks.param_scheduler.type=xtuner.train.hooks.Hook"))
+    assert {r["lr"] for r in changed.values()} == {2e-3}
+    assert len({r["lr"] for r in lines.values()}) > len(lines) // 2
+
+
+def test_the_seed_of_an_epoch_is_a_hook(base: Path, run: Callable[..., Path]) -> None:
+    lines = records(base)
+    changed = records(run("changed", "max_epochs=2", "default_hooks.sampler_seed.type=xtuner.train.hooks.Hook"))
+    assert changed[2] == lines[2]
+    assert changed[len(lines)] != lines[len(lines)]
+
+
+def test_the_interval_of_log_lines(base: Path, run: Callable[..., Path]) -> None:
+    total = len(records(base))
     assert list(records(run("interval", "default_hooks.logger.interval=5"))) == [5, 10, total // 2]
-    timer = (tmp_path / "base").glob("*/vis_data/scalars.json")
-    record = json.loads(next(timer).read_text().splitlines()[-1])
+
+
+def test_the_timer_adds_to_log_lines(base: Path) -> None:
+    record = json.loads(next(base.glob("*/vis_data/scalars.json")).read_text().splitlines()[-1])
     assert {"time", "data_time", "eta", "memory"} <= record.keys()
     assert "tokens_per_s" not in record
-    # checkpoints
+
+
+def test_which_checkpoints_are_kept(base: Path, run: Callable[..., Path]) -> None:
+    one_epoch = len(records(base)) // 2
     kept = run("kept", "save_steps=2", "save_total_limit=2")
-    one_epoch = total // 2
     expected = {f"iter_{one_epoch}.pth", f"iter_{(one_epoch - 1) // 2 * 2}.pth"}
     assert {p.name for p in kept.glob("iter_*")} == expected
     epochs = run(
         "epochs", "max_epochs=2", "default_hooks.checkpoint.by_epoch=True", "save_steps=1", "save_total_limit=-1"
     )
     assert len(list(epochs.glob("iter_*"))) == 2
+
+
+def test_a_checkpoint_without_optimizer_state_is_not_resumed(base: Path, run: Callable[..., Path]) -> None:
     lean = run("lean", "save_optimizer=False")
-    assert not (lean / f"iter_{total // 2}.pth" / "optimizer").exists()
+    assert not (lean / f"iter_{len(records(base)) // 2}.pth" / "optimizer").exists()
     with pytest.raises(CheckpointError, match="save_optimizer=False"):
         run("lean", "save_optimizer=False", words=("--resume",))
-    # optimizer and data
-    for name, options in {
-        "lr": ["lr=0.001"],
-        "betas": ["betas=(0.5, 0.5)"],
-        "weight_decay": ["weight_decay=0.5"],
-        "max_norm": ["max_norm=0.01"],
-        "warm_up_ratio": ["warm_up_ratio=0.5"],
-        "sampler": ["train_dataloader.sampler.shuffle=False"],
-        "sampler_seed": ["train_dataloader.sampler.seed=7"],
-        "seed": ["train_dataset.seed=7"],
-        "min_length": ["train_dataset.dataset_cfg.min_length=20"],
-        "label_rule": ["train_dataset.label_rule=xtuner"],
-        "order": [f"data_order_path={tmp_path / 'order' / 'data_order.txt'}"],
-        "random": ["randomness.seed=5"],
-        "load_from": [f"load_from={tmp_path / 'base' / f'iter_{total}.pth'}"],
-        "resume": ["resume=True", f"work_dir={tmp_path / 'of_config'}"],
-        "file_type": ["train_dataset.dataset_cfg.file_type=b.bin"],
-        "optim_type": ["optim_wrapper.optimizer.type=torch.optim.NAdam"],
-    }.items():
-        if name == "order":
-            xtuner("data", "order", "--data-folder", tiny_corpus(tiny), "--save-folder", tmp_path / "order")
-            order = tmp_path / "order" / "data_order.txt"
-            order.write_text("\n".join(reversed(order.read_text().split())))
-        if name == "resume":  # the config alone names work dir and resume; the copied run is over, nothing is trained
-            shutil.copytree(tmp_path / "lr", tmp_path / "of_config")
-            assert xtuner("train", tiny, "--cfg-options", *PLAIN, "max_epochs=2", "lr=0.001", *options) == 0
-            assert final(tmp_path / "of_config")["output.weight"].equal(final(tmp_path / "lr")["output.weight"])
-            assert len(records(tmp_path / "of_config")) == total
-            continue
-        changed = final(run(name, "max_epochs=2", *options))
-        assert any(not changed[k].equal(weights[k]) for k in weights), name
-    for name, options, words in (
-        ("workers", ["dataloader_num_workers=2"], ()),
-        ("recompute", ["model.activation_checkpointing=True"], ()),
-        ("deterministic", ["randomness.deterministic=True"], ()),
-        ("level", ["log_level=WARNING"], ()),
-        ("accumulate", [], ("--seed", "0")),
-    ):
-        same = final(run(name, "max_epochs=2", *options, words=words))
-        torch.use_deterministic_algorithms(False)
-        assert all(same[k].equal(weights[k]) for k in weights), name
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "lr=0.001",
+        "betas=(0.5, 0.5)",
+        "weight_decay=0.5",
+        "max_norm=0.01",
+        "warm_up_ratio=0.5",
+        "train_dataloader.sampler.shuffle=False",
+        "train_dataloader.sampler.seed=7",
+        "train_dataset.seed=7",
+        "train_dataset.dataset_cfg.min_length=20",
+        "train_dataset.label_rule=xtuner",
+        "data_order_path={order}",
+        "randomness.seed=5",
+        "load_from={checkpoint}",
+        "train_dataset.dataset_cfg.file_type=b.bin",
+        "optim_wrapper.optimizer.type=torch.optim.NAdam",
+    ],
+)
+def test_a_setting_changes_the_weights(
+    option: str, base: Path, corpus: Path, tmp_path: Path, run: Callable[..., Path], xtuner: Command
+) -> None:
+    order = tmp_path / "order" / "data_order.txt"
+    if "{order}" in option:
+        xtuner("data", "order", "--data-folder", corpus, "--save-folder", order.parent)
+        order.write_text("\n".join(reversed(order.read_text().split())))
+    checkpoint = base / (base / "last_checkpoint").read_text().strip()
+    weights, changed = (
+        final(base),
+        final(run("changed", "max_epochs=2", option.format(order=order, checkpoint=checkpoint))),
+    )
+    assert any(not changed[k].equal(weights[k]) for k in weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["dataloader_num_workers=2"], ()),
+        (["model.activation_checkpointing=True"], ()),
+        (["randomness.deterministic=True"], ()),
+        (["log_level=WARNING"], ()),
+        ([], ("--seed", "0")),
+    ],
+)
+def test_a_setting_changes_no_weight(
+    options: list[str], words: tuple[str, ...], base: Path, run: Callable[..., Path]
+) -> None:
+    same, weights = final(run("same", "max_epochs=2", *options, words=words)), final(base)
+    torch.use_deterministic_algorithms(False)
+    assert all(same[k].equal(weights[k]) for k in weights)
+
+
+def test_a_config_may_name_work_dir_and_resume(base: Path, tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    """The copied run has ended: nothing is trained."""
+    shutil.copytree(base, tmp_path / "copy")
+    options = [*PLAIN, "max_epochs=2", "resume=True", f"work_dir={tmp_path / 'copy'}"]
+    assert xtuner("train", tiny, "--cfg-options", *options) == 0
+    assert final(tmp_path / "copy")["output.weight"].equal(final(base)["output.weight"])
+    assert len(records(tmp_path / "copy")) == len(records(base))
+
+
+def test_packs_of_an_iteration(run: Callable[..., Path]) -> None:
     assert len(records(run("counts", "accumulative_counts=1"))) > len(records(run("more", "accumulative_counts=4")))
 
 
-@pytest.mark.processes
 def test_a_line_is_the_mean_since_the_one_before(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     """Loss over all targets of the interval; of a single iteration its own, to the last bit; tokens of all so far."""
 
@@ -212,13 +262,6 @@ def test_averages_of_odd_iterations() -> None:
     assert line(none, nan)["loss"] != line(none, nan)["loss"]
 
 
-def tiny_corpus(tiny: Path) -> str:
-    from xtuner.config.load import load
-
-    return str(load(str(tiny)).values["dataset_folder"])
-
-
-@pytest.mark.processes
 def test_custom_hooks_speak(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     options = ["evaluation_freq=5", "evaluation_inputs=['import os', 'x = ']", "SYSTEM='be brief'"]
     assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--cfg-options", *options) == 0
@@ -236,7 +279,6 @@ def test_custom_hooks_speak(tiny: Path, tmp_path: Path, xtuner: Command, capsys:
     assert json.loads(next((tmp_path / "w").glob("*/config.json")).read_text())["evaluation_freq"] == 5
 
 
-@pytest.mark.processes
 def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     assert xtuner("train", tiny, "--work-dir", tmp_path / "w", "--dry-run") == 0
     assert not (tmp_path / "w").exists()
@@ -245,7 +287,6 @@ def test_dry_run_touches_nothing(tiny: Path, tmp_path: Path, xtuner: Command, ca
         assert word in shown
 
 
-@pytest.mark.processes
 def test_an_iteration_without_targets_changes_no_weight(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     from xtuner.data.format.writer import write_bin
 
@@ -263,7 +304,6 @@ def test_an_iteration_without_targets_changes_no_weight(tiny: Path, tmp_path: Pa
     assert same == [True, False, False, True, True]
 
 
-@pytest.mark.processes
 def test_data_without_anything_to_learn(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     """Reported once and then counted; a whole epoch, or a whole run, without a target is an error (65)."""
     from xtuner.data.format.writer import write_bin
@@ -285,7 +325,6 @@ def test_data_without_anything_to_learn(tiny: Path, tmp_path: Path, xtuner: Comm
     assert "25 iterations had no token to learn from" in said.splitlines()[-1]
 
 
-@pytest.mark.processes
 def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     """Small files and long packs: how much is lost and what to do, which then works."""
     from xtuner.data.format.writer import write_bin
@@ -312,7 +351,6 @@ def test_many_dropped_tokens_are_reported(tiny: Path, tmp_path: Path, xtuner: Co
     assert "not trained on" not in shown
 
 
-@pytest.mark.processes
 def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> None:
     work_dir = tmp_path / "w"
     train = ("train", tiny, "--work-dir", work_dir)
@@ -359,7 +397,6 @@ def test_refusals(tiny: Path, corpus: Path, tmp_path: Path, xtuner: Command) -> 
             xtuner(*train, *words)
 
 
-@pytest.mark.processes
 def test_a_damaged_checkpoint_is_passed_over(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
     """One flipped byte in the newest: it is named, and the run goes on from the one before, to the same end."""
     options = ["--cfg-options", *PLAIN, "save_steps=4", "save_total_limit=-1"]

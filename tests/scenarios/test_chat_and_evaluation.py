@@ -274,7 +274,7 @@ def test_a_plot_of_validation_and_nan(tmp_path: Path, xtuner: Command, monkeypat
     assert repr(curves) == "{'training': [2.5, nan, nan, 1.5], 'validation': [2.0]}"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(demo, "OUT", tmp_path)
-    assert repr(demo.losses()) == "[2.5, nan, inf, 1.5]"
+    assert repr(demo.read_losses()) == "[2.5, nan, inf, 1.5]"
 
 
 @pytest.mark.processes

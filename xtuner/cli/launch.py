@@ -145,4 +145,4 @@ def _submit(scheduler: str, job: Job, output: str | None) -> str:
     program = {"slurm": "sbatch", "k8s": "kubectl apply -f"}[scheduler]
     if file:
         return f"{program} {file}"
-    return f"{program}{' -' if scheduler == 'k8s' else ''}, to which this command can be piped"
+    return f"this command | {program}{' -' if scheduler == 'k8s' else ''}"

@@ -192,7 +192,7 @@ def test_refusals(tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPat
         (CheckpointError, r"\[400, 512\] on disk and \[401, 512\]", changed("v", settings(vocab_size=401)), []),
         (CheckpointError, r"are not in the model", changed("l", settings(num_hidden_layers=1)), []),
         (ConfigError, r"biases", changed("b", settings(bias=True)), []),
-        (ConfigError, r"type 'bert' cannot", changed("t", settings(model_type="bert")), []),
+        (ConfigError, r"type 'bert' are not supported", changed("t", settings(model_type="bert")), []),
         (ConfigError, r"output\.0\.weight has numbers that fp16 can", changed("f", large), ["--dtype", "fp16"]),
         (ConfigError, r"not an earlier export", source, ["--dst-path", tmp_path / "mine"]),
         (ConfigError, r"the target is the source itself", source, ["--dst-path", source]),

@@ -236,8 +236,8 @@ def test_a_value_is_shown_by_its_beginning() -> None:
 
 def test_files_of_torch_that_hold_something_else(tmp_path: Path) -> None:
     cases: list[tuple[str, Any, str]] = [
-        ("list", [1], "no tensors by name"), ("text", "x", "no tensors by name"), ("empty", {}, "no tensors by name"),
-        ("numbers", {1: torch.ones(1)}, "no tensors by name"), ("inner", {"a": {"b": 1}}, "'a' is no tensor"),
+        ("list", [1], "does not contain tensors by name"), ("text", "x", "does not contain tensors by name"), ("empty", {}, "does not contain tensors by name"),
+        ("numbers", {1: torch.ones(1)}, "does not contain tensors by name"), ("inner", {"a": {"b": 1}}, "'a' is not a tensor"),
     ]  # fmt: skip
     for name, value, words in cases:
         folder = tmp_path / name
@@ -249,7 +249,7 @@ def test_files_of_torch_that_hold_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("optimizer_state_dict.partition_count", [10**30], "how many ranks"),
+        ("optimizer_state_dict.partition_count", [10**30], "the number of ranks"),
         ("optimizer_state_dict.partition_count", 10**5 + 1, r"100000 of 100001 \*_optim|99999 of 100001 \*_optim"),
         ("optimizer_state_dict.base_optimizer_state", {"state": {0: {"step": 10**400}}}, "different steps"),
         ("optimizer_state_dict.base_optimizer_state", {"state": {0: {"step": torch.ones(1) * 1j}}}, "different steps"),

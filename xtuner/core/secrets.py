@@ -39,7 +39,7 @@ _FORMS_TEXT = (
     r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+(?=@)",  # user:password of a URL
 )
 _FORMS = tuple(map(re.compile, _FORMS_TEXT))
-# `name = value`, `"name": "value"`; the value quoted, quoted inside quotes, or up to what ends a word
+# `name = value`, `"name": "value"`; the value is quoted, quoted with \", or ends at a delimiter
 _NAME = re.compile(r"""(?<![\w.-])([A-Za-z_-][\w.-]*+)\\?["']?\s*((?<![=!<>])=(?!=)|:)\s*""")
 _QUOTES = ('\\"', '"', "'")
 _VALUE = re.compile(r"""\\"[^"\n]*?\\"|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|[^\s,;&"'()\[\]{}\\]+""")
@@ -49,7 +49,7 @@ _cached: tuple[dict[Any, Any], tuple[str, ...]] | None = None  # an environment,
 
 @lru_cache(4096)
 def _kind(name: str) -> str:
-    """ "secret", "token" (numbers and `<pad>` are not secret there), or "" for an open name. Decided by whole words."""
+    """ "secret", "token" (numbers and `<pad>` are not secret there), or "" if not secret. Decided by complete words."""
     if name in _NO_SECRETS:
         return ""
     words = [w.lower() for w in _WORD.findall(name.rpartition(".")[2])]

@@ -1,8 +1,8 @@
 """The contract between the training loop and the strategies that run forward, backward and step.
 
 After an iteration's `forward_backward`, gradients are the sum over the targets of all ranks and micro-batches, divided
-by the number of these targets, whatever averaging an engine does itself. Weights have fp32 masters; checkpoints contain
-the masters.
+by the number of these targets, whatever averaging an engine does itself. Checkpoints contain fp32 masters; with states
+"bf16" or "8bit", whose weights have no other master, these are the bf16 weights cast to fp32.
 """
 
 from collections.abc import Sequence

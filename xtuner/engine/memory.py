@@ -25,7 +25,7 @@ from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
 
 USUAL_PACK = 32768  # tokens of a pack, if unknown
-MIN_MICRO_BATCH = 4096  # tokens; smaller micro-batches leave the GPU's multipliers idle
+MIN_MICRO_BATCH = 4096  # tokens; smaller micro-batches leave tensor cores idle
 MIN_SPEEDUP = 1.03  # a faster alternative is mentioned from this factor on
 MAX_MICRO_BATCHES = 16  # of a pack, if something is recomputed
 COLLECTIVE_BYTES = int(1.1 * 2**30)  # NCCL's buffers, and memory that the allocator reserves for its streams
@@ -103,7 +103,7 @@ M = TypeVar("M", bound=MemoryPlan)
 
 
 def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, division: Division) -> int:
-    """Bytes of weights, gradients and optimizer state on a rank, with the blocks that are full at a time."""
+    """Bytes of weights, gradients and optimizer state on a rank, including the blocks gathered at the same time."""
     c, form, copy = source.config, optim.state_form(device), optim.compute_dtype(device)
     parameters, ends, ranks = num_parameters(c), 2 * c.vocab_size * c.hidden_size, mesh.shard_size
     block = (parameters - ends) / c.num_layers

@@ -13,11 +13,11 @@ from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import matmul_parameters, num_parameters
 from xtuner.model.ops.functions import KeepPolicy
 
-FLOPS = 700e12  # a second, in large bf16 products
+FLOPS = 700e12  # per second, in large bf16 products
 OVERHEAD_TOKENS = 300  # a micro-batch of m tokens takes as long as m + 300: gradient additions, short kernels
-WITHIN_NODE = 300e9  # bytes a second and GPU, in collectives of 1 GiB over NVLink
-BETWEEN_NODES = 45e9  # bytes a second and GPU, with one 400 Gbit/s card a GPU
-OVERLAP_LOSS = 0.3  # part of a collective's time by which concurrent products slow down
+WITHIN_NODE = 300e9  # bytes per second and GPU, in collectives of 1 GiB over NVLink
+BETWEEN_NODES = 45e9  # bytes per second and GPU, with one 400 Gbit/s card per GPU
+OVERLAP_LOSS = 0.3  # concurrent products take longer by this share of a collective's time
 WAIT_SHARE = 0.02  # of compute time: waits between ranks, if they synchronize in every micro-batch
 ATTENTION_SHARE = 0.3  # time of attention's forward relative to a block's products, for long documents
 
@@ -78,5 +78,5 @@ class StepCost:
 
 
 def link_speed(mesh: Mesh) -> float:
-    """Bytes a second that each rank sends in a collective over the shard ranks."""
+    """Bytes per second that each rank sends in a collective over the shard ranks."""
     return WITHIN_NODE if mesh.shard_size <= mesh.local_size else BETWEEN_NODES

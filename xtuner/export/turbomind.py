@@ -180,7 +180,7 @@ def _parts(name: str, w: torch.Tensor, c: DecoderConfig, tp: int) -> Iterator[to
     if kind == "wqkv":
         yield from (_qkv(w, c, tp, rank) for rank in range(tp))
         return
-    if kind in ("wo", "w2"):  # split where the tensor's input is
+    if kind in ("wo", "w2"):  # split along the input dimension
         yield from (part.t() for part in _filled(w, 1, tp).chunk(tp, dim=1))
     elif kind == "tok_embeddings":
         yield from _filled(w, 0, tp).chunk(tp, dim=1)

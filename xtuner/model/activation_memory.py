@@ -14,7 +14,7 @@ KEEP_ORDER = ("attention", "qkv", "residual", "gate_up")  # fields of KeepPolicy
 
 
 def kept_bytes_per_token(c: DecoderConfig, itemsize: int) -> dict[str, int]:
-    """Bytes a token that one block keeps for each field of `KeepPolicy`; "input" is always kept."""
+    """Bytes per token that one block keeps for each field of `KeepPolicy`; "input" is always kept."""
     return {
         "input": itemsize * c.hidden_size,
         "attention": itemsize * c.query_width + 4 * c.num_heads,

@@ -24,7 +24,7 @@ def num_parameters(c: DecoderConfig) -> int:
 
 
 def matmul_parameters(c: DecoderConfig) -> int:
-    """Number of weights that every token is multiplied with."""
+    """Number of weights that every token is multiplied by."""
     attention = c.hidden_size * (c.qkv_width + c.query_width)
     return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
 

@@ -11,7 +11,7 @@ import torch
 from xtuner.model.ops.elementwise import cross_entropy_
 from xtuner.model.ops.gradient_sums import GradientSum
 
-CHUNK = 2**28 + 2**27  # logits a chunk: 768 MiB in bf16; 4351 tokens at InternLM2's vocabulary
+CHUNK = 2**28 + 2**27  # logits per chunk: 768 MiB in bf16; 4351 tokens at InternLM2's vocabulary
 
 
 def chunk_tokens(vocabulary: int) -> int:

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-ROWS = 8  # groups a program
+ROWS = 8  # groups per program
 RUN = 32  # programs that share a row of the table of runs
 COLUMNS = 10  # of a parameter's row in the table of addresses
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

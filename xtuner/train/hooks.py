@@ -100,7 +100,7 @@ class LoggerHook(Hook):
             record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
             record["memory"] = peak_memory(run.strategy.device)
             record["tokens"] = it.state.packs * run.dataset.packed_length
-            run.metrics.log(record)  # before the log line: whoever sees the line finds the record
+            run.metrics.log(record)  # before the log line: when the line is visible, the record exists
             logger.info(format_log_line(record, last))
             self._averages.restart()
 

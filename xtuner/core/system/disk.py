@@ -21,7 +21,7 @@ def nearest_existing(folder: Path) -> Path:
 def measure_speed(folder: Path, size: int, step: Callable[[int], object] = lambda done: None) -> tuple[float, float]:
     """(write with fsync, read) in bytes/s, for a file of at most `size` bytes in `folder`.
 
-    On a slow disk the file is smaller. The page cache is told to drop the file before it is read; where the system
+    On a slow disk the file is smaller. Before reading, the file is dropped from the page cache; where the system
     ignores this, the read speed is that of memory. `step` is called with the bytes done so far. Raises: OSError.
     """
     chunk = os.urandom(min(CHUNK, size))  # incompressible

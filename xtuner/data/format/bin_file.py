@@ -85,7 +85,7 @@ class BinFile:
         try:
             return read_meta(self.path)
         except (DataError, OSError):
-            self.check_unchanged()  # a change of the file during the run is the better explanation
+            self.check_unchanged()  # if the file changed during the run, report that instead
             raise
 
     @cached_property

@@ -1,4 +1,4 @@
-"""What is known about the files of a folder: names, sizes and times, documents, tokens, identities. 0.1 kB a file.
+"""What is known about the files of a folder: names, sizes and times, documents, tokens, identities. 0.1 kB per file.
 
 The catalog is cached, so that a start only reads sizes and times from the file system: unchanged files need no second
 examination. It is kept as arrays, because folders of a hundred thousand files are common and every rank holds one.

@@ -138,7 +138,7 @@ class SpanReader:
         try:
             parts = self._parts(spans, vocab_size)
         except DataError:
-            self.file.check_unchanged()  # a change of the file during the run is the better explanation
+            self.file.check_unchanged()  # if the file changed during the run, report that instead
             raise
         continues = spans[-1].stop < spans[-1].length
         tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)

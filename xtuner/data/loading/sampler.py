@@ -2,8 +2,10 @@
 
 Epoch e visits `RandomState(seed + e).permutation(packs)`. For training all epochs are concatenated to one stream:
 
-    permutation_0[:E] | permutation_1[:E] | permutation_2[:E] | …      E: number of packs, rounded down to a multiple of
-    ─────────────────────────▲ position: rank r of n takes stream[position:][r::n]     the ranks at the start of the run
+    permutation_0[:E] | permutation_1[:E] | permutation_2[:E] | …
+    ─────────────────────────▲ position: rank r of n takes stream[position:][r::n]
+
+E: the number of packs, rounded down to a multiple of the ranks at the start of the run.
 
 E is fixed for a run and the position is independent of ranks, so that a different number of ranks sees the same stream.
 With a constant number of ranks this equals the reference sampler: `permutation[:E][r::n]` in each epoch. Where packs

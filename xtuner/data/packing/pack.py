@@ -1,8 +1,8 @@
 """Packs: the documents of each file in shuffled order, concatenated and cut every `packed_length` tokens.
 
-    documents of a file, shuffled     [ d4      ][ d0  ][ d2               ][d1][ d3    ]
-    packs of packed_length tokens     |     pack 0     |     pack 1     |   (tail, dropped)
-    cu_seqlens of pack 1               0  ^ the rest of d2 ^  d1  ^ the beginning of d3
+    documents of a file, shuffled     [  d4  ][ d0 ][     d2    ][d1][      d3      ]
+    packs of packed_length tokens     |      pack 0      |      pack 1      | tail, dropped
+    cu_seqlens of pack 1                                 0       8   12     19
 
 A document that is cut by a border continues in the next pack as a separate fragment: positions start again at 0, and
 attention does not reach back. Every file is shuffled with the same seed and drops its own tail. All values equal those

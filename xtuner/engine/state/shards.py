@@ -42,7 +42,7 @@ from xtuner.optim.adamw import GROUP, SCALES
 class Shard:
     """This process's shard of a parameter: fp32 master and optimizer state.
 
-    `state` is by the optimizer's keys, in the packed form of optimizer_trial.py: [n] has the n of `master`.
+    `state` maps the optimizer's keys to values in the packed form of optimizer_trial.py; n is `master`'s length.
     """
 
     master: FlatRange
@@ -104,7 +104,7 @@ class StatefulStrategy(ABC):
 
     @abstractmethod
     def _sync_weights(self) -> None:
-        """Copy new masters to the weights that compute, and reset gradients, which belong to the old weights."""
+        """Copy new masters to the compute weights, and reset gradients, which belong to the old weights."""
 
     def _span(self, key: str, name: str, master: FlatRange) -> tuple[int, int, torch.Size]:
         """(begin, end) of this process's elements of a parameter's optimizer state, and the shape of the full state."""

@@ -46,7 +46,7 @@ def range_to_slices(begin: int, end: int, shape: Sequence[int]) -> list[tuple[Nu
 def cut_into_slices(
     name: str, values: torch.Tensor, begin: int, full: Sequence[int]
 ) -> dict[str, tuple[torch.Tensor, Any]]:
-    """Flat `values`, elements from `begin` of a tensor of shape `of`, as a file takes them: key → (slice, facts)."""
+    """Flat `values`, elements from `begin` of a tensor of shape `full`, as a file stores them: key → (slice, facts)."""
     found, at = {}, 0
     for i, (offset, shape) in enumerate(range_to_slices(begin, begin + len(values), full)):
         key = f"{name}:{i}" if i else name

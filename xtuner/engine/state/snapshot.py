@@ -48,7 +48,7 @@ class Snapshot:
         set_default_permissions(path)
         entry = hashers.submit(file_entry, path)  # from the page cache, while the disk writes the file
         sync_file(path)
-        record_progress(f"{name} written")  # a large save takes longer than a rank may be silent
+        record_progress(f"{name} written")  # a large save may outlast the heartbeat's progress limit
         return entry
 
 

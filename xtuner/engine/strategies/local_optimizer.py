@@ -23,7 +23,7 @@ Tensors = Mapping[str, torch.Tensor]
 class Rows:
     """Rows of a parameter in the compute dtype: its elements from `begin` on."""
 
-    weight: torch.Tensor  # [rows, …], a view: writing to it changes the weight that computes
+    weight: torch.Tensor  # [rows, …], a view: writing to it changes the compute weight
     begin: int = 0
 
 
@@ -44,7 +44,7 @@ class LocalOptimizer(Protocol):
         """Restore one key of a parameter's optimizer state, in the packed form of optimizer_trial.py."""
 
     def sync_weights(self) -> None:
-        """Copy masters that were changed from outside to the weights that compute."""
+        """Copy masters that were changed from outside to the compute weights."""
 
 
 def local_optimizer(rows: Mapping[str, Rows], optim: OptimWrapper, device: torch.device) -> LocalOptimizer:

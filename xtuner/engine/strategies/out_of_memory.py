@@ -1,4 +1,4 @@
-"""Which errors mean that memory ran out, and with what an iteration is then repeated.
+"""Which errors mean that memory ran out, and how the iteration is then repeated.
 
 Weights change only in the step, so forward and backward can be repeated. Each repetition uses micro-batches that are a
 quarter smaller and keep a quarter less for the backward, until a micro-batch of MIN_MICRO_BATCH tokens, or of a single

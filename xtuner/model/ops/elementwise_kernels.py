@@ -74,7 +74,7 @@ def rms_norm_backward(
     d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     T, H = x_TH.shape
-    programs = min(T, 264)  # two to a multiprocessor
+    programs = min(T, 264)  # two per multiprocessor of an H100
     dx, dw = torch.empty_like(x_TH), torch.empty(programs, H, dtype=torch.float32, device=x_TH.device)
     block = triton.next_power_of_2(H)
     args = (d_TH.contiguous(), x_TH, w_H, x_TH if residual_TH is None else residual_TH.contiguous(), dx, dw, T, H, eps)

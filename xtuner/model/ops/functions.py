@@ -4,7 +4,7 @@ What is cheap to recompute (a norm, SwiGLU's product) is not kept between forwar
 tensors that are kept anyway. Such a tensor carries a `Recipe`, so that its consumers need not keep it either. A
 consumer that ignores recipes, such as a user's module, keeps the tensor itself: more memory, the same numbers.
 
-The other activations, which a block may keep or recompute, in bytes a token with 2-byte numbers:
+The other activations, which a block may keep or recompute, in bytes per token with 2-byte numbers:
 
     attention   attention's output and log-sums   2·N·D + 4·N
     qkv         q, k and v after rotation         2·(N + 2K)·D

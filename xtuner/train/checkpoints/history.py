@@ -87,7 +87,7 @@ def _read_last(work_dir: Path) -> Path | None:
     except FileNotFoundError:
         return None
     except OSError:
-        return work_dir / LAST  # unreadable, but there
+        return work_dir / LAST  # it exists, but cannot be read
     return work_dir / name[:4096] if name else None
 
 

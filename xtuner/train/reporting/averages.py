@@ -14,7 +14,7 @@ class Averages:
     """Collects iterations; `record` returns their averages, `restart` begins the next log line.
 
     - `loss`: mean over the targets of all iterations; for a single iteration exactly its own loss. Values that are not
-      finite are skipped, unless there are no others: they were reported, and their steps not applied.
+      finite are skipped, unless all are non-finite: they were reported, and their steps not applied.
     - `loss_smoothed`: the same mean over all iterations since the start, with exponential decay (SMOOTHING).
     - seconds: means. Rates: means weighted by seconds, so that tokens per second is tokens over seconds.
     - `targets`: their sum. `applied`: whether every step that had targets was applied.

@@ -73,14 +73,14 @@ def test_nothing_passes_arguments_by_the_side() -> None:
     for file in ROOT.rglob("*.py"):
         assert not re.search(r"\bContextVar\b|\binit=False\b", file.read_text()), file
     found = {str(f.relative_to(ROOT)) for f in ROOT.rglob("*.py") if re.search(r"^ +global ", f.read_text(), re.M)}
-    assert found == {"core/progress.py", "core/secrets.py"}
+    assert found == {"core/activity.py", "core/secrets.py"}
 
 
 def test_only_the_mesh_knows_the_world() -> None:
     """Whoever counts ranks asks the mesh, which says what kind of ranks."""
     asks = re.compile(r"world_size\(\)|\bALL\.size|\"WORLD_SIZE\"|\"LOCAL_WORLD_SIZE\"")
     found = {str(f.relative_to(ROOT)) for f in ROOT.rglob("*.py") if asks.search(f.read_text())}
-    assert found == {"dist/collectives.py", "dist/mesh.py", "dist/environment.py", "dist/process_group.py"}
+    assert found == {"dist/collectives.py", "dist/mesh.py", "dist/shipped_launchers.py", "dist/process_group.py"}
 
 
 def test_the_map_names_every_room() -> None:

@@ -25,8 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from xtuner.cli.main import main
 from xtuner.core import files
+from xtuner.core.append_file import AppendFile
 from xtuner.core.command import exit_with
-from xtuner.core.growing_files import AppendFile
 from xtuner.core.log import setup
 from xtuner.core.system import stdio
 

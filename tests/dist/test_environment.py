@@ -15,7 +15,7 @@ from helpers.processes import listening_socket
 from xtuner.core import log
 from xtuner.core.errors import ConfigError
 from xtuner.dist import heartbeat, workers
-from xtuner.dist.environment import (
+from xtuner.dist.shipped_launchers import (
     PORTS,
     NodeLayout,
     RankInfo,
@@ -210,7 +210,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     parent = f"""
 import sys
 from xtuner.dist import workers
-from xtuner.dist.environment import NodeLayout
+from xtuner.dist.shipped_launchers import NodeLayout
 workers.run_workers(NodeLayout(2), [sys.executable, "-c", {worker!r}])
 """
     read = subprocess.Popen(

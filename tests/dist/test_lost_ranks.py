@@ -23,7 +23,7 @@ from xtuner.cli.main import main
 from xtuner.core import files
 from xtuner.core.command import exit_with
 from xtuner.dist import heartbeat
-from xtuner.dist.environment import RankInfo
+from xtuner.dist.shipped_launchers import RankInfo
 
 pytestmark = pytest.mark.processes
 

@@ -28,10 +28,10 @@ from xtuner.dist.collectives import Ranks
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.memory import DIVISIONS, MemoryPlan
-from xtuner.engine.strategies import divided
+from xtuner.engine.strategies import sharded_parameters
 from xtuner.engine.strategies.out_of_memory import Failure, OutOfMemory, agree_on_smaller, shrink_memory
 from xtuner.model.activation_memory import ActivationPlan
-from xtuner.model.ops.functions import KEEP_NONE
+from xtuner.model.ops.autograd_functions import KEEP_NONE
 from xtuner.model.ops.gradient_sums import GradientSum
 from xtuner.model.source import from_scratch
 
@@ -103,7 +103,7 @@ class Fault:
 
             self._undo.append(block.register_forward_hook(hook).remove)
         else:
-            owner, name = (divided, "allocate") if point == "gather" else (GradientSum, "_allocate")
+            owner, name = (sharded_parameters, "allocate") if point == "gather" else (GradientSum, "_allocate")
             original = getattr(owner, name)
             setattr(owner, name, lambda argument: (self.come(), original(argument)))
             self._undo.append(lambda: setattr(owner, name, original))

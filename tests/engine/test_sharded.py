@@ -30,8 +30,8 @@ from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.memory import ALL_FULL, DIVISIONS, Division, MemoryPlan
 from xtuner.engine.step_time import StepCost
-from xtuner.engine.strategies.divided import rows_per_rank
-from xtuner.model.ops.functions import KeepPolicy
+from xtuner.engine.strategies.sharded_parameters import rows_per_rank
+from xtuner.model.ops.autograd_functions import KeepPolicy
 from xtuner.model.source import from_scratch
 from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper

@@ -37,7 +37,7 @@ from xtuner.dist import collectives
 from xtuner.dist.collectives import Ranks
 from xtuner.engine.base import Strategy
 from xtuner.engine.strategies import select
-from xtuner.engine.zero import deepspeed_config, deepspeed_settings
+from xtuner.engine.zero import deepspeed_config, supported_settings
 from xtuner.families import INTERNLM2
 from xtuner.model.generate import generate
 from xtuner.model.ops.matmul import MatmulKind
@@ -335,18 +335,18 @@ def test_every_setting_of_deepspeed_has_its_place() -> None:
         ("bf16", precision_config.DeepSpeedBF16Config),
     ):
         for name, field in form.model_fields.items():
-            assert f"{section}.{field.alias or name}" in deepspeed_settings.KNOWN
+            assert f"{section}.{field.alias or name}" in supported_settings.KNOWN
     removed = [
         *config._REMOVED_TOP_LEVEL_CONFIG_KEYS,
         *(f"zero_optimization.{k}" for k in config._REMOVED_ZERO_CONFIG_KEYS),
     ]
-    assert set(removed) <= deepspeed_settings.REJECTED.keys()
+    assert set(removed) <= supported_settings.REJECTED.keys()
     tables = (
-        deepspeed_settings.PASSED_ON,
-        deepspeed_settings.IGNORED.keys(),
-        deepspeed_settings.REJECTED.keys(),
+        supported_settings.PASSED_ON,
+        supported_settings.IGNORED.keys(),
+        supported_settings.REJECTED.keys(),
     )
-    assert sum(map(len, tables)) == len(deepspeed_settings.KNOWN)
+    assert sum(map(len, tables)) == len(supported_settings.KNOWN)
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dtype="bf16")
     usual = {  # as in JSONs of other projects
         "fp16": {"enabled": False, "initial_scale_power": 16}, "bf16": {"enabled": True}, "optimizer": None,

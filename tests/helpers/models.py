@@ -15,7 +15,7 @@ from xtuner.dist.mesh import make_mesh
 from xtuner.engine import memory
 from xtuner.engine.base import Strategy
 from xtuner.engine.memory import Division
-from xtuner.engine.strategies.sharded import ShardedStrategy
+from xtuner.engine.strategies.sharded_strategy import ShardedStrategy
 from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import Linear
 from xtuner.model.ops.matmul import MatmulKind

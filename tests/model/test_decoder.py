@@ -239,7 +239,7 @@ def test_wrong_weights_are_refused(tmp_path: Path) -> None:
 def test_the_single_strategy_keeps_the_contract(dtype: str, tmp_path: Path) -> None:
     """Gradients are Σ over targets ÷ their number however packs are cut; masters are fp32; save and load are exact."""
     from xtuner.data.loading.batch import Batch
-    from xtuner.engine.strategies.sharded import ShardedStrategy
+    from xtuner.engine.strategies.sharded_strategy import ShardedStrategy
     from xtuner.model import from_pretrained
     from xtuner.optim.optim_wrapper import OptimWrapper
 

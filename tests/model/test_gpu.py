@@ -19,7 +19,7 @@ from xtuner.cli.main import main
 from xtuner.core.errors import ConfigError
 from xtuner.core.log import logger
 from xtuner.data.loading.batch import Batch
-from xtuner.engine.strategies.sharded import ShardedStrategy
+from xtuner.engine.strategies.sharded_strategy import ShardedStrategy
 from xtuner.model import attention, from_scratch, load_pretrained
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.ops import elementwise

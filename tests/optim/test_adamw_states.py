@@ -14,10 +14,10 @@ from xtuner.data.loading.batch import Batch
 from xtuner.engine import memory
 from xtuner.engine.strategies import select
 from xtuner.engine.strategies.local_optimizer import OwnAdamW
-from xtuner.engine.strategies.sharded import ShardedStrategy
+from xtuner.engine.strategies.sharded_strategy import ShardedStrategy
 from xtuner.model import from_scratch
 from xtuner.model.activation_memory import KEEP_ORDER, ActivationPlan, transient_bytes
-from xtuner.model.ops.functions import KeepPolicy
+from xtuner.model.ops.autograd_functions import KeepPolicy
 from xtuner.optim import adamw
 from xtuner.optim.adamw import FORMS, Rates
 from xtuner.optim.optim_wrapper import OptimWrapper

@@ -282,8 +282,8 @@ def test_the_image_is_pinned_and_not_roots() -> None:
 
 def test_a_process_group_leaves_nothing_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process starts later is not a rank of this run."""
-    from xtuner.dist.environment import read_rank
     from xtuner.dist.process_group import join_run
+    from xtuner.dist.shipped_launchers import read_rank
 
     monkeypatch.setenv("RANK", "before")
     before = dict(os.environ)

@@ -58,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.dist import environment
+    from xtuner.dist import shipped_launchers
 
-    with environment.report_interrupt_once(args.launcher):
+    with shipped_launchers.report_interrupt_once(args.launcher):
         return _train(args)
 
 

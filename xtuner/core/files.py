@@ -24,11 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from xtuner.core.activity import record_progress
 from xtuner.core.errors import DISK_ERRORS, CheckpointError, ConfigError, XTunerError
 from xtuner.core.file_owner import is_owner_alive, owner_tag
 from xtuner.core.foreign_inputs import open_regular, read_regular, short, short_repr
 from xtuner.core.log import logger
-from xtuner.core.progress import record_progress
 
 MANIFEST = "manifest.json"
 HASHERS = 4  # files hashed at a time; one core hashes about 1.5 GB/s

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from xtuner.core.growing_files import AppendFile
+from xtuner.core.append_file import AppendFile
 from xtuner.core.secrets import mask_text
 from xtuner.core.system.stdio import CYAN, DIM, ERASE_LINE, RED, RESET, YELLOW, is_terminal, use_colour
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from xtuner.core.progress import record_progress
+from xtuner.core.activity import record_progress
 from xtuner.core.errors import CheckpointError, XTunerError
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.distributed as torch_dist
 
-from xtuner.core import progress
+from xtuner.core import activity
 from xtuner.core.errors import EXIT_BUG, EXIT_INTERRUPTED, ConfigError, InterruptedRunError, LostRankError
 from xtuner.core.log import logger
 from xtuner.dist.launchers import RankInfo
@@ -158,7 +158,7 @@ class Heartbeat:
     def _send(self) -> None:
         self._count += 1
         facts = {"count": self._count, "host": self.info.host, "pid": os.getpid(), "iteration": self.iteration}
-        facts |= {"activity": progress.current_activity, "num_activities": progress.num_activities}
+        facts |= {"activity": activity.current_activity, "num_activities": activity.num_activities}
         self._store.set(f"heartbeat/{self.info.rank}", json.dumps(facts | {"log": str(self.log or "")}))
 
     def _find_trouble(self) -> str | None:

@@ -67,10 +67,10 @@ class Launcher(Protocol):
 
 
 LAUNCHERS = {
-    "none": "xtuner.dist.environment.SingleProcess",
-    "pytorch": "xtuner.dist.environment.Torchrun",
-    "slurm": "xtuner.dist.environment.Slurm",
-    "mpi": "xtuner.dist.environment.Mpi",
+    "none": "xtuner.dist.shipped_launchers.SingleProcess",
+    "pytorch": "xtuner.dist.shipped_launchers.Torchrun",
+    "slurm": "xtuner.dist.shipped_launchers.Slurm",
+    "mpi": "xtuner.dist.shipped_launchers.Mpi",
 }
 
 

@@ -12,7 +12,7 @@ from types import FrameType
 from xtuner.core.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED
 from xtuner.core.log import logger
 from xtuner.dist.launchers import LOOPBACK, NodeLayout
-from xtuner.dist.environment import environment_of_workers
+from xtuner.dist.shipped_launchers import environment_of_workers
 
 GRACE = 12.0  # s that the other workers have after a failure to report what they saw
 KILL_AFTER = 5.0  # s between SIGTERM and SIGKILL

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from xtuner.dist.mesh import Mesh
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import matmul_parameters, num_parameters
-from xtuner.model.ops.functions import KeepPolicy
+from xtuner.model.ops.autograd_functions import KeepPolicy
 
 FLOPS = 700e12  # per second, in large bf16 products
 OVERHEAD_TOKENS = 300  # a micro-batch of m tokens takes as long as m + 300: gradient additions, short kernels

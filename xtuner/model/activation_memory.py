@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from xtuner.families.network import DecoderConfig
 from xtuner.model.loss import chunk_tokens
-from xtuner.model.ops.functions import KEEP_ALL, KEEP_NONE, KeepPolicy
+from xtuner.model.ops.autograd_functions import KEEP_ALL, KEEP_NONE, KeepPolicy
 
 KEEP_ORDER = ("attention", "qkv", "residual", "gate_up")  # fields of KeepPolicy, the most worthwhile first
 

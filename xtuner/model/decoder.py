@@ -20,8 +20,8 @@ from xtuner.families.network import DecoderConfig
 from xtuner.model import attention
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, apply_linear
-from xtuner.model.ops import functions
-from xtuner.model.ops.functions import KEEP_ALL, KeepPolicy
+from xtuner.model.ops import autograd_functions
+from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy
 from xtuner.model.ops.matmul import MATMULS
 from xtuner.model.rope import Rope
 
@@ -66,9 +66,9 @@ class Attention(nn.Module):
         if cache is not None:
             o_TND = attention.attend_cached(q_TND, *cache.extend(k_TKD, v_TKD))
         else:
-            recipe = functions.get_recipe(x_TH)
+            recipe = autograd_functions.get_recipe(x_TH)
             recompute = torch.no_grad()(lambda: self.project_heads(recipe.compute(*recipe.tensors), layout))
-            with nullcontext() if keep.qkv else functions.recompute_saved((q_TND, k_TKD, v_TKD), recompute):
+            with nullcontext() if keep.qkv else autograd_functions.recompute_saved((q_TND, k_TKD, v_TKD), recompute):
                 o_TND = self.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
         return self.wo(o_TND.reshape(len(x_TH), -1))
 
@@ -77,7 +77,7 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [T, N, D], k and v [T, K, D]; q and k rotated by each token's angles."""
         angles = layout.cos_TD, layout.sin_TD
-        return functions.SplitRotate.apply(self.wqkv(x_TH), *angles, self.num_kv_heads, self.head_dim)
+        return autograd_functions.SplitRotate.apply(self.wqkv(x_TH), *angles, self.num_kv_heads, self.head_dim)
 
 
 class FeedForward(nn.Module):
@@ -95,8 +95,8 @@ class FeedForward(nn.Module):
         if len(parts) < 3 or any(w.bias is not None or w.matmul is not parts[0].matmul for w in parts):
             return apply_linear(self.w2, F.silu(self.w1(x_TH)) * self.w3(x_TH), add_TH)
         weights, into = [w.weight for w in parts], tuple(w.gradient_sums.get("weight") for w in parts)
-        recipe, matmul = functions.get_recipe(x_TH), parts[0].current_matmul()
-        return functions.SwiGLUFunction.apply(x_TH, add_TH, *weights, recipe, matmul, into, keep.gate_up)
+        recipe, matmul = autograd_functions.get_recipe(x_TH), parts[0].current_matmul()
+        return autograd_functions.SwiGLUFunction.apply(x_TH, add_TH, *weights, recipe, matmul, into, keep.gate_up)
 
 
 class Block(nn.Module):

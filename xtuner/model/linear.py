@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from xtuner.model.loss import linear_cross_entropy
-from xtuner.model.ops import functions
+from xtuner.model.ops import autograd_functions
 from xtuner.model.ops.gradient_sums import GradientSum
 from xtuner.model.ops.matmul import PLAIN, Matmul
 
@@ -51,15 +51,15 @@ class Linear(GradientSumModule):
 
     def forward(self, x_TK: torch.Tensor, add_TN: torch.Tensor | None = None) -> torch.Tensor:
         """The product plus `add`, [T, N]."""
-        recipe, matmul, sums = functions.get_recipe(x_TK), self.current_matmul(), self.gradient_sums
+        recipe, matmul, sums = autograd_functions.get_recipe(x_TK), self.current_matmul(), self.gradient_sums
         into = (sums.get("weight"), sums.get("bias"))
-        y_TN = functions.LinearFunction.apply(x_TK, self.weight, self.bias, add_TN, recipe, matmul, into)
+        y_TN = autograd_functions.LinearFunction.apply(x_TK, self.weight, self.bias, add_TN, recipe, matmul, into)
         if self.adapter is not None:
             return y_TN + self.adapter(x_TK)
         if add_TN is None and torch.is_grad_enabled():
             compute = recipe.compute
             recompute = lambda w, bias, *inputs: matmul.forward(matmul.prepare(compute(*inputs)), w, bias)  # noqa: E731
-            functions.set_recipe(y_TN, (self.weight, self.bias, *recipe.tensors), recompute)
+            autograd_functions.set_recipe(y_TN, (self.weight, self.bias, *recipe.tensors), recompute)
         return y_TN
 
     def current_matmul(self) -> Matmul:
@@ -98,7 +98,9 @@ class RMSNorm(GradientSumModule):
         Args:
             keep_sum: whether x + add is kept for the backward; else it is recomputed if possible.
         """
-        return functions.add_norm(x_TH, add_TH, self.weight, self.eps, self.gradient_sums.get("weight"), keep_sum)
+        return autograd_functions.add_norm(
+            x_TH, add_TH, self.weight, self.eps, self.gradient_sums.get("weight"), keep_sum
+        )
 
 
 class Embedding(GradientSumModule):
@@ -112,7 +114,7 @@ class Embedding(GradientSumModule):
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
         padding = -1 if self.padding is None else self.padding
-        return functions.Embed.apply(ids_T, self.weight, padding, self.gradient_sums.get("weight"))
+        return autograd_functions.Embed.apply(ids_T, self.weight, padding, self.gradient_sums.get("weight"))
 
 
 class Head(Linear):

@@ -12,9 +12,9 @@ from xtuner.config.build import check_arguments, resolve_type, type_name
 from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError
 from xtuner.model.source import DTYPES
-from xtuner.optim import optimizer_trial
+from xtuner.optim import optimizer_traits
 from xtuner.optim.adamw import FORMS, Form
-from xtuner.optim.optimizer_trial import Traits
+from xtuner.optim.optimizer_traits import Traits
 from xtuner.optim.parameter_groups import read_groups, split_into_groups
 
 
@@ -22,7 +22,7 @@ class OptimWrapper:
     """The optimizer's description, used by every strategy.
 
     Its arguments are declared in config/settings.py. The optimizer is a class of `torch.optim` or a similar one that
-    passes the trial of optimizer_trial.py. For `states` see adamw.py, for `sums` under DeepSpeed zero_memory.py, for
+    passes the trial of optimizer_traits.py. For `states` see adamw.py, for `sums` under DeepSpeed zero_memory.py, for
     groups parameter_groups.py.
     """
 
@@ -50,7 +50,7 @@ class OptimWrapper:
                 f"{type_name(self.optimizer_class)} is not supported",
                 where="optim_wrapper.optimizer.type",
                 why="its step needs a closure that computes the loss",
-                do=optimizer_trial.ADVICE,
+                do=optimizer_traits.ADVICE,
             )
         if "lr" not in self.arguments:
             raise ConfigError("the optimizer has no lr", where="optim_wrapper.optimizer.lr")
@@ -78,7 +78,7 @@ class OptimWrapper:
         # GPUs support more of these two
         arguments = {k: v for k, v in self.arguments.items() if k not in ("capturable", "fused")}
         try:
-            optimizer_trial.try_optimizer(
+            optimizer_traits.try_optimizer(
                 partial(self.optimizer_class, **arguments), type_name(self.optimizer_class), torch.device("cpu")
             )
             self._check_groups(arguments, [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)])
@@ -107,7 +107,7 @@ class OptimWrapper:
             f"{type_name(self.optimizer_class)} {why}",
             where="optim_wrapper.parameter_groups",
             why="the settings of groups would have no effect",
-            do=f"leave parameter_groups out; or {optimizer_trial.ADVICE}",
+            do=f"leave parameter_groups out; or {optimizer_traits.ADVICE}",
         )
 
     def traits(self, device: torch.device) -> Traits:
@@ -122,7 +122,7 @@ class OptimWrapper:
                 attempts.insert(0, {"fused": True})
             for flags in attempts:
                 try:
-                    self._traits[device.type] = optimizer_trial.try_optimizer(
+                    self._traits[device.type] = optimizer_traits.try_optimizer(
                         partial(self.optimizer_class, **self.arguments, **flags), name, device
                     )
                 except ConfigError:

@@ -22,10 +22,10 @@ import torch
 from xtuner.compat.translate import load
 from xtuner.config.build import build
 from xtuner.core import path_kinds
+from xtuner.core.activity import record_progress
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
 from xtuner.core.log import logger, progress
-from xtuner.core.progress import record_progress
 from xtuner.data.format.bin_file import data_type
 from xtuner.data.packing.document_source import Documents, SourceFile
 from xtuner.data.packing.pack import IGNORE

@@ -29,10 +29,10 @@ from xtuner.train.reporting.failure_advice import interrupted_error, out_of_memo
 from xtuner.train.reporting.start_report import format_start_report
 from xtuner.train.resume import ResumePoint, find_resume_point, load_run_state
 from xtuner.train.run import Iteration, Plan, Progress, Run, Settings, run_hooks
-from xtuner.train.start import EarlyLog, acquire_work_dir, open_log, open_trackers, record_start
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 from xtuner.train.trackers import Tracker
+from xtuner.train.work_dir import EarlyLog, acquire_work_dir, open_log, open_trackers, record_start
 
 
 @dataclasses.dataclass(frozen=True)

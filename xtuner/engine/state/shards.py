@@ -42,7 +42,7 @@ from xtuner.optim.adamw import GROUP, SCALES
 class Shard:
     """This process's shard of a parameter: fp32 master and optimizer state.
 
-    `state` maps the optimizer's keys to values in the packed form of optimizer_trial.py; n is `master`'s length.
+    `state` maps the optimizer's keys to values in the packed form of optimizer_traits.py; n is `master`'s length.
     """
 
     master: FlatRange

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from xtuner.core.activity import record_progress
 from xtuner.core.files import file_entry, set_default_permissions, sync_file, write_json
-from xtuner.core.progress import record_progress
 
 SHARD = 2**30  # bytes a file; files are written and hashed concurrently
 WRITERS = 4

@@ -13,7 +13,7 @@ from xtuner.engine.state.shards import Shard
 from xtuner.model.weights import FlatRange
 from xtuner.optim.adamw import AdamW, Form, Moments, read_master, write_master
 from xtuner.optim.optim_wrapper import OptimWrapper
-from xtuner.optim.optimizer_trial import pack
+from xtuner.optim.optimizer_traits import pack
 from xtuner.optim.parameter_groups import find_group, set_lr
 
 Tensors = Mapping[str, torch.Tensor]
@@ -41,7 +41,7 @@ class LocalOptimizer(Protocol):
         """Master and optimizer state of each parameter."""
 
     def restore_state(self, name: str, key: str, value: torch.Tensor) -> None:
-        """Restore one key of a parameter's optimizer state, in the packed form of optimizer_trial.py."""
+        """Restore one key of a parameter's optimizer state, in the packed form of optimizer_traits.py."""
 
     def sync_weights(self) -> None:
         """Copy masters that were changed from outside to the compute weights."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from xtuner.core.progress import record_progress
+from xtuner.core.activity import record_progress
 from xtuner.data.loading.batch import Batch
 from xtuner.model.decoder import CausalLM
 

@@ -15,7 +15,7 @@ from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.memory import MemoryPlan
-from xtuner.model.ops.functions import KEEP_NONE
+from xtuner.model.ops.autograd_functions import KEEP_NONE
 
 OLDEST_NODE = torch.zeros((), requires_grad=True).clone()  # no node of a model's graph is older
 

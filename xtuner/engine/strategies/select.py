@@ -13,11 +13,11 @@ from xtuner.dist.mesh import Mesh, make_mesh
 from xtuner.engine import memory
 from xtuner.engine.base import Strategy
 from xtuner.engine.memory import USUAL_PACK, MemoryPlan
-from xtuner.engine.strategies.sharded import ShardedStrategy
+from xtuner.engine.strategies.sharded_strategy import ShardedStrategy
 from xtuner.engine.zero import deepspeed_config, zero_memory
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
-from xtuner.optim.optimizer_trial import ADVICE
+from xtuner.optim.optimizer_traits import ADVICE
 
 
 @dataclass(frozen=True)

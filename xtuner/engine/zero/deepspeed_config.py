@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from xtuner.core.errors import ConfigError, did_you_mean
-from xtuner.engine.zero import deepspeed_settings
-from xtuner.engine.zero.deepspeed_settings import AUTO
+from xtuner.engine.zero import supported_settings
+from xtuner.engine.zero.supported_settings import AUTO
 from xtuner.model.flops import num_parameters
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -47,8 +47,8 @@ def read_settings(name: str) -> dict[str, Any]:
     if "bfloat16" in settings:  # the old name
         settings["bf16"] = settings.pop("bfloat16")
     for key in settings:
-        if key not in (*deepspeed_settings.KNOWN, "fp16"):
-            near = did_you_mean(key, [k for k in deepspeed_settings.KNOWN if "." not in k])
+        if key not in (*supported_settings.KNOWN, "fp16"):
+            near = did_you_mean(key, [k for k in supported_settings.KNOWN if "." not in k])
             raise ConfigError(f"DeepSpeed has no setting {key!r}.{near}", where=str(path))
     return settings
 
@@ -94,8 +94,8 @@ def resolve_auto(
     if _get(found, "fp16.enabled") not in (None, False, AUTO):
         raise ConfigError("fp16 is not supported", where=f"{where}: fp16.enabled", do="bf16 needs no loss scale")
     found.pop("fp16", None)
-    deepspeed_settings.reject_unsupported(found, where)
-    deepspeed_settings.drop_ignored(found)
+    supported_settings.reject_unsupported(found, where)
+    supported_settings.drop_ignored(found)
     for key in BUCKETS:
         if found["zero_optimization"].get(key) == AUTO:
             del found["zero_optimization"][key]  # set by `prepare_settings`
@@ -136,7 +136,7 @@ def resolve_auto(
         found, "zero_optimization", "zero.config", "DeepSpeedZeroConfig", where
     )
     found["bf16"] = _checked(found, "bf16", "precision_config", "DeepSpeedBF16Config", where)
-    if strange := next((key for key, _ in deepspeed_settings.walk(found) if key not in deepspeed_settings.KNOWN), None):
+    if strange := next((key for key, _ in supported_settings.walk(found) if key not in supported_settings.KNOWN), None):
         raise ConfigError(
             f"{strange} is not supported", where=f"{where}: {strange}", why="DeepSpeed 0.19.8 has no such setting"
         )
@@ -203,7 +203,7 @@ def _set_sums(found: dict[str, Any], optim: OptimWrapper, bf16: bool, where: str
 
 def list_ignored(settings: dict[str, Any]) -> list[str]:
     """Settings without effect here, each with its reason."""
-    return deepspeed_settings.drop_ignored(json.loads(json.dumps(settings)))
+    return supported_settings.drop_ignored(json.loads(json.dumps(settings)))
 
 
 def _checked(settings: dict[str, Any], section: str, module: str, kind: str, where: str) -> dict[str, Any]:

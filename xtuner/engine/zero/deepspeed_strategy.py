@@ -24,7 +24,7 @@ from xtuner.engine.zero.zero_memory import ZeroMemoryPlan, effective_stage
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import FlatRange
-from xtuner.optim import optimizer_trial
+from xtuner.optim import optimizer_traits
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.parameter_groups import set_lr
 
@@ -176,7 +176,7 @@ class DeepSpeedStrategy(StatefulStrategy):
             if piece is None or not piece.length:
                 continue
             key = self._key(name, piece)
-            packed = optimizer_trial.pack(self.optimizer.state.get(key, {}), key)
+            packed = optimizer_traits.pack(self.optimizer.state.get(key, {}), key)
             views = {k: v[piece.at : piece.at + piece.length] if v.dim() == 1 else v for k, v in packed.items()}
             shards[name] = Shard(FlatRange(piece.flat.data[piece.at : piece.at + piece.length], piece.begin), views)
         return shards

@@ -15,8 +15,8 @@ import torch
 from torch import distributed
 
 from xtuner.dist.mesh import Mesh
-from xtuner.engine.strategies.divided import REDUCE_SCATTER
 from xtuner.engine.strategies.local_optimizer import compute_norm
+from xtuner.engine.strategies.sharded_parameters import REDUCE_SCATTER
 from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import GradientSumModule
 from xtuner.model.ops.gradient_sums import GradientSum

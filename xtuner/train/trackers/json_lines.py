@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xtuner.core.growing_files import AppendFile
+from xtuner.core.append_file import AppendFile
 from xtuner.core.log import logger
 from xtuner.train.trackers.base import Tracker
 

@@ -1,8 +1,8 @@
 """Our own strategy, on any mesh; a single process is a mesh of ones.
 
 A pack is computed in micro-batches, cut at document borders; memory.py chooses their size. If memory runs out, the
-iteration is repeated with smaller ones (out_of_memory.py). `divided.py` has the weights and gradients, full and
-sharded; `local_optimizer.py` has the masters and the optimizer's state.
+iteration is repeated with smaller ones (out_of_memory.py). sharded_parameters.py has the weights and gradients, full
+and sharded; local_optimizer.py has the masters and the optimizer's state.
 """
 
 import math
@@ -15,10 +15,10 @@ from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.memory import MemoryPlan, min_free_bytes, plan_memory
 from xtuner.engine.state.shards import Shard, StatefulStrategy
-from xtuner.engine.strategies.divided import DividedModel
 from xtuner.engine.strategies.local_optimizer import local_optimizer
 from xtuner.engine.strategies.micro_batches import run_micro_batches
 from xtuner.engine.strategies.out_of_memory import Failure, agree_on_smaller, drop_graph, is_out_of_memory
+from xtuner.engine.strategies.sharded_parameters import DividedModel
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import FlatRange

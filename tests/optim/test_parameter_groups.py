@@ -1,5 +1,6 @@
 """Parameter groups: each parameter has the rate and decay of its group, under every engine and form of state."""
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,9 @@ def test_every_engine_has_groups_and_resumes(tmp_path: Path) -> None:
             again.load(tmp_path / "alone")
             go(again, 2, 3)
             near(again)
+            # DeepSpeed's engines import as they are collected; during another import CPython 3.11 fails (gh-106176)
+            del whole, again
+            gc.collect()
 
     settings = deepspeed_config.read_settings(
         "deepspeed_zero3"

@@ -19,6 +19,10 @@ from xtuner.cli.main import main
 from xtuner.core.command import exit_with
 from xtuner.dist.collectives import ALL, Ranks
 
+# DeepSpeed looks for it at every start; its engines import as they are collected, and CPython 3.11 fails where that
+# happens during another import (gh-106176). This way there is nothing to look for.
+sys.modules.setdefault("fairseq.optim.fairseq_optimizer", None)  # type: ignore[arg-type]
+
 
 def on_ranks(size: int, body: Callable[[Ranks, Path], None], folder: Path) -> list[int | None]:
     """Run `body(ranks, folder)` in `size` processes; returns their exit codes, negative for signals.

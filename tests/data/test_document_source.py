@@ -44,7 +44,7 @@ def both(paths):
 
 
 class Given:
-    """Documents from memory, told as they are."""
+    """Documents from memory, reported as they are."""
 
     def __init__(self, documents: list[tuple[Any, Any]], **other: Any) -> None:
         self.documents, self.lengths = documents, np.array([len(ids) for ids, _ in documents])

@@ -225,7 +225,7 @@ def test_a_nan_on_one_rank_is_applied_on_none(tmp_path: Path) -> None:
             if hook:
                 hook.remove()
             same(save_snapshot(strategy, folder / f"{kind}_after"), before, 0.0)
-            ((loss, _, applied),) = train_iterations(strategy, range(2, 3))  # and it goes on
+            ((loss, _, applied),) = train_iterations(strategy, range(2, 3))  # and it continues
             assert loss == loss
             assert applied
 

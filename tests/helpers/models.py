@@ -133,7 +133,7 @@ def read_masters(strategy: Any) -> dict[str, torch.Tensor]:
 
 
 class Lion(torch.optim.Optimizer):
-    """Sign of a mean: each number by itself. Counts in plain numbers, of which a checkpoint keeps the kind."""
+    """Sign of a mean: each number separately. Counts in plain numbers, of which a checkpoint keeps the kind."""
 
     def __init__(self, params: Any, lr: float = 1e-3, beta: float = 0.9) -> None:
         super().__init__(params, dict(lr=lr, beta=beta))

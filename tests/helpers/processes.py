@@ -69,8 +69,8 @@ def killed_at(
     meanwhile: Callable[[], None] = lambda: None,
     signalled: Callable[[int], None] | None = None,
 ) -> int:
-    """Kill a run at a write point; 0 if it ended before. With `signalled` signal it there, let it go on, and return
-    its exit code. `meanwhile` is called while it stands still."""
+    """Kill a run at a write point; 0 if it ended before. With `signalled` signal it there, let it continue, and return
+    its exit code. `meanwhile` is called while it waits."""
     read, write = os.pipe()
     wait, go = os.pipe()
     child = multiprocessing.get_context("fork").Process(target=stand_still_at, args=(point, write, wait, words))

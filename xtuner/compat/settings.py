@@ -14,7 +14,7 @@ _ALLOWED = {
     "auto_scale_lr": Allowed((None, {"enable": False}), "the learning rate is not scaled", "set lr itself"),
     "custom_imports": Allowed((None,), "there are no registries", "import these modules at the top of the config"),
     "data_preprocessor": Allowed((None,), "packs are not preprocessed", "leave it out"),
-    "framework": Allowed((None, "mmengine"), "xtuner trains by itself", "leave it out"),
+    "framework": Allowed((None, "mmengine"), "xtuner uses no other framework", "leave it out"),
     "runner_type": Allowed((None, "Runner"), "the engine is chosen on the command line", "leave it out"),
     "train_cfg.by_epoch": Allowed((True,), *_LENGTH),
     "train_cfg.max_iters": Allowed((None,), *_LENGTH),

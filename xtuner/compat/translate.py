@@ -137,7 +137,7 @@ def apply_hook_settings(values: dict[str, Any], absent: bool = False) -> None:
 
 
 def complete_hooks(values: dict[str, Any], replaced: list[Replacement]) -> None:
-    """Add the hooks that mmengine's runner adds by itself, and remove those that the config switches off (None)."""
+    """Add the hooks that mmengine's runner adds automatically, and remove those that the config switches off (None)."""
     hooks = values.get("default_hooks") or {}
     if isinstance(hooks, dict) and any(old_names.is_of_mmengine(r.old) for r in replaced):
         apply_hook_settings(values)

@@ -93,7 +93,7 @@ class SingleProcess(Launcher):
                 raise ConfigError(
                     f"{program} has started {environ[name]} processes, and --launcher is none",
                     where=f"environment: {name}",
-                    why="each would train by itself, in the same work dir",
+                    why="each would train independently, in the same work dir",
                     do=f"add --launcher {launcher}, or start one process",
                 )
         return RankInfo()

@@ -1,7 +1,7 @@
 """Hugging Face transformers: its Llama with FlexAttention, and with Liger's kernels.   # pip install liger-kernel
 
 On one GPU as its Trainer runs it: fp32 weights under autocast (`bf16=True`), or a model loaded in bf16. On several as
-accelerate's FSDP2 does: each layer sharded by itself, embedding and head with the root. Full recomputation. Positions
+accelerate's FSDP2 does: each layer sharded separately, embedding and head with the root. Full recomputation. Positions
 start again in each document, from which transformers derives the mask.
 """
 

@@ -43,7 +43,7 @@ def pytest_runtest_setup() -> None:
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
     """`make test-fast` leaves out the tests marked `processes`: that mark has to be complete."""
     yield
-    if started and not item.get_closest_marker("processes"):
+    if started and not any(map(item.get_closest_marker, ("processes", "gpu"))):  # kernels are compiled by processes
         pytest.fail(f"starts a process and is not marked `processes`: {started[0][:200]}")
 
 

@@ -95,6 +95,9 @@ BACKENDS.register("masked", Backend("one mask for all", lambda: attend, devices=
 
 
 @pytest.mark.processes
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the backend under test runs on CPUs alone, and training takes the GPU"
+)
 def test_a_backend_from_outside(
     tiny: Path, tmp_path: Path, xtuner: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,8 @@ from xtuner.model import from_scratch
 from xtuner.model.linear import Linear
 from xtuner.model.ops.matmul import MATMULS, PLAIN, MatmulKind, quantize_columns, quantize_rows
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 def whole_numbers(rows: int, columns: int, device: str) -> torch.Tensor:

@@ -357,6 +357,9 @@ def test_logits_of_a_reference_model() -> None:
         assert (half.float() - exact).abs().max() < 0.3
 
 
+occupied: list[torch.Tensor] = []
+
+
 def take_all_memory() -> list[torch.Tensor]:
     """What is free of the caching allocator, which may get no more of the GPU."""
     torch.cuda.empty_cache()
@@ -372,7 +375,7 @@ def take_all_memory() -> list[torch.Tensor]:
 
 def test_memory_that_runs_out_ends_with_advice(tiny: Path, tmp_path: Path) -> None:
     """Nothing is free after the first iteration: exit code 2, and what to run instead."""
-    limit = "import test_gpu; run.all_of_it = test_gpu.take_all_memory()"
+    limit = "import test_gpu; test_gpu.occupied = test_gpu.take_all_memory()"
     config = with_hook(tiny, tmp_path / "run.py", 1, limit)
     try:
         with pytest.raises(
@@ -381,6 +384,7 @@ def test_memory_that_runs_out_ends_with_advice(tiny: Path, tmp_path: Path) -> No
             main(["train", str(config), "--work-dir", str(tmp_path / "w"), "--cfg-options", "evaluation_inputs=[]"])
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+        occupied.clear()
     assert error.value.exit_code == 2
     assert "model.activation_checkpointing=True --resume auto" in error.value.do
 

@@ -38,6 +38,9 @@ EPOCHS = (
     ),
 )
 LEVEL = (Rule(lambda v: v.upper() in LEVELS, f"is not one of {', '.join(LEVELS)}", ", ".join(LEVELS)),)
+SHARERS = (
+    Rule(lambda v: v == "auto" or (isinstance(v, int) and v >= 1), 'is not 1 or more, or "auto"', '≥ 1, "auto"'),
+)
 PATH = (Rule(lambda v: v != "", "is not a folder or None"),)
 RESUME = (Rule(lambda v: v != "", "is not True, False or a checkpoint"),)
 
@@ -223,14 +226,16 @@ OWN_SETTINGS = (
             expected="True, False or a checkpoint"),
     Setting("work_dir", str | None, None, "where checkpoints and logs go (`--work-dir` has precedence)",
             "检查点与日志的目录（`--work-dir` 优先）", NOT_COMPARED, PATH, expected="a folder or None"),
+    Setting("sequence_parallel_size", int | str, 1,
+            'ranks that share a pack (context parallelism); "auto": as many as its longest document needs',
+            '共享一个 pack 的 rank 数（上下文并行）；"auto"：由最长文档所需的显存决定', NOT_COMPARED, SHARERS,
+            expected='a number or "auto"'),
     # Only one value is supported
     Setting("use_varlen_attn", bool, True, "documents of a pack do not see each other", "同一 pack 内的文档互不可见",
             NOT_COMPARED,
             allowed=Allowed((True,), "without it the documents of a pack see each other", "set it to True")),
     Setting("pack_to_max_length", bool, True, "documents are packed", "以 pack 训练", NOT_COMPARED,
             allowed=Allowed((True,), "tokenized data are always trained in packs", "set it to True")),
-    Setting("sequence_parallel_size", int, 1, "ranks that share a pack", "共享一个 pack 的 rank 数", NOT_COMPARED,
-            allowed=Allowed((1,), "sequence parallelism is not built", "set it to 1; long packs fit by recompute")),
     Setting("batch_size", int, 1, "packs per batch", "一个 batch 的 pack 数", NOT_COMPARED, allowed=_ONE_PACK),
 )  # fmt: skip
 

@@ -55,6 +55,10 @@ class Mesh:
         return self.rank // (self.cp * self.tp)
 
     @property
+    def cp_rank(self) -> int:
+        return self.rank // self.tp % self.cp
+
+    @property
     def shard_size(self) -> int:
         """Ranks over which one copy of the state is sharded."""
         return self.dp_shard * self.cp
@@ -75,6 +79,11 @@ class Mesh:
         return self._group([list(range(i * each, (i + 1) * each)) for i in range(self.dp_replicate)])
 
     @cached_property
+    def cp_group(self) -> Any:
+        """Process group of the ranks that share this rank's packs. A collective: all ranks must call it."""
+        return self._group([list(range(i, i + self.cp)) for i in range(0, self.size, self.cp)])
+
+    @cached_property
     def replica_group(self) -> Any:
         """Process group of the ranks with the same shard of each copy. A collective: all ranks must call it."""
         return self._group([list(range(i, self.size, self.shard_size)) for i in range(self.shard_size)])
@@ -87,19 +96,28 @@ class Mesh:
         return distributed.new_subgroups_by_enumeration(members)[0]
 
 
-def make_mesh(fsdp: str | None = None, planned: int | None = None) -> Mesh:
+def make_mesh(fsdp: str | None = None, planned: int | None = None, cp: int = 1) -> Mesh:
     """The mesh of the running processes.
 
     Args:
         fsdp: "hybrid" for one copy of the state per machine, sharded over its ranks; otherwise one copy is sharded over
             all ranks.
         planned: make the mesh of this many ranks, 8 on each machine, for a dry run; it cannot communicate.
+        cp: ranks that share a pack.
 
-    Raises: ConfigError for a hybrid mesh of machines with unequal numbers of ranks.
+    Raises: ConfigError for a hybrid mesh of machines with unequal numbers of ranks, and for ranks that cannot be
+        divided into groups of `cp`.
     """
     ranks, size, here = (Ranks(), planned, min(planned, 8)) if planned else (ALL, ALL.size, local_world_size())
+    if size % cp:
+        raise ConfigError(
+            f"sequence_parallel_size = {cp}, and the number of ranks is {size}",
+            where="sequence_parallel_size",
+            why="every pack is shared by that many ranks",
+            do=f"set it to {describe_divisors(size)}, or start a multiple of {cp} processes",
+        )
     if fsdp != "hybrid":
-        return Mesh(dp_shard=size, rank=ranks.rank, local_size=here, ranks=ranks)
+        return Mesh(dp_shard=size // cp, cp=cp, rank=ranks.rank, local_size=here, ranks=ranks)
     if size % here:
         raise ConfigError(
             f"{size} ranks cannot be divided into nodes of {here}",
@@ -107,4 +125,20 @@ def make_mesh(fsdp: str | None = None, planned: int | None = None) -> Mesh:
             why="every node has one full copy of the model",
             do="start the same number of processes on every node, or use --fsdp full",
         )
-    return Mesh(size // here, here, rank=ranks.rank, local_size=here, ranks=ranks)
+    if here % cp:
+        raise ConfigError(
+            f"sequence_parallel_size = {cp}, and a node has {here} ranks",
+            where="--fsdp hybrid",
+            why="ranks that share a pack also share one copy of the state, which is a node's",
+            do=f"set sequence_parallel_size to {describe_divisors(here)}, or use --fsdp full",
+        )
+    return Mesh(size // here, here // cp, cp, rank=ranks.rank, local_size=here, ranks=ranks)
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def describe_divisors(number: int) -> str:
+    return " or ".join(map(str, divisors(number)))

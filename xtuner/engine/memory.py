@@ -66,9 +66,9 @@ class MemoryPlan:
     library_bytes: int = LIBRARY_BYTES  # what the driver reports in addition
     seconds: float = 0.0  # estimated time of an iteration, without the attention that every plan computes
 
-    def count_micro_batches(self, pack: Batch) -> int:
-        """Number of micro-batches that a pack is cut into."""
-        return 1 if self.max_tokens is None else pack.num_parts(self.max_tokens)
+    def count_micro_batches(self, pack: Batch, ranks: int = 1) -> int:
+        """Number of micro-batches that a pack is cut into, which `ranks` ranks share."""
+        return 1 if self.max_tokens is None else pack.num_parts(self.max_tokens * ranks)
 
     def micro_batch_tokens(self, pack: int) -> int:
         """Tokens of the largest micro-batch of a pack with `pack` tokens."""
@@ -190,7 +190,9 @@ def suggest_mesh(
         return ""
     full = mesh.dp_replicate == 1
     shards = mesh.local_size if full else mesh.size
-    other = Mesh(mesh.size // shards, shards, local_size=mesh.local_size)
+    if shards % mesh.cp:
+        return ""
+    other = Mesh(mesh.size // shards, shards // mesh.cp, mesh.cp, local_size=mesh.local_size)
     found = plan_memory(source, optim, device, other, pack, free)
     if not found.fits(found.micro_batch_tokens(pack)) or chosen.seconds < MIN_SPEEDUP * found.seconds:
         return ""

@@ -8,6 +8,7 @@ out.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from xtuner.data.loading.document_groups import ContextCosts
 from xtuner.dist.mesh import Mesh
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import matmul_parameters, num_parameters
@@ -17,6 +18,8 @@ FLOPS = 700e12  # per second, in large bf16 products
 OVERHEAD_TOKENS = 300  # a micro-batch of m tokens takes as long as m + 300: gradient additions, short kernels
 WITHIN_NODE = 300e9  # bytes per second and GPU, in collectives of 1 GiB over NVLink
 BETWEEN_NODES = 45e9  # bytes per second and GPU, with one 400 Gbit/s card per GPU
+EXCHANGE = 250e9  # bytes per second and GPU, in all-to-all exchanges over NVLink
+ATTENTION_FLOPS = 550e12  # per second, forward and backward
 OVERLAP_LOSS = 0.3  # concurrent products take longer by this share of a collective's time
 WAIT_SHARE = 0.02  # of compute time: waits between ranks, if they synchronize in every micro-batch
 ATTENTION_SHARE = 0.3  # time of attention's forward relative to a block's products, for long documents
@@ -75,6 +78,17 @@ class StepCost:
         """Bytes of full weights and gradients."""
         element = self.num_gathers * self.weight_bytes + self.num_reduces * self.gradient_bytes
         return num_parameters(self.config) * element
+
+
+def context_costs(c: DecoderConfig, mesh: Mesh, itemsize: int) -> ContextCosts:
+    """Costs by which documents are divided among the ranks that share a pack."""
+    speed = EXCHANGE if mesh.cp <= mesh.local_size else BETWEEN_NODES
+    heads = c.qkv_width + c.query_width  # of a token: q, k and v are sent, the output returns
+    return ContextCosts(
+        token=6 * matmul_parameters(c) / FLOPS,
+        pair=7 * c.num_layers * c.query_width / ATTENTION_FLOPS,
+        exchanged=itemsize * c.num_layers * (2 * heads + c.query_width) / speed,  # the output once more in the backward
+    )
 
 
 def link_speed(mesh: Mesh) -> float:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from xtuner.families.network import DecoderConfig
 from xtuner.model import attention
 from xtuner.model.activation_memory import ActivationPlan
+from xtuner.model.context_parallel import SharedDocuments
 from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, apply_linear
 from xtuner.model.ops import autograd_functions
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy
@@ -34,6 +35,7 @@ class DocumentLayout:
     max_seqlen: int
     cos_TD: torch.Tensor
     sin_TD: torch.Tensor
+    shared: SharedDocuments | None = None  # documents before these, of which the row has a piece
 
 
 class LayerCache:
@@ -68,6 +70,10 @@ class Attention(nn.Module):
         else:
             recipe = autograd_functions.get_recipe(x_TH)
             recompute = torch.no_grad()(lambda: self.project_heads(recipe.compute(*recipe.tensors), layout))
+            if layout.shared:
+                borders = layout.cu_seqlens, layout.max_seqlen
+                project = None if keep.qkv else recompute
+                return self.wo(layout.shared.attend(self.attend, q_TND, k_TKD, v_TKD, *borders, project))
             with nullcontext() if keep.qkv else autograd_functions.recompute_saved((q_TND, k_TKD, v_TKD), recompute):
                 o_TND = self.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
         return self.wo(o_TND.reshape(len(x_TH), -1))
@@ -139,9 +145,13 @@ class Decoder(nn.Module):
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
         caches: list[LayerCache] | None = None,
+        shared: SharedDocuments | None = None,
     ) -> torch.Tensor:
-        cos_TD, sin_TD = self.rope.table(position_ids, cu_seqlens)
-        layout = DocumentLayout(cu_seqlens, max_seqlen, cos_TD, sin_TD)
+        if shared:
+            cos_TD, sin_TD = self.rope.table(position_ids, shared.tokens.row_borders, shared.tokens.row_lengths)
+        else:
+            cos_TD, sin_TD = self.rope.table(position_ids, cu_seqlens)
+        layout = DocumentLayout(cu_seqlens, max_seqlen, cos_TD, sin_TD, shared)
         x_TH = self.tok_embeddings(input_ids)
         trains = torch.is_grad_enabled()
         policies = self.activation_plan.choose_kept(len(input_ids)) if trains else [KEEP_ALL] * len(self.layers)
@@ -168,6 +178,7 @@ class CausalLM(nn.Module):
         max_seqlen: int | None = None,
         caches: list[LayerCache] | None = None,
         scale: float = 1.0,
+        shared: SharedDocuments | None = None,
     ) -> torch.Tensor:
         """Logits [T, V], or with `targets` the summed cross entropy times `scale` (fp32 scalar, nats).
 
@@ -179,10 +190,12 @@ class CausalLM(nn.Module):
             max_seqlen: longest document; None to derive it (waits for the GPU).
             caches: one a layer, to continue a document: `input_ids` are its next tokens, and the logits are those after
                 the last one, [1, V].
+            shared: documents of which the first tokens are this rank's piece; `cu_seqlens` has the tokens after it.
         """
         if caches is not None:
             return self.output(self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen, caches)[-1:])
-        return self.output(self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen), targets, scale)
+        hidden_TH = self.hidden(input_ids, cu_seqlens, position_ids, max_seqlen, shared=shared)
+        return self.output(hidden_TH, targets, scale)
 
     def hidden(
         self,
@@ -191,6 +204,7 @@ class CausalLM(nn.Module):
         position_ids: torch.Tensor | None = None,
         max_seqlen: int | None = None,
         caches: list[LayerCache] | None = None,
+        shared: SharedDocuments | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm, [T, H]."""
         if cu_seqlens is None:
@@ -199,7 +213,7 @@ class CausalLM(nn.Module):
             position_ids = make_positions(cu_seqlens, len(input_ids))
         if max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
-        return self.model(input_ids, position_ids, cu_seqlens, max_seqlen, caches)
+        return self.model(input_ids, position_ids, cu_seqlens, max_seqlen, caches, shared)
 
     def keep_activations(self, plan: ActivationPlan) -> None:
         """Choose what each layer keeps between forward and backward."""

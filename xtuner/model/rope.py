@@ -21,8 +21,14 @@ class Rope:
     max_position_embeddings: int
     scaling: RopeScaling | None = None
 
-    def table(self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), fp32 [T, D/2], of tokens at `position_ids` [T] in documents with borders `cu_seqlens` [n + 1]."""
+    def table(
+        self, position_ids: torch.Tensor, cu_seqlens: torch.Tensor, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), fp32 [T, D/2], of tokens at `position_ids` [T] in fragments with borders `cu_seqlens` [n + 1].
+
+        Args:
+            lengths: [n], of the document of each fragment; None if fragments are complete documents.
+        """
         position = position_ids.float()
         if self.scaling is None or self.scaling.kind == "linear":
             theta = torch.full((), self.theta, device=position.device)  # a copy from the host would wait for the GPU
@@ -31,10 +37,10 @@ class Rope:
                 position = position / self.scaling.factor
             angle_TD = position[:, None] * frequency_D
         else:
-            length_n = cu_seqlens.diff()
-            frequency_nD = self._frequencies(self._dynamic_theta(length_n))
-            if len(length_n) > 1:  # a single document may be longer than `position_ids`: the other tokens are cached
-                frequency_nD = frequency_nD.repeat_interleave(length_n, dim=0, output_size=len(position))
+            count_n = cu_seqlens.diff()
+            frequency_nD = self._frequencies(self._dynamic_theta(count_n if lengths is None else lengths))
+            if len(count_n) > 1:  # a single document may be longer than `position_ids`: the other tokens are cached
+                frequency_nD = frequency_nD.repeat_interleave(count_n, dim=0, output_size=len(position))
             angle_TD = position[:, None] * frequency_nD
         return angle_TD.cos(), angle_TD.sin()
 

@@ -56,11 +56,11 @@ class ThroughputHook(Hook):
         elapsed, self._last = now - self._last, now
         each = it.num_tokens / elapsed
         it.record["tokens_per_s"] = each * run.mesh.dp_size  # packs have the same length on all ranks
-        if run.mesh.dp_size > 1:
-            it.record["tokens_per_s_a_rank"] = each
+        if run.mesh.size > 1:
+            it.record["tokens_per_s_a_rank"] = each / run.mesh.cp
         if self._peak:
             flops = training_flops(run.source.config, it.num_tokens, it.attention_pairs)
-            it.record["mfu"] = flops / elapsed / self._peak
+            it.record["mfu"] = flops / run.mesh.cp / elapsed / self._peak
 
 
 class ParamSchedulerHook(Hook):

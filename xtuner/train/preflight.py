@@ -89,6 +89,18 @@ def prepare_settings(
     )
 
 
+def read_context_size(config: Config) -> int:
+    """Ranks that share a pack; 1 as long as it is not chosen."""
+    size = config.setting("sequence_parallel_size")
+    return 1 if size == "auto" else size
+
+
+def arrange_ranks(settings: Settings, mesh: Mesh) -> Settings:
+    """The same settings with the ranks in another arrangement."""
+    sampler = _build_sampler(settings.config.get(SAMPLER), settings.dataset, mesh)
+    return replace(settings, mesh=mesh, sampler=sampler)
+
+
 def check_models_and_tokenizers(config: Config, read_only: bool = False) -> ModelSource | None:
     """Check that the weights, those of load_from and all tokenizers fit the model. Returns its source.
 

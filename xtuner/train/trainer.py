@@ -16,11 +16,11 @@ from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.dist import collectives
 from xtuner.dist.heartbeat import Heartbeat
-from xtuner.dist.mesh import make_mesh
+from xtuner.dist.mesh import divisors, make_mesh
 from xtuner.engine import capacity, memory
 from xtuner.engine.state.slices import SavedStates
 from xtuner.engine.strategies.out_of_memory import is_out_of_memory
-from xtuner.engine.strategies.select import build_strategy
+from xtuner.engine.strategies.select import build_strategy, choose_strategy
 from xtuner.train import preflight
 from xtuner.train.checkpoints import history
 from xtuner.train.checkpoints.async_saver import AsyncSaver
@@ -72,9 +72,12 @@ def train(
     torch.use_deterministic_algorithms(config.setting("randomness.deterministic"))  # affects the choice of attention
     log.setup(config.setting("log_level"), rank=ranks.rank)
     ranks.run_on_main(lambda: preflight.check_command_line(work_dir, options.seed, options.max_minutes))
+    mesh = ranks.run_on_all(lambda: make_mesh(options.fsdp, options.ranks, preflight.read_context_size(config)))
     settings = preflight.prepare_settings(
         config, extensions.hooks, work_dir, device, options.seed, mesh, Opening(options.cache_dir)
     )
+    if config.setting("sequence_parallel_size") == "auto":
+        settings = _choose_context_size(settings, options)
     if options.dry_run:
         found = _find_resume_point(settings, options, contents=False)
         plan = _make_plan(settings, options, found)
@@ -113,6 +116,26 @@ def train(
             raise interrupted_error(work_dir, progress.state.iteration, options.arguments, mesh) from None
         finally:
             log.show_progress()
+
+
+def _choose_context_size(settings: Settings, options: Options) -> Settings:
+    """The settings with as few ranks that share a pack as its longest document needs. All ranks call it together."""
+    ranks, pack = settings.mesh.ranks, settings.dataset.packed_length
+    free = memory.min_free_bytes(settings.device, settings.mesh)
+    how = options.deepspeed, options.fsdp
+
+    def choose() -> Settings:
+        for size in divisors(settings.mesh.local_size if options.fsdp == "hybrid" else settings.mesh.size):
+            mesh = make_mesh(options.fsdp, options.ranks, size)
+            choice = choose_strategy(settings.source, settings.optim, settings.device, *how, mesh, pack, free)
+            if choice.memory.fits(choice.pack):
+                break
+        return preflight.arrange_ranks(settings, mesh)
+
+    found = ranks.run_on_all(choose)
+    if collectives.is_main():
+        logger.info(f'sequence_parallel_size = "auto": {found.mesh.cp} for documents of up to {pack:,} tokens')
+    return found
 
 
 def _find_resume_point(settings: Settings, options: Options, contents: bool = True) -> ResumePoint | None:
@@ -190,7 +213,7 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
         counts, parts = run.mesh.ranks.sums_and_maxima(counted, run.strategy.count_micro_batches(batch))
         if counts[0]:
             return _save_and_stop(run, stop)
-        num_targets = int(counts[1])
+        num_targets = int(counts[1]) // run.mesh.cp  # ranks that share a pack have counted the same
         lr = run.plan.schedule(run.state.iteration)
         loss = run.strategy.forward_backward(batch, num_targets, parts, run.state.iteration + 1)
         grad_norm, applied = run.strategy.step(lr, run.optim.max_norm)
@@ -203,7 +226,7 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
             applied=applied,
             num_targets=num_targets,
             num_tokens=sum(b.num_tokens for b in batch),
-            attention_pairs=counts[2] / run.mesh.dp_size,
+            attention_pairs=counts[2] / run.mesh.size,
             data_time=data_time,
         )
         if not applied:
@@ -244,7 +267,7 @@ def _save_and_stop(run: Run, stop: Stop) -> int:
 def _report_unapplied_step(run: Run, it: Iteration, packs: list[int]) -> None:
     """Log why an iteration changed no weight. Raises: DivergedError beyond the budget `train_cfg.max_skipped`."""
     number = it.state.iteration
-    packs = [p for rank in run.mesh.ranks.gather(packs) for p in rank]
+    packs = list(dict.fromkeys(p for rank in run.mesh.ranks.gather(packs) for p in rank))
     if not it.num_targets:
         _report_without_targets(run, number, packs)
         return

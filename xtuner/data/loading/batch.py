@@ -1,15 +1,30 @@
 """The input of the model: one pack, or some of its document fragments."""
 
-import bisect
-import heapq
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from xtuner.data.loading.document_groups import ContextCosts, DocumentDivision, distribute, divide_documents
 from xtuner.data.packing.pack import IGNORE, LabelRule, RawPack
 
-MAX_EXCHANGES = 64  # between groups of fragments; a few usually suffice
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """The documents of a micro-batch that several ranks share (document_groups.py): S tokens, concatenated.
+
+    The row of a rank begins with its piece of them; complete documents follow.
+    """
+
+    cu_seqlens: torch.Tensor  # int32 [m + 1], borders of the shared documents from 0 to S
+    max_seqlen: int
+    pieces: tuple[int, ...]  # tokens of each rank; their sum is S
+    row_borders: (
+        torch.Tensor
+    )  # int32 [k + 1], of all fragments in this rank's row: parts of shared documents, and others
+    row_lengths: torch.Tensor  # int32 [k], length of the document of each fragment
 
 
 @dataclass(frozen=True)
@@ -17,6 +32,7 @@ class Batch:
     """T tokens of n concatenated document fragments.
 
     `num_targets` is the number of positions with a target; `pack` is the pack's number, for messages and replays.
+    With `shared`, the first tokens are this rank's piece of shared documents, and `cu_seqlens` has the others.
     """
 
     input_ids: torch.Tensor  # int64 [T]
@@ -26,6 +42,7 @@ class Batch:
     max_seqlen: int  # longest fragment
     num_targets: int
     pack: int = -1
+    shared: SharedTokens | None = None
 
     @classmethod
     def from_item(cls, pack: dict[str, torch.Tensor], number: int = -1) -> "Batch":
@@ -96,9 +113,9 @@ class Batch:
         parts.sort(key=lambda part: -part.attention_pairs)
         return parts + [self._dummy()] * (count - len(parts))
 
-    def _dummy(self) -> "Batch":
+    def _dummy(self, most: int = 16) -> "Batch":
         """Dummy micro-batch without targets, so that this rank joins the same collectives as the others."""
-        tokens = slice(0, min(self.num_tokens, 16))
+        tokens = slice(0, min(self.num_tokens, most))
         ids = self.input_ids[tokens]
         borders = torch.tensor([0, len(ids)], dtype=torch.int32)
         positions = torch.arange(len(ids))
@@ -107,7 +124,7 @@ class Batch:
     def _part(self, chosen: list[int]) -> "Batch":
         """The chosen fragments, in ascending order."""
         borders = self.cu_seqlens.tolist()
-        lengths = torch.tensor([borders[i + 1] - borders[i] for i in chosen])
+        lengths = [borders[i + 1] - borders[i] for i in chosen]
         tokens = torch.cat([torch.arange(borders[i], borders[i + 1]) for i in chosen])
         targets = self.targets[tokens]
         return replace(
@@ -115,55 +132,82 @@ class Batch:
             input_ids=self.input_ids[tokens],
             targets=targets,
             position_ids=self.position_ids[tokens],
-            cu_seqlens=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(self.cu_seqlens.dtype),
-            max_seqlen=int(lengths.max()),
+            cu_seqlens=make_borders(lengths),
+            max_seqlen=max(lengths),
             num_targets=int((targets != IGNORE).sum()),
+        )
+
+    def share(self, ranks: int, rank: int, costs: ContextCosts) -> "Batch":
+        """What one of the ranks that share this micro-batch computes. A rank without tokens gets one without target."""
+        borders = self.cu_seqlens.tolist()
+        lengths = [end - begin for begin, end in pairwise(borders)]
+        division = divide_documents(lengths, ranks, costs)
+        begin = sum(division.pieces[:rank])
+        fragments = cut_range([(borders[i], lengths[i]) for i in division.shared], begin, division.pieces[rank])
+        fragments += [(borders[i], lengths[i], lengths[i]) for i in division.local[rank]]
+        if not fragments:
+            return replace(self._dummy(1), shared=self._shared_tokens(division, [(0, 1, 1)], lengths))
+        tokens = torch.cat([torch.arange(first, first + count) for first, count, _ in fragments])
+        local = [lengths[i] for i in division.local[rank]]
+        targets = self.targets[tokens]
+        return replace(
+            self,
+            input_ids=self.input_ids[tokens],
+            targets=targets,
+            position_ids=self.position_ids[tokens],
+            cu_seqlens=make_borders(local),
+            max_seqlen=max(local, default=0),
+            num_targets=int((targets != IGNORE).sum()),
+            shared=self._shared_tokens(division, fragments, lengths),
+        )
+
+    def _shared_tokens(
+        self, division: DocumentDivision, fragments: list[tuple[int, int, int]], lengths: list[int]
+    ) -> SharedTokens | None:
+        if not division.shared:
+            return None
+        shared = [lengths[i] for i in division.shared]
+        return SharedTokens(
+            cu_seqlens=make_borders(shared),
+            max_seqlen=max(shared),
+            pieces=tuple(division.pieces),
+            row_borders=make_borders([count for _, count, _ in fragments]),
+            row_lengths=torch.tensor([length for _, _, length in fragments], dtype=torch.int32),
         )
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device asynchronously."""
         if device.type == "cpu":
             return self
-        names = ("input_ids", "targets", "position_ids", "cu_seqlens")
-        pinned = {n: t if (t := getattr(self, n)).is_pinned() else t.pin_memory() for n in names}
-        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in pinned.items()})
+        shared = self.shared and copy_tensors(self.shared, device, "cu_seqlens", "row_borders", "row_lengths")
+        batch = copy_tensors(self, device, "input_ids", "targets", "position_ids", "cu_seqlens")
+        return replace(batch, shared=shared)
 
 
-def distribute(lengths: list[int], count: int) -> list[list[int]]:
-    """Indices of `lengths` in `count` groups whose sums are about equal, ascending in each group.
+R = TypeVar("R", Batch, SharedTokens)
 
-    The longest first, each to the group with the smallest sum; then the largest group repeatedly moves or exchanges the
-    element that brings it closest to another group, as long as that reduces the larger sum.
+
+def copy_tensors(record: R, device: torch.device, *names: str) -> R:
+    """Copy the named fields to a GPU asynchronously."""
+    pinned = {n: t if (t := getattr(record, n)).is_pinned() else t.pin_memory() for n in names}
+    return replace(record, **{n: t.to(device, non_blocking=True) for n, t in pinned.items()})
+
+
+def make_borders(lengths: list[int]) -> torch.Tensor:
+    """int32 [n + 1], from 0."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def cut_range(documents: list[tuple[int, int]], begin: int, count: int) -> list[tuple[int, int, int]]:
+    """The part [begin, begin + count) of concatenated documents, as (first token, tokens, length of the document).
+
+    Args:
+        documents: (first token in the pack, length).
     """
-    groups: list[list[int]] = [[] for _ in range(count)]
-    sums = [0] * count
-    heap = [(0, g) for g in range(count)]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        _, g = heapq.heappop(heap)
-        groups[g].append(i)
-        sums[g] += lengths[i]
-        heapq.heappush(heap, (sums[g], g))
-    for _ in range(MAX_EXCHANGES):
-        full = max(range(count), key=sums.__getitem__)
-        best = (sums[full], full, -1, -1)  # (larger of both sums, other group, index moved there, index moved back)
-        for other in range(count):
-            if other == full:
-                continue
-            back = sorted([(lengths[j], j) for j in groups[other]] + [(0, -1)])
-            wanted = (sums[full] - sums[other]) / 2
-            for i in groups[full]:
-                at = bisect.bisect_left(back, (lengths[i] - wanted, -1))
-                for length, j in back[max(at - 1, 0) : at + 1]:
-                    moved = lengths[i] - length
-                    best = min(best, (max(sums[full] - moved, sums[other] + moved), other, i, j))
-        larger, other, i, j = best
-        if larger >= sums[full]:
-            break
-        for group, goes, comes in ((full, i, j), (other, j, i)):
-            if goes >= 0:
-                groups[group].remove(goes)
-                sums[group] -= lengths[goes]
-            if comes >= 0:
-                groups[group].append(comes)
-                sums[group] += lengths[comes]
-    return [sorted(group) for group in groups]
+    found = []
+    for first, length in documents:
+        low, high = max(begin, 0), min(begin + count, length)
+        if low < high:
+            found.append((first + low, high - low, length))
+        begin -= length
+    return found

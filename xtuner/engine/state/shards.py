@@ -24,7 +24,9 @@ from xtuner.engine.memory import MemoryPlan
 from xtuner.engine.state.pinned_copies import HostCopy
 from xtuner.engine.state.slices import SavedStates, cut_into_slices
 from xtuner.engine.state.snapshot import Snapshot, group_into_files
+from xtuner.engine.step_time import context_costs
 from xtuner.families import checkpoint_config, find_family
+from xtuner.model.context_parallel import ContextGroup
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import (
     FlatRange,
@@ -59,6 +61,7 @@ class StatefulStrategy(ABC):
     """
 
     memory: MemoryPlan
+    compute_dtype: torch.dtype
 
     def __init__(
         self,
@@ -85,14 +88,21 @@ class StatefulStrategy(ABC):
                 self._files |= zip(shard_file_names(prefix, len(groups)), groups, strict=True)
         self._own_files = dict(list(self._files.items())[mesh.rank :: mesh.size])  # weight files this rank writes
         self._host = HostCopy(pinned=device.type == "cuda")
+        self._context: ContextGroup | None = None
+        if mesh.cp > 1:
+            self._context = ContextGroup(mesh.cp_group, mesh.cp_rank, mesh.cp, config.num_heads, config.num_kv_heads)
 
     def count_micro_batches(self, batch: Sequence[Batch]) -> list[int]:
-        return [self.memory.count_micro_batches(pack) for pack in batch]
+        return [self.memory.count_micro_batches(pack, self.mesh.cp) for pack in batch]
 
-    @staticmethod
-    def _cut_packs(batch: Sequence[Batch], counts: Sequence[int]) -> list[Batch]:
-        """The micro-batches of an iteration: `counts` of each pack."""
-        return [piece for pack, count in zip(batch, counts, strict=True) for piece in pack.split(count)]
+    def _cut_packs(self, batch: Sequence[Batch], counts: Sequence[int]) -> list[Batch]:
+        """This rank's micro-batches of an iteration: `counts` of each pack."""
+        mesh = self.mesh
+        pieces = [piece for pack, count in zip(batch, counts, strict=True) for piece in pack.split(count)]
+        if mesh.cp == 1:
+            return pieces
+        costs = context_costs(self._config, mesh, self.compute_dtype.itemsize)
+        return [piece.share(mesh.cp, mesh.cp_rank, costs) for piece in pieces]
 
     @abstractmethod
     def _shards(self) -> dict[str, Shard]:

@@ -6,6 +6,7 @@ import torch
 
 from xtuner.core.activity import record_progress
 from xtuner.data.loading.batch import Batch
+from xtuner.model.context_parallel import ContextGroup, SharedDocuments
 from xtuner.model.decoder import CausalLM
 
 
@@ -17,6 +18,7 @@ def run_micro_batches(
     backward: Callable[[torch.Tensor], object],
     before: Callable[[bool], object],
     skip: bool,
+    context: ContextGroup | None = None,
 ) -> torch.Tensor:
     """Forward and backward of each micro-batch. Returns this rank's sum of losses ÷ `num_targets`, on the device.
 
@@ -24,6 +26,7 @@ def run_micro_batches(
         pieces: the micro-batches.
         num_targets: of all ranks.
         before: called before each micro-batch, with whether it is the last.
+        context: the ranks that share the micro-batches, if any.
         skip: whether to skip micro-batches without targets; False if other ranks wait for collectives in them.
     """
     total = torch.zeros((), device=device)
@@ -33,7 +36,10 @@ def run_micro_batches(
         if skip and not piece.num_targets:
             continue
         b = piece.to(device)
-        loss = model(b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets)
+        shared = SharedDocuments(b.shared, context) if b.shared and context else None
+        loss = model(
+            b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets, shared=shared
+        )
         backward(loss)
         total += loss.detach()
     return total

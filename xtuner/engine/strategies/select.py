@@ -26,7 +26,7 @@ class Choice:
 
     Args:
         memory: the plan that the strategy will follow.
-        pack: tokens of a pack.
+        pack: tokens of a pack on one rank.
         deepspeed: a shipped name or a JSON file.
         fsdp: "full" or "hybrid".
         settings: complete settings of DeepSpeed; None for our own strategy.
@@ -78,6 +78,7 @@ def choose_strategy(
             do="give one of them",
         )
     mesh = mesh or make_mesh(fsdp)
+    pack = -(-pack // mesh.cp)
     if deepspeed:
         return _choose_deepspeed(source, optim, device, deepspeed, mesh, pack, free)
     mode = fsdp or ("full" if mesh.size > 1 else None)

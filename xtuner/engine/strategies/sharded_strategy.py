@@ -102,11 +102,12 @@ class ShardedStrategy(StatefulStrategy):
         divided.begin_iteration(len(pieces))
         try:
             total[0] = run_micro_batches(
-                pieces, self._model, self.device, num_targets, backward, divided.before_micro_batch, self.mesh.size == 1
-            )
+                pieces, self._model, self.device, num_targets, backward, divided.before_micro_batch,
+                skip=self.mesh.size == 1, context=self._context,
+            )  # fmt: skip
         except Exception as e:
-            if not is_out_of_memory(e) or isinstance(e, torch.distributed.DistError):
-                raise
+            if not is_out_of_memory(e) or isinstance(e, torch.distributed.DistError) or self._context:
+                raise  # ranks that share documents wait for this one in the middle of the backward
             started = pieces[: len(pieces) - divided.remaining] or pieces[:1]
             failure = Failure(max(started, key=lambda p: p.num_tokens), started[-1], str(e))
         if failure:

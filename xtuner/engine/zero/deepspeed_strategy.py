@@ -115,7 +115,7 @@ class DeepSpeedStrategy(StatefulStrategy):
             self._engine.backward(_spread_nan(loss) * self.mesh.size, scale_wrt_gas=False)
 
         before = self._engine.set_gradient_accumulation_boundary
-        return run_micro_batches(pieces, self._engine, self.device, num_targets, backward, before, skip=False)
+        return run_micro_batches(pieces, self._engine, self.device, num_targets, backward, before, False, self._context)
 
     def _run_with_sums(self, pieces: list[Batch], counts: Sequence[int], num_targets: int) -> torch.Tensor:
         """Gradients are summed by `FullGradientSums`; DeepSpeed's engine only takes the step."""
@@ -132,7 +132,7 @@ class DeepSpeedStrategy(StatefulStrategy):
                 sums.send()
 
         before = self._engine.set_gradient_accumulation_boundary
-        return run_micro_batches(pieces, self._model, self.device, num_targets, backward, before, skip=False)
+        return run_micro_batches(pieces, self._model, self.device, num_targets, backward, before, False, self._context)
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._to_step:

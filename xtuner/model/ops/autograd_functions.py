@@ -261,11 +261,21 @@ class Embed(torch.autograd.Function):
 
 
 @contextmanager
-def recompute_saved(tensors: Tensors, recompute: Callable[[], Tensors]) -> Iterator[None]:
+def recompute_saved(tensors: Tensors, recompute: Callable[[], Tensors]) -> Iterator[Callable[..., None]]:
     """Inside, autograd does not save `tensors` (contiguous) or views of a full one; the backward calls `recompute` once
-    for all of them."""
-    known = {t.data_ptr(): (i, t.numel()) for i, t in enumerate(tensors)}
+    for all of them. Yields a function that adds more tensors: the next ones that `recompute` returns."""
+    known: dict[int, tuple[int, int]] = {}
     recomputed: list[torch.Tensor] = []
+    count = 0
+
+    def add(*more: torch.Tensor) -> None:
+        nonlocal count
+        for tensor in more:
+            if tensor.numel():
+                known[tensor.data_ptr()] = count, tensor.numel()
+            count += 1
+
+    add(*tensors)
 
     def pack(tensor: torch.Tensor) -> Any:
         i, numel = known.get(tensor.data_ptr(), (0, -1))
@@ -282,4 +292,4 @@ def recompute_saved(tensors: Tensors, recompute: Callable[[], Tensors]) -> Itera
         return recomputed[i].as_strided(shape, stride)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+        yield add

@@ -9,6 +9,7 @@ import torch
 from xtuner.core.log import human, human_bytes
 from xtuner.core.system import sysinfo
 from xtuner.model.attention import BACKENDS
+from xtuner.model.context_parallel import divide_heads
 from xtuner.model.flops import num_parameters, training_flops
 from xtuner.optim.parameter_groups import find_group
 from xtuner.train.run import Plan, Settings
@@ -58,6 +59,7 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))
+    rows += _context_rows(settings)
     rows += _balance_rows(settings, plan)
     left_over = plan.total_packs - plan.max_iterations * plan.packs_per_iteration
     rows += [
@@ -73,6 +75,18 @@ def _parameter_group_rows(settings: Settings) -> list[tuple[str, str]]:
     groups = settings.optim.parameter_groups
     taken = Counter(find_group(name, groups) for name in (settings.source.trained_names() if groups else ()))
     return [("", f"{taken[g]:,} parameters that match {g.match!r}: {g}") for g in groups]
+
+
+def _context_rows(settings: Settings) -> list[tuple[str, str]]:
+    """How many ranks share each pack, and how evenly they divide attention."""
+    cp, config = settings.mesh.cp, settings.source.config
+    if cp == 1:
+        return []
+    text = f"{cp} ranks share each pack: long documents by attention's heads, short ones are complete on one rank"
+    heads = [share.num_queries for share in divide_heads(config.num_heads, config.num_kv_heads, cp)]
+    if max(heads) > min(heads):
+        text += f"; {config.num_heads} heads do not divide evenly: ranks have {min(heads)} to {max(heads)}"
+    return [("context", text)]
 
 
 def _balance_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:

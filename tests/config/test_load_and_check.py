@@ -90,7 +90,7 @@ def test_the_7b_template_says_what_the_documentation_says() -> None:
         (["max_lenght=3"], ["max_lenght", "Did you mean 'max_length'"]),
         (["use_varlen_attn=False"], ["use_varlen_attn = False is not supported", "see each other", "tiny.py:"]),
         (["pack_to_max_length=False"], ["pack_to_max_length = False"]),
-        (["sequence_parallel_size=2"], ["sequence_parallel_size = 2"]),
+        (["sequence_parallel_size=0"], ["sequence_parallel_size = 0"]),
         (["batch_size=4"], ["batch_size = 4"]),
         (["train_dataloader.batch_size=4"], ["batch_size = 4"]),
         (["train_dataloader.sampler.shufle=1"], ["no setting 'shufle'", "Did you mean 'shuffle'"]),

@@ -34,7 +34,9 @@ def make_plan(
     Raises: ConfigError or DataError if no plan is possible, or the checkpoint is another run's.
     """
     config, optim, dp_size = settings.config, settings.optim, settings.sampler.world_size
-    counts = fit_accumulative_counts(found, optim.accumulative_counts, dp_size) if found else optim.accumulative_counts
+    counts, sharers = optim.accumulative_counts, settings.mesh.cp
+    if found:
+        counts = fit_accumulative_counts(found, counts, dp_size, sharers)
     lengths = Lengths(
         dp_size=dp_size,
         begun_on=found.facts["begun_on"] if found else dp_size,
@@ -56,6 +58,7 @@ def make_plan(
         "packs_per_iteration": lengths.packs_per_iteration,
         "max_iterations": lengths.max_iterations,
         "ranks": dp_size,
+        "sharers": sharers,
         "begun_on": lengths.begun_on,
         "balance": balance,
         "windows_from": origin,

@@ -107,15 +107,22 @@ def _written_counts(config: dict[str, Any]) -> Any:
     return wrapper.get("accumulative_counts", 1) if isinstance(wrapper, dict) else None
 
 
-def fit_accumulative_counts(found: ResumePoint, counts: int, ranks: int) -> int:
+def fit_accumulative_counts(found: ResumePoint, counts: int, ranks: int, sharers: int = 1) -> int:
     """Packs per rank and iteration that keep the packs per iteration on another number of ranks.
 
-    accumulative_counts may be unchanged since the run was started or last saved, or be the number that fits these
-    ranks; any other value is a change, which `require_same_run` handles.
+    accumulative_counts may be unchanged since the run was started or last saved, be the number that fits these ranks,
+    or have changed with the ranks that share a pack, as in configs that multiply by `sequence_parallel_size`; any other
+    value is a change, which `require_same_run` handles.
+
+    Args:
+        ranks: data-parallel ones.
+        sharers: ranks that share a pack.
     """
     facts = found.facts
     packs, begun_on = facts["packs_per_iteration"], facts["begun_on"]
-    if counts * ranks == packs or not (counts == _written_counts(facts["config"]) or counts * begun_on == packs):
+    written = _written_counts(facts["config"])
+    multiplied = isinstance(written, int) and counts * facts.get("sharers", 1) == written * sharers
+    if counts * ranks == packs or not (counts == written or multiplied or counts * begun_on == packs):
         return counts
     if packs % ranks:
         sizes = ", ".join(str(n) for n in range(1, packs + 1) if packs % n == 0)

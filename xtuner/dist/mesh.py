@@ -80,8 +80,14 @@ class Mesh:
 
     @cached_property
     def cp_group(self) -> Any:
-        """Process group of the ranks that share this rank's packs. A collective: all ranks must call it."""
-        return self._group([list(range(i, i + self.cp)) for i in range(0, self.size, self.cp)])
+        """Process group of the ranks that share this rank's packs. A collective: all ranks must call it.
+
+        Always one of its own: in another's, exchanges would wait for the reductions of gradients.
+        """
+        from torch import distributed
+
+        members = [list(range(i, i + self.cp)) for i in range(0, self.size, self.cp)]
+        return distributed.new_subgroups_by_enumeration(members)[0]
 
     @cached_property
     def replica_group(self) -> Any:

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from fractions import Fraction
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from xtuner.dist.mesh import make_mesh
 from xtuner.engine.base import Strategy
 from xtuner.engine.strategies import select
 from xtuner.model.activation_memory import ActivationPlan
-from xtuner.model.context_parallel import divide_heads, divide_turns
+from xtuner.model.context_parallel.division import divide_heads, divide_queries, divide_turns
 from xtuner.model.decoder import make_positions
 from xtuner.model.source import ModelSource, from_scratch
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -43,6 +44,7 @@ CASES = [  # ranks, cp, --deepspeed, --fsdp, heads, bytes for activations
     (4, 2, "deepspeed_zero3", None, "grouped", None),
     (4, 4, "deepspeed_zero2", None, "grouped", 30_000),
     (4, 4, None, "full", "fewer than ranks", 0),
+    (4, 4, None, "full", "fewer than ranks", 60_000),
     (4, 2, None, "hybrid", "grouped", None),
 ]
 
@@ -197,8 +199,29 @@ def test_a_document_is_shared_if_it_is_long() -> None:
     assert fill_up([5, 0, 9], 7) == [1, 6, 0]
 
 
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5), parts=st.integers(1, 6), cut=st.integers(1, 50))
+def test_every_query_is_computed_once(lengths: list[int], parts: int, cut: int) -> None:
+    borders = [0, *accumulate(lengths)]
+    divided = [divide_queries(borders, part, parts) for part in range(parts)]
+    assert sorted(t for q in divided for a, b in q.ranges for t in range(a, b)) == list(range(borders[-1]))
+    for queries in divided:
+        assert queries.ranges == sorted(queries.ranges)
+        for (first, end), (begin, stop) in zip(queries.keys, queries.ranges, strict=True):
+            assert first in borders
+            assert end == stop
+            assert begin >= first
+        pieces = [(at, min(cut, borders[-1] - at)) for at in range(0, borders[-1], cut)]
+        inside = [at + t for at, n in pieces for a, b in queries.ranges_within(at, n) for t in range(a, b)]
+        assert inside == [t for a, b in queries.ranges for t in range(a, b)]
+
+
 @given(kv=st.integers(1, 9), groups=st.integers(1, 9), ranks=st.integers(1, 20))
 def test_every_head_is_computed_once(kv: int, groups: int, ranks: int) -> None:
+    parts = divide_heads(kv * groups, kv, ranks, divide_queries=True)
+    done = [(head, s.part, s.parts) for s in parts for head in range(s.queries.start, s.queries.stop)]
+    assert len(parts) == ranks <= max(len(done), kv * groups)
+    assert sum(Fraction(1, parts) for _, _, parts in done) == kv * groups
+    assert len(set(done)) == len(done)
     shares = divide_heads(kv * groups, kv, ranks)
     assert len(shares) == ranks
     queries = [h for s in shares for h in range(s.queries.start, s.queries.stop)]

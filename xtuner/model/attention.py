@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from xtuner.core.errors import ConfigError
 from xtuner.core.registry import Registry
 from xtuner.model.ops import attention_backends
-from xtuner.model.ops.attention_backends import Attend
+from xtuner.model.ops.attention_backends import Attend, AttendPrefixes
 
 Name = Literal["flash4", "varlen", "cudnn", "flex", "loop"]  # the shipped backends
 _SETTING, _REMEDY = "model.attention", "leave it out: then the fastest that runs is taken"
@@ -38,6 +38,8 @@ class Backend:
         majors: major CUDA compute capabilities.
         auto: whether it may be chosen without being named in a config.
         deterministic_gqa: whether it can be deterministic where query heads share key-value heads.
+        load_prefixes: `load` of attention for queries that are the last tokens of documents. With it, more ranks than
+            query heads can share documents.
     """
 
     description: str
@@ -49,6 +51,7 @@ class Backend:
     head_dims: Collection[int] = ()
     auto: bool = True
     deterministic_gqa: bool = True
+    load_prefixes: Callable[[], AttendPrefixes | None] = lambda: None
 
     def why_unavailable(self, device: torch.device, dtype: torch.dtype, head_dim: int, groups: int = 1) -> str | None:
         """Why it cannot run here, missing packages included; None if it can.
@@ -87,27 +90,53 @@ def attend_loop(
     return torch.cat(outputs)
 
 
+def attend_prefix_loop(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_borders: torch.Tensor, k_borders: torch.Tensor,
+    most_queries: int, most_keys: int,
+) -> torch.Tensor:  # fmt: skip
+    """`attend_loop` for queries that are the last tokens of documents."""
+    keys = k_borders.diff().tolist()
+    fragments = zip(q.split(q_borders.diff().tolist()), k.split(keys), v.split(keys), strict=True)
+    return torch.cat([attend_cached(*fragment) for fragment in fragments])
+
+
+def _complete(prefixes: AttendPrefixes | None) -> Attend | None:
+    return prefixes and attention_backends.attend_complete(prefixes)
+
+
 # Fastest first, as measured on an H100 (docs/performance.md).
 _SHIPPED: dict[str, Backend] = {
     "flash4": Backend(
         "FlashAttention-4",
-        attention_backends.flash_4,
-        "pip install 'xtuner[flash]'",
+        lambda: _complete(attention_backends.flash_4()),
+        load_prefixes=attention_backends.flash_4,
+        install="pip install 'xtuner[flash]'",
         majors=(9, 10),
         head_dims=(64, 96, 128),
         deterministic_gqa=False,
     ),
-    "varlen": Backend("PyTorch's varlen_attn", attention_backends.varlen, majors=(8, 9, 10, 11, 12)),
+    "varlen": Backend(
+        "PyTorch's varlen_attn",
+        lambda: _complete(attention_backends.varlen()),
+        load_prefixes=attention_backends.varlen,
+        majors=(8, 9, 10, 11, 12),
+    ),
     "cudnn": Backend(
         "cuDNN",
         attention_backends.cudnn,
-        "pip install 'xtuner[cudnn]'",
+        install="pip install 'xtuner[cudnn]'",
         majors=(9, 10),
         head_dims=(64, 128),
         auto=False,
     ),
     "flex": Backend("FlexAttention", attention_backends.flex),
-    "loop": Backend("PyTorch, document by document", lambda: attend_loop, devices=(), dtypes=()),
+    "loop": Backend(
+        "PyTorch, document by document",
+        lambda: attend_loop,
+        devices=(),
+        dtypes=(),
+        load_prefixes=lambda: attend_prefix_loop,
+    ),
 }
 BACKENDS: Registry[Backend] = Registry("attention backend", _SHIPPED)
 

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from xtuner.families.network import DecoderConfig
 from xtuner.model import attention
 from xtuner.model.activation_memory import ActivationPlan
-from xtuner.model.context_parallel import SharedDocuments
+from xtuner.model.context_parallel.shared_documents import SharedDocuments
 from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, apply_linear
 from xtuner.model.ops import autograd_functions
+from xtuner.model.ops.attention_backends import AttendPrefixes
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy
 from xtuner.model.ops.matmul import MATMULS
 from xtuner.model.rope import Rope
@@ -60,6 +61,7 @@ class Attention(nn.Module):
         self.wqkv = Linear(c.hidden_size, c.qkv_width, bias=c.attention_bias)
         self.wo = Linear(c.query_width, c.hidden_size, bias=c.attention_bias)
         self.attend = attention.attend_loop
+        self.attend_prefixes: AttendPrefixes | None = attention.attend_prefix_loop
 
     def forward(
         self, x_TH: torch.Tensor, layout: DocumentLayout, cache: LayerCache | None = None, keep: KeepPolicy = KEEP_ALL
@@ -73,7 +75,8 @@ class Attention(nn.Module):
             if layout.shared:
                 borders = layout.cu_seqlens, layout.max_seqlen
                 project = None if keep.qkv else recompute
-                return self.wo(layout.shared.attend(self.attend, q_TND, k_TKD, v_TKD, *borders, project))
+                heads = q_TND, k_TKD, v_TKD
+                return self.wo(layout.shared.attend(self.attend, self.attend_prefixes, *heads, *borders, project))
             with nullcontext() if keep.qkv else autograd_functions.recompute_saved((q_TND, k_TKD, v_TKD), recompute):
                 o_TND = self.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
         return self.wo(o_TND.reshape(len(x_TH), -1))
@@ -215,6 +218,11 @@ class CausalLM(nn.Module):
             max_seqlen = int(cu_seqlens.diff().max())
         return self.model(input_ids, position_ids, cu_seqlens, max_seqlen, caches, shared)
 
+    @property
+    def attends_prefixes(self) -> bool:
+        """Whether attention supports queries that are a part of a document."""
+        return all(block.attention.attend_prefixes is not None for block in self.model.layers)  # type: ignore[union-attr]
+
     def keep_activations(self, plan: ActivationPlan) -> None:
         """Choose what each layer keeps between forward and backward."""
         self.model.activation_plan = plan
@@ -229,6 +237,7 @@ class CausalLM(nn.Module):
         """Choose the attention backend for all layers."""
         for block in self.model.layers:
             block.attention.attend = attention.load_backend(name)  # type: ignore[union-attr]
+            block.attention.attend_prefixes = attention.find_backend(name).load_prefixes()  # type: ignore[union-attr]
 
 
 @torch.no_grad()

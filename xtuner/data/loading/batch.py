@@ -18,7 +18,8 @@ class SharedTokens:
     The row of a rank begins with its piece of them; complete documents follow.
     """
 
-    cu_seqlens: torch.Tensor  # int32 [m + 1], borders of the shared documents from 0 to S
+    borders: tuple[int, ...]  # of the shared documents, from 0 to S
+    cu_seqlens: torch.Tensor  # the same, int32 [m + 1]
     max_seqlen: int
     pieces: tuple[int, ...]  # tokens of each rank; their sum is S
     row_borders: (
@@ -168,6 +169,7 @@ class Batch:
             return None
         shared = [lengths[i] for i in division.shared]
         return SharedTokens(
+            borders=(0, *accumulate(shared)),
             cu_seqlens=make_borders(shared),
             max_seqlen=max(shared),
             pieces=tuple(division.pieces),

@@ -9,6 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from xtuner.engine.state.slices import SavedStates, cut_into_slices
 from xtuner.engine.state.snapshot import Snapshot, group_into_files
 from xtuner.engine.step_time import context_costs
 from xtuner.families import checkpoint_config, find_family
-from xtuner.model.context_parallel import ContextGroup
-from xtuner.model.decoder import DecoderConfig
+from xtuner.model.context_parallel.exchange import ContextGroup
+from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.weights import (
     FlatRange,
     WeightFolder,
@@ -88,9 +89,20 @@ class StatefulStrategy(ABC):
                 self._files |= zip(shard_file_names(prefix, len(groups)), groups, strict=True)
         self._own_files = dict(list(self._files.items())[mesh.rank :: mesh.size])  # weight files this rank writes
         self._host = HostCopy(pinned=device.type == "cuda")
-        self._context: ContextGroup | None = None
-        if mesh.cp > 1:
-            self._context = ContextGroup(mesh.cp_group, mesh.cp_rank, mesh.cp, config.num_heads, config.num_kv_heads)
+
+    @property
+    @abstractmethod
+    def model(self) -> CausalLM:
+        """The network."""
+
+    @cached_property
+    def _context(self) -> ContextGroup | None:
+        """The ranks that share packs, if any. All ranks call it together."""
+        mesh, c = self.mesh, self._config
+        if mesh.cp == 1:
+            return None
+        heads = c.num_heads, c.num_kv_heads
+        return ContextGroup(mesh.cp_group, mesh.cp_rank, mesh.cp, *heads, self.model.attends_prefixes)
 
     def count_micro_batches(self, batch: Sequence[Batch]) -> list[int]:
         return [self.memory.count_micro_batches(pack, self.mesh.cp) for pack in batch]

@@ -6,7 +6,8 @@ import torch
 
 from xtuner.core.activity import record_progress
 from xtuner.data.loading.batch import Batch
-from xtuner.model.context_parallel import ContextGroup, SharedDocuments
+from xtuner.model.context_parallel.exchange import ContextGroup
+from xtuner.model.context_parallel.shared_documents import SharedDocuments
 from xtuner.model.decoder import CausalLM
 
 

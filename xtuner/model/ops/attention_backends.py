@@ -16,6 +16,11 @@ import torch
 from xtuner.core.files import user_cache_dir
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+# (q, k, v, borders of queries, borders of keys, most queries, most keys): the queries of each fragment are the last of
+# as many tokens as it has keys
+AttendPrefixes = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor
+]
 
 BLOCK = 128  # tokens; FlexAttention skips blocks that are masked in full
 # cuDNN builds a graph (0.2 s) for each number of documents and each longest length; both are rounded up so that few
@@ -25,8 +30,19 @@ SHORTEST = 1024  # longest lengths are rounded up to powers of two, at least thi
 SUMS = 2**30  # bytes of cuDNN's log-sums, padded to the longest document; above this varlen_attn is used instead
 
 
+def attend_complete(prefixes: AttendPrefixes) -> Attend:
+    """Attention of complete documents by a function for queries that are the last tokens of documents."""
+
+    def attend(
+        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+    ) -> torch.Tensor:
+        return prefixes(q_TND, k_TKD, v_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+
+    return attend
+
+
 @cache
-def flash_4() -> Attend | None:
+def flash_4() -> AttendPrefixes | None:
     """FlashAttention-4. Its kernels are compiled at first use (18 s on an H100) and cached in the user's directory."""
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(user_cache_dir() / "flash-attention-4"))
@@ -36,12 +52,13 @@ def flash_4() -> Attend | None:
         return None
 
     def attend(
-        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-    ) -> torch.Tensor:
-        borders: dict[str, Any] = dict(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
-        lengths = dict(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_borders: torch.Tensor, k_borders: torch.Tensor,
+        most_queries: int, most_keys: int,
+    ) -> torch.Tensor:  # fmt: skip
+        borders: dict[str, Any] = dict(cu_seqlens_q=q_borders, cu_seqlens_k=k_borders)
+        lengths = dict(max_seqlen_q=most_queries, max_seqlen_k=most_keys)
         exact = torch.are_deterministic_algorithms_enabled()
-        out = flash_attn_varlen_func(q_TND, k_TKD, v_TKD, **borders, **lengths, causal=True, deterministic=exact)
+        out = flash_attn_varlen_func(q, k, v, **borders, **lengths, causal=True, deterministic=exact)
         return out[0] if isinstance(out, tuple) else out
 
     return attend
@@ -54,7 +71,8 @@ def cudnn() -> Attend | None:
         import cudnn.sdpa.fwd.torch_op  # noqa: F401
     except ImportError:
         return None
-    fallback = varlen()
+    complete = varlen()
+    fallback = complete and attend_complete(complete)
 
     def attend(
         q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
@@ -74,7 +92,7 @@ def cudnn() -> Attend | None:
 
 
 @cache
-def varlen() -> Attend | None:
+def varlen() -> AttendPrefixes | None:
     """PyTorch's `varlen_attn`, based on FlashAttention-2."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -84,10 +102,11 @@ def varlen() -> Attend | None:
     grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
 
     def attend(
-        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-    ) -> torch.Tensor:
-        borders, lengths = (cu_seqlens, cu_seqlens), (max_seqlen, max_seqlen)
-        return function(q_TND, k_TKD, v_TKD, *borders, *lengths, window_size=(-1, 0), **grouped)
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_borders: torch.Tensor, k_borders: torch.Tensor,
+        most_queries: int, most_keys: int,
+    ) -> torch.Tensor:  # fmt: skip
+        borders, lengths = (q_borders, k_borders), (most_queries, most_keys)
+        return function(q, k, v, *borders, *lengths, window_size=(-1, 0), **grouped)
 
     return attend
 

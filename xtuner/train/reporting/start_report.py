@@ -9,7 +9,7 @@ import torch
 from xtuner.core.log import human, human_bytes
 from xtuner.core.system import sysinfo
 from xtuner.model.attention import BACKENDS
-from xtuner.model.context_parallel import divide_heads
+from xtuner.model.context_parallel.division import divide_heads
 from xtuner.model.flops import num_parameters, training_flops
 from xtuner.optim.parameter_groups import find_group
 from xtuner.train.run import Plan, Settings
@@ -83,9 +83,13 @@ def _context_rows(settings: Settings) -> list[tuple[str, str]]:
     if cp == 1:
         return []
     text = f"{cp} ranks share each pack: long documents by attention's heads, short ones are complete on one rank"
-    heads = [share.num_queries for share in divide_heads(config.num_heads, config.num_kv_heads, cp)]
+    heads = [
+        share.num_queries for share in divide_heads(config.num_heads, config.num_kv_heads, min(cp, config.num_heads))
+    ]
     if max(heads) > min(heads):
         text += f"; {config.num_heads} heads do not divide evenly: ranks have {min(heads)} to {max(heads)}"
+    elif cp > config.num_heads:
+        text += f"; {config.num_heads} heads are fewer than ranks, which divide the queries of each"
     return [("context", text)]
 
 

@@ -19,11 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from xtuner.config.load import load
 from xtuner.core.errors import ConfigError
 from xtuner.data.loading.batch import Batch, make_borders
 from xtuner.data.loading.document_groups import ContextCosts, divide_documents, fill_up
 from xtuner.dist.collectives import ALL, Ranks
 from xtuner.dist.mesh import make_mesh
+from xtuner.engine import memory
 from xtuner.engine.base import Strategy
 from xtuner.engine.strategies import select
 from xtuner.model.activation_memory import ActivationPlan
@@ -31,10 +33,17 @@ from xtuner.model.context_parallel.division import divide_heads, divide_queries,
 from xtuner.model.decoder import make_positions
 from xtuner.model.source import ModelSource, from_scratch
 from xtuner.optim.optim_wrapper import OptimWrapper
+from xtuner.train import trainer
+from xtuner.train.preflight import check_settings, prepare_settings
+from xtuner.train.trainer import Options
 
 ITERATIONS, PACKS, PACK = 10, 4, 64
 LENGTHS = ([64], [20, 44], [1] * 64, [3, 1, 0, 60], [7] * 9 + [1], [63, 1], [2] * 32)  # of the documents of a pack
 HEADS = {"grouped": (8, 2), "one kv head": (4, 1), "uneven": (6, 3), "fewer than ranks": (2, 1)}
+SEVEN_B = dict(
+    vocab_size=92544, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8,
+)  # fmt: skip
 CASES = [  # ranks, cp, --deepspeed, --fsdp, heads, bytes for activations
     (2, 2, None, "full", "grouped", None),
     (2, 2, "deepspeed_zero1", None, "one kv head", 0),
@@ -160,6 +169,29 @@ def test_a_run_resumes_with_any_number_of_sharers(tiny: Path, tmp_path: Path, xt
     for number, line in straight.items():
         assert abs(lines[number]["loss"] - line["loss"]) < 1e-5
         assert [lines[number][k] for k in ("lr", "targets")] == [line[k] for k in ("lr", "targets")]
+
+
+def test_as_many_ranks_share_as_the_longest_document_needs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7B in fp32 on 8 ranks with 80 GB: packs of 32k and of 128k tokens."""
+
+    class Packs(list[int]):
+        packed_length = 0
+
+    config = load(str(tiny))
+    extensions = check_settings(config)
+    settings = prepare_settings(config, extensions.hooks, tmp_path / "w", CPU, None, make_mesh(None, 8))
+    source = from_scratch(**SEVEN_B, activation_checkpointing=True)
+    found = {}
+    monkeypatch.setattr(memory, "min_free_bytes", lambda device, mesh: int(78.5 * 2**30))
+    for length in (2**15, 2**17):
+        packs: Any = Packs(range(16))
+        packs.packed_length = length
+        chosen = replace(settings, source=source, dataset=packs)
+        mesh = trainer.choose_context_size(chosen, Options(ranks=8)).mesh
+        found[length] = mesh.cp, mesh.dp_size
+    assert found == {2**15: (1, 8), 2**17: (4, 2)}
 
 
 def test_ranks_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def train(
         config, extensions.hooks, work_dir, device, options.seed, mesh, Opening(options.cache_dir)
     )
     if config.setting("sequence_parallel_size") == "auto":
-        settings = _choose_context_size(settings, options)
+        settings = choose_context_size(settings, options)
     if options.dry_run:
         found = _find_resume_point(settings, options, contents=False)
         plan = _make_plan(settings, options, found)
@@ -118,7 +118,7 @@ def train(
             log.show_progress()
 
 
-def _choose_context_size(settings: Settings, options: Options) -> Settings:
+def choose_context_size(settings: Settings, options: Options) -> Settings:
     """The settings with as few ranks that share a pack as its longest document needs. All ranks call it together."""
     ranks, pack = settings.mesh.ranks, settings.dataset.packed_length
     free = memory.min_free_bytes(settings.device, settings.mesh)

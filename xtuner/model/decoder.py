@@ -147,10 +147,11 @@ class Decoder(nn.Module):
         caches: list[LayerCache] | None = None,
         shared: SharedDocuments | None = None,
     ) -> torch.Tensor:
+        borders, lengths, longest = cu_seqlens, None, max_seqlen
         if shared:
-            cos_TD, sin_TD = self.rope.table(position_ids, shared.tokens.row_borders, shared.tokens.row_lengths)
-        else:
-            cos_TD, sin_TD = self.rope.table(position_ids, cu_seqlens)
+            borders, lengths = shared.tokens.row_borders, shared.tokens.row_lengths
+            longest = max(longest, shared.tokens.max_seqlen)
+        cos_TD, sin_TD = self.rope.table(position_ids, borders, longest, lengths)
         layout = DocumentLayout(cu_seqlens, max_seqlen, cos_TD, sin_TD, shared)
         x_TH = self.tok_embeddings(input_ids)
         trains = torch.is_grad_enabled()

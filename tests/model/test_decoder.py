@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.families import FAMILIES, LLAMA, read_config
-from xtuner.model import load_pretrained
+from xtuner.model import attention, load_pretrained
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.decoder import CausalLM
 from xtuner.model.generate import Session, generate
@@ -158,6 +158,26 @@ def test_greedy_generation(name: str) -> None:
     in_two.feed(prompt[:10])
     if name != "c_dynamic_ntk":  # whose cached keys keep the rotation they were written with
         assert (in_two.feed(prompt[10:]) - ref["gen_step_logits_kv_cache"][0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("mask", [1, 700, attention.MASK])
+def test_a_document_generated_in_pieces(mask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, later turns and single tokens: the logits of the whole document, with masks of few elements, and keys
+    and values moved to a larger buffer only a few times."""
+    monkeypatch.setattr(attention, "MASK", mask)
+    model, draw = model_of("a_gqa"), torch.Generator().manual_seed(0)
+    pieces = [40, 1, 1, 130, 2, *[1] * 90, 33, 1]
+    document = torch.randint(3, model.config.vocab_size, (sum(pieces),), generator=draw)
+    with torch.no_grad():
+        exact = model(document)
+    session, sizes = Session(model), set()
+    for piece, end in zip(document.split(pieces), torch.tensor(pieces).cumsum(0), strict=True):
+        assert (session.feed(piece.tolist()) - exact[end - 1]).abs().max() < 1e-4
+        buffer = session.caches[0].buffer
+        assert buffer is not None
+        sizes.add(buffer.shape[1])
+        assert end <= max(sizes) <= max(end + 64, 1.2 * end)
+    assert len(sizes) <= 4
 
 
 def test_a_long_call_leaves_no_trace() -> None:

@@ -39,16 +39,26 @@ class DocumentLayout:
 
 
 class LayerCache:
-    """Keys and values of one layer for the document being generated, [S, K, D] each."""
+    """Keys and values of one layer for the document being generated, [S, K, D] each.
+
+    They are the beginning of a buffer that grows by an eighth: a token does not copy all earlier ones, and a long
+    document is not stored with as much unused memory.
+    """
 
     def __init__(self) -> None:
-        self.k: torch.Tensor | None = None
-        self.v: torch.Tensor | None = None
+        self.length = 0  # S
+        self.buffer: torch.Tensor | None = None  # [2, room, K, D]
 
     def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.k = k if self.k is None else torch.cat((self.k, k))
-        self.v = v if self.v is None else torch.cat((self.v, v))
-        return self.k, self.v
+        """Append the keys and values of the next tokens; returns those of all."""
+        before, self.length = self.length, self.length + len(k)
+        if self.buffer is None or self.length > self.buffer.shape[1]:
+            larger = k.new_empty(2, self.length + max(self.length // 8, 64), *k.shape[1:])
+            if self.buffer is not None:
+                larger[:, :before] = self.buffer[:, :before]
+            self.buffer = larger
+        self.buffer[0, before : self.length], self.buffer[1, before : self.length] = k, v
+        return self.buffer[0, : self.length], self.buffer[1, : self.length]
 
 
 class Attention(nn.Module):

@@ -62,7 +62,8 @@ def test_the_1m_template_keeps_the_packs_of_a_step() -> None:
     assert c.get("model.pretrained_model_name_or_path") == "internlm/internlm2_5-7b-chat-1m"
     assert c.get("train_dataset.packed_length") == 131072
     assert "\naccumulative_counts *= sequence_parallel_size" in c.source
-    for size in (1, 4):
+    assert c.setting("sequence_parallel_size") == c.get("optim_wrapper.accumulative_counts") == 4
+    for size in (1, 8):
         c = load(name, [f"sequence_parallel_size={size}"])
         assert c.get("optim_wrapper.accumulative_counts") == size
 

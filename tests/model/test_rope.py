@@ -65,3 +65,10 @@ def test_a_documents_angles_do_not_depend_on_its_company(
         found = r.table(make_positions(borders, sum(lengths)), borders, max(lengths))
         for together, parts in zip(found, zip(*alone, strict=True), strict=True):
             assert torch.equal(together, torch.cat(parts))
+    begins, ends = borders[:-1] + torch.tensor([600, 0, EXACT_FROM - 5, 0, 0, 0, 40]), borders[1:]  # ranks share them
+    kept = torch.cat([torch.arange(a, b) for a, b in zip(begins.tolist(), ends.tolist(), strict=True)])
+    fragments = torch.cat((torch.zeros(1, dtype=torch.int32), (ends - begins).cumsum(0).int()))
+    positions = make_positions(borders, sum(lengths))[kept]
+    cut = r.table(positions, fragments, max(lengths), torch.tensor(lengths, dtype=torch.int32))
+    for part, whole in zip(cut, found, strict=True):
+        assert torch.equal(part, whole[kept])

@@ -35,7 +35,7 @@ max_length = 131072  # tokens per pack
 pack_to_max_length = True
 
 # Parallel
-sequence_parallel_size = 4  # devices that share a pack, or "auto"
+sequence_parallel_size = 4  # devices that share a pack
 
 # Scheduler & Optimizer
 batch_size = 1  # packs per device

@@ -75,7 +75,7 @@ CONFIGS: dict[str, dict[str, object]] = {
         ". Rotary positions are as in its config.json: rope_theta = 50,000,000,\n"
         "# and in documents of more than 262,144 tokens dynamic scaling by 2.5",
         max_length=131072,
-        sequence_parallel_size='4  # devices that share a pack, or "auto"',
+        sequence_parallel_size="4  # devices that share a pack",
         more_accumulation="accumulative_counts *= sequence_parallel_size  # "
         "as many packs a step as if no devices shared them\n",
     ),

@@ -17,10 +17,11 @@ import torch
 from helpers.paths import reference
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.families import FAMILIES, LLAMA, read_config
-from xtuner.model import attention, load_pretrained
+from xtuner.model import attention, from_scratch, load_pretrained
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.decoder import CausalLM
 from xtuner.model.generate import Session, generate
@@ -178,6 +179,36 @@ def test_a_document_generated_in_pieces(mask: int, monkeypatch: pytest.MonkeyPat
         sizes.add(buffer.shape[1])
         assert end <= max(sizes) <= max(end + 64, 1.2 * end)
     assert len(sizes) <= 4
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns while this is active."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if torch.is_tensor(x):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.itemsize)
+        return out
+
+
+def test_memory_of_a_long_document_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its loss and of a prompt: no tensor of all logits, nor of all pairs of tokens."""
+    T, width, V = 4000, 192, 500
+    shape = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    source = from_scratch(seed=0, vocab_size=V, intermediate_size=width, **shape)
+    model = source.build(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("xtuner.model.loss.CHUNK", 100 * V)
+    monkeypatch.setattr(attention, "MASK", 50 * T)
+    ids, borders = torch.randint(3, V, (T,)), torch.tensor([0, T], dtype=torch.int32)
+    with torch.no_grad(), LargestTensor() as largest:
+        model(ids, borders, ids.roll(-1))
+        session = Session(model)
+        session.feed(ids[: T // 2].tolist())
+        session.feed(ids[T // 2 :].tolist())
+    assert largest.elements <= T * width
 
 
 def test_a_long_call_leaves_no_trace() -> None:

@@ -24,24 +24,24 @@ def test_list_and_copy(tmp_path: Path, corpus: Path, xtuner: Command, capsys: An
     at_home = ["--cfg-options", f"dataset_folder={corpus}", "max_length=64", "max_epochs=3"]
     assert xtuner("list-cfg") == 0
     names = capsys.readouterr().out.split()
-    assert names == [f"internlm2_{size}_w_tokenized_dataset" for size in ("1_8b", "20b", "7b", "tiny")]
+    assert names == [f"internlm2_{size}_w_tokenized_dataset" for size in ("1_8b", "20b", "5_7b_1m", "7b", "tiny")]
     assert xtuner("list-cfg", "-p", "7b") == 0
-    assert capsys.readouterr().out.split() == ["internlm2_7b_w_tokenized_dataset"]
+    assert capsys.readouterr().out.split() == names[2:4]
     assert xtuner("list-cfg", "-p", "internevo") == 0
     assert capsys.readouterr().out == (
         "internlm2_7b_w_internevo_dataset (an older name of internlm2_7b_w_tokenized_dataset)\n"
     )
     older = "internlm2_7b_w_internevo_dataset"
     assert xtuner("copy-cfg", older, tmp_path) == xtuner("check-cfg", tmp_path / f"{older}_copy.py", *at_home) == 0
-    assert load(older).source == (tmp_path / f"{older}_copy.py").read_text() == load(names[2]).source
+    assert load(older).source == (tmp_path / f"{older}_copy.py").read_text() == load(names[3]).source
     capsys.readouterr()
     with pytest.raises(ConfigError, match="no shipped config matches"):
         xtuner("list-cfg", "-p", "gpt5")
-    assert xtuner("copy-cfg", names[2], tmp_path / "new") == 0
-    copy = tmp_path / "new" / f"{names[2]}_copy.py"
-    assert copy.read_text() == (ROOT / "xtuner" / "configs" / f"{names[2]}.py").read_text()
+    assert xtuner("copy-cfg", names[3], tmp_path / "new") == 0
+    copy = tmp_path / "new" / f"{names[3]}_copy.py"
+    assert copy.read_text() == (ROOT / "xtuner" / "configs" / f"{names[3]}.py").read_text()
     with pytest.raises(ConfigError, match="already exists"):
-        xtuner("copy-cfg", names[2], tmp_path / "new")
+        xtuner("copy-cfg", names[3], tmp_path / "new")
     with pytest.raises(ConfigError, match="Did you mean 'internlm2_7b_w_tokenized_dataset'"):
         xtuner("copy-cfg", "internlm2_7b_tokenized_dataset", tmp_path)
 

@@ -55,6 +55,19 @@ def test_shipped_configs_are_right(name: str) -> None:
     ]
 
 
+def test_the_1m_template_keeps_the_packs_of_a_step() -> None:
+    """On as many devices, however many of them share a pack; written as in configs of XTuner 0.1."""
+    name = "internlm2_5_7b_1m_w_tokenized_dataset"
+    c = load(name)
+    assert c.get("model.pretrained_model_name_or_path") == "internlm/internlm2_5-7b-chat-1m"
+    assert c.get("train_dataset.packed_length") == 131072
+    assert "\naccumulative_counts *= sequence_parallel_size" in c.source
+    assert c.setting("sequence_parallel_size") == c.get("optim_wrapper.accumulative_counts") == 4
+    for size in (1, 8):
+        c = load(name, [f"sequence_parallel_size={size}"])
+        assert c.get("optim_wrapper.accumulative_counts") == size
+
+
 def test_the_7b_template_says_what_the_documentation_says() -> None:
     c = load("internlm2_7b_w_tokenized_dataset")
     for key, value in {

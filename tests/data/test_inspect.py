@@ -252,7 +252,11 @@ def test_statistics_are_those_of_the_packs(
         inside = lengths[(lengths >= row["least"]) & (lengths <= row["most"])]
         assert (row["documents"], row["tokens"]) == (len(inside), inside.sum())
     assert sum(row["documents"] for row in told["lengths"]) == len(lengths)
-    costs = np.array([Batch.from_item(packs[i]).attention_pairs for i in range(len(packs))], np.float64)
+    long = lengths[lengths > 32]
+    assert (told["longest"], told["longer"], told["longer_tokens"]) == (lengths.max(), len(long), long.sum())
+    batches = [Batch.from_item(packs[i]) for i in range(len(packs))]
+    assert [packs.longest_fragment(i) for i in range(len(packs))] == [b.max_seqlen for b in batches]
+    costs = np.array([b.attention_pairs for b in batches], np.float64)
     assert told["cost"]["mean"] == pytest.approx(costs.mean(), rel=1e-6)
     assert (told["cost"]["least"], told["cost"]["most"]) == (costs.min(), costs.max())
     assert sum(n for _, _, n in told["cost_bars"]) == len(packs)
@@ -266,6 +270,7 @@ def test_statistics_are_those_of_the_packs(
     assert xtuner(*words, "--no-text") == 0
     shown = capsys.readouterr().out
     assert f"packs of 32: {len(packs):,}" in shown
+    assert f"documents longer than a pack: {len(long)} with {long.sum()} tokens" in shown
     assert "learned" in shown
     assert "% learned" not in shown
 

@@ -17,6 +17,7 @@ from xtuner.data.format import text_reader
 from xtuner.data.format.bin_file import BinFile
 from xtuner.data.format.text_reader import LongLine, LongLines, SpanReader
 from xtuner.data.format.writer import write_bin
+from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position, iterate_numbers, packs_per_epoch
 from xtuner.data.packing.pack import PackedDataset
 
@@ -125,6 +126,40 @@ def test_a_document_of_many_packs_is_gone_through_once(tmp_path: Path, monkeypat
     with pytest.raises(DataError, match="outside the vocabulary"):  # what is kept was not checked against it
         [dataset[i] for i in range(13)]
     assert len(pickle.loads(pickle.dumps(dataset))) == 13
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.processes)])
+def test_packs_of_a_million_tokens(workers: int, tmp_path: Path) -> None:
+    """Documents longer than a pack, as long as one, and short ones; also as batches of the loader."""
+    million, draw = 2**20, np.random.RandomState(0)
+    documents = [draw.randint(-500, 500, n) for n in (1_100_000, 5, 400_000, million, 1, 800_000)]
+    for document in documents:
+        document[document == 0] = 1
+    text = "".join(f'{{"tokens": {document.tolist()}}}\n' for document in documents)
+    (tmp_path / "a.bin").write_text(text)
+    offsets = np.cumsum([0, *(len(line) + 1 for line in text.splitlines())])[:-1]
+    with open(tmp_path / "a.bin.meta", "wb") as f:
+        np.save(f, np.stack((offsets, [len(d) for d in documents]), 1))
+    dataset = PackedDataset(load_intern_repo_tokenized_dataset(tmp_path), million)
+    order = dataset.file_packs(0).order
+    line = np.concatenate([documents[d] for d in order])
+    ends = np.cumsum([len(documents[d]) for d in order])
+    assert len(dataset) == 3
+    loader = PackLoader(dataset, InternRepoSampler(dataset, shuffle=False), workers)
+    stream = loader.iterate_from(Position())
+    for pack, batch in zip(range(3), stream, strict=False):
+        start, stop = pack * million, (pack + 1) * million
+        inside = ends[(ends > start) & (ends < stop)] - start
+        assert batch.cu_seqlens.tolist() == [0, *inside, million]
+        assert batch.max_seqlen == dataset.longest_fragment(pack) == np.diff([0, *inside, million]).max()
+        assert batch.attention_pairs == dataset.costs(np.array([pack]))[0] > 2**31
+        assert np.array_equal(batch.input_ids, np.abs(line[start:stop]))
+        targets = np.where(line[start + 1 : stop + 1] > 0, line[start + 1 : stop + 1], -100)
+        targets[ends[(ends > start) & (ends <= stop)] - start - 1] = -100
+        assert np.array_equal(batch.targets, targets)
+        begins = np.repeat([0, *inside], np.diff([0, *inside, million]))
+        assert np.array_equal(batch.position_ids, np.arange(million) - begins)
+    stream.close()  # type: ignore[attr-defined]
 
 
 def test_what_is_known_of_long_documents_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ def test_attention_means_the_same(tmp_path: Path, xtuner: Command) -> None:
     model = load_pretrained(source)
     with torch.no_grad():
         borders = torch.tensor([0, T], dtype=torch.int32)
-        layout = DocumentLayout(borders, T, *model.model.rope.table(torch.arange(T), borders))
+        layout = DocumentLayout(borders, T, *model.model.rope.table(torch.arange(T), borders, T))
         assert (model.model.layers[0].attention(x, layout) - total).abs().max() < 1e-5
 
 

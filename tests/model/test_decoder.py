@@ -17,10 +17,11 @@ import torch
 from helpers.paths import reference
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.families import FAMILIES, LLAMA, read_config
-from xtuner.model import load_pretrained
+from xtuner.model import attention, from_scratch, load_pretrained
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.decoder import CausalLM
 from xtuner.model.generate import Session, generate
@@ -158,6 +159,56 @@ def test_greedy_generation(name: str) -> None:
     in_two.feed(prompt[:10])
     if name != "c_dynamic_ntk":  # whose cached keys keep the rotation they were written with
         assert (in_two.feed(prompt[10:]) - ref["gen_step_logits_kv_cache"][0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("mask", [1, 700, attention.MASK])
+def test_a_document_generated_in_pieces(mask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, later turns and single tokens: the logits of the whole document, with masks of few elements, and keys
+    and values moved to a larger buffer only a few times."""
+    monkeypatch.setattr(attention, "MASK", mask)
+    model, draw = model_of("a_gqa"), torch.Generator().manual_seed(0)
+    pieces = [40, 1, 1, 130, 2, *[1] * 90, 33, 1]
+    document = torch.randint(3, model.config.vocab_size, (sum(pieces),), generator=draw)
+    with torch.no_grad():
+        exact = model(document)
+    session, sizes = Session(model), set()
+    for piece, end in zip(document.split(pieces), torch.tensor(pieces).cumsum(0), strict=True):
+        assert (session.feed(piece.tolist()) - exact[end - 1]).abs().max() < 1e-4
+        buffer = session.caches[0].buffer
+        assert buffer is not None
+        sizes.add(buffer.shape[1])
+        assert end <= max(sizes) <= max(end + 64, 1.2 * end)
+    assert len(sizes) <= 4
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns while this is active."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if torch.is_tensor(x):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.itemsize)
+        return out
+
+
+def test_memory_of_a_long_document_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its loss and of a prompt: no tensor of all logits, nor of all pairs of tokens."""
+    T, width, V = 4000, 192, 500
+    shape = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
+    source = from_scratch(seed=0, vocab_size=V, intermediate_size=width, **shape)
+    model = source.build(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("xtuner.model.loss.CHUNK", 100 * V)
+    monkeypatch.setattr(attention, "MASK", 50 * T)
+    ids, borders = torch.randint(3, V, (T,)), torch.tensor([0, T], dtype=torch.int32)
+    with torch.no_grad(), LargestTensor() as largest:
+        model(ids, borders, ids.roll(-1))
+        session = Session(model)
+        session.feed(ids[: T // 2].tolist())
+        session.feed(ids[T // 2 :].tolist())
+    assert largest.elements <= T * width
 
 
 def test_a_long_call_leaves_no_trace() -> None:

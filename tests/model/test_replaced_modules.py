@@ -96,7 +96,7 @@ def in_plain_torch(m: CausalLM) -> torch.Tensor:
 
     T, table = len(IDS), m.model.tok_embeddings.weight
     x_TH = torch.where((m.config.pad_token_id == IDS)[:, None], table.detach()[IDS], table[IDS])
-    cos, sin = m.model.rope.table(make_positions(BORDERS, T), BORDERS)
+    cos, sin = m.model.rope.table(make_positions(BORDERS, T), BORDERS, T)
     for block in m.model.layers:
         a, f = block.attention, block.feed_forward
         heads = a.wqkv(norm(x_TH, block.attention_norm)).view(T, a.num_kv_heads, a.groups + 2, a.head_dim)

@@ -322,6 +322,8 @@ def _models(w: Path) -> None:
     make("list")
     (w / "list" / "config.json").write_text("[]")
     make("vocab", {"vocab_size": 300})
+    make("short_context", {"max_position_embeddings": 16})
+    make("scaled", {"max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 2.0}})
     change("missing", output__weight=None)
     change("extra", more__weight=torch.zeros(1))
     change("shape", model__norm__weight=torch.zeros(3))
@@ -402,6 +404,27 @@ def test_the_right_config_is_right(world: Path, xtuner: Any, capsys: pytest.Capt
     assert "the first pack has no token to learn from" in capsys.readouterr().err
     assert xtuner("data", "stats", world / "masked", "--max-length", 32) == 0
     assert "there is nothing to learn: no token is above 0" in capsys.readouterr().out
+
+
+def test_documents_longer_than_the_context_are_reported(
+    world: Path, xtuner: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless positions are scaled, or no document is longer."""
+    text = (world / "tiny.py").read_text()
+    for name, options, says in (
+        ("own", ["model.max_position_embeddings=16"], "more than model.max_position_embeddings = 16"),
+        ("short_context", [], "short_context/config.json has max_position_embeddings = 16 without rope_scaling"),
+        ("scaled", [], ""),
+        ("short_context", ["max_length=16"], ""),
+        ("whole", [], ""),
+    ):
+        config = world / "context.py"
+        config.write_text(text if name == "own" else str(pretrained(f"{world}/{name}")(text)))
+        assert xtuner("check-cfg", config, *(["--cfg-options", *options] if options else [])) == 0
+        shown = capsys.readouterr().err
+        assert shown.count("there are documents of") == bool(says)
+        assert says in shown
+    config.unlink()
 
 
 @pytest.mark.processes

@@ -26,6 +26,7 @@ from xtuner.model.ops.attention_backends import Attend, AttendPrefixes
 Name = Literal["flash4", "varlen", "cudnn", "flex", "loop"]  # the shipped backends
 _SETTING, _REMEDY = "model.attention", "leave it out: then the fastest that runs is taken"
 HALF = (torch.bfloat16, torch.float16)
+MASK = 2**26  # elements of the mask of a prompt's later part; a longer part is computed in slices
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,13 @@ def attend_cached(q_QND: torch.Tensor, k_SKD: torch.Tensor, v_SKD: torch.Tensor)
     queries, keys = len(q_QND), len(k_SKD)
     if queries == keys:
         return attend_dense(q_QND, k_SKD, v_SKD, causal=True)
-    if queries == 1:
-        return attend_dense(q_QND, k_SKD, v_SKD, causal=False)
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=q_QND.device).tril(keys - queries)
-    return attend_dense(q_QND, k_SKD, v_SKD, causal=False, mask_QS=mask)
+    if queries == 1:  # heads that share keys are queries of one head: nothing is copied
+        q_GKD = q_QND.view(k_SKD.shape[1], -1, q_QND.shape[2]).transpose(0, 1)
+        return attend_dense(q_GKD, k_SKD, v_SKD, causal=False).transpose(0, 1).reshape(q_QND.shape)
+    outputs, most = [], max(MASK // keys, 1)
+    for begin in range(0, queries, most):
+        q = q_QND[begin : begin + most]
+        seen = keys - queries + begin + len(q)
+        mask = torch.ones(len(q), seen, dtype=torch.bool, device=q.device).tril(seen - len(q))
+        outputs.append(attend_dense(q, k_SKD[:seen], v_SKD[:seen], causal=False, mask_QS=mask))
+    return torch.cat(outputs)

@@ -40,16 +40,26 @@ class DocumentLayout:
 
 
 class LayerCache:
-    """Keys and values of one layer for the document being generated, [S, K, D] each."""
+    """Keys and values of one layer for the document being generated, [S, K, D] each.
+
+    They are the beginning of a buffer that grows by an eighth: a token does not copy all earlier ones, and a long
+    document is not stored with as much unused memory.
+    """
 
     def __init__(self) -> None:
-        self.k: torch.Tensor | None = None
-        self.v: torch.Tensor | None = None
+        self.length = 0  # S
+        self.buffer: torch.Tensor | None = None  # [2, room, K, D]
 
     def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.k = k if self.k is None else torch.cat((self.k, k))
-        self.v = v if self.v is None else torch.cat((self.v, v))
-        return self.k, self.v
+        """Append the keys and values of the next tokens; returns those of all."""
+        before, self.length = self.length, self.length + len(k)
+        if self.buffer is None or self.length > self.buffer.shape[1]:
+            larger = k.new_empty(2, self.length + max(self.length // 8, 64), *k.shape[1:])
+            if self.buffer is not None:
+                larger[:, :before] = self.buffer[:, :before]
+            self.buffer = larger
+        self.buffer[0, before : self.length], self.buffer[1, before : self.length] = k, v
+        return self.buffer[0, : self.length], self.buffer[1, : self.length]
 
 
 class Attention(nn.Module):
@@ -150,10 +160,11 @@ class Decoder(nn.Module):
         caches: list[LayerCache] | None = None,
         shared: SharedDocuments | None = None,
     ) -> torch.Tensor:
+        borders, lengths, longest = cu_seqlens, None, max_seqlen
         if shared:
-            cos_TD, sin_TD = self.rope.table(position_ids, shared.tokens.row_borders, shared.tokens.row_lengths)
-        else:
-            cos_TD, sin_TD = self.rope.table(position_ids, cu_seqlens)
+            borders, lengths = shared.tokens.row_borders, shared.tokens.row_lengths
+            longest = max(longest, shared.tokens.max_seqlen)
+        cos_TD, sin_TD = self.rope.table(position_ids, borders, longest, lengths)
         layout = DocumentLayout(cu_seqlens, max_seqlen, cos_TD, sin_TD, shared)
         x_TH = self.tok_embeddings(input_ids)
         trains = torch.is_grad_enabled()

@@ -42,6 +42,7 @@ class Prepared(NamedTuple):
     weight: tl.dtype
     gradient: tl.dtype
     group: int  # elements that share a scale
+    index: tl.dtype  # of elements' indices: int64 if a parameter is too large for int32, which is faster
 
 
 @triton.jit
@@ -71,14 +72,14 @@ def _address(TABLE, line, COLUMN: tl.constexpr, TYPE: tl.constexpr, UNIT: tl.con
 @triton.jit
 def _update(
     TABLE, RUNS, RATES, CLIP, beta1, beta2, eps, scale2,
-    FORM: tl.constexpr, W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, UNIT: tl.constexpr,
-    COLUMNS: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    FORM: tl.constexpr, W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, INDEX: tl.constexpr,
+    UNIT: tl.constexpr, COLUMNS: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     run = tl.program_id(0) // RUN * 2
     parameter = tl.load(RUNS + run)
     line = parameter * COLUMNS
-    first = (tl.load(RUNS + run + 1) * RUN + tl.program_id(0) % RUN) * ROWS
-    n = tl.multiple_of(tl.load(TABLE + line + 7).to(tl.int32), UNIT)
+    first = (tl.load(RUNS + run + 1).to(INDEX) * RUN + tl.program_id(0) % RUN) * ROWS
+    n = tl.multiple_of(tl.load(TABLE + line + 7).to(INDEX), UNIT)
     if first * GROUP >= n:
         return
     begin, seed = tl.load(TABLE + line + 8).to(tl.uint32), tl.load(TABLE + line + 9).to(tl.uint32)
@@ -171,7 +172,8 @@ def prepare(entries: Sequence[Entry], group: int) -> Prepared:
     weight, gradient = entries[0].weight, entries[0].gradient
     runs = _runs(tuple(line[7] for line in lines), group, weight.device)
     types = TYPES[weight.dtype], TYPES[gradient.dtype]
-    return Prepared(_send(lines, torch.int64, weight.device), runs, unit, *types, group)
+    index = tl.int32 if max(line[7] for line in lines) + RUN * ROWS * group < 2**31 else tl.int64
+    return Prepared(_send(lines, torch.int64, weight.device), runs, unit, *types, group, index)
 
 
 def _send(numbers: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -195,9 +197,9 @@ def update(
         rates: for each parameter lr / first bias correction, and the factor of weight decay.
         scale: second bias correction^(-1/2).
     """
-    table, runs, unit, weight, gradient, group = prepared
+    table, runs, unit, weight, gradient, group, index = prepared
     _update[(len(runs) * RUN,)](
         table, runs, _send(rates, torch.float32, clip.device), clip, beta1, beta2, eps, scale,
-        FORM=form, W_TYPE=weight, G_TYPE=gradient, M_TYPE=KINDS[form], UNIT=unit,
-        COLUMNS=COLUMNS, RUN=RUN, ROWS=ROWS, GROUP=group, num_warps=8,
+        FORM=form, W_TYPE=weight, G_TYPE=gradient, M_TYPE=KINDS[form], INDEX=index,
+        UNIT=unit, COLUMNS=COLUMNS, RUN=RUN, ROWS=ROWS, GROUP=group, num_warps=8,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """The shipped configs, written from one template: what they share is in one place, and each is a complete file.
 
-python -m xtuner.tools.shipped_configs xtuner/configs        writes internlm2_{1_8b,7b,20b,tiny}_w_tokenized_dataset.py
+python -m xtuner.tools.shipped_configs xtuner/configs        writes internlm2_*_w_tokenized_dataset.py, see CONFIGS
 """
 
 import sys
@@ -18,6 +18,8 @@ _PRETRAINED = {
     "tokenizer_path": "pretrained_model_name_or_path",
     "prompt_template": "internlm2_chat",
     "max_length": 32768,
+    "sequence_parallel_size": 1,
+    "more_accumulation": "",
     "lr": "4e-5",
     "states_hint": '"bf16", "8bit" need less memory',
     "warm_up_ratio": 0.025,
@@ -56,17 +58,27 @@ _TINY = _PRETRAINED | {
 }
 
 
-def _pretrained(size: str, **changes: object) -> dict[str, object]:
-    hub_id = f"internlm/internlm2-{size.lower().replace('.', '_')}"
-    title = f"InternLM2-{size} on data tokenized by InternEvo's tools, in packs of 32,768 tokens."
-    settings = f'# Model: a folder, or a hub id\npretrained_model_name_or_path = "{hub_id}"'
-    return _PRETRAINED | {"title": title, "model_settings": settings, **changes}
+def _pretrained(model: str, model_hint: str = "", **changes: object) -> dict[str, object]:
+    values = _PRETRAINED | changes
+    title = f"{model} on data tokenized by InternEvo's tools, in packs of {values['max_length']:,} tokens."
+    hub_id = f"internlm/{model.lower().replace('.', '_')}"
+    settings = f'# Model: a folder, or a hub id{model_hint}\npretrained_model_name_or_path = "{hub_id}"'
+    return values | {"title": title, "model_settings": settings}
 
 
 CONFIGS: dict[str, dict[str, object]] = {
-    "1_8b": _pretrained("1.8B"),
-    "7b": _pretrained("7B", states_hint='"8bit" lets one 80 GB GPU train all of it'),
-    "20b": _pretrained("20B"),
+    "1_8b": _pretrained("InternLM2-1.8B"),
+    "7b": _pretrained("InternLM2-7B", states_hint='"8bit" lets one 80 GB GPU train all of it'),
+    "20b": _pretrained("InternLM2-20B"),
+    "5_7b_1m": _pretrained(
+        "InternLM2.5-7B-Chat-1M",
+        ". Rotary positions are as in its config.json: rope_theta = 50,000,000,\n"
+        "# and in documents of more than 262,144 tokens dynamic scaling by 2.5",
+        max_length=131072,
+        sequence_parallel_size="4  # devices that share a pack",
+        more_accumulation="accumulative_counts *= sequence_parallel_size  # "
+        "as many packs a step as if no devices shared them\n",
+    ),
     "tiny": _TINY,
 }
 

@@ -50,6 +50,7 @@ from xtuner.train.extensions import Extensions, build_extensions, read_priority
 from xtuner.train.hooks import ValidationHook
 from xtuner.train.run import Hook, Settings
 
+PACKS_EXAMINED = 64  # for long documents: evenly spaced packs
 DATASET, SAMPLER = "train_dataloader.dataset", "train_dataloader.sampler"
 REQUIRED_ATTRIBUTES = {  # also of a user's own classes
     DATASET: ("__len__", "__getitem__", "documents", "fingerprint", "label_rule", "locate", "packed_length",
@@ -229,6 +230,8 @@ def assemble_settings(
     ordered = tuple(sorted([*hooks, *held_out], key=read_priority))
     if len(dataset):
         _check_first_pack(config, dataset)
+        if known and isinstance(dataset, PackedDataset):
+            _report_unseen_positions(source, dataset)
     return Settings(config, work_dir, device, mesh, source, optim, dataset, sampler, ordered)
 
 
@@ -242,6 +245,31 @@ def _check_first_pack(config: Config, dataset: PackedDataset) -> None:
             "the first pack has no token to learn from: negative ones are context only. If this is true of all packs, "
             f"training ends with exit code 65{counts}"
         )
+
+
+def _report_unseen_positions(source: ModelSource, dataset: PackedDataset) -> None:
+    """Log a warning if documents are longer than the model's context and nothing scales its positions."""
+    context = source.config.max_position_embeddings
+    if source.config.rope_scaling or dataset.packed_length <= context:
+        return
+    examined = PACKS_EXAMINED if dataset.indexed else 1
+    packs = range(0, len(dataset), -(-len(dataset) // examined))
+    longest = max(map(dataset.longest_fragment, packs))
+    if longest <= context:
+        return
+    if source.folder is None:
+        logger.warning(
+            f"there are documents of {longest:,} tokens, more than model.max_position_embeddings = {context:,}: the "
+            "exported config.json will limit serving tools to that. Set it to max_length"
+        )
+        return
+    logger.warning(
+        f"there are documents of {longest:,} tokens, and {source.folder}/config.json has max_position_embeddings = "
+        f"{context:,} without rope_scaling: the model has not been trained at later positions, so its loss on them "
+        "begins high, and the export keeps that limit for serving tools. To extend the context, set "
+        f'max_position_embeddings = {longest} and a larger rope_theta there, or rope_scaling = {{"type": "dynamic", '
+        f'"factor": …}}; else set max_length = {context}'
+    )
 
 
 def _build_sampler(spec: Mapping[str, Any], dataset: PackedDataset, mesh: Mesh) -> Any:

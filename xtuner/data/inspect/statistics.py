@@ -67,6 +67,9 @@ class Stats:
     packs: int = 0
     tail: int = 0
     learned: int | None = None
+    longest: int = 0  # tokens of the longest document
+    longer: int = 0  # documents that are longer than a pack
+    longer_tokens: int = 0
     types: list[FileStats] = field(default_factory=list)
     files: list[FileStats] = field(default_factory=list)
     lengths: list[Lengths] = field(default_factory=list)
@@ -95,6 +98,9 @@ class _Counted(NamedTuple):
     documents: Int64s  # [BUCKETS]
     tokens: Int64s
     costs: npt.NDArray[np.float32]  # [packs]
+    longest: int
+    longer: int
+    longer_tokens: int
 
 
 class _Learn(NamedTuple):
@@ -134,6 +140,9 @@ def compute_statistics(
         documents += result.documents
         counts += result.tokens
         costs.append(result.costs)
+        found.longest = max(found.longest, result.longest)
+        found.longer += result.longer
+        found.longer_tokens += result.longer_tokens
     found.lengths = _lengths(documents, counts)
     _balance(found, np.concatenate(costs) if costs else np.zeros(0, np.float32), ranks)
     if with_text:
@@ -152,15 +161,19 @@ def _count(job: _Job) -> _Counted:
     meta = MetaView(job.file.path)
     documents, counts = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
     steps = 2 ** np.arange(BUCKETS - 1, dtype=np.int64)
+    longest = longer = longer_tokens = 0
     for i in range(0, len(meta), BLOCK):
         lengths = meta.lengths[i : i + BLOCK].astype(np.int64)
         lengths = lengths[lengths >= job.file.min_length]
         bucket = np.searchsorted(steps, lengths, side="right")
         documents += np.bincount(bucket, minlength=BUCKETS)
         counts += np.bincount(bucket, lengths, minlength=BUCKETS).astype(np.int64)
+        long = lengths[lengths > job.packed_length]
+        longest = max(longest, int(lengths.max(initial=0)))
+        longer, longer_tokens = longer + len(long), longer_tokens + int(long.sum())
     table = job.orders.order(job.number) if job.orders else None
     ends = (table or shuffle_file(job.file, job.seed))[1]
-    return _Counted(documents, counts, pack_costs(ends, job.packed_length))
+    return _Counted(documents, counts, pack_costs(ends, job.packed_length), longest, longer, longer_tokens)
 
 
 def pack_costs(ends: Int64s, packed_length: int) -> npt.NDArray[np.float32]:
@@ -256,6 +269,11 @@ def format_statistics(found: Stats) -> str:
     ]
     if warning := dropped.warning():
         lines.append(warning)
+    if found.longer:
+        lines.append(
+            f"documents longer than a pack: {found.longer:,} with {found.longer_tokens:,} tokens, the longest with "
+            f"{found.longest:,}; they are cut at the ends of packs"
+        )
     if found.learned == 0 and found.tokens:
         lines.append(
             "there is nothing to learn: no token is above 0, and negative ones are context only. Training on "

@@ -25,7 +25,7 @@ from xtuner.data.packing.pack import PackedDataset, RawPack
 from xtuner.data.process_pool import end_with_parent
 
 READERS = 2  # reading threads; most of the work is in numpy, which releases the GIL
-PREFETCH = 4  # packs prepared ahead; a pack of 32k tokens takes about 1 MB
+PREFETCH = 4  # packs prepared ahead; one takes 24 bytes a token: 0.8 MB at 32k tokens, 25 MB at a million
 MAX_LISTED_FILES = 10_000  # that a checkpoint lists by name: 1 MB
 STOP_TIMEOUT = 5.0  # s that closing a stream waits for its thread
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # handled by the trainer; see `_init_worker`

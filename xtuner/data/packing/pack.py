@@ -211,6 +211,13 @@ class PackedDataset:
             found[part] = attention_costs(self._ends(int(file_numbers[part[0]])), starts[part], self.packed_length)
         return found
 
+    def longest_fragment(self, pack: int) -> int:
+        """Tokens of the longest document fragment of a pack. Reads no tokens."""
+        file_number, start = self.locate(pack)
+        ends, stop = self._ends(file_number), start + self.packed_length
+        inside = ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop, "left")]
+        return int(np.diff(inside, prepend=start, append=stop).max())
+
     def _ends(self, file_number: int) -> Int64s:
         """Mapped where there is an index, so that files that only other ranks read are not opened."""
         table = self._orders.order(file_number) if self._orders and file_number not in self._files else None

@@ -179,7 +179,10 @@ def test_as_many_ranks_share_as_the_longest_document_needs(
     class Packs(list[int]):
         packed_length = 0
 
-    config = load(str(tiny))
+    line = "accumulative_counts = 1\naccumulative_counts *= sequence_parallel_size"
+    (tmp_path / "config.py").write_text(tiny.read_text().replace("accumulative_counts = 2 ", line))
+    config = load(str(tmp_path / "config.py"), ["sequence_parallel_size=auto"])
+    assert config.setting("sequence_parallel_size") == config.get("accumulative_counts") == 1
     extensions = check_settings(config)
     settings = prepare_settings(config, extensions.hooks, tmp_path / "w", CPU, None, make_mesh(None, 8))
     source = from_scratch(**SEVEN_B, activation_checkpointing=True)
@@ -189,9 +192,10 @@ def test_as_many_ranks_share_as_the_longest_document_needs(
         packs: Any = Packs(range(16))
         packs.packed_length = length
         chosen = replace(settings, source=source, dataset=packs)
-        mesh = trainer.choose_context_size(chosen, Options(ranks=8)).mesh
-        found[length] = mesh.cp, mesh.dp_size
-    assert found == {2**15: (1, 8), 2**17: (4, 2)}
+        after = trainer.choose_context_size(chosen, Options(ranks=8))
+        found[length] = after.mesh.cp, after.mesh.dp_size, after.optim.accumulative_counts
+        assert after.config.setting("sequence_parallel_size") == after.mesh.cp
+    assert found == {2**15: (1, 8, 1), 2**17: (4, 2, 4)}
 
 
 def test_ranks_that_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:

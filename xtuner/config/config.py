@@ -1,7 +1,7 @@
 """The result of running a config file: the values that it assigns, and where each is written."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Config:
     dropped: dict[str, str] = field(default_factory=dict)  # removed settings → why they have no effect
     unknown: dict[str, ConfigError] = field(default_factory=dict)  # path of an unknown `type` of another tool → error
     schema: Schema = SCHEMA
+    # with sequence_parallel_size = "auto", which counts as 1: the config with the number of ranks that is chosen
+    with_sharers: Callable[[int], "Config"] | None = None
 
     @property
     def name(self) -> str:

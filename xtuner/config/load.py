@@ -77,6 +77,9 @@ class Dialect:
     overridden: Callable[[Config], None] = lambda config: None
 
 
+SHARERS, AUTO = "sequence_parallel_size", "auto"
+
+
 def load(name_or_path: str, options: list[str] | None = None, dialect: Dialect = Dialect()) -> Config:
     """Run a config file with overrides.
 
@@ -140,6 +143,10 @@ def _load(path: Path, source: str, options: list[str], dialect: Dialect) -> Conf
     replacer = statements.Override({k: v for k, v in overrides.items() if "." not in k})
     tree = ast.fix_missing_locations(replacer.visit(tree))
     assigned = _run(tree, path, overrides)
+    if AUTO in (assigned.get(SHARERS), overrides.get(SHARERS)):  # other settings may be multiplied by it
+        config = _load(path, source, [*options, f"{SHARERS}=1"], dialect)
+        config.with_sharers = lambda number: _load(path, source, [*options, f"{SHARERS}={number}"], dialect)
+        return config
     config = Config(path, source, assigned, lines, names=names, replaced=imported, schema=dialect.schema)
     values = config.values
     dialect.values(config)

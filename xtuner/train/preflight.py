@@ -90,16 +90,15 @@ def prepare_settings(
     )
 
 
-def read_context_size(config: Config) -> int:
-    """Ranks that share a pack; 1 as long as it is not chosen."""
-    size = config.setting("sequence_parallel_size")
-    return 1 if size == "auto" else size
+def arrange_ranks(settings: Settings, config: Config, mesh: Mesh) -> Settings:
+    """The same settings with the ranks in another arrangement.
 
-
-def arrange_ranks(settings: Settings, mesh: Mesh) -> Settings:
-    """The same settings with the ranks in another arrangement."""
-    sampler = _build_sampler(settings.config.get(SAMPLER), settings.dataset, mesh)
-    return replace(settings, mesh=mesh, sampler=sampler)
+    Args:
+        config: the same with the number of ranks that share a pack.
+    """
+    optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
+    sampler = _build_sampler(config.get(SAMPLER), settings.dataset, mesh)
+    return replace(settings, config=config, mesh=mesh, optim=optim, sampler=sampler)
 
 
 def check_models_and_tokenizers(config: Config, read_only: bool = False) -> ModelSource | None:

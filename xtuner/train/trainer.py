@@ -72,12 +72,14 @@ def train(
     torch.use_deterministic_algorithms(config.setting("randomness.deterministic"))  # affects the choice of attention
     log.setup(config.setting("log_level"), rank=ranks.rank)
     ranks.run_on_main(lambda: preflight.check_command_line(work_dir, options.seed, options.max_minutes))
-    mesh = ranks.run_on_all(lambda: make_mesh(options.fsdp, options.ranks, preflight.read_context_size(config)))
+    sharers = config.setting("sequence_parallel_size")
+    mesh = ranks.run_on_all(lambda: make_mesh(options.fsdp, options.ranks, sharers))
     settings = preflight.prepare_settings(
         config, extensions.hooks, work_dir, device, options.seed, mesh, Opening(options.cache_dir)
     )
-    if config.setting("sequence_parallel_size") == "auto":
+    if config.with_sharers:
         settings = choose_context_size(settings, options)
+        config = settings.config
     if options.dry_run:
         found = _find_resume_point(settings, options, contents=False)
         plan = _make_plan(settings, options, found)
@@ -130,7 +132,8 @@ def choose_context_size(settings: Settings, options: Options) -> Settings:
             choice = choose_strategy(settings.source, settings.optim, settings.device, *how, mesh, pack, free)
             if choice.memory.fits(choice.pack):
                 break
-        return preflight.arrange_ranks(settings, mesh)
+        assert settings.config.with_sharers
+        return preflight.arrange_ranks(settings, settings.config.with_sharers(mesh.cp), mesh)
 
     found = ranks.run_on_all(choose)
     if collectives.is_main():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from xtuner.core.activity import record_progress
 from xtuner.model.context_parallel.division import HeadShare, divide_heads, divide_turns
 
 TURNS = 2
@@ -107,6 +108,7 @@ class Exchange:
         return [part.view(shape) for part, shape in zip(buffer.split(self._by_heads), self._shapes, strict=True)]
 
     def _begin(self, sent: torch.Tensor, sizes: list[int], received: torch.Tensor, arriving: list[int]) -> Arriving:
+        record_progress("exchange of attention heads")
         sent = sent.reshape(-1).contiguous()  # a gradient may be expanded from one number
         work = distributed.all_to_all_single(
             received.view(-1), sent, arriving, sizes, group=self.context.group, async_op=True

@@ -19,7 +19,7 @@ from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.step_time import StepCost
 from xtuner.model.activation_memory import KEEP_ORDER, ActivationPlan
-from xtuner.model.flops import num_parameters
+from xtuner.model.flops import block_parameters, num_parameters
 from xtuner.model.source import ModelSource
 from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -74,9 +74,10 @@ class MemoryPlan:
         """Tokens of the largest micro-batch of a pack with `pack` tokens."""
         return pack if self.max_tokens is None else min(pack, self.max_tokens)
 
-    def peak_bytes(self, tokens: int) -> int:
-        """Bytes that the driver will report as used, for micro-batches of `tokens`."""
-        return self.state + self.activations.peak_bytes(tokens) + self.library_bytes
+    def peak_bytes(self, pack: int) -> int:
+        """Most bytes that the driver will report as used, for packs of `pack` tokens. A document that is longer than
+        `max_tokens` is a micro-batch of its own, so micro-batches of any size up to a pack can occur."""
+        return self.state + self.activations.largest_peak(pack) + self.library_bytes
 
     def fits(self, tokens: int) -> bool:
         return self.activations.room is None or self.activations.peak_bytes(tokens) <= self.activations.room
@@ -95,7 +96,7 @@ class MemoryPlan:
             details += f"; every rank keeps {full} full during an iteration"
         logger.info(
             f"memory: {human_bytes(self.state)} of state; micro-batches of at most {tokens:,} tokens, {details}; "
-            f"peak {human_bytes(self.peak_bytes(tokens))} expected"
+            f"peak {human_bytes(self.peak_bytes(pack))} expected"
         )
 
 
@@ -106,7 +107,7 @@ def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, 
     """Bytes of weights, gradients and optimizer state on a rank, including the blocks gathered at the same time."""
     c, form, copy = source.config, optim.state_form(device), optim.compute_dtype(device)
     parameters, ends, ranks = num_parameters(c), 2 * c.vocab_size * c.hidden_size, mesh.shard_size
-    block = (parameters - ends) / c.num_layers
+    block = block_parameters(c)
     weight, gradient = copy.itemsize, optim.gradient_dtype(device).itemsize
     # sharded in any case: moments, and masters where these are not the compute weights
     own = (
@@ -178,7 +179,7 @@ def pick_fastest(plans: Sequence[M], pack: int) -> M:
     """The fastest plan that fits; if none fits, the one that needs the least memory."""
     if fitting := [plan for plan in plans if plan.fits(plan.micro_batch_tokens(pack))]:
         return min(fitting, key=lambda plan: plan.seconds)
-    return min(plans, key=lambda plan: plan.peak_bytes(plan.micro_batch_tokens(pack)))
+    return min(plans, key=lambda plan: plan.state + plan.activations.peak_bytes(plan.micro_batch_tokens(pack)))
 
 
 def suggest_mesh(

@@ -73,6 +73,11 @@ class ActivationPlan:
             kept += size["input"] + sum(size[name] for name in KEEP_ORDER if getattr(policy, name))
         return tokens * kept + transient_bytes(self.config, self.itemsize, tokens)
 
+    def largest_peak(self, longest: int) -> int:
+        """Most bytes that a micro-batch of up to `longest` tokens needs: a larger one may need less than a smaller one,
+        as less of it is kept."""
+        return max(map(self.peak_bytes, (*range(256, longest, 256), longest)))
+
     def keeps_everything(self, tokens: int) -> bool:
         """Whether nothing has to be recomputed."""
         return all(policy == KEEP_ALL for policy in self.choose_kept(tokens))

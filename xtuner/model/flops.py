@@ -23,6 +23,11 @@ def num_parameters(c: DecoderConfig) -> int:
     )
 
 
+def block_parameters(c: DecoderConfig) -> int:
+    """Parameters of one decoder block."""
+    return (num_parameters(c) - (2 * c.vocab_size + 1) * c.hidden_size) // c.num_layers
+
+
 def matmul_parameters(c: DecoderConfig) -> int:
     """Number of weights that every token is multiplied by."""
     attention = c.hidden_size * (c.qkv_width + c.query_width)

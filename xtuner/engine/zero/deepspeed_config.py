@@ -14,7 +14,7 @@ import torch
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.engine.zero import supported_settings
 from xtuner.engine.zero.supported_settings import AUTO
-from xtuner.model.flops import num_parameters
+from xtuner.model.flops import block_parameters
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 
@@ -76,8 +76,8 @@ def prepare_settings(
 ) -> dict[str, Any]:
     """The settings of a shipped name or a file, completed for a model. Raises: ConfigError."""
     found = resolve_auto(read_settings(name), optim, device, ranks, name)
-    c, zero = source.config, found["zero_optimization"]
-    block = (num_parameters(c) - (2 * c.vocab_size + 1) * c.hidden_size) // c.num_layers
+    zero = found["zero_optimization"]
+    block = block_parameters(source.config)
     # if less than a block is prefetched, each block waits for the rest of its weights
     sizes = dict.fromkeys(BUCKETS[:2], BUCKET) | ({BUCKETS[2]: block} if zero.get("stage") == 3 else {})
     found["zero_optimization"] = sizes | zero

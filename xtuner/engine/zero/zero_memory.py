@@ -33,10 +33,13 @@ from xtuner.engine.memory import (
 from xtuner.engine.step_time import StepCost, link_speed
 from xtuner.engine.zero.deepspeed_config import BUCKET
 from xtuner.model.activation_memory import ActivationPlan
-from xtuner.model.flops import num_parameters
+from xtuner.model.flops import block_parameters, num_parameters
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 
+MAX_AHEAD = 3  # blocks: DeepSpeed waits for a gather before the last two
+# NCCL keeps a buffer of 9.2 MiB (4 + 4.7 + 0.5 for its three protocols, 12 as allocated) in each of 32 channels
+P2P_BYTES = 32 * 12 * 2**20
 COPIED = 24  # bytes a parameter that DeepSpeed copies in memory to send a micro-batch's gradients
 COPYING = 2.5e12  # bytes a second of an H100's memory
 Settings = Mapping[str, Any]  # DeepSpeed's, from `deepspeed_config.prepare_settings` or from the JSON
@@ -76,10 +79,10 @@ def plan_zero_memory(
         optim.compute_dtype(device).itemsize,
         (source, optim, device, mesh.size, settings),
     )
-    collectives = COLLECTIVE_BYTES * (mesh.size > 1)
     least = ActivationPlan(c, itemsize).peak_bytes(min(MIN_MICRO_BATCH, pack))  # without recomputation
     for summing in summing_modes(optim, device, settings):
         state, room = zero_state_bytes(*case, summing), None
+        collectives = COLLECTIVE_BYTES * (mesh.size > 1) + _exchange_bytes(summing, mesh, settings)
         if free is not None:
             room = max(free - state - RESERVE_BYTES - collectives, 0)
         if room is None or room >= max(least, _bytes_to_send(*case, summing)):
@@ -153,14 +156,35 @@ def zero_state_bytes(
         sums = (settings.get("data_types") or {}).get("grad_accum_dtype")
         own += 2 if sums == "bf16" else 4
         full += copy.itemsize * parameters * (stage == 1 and several)
-        # the buckets that gradients fill (two under stage 1 and 2), and the copy that is sent
-        full += _bucket_size(settings) * (
-            copy.itemsize * (2 if stage == 3 else 3) + _sent_bytes(settings) * (stage == 3) + 4
-        )
+        full += _deepspeed_buffers(source, copy.itemsize, settings, stage)
     else:
         full += (4 if summing == "fp32" else copy.itemsize) * parameters
         own += 4 * (summing == "bf16" and several)  # sums over packs
     return int(full + own * parameters / ranks)
+
+
+def _deepspeed_buffers(source: ModelSource, itemsize: int, settings: Settings, stage: int) -> int:
+    """Bytes in which DeepSpeed gathers weights and sends gradients while micro-batches compute. A stream's buffers are
+    not reused by other streams."""
+    c, bucket = source.config, _bucket_size(settings)
+    if stage != 3:
+        # two buckets that gradients fill, one flattened, and what is sent: embedding and head are sent as a whole
+        return 3 * itemsize * bucket + 4 * max(bucket, c.vocab_size * c.hidden_size)
+    # a bucket that gradients fill, its parts in the order of ranks, and what is sent
+    buckets = (2 * itemsize + _sent_bytes(settings) + 4) * bucket
+    # blocks that were freed by the host, which may be MAX_AHEAD blocks ahead, and are still used by the device: as
+    # gathered, and put together again
+    return int(buckets + 2 * MAX_AHEAD * itemsize * block_parameters(c))
+
+
+def _exchange_bytes(summing: str, mesh: Mesh, settings: Settings) -> int:
+    """Bytes of NCCL's connections to every other rank, if sums are exchanged by send and receive."""
+    return P2P_BYTES * (mesh.size - 1) * sends_unreduced(summing, mesh, settings)
+
+
+def sends_unreduced(summing: str, mesh: Mesh, settings: Settings) -> bool:
+    """Whether sums are sent in their own dtype, and added by the receiver (`FullGradientSums`)."""
+    return summing == "bf16" and _sent_bytes(settings) > 2 and 1 < mesh.size == mesh.local_size
 
 
 def _bytes_to_send(
@@ -171,8 +195,7 @@ def _bytes_to_send(
         return 0
     c = source.config
     received = 4 * num_parameters(c) / ranks * (summing == "fp32" or optim.accumulative_counts == 1)
-    norm = 8 * c.vocab_size * c.hidden_size  # of a parameter's shard; DeepSpeed computes it in fp64
-    return int(received + max(2 * _bucket_size(settings) * _sent_bytes(settings), norm))
+    return int(received + 2 * _bucket_size(settings) * _sent_bytes(settings))
 
 
 def _bucket_size(settings: Settings) -> int:

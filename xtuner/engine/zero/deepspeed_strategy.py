@@ -20,6 +20,7 @@ from xtuner.engine.state.shards import Shard, StatefulStrategy
 from xtuner.engine.strategies.micro_batches import run_micro_batches
 from xtuner.engine.zero import deepspeed_config
 from xtuner.engine.zero.gradient_exchange import FullGradientSums
+from xtuner.engine.zero.gradient_norm import replace_norm
 from xtuner.engine.zero.zero_memory import ZeroMemoryPlan, effective_stage
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
@@ -81,6 +82,8 @@ class DeepSpeedStrategy(StatefulStrategy):
         self._parameters = dict(model.named_parameters())
         self._traits = optim.traits  # by device: offloaded states lie on the host
         self._model = model.train()
+        if self.stage and not config["zero_optimization"].get("offload_optimizer"):
+            replace_norm(self._zero, self.stage)
         self._sums: FullGradientSums | None = None
         self._sums_once = memory.summing == "fp32"
         if memory.summing != "deepspeed":

@@ -8,14 +8,13 @@ DeepSpeed reduces every gradient to all ranks, although only one needs it, and s
 dtype. Here the reduced sums are put into the fp32 gradient that its step uses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
 
 from xtuner.dist.mesh import Mesh
-from xtuner.engine.strategies.local_optimizer import compute_norm
 from xtuner.engine.strategies.sharded_parameters import REDUCE_SCATTER
 from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import GradientSumModule
@@ -29,14 +28,6 @@ class _Group(NamedTuple):
 
     full: torch.Tensor  # [ranks, n]: this rank's sums
     sums: list[GradientSum]  # of each parameter, views of `full`
-
-
-def _compute_norm(gradients: Sequence[torch.Tensor], parameters: object, norm_type: int = 2) -> torch.Tensor:
-    """Norm over all ranks of a group's gradients; -1 if it is not finite, as in DeepSpeed. It replaces DeepSpeed's,
-    which copies each gradient to fp64 and launches kernels for each parameter."""
-    square = compute_norm(gradients).double().square()
-    distributed.all_reduce(square)
-    return torch.where(square.isfinite(), square.sqrt(), -1.0).float()
 
 
 class FullGradientSums:
@@ -59,7 +50,6 @@ class FullGradientSums:
         self._sent = dtype if self._exact else sent
         for hook in zero._grad_acc_hooks:
             hook.remove()
-        zero.get_grad_norm_direct = _compute_norm
         zero.gradient_accumulation_dtype = torch.float32
         by_parameter: dict[int, GradientSum] = {}
         self._groups: list[_Group] = []

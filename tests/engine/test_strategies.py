@@ -66,6 +66,10 @@ OTHER = {  # name → zero_optimization otherwise than shipped
         "allgather_partitions": False, "use_multi_rank_bucket_allreduce": False, "reduce_bucket_size": 1000,
         "allgather_bucket_size": 1000, "ignore_unused_parameters": False,
     },
+    "zero3_offload": {  # parameters are gathered and sent one by one, and a block is prefetched
+        "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 10_000, "reduce_bucket_size": 1,
+        "stage3_allgather_sequential": True, "stage3_prefetch_bucket_size": 3000,
+    },
     "zero3_other": {
         "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 1000, "contiguous_gradients": False,
         "overlap_comm": False, "reduce_scatter": False, "stage3_use_all_reduce_for_fetch_params": True,
@@ -90,7 +94,9 @@ def make(kind: str, folder: Path, ranks: int, products: MatmulKind = "own") -> S
     full = "weights" if kind == "zero2_other" else None  # DeepSpeed's own reduction
     optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // ranks, full=full)
     model = odd_model(products)
-    strategy = select.build_strategy(select.choose_strategy(model, optim, CPU, zero, fsdp), model, optim, CPU)
+    strategy: Any = select.build_strategy(select.choose_strategy(model, optim, CPU, zero, fsdp), model, optim, CPU)
+    if size := OTHER.get(kind, {}).get("stage3_prefetch_bucket_size"):
+        assert strategy._zero.prefetch_elements == size
     if (
         kind in ("fsdp_hybrid", "zero1", "zero2_other", "zero3") and collectives.rank() % 2
     ):  # these cut packs in two: the others have to follow

@@ -70,6 +70,8 @@ class DeepSpeedStrategy(StatefulStrategy):
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=config):
                 model = CausalLM(source.config)  # each module is sharded as soon as it is built
+            # parameters of this model are gathered as it says; the engine would also prefetch only one at a time
+            config["zero_optimization"].pop("stage3_allgather_sequential", None)
             source.configure(model, device, self.compute_dtype)
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # a block gathers all of its weights at once
         else:

@@ -102,18 +102,21 @@ class FullGradientSums:
             bucket = buffers[turn % 2][: ranks * (part.stop - begin)].view(ranks, -1)
             bucket.copy_(full[:, part])
             into = own[part]
-            arriving.append(self._exchange(bucket, into) if self._exact else self._scatter(bucket, into, first))
+            arriving.append((self._exchange if self._exact else self._scatter)(bucket, into, first))
         for finish in arriving:
             finish()
 
-    def _exchange(self, bucket: torch.Tensor, own: torch.Tensor) -> Callable[[], None]:
+    def _exchange(self, bucket: torch.Tensor, own: torch.Tensor, first: bool) -> Callable[[], None]:
         """Each rank receives the unreduced sums of its part from all ranks, and adds them in `own`'s dtype."""
         received = torch.empty_like(bucket)
         work = distributed.all_to_all_single(received.view(-1), bucket.view(-1), async_op=True)
 
         def finish() -> None:
             work.wait()
-            own.add_(received.sum(0, dtype=own.dtype))
+            if first:
+                torch.sum(received, 0, dtype=own.dtype, out=own)
+            else:
+                own.add_(received.sum(0, dtype=own.dtype))
 
         return finish
 

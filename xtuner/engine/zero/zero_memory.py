@@ -173,8 +173,9 @@ def _deepspeed_buffers(source: ModelSource, itemsize: int, settings: Settings, s
     # a bucket that gradients fill, its parts in the order of ranks, and what is sent
     buckets = (2 * itemsize + _sent_bytes(settings) + 4) * bucket
     # blocks that were freed by the host, which may be MAX_AHEAD blocks ahead, and are still used by the device: as
-    # gathered, and put together again
-    return int(buckets + 2 * MAX_AHEAD * itemsize * block_parameters(c))
+    # gathered, and if several parameters are gathered at once, in a copy of each
+    copies = 1 if settings["zero_optimization"].get("stage3_allgather_sequential") else 2
+    return buckets + copies * MAX_AHEAD * itemsize * block_parameters(c)
 
 
 def _exchange_bytes(summing: str, mesh: Mesh, settings: Settings) -> int:

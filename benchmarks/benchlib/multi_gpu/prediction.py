@@ -3,6 +3,8 @@
     time = compute + recomputation + gradient copies + optimizer ÷ ranks + exposed collectives
          + slowdown of compute by hidden collectives + additional attention of the slowest rank
 
+What DeepSpeed adds, in copies and waits for the host, is in engine/zero/zero_time.py.
+
 Each rank takes one pack per iteration (accumulative_counts = 1, where collectives have the largest share). The traffic
 was read from the code of DeepSpeed 0.19.8 with the shipped settings:
 
@@ -29,7 +31,7 @@ from benchlib.workloads import PACK
 
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
-from xtuner.engine.zero import deepspeed_config, zero_memory
+from xtuner.engine.zero import deepspeed_config, zero_memory, zero_time
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.flops import PEAK, matmul_parameters, training_flops
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -134,27 +136,36 @@ def sharded_traffic(m: Measured, ranks: int, links: Interconnect, there: "Memory
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The decisions of engine/memory.py: bytes of state, activations that blocks keep, micro-batches per pack."""
+    """The plan of engine/memory.py, and how many micro-batches a pack has."""
 
-    state: int
-    activations: ActivationPlan
+    plan: memory.MemoryPlan
     parts: int
-    division: memory.Division = memory.ALL_FULL
-    way: str = ""  # ZeRO's exchange of gradients
+
+    @property
+    def activations(self) -> ActivationPlan:
+        return self.plan.activations
+
+    @property
+    def division(self) -> memory.Division:
+        return self.plan.division
+
+    @property
+    def way(self) -> str:
+        """ZeRO's exchange of gradients; "" for our own strategy."""
+        return self.plan.summing if isinstance(self.plan, zero_memory.ZeroMemoryPlan) else ""
 
 
 def plan_memory(m: Measured, engine: str, ranks: int, free: float) -> MemoryPlan | None:
     """None if it does not fit."""
     optim, mesh = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16"), Mesh(dp_shard=ranks, local_size=ranks)
-    way, found = "", None
+    found: memory.MemoryPlan
     if engine == "fsdp":
         found = memory.plan_memory(m.source, optim, torch.device("cuda"), mesh, PACK, int(free))
     else:  # AdamW has the same states on a CPU, so that no GPU is needed
-        settings = deepspeed_config.read_settings(f"deepspeed_{engine}")
+        settings = deepspeed_config.prepare_settings(f"deepspeed_{engine}", m.source, optim, torch.device("cpu"), ranks)
         found = zero_memory.plan_zero_memory(m.source, optim, torch.device("cpu"), mesh, settings, PACK, int(free))
-        way = found.summing
     assert found.max_tokens
-    there = MemoryPlan(found.state, found.activations, -(-PACK // found.max_tokens), found.division, way)
+    there = MemoryPlan(found, -(-PACK // found.max_tokens))
     return there if found.fits(found.micro_batch_tokens(PACK)) else None
 
 
@@ -174,15 +185,36 @@ def recomputation_ms(m: Measured, there: MemoryPlan) -> float:
     return total
 
 
-def gradient_copy_ms(m: Measured, ranks: int, there: MemoryPlan) -> float:
-    """ms of memory traffic on an H100 for gradient sums, in addition to the matrix products, by arithmetic."""
+def gradient_copy_ms(m: Measured, engine: str, ranks: int, there: MemoryPlan) -> float:
+    """ms by which an H100's iteration is longer because of memory traffic for gradient sums and DeepSpeed's gathers, in
+    addition to the matrix products, by arithmetic."""
     if not there.way:  # sharded sums added up in each micro-batch: two reads, one write
-        moved = 0 if there.division.gradients else 12 * m.parameters / ranks * there.parts
+        moved = 0.0 if there.division.gradients else 12 * m.parameters / ranks * there.parts
     elif there.way == "deepspeed":
-        moved = zero_memory.COPIED * m.parameters * there.parts
+        copied = zero_time.copied_bytes(int(engine[-1]), ranks) * m.parameters * there.parts
+        moved = zero_time.COPY_SHARE * copied
+        if engine == "zero3":
+            moved += zero_time.end_bytes(m.source.config, int(BUCKET)) * there.parts
     else:  # into communication buckets
         moved = (12 if there.way == "fp32" else 6) * m.parameters
-    return 1000 * moved / zero_memory.COPYING
+    return 1000 * moved / zero_time.COPYING
+
+
+def optimizer_ms(m: Measured, ranks: int, there: MemoryPlan) -> float:
+    """ms of the step on an H100."""
+    copied = zero_time.step_bytes(there.way) * m.parameters / zero_time.COPYING if there.way else 0.0
+    return (m.optimizer + 1000 * copied) / ranks
+
+
+def idle_ms(m: Measured, engine: str, there: MemoryPlan) -> float:
+    """ms without kernels: launches at the start of each micro-batch, and waits for the host under stage 3."""
+    launches = m.idle * there.parts / m.parts
+    if engine != "zero3":
+        return launches
+    c = m.source.config
+    share = m.block * c.num_layers / matmul_parameters(c)
+    forward = (m.products * share / 3 + m.attention / 3.5 + m.elementwise / 3) / c.num_layers / there.parts
+    return launches + 1000 * zero_time.host_seconds(c, forward / 1000, there.parts)
 
 
 @dataclass(frozen=True)
@@ -220,17 +252,17 @@ def predict(
         m.products,
         m.a + m.b * float(squares.mean()),
         (m.elementwise + m.copies) * machine.slower,
-        m.idle,
+        idle_ms(m, engine, there),
         recomputation_ms(m, there),
-        gradient_copy_ms(m, ranks, there) * machine.slower,
-        m.optimizer * machine.slower / ranks,
+        gradient_copy_ms(m, engine, ranks, there) * machine.slower,
+        optimizer_ms(m, ranks, there) * machine.slower,
         collectives.exposed,
         links.slowdown * collectives.hidden,
         m.b * (slowest - float(squares.mean())),
     )
     terms, ms = dict(zip(TERMS, values, strict=True)), sum(values)
     flops = training_flops(m.source.config, PACK, int(squares.mean()))
-    peak = there.state + there.activations.peak_bytes(PACK // there.parts)
+    peak = there.plan.peak_bytes(PACK)
     return Prediction(terms, collectives.bytes, 1000 * PACK / ms, flops / (ms / 1000 * PEAK["H100"]), peak)
 
 

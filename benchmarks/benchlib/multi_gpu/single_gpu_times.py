@@ -29,6 +29,7 @@ class Measured:
     copies: float
     tokens_per_s: float  # of a full run on one GPU; time without kernels is idle
     squares: float  # Σ len² of a pack of that run, median
+    parts: int  # micro-batches of a pack in that run
 
     @property
     def source(self) -> Any:
@@ -72,8 +73,8 @@ class Measured:
 
 # A check of b: an fp8 run of 7B at Σ len² = 129.7e6 took 286 ms of attention; this formula gives 283.
 MODELS = {
-    "1.8b": Measured("1.8b", 466, 66, 643, 85, 22, 5, 48_495, 95.6e6),
-    "7b": Measured("7b", 2079, 182, 1795, 187, 22 * 7.738 / 1.889, 14, 12_618, 110.7e6),  # fp32 AdamW: by parameters
+    "1.8b": Measured("1.8b", 466, 66, 643, 85, 22, 5, 48_495, 95.6e6, 1),
+    "7b": Measured("7b", 2079, 182, 1795, 187, 22 * 7.738 / 1.889, 14, 12_618, 110.7e6, 4),  # fp32 AdamW: by parameters
 }
 
 

@@ -30,8 +30,10 @@ from xtuner.engine.memory import (
     Division,
     MemoryPlan,
 )
-from xtuner.engine.step_time import StepCost, link_speed
+from xtuner.engine.step_time import FLOPS, StepCost, link_speed
+from xtuner.engine.zero import zero_time
 from xtuner.engine.zero.deepspeed_config import BUCKET
+from xtuner.engine.zero.zero_time import COPY_SHARE, COPYING
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.flops import block_parameters, num_parameters
 from xtuner.model.source import ModelSource
@@ -40,8 +42,6 @@ from xtuner.optim.optim_wrapper import OptimWrapper
 MAX_AHEAD = 3  # blocks: DeepSpeed waits for a gather before the last two
 # NCCL keeps a buffer of 9.2 MiB (4 + 4.7 + 0.5 for its three protocols, 12 as allocated) in each of 32 channels
 P2P_BYTES = 32 * 12 * 2**20
-COPIED = 24  # bytes a parameter that DeepSpeed copies in memory to send a micro-batch's gradients
-COPYING = 2.5e12  # bytes a second of an H100's memory
 Settings = Mapping[str, Any]  # DeepSpeed's, from `deepspeed_config.prepare_settings` or from the JSON
 
 
@@ -174,7 +174,7 @@ def _deepspeed_buffers(source: ModelSource, itemsize: int, settings: Settings, s
     buckets = (2 * itemsize + _sent_bytes(settings) + 4) * bucket
     # blocks that were freed by the host, which may be MAX_AHEAD blocks ahead, and are still used by the device: as
     # gathered, and if several parameters are gathered at once, in a copy of each
-    copies = 1 if settings["zero_optimization"].get("stage3_allgather_sequential") else 2
+    copies = 1 if _gathers_each(settings) else 2
     return buckets + copies * MAX_AHEAD * itemsize * block_parameters(c)
 
 
@@ -204,6 +204,11 @@ def _bucket_size(settings: Settings) -> int:
     return BUCKET if isinstance(size, str) else int(size)
 
 
+def _gathers_each(settings: Settings) -> bool:
+    """Whether stage 3 gathers parameters one by one."""
+    return bool(settings["zero_optimization"].get("stage3_allgather_sequential"))
+
+
 def _sent_bytes(settings: Settings) -> int:
     """Bytes of a gradient's element when it is sent."""
     return 2 if settings.get("communication_data_type") == "bf16" else 4
@@ -229,6 +234,7 @@ def _predict_seconds(
         parameters * (1 - 1 / mesh.size) / link_speed(mesh)
     )  # seconds to gather or to reduce a byte of each parameter
     exposed = copy * once if stage in (1, 2) else 0.0  # new weights, after the step
+    exposed += zero_time.step_bytes(summing) * parameters / mesh.size / COPYING
     gathered = reduced = 0
     if summing != "deepspeed":
         full_bytes = copy if summing == "bf16" else 4
@@ -240,10 +246,15 @@ def _predict_seconds(
         reduced = 2 * parts  # to all ranks
     elif stage == 3:
         gathered, reduced = 2 * parts, parts
+        bucket, embedding = _bucket_size(settings), c.vocab_size * c.hidden_size
+        late = sent * (bucket + embedding) * once / parameters + zero_time.end_bytes(c, bucket) / COPYING
+        forward = zero_time.forward_seconds(c, tokens // parts, FLOPS)
+        exposed += parts * late + zero_time.host_seconds(c, forward, parts)
     else:
         exposed += 2 * sent * once
     if summing == "deepspeed" and mesh.size > 1:
-        exposed += COPIED * parameters * (parts if stage > 1 else 1) / COPYING
+        copied = zero_time.copied_bytes(stage, mesh.size, _gathers_each(settings)) * (parts if stage > 1 else 1)
+        exposed += COPY_SHARE * copied * parameters / COPYING
     return exposed + StepCost(c, tokens, parts, keeps, gathered, reduced, sent, copy).seconds(mesh)
 
 

@@ -48,6 +48,8 @@ def test_costs_are_those_of_the_batches(indexed: bool, tmp_path: Path, monkeypat
         order = np.random.RandomState(0).permutation(len(data)).astype(np.uint32)
         fresh = PackedDataset(documents, data.packed_length)
         assert fresh.costs(order).tolist() == [costs[i] for i in order]
+        lengths = [int(documents.file(i).lengths.max(initial=0)) for i in range(len(documents))]
+        assert fresh.longest_document() == max(lengths)
         assert bool(fresh._files) != indexed, "of files that others read nothing is opened or kept"
         of_files = [pack_costs(data.file_packs(i).ends, data.packed_length) for i in range(len(documents))]
         assert np.concatenate(of_files).tolist() == costs

@@ -84,7 +84,7 @@ def test_expected_peaks_are_what_four_gpus_measured() -> None:
     # a document longer than a micro-batch keeps more than the micro-batch does
     once = chosen("7B", 1, 4)
     assert once.max_tokens
-    assert once.peak_bytes(PACK) > once.peak_bytes(once.max_tokens) + 2**30
+    assert once.peak_bytes(PACK) > once.peak_bytes(PACK, longest=once.max_tokens - 1) + 2**30
     assert once.peak_bytes(PACK) <= once.state + (once.activations.room or 0) + once.library_bytes
 
 

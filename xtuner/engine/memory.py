@@ -74,16 +74,22 @@ class MemoryPlan:
         """Tokens of the largest micro-batch of a pack with `pack` tokens."""
         return pack if self.max_tokens is None else min(pack, self.max_tokens)
 
-    def peak_bytes(self, pack: int) -> int:
-        """Most bytes that the driver will report as used, for packs of `pack` tokens. A document that is longer than
-        `max_tokens` is a micro-batch of its own, so micro-batches of any size up to a pack can occur."""
-        return self.state + self.activations.largest_peak(pack) + self.library_bytes
+    def peak_bytes(self, pack: int, longest: int | None = None) -> int:
+        """Most bytes that the driver will report as used.
+
+        Args:
+            pack: tokens of a pack.
+            longest: tokens of the longest document, which is a micro-batch of its own if it has more than `max_tokens`;
+                None if it may be as long as a pack.
+        """
+        largest = max(self.micro_batch_tokens(pack), pack if longest is None else min(longest, pack))
+        return self.state + self.activations.largest_peak(largest) + self.library_bytes
 
     def fits(self, tokens: int) -> bool:
         return self.activations.room is None or self.activations.peak_bytes(tokens) <= self.activations.room
 
-    def log_plan(self, pack: int, mesh: Mesh) -> None:
-        """Log the plan, for packs with `pack` tokens."""
+    def log_plan(self, pack: int, mesh: Mesh, longest: int | None = None) -> None:
+        """Log the plan; for the arguments see `peak_bytes`."""
         tokens = self.micro_batch_tokens(pack)
         policies = self.activations.choose_kept(tokens)
         details = "nothing is recomputed"
@@ -96,7 +102,7 @@ class MemoryPlan:
             details += f"; every rank keeps {full} full during an iteration"
         logger.info(
             f"memory: {human_bytes(self.state)} of state; micro-batches of at most {tokens:,} tokens, {details}; "
-            f"peak {human_bytes(self.peak_bytes(pack))} expected"
+            f"peak {human_bytes(self.peak_bytes(pack, longest))} expected"
         )
 
 

@@ -192,7 +192,9 @@ def _build_run(
         logger.info(plan.choice.remark)
     strategy_ = build_strategy(plan.choice, settings.source, settings.optim, settings.device)
     if settings.device.type == "cuda":
-        strategy_.memory.log_plan(plan.choice.pack, settings.mesh)
+        longest = settings.dataset.longest_document() if collectives.is_main() else None
+        longest = longest and -(-longest // settings.mesh.cp)
+        strategy_.memory.log_plan(plan.choice.pack, settings.mesh, longest)
     progress = load_run_state(strategy_, settings.config, found, ranks)
     ranks.run_on_main(lambda: history.set_aside_others(settings.work_dir, found.chosen if found else None))
     ranks.run_on_main(lambda: record_start(settings, progress, found, file.parent))

@@ -262,7 +262,7 @@ def predict(
     )
     terms, ms = dict(zip(TERMS, values, strict=True)), sum(values)
     flops = training_flops(m.source.config, PACK, int(squares.mean()))
-    peak = there.plan.peak_bytes(PACK)
+    peak = there.plan.peak_bytes(PACK, longest=0)
     return Prediction(terms, collectives.bytes, 1000 * PACK / ms, flops / (ms / 1000 * PEAK["H100"]), peak)
 
 

@@ -51,8 +51,8 @@ class ZeroMemoryPlan(MemoryPlan):
 
     summing: str = "deepspeed"  # how gradients are summed: a row of the table above
 
-    def log_plan(self, pack: int, mesh: Mesh) -> None:
-        super().log_plan(pack, mesh)
+    def log_plan(self, pack: int, mesh: Mesh, longest: int | None = None) -> None:
+        super().log_plan(pack, mesh, longest)
         if self.summing == "bf16":
             logger.info("gradients of a pack are summed in bf16, those of packs and ranks in fp32")
 

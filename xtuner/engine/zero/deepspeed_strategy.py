@@ -21,7 +21,7 @@ from xtuner.engine.strategies.micro_batches import run_micro_batches
 from xtuner.engine.zero import deepspeed_config
 from xtuner.engine.zero.gradient_exchange import FullGradientSums
 from xtuner.engine.zero.gradient_norm import replace_norm
-from xtuner.engine.zero.zero_memory import ZeroMemoryPlan, effective_stage
+from xtuner.engine.zero.zero_memory import ZeroMemoryPlan, effective_stage, sends_unreduced
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import FlatRange
@@ -92,7 +92,8 @@ class DeepSpeedStrategy(StatefulStrategy):
             dtype = torch.float32 if self._sums_once else self.compute_dtype
             sent = torch.bfloat16 if config.get("communication_data_type") == "bf16" else torch.float32
             bucket = int(config["zero_optimization"]["reduce_bucket_size"])
-            self._sums = FullGradientSums(self._zero, model, mesh, dtype, bucket, sent)
+            unreduced = sends_unreduced(memory.summing, mesh, config)
+            self._sums = FullGradientSums(self._zero, model, mesh, dtype, bucket, sent, unreduced)
         source.fill_weights({n: s.master for n, s in self._shards().items()}, shapes, device)
         self._sync_weights()
         self._to_step = False

@@ -37,17 +37,23 @@ class FullGradientSums:
         dtype: of sums on this rank.
         bucket: elements that are sent at once.
         sent: dtype in which they are summed over ranks.
+        unreduced: they are sent in `dtype`, and added by the receiver in fp32: half the bytes within a node. Between
+            nodes a reduction sends less, as it first sums over the ranks of a node.
     """
 
     def __init__(
-        self, zero: Any, model: CausalLM, mesh: Mesh, dtype: torch.dtype, bucket: int, sent: torch.dtype
+        self,
+        zero: Any,
+        model: CausalLM,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        bucket: int,
+        sent: torch.dtype,
+        unreduced: bool,
     ) -> None:
         ranks = mesh.size
         self._zero, self._rank, self._bucket = zero, mesh.rank, max(bucket, MIN_BUCKET) // ranks
-        # sums in bf16 are sent in bf16 even if they are added in fp32: half the bytes within a node. Between nodes a
-        # reduction sends less, as it first sums over the ranks of a node
-        self._exact = dtype.itemsize < sent.itemsize and mesh.local_size == ranks
-        self._sent = dtype if self._exact else sent
+        self._unreduced, self._sent = unreduced, dtype if unreduced else sent
         for hook in zero._grad_acc_hooks:
             hook.remove()
         zero.gradient_accumulation_dtype = torch.float32
@@ -102,7 +108,7 @@ class FullGradientSums:
             bucket = buffers[turn % 2][: ranks * (part.stop - begin)].view(ranks, -1)
             bucket.copy_(full[:, part])
             into = own[part]
-            arriving.append((self._exchange if self._exact else self._scatter)(bucket, into, first))
+            arriving.append((self._exchange if self._unreduced else self._scatter)(bucket, into, first))
         for finish in arriving:
             finish()
 

@@ -238,7 +238,7 @@ def _predict_seconds(
     gathered = reduced = 0
     if summing != "deepspeed":
         full_bytes = copy if summing == "bf16" else 4
-        on_wire = min(full_bytes, sent) if mesh.local_size == mesh.size else sent  # see gradient_exchange.py
+        on_wire = full_bytes if sends_unreduced(summing, mesh, settings) else sent
         exposed += (packs if summing == "bf16" else 1) * (
             on_wire * once + (full_bytes + 2 * sent) * parameters / COPYING
         )

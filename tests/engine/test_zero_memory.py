@@ -108,14 +108,15 @@ def test_sizes_of_buckets_that_the_json_leaves_open(tmp_path: Path) -> None:
         found = deepspeed_config.prepare_settings(str(path), model, wrapper(), CPU, 4)
         assert found["zero_optimization"] == zero | found["zero_optimization"] | expected
         assert found["communication_data_type"] == "fp32"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    small, large = (
-        zero_memory.zero_state_bytes(
-            model, wrapper(), CPU, 4, {"zero_optimization": {"stage": 2, "reduce_bucket_size": n}}
+    for stage in (2, 3):
+        least, small, large = (
+            zero_memory.zero_state_bytes(
+                model, wrapper(), CPU, 4, {"zero_optimization": {"stage": stage, "reduce_bucket_size": n}}
+            )
+            for n in (10**3, 10**6, 10**9)
         )
-        for n in (10**6, 10**9)
-    )
-    assert large - small > 8 * (10**9 - 10**6)
+        assert large - small > 8 * (10**9 - 10**6)
+        assert small - least < 8 * (10**6 - 10**3), "embedding and head are sent as a whole in any case"
 
 
 @pytest.mark.parametrize(

@@ -167,11 +167,12 @@ def _deepspeed_buffers(source: ModelSource, itemsize: int, settings: Settings, s
     """Bytes in which DeepSpeed gathers weights and sends gradients while micro-batches compute. A stream's buffers are
     not reused by other streams."""
     c, bucket = source.config, _bucket_size(settings)
+    whole = 4 * c.vocab_size * c.hidden_size  # embedding and head are sent as a whole
     if stage != 3:
-        # two buckets that gradients fill, one flattened, and what is sent: embedding and head are sent as a whole
-        return 3 * itemsize * bucket + 4 * max(bucket, c.vocab_size * c.hidden_size)
+        # two buckets that gradients fill, one flattened, and what is sent
+        return 3 * itemsize * bucket + max(4 * bucket, whole)
     # a bucket that gradients fill, its parts in the order of ranks, and what is sent
-    buckets = (2 * itemsize + _sent_bytes(settings) + 4) * bucket
+    buckets = 2 * itemsize * bucket + max((_sent_bytes(settings) + 4) * bucket, whole)
     # blocks that were freed by the host, which may be MAX_AHEAD blocks ahead, and are still used by the device: as
     # gathered, and if several parameters are gathered at once, in a copy of each
     copies = 1 if _gathers_each(settings) else 2

@@ -19,7 +19,7 @@ from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.step_time import StepCost
 from xtuner.model.activation_memory import KEEP_ORDER, ActivationPlan
-from xtuner.model.flops import block_parameters, num_parameters
+from xtuner.model.flops import num_parameters
 from xtuner.model.source import ModelSource
 from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -113,7 +113,7 @@ def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, 
     """Bytes of weights, gradients and optimizer state on a rank, including the blocks gathered at the same time."""
     c, form, copy = source.config, optim.state_form(device), optim.compute_dtype(device)
     parameters, ends, ranks = num_parameters(c), 2 * c.vocab_size * c.hidden_size, mesh.shard_size
-    block = block_parameters(c)
+    block = (parameters - ends) / c.num_layers
     weight, gradient = copy.itemsize, optim.gradient_dtype(device).itemsize
     # sharded in any case: moments, and masters where these are not the compute weights
     own = (

@@ -145,6 +145,7 @@ def test_packs_of_a_million_tokens(workers: int, tmp_path: Path) -> None:
     line = np.concatenate([documents[d] for d in order])
     ends = np.cumsum([len(documents[d]) for d in order])
     assert len(dataset) == 3
+    assert dataset.longest_document() == max(len(d) for d in documents)
     loader = PackLoader(dataset, InternRepoSampler(dataset, shuffle=False), workers)
     stream = loader.iterate_from(Position())
     for pack, batch in zip(range(3), stream, strict=False):

@@ -98,7 +98,8 @@ def make(heads: str, room: int | None, cp: int = 1, zero: str | None = None, fsd
     choice = select.choose_strategy(source, optim, CPU, zero, fsdp, mesh, PACK)
     strategy: Any = select.build_strategy(choice, source, optim, CPU)
     strategy.memory = replace(strategy.memory, max_tokens=40 // cp)  # several micro-batches a pack
-    strategy.model.keep_activations(ActivationPlan(source.config, 4, room))
+    host = 2**20 * (room == 30_000)  # then attention's outputs are in host memory instead of recomputed
+    strategy.model.keep_activations(ActivationPlan(source.config, 4, room, host, cp))
     return strategy
 
 

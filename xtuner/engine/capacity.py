@@ -12,6 +12,7 @@ from xtuner.core.log import human_bytes
 from xtuner.core.system import sysinfo
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
+from xtuner.engine.long_documents import longest_that_fits
 from xtuner.engine.strategies.select import Choice
 from xtuner.engine.zero import deepspeed_config
 from xtuner.model.flops import num_parameters
@@ -20,12 +21,23 @@ from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
 
 TYPICAL_GPU_BYTES = 80e9  # for advice
+SHARERS = [2**i for i in range(1, 9)]
 
 
-def require_capacity(choice: Choice, source: ModelSource, optim: OptimWrapper, device: torch.device) -> None:
-    """Raise ConfigError if the state does not fit, with what it needs, what there is, and what to do."""
+def require_capacity(
+    choice: Choice, source: ModelSource, optim: OptimWrapper, device: torch.device, length_key: str = "max_length"
+) -> None:
+    """Raise ConfigError if the state or the longest document does not fit, with what it needs, what there is, and what
+    to do.
+
+    Args:
+        length_key: name of the setting of packs' length.
+    """
     if device.type == "cuda":
         memory.require_free(choice.state, source, device)
+        plan = choice.memory
+        if not plan.fits(plan.longest_row):
+            raise _too_long(plan, choice.mesh, source, optim, device, length_key)
     total = sysinfo.memory()["total"]
     needed = _on_host(choice, source, optim, device)
     if total is not None and needed > total:
@@ -72,4 +84,35 @@ def _too_large(choice: Choice, source: ModelSource, optim: OptimWrapper, needed:
         where=f"model: {parameters:,} parameters; {choice.name}, ranks: {choice.mesh.size}",
         why="the first step would run out of memory",
         do="; or ".join(advice),
+    )
+
+
+def _too_long(
+    plan: memory.MemoryPlan, mesh: Mesh, source: ModelSource, optim: OptimWrapper, device: torch.device, key: str
+) -> ConfigError:
+    """The error for documents that do not fit, even if everything is recomputed; `key` limits their length."""
+    kept, document = plan.activations, plan.document
+    room, advice = kept.room or 0, []
+    free = plan.state + room + memory.RESERVE_BYTES + memory.COLLECTIVE_BYTES * (mesh.size > 1)
+    for sharers in [n for n in SHARERS if n > mesh.cp]:
+        other, row = Mesh(cp=sharers, local_size=min(sharers, mesh.local_size)), -(-document // sharers)
+        found = memory.plan_memory(source, optim, device, other, row, free, document=document, host=kept.host)
+        if found.fits(row):
+            advice.append(f"sequence_parallel_size = {sharers}, on as many ranks or a multiple")
+            break
+    leanest = min(FORMS.values(), key=lambda form: form.bytes)
+    if optim.optimizer_class is torch.optim.AdamW and optim.states.bytes > leanest.bytes:
+        saved = (optim.states.bytes - leanest.bytes) * num_parameters(source.config) // mesh.shard_size
+        advice.append(f'optim_wrapper.states = "{leanest.name}", which frees up to {human_bytes(saved)} on each GPU')
+    if fitting := longest_that_fits(kept):
+        advice.append(f"{key} = {fitting * mesh.cp} or less, which cuts longer documents")
+    on_host = f" and {human_bytes(kept.host)} of host memory" if kept.host else ""
+    return ConfigError(
+        f"a document of {document:,} tokens needs {human_bytes(kept.peak_bytes(plan.longest_row))} for activations on "
+        f"each GPU if as little as possible is kept there; {human_bytes(room)}{on_host} are left by "
+        f"{human_bytes(plan.state)} of state",
+        where=f"{key}: packs have documents of up to {document:,} tokens, each shared by {mesh.cp} "
+        f"{'rank' if mesh.cp == 1 else 'ranks'}",
+        why="a document cannot be divided into micro-batches, and the first iteration would run out of memory",
+        do="; or ".join(advice) or "use GPUs with more memory",
     )

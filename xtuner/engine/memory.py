@@ -4,11 +4,11 @@
 
 The plan says what every rank keeps full, how large micro-batches are, and what is recomputed. Of the plans that fit,
 the one with the lowest estimated time is chosen (step_time.py). For documents longer than a micro-batch less is kept
-(model/activation_memory.py). Memory is not planned on CPUs.
+(model/activation_memory.py, long_documents.py). Memory is not planned on CPUs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.log import human_bytes, logger
 from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
+from xtuner.engine.long_documents import plan_activations
 from xtuner.engine.step_time import StepCost
 from xtuner.model.activation_memory import KEEP_ORDER, ActivationPlan
 from xtuner.model.flops import num_parameters
@@ -65,6 +66,8 @@ class MemoryPlan:
     division: Division = ALL_FULL
     library_bytes: int = LIBRARY_BYTES  # what the driver reports in addition
     seconds: float = 0.0  # estimated time of an iteration, without the attention that every plan computes
+    document: int = 0  # tokens of the longest document in a pack; 0 if unknown
+    sharers: int = 1  # ranks that share a pack
 
     def count_micro_batches(self, pack: Batch, ranks: int = 1) -> int:
         """Number of micro-batches that a pack is cut into, which `ranks` ranks share."""
@@ -73,6 +76,11 @@ class MemoryPlan:
     def micro_batch_tokens(self, pack: int) -> int:
         """Tokens of the largest micro-batch of a pack with `pack` tokens."""
         return pack if self.max_tokens is None else min(pack, self.max_tokens)
+
+    @property
+    def longest_row(self) -> int:
+        """This rank's tokens of the longest document; 0 if unknown."""
+        return -(-self.document // self.sharers)
 
     def peak_bytes(self, pack: int, longest: int | None = None) -> int:
         """Most bytes that the driver will report as used.
@@ -91,12 +99,7 @@ class MemoryPlan:
     def log_plan(self, pack: int, mesh: Mesh, longest: int | None = None) -> None:
         """Log the plan; for the arguments see `peak_bytes`."""
         tokens = self.micro_batch_tokens(pack)
-        policies = self.activations.choose_kept(tokens)
-        details = "nothing is recomputed"
-        if not self.activations.keeps_everything(tokens):
-            kept = {name: sum(getattr(p, name) for p in policies) for name in KEEP_ORDER}
-            details = f"activations kept (of {len(policies)} layers): "
-            details += ", ".join(f"{name} {count}" for name, count in kept.items())
+        details = self._describe_kept(tokens)
         if mesh.shard_size > 1:
             full = {"all": "weights and gradients", "blocks": "nothing"}.get(self.division.name, self.division.name)
             details += f"; every rank keeps {full} full during an iteration"
@@ -104,6 +107,26 @@ class MemoryPlan:
             f"memory: {human_bytes(self.state)} of state; micro-batches of at most {tokens:,} tokens, {details}; "
             f"peak {human_bytes(self.peak_bytes(pack, longest))} expected"
         )
+        if self.longest_row > tokens:
+            shared = f", {self.longest_row:,} on each of {self.sharers} ranks" if self.sharers > 1 else ""
+            logger.info(
+                f"memory: documents of up to {self.document:,} tokens{shared}, which cannot be cut: "
+                f"{self._describe_kept(self.longest_row)}"
+            )
+
+    def _describe_kept(self, tokens: int) -> str:
+        """What blocks keep of a micro-batch with so many tokens."""
+        if self.activations.keeps_everything(tokens):
+            return "nothing is recomputed"
+        policies = self.activations.choose_kept(tokens)
+        kept = {name: sum(getattr(p, name) for p in policies) for name in KEEP_ORDER}
+        details = f"activations kept (of {len(policies)} layers): "
+        details += ", ".join(f"{name} {count}" for name, count in kept.items())
+        if hosted := self.activations.host_bytes(tokens):
+            kinds = {name: sum(name in p.on_host for p in policies) for name in ("input", "attention")}
+            counts = ", ".join(f"{name} {count}" for name, count in kinds.items())
+            details += f"; of these in host memory: {counts}, {human_bytes(hosted)} for each rank"
+        return details
 
 
 M = TypeVar("M", bound=MemoryPlan)
@@ -135,6 +158,8 @@ def plan_memory(
     pack: int = USUAL_PACK,
     free: int | None = None,
     division: Division | None = None,
+    document: int = 0,
+    host: int = 0,
 ) -> MemoryPlan:
     """For our own strategy: the fastest plan that fits; if none fits, the one that needs the least memory.
 
@@ -142,6 +167,8 @@ def plan_memory(
         pack: tokens of a pack.
         free: bytes that every rank can still allocate on its GPU; None to ask this GPU.
         division: None to choose one.
+        document: tokens of the longest document in a pack; 0 if unknown.
+        host: bytes of host memory that each rank's activations may use.
     """
     free = free_bytes(device) if free is None else free
     c, itemsize = source.config, optim.compute_dtype(device).itemsize
@@ -152,12 +179,14 @@ def plan_memory(
     if free is None or not source.recompute:
         state = state_bytes(source, optim, device, mesh, divisions[0])
         activations = ActivationPlan(c, itemsize, 0 if source.recompute else None)
-        return MemoryPlan(state, activations, optim.micro_batch, divisions[0])
+        return MemoryPlan(state, activations, optim.micro_batch, divisions[0], document=document, sharers=mesh.cp)
     collectives = COLLECTIVE_BYTES * (mesh.size > 1)
-    candidates = []
+    candidates: list[MemoryPlan] = []
+    row, longest = -(-document // mesh.cp), document or pack * mesh.cp
     for d in divisions:
         state = state_bytes(source, optim, device, mesh, d)
-        activations = ActivationPlan(c, itemsize, max(free - state - RESERVE_BYTES - collectives, 0))
+        room = max(free - state - RESERVE_BYTES - collectives, 0)
+        activations = plan_activations(c, itemsize, room, host, longest, mesh.cp)
         for max_tokens in [optim.micro_batch] if optim.micro_batch else candidate_sizes(activations, pack):
             parts = optim.accumulative_counts * -(-pack // max_tokens)
             cost = StepCost(
@@ -171,12 +200,18 @@ def plan_memory(
                 weight_bytes=itemsize,
             )
             libraries = LIBRARY_BYTES + collectives
-            candidates.append(MemoryPlan(state, activations, max_tokens, d, libraries, cost.seconds(mesh)))
+            seconds = cost.seconds(mesh)
+            if row > max_tokens:  # as if half of the tokens were in the longest documents
+                many = replace(cost, micro_batches=-(-cost.tokens // row), policies=activations.choose_kept(row))
+                seconds = (seconds + replace(many, length=longest).seconds(mesh)) / 2
+            candidates.append(MemoryPlan(state, activations, max_tokens, d, libraries, seconds, document, mesh.cp))
+    if not any(plan.fits(row) for plan in candidates):
+        return min(candidates, key=lambda plan: plan.state + plan.activations.peak_bytes(row))
     sizes = [plan.micro_batch_tokens(pack) for plan in candidates]
     efficient = [
         plan
         for plan, size in zip(candidates, sizes, strict=True)
-        if size >= min(MIN_MICRO_BATCH, pack) and plan.fits(size)
+        if size >= min(MIN_MICRO_BATCH, pack) and plan.fits(size) and plan.fits(row)
     ]
     return pick_fastest(efficient or candidates, pack)
 
@@ -200,7 +235,8 @@ def suggest_mesh(
     if shards % mesh.cp:
         return ""
     other = Mesh(mesh.size // shards, shards // mesh.cp, mesh.cp, local_size=mesh.local_size)
-    found = plan_memory(source, optim, device, other, pack, free)
+    document, host = chosen.document, chosen.activations.host
+    found = plan_memory(source, optim, device, other, pack, free, document=document, host=host)
     if not found.fits(found.micro_batch_tokens(pack)) or chosen.seconds < MIN_SPEEDUP * found.seconds:
         return ""
     return (

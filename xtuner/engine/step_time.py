@@ -5,11 +5,12 @@ similar on other GPUs. Attention that is not recomputed and the optimizer's step
 out.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xtuner.data.loading.document_groups import ContextCosts
 from xtuner.dist.mesh import Mesh
+from xtuner.model.activation_memory import kept_bytes_per_token
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import matmul_parameters, num_parameters
 from xtuner.model.ops.autograd_functions import KeepPolicy
@@ -22,7 +23,9 @@ EXCHANGE = 250e9  # bytes per second and GPU, in all-to-all exchanges over NVLin
 ATTENTION_FLOPS = 550e12  # per second, forward and backward
 OVERLAP_LOSS = 0.3  # concurrent products take longer by this share of a collective's time
 WAIT_SHARE = 0.02  # of compute time: waits between ranks, if they synchronize in every micro-batch
-ATTENTION_SHARE = 0.3  # time of attention's forward relative to a block's products, for long documents
+ATTENTION_SHARE = 0.3  # time of attention's forward relative to a block's products, at least, for long documents
+ATTENTION_FORWARD = 600e12  # FLOPs per second of attention's forward alone
+HOST_LINK = 50e9  # bytes per second and GPU, to or from pinned host memory
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,21 @@ class StepCost:
         num_gathers: how often all weights are gathered.
         num_reduces: how often all gradients are reduced.
         gradient_bytes, weight_bytes: of one element.
+        length: tokens of a document, for attention that is recomputed.
     """
 
     config: DecoderConfig
     tokens: int
     micro_batches: int
-    policies: Iterable[KeepPolicy]
+    policies: Sequence[KeepPolicy]
     num_gathers: int
     num_reduces: int
     gradient_bytes: int
     weight_bytes: int = 2
+    length: int = 0
 
     def seconds(self, mesh: Mesh) -> float:
-        compute = self._matmul_seconds() + self._recompute_seconds()
+        compute = self._matmul_seconds() + self._recompute_seconds() + self._fetch_seconds()
         communication = self._sent_bytes() * (1 - 1 / mesh.shard_size) / link_speed(mesh)
         overlapped = min(communication, compute)
         if mesh.dp_replicate > 1:  # after the last backward: all-reduce of each rank's rows over the replicas
@@ -66,13 +71,22 @@ class StepCost:
         c = self.config
         qkv, output = c.hidden_size * c.qkv_width, c.hidden_size * c.query_width
         gate_up = 2 * c.hidden_size * c.intermediate_size
+        attention = 2 * c.query_width * self.length / ATTENTION_FORWARD * FLOPS / 2  # as weights
         weights = 0.0
         for kept in self.policies:
             if kept.attention:
                 weights += qkv * (not kept.qkv) + output * (not kept.residual) + gate_up * (not kept.gate_up)
             else:
-                weights += (qkv + output + 1.5 * gate_up) * (1 + ATTENTION_SHARE)
+                projections = qkv + output + gate_up
+                weights += projections + max(ATTENTION_SHARE * projections, attention)
         return 2 * weights * self.tokens / FLOPS
+
+    def _fetch_seconds(self) -> float:
+        """What a block has on the host arrives while the block behind it multiplies with `wqkv`."""
+        c, size = self.config, kept_bytes_per_token(self.config, self.weight_bytes)
+        hidden = 4 * c.hidden_size * c.qkv_width / FLOPS
+        fetched = (sum(size[name] for name in kept.on_host) / HOST_LINK for kept in self.policies)
+        return self.tokens * sum(max(seconds - hidden, 0.0) for seconds in fetched)
 
     def _sent_bytes(self) -> float:
         """Bytes of full weights and gradients."""

@@ -2,15 +2,23 @@
 
 Recomputing costs time in proportion to what was not kept. For projections every kept byte saves the same time (H/2
 multiplications); for attention it saves more, the longer the documents. So attention is kept first, then the others.
+Where some layers would have to recompute attention, their inputs and attention's outputs are kept in host memory
+instead, as many layers' as necessary: copying takes less time than recomputing, at any length.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from xtuner.families.network import DecoderConfig
 from xtuner.model.loss import chunk_tokens
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KEEP_NONE, KeepPolicy
+from xtuner.model.ops.swiglu import TILE, split_tokens
 
 KEEP_ORDER = ("attention", "qkv", "residual", "gate_up")  # fields of KeepPolicy, the most worthwhile first
+ATTENTION_ONLY = replace(KEEP_NONE, attention=True)
+ON_HOST = replace(ATTENTION_ONLY, on_host=frozenset(("input", "attention")))
+INPUT_ON_HOST = replace(KEEP_NONE, on_host=frozenset(("input",)))
 
 
 def kept_bytes_per_token(c: DecoderConfig, itemsize: int) -> dict[str, int]:
@@ -24,15 +32,48 @@ def kept_bytes_per_token(c: DecoderConfig, itemsize: int) -> dict[str, int]:
     }
 
 
-def transient_bytes(c: DecoderConfig, itemsize: int, tokens: int) -> int:
-    """Peak of temporary buffers, in addition to what blocks keep: at the loss, or in the backward of one block."""
+def transient_bytes(c: DecoderConfig, itemsize: int, tokens: int, keep: KeepPolicy = KEEP_ALL, sharers: int = 1) -> int:
+    """Peak of all buffers in addition to what blocks keep on the GPU, as planned: `exact_bytes`, and a margin for what
+    the allocator cannot reuse. The margin does not grow beyond a tile of tokens."""
+    tile = min(tokens, TILE)
     h, f, queries, keys = c.hidden_size, c.intermediate_size, c.query_width, c.num_kv_heads * c.head_dim
-    loss = itemsize * (min(tokens, chunk_tokens(c.vocab_size)) * c.vocab_size + 4 * tokens * h)
-    mlp = itemsize * tokens * (4 * h + f)
-    # gradients of q, k, v, separate and joined, and of o; FlashAttention sums dq (and dk, dv of shared heads) in fp32
-    attention = tokens * (itemsize * (3 * h + 3 * queries + 4 * keys) + 4 * (queries + 2 * keys))
-    angles = 4 * tokens * c.head_dim
-    return max(loss, mlp, attention) + angles
+    mlp = itemsize * tile * (4 * h + f)
+    attention = tile * (itemsize * (3 * h + 3 * queries + 4 * keys) + 4 * (queries + 2 * keys))
+    loss = itemsize * (min(tile, chunk_tokens(c.vocab_size)) * c.vocab_size + 4 * tile * h)
+    summed = max(loss, mlp, attention) + 4 * tile * c.head_dim
+    size = {name: n * tile for name, n in kept_bytes_per_token(c, itemsize).items()}
+    summed += sum(size[name] for name in KEEP_ORDER if not getattr(keep, name)) + sum(size[n] for n in keep.on_host)
+    margin = max(summed - exact_bytes(c, itemsize, tile, keep, sharers), 0)
+    return exact_bytes(c, itemsize, tokens, keep, sharers) + margin
+
+
+def exact_bytes(c: DecoderConfig, itemsize: int, tokens: int, keep: KeepPolicy, sharers: int = 1) -> int:
+    """Peak of the buffers that exist at the same time: at the loss, or in a block, including what it recomputes or has
+    fetched from the host.
+
+    Args:
+        sharers: ranks that share these documents.
+    """
+    size = {name: n * tokens for name, n in kept_bytes_per_token(c, itemsize).items()}
+    h, f, queries, keys = c.hidden_size, c.intermediate_size, c.query_width, c.num_kv_heads * c.head_dim
+    tile = split_tokens(tokens)[0].stop
+    fetched = sum(size[name] for name in keep.on_host) + size["input"] * (keep.on_host == INPUT_ON_HOST.on_host)
+    # of tokens: gradients of the output and the normed input, and this input; of a tile: the product, its part
+    mlp = 3 * itemsize * h * tokens + itemsize * tile * (f + h * (tile < tokens))
+    mlp += size["residual"] * (not keep.residual) + 2 * itemsize * f * tile * (not keep.gate_up)
+    # gradients of the block's output, of o, and of q, k, v; FlashAttention sums dq (and dk, dv of shared heads) in fp32
+    attention = tokens * (itemsize * (h + 2 * queries + 2 * keys) + 4 * (queries + 2 * keys))
+    attention += size["qkv"] * (not keep.qkv)
+    attention -= sum(size[name] for name in ("residual", "gate_up") if getattr(keep, name))  # are no longer needed
+    if sharers > 1 and c.num_kv_heads <= sharers:  # heads are exchanged in one turn, those of keys with copies
+        copies = max(sharers - c.num_kv_heads, 0) * c.head_dim * tokens
+        attention += size["qkv"] + 2 * copies * (3 * itemsize + 4)
+    if not keep.attention:  # the block's forward is repeated; a single tile's input gradient comes after all else
+        mlp += size["attention"] + size["qkv"] - itemsize * h * tokens * (tile == tokens)
+        attention += size["attention"]
+    # the last block's output, its norm, and the gradient of that; then a chunk of logits, or another gradient
+    loss = itemsize * (3 * tokens * h + max(min(tokens, chunk_tokens(c.vocab_size)) * c.vocab_size, tokens * h))
+    return max(loss, max(mlp, attention) + fetched) + 4 * tokens * c.head_dim
 
 
 @dataclass(frozen=True)
@@ -42,41 +83,43 @@ class ActivationPlan:
     Args:
         itemsize: bytes of a number in the compute dtype.
         room: bytes; None keeps everything, 0 only each block's input.
+        host: bytes of host memory that activations may use.
+        sharers: ranks that share each document (context parallelism).
     """
 
     config: DecoderConfig
     itemsize: int
     room: int | None = None
+    host: int = 0
+    sharers: int = 1
 
     def choose_kept(self, tokens: int) -> list[KeepPolicy]:
         """What each layer keeps, for a micro-batch of so many tokens."""
-        layers = self.config.num_layers
-        if self.room is None:
-            return [KEEP_ALL] * layers
-        size = {name: n * tokens for name, n in kept_bytes_per_token(self.config, self.itemsize).items()}
-        left = self.room - transient_bytes(self.config, self.itemsize, tokens) - layers * size["input"]
-        recomputed = sum(size.values()) - size["input"]  # a recomputed block exists in full, one at a time
-        chosen, most = [KEEP_NONE] * layers, layers
-        for name in KEEP_ORDER:
-            if left < layers * size[name]:
-                left -= recomputed if name == "attention" else size[name]
-            most = min(most, max(left, 0) // size[name])
-            chosen[:most] = [replace(k, **{name: True}) for k in chosen[:most]]
-            left -= most * size[name]
-        return chosen
+        return list(_choose_kept(self, tokens))
 
     def peak_bytes(self, tokens: int) -> int:
         """Bytes that a micro-batch needs in addition to weights and optimizer state."""
+        return self.bytes_with(self.choose_kept(tokens), tokens)
+
+    def bytes_with(self, policies: Sequence[KeepPolicy], tokens: int) -> int:
+        """Bytes on the GPU if layers keep this."""
         size = kept_bytes_per_token(self.config, self.itemsize)
-        kept = 0
-        for policy in self.choose_kept(tokens):
-            kept += size["input"] + sum(size[name] for name in KEEP_ORDER if getattr(policy, name))
-        return tokens * kept + transient_bytes(self.config, self.itemsize, tokens)
+        kept = sum(size[name] for policy in policies for name in _kept_on_gpu(policy))
+        return tokens * kept + max(self.transient_bytes(policy, tokens) for policy in set(policies))
+
+    def transient_bytes(self, keep: KeepPolicy, tokens: int) -> int:
+        return transient_bytes(self.config, self.itemsize, tokens, keep, self.sharers)
+
+    def host_bytes(self, tokens: int) -> int:
+        """Bytes of host memory that a micro-batch needs."""
+        size = kept_bytes_per_token(self.config, self.itemsize)
+        return tokens * sum(size[name] for policy in self.choose_kept(tokens) for name in policy.on_host)
 
     def largest_peak(self, longest: int) -> int:
         """Most bytes that a micro-batch of up to `longest` tokens needs: a larger one may need less than a smaller one,
         as less of it is kept."""
-        return max(map(self.peak_bytes, (*range(256, longest, 256), longest)))
+        step = max(longest // 128 // 256, 1) * 256
+        return max(map(self.peak_bytes, (*range(step, longest, step), longest)))
 
     def keeps_everything(self, tokens: int) -> bool:
         """Whether nothing has to be recomputed."""
@@ -89,3 +132,59 @@ class ActivationPlan:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.keeps_everything(middle * 256) else (low, middle - 1)
         return min(low * 256, at_most)
+
+
+def _kept_on_gpu(policy: KeepPolicy) -> list[str]:
+    names = ["input", *(name for name in KEEP_ORDER if getattr(policy, name))]
+    return [name for name in names if name not in policy.on_host]
+
+
+@lru_cache(maxsize=1024)
+def _choose_kept(plan: ActivationPlan, tokens: int) -> tuple[KeepPolicy, ...]:
+    if plan.room is None:
+        return (KEEP_ALL,) * plan.config.num_layers
+    on_gpu = _keep_on_gpu(plan, tokens, plan.room)
+    if on_gpu[-1].attention or not plan.host:
+        return on_gpu
+    return _keep_on_host(plan, tokens, plan.room)
+
+
+def _keep_on_gpu(plan: ActivationPlan, tokens: int, room: int) -> tuple[KeepPolicy, ...]:
+    """Each kind in as many layers as fit, the first ones; no more than keep the kind before it."""
+    layers = most = plan.config.num_layers
+    chosen = [KEEP_NONE] * layers
+    size = kept_bytes_per_token(plan.config, plan.itemsize)
+    for name in KEEP_ORDER:
+        everywhere = [replace(policy, **{name: True}) for policy in chosen]  # type: ignore[arg-type]
+        if most == layers and plan.bytes_with(everywhere, tokens) <= room:
+            chosen = everywhere
+            continue
+        left = max(room - plan.bytes_with(chosen, tokens), 0)
+        most = min(most, left // (size[name] * tokens))
+        chosen[:most] = everywhere[:most]
+    return tuple(chosen)
+
+
+def _keep_on_host(plan: ActivationPlan, tokens: int, room: int) -> tuple[KeepPolicy, ...]:
+    """The fewest layers recompute attention, then the least is on the host. If nothing fits, what needs the least."""
+    layers, size = plan.config.num_layers, kept_bytes_per_token(plan.config, plan.itemsize)
+    kinds = (INPUT_ON_HOST, KEEP_NONE, ON_HOST, ATTENTION_ONLY)  # the last layers, on the GPU, are needed first
+    kept = [tokens * sum(size[name] for name in _kept_on_gpu(policy)) for policy in kinds]
+    hosted = [tokens * sum(size[name] for name in policy.on_host) for policy in kinds]
+    working = [plan.transient_bytes(policy, tokens) for policy in kinds]
+    best, best_counts = (float("inf"), 0, 0), (0, layers, 0, 0)
+    for recomputed in range(layers + 1):
+        for inputs in range(recomputed + 1):
+            for both in range(layers - recomputed + 1):
+                counts = (inputs, recomputed - inputs, both, layers - recomputed - both)
+                host = sum(n * each for n, each in zip(counts, hosted, strict=True))
+                if host > plan.host:
+                    break
+                needed = sum(n * each for n, each in zip(counts, kept, strict=True))
+                needed += max(each for n, each in zip(counts, working, strict=True) if n)
+                rank = (max(needed - room, 0), recomputed, host)
+                if rank < best:
+                    best, best_counts = rank, counts
+        if not best[0]:
+            break
+    return tuple(policy for policy, count in zip(kinds, best_counts, strict=True) for _ in range(count))

@@ -9,7 +9,7 @@ Parameter names are InternLM2's; `xtuner/families/` maps them to those of other 
 
 import zlib
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from xtuner.model.ops import autograd_functions
 from xtuner.model.ops.attention_backends import AttendPrefixes
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy
 from xtuner.model.ops.matmul import MATMULS
+from xtuner.model.ops.saved_tensors import HostMemory, recompute_saved
+from xtuner.model.ops.swiglu import TILE, SwiGLUFunction
 from xtuner.model.rope import Rope
 
 
@@ -81,13 +83,14 @@ class Attention(nn.Module):
             o_TND = attention.attend_cached(q_TND, *cache.extend(k_TKD, v_TKD))
         else:
             recipe = autograd_functions.get_recipe(x_TH)
-            recompute = torch.no_grad()(lambda: self.project_heads(recipe.compute(*recipe.tensors), layout))
+            inputs, compute = recipe.tensors, recipe.compute  # apart: the backward must not keep these inputs alive
+            recompute = lambda *inputs: self.project_heads(compute(*inputs), layout)  # noqa: E731
+            heads = (q_TND, k_TKD, v_TKD)
             if layout.shared:
-                borders = layout.cu_seqlens, layout.max_seqlen
-                project = None if keep.qkv else recompute
-                heads = q_TND, k_TKD, v_TKD
-                return self.wo(layout.shared.attend(self.attend, self.attend_prefixes, *heads, *borders, project))
-            with nullcontext() if keep.qkv else autograd_functions.recompute_saved((q_TND, k_TKD, v_TKD), recompute):
+                borders, project = (layout.cu_seqlens, layout.max_seqlen), None if keep.qkv else recompute
+                attend = self.attend, self.attend_prefixes
+                return self.wo(layout.shared.attend(*attend, *heads, *borders, project, inputs, keep.saver))
+            with nullcontext() if keep.qkv else recompute_saved(heads, inputs, recompute, keep.saver):
                 o_TND = self.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
         return self.wo(o_TND.reshape(len(x_TH), -1))
 
@@ -115,14 +118,19 @@ class FeedForward(nn.Module):
             return apply_linear(self.w2, F.silu(self.w1(x_TH)) * self.w3(x_TH), add_TH)
         weights, into = [w.weight for w in parts], tuple(w.gradient_sums.get("weight") for w in parts)
         recipe, matmul = autograd_functions.get_recipe(x_TH), parts[0].current_matmul()
-        return autograd_functions.SwiGLUFunction.apply(x_TH, add_TH, *weights, recipe, matmul, into, keep.gate_up)
+        return SwiGLUFunction.apply(x_TH, add_TH, *weights, recipe, matmul, into, keep.gate_up, keep.output)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each applied to the norm of the residual stream and added to it."""
+    """Attention and MLP, each applied to the norm of the residual stream and added to it.
 
-    def __init__(self, c: DecoderConfig) -> None:
+    Args:
+        host: memory for what is kept there; shared by all blocks.
+    """
+
+    def __init__(self, c: DecoderConfig, host: HostMemory) -> None:
         super().__init__()
+        self.host = host
         self.attention_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.attention = Attention(c)
         self.ffn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -131,9 +139,22 @@ class Block(nn.Module):
     def forward(
         self, x_TH: torch.Tensor, layout: DocumentLayout, cache: LayerCache | None = None, keep: KeepPolicy = KEEP_ALL
     ) -> torch.Tensor:
-        if not keep.attention:  # keep only the input
-            return checkpoint(self.forward, x_TH, layout, None, KEEP_ALL, use_reentrant=False,
-                              preserve_rng_state=False)  # fmt: skip
+        with self.host.save(x_TH, keep) as keep:
+            if keep.attention:
+                return self.compute(x_TH, layout, cache, keep)
+            recomputed, calls = (
+                replace(KEEP_ALL, gate_up=len(x_TH) <= TILE),
+                iter((True,)),
+            )  # the forward's, then others
+
+            def compute(x_TH: torch.Tensor) -> torch.Tensor:
+                return self.compute(x_TH, layout, None, replace(recomputed, output=next(calls, False)))
+
+            return checkpoint(compute, x_TH, use_reentrant=False, preserve_rng_state=False)
+
+    def compute(
+        self, x_TH: torch.Tensor, layout: DocumentLayout, cache: LayerCache | None, keep: KeepPolicy
+    ) -> torch.Tensor:
         x_TH, normed_TH = self.attention_norm(x_TH)
         attended_TH = self.attention(normed_TH, layout, cache, keep)
         x_TH, normed_TH = self.ffn_norm(x_TH, attended_TH, keep.residual)
@@ -147,7 +168,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.rope = Rope(c.head_dim, c.rope_theta, c.max_position_embeddings, c.rope_scaling)
         self.tok_embeddings = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.num_layers))
+        self.host = HostMemory()
+        self.layers = nn.ModuleList(Block(c, self.host) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.activation_plan = ActivationPlan(c, itemsize=4)  # keeps everything
 
@@ -167,8 +189,8 @@ class Decoder(nn.Module):
         cos_TD, sin_TD = self.rope.table(position_ids, borders, longest, lengths)
         layout = DocumentLayout(cu_seqlens, max_seqlen, cos_TD, sin_TD, shared)
         x_TH = self.tok_embeddings(input_ids)
-        trains = torch.is_grad_enabled()
-        policies = self.activation_plan.choose_kept(len(input_ids)) if trains else [KEEP_ALL] * len(self.layers)
+        trains, tokens = torch.is_grad_enabled(), shared.tokens.largest_row if shared else len(input_ids)
+        policies = self.activation_plan.choose_kept(tokens) if trains else [KEEP_ALL] * len(self.layers)
         for i, block in enumerate(self.layers):
             x_TH = block(x_TH, layout, caches[i] if caches else None, policies[i])
         return self.norm(x_TH)[1]

@@ -46,6 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(d, w_VH, out=dx_TH[begin : begin + step])
             if dw is not None:
                 dw.add_product(d, x)
+            del d  # before the next chunk is allocated
         ctx.save_for_backward(dx_TH, None if dw is None or into else dw.value())
         ctx.dtype = w_VH.dtype
         return total * scale

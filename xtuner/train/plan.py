@@ -7,6 +7,7 @@ from xtuner.config.config import Config
 from xtuner.config.paths import data_keys
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data.loading.loader import find_balance_obstacle, identity, list_files
+from xtuner.engine.memory import USUAL_PACK
 from xtuner.engine.strategies.select import choose_strategy
 from xtuner.optim.schedule import Schedule
 from xtuner.train.resume import ResumePoint, find_window_start, fit_accumulative_counts, require_same_run
@@ -22,6 +23,7 @@ def make_plan(
     deepspeed: str | None = None,
     fsdp: str | None = None,
     free: int | None = None,
+    host: int = 0,
 ) -> Plan:
     """The plan of a run. Pure arithmetic: no messages to other ranks, no weights.
 
@@ -30,6 +32,7 @@ def make_plan(
         allow_change: accept changes of settings or data that change the result.
         deepspeed, fsdp: as on the command line.
         free: bytes of GPU memory that every rank can still allocate (`memory.min_free_bytes`).
+        host: bytes of host memory for each rank's activations (`long_documents.min_host_bytes`).
 
     Raises: ConfigError or DataError if no plan is possible, or the checkpoint is another run's.
     """
@@ -69,10 +72,18 @@ def make_plan(
     schedule = _schedule(config, optim.lr, lengths)
     pack = settings.dataset.packed_length
     choice = choose_strategy(
-        settings.source, optim.with_accumulation(counts), settings.device, deepspeed, fsdp, settings.mesh, pack, free
-    )
+        settings.source, optim.with_accumulation(counts), settings.device, deepspeed, fsdp, settings.mesh, pack, free,
+        longest_document(settings.dataset), host,
+    )  # fmt: skip
     return Plan(**vars(lengths), reshuffle=reshuffle, balance=balance, windows_from=origin, schedule=schedule,
                 choice=choice, facts=facts)  # fmt: skip
+
+
+def longest_document(dataset: Any) -> int:
+    """Tokens of the longest document in a pack; 0 if packs are of a usual length, or it is unknown."""
+    find = getattr(dataset, "longest_document", None)  # a user's dataset may have none
+    longest = find() if find and dataset.packed_length > USUAL_PACK else None
+    return min(longest or 0, dataset.packed_length)
 
 
 def _schedule(config: Config, lr: float, lengths: Lengths) -> Schedule:

@@ -17,14 +17,14 @@ from xtuner.data.format.cache_dirs import Opening
 from xtuner.dist import collectives
 from xtuner.dist.heartbeat import Heartbeat
 from xtuner.dist.mesh import divisors, make_mesh
-from xtuner.engine import capacity, memory
+from xtuner.engine import capacity, long_documents, memory
 from xtuner.engine.state.slices import SavedStates
 from xtuner.engine.strategies.out_of_memory import is_out_of_memory
 from xtuner.engine.strategies.select import build_strategy, choose_strategy
 from xtuner.train import preflight
 from xtuner.train.checkpoints import history
 from xtuner.train.checkpoints.async_saver import AsyncSaver
-from xtuner.train.plan import make_plan
+from xtuner.train.plan import DATASET, longest_document, make_plan
 from xtuner.train.reporting.failure_advice import interrupted_error, out_of_memory_error
 from xtuner.train.reporting.start_report import format_start_report
 from xtuner.train.resume import ResumePoint, find_resume_point, load_run_state
@@ -124,20 +124,22 @@ def choose_context_size(settings: Settings, options: Options) -> Settings:
     """The settings with as few ranks that share a pack as its longest document needs. All ranks call it together."""
     ranks, pack = settings.mesh.ranks, settings.dataset.packed_length
     free = memory.min_free_bytes(settings.device, settings.mesh)
-    how = options.deepspeed, options.fsdp
+    how, document = (options.deepspeed, options.fsdp), longest_document(settings.dataset)
 
     def choose() -> Settings:
         for size in divisors(settings.mesh.local_size if options.fsdp == "hybrid" else settings.mesh.size):
             mesh = make_mesh(options.fsdp, options.ranks, size)
-            choice = choose_strategy(settings.source, settings.optim, settings.device, *how, mesh, pack, free)
-            if choice.memory.fits(choice.pack):
+            choice = choose_strategy(settings.source, settings.optim, settings.device, *how, mesh, pack, free, document)
+            if choice.memory.fits(choice.memory.longest_row or choice.pack):
                 break
         assert settings.config.with_sharers
         return preflight.arrange_ranks(settings, settings.config.with_sharers(mesh.cp), mesh)
 
     found = ranks.run_on_all(choose)
     if collectives.is_main():
-        logger.info(f'sequence_parallel_size = "auto": {found.mesh.cp} for documents of up to {pack:,} tokens')
+        logger.info(
+            f'sequence_parallel_size = "auto": {found.mesh.cp} for documents of up to {document or pack:,} tokens'
+        )
     return found
 
 
@@ -153,7 +155,8 @@ def _make_plan(settings: Settings, options: Options, found: ResumePoint | None) 
     ranks.run_on_all(lambda: settings.source.require_supported(device, optim.compute_dtype(device)))
     ranks.run_on_all(lambda: optim.traits(device))
     free = memory.min_free_bytes(device, settings.mesh)
-    how = options.allow_change, options.deepspeed, options.fsdp, free
+    host = long_documents.min_host_bytes(settings.source, optim, device, settings.mesh)
+    how = options.allow_change, options.deepspeed, options.fsdp, free, host
     plan = ranks.run_on_all(lambda: make_plan(settings, found, *how))
     if found:
         ranks.run_on_main(lambda: SavedStates(found.folder) and None)  # raises if the optimizer's state is absent
@@ -162,7 +165,8 @@ def _make_plan(settings: Settings, options: Options, found: ResumePoint | None) 
 
 def _require_memory(settings: Settings, plan: Plan) -> None:
     def require() -> None:
-        capacity.require_capacity(plan.choice, settings.source, settings.optim, settings.device)
+        key = settings.config.name_in_file(f"{DATASET}.packed_length")
+        capacity.require_capacity(plan.choice, settings.source, settings.optim, settings.device, key)
 
     settings.mesh.ranks.run_on_all(require)
 

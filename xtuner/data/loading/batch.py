@@ -22,6 +22,7 @@ class SharedTokens:
     cu_seqlens: torch.Tensor  # the same, int32 [m + 1]
     max_seqlen: int
     pieces: tuple[int, ...]  # tokens of each rank; their sum is S
+    largest_row: int  # tokens of the longest row of all ranks: they decide alike what the backward exchanges again
     row_borders: (
         torch.Tensor
     )  # int32 [k + 1], of all fragments in this rank's row: parts of shared documents, and others
@@ -173,6 +174,10 @@ class Batch:
             cu_seqlens=make_borders(shared),
             max_seqlen=max(shared),
             pieces=tuple(division.pieces),
+            largest_row=max(
+                piece + sum(lengths[i] for i in local)
+                for piece, local in zip(division.pieces, division.local, strict=True)
+            ),
             row_borders=make_borders([count for _, count, _ in fragments]),
             row_lengths=torch.tensor([length for _, _, length in fragments], dtype=torch.int32),
         )

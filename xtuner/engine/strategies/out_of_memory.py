@@ -15,7 +15,6 @@ from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.memory import MemoryPlan
-from xtuner.model.ops.autograd_functions import KEEP_NONE
 
 OLDEST_NODE = torch.zeros((), requires_grad=True).clone()  # no node of a model's graph is older
 
@@ -60,7 +59,7 @@ def shrink_memory(now: MemoryPlan, piece: Batch) -> MemoryPlan | None:
     """The plan to try after memory ran out with micro-batches of up to this one's size; None if none is smaller."""
     plan, tokens = now.activations, piece.num_tokens
     can_be_cut = tokens > max(piece.max_seqlen, memory.MIN_MICRO_BATCH)
-    can_keep_less = bool(plan.room) and any(policy != KEEP_NONE for policy in plan.choose_kept(tokens))
+    can_keep_less = bool(plan.room) and plan.choose_kept(tokens) != replace(plan, room=0).choose_kept(tokens)
     if not can_be_cut and not can_keep_less:
         return None
     if plan.room:

@@ -60,6 +60,8 @@ def choose_strategy(
     mesh: Mesh | None = None,
     pack: int = USUAL_PACK,
     free: int | None = None,
+    document: int = 0,
+    host: int = 0,
 ) -> Choice:
     """DeepSpeed or FSDP if requested; else FSDP for several processes, and neither for a single one.
 
@@ -67,6 +69,8 @@ def choose_strategy(
         mesh: None for all processes.
         pack: tokens of a pack.
         free: bytes that every rank can still allocate on its GPU (`memory.min_free_bytes`); None to ask this GPU.
+        document: tokens of the longest document in a pack; 0 if unknown.
+        host: bytes of host memory for each rank's activations (`long_documents.min_host_bytes`).
 
     Raises: ConfigError for combinations or DeepSpeed settings that are not supported.
     """
@@ -85,7 +89,7 @@ def choose_strategy(
     if mode:
         engine = f"--fsdp {mode}" if fsdp else f"{mesh.size} processes (FSDP)"
         _require_shardable(optim, device, engine, zero=False)
-    found = memory.plan_memory(source, optim, device, mesh, pack, free)
+    found = memory.plan_memory(source, optim, device, mesh, pack, free, document=document, host=host)
     remark = memory.suggest_mesh(found, source, optim, device, mesh, pack, free)
     return Choice(found, mesh, pack, fsdp=mode, remark=remark)
 

@@ -94,7 +94,7 @@ def plan_zero_memory(
     plan, found = ActivationPlan(c, itemsize, room), []
     for most in [optim.micro_batch] if optim.micro_batch else memory.candidate_sizes(plan, pack):
         seconds = _predict_seconds(source, optim, device, mesh, settings, summing, plan, pack, most)
-        found.append(ZeroMemoryPlan(state, plan, most, division, LIBRARY_BYTES + collectives, seconds, summing))
+        found.append(ZeroMemoryPlan(state, plan, most, division, LIBRARY_BYTES + collectives, seconds, summing=summing))
     return memory.pick_fastest(found, pack)
 
 

@@ -22,7 +22,8 @@ from xtuner.model.context_parallel.exchange import (
     write_output,
 )
 from xtuner.model.ops.attention_backends import Attend, AttendPrefixes
-from xtuner.model.ops.autograd_functions import recompute_saved, set_recipe
+from xtuner.model.ops.autograd_functions import Optionals, set_recipe
+from xtuner.model.ops.saved_tensors import BlockTensors, recompute_saved
 
 
 class TakeRanges(torch.autograd.Function):
@@ -88,7 +89,8 @@ class SharedDocuments:
 
     def attend(
         self, attend: Attend, attend_prefixes: AttendPrefixes | None, q_TND: torch.Tensor, k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, project: Callable[[], Tensors] | None,
+        v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, project: Callable[..., Tensors] | None,
+        inputs: Optionals, saver: BlockTensors | None,
     ) -> torch.Tensor:  # fmt: skip
         """Attention of a row, [T, N·D]: of this rank's piece of the shared documents, then of its own documents.
 
@@ -96,7 +98,8 @@ class SharedDocuments:
 
         Args:
             cu_seqlens, max_seqlen: of its own documents.
-            project: recomputes q, k and v in the backward; None to keep what attention needs.
+            project: recomputes q, k and v from `inputs` in the backward; None to keep what attention needs.
+            saver: packs what else attention saves.
         """
         own_count = len(q_TND) - self.count
         parts = [x.split([self.count, own_count]) for x in (q_TND, k_TKD, v_TKD)]
@@ -107,9 +110,10 @@ class SharedDocuments:
         if project is None or not self._all_attend:
             saving: Any = nullcontext(lambda *_: None)
         else:
-            saving = recompute_saved((q_own, k_own, v_own), lambda: self._recompute(project))
+            recompute = lambda *inputs: self._recompute(project(*inputs))  # noqa: E731
+            saving = recompute_saved((q_own, k_own, v_own), inputs, recompute, saver)
         with saving as add:
-            own_out = q_own
+            own_out = q_own.new_empty(q_own.shape)  # if empty, a view would keep all of q
             if own_count:  # while heads arrive
                 own_out = attend(q_own, k_own, v_own, cu_seqlens, max_seqlen)
             outputs, sent = [], []
@@ -141,9 +145,8 @@ class SharedDocuments:
         return attend_prefixes(q_RHD, k, v, borders[0], borders[1], max(q_lengths), max(k_lengths))
 
     @torch.no_grad()
-    def _recompute(self, project: Callable[[], Tensors]) -> Tensors:
+    def _recompute(self, qkv: Tensors) -> Tensors:
         """This rank's own part of q, k and v, then all tokens of its heads by turn."""
-        qkv = project()
         (*piece,), own = zip(*(x.split([self.count, len(x) - self.count]) for x in qkv), strict=True)
         turns = self.make_turns(qkv[0].shape[-1])
         for turn in turns:

@@ -12,11 +12,11 @@ The other activations, which a block may keep or recompute, in bytes per token w
     gate_up     both factors of SwiGLU            4·F
 
 activation_memory.py chooses among them. matmul.py has the products with weights, gradient_sums.py their gradients.
+swiglu.py has the MLP, in tiles of tokens; saved_tensors.py recomputes q, k and v, and keeps tensors in host memory.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,12 +31,23 @@ Optionals = tuple[torch.Tensor | None, ...]
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """What one block keeps between forward and backward in addition to its input; the rest is recomputed."""
+    """What one block keeps between forward and backward in addition to its input; the rest is recomputed.
 
-    attention: bool = True  # without it nothing else is kept: the whole block is recomputed
+    Args:
+        attention: without it nothing else is kept: the whole block is recomputed.
+        on_host: which of "input" and "attention" are kept in host memory. With "attention", `qkv` is False: a GPU with
+            room for q, k and v would have room for attention's output.
+        output: False while a block is recomputed: then nothing reads its output, which is not computed.
+        saver: while the block computes, the hooks that keep them there (saved_tensors.py).
+    """
+
+    attention: bool = True
     qkv: bool = True
     residual: bool = True
     gate_up: bool = True
+    on_host: frozenset[str] = frozenset()
+    output: bool = True
+    saver: Any = field(default=None, compare=False, repr=False)
 
 
 KEEP_ALL = KeepPolicy()
@@ -186,47 +197,6 @@ class LinearFunction(torch.autograd.Function):
         return dx, dw, d_bias, d_TN if need_add else None, None, None, None
 
 
-class SwiGLUFunction(torch.autograd.Function):
-    """w2(silu(w1 x) · w3 x) + add; the product of the two factors is not kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TH: torch.Tensor,
-        add_TH: torch.Tensor,
-        w1: torch.Tensor,
-        w3: torch.Tensor,
-        w2: torch.Tensor,
-        recipe: Recipe,
-        matmul: Matmul,
-        into: tuple[GradientSum | None, ...],
-        keep: bool,
-    ) -> torch.Tensor:
-        rows = matmul.prepare(x_TH)
-        gate, up = matmul.forward(rows, w1), matmul.forward(rows, w3)
-        out = matmul.forward(matmul.prepare(e.swiglu(gate, up)), w2, add_TN=add_TH)
-        ctx.save_for_backward(*((gate, up) if keep else (None, None)), w1, w3, w2, *recipe.tensors)
-        ctx.compute, ctx.matmul, ctx.into = recipe.compute, matmul, into
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Optionals:
-        (d,), matmul, (to_w1, to_w3, to_w2) = grads, ctx.matmul, ctx.into
-        gate, up, w1, w3, w2, *inputs = ctx.saved_tensors
-        _, _, need_w1, need_w3, need_w2, *_ = ctx.needs_input_grad
-        x: Any = ctx.compute(*inputs) if gate is None or need_w1 or need_w3 else None
-        if gate is None:
-            rows = matmul.prepare(x)
-            gate, up = matmul.forward(rows, w1), matmul.forward(rows, w3)
-        d_gate, d_up, product = e.swiglu_backward(gate, up, matmul.backward(matmul.prepare(d), w2))
-        d_w2 = add_gradient_product(to_w2, d, product) if need_w2 else None
-        d_w1 = add_gradient_product(to_w1, d_gate, x) if need_w1 else None
-        d_w3 = add_gradient_product(to_w3, d_up, x) if need_w3 else None
-        del gate, up, product, x
-        dx = matmul.backward(matmul.prepare(d_up), w3, matmul.backward(matmul.prepare(d_gate), w1))
-        return dx, d, d_w1, d_w3, d_w2, None, None, None, None
-
-
 class SplitRotate(torch.autograd.Function):
     """The joint projection [T, K·(G+2)·D] → q [T, N, D], k and v [T, K, D]; q and k rotated by each token's angles."""
 
@@ -258,38 +228,3 @@ class Embed(torch.autograd.Function):
         (ids_T,) = ctx.saved_tensors
         dw = torch.ops.aten.embedding_dense_backward(grads[0], ids_T, ctx.rows, ctx.padding, False)
         return None, add_gradient(ctx.into, dw, ctx.dtype), None, None
-
-
-@contextmanager
-def recompute_saved(tensors: Tensors, recompute: Callable[[], Tensors]) -> Iterator[Callable[..., None]]:
-    """Inside, autograd does not save `tensors` (contiguous) or views of a full one; the backward calls `recompute` once
-    for all of them. Yields a function that adds more tensors: the next ones that `recompute` returns."""
-    known: dict[int, tuple[int, int]] = {}
-    recomputed: list[torch.Tensor] = []
-    count = 0
-
-    def add(*more: torch.Tensor) -> None:
-        nonlocal count
-        for tensor in more:
-            if tensor.numel():
-                known[tensor.data_ptr()] = count, tensor.numel()
-            count += 1
-
-    add(*tensors)
-
-    def pack(tensor: torch.Tensor) -> Any:
-        i, numel = known.get(tensor.data_ptr(), (0, -1))
-        if tensor.numel() != numel:
-            return tensor.detach()  # an output that refers to its own node would keep the graph alive after an error
-        return i, tensor.shape, tensor.stride()
-
-    def unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        if not recomputed:
-            recomputed.extend(recompute())
-        i, shape, stride = packed
-        return recomputed[i].as_strided(shape, stride)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield add

@@ -1,0 +1,121 @@
+"""The MLP as one differentiable function, computed in tiles of tokens.
+
+Its tensors [T, F] are the widest of a block. Of more than TILE tokens, those that are not kept exist for one tile at a
+time, and weight gradients are added up tile by tile. Each row of an fp8 product has its own scale, so tiles change no
+scale. With at most TILE tokens there is one tile, and nothing is copied.
+"""
+
+from typing import Any
+
+import torch
+
+from xtuner.model.ops import elementwise as e
+from xtuner.model.ops.autograd_functions import Optionals, Recipe
+from xtuner.model.ops.gradient_sums import GradientSum, add_gradient_product
+from xtuner.model.ops.matmul import Matmul
+
+TILE = 32768  # tokens: products gain nothing from more, and reading weights and gradient sums costs little for each
+
+
+def split_tokens(tokens: int) -> list[slice]:
+    """Tiles of at most TILE tokens, about equal, and multiples of 256 but for the last."""
+    count = -(-tokens // TILE)
+    step = max(tokens, 1) if count <= 1 else -(-tokens // count // 256) * 256
+    return [slice(i, min(i + step, tokens)) for i in range(0, tokens, step)] or [slice(0, 0)]
+
+
+def put_rows(out: torch.Tensor | None, tile: slice, part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Write a tile's rows to `out`, which has the shape of `like`; a single tile's are the result."""
+    if out is None and len(part) == len(like):
+        return part
+    out = torch.empty_like(like) if out is None else out
+    out[tile] = part
+    return out
+
+
+class TiledGradient:
+    """The gradient d^T x of a weight, added up over tiles of tokens: in its gradient sum, else for autograd."""
+
+    def __init__(self, into: GradientSum | None, weight: torch.Tensor, needed: bool, tiles: int) -> None:
+        self.into, self.needed, self.dtype, self.own = into, needed, weight.dtype, None
+        self.gradient: torch.Tensor | None = None
+        if needed and into is None and tiles > 1:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.own = GradientSum(torch.empty_like(weight, dtype=dtype))
+
+    def add_product(self, d_TN: torch.Tensor, x_TM: torch.Tensor) -> None:
+        if self.needed:
+            self.gradient = add_gradient_product(self.own or self.into, d_TN, x_TM)
+
+    def take(self) -> torch.Tensor | None:
+        """The gradient for autograd."""
+        return self.gradient if self.own is None else self.own.value().to(self.dtype)
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """w2(silu(w1 x) · w3 x) + add; the product of the two factors is not kept.
+
+    Args:
+        keep: whether the two factors are kept, else they are recomputed.
+        output: False if nothing reads the output, which is not computed then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: torch.Tensor,
+        add_TH: torch.Tensor,
+        w1: torch.Tensor,
+        w3: torch.Tensor,
+        w2: torch.Tensor,
+        recipe: Recipe,
+        matmul: Matmul,
+        into: tuple[GradientSum | None, ...],
+        keep: bool,
+        output: bool,
+    ) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        out: Any = None if output else add_TH.view_as(add_TH)
+        for tile in split_tokens(len(x_TH)) if keep or output else ():
+            rows = matmul.prepare(x_TH[tile])
+            gate, up = matmul.forward(rows, w1), matmul.forward(rows, w3)
+            if output:
+                part = matmul.forward(matmul.prepare(e.swiglu(gate, up)), w2, add_TN=add_TH[tile])
+                out = put_rows(out, tile, part, add_TH)
+                del part
+            kept += [gate, up] if keep else []
+            del rows, gate, up
+        ctx.save_for_backward(w1, w3, w2, *kept, *recipe.tensors)
+        ctx.compute, ctx.matmul, ctx.into, ctx.kept = recipe.compute, matmul, into, len(kept)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Optionals:
+        (d_TH,), matmul = grads, ctx.matmul
+        w1, w3, w2, *others = ctx.saved_tensors
+        _, _, need_w1, need_w3, need_w2, *_ = ctx.needs_input_grad
+        kept, inputs = others[: ctx.kept], others[ctx.kept :]
+        x_TH: Any = ctx.compute(*inputs) if not kept or need_w1 or need_w3 else None
+        tiles, dx_TH = split_tokens(len(d_TH)), None
+        needs = zip(ctx.into, (w1, w3, w2), (need_w1, need_w3, need_w2), strict=True)
+        dw1, dw3, dw2 = (TiledGradient(into, w, need, len(tiles)) for into, w, need in needs)
+        for i, tile in enumerate(tiles):
+            d = d_TH[tile]
+            x: Any = None if x_TH is None else x_TH[tile]
+            if kept:
+                gate, up = kept[2 * i : 2 * i + 2]
+            else:
+                rows = matmul.prepare(x)
+                gate, up = matmul.forward(rows, w1), matmul.forward(rows, w3)
+                del rows
+            d_gate, d_up, product = e.swiglu_backward(gate, up, matmul.backward(matmul.prepare(d), w2))
+            dw2.add_product(d, product)
+            dw1.add_product(d_gate, x)
+            dw3.add_product(d_up, x)
+            del gate, up, product, x
+            if i + 1 == len(tiles):
+                del x_TH
+            part = matmul.backward(matmul.prepare(d_up), w3, matmul.backward(matmul.prepare(d_gate), w1))
+            del d_gate, d_up
+            dx_TH = put_rows(dx_TH, tile, part, d_TH)
+        return dx_TH, d_TH, dw1.take(), dw3.take(), dw2.take(), None, None, None, None, None

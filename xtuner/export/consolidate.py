@@ -11,7 +11,7 @@ import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -97,8 +97,12 @@ def expected_shapes(source: WeightSource) -> dict[str, Shape]:
     q = size(f"{first}attention.wo.weight", 1)
     kv = max(1, (size(f"{wqkv}.weight", 0) - q) // 2)  # as one kv head: other heads have the same shapes
     vocabulary, hidden, inner = size(embedding, 0), size(embedding, 1), size(f"{first}feed_forward.w1.weight", 0)
-    bias = f"{wqkv}.bias" in found
-    one = hf_shapes(DecoderConfig(vocabulary, hidden, inner, 1, max(1, q // kv), 1, kv, attention_bias=bias))
+    more: dict[str, Any] = dict(
+        qkv_bias=f"{wqkv}.bias" in found,
+        output_bias=f"{first}attention.wo.bias" in found,
+        mlp_bias=f"{first}feed_forward.w1.bias" in found,
+    )
+    one = hf_shapes(DecoderConfig(vocabulary, hidden, inner, 1, max(1, q // kv), 1, kv, **more))
     layer = {n.removeprefix(first): one.pop(n) for n in list(one) if n.startswith(first)}
     wanted = {embedding: one.pop(embedding)}
     return wanted | {f"model.layers.{i}.{n}": s for i in range(layers) for n, s in layer.items()} | one

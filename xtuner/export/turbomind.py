@@ -47,11 +47,11 @@ def read_source(folder: Path) -> TurboMindSource:
     )
     hf = read_json(folder / "config.json")
     layout, config = read_model(folder)
-    if config.attention_bias:
+    if features := {"bias": "biases in attention"} if config.attention_bias else config.special_features():
         raise ConfigError(
-            "the model has biases in attention",
-            where=f"{folder / 'config.json'}: bias",
-            why="converted directories of this family have no biases; `lmdeploy convert` dropped them silently",
+            f"the model has {', '.join(features.values())}",
+            where=f"{folder / 'config.json'}: {next(iter(features))}",
+            why="converted directories of this family cannot express it; `lmdeploy convert` dropped biases silently",
             do="serve the folder itself with LMDeploy 0.10 or newer, or with another server",
         )
     tokenizer = load_tokenizer(folder)

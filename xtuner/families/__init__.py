@@ -14,6 +14,7 @@ from xtuner.core.foreign_inputs import short_repr
 from xtuner.core.registry import Registry
 from xtuner.families.base import ModelFamily
 from xtuner.families.chat import PLAIN, ChatTemplate
+from xtuner.families.extra_fields import read_extra_fields, without_extra_fields, write_extra_fields
 from xtuner.families.hf_config import Reader
 from xtuner.families.internlm2 import INTERNLM2
 from xtuner.families.llama import LLAMA
@@ -22,6 +23,7 @@ from xtuner.families.network import DecoderConfig
 FAMILIES: Registry[ModelFamily] = Registry("model family", {family.name: family for family in (INTERNLM2, LLAMA)})
 NATIVE = INTERNLM2  # the decoder and checkpoints use its names
 _FAMILY = "xtuner_family"  # key of a checkpoint's config.json: the model's family, if it is not NATIVE
+_NETWORK = "xtuner_network"  # key of a checkpoint's config.json: what NATIVE's config.json cannot express, if anything
 _COPY = "copy the model's own config.json there again"
 
 
@@ -65,7 +67,8 @@ def read_config(hf: dict[str, Any], where: str = "config.json: ") -> DecoderConf
     name = hf.get(_FAMILY, family.name)
     if not isinstance(name, str):
         raise read.wrong(_FAMILY, f"{_FAMILY} = {short_repr(name)} is not the name of a model family")
-    return replace(family.read_config(read), family=name)
+    extra = Reader(read.inner(_NETWORK), f"{where}{_NETWORK}.")
+    return replace(read_extra_fields(extra, family.read_config(read)), family=name)
 
 
 def read_model(folder: Path) -> tuple[ModelFamily, DecoderConfig]:
@@ -81,7 +84,9 @@ def read_model(folder: Path) -> tuple[ModelFamily, DecoderConfig]:
 def checkpoint_config(c: DecoderConfig) -> dict[str, Any]:
     """The `config.json` of a checkpoint's weights, which use the decoder's names for all families."""
     named = {} if c.family == NATIVE.name else {_FAMILY: c.family}
-    return {**NATIVE.write_config(c, "float32"), **named}
+    extra = write_extra_fields(c)
+    native = NATIVE.write_config(without_extra_fields(c), "float32")
+    return {**{k: v for k, v in native.items() if k not in extra}, **named, **({_NETWORK: extra} if extra else {})}
 
 
 def find_family_by_names(names: Collection[str]) -> ModelFamily:

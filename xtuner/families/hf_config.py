@@ -1,5 +1,6 @@
 """Reads (with validation) and writes the fields of a Hugging Face `config.json` that most families share."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,7 @@ def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> Dec
     """A network from the shared fields.
 
     Args:
+        attention_bias: whether q, k, v and attention's output have biases.
         more: fields of `DecoderConfig` that the family reads itself.
 
     Raises: ConfigError for unsupported features, and for values that do not describe a network.
@@ -94,8 +96,9 @@ def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> Dec
     if absent := [key for key in needed if key not in hf]:
         raise ConfigError(f"config.json lacks {', '.join(absent)}", where=read.where.rstrip(": ."))
     read.only("hidden_act", ("silu", "swish"), "silu")
-    read.only("tie_word_embeddings", (False,), False)
-    read.only("mlp_bias", (False,), False)
+    for key in ("tie_word_embeddings", "mlp_bias"):
+        if key not in more:
+            read.only(key, (False,), False)
     heads, hidden, vocabulary = read.size("num_attention_heads"), read.size("hidden_size"), read.size("vocab_size")
     kv_heads = read.size("num_key_value_heads", heads)
     if heads % kv_heads:
@@ -121,7 +124,8 @@ def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> Dec
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=read.size("max_position_embeddings", 2048),
-        attention_bias=attention_bias,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
         initializer_range=read.number("initializer_range", 0.02),
         bos_token_id=read.token("bos_token_id", 1),
         eos_token_id=read.token("eos_token_id", 2),
@@ -130,8 +134,21 @@ def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> Dec
     return DecoderConfig(**{**shared, **more})
 
 
-def write_network(c: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """The shared fields."""
+def write_network(c: DecoderConfig, dtype: str, expresses: Collection[str] = ()) -> dict[str, Any]:
+    """The shared fields.
+
+    Args:
+        expresses: which of the fields of `DecoderConfig.special_features` the family's `config.json` has.
+
+    Raises: ConfigError for a network with others.
+    """
+    if found := [what for field, what in c.special_features().items() if field not in expresses]:
+        raise ConfigError(
+            f"the network has {', '.join(found)}, which this form of config.json cannot express",
+            where="model",
+            why="what loads the folder would compute something else",
+            do="export it in the form of the model's own family",
+        )
     return {
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,

@@ -1,18 +1,57 @@
 """`DecoderConfig`: the shapes and constants that describe a network."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    kind: Literal["linear", "dynamic"]
+    """How rotary positions extend beyond the context of the first training (model/rope.py).
+
+    Args:
+        original_max_position_embeddings: that context; llama3 and yarn need it.
+        low_freq_factor, high_freq_factor: llama3: frequencies with fewer rotations in that context than the first are
+            divided by `factor`, those with more than the second are kept.
+        beta_slow, beta_fast: the same for yarn.
+        truncate: yarn: whether the borders are rounded to complete frequencies.
+        mscale, mscale_all_dim, attention_factor: yarn: what cos and sin are multiplied by; see `cos_sin_factor`.
+    """
+
+    kind: Literal["linear", "dynamic", "llama3", "yarn"]
     factor: float
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+
+    @property
+    def cos_sin_factor(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+
+        def growth(scale: float) -> float:
+            return 0.1 * scale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+        return growth(self.mscale) / growth(self.mscale_all_dim) if self.mscale and self.mscale_all_dim else growth(1.0)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and constants of a model. Each family reads it from and writes it to a Hugging Face `config.json`."""
+    """Shape and constants of a model. Each family reads it from and writes it to a Hugging Face `config.json`.
+
+    Args:
+        qkv_bias, output_bias: biases of `wqkv` and `wo`.
+        mlp_bias: of `w1`, `w2` and `w3`.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -25,12 +64,19 @@ class DecoderConfig:
     rope_theta: float = 1e6
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 32768
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
     pad_token_id: int | None = 2  # its embedding row gets no gradient, as in the original model
     family: str = field(default="internlm2", compare=False)  # the model's family; not a property of the network
+
+    @property
+    def attention_bias(self) -> bool:
+        """Whether attention has any bias."""
+        return self.qkv_bias or self.output_bias
 
     @property
     def query_width(self) -> int:
@@ -46,3 +92,12 @@ class DecoderConfig:
     def queries_per_kv_head(self) -> int:
         """G = N/K."""
         return self.num_heads // self.num_kv_heads
+
+    def special_features(self) -> dict[str, str]:
+        """What this network has and not every family knows, in words, by the field that says so."""
+        found = {
+            "qkv_bias": ("biases of q, k and v alone", self.qkv_bias and not self.output_bias),
+            "output_bias": ("a bias of attention's output alone", self.output_bias and not self.qkv_bias),
+            "mlp_bias": ("biases in the MLP", self.mlp_bias),
+        }
+        return {field: what for field, (what, is_there) in found.items() if is_there}

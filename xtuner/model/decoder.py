@@ -70,8 +70,8 @@ class Attention(nn.Module):
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
         self.num_kv_heads, self.groups, self.head_dim = c.num_kv_heads, c.queries_per_kv_head, c.head_dim
-        self.wqkv = Linear(c.hidden_size, c.qkv_width, bias=c.attention_bias)
-        self.wo = Linear(c.query_width, c.hidden_size, bias=c.attention_bias)
+        self.wqkv = Linear(c.hidden_size, c.qkv_width, bias=c.qkv_bias)
+        self.wo = Linear(c.query_width, c.hidden_size, bias=c.output_bias)
         self.attend = attention.attend_loop
         self.attend_prefixes: AttendPrefixes | None = attention.attend_prefix_loop
 
@@ -107,18 +107,19 @@ class FeedForward(nn.Module):
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
-        self.w1 = Linear(c.hidden_size, c.intermediate_size)
-        self.w3 = Linear(c.hidden_size, c.intermediate_size)
-        self.w2 = Linear(c.intermediate_size, c.hidden_size)
+        self.w1 = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.w3 = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.w2 = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x_TH: torch.Tensor, add_TH: torch.Tensor, keep: KeepPolicy = KEEP_ALL) -> torch.Tensor:
         """One fused function, unless a projection is more than a product: an adapter, another class, a hook."""
         parts = [w for w in (self.w1, self.w3, self.w2) if isinstance(w, Linear) and w.is_plain() and w.adapter is None]
-        if len(parts) < 3 or any(w.bias is not None or w.matmul is not parts[0].matmul for w in parts):
+        if len(parts) < 3 or any(w.matmul is not parts[0].matmul for w in parts):
             return apply_linear(self.w2, F.silu(self.w1(x_TH)) * self.w3(x_TH), add_TH)
-        weights, into = [w.weight for w in parts], tuple(w.gradient_sums.get("weight") for w in parts)
+        weights, biases = [w.weight for w in parts], [w.bias for w in parts]
+        into = tuple(w.gradient_sums.get(key) for key in ("weight", "bias") for w in parts)
         recipe, matmul = autograd_functions.get_recipe(x_TH), parts[0].current_matmul()
-        return SwiGLUFunction.apply(x_TH, add_TH, *weights, recipe, matmul, into, keep.gate_up, keep.output)
+        return SwiGLUFunction.apply(x_TH, add_TH, *weights, *biases, recipe, matmul, into, keep.gate_up, keep.output)
 
 
 class Block(nn.Module):

@@ -35,7 +35,8 @@ def matmul_parameters(c: DecoderConfig) -> int:
 
 
 def _bias_parameters(c: DecoderConfig) -> int:
-    return c.num_layers * (c.qkv_width + c.hidden_size) if c.attention_bias else 0
+    attention = c.qkv_width * c.qkv_bias + c.hidden_size * c.output_bias
+    return c.num_layers * (attention + (2 * c.intermediate_size + c.hidden_size) * c.mlp_bias)
 
 
 def training_flops(c: DecoderConfig, tokens: int, attention_pairs: float) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from xtuner.model.ops import elementwise as e
 from xtuner.model.ops.autograd_functions import Optionals, Recipe
-from xtuner.model.ops.gradient_sums import GradientSum, add_gradient_product
+from xtuner.model.ops.gradient_sums import GradientSum, add_gradient, add_gradient_product
 from xtuner.model.ops.matmul import Matmul
 
 TILE = 32768  # tokens: products gain nothing from more, and reading weights and gradient sums costs little for each
@@ -52,10 +52,31 @@ class TiledGradient:
         return self.gradient if self.own is None else self.own.value().to(self.dtype)
 
 
+class BiasGradient:
+    """The gradient of a bias, if there is one and it is needed: the sum over tokens, in fp32."""
+
+    def __init__(self, into: GradientSum | None, bias: torch.Tensor | None, needed: bool) -> None:
+        self.into, self.bias, self.needed = into, bias, needed
+        self.total: torch.Tensor | None = None
+
+    def add_rows(self, d_TN: torch.Tensor) -> None:
+        if self.needed:
+            total = d_TN.sum(0, dtype=torch.float32)
+            self.total = total if self.total is None else self.total + total
+
+    def take(self) -> torch.Tensor | None:
+        """The gradient for autograd."""
+        if self.total is None or self.bias is None:
+            return None
+        return add_gradient(self.into, self.total, self.bias.dtype)
+
+
 class SwiGLUFunction(torch.autograd.Function):
-    """w2(silu(w1 x) · w3 x) + add; the product of the two factors is not kept.
+    """w2(silu(w1 x + b1) · (w3 x + b3)) + b2 + add; the product of the two factors is not kept.
 
     Args:
+        b1, b3, b2: biases, or None.
+        into: gradient sums of w1, w3, w2 and of their biases.
         keep: whether the two factors are kept, else they are recomputed.
         output: False if nothing reads the output, which is not computed then.
     """
@@ -68,6 +89,9 @@ class SwiGLUFunction(torch.autograd.Function):
         w1: torch.Tensor,
         w3: torch.Tensor,
         w2: torch.Tensor,
+        b1: torch.Tensor | None,
+        b3: torch.Tensor | None,
+        b2: torch.Tensor | None,
         recipe: Recipe,
         matmul: Matmul,
         into: tuple[GradientSum | None, ...],
@@ -78,27 +102,28 @@ class SwiGLUFunction(torch.autograd.Function):
         out: Any = None if output else add_TH.view_as(add_TH)
         for tile in split_tokens(len(x_TH)) if keep or output else ():
             rows = matmul.prepare(x_TH[tile])
-            gate, up = matmul.forward(rows, w1), matmul.forward(rows, w3)
+            gate, up = matmul.forward(rows, w1, b1), matmul.forward(rows, w3, b3)
             if output:
-                part = matmul.forward(matmul.prepare(e.swiglu(gate, up)), w2, add_TN=add_TH[tile])
+                part = matmul.forward(matmul.prepare(e.swiglu(gate, up)), w2, b2, add_TH[tile])
                 out = put_rows(out, tile, part, add_TH)
                 del part
             kept += [gate, up] if keep else []
             del rows, gate, up
-        ctx.save_for_backward(w1, w3, w2, *kept, *recipe.tensors)
+        ctx.save_for_backward(w1, w3, w2, b1, b3, b2, *kept, *recipe.tensors)
         ctx.compute, ctx.matmul, ctx.into, ctx.kept = recipe.compute, matmul, into, len(kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Optionals:
         (d_TH,), matmul = grads, ctx.matmul
-        w1, w3, w2, *others = ctx.saved_tensors
-        _, _, need_w1, need_w3, need_w2, *_ = ctx.needs_input_grad
+        w1, w3, w2, b1, b3, b2, *others = ctx.saved_tensors
+        _, _, need_w1, need_w3, need_w2, *need_biases = ctx.needs_input_grad[:8]
         kept, inputs = others[: ctx.kept], others[ctx.kept :]
         x_TH: Any = ctx.compute(*inputs) if not kept or need_w1 or need_w3 else None
         tiles, dx_TH = split_tokens(len(d_TH)), None
-        needs = zip(ctx.into, (w1, w3, w2), (need_w1, need_w3, need_w2), strict=True)
+        needs = zip(ctx.into[:3], (w1, w3, w2), (need_w1, need_w3, need_w2), strict=True)
         dw1, dw3, dw2 = (TiledGradient(into, w, need, len(tiles)) for into, w, need in needs)
+        d_biases = [BiasGradient(*of) for of in zip(ctx.into[3:], (b1, b3, b2), need_biases, strict=True)]
         for i, tile in enumerate(tiles):
             d = d_TH[tile]
             x: Any = None if x_TH is None else x_TH[tile]
@@ -106,16 +131,19 @@ class SwiGLUFunction(torch.autograd.Function):
                 gate, up = kept[2 * i : 2 * i + 2]
             else:
                 rows = matmul.prepare(x)
-                gate, up = matmul.forward(rows, w1), matmul.forward(rows, w3)
+                gate, up = matmul.forward(rows, w1, b1), matmul.forward(rows, w3, b3)
                 del rows
             d_gate, d_up, product = e.swiglu_backward(gate, up, matmul.backward(matmul.prepare(d), w2))
             dw2.add_product(d, product)
             dw1.add_product(d_gate, x)
             dw3.add_product(d_up, x)
+            for gradient, rows in zip(d_biases, (d_gate, d_up, d), strict=True):
+                gradient.add_rows(rows)
             del gate, up, product, x
             if i + 1 == len(tiles):
                 del x_TH
             part = matmul.backward(matmul.prepare(d_up), w3, matmul.backward(matmul.prepare(d_gate), w1))
             del d_gate, d_up
             dx_TH = put_rows(dx_TH, tile, part, d_TH)
-        return dx_TH, d_TH, dw1.take(), dw3.take(), dw2.take(), None, None, None, None, None
+        taken = (dw1.take(), dw3.take(), dw2.take(), *(d.take() for d in d_biases))
+        return dx_TH, d_TH, *taken, None, None, None, None, None

@@ -1,0 +1,129 @@
+"""Networks of InternLM2's neighbours against transformers: logits, losses, gradients and generation, in fp32."""
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+from xtuner.families import LLAMA, checkpoint_config, read_config
+from xtuner.families.network import DecoderConfig
+from xtuner.model.activation_memory import ActivationPlan
+from xtuner.model.decoder import CausalLM
+from xtuner.model.flops import num_parameters
+from xtuner.model.generate import Session, generate
+from xtuner.model.weights import join_from_family
+
+V, LENGTHS = 150, (40, 1, 23)
+SHAPE = dict(vocab_size=V, hidden_size=48, intermediate_size=72, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=12)
+THEIR_SHAPE = dict(
+    vocab_size=V, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, initializer_range=0.1,
+    pad_token_id=None, bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+)  # fmt: skip
+NAMES = {
+    "tok_embeddings": "embed_tokens", "attention.": "self_attn.", "wo.": "o_proj.", "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj", "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "output.": "lm_head.",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network: fields of our config, and of transformers'."""
+
+    family: str
+    ours: dict[str, Any] = field(default_factory=dict)
+    theirs: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "llama": Case(
+        "Llama", dict(qkv_bias=True, output_bias=True, mlp_bias=True), dict(attention_bias=True, mlp_bias=True)
+    ),
+    "qwen2": Case("Qwen2", dict(qkv_bias=True)),
+}
+IDS = torch.randint(3, V, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+TARGETS = torch.cat([F.pad(ids[1:], (0, 1), value=-100) for ids in IDS.split(LENGTHS)])
+BORDERS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+
+
+@cache
+def theirs(name: str) -> Any:
+    case = CASES[name]
+    config = getattr(transformers, f"{case.family}Config")(
+        **{**THEIR_SHAPE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **case.theirs}
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{case.family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def ours(name: str) -> CausalLM:
+    case = CASES[name]
+    c = DecoderConfig(**{**SHAPE, "rope_theta": 1e4, "max_position_embeddings": 64, "pad_token_id": None, **case.ours})
+    assert read_config(checkpoint_config(c)) == c  # as a resumed run reads it
+    model = CausalLM(c)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            p.copy_(as_ours(theirs(name).state_dict(), n, c))
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(c)
+    return model
+
+
+def as_ours(tensors: dict[str, torch.Tensor], name: str, c: DecoderConfig) -> torch.Tensor:
+    """Their tensors under our name."""
+    if ".wqkv." in name:
+        return join_from_family(tensors, name, LLAMA, c)
+    for old, new in NAMES.items():
+        name = name.replace(old, new)
+    return tensors[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_losses_and_gradients(name: str) -> None:
+    """Of documents in a pack and alone, whatever is recomputed."""
+    their, our = theirs(name), ours(name)
+    their.zero_grad()
+    logits = torch.cat([their(ids[None]).logits[0] for ids in IDS.split(LENGTHS)])
+    loss = F.cross_entropy(logits, TARGETS, reduction="sum")
+    loss.backward()
+    expected = {n: p.grad for n, p in their.named_parameters()}
+    with torch.no_grad():
+        packed = our(IDS, BORDERS)
+        assert (packed - logits).abs().max() < 1e-5
+        for ids, alone in zip(IDS.split(LENGTHS), packed.split(LENGTHS), strict=True):
+            assert (our(ids) - alone).abs().max() < 1e-5
+    kept: dict[str, torch.Tensor] = {}
+    for room in (10**9, 30000, 60000, 90000, 120000, 150000, 0):
+        our.zero_grad()
+        our.keep_activations(ActivationPlan(our.config, 4, room))
+        our_loss = our(IDS, BORDERS, TARGETS)
+        our_loss.backward()
+        assert our_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        for n, p in our.named_parameters():
+            assert p.grad is not None
+            if room == 10**9:
+                true = as_ours(expected, n, our.config)
+                assert (p.grad - true).norm() < 1e-4 * true.norm(), n
+                kept[n] = p.grad.clone()
+            assert p.grad.equal(kept[n]), (n, room)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_generation(name: str) -> None:
+    their, our, prompt = theirs(name), ours(name), IDS[:17]
+    expected = their.generate(prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 17:]
+    assert list(generate(our, prompt.tolist(), 20)) == expected.tolist()
+    session = Session(our)
+    with torch.no_grad():
+        exact = our(IDS[:40])
+    for begin, end in ((0, 9), (9, 20), (20, 21), (21, 40)):
+        assert (session.feed(IDS[begin:end].tolist()) - exact[end - 1]).abs().max() < 1e-5

@@ -1,0 +1,39 @@
+"""Fields of a network that InternLM2's `config.json` cannot express: which they are, and how checkpoints store them.
+
+Weights of a checkpoint have the decoder's names and InternLM2's `config.json`, for all families. What that lacks is
+stored next to it, under one key, if the network has it.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from xtuner.core.errors import ConfigError
+from xtuner.core.foreign_inputs import short_repr
+from xtuner.families.hf_config import Reader
+from xtuner.families.network import DecoderConfig
+
+_BOOLS = ("qkv_bias", "output_bias", "mlp_bias")
+
+
+def write_extra_fields(c: DecoderConfig) -> dict[str, Any]:
+    """The network's fields that InternLM2's `config.json` lacks; empty if there are none."""
+    lacking: set[str] = {"qkv_bias", "output_bias"} if c.qkv_bias != c.output_bias else set()
+    lacking |= {name for name in _BOOLS[2:] if getattr(c, name)}
+    return {name: getattr(c, name) for name in _BOOLS if name in lacking}
+
+
+def without_extra_fields(c: DecoderConfig) -> DecoderConfig:
+    """The network as far as InternLM2's `config.json` can express it."""
+    return replace(c, **{name: getattr(DecoderConfig, name) for name in write_extra_fields(c)})
+
+
+def read_extra_fields(read: Reader, c: DecoderConfig) -> DecoderConfig:
+    """Network `c` with the fields that `write_extra_fields` has written. Raises: ConfigError."""
+    found: dict[str, Any] = {}
+    for key in read.hf:
+        if key in _BOOLS:
+            found[key] = read.only(key, (True, False), None)
+        else:
+            what = f"a network with {short_repr(key)} is not supported by this version of xtuner"
+            raise ConfigError(what, where=f"{read.where}{short_repr(key)}", why="the network would differ")
+    return replace(c, **found)

@@ -8,13 +8,15 @@ import pytest
 import torch
 import transformers
 from torch.nn import functional as F
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from xtuner.families import LLAMA, checkpoint_config, read_config
-from xtuner.families.network import DecoderConfig
+from xtuner.families.network import DecoderConfig, RopeScaling
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.decoder import CausalLM
 from xtuner.model.flops import num_parameters
 from xtuner.model.generate import Session, generate
+from xtuner.model.rope import Rope
 from xtuner.model.weights import join_from_family
 
 V, LENGTHS = 150, (40, 1, 23)
@@ -40,11 +42,23 @@ class Case:
     theirs: dict[str, Any] = field(default_factory=dict)
 
 
+def rope(kind: str, **numbers: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A scaling of positions for us and for transformers, with an original context of 16 tokens."""
+    numbers = {"factor": 4.0, "original_max_position_embeddings": 16, **numbers}
+    scaling: Any = RopeScaling(kind, **numbers)  # type: ignore[arg-type]
+    return dict(rope_scaling=scaling), dict(rope_parameters={"rope_type": kind, "rope_theta": 1e4, **numbers})
+
+
+LLAMA3, YARN = rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0), rope("yarn", beta_fast=2.0, beta_slow=0.5)
+DEEP = rope("yarn", beta_fast=2.0, beta_slow=0.25, mscale=1.0, mscale_all_dim=0.5, truncate=False)
 CASES = {
     "llama": Case(
-        "Llama", dict(qkv_bias=True, output_bias=True, mlp_bias=True), dict(attention_bias=True, mlp_bias=True)
+        "Llama",
+        dict(qkv_bias=True, output_bias=True, mlp_bias=True, **LLAMA3[0]),
+        dict(attention_bias=True, mlp_bias=True, **LLAMA3[1]),
     ),
-    "qwen2": Case("Qwen2", dict(qkv_bias=True)),
+    "llama_yarn": Case("Llama", *DEEP),
+    "qwen2": Case("Qwen2", dict(qkv_bias=True, **YARN[0]), YARN[1]),
 }
 IDS = torch.randint(3, V, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
 TARGETS = torch.cat([F.pad(ids[1:], (0, 1), value=-100) for ids in IDS.split(LENGTHS)])
@@ -127,3 +141,23 @@ def test_greedy_generation(name: str) -> None:
         exact = our(IDS[:40])
     for begin, end in ((0, 9), (9, 20), (20, 21), (21, 40)):
         assert (session.feed(IDS[begin:end].tolist()) - exact[end - 1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "theta", "more"),
+    [
+        ("llama3", 5e5, dict(factor=8.0, original_max_position_embeddings=8192)),  # Llama 3.1
+        ("llama3", 5e5, dict(factor=32.0, original_max_position_embeddings=8192)),  # Llama 3.2
+        ("yarn", 1e6, dict(factor=4.0, original_max_position_embeddings=32768)),  # Qwen2.5, Qwen3
+        ("yarn", 1e6, dict(factor=4.0, original_max_position_embeddings=32768, attention_factor=1.5, truncate=False)),
+        ("yarn", 1e4, dict(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=0.7)),
+    ],
+)
+def test_frequencies_of_released_models(kind: Any, theta: float, more: dict[str, Any]) -> None:
+    rotations = dict(low_freq_factor=1.0, high_freq_factor=4.0) if kind == "llama3" else {}
+    parameters = {"rope_type": kind, "rope_theta": theta, **more, **rotations}
+    config = transformers.LlamaConfig(hidden_size=256, num_attention_heads=2, rope_parameters=parameters)
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    scaling = RopeScaling(kind, **more)
+    assert Rope(128, theta, 2**20, scaling)._frequencies(torch.tensor([theta]))[0].equal(frequencies)
+    assert scaling.cos_sin_factor == pytest.approx(factor, rel=1e-12)

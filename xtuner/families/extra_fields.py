@@ -9,17 +9,19 @@ from typing import Any
 
 from xtuner.core.errors import ConfigError
 from xtuner.core.foreign_inputs import short_repr
-from xtuner.families.hf_config import Reader
+from xtuner.families.hf_config import SCALING_FIELDS, Reader, read_scaling, write_scaling
 from xtuner.families.network import DecoderConfig
 
-_BOOLS = ("qkv_bias", "output_bias", "mlp_bias")
+BOOLS = ("qkv_bias", "output_bias", "mlp_bias")
 
 
 def write_extra_fields(c: DecoderConfig) -> dict[str, Any]:
     """The network's fields that InternLM2's `config.json` lacks; empty if there are none."""
-    lacking: set[str] = {"qkv_bias", "output_bias"} if c.qkv_bias != c.output_bias else set()
-    lacking |= {name for name in _BOOLS[2:] if getattr(c, name)}
-    return {name: getattr(c, name) for name in _BOOLS if name in lacking}
+    lacking = set(c.special_features())
+    if lacking & {"qkv_bias", "output_bias"}:
+        lacking |= {"qkv_bias", "output_bias"}
+    found = {name: getattr(c, name) for name in BOOLS if name in lacking}
+    return found | ({"rope_scaling": write_scaling(c.rope_scaling)} if "rope_scaling" in lacking else {})
 
 
 def without_extra_fields(c: DecoderConfig) -> DecoderConfig:
@@ -31,8 +33,10 @@ def read_extra_fields(read: Reader, c: DecoderConfig) -> DecoderConfig:
     """Network `c` with the fields that `write_extra_fields` has written. Raises: ConfigError."""
     found: dict[str, Any] = {}
     for key in read.hf:
-        if key in _BOOLS:
+        if key in BOOLS:
             found[key] = read.only(key, (True, False), None)
+        elif key == "rope_scaling":
+            found[key] = read_scaling(read, read.inner(key), tuple(SCALING_FIELDS))
         else:
             what = f"a network with {short_repr(key)} is not supported by this version of xtuner"
             raise ConfigError(what, where=f"{read.where}{short_repr(key)}", why="the network would differ")

@@ -13,6 +13,11 @@ FIELDS = frozenset({
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
     "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
 })  # fmt: skip
+# rope_scaling: kind → numbers that belong to it, in addition to factor and original_max_position_embeddings
+SCALING_FIELDS = {
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
+}
 # Limits beyond all existing networks. They bound the work for wrong values: each layer takes a millisecond to build.
 _LIMITS = {
     "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1000,
@@ -38,9 +43,13 @@ class Reader:
         value = self.hf.get(key)
         if default is not None and (value is None or value == 0):
             return default
+        return self.whole(key, value, _LIMITS[key])
+
+    def whole(self, key: str, value: Any, limit: int) -> int:
+        """An integer from 1 to `limit`."""
         whole = int(value) if isinstance(value, float) and value.is_integer() else value
-        if type(whole) is not int or not 1 <= whole <= _LIMITS[key]:
-            raise self.wrong(key, f"{key} = {short_repr(value)} is not an integer from 1 to {_LIMITS[key]:,}")
+        if type(whole) is not int or not 1 <= whole <= limit:
+            raise self.wrong(key, f"{key} = {short_repr(value)} is not an integer from 1 to {limit:,}")
         return whole
 
     def number(self, key: str, default: float) -> float:
@@ -82,11 +91,14 @@ class Reader:
         return value
 
 
-def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> DecoderConfig:
+def read_network(
+    read: Reader, attention_bias: bool = False, ropes: Collection[str] = ("linear", "dynamic"), **more: Any
+) -> DecoderConfig:
     """A network from the shared fields.
 
     Args:
         attention_bias: whether q, k, v and attention's output have biases.
+        ropes: the kinds of `rope_scaling` that the family has.
         more: fields of `DecoderConfig` that the family reads itself.
 
     Raises: ConfigError for unsupported features, and for values that do not describe a network.
@@ -109,7 +121,9 @@ def read_network(read: Reader, attention_bias: bool = False, **more: Any) -> Dec
     if head_dim % 2:
         at = "head_dim" if hf.get("head_dim") else "hidden_size"
         raise read.wrong(at, f"head_dim {head_dim} is odd, and rotary positions need pairs")
-    theta, scaling = _read_rope(read)
+    theta, scaling = _read_rope(read, ropes)
+    if scaling and scaling.kind == "yarn" and theta <= 1:
+        raise read.wrong("rope_theta", f"rope_theta = {theta} is not above 1, which yarn needs")
     if head_dim < 4 and scaling and scaling.kind == "dynamic":  # its base is scaled with the exponent D / (D - 2)
         raise read.wrong("rope_scaling", f"dynamic rope scaling is undefined for head_dim {head_dim}")
     shared: dict[str, Any] = dict(
@@ -161,7 +175,7 @@ def write_network(c: DecoderConfig, dtype: str, expresses: Collection[str] = ())
         "initializer_range": c.initializer_range,
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_theta,
-        "rope_scaling": c.rope_scaling and {"type": c.rope_scaling.kind, "factor": c.rope_scaling.factor},
+        "rope_scaling": write_scaling(c.rope_scaling),
         "use_cache": True,
         "tie_word_embeddings": False,
         "bos_token_id": c.bos_token_id,
@@ -171,19 +185,59 @@ def write_network(c: DecoderConfig, dtype: str, expresses: Collection[str] = ())
     }
 
 
-def _read_rope(read: Reader) -> tuple[float, RopeScaling | None]:
+def _read_rope(read: Reader, kinds: Collection[str]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_theta`, `rope_parameters` (transformers 5) or `rotary` (early InternLM2)."""
     new, old, own = (read.inner(key) for key in ("rope_parameters", "rotary", "rope_scaling"))
     theta = read.above_0("rope_theta", new.get("rope_theta") or read.hf.get("rope_theta") or old.get("base") or 10000)
-    scaling = own or new or old
-    kind: Any = scaling.get("type") or scaling.get("rope_type") or "default"
-    factor = scaling.get("factor")
+    return theta, read_scaling(read, own or new or old, kinds)
+
+
+def read_scaling(read: Reader, values: dict[str, Any], kinds: Collection[str]) -> RopeScaling | None:
+    """The contents of `rope_scaling`.
+
+    Args:
+        kinds: those that are supported.
+
+    Raises: ConfigError.
+    """
+    kind: Any = values.get("type") or values.get("rope_type") or "default"
+    factor = values.get("factor")
     if (kind in ("default", "origin") and not factor) or (kind == "linear" and factor is None):
-        return theta, None
-    if kind == "linear" or kind == "dynamic":
-        return theta, RopeScaling(kind, read.above_0("rope_scaling.factor", 1.0 if factor is None else factor))
-    raise ConfigError(
-        f"rope scaling {short_repr(kind)} is not supported",
-        where=f"{read.where}rope_scaling",
-        do="supported are: linear, dynamic",
-    )
+        return None
+    if kind not in kinds:
+        raise ConfigError(
+            f"rope scaling {short_repr(kind)} is not supported",
+            where=f"{read.where}rope_scaling",
+            do=f"supported are: {', '.join(kinds)}",
+        )
+    found: dict[str, Any] = {}
+    if kind in SCALING_FIELDS:
+        context = values.get("original_max_position_embeddings") or read.size("max_position_embeddings", 2048)
+        key, limit = "original_max_position_embeddings", _LIMITS["max_position_embeddings"]
+        found[key] = read.whole(f"rope_scaling.{key}", context, limit)
+        for name in SCALING_FIELDS[kind]:
+            if values.get(name) is not None:
+                found[name] = read.above_0(f"rope_scaling.{name}", values[name])
+    if kind == "yarn" and (truncate := values.get("truncate")) is not None:
+        if type(truncate) is not bool:
+            raise read.wrong("rope_scaling.truncate", f"rope_scaling.truncate = {short_repr(truncate)} is not a bool")
+        found["truncate"] = truncate
+    if kind == "dynamic" and factor is None:
+        factor = 1.0
+    scaling = RopeScaling(kind, read.above_0("rope_scaling.factor", factor), **found)
+    if kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        what = f"rope_scaling.high_freq_factor = {scaling.high_freq_factor} is not above low_freq_factor"
+        raise read.wrong("rope_scaling.high_freq_factor", what)
+    return scaling
+
+
+def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """`rope_scaling` for a `config.json`."""
+    if scaling is None:
+        return None
+    if scaling.kind not in SCALING_FIELDS:
+        return {"type": scaling.kind, "factor": scaling.factor}
+    found = {"rope_type": scaling.kind, "factor": scaling.factor}
+    names = ("original_max_position_embeddings", *SCALING_FIELDS[scaling.kind])
+    found |= {name: value for name in names if (value := getattr(scaling, name)) is not None}
+    return found if scaling.truncate else found | {"truncate": False}

@@ -95,9 +95,11 @@ class DecoderConfig:
 
     def special_features(self) -> dict[str, str]:
         """What this network has and not every family knows, in words, by the field that says so."""
+        kind = self.rope_scaling.kind if self.rope_scaling else ""
         found = {
             "qkv_bias": ("biases of q, k and v alone", self.qkv_bias and not self.output_bias),
             "output_bias": ("a bias of attention's output alone", self.output_bias and not self.qkv_bias),
             "mlp_bias": ("biases in the MLP", self.mlp_bias),
+            "rope_scaling": (f"rope scaling {kind}", kind in ("llama3", "yarn")),
         }
         return {field: what for field, (what, is_there) in found.items() if is_there}

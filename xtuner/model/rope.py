@@ -1,8 +1,12 @@
-"""Rotary position embedding, half-split, with linear and dynamic-NTK scaling per document.
+"""Rotary position embedding, half-split, with linear, dynamic-NTK, llama3 and yarn scaling.
 
 A table has the angles of every token of a micro-batch, cos and sin [T, D/2], computed once and used by all layers.
 Dynamic NTK enlarges the base for each document longer than `max_position_embeddings` m, by the document's length s and
 the factor f:  theta · (f·s/m − (f − 1))^(D/(D−2)). Documents of at most m tokens keep the base.
+
+llama3 and yarn (arXiv:2309.00071) divide low frequencies by the factor and keep high ones, whatever a document's
+length. Between the two they mix both: llama3 by the number of rotations in the original context, yarn by the
+frequency's index. yarn also multiplies cos and sin, and so the logits of attention.
 
 Frequencies are fp32 numbers, as in the reference. The product with a position is rounded to fp32 too as long as
 positions stay below EXACT_FROM: cos and sin are then within 2^-10 of those of the exact product. At a million tokens
@@ -41,7 +45,7 @@ class Rope:
             lengths: [n], of the document of each fragment; None if fragments are complete documents.
         """
         num_tokens, device = len(position_ids), position_ids.device
-        if self.scaling is None or self.scaling.kind == "linear":
+        if self.scaling is None or self.scaling.kind != "dynamic":
             theta = torch.full((1,), self.theta, device=device)  # a copy from the host would wait for the GPU
         else:
             theta = self._dynamic_theta(cu_seqlens.diff() if lengths is None else lengths)
@@ -57,6 +61,8 @@ class Rope:
             angle = self._angles(position_ids[tokens, None], frequency, longest)
             torch.cos(angle, out=cos_TD[tokens])
             torch.sin(angle, out=sin_TD[tokens])
+        if self.scaling and (factor := self.scaling.cos_sin_factor) != 1:
+            cos_TD, sin_TD = cos_TD.mul_(factor), sin_TD.mul_(factor)
         return cos_TD, sin_TD
 
     def _angles(self, position_T1: torch.Tensor, frequency_TD: torch.Tensor, longest: int) -> torch.Tensor:
@@ -80,9 +86,35 @@ class Rope:
         return torch.where(length_n > EXACT_FROM, theta(length_n.double()).float(), theta(length_n.float()))
 
     def _frequencies(self, theta: torch.Tensor) -> torch.Tensor:
-        """theta^(-2i/D) for i < D/2, fp32, shape theta.shape + [D/2]."""
+        """theta^(-2i/D) for i < D/2, fp32, shape theta.shape + [D/2]; with llama3 and yarn as these change them."""
         exponent_D = torch.arange(0, self.head_dim, 2, device=theta.device).float() / self.head_dim
-        return 1.0 / theta[..., None].float() ** exponent_D
+        period = theta[..., None].float() ** exponent_D
+        kept, s = 1.0 / period, self.scaling
+        if s is None or s.kind not in ("llama3", "yarn"):
+            return kept
+        context = s.original_max_position_embeddings
+        assert context is not None
+        if s.kind == "llama3":
+            rotations = context / (2 * math.pi / kept)
+            share = ((rotations - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+            return (1 - share) * kept / s.factor + share * kept
+        share = 1 - self._yarn_ramp(s, context, theta.device)
+        return 1.0 / (s.factor * period) * (1 - share) + kept * share
+
+    def _yarn_ramp(self, s: RopeScaling, context: int, device: torch.device) -> torch.Tensor:
+        """How much of each frequency is divided by the factor, fp32 [D/2]: 0 up to an index, 1 from another on."""
+
+        def find_index(rotations: float) -> float:
+            """Of the frequency that rotates so often in the original context."""
+            return self.head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = find_index(s.beta_fast), find_index(s.beta_slow)
+        if s.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.head_dim - 1)
+        high += 0.001 * (low == high)
+        index_D = torch.arange(self.head_dim // 2, dtype=torch.float32, device=device)
+        return ((index_D - low) / (high - low)).clamp(0, 1)
 
 
 def rotate(x_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,7 @@ CASES = {
         dict(attention_bias=True, mlp_bias=True, **LLAMA3[1]),
     ),
     "llama_yarn": Case("Llama", *DEEP),
+    "qwen3": Case("Qwen3", dict(qk_norm=True, head_dim=16), dict(head_dim=16)),
     "qwen2": Case("Qwen2", dict(qkv_bias=True, **YARN[0]), YARN[1]),
 }
 IDS = torch.randint(3, V, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
@@ -129,6 +130,21 @@ def test_logits_losses_and_gradients(name: str) -> None:
                 assert (p.grad - true).norm() < 1e-4 * true.norm(), n
                 kept[n] = p.grad.clone()
             assert p.grad.equal(kept[n]), (n, room)
+
+
+def test_a_hook_on_a_norm_of_heads() -> None:
+    """It acts, and the modules' path has the gradients of the fused one."""
+    fused, hooked = ours("qwen3"), ours("qwen3")
+    seen = []
+    for block in hooked.model.layers:
+        block.attention.k_norm.register_forward_hook(lambda module, inputs, out: seen.append(out[1].shape))
+    for model, room in ((fused, None), (hooked, 60000), (hooked, None)):
+        model.zero_grad()
+        model.keep_activations(ActivationPlan(model.config, 4, room))
+        model(IDS, BORDERS, TARGETS).backward()
+        for (n, p), q in zip(model.named_parameters(), fused.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=n)
+    assert seen[0] == (len(IDS) * 2, 16)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -51,6 +51,7 @@ class DecoderConfig:
     Args:
         qkv_bias, output_bias: biases of `wqkv` and `wo`.
         mlp_bias: of `w1`, `w2` and `w3`.
+        qk_norm: whether every head's q and k are normalized before they are rotated.
     """
 
     vocab_size: int
@@ -67,6 +68,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -100,6 +102,7 @@ class DecoderConfig:
             "qkv_bias": ("biases of q, k and v alone", self.qkv_bias and not self.output_bias),
             "output_bias": ("a bias of attention's output alone", self.output_bias and not self.qkv_bias),
             "mlp_bias": ("biases in the MLP", self.mlp_bias),
+            "qk_norm": ("norms of q and k", self.qk_norm),
             "rope_scaling": (f"rope scaling {kind}", kind in ("llama3", "yarn")),
         }
         return {field: what for field, (what, is_there) in found.items() if is_there}

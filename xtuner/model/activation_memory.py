@@ -26,7 +26,7 @@ def kept_bytes_per_token(c: DecoderConfig, itemsize: int) -> dict[str, int]:
     return {
         "input": itemsize * c.hidden_size,
         "attention": itemsize * c.query_width + 4 * c.num_heads,
-        "qkv": itemsize * c.qkv_width,
+        "qkv": itemsize * c.qkv_width * (1 + c.qk_norm),  # also before the norms
         "residual": itemsize * c.hidden_size,
         "gate_up": 2 * itemsize * c.intermediate_size,
     }

@@ -23,11 +23,11 @@ from xtuner.model.context_parallel.shared_documents import SharedDocuments
 from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, apply_linear
 from xtuner.model.ops import autograd_functions
 from xtuner.model.ops.attention_backends import AttendPrefixes
-from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy
+from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy, Recomputed
 from xtuner.model.ops.matmul import MATMULS
 from xtuner.model.ops.saved_tensors import HostMemory, recompute_saved
 from xtuner.model.ops.swiglu import TILE, SwiGLUFunction
-from xtuner.model.rope import Rope
+from xtuner.model.rope import Rope, rotate
 
 
 @dataclass
@@ -65,27 +65,36 @@ class LayerCache:
 
 
 class Attention(nn.Module):
-    """Rows of `wqkv`: for each kv head its G query heads, then k, then v, D rows each."""
+    """Rows of `wqkv`: for each kv head its G query heads, then k, then v, D rows each. `q_norm` and `k_norm` exist in
+    networks that normalize every head's q and k before the rotation."""
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
         self.num_kv_heads, self.groups, self.head_dim = c.num_kv_heads, c.queries_per_kv_head, c.head_dim
         self.wqkv = Linear(c.hidden_size, c.qkv_width, bias=c.qkv_bias)
         self.wo = Linear(c.query_width, c.hidden_size, bias=c.output_bias)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None for _ in range(2))
         self.attend = attention.attend_loop
         self.attend_prefixes: AttendPrefixes | None = attention.attend_prefix_loop
 
     def forward(
         self, x_TH: torch.Tensor, layout: DocumentLayout, cache: LayerCache | None = None, keep: KeepPolicy = KEEP_ALL
     ) -> torch.Tensor:
-        q_TND, k_TKD, v_TKD = self.project_heads(x_TH, layout)
+        recomputed = Recomputed()
+        q_TND, k_TKD, v_TKD = self.split_heads(self.wqkv(x_TH), layout, keep.qkv, recomputed)
         if cache is not None:
             o_TND = attention.attend_cached(q_TND, *cache.extend(k_TKD, v_TKD))
         else:
             recipe = autograd_functions.get_recipe(x_TH)
             inputs, compute = recipe.tensors, recipe.compute  # apart: the backward must not keep these inputs alive
-            recompute = lambda *inputs: self.project_heads(compute(*inputs), layout)  # noqa: E731
-            heads = (q_TND, k_TKD, v_TKD)
+
+            def recompute(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                qkv = self.wqkv(compute(*inputs))
+                if self.q_norm is not None:
+                    recomputed.value = qkv.detach()
+                return self.split_heads(qkv, layout, False, Recomputed())
+
+            heads = q_TND, k_TKD, v_TKD
             if layout.shared:
                 borders, project = (layout.cu_seqlens, layout.max_seqlen), None if keep.qkv else recompute
                 attend = self.attend, self.attend_prefixes
@@ -94,12 +103,40 @@ class Attention(nn.Module):
                 o_TND = self.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
         return self.wo(o_TND.reshape(len(x_TH), -1))
 
-    def project_heads(
-        self, x_TH: torch.Tensor, layout: DocumentLayout
+    def split_heads(
+        self, qkv: torch.Tensor, layout: DocumentLayout, keep: bool, recomputed: Recomputed
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """q [T, N, D], k and v [T, K, D]; q and k rotated by each token's angles."""
+        """q [T, N, D], k and v [T, K, D]; q and k rotated by each token's angles.
+
+        Args:
+            keep: whether norms of q and k keep their inputs.
+            recomputed: where a norm's backward finds these inputs if something else has recomputed them.
+        """
         angles = layout.cos_TD, layout.sin_TD
-        return autograd_functions.SplitRotate.apply(self.wqkv(x_TH), *angles, self.num_kv_heads, self.head_dim)
+        if self.q_norm is None or self.k_norm is None:
+            return autograd_functions.SplitRotate.apply(qkv, *angles, self.num_kv_heads, self.head_dim)
+        norms = self.q_norm, self.k_norm
+        if not all(isinstance(norm, RMSNorm) and norm.is_plain() for norm in norms) or norms[0].eps != norms[1].eps:
+            return self._normalize_by_modules(qkv, angles)
+        recipe = autograd_functions.keep_tensor(qkv) if keep else autograd_functions.get_recipe(qkv)
+        weights, into = [n.weight for n in norms], tuple(n.gradient_sums.get("weight") for n in norms)
+        return autograd_functions.SplitNormRotate.apply(
+            qkv, *weights, norms[0].eps, angles, self.num_kv_heads, recipe, recomputed, into
+        )
+
+    def _normalize_by_modules(
+        self, qkv: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For norms with hooks, and other modules in their place."""
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        heads = qkv.view(len(qkv), self.num_kv_heads, -1, self.head_dim)
+        q_TND, k_TKD = heads[:, :, :-2].reshape(len(qkv), -1, self.head_dim), heads[:, :, -2]
+        rotated = (
+            rotate(norm(x.reshape(-1, self.head_dim))[1].view(x.shape), *angles)
+            for norm, x in ((self.q_norm, q_TND), (self.k_norm, k_TKD))
+        )
+        return *rotated, heads[:, :, -1].contiguous()  # type: ignore[return-value]
 
 
 class FeedForward(nn.Module):

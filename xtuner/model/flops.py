@@ -20,6 +20,7 @@ def num_parameters(c: DecoderConfig) -> int:
         + c.vocab_size * c.hidden_size
         + c.hidden_size * (2 * c.num_layers + 1)
         + _bias_parameters(c)
+        + 2 * c.head_dim * c.num_layers * c.qk_norm
     )
 
 

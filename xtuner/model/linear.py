@@ -22,6 +22,10 @@ class GradientSumModule(nn.Module):
         super().__init__()
         self.gradient_sums: dict[str, GradientSum] = {}  # by parameter of this module; one without a sum uses autograd
 
+    def has_hooks(self) -> bool:
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return bool(hooks)
+
 
 class Linear(GradientSumModule):
     """y = x W^T + bias + adapter(x).
@@ -68,8 +72,7 @@ class Linear(GradientSumModule):
 
     def is_plain(self) -> bool:
         """Whether a call runs the `forward` above and nothing else."""
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return type(self).forward is Linear.forward and not hooks
+        return type(self).forward is Linear.forward and not self.has_hooks()
 
     def extra_repr(self) -> str:
         return f"{self.sizes[0]}, {self.sizes[1]}, bias={self.bias is not None}"
@@ -101,6 +104,10 @@ class RMSNorm(GradientSumModule):
         return autograd_functions.add_norm(
             x_TH, add_TH, self.weight, self.eps, self.gradient_sums.get("weight"), keep_sum
         )
+
+    def is_plain(self) -> bool:
+        """Whether a call runs the `forward` above and nothing else."""
+        return type(self).forward is RMSNorm.forward and not self.has_hooks()
 
 
 class Embedding(GradientSumModule):

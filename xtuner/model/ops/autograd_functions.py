@@ -7,7 +7,7 @@ consumer that ignores recipes, such as a user's module, keeps the tensor itself:
 The other activations, which a block may keep or recompute, in bytes per token with 2-byte numbers:
 
     attention   attention's output and log-sums   2·N·D + 4·N
-    qkv         q, k and v after rotation         2·(N + 2K)·D
+    qkv         q, k and v after rotation         2·(N + 2K)·D; with norms of q and k as much again, before these
     residual    the sum after attention           2·H
     gate_up     both factors of SwiGLU            4·F
 
@@ -81,6 +81,11 @@ def get_recipe(tensor: torch.Tensor) -> Recipe:
     recipe: Recipe | None = getattr(tensor, "recipe", None)
     if recipe is not None and recipe.version == tensor._version:
         return recipe
+    return keep_tensor(tensor)
+
+
+def keep_tensor(tensor: torch.Tensor) -> Recipe:
+    """The recipe that keeps the tensor itself."""
     return Recipe((tensor,), _identity)
 
 
@@ -89,8 +94,8 @@ def _identity(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class RecomputedSum:
-    """The sum in front of a norm, if it is not kept: recomputed once, by the first function that needs it."""
+class Recomputed:
+    """What is in front of a norm, if it is not kept: recomputed once, by the first function that needs it."""
 
     value: torch.Tensor | None = None
 
@@ -115,7 +120,7 @@ class AddNorm(torch.autograd.Function):
         eps: float,
         into: GradientSum | None,
         recipe: Recipe | None,
-        recomputed: RecomputedSum | None,
+        recomputed: Recomputed | None,
     ) -> Tensors:
         total, normed = e.rms_norm(x_TH, w_H, eps, add_TH)
         if add_TH is None:
@@ -151,7 +156,7 @@ def add_norm(
         keep_sum: False to recompute x + add in the backward, if `add` carries a recipe.
     """
     add_recipe: Recipe | None = None if keep_sum or add_TH is None else getattr(add_TH, "recipe", None)
-    recomputed = RecomputedSum() if add_recipe else None
+    recomputed = Recomputed() if add_recipe else None
     total, normed = AddNorm.apply(x_TH, add_TH, w_H, eps, into, add_recipe, recomputed)
     if not torch.is_grad_enabled():
         return total, normed
@@ -210,6 +215,46 @@ class SplitRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Optionals:
         return e.split_rotate_backward(*grads, *ctx.saved_tensors), None, None, None, None
+
+
+class SplitNormRotate(torch.autograd.Function):
+    """`SplitRotate` with the RMS norm of every head's q and k, times wq and wk, before the rotation.
+
+    Args:
+        recipe: how to recompute the joint projection; one that keeps it, or one of fewer bytes.
+        recomputed: stores the joint projection if another function has recomputed it.
+        into: gradient sums of wq and wk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: torch.Tensor,
+        wq_D: torch.Tensor,
+        wk_D: torch.Tensor,
+        eps: float,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        kv_heads: int,
+        recipe: Recipe,
+        recomputed: Recomputed,
+        into: tuple[GradientSum | None, GradientSum | None],
+    ) -> Tensors:
+        ctx.save_for_backward(wq_D, wk_D, *angles, *recipe.tensors)
+        ctx.eps, ctx.compute, ctx.recomputed, ctx.into = eps, recipe.compute, recomputed, into
+        return e.split_norm_rotate(qkv, wq_D, wk_D, eps, *angles, kv_heads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Optionals:
+        (dq, dk, dv), (wq_D, wk_D, cos_TD, sin_TD, *inputs) = grads, ctx.saved_tensors
+        qkv = ctx.recomputed.take()
+        if qkv is None:
+            qkv = ctx.compute(*inputs)
+        d, *d_weights = e.split_norm_rotate_backward(dq, dk, dv, qkv, wq_D, wk_D, ctx.eps, cos_TD, sin_TD)
+        dw = [
+            add_gradient(into, d_w, w.dtype) if needed else None
+            for into, d_w, w, needed in zip(ctx.into, d_weights, (wq_D, wk_D), ctx.needs_input_grad[1:3], strict=True)
+        ]
+        return d, *dw, None, None, None, None, None, None
 
 
 class Embed(torch.autograd.Function):

@@ -69,11 +69,8 @@ def split_rotate(
         from xtuner.model.ops import elementwise_kernels
 
         return elementwise_kernels.split_rotate(qkv, cos_TD, sin_TD, kv_heads, head_dim)
-    T = len(qkv)
-    heads = qkv.view(T, kv_heads, -1, head_dim)
-    q_TND = heads[:, :, :-2].reshape(T, -1, head_dim)
-    k_TKD, v_TKD = heads[:, :, -2], heads[:, :, -1]
-    return rotate(q_TND, cos_TD, sin_TD), rotate(k_TKD, cos_TD, sin_TD), v_TKD.contiguous()
+    q_TND, k_TKD, v_TKD = _split_heads(qkv, kv_heads, head_dim)
+    return rotate(q_TND, cos_TD, sin_TD), rotate(k_TKD, cos_TD, sin_TD), v_TKD
 
 
 def split_rotate_backward(
@@ -88,6 +85,39 @@ def split_rotate_backward(
     dq = rotate(dq_TND, cos_TD, -sin_TD).view(T, kv_heads, -1, head_dim)
     dk = rotate(dk_TKD, cos_TD, -sin_TD).view(T, kv_heads, 1, head_dim)
     return torch.cat((dq, dk, dv_TKD.view(T, kv_heads, 1, head_dim)), dim=2).view(T, -1)
+
+
+def split_norm_rotate(
+    qkv: torch.Tensor, wq_D: torch.Tensor, wk_D: torch.Tensor, eps: float, cos_TD: torch.Tensor, sin_TD: torch.Tensor,
+    kv_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`split_rotate` with the RMS norm of every head's q and k, times wq and wk, before the rotation."""
+    q_TND, k_TKD, v_TKD = _split_heads(qkv, kv_heads, len(wq_D))
+    q_TND, k_TKD = (rms_norm(x.view(-1, len(w)), w, eps)[1].view(x.shape) for x, w in ((q_TND, wq_D), (k_TKD, wk_D)))
+    return rotate(q_TND, cos_TD, sin_TD), rotate(k_TKD, cos_TD, sin_TD), v_TKD
+
+
+def split_norm_rotate_backward(
+    dq_TND: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, qkv: torch.Tensor, wq_D: torch.Tensor,
+    wk_D: torch.Tensor, eps: float, cos_TD: torch.Tensor, sin_TD: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(gradient of the joint projection, of wq and of wk in fp32)."""
+    T, kv_heads, head_dim = dk_TKD.shape
+    gradients, weights = [], []
+    for d, x, w in zip((dq_TND, dk_TKD), _split_heads(qkv, kv_heads, head_dim), (wq_D, wk_D), strict=False):
+        d = rotate(d, cos_TD, -sin_TD).view(-1, head_dim)
+        dx, dw = rms_norm_backward(d, x.view(-1, head_dim), w, eps)
+        gradients.append(dx.view(T, kv_heads, -1, head_dim))
+        weights.append(dw)
+    joint = torch.cat((*gradients, dv_TKD.view(T, kv_heads, 1, head_dim)), dim=2).view(T, -1)
+    return joint, weights[0], weights[1]
+
+
+def _split_heads(qkv: torch.Tensor, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[T, K·(G+2)·D] → q [T, N, D], k and v [T, K, D], contiguous."""
+    heads = qkv.view(len(qkv), kv_heads, -1, head_dim)
+    q_TND = heads[:, :, :-2].reshape(len(qkv), -1, head_dim)
+    return q_TND, heads[:, :, -2].contiguous(), heads[:, :, -1].contiguous()
 
 
 def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from xtuner.model.generate import Session, generate
 from xtuner.model.rope import Rope
 from xtuner.model.weights import join_from_family
 
-V, LENGTHS = 150, (40, 1, 23)
+V, LENGTHS, PADDING = 150, (40, 1, 23), 5
 SHAPE = dict(vocab_size=V, hidden_size=48, intermediate_size=72, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=12)
 THEIR_SHAPE = dict(
     vocab_size=V, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
@@ -54,14 +54,21 @@ DEEP = rope("yarn", beta_fast=2.0, beta_slow=0.25, mscale=1.0, mscale_all_dim=0.
 CASES = {
     "llama": Case(
         "Llama",
-        dict(qkv_bias=True, output_bias=True, mlp_bias=True, **LLAMA3[0]),
-        dict(attention_bias=True, mlp_bias=True, **LLAMA3[1]),
+        dict(qkv_bias=True, output_bias=True, mlp_bias=True, tie_word_embeddings=True, **LLAMA3[0]),
+        dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, **LLAMA3[1]),
     ),
     "llama_yarn": Case("Llama", *DEEP),
-    "qwen3": Case("Qwen3", dict(qk_norm=True, head_dim=16), dict(head_dim=16)),
-    "qwen2": Case("Qwen2", dict(qkv_bias=True, **YARN[0]), YARN[1]),
+    "qwen3": Case(
+        "Qwen3",
+        dict(qk_norm=True, head_dim=16, tie_word_embeddings=True, pad_token_id=PADDING),
+        dict(head_dim=16, tie_word_embeddings=True, pad_token_id=PADDING),
+    ),
+    "qwen2": Case(
+        "Qwen2", dict(qkv_bias=True, tie_word_embeddings=True, **YARN[0]), dict(tie_word_embeddings=True, **YARN[1])
+    ),
 }
 IDS = torch.randint(3, V, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+IDS[7] = PADDING
 TARGETS = torch.cat([F.pad(ids[1:], (0, 1), value=-100) for ids in IDS.split(LENGTHS)])
 BORDERS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
 
@@ -150,7 +157,8 @@ def test_a_hook_on_a_norm_of_heads() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_generation(name: str) -> None:
     their, our, prompt = theirs(name), ours(name), IDS[:17]
-    expected = their.generate(prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 17:]
+    settings = dict(attention_mask=torch.ones(1, 17), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    expected = their.generate(prompt[None], **settings)[0, 17:]
     assert list(generate(our, prompt.tolist(), 20)) == expected.tolist()
     session = Session(our)
     with torch.no_grad():

@@ -135,7 +135,7 @@ M = TypeVar("M", bound=MemoryPlan)
 def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, division: Division) -> int:
     """Bytes of weights, gradients and optimizer state on a rank, including the blocks gathered at the same time."""
     c, form, copy = source.config, optim.state_form(device), optim.compute_dtype(device)
-    parameters, ends, ranks = num_parameters(c), 2 * c.vocab_size * c.hidden_size, mesh.shard_size
+    parameters, ends, ranks = num_parameters(c), c.vocabulary_parameters, mesh.shard_size
     block = (parameters - ends) / c.num_layers
     weight, gradient = copy.itemsize, optim.gradient_dtype(device).itemsize
     # sharded in any case: moments, and masters where these are not the compute weights
@@ -146,7 +146,7 @@ def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, 
     # a block's weights, those of the next, and those that are being freed
     state += weight * (parameters if division.weights else ends + 3 * block + parameters / ranks)
     # at the end of the last block's backward: its gradients, the output layer's, and the reduced parts of both
-    block_gradients = (ends / 2 + block) * (1 + 1 / ranks) + parameters / ranks
+    block_gradients = (c.vocab_size * c.hidden_size + block) * (1 + 1 / ranks) + parameters / ranks
     return int(state + gradient * (parameters if division.gradients else block_gradients))
 
 

@@ -77,8 +77,8 @@ def export_hf(
             raise ConfigError(what, where="--with-code", do=f"leave it out: {form.name} needs no code")
         _check_tokenizer(tokenizer_folder, config)
         _check_readers(config, form)
-        hf_shapes(config, form)  # asserts that the layout stores all weights
         settings = form.write_config(config, str(dtype).removeprefix("torch."))
+        hf_shapes(config, form)  # asserts that the layout stores all weights
         _write_shards(opened, folder, config, form, dtype, max_shard_bytes)
         code = _copy_code(folder, form) if with_code else {}
         write_json(folder / "config.json", {**code, **settings})

@@ -12,7 +12,7 @@ from xtuner.core.foreign_inputs import short_repr
 from xtuner.families.hf_config import SCALING_FIELDS, Reader, read_scaling, write_scaling
 from xtuner.families.network import DecoderConfig
 
-BOOLS = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm")
+BOOLS = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm", "tie_word_embeddings")
 
 
 def write_extra_fields(c: DecoderConfig) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class DecoderConfig:
         qkv_bias, output_bias: biases of `wqkv` and `wo`.
         mlp_bias: of `w1`, `w2` and `w3`.
         qk_norm: whether every head's q and k are normalized before they are rotated.
+        tie_word_embeddings: whether the output layer multiplies with the embedding's weight.
     """
 
     vocab_size: int
@@ -69,6 +70,7 @@ class DecoderConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -91,6 +93,11 @@ class DecoderConfig:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
+    def vocabulary_parameters(self) -> int:
+        """Weights of the embedding and the output layer."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    @property
     def queries_per_kv_head(self) -> int:
         """G = N/K."""
         return self.num_heads // self.num_kv_heads
@@ -103,6 +110,7 @@ class DecoderConfig:
             "output_bias": ("a bias of attention's output alone", self.output_bias and not self.qkv_bias),
             "mlp_bias": ("biases in the MLP", self.mlp_bias),
             "qk_norm": ("norms of q and k", self.qk_norm),
+            "tie_word_embeddings": ("one weight for embedding and output layer", self.tie_word_embeddings),
             "rope_scaling": (f"rope scaling {kind}", kind in ("llama3", "yarn")),
         }
         return {field: what for field, (what, is_there) in found.items() if is_there}

@@ -20,7 +20,7 @@ from xtuner.families.network import DecoderConfig
 from xtuner.model import attention
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.context_parallel.shared_documents import SharedDocuments
-from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, apply_linear
+from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, TiedHead, apply_linear
 from xtuner.model.ops import autograd_functions
 from xtuner.model.ops.attention_backends import AttendPrefixes
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy, Recomputed
@@ -241,7 +241,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.output = Head(config.hidden_size, config.vocab_size)
+        tied = config.tie_word_embeddings
+        self.output = TiedHead(self.model.tok_embeddings) if tied else Head(config.hidden_size, config.vocab_size)
 
     def forward(
         self,

@@ -15,29 +15,23 @@ PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "A
 
 
 def num_parameters(c: DecoderConfig) -> int:
-    return (
-        matmul_parameters(c)
-        + c.vocab_size * c.hidden_size
-        + c.hidden_size * (2 * c.num_layers + 1)
-        + _bias_parameters(c)
-        + 2 * c.head_dim * c.num_layers * c.qk_norm
-    )
+    return c.num_layers * block_parameters(c) + c.vocabulary_parameters + c.hidden_size
 
 
 def block_parameters(c: DecoderConfig) -> int:
     """Parameters of one decoder block."""
-    return (num_parameters(c) - (2 * c.vocab_size + 1) * c.hidden_size) // c.num_layers
+    norms = 2 * c.hidden_size + 2 * c.head_dim * c.qk_norm
+    attention_biases = c.qkv_width * c.qkv_bias + c.hidden_size * c.output_bias
+    return _block_weights(c) + norms + attention_biases + (2 * c.intermediate_size + c.hidden_size) * c.mlp_bias
 
 
 def matmul_parameters(c: DecoderConfig) -> int:
-    """Number of weights that every token is multiplied by."""
-    attention = c.hidden_size * (c.qkv_width + c.query_width)
-    return c.num_layers * (attention + 3 * c.hidden_size * c.intermediate_size) + c.vocab_size * c.hidden_size
+    """Number of weights that every token is multiplied by: those of blocks, and of the output layer, tied or not."""
+    return c.num_layers * _block_weights(c) + c.vocab_size * c.hidden_size
 
 
-def _bias_parameters(c: DecoderConfig) -> int:
-    attention = c.qkv_width * c.qkv_bias + c.hidden_size * c.output_bias
-    return c.num_layers * (attention + (2 * c.intermediate_size + c.hidden_size) * c.mlp_bias)
+def _block_weights(c: DecoderConfig) -> int:
+    return c.hidden_size * (c.qkv_width + c.query_width + 3 * c.intermediate_size)
 
 
 def training_flops(c: DecoderConfig, tokens: int, attention_pairs: float) -> float:

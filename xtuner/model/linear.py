@@ -115,6 +115,7 @@ class Embedding(GradientSumModule):
 
     def __init__(self, vocabulary: int, size: int, padding: int | None) -> None:
         super().__init__()
+        self.sizes = vocabulary, size  # valid also where a strategy has sharded the weight
         self.weight = nn.Parameter(torch.empty(vocabulary, size))
         self.padding = padding
         nn.init.normal_(self.weight)
@@ -131,3 +132,19 @@ class Head(Linear):
         if targets_T is None:
             return super().forward(x_TH)
         return linear_cross_entropy(x_TH, self.weight, targets_T, scale, self.gradient_sums.get("weight"))
+
+
+class TiedHead(Head):
+    """An output layer that multiplies with the embedding's weight and adds to its gradient sum. It owns no parameter,
+    so that whatever shards, saves or updates parameters finds the weight once, in the embedding."""
+
+    def __init__(self, embedding: Embedding) -> None:
+        GradientSumModule.__init__(self)
+        self.sizes = embedding.sizes[::-1]
+        self.bias, self.matmul, self.adapter = None, PLAIN, None
+        self._embedding = (embedding,)  # in a tuple: not a submodule
+        self.gradient_sums = embedding.gradient_sums
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        return self._embedding[0].weight

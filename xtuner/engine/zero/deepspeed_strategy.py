@@ -73,6 +73,8 @@ class DeepSpeedStrategy(StatefulStrategy):
             # parameters of this model are gathered as it says; the engine would also prefetch only one at a time
             config["zero_optimization"].pop("stage3_allgather_sequential", None)
             source.configure(model, device, self.compute_dtype)
+            if source.config.tie_word_embeddings:
+                deepspeed.zero.register_external_parameter(model.output, model.model.tok_embeddings.weight)
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # a block gathers all of its weights at once
         else:
             model = source.build_empty(device, self.compute_dtype)

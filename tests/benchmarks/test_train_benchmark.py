@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from xtuner.data.loading.batch import Batch
 from xtuner.families import LLAMA
 from xtuner.model.decoder import CausalLM, DecoderConfig
-from xtuner.model.flops import training_flops, whole_pack_flops
+from xtuner.model.flops import count_attention_pairs, training_flops, whole_pack_flops
 from xtuner.model.weights import split_for_family
 from xtuner.train.reporting.profile import sum_by_part
 
@@ -108,6 +109,9 @@ def test_flops_by_hand() -> None:
     assert weights == 1376
     assert training_flops(c, 10, 6 * 6 + 4 * 4) == 6 * weights * 10 + 6 * 8 * 52
     assert whole_pack_flops(c, 10, 10) == 6 * weights * 10 + 12 * 8 * 100
+    borders = torch.tensor([0, 6, 10])
+    assert count_attention_pairs(c, borders) == 52
+    assert count_attention_pairs(replace(c, sliding_window=5), borders) == 51  # one of 36 / 2 pairs is outside, halved
 
 
 def test_kernels_are_summed_by_part() -> None:

@@ -39,7 +39,7 @@ from xtuner.train.trainer import Options
 
 ITERATIONS, PACKS, PACK = 10, 4, 64
 LENGTHS = ([64], [20, 44], [1] * 64, [3, 1, 0, 60], [7] * 9 + [1], [63, 1], [2] * 32)  # of the documents of a pack
-HEADS = {"grouped": (8, 2), "one kv head": (4, 1), "uneven": (6, 3), "fewer than ranks": (2, 1)}
+HEADS = {"grouped": (8, 2), "one kv head": (4, 1), "uneven": (6, 3), "fewer than ranks": (2, 1), "windows": (2, 1)}
 SEVEN_B = dict(
     vocab_size=92544, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8,
@@ -55,17 +55,24 @@ CASES = [  # ranks, cp, --deepspeed, --fsdp, heads, bytes for activations
     (4, 4, None, "full", "fewer than ranks", 0),
     (4, 4, None, "full", "fewer than ranks", 60_000),
     (4, 2, None, "hybrid", "grouped", None),
+    (2, 2, None, "full", "windows", 60_000),
+    (4, 4, None, "full", "windows", 0),
 ]
 
 
 def model(heads: str) -> ModelSource:
-    """Documents longer than 32 tokens stretch the base of their angles."""
+    """Documents longer than 32 tokens stretch the base of their angles. "windows" also has norms of q and k and one
+    weight for embedding and output layer."""
     num_heads, num_kv_heads = HEADS[heads]
-    return from_scratch(
+    source = from_scratch(
         activation_checkpointing=True, seed=0, vocab_size=101, hidden_size=8 * num_heads, intermediate_size=72,
         num_hidden_layers=2, num_attention_heads=num_heads, num_key_value_heads=num_kv_heads,
         max_position_embeddings=32, rope_scaling=dict(type="dynamic", factor=2.0),
     )  # fmt: skip
+    if heads != "windows":
+        return source
+    more = dict(sliding_window=9, sliding_layers=(True, False), qk_norm=True, tie_word_embeddings=True)
+    return replace(source, config=replace(source.config, **more))
 
 
 def packs() -> list[Batch]:

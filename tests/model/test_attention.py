@@ -22,12 +22,15 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     "lengths", [[17, 1, 300, 64, 128, 5], [0, 700, 0, 3, 1], [1000], [128, 256, 1, 127, 384], [1] * 300 + [200]]
 )
-def test_the_mask_of_documents_holds_the_blocks_that_are_seen(lengths: list[int]) -> None:
+@pytest.mark.parametrize("window", [None, 1, 129, 256, 700])
+def test_the_mask_of_documents_holds_the_blocks_that_are_seen(lengths: list[int], window: int | None) -> None:
     borders, total = torch.tensor([0, *lengths]).cumsum(0).int(), sum(lengths)
-    mask = document_mask(borders, total)
+    mask = document_mask(borders, total, window)
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     token = torch.arange(total)
     seen = (document[:, None] == document) & (token[:, None] >= token)
+    if window is not None:
+        seen &= token[:, None] - token < window
     assert torch.equal(mask.mask_mod(0, 0, token[:, None], token[None]), seen)
     count = -(-total // BLOCK)
     square = torch.zeros(count * BLOCK, count * BLOCK, dtype=torch.bool)
@@ -64,6 +67,8 @@ def test_the_fastest_that_runs_is_chosen() -> None:
     assert "flash4, varlen, cudnn, flex, loop" in error.value.do
     gpu, flash = torch.device("cuda"), attention.BACKENDS["flash4"]
     assert flash.why_unavailable(gpu, torch.float32, 128) == "it does not compute in float32"
+    assert attention.BACKENDS["cudnn"].why_unsupported(gpu, torch.bfloat16, 128, has_windows=True) is not None
+    assert attention.choose_backend(CPU, torch.float32, 64, has_windows=True) == "loop"
     torch.use_deterministic_algorithms(True)
     try:  # FlashAttention-4 keeps an order only where no key-value head is shared
         assert "randomness.deterministic is on" in (flash.why_unsupported(gpu, torch.bfloat16, 128, groups=4) or "")
@@ -71,6 +76,28 @@ def test_the_fastest_that_runs_is_chosen() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert flash.why_unavailable(gpu, torch.bfloat16, 80) == "heads of 80 are not among 64, 96, 128"
+
+
+@pytest.mark.parametrize("mask", [1, 600, 2**26])
+@pytest.mark.parametrize("slices", [1, 128])
+@pytest.mark.parametrize("window", [1, 9, 64, 300])
+def test_sliding_windows(window: int, slices: int, mask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of documents, and of their last tokens: what a mask of all pairs gives."""
+    monkeypatch.setattr(attention, "MASK", mask)
+    monkeypatch.setattr(attention, "SLICE", slices)
+    q, k, v = (torch.randn(280, heads, 16) for heads in (4, 2, 2))
+    borders = torch.tensor([0, 1, 180, 180, 280], dtype=torch.int32)
+    token = torch.arange(280)
+    document = torch.searchsorted(borders, token, right=True)
+    seen = (document[:, None] == document) & (token[:, None] >= token) & (token[:, None] - token < window)
+    expected = attention.attend_dense(q, k, v, causal=False, mask_QS=seen)
+    torch.testing.assert_close(attention.load_backend("loop", window)(q, k, v, borders, 179), expected)
+    prefixes = attention.load_prefixes("loop", window)
+    assert prefixes is not None
+    last = torch.cat((token[100:180], token[279:]))  # of the second document, and of the last
+    keys = torch.cat((token[1:180], token[180:]))
+    found = prefixes(q[last], k[keys], v[keys], torch.tensor([0, 80, 81]), torch.tensor([0, 179, 279]), 80, 179)
+    torch.testing.assert_close(found, expected[last])
 
 
 OUTSIDE = """

@@ -33,24 +33,28 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-def attend_by(name: str) -> Attend:
-    if why := attention.BACKENDS[name].why_unavailable(torch.device("cuda"), torch.bfloat16, 128):
+def attend_by(name: str, window: int | None = None) -> Attend:
+    device, has_windows = torch.device("cuda"), window is not None
+    if why := attention.BACKENDS[name].why_unavailable(device, torch.bfloat16, 128, has_windows=has_windows):
         pytest.skip(why)
-    return attention.load_backend(name)
+    return attention.load_backend(name, window)
 
 
+@pytest.mark.parametrize("window", [None, 1, 100, 400])
 @pytest.mark.parametrize("lengths", [[17, 1, 300, 64, 128, 5], [0, 700, 0, 3, 1], [1000]])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (8, 2, 128), (6, 1, 64)])
 @pytest.mark.parametrize("name", [n for n in attention.BACKENDS if n != "loop"])
-def test_attention_against_fp64(name: str, heads: int, kv_heads: int, dim: int, lengths: list[int]) -> None:
-    attend = attend_by(name)
+def test_attention_against_fp64(
+    name: str, heads: int, kv_heads: int, dim: int, lengths: list[int], window: int | None
+) -> None:
+    attend = attend_by(name, window)
     generator = torch.Generator("cuda").manual_seed(0)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
     shapes = [(sum(lengths), n, dim) for n in (heads, kv_heads, kv_heads)]
     inputs = [torch.randn(s, device="cuda", generator=generator).bfloat16().requires_grad_() for s in shapes]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out = attend(*inputs, cu_seqlens, max(lengths))
-    expected = attention.attend_loop(*exact, cu_seqlens, max(lengths))
+    expected = attention.attend_loop(*exact, cu_seqlens, max(lengths), window)
     weight = torch.randn(out.shape, device="cuda", generator=generator)
     (out.float() * weight).sum().backward()
     (expected * weight).sum().backward()

@@ -63,6 +63,12 @@ CASES = {
         dict(qk_norm=True, head_dim=16, tie_word_embeddings=True, pad_token_id=PADDING),
         dict(head_dim=16, tie_word_embeddings=True, pad_token_id=PADDING),
     ),
+    "mistral": Case("Mistral", dict(sliding_window=5, head_dim=16), dict(sliding_window=5, head_dim=16)),
+    "qwen2_window": Case(
+        "Qwen2",
+        dict(qkv_bias=True, sliding_window=7, sliding_layers=(False, True)),
+        dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    ),
     "qwen2": Case(
         "Qwen2", dict(qkv_bias=True, tie_word_embeddings=True, **YARN[0]), dict(tie_word_embeddings=True, **YARN[1])
     ),

@@ -21,6 +21,9 @@ def write_extra_fields(c: DecoderConfig) -> dict[str, Any]:
     if lacking & {"qkv_bias", "output_bias"}:
         lacking |= {"qkv_bias", "output_bias"}
     found = {name: getattr(c, name) for name in BOOLS if name in lacking}
+    if "sliding_window" in lacking:
+        found["sliding_window"] = c.sliding_window
+        found |= {"sliding_layers": [*c.sliding_layers]} if c.sliding_layers is not None else {}
     return found | ({"rope_scaling": write_scaling(c.rope_scaling)} if "rope_scaling" in lacking else {})
 
 
@@ -35,6 +38,13 @@ def read_extra_fields(read: Reader, c: DecoderConfig) -> DecoderConfig:
     for key in read.hf:
         if key in BOOLS:
             found[key] = read.only(key, (True, False), None)
+        elif key == "sliding_window":
+            found[key] = read.whole(key, read.hf[key], 2**40)
+        elif key == "sliding_layers":
+            layers = read.hf[key]
+            if not isinstance(layers, list) or [*map(type, layers)] != [bool] * c.num_layers:
+                raise read.wrong(key, f"{key} = {short_repr(layers)} is not a list of {c.num_layers} booleans")
+            found[key] = tuple(layers)
         elif key == "rope_scaling":
             found[key] = read_scaling(read, read.inner(key), tuple(SCALING_FIELDS))
         else:

@@ -52,6 +52,8 @@ class DecoderConfig:
         qkv_bias, output_bias: biases of `wqkv` and `wo`.
         mlp_bias: of `w1`, `w2` and `w3`.
         qk_norm: whether every head's q and k are normalized before they are rotated.
+        sliding_window: tokens of its document that a token attends to, itself included; None for all before it.
+        sliding_layers: which layers have the window; None for all.
         tie_word_embeddings: whether the output layer multiplies with the embedding's weight.
     """
 
@@ -71,6 +73,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] | None = None
     initializer_range: float = 0.02
     bos_token_id: int = 1
     eos_token_id: int = 2
@@ -102,6 +106,15 @@ class DecoderConfig:
         """G = N/K."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def num_windows(self) -> int:
+        """Number of layers with a sliding window."""
+        return sum(self.window(layer) is not None for layer in range(self.num_layers))
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of a layer, if any."""
+        return self.sliding_window if self.sliding_layers is None or self.sliding_layers[layer] else None
+
     def special_features(self) -> dict[str, str]:
         """What this network has and not every family knows, in words, by the field that says so."""
         kind = self.rope_scaling.kind if self.rope_scaling else ""
@@ -110,6 +123,7 @@ class DecoderConfig:
             "output_bias": ("a bias of attention's output alone", self.output_bias and not self.qkv_bias),
             "mlp_bias": ("biases in the MLP", self.mlp_bias),
             "qk_norm": ("norms of q and k", self.qk_norm),
+            "sliding_window": ("sliding windows", self.sliding_window is not None),
             "tie_word_embeddings": ("one weight for embedding and output layer", self.tie_word_embeddings),
             "rope_scaling": (f"rope scaling {kind}", kind in ("llama3", "yarn")),
         }

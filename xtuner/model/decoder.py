@@ -22,7 +22,7 @@ from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.context_parallel.shared_documents import SharedDocuments
 from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, TiedHead, apply_linear
 from xtuner.model.ops import autograd_functions
-from xtuner.model.ops.attention_backends import AttendPrefixes
+from xtuner.model.ops.attention_backends import Attend, AttendPrefixes
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy, Recomputed
 from xtuner.model.ops.matmul import MATMULS
 from xtuner.model.ops.saved_tensors import HostMemory, recompute_saved
@@ -68,14 +68,21 @@ class Attention(nn.Module):
     """Rows of `wqkv`: for each kv head its G query heads, then k, then v, D rows each. `q_norm` and `k_norm` exist in
     networks that normalize every head's q and k before the rotation."""
 
-    def __init__(self, c: DecoderConfig) -> None:
+    def __init__(self, c: DecoderConfig, window: int | None = None) -> None:
         super().__init__()
+        self.window = window
         self.num_kv_heads, self.groups, self.head_dim = c.num_kv_heads, c.queries_per_kv_head, c.head_dim
         self.wqkv = Linear(c.hidden_size, c.qkv_width, bias=c.qkv_bias)
         self.wo = Linear(c.query_width, c.hidden_size, bias=c.output_bias)
         self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None for _ in range(2))
-        self.attend = attention.attend_loop
-        self.attend_prefixes: AttendPrefixes | None = attention.attend_prefix_loop
+        self.attend: Attend
+        self.attend_prefixes: AttendPrefixes | None
+        self.use_backend("loop")
+
+    def use_backend(self, name: str) -> None:
+        """Choose the attention backend."""
+        self.attend = attention.load_backend(name, self.window)
+        self.attend_prefixes = attention.load_prefixes(name, self.window)
 
     def forward(
         self, x_TH: torch.Tensor, layout: DocumentLayout, cache: LayerCache | None = None, keep: KeepPolicy = KEEP_ALL
@@ -83,7 +90,7 @@ class Attention(nn.Module):
         recomputed = Recomputed()
         q_TND, k_TKD, v_TKD = self.split_heads(self.wqkv(x_TH), layout, keep.qkv, recomputed)
         if cache is not None:
-            o_TND = attention.attend_cached(q_TND, *cache.extend(k_TKD, v_TKD))
+            o_TND = attention.attend_cached(q_TND, *cache.extend(k_TKD, v_TKD), self.window)
         else:
             recipe = autograd_functions.get_recipe(x_TH)
             inputs, compute = recipe.tensors, recipe.compute  # apart: the backward must not keep these inputs alive
@@ -164,13 +171,14 @@ class Block(nn.Module):
 
     Args:
         host: memory for what is kept there; shared by all blocks.
+        window: the layer's sliding window, if any.
     """
 
-    def __init__(self, c: DecoderConfig, host: HostMemory) -> None:
+    def __init__(self, c: DecoderConfig, host: HostMemory, window: int | None = None) -> None:
         super().__init__()
         self.host = host
         self.attention_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.attention = Attention(c)
+        self.attention = Attention(c, window)
         self.ffn_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.feed_forward = FeedForward(c)
 
@@ -207,7 +215,7 @@ class Decoder(nn.Module):
         self.rope = Rope(c.head_dim, c.rope_theta, c.max_position_embeddings, c.rope_scaling)
         self.tok_embeddings = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id)
         self.host = HostMemory()
-        self.layers = nn.ModuleList(Block(c, self.host) for _ in range(c.num_layers))
+        self.layers = nn.ModuleList(Block(c, self.host, c.window(layer)) for layer in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.activation_plan = ActivationPlan(c, itemsize=4)  # keeps everything
 
@@ -308,8 +316,7 @@ class CausalLM(nn.Module):
     def use_attention(self, name: str) -> None:
         """Choose the attention backend for all layers."""
         for block in self.model.layers:
-            block.attention.attend = attention.load_backend(name)  # type: ignore[union-attr]
-            block.attention.attend_prefixes = attention.find_backend(name).load_prefixes()  # type: ignore[union-attr]
+            block.attention.use_backend(name)  # type: ignore[union-attr, operator]
 
 
 @torch.no_grad()

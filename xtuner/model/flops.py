@@ -2,8 +2,8 @@
 
     FLOPs = 6 · matmul parameters · tokens + 6 · L · N · D · Σ len²
 
-The embedding is a look-up and does not count. Attention counts the causal pairs inside documents exactly. Recomputation
-does not count.
+The embedding is a look-up and does not count. Attention counts the causal pairs inside documents, and inside windows of
+layers that have them. Recomputation does not count.
 """
 
 import torch
@@ -34,8 +34,19 @@ def _block_weights(c: DecoderConfig) -> int:
     return c.hidden_size * (c.qkv_width + c.query_width + 3 * c.intermediate_size)
 
 
+def count_attention_pairs(c: DecoderConfig, cu_seqlens: torch.Tensor) -> int:
+    """Σ len² over documents, mean over layers. With a sliding window w, a longer document counts len² − (len − w)²."""
+    lengths = cu_seqlens.diff().long()
+    pairs = int(lengths.square().sum())
+    if not c.num_windows or c.sliding_window is None:
+        return pairs
+    outside = int((lengths - c.sliding_window).clamp(min=0).square().sum())
+    return pairs - outside * c.num_windows // c.num_layers
+
+
 def training_flops(c: DecoderConfig, tokens: int, attention_pairs: float) -> float:
-    """FLOPs of forward and backward over `tokens` tokens whose documents have Σ len² = `attention_pairs`."""
+    """FLOPs of forward and backward over `tokens` tokens with `attention_pairs` of
+    `count_attention_pairs`."""
     return 6.0 * matmul_parameters(c) * tokens + 6.0 * c.num_layers * c.query_width * attention_pairs
 
 

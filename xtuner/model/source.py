@@ -96,7 +96,9 @@ class ModelSource:
     def attention_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Name of the attention backend that training uses on this device."""
         c = self.config
-        return attention.choose_backend(device, dtype, c.head_dim, self.attention, c.queries_per_kv_head)
+        return attention.choose_backend(
+            device, dtype, c.head_dim, self.attention, c.queries_per_kv_head, c.num_windows > 0
+        )
 
     def fill_weights(
         self, parts: Mapping[str, FlatRange], shapes: Mapping[str, torch.Size], device: torch.device

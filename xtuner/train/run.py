@@ -170,7 +170,7 @@ class Iteration:
     applied: bool
     num_targets: int
     num_tokens: int  # of this rank
-    attention_pairs: float  # Σ len² of a rank's packs, mean over ranks
+    attention_pairs: float  # of a rank's packs (model/flops.py), mean over ranks
     data_time: float  # s that this rank waited for packs
     record: dict[str, Any] = field(default_factory=dict)
 

@@ -21,6 +21,7 @@ from xtuner.engine import capacity, long_documents, memory
 from xtuner.engine.state.slices import SavedStates
 from xtuner.engine.strategies.out_of_memory import is_out_of_memory
 from xtuner.engine.strategies.select import build_strategy, choose_strategy
+from xtuner.model.flops import count_attention_pairs
 from xtuner.train import preflight
 from xtuner.train.checkpoints import history
 from xtuner.train.checkpoints.async_saver import AsyncSaver
@@ -218,7 +219,8 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
         data_time = time.perf_counter() - begin
         # at least one iteration per start; everything that ranks must agree on is sent in one message
         stops = run.state.iteration > begun_at and stop.requested(run.saver.save_time)
-        counted = [stops, sum(b.num_targets for b in batch), sum(b.attention_pairs for b in batch)]
+        pairs = sum(count_attention_pairs(run.source.config, b.cu_seqlens) for b in batch)
+        counted = [stops, sum(b.num_targets for b in batch), pairs]
         counts, parts = run.mesh.ranks.sums_and_maxima(counted, run.strategy.count_micro_batches(batch))
         if counts[0]:
             return _save_and_stop(run, stop)

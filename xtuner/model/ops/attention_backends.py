@@ -15,12 +15,11 @@ import torch
 
 from xtuner.core.files import user_cache_dir
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-# (q, k, v, borders of queries, borders of keys, most queries, most keys): the queries of each fragment are the last of
-# as many tokens as it has keys
-AttendPrefixes = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor
-]
+# (q, k, v, borders, longest), and `window` for layers with a sliding window
+Attend = Callable[..., torch.Tensor]
+# (q, k, v, borders of queries, borders of keys, most queries, most keys), and `window`: the queries of each fragment
+# are the last of as many tokens as it has keys
+AttendPrefixes = Callable[..., torch.Tensor]
 
 BLOCK = 128  # tokens; FlexAttention skips blocks that are masked in full
 # cuDNN builds a graph (0.2 s) for each number of documents and each longest length; both are rounded up so that few
@@ -34,9 +33,10 @@ def attend_complete(prefixes: AttendPrefixes) -> Attend:
     """Attention of complete documents by a function for queries that are the last tokens of documents."""
 
     def attend(
-        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-    ) -> torch.Tensor:
-        return prefixes(q_TND, k_TKD, v_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
+        window: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        return prefixes(q_TND, k_TKD, v_TKD, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window)
 
     return attend
 
@@ -53,10 +53,12 @@ def flash_4() -> AttendPrefixes | None:
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_borders: torch.Tensor, k_borders: torch.Tensor,
-        most_queries: int, most_keys: int,
+        most_queries: int, most_keys: int, window: int | None = None,
     ) -> torch.Tensor:  # fmt: skip
         borders: dict[str, Any] = dict(cu_seqlens_q=q_borders, cu_seqlens_k=k_borders)
-        lengths = dict(max_seqlen_q=most_queries, max_seqlen_k=most_keys)
+        lengths: dict[str, Any] = dict(max_seqlen_q=most_queries, max_seqlen_k=most_keys)
+        if window is not None:  # tokens before each
+            lengths["window_size"] = window - 1, 0
         exact = torch.are_deterministic_algorithms_enabled()
         out = flash_attn_varlen_func(q, k, v, **borders, **lengths, causal=True, deterministic=exact)
         return out[0] if isinstance(out, tuple) else out
@@ -103,10 +105,11 @@ def varlen() -> AttendPrefixes | None:
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_borders: torch.Tensor, k_borders: torch.Tensor,
-        most_queries: int, most_keys: int,
+        most_queries: int, most_keys: int, window: int | None = None,
     ) -> torch.Tensor:  # fmt: skip
         borders, lengths = (q_borders, k_borders), (most_queries, most_keys)
-        return function(q, k, v, *borders, *lengths, window_size=(-1, 0), **grouped)
+        before = -1 if window is None else window - 1
+        return function(q, k, v, *borders, *lengths, window_size=(before, 0), **grouped)
 
     return attend
 
@@ -121,30 +124,35 @@ def flex() -> Attend | None:
     from torch.utils.weak import WeakIdKeyDictionary
 
     compiled = torch.compile(flex_attention, dynamic=True)
-    masks = WeakIdKeyDictionary()  # by `cu_seqlens`, which all layers of a micro-batch share
+    masks = WeakIdKeyDictionary()  # by `cu_seqlens`, which all layers of a micro-batch share: by window, the mask
 
     def attend(
-        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
-    ) -> torch.Tensor:
-        if cu_seqlens not in masks:
-            masks[cu_seqlens] = document_mask(cu_seqlens, len(q_TND))
+        q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
+        window: int | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        known = masks.setdefault(cu_seqlens, {})
+        if window not in known:
+            known[window] = document_mask(cu_seqlens, len(q_TND), window)
         q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TKD, v_TKD))
-        return compiled(q, k, v, block_mask=masks[cu_seqlens], enable_gqa=True)[0].transpose(0, 1)
+        return compiled(q, k, v, block_mask=known[window], enable_gqa=True)[0].transpose(0, 1)
 
     return attend
 
 
-def document_mask(cu_seqlens: torch.Tensor, num_tokens: int) -> Any:
+def document_mask(cu_seqlens: torch.Tensor, num_tokens: int, window: int | None = None) -> Any:
     """FlexAttention's mask of causal documents, from borders int32 [n + 1], without enumerating pairs of tokens.
 
-    A block of BLOCK queries needs the key blocks from the beginning of its first token's document up to itself. Of
-    these, the ones that begin inside its last token's document and lie before the query block are unmasked in full.
+    A token's keys begin with its document, or later with its window. A block of BLOCK queries needs the key blocks from
+    the first key of its first token up to itself. Of these, the ones that begin at or after the first key of its last
+    token and lie before the query block are unmasked in full.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     device = cu_seqlens.device
     document_T = torch.searchsorted(cu_seqlens[1:], torch.arange(num_tokens, device=device), right=True)
-    begin_T = cu_seqlens[document_T]  # where each token's document begins
+    begin_T = cu_seqlens[document_T]  # each token's first key
+    if window is not None:
+        begin_T = torch.maximum(begin_T, torch.arange(num_tokens, device=device, dtype=begin_T.dtype) - window + 1)
     block = torch.arange(-(-num_tokens // BLOCK), device=device)
     last = (BLOCK * (block + 1)).clamp(max=num_tokens) - 1
     query, key = block[:, None], block[None, :]

@@ -93,7 +93,7 @@ def split_norm_rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """`split_rotate` with the RMS norm of every head's q and k, times wq and wk, before the rotation."""
     q_TND, k_TKD, v_TKD = _split_heads(qkv, kv_heads, len(wq_D))
-    q_TND, k_TKD = (rms_norm(x.view(-1, len(w)), w, eps)[1].view(x.shape) for x, w in ((q_TND, wq_D), (k_TKD, wk_D)))
+    q_TND, k_TKD = (rms_norm(x.reshape(-1, len(w)), w, eps)[1].view(x.shape) for x, w in ((q_TND, wq_D), (k_TKD, wk_D)))
     return rotate(q_TND, cos_TD, sin_TD), rotate(k_TKD, cos_TD, sin_TD), v_TKD
 
 
@@ -106,7 +106,7 @@ def split_norm_rotate_backward(
     gradients, weights = [], []
     for d, x, w in zip((dq_TND, dk_TKD), _split_heads(qkv, kv_heads, head_dim), (wq_D, wk_D), strict=False):
         d = rotate(d, cos_TD, -sin_TD).view(-1, head_dim)
-        dx, dw = rms_norm_backward(d, x.view(-1, head_dim), w, eps)
+        dx, dw = rms_norm_backward(d, x.reshape(-1, head_dim), w, eps)
         gradients.append(dx.view(T, kv_heads, -1, head_dim))
         weights.append(dw)
     joint = torch.cat((*gradients, dv_TKD.view(T, kv_heads, 1, head_dim)), dim=2).view(T, -1)
@@ -114,7 +114,7 @@ def split_norm_rotate_backward(
 
 
 def _split_heads(qkv: torch.Tensor, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[T, K·(G+2)·D] → q [T, N, D], k and v [T, K, D], contiguous."""
+    """[T, K·(G+2)·D] → q [T, N, D], k and v [T, K, D]; k and v contiguous."""
     heads = qkv.view(len(qkv), kv_heads, -1, head_dim)
     q_TND = heads[:, :, :-2].reshape(len(qkv), -1, head_dim)
     return q_TND, heads[:, :, -2].contiguous(), heads[:, :, -1].contiguous()

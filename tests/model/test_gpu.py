@@ -245,6 +245,16 @@ def test_kernels_equal_their_definitions(dtype: torch.dtype, tolerance: float) -
             angle.cos(),
             angle.sin(),
         )
+        qkv, norms = numbers(T, kv_heads * (groups + 2) * dim), (numbers(dim), numbers(dim), 1e-5)
+        both(elementwise.split_norm_rotate, qkv, *norms, angle.cos(), angle.sin(), kv_heads)
+        both(
+            elementwise.split_norm_rotate_backward,
+            *(numbers(*s) for s in shapes),
+            qkv,
+            *norms,
+            angle.cos(),
+            angle.sin(),
+        )
     gate, up, d = numbers(T, 1000), numbers(T, 1000), numbers(T, 1000)
     both(lambda *a: (elementwise.swiglu(*a),), gate, up)
     both(elementwise.swiglu_backward, gate, up, d)

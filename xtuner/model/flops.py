@@ -45,8 +45,7 @@ def count_attention_pairs(c: DecoderConfig, cu_seqlens: torch.Tensor) -> int:
 
 
 def training_flops(c: DecoderConfig, tokens: int, attention_pairs: float) -> float:
-    """FLOPs of forward and backward over `tokens` tokens with `attention_pairs` of
-    `count_attention_pairs`."""
+    """FLOPs of forward and backward over `tokens` tokens with so many pairs by `count_attention_pairs`."""
     return 6.0 * matmul_parameters(c) * tokens + 6.0 * c.num_layers * c.query_width * attention_pairs
 
 

@@ -92,6 +92,10 @@ def split_norm_rotate(
     kv_heads: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """`split_rotate` with the RMS norm of every head's q and k, times wq and wk, before the rotation."""
+    if _use_kernels(qkv):
+        from xtuner.model.ops import elementwise_kernels
+
+        return elementwise_kernels.split_norm_rotate(qkv, wq_D, wk_D, eps, cos_TD, sin_TD, kv_heads)
     q_TND, k_TKD, v_TKD = _split_heads(qkv, kv_heads, len(wq_D))
     q_TND, k_TKD = (rms_norm(x.reshape(-1, len(w)), w, eps)[1].view(x.shape) for x, w in ((q_TND, wq_D), (k_TKD, wk_D)))
     return rotate(q_TND, cos_TD, sin_TD), rotate(k_TKD, cos_TD, sin_TD), v_TKD
@@ -102,6 +106,11 @@ def split_norm_rotate_backward(
     wk_D: torch.Tensor, eps: float, cos_TD: torch.Tensor, sin_TD: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(gradient of the joint projection, of wq and of wk in fp32)."""
+    if _use_kernels(qkv):
+        from xtuner.model.ops import elementwise_kernels
+
+        args = (dq_TND, dk_TKD, dv_TKD, qkv, wq_D, wk_D, eps, cos_TD, sin_TD)
+        return elementwise_kernels.split_norm_rotate_backward(*args)
     T, kv_heads, head_dim = dk_TKD.shape
     gradients, weights = [], []
     for d, x, w in zip((dq_TND, dk_TKD), _split_heads(qkv, kv_heads, head_dim), (wq_D, wk_D), strict=False):

@@ -84,11 +84,14 @@ def rms_norm_backward(
 
 @triton.jit
 def _split_rotate(
-    QKV, COS, SIN, Q, K, V,
+    QKV, COS, SIN, Q, K, V, WQ, WK, eps,
     KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    BACKWARD: tl.constexpr,
+    BACKWARD: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """One token. QKV has the heads group by group: G queries, k, v. Q, K and V have one kind of heads each."""
+    """One token. QKV has the heads group by group: G queries, k, v. Q, K and V have one kind of heads each.
+
+    NORM: q and k are normalized and multiplied by WQ and WK before the rotation (forward only).
+    """
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, WIDTH)[None, :]
@@ -109,6 +112,11 @@ def _split_rotate(
         a = tl.load(joint, inside, 0.0)
         b = tl.load(joint + HALF, inside, 0.0)
     a32, b32 = a.to(tl.float32), b.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(a32 * a32 + b32 * b32, 1) / (2 * HALF) + eps)[:, None]
+        w_first, w_second = _load_head_weights(WQ, WK, member < G, pair, HALF)
+        a32 = ((a32 * scale).to(a.dtype).to(tl.float32) * w_first).to(a.dtype).to(tl.float32)
+        b32 = ((b32 * scale).to(a.dtype).to(tl.float32) * w_second).to(a.dtype).to(tl.float32)
     first = tl.where(is_v, a, (a32 * cos - b32 * sin).to(a.dtype))
     second = tl.where(is_v, b, (b32 * cos + a32 * sin).to(a.dtype))
     if BACKWARD:
@@ -123,27 +131,94 @@ def _split_rotate(
         tl.store(v + HALF, second, is_v)
 
 
-def _rotate(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: tuple[torch.Tensor, ...], backward: bool
-) -> None:
-    q, k, v = heads
-    T, kv_heads, head_dim = k.shape
-    groups = q.shape[1] // kv_heads
-    shape: dict[str, Any] = dict(KV=kv_heads, G=groups, HALF=head_dim // 2)
-    shape |= dict(
-        HEADS=triton.next_power_of_2(kv_heads * (groups + 2)), WIDTH=triton.next_power_of_2(max(head_dim // 2, 16))
-    )
-    _split_rotate[(T,)](qkv, cos, sin, q, k, v, **shape, BACKWARD=backward, num_warps=8)
+@triton.jit
+def _load_head_weights(WQ, WK, is_q, pair, HALF: tl.constexpr):
+    """Both halves of each head's weights, fp32 [HEADS, WIDTH]."""
+    first = tl.where(is_q, tl.load(WQ + pair, pair < HALF, 0.0), tl.load(WK + pair, pair < HALF, 0.0))
+    second = tl.where(is_q, tl.load(WQ + HALF + pair, pair < HALF, 0.0), tl.load(WK + HALF + pair, pair < HALF, 0.0))
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _split_norm_rotate_backward(
+    D, QKV, COS, SIN, Q, K, V, WQ, WK, DW, T, eps,
+    KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Several tokens. Q, K and V are gradients, D that of QKV; DW has a program's sums of those of WQ and WK."""
+    head = tl.arange(0, HEADS)[:, None]
+    pair = tl.arange(0, WIDTH)[None, :]
+    inside = (head < KV * (G + 2)) & (pair < HALF)
+    group, member = head // (G + 2), head % (G + 2)
+    is_q, is_k, is_v = inside & (member < G), inside & (member == G), inside & (member == G + 1)
+    w_first, w_second = _load_head_weights(WQ, WK, member < G, pair, HALF)
+    dw_first, dw_second = tl.zeros([HEADS, WIDTH], tl.float32), tl.zeros([HEADS, WIDTH], tl.float32)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for i in range(0, (T - program + programs - 1) // programs):
+        token = program.to(tl.int64) + i * programs
+        joint = (token * (KV * (G + 2)) + head) * (2 * HALF) + pair
+        q = Q + (token * (KV * G) + group * G + member) * (2 * HALF) + pair
+        k = K + (token * KV + group) * (2 * HALF) + pair
+        v = V + (token * KV + group) * (2 * HALF) + pair
+        cos = tl.load(COS + token * HALF + pair, pair < HALF, 0.0)
+        sin = tl.load(SIN + token * HALF + pair, pair < HALF, 0.0)
+        a = tl.load(q, is_q, 0.0) + tl.load(k, is_k, 0.0) + tl.load(v, is_v, 0.0)  # one of the three
+        b = tl.load(q + HALF, is_q, 0.0) + tl.load(k + HALF, is_k, 0.0) + tl.load(v + HALF, is_v, 0.0)
+        dtype = a.dtype
+        a32, b32 = a.to(tl.float32), b.to(tl.float32)
+        first = (a32 * cos + b32 * sin).to(dtype).to(tl.float32)
+        second = (b32 * cos - a32 * sin).to(dtype).to(tl.float32)
+        x_first = tl.load(QKV + joint, inside, 0.0).to(tl.float32)
+        x_second = tl.load(QKV + joint + HALF, inside, 0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x_first * x_first + x_second * x_second, 1) / (2 * HALF) + eps)[:, None]
+        x_first, x_second = x_first * scale, x_second * scale
+        dw_first += first * x_first.to(dtype).to(tl.float32)
+        dw_second += second * x_second.to(dtype).to(tl.float32)
+        first, second = first * w_first, second * w_second
+        mean = (tl.sum(first * x_first + second * x_second, 1) / (2 * HALF))[:, None]
+        tl.store(D + joint, tl.where(is_v, a, (scale * (first - x_first * mean)).to(dtype)), inside)
+        tl.store(D + joint + HALF, tl.where(is_v, b, (scale * (second - x_second * mean)).to(dtype)), inside)
+    out = DW + program.to(tl.int64) * (4 * HALF) + tl.arange(0, WIDTH)
+    valid = tl.arange(0, WIDTH) < HALF
+    tl.store(out, tl.sum(tl.where(is_q, dw_first, 0.0), 0), valid)
+    tl.store(out + HALF, tl.sum(tl.where(is_q, dw_second, 0.0), 0), valid)
+    tl.store(out + 2 * HALF, tl.sum(tl.where(is_k, dw_first, 0.0), 0), valid)
+    tl.store(out + 3 * HALF, tl.sum(tl.where(is_k, dw_second, 0.0), 0), valid)
+
+
+def _head_shape(num_heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
+    groups = num_heads // kv_heads
+    return dict(
+        KV=kv_heads, G=groups, HALF=head_dim // 2, HEADS=triton.next_power_of_2(kv_heads * (groups + 2)),
+        WIDTH=triton.next_power_of_2(max(head_dim // 2, 16)),
+    )  # fmt: skip
+
+
+def _split(qkv: torch.Tensor, kv_heads: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Buffers for q, k and v."""
+    T, width = qkv.shape
+    q, k, v = (qkv.new_empty(T, n, head_dim) for n in (width // head_dim - 2 * kv_heads, kv_heads, kv_heads))
+    return q, k, v
 
 
 def split_rotate(
     qkv: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, kv_heads: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    T, width = qkv.shape
-    queries = width // head_dim - 2 * kv_heads
-    heads = tuple(qkv.new_empty(T, n, head_dim) for n in (queries, kv_heads, kv_heads))
-    _rotate(qkv, cos_TD, sin_TD, heads, backward=False)
-    return heads  # type: ignore[return-value]
+    heads = q, _, _ = _split(qkv, kv_heads, head_dim)
+    shape = _head_shape(q.shape[1], kv_heads, head_dim)
+    args = (qkv, cos_TD, sin_TD, *heads, qkv, qkv, 0.0)
+    _split_rotate[(len(qkv),)](*args, **shape, BACKWARD=False, NORM=False, num_warps=8)
+    return heads
+
+
+def split_norm_rotate(
+    qkv: torch.Tensor, wq_D: torch.Tensor, wk_D: torch.Tensor, eps: float, cos_TD: torch.Tensor, sin_TD: torch.Tensor,
+    kv_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    heads = q, _, _ = _split(qkv, kv_heads, len(wq_D))
+    shape = _head_shape(q.shape[1], kv_heads, len(wq_D))
+    args = (qkv, cos_TD, sin_TD, *heads, wq_D, wk_D, eps)
+    _split_rotate[(len(qkv),)](*args, **shape, BACKWARD=False, NORM=True, num_warps=8)
+    return heads
 
 
 def split_rotate_backward(
@@ -152,8 +227,24 @@ def split_rotate_backward(
     T, kv_heads, head_dim = dk_TKD.shape
     d = dq_TND.new_empty(T, (dq_TND.shape[1] + 2 * kv_heads) * head_dim)
     heads = tuple(x.contiguous() for x in (dq_TND, dk_TKD, dv_TKD))
-    _rotate(d, cos_TD, sin_TD, heads, backward=True)
+    shape = _head_shape(dq_TND.shape[1], kv_heads, head_dim)
+    _split_rotate[(T,)](d, cos_TD, sin_TD, *heads, d, d, 0.0, **shape, BACKWARD=True, NORM=False, num_warps=8)
     return d
+
+
+def split_norm_rotate_backward(
+    dq_TND: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, qkv: torch.Tensor, wq_D: torch.Tensor,
+    wk_D: torch.Tensor, eps: float, cos_TD: torch.Tensor, sin_TD: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    T, kv_heads, head_dim = dk_TKD.shape
+    programs = min(T, 264)  # two per multiprocessor of an H100
+    d, dw = torch.empty_like(qkv), torch.empty(programs, 2, head_dim, dtype=torch.float32, device=qkv.device)
+    heads = tuple(x.contiguous() for x in (dq_TND, dk_TKD, dv_TKD))
+    args = (d, qkv, cos_TD, sin_TD, *heads, wq_D, wk_D, dw, T, eps)
+    shape = _head_shape(dq_TND.shape[1], kv_heads, head_dim)
+    _split_norm_rotate_backward[(programs,)](*args, **shape, num_warps=16)
+    dwq, dwk = dw.sum(0)
+    return d, dwq, dwk
 
 
 @triton.jit

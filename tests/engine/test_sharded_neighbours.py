@@ -24,7 +24,7 @@ NETWORK = DecoderConfig(
     rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=16), max_position_embeddings=128,
     qkv_bias=True, mlp_bias=True, qk_norm=True, tie_word_embeddings=True,
 )  # fmt: skip
-TOLERANCE = 1e-5
+TOLERANCE, IDS = 1e-5, torch.arange(30)
 
 
 def source(keep: bool = False) -> ModelSource:
@@ -50,6 +50,8 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
     lines += train_iterations(alone, range(2, 4))
     save_snapshot(alone, tmp_path / "end")
     expected = weights(tmp_path / "end")
+    with torch.no_grad():
+        logits = alone.model(IDS)
     assert "output.weight" not in expected
     assert read_model(tmp_path / "half" / "weights")[1] == NETWORK
     resumed = sharded_strategy(model=source())
@@ -68,6 +70,8 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
                 assert abs(norm - true_norm) < TOLERANCE * true_norm, name
             end = weights(save_snapshot(strategy, folder / name))
             assert end.keys() == expected.keys()
+            with torch.no_grad():
+                assert (strategy.model(IDS) - logits).abs().max() < TOLERANCE, name
             for n, value in expected.items():
                 assert (value - end[n]).abs().max() <= TOLERANCE, (name, n)
 

@@ -319,7 +319,18 @@ def test_crafted_files_of_internevo(tmp_path: Path) -> None:
         ({"pad_token_id": 7}, "pad_token_id"), ({"hidden_act": {}}, "hidden_act"),
         ({"tie_word_embeddings": 0}, "tie_word_embeddings"),
         ({"attention_bias": "false"}, "attention_bias"), ({"model_type": []}, "model_type"),
-        ({"max_position_embeddings": 2**50}, "max_position"),
+        ({"max_position_embeddings": 2**50}, "max_position"), ({"xtuner_network": [1]}, "xtuner_network"),
+        *(({"xtuner_network": {key: value}}, f"xtuner_network.{key}{more}") for key, value, more in (
+            ("qk_norm", 1, ""), ("mlp_bias", "true", ""), ("later", True, ""), ("sliding_window", 0, ""),
+            ("sliding_window", True, ""), ("sliding_layers", [True] * 9, ""), ("sliding_layers", {}, ""),
+            ("rope_scaling", {"rope_type": "longrope", "factor": 2.0}, ""),
+            ("rope_scaling", {"rope_type": "yarn"}, ".factor"),
+            ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "beta_fast": 0}, ".beta_fast"),
+            ("rope_scaling", {"rope_type": "yarn", "factor": 2.0, "truncate": 1}, ".truncate"),
+            ("rope_scaling", {"rope_type": "llama3", "factor": 2, "high_freq_factor": 1}, ".high_freq_factor"),
+            ("rope_scaling", {"rope_type": "llama3", "factor": 2, "original_max_position_embeddings": 1.5},
+             ".original_max_position_embeddings"),
+        )),
     ],
 )  # fmt: skip
 def test_absurd_values_in_config_json(change: dict[str, Any], where: str, tmp_path: Path) -> None:

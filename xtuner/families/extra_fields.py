@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from xtuner.core.errors import ConfigError
-from xtuner.core.foreign_inputs import short_repr
+from xtuner.core.foreign_inputs import short, short_repr
 from xtuner.families.hf_config import SCALING_FIELDS, Reader, read_scaling, write_scaling
 from xtuner.families.network import DecoderConfig
 
@@ -49,5 +49,5 @@ def read_extra_fields(read: Reader, c: DecoderConfig) -> DecoderConfig:
             found[key] = read_scaling(read, read.inner(key), tuple(SCALING_FIELDS))
         else:
             what = f"a network with {short_repr(key)} is not supported by this version of xtuner"
-            raise ConfigError(what, where=f"{read.where}{short_repr(key)}", why="the network would differ")
+            raise ConfigError(what, where=f"{read.where}{short(key)}", why="the network would differ")
     return replace(c, **found)

@@ -16,7 +16,10 @@ from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.decoder import CausalLM
 from xtuner.model.flops import num_parameters
 from xtuner.model.generate import Session, generate
+from xtuner.model.ops.autograd_functions import KEEP_ALL, KEEP_NONE, KeepPolicy
+from xtuner.model.ops.matmul import MATMULS
 from xtuner.model.rope import Rope
+from xtuner.model.source import ModelSource
 from xtuner.model.weights import join_from_family
 
 V, LENGTHS, PADDING = 150, (40, 1, 23), 5
@@ -158,6 +161,33 @@ def test_a_hook_on_a_norm_of_heads() -> None:
         for (n, p), q in zip(model.named_parameters(), fused.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=n)
     assert seen[0] == (len(IDS) * 2, 16)
+
+
+@dataclass(frozen=True)
+class SamePolicy(ActivationPlan):
+    """Keeps the same in every layer."""
+
+    policy: KeepPolicy = KEEP_ALL
+
+    def choose_kept(self, tokens: int) -> list[KeepPolicy]:
+        return [self.policy] * self.config.num_layers
+
+
+@pytest.mark.parametrize("products", MATMULS)
+@pytest.mark.parametrize("extra", [{}, dict(qkv_bias=True, mlp_bias=True, qk_norm=True, tie_word_embeddings=True)])
+def test_recomputed_heads_are_those_of_the_forward(extra: dict[str, Any], products: Any) -> None:
+    """One document without shared heads: the tensors that attention keeps are q, k and v themselves."""
+    shape = {**SHAPE, "hidden_size": 64, "num_kv_heads": 4, "head_dim": 16, "intermediate_size": 80}
+    c, found = DecoderConfig(**{**shape, **extra}), []
+    model = ModelSource(c, None, seed=0, products=products).build()
+    for policy in (KEEP_ALL, KeepPolicy(qkv=False), KeepPolicy(True, False, False, False), KEEP_NONE):
+        model.keep_activations(SamePolicy(c, 4, policy=policy))
+        model.zero_grad()
+        model(IDS, None, IDS.roll(-1)).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for other in found[1:]:
+        assert len(other) == len(found[0]) > 10
+        assert all(a.equal(b) for a, b in zip(other, found[0], strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -44,7 +44,7 @@ def extended(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     np.save(tmp_path / "token_array" / "ends.npy", lengths.cumsum())
     np.save(tmp_path / "token_array" / "tokens.npy", draw.randint(3, VOCABULARY, lengths.sum()).astype(np.uint16))
     yield tmp_path
-    FAMILIES.pop("mistral", None)
+    FAMILIES.pop("seed_oss", None)
     BACKENDS.pop("masked", None)
 
 
@@ -66,7 +66,7 @@ def losses(work_dir: Path) -> dict[int, float]:
 def test_the_page_trains_resumes_and_exports(
     extended: Path, monkeypatch: pytest.MonkeyPatch, xtuner: Callable[..., int]
 ) -> None:
-    from transformers import AutoModelForCausalLM, MistralForCausalLM
+    from transformers import AutoModelForCausalLM, SeedOssForCausalLM
 
     for name, value in dict(TASK_ID="0", TASK_COUNT="1", TASKS_PER_HOST="1", FIRST_HOST="127.0.0.1").items():
         monkeypatch.setenv(name, value)
@@ -101,7 +101,7 @@ def test_the_page_trains_resumes_and_exports(
 
     assert xtuner("convert", "pth_to_hf", "config.py", f"straight/iter_{last}.pth", "hf", "--fp32") == 0
     theirs, problems = AutoModelForCausalLM.from_pretrained("hf", output_loading_info=True)
-    assert type(theirs) is MistralForCausalLM
+    assert type(theirs) is SeedOssForCausalLM
     assert not any(problems.values())
     ids = torch.arange(3, 40)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from xtuner.core.log import human_bytes, logger, progress
 from xtuner.export.sources import OpenedCheckpoint, read_tensor, recognise
 from xtuner.families import NATIVE
 from xtuner.families.network import DecoderConfig
-from xtuner.model.weights import Shape, WeightSource, check_shapes, hf_shapes
+from xtuner.model.weights import Shape, WeightSource, check_network, check_shapes, hf_shapes
 
 CHUNK = 4 * 2**20  # elements that are converted and written at once: 16 MiB
 _MARK = "xtuner convert weights"  # in the metadata of files that the next conversion may replace
@@ -62,7 +62,7 @@ def consolidate(checkpoint: str | Path, target: str | Path) -> Path:
 def _checked_shapes(opened: OpenedCheckpoint) -> dict[str, Shape]:
     """Our tensors, name → shape, checked against the network that the checkpoint describes, or else against layer 0."""
     if opened.config:
-        check_shapes(opened.source, hf_shapes(opened.config, opened.layout))
+        check_network(opened.source, opened.layout, opened.config)
         return hf_shapes(opened.config)
     if opened.layout is not NATIVE:
         raise CheckpointError(

@@ -28,7 +28,7 @@ from xtuner.families import FAMILIES, NATIVE
 from xtuner.families.base import ModelFamily
 from xtuner.families.chat import ChatTemplate
 from xtuner.model.decoder import DecoderConfig
-from xtuner.model.weights import check_shapes, hf_shapes, shard_file_names, split_for_family, weight_index
+from xtuner.model.weights import check_network, hf_shapes, shard_file_names, split_for_family, weight_index
 
 LOADABLE = "transformers"  # as a layout: the one that transformers loads without remote code
 KIND = "export"  # in the manifest of folders that the next export may replace
@@ -95,7 +95,7 @@ def resolve_network(opened: OpenedCheckpoint, network: Callable[[], DecoderConfi
     Raises: CheckpointError, ConfigError.
     """
     if opened.config:
-        check_shapes(opened.source, hf_shapes(opened.config, opened.layout))
+        check_network(opened.source, opened.layout, opened.config)
         return opened
     if network is None:
         raise ConfigError(
@@ -112,7 +112,7 @@ def resolve_network(opened: OpenedCheckpoint, network: Callable[[], DecoderConfi
                 why="the network would differ from the one that was trained",
                 do="correct the config.json that `model` names",
             )
-    check_shapes(opened.source, hf_shapes(config, opened.layout), "the config's model")
+    check_network(opened.source, opened.layout, config, "the config's model")
     return replace(opened, config=config)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.errors import CheckpointError
 from xtuner.core.files import read_json
 from xtuner.core.foreign_inputs import short_repr
 from xtuner.core.registry import Registry
@@ -17,10 +17,17 @@ from xtuner.families.chat import PLAIN, ChatTemplate
 from xtuner.families.extra_fields import read_extra_fields, without_extra_fields, write_extra_fields
 from xtuner.families.hf_config import Reader
 from xtuner.families.internlm2 import INTERNLM2
+from xtuner.families.internlm3 import INTERNLM3
+from xtuner.families.interns1 import INTERNS1
 from xtuner.families.llama import LLAMA
+from xtuner.families.mistral import MISTRAL
 from xtuner.families.network import DecoderConfig
+from xtuner.families.qwen2 import QWEN2
+from xtuner.families.qwen3 import QWEN3
+from xtuner.families.unknown import explain_unknown, reject_experts
 
-FAMILIES: Registry[ModelFamily] = Registry("model family", {family.name: family for family in (INTERNLM2, LLAMA)})
+_SHIPPED = (INTERNLM2, LLAMA, INTERNLM3, MISTRAL, QWEN2, QWEN3, INTERNS1)
+FAMILIES: Registry[ModelFamily] = Registry("model family", {family.name: family for family in _SHIPPED})
 NATIVE = INTERNLM2  # the decoder and checkpoints use its names
 _FAMILY = "xtuner_family"  # key of a checkpoint's config.json: the model's family, if it is not NATIVE
 _NETWORK = "xtuner_network"  # key of a checkpoint's config.json: what NATIVE's config.json cannot express, if anything
@@ -34,25 +41,25 @@ def register(family: ModelFamily) -> ModelFamily:
 
 def chat_templates() -> dict[str, ChatTemplate]:
     """The chat templates of all families by name, then the one without marks."""
-    return {chat.name: chat for family in FAMILIES.values() if (chat := family.chat)} | {PLAIN.name: PLAIN}
+    families = FAMILIES.values()
+    found = {chat.name: chat for family in families for chat in (family.chat, *family.other_chats) if chat}
+    return found | {PLAIN.name: PLAIN}
 
 
 def find_family(hf: Any, where: str = "config.json: ") -> ModelFamily:
     """The family that a `config.json` names.
 
-    Raises: ConfigError for unknown families; CheckpointError for contents that are not an object.
+    Raises: ConfigError for unknown families and for Mixture-of-Experts models; CheckpointError for contents that are
+    not an object.
     """
     if not isinstance(hf, dict):
         what = f"config.json contains {short_repr(hf)}, not an object"
         raise CheckpointError(what, where=where.rstrip(": "), do=_COPY)
     kind = hf.get("model_type", "")
+    reject_experts(hf, where)
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
-    raise ConfigError(
-        f"models of type {short_repr(kind)} are not supported",
-        where=f"{where}model_type",
-        do=f"supported are: {', '.join(FAMILIES)}",
-    )
+    raise explain_unknown(hf, FAMILIES, where)
 
 
 def read_config(hf: dict[str, Any], where: str = "config.json: ") -> DecoderConfig:
@@ -64,7 +71,7 @@ def read_config(hf: dict[str, Any], where: str = "config.json: ") -> DecoderConf
     Raises: ConfigError for unsupported features, and for values that do not describe a network.
     """
     family, read = find_family(hf, where), Reader(hf, where)
-    name = hf.get(_FAMILY, family.name)
+    name = hf.get(_FAMILY, family.trains_as or family.name)
     if not isinstance(name, str):
         raise read.wrong(_FAMILY, f"{_FAMILY} = {short_repr(name)} is not the name of a model family")
     extra = Reader(read.inner(_NETWORK), f"{where}{_NETWORK}.")

@@ -12,13 +12,25 @@ such a model, and folders whose `config.json` has its name as `model_type` can b
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from xtuner.core.errors import ConfigError
 from xtuner.families.chat import ChatTemplate
 from xtuner.families.hf_config import FIELDS, Reader
 from xtuner.families.network import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released model: its hub id, and the fields of its `config.json` in which it differs from its family's defaults.
+
+    Models with the same network, such as chat models, are listed once.
+    """
+
+    hub_id: str
+    network: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,10 @@ class ModelFamily(ABC):
     loads_as: str = ""  # family whose form transformers can load for these networks; "": its own
     tags: tuple[str, ...] = ()  # of the model card
     chat: ChatTemplate | None = None  # of its chat models
+    other_chats: tuple[ChatTemplate, ...] = ()  # of models with its network; chosen by the tokenizer's special tokens
+    trains_as: str = ""  # family of checkpoints and exports, if a folder of this one is only read; "": its own
+    unread: tuple[str, ...] = ()  # beginnings of the names of tensors that are not a part of the network
+    released: ClassVar[tuple[Released, ...]] = ()  # for `xtuner list-models`
     auto_map: ClassVar[Mapping[str, str]] = {}  # of config.json: classes in the files of `--with-code` (export/remote/)
     # special tokens that its tokenizer.model contains only as unnamed unused pieces: id → (piece, name)
     unnamed_tokens: ClassVar[Mapping[int, tuple[str, str]]] = {}
@@ -66,6 +82,25 @@ class ModelFamily(ABC):
     @abstractmethod
     def stored(self, name: str, c: DecoderConfig) -> tuple[Stored, ...]:
         """Where its files store the decoder's tensor `name`: parts that together have all of its rows."""
+
+    def chat_for(self, special: Collection[str]) -> ChatTemplate | None:
+        """The first of the family's chat templates whose marks are special tokens of the tokenizer, else `chat`.
+
+        Args:
+            special: names of the tokenizer's special tokens.
+        """
+        known = (chat for chat in (self.chat, *self.other_chats) if chat)
+        return next((chat for chat in known if all(mark in special for mark in chat.turn_marks)), self.chat)
+
+    def require_expressible(self, features: Mapping[str, bool]) -> None:
+        """Raises: ConfigError if the network has one of the features, given in words, that the family's files lack."""
+        if found := [what for what, is_there in features.items() if is_there]:
+            raise ConfigError(
+                f"the network has {' and '.join(found)}, which the {self.name} layout cannot express",
+                where=f"--layout {self.name}",
+                why="what loads the folder would compute something else",
+                do="leave out --layout: the model's own family can",
+            )
 
     def not_served(self, c: DecoderConfig) -> list[str]:
         """Features of the network that common servers do not support in this form, in words."""

@@ -23,6 +23,10 @@ _LIMITS = {
     "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1000,
     "num_attention_heads": 2**13, "num_key_value_heads": 2**13, "head_dim": 2**13, "max_position_embeddings": 2**40,
 }  # fmt: skip
+_LONGROPE = (
+    "longrope has a factor for each frequency and another table beyond the first context, so that a token's angle "
+    "depends on how long its document becomes"
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,45 @@ class Reader:
         if value is not None and (type(value) is not int or not -vocabulary <= value < vocabulary):
             raise self.wrong("pad_token_id", f"pad_token_id = {short_repr(value)} is not below {vocabulary:,}")
         return value
+
+    def same(self, *keys: str) -> Any:
+        """The value of a field that releases name differently; None if absent.
+
+        Raises: ConfigError if two of the names have different values.
+        """
+        found = [key for key in keys if self.hf.get(key) is not None]
+        for other in found[1:]:
+            self.require_equal(found[0], self.hf[found[0]], other, self.hf[other])
+        return self.hf[found[0]] if found else None
+
+    def require_equal(self, key: str, value: Any, other: str, found: Any) -> None:
+        """Raises: ConfigError if two fields that mean the same have different values."""
+        if value != found:
+            raise ConfigError(
+                f"{key} = {short_repr(value)} contradicts {other} = {short_repr(found)}",
+                where=f"{self.where}{other}",
+                why="they describe two networks, of which only one belongs to the weights",
+                do="correct the field that is wrong; the model's own config.json has both right",
+            )
+
+    def flag(self, *keys: str, default: bool = False) -> bool:
+        """True or False under any of these names."""
+        value = self.same(*keys)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            key = next(key for key in keys if self.hf.get(key) is not None)
+            raise self.wrong(key, f"{key} = {short_repr(value)} is not true or false")
+        return value
+
+    def window(self, key: str) -> int | None:
+        """Tokens of a sliding window; None if absent."""
+        value = self.hf.get(key)
+        return None if value is None else self.whole(key, value, _LIMITS["max_position_embeddings"])
+
+    def with_defaults(self, **defaults: Any) -> "Reader":
+        """The same fields; those that are absent have these values, as in the family's own code."""
+        return Reader({**defaults, **self.hf}, self.where)
 
     def inner(self, key: str) -> dict[str, Any]:
         """A nested object; empty if absent."""
@@ -148,6 +191,11 @@ def read_network(
     return DecoderConfig(**{**shared, **more})
 
 
+def read_tied(read: Reader) -> dict[str, bool]:
+    """The field of `DecoderConfig` for families whose embedding may be the weight of the output layer."""
+    return {"tie_word_embeddings": read.flag("tie_word_embeddings")}
+
+
 def write_network(c: DecoderConfig, dtype: str, expresses: Collection[str] = ()) -> dict[str, Any]:
     """The shared fields.
 
@@ -177,7 +225,7 @@ def write_network(c: DecoderConfig, dtype: str, expresses: Collection[str] = ())
         "rope_theta": c.rope_theta,
         "rope_scaling": write_scaling(c.rope_scaling),
         "use_cache": True,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": c.tie_word_embeddings,
         "bos_token_id": c.bos_token_id,
         "eos_token_id": c.eos_token_id,
         "pad_token_id": c.pad_token_id,
@@ -188,6 +236,22 @@ def write_network(c: DecoderConfig, dtype: str, expresses: Collection[str] = ())
 def _read_rope(read: Reader, kinds: Collection[str]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_theta`, `rope_parameters` (transformers 5) or `rotary` (early InternLM2)."""
     new, old, own = (read.inner(key) for key in ("rope_parameters", "rotary", "rope_scaling"))
+    bases = {"rope_theta": read.hf.get("rope_theta"), "rope_parameters.rope_theta": new.get("rope_theta")}
+    if None not in bases.values():
+        (key, base), (other, found) = bases.items()
+        read.require_equal(key, base, other, found)
+    if own and new:
+        for name in ("rope_type", "factor"):
+            read.require_equal(
+                f"rope_scaling.{name}", _rope_value(own, name), f"rope_parameters.{name}", _rope_value(new, name)
+            )
+    if layered := next((key for key, value in new.items() if isinstance(value, dict)), None):
+        what = f"rope_parameters differ between layers: {short_repr(layered)} has its own"
+        raise ConfigError(what, where=f"{read.where}rope_parameters", why="all layers rotate by the same angles here")
+    for key, values in (("partial_rotary_factor", read.hf), ("rope_parameters.partial_rotary_factor", new)):
+        if (part := values.get("partial_rotary_factor")) not in (None, 1):
+            what = f"{key} = {short_repr(part)} is not supported"
+            raise ConfigError(what, where=f"{read.where}{key}", why="complete heads are rotated here")
     theta = read.above_0("rope_theta", new.get("rope_theta") or read.hf.get("rope_theta") or old.get("base") or 10000)
     return theta, read_scaling(read, own or new or old, kinds)
 
@@ -200,7 +264,9 @@ def read_scaling(read: Reader, values: dict[str, Any], kinds: Collection[str]) -
 
     Raises: ConfigError.
     """
-    kind: Any = values.get("type") or values.get("rope_type") or "default"
+    if values.get("type") and values.get("rope_type"):
+        read.require_equal("rope_scaling.type", values["type"], "rope_scaling.rope_type", values["rope_type"])
+    kind: Any = _rope_value(values, "rope_type")
     factor = values.get("factor")
     if (kind in ("default", "origin") and not factor) or (kind == "linear" and factor is None):
         return None
@@ -208,6 +274,7 @@ def read_scaling(read: Reader, values: dict[str, Any], kinds: Collection[str]) -
         raise ConfigError(
             f"rope scaling {short_repr(kind)} is not supported",
             where=f"{read.where}rope_scaling",
+            why=_LONGROPE if kind in ("longrope", "su") else "",
             do=f"supported are: {', '.join(kinds)}",
         )
     found: dict[str, Any] = {}
@@ -229,6 +296,13 @@ def read_scaling(read: Reader, values: dict[str, Any], kinds: Collection[str]) -
         what = f"rope_scaling.high_freq_factor = {scaling.high_freq_factor} is not above low_freq_factor"
         raise read.wrong("rope_scaling.high_freq_factor", what)
     return scaling
+
+
+def _rope_value(values: dict[str, Any], name: str) -> Any:
+    """A field of `rope_scaling` or `rope_parameters`; its kind has two names."""
+    if name == "rope_type":
+        return values.get("type") or values.get("rope_type") or "default"
+    return values.get(name)
 
 
 def write_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import CausalLM, DecoderConfig
 
 Shape = tuple[int, ...]
+_COMPUTED = "rotary_emb.inv_freq"  # tensors of older files that follow from config.json
 
 
 class WeightSource(ABC):
@@ -208,12 +209,17 @@ def weight_index(files: Mapping[str, Collection[str]], total_size: int) -> dict[
     return {"metadata": {"total_size": total_size}, "weight_map": weight_map}
 
 
-def check_shapes(source: WeightSource, wanted: Mapping[str, Shape], by: str = "config.json") -> None:
+def check_shapes(
+    source: WeightSource, wanted: Mapping[str, Shape], by: str = "config.json", unread: tuple[str, ...] = ()
+) -> None:
     """Compare names and shapes with those that `by` describes, without reading contents.
+
+    Args:
+        unread: beginnings of the names of other tensors that may be there.
 
     Raises: CheckpointError for tensors that are missing, of another shape, or not in the model.
     """
-    unknown = [n for n in source if n not in wanted and not n.endswith("rotary_emb.inv_freq")]
+    unknown = [n for n in source if n not in wanted and not n.endswith(_COMPUTED) and not n.startswith(unread)]
     if unknown:
         raise CheckpointError(
             f"{len(unknown)} tensors are not in the model; the first is {short(unknown[0])}",
@@ -236,6 +242,29 @@ def check_shapes(source: WeightSource, wanted: Mapping[str, Shape], by: str = "c
             )
 
 
+def check_network(source: WeightSource, family: ModelFamily, c: DecoderConfig, by: str = "config.json") -> None:
+    """Compare the tensors of a family's files with those of network `c`; see `check_shapes`."""
+    check_shapes(source, hf_shapes(c, family), by, _unread_names(source, family, c))
+
+
+def _unread_names(source: WeightSource, family: ModelFamily, c: DecoderConfig) -> tuple[str, ...]:
+    """Beginnings of the names of tensors in `source` that network `c` does not need.
+
+    A tied output layer may be stored in addition to the embedding. Raises: CheckpointError if the two differ.
+    """
+    if not c.tie_word_embeddings:
+        return family.unread
+    (head,), (embedding,) = (family.stored(f"{name}.weight", c) for name in ("output", "model.tok_embeddings"))
+    if head.name in source and embedding.name in source and not source[head.name].equal(source[embedding.name]):
+        raise CheckpointError(
+            f"{head.name} and {embedding.name} differ, but tie_word_embeddings says that they are one weight",
+            where=str(source.path),
+            why="one of the two would be ignored",
+            do="set tie_word_embeddings to false in config.json if the model was trained with two weights",
+        )
+    return (*family.unread, head.name)
+
+
 def stream_weights(
     folder: str | Path,
     family: ModelFamily,
@@ -253,7 +282,7 @@ def stream_weights(
     Raises: CheckpointError, see `check_shapes`.
     """
     weights = WeightFolder(folder)
-    check_shapes(weights, hf_shapes(c, family))
+    check_network(weights, family, c)
     names = [n for n in hf_shapes(c) if only is None or n in only]
     for name in progress(names, what):
         yield name, join_from_family(weights, name, family, c)

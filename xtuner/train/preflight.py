@@ -40,8 +40,7 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.families import read_model
 from xtuner.model.source import ModelSource, from_scratch, require_special_tokens
-from xtuner.model.weights import WeightFolder, find_base_weights, hf_shapes
-from xtuner.model.weights import check_shapes as check_weights
+from xtuner.model.weights import WeightFolder, check_network, find_base_weights
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.parameter_groups import require_matches
 from xtuner.train.checkpoints import work_dir_lock
@@ -120,7 +119,7 @@ def check_models_and_tokenizers(config: Config, read_only: bool = False) -> Mode
         with found.collect(next((key for key, _ in models if key.startswith("model")), "model")):
             source = _build_model_source(config)
             if source.folder:
-                check_weights(WeightFolder(source.folder), hf_shapes(source.config, source.layout))
+                check_network(WeightFolder(source.folder), source.layout, source.config)
     if name := config.setting("load_from"):
         with found.collect("load_from"):
             _check_initial_weights(Path(name).expanduser(), source)
@@ -151,7 +150,7 @@ def _check_initial_weights(folder: Path, source: ModelSource | None) -> None:
     layout, _ = read_model(weights)
     tensors = WeightFolder(weights)
     if source:
-        check_weights(tensors, hf_shapes(source.config, layout), by="the config's model")
+        check_network(tensors, layout, source.config, "the config's model")
 
 
 def _check_tokenizer(tokenizer: Any, source: ModelSource | None) -> None:

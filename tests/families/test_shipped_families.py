@@ -1,0 +1,183 @@
+"""Every shipped family against its class in transformers: files in both directions, bit for bit, and logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.export.hf import export_hf
+from xtuner.families import FAMILIES, QWEN2, read_config
+from xtuner.model import from_pretrained, from_scratch, load_pretrained
+from xtuner.model.decoder import CausalLM
+from xtuner.model.weights import split_for_family
+
+SHAPE = dict(
+    vocab_size=131, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, bos_token_id=1, eos_token_id=2,
+    pad_token_id=None,
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+YARN = dict(
+    rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0
+)  # fmt: skip
+DYNAMIC = dict(rope_type="dynamic", rope_theta=5e7, factor=6.0)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama 2": ("Llama", {}),
+    "llama 3.1": ("Llama", dict(rope_parameters=LLAMA3)),
+    "llama 3.2": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True, head_dim=16)),
+    "llama with biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "internlm3": ("InternLM3", dict(rope_parameters=DYNAMIC, head_dim=12, pad_token_id=2)),
+    "internlm3 with biases": ("InternLM3", dict(attention_bias=True, mlp_bias=True, head_dim=12)),
+    "mistral": ("Mistral", dict(sliding_window=None)),
+    "mistral v0.1": ("Mistral", dict(sliding_window=9)),
+    "nemo": ("Mistral", dict(sliding_window=None, head_dim=16)),
+    "qwen2": ("Qwen2", dict(max_window_layers=2, tie_word_embeddings=True)),
+    "qwen2.5 1M": ("Qwen2", dict(rope_parameters=YARN, max_window_layers=2)),
+    "qwen2 with windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=9, max_window_layers=1)),
+    "qwen3": ("Qwen3", dict(head_dim=16, max_window_layers=2, tie_word_embeddings=True)),
+    "qwen3 with biases": ("Qwen3", dict(head_dim=16, max_window_layers=2, attention_bias=True, rope_parameters=YARN)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_in_both_directions(name: str, tmp_path: Path) -> None:
+    """transformers → xtuner → transformers: logits within 1e-5, tensors and fields of the network equal."""
+    import transformers
+
+    family, fields = CASES[name]
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{family}Config")(**{**SHAPE, **fields}), attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # norms and biases are not random otherwise
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_pretrained(tmp_path / "theirs")
+    ids = torch.randint(3, 131, (80,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, found = theirs(ids[None]).logits[0], ours(ids)
+    assert (wanted - found).abs().max() < 1e-5
+
+    exported = export_hf(tmp_path / "theirs", tmp_path / "ours", None, dtype=torch.float32)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "theirs", exported))
+    assert before.keys() == after.keys()
+    assert all(tensor.equal(after[key]) for key, tensor in before.items())
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        exported, output_loading_info=True, attn_implementation="eager"
+    )
+    assert type(again) is type(theirs)
+    assert not any(report.values())
+    written = {"architectures", "dtype", "transformers_version", "_name_or_path"}
+    old, new = ({k: v for k, v in m.config.to_dict().items() if k not in written} for m in (theirs, again))
+    new["rope_parameters"].pop("type", None)  # its name before transformers 4.45, written as well
+    assert {"head_dim": 12, **new} == {"head_dim": 12, **old}
+    with torch.no_grad():
+        assert (again.eval()(ids[None]).logits[0] - wanted).abs().max() < 1e-5
+
+
+def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
+    """A copy is not needed and not written again; another weight is an error."""
+    qwen = from_scratch(family="qwen2", seed=0, **SHAPE, tie_word_embeddings=True).config
+    weights = {
+        k: t for n, w in CausalLM(qwen).state_dict().items() for k, t in split_for_family(n, w, QWEN2, qwen).items()
+    }
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(QWEN2.write_config(qwen, "float32")))
+    head = weights["model.embed_tokens.weight"].clone()
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(weights | {"lm_head.weight": head}, tmp_path / "hf" / "model.safetensors")
+    exported = export_hf(tmp_path / "hf", tmp_path / "again", None)
+    assert load_file(exported / "model.safetensors").keys() == weights.keys()
+    load_pretrained(tmp_path / "hf")
+    save_file(weights | {"lm_head.weight": head + 1}, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ"):
+        load_pretrained(tmp_path / "hf")
+
+
+def test_the_text_part_of_interns1(tmp_path: Path) -> None:
+    """It is read as the Qwen3 that it is, without its vision tower, and exported as Qwen3."""
+    qwen = from_scratch(family="qwen3", seed=0, **{**SHAPE, "head_dim": 16}).config
+    weights = dict(CausalLM(qwen).state_dict())
+    interns1 = FAMILIES["interns1"]
+    files = {k: t for name, w in weights.items() for k, t in split_for_family(name, w, interns1, qwen).items()}
+    assert {"model.language_model.layers.1.self_attn.q_norm.weight", "lm_head.weight"} < files.keys()
+    text = FAMILIES["qwen3"].write_config(qwen, "float32")
+    (tmp_path / "s1").mkdir()
+    vision = {"model.vision_tower.x": torch.ones(2), "model.multi_modal_projector.y": torch.ones(2)}
+    save_file({k: t.contiguous() for k, t in files.items()} | vision, tmp_path / "s1" / "model.safetensors")
+    config = {"model_type": "interns1", "text_config": text, "vision_config": {}, "auto_map": {"AutoConfig": "x.Y"}}
+    (tmp_path / "s1" / "config.json").write_text(json.dumps(config))
+    source = from_pretrained(str(tmp_path / "s1"))
+    assert (source.config, source.config.family) == (qwen, "qwen3")
+    ours = load_pretrained(tmp_path / "s1")
+    assert all(tensor.equal(weights[name]) for name, tensor in ours.state_dict().items())
+    exported = export_hf(tmp_path / "s1", tmp_path / "hf", None, dtype=torch.float32)
+    assert json.loads((exported / "config.json").read_text())["model_type"] == "qwen3"
+    with pytest.raises(ConfigError, match="no vision tower, which the interns1 layout cannot express"):
+        export_hf(tmp_path / "s1", tmp_path / "other", None, layout="interns1")
+    config["text_config"] = text | {"model_type": "qwen3_moe", "num_experts": 128}
+    with pytest.raises(
+        ConfigError, match=r"'qwen3_moe' is a Mixture-of-Experts model \(text_config.num_experts = 128\)"
+    ):
+        read_config(config)
+
+
+def written(family: str, **changes: Any) -> dict[str, Any]:
+    config = from_scratch(family=family, **{**SHAPE, "num_hidden_layers": 2}).config
+    return FAMILIES[family].write_config(config, "float32") | changes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (written("qwen3", rope_parameters={"rope_type": "default", "rope_theta": 7.0}),
+         r"rope_theta = 1000000\.0 contradicts rope_parameters.rope_theta = 7\.0"),
+        (written("llama", rope_scaling={"type": "linear", "rope_type": "dynamic", "factor": 2.0}),
+         "rope_scaling.type = 'linear' contradicts rope_scaling.rope_type = 'dynamic'"),
+        (written("llama", rope_scaling={"type": "linear", "factor": 2.0},
+                 rope_parameters={"rope_type": "linear", "factor": 4.0}),
+         r"rope_scaling.factor = 2\.0 contradicts rope_parameters.factor = 4\.0"),
+        (written("internlm3", attention_bias=True), "qkv_bias = False contradicts attention_bias = True"),
+        (written("qwen2", layer_types=["full_attention"]),
+         "num_hidden_layers = 2 contradicts the number of layer_types"),
+        (written("qwen2", layer_types=["full_attention", "sliding_attention"]),
+         "use_sliding_window = False contradicts layer_types = True"),
+        (written("qwen3", layer_types=["full_attention", "linear_attention"]), "'linear_attention' are not supported"),
+        (written("llama", rope_scaling={"rope_type": "longrope", "factor": 2.0}),
+         r"rope scaling 'longrope' is not supported[\s\S]*another table beyond the first context"),
+        (written("llama", partial_rotary_factor=0.5), r"partial_rotary_factor = 0\.5 is not supported"),
+        (written("llama", rope_parameters={"full_attention": {"rope_type": "default"}}), "differ between layers"),
+        (written("llama", attention_bias="no"), "attention_bias = 'no' is not true or false"),
+        (written("qwen3", model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8),
+         r"'qwen3_moe' is a Mixture-of-Experts model \(num_experts = 128\)[\s\S]*a router with its balance loss"),
+        (written("llama", model_type="phi3", partial_rotary_factor=0.5, resid_pdrop=0.0, embd_pdrop=0.1),
+         r"'phi3' are not supported[\s\S]*closest known family is llama; it has no field partial_rotary_factor "
+         r"\(here 0\.5\); no field resid_pdrop \(here 0\.0\); no field embd_pdrop[\s\S]*another condition: partial"),
+        (written("qwen2", model_type="qwen2_vl", vision_config={}, auto_map={"AutoModel": "x.Y"}),
+         r"auto_map, is never executed[\s\S]*closest known family is qwen2; it has no field vision_config"),
+    ],
+)  # fmt: skip
+def test_configs_that_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(config)
+
+
+def test_networks_that_a_family_cannot_express() -> None:
+    plain = from_scratch(family="llama", **SHAPE).config
+    biases = from_scratch(family="internlm3", **SHAPE, qkv_bias=True).config
+    for family, network, message in (
+        ("qwen2", plain, "no biases of q, k and v, which the qwen2 layout cannot express"),
+        ("qwen3", plain, "no norms of q and k"),
+        ("mistral", biases, "biases in attention"),
+        ("llama", biases, "biases of q, k and v alone"),
+        ("llama", from_scratch(family="qwen3", **SHAPE).config, "norms of q and k"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            FAMILIES[family].write_config(network, "float32")

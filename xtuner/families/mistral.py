@@ -1,0 +1,64 @@
+"""Mistral 7B and Nemo: Llama's tensor names, no biases, heads of a width of their own (Nemo)."""
+
+from typing import Any, ClassVar
+
+from xtuner.families.base import Released
+from xtuner.families.chat import ChatTemplate
+from xtuner.families.hf_config import FIELDS, Reader, read_network, read_tied, write_network
+from xtuner.families.llama import ROPES, Llama
+from xtuner.families.network import DecoderConfig
+
+MISTRAL_CHAT = ChatTemplate(  # of tokenizers from v0.3 on; a system prompt is a part of the user's turn
+    system="",
+    user="[INST]{text}[/INST]",
+    assistant_begin="",
+    assistant_end="</s>",
+    stop_words=("</s>",),
+    name="mistral_chat",
+    marks=("[INST]", "[/INST]", "</s>"),
+)
+
+
+def _mistral(vocabulary: int, hidden: int, layers: int, **more: Any) -> dict[str, Any]:
+    return dict(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=14336, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=32768, rms_norm_eps=1e-5,
+        rope_theta=1e6, bos_token_id=1, eos_token_id=2, sliding_window=None,
+    ) | more  # fmt: skip
+
+
+class Mistral(Llama):
+    name = "mistral"
+    architecture = "MistralForCausalLM"
+    tags = ("mistral",)
+    chat = MISTRAL_CHAT
+    other_chats: tuple[ChatTemplate, ...] = ()
+    fields = FIELDS | {"sliding_window", "tie_word_embeddings"}
+    defaults: ClassVar = {"sliding_window": None}
+    released: ClassVar = (
+        Released("mistralai/Mistral-7B-v0.1", _mistral(32000, 4096, 32, rope_theta=10000.0, sliding_window=4096)),
+        Released("mistralai/Mistral-7B-v0.3", _mistral(32768, 4096, 32)),
+        Released("mistralai/Mistral-Nemo-Base-2407", _mistral(131072, 5120, 40, max_position_embeddings=131072)),
+    )
+
+    def read_config(self, read: Reader) -> DecoderConfig:
+        read = read.with_defaults(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
+        return read_network(read, ropes=ROPES, sliding_window=read.window("sliding_window"), **read_tied(read))
+
+    def write_config(self, c: DecoderConfig, dtype: str) -> dict[str, Any]:
+        own = {
+            "biases in attention": c.attention_bias,
+            "windows in some layers": c.num_windows not in (0, c.num_layers),
+        }
+        self.require_expressible(own)
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.name,
+            "attention_dropout": 0.0,
+            "head_dim": c.head_dim,
+            "sliding_window": c.sliding_window,
+            **write_network(c, dtype, expresses=("rope_scaling", "tie_word_embeddings", "sliding_window")),
+        }
+
+
+MISTRAL = Mistral()

@@ -1,0 +1,78 @@
+"""Messages for a `config.json` of a model that no family can read: what it is, and how it differs from the closest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from xtuner.core.errors import ConfigError
+from xtuner.core.foreign_inputs import short, short_repr
+from xtuner.families.base import ModelFamily
+from xtuner.families.hf_config import Reader
+
+SHOWN = 8  # keys in a message
+# keys that do not change what a network computes, or that all families read
+_SHARED = frozenset({
+    "model_type", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "_name_or_path", "attention_dropout", "hidden_dropout", "pretraining_tp", "hidden_act", "tie_word_embeddings",
+    "rope_parameters", "attention_bias", "mlp_bias", "return_dict", "output_attentions", "output_hidden_states",
+    "attn_implementation", "_attn_implementation", "sliding_window", "use_sliding_window", "max_window_layers",
+    "layer_types",
+})  # fmt: skip
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def reject_experts(hf: Mapping[str, Any], where: str) -> None:
+    """Raises: ConfigError for a Mixture-of-Experts model, by whatever name its number of experts has."""
+    text = hf.get("text_config")
+    for inner, prefix in ((hf, ""), (text if isinstance(text, dict) else {}, "text_config.")):
+        key = next((key for key in _EXPERTS if inner.get(key)), None)
+        if key is None:
+            continue
+        kind = short_repr(inner.get("model_type", ""))
+        raise ConfigError(
+            f"{kind} is a Mixture-of-Experts model ({prefix}{key} = {short_repr(inner[key])}), which is not supported",
+            where=f"{where}{prefix}{key}",
+            why="the decoder has one MLP in each layer; experts need a router with its balance loss, grouped matrix "
+            "products, and experts divided over ranks",
+            do="train a dense model of the same series",
+        )
+
+
+def explain_unknown(hf: dict[str, Any], families: Mapping[str, ModelFamily], where: str) -> ConfigError:
+    """The error for a `model_type` that is not in `families`."""
+    kind = hf.get("model_type", "")
+    closest = find_closest(hf, families)
+    code = "; its own code, which its config.json names in auto_map, is never executed" if hf.get("auto_map") else ""
+    return ConfigError(
+        f"models of type {short_repr(kind)} are not supported{code}",
+        where=f"{where}model_type",
+        why=f"the closest known family is {closest.name}; it has {'; '.join(list_differences(hf, closest, where))}",
+        do=f"supported are: {', '.join(families)}. A model that differs only in names and fields is one file: "
+        "docs/en/extend.md",
+    )
+
+
+def find_closest(hf: Mapping[str, Any], families: Mapping[str, ModelFamily]) -> ModelFamily:
+    """The family whose name begins the model's type, else the one that knows most of the fields (of
+    several, Llama, whose names most models have)."""
+    kind = str(hf.get("model_type", ""))
+    if named := [name for name in families if kind.startswith(name)]:
+        return families[max(named, key=len)]
+    readable = [family for family in families.values() if not family.trains_as]
+    return min(readable, key=lambda family: (len(_unknown_keys(hf, family)), family.name != "llama"))
+
+
+def list_differences(hf: dict[str, Any], family: ModelFamily, where: str) -> list[str]:
+    """How a `config.json` differs from those of a family, key by key."""
+    unknown = _unknown_keys(hf, family)
+    found = [f"no field {short(key)} (here {short_repr(hf[key])})" for key in unknown[:SHOWN]]
+    if len(unknown) > SHOWN:
+        found.append(f"{len(unknown) - SHOWN} more fields that it lacks")
+    try:
+        family.read_config(Reader(hf, where))
+    except ConfigError as e:
+        found.append(f"another condition: {e.what}")
+    return found or ["the same fields, but the model's own code may compute something else"]
+
+
+def _unknown_keys(hf: Mapping[str, Any], family: ModelFamily) -> list[str]:
+    return [key for key in hf if key not in _SHARED and key not in family.fields and hf[key] is not None]

@@ -17,23 +17,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rebuild missing or wrong metas from valid texts",
     )
     parser.add_argument("--file-type", default=".bin", help="suffix of the token files (default: .bin)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
 
 def run(args: argparse.Namespace) -> int:
+    import json
     import sys
+    from dataclasses import asdict
     from pathlib import Path
 
     from xtuner.core.errors import EXIT_DATA, EXIT_DONE, ConfigError
     from xtuner.core.log import use_colour
-    from xtuner.data.inspect.check_files import check_folder, format_findings
+    from xtuner.data.inspect.check_files import check_folder, describe_zeros, format_findings
 
     if args.vocab_size is not None and args.vocab_size < 1:
         raise ConfigError(f"a vocabulary of {args.vocab_size} has no ids", where="--vocab-size")
     report = check_folder(Path(args.folder), args.vocab_size, args.fix_meta, args.workers, args.file_type)
+    if args.json:
+        print(json.dumps({**asdict(report), "problems": report.problems}, indent=2))
+        return EXIT_DATA if report.problems else EXIT_DONE
     coloured = use_colour(sys.stdout)
     for line in format_findings(report, lambda kind, text: f"{COLOURS[kind]}{text}{RESET}" if coloured else text):
         print(line)
+    if report.zeros:
+        print(describe_zeros(report.zeros))
     share = f" ({report.learned / report.tokens:.1%} learned)" if report.tokens else ""
     print(
         f"{report.files:,} files, {report.documents:,} documents, {report.tokens:,} tokens{share}, "

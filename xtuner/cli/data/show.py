@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer (default: show token ids)")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens per pack (default: 2048)")
     parser.add_argument("--seed", type=int, default=1024, help="seed of the document order (default: 1024)")
+    parser.add_argument("--learn-zero", action="store_true", help="learn_zero, as in the config")
     parser.add_argument("--data-order", help="data_order.txt (default: folders in sorted order)")
     parser.add_argument(
         "--show",
@@ -32,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.data.packing.pack import PackedDataset
 
     log.setup("WARNING")
-    documents = load_intern_repo_tokenized_dataset(args.folder, data_order_path=args.data_order)
+    documents = load_intern_repo_tokenized_dataset(
+        args.folder, data_order_path=args.data_order, learn_zero=args.learn_zero
+    )
     data = PackedDataset(documents, args.max_length, args.seed)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     return print_packs(data, [args.pack], args.show or ("text" if tokenizer else "input_ids"), tokenizer)

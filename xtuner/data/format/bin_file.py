@@ -21,6 +21,7 @@ from xtuner.core.errors import DataError
 from xtuner.core.foreign_inputs import open_regular, read_regular
 from xtuner.data.format.meta import meta_path, read_meta
 from xtuner.data.format.parse_tokens import Int64s, parse_line
+from xtuner.data.format.zeros import find_learned
 
 _CHUNK = 2**20  # bytes per read where the length to read is unknown
 
@@ -65,6 +66,7 @@ class BinFile:
     name: str  # relative to the data folder, POSIX style; shown in logs and data orders
     min_length: int = 0
     facts: Facts | None = None
+    learn_zero: bool = False  # see zeros.py
 
     def examine(self) -> "BinFile":
         """This file with its facts, without cached arrays. Raises: DataError for a faulty pair."""
@@ -216,7 +218,8 @@ class BinFile:
     def read(self, i: int, vocab_size: int | None = None) -> tuple[Int64s, npt.NDArray[np.bool_]]:
         """(ids, learned) of one document, both [length]. Raises: DataError."""
         signed = self.read_document(i, vocab_size)
-        return np.abs(signed), signed > 0
+        borders = np.array([0, len(signed)])
+        return np.abs(signed), find_learned(signed, borders) if self.learn_zero else signed > 0
 
     def fingerprint(self) -> str:
         return self.identity().hex()

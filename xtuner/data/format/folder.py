@@ -4,9 +4,11 @@ Files that are unchanged since they were last examined are recognised by their s
 others are examined: the complete meta, and the beginning and end of the text.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,7 +22,7 @@ from xtuner.data.format.bin_file import BinFile, Signature
 from xtuner.data.format.cache_dirs import CacheDirs, Opening, log_once
 from xtuner.data.format.file_catalog import SIGNATURE, Catalog, Records
 from xtuner.data.format.file_order import no_files_error, read_order, require_folder, walk_files
-from xtuner.data.format.text_reader import LongLines, SpanReader
+from xtuner.data.format.text_reader import LongLines, SpanReader, ZeroReader
 from xtuner.data.format.token_cache import TokenCache, find_token_cache
 from xtuner.data.packing import document_order
 from xtuner.data.packing.document_order import MAX_WORKERS, PARALLEL_FROM, DocumentOrders
@@ -38,13 +40,20 @@ class TokenizedFolder:
     """
 
     def __init__(
-        self, folder: Path, catalog: Catalog, min_length: int, cache_dirs: CacheDirs, request: list[str]
+        self,
+        folder: Path,
+        catalog: Catalog,
+        min_length: int,
+        cache_dirs: CacheDirs,
+        request: list[str],
+        learn_zero: bool = False,
     ) -> None:
         self.folder = folder
         self.catalog = catalog
         self.min_length = min_length
         self.cache_dirs = cache_dirs
         self.request = request  # the arguments, for comparison with those of another rank
+        self.learn_zero = learn_zero
         self.orders: DocumentOrders | None = None
 
     def __len__(self) -> int:
@@ -58,7 +67,8 @@ class TokenizedFolder:
         numbers = range(len(self))[i]
         if isinstance(numbers, range):
             return [self[n] for n in numbers]
-        return self.catalog.file(numbers, self.folder, self.min_length)
+        file = self.catalog.file(numbers, self.folder, self.min_length)
+        return replace(file, learn_zero=True) if self.learn_zero else file
 
     def __iter__(self) -> Iterator[BinFile]:
         return (self[i] for i in range(len(self)))
@@ -92,8 +102,12 @@ class TokenizedFolder:
         return int(self.catalog.tokens.sum())
 
     def fingerprint(self) -> str:
-        """Identity of the contents: size, meta, first and last bytes of each file in order. No names, no times."""
-        return self.catalog.fingerprint()
+        """Identity of the contents: size, meta, first and last bytes of each file in order, and the rule for id 0.
+
+        No names, no times.
+        """
+        contents = self.catalog.fingerprint()
+        return hashlib.sha256(f"{contents} learn_zero".encode()).hexdigest() if self.learn_zero else contents
 
     def identities(self) -> Iterator[str]:
         return (bytes(row[:8]).hex() for row in self.catalog.identities)
@@ -109,9 +123,10 @@ class TokenizedFolder:
     def order(self, i: int, seed: int) -> tuple[document_order.RowNumbers, npt.NDArray[np.int64]]:
         return document_order.shuffle_file(self[i], seed)
 
-    def reader(self, i: int, long: LongLines) -> TokenCache | SpanReader:
+    def reader(self, i: int, long: LongLines) -> TokenCache | SpanReader | ZeroReader:
         file = self[i]
-        return self.find_token_cache(file) or SpanReader(file, long)
+        reader = self.find_token_cache(file) or SpanReader(file, long)
+        return ZeroReader(reader) if self.learn_zero else reader
 
     def find_token_cache(self, file: BinFile) -> TokenCache | None:
         return find_token_cache(file, self.cache_dirs)
@@ -123,6 +138,7 @@ def load_intern_repo_tokenized_dataset(
     data_order_path: str | Path | None = None,
     file_type: str = ".bin",
     cache_dir: str | Path | None = None,
+    learn_zero: bool = False,
     opening: Opening = Opening(),  # noqa: B008
 ) -> TokenizedFolder:
     """Index a folder of tokenized files. Of the text, only beginning and end of files that are not in the catalog are
@@ -136,15 +152,17 @@ def load_intern_repo_tokenized_dataset(
         file_type: ending of the token files.
         cache_dir: where the index is cached; None for next to the data, or the user's cache folder if that is not
             writable. Small data need no cache.
+        learn_zero: a token of id 0, which has no sign, is learned like its neighbours (zeros.py); by the format's rule
+            it is never learned.
         opening: set by the run that opens the folder.
 
     Raises: ConfigError if the folder does not exist, DataError for faulty files.
     """
     root = require_folder(folder)
     cache_dirs = CacheDirs(root, opening.cache_dir or cache_dir, opening.read_only)
-    request = [str(root), str(min_length), str(data_order_path), file_type]
+    request = [str(root), str(min_length), str(data_order_path), file_type, str(learn_zero)]
     if (known := opening.known) and known["request"] == request and (found := _open_shared(known)):
-        whole = TokenizedFolder(root, found.catalog, min_length, cache_dirs, request)
+        whole = TokenizedFolder(root, found.catalog, min_length, cache_dirs, request, learn_zero)
         whole.orders = found
         return whole
     names = (
@@ -160,7 +178,7 @@ def load_intern_repo_tokenized_dataset(
     if len(kept) < len(names):
         logger.info(f"{len(names) - len(kept)} files have no document of at least {min_length} tokens: left out")
         catalog = catalog.select(kept)
-    return TokenizedFolder(root, catalog, min_length, cache_dirs, request)
+    return TokenizedFolder(root, catalog, min_length, cache_dirs, request, learn_zero)
 
 
 def _open_shared(known: Mapping[str, Any]) -> DocumentOrders | None:

@@ -20,6 +20,7 @@ from xtuner.core.errors import DataError
 from xtuner.data.format.bin_file import BinFile, read_line
 from xtuner.data.format.meta import NpyHeader
 from xtuner.data.format.parse_tokens import HEADS, Int64s, parse_line, parse_lines, parse_list
+from xtuner.data.format.zeros import find_learned
 
 LONG = 2**15  # tokens
 BLOCK = 2**18  # bytes of a long line between two entries of its comma index
@@ -270,3 +271,24 @@ class SpanReader:
         if tokens is None:
             return parse_line(HEADS[0] + part + b"]}", where=where)  # raises the appropriate error
         return tokens
+
+
+class ZeroReader:
+    """Another reader of a file, with `learn_zero` (zeros.py)."""
+
+    id_offset = 1  # so that id 0 has a sign
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def read(self, span_arrays: SpanArrays, vocab_size: int | None = None) -> tuple[Int64s, int | None]:
+        """See `Reader.read`."""
+        signed, following = self.reader.read(span_arrays, vocab_size)
+        lengths = span_arrays.stops - span_arrays.starts
+        borders = np.concatenate(([0], np.cumsum(lengths)))
+        if following is not None:  # the next token of the last fragment's document
+            signed = np.append(signed, np.asarray(following, signed.dtype))
+            borders[-1] += 1
+        ids = np.abs(signed) + 1
+        signed = np.where(find_learned(signed, borders), ids, -ids)
+        return (signed, None) if following is None else (signed[:-1], int(signed[-1]))

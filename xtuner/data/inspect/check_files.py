@@ -45,6 +45,7 @@ class CheckReport:
     documents: int = 0
     tokens: int = 0
     learned: int = 0
+    zeros: int = 0  # tokens of id 0 that only `learn_zero` learns
     largest: int = -1
     rows: list[Finding] = field(default_factory=list)
 
@@ -204,6 +205,7 @@ def _check_file(
             report.documents += found.documents
             report.tokens += found.tokens
             report.learned += found.learned
+            report.zeros += found.zeros
             report.largest = max(report.largest, found.largest)
         if note:
             report.add(NOTE, name, note)
@@ -273,6 +275,14 @@ class _NewMeta:
         file.write(text.encode().ljust(NPY_HEADER - 11) + b"\n")
         pending, self._pending = self._pending, None
         pending.commit()
+
+
+def describe_zeros(zeros: int) -> str:
+    """A line for data with tokens of id 0 that are not learned."""
+    return (
+        f"{zeros:,} tokens of id 0 are not learned although their neighbours are, because 0 has no sign: "
+        "learn_zero=True in dataset_cfg learns them (id 0 is '!' in the vocabularies of Llama 3 and Qwen)"
+    )
 
 
 def format_findings(report: CheckReport, colour: Callable[[str, str], str] = lambda kind, text: text) -> Iterator[str]:

@@ -19,6 +19,7 @@ from xtuner.core.errors import DataError
 from xtuner.core.system.malloc import keep_freed
 from xtuner.data.format.parse_tokens import HEADS, Int64s, parse_line, parse_lines, parse_list
 from xtuner.data.format.text_reader import MAX_ODD_LINE
+from xtuner.data.format.zeros import count_unlearned
 
 RANGE = 2**25  # bytes
 BLOCK = 2**22  # bytes read at a time
@@ -43,6 +44,7 @@ class ScanResult:
     documents: int = 0
     tokens: int = 0
     learned: int = 0
+    zeros: int = 0  # tokens of id 0 that only `learn_zero` learns
     largest: int = -1
     too_large: tuple[int, int] | None = None  # (offset of its line, id) of the first id outside the vocabulary
     problems: list[tuple[int, str]] = field(default_factory=list)  # (byte offset, message) of the first ones
@@ -120,13 +122,14 @@ class Scanner:
         found = self.found
         found.rows.append(np.stack((offsets, counts), axis=1))
         found.documents += len(offsets)
-        self._tokens(int(offsets[0]), tokens)
+        self._tokens(int(offsets[0]), tokens, counts)
         if found.too_large and found.too_large[0] == offsets[0] and len(offsets) > 1:  # find the line of this id
             first = int(np.flatnonzero(np.abs(tokens) >= self.vocab_size)[0])
             line = int(np.searchsorted(np.cumsum(counts), first, side="right"))
             found.too_large = int(offsets[line]), found.too_large[1]
 
-    def _tokens(self, offset: int, tokens: Int64s) -> None:
+    def _tokens(self, offset: int, tokens: Int64s, counts: npt.NDArray[np.int64] | None = None) -> None:
+        """Add tokens of documents with these counts; None for a part of one."""
         found = self.found
         if len(tokens):
             largest = max(int(tokens.max()), -int(tokens.min()))
@@ -135,6 +138,8 @@ class Scanner:
                 found.too_large = offset, int(np.abs(tokens[np.abs(tokens) >= self.vocab_size][0]))
         found.tokens += len(tokens)
         found.learned += int(np.count_nonzero(tokens > 0))
+        borders = np.concatenate(([0], np.cumsum([len(tokens)] if counts is None else counts)))
+        found.zeros += count_unlearned(tokens, borders)
         if self.take:
             self.take(tokens)
 

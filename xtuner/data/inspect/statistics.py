@@ -18,6 +18,8 @@ from xtuner.data.format import token_cache
 from xtuner.data.format.bin_file import BinFile, Int64s, data_type
 from xtuner.data.format.folder import TokenizedFolder
 from xtuner.data.format.meta import MetaView
+from xtuner.data.format.zeros import count_unlearned
+from xtuner.data.inspect.check_files import describe_zeros
 from xtuner.data.inspect.scan import ByteRange, Scanner, split_file
 from xtuner.data.loading.balance import attention_costs
 from xtuner.data.loading.sampler import load_permutation
@@ -38,6 +40,7 @@ class FileStats:
     packs: int
     tail: int  # tokens that do not fill a pack
     learned: int | None = None
+    zeros: int | None = None  # tokens of id 0 that only `learn_zero` learns
 
     @property
     def kind(self) -> str:
@@ -67,6 +70,7 @@ class Stats:
     packs: int = 0
     tail: int = 0
     learned: int | None = None
+    zeros: int | None = None  # tokens of id 0 that only `learn_zero` learns
     longest: int = 0  # tokens of the longest document
     longer: int = 0  # documents that are longer than a pack
     longer_tokens: int = 0
@@ -219,27 +223,33 @@ def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
             jobs.append(_Learn(i, ByteRange(cache.path, 0, cache.tokens), cache))
         else:
             jobs += [_Learn(i, part, None) for part in split_file(file.path, file.facts.signature.size)]
-    sums = [0] * len(data)
+    sums, zeros = [0] * len(data), [0] * len(data)
     size = sum(job.part.end - job.part.begin for job in jobs)
     results = process_pool.map_ordered(_learned_part, jobs, _workers(workers, size // 2**25, len(jobs)))
-    for i, learned in progress(results, "reading tokens", total=len(jobs)):
+    for i, learned, unlearned in progress(results, "reading tokens", total=len(jobs)):
         sums[i] += learned
-    for file_stats, learned in zip(found.files, sums, strict=True):
-        file_stats.learned = learned
-    found.learned = sum(sums)
+        zeros[i] += unlearned
+    for file_stats, learned, unlearned in zip(found.files, sums, zeros, strict=True):
+        file_stats.learned, file_stats.zeros = learned, unlearned
+    found.learned, found.zeros = sum(sums), sum(zeros)
 
 
-def _learned_part(job: _Learn) -> tuple[int, int]:
-    """For a worker process: (file number, learned tokens) of one byte range or cache."""
+def _learned_part(job: _Learn) -> tuple[int, int, int]:
+    """For a worker process: (file number, learned tokens, zeros that only `learn_zero` learns) of one byte range or
+    cache."""
     if job.cache:
-        cached = job.cache.mapped()[1]
-        steps = range(0, len(cached), BLOCK)
-        return job.number, sum(int(np.count_nonzero(cached[i : i + BLOCK] > 0)) for i in steps)
+        begins, cached = job.cache.mapped()
+        learned = zeros = 0
+        for i in range(0, len(cached), BLOCK):
+            tokens = cached[i : i + BLOCK]
+            learned += int(np.count_nonzero(tokens > 0))
+            zeros += count_unlearned(tokens, np.unique(np.clip(begins - i, 0, len(tokens))))
+        return job.number, learned, zeros
     found = Scanner(job.part).run()
     if found.problems:
         byte, what = found.problems[0]
         raise DataError(what, where=f"{job.part.path}:{byte}", do="list all problems: xtuner data check FOLDER")
-    return job.number, found.learned
+    return job.number, found.learned, found.zeros
 
 
 def _types(files: list[FileStats]) -> list[FileStats]:
@@ -252,6 +262,7 @@ def _types(files: list[FileStats]) -> list[FileStats]:
         kind.tail += file.tail
         if file.learned is not None:
             kind.learned = (kind.learned or 0) + file.learned
+            kind.zeros = (kind.zeros or 0) + (file.zeros or 0)
     return list(types.values())
 
 
@@ -279,6 +290,8 @@ def format_statistics(found: Stats) -> str:
             "there is nothing to learn: no token is above 0, and negative ones are context only. Training on "
             "these data would end with exit code 65"
         )
+    if found.zeros:
+        lines.append(describe_zeros(found.zeros))
     lines += ["", f"{'documents of':>22} {'documents':>14} {'tokens':>18}"]
     most = max((x.documents for x in found.lengths), default=1)
     for x in found.lengths:

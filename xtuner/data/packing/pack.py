@@ -242,6 +242,7 @@ class PackedDataset:
         """The command that shows a pack; for a source without a folder, the documents in it. Reads no tokens."""
         if folder := self.documents.folder:
             options = f"--pack {pack} --max-length {self.packed_length} --seed {self.seed}"
+            options += " --learn-zero" if getattr(self.documents, "learn_zero", False) else ""
             return f"xtuner data show {folder} {options} {more}".rstrip()
         file_number, start = self.locate(pack)
         file = self.file_packs(file_number)

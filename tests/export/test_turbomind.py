@@ -30,6 +30,8 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
         pytest.skip(f"lmdeploy 0.9.2.post1 is not in {LMDEPLOY}: `make lmdeploy` fetches it (76 MB)")
     dynamic = {"rope_scaling": {"type": "dynamic", "factor": 3}, "max_position_embeddings": 4096}
     linear = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rms_norm_eps": 1e-6}
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 = {"rope_scaling": {**scaling, "original_max_position_embeddings": 16}}
     cases: list[tuple[Path, list[str]]] = [
         (write_hf_folder(tmp_path / "internlm2-chat-7b"), ["--tp", "1"]),
         (write_hf_folder(tmp_path / "a", shards=3, **dynamic), ["--tp", "2", "--dtype", "bfloat16"]),
@@ -48,6 +50,9 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
             write_hf_folder(tmp_path / "g", "llama", **{**D64, "num_key_value_heads": 1}),
             ["--tp", "4", "--dtype", "float16"],
         ),
+        (write_hf_folder(tmp_path / "h", "llama", **D128, max_position_embeddings=64, **llama3), ["--tp", "2"]),
+        (write_hf_folder(tmp_path / "i", "internlm3", **D128, **dynamic), ["--tp", "2"]),
+        (write_hf_folder(tmp_path / "j", "mistral", **D64), ["--tp", "1"]),
     ]
     for name in ("merges.txt", "qwen.tiktoken", "README.md", "chat_template.jinja"):
         (tmp_path / "a" / name).write_text(name)  # README.md and .jinja stay behind

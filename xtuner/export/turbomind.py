@@ -34,6 +34,14 @@ KIND = "turbomind"
 WEIGHTS = Path("triton_models") / "weights"
 BLOCK = 32 * 2**20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+ARCHITECTURES = (  # of which LMDeploy 0.9.2.post1 serves converted directories, as far as we convert them
+    "InternLM2ForCausalLM",
+    "InternLM3ForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
 KERNELS = (64, 128)  # head sizes that TurboMind supports, according to lmdeploy 0.9.2.post1
 
 Blocks = Iterator[torch.Tensor]
@@ -47,12 +55,22 @@ def read_source(folder: Path) -> TurboMindSource:
     )
     hf = read_json(folder / "config.json")
     layout, config = read_model(folder)
-    if features := {"bias": "biases in attention"} if config.attention_bias else config.special_features():
+    features = {"bias": "biases in attention"} if config.attention_bias else config.special_features()
+    if config.rope_scaling and config.rope_scaling.kind == "llama3":
+        del features["rope_scaling"]
+    if features:
         raise ConfigError(
-            f"the model has {', '.join(features.values())}",
+            f"the model has {', '.join(features.values())}, which is not converted",
             where=f"{folder / 'config.json'}: {next(iter(features))}",
-            why="converted directories of this family cannot express it; `lmdeploy convert` dropped biases silently",
+            why="a directory without it would serve another network",
             do="serve the folder itself with LMDeploy 0.10 or newer, or with another server",
+        )
+    if layout.architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"LMDeploy 0.9.2.post1 does not know {layout.architecture}",
+            where=f"{folder / 'config.json'}: model_type",
+            why="it would refuse the converted directory",
+            do="export the model with --layout llama if it can be expressed so, or use another server",
         )
     tokenizer = load_tokenizer(folder)
     speaks_chat = layout.chat is not None and any(mark in tokenizer.special for mark in layout.chat.turn_marks)

@@ -61,6 +61,9 @@ def render_yaml(source: TurboMindSource, tp: int, dtype: str, model_name: str, c
     if c.rope_scaling:
         factor = (hf.get("rope_scaling") or {}).get("factor", c.rope_scaling.factor)  # as written there: 2 or 2.0
         rope |= {"type": c.rope_scaling.kind, "factor": factor}
+        if c.rope_scaling.kind == "llama3":
+            names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            rope |= {name: getattr(c.rope_scaling, name) for name in names}
         if c.rope_scaling.kind == "dynamic":
             rope["max_position_embeddings"] = c.max_position_embeddings
     model = {

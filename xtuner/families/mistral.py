@@ -14,7 +14,7 @@ MISTRAL_CHAT = ChatTemplate(  # of tokenizers from v0.3 on; a system prompt is a
     assistant_begin="",
     assistant_end="</s>",
     stop_words=("</s>",),
-    name="mistral_chat",
+    name="mistral",
     marks=("[INST]", "[/INST]", "</s>"),
 )
 

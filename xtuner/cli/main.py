@@ -22,6 +22,7 @@ VERBS = {  # words → (module, what it does)
     "data tokenize": ("xtuner.cli.data.tokenize", "convert text to .bin and .bin.meta files for training"),
     "data check": ("xtuner.cli.data.check", "check files against their metas and the format; repair metas"),
     "data stats": ("xtuner.cli.data.stats", "statistics of documents, tokens, packs and balance: text, JSON or HTML"),
+    "list-models": ("xtuner.cli.list_models", "list the known models, their features, exports and the GPUs they need"),
     "data cache": ("xtuner.cli.data.cache", "build index and token caches, so that a run starts at once"),
     "data show": ("xtuner.cli.data.show", "show a pack: text, learned and masked parts, document borders"),
     "log-dataset": ("xtuner.cli.log_dataset", "show the first packs that a config trains on"),

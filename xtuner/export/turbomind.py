@@ -27,6 +27,7 @@ from xtuner.data.tokenizer import load_tokenizer
 from xtuner.export.destination import export_folder
 from xtuner.export.turbomind_config import BASE, TurboMindSource, find_difference, flatten_yaml, render_yaml
 from xtuner.families import read_model
+from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import stream_weights
 
@@ -47,6 +48,21 @@ KERNELS = (64, 128)  # head sizes that TurboMind supports, according to lmdeploy
 Blocks = Iterator[torch.Tensor]
 
 
+def _unconverted_features(c: DecoderConfig) -> dict[str, str]:
+    """Features that we do not convert, in words, by the field that says so."""
+    features = {"bias": "biases in attention"} if c.attention_bias else c.special_features()
+    if c.rope_scaling and c.rope_scaling.kind == "llama3":
+        features.pop("rope_scaling", None)
+    return features
+
+
+def why_not_converted(layout: ModelFamily, c: DecoderConfig) -> str:
+    """Why a network in this layout is not converted; "" if it is."""
+    if layout.architecture not in ARCHITECTURES:
+        return f"LMDeploy 0.9.2.post1 does not know {layout.architecture}"
+    return ", ".join(_unconverted_features(c).values())
+
+
 def read_source(folder: Path) -> TurboMindSource:
     """Read a folder's configs. Raises: ConfigError for a path that is not a Hugging Face folder, and for a model or
     tokenizer that cannot be converted; CheckpointError without config.json."""
@@ -55,10 +71,7 @@ def read_source(folder: Path) -> TurboMindSource:
     )
     hf = read_json(folder / "config.json")
     layout, config = read_model(folder)
-    features = {"bias": "biases in attention"} if config.attention_bias else config.special_features()
-    if config.rope_scaling and config.rope_scaling.kind == "llama3":
-        del features["rope_scaling"]
-    if features:
+    if features := _unconverted_features(config):
         raise ConfigError(
             f"the model has {', '.join(features.values())}, which is not converted",
             where=f"{folder / 'config.json'}: {next(iter(features))}",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
-from xtuner.families.base import ModelFamily, Stored
+from xtuner.families.base import ModelFamily, Released, Stored
 from xtuner.families.chat import ANSWERS, CALLS, ROLES, ChatTemplate, Message, Piece
 from xtuner.families.hf_config import FIELDS, Reader, read_network, write_network
 from xtuner.families.network import DecoderConfig
@@ -76,6 +76,13 @@ def _name(name: str, learned: bool) -> Piece:
     return Piece(_NAME_MARKS.get(name, name), learned, is_mark=name in _NAME_MARKS)
 
 
+def _internlm2(layers: int, hidden: int, inner: int, heads: int, **more: Any) -> dict[str, Any]:
+    return dict(
+        vocab_size=92544, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=8, max_position_embeddings=32768,
+    ) | more  # fmt: skip
+
+
 class InternLM2(ModelFamily):
     name = "internlm2"
     architecture = "InternLM2ForCausalLM"
@@ -97,6 +104,16 @@ class InternLM2(ModelFamily):
         "AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM",
     }
     unnamed_tokens: ClassVar = {92538 + i: (f"[UNUSED_TOKEN_{141 + i}]", name) for i, name in enumerate(_BY_ID)}
+    released = (
+        Released("internlm/internlm2-1_8b", _internlm2(24, 2048, 8192, 16)),
+        Released("internlm/internlm2-7b", _internlm2(32, 4096, 14336, 32)),
+        Released("internlm/internlm2-20b", _internlm2(48, 6144, 16384, 48)),
+        Released(
+            "internlm/internlm2_5-7b-chat-1m",
+            _internlm2(32, 4096, 14336, 32, rope_theta=5e7, max_position_embeddings=262144)
+            | dict(rope_scaling=dict(type="dynamic", factor=2.5)),
+        ),
+    )
     fields = FIELDS | {"bias"}
     defaults: ClassVar = {"bias": False, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "pad_token_id": 2}
 

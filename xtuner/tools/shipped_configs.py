@@ -1,6 +1,6 @@
 """The shipped configs, written from one template: what they share is in one place, and each is a complete file.
 
-python -m xtuner.tools.shipped_configs xtuner/configs        writes internlm2_*_w_tokenized_dataset.py, see CONFIGS
+python -m xtuner.tools.shipped_configs xtuner/configs        writes *_w_tokenized_dataset.py, see CONFIGS
 """
 
 import sys
@@ -27,7 +27,9 @@ _PRETRAINED = {
     "evaluation_freq": 500,
     "evaluation_inputs": '["请介绍一下上海的历史。", "What makes a good scientific question?"]',
     "more_chat_arguments": "",
+    "more_dataset_arguments": "",
 }
+_ZERO_HINT = '        learn_zero=False,  # True: also learn id 0, which is "!" in this vocabulary\n'
 _TINY = _PRETRAINED | {
     "title": "A tiny InternLM2 from random weights: learns on a laptop in minutes, with every step of a large one.",
     "model": "from_scratch",
@@ -58,19 +60,19 @@ _TINY = _PRETRAINED | {
 }
 
 
-def _pretrained(model: str, model_hint: str = "", **changes: object) -> dict[str, object]:
+def _pretrained(model: str, model_hint: str = "", hub_id: str = "", **changes: object) -> dict[str, object]:
     values = _PRETRAINED | changes
     title = f"{model} on data tokenized by InternEvo's tools, in packs of {values['max_length']:,} tokens."
-    hub_id = f"internlm/{model.lower().replace('.', '_')}"
+    hub_id = hub_id or f"internlm/{model.lower().replace('.', '_')}"
     settings = f'# Model: a folder, or a hub id{model_hint}\npretrained_model_name_or_path = "{hub_id}"'
     return values | {"title": title, "model_settings": settings}
 
 
 CONFIGS: dict[str, dict[str, object]] = {
-    "1_8b": _pretrained("InternLM2-1.8B"),
-    "7b": _pretrained("InternLM2-7B", states_hint='"8bit" lets one 80 GB GPU train all of it'),
-    "20b": _pretrained("InternLM2-20B"),
-    "5_7b_1m": _pretrained(
+    "internlm2_1_8b": _pretrained("InternLM2-1.8B"),
+    "internlm2_7b": _pretrained("InternLM2-7B", states_hint='"8bit" lets one 80 GB GPU train all of it'),
+    "internlm2_20b": _pretrained("InternLM2-20B"),
+    "internlm2_5_7b_1m": _pretrained(
         "InternLM2.5-7B-Chat-1M",
         ". Rotary positions are as in its config.json: rope_theta = 50,000,000,\n"
         "# and in documents of more than 262,144 tokens dynamic scaling by 2.5",
@@ -79,14 +81,28 @@ CONFIGS: dict[str, dict[str, object]] = {
         more_accumulation="accumulative_counts *= sequence_parallel_size  # "
         "as many packs a step as if no devices shared them\n",
     ),
-    "tiny": _TINY,
+    "internlm2_tiny": _TINY,
+    "internlm3_8b": _pretrained("InternLM3-8B", hub_id="internlm/internlm3-8b-instruct"),
+    "llama3_1_8b": _pretrained(
+        "Llama-3.1-8B",
+        hub_id="meta-llama/Llama-3.1-8B",
+        prompt_template="llama3_chat",
+        more_dataset_arguments=_ZERO_HINT,
+    ),
+    "mistral_7b": _pretrained("Mistral-7B", hub_id="mistralai/Mistral-7B-v0.3", prompt_template="mistral"),
+    "qwen2_5_7b": _pretrained(
+        "Qwen2.5-7B", hub_id="Qwen/Qwen2.5-7B", prompt_template="qwen_chat", more_dataset_arguments=_ZERO_HINT
+    ),
+    "qwen3_8b": _pretrained(
+        "Qwen3-8B", hub_id="Qwen/Qwen3-8B-Base", prompt_template="qwen_chat", more_dataset_arguments=_ZERO_HINT
+    ),
 }
 
 
 def render_configs() -> Iterator[tuple[str, str]]:
     """(file name, text) of every shipped config."""
-    for size, values in CONFIGS.items():
-        yield f"internlm2_{size}_w_tokenized_dataset.py", fill_template("config.txt", **values)
+    for model, values in CONFIGS.items():
+        yield f"{model}_w_tokenized_dataset.py", fill_template("config.txt", **values)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from xtuner.core.files import read_json
 from xtuner.core.log import logger
 from xtuner.core.system.stdio import as_text
 from xtuner.data.chat_template import find_template
-from xtuner.data.tokenizer import Tokenizer, load_tokenizer, single_tokens
+from xtuner.data.tokenizer import Tokenizer, begin_tokens, load_tokenizer, single_tokens
 from xtuner.families import FAMILIES
 from xtuner.families.chat import PLAIN
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     if template is None:
         family = FAMILIES.find(model.config.family, args.model, "give its chat template with --template")
-        template = family.chat or PLAIN
+        template = family.chat_for(tokenizer.special) or PLAIN
     if missing := [mark for mark in template.turn_marks if mark not in tokenizer.special]:
         logger.warning(
             f"the tokenizer has no special token {', '.join(missing)}, which the template {template.name} uses. "
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         )
     stop_words = [*template.stop_words, *args.stop_words]
     stop_ids = [model.config.eos_token_id, *single_tokens(tokenizer, stop_words)]
+    begin = begin_tokens(tokenizer, model.config.bos_token_id)
     generator = torch.Generator().manual_seed(args.seed)
 
     session = Session(model)
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         prompt = template.prompt(text, args.system if fresh else "")
         ids = tokenizer.encode(prompt)
-        logits = session.feed([model.config.bos_token_id, *ids] if fresh else ids)
+        logits = session.feed((begin + ids or [model.config.eos_token_id]) if fresh else ids)
         tokens = sample(session, logits, args.max_new_tokens, stop_ids, args.temperature, args.top_p, generator)
         pieces = 0
         for piece in decode_stream(tokens, tokenizer, stop_words):

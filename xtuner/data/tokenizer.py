@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
-from xtuner.core.foreign_inputs import read_regular, short_repr
-from xtuner.families import FAMILIES
+from xtuner.core.foreign_inputs import open_regular, read_regular, short_repr
+from xtuner.families import FAMILIES, chat_templates
 
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens in settings files: `bos_token`
 
@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     special: Mapping[str, int]  # names of special tokens → ids
     bos_id: int | None
     eos_id: int | None
+    has_begin: bool  # False: its settings say that texts begin without a token, as Qwen's do
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin and end tokens. Names of special tokens in the text become those tokens."""
@@ -59,18 +60,44 @@ def single_tokens(tokenizer: Tokenizer, words: Iterable[str]) -> list[int]:
     return [ids[0] for ids in encoded if len(ids) == 1]
 
 
+def begin_tokens(tokenizer: Tokenizer, bos: int | None) -> list[int]:
+    """What a prompt begins with: the model's begin token, or nothing."""
+    return [bos] if bos is not None and getattr(tokenizer, "has_begin", True) else []
+
+
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer of a model folder or hub id. Raises: ConfigError if it has none of a known form."""
     folder = hub.resolve(str(name_or_path), tokenizer_only=True)
-    if os.path.isfile(folder / "tokenizer.model"):
+    model = folder / "tokenizer.model"
+    if os.path.isfile(model) and not _is_tiktoken(model):
         return _SentencePiece(folder)
     if os.path.isfile(folder / "tokenizer.json"):
         return _JsonTokenizer(folder)
+    old = (model.name, *(name for name in ("vocab.json", "merges.txt") if (folder / name).is_file()))
+    tiktoken = sorted(path.name for path in folder.glob("*.tiktoken"))
+    if found := [name for name in (*old, *tiktoken) if (folder / name).is_file()]:
+        raise ConfigError(
+            f"the folder has {', '.join(found)}, but no tokenizer.json",
+            where=str(folder),
+            why="these files lack the rule by which texts are split into words",
+            do="write it once where the model's tokenizer loads: AutoTokenizer.from_pretrained(FOLDER)"
+            ".save_pretrained(FOLDER)",
+        )
     raise ConfigError(
         "the folder contains neither tokenizer.model nor tokenizer.json",
         where=str(folder),
         do="give the folder of the tokenizer that the data were tokenized with",
     )
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Whether it has the form of Llama 3's `original/tokenizer.model`: lines of base64 and a rank."""
+    try:
+        with open_regular(path) as f:
+            head = f.read(1024)
+    except OSError:
+        return False
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n[A-Za-z0-9+/]+=* \d+\r?\n", head) is not None
 
 
 class _SentencePiece:
@@ -85,6 +112,7 @@ class _SentencePiece:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=read_regular(path))
             self.bos_id, self.eos_id = _id(self._model.bos_id()), _id(self._model.eos_id())
             self.special: Mapping[str, int] = self._names()
+            self.has_begin = _has_begin(folder)
             self._by_id = {i: name for name, i in self.special.items()}
             spelt = [*self.special, *(self._model.id_to_piece(i) for i in self._by_id if i < self._model.vocab_size())]
             # pieces that SentencePiece matches in any text, and whose ids are those of special tokens
@@ -165,9 +193,11 @@ class _JsonTokenizer:
             except Exception as e:  # the library raises plain Exception
                 raise _unreadable(path, e) from None
         self._without_names.encode_special_tokens = True
-        self.special: Mapping[str, int] = {
-            t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special
-        }
+        added = self._model.get_added_tokens_decoder()
+        marks = {mark for chat in chat_templates().values() for mark in chat.marks}  # DeepSeek's are not `special`
+        self.special: Mapping[str, int] = {t.content: i for i, t in added.items() if t.special or t.content in marks}
+        self._matched = [t.content for t in added.values() if not t.special and t.content in marks]
+        self.has_begin = _has_begin(folder)
         config = _read_config(folder)
         self.bos_id, self.eos_id = self._named(config.get("bos_token")), self._named(config.get("eos_token"))
 
@@ -203,8 +233,9 @@ class _JsonTokenizer:
             if piece in allowed:
                 ids.append(self.special[piece])
             else:
-                with self._catch_panics():
-                    ids += self._without_names.encode(piece, add_special_tokens=False).ids
+                for part in _break_up(piece, self._matched) if self._matched else [piece]:
+                    with self._catch_panics():
+                        ids += self._without_names.encode(part, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -230,6 +261,11 @@ def _identity(vocabulary: Path, names: Mapping[str, int | None]) -> str:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     return _read_object(folder / "tokenizer_config.json")
+
+
+def _has_begin(folder: Path) -> bool:
+    settings = _read_config(folder)
+    return not ("bos_token" in settings and settings["bos_token"] is None)
 
 
 def _read_listed_tokens(folder: Path) -> dict[str, int]:

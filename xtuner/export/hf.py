@@ -26,7 +26,6 @@ from xtuner.export.sources import OpenedCheckpoint, read_tensor, recognise
 from xtuner.export.tokenizer_json import complete_tokenizer
 from xtuner.families import FAMILIES, NATIVE
 from xtuner.families.base import ModelFamily
-from xtuner.families.chat import ChatTemplate
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import check_network, hf_shapes, shard_file_names, split_for_family, weight_index
 
@@ -82,7 +81,7 @@ def export_hf(
         _write_shards(opened, folder, config, form, dtype, max_shard_bytes)
         code = _copy_code(folder, form) if with_code else {}
         write_json(folder / "config.json", {**code, **settings})
-        stops = _copy_tokenizer(tokenizer_folder, folder, config, own.chat)
+        stops = _copy_tokenizer(tokenizer_folder, folder, config, own)
         write_json(folder / "generation_config.json", _generation(config, stops))
         (folder / "README.md").write_text(render_card(kind.path, opened, config, form, dtype), encoding="utf-8")
         write_configs(folder, target)
@@ -200,7 +199,7 @@ def _check_readers(c: DecoderConfig, layout: ModelFamily) -> None:
 
 
 def _copy_tokenizer(
-    source: Path | None, folder: Path, config: DecoderConfig, chat: ChatTemplate | None = NATIVE.chat
+    source: Path | None, folder: Path, config: DecoderConfig, family: ModelFamily = NATIVE
 ) -> list[int]:
     """Copy tokenizer files, and add files that loading needs; return the ids at which a chat model stops."""
     if source is None:
@@ -208,6 +207,7 @@ def _copy_tokenizer(
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    chat = family.chat_for(load_tokenizer(source).special)
     complete_tokenizer(folder, chat)
     special = load_tokenizer(folder).special
     ends = [special[word] for word in (chat.stop_words if chat else ()) if word in special]

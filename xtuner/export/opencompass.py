@@ -48,7 +48,7 @@ def stop_words(folder: Path) -> list[str]:
     path = folder / "generation_config.json"
     ids = read_json(path).get("eos_token_id", []) if path.is_file() else read_config(_hf(folder)).eos_token_id
     found = [names[i] for i in (ids if isinstance(ids, list) else [ids]) if i in names]
-    chat = find_family(_hf(folder)).chat
+    chat = find_family(_hf(folder)).chat_for(names.values())
     return list(dict.fromkeys([*found, *(name for name in names.values() if chat and name in chat.stop_words)]))
 
 

@@ -15,7 +15,7 @@ class InternLM3(Llama):
     tags = ("internlm3",)
     other_chats: tuple[ChatTemplate, ...] = ()  # InternLM2's marks
     fields = FIELDS | {"qkv_bias", "bias", "tie_word_embeddings"}
-    defaults: ClassVar = {"rms_norm_eps": 1e-5, "rope_theta": 5e7, "pad_token_id": 2}
+    defaults: ClassVar = {"rms_norm_eps": 1e-5, "rope_theta": 5e7, "pad_token_id": 2, "num_key_value_heads": None}
     released: ClassVar = (
         Released("internlm/internlm3-8b-instruct", dict(
             vocab_size=128512, hidden_size=4096, intermediate_size=10240, num_hidden_layers=48, num_attention_heads=32,

@@ -34,7 +34,7 @@ class Mistral(Llama):
     chat = MISTRAL_CHAT
     other_chats: tuple[ChatTemplate, ...] = ()
     fields = FIELDS | {"sliding_window", "tie_word_embeddings"}
-    defaults: ClassVar = {"sliding_window": None}
+    defaults: ClassVar = {"sliding_window": None, "num_key_value_heads": None}
     released: ClassVar = (
         Released("mistralai/Mistral-7B-v0.1", _mistral(32000, 4096, 32, rope_theta=10000.0, sliding_window=4096)),
         Released("mistralai/Mistral-7B-v0.3", _mistral(32768, 4096, 32)),

@@ -46,7 +46,7 @@ class Qwen2(Llama):
     chat = CHATML
     other_chats: tuple[ChatTemplate, ...] = (DEEPSEEK_CHAT,)
     fields = FIELDS | {"tie_word_embeddings"}
-    defaults: ClassVar = {"pad_token_id": None, "rope_theta": 1e6}
+    defaults: ClassVar = {"pad_token_id": None, "num_key_value_heads": None, "rope_theta": 1e6}
     released: ClassVar = (
         Released("Qwen/Qwen2.5-0.5B", _qwen2(151936, 896, 4864, 24, 14, 2) | _TIED),
         Released("Qwen/Qwen2.5-1.5B", _qwen2(151936, 1536, 8960, 28, 12, 2) | _TIED),

@@ -27,7 +27,7 @@ class Qwen3(Llama):
     chat = CHATML
     other_chats: tuple[ChatTemplate, ...] = (DEEPSEEK_CHAT,)
     fields = FIELDS | {"attention_bias", "tie_word_embeddings"}
-    defaults: ClassVar = {"head_dim": 128, "rope_theta": 1e6, "pad_token_id": None}
+    defaults: ClassVar = {"head_dim": 128, "rope_theta": 1e6, "pad_token_id": None, "num_key_value_heads": None}
     released: ClassVar[tuple[Released, ...]] = (
         Released("Qwen/Qwen3-0.6B", _qwen3(1024, 3072, 28, 16) | _TIED),
         Released("Qwen/Qwen3-1.7B", _qwen3(2048, 6144, 28, 16) | _TIED),

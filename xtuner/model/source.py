@@ -209,13 +209,17 @@ def _require_varlen(use_varlen_attn: bool) -> None:
 
 
 def require_special_tokens(config: DecoderConfig, where: str) -> None:
-    """Raise ConfigError unless the ids that begin and end a text are in the vocabulary: generation needs both.
+    """Raise ConfigError unless the ids that begin and end a text are in the vocabulary: generation needs them.
+
+    A model may have no begin token.
 
     Args:
         where: prefix of the key in the message.
     """
     for name in ("bos_token_id", "eos_token_id"):
         number = getattr(config, name)
+        if number is None and name == "bos_token_id":
+            continue  # texts begin without a token
         if number is None or not 0 <= number < config.vocab_size:
             what = f"{name} = {number} is not an id of the vocabulary, 0 … {config.vocab_size - 1}"
             raise ConfigError(what, where=f"{where}{name}")

@@ -15,7 +15,7 @@ from xtuner.config.settings import SCHEMA
 from xtuner.core.log import human_bytes, human_time, logger, show_progress
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.data.packing.document_source import Documents
-from xtuner.data.tokenizer import Tokenizer, single_tokens
+from xtuner.data.tokenizer import Tokenizer, begin_tokens, single_tokens
 from xtuner.dist import collectives
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.generate import generate
@@ -247,7 +247,8 @@ class EvaluateChatHook(Hook):
         stops = [config.eos_token_id, *single_tokens(self.tokenizer, words)]
         for text in self.inputs:
             prompt = self.template.prompt(text, self.system) if self.template else text
-            ids = [config.bos_token_id, *self.tokenizer.encode(prompt)]
+            ids = [*begin_tokens(self.tokenizer, config.bos_token_id), *self.tokenizer.encode(prompt)]
+            ids = ids or [config.eos_token_id]  # it also separates documents
             agree = run.mesh.ranks.broadcast_int
             reply = self.tokenizer.decode(list(generate(model, ids, self.max_new_tokens, stops, agree=agree)))
             logger.info(f"sample at iteration {run.state.iteration}:\n{prompt}{reply}\n")

@@ -33,11 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--template",
-        default="internlm2_chat",
-        help="chat template: internlm2_chat (default), another family's, or package.module.NAME of your own; "
-        "internevo writes alpaca records bit for bit as that tool does",
+        default="auto",
+        help="chat template: by default one whose marks the tokenizer has (internlm2_chat, llama3_chat, mistral, …), "
+        "or package.module.NAME of your own; internevo writes alpaca records bit for bit as that tool does",
     )
-    parser.add_argument("--add-bos", action=both, help="start each document with the BOS token (default: yes)")
+    parser.add_argument(
+        "--add-bos", action=both, help="start each document with the BOS token (default: if the tokenizer has one)"
+    )
     parser.add_argument(
         "--add-eos", action=both, help="end each document with the EOS token (default: text yes, chat no)"
     )

@@ -50,7 +50,8 @@ def tokenize(
     settings.check()
     workers = usable_workers(workers)
     clear_caches()
-    identity = load_tokenizer(settings.tokenizer).identity()
+    tokenizer = load_tokenizer(settings.tokenizer)
+    identity, settings = tokenizer.identity(), settings.for_tokenizer(tokenizer)
     todo, report = [], TokenizeReport()
     refused: list[DataError] = []
     for job in plan_jobs(inputs, output, settings, kind, suffixes):

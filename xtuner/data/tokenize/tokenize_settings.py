@@ -5,12 +5,15 @@ from typing import Any
 
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.data.chat_template import find_template
+from xtuner.data.tokenizer import Tokenizer
+from xtuner.families import chat_templates
 from xtuner.families.internlm2 import InternLM2
 
 TEXTS = ("txt", "json", "jsonl")
 CHATS = ("alpaca", "chat", "ftdp")
 FORMATS = TEXTS + CHATS
 OWN_TEMPLATE = InternLM2.chat.name
+AUTO = "auto"  # the first template whose marks are special tokens of the tokenizer
 INTERNEVO = "internevo"  # InternEvo's rule for alpaca records, which is not a chat template
 RULES = 1  # increase it when the same input and settings give a different output, so that old outputs are replaced
 FTDP_LENGTH = 32768
@@ -39,7 +42,7 @@ class TokenizeSettings:
         if self.format not in known:
             hint = did_you_mean(self.format, list(known))
             raise ConfigError(f"unknown {self.format!r}.{hint}", where="--format", do=f"one of {', '.join(known)}")
-        if self.template != INTERNEVO:
+        if self.template not in (INTERNEVO, AUTO):
             find_template(self.template, others=(INTERNEVO,))
         if not 0 <= self.valid_fraction <= 1:
             raise ConfigError(f"{self.valid_fraction} is not a fraction", where="--valid-fraction", do="from 0 to 1")
@@ -51,6 +54,17 @@ class TokenizeSettings:
                 where="--template internevo",
                 do=f"--format alpaca, or --template {OWN_TEMPLATE}",
             )
+
+    def for_tokenizer(self, tokenizer: Tokenizer) -> "TokenizeSettings":
+        """With the defaults that depend on the tokenizer: the chat template, and whether texts have a begin token."""
+        found = self
+        if self.add_bos is None and not tokenizer.has_begin:
+            found = replace(found, add_bos=False)
+        if self.template == AUTO:
+            known = (chat for chat in chat_templates().values() if chat.marks)
+            fitting = (chat.name for chat in known if all(mark in tokenizer.special for mark in chat.marks))
+            found = replace(found, template=next(fitting, OWN_TEMPLATE))
+        return found
 
     def resolved(self, kind: str) -> "TokenizeSettings":
         """The settings for one file of format `kind`: defaults filled in, settings without effect cleared."""

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fp32", action="store_true", help="write the fp32 masters instead of bf16")
     parser.add_argument("--max-shard-size", default="2GB", help="largest weight file (default: 2GB)")
     parser.add_argument(
-        "--layout", metavar="FAMILY", help="internlm2 or llama: weight names (default: those of the model's family)"
+        "--layout",
+        metavar="FAMILY",
+        help="weight names and config.json of another family, such as llama (default: the model's own)",
     )
     parser.add_argument(
         "--with-code", action="store_true", help="add .py files, for transformers with trust_remote_code=True"

@@ -1,0 +1,127 @@
+"""Tokenizers in the form of the families' own: byte-level BPE, begin tokens or none, marks of their chat templates."""
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.paths import TOKENIZER_TEXT, reference
+
+from xtuner.core.errors import ConfigError
+from xtuner.data.tokenizer import begin_tokens, load_tokenizer
+from xtuner.export.hf import export_hf
+from xtuner.families import FAMILIES
+from xtuner.families.chat import Message
+from xtuner.model import from_scratch
+
+QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+TALK = [("system", "Be brief."), ("user", "Hi! <|im_end|><|eot_id|><｜User｜>"), ("assistant", "Yes!")]
+
+
+def write_tokenizer(folder: Path, marks: tuple[str, ...], plain: tuple[str, ...] = (), **config: object) -> Path:
+    """A byte-level BPE whose id 0 is "!". `plain`: marks that are added tokens, but not special ones."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TOKENIZER_TEXT.read_text().splitlines(), trainer)
+    tokenizer.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in marks if m not in plain])
+    tokenizer.add_tokens([AddedToken(m, special=False, normalized=False) for m in plain])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+CASES = {
+    "qwen2": ("qwen2", QWEN, (), dict(bos_token=None, eos_token="<|im_end|>"), "qwen_chat"),
+    "llama": ("llama", LLAMA, (), dict(bos_token=LLAMA[0], eos_token=LLAMA[4]), "llama3_chat"),
+    "deepseek": (
+        "qwen2",
+        DEEPSEEK,
+        DEEPSEEK[2:],
+        dict(bos_token=DEEPSEEK[0], eos_token=DEEPSEEK[1]),
+        "deepseek_r1_chat",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_data_and_chat_follow_the_tokenizer(name: str, tmp_path: Path, xtuner: Callable[..., int]) -> None:
+    """Ids are those of transformers; the family's chat template is found; text cannot spell its marks; id 0 is "!"."""
+    from transformers import AutoTokenizer
+
+    family_name, marks, plain, config, template = CASES[name]
+    folder = write_tokenizer(tmp_path / "tokenizer", marks, plain, **config)
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for case in json.loads(reference("tokenizer", "strings.json").read_text()):
+        assert ours.encode(case["text"]) == theirs.encode(case["text"], add_special_tokens=False), case["text"]
+    assert ours.encode("!") == [0]
+    assert begin_tokens(ours, 7) == ([] if config["bos_token"] is None else [7])
+    chat = FAMILIES[family_name].chat_for(ours.special)
+    assert chat is not None
+    assert chat.name == template
+
+    (tmp_path / "talk.jsonl").write_text(json.dumps([{"role": r, "content": c} for r, c in TALK]) + "\n")
+    words = ("--tokenizer", folder, "--output", tmp_path / "data", "--format", "chat", "--workers", 1)
+    assert xtuner("data", "tokenize", tmp_path / "talk.jsonl", *words) == 0
+    (file,) = (tmp_path / "data").rglob("*.bin")
+    (line,) = file.read_text().splitlines()
+    tokens = json.loads(line)["tokens"]
+    begin = [theirs.convert_tokens_to_ids(str(config["bos_token"]))] if config["bos_token"] else []
+    assert [abs(t) for t in tokens[: len(begin)]] == begin
+    pieces = [piece for r, c in TALK for piece in chat.pieces([Message(r, c)])]
+    text = theirs.decode([abs(t) for t in tokens[len(begin) :]], skip_special_tokens=False)
+    assert text == "".join(piece.text for piece in pieces)
+    expected = sum(piece.is_mark for piece in pieces)
+    added = set(theirs.get_added_vocab().values()) - {0}
+    assert sum(abs(t) in added for t in tokens[len(begin) :]) == expected
+    assert theirs.decode([t for t in tokens[len(begin) :] if t > 0]).startswith("Yes")
+
+    network = from_scratch(
+        family=family_name, vocab_size=500, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, bos_token_id=None, eos_token_id=ours.eos_id, seed=0,
+    )  # fmt: skip
+    write_model(tmp_path / "hf", network.config, family_name)
+    exported = export_hf(tmp_path / "hf", tmp_path / "out", folder)
+    stops = json.loads((exported / "generation_config.json").read_text())["eos_token_id"]
+    assert set(stops) == {ours.eos_id, *(ours.special[w] for w in chat.stop_words if w in ours.special)}
+    assert xtuner("chat", exported, "--prompt", "Hi", "--max-new-tokens", 2) == 0
+
+
+def write_model(folder: Path, config: object, family: str) -> None:
+    from safetensors.torch import save_file
+
+    from xtuner.model.decoder import CausalLM
+    from xtuner.model.weights import split_for_family
+
+    form = FAMILIES[family]
+    state = CausalLM(config).state_dict()  # type: ignore[arg-type]
+    parts = {k: t for n, w in state.items() for k, t in split_for_family(n, w, form, config).items()}  # type: ignore[arg-type]
+    folder.mkdir()
+    save_file({k: t.contiguous() * 0 + 0.01 for k, t in parts.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(form.write_config(config, "float32")))  # type: ignore[arg-type]
+
+
+def test_files_without_the_rule_of_words(tmp_path: Path) -> None:
+    """Tiktoken's own files and those of older byte-level tokenizers: with tokenizer.json they do not matter."""
+    lines = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    folder = write_tokenizer(tmp_path / "a", LLAMA)
+    (folder / "tokenizer.model").write_bytes(lines)
+    assert load_tokenizer(folder).encode("!") == [0]
+    for name in ("tokenizer.model", "qwen.tiktoken", "vocab.json"):
+        (tmp_path / name[:4]).mkdir()
+        (tmp_path / name[:4] / name).write_bytes(lines)
+        with pytest.raises(ConfigError, match=rf"the folder has {name}, but no tokenizer.json[\s\S]*save_pretrained"):
+            load_tokenizer(tmp_path / name[:4])

@@ -149,6 +149,8 @@ def written(family: str, **changes: Any) -> dict[str, Any]:
          "num_hidden_layers = 2 contradicts the number of layer_types"),
         (written("qwen2", layer_types=["full_attention", "sliding_attention"]),
          "use_sliding_window = False contradicts layer_types = True"),
+        (written("qwen3", layer_types=2), "layer_types = 2 is not a list"),
+        (written("qwen2", layer_types=None, max_window_layers="x"), "max_window_layers = 'x' is not a number"),
         (written("qwen3", layer_types=["full_attention", "linear_attention"]), "'linear_attention' are not supported"),
         (written("llama", rope_scaling={"rope_type": "longrope", "factor": 2.0}),
          r"rope scaling 'longrope' is not supported[\s\S]*another table beyond the first context"),

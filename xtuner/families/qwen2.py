@@ -90,7 +90,11 @@ def read_windows(read: Reader) -> dict[str, Any]:
     slides, window = read.flag("use_sliding_window"), read.window("sliding_window")
     if kinds is None:
         first = read.hf.get("max_window_layers", 28)
-        slide = [slides and window is not None and not (type(first) is int and i < first) for i in range(layers)]
+        if type(first) is not int:
+            raise read.wrong("max_window_layers", f"max_window_layers = {short_repr(first)} is not a number of layers")
+        slide = [slides and window is not None and i >= first for i in range(layers)]
+    elif not isinstance(kinds, list):
+        raise read.wrong("layer_types", f"layer_types = {short_repr(kinds)} is not a list")
     else:
         read.require_equal("num_hidden_layers", layers, "the number of layer_types", len(kinds))
         other = next((kind for kind in kinds if kind not in KINDS), None)

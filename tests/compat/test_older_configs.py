@@ -363,7 +363,7 @@ def test_what_stands_in_the_table_exists() -> None:
         ("from xtuner.engine._strategy import DeepSpeedStrategy", ["leave strategy out"]),
         ("from xtuner.parallel.sequence import SequenceParallelSampler", ["InternRepoSampler"]),
         ("from xtuner.utils import *", ["xtuner.utils.* has no replacement", "PROMPT_TEMPLATE"]),
-        ("t = PROMPT_TEMPLATE.llama3_chat", ["PROMPT_TEMPLATE.llama3_chat", "There are internlm2_chat, plain"]),
+        ("t = PROMPT_TEMPLATE.baichuan_chat", ["baichuan_chat", "There are internlm2_chat, ", ", plain"]),
     ],
 )
 def test_what_there_is_nothing_for(legacy_text: str, tmp_path: Path, line: str, words: list[str]) -> None:

@@ -26,8 +26,7 @@ from xtuner.data.packing import document_order
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.train import preflight
-from xtuner.train.plan import make_plan
-from xtuner.train.reporting.start_report import format_start_report
+from xtuner.train.plan import find_longest_document, make_plan
 
 CASES = sorted(p.parent for p in reference("packing").glob("*/expected.json"))
 
@@ -218,6 +217,7 @@ def test_a_dataset_without_costs_is_not_dealt() -> None:
     assert list(islice(plain.numbers_from(Position()), 3)) == sampler.permutation()[1::3].tolist()
     with pytest.raises(ConfigError, match=r"balance = 16, but Own has no method `costs`"):
         PackLoader(own, sampler, balance=16)
+    assert find_longest_document(own) is None
 
 
 @pytest.mark.parametrize(

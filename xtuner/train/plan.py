@@ -81,9 +81,14 @@ def make_plan(
 
 def longest_document(dataset: Any) -> int:
     """Tokens of the longest document in a pack; 0 if packs are of a usual length, or it is unknown."""
-    find = getattr(dataset, "longest_document", None)  # a user's dataset may have none
-    longest = find() if find and dataset.packed_length > USUAL_PACK else None
+    longest = find_longest_document(dataset) if dataset.packed_length > USUAL_PACK else None
     return min(longest or 0, dataset.packed_length)
+
+
+def find_longest_document(dataset: Any) -> int | None:
+    """Tokens of the longest document; None if it is unknown, as for a user's dataset without that method."""
+    longest: int | None = dataset.longest_document() if hasattr(dataset, "longest_document") else None
+    return longest
 
 
 def _schedule(config: Config, lr: float, lengths: Lengths) -> Schedule:

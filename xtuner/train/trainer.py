@@ -25,7 +25,7 @@ from xtuner.model.flops import count_attention_pairs
 from xtuner.train import preflight
 from xtuner.train.checkpoints import history
 from xtuner.train.checkpoints.async_saver import AsyncSaver
-from xtuner.train.plan import DATASET, longest_document, make_plan
+from xtuner.train.plan import DATASET, find_longest_document, longest_document, make_plan
 from xtuner.train.reporting.failure_advice import interrupted_error, out_of_memory_error
 from xtuner.train.reporting.start_report import format_start_report
 from xtuner.train.resume import ResumePoint, find_resume_point, load_run_state
@@ -197,7 +197,7 @@ def _build_run(
         logger.info(plan.choice.remark)
     strategy_ = build_strategy(plan.choice, settings.source, settings.optim, settings.device)
     if settings.device.type == "cuda":
-        longest = settings.dataset.longest_document() if collectives.is_main() else None
+        longest = find_longest_document(settings.dataset) if collectives.is_main() else None
         longest = longest and -(-longest // settings.mesh.cp)
         strategy_.memory.log_plan(plan.choice.pack, settings.mesh, longest)
     progress = load_run_state(strategy_, settings.config, found, ranks)

@@ -82,7 +82,7 @@ def between_lines(path: Path) -> None:
     put_meta(path, table)
 
 
-# what is done to en/a.bin → what is told of it, and whether a new meta mends it
+# what is done to en/a.bin → what is reported of it, and whether a new meta repairs it
 WRONG: dict[str, tuple[Callable[[Path], Any], str, bool]] = {
     "no meta": (lambda p: os.unlink(f"{p}.meta"), "a.bin has no meta", True),
     "torn meta": (lambda p: os.truncate(f"{p}.meta", 200), "not an npy array", True),
@@ -140,7 +140,7 @@ def test_odd_but_right(data: Path) -> None:
     lines = [b'\xef\xbb\xbf{"tokens": [1, 2]}\r\n', b"\r\n", b'{"text": "[", "tokens":[3]}\n', b'{"tokens": []}']
     (data / "odd.bin").write_bytes(b"".join(lines))
     put_meta(data / "odd.bin", np.array([[0, 2], [len(lines[0]) + 2, 1], [sum(map(len, lines[:3])), 0]], np.int32))
-    told = found(data)
+    report = found(data)
     for words in (
         "problem en/b.bin: is the same file as again.bin",
         "problem en/a.bin: has the same text as code/z.bin",
@@ -148,8 +148,8 @@ def test_odd_but_right(data: Path) -> None:
         "note alone.bin.meta: is a meta without its text",
         f"note link: is a link to the folder {data / 'en'}",
     ):
-        assert [row for row in told if row.startswith(words)], words
-    assert not [row for row in told if "odd.bin" in row]
+        assert [row for row in report if row.startswith(words)], words
+    assert not [row for row in report if "odd.bin" in row]
 
 
 def test_parts_and_blocks_change_nothing(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,9 +193,9 @@ def test_check_as_a_command(data: Path, xtuner: Command, capsys: Any) -> None:
     assert "4 files, 120 documents" in capsys.readouterr().out
     longer(data / "en" / "a.bin")
     assert xtuner("data", "check", data) == 65
-    told = capsys.readouterr().out
-    assert told.startswith("problem  en/a.bin")
-    assert "problems: 1" in told
+    report = capsys.readouterr().out
+    assert report.startswith("problem  en/a.bin")
+    assert "problems: 1" in report
     assert xtuner("data", "check", data, "--fix-meta") == 0
     assert capsys.readouterr().out.startswith("fixed ")
     with pytest.raises(ConfigError, match="does not exist"):
@@ -235,35 +235,35 @@ def test_statistics_are_those_of_the_packs(
         1,
     )
     assert xtuner(*words, "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     whole = load_intern_repo_tokenized_dataset(data, min_length)
     packs = PackedDataset(whole, 32)
     lengths = np.concatenate([f.lengths for f in whole])
     tokens = [t for f in load_intern_repo_tokenized_dataset(data) for i in range(30) for t in f.read_document(i)]
-    assert (told["documents"], told["tokens"]) == (len(lengths), lengths.sum())
-    assert told["learned"] == sum(t > 0 for t in tokens)
-    assert (told["packs"], told["tail"]) == (len(packs), sum(packs.tail_tokens_per_file))
-    assert [f["packs"] for f in told["files"]] == packs.packs_per_file
-    assert {t["name"]: t["packs"] for t in told["types"]} == {
+    assert (report["documents"], report["tokens"]) == (len(lengths), lengths.sum())
+    assert report["learned"] == sum(t > 0 for t in tokens)
+    assert (report["packs"], report["tail"]) == (len(packs), sum(packs.tail_tokens_per_file))
+    assert [f["packs"] for f in report["files"]] == packs.packs_per_file
+    assert {t["name"]: t["packs"] for t in report["types"]} == {
         "code/": sum(packs.packs_per_file[:2]),
         "en/": sum(packs.packs_per_file[2:]),
     }
-    for row in told["lengths"]:
+    for row in report["lengths"]:
         inside = lengths[(lengths >= row["least"]) & (lengths <= row["most"])]
         assert (row["documents"], row["tokens"]) == (len(inside), inside.sum())
-    assert sum(row["documents"] for row in told["lengths"]) == len(lengths)
+    assert sum(row["documents"] for row in report["lengths"]) == len(lengths)
     long = lengths[lengths > 32]
-    assert (told["longest"], told["longer"], told["longer_tokens"]) == (lengths.max(), len(long), long.sum())
+    assert (report["longest"], report["longer"], report["longer_tokens"]) == (lengths.max(), len(long), long.sum())
     batches = [Batch.from_item(packs[i]) for i in range(len(packs))]
     assert [packs.longest_fragment(i) for i in range(len(packs))] == [b.max_seqlen for b in batches]
     costs = np.array([b.attention_pairs for b in batches], np.float64)
-    assert told["cost"]["mean"] == pytest.approx(costs.mean(), rel=1e-6)
-    assert (told["cost"]["least"], told["cost"]["most"]) == (costs.min(), costs.max())
-    assert sum(n for _, _, n in told["cost_bars"]) == len(packs)
-    assert (told["cost_bars"][0][0], told["cost_bars"][-1][1]) == (costs.min(), costs.max())
+    assert report["cost"]["mean"] == pytest.approx(costs.mean(), rel=1e-6)
+    assert (report["cost"]["least"], report["cost"]["most"]) == (costs.min(), costs.max())
+    assert sum(n for _, _, n in report["cost_bars"]) == len(packs)
+    assert (report["cost_bars"][0][0], report["cost_bars"][-1][1]) == (costs.min(), costs.max())
     order = np.random.RandomState(1024).permutation(len(packs))
-    assert [row["ranks"] for row in told["imbalance"]] == [2, 3]
-    for row in told["imbalance"]:
+    assert [row["ranks"] for row in report["imbalance"]] == [2, 3]
+    for row in report["imbalance"]:
         size = row["ranks"]
         steps = costs[order[: len(order) // size * size]].reshape(-1, size)
         assert row["mean"] == pytest.approx((steps.max(1) / steps.mean(1)).mean(), rel=1e-6)

@@ -94,8 +94,8 @@ def test_what_the_tools_count(
             assert xtuner("data", "cache", tmp_path, "--workers", 1) == 0
         capsys.readouterr()
         assert xtuner("data", "stats", tmp_path, "--max-length", PACK, "--workers", 1, "--json") == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["zeros"] == told["files"][0]["zeros"] == told["types"][0]["zeros"] == lost
+        report = json.loads(capsys.readouterr().out)
+        assert report["zeros"] == report["files"][0]["zeros"] == report["types"][0]["zeros"] == lost
     for verb in (("stats", "--max-length", PACK), ("check",)):
         assert xtuner("data", verb[0], tmp_path, *verb[1:], "--workers", 1) == 0
         assert f"{lost} tokens of id 0 are not learned although their neighbours are" in capsys.readouterr().out

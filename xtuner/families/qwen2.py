@@ -20,7 +20,7 @@ CHATML = ChatTemplate(
     marks=("<|im_start|>", "<|im_end|>"),
 )
 KINDS = ("full_attention", "sliding_attention")
-_CLASS = dict(  # values of transformers' class where a config.json omits them
+CLASS_DEFAULTS: dict[str, Any] = dict(  # values of transformers' class where a config.json omits them
     num_key_value_heads=32,
     max_position_embeddings=32768,
     bos_token_id=None,
@@ -66,7 +66,7 @@ class Qwen2(Llama):
     )  # fmt: skip
 
     def read_config(self, read: Reader) -> DecoderConfig:
-        read = read.with_defaults(**_CLASS)
+        read = read.with_defaults(**CLASS_DEFAULTS)
         return read_network(read, ropes=ROPES, qkv_bias=True, **read_windows(read), **read_tied(read))
 
     def write_config(self, c: DecoderConfig, dtype: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from xtuner.families.chat import ChatTemplate
 from xtuner.families.hf_config import FIELDS, Reader, read_network, read_tied, write_network
 from xtuner.families.llama import DEEPSEEK_CHAT, ROPES, Llama
 from xtuner.families.network import DecoderConfig
-from xtuner.families.qwen2 import CHATML, read_windows, write_windows
+from xtuner.families.qwen2 import CHATML, CLASS_DEFAULTS, read_windows, write_windows
 
 _TIED = dict(tie_word_embeddings=True)
 
@@ -38,14 +38,7 @@ class Qwen3(Llama):
     )
 
     def read_config(self, read: Reader) -> DecoderConfig:
-        read = read.with_defaults(
-            head_dim=128,
-            num_key_value_heads=32,
-            max_position_embeddings=32768,
-            bos_token_id=None,
-            eos_token_id=None,
-            sliding_window=4096,
-        )
+        read = read.with_defaults(**CLASS_DEFAULTS, head_dim=128)
         own = dict(attention_bias=read.flag("attention_bias"), **read_windows(read), **read_tied(read))
         return read_network(read, ropes=ROPES, qk_norm=True, **own)
 

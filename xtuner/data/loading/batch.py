@@ -127,7 +127,11 @@ class Batch:
         """The chosen fragments, in ascending order."""
         borders = self.cu_seqlens.tolist()
         lengths = [borders[i + 1] - borders[i] for i in chosen]
-        tokens = torch.cat([torch.arange(borders[i], borders[i + 1]) for i in chosen])
+        return self._take([(borders[i], n) for i, n in zip(chosen, lengths, strict=True)], lengths)
+
+    def _take(self, ranges: list[tuple[int, int]], lengths: list[int], shared: SharedTokens | None = None) -> "Batch":
+        """The tokens of ranges (first, count), of which the last are complete fragments of these lengths."""
+        tokens = torch.cat([torch.arange(first, first + count) for first, count in ranges])
         targets = self.targets[tokens]
         return replace(
             self,
@@ -135,8 +139,9 @@ class Batch:
             targets=targets,
             position_ids=self.position_ids[tokens],
             cu_seqlens=make_borders(lengths),
-            max_seqlen=max(lengths),
+            max_seqlen=max(lengths, default=0),
             num_targets=int((targets != IGNORE).sum()),
+            shared=shared,
         )
 
     def share(self, ranks: int, rank: int, costs: ContextCosts) -> "Batch":
@@ -149,19 +154,8 @@ class Batch:
         fragments += [(borders[i], lengths[i], lengths[i]) for i in division.local[rank]]
         if not fragments:
             return replace(self._dummy(1), shared=self._shared_tokens(division, [(0, 1, 1)], lengths))
-        tokens = torch.cat([torch.arange(first, first + count) for first, count, _ in fragments])
-        local = [lengths[i] for i in division.local[rank]]
-        targets = self.targets[tokens]
-        return replace(
-            self,
-            input_ids=self.input_ids[tokens],
-            targets=targets,
-            position_ids=self.position_ids[tokens],
-            cu_seqlens=make_borders(local),
-            max_seqlen=max(local, default=0),
-            num_targets=int((targets != IGNORE).sum()),
-            shared=self._shared_tokens(division, fragments, lengths),
-        )
+        ranges, local = [(first, count) for first, count, _ in fragments], [lengths[i] for i in division.local[rank]]
+        return self._take(ranges, local, self._shared_tokens(division, fragments, lengths))
 
     def _shared_tokens(
         self, division: DocumentDivision, fragments: list[tuple[int, int, int]], lengths: list[int]

@@ -1,6 +1,6 @@
 """What an iteration by DeepSpeed costs in addition to step_time.py, counted in traces of one at 7B on four H100.
 
-beside compute   copies in memory to gather weights and to send gradients, in each micro-batch
+during compute   copies in memory to gather weights and to send gradients, in each micro-batch
 step             copies around the optimizer; under stage 3 the host visits every parameter first
 between          stage 3 ends a micro-batch by waiting for its last reduction; then the host has no lead, and for
                  short blocks it is slower than the device
@@ -10,14 +10,14 @@ from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import block_parameters
 
 COPYING = 2.5e12  # bytes a second of an H100's memory
-COPY_SHARE = 0.45  # of the time of copies beside compute, by which compute takes longer
+COPY_SHARE = 0.45  # of the time of copies during compute, by which compute takes longer
 HOST_BLOCK = 9.2e-3  # seconds in which the host runs a block's forward under stage 3
 HOST_PARAMETER = 67e-6  # seconds for each parameter before the step of stage 3
 TENSORS = 7  # parameters of a block
 
 
 def copied_bytes(stage: int, ranks: int, sequential: bool = False) -> float:
-    """Bytes read and written for each parameter beside a micro-batch's compute.
+    """Bytes read and written for each parameter during a micro-batch's compute.
 
     Args:
         sequential: parameters are gathered one by one, straight to their place.

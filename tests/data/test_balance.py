@@ -27,6 +27,7 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.train import preflight
 from xtuner.train.plan import find_longest_document, make_plan
+from xtuner.train.reporting.start_report import format_start_report
 
 CASES = sorted(p.parent for p in reference("packing").glob("*/expected.json"))
 

@@ -10,7 +10,7 @@ import torch
 
 from xtuner.core.errors import ConfigError
 from xtuner.model import attention, from_scratch
-from xtuner.model.ops.attention_backends import BLOCK, document_mask
+from xtuner.model.ops.attention_backends import BLOCK, TOO_MANY, divide_heads, document_mask
 
 SHAPE = dict(
     vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
@@ -152,3 +152,14 @@ def test_a_backend_from_outside(
             attention.BACKENDS.register("loop", attention.BACKENDS["masked"])
     finally:
         attention.BACKENDS.pop("masked", None)
+
+
+@pytest.mark.parametrize(("tokens", "documents", "calls"), [(500_000, 1, 1), (500_000, 700, 2), (2**20, 1, 3)])
+def test_large_inputs_of_varlen_attn_are_divided_by_heads(tokens: int, documents: int, calls: int) -> None:
+    q, k = (torch.empty(tokens, heads, 128, device="meta", dtype=torch.bfloat16) for heads in (32, 8))
+    parts = divide_heads(q, k, k, documents)
+    assert len(parts) == calls
+    assert sum(part[0].shape[1] for part in parts) == 32
+    for q_part, k_part, v_part in parts:
+        assert q_part.shape[1] == 4 * k_part.shape[1] == 4 * v_part.shape[1]
+        assert q_part.numel() + BLOCK * documents * q_part.shape[1] * 128 < TOO_MANY

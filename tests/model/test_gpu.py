@@ -62,7 +62,8 @@ def test_attention_against_fp64(
     for x, e in zip(inputs, exact, strict=True):
         assert x.grad is not None
         assert e.grad is not None
-        assert (x.grad - e.grad).norm() < 1e-2 * e.grad.norm()
+        # with a window of one token the gradients of q and k are exactly 0
+        assert (x.grad - e.grad).norm() < 1e-2 * max(e.grad.norm(), 1e-3 * weight.norm())
 
 
 def compiled() -> int:

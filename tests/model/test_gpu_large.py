@@ -157,7 +157,10 @@ def test_attention(name: str) -> None:
         borders = torch.arange(copies + 1, dtype=torch.int32, device=DEVICE) * length
         outputs.append(attend(*inputs, borders, length))
         outputs[-1].backward(enlarge(weight, copies))
-    same_end(outputs[:1], outputs[1:])
+    if name == "flex":  # its blocks of tokens do not begin where documents do, so that it adds in another order
+        assert (outputs[0][-length:] - outputs[1]).float().norm() < 1e-2 * outputs[1].float().norm()
+    else:
+        same_end(outputs[:1], outputs[1:])
     for a, b in zip(large, small, strict=True):
         assert a.grad is not None
         assert b.grad is not None

@@ -27,6 +27,8 @@ BLOCK = 128  # tokens; FlexAttention skips blocks that are masked in full
 DOCUMENTS = 64  # the number of documents is rounded up to a multiple of this; the added ones are empty
 SHORTEST = 1024  # longest lengths are rounded up to powers of two, at least this
 SUMS = 2**30  # bytes of cuDNN's log-sums, padded to the longest document; above this varlen_attn is used instead
+# Elements of q from which varlen_attn's gradients are wrong (torch 2.11); its buffers add a block for each document
+TOO_MANY = 2**31
 
 
 def attend_complete(prefixes: AttendPrefixes) -> Attend:
@@ -109,9 +111,26 @@ def varlen() -> AttendPrefixes | None:
     ) -> torch.Tensor:  # fmt: skip
         borders, lengths = (q_borders, k_borders), (most_queries, most_keys)
         before = -1 if window is None else window - 1
-        return function(q, k, v, *borders, *lengths, window_size=(before, 0), **grouped)
+        parts = [
+            function(*heads, *borders, *lengths, window_size=(before, 0), **grouped)
+            for heads in divide_heads(q, k, v, len(q_borders) - 1)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     return attend
+
+
+def divide_heads(
+    q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: int
+) -> list[tuple[torch.Tensor, ...]]:
+    """q, k and v as views of as many heads as keep `varlen_attn`'s buffers below `TOO_MANY` elements."""
+    kv_heads = k_TKD.shape[1]
+    groups, dim = q_TND.shape[1] // kv_heads, q_TND.shape[2]
+    each = (TOO_MANY - 1) // ((len(q_TND) + BLOCK * documents) * groups * dim)  # kv heads
+    each = min(max(each, 1), kv_heads)
+    if each == kv_heads:
+        return [(q_TND, k_TKD, v_TKD)]
+    return list(zip(q_TND.split(each * groups, 1), k_TKD.split(each, 1), v_TKD.split(each, 1), strict=True))
 
 
 @cache

@@ -21,6 +21,7 @@ from xtuner.engine.strategies.micro_batches import run_micro_batches
 from xtuner.engine.zero import deepspeed_config
 from xtuner.engine.zero.gradient_exchange import FullGradientSums
 from xtuner.engine.zero.gradient_norm import replace_norm
+from xtuner.engine.zero.stage3_host import shorten_host_work
 from xtuner.engine.zero.zero_memory import ZeroMemoryPlan, effective_stage, sends_unreduced
 from xtuner.model.decoder import Block, CausalLM
 from xtuner.model.source import ModelSource
@@ -88,6 +89,8 @@ class DeepSpeedStrategy(StatefulStrategy):
         self._model = model.train()
         if self.stage and not config["zero_optimization"].get("offload_optimizer"):
             replace_norm(self._zero, self.stage)
+        if self.stage == 3:
+            shorten_host_work(self._zero, model)
         self._sums: FullGradientSums | None = None
         self._sums_once = memory.summing == "fp32"
         if memory.summing != "deepspeed":

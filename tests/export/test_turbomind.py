@@ -247,7 +247,7 @@ def test_what_lmdeploy_drops(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "truncate": False}
     some = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     checkpoint = {"xtuner_family": "qwen3", "xtuner_network": {"qk_norm": True}, "bias": False}
-    pytorch = r".*PyTorch engine.*--backend pytorch"
+    pytorch = r".*PyTorch engine of LMDeploy 0.18: .*--backend pytorch"
     for family, hf, message in (
         ("internlm2", {"bias": True}, rf"biases in attention, which .*json: bias{pytorch}"),
         ("llama", {"attention_bias": True}, rf"biases in attention, .* LlamaForC.*json: attention_bias{pytorch}"),

@@ -64,9 +64,9 @@ def _check_features(folder: Path, hf: dict[str, Any], layout: ModelFamily, c: De
     path, missing = folder / "config.json", support.missing_features(layout, c)
     if layout.trains_as or (missing and c.family != layout.name):
         raise ConfigError(
-            f"this folder has a {c.family} network in another form than LMDeploy reads",
+            f"this folder has a {c.family} network in another form than is converted",
             where=f"{path}: model_type",
-            why=f"{support.CONVERTER} takes it for another network",
+            why="LMDeploy would take the directory for a network of another family",
             do=f"export it first: xtuner convert pth_to_hf CONFIG {shlex.quote(str(folder))} HF_DIR",
         )
     if layout.architecture not in support.ARCHITECTURES:
@@ -83,8 +83,8 @@ def _check_features(folder: Path, hf: dict[str, Any], layout: ModelFamily, c: De
             f"{layout.architecture}",
             where=f"{path}: {support.key_of(next(iter(missing)), hf)}",
             why="it drops them without a message: the directory would serve another network",
-            do="serve the folder itself with LMDeploy's PyTorch engine: `lmdeploy serve api_server HF_DIR --backend "
-            "pytorch`"
+            do=f"serve the folder itself with the PyTorch engine of LMDeploy 0.18: `lmdeploy serve api_server "
+            f"{shlex.quote(str(folder))} --backend pytorch`"
             if everywhere
             else "serve the folder itself with a server that has windows in some layers, such as vLLM",
         )
@@ -149,7 +149,11 @@ def compare_with_source(source: TurboMindSource, existing: Path) -> int:
     _check_tp(source.config, tp)
     text = render_yaml(source, tp, dtype, name, template)
     if difference := find_difference(found, flatten_yaml(text)):
-        raise CheckpointError(difference, where=str(config_path), why="it was made from another model than the source")
+        raise CheckpointError(
+            difference,
+            where=str(config_path),
+            why="it was made from another model, or by an lmdeploy that reads config.json differently",
+        )
     for companion in _companions(source.folder):
         path = existing / companion
         if not path.is_file() or path.read_bytes() != (source.folder / companion).read_bytes():

@@ -22,7 +22,8 @@ from xtuner.core.files import verify
 from xtuner.export.tokenizer_json import complete_tokenizer
 from xtuner.export.turbomind import read_source
 from xtuner.export.turbomind_config import flatten_yaml
-from xtuner.export.turbomind_support import template_by_path
+from xtuner.export.turbomind_support import better_template, template_by_path
+from xtuner.families import FAMILIES
 
 Command = Callable[..., int]
 
@@ -50,8 +51,8 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
             write_hf_folder(tmp_path / "c", dtype=torch.float16),
             ["--tp", "4", "--dtype", "bfloat16", "--chat-template", "internlm2"],
         ),
-        (write_hf_folder(tmp_path / "d", "llama", vocab_size=3, **D128), ["--tp", "1"]),
-        (write_hf_folder(tmp_path / "e", "llama", dtype=torch.float32, **dynamic), ["--tp", "2"]),
+        (write_hf_folder(tmp_path / "Llama-2-7b-chat-hf", "llama", vocab_size=3, **D128), ["--tp", "1"]),
+        (write_hf_folder(tmp_path / "Meta-Llama-3-8B", "llama", dtype=torch.float32, **dynamic), ["--tp", "2"]),
         (write_hf_folder(tmp_path / "f", "llama", intermediate_size=321, **D64, rope_theta=50000000), ["--tp", "4"]),
         (
             write_hf_folder(tmp_path / "g", "llama", **{**D64, "num_key_value_heads": 1}),
@@ -65,8 +66,10 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
         (write_hf_folder(tmp_path / "Qwen2.5-7B", "qwen2", **D128), ["--tp", "1"]),
         (write_hf_folder(tmp_path / "Qwen2-0.5B", "qwen2", shards=2, **D64, **tied, **yarn), ["--tp", "2"]),
         (
-            write_hf_folder(tmp_path / "k", "qwen2", torch.float32, **{**D64, "num_key_value_heads": 1}, **other_yarn),
-            ["--tp", "4", "--chat-template", "qwen2d5"],
+            write_hf_folder(
+                tmp_path / "QwQ-32B-Preview", "qwen2", torch.float32, **{**D64, "num_key_value_heads": 1}, **other_yarn
+            ),
+            ["--tp", "4"],
         ),
         (write_hf_folder(tmp_path / "DeepSeek-R1-Distill-Qwen", "qwen2", **D64, **linear), ["--tp", "1"]),
         (write_hf_folder(tmp_path / "Qwen3-0.6B", "qwen3", **D64, head_dim=128, **tied, **yarn), ["--tp", "2"]),
@@ -312,6 +315,15 @@ def test_what_is_told(tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     assert [values[f"model_config.{n}"] for n in names] == ["3", "llama-7b", "base", "bfloat16"]
     paths = ["internlm/internlm2-chat-7b", "/x/InternLM2-Math-20b", "/x/internlm2-7b", "/x/chat", "./hf"]
     assert [template_by_path(p) for p in paths] == ["internlm2", "internlm2", "base", "base", "base"]
+    for template, family, chat, better in (
+        ("base", "qwen3", "qwen_chat", "qwen3"),
+        ("qwen2d5", "qwen3", "qwen_chat", ""),
+        ("qwen", "qwen2", "deepseek_r1_chat", "deepseek-r1"),
+        ("llama2", "llama", "llama3_chat", "llama3"),
+        ("llama2", "llama", "", ""),
+        ("base", "internlm3", "internlm2_chat", "internlm3"),
+    ):
+        assert better_template(template, FAMILIES[family], chat) == better
 
 
 MEMORY = """

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from safetensors.torch import load_file, save_file
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import verify
 from xtuner.export.tokenizer_json import complete_tokenizer
-from xtuner.export.turbomind_config import flatten_yaml, template_by_path
+from xtuner.export.turbomind import read_source
+from xtuner.export.turbomind_config import flatten_yaml
+from xtuner.export.turbomind_support import better_template, template_by_path
+from xtuner.families import FAMILIES
 
 Command = Callable[..., int]
 
@@ -32,6 +36,10 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
     linear = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rms_norm_eps": 1e-6}
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3 = {"rope_scaling": {**scaling, "original_max_position_embeddings": 16}}
+    tied = {"tie_word_embeddings": True}
+    yarn = {"rope_scaling": {"type": "yarn", "factor": 4, "original_max_position_embeddings": 1024}}
+    yarn |= {"max_position_embeddings": 4096}
+    other_yarn = {"rope_scaling": {"rope_type": "yarn", "factor": 2, "attention_factor": 1.5, "beta_fast": 24}}
     cases: list[tuple[Path, list[str]]] = [
         (write_hf_folder(tmp_path / "internlm2-chat-7b"), ["--tp", "1"]),
         (write_hf_folder(tmp_path / "a", shards=3, **dynamic), ["--tp", "2", "--dtype", "bfloat16"]),
@@ -43,16 +51,34 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
             write_hf_folder(tmp_path / "c", dtype=torch.float16),
             ["--tp", "4", "--dtype", "bfloat16", "--chat-template", "internlm2"],
         ),
-        (write_hf_folder(tmp_path / "d", "llama", vocab_size=3, **D128), ["--tp", "1"]),
-        (write_hf_folder(tmp_path / "e", "llama", dtype=torch.float32, **dynamic), ["--tp", "2"]),
+        (write_hf_folder(tmp_path / "Llama-2-7b-chat-hf", "llama", vocab_size=3, **D128), ["--tp", "1"]),
+        (write_hf_folder(tmp_path / "Meta-Llama-3-8B", "llama", dtype=torch.float32, **dynamic), ["--tp", "2"]),
         (write_hf_folder(tmp_path / "f", "llama", intermediate_size=321, **D64, rope_theta=50000000), ["--tp", "4"]),
         (
             write_hf_folder(tmp_path / "g", "llama", **{**D64, "num_key_value_heads": 1}),
             ["--tp", "4", "--dtype", "float16"],
         ),
         (write_hf_folder(tmp_path / "h", "llama", **D128, max_position_embeddings=64, **llama3), ["--tp", "2"]),
-        (write_hf_folder(tmp_path / "i", "internlm3", **D128, **dynamic), ["--tp", "2"]),
-        (write_hf_folder(tmp_path / "j", "mistral", **D64), ["--tp", "1"]),
+        (write_hf_folder(tmp_path / "internlm3-8b-instruct", "internlm3", **D128, **dynamic), ["--tp", "2"]),
+        (write_hf_folder(tmp_path / "Mistral-7B-Instruct-v0.3", "mistral", **D64), ["--tp", "1"]),
+        (write_hf_folder(tmp_path / "Mistral-Nemo", "mistral", **D64, head_dim=128), ["--tp", "2"]),
+        (write_hf_folder(tmp_path / "Llama-3.2-1B", "llama", **D64, vocab_size=401, **tied, **llama3), ["--tp", "4"]),
+        (write_hf_folder(tmp_path / "Qwen2.5-7B", "qwen2", **D128), ["--tp", "1"]),
+        (write_hf_folder(tmp_path / "Qwen2-0.5B", "qwen2", shards=2, **D64, **tied, **yarn), ["--tp", "2"]),
+        (
+            write_hf_folder(
+                tmp_path / "QwQ-32B-Preview", "qwen2", torch.float32, **{**D64, "num_key_value_heads": 1}, **other_yarn
+            ),
+            ["--tp", "4"],
+        ),
+        (write_hf_folder(tmp_path / "DeepSeek-R1-Distill-Qwen", "qwen2", **D64, **linear), ["--tp", "1"]),
+        (write_hf_folder(tmp_path / "Qwen3-0.6B", "qwen3", **D64, head_dim=128, **tied, **yarn), ["--tp", "2"]),
+        (
+            write_hf_folder(
+                tmp_path / "QwQ", "qwen3", **{**D64, "num_key_value_heads": 1}, head_dim=128, attention_bias=True
+            ),
+            ["--tp", "4", "--dtype", "float16"],
+        ),
     ]
     for name in ("merges.txt", "qwen.tiktoken", "README.md", "chat_template.jinja"):
         (tmp_path / "a" / name).write_text(name)  # README.md and .jinja stay behind
@@ -66,10 +92,13 @@ def test_every_byte_is_lmdeploys(tmp_path: Path, tokenizer_folder: Path, xtuner:
         options: dict[str, Any] = {w[2:].replace("-", "_"): v for w, v in zip(words[::2], words[1::2], strict=True)}
         options |= {"model_name": "it's: 7b", "model_path": str(folder), "tp": int(options["tp"])}
         theirs.append({**options, "dst_path": str(tmp_path / "old" / folder.name)})
+    biased = write_hf_folder(tmp_path / "biased", "llama", **D64, attention_bias=True, mlp_bias=True)
+    theirs.append({"model_name": "", "model_path": str(biased), "dst_path": str(tmp_path / "old" / "biased")})
     env = {**os.environ, "PYTHONPATH": str(LMDEPLOY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     script = [sys.executable, str(EXTERNAL / "lmdeploy_convert.py"), json.dumps(theirs)]
     done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not list((tmp_path / "old" / "biased" / WEIGHTS).glob("*.bias"))  # what `test_what_lmdeploy_drops` is about
     for folder, words in cases:
         old, new = tmp_path / "old" / folder.name, tmp_path / "new" / folder.name
         assert xtuner("convert", "turbomind", "it's: 7b", folder, "--dst-path", new, *words) == 0
@@ -215,8 +244,52 @@ def test_refusals(tmp_path: Path, xtuner: Command, monkeypatch: pytest.MonkeyPat
     assert verify(tmp_path / "workspace")["kind"] == "turbomind"
 
 
+def test_what_lmdeploy_drops(tmp_path: Path) -> None:
+    """Networks that its converter makes others of without a message: rejected before weights or tokenizer are read."""
+    shape = {"vocab_size": 400, "intermediate_size": 320, "num_hidden_layers": 2, "head_dim": 128, **D128}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "truncate": False}
+    some = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    checkpoint = {"xtuner_family": "qwen3", "xtuner_network": {"qk_norm": True}, "bias": False}
+    pytorch = r".*PyTorch engine of LMDeploy 0.18: .*--backend pytorch"
+    for family, hf, message in (
+        ("internlm2", {"bias": True}, rf"biases in attention, which .*json: bias{pytorch}"),
+        ("llama", {"attention_bias": True}, rf"biases in attention, .* LlamaForC.*json: attention_bias{pytorch}"),
+        ("llama", {"mlp_bias": True}, rf"biases in the MLP, .*json: mlp_bias{pytorch}"),
+        ("internlm3", {"qkv_bias": True}, rf"biases of q, k and v alone, .*json: qkv_bias{pytorch}"),
+        ("internlm3", {"qkv_bias": True, "bias": True}, r"biases in the MLP, biases in attention, .*json: bias"),
+        ("mistral", {"sliding_window": 8}, rf"sliding windows, .*json: sliding_window{pytorch}"),
+        ("qwen2", {**some, "max_window_layers": 0}, rf"sliding windows, .*json: use_sliding_window{pytorch}"),
+        ("qwen3", some, r"sliding windows, .*json: use_sliding_window.*windows in some layers, such as vLLM"),
+        ("qwen2", {"rope_scaling": yarn}, rf"yarn with borders that are not rounded, .*json: rope_scaling{pytorch}"),
+        ("interns1", {"text_config": {"model_type": "qwen3", **shape}}, r"has a qwen3 network in another form.*HF_DIR"),
+        ("internlm2", checkpoint, r"has a qwen3 network in another form.*pth_to_hf CONFIG .* HF_DIR"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **shape, **hf}))
+        with pytest.raises(ConfigError, match=f"(?s){message}"):
+            read_source(tmp_path)
+
+
+def test_yarn_as_config_json_says_it(tmp_path: Path, xtuner: Command) -> None:
+    """Where lmdeploy's quotient of two contexts is another factor, as in Qwen2.5's instructions, and where it reads
+    neither mscale nor the names of transformers 5."""
+    contexts = {"max_position_embeddings": 1024, **D64}
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    new = {"rope_theta": 5e5, "rope_type": "yarn", "factor": 2, "mscale": 1.0, "mscale_all_dim": 0.5}
+    factor, attention, base = [], [], []
+    for name, more in (("a", {"rope_scaling": yarn}), ("b", {"rope_theta": None, "rope_parameters": new})):
+        source = write_hf_folder(tmp_path / name, "qwen2", **contexts, **more)
+        assert xtuner("convert", "turbomind", source, "--dst-path", tmp_path / "tm") == 0
+        rope = flatten_yaml((tmp_path / "tm" / WEIGHTS / "config.yaml").read_text())
+        assert rope["attention_config.rope_param.max_position_embeddings"] == "1024"
+        factor.append(float(rope["attention_config.rope_param.factor"]))
+        attention.append(float(rope["attention_config.rope_param.attention_factor"]))
+        base.append(float(rope["attention_config.rope_param.base"]))
+    assert (factor, base) == ([4.0, 2.0], [1e6, 5e5])
+    assert attention == pytest.approx([1 + 0.1 * log(4), (1 + 0.1 * log(2)) / (1 + 0.05 * log(2))])
+
+
 def test_what_is_told(tmp_path: Path, xtuner: Command, capsys: Any) -> None:
-    """An ignored name, a chat model without a chat template, a head size that TurboMind lacks, too many ids."""
+    """An ignored name, a chat model without its chat template, a head size that TurboMind lacks, too many ids."""
     source = write_hf_folder(
         tmp_path / "hf", hidden_size=40, num_attention_heads=4, num_key_value_heads=4, vocab_size=3
     )
@@ -226,8 +299,13 @@ def test_what_is_told(tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     (source / "tokenizer.json").write_text(json.dumps({**tokenizer, "added_tokens": [added]}))
     assert xtuner("convert", "turbomind", "llama-7b", source, "--dst-path", tmp_path / "tm") == 0
     told = capsys.readouterr().err
-    for words in ("llama-7b is not a name of an InternLM2", "head_dim is 10", "--chat-template internlm2", "has 5 ids"):
+    base = "chat template: base (none), by the path; for chats give --chat-template internlm2"
+    for words in ("the name llama-7b is only written to config.yaml", "head_dim is 10", base, "has 5 ids"):
         assert words in told
+    shutil.copytree(source, tmp_path / "qwen2")
+    assert xtuner("convert", "turbomind", tmp_path / "qwen2", "--dst-path", tmp_path / "tm") == 0
+    other = "chat template: qwen, which this tokenizer has no marks of, by the path"
+    assert f"{other}; for chats give --chat-template internlm2" in capsys.readouterr().err
     words = ("turbomind", source, "--dst-path", tmp_path / "tm", "--chat-template", "base")
     assert xtuner("convert", *words) == 0  # it was asked for
     assert "chat template" not in capsys.readouterr().err
@@ -237,6 +315,15 @@ def test_what_is_told(tmp_path: Path, xtuner: Command, capsys: Any) -> None:
     assert [values[f"model_config.{n}"] for n in names] == ["3", "llama-7b", "base", "bfloat16"]
     paths = ["internlm/internlm2-chat-7b", "/x/InternLM2-Math-20b", "/x/internlm2-7b", "/x/chat", "./hf"]
     assert [template_by_path(p) for p in paths] == ["internlm2", "internlm2", "base", "base", "base"]
+    for template, family, chat, better in (
+        ("base", "qwen3", "qwen_chat", "qwen3"),
+        ("qwen2d5", "qwen3", "qwen_chat", ""),
+        ("qwen", "qwen2", "deepseek_r1_chat", "deepseek-r1"),
+        ("llama2", "llama", "llama3_chat", "llama3"),
+        ("llama2", "llama", "", ""),
+        ("base", "internlm3", "internlm2_chat", "internlm3"),
+    ):
+        assert better_template(template, FAMILIES[family], chat) == better
 
 
 MEMORY = """

@@ -117,23 +117,24 @@ WEIGHTS = Path("triton_models") / "weights"
 def write_hf_folder(
     folder: Path, layout: str = "internlm2", dtype: torch.dtype = torch.bfloat16, shards: int = 1, **hf: Any
 ) -> Path:
-    """A Hugging Face folder: random weights, a tokenizer of 4 ids. `hf` goes into its config.json."""
+    """A Hugging Face folder: random weights, norms and biases, a tokenizer of 4 ids. `hf` goes into its config.json."""
     from tokenizers import Tokenizer, models
 
     from xtuner.families import FAMILIES
     from xtuner.model import from_scratch
     from xtuner.model.weights import split_for_family
 
+    family = FAMILIES[layout]
     shape = {"vocab_size": 400, "intermediate_size": 320, "num_hidden_layers": 2, **D128}
-    given = {k: v for k, v in hf.items() if k in (*shape, "head_dim")}
-    source = from_scratch(**{**shape, **given}, rope_theta=1e6)
-    model = source.build()
+    shape |= {"rope_theta": 1e6, "pad_token_id": 2}
+    given = {k: v for k, v in hf.items() if k in family.fields}
+    source = from_scratch(family=layout, **{**shape, **given})
+    draw = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        tensors |= {
-            k: t.to(dtype).contiguous()
-            for k, t in split_for_family(name, tensor, FAMILIES[layout], source.config).items()
-        }
+    for name, tensor in source.build().state_dict().items():
+        value = torch.randn(tensor.shape, generator=draw) if tensor.dim() == 1 else tensor
+        parts = split_for_family(name, value, family, source.config)
+        tensors |= {k: t.to(dtype).contiguous() for k, t in parts.items()}
     folder.mkdir(parents=True)
     names = sorted(tensors)
     files = {f"model-{i}.safetensors": names[i::shards] for i in range(shards)}
@@ -141,9 +142,7 @@ def write_hf_folder(
         save_file({n: tensors[n] for n in inside}, folder / file, metadata={"format": "pt"})
     index = {"weight_map": {n: file for file, inside in files.items() for n in inside}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(
-        json.dumps({**FAMILIES[layout].write_config(source.config, str(dtype)[6:]), **hf})
-    )
+    (folder / "config.json").write_text(json.dumps({**family.write_config(source.config, str(dtype)[6:]), **hf}))
     Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "d": 3}, [])).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder

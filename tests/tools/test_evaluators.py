@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.checkpoints import write_hf_folder
 
 from xtuner.core.errors import BusyError, CheckpointError, ConfigError, DataError
 from xtuner.core.files import verify, write_json
-from xtuner.export.opencompass import OpenCompassSettings, render_config
+from xtuner.export.opencompass import OpenCompassSettings, render_config, write_configs
 from xtuner.tools.evaluators import custom, environment, lm_eval, opencompass
 from xtuner.tools.evaluators.environment import MARK, Environment, exclusive, pinned
 from xtuner.tools.evaluators.model import EvaluatedModel
@@ -116,6 +117,28 @@ def test_configs_of_an_export(exported: Path, tmp_path: Path) -> None:
         model_of(render_config(chat, "hf", chat, "x", OpenCompassSettings(kind="base")))["type"]
         == "HuggingFaceBaseModel"
     )
+
+
+def test_the_engine_of_lmdeploy(tmp_path: Path) -> None:
+    """TurboMind, or the PyTorch engine where TurboMind of 0.18.0 would compute another network, or neither."""
+    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0, "layer_types": None}
+    some = windows | {"max_window_layers": 1}
+    yarn = {"rope_scaling": {"type": "yarn", "factor": 2.0}}
+    for i, (family, hf, engine) in enumerate((
+        ("internlm3", {}, "turbomind"), ("llama", {"tie_word_embeddings": True}, "turbomind"),
+        ("llama", {"mlp_bias": True}, "pytorch"), ("mistral", {}, "pytorch"), ("qwen2", {}, "turbomind"),
+        ("qwen2", yarn, "pytorch"), ("qwen3", {"attention_bias": True}, "turbomind"), ("qwen3", windows, "pytorch"),
+        ("qwen3", some, ""),
+    )):  # fmt: skip
+        folder = write_hf_folder(tmp_path / str(i), family, **hf)
+        write_configs(folder, folder)
+        path = folder / "opencompass_turbomind.py"
+        assert path.exists() == bool(engine)
+        if engine:
+            assert model_of(path.read_text())["backend"] == engine
+        else:
+            with pytest.raises(ConfigError, match=r"windows in some layers only(?s:.*)use the backend hf"):
+                render_config(folder, "turbomind", folder, "x")
 
 
 @pytest.mark.processes

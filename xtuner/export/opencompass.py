@@ -1,6 +1,7 @@
 """OpenCompass configs of an exported model: how to load it with each backend, and how to prompt it.
 
-    opencompass_turbomind.py    through LMDeploy, on a GPU
+    opencompass_turbomind.py    through LMDeploy, on a GPU: its TurboMind, or its PyTorch engine for networks that only
+                                that one computes
     opencompass_hf.py           through transformers
 
 Both are configs of OpenCompass 0.5 in the exported folder. `xtuner eval opencompass` writes the same text again with
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xtuner
+from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.data.tokenizer import load_tokenizer
-from xtuner.families import find_family, read_config
+from xtuner.export.turbomind_support import find_engine
+from xtuner.families import find_family, read_config, read_model
 
 BACKENDS = ("hf", "turbomind")
 CLASSES = {
@@ -61,9 +64,11 @@ def render_config(folder: Path, backend: str, path: Path, name: str, chosen: Ope
         path: absolute path from which OpenCompass will load the export.
         name: name of the column in OpenCompass's tables.
 
-    Raises: ConfigError, CheckpointError for a folder that cannot be read.
+    Raises: ConfigError, CheckpointError for a folder that cannot be read; ConfigError for a network that no engine of
+    the backend computes.
     """
     chosen = chosen or OpenCompassSettings()
+    engine = _require_engine(folder) if backend == "turbomind" else ""
     kind = chosen.kind or ("chat" if has_chat_template(folder) else "base")
     seq_len = chosen.max_seq_len or read_config(_hf(folder)).max_position_embeddings
     batch = chosen.batch_size or BATCH[backend]
@@ -73,7 +78,7 @@ def render_config(folder: Path, backend: str, path: Path, name: str, chosen: Ope
         entry += ["model_kwargs=dict(trust_remote_code=False, torch_dtype='auto', device_map='auto')"]
         entry += ["tokenizer_kwargs=dict(trust_remote_code=False)"]
     else:
-        entry += [f"backend={backend!r}"]
+        entry += [f"backend={engine!r}"]
         entry += [f"engine_config=dict(tp={chosen.gpus}, session_len={seq_len}, max_batch_size={batch})"]
         entry += ["gen_config=dict(do_sample=False)"]
     if cls != "TurboMindModel":  # it has no such argument
@@ -82,7 +87,7 @@ def render_config(folder: Path, backend: str, path: Path, name: str, chosen: Ope
     entry += [f"batch_size={batch}", f"run_cfg=dict(num_gpus={chosen.gpus})"]
     lines = [f"# OpenCompass 0.5: {name!r} through {backend}; written by xtuner {xtuner.__version__}"]
     lines += [
-        *_notes(folder, backend),
+        *_notes(folder, backend, engine),
         f"from opencompass.models import {cls}",
         "",
         "datasets = []",
@@ -94,14 +99,32 @@ def render_config(folder: Path, backend: str, path: Path, name: str, chosen: Ope
 
 
 def write_configs(folder: Path, target: Path) -> None:
-    """Write both files into `folder`, which will be renamed to `target`; none if it has no tokenizer.json."""
+    """Write the file of each backend that computes the network into `folder`, which will be renamed to `target`.
+
+    Without tokenizer.json, none is written.
+    """
     if (folder / "tokenizer.json").is_file():
         for backend in BACKENDS:
+            if backend == "turbomind" and not find_engine(*read_model(folder)):
+                continue
             text = render_config(folder, backend, target, target.name)
             (folder / f"opencompass_{backend}.py").write_text(text, encoding="utf-8")
 
 
-def _notes(folder: Path, backend: str) -> list[str]:
+def _require_engine(folder: Path) -> str:
+    """The engine of LMDeploy that computes the network. Raises: ConfigError if none does."""
+    engine = find_engine(*read_model(folder))
+    if not engine:
+        raise ConfigError(
+            "the model has sliding windows in some layers only, which no engine of LMDeploy computes",
+            where=str(folder / "config.json"),
+            why="its TurboMind has no windows, and its PyTorch engine gives all layers the same one",
+            do="use the backend hf",
+        )
+    return engine
+
+
+def _notes(folder: Path, backend: str, engine: str) -> list[str]:
     notes = [
         f"# The command `xtuner eval opencompass HF_DIR --backend {backend} --datasets NAME` does everything needed."
     ]
@@ -109,6 +132,8 @@ def _notes(folder: Path, backend: str) -> list[str]:
         notes += [
             f"# transformers does not support this layout, but --layout {other}; `xtuner eval opencompass` converts it."
         ]
+    if engine == "pytorch":
+        notes += ["# LMDeploy's PyTorch engine computes this network; its TurboMind does not, or computes another one."]
     if backend == "hf":
         notes += ["# On a machine without a GPU: num_gpus=0. For a base model without chat: HuggingFaceBaseModel."]
     else:

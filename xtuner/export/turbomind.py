@@ -1,20 +1,23 @@
 """A Hugging Face folder → the directory that LMDeploy up to 0.9 serves (`lmdeploy convert`, removed in LMDeploy 0.10).
 
-    DST/*.json, *.py, tokenizer.model, …         copied from the source DST/triton_models/weights/config.yaml
-    shape, tp, dtype, chat template: `turbomind_config.py` … layers.0.attention.w_qkv.1.weight, …       next to it: raw
-    numbers, little-endian, without header; 1 is the tp rank
+    DST/*.json, *.py, tokenizer.model, …         copied from the source
+    DST/triton_models/weights/config.yaml        shape, tp, dtype, chat template: `turbomind_config.py`
+    … layers.0.attention.w_qkv.1.weight, …       next to it: raw little-endian numbers without header; 1 is the tp rank
 
 Every file equals that of lmdeploy 0.9.2.post1, bit for bit. Differences: any head_dim (lmdeploy assumes 128 in the
-internlm2 layout), no GPU needed, no code of the source is run, and our `manifest.json` is added.
+internlm2 layout), yarn's factor as in config.json, no GPU needed, no code of the source is run, and our `manifest.json`
+is added. Which features lmdeploy reads: `turbomind_support.py`.
 
 Memory: tensors are mapped from safetensors and processed in blocks. In addition to imports, at most four blocks and
 three times one layer's wqkv are in memory (7B: 280 MB), for any size of the model. Foreign `.bin` weights are read by
 our own reader, which also maps them.
 """
 
+import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -24,43 +27,21 @@ from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import MANIFEST, read_json
 from xtuner.core.log import logger
 from xtuner.data.tokenizer import load_tokenizer
+from xtuner.export import turbomind_support as support
 from xtuner.export.destination import export_folder
-from xtuner.export.turbomind_config import BASE, TurboMindSource, find_difference, flatten_yaml, render_yaml
+from xtuner.export.turbomind_config import TurboMindSource, find_difference, flatten_yaml, render_yaml
 from xtuner.families import read_model
 from xtuner.families.base import ModelFamily
-from xtuner.model.decoder import DecoderConfig
+from xtuner.families.network import DecoderConfig
 from xtuner.model.weights import stream_weights
 
 KIND = "turbomind"
 WEIGHTS = Path("triton_models") / "weights"
 BLOCK = 32 * 2**20
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-ARCHITECTURES = (  # of which LMDeploy 0.9.2.post1 serves converted directories, as far as we convert them
-    "InternLM2ForCausalLM",
-    "InternLM3ForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
 KERNELS = (64, 128)  # head sizes that TurboMind supports, according to lmdeploy 0.9.2.post1
 
 Blocks = Iterator[torch.Tensor]
-
-
-def _unconverted_features(c: DecoderConfig) -> dict[str, str]:
-    """Features that we do not convert, in words, by the field that says so."""
-    features = {"bias": "biases in attention"} if c.attention_bias else c.special_features()
-    if c.rope_scaling and c.rope_scaling.kind == "llama3":
-        features.pop("rope_scaling", None)
-    return features
-
-
-def why_not_converted(layout: ModelFamily, c: DecoderConfig) -> str:
-    """Why a network in this layout is not converted; "" if it is."""
-    if layout.architecture not in ARCHITECTURES:
-        return f"LMDeploy 0.9.2.post1 does not know {layout.architecture}"
-    return ", ".join(_unconverted_features(c).values())
 
 
 def read_source(folder: Path) -> TurboMindSource:
@@ -71,23 +52,42 @@ def read_source(folder: Path) -> TurboMindSource:
     )
     hf = read_json(folder / "config.json")
     layout, config = read_model(folder)
-    if features := _unconverted_features(config):
+    _check_features(folder, hf, layout, config)
+    tokenizer = load_tokenizer(folder)
+    return TurboMindSource(
+        folder, hf, layout, config, tokenizer.vocab_size, support.find_chat(layout, tokenizer.special)
+    )
+
+
+def _check_features(folder: Path, hf: dict[str, Any], layout: ModelFamily, c: DecoderConfig) -> None:
+    """Raises: ConfigError unless LMDeploy computes the network in this layout."""
+    path, missing = folder / "config.json", support.missing_features(layout, c)
+    if layout.trains_as or (missing and c.family != layout.name):
         raise ConfigError(
-            f"the model has {', '.join(features.values())}, which is not converted",
-            where=f"{folder / 'config.json'}: {next(iter(features))}",
-            why="a directory without it would serve another network",
-            do="serve the folder itself with LMDeploy 0.10 or newer, or with another server",
+            f"this folder has a {c.family} network in another form than is converted",
+            where=f"{path}: model_type",
+            why="LMDeploy would take the directory for a network of another family",
+            do=f"export it first: xtuner convert pth_to_hf CONFIG {shlex.quote(str(folder))} HF_DIR",
         )
-    if layout.architecture not in ARCHITECTURES:
+    if layout.architecture not in support.ARCHITECTURES:
         raise ConfigError(
-            f"LMDeploy 0.9.2.post1 does not know {layout.architecture}",
-            where=f"{folder / 'config.json'}: model_type",
+            f"{support.CONVERTER} does not know {layout.architecture}",
+            where=f"{path}: model_type",
             why="it would refuse the converted directory",
             do="export the model with --layout llama if it can be expressed so, or use another server",
         )
-    tokenizer = load_tokenizer(folder)
-    speaks_chat = layout.chat is not None and any(mark in tokenizer.special for mark in layout.chat.turn_marks)
-    return TurboMindSource(folder, hf, layout, config, tokenizer.vocab_size, speaks_chat)
+    if missing:
+        everywhere = c.num_windows in (0, c.num_layers)
+        raise ConfigError(
+            f"the model has {', '.join(missing.values())}, which {support.CONVERTER} does not read from "
+            f"{layout.architecture}",
+            where=f"{path}: {support.key_of(next(iter(missing)), hf)}",
+            why="it drops them without a message: the directory would serve another network",
+            do=f"serve the folder itself with the PyTorch engine of LMDeploy 0.18: `lmdeploy serve api_server "
+            f"{shlex.quote(str(folder))} --backend pytorch`"
+            if everywhere
+            else "serve the folder itself with a server that has windows in some layers, such as vLLM",
+        )
 
 
 def convert_to_turbomind(
@@ -96,7 +96,7 @@ def convert_to_turbomind(
     tp: int = 1,
     dtype: str = "auto",
     model_name: str = "",
-    chat_template: str = BASE,
+    chat_template: str = support.BASE,
 ) -> Path:
     """Write `target` atomically. An earlier conversion there is replaced, anything else is not.
 
@@ -104,7 +104,7 @@ def convert_to_turbomind(
         tp: number of GPUs that share the model, a power of two.
         dtype: "auto", "float16" or "bfloat16".
         model_name: recorded in config.yaml; LMDeploy does not use it.
-        chat_template: LMDeploy's name of the template used for serving; BASE for none.
+        chat_template: LMDeploy's name of the template used for serving; "base" for none.
 
     Raises: ConfigError, CheckpointError.
     """
@@ -149,7 +149,11 @@ def compare_with_source(source: TurboMindSource, existing: Path) -> int:
     _check_tp(source.config, tp)
     text = render_yaml(source, tp, dtype, name, template)
     if difference := find_difference(found, flatten_yaml(text)):
-        raise CheckpointError(difference, where=str(config_path), why="it was made from another model than the source")
+        raise CheckpointError(
+            difference,
+            where=str(config_path),
+            why="it was made from another model, or by an lmdeploy that reads config.json differently",
+        )
     for companion in _companions(source.folder):
         path = existing / companion
         if not path.is_file() or path.read_bytes() != (source.folder / companion).read_bytes():
@@ -193,27 +197,38 @@ def _files(source: TurboMindSource, tp: int, dtype: torch.dtype, what: str) -> I
     """Every weight file and its contents, in the order of the source's tensors."""
     c = source.config
     for name, tensor in stream_weights(source.folder, source.layout, c, what):
-        base = name.removeprefix("model.").replace(".wqkv.", ".w_qkv.")
-        if name.endswith("norm.weight"):
-            yield base, _blocks(base, tensor, dtype)
-            continue
-        for rank, part in enumerate(_parts(name, tensor, c, tp)):
-            file = f"{base.removesuffix('.weight')}.{rank}.weight"
-            yield file, _blocks(file, part, dtype)
+        base, _, kind = name.removeprefix("model.").replace(".wqkv.", ".w_qkv.").rpartition(".")
+        parts: list[tuple[str, Iterable[torch.Tensor]]] = []  # a name and what each rank has of it
+        if base.endswith(("q_norm", "k_norm")):
+            yield base, _blocks(base, _interleave(tensor[None]), dtype)
+        elif base.endswith("norm"):
+            yield f"{base}.{kind}", _blocks(base, tensor, dtype)
+        else:
+            parts.append((base, _parts(name, tensor, c, tp)))
+        if base == "tok_embeddings" and c.tie_word_embeddings:
+            parts.append(("output", _parts("output.weight", tensor, c, tp)))
+        if base.endswith("w_qkv") and kind == "bias" and not c.output_bias:  # lmdeploy has both or none
+            parts.append((base.replace("w_qkv", "wo"), [torch.zeros(c.hidden_size)] * tp))
+        for matrix, ranks in parts:
+            for rank, part in enumerate(ranks):
+                file = f"{matrix}.{rank}.{kind}"
+                yield file, _blocks(file, part, dtype)
 
 
 def _parts(name: str, w: torch.Tensor, c: DecoderConfig, tp: int) -> Iterator[torch.Tensor]:
     """Our matrix [out, in] as each rank's [in, out], the embedding [V, H] as [V, H / tp]; views where possible.
 
-    Rows of the vocabulary and channels of the FFN are padded with zeros to a multiple of tp.
+    Rows of the vocabulary and channels of the FFN are padded with zeros to a multiple of tp. Of the biases, that of
+    `wqkv` is split like its columns, and every rank has that of `wo`.
     """
-    kind = name.split(".")[-2]
-    if kind == "wqkv":
-        yield from (_qkv(w, c, tp, rank) for rank in range(tp))
-        return
-    if kind in ("wo", "w2"):  # split along the input dimension
+    matrix = name.split(".")[-2]
+    if matrix == "wqkv":
+        yield from (_qkv(w.view(len(w), -1), c, tp, rank) for rank in range(tp))
+    elif w.dim() == 1:
+        yield from [w] * tp
+    elif matrix in ("wo", "w2"):  # split along the input dimension
         yield from (part.t() for part in _filled(w, 1, tp).chunk(tp, dim=1))
-    elif kind == "tok_embeddings":
+    elif matrix == "tok_embeddings":
         yield from _filled(w, 0, tp).chunk(tp, dim=1)
     else:
         yield from (part.t() for part in _filled(w, 0, tp).chunk(tp, dim=0))
@@ -225,10 +240,7 @@ def _filled(w: torch.Tensor, dim: int, tp: int) -> torch.Tensor:
 
 
 def _qkv(wqkv: torch.Tensor, c: DecoderConfig, tp: int, rank: int) -> torch.Tensor:
-    """One rank's [H, (q + k + v) · D]: its query heads, its kv heads' k, then their v.
-
-    TurboMind rotates pairs (2j, 2j + 1), Hugging Face pairs (j, j + D/2): rows of q and k are permuted.
-    """
+    """One rank's [H, (q + k + v) · D]: its query heads, its kv heads' k, then their v. Of the bias, H is 1."""
     groups = wqkv.view(c.num_kv_heads, -1, c.head_dim, wqkv.shape[1])  # [K, G + 2, D, H]
     copies = max(1, tp // c.num_kv_heads)  # ranks that share a kv head
     heads, kv_heads = c.num_heads // tp, c.num_kv_heads * copies // tp
@@ -237,8 +249,12 @@ def _qkv(wqkv: torch.Tensor, c: DecoderConfig, tp: int, rank: int) -> torch.Tens
     queries = [divmod(i, per_group) for i in range(rank * heads, (rank + 1) * heads)]
     q = torch.stack([groups[g, i] for g, i in queries])
     k, v = (groups[first : first + kv_heads, i] for i in (-2, -1))
-    q, k = (x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2) for x in (q, k))
-    return torch.cat((q, k, v)).flatten(0, 1).t()
+    return torch.cat((_interleave(q), _interleave(k), v)).flatten(0, 1).t()
+
+
+def _interleave(heads: torch.Tensor) -> torch.Tensor:
+    """[N, D, …] with pairs (j, j + D/2), which Hugging Face rotates, as pairs (2j, 2j + 1), which TurboMind rotates."""
+    return heads.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def _blocks(name: str, x: torch.Tensor, dtype: torch.dtype) -> Blocks:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xtuner.families.base import ModelFamily
-from xtuner.model.decoder import DecoderConfig
-
-CHAT, BASE = "internlm2", "base"  # LMDeploy's names: InternLM2's chat template, and no template
+from xtuner.families.network import DecoderConfig
 
 _ROPE = {
     "attention_factor": 1.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "high_freq_factor": None,
@@ -24,9 +22,9 @@ _LORA = {
     "lora_scale_pattern": "",
 }  # fmt: skip
 _MODEL = {  # features that these models do not have
-    "attn_bias": 0, "expert_inter_size": 0, "expert_num": [], "experts_per_token": 0, "group_size": 0,
+    "expert_inter_size": 0, "expert_num": [], "experts_per_token": 0, "group_size": 0,
     "kv_lora_rank": 0, "model_format": "hf", "moe_group_num": 1, "moe_shared_gate": False, "norm_topk_prob": False,
-    "q_lora_rank": 0, "qk_norm": False, "qk_rope_dim": 0, "routed_scale": 1.0, "topk_group": 1,
+    "q_lora_rank": 0, "qk_rope_dim": 0, "routed_scale": 1.0, "topk_group": 1,
     "topk_method": "greedy", "tune_layer_num": 1, "v_head_dim": 0,
 }  # fmt: skip
 
@@ -40,7 +38,7 @@ class TurboMindSource:
     layout: ModelFamily
     config: DecoderConfig
     tokenizer_size: int
-    speaks_chat: bool  # whether its tokenizer has a mark of the family's chat template
+    chat: str  # our name of the chat template whose marks its tokenizer has; "" for none
 
     def dtype(self, wanted: str) -> str:
         """The dtype to write. "auto" follows LMDeploy: bf16 stays, everything else becomes fp16."""
@@ -48,24 +46,39 @@ class TurboMindSource:
         return wanted if wanted != "auto" else "bfloat16" if found == "bfloat16" else "float16"
 
 
-def template_by_path(path: str) -> str:
-    """The chat template that LMDeploy selects for a model, by its path alone."""
-    path = path.lower()
-    return CHAT if "internlm2" in path and ("chat" in path or "math" in path) else BASE
+def _rope(source: TurboMindSource) -> dict[str, Any]:
+    """Positions; numbers are written as config.json has them: 2 or 2.0."""
+    hf, c = source.hf, source.config
+    rope: dict[str, Any] = {**_ROPE, "base": c.rope_theta, "dim": c.head_dim}
+    scaling, written = c.rope_scaling, hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not scaling:
+        return rope
+
+    def as_written(name: str, otherwise: Any) -> Any:
+        return otherwise if written.get(name) is None else written[name]
+
+    rope |= {"type": scaling.kind, "factor": as_written("factor", scaling.factor)}
+    if scaling.kind == "llama3":
+        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {name: as_written(name, getattr(scaling, name)) for name in names}
+    if scaling.kind == "dynamic":
+        rope["max_position_embeddings"] = c.max_position_embeddings
+    if scaling.kind == "yarn":
+        # lmdeploy divides max_position_embeddings by the original context instead, which is the factor if they agree
+        derived = written.get("original_max_position_embeddings") is not None
+        rope |= {
+            "factor": scaling.factor if derived else rope["factor"],
+            "max_position_embeddings": scaling.original_max_position_embeddings,
+            "attention_factor": as_written("attention_factor", scaling.cos_sin_factor),
+            "beta_fast": as_written("beta_fast", scaling.beta_fast),
+            "beta_slow": as_written("beta_slow", scaling.beta_slow),
+        }
+    return rope
 
 
 def render_yaml(source: TurboMindSource, tp: int, dtype: str, model_name: str, chat_template: str) -> str:
     """The file's text."""
-    hf, c = source.hf, source.config
-    rope: dict[str, Any] = {**_ROPE, "base": c.rope_theta, "dim": c.head_dim}
-    if c.rope_scaling:
-        factor = (hf.get("rope_scaling") or {}).get("factor", c.rope_scaling.factor)  # as written there: 2 or 2.0
-        rope |= {"type": c.rope_scaling.kind, "factor": factor}
-        if c.rope_scaling.kind == "llama3":
-            names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            rope |= {name: getattr(c.rope_scaling, name) for name in names}
-        if c.rope_scaling.kind == "dynamic":
-            rope["max_position_embeddings"] = c.max_position_embeddings
+    c = source.config
     model = {
         **_MODEL,
         "attn_tp_size": tp,
@@ -82,11 +95,13 @@ def render_yaml(source: TurboMindSource, tp: int, dtype: str, model_name: str, c
         "head_num": c.num_heads,
         "kv_head_num": max(c.num_kv_heads, tp),
         "size_per_head": c.head_dim,
+        "attn_bias": int(c.attention_bias),
+        "qk_norm": c.qk_norm,
         "norm_eps": c.rms_norm_eps,
         "session_len": c.max_position_embeddings,
         "weight_type": dtype,
     }
-    attention = {**_ATTENTION, "max_position_embeddings": c.max_position_embeddings, "rope_param": rope}
+    attention = {**_ATTENTION, "max_position_embeddings": c.max_position_embeddings, "rope_param": _rope(source)}
     return _yaml({"attention_config": attention, "lora_config": _LORA, "model_config": model})
 
 

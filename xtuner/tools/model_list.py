@@ -8,7 +8,7 @@ import torch
 
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.memory import plan_memory
-from xtuner.export.turbomind import why_not_converted
+from xtuner.export.turbomind_support import why_not_converted
 from xtuner.families import FAMILIES, read_config
 from xtuner.families.base import ModelFamily, Released
 from xtuner.families.network import DecoderConfig

@@ -91,7 +91,11 @@ class MemoryPlan:
                 None if it may be as long as a pack.
         """
         largest = max(self.micro_batch_tokens(pack), pack if longest is None else min(longest, pack))
-        return self.state + self.activations.largest_peak(largest) + self.library_bytes
+        return self._peak_bytes_of(largest)
+
+    def _peak_bytes_of(self, tokens: int) -> int:
+        """Most bytes in use while a micro-batch of so many tokens is computed."""
+        return self.state + self.activations.largest_peak(tokens) + self.library_bytes
 
     def fits(self, tokens: int) -> bool:
         return self.activations.room is None or self.activations.peak_bytes(tokens) <= self.activations.room
@@ -109,9 +113,10 @@ class MemoryPlan:
         )
         if self.longest_row > tokens:
             shared = f", {self.longest_row:,} on each of {self.sharers} ranks" if self.sharers > 1 else ""
+            peak = human_bytes(self._peak_bytes_of(self.longest_row))
             logger.info(
                 f"memory: documents of up to {self.document:,} tokens{shared}, which cannot be cut: "
-                f"{self._describe_kept(self.longest_row)}"
+                f"{self._describe_kept(self.longest_row)}; peak {peak} expected"
             )
 
     def _describe_kept(self, tokens: int) -> str:

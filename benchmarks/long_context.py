@@ -8,6 +8,7 @@
     256k-alone 384k-alone    the same on one GPU
     long short mixed     packs of one 128k document; of documents of lognormal lengths (median 700), 128k tokens; of
                          both. The sum of the first two times over the third is what mixing costs
+    128k-torchtitan 256k-torchtitan    torchtitan's context parallelism on the packs of the first two, with fp32 state
     own-packs shared-packs    short documents in packs of 32,768: one pack a GPU, or as many packs, each shared by all
 
 From 256k on, three iterations are run and the first is not counted. Each run is appended to `--results` as one JSON
@@ -15,9 +16,12 @@ line; then all are printed as a table. MFU counts the causal pairs inside docume
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -54,6 +58,7 @@ class Job:
         alone: on one GPU.
         shared: all GPUs share each pack; else each has its own.
         packs: per iteration, None for one a GPU.
+        peer: torchtitan trains (benchlib/peers/shared_packs.py).
     """
 
     pack: int
@@ -61,6 +66,7 @@ class Job:
     alone: bool = False
     shared: bool = True
     packs: int | None = 1
+    peer: bool = False
 
     @property
     def iterations(self) -> int:
@@ -78,6 +84,8 @@ JOBS = {f"{n}k": Job(n * K, n * K) for n in (128, 256, 512)} | {
     "long": Job(LONG, LONG),
     "short": Job(LONG),
     "mixed": Job(2 * LONG, LONG),
+    "128k-torchtitan": Job(128 * K, 128 * K, peer=True),
+    "256k-torchtitan": Job(256 * K, 256 * K, peer=True),
     "own-packs": Job(PACK, shared=False, packs=None),
     "shared-packs": Job(PACK, packs=None),
 }
@@ -102,6 +110,8 @@ def measure(name: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     packs = job.packs or gpus
     place = folder / name
     write_packs(place / "data", job, packs * (job.iterations + 1), SHAPES[shape].vocabulary, scale)
+    if job.peer:
+        return measure_peer(name, job, a, place)
     config, work = place / "config.py", place / "work"
     config.write_text(render_config(Case(name, shape, a.states), place / "data", None, 0, place))
     words = train_command(config, work, "fsdp" if gpus > 1 else "single")
@@ -138,6 +148,27 @@ def measure(name: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "losses": found["losses"],
         "in_use": read_most_in_use(place),
     }
+
+
+def measure_peer(name: str, job: Job, a: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """Run a job by torchtitan, on packs that are written in `place`."""
+    record = {"job": name, "shape": a.shape, "gpus": a.gpus, "states": "fp32", "products": "own"}
+    record |= {"date": time.strftime("%Y-%m-%d"), "expected": "", **describe_machine()}
+    if importlib.util.find_spec("torchtitan") is None:
+        return record | {"failed": "torchtitan is not installed (benchlib/peers/torchtitan_model.py)"}
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(a.gpus)]
+    words += ["-m", "benchlib.peers.shared_packs", str(place / "data"), str(job.pack), a.shape]
+    words += [str(job.iterations), str(job.warm), str(place / "result.json")]
+    environ = add_to_python_path({**os.environ, **OFF})
+    with open(place / "log", "w") as log:
+        try:
+            subprocess.run(words, env=environ, stdout=log, stderr=subprocess.STDOUT, timeout=a.limit, check=True)
+        except subprocess.TimeoutExpired:
+            return record | {"failed": f"not done in {a.limit:.0f} s"}
+        except subprocess.CalledProcessError:
+            errors = re.findall(r"^.*Error: .*$", (place / "log").read_text(), re.MULTILINE)
+            return record | {"failed": errors[0].strip() if errors else "see its log"}
+    return record | json.loads((place / "result.json").read_text())
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -179,10 +210,12 @@ def main() -> None:
     if unknown := [name for name in a.jobs if name not in JOBS]:
         parser.error(f"no run is called {unknown[0]}; there are {', '.join(JOBS)}")
     if a.tiny:
+        if any(JOBS[name].peer for name in a.jobs):
+            parser.error("torchtitan's shared attention does not run on CPUs")
         a.states, a.gpus = "fp32", 2
     records = []
     with tempfile.TemporaryDirectory(prefix="xtuner-bench-") as folder:
-        for name in a.jobs or JOBS:
+        for name in a.jobs or [name for name, job in JOBS.items() if not (a.tiny and job.peer)]:
             records.append(measure(name, a, Path(folder)))
             if not a.tiny:
                 with open(a.results, "a") as f:

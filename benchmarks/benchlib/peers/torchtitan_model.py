@@ -56,6 +56,7 @@ sys.meta_path.append(Absent("datasets", "torchdata", "tyro"))
 from torchtitan.components.loss import build_cross_entropy_loss  # noqa: E402
 from torchtitan.config import JobConfig  # noqa: E402
 from torchtitan.distributed import ParallelDims, parallel_dims  # noqa: E402
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input  # noqa: E402
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs  # noqa: E402
 from torchtitan.models.llama3.infra.parallelize import apply_fsdp, parallelize_llama  # noqa: E402
 from torchtitan.models.llama3.model.args import RoPEScalingArgs  # noqa: E402
@@ -109,7 +110,9 @@ def build(s: Settings) -> Peer:
     assert model.layers["0"].feed_forward.w1.out_features == s.shape.intermediate_size
     parallel_dims.device_type = s.device.type  # its default ignores CPUs
     ranks = s.mesh.size() if s.mesh else 1
-    parallelize_llama(model, ParallelDims(1, ranks, 1, 1, 1, 1, 1, world_size=ranks), job)
+    split = (1, ranks) if s.shared else (ranks, 1)  # of packs, of each pack's tokens
+    dims = ParallelDims(1, *split, 1, 1, 1, 1, world_size=ranks)
+    parallelize_llama(model, dims, job)
     if ranks == 1 and s.dtype != s.compute:
         backend = "nccl" if s.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -129,8 +132,12 @@ def build(s: Settings) -> Peer:
             ends = torch.zeros_like(pack.input_ids)
             ends[pack.cu_seqlens[1:].long() - 1] = END.eos_id
             masks = model.get_attention_masks(ends[None], END)
-        logits = model(pack.input_ids[None], attention_masks=masks)
-        return cross_entropy(logits, pack.targets[None]) / pack.num_targets
+        ids, targets, positions = pack.input_ids[None], pack.targets[None], None
+        if s.shared:  # with the balancer that its trainer chooses
+            ids, targets, more = prepare_context_parallel_input(ids, targets, {}, dims.get_mesh("cp"), s.device)
+            positions = more["positions"]
+        logits = model(ids, attention_masks=masks, positions=positions)
+        return cross_entropy(logits, targets) / pack.num_targets
 
     versions = f"torchtitan {version('torchtitan')}"
     names = own_names(model)

@@ -54,6 +54,7 @@ class Settings:
     recompute: str | None = None
     compute: torch.dtype = torch.bfloat16
     mesh: DeviceMesh | None = None  # of several ranks: the state is sharded over them
+    shared: bool = False  # all ranks share each pack (shared_packs.py)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,7 +130,7 @@ class Loop:
 
     def __init__(self, peer: Peer, s: Settings) -> None:
         self.peer, self.device = peer, s.device
-        self.rank = s.mesh.get_local_rank() if s.mesh else 0
+        self.rank, self.ranks = (s.mesh.get_local_rank(), s.mesh.size()) if s.mesh else (0, 1)
         peer.start(s.shape)
         if s.device.type == "cuda":
             torch.cuda.empty_cache()  # full tensors of the initial weights
@@ -141,14 +142,14 @@ class Loop:
         """Mean loss over the targets of all ranks; its gradient is on all ranks.
 
         Args:
-            packs: of the iteration, one per rank.
+            packs: of the iteration, one per rank, or one that all share.
         """
-        mine = packs[self.rank]
+        mine = packs[self.rank] if len(packs) > 1 else packs[0]
         share = mine.num_targets / sum(pack.num_targets for pack in packs)
         loss = self.peer.loss(mine.to(self.device)) * share
         (loss if self.peer.adds_up else loss * len(packs)).backward()
         loss = loss.detach()
-        if len(packs) > 1:
+        if self.ranks > 1:
             dist.all_reduce(loss)
         return loss
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,13 +29,14 @@ class Shape:
     ffn: int
     kv_heads: int = 8
     vocabulary: int = 92544
+    family: str = "internlm2"
 
-    def fields(self) -> dict[str, int]:
+    def fields(self) -> dict[str, Any]:
         """Arguments of `from_scratch`."""
         return dict(
             vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.ffn,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            max_position_embeddings=PACK,
+            max_position_embeddings=PACK, family=self.family,
         )  # fmt: skip
 
     @property
@@ -46,6 +48,8 @@ SHAPES = {
     "1.8b": Shape("1_8b", 2048, 24, 16, 8192),
     "7b": Shape("7b", 4096, 32, 32, 14336),
     "20b": Shape("20b", 6144, 48, 48, 16384),
+    "llama3.1-8b": Shape("7b", 4096, 32, 32, 14336, 8, 128256, "llama"),
+    "qwen3-8b": Shape("7b", 4096, 36, 32, 12288, 8, 151936, "qwen3"),
     "short": Shape("1_8b", 2048, 4, 16, 8192),  # 1.8B's width, 4 of its layers: for faults, not for speed
     "tiny": Shape("1_8b", 64, 2, 4, 128, 2, 512),  # for CPUs
 }
@@ -69,6 +73,8 @@ CASES = {
         Case("7b-long", "7b", "8bit", long=True),
         Case("1.8b", "1.8b", "fp32"),
         Case("1.8b-long", "1.8b", "fp32", long=True),
+        Case("llama3.1-8b", "llama3.1-8b", "8bit"),
+        Case("qwen3-8b", "qwen3-8b", "8bit"),
     )
 }
 

@@ -31,7 +31,7 @@ def render_config(case: Case, data: Path, tokenizer: str | None, profile: int, c
         counted: where ranks write their use of GPU memory (gpu_memory.py); needs `add_to_python_path`.
     """
     text = (SHIPPED / f"internlm2_{SHAPES[case.shape].template}_w_tokenized_dataset.py").read_text()
-    shape = ", ".join(f"{key}={value}" for key, value in SHAPES[case.shape].fields().items())
+    shape = ", ".join(f"{key}={value!r}" for key, value in SHAPES[case.shape].fields().items())
     text = re.sub(r"(?s)\nmodel = dict\(.*?\n\)\n", f"\nmodel = dict(type=from_scratch, {shape}, seed=0,\n"
                   "    activation_checkpointing=True)\n", text)  # fmt: skip
     text = text.replace("import from_pretrained", "import from_scratch")

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from xtuner.data.loading.batch import Batch
-from xtuner.families import LLAMA
+from xtuner.families import LLAMA, QWEN3, ModelFamily
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize_parameter
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.weights import split_for_family
@@ -83,10 +83,15 @@ class Peer:
         for name, parameter in ours.items():
             full = torch.empty(parameter.shape, device=device)
             initialize_parameter(name, full, shape, 0)
-            for key, weight in self.rename(split_for_family(name, full, LLAMA, shape)).items():
+            for key, weight in self.rename(split_for_family(name, full, layout(shape), shape)).items():
                 copy_shard(theirs.pop(key), weight)
         if theirs:
             raise RuntimeError(f"{self.name} has weights that ours does not have: {', '.join(theirs)}")
+
+
+def layout(shape: DecoderConfig) -> ModelFamily:
+    """The family whose classes peers use for the network."""
+    return QWEN3 if shape.qk_norm else LLAMA
 
 
 @torch.no_grad()

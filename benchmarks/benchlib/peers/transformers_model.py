@@ -1,4 +1,4 @@
-"""Hugging Face transformers: its Llama with FlexAttention, and with Liger's kernels.   # pip install liger-kernel
+"""Hugging Face transformers: its Llama or Qwen3 with FlexAttention; with Liger's kernels.   # pip install liger-kernel
 
 On one GPU as its Trainer runs it: fp32 weights under autocast (`bf16=True`), or a model loaded in bf16. On several as
 accelerate's FSDP2 does: each layer sharded separately, embedding and head with the root. Full recomputation. Positions
@@ -8,13 +8,11 @@ start again in each document, from which transformers derives the mask.
 from importlib.metadata import version
 
 import torch
-from benchlib.peers.training_loop import Peer, Settings
+from benchlib.peers.training_loop import Peer, Settings, layout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xtuner.data.loading.batch import Batch
-from xtuner.families import LLAMA
 
 
 def build(s: Settings) -> Peer:
@@ -24,20 +22,21 @@ def build(s: Settings) -> Peer:
     if attention not in ("flex", "sdpa") or recompute not in ("none", "full"):
         raise SystemExit("transformers: --attention is flex or sdpa, --recompute none or full")
     if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        import liger_kernel.transformers
 
-        apply_liger_kernel_to_llama()
-    config = LlamaConfig.from_dict(LLAMA.write_config(s.shape, str(s.dtype)[6:]))
+        getattr(liger_kernel.transformers, f"apply_liger_kernel_to_{layout(s.shape).name}")()
+    written = layout(s.shape).write_config(s.shape, str(s.dtype)[6:])
+    config = AutoConfig.for_model(written.pop("model_type"), **written)
     config._attn_implementation = {"flex": "flex_attention"}.get(attention, attention)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(s.dtype)
+        model = AutoModelForCausalLM.from_config(config).to(s.dtype)
     if recompute == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if s.mesh:
         shard(model, s)
     model.to_empty(device=s.device)
     with s.device:
-        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # frequencies are not parameters
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # frequencies are not parameters
 
     def loss(pack: Batch) -> torch.Tensor:
         row = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "labels": pack.targets}
@@ -50,7 +49,7 @@ def build(s: Settings) -> Peer:
     return Peer(f"{s.engine} {attention} {recompute}", attention, versions, model, loss)
 
 
-def shard(model: LlamaForCausalLM, s: Settings) -> None:
+def shard(model: PreTrainedModel, s: Settings) -> None:
     """Over the ranks of the mesh."""
     policy = MixedPrecisionPolicy(param_dtype=s.compute, reduce_dtype=torch.float32)
     for layer in model.model.layers:

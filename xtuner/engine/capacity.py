@@ -56,17 +56,19 @@ def why_one_process_cannot(source: ModelSource, optim: OptimWrapper, device: tor
 def _on_host(choice: Choice, source: ModelSource, optim: OptimWrapper, device: torch.device) -> int:
     """Bytes of host memory that all processes of this machine need at least."""
     parameters, mesh = num_parameters(source.config), choice.mesh
-    moments = optim.traits(device).moments
+    moments, trained = optim.traits(device).moments, source.count_trained().total
     zero = deepspeed_config.read_settings(choice.deepspeed)["zero_optimization"] if choice.deepspeed else {}
     if device.type == "cuda":
         masters = 4 + moments if "offload_optimizer" in zero else 0
-        return int(masters * parameters * mesh.local_size / mesh.size)
+        return int(masters * trained * mesh.local_size / mesh.size)
     if not (choice.deepspeed or choice.fsdp):
         form = optim.state_form(device)
-        return int((form.bytes if form else 8 + moments) * parameters)
+        weight, all_of_it = (2, form.bytes) if form else (4, 8 + moments)  # bytes of a parameter; with its state
+        return int(weight * parameters + (all_of_it - weight) * trained)
     if not choice.deepspeed:
         return choice.state * mesh.local_size
-    return int((8 + moments) * parameters * mesh.local_size / (mesh.size if zero.get("stage") else 1))
+    held = 4 * parameters + (4 + moments) * trained
+    return int(held * mesh.local_size / (mesh.size if zero.get("stage") else 1))
 
 
 def _too_large(choice: Choice, source: ModelSource, optim: OptimWrapper, needed: int, total: int) -> ConfigError:

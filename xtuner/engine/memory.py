@@ -141,18 +141,19 @@ def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, 
     """Bytes of weights, gradients and optimizer state on a rank, including the blocks gathered at the same time."""
     c, form, copy = source.config, optim.state_form(device), optim.compute_dtype(device)
     parameters, ends, ranks = num_parameters(c), c.vocabulary_parameters, mesh.shard_size
+    trained = source.count_trained()
     block = (parameters - ends) / c.num_layers
     weight, gradient = copy.itemsize, optim.gradient_dtype(device).itemsize
     # sharded in any case: moments, and masters where these are not the compute weights
     own = (
         form.bytes - 2 - form.gradient.itemsize if form else optim.traits(device).moments + 4 * (copy != torch.float32)
     )
-    state = own * parameters / ranks
+    state = own * trained.total / ranks
     # a block's weights, those of the next, and those that are being freed
     state += weight * (parameters if division.weights else ends + 3 * block + parameters / ranks)
     # at the end of the last block's backward: its gradients, the output layer's, and the reduced parts of both
-    block_gradients = (c.vocab_size * c.hidden_size + block) * (1 + 1 / ranks) + parameters / ranks
-    return int(state + gradient * (parameters if division.gradients else block_gradients))
+    block_gradients = (trained.head + trained.block) * (1 + 1 / ranks) + trained.total / ranks
+    return int(state + gradient * (trained.total if division.gradients else block_gradients))
 
 
 def plan_memory(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,15 @@ class Adapter(Protocol):
 
 
 @dataclass(frozen=True)
+class TrainedCounts:
+    """Numbers of trained parameters."""
+
+    total: int
+    block: float  # in a block that has any, on average
+    head: int  # in the output layer's matrix
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """A model that is not in memory yet.
 
@@ -47,6 +57,7 @@ class ModelSource:
     attention: str | None = None  # a backend's name; None: the fastest
     products: str = "own"  # or "fp8", see ops/matmul.py
     adapter: "Adapter | None" = None
+    frozen: frozenset[str] = frozenset()  # names of parameters that are not trained, whatever the adapter freezes
 
     def __post_init__(self) -> None:
         if self.attention is not None:
@@ -57,6 +68,9 @@ class ModelSource:
         model = CausalLM(self.config)
         if self.adapter is not None:
             self.adapter.apply(model)
+        for name, parameter in model.named_parameters():
+            if name in self.frozen:
+                parameter.requires_grad_(False)
         return model
 
     def build_empty(self, device: torch.device, dtype: torch.dtype) -> CausalLM:
@@ -69,10 +83,22 @@ class ModelSource:
             self.configure(model, device, dtype)
         return model
 
-    def trained_names(self) -> list[str]:
-        """Names of the trained parameters, as in checkpoints."""
+    @cached_property
+    def trained_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the trained parameters, by name as in checkpoints."""
         model = self.build_empty(torch.device("meta"), torch.float32)
-        return [name for name, p in model.named_parameters() if p.requires_grad]
+        return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+
+    def trained_names(self) -> list[str]:
+        return list(self.trained_shapes)
+
+    def count_trained(self) -> "TrainedCounts":
+        counts = {name: shape.numel() for name, shape in self.trained_shapes.items()}
+        ends = {name: counts.get(name, 0) for name in ("model.tok_embeddings.weight", "output.weight")}
+        blocks = {name.split(".")[2] for name in counts if name.startswith("model.layers.")}
+        head = ends["model.tok_embeddings.weight" if self.config.tie_word_embeddings else "output.weight"]
+        total = sum(counts.values())
+        return TrainedCounts(total, (total - sum(ends.values())) / max(len(blocks), 1), head)
 
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention backend, the matrix product, and which activations are kept for the backward."""

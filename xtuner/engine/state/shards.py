@@ -63,6 +63,7 @@ class StatefulStrategy(ABC):
 
     memory: MemoryPlan
     compute_dtype: torch.dtype
+    _frozen: Mapping[str, Any]  # parameters that are not trained: weights in the compute dtype, without state
 
     def __init__(
         self,
@@ -205,7 +206,8 @@ class StatefulStrategy(ABC):
     def load(self, folder: Path) -> None:
         saved = SavedStates(folder)
         shards = self._shards()
-        for name, shard in progress(shards.items(), "reading optimizer state", total=len(shards)):
+        trained = {name: shard for name, shard in shards.items() if name not in self._frozen}
+        for name, shard in progress(trained.items(), "reading optimizer state", total=len(trained)):
             for key in saved.keys.get(name, ()):
                 span = self._span(key, name, shard.master)
                 self._restore_state(name, key, saved.read_range(f"{key}/{name}", *span, self.device))

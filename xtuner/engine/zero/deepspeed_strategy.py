@@ -34,7 +34,7 @@ from xtuner.optim.parameter_groups import set_lr
 class _Piece(NamedTuple):
     """Elements [begin, begin + length) of a parameter, which this rank has in flat[at : at + length]."""
 
-    flat: torch.Tensor  # fp32, the optimizer's parameter
+    flat: torch.Tensor  # fp32, the optimizer's parameter; of a frozen one the weight
     at: int
     begin: int
     length: int
@@ -70,7 +70,7 @@ class DeepSpeedStrategy(StatefulStrategy):
         super().__init__(source.config, shapes, device, mesh, saves=bool(self.stage) or mesh.is_main)
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=config):
-                model = CausalLM(source.config)  # each module is sharded as soon as it is built
+                model = source.build_network()  # each module is sharded as soon as it is built
             # parameters of this model are gathered as it says; the engine would also prefetch only one at a time
             config["zero_optimization"].pop("stage3_allgather_sequential", None)
             source.configure(model, device, self.compute_dtype)
@@ -80,11 +80,12 @@ class DeepSpeedStrategy(StatefulStrategy):
         else:
             model = source.build_empty(device, self.compute_dtype)
         model.keep_activations(self.memory.activations)
-        optimizer = optim.build(dict(model.named_parameters()))
+        self._parameters: dict[str, Any] = dict(model.named_parameters())
+        self._frozen = {n: p for n, p in self._parameters.items() if not p.requires_grad}
+        optimizer = optim.build({n: p for n, p in self._parameters.items() if p.requires_grad})
         self._engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
         self._zero = self._engine.optimizer
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer if self.stage else optimizer
-        self._parameters = dict(model.named_parameters())
         self._traits = optim.traits  # by device: offloaded states lie on the host
         self._model = model.train()
         if self.stage and not config["zero_optimization"].get("offload_optimizer"):
@@ -161,13 +162,14 @@ class DeepSpeedStrategy(StatefulStrategy):
         return float(self._engine.get_global_grad_norm()) if applied else math.inf, applied
 
     def _piece(self, name: str) -> _Piece | None:
-        parameter: Any = self._parameters[name]
+        parameter = self._parameters[name]
+        if name in self._frozen and self.stage:
+            return self._frozen_piece(name)
         if self.stage == 0:
             return _Piece(parameter.data.view(-1), 0, 0, parameter.numel())
         if self.stage == 3:
             group, at, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            begin = parameter.ds_tensor.ds_numel * self.mesh.rank
-            count = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - begin))
+            begin, count = self._own_elements(parameter)
             return _Piece(self._zero.fp32_partitioned_groups_flat[group], at, begin, count)
         mapping = parameter._hp_mapping
         if mapping is None:
@@ -175,6 +177,25 @@ class DeepSpeedStrategy(StatefulStrategy):
         group, address = mapping.param_group_index, mapping.hp_fragment_address
         flat = self._zero.single_partition_of_fp32_groups[group]
         return _Piece(flat, address.start, mapping.lp_fragment_address.start, address.numel)
+
+    def _own_elements(self, parameter: Any) -> tuple[int, int]:
+        """Under stage 3: the first of this rank's elements of a parameter, and their number."""
+        begin = parameter.ds_tensor.ds_numel * self.mesh.rank
+        return begin, max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - begin))
+
+    def _frozen_piece(self, name: str) -> _Piece | None:
+        """DeepSpeed keeps frozen parameters in the compute dtype: under stage 3 sharded, else full on every rank, and
+        one of them reads and saves it."""
+        parameter = self._frozen[name]
+        if self.stage == 3:
+            return _Piece(parameter.ds_tensor.data.view(-1), 0, *self._own_elements(parameter))
+        if self._reader(name) != self.mesh.rank:
+            return None
+        return _Piece(parameter.data.view(-1), 0, 0, parameter.numel())
+
+    def _reader(self, name: str) -> int:
+        """The rank that reads and saves a frozen parameter."""
+        return list(self._frozen).index(name) % self.mesh.size
 
     def _key(self, name: str, piece: _Piece) -> Any:
         """The tensor that is the key of the optimizer's state."""
@@ -187,7 +208,8 @@ class DeepSpeedStrategy(StatefulStrategy):
             if piece is None or not piece.length:
                 continue
             key = self._key(name, piece)
-            packed = optimizer_traits.pack(self.optimizer.state.get(key, {}), key)
+            state = {} if name in self._frozen else self.optimizer.state.get(key, {})
+            packed = optimizer_traits.pack(state, key)
             views = {k: v[piece.at : piece.at + piece.length] if v.dim() == 1 else v for k, v in packed.items()}
             shards[name] = Shard(FlatRange(piece.flat.data[piece.at : piece.at + piece.length], piece.begin), views)
         return shards
@@ -208,6 +230,8 @@ class DeepSpeedStrategy(StatefulStrategy):
     def _sync_weights(self) -> None:
         if self.stage in (1, 2):
             self._zero.update_lp_params()
+            for name, parameter in self._frozen.items():
+                torch.distributed.broadcast(parameter.data, self._reader(name))
         elif self.stage == 3:
             self._zero._partition_all_parameters()
             for i in range(len(self._zero.fp16_groups)):

@@ -142,25 +142,28 @@ def zero_state_bytes(
     """
     zero, moments, copy = settings["zero_optimization"], optim.traits(device).moments, optim.compute_dtype(device)
     parameters, several = num_parameters(source.config), optim.accumulative_counts > 1
+    trained = source.count_trained().total
     summing = summing or summing_modes(optim, device, settings)[-1]
     stage = effective_stage(settings, summing)
     if not stage:
-        return int((8 + moments) * parameters)
-    own = (4 + moments) * (not zero.get("offload_optimizer"))  # bytes a parameter of state that is sharded
+        return int(4 * parameters + (4 + moments) * trained)
+    # bytes of state that is sharded: of a trained parameter, and of any
+    own, weights = (4 + moments) * (not zero.get("offload_optimizer")), 0
     if stage == 3:
         full = copy.itemsize * min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))
-        own += 2 + copy.itemsize * (not zero.get("offload_param"))  # copies in the step; weights
+        own += 2  # copies in the step
+        weights = copy.itemsize * (not zero.get("offload_param"))
     else:
         full = copy.itemsize * parameters
     if summing == "deepspeed":
         sums = (settings.get("data_types") or {}).get("grad_accum_dtype")
         own += 2 if sums == "bf16" else 4
-        full += copy.itemsize * parameters * (stage == 1 and several)
+        full += copy.itemsize * trained * (stage == 1 and several)
         full += _deepspeed_buffers(source, copy.itemsize, settings, stage)
     else:
-        full += (4 if summing == "fp32" else copy.itemsize) * parameters
+        full += (4 if summing == "fp32" else copy.itemsize) * trained
         own += 4 * (summing == "bf16" and several)  # sums over packs
-    return int(full + own * parameters / ranks)
+    return int(full + (own * trained + weights * parameters) / ranks)
 
 
 def _deepspeed_buffers(source: ModelSource, itemsize: int, settings: Settings, stage: int) -> int:

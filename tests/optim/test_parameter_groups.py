@@ -3,7 +3,6 @@
 import gc
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.parameter_groups import require_matches
 
-PACKS, LR, MAX_NORM = 2, 1e-2, 1.0
+PACKS, LR, MAX_NORM, DECAY = 2, 1e-2, 1.0, 0.8
 ADAMW = dict(type=torch.optim.AdamW, lr=LR, betas=(0.9, 0.95), weight_decay=0.5)
 ENGINES: dict[str, tuple[str | None, str | None, dict[str, Any]]] = {  # --deepspeed, --fsdp, settings
     "fsdp": (None, "full", {}),
@@ -34,9 +33,11 @@ ENGINES: dict[str, tuple[str | None, str | None, dict[str, Any]]] = {  # --deeps
     "zero3_offload": ("deepspeed_zero3_offload", None, {}),
 }
 GROUPS = [
+    dict(match=r"0\.attention_norm|w2", frozen=True),
     dict(match="norm", weight_decay=0.0, lr_scale=3),
     dict(match=r"^model\.tok_embeddings", lr_scale=0.1, weight_decay=0),
     dict(match="norm|w[13]", weight_decay=2.0),  # norms are taken
+    dict(match="^output", betas=(0.5, 0.9), eps=1e-3),
 ]
 FROZEN = frozenset(f"model.layers.0.{name}.weight" for name in ("attention_norm", "feed_forward.w2"))
 
@@ -45,8 +46,11 @@ def make(engine: str = "", groups: Any = (), folder: Path = Path(), **settings: 
     zero, fsdp, more = ENGINES.get(engine, (None, None, {}))
     zero = str(folder / zero) if zero and zero.endswith(".json") else zero
     counts = PACKS // collectives.ALL.size
-    optim = OptimWrapper(ADAMW, dict(max_norm=MAX_NORM), counts, parameter_groups=groups, **settings | more)
-    model = replace(small_model(), frozen=FROZEN if groups is GROUPS else frozenset())
+    decay = DECAY if groups is GROUPS else None
+    wrapper = OptimWrapper(
+        ADAMW, dict(max_norm=MAX_NORM), counts, parameter_groups=groups, layer_decay=decay, **settings | more
+    )
+    model, optim = wrapper.fit_to(small_model())
     return select.build_strategy(select.choose_strategy(model, optim, CPU, zero, fsdp), model, optim, CPU)
 
 
@@ -68,13 +72,19 @@ def expected(start: dict[str, torch.Tensor], record: list[dict[str, torch.Tensor
     assert start.keys() - record[0].keys() == FROZEN
     trained = {n: v for n, v in start.items() if n not in FROZEN}
     parameters = {n: torch.nn.Parameter(v.view(record[0][n].shape).clone()) for n, v in trained.items()}
-    kinds: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    kinds: dict[tuple[float, float, bool], list[torch.nn.Parameter]] = {}
     for name, p in parameters.items():
         part = name.split(".")[-2]
-        own = {"attention_norm": (3.0, 0.0), "ffn_norm": (3.0, 0.0), "norm": (3.0, 0.0), "tok_embeddings": (0.1, 0.0)}
-        kinds.setdefault(own.get(part, (1.0, 2.0 if part in ("w1", "w3") else 0.5)), []).append(p)
-    assert len(kinds) == 4
-    groups = [dict(params=held, weight_decay=decay, scale=scale) for (scale, decay), held in kinds.items()]
+        # above the only layer are the last norm and the output layer
+        own = {"ffn_norm": (3.0 * DECAY, 0.0), "norm": (3.0, 0.0), "tok_embeddings": (0.1 * DECAY**2, 0.0)}
+        own |= {"output": (1.0, 0.5), "w1": (DECAY, 2.0), "w3": (DECAY, 2.0)}
+        key = *own.get(part, (DECAY, 0.5)), part == "output"
+        kinds.setdefault(key, []).append(p)
+    assert len(kinds) == 6
+    groups = [
+        dict(params=held, weight_decay=decay, scale=scale) | (dict(betas=(0.5, 0.9), eps=1e-3) if other else {})
+        for (scale, decay, other), held in kinds.items()
+    ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=True)
     for n, of_step in enumerate(record):
         for name, p in parameters.items():
@@ -94,7 +104,9 @@ def test_groups_are_those_of_torch(states: str) -> None:
         whole = make("", groups, states=states)
         if states == "fp32":  # as on a GPU; on CPUs it is PyTorch's own
             rows = {n: p.rows for n, p in whole._divided.parameters.items() if p.sum}
-            whole._optimizer = OwnAdamW(rows, OptimWrapper(ADAMW, parameter_groups=groups), FORMS["fp32"])
+            decay = DECAY if groups is GROUPS else None
+            _, optim = OptimWrapper(ADAMW, parameter_groups=groups, layer_decay=decay).fit_to(small_model())
+            whole._optimizer = OwnAdamW(rows, optim, FORMS["fp32"])
             small_model().fill_weights({n: s.master for n, s in whole._shards().items()}, whole._shapes, CPU)
         return whole
 
@@ -185,6 +197,10 @@ class Listed(Lion):
         ([dict(match="norm", lr_scale=1, weight_decay=None)], ADAMW, "the group 'norm' changes nothing"),
         ([dict(match="nor(m", lr_scale=2)], ADAMW, "is not a regular expression: missing"),
         ([dict(match="norm", lr_mult=2)], ADAMW, "no setting 'lr_mult'"),
+        ([dict(match="norm", frozen=1)], ADAMW, "frozen = 1 is not True or False"),
+        ([dict(match="norm", frozen=True, lr_scale=2)], ADAMW, "frozen and has settings of training: lr × 2, frozen"),
+        ([dict(match="norm", betas=(0.9, 1))], ADAMW, r"betas = \(0.9, 1\) is not two numbers"),
+        ([dict(match="norm", eps=1e-6)], dict(type=torch.optim.SGD, lr=1), "SGD has no eps"),
         ([dict(match="norm", lr_scale=-1)], ADAMW, "lr_scale = -1 is not a number of at least 0"),
         ([dict(match="norm", weight_decay=True)], ADAMW, "weight_decay = True is not a number"),
         (dict(match="norm", lr_scale=2), ADAMW, "is not a list"),
@@ -203,7 +219,7 @@ def test_a_group_has_to_take_a_parameter(tiny: Path, tmp_path: Path, xtuner: Cal
     names = small_model().trained_names()
     require_matches(names, OptimWrapper(ADAMW, parameter_groups=GROUPS).parameter_groups)
     config = tmp_path / "grouped.py"
-    group = "dict(match='norm', weight_decay=0.0)"
+    group = "dict(match='norm', weight_decay=0.0), dict(match='wo', frozen=True)"
     line = "parameter_groups=[" + group + ", dict(match={!r}, lr_scale=0.5)],"
     text = tiny.read_text()
     assert text.count("accumulative_counts=accumulative_counts,") == 1
@@ -214,10 +230,11 @@ def test_a_group_has_to_take_a_parameter(tiny: Path, tmp_path: Path, xtuner: Cal
 
     for match, message in (
         ("bais", "'bais' matches no trained parameter"),
+        ("layers.*atention", r"'layers.\*atention' matches no trained parameter. Similar: 'attention', 'layers'"),
         ("ffn_norm", "'ffn_norm' gets no parameter"),
     ):
         write(match)
-        with pytest.raises(ConfigError, match=rf"match = {message}(.|\n)*parameter_groups.1.*grouped.py:\d+"):
+        with pytest.raises(ConfigError, match=rf"match = {message}(.|\n)*parameter_groups.2.*grouped.py:\d+"):
             xtuner("check-cfg", config)
     write("output|embed")
     words = [
@@ -232,7 +249,8 @@ def test_a_group_has_to_take_a_parameter(tiny: Path, tmp_path: Path, xtuner: Cal
     assert xtuner(*words) == 0
     report = next((tmp_path / "w").glob("*/*.log")).read_text()
     assert "3 parameters that match 'norm': weight_decay=0\n" in report
+    assert "1 parameters that match 'wo': frozen\n" in report
     assert "2 parameters that match 'output|embed': lr × 0.5\n" in report
     write("output")
-    with pytest.raises(ConfigError, match=r"parameter_groups.1.match: 'output\|embed' → 'output'"):
+    with pytest.raises(ConfigError, match=r"parameter_groups.2.match: 'output\|embed' → 'output'"):
         xtuner(*words, "--resume")

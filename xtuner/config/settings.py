@@ -22,6 +22,7 @@ def one_of(*names: str, why: str = "") -> tuple[Rule, ...]:
 
 
 ABOVE_0 = (Rule(lambda v: v > 0, "is not above 0", "> 0"),)
+SHARE = (Rule(lambda v: 0 < v <= 1, "is not above 0 and at most 1", "> 0, ≤ 1"),)
 SIZE = (
     Rule(lambda v: v > 0, "is not a whole number above 0", "> 0"),
     Rule(lambda v: v < INT32, "is not below 2^31"),
@@ -166,8 +167,11 @@ OWN_SETTINGS = (
             "各 rank 在一次迭代中完整保留什么；None：最快者", HARMLESS,
             one_of("all", "weights", "gradients", "blocks")),
     Setting("optim_wrapper.parameter_groups", list, (),
-            "learning rates and weight decay by parameter name: dict(match=…)",
-            "按参数名设置学习率与权重衰减：dict(match=…)"),
+            "settings by parameter name, or frozen: dict(match=…)",
+            "按参数名单独设置，或冻结：dict(match=…)"),
+    Setting("optim_wrapper.layer_decay", float | None, None,
+            "what a layer's learning rate is of that of the layer above it; None: the same",
+            "下一层的学习率与上一层之比；None：相同", rules=SHARE),
     Setting("param_scheduler", list | dict | None, None, "learning rates: a list of schedulers; None: constant",
             "学习率：调度器列表；None：恒定", RESULT, expected="a list"),
     Setting("train_cfg", dict, REQUIRED, "the length of the run", "训练长度", RESULT, expected="dict(max_epochs=…)"),

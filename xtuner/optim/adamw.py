@@ -232,12 +232,13 @@ class AdamW:
         from xtuner.optim import adamw_kernels
 
         keys = ({"fp32": "master", "split": "low"}.get(self.form.name, ""), "exp_avg", "exp_avg_sq", *SCALES)
-        groups: dict[tuple[torch.dtype, torch.dtype], dict[str, adamw_kernels.Entry]] = {}
+        groups: dict[tuple[Any, ...], dict[str, adamw_kernels.Entry]] = {}  # a kernel's launch each
         for name, weight in self.weights.items():
             begin, seed = self._begins.get(name, 0), make_seed(name, self.steps + 1)
             state = [self.state[name].get(key) for key in keys]
             entry = adamw_kernels.Entry(weight, gradients[name], state, begin, seed)
-            groups.setdefault((weight.dtype, gradients[name].dtype), {})[name] = entry
+            kind = (weight.dtype, gradients[name].dtype, *self._betas_and_eps(self._groups[name]))
+            groups.setdefault(kind, {})[name] = entry
         self._prepared = [(list(g), adamw_kernels.prepare(list(g.values()), GROUP)) for g in groups.values()]
 
     def step(self, gradients: Mapping[str, torch.Tensor], lr: float, clip: torch.Tensor) -> None:
@@ -256,13 +257,18 @@ class AdamW:
 
     def _rates(self, lr: float, clip: torch.Tensor, group: ParameterGroup) -> Rates:
         decay = self.weight_decay if group.weight_decay is None else group.weight_decay
-        return Rates(lr * group.lr_scale, self.beta1, self.beta2, self.eps, decay, self.steps, clip)
+        return Rates(lr * group.lr_scale, *self._betas_and_eps(group), decay, self.steps, clip)
+
+    def _betas_and_eps(self, group: ParameterGroup) -> tuple[float, float, float]:
+        return *(group.betas or (self.beta1, self.beta2)), self.eps if group.eps is None else group.eps
 
     def _step_on_gpu(self, rates: Mapping[str, Rates], clip: torch.Tensor) -> None:
         from xtuner.optim import adamw_kernels
 
-        c1, c2 = next(iter(rates.values())).corrections
         for names, prepared in self._prepared:
+            first = rates[names[0]]
+            c1, c2 = first.corrections
             each = [(rates[n].lr / c1, 1 - rates[n].lr * rates[n].weight_decay) for n in names]
-            adamw_kernels.update(prepared, self.form.name, each, clip, self.beta1, self.beta2, self.eps, c2**-0.5)
+            settings = first.beta1, first.beta2, first.eps, c2**-0.5
+            adamw_kernels.update(prepared, self.form.name, each, clip, *settings)
         self._prepared = []

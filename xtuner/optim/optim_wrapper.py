@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,18 @@ import torch
 from xtuner.config.build import check_arguments, resolve_type, type_name
 from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError
-from xtuner.model.source import DTYPES
+from xtuner.model.source import DTYPES, ModelSource
 from xtuner.optim import optimizer_traits
 from xtuner.optim.adamw import FORMS, Form
 from xtuner.optim.optimizer_traits import Traits
-from xtuner.optim.parameter_groups import read_groups, split_into_groups
+from xtuner.optim.parameter_groups import (
+    ParameterGroup,
+    find_group,
+    layer_scale,
+    read_groups,
+    require_matches,
+    split_into_groups,
+)
 
 
 class OptimWrapper:
@@ -37,9 +45,10 @@ class OptimWrapper:
         micro_batch: int | None = None,
         full: str | None = None,
         parameter_groups: Sequence[Mapping[str, Any]] = (),
+        layer_decay: float | None = None,
     ) -> None:
         SCHEMA.require("optim_wrapper", accumulative_counts=accumulative_counts, dtype=dtype, states=states, sums=sums,
-                       micro_batch=micro_batch, full=full)  # fmt: skip
+                       micro_batch=micro_batch, full=full, layer_decay=layer_decay)  # fmt: skip
         self.optimizer_class = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
         check_arguments(self.optimizer_class, {"params": None, **self.arguments}, "optim_wrapper.optimizer")
@@ -70,7 +79,8 @@ class OptimWrapper:
         self.states = FORMS[states]
         self._flags: dict[str, dict[str, bool]] = {}  # by type of device, arguments that `build` adds
         self._traits: dict[str, Traits] = {}
-        self.parameter_groups = read_groups(parameter_groups)
+        self.parameter_groups, self.layer_decay = read_groups(parameter_groups), layer_decay
+        self._num_layers: int | None = None
         self._try_on_cpu()
 
     def _try_on_cpu(self) -> None:
@@ -89,7 +99,7 @@ class OptimWrapper:
 
     def _check_groups(self, arguments: Mapping[str, Any], parameters: Sequence[torch.nn.Parameter]) -> None:
         """Raise ConfigError for an optimizer that does not support the config's parameter groups."""
-        if not self.parameter_groups:
+        if not self.parameter_groups and not self.layer_decay:
             return
         try:
             groups = [dict(params=[p]) for p in parameters]
@@ -99,8 +109,9 @@ class OptimWrapper:
             raise self._groups_error(f"does not take parameter groups: {e}") from None
         if len(built_groups) != len(groups):
             raise self._groups_error("creates its own groups")
-        if any(g.weight_decay is not None for g in self.parameter_groups) and "weight_decay" not in built_groups[0]:
-            raise self._groups_error("has no weight_decay")
+        for name in {name: None for group in self.parameter_groups for name in group.own_settings()}:
+            if name not in built_groups[0]:
+                raise self._groups_error(f"has no {name}")
 
     def _groups_error(self, why: str) -> ConfigError:
         return ConfigError(
@@ -132,6 +143,26 @@ class OptimWrapper:
                 self._flags[device.type] = flags
                 break
         return self._traits[device.type]
+
+    def fit_to(self, source: ModelSource) -> tuple[ModelSource, "OptimWrapper"]:
+        """The model with its frozen parameters, and a copy of this for the model's layers.
+
+        Raises: ConfigError for a parameter group without parameters.
+        """
+        names = replace(source, frozen=frozenset()).trained_names()
+        require_matches(names, self.parameter_groups)
+        other = copy.copy(self)
+        other._num_layers = source.config.num_layers
+        frozen = frozenset(name for name in names if find_group(name, self.parameter_groups).frozen)
+        return replace(source, frozen=frozen), other
+
+    def find_group(self, name: str) -> ParameterGroup:
+        """The group of a parameter, with what its layer makes of the rate."""
+        group = find_group(name, self.parameter_groups)
+        if self.layer_decay is None:
+            return group
+        assert self._num_layers is not None, "layer_decay needs a model: call `fit_to`"
+        return replace(group, lr_scale=group.lr_scale * layer_scale(name, self.layer_decay, self._num_layers))
 
     def with_accumulation(self, packs: int) -> "OptimWrapper":
         """A copy with `packs` a rank and iteration."""
@@ -177,9 +208,9 @@ class OptimWrapper:
         """The optimizer, with its fused kernel if that works and no other implementation is requested."""
         device = next(iter(parameters.values())).device
         self.traits(device)
-        groups = (
-            split_into_groups(parameters, self.parameter_groups) if self.parameter_groups else list(parameters.values())
-        )
+        groups: list[Any] = list(parameters.values())
+        if self.parameter_groups or self.layer_decay:
+            groups = split_into_groups(parameters, self.find_group)
         return self.optimizer_class(groups, **self.arguments, **self._flags[device.type])
 
     def describe(self) -> str:

@@ -42,7 +42,6 @@ from xtuner.families import read_model
 from xtuner.model.source import ModelSource, from_scratch, require_special_tokens
 from xtuner.model.weights import WeightFolder, check_network, find_base_weights
 from xtuner.optim.optim_wrapper import OptimWrapper
-from xtuner.optim.parameter_groups import require_matches
 from xtuner.train.checkpoints import work_dir_lock
 from xtuner.train.checkpoints.checkpoint import TRAINER
 from xtuner.train.extensions import Extensions, build_extensions, read_priority
@@ -95,7 +94,7 @@ def arrange_ranks(settings: Settings, config: Config, mesh: Mesh) -> Settings:
     Args:
         config: the same with the number of ranks that share a pack.
     """
-    optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
+    _, optim = build(config.values["optim_wrapper"], "optim_wrapper").fit_to(settings.source)
     sampler = _build_sampler(config.get(SAMPLER), settings.dataset, mesh)
     return replace(settings, config=config, mesh=mesh, optim=optim, sampler=sampler)
 
@@ -216,7 +215,7 @@ def assemble_settings(
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
     if known:
         with locate_errors(config, "optim_wrapper.parameter_groups"):
-            require_matches(source.trained_names(), optim.parameter_groups)
+            source, optim = optim.fit_to(source)
     with locate_errors(config, SAMPLER):
         sampler = _require_attributes(config, SAMPLER, _build_sampler(config.get(SAMPLER), dataset, mesh))
     held_out: list[Hook] = []

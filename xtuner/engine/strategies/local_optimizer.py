@@ -14,7 +14,7 @@ from xtuner.model.weights import FlatRange
 from xtuner.optim.adamw import AdamW, Form, Moments, read_master, write_master
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.optimizer_traits import pack
-from xtuner.optim.parameter_groups import find_group, set_lr
+from xtuner.optim.parameter_groups import set_lr
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -132,7 +132,7 @@ class OwnAdamW:
 
     def __init__(self, rows: Mapping[str, Rows], optim: OptimWrapper, form: Form) -> None:
         self._begins = {n: r.begin for n, r in rows.items()}
-        groups = {n: find_group(n, optim.parameter_groups) for n in rows}
+        groups = {n: optim.find_group(n) for n in rows}
         self._adamw = AdamW({n: r.weight for n, r in rows.items()}, form, optim.arguments, self._begins, groups)
 
     def norm(self, gradients: Tensors) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The report before the first step: every derived number with its unit, and the machine."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,13 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
     compute = str(dtype).removeprefix("torch.")
     flops = training_flops(config, tokens, 0)
     each = f"on each of {settings.mesh.size} ranks " if settings.mesh.size > 1 else ""
+    trained = settings.source.count_trained().total
+    partly = f", {trained:,} of them trained" if settings.source.frozen else ""
     rows = [
-        ("model", f"{parameters:,} parameters, {config.num_layers} layers of {config.hidden_size}, from {where}"),
+        (
+            "model",
+            f"{parameters:,} parameters{partly}, {config.num_layers} layers of {config.hidden_size}, from {where}",
+        ),
         ("optimizer", settings.optim.describe()),
         *_parameter_group_rows(settings),
         ("strategy", plan.choice.name),
@@ -72,9 +78,11 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
 
 def _parameter_group_rows(settings: Settings) -> list[tuple[str, str]]:
     """Number of parameters in each parameter group of the config."""
-    groups = settings.optim.parameter_groups
-    taken = Counter(find_group(name, groups) for name in (settings.source.trained_names() if groups else ()))
-    return [("", f"{taken[g]:,} parameters that match {g.match!r}: {g}") for g in groups]
+    groups, decay = settings.optim.parameter_groups, settings.optim.layer_decay
+    names = replace(settings.source, frozen=frozenset()).trained_names() if groups else ()
+    taken = Counter(find_group(name, groups) for name in names)
+    layers = [("", f"each layer's rate is {decay:g} of that of the layer above it")] if decay else []
+    return [("", f"{taken[g]:,} parameters that match {g.match!r}: {g}") for g in groups] + layers
 
 
 def _context_rows(settings: Settings) -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """Our own strategy on meshes: whatever is kept full and however state is divided, the numbers are one process's."""
 
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,11 @@ import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
 from helpers.models import (
-    LR,
-    MAX_NORM,
     LowRanks,
     odd_model,
     save_snapshot,
     sharded_strategy,
+    step_with_equal_gradients,
     train_iterations,
     uneven_packs,
 )
@@ -75,20 +73,6 @@ def test_what_is_kept_full_changes_nothing(division: Division, form: str, tmp_pa
     assert on_ranks(2, on_two, tmp_path) == [0, 0]
 
 
-def step(s: Any, seed: int) -> None:
-    """With gradients that are the same however they are divided."""
-    for name, p in s._divided.parameters.items():
-        draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        full = torch.randn(p.weight.shape, generator=draw) * 1e-3
-        p.sum.reset()
-        p.sum.add(full)
-        if s.mesh.size > 1:
-            p.own_buffer[: p.count] = full.view(-1)[p.begin : p.begin + p.count]
-    s._has_targets = True
-    s._sum_over_ranks(torch.zeros(2))
-    assert s.step(LR, MAX_NORM)[1]
-
-
 @pytest.mark.processes
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_gradients_make_equal_bits_on_any_mesh(
@@ -98,7 +82,7 @@ def test_equal_gradients_make_equal_bits_on_any_mesh(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     straight = sharded_strategy(form)
     for seed in range(8):
-        step(straight, seed)
+        step_with_equal_gradients(straight, seed)
         if seed == 1:
             save_snapshot(straight, tmp_path / "at2")
     save_snapshot(straight, tmp_path / "straight")
@@ -111,7 +95,7 @@ def test_equal_gradients_make_equal_bits_on_any_mesh(
         for each in (s, other):
             each.load(tmp_path / f"at{at}")
             for seed in range(at, at + 2):
-                step(each, seed)
+                step_with_equal_gradients(each, seed)
         assert_same_state(save_snapshot(s, tmp_path / f"at{at + 2}"), save_snapshot(other, folder / "other"))
 
     assert on_ranks(2, resumed, tmp_path / "two") == [0, 0]
@@ -119,7 +103,7 @@ def test_equal_gradients_make_equal_bits_on_any_mesh(
     again = sharded_strategy(form)
     again.load(tmp_path / "at6")
     for seed in (6, 7):
-        step(again, seed)
+        step_with_equal_gradients(again, seed)
     assert_same_state(tmp_path / "straight", save_snapshot(again, tmp_path / "again"))
 
 

@@ -91,6 +91,22 @@ def sharded_strategy(
     )
 
 
+def step_with_equal_gradients(s: Any, seed: int) -> None:
+    """A step with gradients that are the same however they are divided."""
+    for name, p in s._divided.parameters.items():
+        draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        full = torch.randn(p.weight.shape, generator=draw) * 1e-3
+        if p.sum is None:
+            continue
+        p.sum.reset()
+        p.sum.add(full)
+        if s.mesh.size > 1:
+            p.own_buffer[: p.count] = full.view(-1)[p.begin : p.begin + p.count]
+    s._has_targets = True
+    s._sum_over_ranks(torch.zeros(2))
+    assert s.step(LR, MAX_NORM)[1]
+
+
 def save_snapshot(s: Any, folder: Path) -> Path:
     s.snapshot(optimizer=True).write(folder)
     collectives.ALL.gather(None)

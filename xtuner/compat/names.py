@@ -225,6 +225,7 @@ def _torch_optimizers() -> dict[str, str]:
 
     names = [n for n, kind in vars(torch.optim).items() if inspect.isclass(kind) and n != "Optimizer"]
     found = {n: f"torch.optim.{n}" for n in names if issubclass(getattr(torch.optim, n), torch.optim.Optimizer)}
+    found["Muon"] = "xtuner.optim.muon.Muon"  # PyTorch's accepts only matrices
     if adafactor := found.pop("Adafactor", None):  # the registry's Adafactor is transformers'
         found["TorchAdafactor"] = adafactor
     return found

@@ -148,7 +148,8 @@ def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, 
     own = (
         form.bytes - 2 - form.gradient.itemsize if form else optim.traits(device).moments + 4 * (copy != torch.float32)
     )
-    state = own * trained.total / ranks
+    moment = form.moment.itemsize if form else 0  # Muon has one for each element, AdamW two
+    state = (own * trained.total - moment * optim.count_matrices(source)) / ranks
     # a block's weights, those of the next, and those that are being freed
     state += weight * (parameters if division.weights else ends + 3 * block + parameters / ranks)
     # at the end of the last block's backward: its gradients, the output layer's, and the reduced parts of both

@@ -15,8 +15,10 @@ from xtuner.core.errors import ConfigError
 from xtuner.model.source import DTYPES, ModelSource
 from xtuner.optim import optimizer_traits
 from xtuner.optim.adamw import FORMS, Form
+from xtuner.optim.muon import Muon, is_matrix
 from xtuner.optim.optimizer_traits import Traits
 from xtuner.optim.parameter_groups import (
+    WHERE,
     ParameterGroup,
     find_group,
     layer_scale,
@@ -30,8 +32,8 @@ class OptimWrapper:
     """The optimizer's description, used by every strategy.
 
     Its arguments are declared in config/settings.py. The optimizer is a class of `torch.optim` or a similar one that
-    passes the trial of optimizer_traits.py. For `states` see adamw.py, for `sums` under DeepSpeed zero_memory.py, for
-    groups parameter_groups.py.
+    passes the trial of optimizer_traits.py, or our own Muon (muon.py). For `states` see adamw.py, for `sums` under
+    DeepSpeed zero_memory.py, for groups parameter_groups.py.
     """
 
     def __init__(
@@ -51,6 +53,13 @@ class OptimWrapper:
                        micro_batch=micro_batch, full=full, layer_decay=layer_decay)  # fmt: skip
         self.optimizer_class = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
+        if self.optimizer_class is torch.optim.Muon:
+            raise ConfigError(
+                "torch.optim.Muon cannot train this model: Muon only supports 2D parameters",
+                where="optim_wrapper.optimizer.type",
+                why="the weights of norms are vectors",
+                do="use xtuner.optim.muon.Muon, with the same settings and AdamW for all other parameters",
+            )
         check_arguments(self.optimizer_class, {"params": None, **self.arguments}, "optim_wrapper.optimizer")
         step = getattr(self.optimizer_class, "step", lambda: None)  # `type` may be a function that builds it
         closure = inspect.signature(step).parameters.get("closure")
@@ -67,7 +76,15 @@ class OptimWrapper:
             other = ", ".join(sorted(set(clip_grad) - {"max_norm"}))
             raise ConfigError(f"clip_grad supports only max_norm, not {other}", where="optim_wrapper.clip_grad")
         self.max_norm = float(clip_grad["max_norm"]) if clip_grad and clip_grad.get("max_norm") is not None else None
-        if states != "fp32" and not self._is_adamw:
+        self.muon = Muon(**self.arguments) if self.optimizer_class is Muon else None
+        if self.muon and states == "8bit":
+            raise ConfigError(
+                'states = "8bit" is not supported with Muon',
+                where="optim_wrapper.states",
+                why="its momentum is kept in fp32 or bf16",
+                do='use states = "bf16", "split" or "fp32"',
+            )
+        if states != "fp32" and not self._is_adamw and not self.muon:
             raise ConfigError(
                 f'states = "{states}" needs AdamW, not {type_name(self.optimizer_class)}({self._format_arguments()})',
                 where="optim_wrapper.states",
@@ -85,6 +102,8 @@ class OptimWrapper:
 
     def _try_on_cpu(self) -> None:
         """Raise ConfigError for an optimizer that no device and no strategy can use."""
+        if self.muon:
+            return
         # GPUs support more of these two
         arguments = {k: v for k, v in self.arguments.items() if k not in ("capturable", "fused")}
         try:
@@ -123,6 +142,8 @@ class OptimWrapper:
 
     def traits(self, device: torch.device) -> Traits:
         """The optimizer's traits on a device. Raises: ConfigError if it cannot be used there."""
+        if self.muon:
+            return Traits(FORMS["fp32"].moment.itemsize, {}, shardable=True, built_with_state=True)
         if device.type not in self._traits:
             name, choices = (
                 type_name(self.optimizer_class),
@@ -153,8 +174,29 @@ class OptimWrapper:
         require_matches(names, self.parameter_groups)
         other = copy.copy(self)
         other._num_layers = source.config.num_layers
+        self._require_effect(source)
         frozen = frozenset(name for name in names if find_group(name, self.parameter_groups).frozen)
         return replace(source, frozen=frozen), other
+
+    def _require_effect(self, source: ModelSource) -> None:
+        """Raise ConfigError for a group with AdamW's settings that has only matrices of Muon."""
+        if not self.muon:
+            return
+        by_adamw = {
+            find_group(n, self.parameter_groups) for n, s in source.trained_shapes.items() if not is_matrix(n, s)
+        }
+        for i, group in enumerate(self.parameter_groups):
+            if (group.betas or group.eps is not None) and group not in by_adamw:
+                raise ConfigError(
+                    f"the group {group.match!r} has betas or eps, and Muon updates all of its parameters",
+                    where=f"{WHERE}.{i}",
+                    why="these are AdamW's settings, and would have no effect",
+                    do="leave them out",
+                )
+
+    def count_matrices(self, source: ModelSource) -> int:
+        """Number of trained elements that Muon updates."""
+        return sum(s.numel() for n, s in source.trained_shapes.items() if is_matrix(n, s)) if self.muon else 0
 
     def find_group(self, name: str) -> ParameterGroup:
         """The group of a parameter, with what its layer makes of the rate."""
@@ -189,13 +231,18 @@ class OptimWrapper:
         }
 
     def state_form(self, device: torch.device) -> Form | None:
-        """The form of our own AdamW under our own strategy; None for PyTorch's optimizer on fp32 masters."""
+        """The form of our own AdamW and Muon under our own strategy; None for PyTorch's optimizer on fp32 masters."""
         if self.states.name != "fp32":
             return self.states
-        if device.type != "cuda" or not self._is_adamw:
-            return None
+        if device.type != "cuda" or not (self._is_adamw or self.muon):
+            return FORMS["fp32"] if self.muon else None
         # split has the same fp32 masters in less memory
         return FORMS["split" if self.compute_dtype(device) == torch.bfloat16 else "fp32"]
+
+    @property
+    def adamw_arguments(self) -> Mapping[str, Any]:
+        """Of our own AdamW."""
+        return self.muon.adamw if self.muon else self.arguments
 
     def gradient_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype of the gradient sums of our own strategy."""

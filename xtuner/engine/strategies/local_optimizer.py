@@ -57,6 +57,11 @@ def compute_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)).norm()
 
 
+def read_clip(max_norm: float | None, norm: torch.Tensor) -> torch.Tensor:
+    """What gradients of this norm are multiplied by."""
+    return torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 class TorchOptimizer:
     """An optimizer of PyTorch on fp32 masters. Weights that compute in fp32 are their own masters."""
 
@@ -112,7 +117,7 @@ def _master(weight: torch.Tensor) -> torch.nn.Parameter:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _EncodedRange(FlatRange):
+class EncodedRange(FlatRange):
     """`values` in the compute dtype; the fp32 master is assembled when it is read."""
 
     state: Moments
@@ -133,7 +138,7 @@ class OwnAdamW:
     def __init__(self, rows: Mapping[str, Rows], optim: OptimWrapper, form: Form) -> None:
         self._begins = {n: r.begin for n, r in rows.items()}
         groups = {n: optim.find_group(n) for n in rows}
-        self._adamw = AdamW({n: r.weight for n, r in rows.items()}, form, optim.arguments, self._begins, groups)
+        self._adamw = AdamW({n: r.weight for n, r in rows.items()}, form, optim.adamw_arguments, self._begins, groups)
 
     def norm(self, gradients: Tensors) -> torch.Tensor:
         return compute_norm(list(gradients.values()))
@@ -142,8 +147,7 @@ class OwnAdamW:
         self._adamw.prepare(gradients)
 
     def apply(self, gradients: Tensors, lr: float, max_norm: float | None, norm: torch.Tensor) -> None:
-        clip = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        self._adamw.step(gradients, lr, clip)
+        self._adamw.step(gradients, lr, read_clip(max_norm, norm))
 
     def shards(self) -> dict[str, Shard]:
         step = torch.tensor(float(self._adamw.steps))
@@ -151,7 +155,7 @@ class OwnAdamW:
         shards = {}
         for name, state in self._adamw.state.items():
             values, begin = self._adamw.weights[name].data.view(-1), self._begins[name]
-            master = _EncodedRange(values, begin, state=state, form=self._adamw.form)
+            master = EncodedRange(values, begin, state=state, form=self._adamw.form)
             shards[name] = Shard(master, {"step": step} | {k: v for k, v in state.items() if k not in not_saved})
         return shards
 

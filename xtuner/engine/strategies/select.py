@@ -110,6 +110,13 @@ def _choose_deepspeed(
             why="DeepSpeed keeps the optimizer's state in fp32",
             do='set it to "fp32", or leave --deepspeed out: xtuner\'s own sharding supports all states',
         )
+    if optim.muon:
+        raise ConfigError(
+            "Muon is not supported with DeepSpeed",
+            where="optim_wrapper.optimizer.type",
+            why="DeepSpeed divides parameters into ranges, and Muon needs full matrices",
+            do="leave --deepspeed out: xtuner's own sharding (--fsdp) supports Muon; or use torch.optim.AdamW",
+        )
     if source.adapter:
         raise ConfigError(
             "adapters are not supported with DeepSpeed", where="model.adapter", do="leave --deepspeed out"

@@ -15,8 +15,9 @@ from xtuner.data.loading.batch import Batch
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.memory import MemoryPlan, min_free_bytes, plan_memory
 from xtuner.engine.state.shards import Shard, StatefulStrategy
-from xtuner.engine.strategies.local_optimizer import local_optimizer
+from xtuner.engine.strategies.local_optimizer import LocalOptimizer, local_optimizer
 from xtuner.engine.strategies.micro_batches import run_micro_batches
+from xtuner.engine.strategies.muon_optimizer import MuonOptimizer
 from xtuner.engine.strategies.out_of_memory import Failure, agree_on_smaller, drop_graph, is_out_of_memory
 from xtuner.engine.strategies.sharded_parameters import DividedModel
 from xtuner.model.decoder import CausalLM
@@ -53,7 +54,13 @@ class ShardedStrategy(StatefulStrategy):
             source.configure(self._model, device, self.compute_dtype)
         self._model.keep_activations(self.memory.activations)
         held = {n: p for n, p in self._divided.parameters.items() if p.count}
-        self._optimizer = local_optimizer({n: p.rows for n, p in held.items() if p.sum}, optim, device)
+        rows = {n: p.rows for n, p in held.items() if p.sum}
+        self._optimizer: LocalOptimizer
+        if optim.muon:
+            trained = {n: shapes[n] for n, p in self._divided.parameters.items() if p.sum}
+            self._optimizer = MuonOptimizer(rows, trained, optim, source.config, device, mesh)
+        else:
+            self._optimizer = local_optimizer(rows, optim, device)
         self._frozen = {n: p for n, p in held.items() if not p.sum}
         source.fill_weights({n: s.master for n, s in self._shards().items()}, shapes, device)
         self._sync_weights()

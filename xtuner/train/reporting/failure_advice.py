@@ -103,7 +103,7 @@ def _advice(settings: Settings, plan: Plan, words: list[str], now: MemoryPlan | 
 
 def _leaner_settings(settings: Settings, plan: Plan) -> Iterator[tuple[str, int]]:
     """DeepSpeed settings that need less memory than the current strategy: (name, bytes of state per GPU)."""
-    if settings.optim.states is not FORMS["fp32"] or settings.source.adapter:
+    if settings.optim.states is not FORMS["fp32"] or settings.source.adapter or settings.optim.muon:
         return  # DeepSpeed does not support these
     choice, ranks = plan.choice, settings.mesh.size
     at = ENGINES.index(choice.deepspeed) + 1 if choice.deepspeed in ENGINES else 0

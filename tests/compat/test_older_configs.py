@@ -508,6 +508,9 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     ),
     "mmengine.optim.LinearLR": dict(start_factor=1 / 3, end_factor=1.0, **_RATE),
     "mmengine.optim.CosineAnnealingLR": dict(T_max=None, eta_min=0.0, eta_min_ratio=None, **_RATE),
+    "mmengine.optim.CosineRestartLR": dict(
+        periods=[2], restart_weights=(1,), eta_min=None, eta_min_ratio=None, **_RATE
+    ),
     "mmengine.optim.ConstantLR": dict(factor=1 / 3, **_RATE),
     "mmengine.optim.MultiStepLR": dict(milestones=[2], gamma=0.1, **_RATE),
     "mmengine.runner.EpochBasedTrainLoop": dict(dynamic_intervals=None, **_LOOP),

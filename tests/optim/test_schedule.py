@@ -1,6 +1,7 @@
 """Learning rates: equal to those of mmengine 0.10.7 itself, and a pure function of the iteration."""
 
 import json
+import math
 import os
 import random
 import re
@@ -15,13 +16,22 @@ import pytest
 from helpers.paths import CACHE, EXTERNAL
 
 from xtuner.core.errors import ConfigError
-from xtuner.engine import ConstantLR, CosineAnnealingLR, LinearLR, MultiStepLR
+from xtuner.engine import (
+    ConstantLR,
+    CosineAnnealingLR,
+    CosineRestartLR,
+    LinearLR,
+    MultiStepLR,
+    WarmupStableDecayLR,
+)
 from xtuner.optim.schedule import Schedule
 
 Command = Callable[..., int]
 MMENGINE = CACHE / "mmengine-0.10.7"
 COMBINATIONS = 500
-KINDS = ["LinearLR", "LinearLR", "CosineAnnealingLR", "CosineAnnealingLR", "ConstantLR", "MultiStepLR"]
+KINDS = [
+    "LinearLR", "LinearLR", "CosineAnnealingLR", "CosineAnnealingLR", "ConstantLR", "MultiStepLR", "CosineRestartLR",
+]  # fmt: skip
 
 
 def ours(case: dict[str, Any]) -> Schedule:
@@ -83,12 +93,15 @@ def settings(kind: str, random: random.Random, lr: float, unit: int, total: int)
             "gamma": random.choice([0.1, 0.5, 1.0, 2.0, 0.0]),
         }
     cosine: dict[str, Any] = {}
-    if random.random() < 0.6:
+    if kind == "CosineRestartLR":
+        count = random.randint(1, 3)
+        cosine["periods"] = [random.randint(1, total // unit) for _ in range(count)]
+        cosine["restart_weights"] = [random.choice([1, 0.5, 2]) for _ in range(count + (random.random() < 0.05))]
+    elif random.random() < 0.6:
         whole = random.choice([1, 2, 3, 10, total // 3 + 1, total, 2 * total])
         cosine["T_max"] = whole if unit == 1 else whole / unit
-    lowest = random.choice(
-        ["none", "eta_min", "eta_min", "ratio", "ratio", "both"][: 6 if random.random() < 0.1 else 5]
-    )
+    choices = ["none", "eta_min", "eta_min", "ratio", "ratio", "both"][: 6 if random.random() < 0.1 else 5]
+    lowest = random.choice(choices[kind == "CosineRestartLR" :])
     if lowest in ("eta_min", "both"):
         cosine["eta_min"] = random.choice([0.0, 0.15 * lr, lr, 2 * lr])
     if lowest in ("ratio", "both"):
@@ -161,9 +174,41 @@ def test_rates() -> None:
         assert all(0.1 - 1e-9 <= whole(i) <= 1 + 1e-9 for i in range(400))
 
 
+def test_warm_up_stable_decay() -> None:
+    """By its closed formulas, in each unit; the same from anywhere."""
+    for shape, share in (("linear", lambda x: x), ("1-sqrt", math.sqrt)):
+        wsd = WarmupStableDecayLR(warmup=100, decay=200, decay_shape=shape, end_factor=0.1, unit="iterations")
+        schedule = Schedule(3.0, [wsd], last=1000)
+        points = {i: (i + 1) / 100 for i in (0, 49, 99)} | dict.fromkeys((100, 500, 800), 1.0)
+        points |= {800 + i: 1 - 0.9 * share(i / 200) for i in (1, 50, 199)}
+        for i, value in points.items():
+            assert schedule(i) == pytest.approx(3.0 * value, rel=1e-12)
+            assert Schedule(3.0, [wsd], last=1000)(i) == schedule(i)
+        # 8 iterations an epoch of 1,000 tokens each
+        in_epochs = WarmupStableDecayLR(warmup=12.5, decay=25, decay_shape=shape, end_factor=0.1, unit="epochs")
+        tokens = dict(warmup=100_999, decay=200_999, end=1_000_000)
+        in_tokens = WarmupStableDecayLR(**tokens, decay_shape=shape, end_factor=0.1, unit="tokens")
+        for other in (in_epochs, in_tokens):
+            same = Schedule(3.0, [other], 8, 1000, tokens=1000)
+            assert [same(i) for i in range(1000)] == [schedule(i) for i in range(1000)]
+    after = LinearLR(begin=1_000_000, start_factor=1, end_factor=0.5, unit="tokens")
+    assert Schedule(1.0, [after], 1, 2001, tokens=1000)(1500) == pytest.approx(0.75)
+    steps = MultiStepLR(milestones=[2500, 4000], gamma=0.5, unit="tokens")
+    assert [Schedule(1.0, [steps], 1, 6, tokens=1000)(i) for i in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    restarts = CosineRestartLR(periods=[4000, 8000], restart_weights=[1, 0.5], eta_min=0.2, unit="tokens")
+    again = Schedule(1.0, [restarts], 1, 20, tokens=1000)
+    points = {0: 1, 2: 0.6, 4: 0.5, 8: 0.35, 11: 0.2 + 0.15 * (1 + math.cos(math.pi * 7 / 8))}
+    points |= {12: points[11], 19: points[11]}
+    assert [again(i) for i in points] == pytest.approx(list(points.values()))
+    assert list(again.remarks(20)) == [
+        "param_scheduler.0 (CosineRestartLR) its periods end at iteration 12; after it the rate stays"
+    ]
+
+
 def test_what_is_rejected_and_remarked(tiny: Path, xtuner: Command, capsys: Any) -> None:
     """Single schedulers by check-cfg; those that are too short for the data by the dry run, with the line."""
     other = "param_scheduler=[{'by_epoch':False,'type':'xtuner.engine."
+    wsd = "param_scheduler=[{'unit':'iterations','type':'xtuner.engine.WarmupStableDecayLR'"
     for option, words in (
         ("param_scheduler.0.start_factor=0", "start_factor = 0 is not above 0 and at most 1"),
         ("param_scheduler.0.end_factor=1.5", "end_factor = 1.5 is not at least 0 and at most 1"),
@@ -178,6 +223,16 @@ def test_what_is_rejected_and_remarked(tiny: Path, xtuner: Command, capsys: Any)
         (f"{other}MultiStepLR','milestones':3}}]", "milestones = 3 is not a list of numbers"),
         (f"{other}MultiStepLR','milestones':[],'gamma':-1}}]", "gamma = -1 is not at least 0"),
         (f"{other}MultiStepLR'}}]", "MultiStepLR needs milestones"),
+        ("param_scheduler.1.unit=tokens", "unit and convert_to_iter_based are both given"),
+        (f"{wsd},'decay':5}}]".replace("iterations", "token"), "unit = 'token' is not one of"),
+        (f"{wsd},'decay':0}}]", "decay = 0 is not above 0"),
+        (
+            f"{wsd},'decay':5,'end':6,'warmup':2}}]",
+            "warmup = 2 and decay = 5 are longer than the schedule",
+        ),
+        (f"{wsd},'decay':5,'decay_shape':'1-sqr'}}]", "decay_shape = '1-sqr' is not one of"),
+        (f"{other}CosineRestartLR','periods':[0]}}]", "periods = [0] are not whole numbers of at least 1"),
+        (f"{other}CosineRestartLR','periods':[3,4]}}]", "1 restart_weights for 2 periods"),
     ):
         with pytest.raises(ConfigError) as error:
             xtuner("check-cfg", tiny, "--cfg-options", option)

@@ -22,7 +22,7 @@ _HOOKS = "DatasetInfoHook EvaluateChatHook ThroughputHook VarlenAttnArgsToMessag
 _DATASETS = "build_packed_dataset load_intern_repo_tokenized_dataset"
 _BACKENDS = "Aim ClearML DVCLive Local MLflow Neptune Tensorboard Wandb"
 
-_SCHEDULERS = "ConstantLR CosineAnnealingLR LinearLR MultiStepLR"
+_SCHEDULERS = "ConstantLR CosineAnnealingLR CosineRestartLR LinearLR MultiStepLR"
 
 # (kind, old modules, names, our module). Submodules of the old modules have the same names.
 _TABLE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (

@@ -8,33 +8,65 @@ that the rate of an iteration does not depend on having computed earlier ones.
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
 from xtuner.config.build import build
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, did_you_mean
 
 INF = 10**9  # mmengine's "no end"; not converted from epochs to iterations
+Unit = Literal["iterations", "epochs", "tokens"]
+UNITS = ("iterations", "epochs", "tokens")
 
 
 @dataclass(frozen=True)
 class Scheduler:
     """A scheduler that acts in iterations `begin` … `end` − 1; its steps are counted from 0.
 
-    With by_epoch and convert_to_iter_based all lengths are in epochs (fractions allowed), else in iterations.
-    `end=None`: the end of the run.
+    `unit` is that of all lengths: iterations, epochs (fractions allowed), or tokens in packs. Without it, by_epoch and
+    convert_to_iter_based mean epochs, as in mmengine, and by_epoch=False iterations. `end=None`: the end of the run.
     """
 
     begin: float = 0
     end: float | None = None
     by_epoch: bool = True
     convert_to_iter_based: bool = False
+    unit: Unit | None = field(default=None, kw_only=True)
 
     multiplies: ClassVar[bool] = True  # it only multiplies the rate: the order of such schedulers does not matter
+    lengths: ClassVar[tuple[str, ...]] = ()  # further fields in `unit`
 
     def __post_init__(self) -> None:
+        self._check_unit()
+        if self.begin < 0:
+            raise ConfigError(f"begin = {self.begin:g} is before the start of the run", where="begin")
+        self._in_range("begin", 0)
+        if self.end is None:
+            return
+        self._in_range("end", 0)
+        if self.end <= self.begin:
+            how = "before it begins" if self.end < self.begin else "where it begins"
+            raise ConfigError(
+                f"the schedule ends (end = {self.end:g}) {how} (begin = {self.begin:g} {self.lengths_in})",
+                where="begin" if self.begin else "end",
+                do="keep 0 <= begin < end; a warm_up_ratio lies between 0 and 1; without warm-up leave its entry out",
+            )
+
+    @property
+    def lengths_in(self) -> Unit:
+        return self.unit or ("epochs" if self.by_epoch else "iterations")
+
+    def _check_unit(self) -> None:
+        if self.unit is not None:
+            if self.unit not in UNITS:
+                near = did_you_mean(str(self.unit), list(UNITS))
+                raise ConfigError(f"unit = {self.unit!r} is not one of {', '.join(UNITS)}.{near}", where="unit")
+            if self.convert_to_iter_based or not self.by_epoch:
+                other = "convert_to_iter_based" if self.convert_to_iter_based else "by_epoch"
+                raise ConfigError(f"unit and {other} are both given", where=other, do="give unit alone")
+            return
         if self.by_epoch and not self.convert_to_iter_based:
             raise ConfigError(
                 "a schedule in whole epochs is not supported",
@@ -47,20 +79,6 @@ class Scheduler:
                 where="convert_to_iter_based",
                 do="leave convert_to_iter_based out, or set by_epoch=True with begin and end in epochs",
             )
-        if self.begin < 0:
-            raise ConfigError(f"begin = {self.begin:g} is before the start of the run", where="begin")
-        self._in_range("begin", 0)
-        if self.end is None:
-            return
-        self._in_range("end", 0)
-        if self.end <= self.begin:
-            unit = "epochs" if self.by_epoch else "iterations"
-            how = "before it begins" if self.end < self.begin else "where it begins"
-            raise ConfigError(
-                f"the schedule ends (end = {self.end:g}) {how} (begin = {self.begin:g} {unit})",
-                where="begin" if self.begin else "end",
-                do="keep 0 <= begin < end; a warm_up_ratio lies between 0 and 1; without warm-up leave its entry out",
-            )
 
     def _in_range(self, name: str, least: float, most: float = math.inf, above: bool = False) -> None:
         value = getattr(self, name)
@@ -68,30 +86,39 @@ class Scheduler:
             words = f"{'above' if above else 'at least'} {least:g}" + f" and at most {most:g}" * math.isfinite(most)
             raise ConfigError(f"{name} = {value!r} is not {words}", where=name)
 
-    def in_iterations(self, per_epoch: Fraction | int, last: int) -> "Scheduler":
+    def in_iterations(self, per_unit: Mapping[Unit, Fraction | int], last: int) -> Self:
         """This scheduler with all lengths in iterations.
 
         Args:
+            per_unit: number of iterations in each unit.
             last: number of iterations of the run.
 
         Raises: ConfigError if it acts in no iteration.
         """
-        begin, end = self.begin, self.end
-        if self.by_epoch:
-            begin = int(_product(begin, per_epoch))
-            end = end if end is None or end == INF else int(_product(end, per_epoch))
+        begin, end, per, unit = self.begin, self.end, per_unit[self.lengths_in], self.lengths_in
+        changed: dict[str, Any] = {}
+        if unit != "iterations":
+            begin = int(multiply(begin, per))
+            end = end if end is None or end == INF else int(multiply(end, per))
+            changed = {name: self._convert(getattr(self, name), per) for name in self.lengths}
         end = last if end is None else end
         if end <= begin:
             given = "the end of the run" if self.end is None else f"{self.end:g}"
-            unit = "epochs" if self.by_epoch else "iterations"
+            size = {"epochs": f"an epoch has {float(per):g} iterations", "iterations": f"the run has {last}",
+                    "tokens": f"an iteration has {float(1 / Fraction(per)):,.0f} tokens"}[unit]  # fmt: skip
             raise ConfigError(
                 f"the schedule has no iteration: begin = {self.begin:g} and end = {given} in {unit} are iterations "
                 f"{begin:g} and {end:g}",
                 where="begin" if self.begin else "end",
-                why=f"an epoch has {float(per_epoch):g} iterations" if self.by_epoch else f"the run has {last}",
+                why=size,
                 do="let it last at least one iteration (a larger warm_up_ratio, more data), or leave this entry out",
             )
-        return replace(self, begin=begin, end=end, by_epoch=False, convert_to_iter_based=False)
+        changed |= {"begin": begin, "end": end, "by_epoch": False, "convert_to_iter_based": False, "unit": None}
+        return replace(self, **changed)
+
+    def _convert(self, value: Any, per: Fraction | int) -> Any:
+        """A field of `lengths` in iterations."""
+        return value and multiply(value, per)
 
     @property
     def length(self) -> float:
@@ -171,19 +198,16 @@ class MultiStepLR(Scheduler):
     gamma: float = 0.1
     milestones: Sequence[float] = field(kw_only=True)
 
+    lengths: ClassVar[tuple[str, ...]] = ("milestones",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._in_range("gamma", 0)
 
-    def in_iterations(self, per_epoch: Fraction | int, last: int) -> "MultiStepLR":
-        milestones = self.milestones
-        if self.by_epoch:
-            milestones = [_product(m, per_epoch) for m in milestones]
-            if per_epoch.denominator > 1:  # unlike in mmengine, an epoch may end inside an iteration
-                milestones = [int(m) for m in milestones]
-        part = super().in_iterations(per_epoch, last)
-        assert isinstance(part, MultiStepLR)
-        return replace(part, milestones=milestones)
+    def _convert(self, value: Any, per: Fraction | int) -> Any:
+        milestones = [multiply(m, per) for m in value]
+        # unlike in mmengine, an epoch may end inside an iteration
+        return [int(m) for m in milestones] if per.denominator > 1 else milestones
 
     def advance(self, rate: float, before: int, after: int, base: float) -> float:
         return rate * self.gamma ** sum(before < m <= after and m % 1 == 0 for m in self.milestones)
@@ -209,23 +233,20 @@ class CosineAnnealingLR(Scheduler):
     T_max: float | None = None
 
     multiplies: ClassVar[bool] = False
+    lengths: ClassVar[tuple[str, ...]] = ("T_max",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eta_min is not None and self.eta_min_ratio is not None:
-            raise ConfigError("eta_min and eta_min_ratio are both given", where="eta_min_ratio", do="give one of them")
-        for name in ("eta_min", "eta_min_ratio", "T_max"):
-            if getattr(self, name) is not None:
-                self._in_range(name, 0)
+        check_lowest(self)
+        if self.T_max is not None:
+            self._in_range("T_max", 0)
 
-    def in_iterations(self, per_epoch: Fraction | int, last: int) -> "CosineAnnealingLR":
-        longest = self.T_max and (_product(self.T_max, per_epoch) if self.by_epoch else self.T_max)
-        part = super().in_iterations(per_epoch, last)
-        assert isinstance(part, CosineAnnealingLR)
-        return replace(part, T_max=longest or part.length)
+    def in_iterations(self, per_unit: Mapping[Unit, Fraction | int], last: int) -> Self:
+        part = super().in_iterations(per_unit, last)
+        return part if part.T_max else replace(part, T_max=part.length)
 
     def advance(self, rate: float, before: int, after: int, base: float) -> float:
-        lowest = self.eta_min or 0.0 if self.eta_min_ratio is None else base * self.eta_min_ratio
+        lowest = lowest_rate(self, base)
         before = max(before, 0)  # the first step does not change the rate
         low = self._last_low(after - 1)
         if low >= before:  # after a lowest point the rate rises towards the optimizer's, wherever the cosine began
@@ -255,7 +276,19 @@ class CosineAnnealingLR(Scheduler):
         return f"T_max ends at iteration {turn:g}; after it the rate rises again: set end there if that is not meant"
 
 
-def _product(epochs: float, per_epoch: Fraction | int) -> float:
+def check_lowest(part: Any) -> None:
+    if part.eta_min is not None and part.eta_min_ratio is not None:
+        raise ConfigError("eta_min and eta_min_ratio are both given", where="eta_min_ratio", do="give one of them")
+    for name in ("eta_min", "eta_min_ratio"):
+        if getattr(part, name) is not None:
+            part._in_range(name, 0)
+
+
+def lowest_rate(part: Any, base: float) -> float:
+    return part.eta_min or 0.0 if part.eta_min_ratio is None else base * part.eta_min_ratio
+
+
+def multiply(epochs: float, per_epoch: Fraction | int) -> float:
     """Epochs in iterations, rounded like mmengine if an epoch is a whole number of iterations."""
     return epochs * per_epoch.numerator / per_epoch.denominator
 
@@ -266,18 +299,23 @@ class Schedule:
     Args:
         parts: schedulers; each acts on the result of those before it in this list.
         last: number of iterations of the run.
+        tokens: in the packs of an iteration.
 
     Raises: ConfigError if a scheduler acts in no iteration.
     """
 
     def __init__(
-        self, base_lr: float, parts: Sequence[Any] = (), iterations_per_epoch: Fraction | int = 1, last: int = INF
-    ) -> None:
+        self, base_lr: float, parts: Sequence[Any] = (), iterations_per_epoch: Fraction | int = 1, last: int = INF,
+        tokens: int = 1,
+    ) -> None:  # fmt: skip
         self.base_lr = base_lr
         self.parts: list[Scheduler] = []
+        per_unit: dict[Unit, Fraction | int] = {
+            "iterations": 1, "epochs": iterations_per_epoch, "tokens": Fraction(1, tokens)
+        }  # fmt: skip
         for i, part in enumerate(parts):
             try:
-                self.parts.append(part.in_iterations(iterations_per_epoch, last))
+                self.parts.append(part.in_iterations(per_unit, last))
             except ConfigError as e:
                 where = f"param_scheduler.{i}" + (f".{e.where}" if e.where else "")
                 raise ConfigError(e.what, where=where, why=e.why, do=e.do) from None
@@ -291,11 +329,13 @@ class Schedule:
         self._walked = (-1, 0.0)  # the last (iteration, rate) where rates have no closed expression
 
     @classmethod
-    def from_config(cls, base_lr: float, specs: Any, iterations_per_epoch: Fraction | int, last: int) -> "Schedule":
+    def from_config(
+        cls, base_lr: float, specs: Any, iterations_per_epoch: Fraction | int, last: int, tokens: int = 1
+    ) -> "Schedule":
         """Build from a config's `param_scheduler`: a dict or a list of dicts."""
         specs = [specs] if isinstance(specs, dict) else specs or []
         parts = [build(s, f"param_scheduler.{i}") for i, s in enumerate(specs)]
-        return cls(base_lr, parts, iterations_per_epoch, last)
+        return cls(base_lr, parts, iterations_per_epoch, last, tokens)
 
     def __call__(self, iteration: int) -> float:
         """Rate of the step of iteration `iteration` (from 0); not negative."""

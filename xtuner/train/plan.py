@@ -69,8 +69,8 @@ def make_plan(
     }
     if found:
         require_same_run(found, facts, allow_change)
-    schedule = _schedule(config, optim.lr, lengths)
     pack = settings.dataset.packed_length
+    schedule = _schedule(config, optim.lr, lengths, pack)
     choice = choose_strategy(
         settings.source, optim.with_accumulation(counts), settings.device, deepspeed, fsdp, settings.mesh, pack, free,
         longest_document(settings.dataset), host,
@@ -91,10 +91,11 @@ def find_longest_document(dataset: Any) -> int | None:
     return longest
 
 
-def _schedule(config: Config, lr: float, lengths: Lengths) -> Schedule:
+def _schedule(config: Config, lr: float, lengths: Lengths, pack: int) -> Schedule:
     per_epoch = Fraction(lengths.packs_per_epoch, lengths.packs_per_iteration)
     try:
-        return Schedule.from_config(lr, config.setting("param_scheduler"), per_epoch, lengths.max_iterations)
+        specs, tokens = config.setting("param_scheduler"), lengths.packs_per_iteration * pack
+        return Schedule.from_config(lr, specs, per_epoch, lengths.max_iterations, tokens)
     except ConfigError as e:
         raise ConfigError(e.what, where=config.where(e.where), why=e.why, do=e.do) from None
 

@@ -10,7 +10,7 @@ import torch
 
 from xtuner.config.adapter import adapter
 from xtuner.config.schema import Allowed
-from xtuner.optim import schedule
+from xtuner.optim import pretraining_schedulers, schedule
 from xtuner.optim.optim_wrapper import OptimWrapper
 
 _DTYPES = {None: "auto", "float16": "auto", "bfloat16": "bf16", "float32": "fp32"}
@@ -105,3 +105,18 @@ def CosineAnnealingLR(
     eta_min_ratio: float | None = None,
 ) -> schedule.CosineAnnealingLR:
     return schedule.CosineAnnealingLR(begin, end, by_epoch, convert_to_iter_based, eta_min, eta_min_ratio, T_max)
+
+
+@adapter(no_effect=_QUIET, allowed=_FRESH)
+def CosineRestartLR(
+    periods: Sequence[float],
+    restart_weights: Sequence[float] = (1,),
+    eta_min: float | None = None,
+    begin: float = 0,
+    end: float | None = None,
+    by_epoch: bool = True,
+    convert_to_iter_based: bool = False,
+    eta_min_ratio: float | None = None,
+) -> pretraining_schedulers.CosineRestartLR:
+    flags = begin, end, by_epoch, convert_to_iter_based
+    return pretraining_schedulers.CosineRestartLR(*flags, restart_weights, eta_min, eta_min_ratio, periods=periods)

@@ -405,7 +405,7 @@ def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
         ("dict(type=intern_repo_collate_fn, use_varlen_attn=use_varlen_attn)", "dict(type=print)", ["not be called"]),
         ("error_if_nonfinite=False", "error_if_nonfinite=True", ["error_if_nonfinite = True"]),
         ("loss_scale='dynamic'", "dtype='fp8'", ["in bf16 or fp32 only"]),
-        ("loss_scale='dynamic'", "paramwise_cfg=dict(bias_decay_mult=0)", ["have the same learning rate"]),
+        ("loss_scale='dynamic'", "paramwise_cfg=dict(dwconv_decay_mult=0)", ["no setting 'dwconv_decay_mult' here"]),
         ("TrainLoop, max_epochs=max_epochs)", "TrainLoop, max_iters=9)", ["train_cfg has no max_epochs\n"]),
         ("type=TrainLoop, max_epochs=max_epochs)", "max_iters=9, by_epoch=False)", ["train_cfg has no max_epochs\n"]),
         ("evaluation_inputs=evaluation_inputs", "evaluation_inputs=[1]", ["is not a string or a list of strings"]),
@@ -656,6 +656,19 @@ def test_adapters_give_what_their_names_say() -> None:
     with pytest.raises(ConfigError, match="in bf16 or fp32 only"):
         AmpOptimWrapper(optimizer, dtype=torch.float64)
     assert CheckpointHook(interval=1).by_epoch  # mmengine's default
+    multipliers = dict(
+        custom_keys={"attention": dict(lr_mult=0.5), "attention.wo": dict(decay_mult=2), "w2": dict()},
+        norm_decay_mult=0, bias_lr_mult=2, flat_decay_mult=0.5,
+    )  # fmt: skip
+    found = AmpOptimWrapper(optimizer | dict(weight_decay=0.1), paramwise_cfg=multipliers)
+    for name, group in (
+        ("model.layers.3.attention.wo.weight", (1.0, 0.2)), ("model.layers.3.attention.wqkv.bias", (0.5, None)),
+        ("model.layers.3.attention_norm.weight", (0.5, None)), ("model.norm.weight", (1.0, 0.0)),
+        ("model.layers.3.feed_forward.w1.bias", (2.0, 0.05)), ("model.layers.3.feed_forward.w2.weight", (1.0, None)),
+    ):  # fmt: skip
+        assert (found.find_group(name).lr_scale, found.find_group(name).weight_decay) == group, name
+    with pytest.raises(ConfigError, match=r"not a number of at least 0(.|\n)*custom_keys.w1"):
+        AmpOptimWrapper(optimizer, paramwise_cfg=dict(custom_keys=dict(w1=dict(lr_mult="x"))))
     cosine = CosineAnnealingLR(eta_min=0.0, begin=1, T_max=2, convert_to_iter_based=True)
     warm = LinearLR(start_factor=0.5, end=1, convert_to_iter_based=True)
     assert [Schedule(1.0, [warm, cosine], 2)(i) for i in (0, 2, 4, 6)] == pytest.approx([0.5, 1.0, 0.5, 0.0])

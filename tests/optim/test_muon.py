@@ -1,5 +1,7 @@
 """Muon: the numbers of `torch.optim.Muon`, on one process and where matrices are sharded."""
 
+import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from helpers.ranks import on_ranks
 from helpers.runs import assert_same_state, records
 from torch.optim import _muon as of_torch
 
+from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError
 from xtuner.dist import collectives
 from xtuner.dist.collectives import Ranks
@@ -175,6 +178,13 @@ def test_sharded_as_on_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert_same_state(tmp_path / f"{form}_straight", save_snapshot(back, tmp_path / f"{form}_back"))
 
 
+def test_settings_are_declared() -> None:
+    fields = {f.name: f for f in dataclasses.fields(Muon)}
+    declared = {s.name: s.default for s in SCHEMA.settings if s.owner == "Muon"}
+    assert declared.keys() == fields.keys() - {"params", "lr", "weight_decay"}
+    assert all(getattr(Muon(), name) == default for name, default in declared.items())
+
+
 def test_ranks_have_equal_work() -> None:
     """At the size of 7B: on 8 ranks within 3 %; on more ranks than matrices each has at most one."""
     seven = from_scratch(vocab_size=92544, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -211,6 +221,10 @@ def test_a_run_with_muon(tiny: Path, tmp_path: Path, xtuner: Callable[..., int])
     assert losses[-1] < 0.9 * losses[0]
     report = next((tmp_path / "w").glob("*/*.log")).read_text()
     assert "Muon(lr=0.02, adamw=" in report
+    words = (
+        r"Muon updates 5 matrices of blocks, AdamW the other [\d,]+ parameters; it adds [\d.]+ .FLOPs to an iteration"
+    )
+    assert re.search(words, report)
     for wrong, message in (
         ("momentum=1.0", r"momentum = 1.0 is not at least 0 and below 1"),
         ("adjust_lr_fn='rms'", "adjust_lr_fn = 'rms' is not one of"),

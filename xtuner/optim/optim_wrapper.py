@@ -46,7 +46,7 @@ class OptimWrapper:
         sums: str | None = None,
         micro_batch: int | None = None,
         full: str | None = None,
-        parameter_groups: Sequence[Mapping[str, Any]] = (),
+        parameter_groups: Sequence[Mapping[str, Any] | ParameterGroup] = (),
         layer_decay: float | None = None,
     ) -> None:
         SCHEMA.require("optim_wrapper", accumulative_counts=accumulative_counts, dtype=dtype, states=states, sums=sums,

@@ -39,6 +39,7 @@ class ParameterGroup:
     betas: tuple[float, float] | None = None
     eps: float | None = None
     frozen: bool = False  # not trained: no gradient, no optimizer state
+    required: bool = True  # whether it is an error if no parameter matches
 
     def __str__(self) -> str:
         own = [f"{name}={value:g}" for name, value in (("weight_decay", self.weight_decay), ("eps", self.eps))
@@ -59,7 +60,7 @@ def read_groups(given: Any) -> tuple[ParameterGroup, ...]:
     """Parse the groups of a config. Raises: ConfigError."""
     if not isinstance(given, list | tuple):
         raise ConfigError(f"parameter_groups = {given!r} is not a list of dict(match=…, …)", where=WHERE)
-    return tuple(_read(group, f"{WHERE}.{i}") for i, group in enumerate(given))
+    return tuple(g if isinstance(g, ParameterGroup) else _read(g, f"{WHERE}.{i}") for i, g in enumerate(given))
 
 
 def _read(given: Any, where: str) -> ParameterGroup:
@@ -123,7 +124,7 @@ def require_matches(names: Iterable[str], groups: Sequence[ParameterGroup]) -> N
     names = list(names)
     taken = {find_group(name, groups) for name in names}
     for i, group in enumerate(groups):
-        if group in taken and group not in groups[:i]:
+        if (group in taken and group not in groups[:i]) or not group.required:
             continue
         where = f"{WHERE}.{i}.match"
         if matched := [name for name in names if re.search(group.match, name)]:

@@ -3,22 +3,30 @@
 `compat/translate.py` replaces the old names by these. Defaults are mmengine's.
 """
 
+import inspect
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from xtuner.config.adapter import adapter
+from xtuner.config.build import resolve_type
 from xtuner.config.schema import Allowed
+from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.optim import pretraining_schedulers, schedule
 from xtuner.optim.optim_wrapper import OptimWrapper
+from xtuner.optim.parameter_groups import ParameterGroup
 
 _DTYPES = {None: "auto", "float16": "auto", "bfloat16": "bf16", "float32": "fp32"}
 _FP16 = "bf16 on GPUs and fp32 on CPUs are used instead"
-_ONE_RATE = (
-    "all parameters of this wrapper have the same learning rate and weight decay",
+_OTHER_CONSTRUCTOR = (
+    "it would not be called",
     "leave it out; xtuner.engine.OptimWrapper takes parameter_groups = [dict(match='norm', weight_decay=0.0)]",
 )
+_PARAMWISE = ("custom_keys", "norm_decay_mult", "bias_decay_mult", "bias_lr_mult", "flat_decay_mult")
+_NORM, _BIAS = r"norm\.weight$", r"\.bias$"
 _FRESH = {
     "last_step": Allowed((-1,), "a resumed run restores its position itself", "leave it out"),
 }
@@ -44,8 +52,7 @@ _QUIET = {"verbose": ("the learning rate is in every log line", bool)}
             "leave it out: bf16 on GPUs, fp32 on CPUs",
         ),
         "use_fsdp": Allowed((False,), "the engine is chosen on the command line", "leave it out, and give --fsdp"),
-        "paramwise_cfg": Allowed((None,), *_ONE_RATE),
-        "constructor": Allowed((None, "DefaultOptimWrapperConstructor"), *_ONE_RATE),
+        "constructor": Allowed((None, "DefaultOptimWrapperConstructor"), *_OTHER_CONSTRUCTOR),
     },
 )
 def AmpOptimWrapper(
@@ -53,10 +60,47 @@ def AmpOptimWrapper(
     clip_grad: Mapping[str, Any] | None = None,
     accumulative_counts: int = 1,
     dtype: str | torch.dtype | None = None,
+    paramwise_cfg: Mapping[str, Any] | None = None,
 ) -> OptimWrapper:
     norm = {k: v for k, v in (clip_grad or {}).items() if k not in ("error_if_nonfinite", "norm_type", "type")}
     name = str(dtype).removeprefix("torch.") if dtype is not None else None
-    return OptimWrapper(optimizer, norm or None, accumulative_counts, _DTYPES[name])
+    groups = _read_paramwise(paramwise_cfg or {}, optimizer)
+    return OptimWrapper(optimizer, norm or None, accumulative_counts, _DTYPES[name], parameter_groups=groups)
+
+
+def _read_paramwise(given: Mapping[str, Any], optimizer: Mapping[str, Any]) -> list[ParameterGroup]:
+    """Parameter groups of mmengine's multipliers. The longest of `custom_keys` that a name contains applies, and the
+    others to names that contain none."""
+    where = "optim_wrapper.paramwise_cfg"
+    for key in given:
+        if key not in _PARAMWISE:
+            raise ConfigError(
+                f"paramwise_cfg has no setting {key!r} here.{did_you_mean(str(key), list(_PARAMWISE))}",
+                where=f"{where}.{key}",
+                do=f"it takes: {', '.join(_PARAMWISE)}",
+            )
+    kind = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
+    default = inspect.signature(kind).parameters.get("weight_decay")
+    decay = optimizer.get("weight_decay", default.default if default else 0.0)
+
+    def group(where: str, match: str, rate: Any, of_decay: Any, required: bool = False) -> ParameterGroup | None:
+        if any(type(m) not in (int, float, type(None)) or (m is not None and not 0 <= m < math.inf)
+               for m in (rate, of_decay)):  # fmt: skip
+            raise ConfigError("a multiplier is not a number of at least 0", where=where)
+        scale, decays = 1.0 if rate is None else float(rate), None if of_decay is None else decay * of_decay
+        found = ParameterGroup(match, scale, decays, required=required)
+        return found if required or str(found) else None
+
+    custom = given.get("custom_keys") or {}
+    found = [
+        group(f"{where}.custom_keys.{key}", re.escape(key), m.get("lr_mult"), m.get("decay_mult"), required=True)
+        for key, m in sorted(custom.items(), key=lambda item: (-len(item[0]), item[0]))
+    ]
+    flat = given.get("flat_decay_mult")
+    of_norms, of_biases = (given.get(name, flat) for name in ("norm_decay_mult", "bias_decay_mult"))
+    found.append(group(f"{where}.norm_decay_mult", _NORM, None, of_norms))
+    found.append(group(f"{where}.bias_decay_mult", _BIAS, given.get("bias_lr_mult"), of_biases))
+    return [g for g in found if g]
 
 
 @adapter(no_effect=_QUIET, allowed=_FRESH)

@@ -12,6 +12,7 @@ from xtuner.core.system import sysinfo
 from xtuner.model.attention import BACKENDS
 from xtuner.model.context_parallel.division import divide_heads
 from xtuner.model.flops import num_parameters, training_flops
+from xtuner.optim.muon import is_matrix, parameter_flops
 from xtuner.optim.parameter_groups import find_group
 from xtuner.train.run import Plan, Settings
 
@@ -49,6 +50,7 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
             f"{parameters:,} parameters{partly}, {config.num_layers} layers of {config.hidden_size}, from {where}",
         ),
         ("optimizer", settings.optim.describe()),
+        *_muon_rows(settings, flops),
         *_parameter_group_rows(settings),
         ("strategy", plan.choice.name),
         ("precision", f"{_describe_masters(settings)}, compute in {compute} on {device}{_describe_products(settings)}"),
@@ -74,6 +76,19 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
         ("work dir", str(settings.work_dir)),
     ]
     return "plan of the run\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows)
+
+
+def _muon_rows(settings: Settings, iteration: float) -> list[tuple[str, str]]:
+    """What Muon updates, and how many FLOPs it adds to an iteration's `iteration`, both of all ranks."""
+    source, muon = settings.source, settings.optim.muon
+    if not muon:
+        return []
+    shapes = {name: shape for name, shape in source.trained_shapes.items() if is_matrix(name, shape)}
+    costs = [parameter_flops(name, shape, muon, source.config) for name, shape in shapes.items()]
+    others = source.count_trained().total - settings.optim.count_matrices(source)
+    flops = settings.mesh.dp_replicate * sum(costs)
+    text = f"Muon updates {len(shapes):,} matrices of blocks, AdamW the other {others:,} parameters; it adds "
+    return [("", text + f"{human(flops)}FLOPs to an iteration, {flops / iteration:.1%}")]
 
 
 def _parameter_group_rows(settings: Settings) -> list[tuple[str, str]]:

@@ -39,6 +39,7 @@ GROUPS = [
     dict(match="norm|w[13]", weight_decay=2.0),  # norms are taken
     dict(match="^output", betas=(0.5, 0.9), eps=1e-3),
 ]
+BOTTOM = [dict(match="tok_embeddings|layers", frozen=True)]  # no block's input needs a gradient
 FROZEN = frozenset(f"model.layers.0.{name}.weight" for name in ("attention_norm", "feed_forward.w2"))
 
 
@@ -139,6 +140,10 @@ def test_every_engine_has_groups_and_resumes(tmp_path: Path) -> None:
     go(one, 0, 1, 2, 3)
     assert all(value.equal(read_masters(one)[name]) for name, value in read_masters(plain).items())
 
+    bottom = make("", BOTTOM)
+    go(bottom, 0, 1)
+    above = {name: value for name, value in read_masters(bottom).items() if "layers" not in name}
+
     def near(strategy: Any) -> None:
         for name, shard in strategy._shards().items():
             begin = shard.master.begin
@@ -148,6 +153,15 @@ def test_every_engine_has_groups_and_resumes(tmp_path: Path) -> None:
             assert (mine - right[name][begin : begin + len(mine)]).abs().max() < 1e-5, name
 
     def on_two(ranks: Ranks, folder: Path) -> None:
+        for engine in ("fsdp", "zero3"):
+            partly = make(engine, BOTTOM, folder)
+            go(partly, 0, 1)
+            for name, shard in partly._shards().items():
+                begin, mine = shard.master.begin, shard.master.read()
+                wanted = above.get(name, start[name])[begin : begin + len(mine)]
+                assert (mine - wanted).abs().max() < 1e-5, (engine, name)
+            del partly
+            gc.collect()
         for engine in ENGINES:
             whole = make(engine, GROUPS, folder)
             go(whole, 0, 1)

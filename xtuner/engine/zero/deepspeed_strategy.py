@@ -77,6 +77,7 @@ class DeepSpeedStrategy(StatefulStrategy):
             if source.config.tie_word_embeddings:
                 deepspeed.zero.register_external_parameter(model.output, model.model.tok_embeddings.weight)
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # a block gathers all of its weights at once
+            model.model.tok_embeddings.register_forward_hook(_require_gradient)
         else:
             model = source.build_empty(device, self.compute_dtype)
         model.keep_activations(self.memory.activations)
@@ -239,6 +240,13 @@ class DeepSpeedStrategy(StatefulStrategy):
             if self._zero.persistent_parameters:  # small ones, which stay full on every rank
                 self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
         self._engine.zero_grad()
+
+
+def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    """Compute gradients down to the embedding, also if it and blocks above it are frozen: under stage 3 DeepSpeed frees
+    the weights of a module whose inputs need no gradient before the module's backward."""
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
 
 
 def _spread_nan(loss: torch.Tensor) -> torch.Tensor:

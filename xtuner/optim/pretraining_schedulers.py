@@ -53,7 +53,14 @@ class CosineRestartLR(Scheduler):
 
     def _convert(self, value: Any, per: Fraction | int) -> Any:
         ends = [int(multiply(end, per) + 1e-9) for end in accumulate(value)]
-        return [end - begin for begin, end in pairwise([0, *ends])]
+        periods = [end - begin for begin, end in pairwise([0, *ends])]
+        if not all(periods):
+            raise ConfigError(
+                f"periods = {value!r} in {self.lengths_in} are {periods} iterations",
+                where="periods",
+                do="let each last at least one",
+            )
+        return periods
 
     def advance(self, rate: float, before: int, after: int, base: float) -> float:
         ends = [int(end) for end in accumulate(self.periods)]
@@ -121,10 +128,19 @@ class WarmupStableDecayLR(Scheduler):
         return int(multiply(value, per))
 
     def in_iterations(self, per_unit: Mapping[Unit, Fraction | int], last: int) -> Self:
-        unit = self.lengths_in
-        if self._convert(self.decay, per_unit[unit]) < 1:
+        unit, per = self.lengths_in, per_unit[self.lengths_in]
+        warmup, decay, begin = (self._convert(v, per) for v in (self.warmup, self.decay, self.begin))
+        if decay < 1:
             raise ConfigError(f"decay = {self.decay:g} {unit} are less than an iteration", where="decay",
                               do="let it last at least one")  # fmt: skip
+        if self.end is None and begin + warmup + decay > last:
+            raise ConfigError(
+                f"warmup = {self.warmup:g} and decay = {self.decay:g} {unit} are {warmup:g} and {decay:g} iterations, "
+                f"and the run has {last:g}" + (f" of which the schedule begins at {begin:g}" if begin else ""),
+                where="decay",
+                why="the decay would begin before the full rate is reached",
+                do="shorten one of them",
+            )
         return super().in_iterations(per_unit, last)
 
     def _factor(self, step: int) -> float:

@@ -71,7 +71,7 @@ class Scheduler:
             raise ConfigError(
                 "a schedule in whole epochs is not supported",
                 why="the rate would change only once an epoch",
-                do="set convert_to_iter_based=True, or by_epoch=False with begin and end in iterations",
+                do='set unit = "epochs" or "iterations" (as mmengine: convert_to_iter_based=True, or by_epoch=False)',
             )
         if self.convert_to_iter_based and not self.by_epoch:
             raise ConfigError(

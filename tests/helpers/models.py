@@ -103,7 +103,7 @@ def step_with_equal_gradients(s: Any, seed: int) -> None:
         if s.mesh.size > 1:
             p.own_buffer[: p.count] = full.view(-1)[p.begin : p.begin + p.count]
     s._has_targets = True
-    s._sum_over_ranks(torch.zeros(2))
+    s._sum_over_ranks(torch.zeros(2, device=s.device))
     assert s.step(LR, MAX_NORM)[1]
 
 

@@ -53,9 +53,8 @@ def make(
     optim = OptimWrapper(optimizer, dict(max_norm=MAX_NORM), counts, "auto", states, parameter_groups=GROUPS)
     model, optim = optim.fit_to(odd_model())
     mesh = make_mesh(fsdp)
-    return ShardedStrategy(
-        model, optim, device, mesh, memory.plan_memory(model, optim, device, mesh, division=division)
-    )
+    plan = memory.plan_memory(model, optim, device, mesh, division=division)
+    return ShardedStrategy(model, optim, device, mesh, plan)
 
 
 def go(strategy: Any, iterations: range) -> Iterator[dict[str, torch.Tensor]]:
@@ -261,6 +260,8 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     for strategy in (exact, ours):
         step_with_equal_gradients(strategy, 1)
     for name, value in read_masters(exact).items():
+        if name == FROZEN:  # in bf16 there
+            continue
         error, moved = read_masters(ours)[name].cpu() - value, value - before[name]
         assert error.norm() <= (0.05 if "layers" in name else 1e-3) * moved.norm(), name
     again.load(save_snapshot(ours, tmp_path / "gpu"))

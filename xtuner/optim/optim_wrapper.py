@@ -53,13 +53,7 @@ class OptimWrapper:
                        micro_batch=micro_batch, full=full, layer_decay=layer_decay)  # fmt: skip
         self.optimizer_class = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
-        if self.optimizer_class is torch.optim.Muon:
-            raise ConfigError(
-                "torch.optim.Muon cannot train this model: Muon only supports 2D parameters",
-                where="optim_wrapper.optimizer.type",
-                why="the weights of norms are vectors",
-                do="use xtuner.optim.muon.Muon, with the same settings and AdamW for all other parameters",
-            )
+        _reject_torch_muon(self.optimizer_class)
         check_arguments(self.optimizer_class, {"params": None, **self.arguments}, "optim_wrapper.optimizer")
         step = getattr(self.optimizer_class, "step", lambda: None)  # `type` may be a function that builds it
         closure = inspect.signature(step).parameters.get("closure")
@@ -77,6 +71,19 @@ class OptimWrapper:
             raise ConfigError(f"clip_grad supports only max_norm, not {other}", where="optim_wrapper.clip_grad")
         self.max_norm = float(clip_grad["max_norm"]) if clip_grad and clip_grad.get("max_norm") is not None else None
         self.muon = Muon(**self.arguments) if self.optimizer_class is Muon else None
+        self._require_states(states)
+        self.sums, self.micro_batch, self.full = sums, micro_batch, full
+        self.accumulative_counts = accumulative_counts
+        self.dtype = dtype
+        self.states = FORMS[states]
+        self._flags: dict[str, dict[str, bool]] = {}  # by type of device, arguments that `build` adds
+        self._traits: dict[str, Traits] = {}
+        self.parameter_groups, self.layer_decay = read_groups(parameter_groups), layer_decay
+        self._num_layers: int | None = None
+        self._try_on_cpu()
+
+    def _require_states(self, states: str) -> None:
+        """Raise ConfigError for a form of state that the optimizer does not have."""
         if self.muon and states == "8bit":
             raise ConfigError(
                 'states = "8bit" is not supported with Muon',
@@ -90,15 +97,6 @@ class OptimWrapper:
                 where="optim_wrapper.states",
                 do='use torch.optim.AdamW without amsgrad or maximize, or states = "fp32"',
             )
-        self.sums, self.micro_batch, self.full = sums, micro_batch, full
-        self.accumulative_counts = accumulative_counts
-        self.dtype = dtype
-        self.states = FORMS[states]
-        self._flags: dict[str, dict[str, bool]] = {}  # by type of device, arguments that `build` adds
-        self._traits: dict[str, Traits] = {}
-        self.parameter_groups, self.layer_decay = read_groups(parameter_groups), layer_decay
-        self._num_layers: int | None = None
-        self._try_on_cpu()
 
     def _try_on_cpu(self) -> None:
         """Raise ConfigError for an optimizer that no device and no strategy can use."""
@@ -133,11 +131,12 @@ class OptimWrapper:
                 raise self._groups_error(f"has no {name}")
 
     def _groups_error(self, why: str) -> ConfigError:
+        setting = "parameter_groups" if self.parameter_groups else "layer_decay"
         return ConfigError(
             f"{type_name(self.optimizer_class)} {why}",
-            where="optim_wrapper.parameter_groups",
+            where=f"optim_wrapper.{setting}",
             why="the settings of groups would have no effect",
-            do=f"leave parameter_groups out; or {optimizer_traits.ADVICE}",
+            do=f"leave {setting} out; or {optimizer_traits.ADVICE}",
         )
 
     def traits(self, device: torch.device) -> Traits:
@@ -266,3 +265,13 @@ class OptimWrapper:
 
     def _format_arguments(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.arguments.items())
+
+
+def _reject_torch_muon(optimizer: Any) -> None:
+    if optimizer is torch.optim.Muon:
+        raise ConfigError(
+            "torch.optim.Muon cannot train this model: Muon only supports 2D parameters",
+            where="optim_wrapper.optimizer.type",
+            why="the weights of norms are vectors",
+            do="use xtuner.engine.Muon, with the same settings and AdamW for all other parameters",
+        )

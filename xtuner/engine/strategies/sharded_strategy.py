@@ -57,8 +57,8 @@ class ShardedStrategy(StatefulStrategy):
         rows = {n: p.rows for n, p in held.items() if p.sum}
         self._optimizer: LocalOptimizer
         if optim.muon:
-            trained = {n: shapes[n] for n, p in self._divided.parameters.items() if p.sum}
-            self._optimizer = MuonOptimizer(rows, trained, optim, source.config, device, mesh)
+            updated = {n: shapes[n] for n, p in self._divided.parameters.items() if p.sum}
+            self._optimizer = MuonOptimizer(rows, updated, optim, source.config, device, mesh)
         else:
             self._optimizer = local_optimizer(rows, optim, device)
         self._frozen = {n: p for n, p in held.items() if not p.sum}

@@ -4,6 +4,7 @@ A Llama under other names whose q, k and v are one matrix: for each kv head its 
 positions, norms, masks and caches are transformers' own.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_internlm2 import InternLM2Config
+
+# transformers 5.24 renamed the cache in arguments and outputs; generation finds it by that name
+CACHE = "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class InternLM2Attention(nn.Module):
@@ -42,7 +46,7 @@ class InternLM2Attention(nn.Module):
         x: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         mask: torch.Tensor | None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         batch, length = x.shape[:2]
@@ -50,8 +54,8 @@ class InternLM2Attention(nn.Module):
         q, k, v = groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]
         q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *rotary)
         v = v.transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         out, _ = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.wo(out.reshape(batch, length, -1))
@@ -86,7 +90,7 @@ class InternLM2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["InternLM2DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
 
@@ -111,25 +115,27 @@ class InternLM2Model(InternLM2PreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen)[None]
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         rotary = self.rotary_emb(x, position_ids=position_ids)
         for layer in self.layers:
-            x = layer(x, rotary=rotary, mask=mask, past_key_values=past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x = layer(x, rotary=rotary, mask=mask, cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
 
 class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
@@ -155,11 +161,12 @@ class InternLM2ForCausalLM(InternLM2PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache)
         logits = self.output(out.last_hidden_state[:, -logits_to_keep:])  # 0 keeps all
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: getattr(out, CACHE)})

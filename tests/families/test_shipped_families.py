@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.neighbours import CASES, SHAPE, make_theirs
 from safetensors.torch import load_file, save_file
 
 from xtuner.core.errors import CheckpointError, ConfigError
@@ -15,49 +16,13 @@ from xtuner.model import from_pretrained, from_scratch, load_pretrained
 from xtuner.model.decoder import CausalLM
 from xtuner.model.weights import split_for_family
 
-SHAPE = dict(
-    vocab_size=131, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1, bos_token_id=1, eos_token_id=2,
-    pad_token_id=None,
-)  # fmt: skip
-LLAMA3 = dict(
-    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-    original_max_position_embeddings=16,
-)  # fmt: skip
-YARN = dict(
-    rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=16, beta_fast=32.0, beta_slow=1.0
-)  # fmt: skip
-DYNAMIC = dict(rope_type="dynamic", rope_theta=5e7, factor=6.0)
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama 2": ("Llama", {}),
-    "llama 3.1": ("Llama", dict(rope_parameters=LLAMA3)),
-    "llama 3.2": ("Llama", dict(rope_parameters=LLAMA3, tie_word_embeddings=True, head_dim=16)),
-    "llama with biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
-    "internlm3": ("InternLM3", dict(rope_parameters=DYNAMIC, head_dim=12, pad_token_id=2)),
-    "internlm3 with biases": ("InternLM3", dict(attention_bias=True, mlp_bias=True, head_dim=12)),
-    "mistral": ("Mistral", dict(sliding_window=None)),
-    "mistral v0.1": ("Mistral", dict(sliding_window=9)),
-    "nemo": ("Mistral", dict(sliding_window=None, head_dim=16)),
-    "qwen2": ("Qwen2", dict(max_window_layers=2, tie_word_embeddings=True)),
-    "qwen2.5 1M": ("Qwen2", dict(rope_parameters=YARN, max_window_layers=2)),
-    "qwen2 with windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=9, max_window_layers=1)),
-    "qwen3": ("Qwen3", dict(head_dim=16, max_window_layers=2, tie_word_embeddings=True)),
-    "qwen3 with biases": ("Qwen3", dict(head_dim=16, max_window_layers=2, attention_bias=True, rope_parameters=YARN)),
-}
-
 
 @pytest.mark.parametrize("name", CASES)
 def test_files_in_both_directions(name: str, tmp_path: Path) -> None:
     """transformers → xtuner → transformers: logits within 1e-5, tensors and fields of the network equal."""
     import transformers
 
-    family, fields = CASES[name]
-    theirs = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, f"{family}Config")(**{**SHAPE, **fields}), attn_implementation="eager"
-    ).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():  # norms and biases are not random otherwise
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    theirs = make_theirs(name)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_pretrained(tmp_path / "theirs")
     ids = torch.randint(3, 131, (80,), generator=torch.Generator().manual_seed(0))

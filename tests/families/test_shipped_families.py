@@ -10,8 +10,9 @@ from helpers.neighbours import CASES, SHAPE, make_theirs
 from safetensors.torch import load_file, save_file
 
 from xtuner.core.errors import CheckpointError, ConfigError
+from xtuner.core.files import write_json
 from xtuner.export.hf import export_hf
-from xtuner.families import FAMILIES, QWEN2, read_config
+from xtuner.families import FAMILIES, QWEN2, checkpoint_config, read_config, read_model
 from xtuner.model import from_pretrained, from_scratch, load_pretrained
 from xtuner.model.decoder import CausalLM
 from xtuner.model.weights import split_for_family
@@ -47,16 +48,20 @@ def test_files_in_both_directions(name: str, tmp_path: Path) -> None:
         assert (again.eval()(ids[None]).logits[0] - wanted).abs().max() < 1e-5
 
 
+def split_model(model: CausalLM, family: str) -> dict[str, torch.Tensor]:
+    """The model's tensors in the files of its family."""
+    c, form = model.config, FAMILIES[family]
+    found = {k: t for n, w in model.state_dict().items() for k, t in split_for_family(n, w, form, c).items()}
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
 def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
     """A copy is not needed and not written again; another weight is an error."""
     qwen = from_scratch(family="qwen2", seed=0, **SHAPE, tie_word_embeddings=True).config
-    weights = {
-        k: t for n, w in CausalLM(qwen).state_dict().items() for k, t in split_for_family(n, w, QWEN2, qwen).items()
-    }
+    weights = split_model(CausalLM(qwen), "qwen2")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(QWEN2.write_config(qwen, "float32")))
     head = weights["model.embed_tokens.weight"].clone()
-    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(weights | {"lm_head.weight": head}, tmp_path / "hf" / "model.safetensors")
     exported = export_hf(tmp_path / "hf", tmp_path / "again", None)
     assert load_file(exported / "model.safetensors").keys() == weights.keys()
@@ -148,3 +153,28 @@ def test_networks_that_a_family_cannot_express() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             FAMILIES[family].write_config(network, "float32")
+
+
+def test_several_ids_that_end_a_text(tmp_path: Path) -> None:
+    """Those of config.json and of generation_config.json end a text, and are written as they were read."""
+    llama = from_scratch(family="llama", seed=0, **{**SHAPE, "eos_token_id": [7, 9]})
+    assert (llama.config.eos_token_id, llama.config.stop_ids) == (7, (7, 9))
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    parts = split_model(llama.build(), "llama")
+    save_file(parts, folder / "model.safetensors")
+    write_json(folder / "config.json", FAMILIES["llama"].write_config(llama.config, "float32"))
+    write_json(folder / "generation_config.json", {"eos_token_id": [11, 9]})
+    _, config = read_model(folder)
+    assert config.stop_ids == (11, 9, 7)
+    checkpoint = read_config(checkpoint_config(config))
+    assert (checkpoint.stop_ids, checkpoint.eos_list) == ((11, 9, 7), (7, 9))
+    exported = export_hf(folder, tmp_path / "out", None, dtype=torch.float32)
+    assert json.loads((exported / "config.json").read_text())["eos_token_id"] == [7, 9]
+    assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == [11, 9, 7]
+    for key, value in (("generation_config.json", [1, "x"]), ("config.json", [1, 2**40])):
+        old = (folder / key).read_text()
+        write_json(folder / key, json.loads(old) | {"eos_token_id": value})
+        with pytest.raises(ConfigError, match=rf"is not a list of ids of tokens\n  where: .*{key}: eos_token_id"):
+            read_model(folder)
+        (folder / key).write_text(old)

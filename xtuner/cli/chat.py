@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             "Give the chat model's tokenizer with --tokenizer, or continue a text with --template plain"
         )
     stop_words = [*template.stop_words, *args.stop_words]
-    stop_ids = [model.config.eos_token_id, *single_tokens(tokenizer, stop_words)]
+    stop_ids = [*model.config.stop_ids, *single_tokens(tokenizer, stop_words)]
     begin = begin_tokens(tokenizer, model.config.bos_token_id)
     generator = torch.Generator().manual_seed(args.seed)
 

@@ -203,7 +203,7 @@ def _copy_tokenizer(
 ) -> list[int]:
     """Copy tokenizer files, and add files that loading needs; return the ids at which a chat model stops."""
     if source is None:
-        return [config.eos_token_id]
+        return [*config.stop_ids]
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -211,7 +211,7 @@ def _copy_tokenizer(
     complete_tokenizer(folder, chat)
     special = load_tokenizer(folder).special
     ends = [special[word] for word in (chat.stop_words if chat else ()) if word in special]
-    return list(dict.fromkeys((config.eos_token_id, *ends)))
+    return list(dict.fromkeys((*config.stop_ids, *ends)))
 
 
 def _generation(c: DecoderConfig, stops: list[int]) -> dict[str, Any]:

@@ -48,9 +48,7 @@ def has_chat_template(folder: Path) -> bool:
 def stop_words(folder: Path) -> list[str]:
     """Names of the tokens that end an answer: those of generation_config.json, and the chat template's."""
     names = {i: name for name, i in load_tokenizer(folder).special.items()}
-    path = folder / "generation_config.json"
-    ids = read_json(path).get("eos_token_id", []) if path.is_file() else read_config(_hf(folder)).eos_token_id
-    found = [names[i] for i in (ids if isinstance(ids, list) else [ids]) if i in names]
+    found = [names[i] for i in read_model(folder)[1].stop_ids if i in names]
     chat = find_family(_hf(folder)).chat_for(names.values())
     return list(dict.fromkeys([*found, *(name for name in names.values() if chat and name in chat.stop_words)]))
 

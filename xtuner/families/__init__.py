@@ -31,6 +31,7 @@ FAMILIES: Registry[ModelFamily] = Registry("model family", {family.name: family 
 NATIVE = INTERNLM2  # the decoder and checkpoints use its names
 _FAMILY = "xtuner_family"  # key of a checkpoint's config.json: the model's family, if it is not NATIVE
 _NETWORK = "xtuner_network"  # key of a checkpoint's config.json: what NATIVE's config.json cannot express, if anything
+_EOS = "xtuner_generation_eos"  # key of a checkpoint's config.json: ids in the model's generation_config.json, if any
 _COPY = "copy the model's own config.json there again"
 
 
@@ -75,25 +76,32 @@ def read_config(hf: dict[str, Any], where: str = "config.json: ") -> DecoderConf
     if not isinstance(name, str):
         raise read.wrong(_FAMILY, f"{_FAMILY} = {short_repr(name)} is not the name of a model family")
     extra = Reader(read.inner(_NETWORK), f"{where}{_NETWORK}.")
-    return replace(read_extra_fields(extra, family.read_config(read)), family=name)
+    found = read_extra_fields(extra, family.read_config(read))
+    return replace(found, family=name, generation_eos=read.token_list(_EOS))
 
 
 def read_model(folder: Path) -> tuple[ModelFamily, DecoderConfig]:
     """(family whose tensor names the files use, network) of a model's folder.
 
-    Raises: ConfigError, CheckpointError; both name its `config.json`.
+    Raises: ConfigError, CheckpointError; both name its `config.json` or `generation_config.json`.
     """
     path = folder / "config.json"
     hf, where = read_json(path), f"{path}: "
-    return find_family(hf, where), read_config(hf, where)
+    family, config = find_family(hf, where), read_config(hf, where)
+    generation = path.with_name("generation_config.json")
+    if generation.is_file() and isinstance(settings := read_json(generation), dict):
+        stops = Reader(settings, f"{generation}: ").token_list("eos_token_id", alone=True)
+        config = replace(config, generation_eos=stops)
+    return family, config
 
 
 def checkpoint_config(c: DecoderConfig) -> dict[str, Any]:
     """The `config.json` of a checkpoint's weights, which use the decoder's names for all families."""
-    named = {} if c.family == NATIVE.name else {_FAMILY: c.family}
+    named: dict[str, Any] = {} if c.family == NATIVE.name else {_FAMILY: c.family}
     extra = write_extra_fields(c)
     native = NATIVE.write_config(without_extra_fields(c), "float32")
-    return {**{k: v for k, v in native.items() if k not in extra}, **named, **({_NETWORK: extra} if extra else {})}
+    own = named | ({_EOS: [*c.generation_eos]} if c.generation_eos else {}) | ({_NETWORK: extra} if extra else {})
+    return {k: v for k, v in native.items() if k not in extra} | own
 
 
 def find_family_by_names(names: Collection[str]) -> ModelFamily:

@@ -81,6 +81,14 @@ class Reader:
             raise self.wrong(key, f"{key} = {short_repr(ids)} is not the id of a token")
         return value
 
+    def token_list(self, key: str, alone: bool = False) -> tuple[int, ...]:
+        """A list of token ids. A single one counts only if `alone`."""
+        ids = self.hf.get(key)
+        found = ids if isinstance(ids, list) else [ids] if alone and ids is not None else []
+        if any(type(i) is not int or not -(2**31) <= i < 2**31 for i in found):
+            raise self.wrong(key, f"{key} = {short_repr(ids)} is not a list of ids of tokens")
+        return tuple(found)
+
     def padding(self, vocabulary: int) -> int | None:
         value = self.hf.get("pad_token_id")
         if value is not None and (type(value) is not int or not -vocabulary <= value < vocabulary):
@@ -186,6 +194,7 @@ def read_network(
         initializer_range=read.number("initializer_range", 0.02),
         bos_token_id=read.token("bos_token_id", 1),
         eos_token_id=read.token("eos_token_id", 2),
+        eos_list=read.token_list("eos_token_id"),
         pad_token_id=read.padding(vocabulary),
     )
     return DecoderConfig(**{**shared, **more})
@@ -227,7 +236,7 @@ def write_network(c: DecoderConfig, dtype: str, expresses: Collection[str] = ())
         "use_cache": True,
         "tie_word_embeddings": c.tie_word_embeddings,
         "bos_token_id": c.bos_token_id,
-        "eos_token_id": c.eos_token_id,
+        "eos_token_id": [*c.eos_list] or c.eos_token_id,
         "pad_token_id": c.pad_token_id,
         "torch_dtype": dtype,
     }

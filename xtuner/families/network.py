@@ -77,9 +77,18 @@ class DecoderConfig:
     sliding_layers: tuple[bool, ...] | None = None
     initializer_range: float = 0.02
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int = 2  # the first, if there are several
     pad_token_id: int | None = 2  # its embedding row gets no gradient, as in the original model
-    family: str = field(default="internlm2", compare=False)  # the model's family; not a property of the network
+    # not properties of the network:
+    family: str = field(default="internlm2", compare=False)
+    eos_list: tuple[int, ...] = field(default=(), compare=False)  # `eos_token_id` of its config.json, if it is a list
+    generation_eos: tuple[int, ...] = field(default=(), compare=False)  # of its generation_config.json
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """All ids that end a text, by both files of the model."""
+        found = (*self.generation_eos, *self.eos_list, self.eos_token_id)
+        return tuple(dict.fromkeys(i for i in found if i is not None))
 
     @property
     def attention_bias(self) -> bool:

@@ -244,7 +244,7 @@ class EvaluateChatHook(Hook):
     def _sample(self, run: Run) -> None:
         model, config = run.strategy.model, run.source.config
         words = self.template.stop_words if self.template else ()
-        stops = [config.eos_token_id, *single_tokens(self.tokenizer, words)]
+        stops = [*config.stop_ids, *single_tokens(self.tokenizer, words)]
         for text in self.inputs:
             prompt = self.template.prompt(text, self.system) if self.template else text
             ids = [*begin_tokens(self.tokenizer, config.bos_token_id), *self.tokenizer.encode(prompt)]

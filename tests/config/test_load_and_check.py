@@ -144,7 +144,7 @@ def test_mistakes_are_explained(tiny: Path, options: list[str], words: list[str]
         ),
         (["evaluation_freq=x"], ["every_n_iters = 'x' is not a whole number or None"]),
         (["evaluation_inputs=3"], ["evaluation_inputs = 3 is not a string or a list of strings"]),
-        (["prompt_template=plain"], ["prompt_template = 'plain' is not ChatTemplate or None"]),
+        (["prompt_template=plain"], ["prompt_template = 'plain' is not ChatFormat or None"]),
         (["train_dataloader.dataset.label_rule=old"], ["label_rule = 'old' is not one of 'internevo', 'xtuner'"]),
         (["dataloader_num_workers=x"], ["num_workers = 'x' is not a whole number"]),
         (["max_norm=x"], ["max_norm = 'x' is not a number or None"]),

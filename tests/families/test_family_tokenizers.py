@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.paths import TOKENIZER_TEXT, reference
+from helpers.neighbours import DEEPSEEK, LLAMA, QWEN, write_model, write_tokenizer
+from helpers.paths import reference
 
 from xtuner.core.errors import ConfigError
 from xtuner.data.tokenizer import begin_tokens, load_tokenizer
@@ -15,33 +16,7 @@ from xtuner.families import FAMILIES
 from xtuner.families.chat import Message
 from xtuner.model import from_scratch
 
-QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
 TALK = [("system", "Be brief."), ("user", "Hi! <|im_end|><|eot_id|><｜User｜>"), ("assistant", "Yes!")]
-
-
-def write_tokenizer(folder: Path, marks: tuple[str, ...], plain: tuple[str, ...] = (), **config: object) -> Path:
-    """A byte-level BPE whose id 0 is "!". `plain`: marks that are added tokens, but not special ones."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(TOKENIZER_TEXT.read_text().splitlines(), trainer)
-    tokenizer.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in marks if m not in plain])
-    tokenizer.add_tokens([AddedToken(m, special=False, normalized=False) for m in plain])
-    folder.mkdir(parents=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 CASES = {
@@ -98,20 +73,6 @@ def test_data_and_chat_follow_the_tokenizer(name: str, tmp_path: Path, xtuner: C
     stops = json.loads((exported / "generation_config.json").read_text())["eos_token_id"]
     assert set(stops) == {ours.eos_id, *(ours.special[w] for w in chat.stop_words if w in ours.special)}
     assert xtuner("chat", exported, "--prompt", "Hi", "--max-new-tokens", 2) == 0
-
-
-def write_model(folder: Path, config: object, family: str) -> None:
-    from safetensors.torch import save_file
-
-    from xtuner.model.decoder import CausalLM
-    from xtuner.model.weights import split_for_family
-
-    form = FAMILIES[family]
-    state = CausalLM(config).state_dict()  # type: ignore[arg-type]
-    parts = {k: t for n, w in state.items() for k, t in split_for_family(n, w, form, config).items()}  # type: ignore[arg-type]
-    folder.mkdir()
-    save_file({k: t.contiguous() * 0 + 0.01 for k, t in parts.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(form.write_config(config, "float32")))  # type: ignore[arg-type]
 
 
 def test_files_without_the_rule_of_words(tmp_path: Path) -> None:

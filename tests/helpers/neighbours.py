@@ -1,9 +1,14 @@
 """Tiny random models of the shipped families, by their classes in transformers: every combination of features that a
-released model has."""
+released model has. Tokenizers in the form of their own."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from helpers.paths import TOKENIZER_TEXT
+from xtuner.families import FAMILIES
 
 SHAPE = dict(
     vocab_size=131, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
@@ -52,3 +57,45 @@ def make_theirs(name: str) -> Any:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
     return model
+
+
+QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLAMA = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+
+
+def write_tokenizer(folder: Path, marks: tuple[str, ...], plain: tuple[str, ...] = (), **config: object) -> Path:
+    """A byte-level BPE whose id 0 is "!". `plain`: marks that are added tokens, but not special ones."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TOKENIZER_TEXT.read_text().splitlines(), trainer)
+    tokenizer.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in marks if m not in plain])
+    tokenizer.add_tokens([AddedToken(m, special=False, normalized=False) for m in plain])
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_model(folder: Path, config: object, family: str) -> None:
+    from safetensors.torch import save_file
+
+    from xtuner.model.decoder import CausalLM
+    from xtuner.model.weights import split_for_family
+
+    form = FAMILIES[family]
+    state = CausalLM(config).state_dict()  # type: ignore[arg-type]
+    parts = {k: t for n, w in state.items() for k, t in split_for_family(n, w, form, config).items()}  # type: ignore[arg-type]
+    folder.mkdir()
+    save_file({k: t.contiguous() * 0 + 0.01 for k, t in parts.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(form.write_config(config, "float32")))  # type: ignore[arg-type]

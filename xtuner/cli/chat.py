@@ -12,8 +12,9 @@ from xtuner.core.log import logger
 from xtuner.core.system.stdio import as_text
 from xtuner.data.chat_template import find_template
 from xtuner.data.tokenizer import Tokenizer, begin_tokens, load_tokenizer, single_tokens
+from xtuner.data.tokenizer_template import FROM_TOKENIZER, TOKENIZER, resolve_template
 from xtuner.families import FAMILIES
-from xtuner.families.chat import PLAIN
+from xtuner.families.chat import PLAIN, ChatFormat, Message
 
 HELP = "empty lines are ignored; /reset starts a new conversation, /exit or Ctrl-D ends"
 
@@ -23,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=as_text, help="answer this text and exit (default: a conversation)")
     parser.add_argument(
         "--template",
-        help="chat template, e.g. internlm2_chat, or plain to continue texts (default: that of the model's family)",
+        help="chat template, e.g. internlm2_chat, or plain to continue texts (default: the one in the tokenizer's "
+        "folder, else that of the model's family)",
     )
     parser.add_argument(
         "--tokenizer", help="folder or hub id of the tokenizer, if the model has none (a checkpoint has none)"
@@ -47,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.train.evaluate import open_model
 
     log.setup("WARNING")
-    template = find_template(args.template) if args.template else None
+    template: ChatFormat | None = FROM_TOKENIZER
+    if args.template not in (None, TOKENIZER):
+        template = find_template(args.template, others=(TOKENIZER,))
     for option, ok, range_ in (
         ("temperature", 0 <= args.temperature < float("inf"), "0 or more"),
         ("top-p", 0 < args.top_p <= 1, "above 0 and at most 1"),
@@ -61,9 +65,8 @@ def run(args: argparse.Namespace) -> int:
     model, _ = open_model(args.model, [], select_device())
     require_special_tokens(model.config, f"{args.model}/config.json: ")
     tokenizer = load_tokenizer(args.tokenizer or args.model)
-    if template is None:
-        family = FAMILIES.find(model.config.family, args.model, "give its chat template with --template")
-        template = family.chat_for(tokenizer.special) or PLAIN
+    family = FAMILIES.find(model.config.family, args.model, "give its chat template with --template")
+    template = resolve_template(template, tokenizer, family.chat_for(tokenizer.special)) or PLAIN
     if missing := [mark for mark in template.turn_marks if mark not in tokenizer.special]:
         logger.warning(
             f"the tokenizer has no special token {', '.join(missing)}, which the template {template.name} uses. "
@@ -72,32 +75,40 @@ def run(args: argparse.Namespace) -> int:
         )
     stop_words = [*template.stop_words, *args.stop_words]
     stop_ids = [*model.config.stop_ids, *single_tokens(tokenizer, stop_words)]
-    begin = begin_tokens(tokenizer, model.config.bos_token_id)
+    begin = [] if template.writes_begin else begin_tokens(tokenizer, model.config.bos_token_id)
     generator = torch.Generator().manual_seed(args.seed)
 
-    session = Session(model)
-    fresh = True
+    opening = [Message("system", args.system)] if args.system else []
+    session, messages, said = Session(model), [*opening], ""
     for text in [args.prompt] if args.prompt is not None else read_inputs():
-        if text is None:  # /reset
-            session, fresh = Session(model), True
+        if text is None or not template.has_turns:  # /reset; a continued text is not part of a conversation
+            messages, said = [*opening], ""
+        if text is None:
             continue
-        prompt = template.prompt(text, args.system if fresh else "")
-        ids = tokenizer.encode(prompt)
-        logits = session.feed((begin + ids or [model.config.eos_token_id]) if fresh else ids)
+        messages.append(Message("user", text))
+        prompt = template.prompt_of(messages)
+        if said and prompt.startswith(said):  # only what is new
+            logits = session.feed(tokenizer.encode(prompt[len(said) :]))
+        else:  # a template may write earlier answers differently, such as without thoughts
+            session = Session(model)
+            logits = session.feed(begin + tokenizer.encode(prompt) or [model.config.eos_token_id])
         tokens = sample(session, logits, args.max_new_tokens, stop_ids, args.temperature, args.top_p, generator)
-        pieces = 0
-        for piece in decode_stream(tokens, tokenizer, stop_words):
-            pieces += bool(piece)
+        answer, new = "", list[int]()
+        for piece in decode_stream(_collect(tokens, new), tokenizer, stop_words):
+            answer += piece
             print(piece, end="", flush=True)
         print()
-        if not pieces:
+        if not answer:
             logger.warning("the answer is empty: the model stopped immediately")
-        if template.assistant_begin:
-            session.feed(tokenizer.encode(template.assistant_end))
-            fresh = False
-        else:  # a continued text is not part of a conversation
-            session, fresh = Session(model), True
+        messages.append(Message("assistant", answer))
+        said = prompt + tokenizer.decode(new)
     return 0
+
+
+def _collect(tokens: Iterator[int], into: list[int]) -> Iterator[int]:
+    for token in tokens:
+        into.append(token)
+        yield token
 
 
 def reject_checkpoint(model: str) -> None:

@@ -29,7 +29,7 @@ use_varlen_attn = True  # attention stays within documents
 dataset_folder = "/path/to/your/dataset"
 val_folder = None  # held-out data in the same format; None: no validation
 data_order_path = None  # written by get_data_order.py; None: files sorted by path
-prompt_template = PROMPT_TEMPLATE.internlm2_chat  # for the samples below
+prompt_template = PROMPT_TEMPLATE.internlm2_chat  # for the samples below; tokenizer: the one in its folder
 max_length = 32768  # tokens per pack
 pack_to_max_length = True
 

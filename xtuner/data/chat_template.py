@@ -1,10 +1,14 @@
-"""Chat templates by name, for configs: `PROMPT_TEMPLATE.internlm2_chat`, `PROMPT_TEMPLATE.plain`."""
+"""Chat templates by name, for configs: `PROMPT_TEMPLATE.internlm2_chat`, `PROMPT_TEMPLATE.plain`.
+
+`PROMPT_TEMPLATE.tokenizer` is the one in the tokenizer's folder, else that of the model's family.
+"""
 
 import importlib
 
 from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.data.tokenizer_template import FROM_TOKENIZER, TOKENIZER
 from xtuner.families import chat_templates
-from xtuner.families.chat import ChatTemplate, Message, Piece
+from xtuner.families.chat import ChatFormat, ChatTemplate, Message, Piece
 from xtuner.families.internlm2 import MARKS as INTERNLM2_MARKS
 from xtuner.families.internlm2 import InternLM2
 
@@ -14,8 +18,8 @@ internlm2_chat = InternLM2.chat.pieces
 
 
 class _Templates:
-    def __getattr__(self, name: str) -> ChatTemplate:
-        known = chat_templates()
+    def __getattr__(self, name: str) -> ChatFormat:
+        known: dict[str, ChatFormat] = {**chat_templates(), TOKENIZER: FROM_TOKENIZER}
         if name not in known:
             hint = did_you_mean(name, list(known))
             raise AttributeError(f"no template PROMPT_TEMPLATE.{name}.{hint} There are {', '.join(known)}")

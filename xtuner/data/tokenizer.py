@@ -16,7 +16,7 @@ from xtuner.core.files import read_json
 from xtuner.core.foreign_inputs import open_regular, read_regular, short_repr
 from xtuner.families import FAMILIES, chat_templates
 
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens in settings files: `bos_token`
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens in settings files: `bos_token`
 
 
 class Tokenizer(Protocol):
@@ -301,7 +301,7 @@ def _read_mentioned(folder: Path) -> list[str]:
     """Special tokens that the settings files name without their ids."""
     found: dict[str, None] = {}
     for settings in (_read_config(folder), _read_object(folder / "special_tokens_map.json")):
-        entries = [settings.get(f"{role}_token") for role in _ROLES]
+        entries = [settings.get(f"{role}_token") for role in ROLES]
         for key in ("additional_special_tokens", "extra_special_tokens"):
             more = settings.get(key)
             entries += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []

@@ -19,6 +19,7 @@ from xtuner.core.files import require_utf8, write_json
 from xtuner.core.hub import INDEX, TOKENIZER_FILES
 from xtuner.core.log import human_bytes, logger, progress
 from xtuner.data.tokenizer import load_tokenizer
+from xtuner.data.tokenizer_template import read_template
 from xtuner.export.destination import export_folder
 from xtuner.export.model_card import render_card
 from xtuner.export.opencompass import write_configs
@@ -167,6 +168,7 @@ def _check_tokenizer(folder: Path | None, config: DecoderConfig) -> None:
         logger.warning("the config names no tokenizer: servers and evaluators need one next to the weights")
         return
     tokenizer = load_tokenizer(folder)
+    read_template(tokenizer)  # a broken one fails here, before the weights are written
     ids = tokenizer.vocab_size
     if ids > config.vocab_size:
         raise ConfigError(
@@ -207,10 +209,12 @@ def _copy_tokenizer(
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    chat = family.chat_for(load_tokenizer(source).special)
+    tokenizer = load_tokenizer(source)
+    chat = family.chat_for(tokenizer.special)
     complete_tokenizer(folder, chat)
     special = load_tokenizer(folder).special
-    ends = [special[word] for word in (chat.stop_words if chat else ()) if word in special]
+    words = [word for template in (read_template(tokenizer), chat) if template for word in template.stop_words]
+    ends = [special[word] for word in words if word in special]
     return list(dict.fromkeys((*config.stop_ids, *ends)))
 
 

@@ -15,6 +15,7 @@ import xtuner
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.data.tokenizer import load_tokenizer
+from xtuner.data.tokenizer_template import read_template
 from xtuner.export.turbomind_support import find_engine
 from xtuner.families import find_family, read_config, read_model
 
@@ -47,10 +48,12 @@ def has_chat_template(folder: Path) -> bool:
 
 def stop_words(folder: Path) -> list[str]:
     """Names of the tokens that end an answer: those of generation_config.json, and the chat template's."""
-    names = {i: name for name, i in load_tokenizer(folder).special.items()}
+    tokenizer = load_tokenizer(folder)
+    names = {i: name for name, i in tokenizer.special.items()}
     found = [names[i] for i in read_model(folder)[1].stop_ids if i in names]
     chat = find_family(_hf(folder)).chat_for(names.values())
-    return list(dict.fromkeys([*found, *(name for name in names.values() if chat and name in chat.stop_words)]))
+    words = {word for template in (read_template(tokenizer), chat) if template for word in template.stop_words}
+    return list(dict.fromkeys([*found, *(name for name in names.values() if name in words)]))
 
 
 def render_config(folder: Path, backend: str, path: Path, name: str, chosen: OpenCompassSettings | None = None) -> str:

@@ -1,6 +1,7 @@
 """Chat templates: how a conversation is written as text for a chat model."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,9 +29,37 @@ class Piece(NamedTuple):
     is_mark: bool = False
 
 
+class ChatFormat(ABC):
+    """How conversations are written. A model stops at any of `stop_words`."""
+
+    name: str  # in settings and options
+    stop_words: tuple[str, ...]
+    marks: tuple[str, ...]  # names of the special tokens in it
+    roles: tuple[str, ...]  # that `pieces` knows
+    writes_begin = False  # whether `pieces` include the begin token, if a text has one
+    has_turns = True  # False: texts are continued
+
+    @abstractmethod
+    def pieces(self, messages: Iterable[Message]) -> Iterator[Piece]:
+        """Pieces of a conversation. Contents and ends of answers are learned."""
+
+    @abstractmethod
+    def prompt_of(self, messages: Iterable[Message]) -> str:
+        """The text of a conversation up to the beginning of the model's next answer."""
+
+    @property
+    def turn_marks(self) -> list[str]:
+        """The marks of ordinary turns, without which no conversation can be written."""
+        return []
+
+    def prompt(self, user: str, system: str = "") -> str:
+        """The text up to the beginning of the model's first answer."""
+        return self.prompt_of([*([Message("system", system)] if system else []), Message("user", user)])
+
+
 @dataclass(frozen=True)
-class ChatTemplate:
-    """`{text}` is replaced by a turn's content. A model stops at any of `stop_words`.
+class ChatTemplate(ChatFormat):
+    """`{text}` is replaced by a turn's content.
 
     A template with other turns, such as calls of tools, is a subclass that overrides `pieces` and `jinja`.
     """
@@ -44,18 +73,18 @@ class ChatTemplate:
     marks: tuple[str, ...] = ()  # names of the special tokens in it
     roles: tuple[str, ...] = ("system", "user", "assistant")  # that `pieces` knows
 
-    def prompt(self, user: str, system: str = "") -> str:
-        """The text up to the beginning of the model's answer."""
-        opening = self.system.replace("{text}", system) if system else ""
-        return opening + self.user.replace("{text}", user) + self.assistant_begin
+    def prompt_of(self, messages: Iterable[Message]) -> str:
+        return "".join(piece.text for piece in self.pieces(messages)) + self.assistant_begin
+
+    @property
+    def has_turns(self) -> bool:  # type: ignore[override]  # a constant of other kinds
+        return bool(self.assistant_begin or self.marks)
 
     @property
     def turn_marks(self) -> list[str]:
-        """The marks of ordinary turns, without which no conversation can be written."""
         return [mark for mark in self.marks if mark in self.prompt("", "-") + self.assistant_end]
 
     def pieces(self, messages: Iterable[Message]) -> Iterator[Piece]:
-        """Pieces of a conversation, without the begin token. Contents and ends of answers are learned."""
         for role, content, _, loss in messages:
             before, _, after = self._turn(role).partition("{text}")
             learned = role == "assistant" and loss is not False

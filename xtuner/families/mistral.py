@@ -1,14 +1,42 @@
 """Mistral 7B and Nemo: Llama's tensor names, no biases, heads of a width of their own (Nemo)."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 from xtuner.families.base import Released
-from xtuner.families.chat import ChatTemplate
+from xtuner.families.chat import ChatTemplate, Message, Piece
 from xtuner.families.hf_config import FIELDS, Reader, read_network, read_tied, write_network
 from xtuner.families.llama import ROPES, Llama
 from xtuner.families.network import DecoderConfig
 
-MISTRAL_CHAT = ChatTemplate(  # of tokenizers from v0.3 on; a system prompt is a part of the user's turn
+
+class MistralChat(ChatTemplate):
+    """Of tokenizers from v0.3 on. A system prompt is the beginning of the next user's turn."""
+
+    def pieces(self, messages: Iterable[Message]) -> Iterator[Piece]:
+        return super().pieces(_without_system(messages))
+
+    def jinja(self) -> str:
+        return (
+            "{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}"
+            "{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\\n\\n' %}"
+            "{% elif message['role'] == 'user' %}{{ '[INST]' + ns.system + message['content'] + '[/INST]' }}"
+            "{% set ns.system = '' %}{% else %}{{ message['content'] + '</s>' }}{% endif %}{% endfor %}"
+        )
+
+
+def _without_system(messages: Iterable[Message]) -> Iterator[Message]:
+    system = ""
+    for message in messages:
+        if message.role == "system":
+            system = message.content + "\n\n"
+            continue
+        if message.role == "user":
+            message, system = message._replace(content=system + message.content), ""
+        yield message
+
+
+MISTRAL_CHAT = MistralChat(
     system="",
     user="[INST]{text}[/INST]",
     assistant_begin="",

@@ -82,19 +82,19 @@ CONFIGS: dict[str, dict[str, object]] = {
         "as many packs a step as if no devices shared them\n",
     ),
     "internlm2_tiny": _TINY,
-    "internlm3_8b": _pretrained("InternLM3-8B", hub_id="internlm/internlm3-8b-instruct"),
+    "internlm3_8b": _pretrained("InternLM3-8B", hub_id="internlm/internlm3-8b-instruct", prompt_template="tokenizer"),
     "llama3_1_8b": _pretrained(
         "Llama-3.1-8B",
         hub_id="meta-llama/Llama-3.1-8B",
-        prompt_template="llama3_chat",
+        prompt_template="tokenizer",
         more_dataset_arguments=_ZERO_HINT,
     ),
-    "mistral_7b": _pretrained("Mistral-7B", hub_id="mistralai/Mistral-7B-v0.3", prompt_template="mistral"),
+    "mistral_7b": _pretrained("Mistral-7B", hub_id="mistralai/Mistral-7B-v0.3", prompt_template="tokenizer"),
     "qwen2_5_7b": _pretrained(
-        "Qwen2.5-7B", hub_id="Qwen/Qwen2.5-7B", prompt_template="qwen_chat", more_dataset_arguments=_ZERO_HINT
+        "Qwen2.5-7B", hub_id="Qwen/Qwen2.5-7B", prompt_template="tokenizer", more_dataset_arguments=_ZERO_HINT
     ),
     "qwen3_8b": _pretrained(
-        "Qwen3-8B", hub_id="Qwen/Qwen3-8B-Base", prompt_template="qwen_chat", more_dataset_arguments=_ZERO_HINT
+        "Qwen3-8B", hub_id="Qwen/Qwen3-8B-Base", prompt_template="tokenizer", more_dataset_arguments=_ZERO_HINT
     ),
 }
 

@@ -13,10 +13,12 @@ import torch
 from xtuner.config.build import build
 from xtuner.config.settings import SCHEMA
 from xtuner.core.log import human_bytes, human_time, logger, show_progress
-from xtuner.data.chat_template import ChatTemplate
 from xtuner.data.packing.document_source import Documents
 from xtuner.data.tokenizer import Tokenizer, begin_tokens, single_tokens
+from xtuner.data.tokenizer_template import resolve_template
 from xtuner.dist import collectives
+from xtuner.families import FAMILIES
+from xtuner.families.chat import ChatFormat
 from xtuner.model.flops import peak_flops, training_flops
 from xtuner.model.generate import generate
 from xtuner.train.evaluate import evaluate
@@ -222,7 +224,7 @@ class EvaluateChatHook(Hook):
         evaluation_inputs: str | list[str],
         every_n_iters: int | None = None,
         system: str = "",
-        prompt_template: ChatTemplate | None = None,
+        prompt_template: ChatFormat | None = None,
         max_new_tokens: int = 100,
     ) -> None:
         self.tokenizer_spec = tokenizer
@@ -232,6 +234,9 @@ class EvaluateChatHook(Hook):
 
     def before_run(self, run: Run) -> None:
         self.tokenizer: Tokenizer = build(self.tokenizer_spec, "custom_hooks: EvaluateChatHook.tokenizer")
+        family = FAMILIES.get(run.source.config.family)
+        chat = family.chat_for(self.tokenizer.special) if family else None
+        self.template = resolve_template(self.template, self.tokenizer, chat)
         self._sample(run)
 
     def after_iteration(self, run: Run, it: Iteration) -> None:
@@ -247,7 +252,9 @@ class EvaluateChatHook(Hook):
         stops = [*config.stop_ids, *single_tokens(self.tokenizer, words)]
         for text in self.inputs:
             prompt = self.template.prompt(text, self.system) if self.template else text
-            ids = [*begin_tokens(self.tokenizer, config.bos_token_id), *self.tokenizer.encode(prompt)]
+            has_begin = self.template is not None and self.template.writes_begin
+            begin = [] if has_begin else begin_tokens(self.tokenizer, config.bos_token_id)
+            ids = [*begin, *self.tokenizer.encode(prompt)]
             ids = ids or [config.eos_token_id]  # it also separates documents
             agree = run.mesh.ranks.broadcast_int
             reply = self.tokenizer.decode(list(generate(model, ids, self.max_new_tokens, stops, agree=agree)))

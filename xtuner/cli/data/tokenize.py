@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--template",
         default="auto",
-        help="chat template: auto (default) is one whose marks the tokenizer has; internlm2_chat, llama3_chat, …; "
+        help="chat template: auto (default) is the one in the tokenizer's folder (tokenizer), else one whose marks the "
+        "tokenizer has; internlm2_chat, llama3_chat, …; "
         "or package.module.NAME of your own; internevo writes alpaca records bit for bit as that tool does",
     )
     parser.add_argument(

@@ -11,8 +11,9 @@ from xtuner.config.adapter import adapter
 from xtuner.config.schema import Allowed
 from xtuner.core.errors import ConfigError
 from xtuner.data import tokenizer
-from xtuner.data.chat_template import PROMPT_TEMPLATE, ChatTemplate
+from xtuner.data.chat_template import PROMPT_TEMPLATE
 from xtuner.data.loading import sampler
+from xtuner.families.chat import ChatFormat
 
 _SEED = 1024  # the old sampler ignores its `seed` and uses this one
 _VARLEN = {
@@ -68,10 +69,10 @@ def default_collate_fn(instances: Any = None) -> Any:
     return instances
 
 
-def template_named(name: str) -> ChatTemplate:
+def template_named(name: str) -> ChatFormat:
     """The template of a name as in dumped configs, `….PROMPT_TEMPLATE.internlm2_chat`. Raises: ConfigError."""
     try:
-        template: ChatTemplate = getattr(PROMPT_TEMPLATE, name.rpartition(".")[2])
+        template: ChatFormat = getattr(PROMPT_TEMPLATE, name.rpartition(".")[2])
     except AttributeError as e:
         raise ConfigError(str(e), where="prompt_template") from None
     return template

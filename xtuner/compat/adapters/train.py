@@ -12,6 +12,7 @@ from xtuner.compat.settings import SCHEMA
 from xtuner.config.adapter import adapter
 from xtuner.config.schema import Allowed
 from xtuner.data.chat_template import ChatTemplate
+from xtuner.families.chat import ChatFormat
 from xtuner.train import hooks
 
 _NO_BEST = Allowed((None,), "checkpoints are kept by age", "leave it out; compare them with `xtuner eval loss`")
@@ -75,7 +76,7 @@ def EvaluateChatHook(
     evaluation_inputs: str | Sequence[str],
     every_n_iters: int | None = None,
     system: str = "",
-    prompt_template: ChatTemplate | str | None = None,
+    prompt_template: ChatFormat | str | None = None,
     max_new_tokens: int = 600,
     stop_word: str | None = None,
     stop_words: Sequence[str] = (),
@@ -85,7 +86,7 @@ def EvaluateChatHook(
     stops = [*stop_words, *([stop_word] if stop_word else [])]
     if stops:
         template = template or _BARE
-        template = dataclasses.replace(template, stop_words=(*template.stop_words, *stops))
+        template = dataclasses.replace(template, stop_words=(*template.stop_words, *stops))  # type: ignore[type-var]
     return hooks.EvaluateChatHook(tokenizer, inputs, every_n_iters, system, template, max_new_tokens)
 
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, DataError
 from xtuner.core.foreign_inputs import short_repr
 from xtuner.data.chat_template import find_template
 from xtuner.data.tokenize import alpaca_records, chat_records
 from xtuner.data.tokenize.read_chunks import Mistake
 from xtuner.data.tokenize.tokenize_settings import CHATS, INTERNEVO, TokenizeSettings
 from xtuner.data.tokenizer import Tokenizer, load_tokenizer
+from xtuner.data.tokenizer_template import TOKENIZER, require_template
 
 
 class Document(NamedTuple):
@@ -53,7 +54,7 @@ def _check(tokenizer: Tokenizer, settings: TokenizeSettings) -> None:
             kind = option[-3:]
             do = f"omit it with --no-add-{kind}, or set {kind}_token in tokenizer_config.json"
             raise ConfigError(f"the tokenizer has no {kind} token", where=str(tokenizer.folder), do=do)
-    needs = find_template(settings.template).marks if settings.template not in ("", INTERNEVO) else ()
+    needs = find_template(settings.template).marks if settings.template not in ("", INTERNEVO, TOKENIZER) else ()
     missing = [name for name in (*needs, *settings.allow_special) if name not in tokenizer.special]
     if missing:
         raise ConfigError(
@@ -106,14 +107,18 @@ def _chat_document(record: str, tokenizer: Tokenizer, settings: TokenizeSettings
         body = _encoded(partial(alpaca_records.encode_internevo, value, tokenizer, settings.allow_special))
         keep = len(body) if limit is None else limit - len(begin) - len(end)  # the end token is never cut
         return Document([*begin, *body[:keep], *end], cut=keep < len(body))
-    template = find_template(settings.template)
+    template = require_template(tokenizer) if settings.template == TOKENIZER else find_template(settings.template)
     if settings.format == "alpaca":
         messages = alpaca_records.read_messages(value)
     else:
         messages = chat_records.read_messages(value, template.roles)
-    body = _encoded(
-        partial(chat_records.encode_conversation, template.pieces(messages), tokenizer, settings.allow_special)
-    )
+    try:
+        pieces = list(template.pieces(messages))
+    except DataError as e:
+        raise Mistake(f"{e.what}. Another template can be chosen with --template") from None
+    body = _encoded(partial(chat_records.encode_conversation, pieces, tokenizer, settings.allow_special))
+    if begin and body[:1] in ([begin[0]], [-begin[0]]):
+        begin = []  # the template has written it
     tokens = [*begin, *body, *end]
     return Document(tokens[:limit], cut=limit is not None and len(tokens) > limit)
 

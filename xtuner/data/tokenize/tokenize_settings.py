@@ -6,6 +6,7 @@ from typing import Any
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.data.chat_template import find_template
 from xtuner.data.tokenizer import Tokenizer
+from xtuner.data.tokenizer_template import TOKENIZER, is_same, read_template, require_template
 from xtuner.families import chat_templates
 from xtuner.families.internlm2 import InternLM2
 
@@ -13,7 +14,8 @@ TEXTS = ("txt", "json", "jsonl")
 CHATS = ("alpaca", "chat", "ftdp")
 FORMATS = TEXTS + CHATS
 OWN_TEMPLATE = InternLM2.chat.name
-AUTO = "auto"  # the first template whose marks are special tokens of the tokenizer
+# the one in the tokenizer's folder, unless a known one, whose marks the tokenizer has, writes the same
+AUTO = "auto"
 INTERNEVO = "internevo"  # InternEvo's rule for alpaca records, which is not a chat template
 RULES = 1  # increase it when the same input and settings give a different output, so that old outputs are replaced
 FTDP_LENGTH = 32768
@@ -35,6 +37,7 @@ class TokenizeSettings:
     allow_special: tuple[str, ...] = ()
     valid_fraction: float = 0.0
     seed: int = 0
+    wording: str = ""  # of the template in the tokenizer's folder
 
     def check(self) -> None:
         """Raises: ConfigError."""
@@ -42,8 +45,8 @@ class TokenizeSettings:
         if self.format not in known:
             hint = did_you_mean(self.format, list(known))
             raise ConfigError(f"unknown {self.format!r}.{hint}", where="--format", do=f"one of {', '.join(known)}")
-        if self.template not in (INTERNEVO, AUTO):
-            find_template(self.template, others=(INTERNEVO,))
+        if self.template not in (INTERNEVO, AUTO, TOKENIZER):
+            find_template(self.template, others=(INTERNEVO, TOKENIZER))
         if not 0 <= self.valid_fraction <= 1:
             raise ConfigError(f"{self.valid_fraction} is not a fraction", where="--valid-fraction", do="from 0 to 1")
         if self.max_length is not None and self.max_length < 2:
@@ -62,8 +65,11 @@ class TokenizeSettings:
             found = replace(found, add_bos=False)
         if self.template == AUTO:
             known = (chat for chat in chat_templates().values() if chat.marks)
-            fitting = (chat.name for chat in known if all(mark in tokenizer.special for mark in chat.marks))
-            found = replace(found, template=next(fitting, OWN_TEMPLATE))
+            fitting = next((c for c in known if all(mark in tokenizer.special for mark in c.marks)), InternLM2.chat)
+            own = read_template(tokenizer)
+            found = replace(found, template=fitting.name if own is None or is_same(own, fitting) else TOKENIZER)
+        if found.template == TOKENIZER:
+            found = replace(found, wording=require_template(tokenizer).text)
         return found
 
     def resolved(self, kind: str) -> "TokenizeSettings":
@@ -85,7 +91,7 @@ class TokenizeSettings:
             text_key=self.text_key if keyed and not self.whole_record else "",
             whole_record=self.whole_record and keyed,
             template="" if is_text else self.template if internevo or self.template != INTERNEVO else OWN_TEMPLATE,
-            add_bos=True if self.add_bos is None else self.add_bos,
+            add_bos=(is_text or self.template != TOKENIZER) if self.add_bos is None else self.add_bos,
             add_eos=(is_text or internevo) if self.add_eos is None else self.add_eos,
             max_length=self.max_length or default_length,
             allow_special=tuple(sorted(set(self.allow_special))),
@@ -94,5 +100,9 @@ class TokenizeSettings:
 
     def recipe(self, tokenizer_identity: str) -> dict[str, Any]:
         """The settings as recorded with an output. They contain no paths, so that a tokenizer may be moved."""
-        own = {"wording": repr(find_template(self.template))} if "." in self.template else {}  # which users may change
-        return {"rules": RULES, **asdict(self), "tokenizer": tokenizer_identity, **own}
+        values = asdict(self)
+        if "." in self.template:  # which users may change
+            values["wording"] = repr(find_template(self.template))
+        elif self.template != TOKENIZER:
+            del values["wording"]
+        return {"rules": RULES, **values, "tokenizer": tokenizer_identity}

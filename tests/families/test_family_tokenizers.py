@@ -2,6 +2,7 @@
 
 import base64
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from helpers.neighbours import DEEPSEEK, LLAMA, QWEN, write_model, write_tokeniz
 from helpers.paths import reference
 
 from xtuner.core.errors import ConfigError
+from xtuner.data.tiktoken_files import _byte_letters
 from xtuner.data.tokenizer import begin_tokens, load_tokenizer
 from xtuner.export.hf import export_hf
 from xtuner.families import FAMILIES
@@ -75,13 +77,59 @@ def test_data_and_chat_follow_the_tokenizer(name: str, tmp_path: Path, xtuner: C
     assert xtuner("chat", exported, "--prompt", "Hi", "--max-new-tokens", 2) == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_tiktoken_files(family: str, tmp_path: Path) -> None:
+    """Ids are those of tiktoken itself, before and after an export, of which transformers has the same."""
+    tiktoken = pytest.importorskip("tiktoken")
+    from transformers import AutoTokenizer
+
+    form = FAMILIES[family].tiktoken
+    assert form is not None
+    texts = [case["text"] for case in json.loads(reference("tokenizer", "strings.json").read_text())]
+    merges = json.loads((write_tokenizer(tmp_path / "a", ()) / "tokenizer.json").read_text())["model"]["merges"]
+    letters = {letter: bytes([b]) for b, letter in enumerate(_byte_letters())}
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [b"".join(letters[letter] for letter in "".join(pair)) for pair in merges]
+    ranks = {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
+    (tmp_path / "b").mkdir()
+    lines = [base64.b64encode(token) + b" %d" % rank for token, rank in ranks.items()]
+    (tmp_path / "b" / form.file).write_bytes(b"\n".join(lines) + b"\n")
+    special = {name: len(ranks) + i for i, name in enumerate(form.special)}
+    reference_encoding = tiktoken.Encoding("x", pat_str=form.words, mergeable_ranks=ranks, special_tokens=special)
+    ours = load_tokenizer(tmp_path / "b")
+    assert (ours.special, ours.vocab_size) == (special, len(ranks) + len(special))
+    assert ours.eos_id == special[form.end]
+    assert ours.has_begin == (family == "llama")
+
+    network = from_scratch(
+        family=family, vocab_size=900, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=ours.eos_id, seed=0,
+    )  # fmt: skip
+    write_model(tmp_path / "hf", network.config, family)
+    exported = export_hf(tmp_path / "hf", tmp_path / "out", tmp_path / "b")
+    again, theirs = load_tokenizer(exported), AutoTokenizer.from_pretrained(exported)
+    for text in [*texts, "aaaa " * 9, "1234567 12", "It's I'LL", "\u00e9 e\u0301", *form.special[:12]]:
+        normal = unicodedata.normalize("NFC", text) if form.nfc else text
+        ids = reference_encoding.encode(normal, allowed_special="all")
+        assert ours.encode(text) == again.encode(text) == ids, text
+        assert theirs.encode(text, add_special_tokens=False) == ids, text
+        assert ours.decode(ids) == normal
+        plain = reference_encoding.encode(normal, disallowed_special=())
+        assert ours.encode_plain(text) == plain, text
+
+    for broken, message in ((lines[:9], "247 bytes have no token, such as 9"), ([*lines, b"?? 1"], "line 401 is not")):
+        (tmp_path / "b" / form.file).write_bytes(b"\n".join(broken) + b"\n")
+        with pytest.raises(ConfigError, match=f"{form.file} cannot be read: {message}"):
+            load_tokenizer(tmp_path / "b")
+
+
 def test_files_without_the_rule_of_words(tmp_path: Path) -> None:
-    """Tiktoken's own files and those of older byte-level tokenizers: with tokenizer.json they do not matter."""
+    """Those of tiktoken under other names and of older tokenizers; with tokenizer.json they do not matter."""
     lines = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
     folder = write_tokenizer(tmp_path / "a", LLAMA)
     (folder / "tokenizer.model").write_bytes(lines)
     assert load_tokenizer(folder).encode("!") == [0]
-    for name in ("tokenizer.model", "qwen.tiktoken", "vocab.json"):
+    for name in ("other.tiktoken", "vocab.json"):
         (tmp_path / name[:4]).mkdir()
         (tmp_path / name[:4] / name).write_bytes(lines)
         with pytest.raises(ConfigError, match=rf"the folder has {name}, but no tokenizer.json[\s\S]*save_pretrained"):

@@ -15,7 +15,7 @@ from xtuner.core.files import read_json
 from xtuner.core.log import logger
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"]
-TOKENIZER_FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+TOKENIZER_FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "qwen.tiktoken"]
 _SMALL = ["config.json", "generation_config.json", *TOKENIZER_FILES]
 INDEX = "model.safetensors.index.json"
 _SAFETENSORS = ["*.safetensors", INDEX]

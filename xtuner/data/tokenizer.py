@@ -13,8 +13,10 @@ from typing import Any, Protocol
 from xtuner.core import hub
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
-from xtuner.core.foreign_inputs import open_regular, read_regular, short_repr
+from xtuner.core.foreign_inputs import read_regular, short_repr
+from xtuner.data.tiktoken_files import build_tokenizer_json, find_tiktoken, is_tiktoken
 from xtuner.families import FAMILIES, chat_templates
+from xtuner.families.base import Tiktoken
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens in settings files: `bos_token`
 
@@ -69,10 +71,12 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     """The tokenizer of a model folder or hub id. Raises: ConfigError if it has none of a known form."""
     folder = hub.resolve(str(name_or_path), tokenizer_only=True)
     model = folder / "tokenizer.model"
-    if os.path.isfile(model) and not _is_tiktoken(model):
+    if os.path.isfile(model) and not is_tiktoken(model):
         return _SentencePiece(folder)
     if os.path.isfile(folder / "tokenizer.json"):
         return _JsonTokenizer(folder)
+    if known := find_tiktoken(folder):
+        return _TiktokenFile(folder, *known)
     old = (model.name, *(name for name in ("vocab.json", "merges.txt") if (folder / name).is_file()))
     tiktoken = sorted(path.name for path in folder.glob("*.tiktoken"))
     if found := [name for name in (*old, *tiktoken) if (folder / name).is_file()]:
@@ -88,16 +92,6 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         where=str(folder),
         do="give the folder of the tokenizer that the data were tokenized with",
     )
-
-
-def _is_tiktoken(path: Path) -> bool:
-    """Whether it has the form of Llama 3's `original/tokenizer.model`: lines of base64 and a rank."""
-    try:
-        with open_regular(path) as f:
-            head = f.read(1024)
-    except OSError:
-        return False
-    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n[A-Za-z0-9+/]+=* \d+\r?\n", head) is not None
 
 
 class _SentencePiece:
@@ -181,17 +175,20 @@ class _SentencePiece:
 
 
 class _JsonTokenizer:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, file: str = "tokenizer.json", text: str | None = None) -> None:
+        """`text`: the contents in the form of a tokenizer.json, if `file` has another form."""
         import tokenizers
 
-        self.folder = folder
-        path = folder / "tokenizer.json"
+        self.folder, self._file = folder, folder / file
         with self._catch_panics():
             try:
-                self._model = tokenizers.Tokenizer.from_file(str(path))
-                self._without_names = tokenizers.Tokenizer.from_file(str(path))
+                self._model, self._without_names = (
+                    tokenizers.Tokenizer.from_file(str(self._file)) if text is None
+                    else tokenizers.Tokenizer.from_str(text)
+                    for _ in range(2)
+                )  # fmt: skip
             except Exception as e:  # the library raises plain Exception
-                raise _unreadable(path, e) from None
+                raise _unreadable(self._file, e) from None
         self._without_names.encode_special_tokens = True
         added = self._model.get_added_tokens_decoder()
         marks = {mark for chat in chat_templates().values() for mark in chat.marks}  # DeepSeek's are not `special`
@@ -208,7 +205,7 @@ class _JsonTokenizer:
             yield
         except BaseException as e:
             if type(e).__name__ == "PanicException":
-                raise _unreadable(self.folder / "tokenizer.json", e) from None
+                raise _unreadable(self._file, e) from None
             raise
 
     def _named(self, token: Any) -> int | None:
@@ -243,7 +240,15 @@ class _JsonTokenizer:
             return str(self._model.decode(list(ids), skip_special_tokens=False))
 
     def identity(self) -> str:
-        return _identity(self.folder / "tokenizer.json", {**self.special, "bos": self.bos_id, "eos": self.eos_id})
+        return _identity(self._file, {**self.special, "bos": self.bos_id, "eos": self.eos_id})
+
+
+class _TiktokenFile(_JsonTokenizer):
+    def __init__(self, folder: Path, path: Path, form: Tiktoken) -> None:
+        super().__init__(folder, path.name, build_tokenizer_json(path, form))
+        self.has_begin = self.has_begin and bool(form.begin)
+        begin, end = self.special.get(form.begin), self.special.get(form.end)
+        self.bos_id, self.eos_id = (begin if self.bos_id is None else self.bos_id), self.eos_id or end
 
 
 def _unreadable(path: Path, error: BaseException) -> ConfigError:

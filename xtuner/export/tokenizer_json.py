@@ -10,6 +10,7 @@ from typing import Any
 
 from xtuner.core.files import read_json, write_json
 from xtuner.core.log import logger
+from xtuner.data.tiktoken_files import build_tokenizer_json, find_tiktoken, is_tiktoken
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.families import NATIVE
 from xtuner.families.chat import ChatTemplate
@@ -40,6 +41,13 @@ def complete_tokenizer(folder: Path, chat: ChatTemplate | None = NATIVE.chat) ->
     has_json = (folder / "tokenizer.json").is_file()
     if has_json and "auto_map" in found:
         settings |= _LIBRARY
+    if not has_json and (tiktoken := find_tiktoken(folder)):
+        (folder / "tokenizer.json").write_text(build_tokenizer_json(*tiktoken), encoding="utf-8")
+        form = tiktoken[1]
+        named = {"bos_token": form.begin or None, "eos_token": form.end, "clean_up_tokenization_spaces": False}
+        template = {"chat_template": chat.jinja()} if chat and set(chat.turn_marks) <= set(form.special) else {}
+        settings = {**named, **template, **settings, **_LIBRARY}
+        has_json = True
     model = _read_model(folder / "tokenizer.model")
     if model and not has_json and not _is_plain(model):
         logger.warning(
@@ -62,7 +70,7 @@ def complete_tokenizer(folder: Path, chat: ChatTemplate | None = NATIVE.chat) ->
 
 def _read_model(path: Path) -> Any:
     """A SentencePiece model's protobuf message, or None if the file does not exist."""
-    if not path.is_file():
+    if not path.is_file() or is_tiktoken(path):
         return None
     from sentencepiece import sentencepiece_model_pb2  # it needs protobuf, a dependency of tensorboard
 

@@ -47,6 +47,26 @@ class Stored:
     end: int | None = None
 
 
+@dataclass(frozen=True)
+class Tiktoken:
+    """What tokenizer files in tiktoken's form lack.
+
+    Args:
+        file: their name.
+        words: the rule by which a text is split into words, a regular expression.
+        special: special tokens, from the first id after the file's on.
+        begin, end: those that begin and end a text; "" for none.
+        nfc: whether texts are normalized to Unicode's NFC first.
+    """
+
+    file: str
+    words: str
+    special: tuple[str, ...]
+    begin: str
+    end: str
+    nfc: bool = False
+
+
 class ModelFamily(ABC):
     """Tensor names, settings and chat template of a family."""
 
@@ -62,6 +82,7 @@ class ModelFamily(ABC):
     auto_map: ClassVar[Mapping[str, str]] = {}  # of config.json: classes in the files of `--with-code` (export/remote/)
     # special tokens that its tokenizer.model contains only as unnamed unused pieces: id → (piece, name)
     unnamed_tokens: ClassVar[Mapping[int, tuple[str, str]]] = {}
+    tiktoken: Tiktoken | None = None  # its tokenizer files in that form
     fields: frozenset[str] = FIELDS  # keys of config.json that define the network: settings of `from_scratch`
     defaults: ClassVar[Mapping[str, Any]] = {}  # of these keys where a config omits them
 

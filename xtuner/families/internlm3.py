@@ -14,6 +14,7 @@ class InternLM3(Llama):
     architecture = "InternLM3ForCausalLM"
     tags = ("internlm3",)
     other_chats: tuple[ChatTemplate, ...] = ()  # InternLM2's marks
+    tiktoken = None
     fields = FIELDS | {"qkv_bias", "bias", "tie_word_embeddings"}
     defaults: ClassVar = {"rms_norm_eps": 1e-5, "rope_theta": 5e7, "pad_token_id": 2, "num_key_value_heads": None}
     released: ClassVar = (

@@ -1,10 +1,11 @@
 """Llama and models with its tensor names: q, k and v are separate. InternLM2 models can be exported in this form."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any, ClassVar
 
-from xtuner.families.base import ModelFamily, Released, Stored
+from xtuner.families.base import ModelFamily, Released, Stored, Tiktoken
 from xtuner.families.chat import ChatTemplate
 from xtuner.families.hf_config import FIELDS, Reader, read_network, read_tied, write_network
 from xtuner.families.internlm2 import INTERNLM2
@@ -30,6 +31,25 @@ DEEPSEEK_CHAT = ChatTemplate(  # of DeepSeek-R1-Distill-Llama and -Qwen
     name="deepseek_r1_chat",
     marks=("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
 )
+
+
+def _tiktoken_special() -> Iterator[str]:
+    """Special tokens of Llama 3.1 and later. Llama 3.0 has other names for those that its chat template does not use."""
+    named = {
+        0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
+        7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
+    }  # fmt: skip
+    reserved = count()
+    yield from (named.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(256))
+
+
+_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def split_words(digits: str) -> str:
+    """The rule of byte-level tokenizers of Llama 3 and Qwen, which differ in digits."""
+    return _ENGLISH + digits + _OTHERS
 
 
 def _llama2(layers: int, hidden: int, inner: int, heads: int, kv_heads: int) -> dict[str, Any]:
@@ -61,6 +81,13 @@ class Llama(ModelFamily):
     tags = ("llama",)
     chat = INTERNLM2.chat
     other_chats: tuple[ChatTemplate, ...] = (LLAMA3_CHAT, DEEPSEEK_CHAT)
+    tiktoken: Tiktoken | None = Tiktoken(
+        "tokenizer.model",
+        split_words(r"\p{N}{1,3}"),
+        tuple(_tiktoken_special()),
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+    )
     fields = FIELDS | {"attention_bias", "mlp_bias", "tie_word_embeddings"}
     released: ClassVar[tuple[Released, ...]] = (
         Released("meta-llama/Llama-2-7b-hf", _llama2(32, 4096, 11008, 32, 32)),

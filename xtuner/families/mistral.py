@@ -61,6 +61,7 @@ class Mistral(Llama):
     tags = ("mistral",)
     chat = MISTRAL_CHAT
     other_chats: tuple[ChatTemplate, ...] = ()
+    tiktoken = None
     fields = FIELDS | {"sliding_window", "tie_word_embeddings"}
     defaults: ClassVar = {"sliding_window": None, "num_key_value_heads": None}
     released: ClassVar = (

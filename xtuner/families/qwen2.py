@@ -4,10 +4,10 @@ from typing import Any, ClassVar
 
 from xtuner.core.errors import ConfigError
 from xtuner.core.foreign_inputs import short_repr
-from xtuner.families.base import Released
+from xtuner.families.base import Released, Tiktoken
 from xtuner.families.chat import ChatTemplate
 from xtuner.families.hf_config import FIELDS, Reader, read_network, read_tied, write_network
-from xtuner.families.llama import DEEPSEEK_CHAT, ROPES, Llama
+from xtuner.families.llama import DEEPSEEK_CHAT, ROPES, Llama, split_words
 from xtuner.families.network import DecoderConfig
 
 CHATML = ChatTemplate(
@@ -45,6 +45,14 @@ class Qwen2(Llama):
     tags = ("qwen2",)
     chat = CHATML
     other_chats: tuple[ChatTemplate, ...] = (DEEPSEEK_CHAT,)
+    tiktoken: Tiktoken | None = Tiktoken(
+        "qwen.tiktoken",
+        split_words(r"\p{N}"),
+        ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))),
+        begin="",
+        end="<|endoftext|>",
+        nfc=True,
+    )
     fields = FIELDS | {"tie_word_embeddings"}
     defaults: ClassVar = {"pad_token_id": None, "num_key_value_heads": None, "rope_theta": 1e6}
     released: ClassVar = (

@@ -26,6 +26,7 @@ class Qwen3(Llama):
     tags = ("qwen3",)
     chat = CHATML
     other_chats: tuple[ChatTemplate, ...] = (DEEPSEEK_CHAT,)
+    tiktoken = None
     fields = FIELDS | {"attention_bias", "tie_word_embeddings"}
     defaults: ClassVar = {"head_dim": 128, "rope_theta": 1e6, "pad_token_id": None, "num_key_value_heads": None}
     released: ClassVar[tuple[Released, ...]] = (

@@ -34,7 +34,7 @@ DEEPSEEK_CHAT = ChatTemplate(  # of DeepSeek-R1-Distill-Llama and -Qwen
 
 
 def _tiktoken_special() -> Iterator[str]:
-    """Special tokens of Llama 3.1 and later. Llama 3.0 has other names for those that its chat template does not use."""
+    """Special tokens of Llama 3.1 and later. Llama 3.0 has other names for those that chats do not use."""
     named = {
         0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
         7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
 from xtuner.data.inspect.statistics import pack_costs
 from xtuner.data.loading import balance as deal
 from xtuner.data.loading.batch import Batch
+from xtuner.data.loading.document_groups import ContextCosts, divide_documents
 from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
 from xtuner.data.packing import document_order
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
+from xtuner.families.network import AttentionPairs, DecoderConfig
+from xtuner.model.flops import count_attention_pairs
 from xtuner.train import preflight
 from xtuner.train.plan import find_longest_document, make_plan
 from xtuner.train.reporting.start_report import format_start_report
@@ -55,6 +59,36 @@ def test_costs_are_those_of_the_batches(indexed: bool, tmp_path: Path, monkeypat
         assert np.concatenate(of_files).tolist() == costs
         seen += len(data)
     assert seen > 200
+
+
+def test_costs_with_sliding_windows() -> None:
+    """A direct count of the pairs in each layer; which rank gets which pack, and which documents, follows it."""
+    network = DecoderConfig(9, 2, 2, 4, 1, 1, 2, sliding_window=5, sliding_layers=(True, False, True, True))
+    pairs = network.attention_pairs
+
+    def count(length: int) -> int:
+        windows = [network.window(layer) or length for layer in range(network.num_layers)]
+        return sum(min(t + 1, window) for window in windows for t in range(length))
+
+    for length in (0, 1, 4, 5, 6, 7, 30, 1000):
+        assert abs(2 * count(length) / network.num_layers - pairs.count(length)) <= length + 1
+    lengths = np.array([1, 4, 7, 30, 1000])
+    assert pairs.count(lengths).tolist() == [pairs.count(n) for n in lengths.tolist()]
+    borders = torch.tensor([0, *lengths.cumsum()])
+    assert count_attention_pairs(network, borders) == pairs.count(lengths).sum()
+    long = 2**31 - 1
+    assert pairs.count(np.array([long])).tolist() == [pairs.count(long)]
+
+    ends, starts = np.array([16, 20, 24, 28, 32]), np.array([0, 16])
+    plain = deal.attention_costs(ends, starts, 16)
+    windowed = deal.attention_costs(ends, starts, 16, pairs)
+    assert plain.tolist() == [256, 64]
+    assert windowed.tolist() == [256 - 11 * 11 * 3 // 4, 64]
+
+    costs = ContextCosts(token=1.0, pair=10.0, exchanged=4000.0)  # sharing costs more than what attention saves
+    assert divide_documents([1000, 10], 2, costs).shared == [0]
+    narrow = replace(costs, pairs=AttentionPairs(5, 1, 1))
+    assert divide_documents([1000, 10], 2, narrow).shared == []
 
 
 def test_costs_of_the_longest_documents_are_exact() -> None:

@@ -102,6 +102,7 @@ def context_costs(c: DecoderConfig, mesh: Mesh, itemsize: int) -> ContextCosts:
         token=6 * matmul_parameters(c) / FLOPS,
         pair=7 * c.num_layers * c.query_width / ATTENTION_FLOPS,
         exchanged=itemsize * c.num_layers * (2 * heads + c.query_width) / speed,  # the output once more in the backward
+        pairs=c.attention_pairs,
     )
 
 

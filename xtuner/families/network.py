@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,31 @@ class RopeScaling:
             return 0.1 * scale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
         return growth(self.mscale) / growth(self.mscale_all_dim) if self.mscale and self.mscale_all_dim else growth(1.0)
+
+
+@dataclass(frozen=True)
+class AttentionPairs:
+    """How many pairs of tokens attend to each other in a document, twice over and as a mean over layers.
+
+    Args:
+        window: sliding window of `layers` of the `of` layers; None for none.
+    """
+
+    window: int | None = None
+    layers: int = 0
+    of: int = 1
+
+    def count(self, length: Any) -> Any:
+        """Pairs of a document of this length, or of each of an array: len², less (len − window)² where a layer has a
+        window."""
+        if self.window is None or not self.layers:
+            return length * length
+        outside = ((length - self.window) * (length > self.window)) ** 2
+        whole, rest = outside // self.of, outside % self.of  # separately, as the product may exceed 64 bits
+        return length * length - whole * self.layers - rest * self.layers // self.of
+
+
+ALL_PAIRS = AttentionPairs()  # of a network without sliding windows
 
 
 @dataclass(frozen=True)
@@ -119,6 +144,10 @@ class DecoderConfig:
     def num_windows(self) -> int:
         """Number of layers with a sliding window."""
         return sum(self.window(layer) is not None for layer in range(self.num_layers))
+
+    @property
+    def attention_pairs(self) -> AttentionPairs:
+        return AttentionPairs(self.sliding_window, self.num_windows, self.num_layers)
 
     def window(self, layer: int) -> int | None:
         """The sliding window of a layer, if any."""

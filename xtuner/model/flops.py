@@ -36,12 +36,7 @@ def _block_weights(c: DecoderConfig) -> int:
 
 def count_attention_pairs(c: DecoderConfig, cu_seqlens: torch.Tensor) -> int:
     """Σ len² over documents, mean over layers. With a sliding window w, a longer document counts len² − (len − w)²."""
-    lengths = cu_seqlens.diff().long()
-    pairs = int(lengths.square().sum())
-    if not c.num_windows or c.sliding_window is None:
-        return pairs
-    outside = int((lengths - c.sliding_window).clamp(min=0).square().sum())
-    return pairs - outside * c.num_windows // c.num_layers
+    return int(c.attention_pairs.count(cu_seqlens.diff().long()).sum())
 
 
 def training_flops(c: DecoderConfig, tokens: int, attention_pairs: float) -> float:

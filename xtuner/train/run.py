@@ -107,6 +107,7 @@ class Plan(Lengths):
             reshuffle=self.reshuffle,
             begun_on=self.begun_on,
             windows_from=self.windows_from,
+            pairs=settings.source.config.attention_pairs,
         )
 
 

@@ -19,14 +19,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from xtuner.families.network import ALL_PAIRS, AttentionPairs
+
 Ints = npt.NDArray[np.integer[Any]]
 Int64s = npt.NDArray[np.int64]
 Costs = npt.NDArray[Any]
 BLOCK = 2**20  # tokens of packs whose documents are processed together; bounds the memory
 
 
-def attention_costs(ends: Int64s, starts: Ints, packed_length: int) -> Int64s:
-    """Σ len² over the fragments of packs that begin at tokens `starts` of a file whose documents end at `ends`."""
+def attention_costs(ends: Int64s, starts: Ints, packed_length: int, pairs: AttentionPairs = ALL_PAIRS) -> Int64s:
+    """Σ len² over the fragments of packs that begin at tokens `starts` of a file whose documents end at `ends`; with
+    sliding windows, the pairs that they leave."""
     found = np.empty(len(starts), np.int64)
     step = max(BLOCK // packed_length, 1)
     for i in range(0, len(starts), step):
@@ -39,7 +42,7 @@ def attention_costs(ends: Int64s, starts: Ints, packed_length: int) -> Int64s:
         cuts = np.minimum(ends[inside], np.repeat(stops, counts))
         lengths = np.diff(cuts, prepend=0)
         lengths[heads] = cuts[heads] - begins
-        found[i : i + step] = np.add.reduceat(lengths * lengths, heads)
+        found[i : i + step] = np.add.reduceat(pairs.count(lengths), heads)
     return found
 
 

@@ -14,6 +14,8 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from xtuner.families.network import ALL_PAIRS, AttentionPairs
+
 MAX_EXCHANGES = 64  # between groups of fragments; a few usually suffice
 MAX_SHARED = 64  # documents; with so many of a pack's longest shared, the others are short and easily balanced
 
@@ -24,13 +26,19 @@ class ContextCosts:
 
     Args:
         token: products and elementwise kernels of one token.
-        pair: attention of two tokens of one document; a document of n tokens has n² of them.
+        pair: attention of two tokens of one document.
         exchanged: sending and receiving the heads of one shared token.
+        pairs: their number in a document; n² without sliding windows.
     """
 
     token: float
     pair: float
     exchanged: float
+    pairs: AttentionPairs = ALL_PAIRS
+
+    def attention(self, length: int) -> float:
+        """Seconds of one document's attention."""
+        return self.pair * float(self.pairs.count(length))
 
 
 @dataclass(frozen=True)
@@ -52,21 +60,21 @@ def divide_documents(lengths: Sequence[int], ranks: int, costs: ContextCosts) ->
     """The division with the least estimated time of the slowest rank, among those that share the m longest documents,
     for every m. It depends on the arguments only: all ranks find the same one. Empty documents are left out."""
     order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: (-lengths[i], i))
-    total, pairs = sum(lengths), sum(n * n for n in lengths)
+    total, attention = sum(lengths), [costs.attention(n) for n in lengths]
     best, found = float("inf"), DocumentDivision([], [0] * ranks, [[] for _ in range(ranks)])
     for count in range(min(len(order), MAX_SHARED) + 1):
         shared, alone = sorted(order[:count]), sorted(order[count:])
         sent = sum(lengths[i] for i in shared)
-        if (costs.token * total + costs.pair * pairs + costs.exchanged * sent) / ranks >= best:
+        if (costs.token * total + sum(attention) + costs.exchanged * sent) / ranks >= best:
             break  # sharing more cannot be faster: it is no better than perfect balance
         groups = [[alone[j] for j in group] for group in distribute([lengths[i] for i in alone], ranks)]
         tokens = [sum(lengths[i] for i in group) for group in groups]
         pieces = fill_up(tokens, sent)
         slowest = max(
-            costs.token * (held + piece) + costs.pair * sum(lengths[i] ** 2 for i in group)
+            costs.token * (held + piece) + sum(attention[i] for i in group)
             for group, held, piece in zip(groups, tokens, pieces, strict=True)
         )
-        seconds = slowest + (costs.pair * sum(lengths[i] ** 2 for i in shared) + costs.exchanged * sent) / ranks
+        seconds = slowest + (sum(attention[i] for i in shared) + costs.exchanged * sent) / ranks
         if seconds < best:
             best, found = seconds, DocumentDivision(shared, pieces, groups)
     return found

@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader
 from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.system.malloc import keep_freed
-from xtuner.data.loading.balance import Costs, assign_to_iterations, assign_to_ranks, waiting_share, windows
+from xtuner.data.loading.balance import Costs, Ints, assign_to_iterations, assign_to_ranks, waiting_share, windows
 from xtuner.data.loading.batch import Batch
 from xtuner.data.loading.sampler import InternRepoSampler, Position, iterate_numbers, packs_per_epoch
 from xtuner.data.packing.pack import PackedDataset, RawPack
 from xtuner.data.process_pool import end_with_parent
+from xtuner.families.network import ALL_PAIRS, AttentionPairs
 
 READERS = 2  # reading threads; most of the work is in numpy, which releases the GIL
 PREFETCH = 4  # packs prepared ahead; one takes 24 bytes a token: 0.8 MB at 32k tokens, 25 MB at a million
@@ -43,6 +44,7 @@ class PackLoader:
         begun_on: number of ranks on which the run was started; it decides the length of an epoch. None for that of
             the sampler.
         windows_from: pack of the stream from which windows of k iterations are counted.
+        pairs: what sliding windows leave of attention's cost.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class PackLoader:
         reshuffle: bool = False,
         begun_on: int | None = None,
         windows_from: int = 0,
+        pairs: AttentionPairs = ALL_PAIRS,
     ) -> None:
         SCHEMA.require("train_dataloader", num_workers=num_workers, balance=balance)
         self.dataset = dataset
@@ -64,6 +67,7 @@ class PackLoader:
         self.balance = 0 if self.balance_obstacle else balance
         self.accumulative_counts = accumulative_counts
         self.windows_from = windows_from
+        self.pairs = pairs
         self.reshuffle = reshuffle
         self.begun_on = sampler.world_size if begun_on is None else begun_on
 
@@ -105,10 +109,15 @@ class PackLoader:
         begin = position.packs_before(per_epoch)
         for first, iterations, done in windows(begin, self.windows_from, packs, per_epoch, self.balance):
             window = self.sampler.packs(first, first + iterations * packs, per_epoch, self.reshuffle)
-            costs = self.dataset.costs(window)
+            costs = self._costs(window)
             for taken in assign_to_iterations(costs, packs)[done:]:
                 mine = assign_to_ranks(costs[taken], self.dp_size)[self.sampler.rank]
                 yield from window[taken[mine]].tolist()
+
+    def _costs(self, packs: Ints) -> Costs:
+        """Attention costs. A user's own dataset counts Σ len² itself."""
+        knows_windows = self.pairs.window is not None and isinstance(self.dataset, PackedDataset)
+        return self.dataset.costs(packs, self.pairs) if knows_windows else self.dataset.costs(packs)
 
     def waiting_share(self, time: Callable[[Costs], Costs], balance: int, most: int) -> float | None:
         """Share of an iteration during which ranks wait for the slowest, over the first `most` iterations of epoch 0.
@@ -122,7 +131,7 @@ class PackLoader:
         if not iterations or self.balance_obstacle or not getattr(self.dataset, "indexed", True):
             return None
         first = self.sampler.packs(0, iterations * packs, self.packs_per_epoch, self.reshuffle)
-        return waiting_share(self.dataset.costs(first), time, self.dp_size, self.accumulative_counts, balance)
+        return waiting_share(self._costs(first), time, self.dp_size, self.accumulative_counts, balance)
 
     def _read(self, position: Position, gpu: int | None) -> Iterator[Batch]:
         def begin() -> None:

@@ -28,6 +28,7 @@ from xtuner.data.loading.balance import attention_costs
 from xtuner.data.packing import document_order
 from xtuner.data.packing.document_source import Documents, DocumentSource, Reader, SourceFile, as_documents
 from xtuner.data.packing.dropped_tokens import DroppedTokens
+from xtuner.families.network import ALL_PAIRS, AttentionPairs
 
 LabelRule = Literal["internevo", "xtuner"]
 IGNORE = -100  # no loss at this position
@@ -202,14 +203,16 @@ class PackedDataset:
         """Whether document lengths are available without reading metas: they are mapped, or few."""
         return self._orders is not None or self.documents.num_documents < document_order.SMALL
 
-    def costs(self, packs: npt.NDArray[np.integer[Any]]) -> Int64s:
-        """Σ len² over the fragments of each of these packs: proportional to their attention cost. Reads no tokens."""
+    def costs(self, packs: npt.NDArray[np.integer[Any]], pairs: AttentionPairs = ALL_PAIRS) -> Int64s:
+        """Σ len² over the fragments of each of these packs, or what sliding windows leave of it: proportional to their
+        attention cost. Reads no tokens."""
         file_numbers = np.searchsorted(self._first_pack, packs, side="right") - 1
         starts = (packs - self._first_pack[file_numbers]) * self.packed_length
         found = np.empty(len(packs), np.int64)
         by_file = np.argsort(file_numbers, kind="stable")
         for part in np.split(by_file, np.flatnonzero(np.diff(file_numbers[by_file])) + 1):
-            found[part] = attention_costs(self._ends(int(file_numbers[part[0]])), starts[part], self.packed_length)
+            ends = self._ends(int(file_numbers[part[0]]))
+            found[part] = attention_costs(ends, starts[part], self.packed_length, pairs)
         return found
 
     def longest_fragment(self, pack: int) -> int:

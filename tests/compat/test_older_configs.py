@@ -232,6 +232,45 @@ def test_every_form_trains_as_our_own_config(
         assert xtuner("convert", "pth_to_hf", form, last, tmp_path / "hf", "--cfg-options", *options) == 0
 
 
+@pytest.mark.processes
+def test_mistral_with_added_tokens(legacy_text: str, tmp_path: Path, xtuner: Command) -> None:
+    """The old mistral_7b_w_tokenized_dataset: `tokenizer=` in the model, whose new ids get rows in the embedding."""
+    from helpers.neighbours import write_model
+
+    from xtuner.config.build import build
+    from xtuner.model import from_pretrained, from_scratch
+
+    sizes = dict(vocab_size=VOCABULARY - 30, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    mistral = from_scratch(
+        family="mistral", seed=3, num_attention_heads=4, num_key_value_heads=2, sliding_window=9, **sizes
+    )
+    write_model(tmp_path / "mistral", mistral.config, "mistral")
+    stored = load_file(tmp_path / "mistral" / "model.safetensors")
+    random = {name: 0.1 * torch.randn(t.shape) for name, t in stored.items()}
+    save_file(random, tmp_path / "mistral" / "model.safetensors")
+    text = re.sub(
+        "pretrained_model_name_or_path = '.*'", f"pretrained_model_name_or_path = '{tmp_path}/mistral'", legacy_text
+    )
+    text = text.replace("    llm=dict(", "    tokenizer=tokenizer,\n    llm=dict(")
+    text = text.replace(
+        "        trust_remote_code=True))",
+        "        torch_dtype=torch.bfloat16, attn_implementation='flash_attention_2'))",
+    )
+    config = tmp_path / "mistral_7b_w_tokenized_dataset.py"
+    config.write_text("import torch\n" + text)
+    assert xtuner("check-cfg", config) == 0
+    assert xtuner("train", config, "--work-dir", tmp_path / "run") == 0
+    last = tmp_path / "run" / "iter_30.pth"
+    grown = from_pretrained(str(last / "weights")).config
+    assert (grown.vocab_size, grown.family, grown.sliding_window) == (448, "mistral", 9)
+    assert xtuner("convert", "pth_to_hf", config, last, tmp_path / "hf") == 0
+    weights = build(load(str(config)).values["model"], "model").build().state_dict()
+    for ours, theirs in (("output", "lm_head"), ("model.tok_embeddings", "model.embed_tokens")):
+        rows, old = weights[f"{ours}.weight"], random[f"{theirs}.weight"]
+        assert rows[: len(old)].equal(old)
+        torch.testing.assert_close(rows[len(old) :], old.mean(0).expand(448 - len(old), -1))
+
+
 def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="xtuner"):
         config = load(str(legacy))
@@ -392,7 +431,6 @@ def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
             "    lora=dict(type='LoraConfig', r=64),\n    llm=dict(",
             ["lora = ", "all weights are trained"],
         ),
-        ("    llm=dict(", "    tokenizer=tokenizer,\n    llm=dict(", ["the vocabulary is not resized"]),
         ("    llm=dict(", "    max_position_embeddings=64,\n    llm=dict(", ["rotary frequencies"]),
         ("trust_remote_code=True))", "quantization_config=dict(load_in_4bit=True)))", ["quantized weights"]),
         (

@@ -20,6 +20,7 @@ from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import InternRepoSampler, build_packed_dataset, load_intern_repo_tokenized_dataset
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import OptimWrapper
+from xtuner.families import FAMILIES
 from xtuner.model import from_pretrained, from_scratch
 from xtuner.tools.settings_pages import LANGUAGES, render_page
 from xtuner.tools.shipped_configs import render_configs
@@ -112,6 +113,11 @@ def test_what_is_built_takes_what_is_declared(parent: str, built: Any) -> None:
         if setting.kind not in (Any, dict, list):
             plain = set(get_args(hints[name]) or [hints[name]]) - {Path}
             assert plain == set(get_args(setting.kind) or [setting.kind]), name
+
+
+def test_every_field_of_a_family_is_declared() -> None:
+    fields = {field for family in FAMILIES.values() for field in family.fields}
+    assert [field for field in sorted(fields) if SCHEMA.find(f"model.{field}", "from_scratch") is None] == []
 
 
 def test_the_plan_of_other_machines(tiny: Path, xtuner: Any, capsys: Any) -> None:

@@ -77,7 +77,7 @@ _KIND_BY_PATH = {
     r"train_dataloader\.collate_fn": "collate function",
     r"train_dataloader\.dataset(\.dataset_cfg)?|val_dataset": "dataset",
     r"model(\.llm)?": "model",
-    r"tokenizer|custom_hooks\.[^.]+\.tokenizer": "tokenizer",
+    r"(model\.)?tokenizer|custom_hooks\.[^.]+\.tokenizer": "tokenizer",
     r"visualizer": "visualizer",
     r"visualizer\.vis_backends(\.\d+)?": "visualizer's backend",
 }

@@ -58,6 +58,7 @@ class ModelSource:
     products: str = "own"  # or "fp8", see ops/matmul.py
     adapter: "Adapter | None" = None
     frozen: frozenset[str] = frozenset()  # names of parameters that are not trained, whatever the adapter freezes
+    added_rows: int = 0  # of the vocabulary, which the folder's weights lack: they begin as the mean of the others
 
     def __post_init__(self) -> None:
         if self.attention is not None:
@@ -138,7 +139,7 @@ class ModelSource:
         """
         own = hf_shapes(self.config)
         if self.folder is not None:
-            fill_weights(parts, self.folder, self.layout, self.config)
+            fill_weights(parts, self.folder, self.layout, self.config, self.added_rows)
         for name, part in parts.items():
             if name in own and self.folder is not None:
                 continue

@@ -7,7 +7,7 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -288,7 +288,17 @@ def stream_weights(
         yield name, join_from_family(weights, name, family, c)
 
 
-def fill_weights(parts: Mapping[str, FlatRange], folder: str | Path, family: ModelFamily, c: DecoderConfig) -> None:
-    """Copy weights into this process's `parts`, by our names."""
-    for name, tensor in stream_weights(folder, family, c, only=parts):
+def fill_weights(
+    parts: Mapping[str, FlatRange], folder: str | Path, family: ModelFamily, c: DecoderConfig, added_rows: int = 0
+) -> None:
+    """Copy weights into this process's `parts`, by our names.
+
+    Args:
+        added_rows: of `c`'s vocabulary that the folder lacks; they become the mean of its other rows.
+    """
+    stored = replace(c, vocab_size=c.vocab_size - added_rows)
+    for name, tensor in stream_weights(folder, family, stored, only=parts):
+        if added_rows and name in ("model.tok_embeddings.weight", "output.weight"):
+            mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
+            tensor = torch.cat([tensor, mean.expand(added_rows, -1)])
         parts[name].copy_from(tensor)

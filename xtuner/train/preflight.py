@@ -118,7 +118,8 @@ def check_models_and_tokenizers(config: Config, read_only: bool = False) -> Mode
         with found.collect(next((key for key, _ in models if key.startswith("model")), "model")):
             source = _build_model_source(config)
             if source.folder:
-                check_network(WeightFolder(source.folder), source.layout, source.config)
+                stored = replace(source.config, vocab_size=source.config.vocab_size - source.added_rows)
+                check_network(WeightFolder(source.folder), source.layout, stored)
     if name := config.setting("load_from"):
         with found.collect("load_from"):
             _check_initial_weights(Path(name).expanduser(), source)

@@ -15,6 +15,7 @@ from xtuner.model import source
 from xtuner.model.source import ModelSource
 
 _FULL = Allowed((None,), "all weights are trained; LoRA adapters are not supported", "leave it out")
+_MULTIPLE = 64  # of rows, where the old tool adds some
 _DTYPE = "weights are kept in fp32; the compute dtype is bf16 on GPUs and fp32 on CPUs"
 
 
@@ -49,7 +50,6 @@ class AutoModelForCausalLM:
         ),
         "lora": _FULL,
         "peft_model": _FULL,
-        "tokenizer": Allowed((None,), "the vocabulary is not resized", "leave it out"),
         "max_position_embeddings": Allowed(
             (None,),
             "the old tool then scales the rotary frequencies, which changes the network",
@@ -61,7 +61,17 @@ def SupervisedFinetune(
     llm: Mapping[str, Any],
     use_varlen_attn: bool = True,
     use_activation_checkpointing: bool = True,
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> ModelSource:
-    """The model of `llm`; activation checkpointing is on by default."""
+    """The model of `llm`; activation checkpointing is on by default.
+
+    If `tokenizer` has more ids than the embedding has rows, rows are added up to a multiple of 64.
+    """
     model: ModelSource = build(llm, "model.llm")
-    return dataclasses.replace(model, recompute=use_activation_checkpointing)
+    model = dataclasses.replace(model, recompute=use_activation_checkpointing)
+    ids, rows = build(tokenizer, "model.tokenizer").vocab_size if tokenizer else 0, model.config.vocab_size
+    if ids <= rows:
+        return model
+    grown = -(-ids // _MULTIPLE) * _MULTIPLE
+    config = dataclasses.replace(model.config, vocab_size=grown)
+    return dataclasses.replace(model, config=config, added_rows=grown - rows)

@@ -9,8 +9,9 @@ CACHE := $(or $(XTUNER_TEST_CACHE),$(HOME)/.cache/xtuner-tests)
 LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 LLAMACPP := $(CACHE)/llama-cpp-python-0.3.36
 MMENGINE := $(CACHE)/mmengine-0.10.7
+PEFT := $(CACHE)/peft-0.21.2
 
-.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine bench-table bench-several bench-data settings configs clean help
+.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine peft bench-table bench-several bench-data settings configs clean help
 
 help:
 	@echo "make demo   install into .venv and run every step from text to a trained, exported tiny model (minutes, no GPU)"
@@ -20,6 +21,7 @@ help:
 	@echo "make lmdeploy  download LMDeploy's last converter (76 MB), the reference of a test that is skipped without it"
 	@echo "make llamacpp  download llama.cpp's GGUF converter and build its tokenizer (77 MB, a minute), for a test that is skipped without them"
 	@echo "make mmengine  download mmengine 0.10.7 (15 MB), the reference of a test of learning rates that is skipped without it"
+	@echo "make peft  download PEFT 0.21.2 (15 MB), the reference of tests of LoRA that are skipped without it"
 	@echo "make bench-table  print the results of benchmarks/single_gpu.py"
 	@echo "make bench-several  on a host with several GPUs: collectives, predicted and measured speed, peers, fault recovery (results are kept)"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare their results with ours (minutes)"
@@ -75,6 +77,13 @@ mmengine: $(MMENGINE)/installed
 $(MMENGINE)/installed: tests/external/mmengine.txt | .venv/installed
 	rm -rf "$(MMENGINE)"
 	$(BIN)/python -m pip install -q --no-deps --target "$(MMENGINE)" -r tests/external/mmengine.txt
+	touch "$@"
+
+peft: $(PEFT)/installed
+
+$(PEFT)/installed: tests/external/peft.txt | .venv/installed
+	rm -rf "$(PEFT)"
+	$(BIN)/python -m pip install -q --no-deps --target "$(PEFT)" -r tests/external/peft.txt
 	touch "$@"
 
 .venv/installed: pyproject.toml constraints.txt

@@ -24,18 +24,18 @@ def test_list_and_copy(tmp_path: Path, corpus: Path, xtuner: Command, capsys: An
     at_home = ["--cfg-options", f"dataset_folder={corpus}", "max_length=64", "max_epochs=3"]
     assert xtuner("list-cfg") == 0
     names = capsys.readouterr().out.split()
-    internlm2 = [f"internlm2_{size}" for size in ("1_8b", "20b", "5_7b_1m", "7b", "tiny")]
+    internlm2 = [f"internlm2_{size}" for size in ("1_8b", "20b", "5_7b_1m", "7b_qlora", "7b", "tiny")]
     others = ["internlm3_8b", "llama3_1_8b", "mistral_7b", "qwen2_5_7b", "qwen3_8b"]
     assert names == [f"{model}_w_tokenized_dataset" for model in [*internlm2, *others]]
     assert xtuner("list-cfg", "-p", "7b") == 0
-    assert capsys.readouterr().out.split() == [*names[2:4], *names[7:9]]
+    assert capsys.readouterr().out.split() == [*names[2:5], *names[8:10]]
     assert xtuner("list-cfg", "-p", "internevo") == 0
     assert capsys.readouterr().out == (
         "internlm2_7b_w_internevo_dataset (an older name of internlm2_7b_w_tokenized_dataset)\n"
     )
     older = "internlm2_7b_w_internevo_dataset"
     assert xtuner("copy-cfg", older, tmp_path) == xtuner("check-cfg", tmp_path / f"{older}_copy.py", *at_home) == 0
-    assert load(older).source == (tmp_path / f"{older}_copy.py").read_text() == load(names[3]).source
+    assert load(older).source == (tmp_path / f"{older}_copy.py").read_text() == load(names[4]).source
     capsys.readouterr()
     with pytest.raises(ConfigError, match="no shipped config matches"):
         xtuner("list-cfg", "-p", "gpt5")

@@ -19,7 +19,7 @@ CASES = [
     (["eval", "opencompass", "x", "--backend", ""], {"hf", "turbomind"}),
     (["convert", ""], {"pth_to_hf", "turbomind", "weights"}),
     (["train", "internlm2_"], {name for name in shipped_names() if name.startswith("internlm2_")}),
-    (["check-cfg", "internlm2_7"], {"internlm2_7b_w_tokenized_dataset"}),
+    (["check-cfg", "internlm2_7"], {"internlm2_7b_w_tokenized_dataset", "internlm2_7b_qlora_w_tokenized_dataset"}),
     (["copy-cfg", "internlm2_t"], {"internlm2_tiny_w_tokenized_dataset"}),
     (["convert", "pth_to_hf", "internlm2_t"], {"internlm2_tiny_w_tokenized_dataset"}),
     (["train", "my"], {"my config.py"}),

@@ -35,7 +35,7 @@ def contents(checkpoint: Path) -> dict[str, Any]:
 
 def optimizer_states(folder: Path) -> dict[str, torch.Tensor]:
     """The optimizer's state in a checkpoint by name, flat; put together from slices by another way than ours."""
-    shapes = {n: t.shape for n, t in load_file(folder / "weights" / "model.safetensors").items()}
+    shapes = {n: t.shape for file in folder.glob("[wa]*/model.safetensors") for n, t in load_file(file).items()}
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("optimizer/*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", help="folder or hub id of the tokenizer, if the model has none (a checkpoint has none)"
     )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="an adapter on MODEL: a checkpoint of a run with LoRA, or a folder of PEFT"
+    )
     parser.add_argument("--system", type=as_text, default="", help="system prompt")
     parser.add_argument("--stop-words", type=as_text, nargs="+", default=[], help="additional stop words")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum tokens of a reply")
@@ -62,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{option} {value} is not valid", where=f"--{option}", do=f"give {range_}")
     if not args.tokenizer:
         reject_checkpoint(args.model)
-    model, _ = open_model(args.model, [], select_device())
+    model, _ = open_model(args.model, [], select_device(), args.adapter)
     require_special_tokens(model.config, f"{args.model}/config.json: ")
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     family = FAMILIES.find(model.config.family, args.model, "give its chat template with --template")

@@ -85,7 +85,7 @@ _KIND_BY_PATH = {
 # Optimizers of PyTorch that cannot train a model here
 _UNSUPPORTED = ("LBFGS", "SparseAdam")
 _TOKENIZED = "load_intern_repo_tokenized_dataset, on .bin and .bin.meta files (`xtuner data tokenize` writes them)"
-_FULL = "all weights are trained: leave it out"
+_FULL = "xtuner.model.lora, in model = dict(type=from_pretrained, …, adapter=dict(type=lora, …)): docs/en/lora.md"
 _DEEPSPEED = "--deepspeed on the command line"
 # name → the nearest thing that exists
 _NEAREST = {

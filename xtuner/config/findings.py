@@ -52,6 +52,9 @@ def locate_errors(config: Config, key: str, *causes: str) -> Iterator[None]:
         yield
     except XTunerError as e:
         where = here if not e.where or causes[0].startswith(e.where) else f"{e.where}, by {here}"
+        root = key.partition(".")[0]
+        if e.where.startswith(f"{root}.") and not f"{e.where}.".startswith(f"{key}."):  # a setting next to `key`
+            where = config.where(e.where)
         raise type(e)(e.what, where=where, why=e.why, do=e.do) from None
     except SystemExit as e:
         raise from_system_exit(e, config.where(key), key) from None

@@ -106,9 +106,9 @@ def recognise(path: str | Path) -> Kind:
         names = {p.name for p in path.iterdir()}
     except (OSError, ValueError):  # also names that no file can have
         return Kind(path, NOTHING)
-    if MANIFEST in names and "weights" in names:
+    if MANIFEST in names and names & {"weights", "adapter"}:
         return Kind(path, CHECKPOINT)
-    if "weights" in names and "config.json" not in names:
+    if names & {"weights", "adapter"} and "config.json" not in names:
         return Kind(path, PARTIAL)
     if any(name.endswith(("_optim_states.pt", "_model_states.pt")) for name in names):
         return Kind(path, ZERO)

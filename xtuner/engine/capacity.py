@@ -64,17 +64,20 @@ def _on_host(choice: Choice, source: ModelSource, optim: OptimWrapper, device: t
     if not (choice.deepspeed or choice.fsdp):
         form = optim.state_form(device)
         weight, all_of_it = (2, form.bytes) if form else (4, 8 + moments)  # bytes of a parameter; with its state
-        return int(weight * parameters + (all_of_it - weight) * trained)
+        held = source.count_weight_bytes(torch.bfloat16 if form else torch.float32)
+        return int(held.total + held.read_back + (all_of_it - weight) * trained)
     if not choice.deepspeed:
         return choice.state * mesh.local_size
-    held = 4 * parameters + (4 + moments) * trained
-    return int(held * mesh.local_size / (mesh.size if zero.get("stage") else 1))
+    total = 4 * parameters + (4 + moments) * trained
+    return int(total * mesh.local_size / (mesh.size if zero.get("stage") else 1))
 
 
 def _too_large(choice: Choice, source: ModelSource, optim: OptimWrapper, needed: int, total: int) -> ConfigError:
     parameters = num_parameters(source.config)
     advice = []
-    if not (choice.deepspeed or choice.fsdp) and optim.optimizer_class is torch.optim.AdamW:
+    if smaller := memory.smaller_frozen_weights(source):
+        advice.append(smaller)
+    elif not (choice.deepspeed or choice.fsdp) and optim.optimizer_class is torch.optim.AdamW and not source.adapter:
         leaner = [f for f in FORMS.values() if parameters * f.bytes < min(total, needed)]
         advice += [f'optim_wrapper.states = "{f.name}" ({human_bytes(parameters * f.bytes)})' for f in leaner[:1]]
     gpus = -(-parameters * 20 // int(TYPICAL_GPU_BYTES - 2 * memory.RESERVE_BYTES))

@@ -20,6 +20,7 @@ from xtuner.dist.mesh import Mesh
 from xtuner.engine.long_documents import plan_activations
 from xtuner.engine.step_time import StepCost
 from xtuner.model.activation_memory import KEEP_ORDER, ActivationPlan
+from xtuner.model.adapter import LoRA
 from xtuner.model.flops import num_parameters
 from xtuner.model.source import ModelSource
 from xtuner.optim.adamw import FORMS
@@ -139,11 +140,8 @@ M = TypeVar("M", bound=MemoryPlan)
 
 def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, division: Division) -> int:
     """Bytes of weights, gradients and optimizer state on a rank, including the blocks gathered at the same time."""
-    c, form, copy = source.config, optim.state_form(device), optim.compute_dtype(device)
-    parameters, ends, ranks = num_parameters(c), c.vocabulary_parameters, mesh.shard_size
-    trained = source.count_trained()
-    block = (parameters - ends) / c.num_layers
-    weight, gradient = copy.itemsize, optim.gradient_dtype(device).itemsize
+    form, copy = optim.state_form(device), optim.compute_dtype(device)
+    trained, ranks, gradient = source.count_trained(), mesh.shard_size, optim.gradient_dtype(device).itemsize
     # sharded in any case: moments, and masters where these are not the compute weights
     own = (
         form.bytes - 2 - form.gradient.itemsize if form else optim.traits(device).moments + 4 * (copy != torch.float32)
@@ -151,7 +149,9 @@ def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, 
     moment = form.moment.itemsize if form else 0  # Muon has one for each element, AdamW two
     state = (own * trained.total - moment * optim.count_matrices(source)) / ranks
     # a block's weights, those of the next, and those that are being freed
-    state += weight * (parameters if division.weights else ends + 3 * block + parameters / ranks)
+    held = source.count_weight_bytes(copy)
+    state += held.total if division.weights else held.ends + 3 * held.block + held.total / ranks
+    state += held.read_back
     # at the end of the last block's backward: its gradients, the output layer's, and the reduced parts of both
     block_gradients = (trained.head + trained.block) * (1 + 1 / ranks) + trained.total / ranks
     return int(state + gradient * (trained.total if division.gradients else block_gradients))
@@ -188,12 +188,15 @@ def plan_memory(
         activations = ActivationPlan(c, itemsize, 0 if source.recompute else None)
         return MemoryPlan(state, activations, optim.micro_batch, divisions[0], document=document, sharers=mesh.cp)
     collectives = COLLECTIVE_BYTES * (mesh.size > 1)
+    extra = source.adapter.activation_bytes(itemsize) if isinstance(source.adapter, LoRA) else 0
     candidates: list[MemoryPlan] = []
+    held = source.count_weight_bytes(optim.compute_dtype(device))
+    share = source.count_trained().total / num_parameters(c)
     row, longest = -(-document // mesh.cp), document or pack * mesh.cp
     for d in divisions:
         state = state_bytes(source, optim, device, mesh, d)
         room = max(free - state - RESERVE_BYTES - collectives, 0)
-        activations = plan_activations(c, itemsize, room, host, longest, mesh.cp)
+        activations = plan_activations(c, itemsize, room, host, longest, mesh.cp, extra)
         for max_tokens in [optim.micro_batch] if optim.micro_batch else candidate_sizes(activations, pack):
             parts = optim.accumulative_counts * -(-pack // max_tokens)
             cost = StepCost(
@@ -203,8 +206,10 @@ def plan_memory(
                 policies=activations.choose_kept(min(max_tokens, pack)),
                 num_gathers=1 if d.weights else 2 * parts,
                 num_reduces=1 if d.gradients else parts,
-                gradient_bytes=optim.gradient_dtype(device).itemsize,
+                gradient_bytes=optim.gradient_dtype(device).itemsize * share,
                 weight_bytes=itemsize,
+                sent_weights=held.total,
+                frozen=source.frozen_products,
             )
             libraries = LIBRARY_BYTES + collectives
             seconds = cost.seconds(mesh)
@@ -283,11 +288,27 @@ def min_free_bytes(device: torch.device, mesh: Mesh) -> int | None:
 def too_large_error(source: ModelSource, state: int, free: int) -> ConfigError:
     """The error for a model whose state alone does not fit."""
     parameters = num_parameters(source.config)
+    if smaller := smaller_frozen_weights(source):
+        return _too_large(state, free, parameters, [smaller])
     leaner = [f for f in FORMS.values() if parameters * f.bytes + RESERVE_BYTES <= free]
     needed = -(-parameters * 20 // max(int(free - 2 * RESERVE_BYTES), 1))
     advice = [f'optim_wrapper.states = "{f.name}" ({human_bytes(parameters * f.bytes)} on one GPU)' for f in leaner[:1]]
     advice.append(f"{needed} or more such GPUs with --deepspeed deepspeed_zero3 or --fsdp full")
     advice.append("fewer with --deepspeed deepspeed_zero3_offload")
+    if source.adapter:
+        advice = ["several GPUs with --fsdp full: each then holds a part of the weights"]
+    return _too_large(state, free, parameters, advice)
+
+
+def smaller_frozen_weights(source: ModelSource) -> str:
+    """The setting that makes frozen weights smaller, for advice; "" if there is none."""
+    if source.base is None or source.frozen_weights == "nf4":
+        return ""
+    size = human_bytes(int(replace(source, frozen_weights="nf4").count_weight_bytes(torch.bfloat16).total))
+    return f'model.frozen_weights = "nf4" (weights of {size})'
+
+
+def _too_large(state: int, free: int, parameters: int, advice: list[str]) -> ConfigError:
     return ConfigError(
         f"weights, gradients and optimizer state need {human_bytes(state)}, and the GPU has {human_bytes(free)} free",
         where=f"model: {parameters:,} parameters",

@@ -38,7 +38,9 @@ class StepCost:
         policies: what each layer keeps between forward and backward.
         num_gathers: how often all weights are gathered.
         num_reduces: how often all gradients are reduced.
-        gradient_bytes, weight_bytes: of one element.
+        gradient_bytes, weight_bytes: of one element; of gradients on average, where not all weights have one.
+        sent_weights: bytes of all weights, if that is not `weight_bytes` of each.
+        frozen: weights that tokens are multiplied by and that have no gradient.
         length: tokens of a document, for attention that is recomputed.
     """
 
@@ -48,9 +50,11 @@ class StepCost:
     policies: Sequence[KeepPolicy]
     num_gathers: int
     num_reduces: int
-    gradient_bytes: int
+    gradient_bytes: float
     weight_bytes: int = 2
     length: int = 0
+    sent_weights: float | None = None
+    frozen: int = 0
 
     def seconds(self, mesh: Mesh) -> float:
         compute = self._matmul_seconds() + self._recompute_seconds() + self._fetch_seconds()
@@ -65,7 +69,7 @@ class StepCost:
 
     def _matmul_seconds(self) -> float:
         tokens = self.tokens + OVERHEAD_TOKENS * self.micro_batches
-        return 6 * matmul_parameters(self.config) * tokens / FLOPS
+        return (6 * matmul_parameters(self.config) - 2 * self.frozen) * tokens / FLOPS
 
     def _recompute_seconds(self) -> float:
         c = self.config
@@ -90,8 +94,9 @@ class StepCost:
 
     def _sent_bytes(self) -> float:
         """Bytes of full weights and gradients."""
-        element = self.num_gathers * self.weight_bytes + self.num_reduces * self.gradient_bytes
-        return num_parameters(self.config) * element
+        parameters = num_parameters(self.config)
+        weights = self.weight_bytes * parameters if self.sent_weights is None else self.sent_weights
+        return self.num_gathers * weights + self.num_reduces * self.gradient_bytes * parameters
 
 
 def context_costs(c: DecoderConfig, mesh: Mesh, itemsize: int) -> ContextCosts:

@@ -43,6 +43,7 @@ def export_hf(
     max_shard_bytes: int = 2 * 10**9,
     with_code: bool = False,
     network: Callable[[], DecoderConfig] | None = None,
+    base: Path | None = None,
 ) -> Path:
     """Write `target` atomically. An earlier export there is replaced, anything else is not.
 
@@ -57,6 +58,7 @@ def export_hf(
         with_code: also write our two .py files, with which transformers 5 loads the internlm2 layout
             (`trust_remote_code=True`).
         network: returns the network of the config's model; called if the checkpoint does not describe its own.
+        base: the model that a checkpoint's adapter is merged into; None for the one that it records.
 
     Raises: CheckpointError, ConfigError.
     """
@@ -66,7 +68,7 @@ def export_hf(
     require_utf8(target, "target")
     kind = recognise(checkpoint)
     with export_folder(target, kind.path.resolve(), KIND) as folder:  # fails early if the target is not writable
-        opened = resolve_network(kind.open(), network)
+        opened = resolve_network(kind.open(base), network)
         logger.info(f"{kind.path}: {opened.description}")
         config = opened.config
         assert config

@@ -43,7 +43,9 @@ def _run(checkpoint: Path, trainer: Mapping[str, Any]) -> str:
     """The part about the run, for checkpoints of xtuner: more rows, and the settings."""
     state, data = trainer["state"], trainer["data"]
     files = read_json(checkpoint / MANIFEST)["files"]
-    weights = "".join(entry["sha256"] for name, entry in sorted(files.items()) if name.startswith("weights/"))
+    weights = "".join(
+        entry["sha256"] for name, entry in sorted(files.items()) if name.startswith(("weights/", "adapter/"))
+    )
     return f"""| iterations | {state["iteration"]} of {trainer["max_iterations"]} |
 | packs | {state["packs"]:,} of {data["packed_length"]:,} tokens |
 | tokens learned from | {state["targets"]:,} |

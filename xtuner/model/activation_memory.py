@@ -85,6 +85,7 @@ class ActivationPlan:
         room: bytes; None keeps everything, 0 only each block's input.
         host: bytes of host memory that activations may use.
         sharers: ranks that share each document (context parallelism).
+        extra: bytes of a token that an adapter needs while it computes.
     """
 
     config: DecoderConfig
@@ -92,6 +93,7 @@ class ActivationPlan:
     room: int | None = None
     host: int = 0
     sharers: int = 1
+    extra: int = 0
 
     def choose_kept(self, tokens: int) -> list[KeepPolicy]:
         """What each layer keeps, for a micro-batch of so many tokens."""
@@ -108,7 +110,7 @@ class ActivationPlan:
         return tokens * kept + max(self.transient_bytes(policy, tokens) for policy in set(policies))
 
     def transient_bytes(self, keep: KeepPolicy, tokens: int) -> int:
-        return transient_bytes(self.config, self.itemsize, tokens, keep, self.sharers)
+        return transient_bytes(self.config, self.itemsize, tokens, keep, self.sharers) + self.extra * tokens
 
     def host_bytes(self, tokens: int) -> int:
         """Bytes of host memory that a micro-batch needs."""

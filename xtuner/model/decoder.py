@@ -24,7 +24,9 @@ from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, TiedHead, appl
 from xtuner.model.ops import autograd_functions
 from xtuner.model.ops.attention_backends import Attend, AttendPrefixes
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy, Recomputed
+from xtuner.model.ops.low_rank import DropoutSeed
 from xtuner.model.ops.matmul import MATMULS
+from xtuner.model.ops.quantized import Dequantizer
 from xtuner.model.ops.saved_tensors import HostMemory, recompute_saved
 from xtuner.model.ops.swiglu import TILE, SwiGLUFunction
 from xtuner.model.rope import Rope, rotate
@@ -156,14 +158,16 @@ class FeedForward(nn.Module):
         self.w2 = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
     def forward(self, x_TH: torch.Tensor, add_TH: torch.Tensor, keep: KeepPolicy = KEEP_ALL) -> torch.Tensor:
-        """One fused function, unless a projection is more than a product: an adapter, another class, a hook."""
-        parts = [w for w in (self.w1, self.w3, self.w2) if isinstance(w, Linear) and w.is_plain() and w.adapter is None]
-        if len(parts) < 3 or any(w.matmul is not parts[0].matmul for w in parts):
+        """One fused function, unless a projection is more than a product: another class, a hook, a foreign adapter."""
+        parts = [w for w in (self.w1, self.w3, self.w2) if isinstance(w, Linear) and w.is_fusable()]
+        if len(parts) < 3 or any(w.current_matmul() is not parts[0].current_matmul() for w in parts):
             return apply_linear(self.w2, F.silu(self.w1(x_TH)) * self.w3(x_TH), add_TH)
         weights, biases = [w.weight for w in parts], [w.bias for w in parts]
         into = tuple(w.gradient_sums.get(key) for key in ("weight", "bias") for w in parts)
         recipe, matmul = autograd_functions.get_recipe(x_TH), parts[0].current_matmul()
-        return SwiGLUFunction.apply(x_TH, add_TH, *weights, *biases, recipe, matmul, into, keep.gate_up, keep.output)
+        terms, of_terms = zip(*(w.low_rank_term() for w in parts), strict=True)
+        kept, tensors = (keep.gate_up, keep.output), [tensor for held in of_terms for tensor in held]
+        return SwiGLUFunction.apply(x_TH, add_TH, *weights, *biases, recipe, matmul, into, *kept, terms, *tensors)
 
 
 class Block(nn.Module):
@@ -249,6 +253,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.dropout_seed = DropoutSeed()
         tied = config.tie_word_embeddings
         self.output = TiedHead(self.model.tok_embeddings) if tied else Head(config.hidden_size, config.vocab_size)
 
@@ -312,6 +317,12 @@ class CausalLM(nn.Module):
         for module in self.model.layers.modules():
             if isinstance(module, Linear):
                 module.matmul = MATMULS[name]
+
+    def quantize_frozen(self, kept: Dequantizer) -> None:
+        """Keep the matrices of all layers that are not trained in another format, uninitialized."""
+        for module in self.model.layers.modules():
+            if isinstance(module, Linear) and not module.weight.requires_grad:
+                module.quantize(kept)
 
     def use_attention(self, name: str) -> None:
         """Choose the attention backend for all layers."""

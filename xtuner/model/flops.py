@@ -2,8 +2,9 @@
 
     FLOPs = 6 · matmul parameters · tokens + 6 · L · N · D · Σ len²
 
-The embedding is a look-up and does not count. Attention counts the causal pairs inside documents, and inside windows of
-layers that have them. Recomputation does not count.
+A weight that is not trained counts 4 instead of 6: its products are those of the forward and of the gradient of its
+input. The factors of LoRA are trained matmul parameters. The embedding is a look-up and does not count. Attention
+counts the causal pairs inside documents, and inside windows of layers that have them. Recomputation does not count.
 """
 
 import torch
@@ -39,9 +40,15 @@ def count_attention_pairs(c: DecoderConfig, cu_seqlens: torch.Tensor) -> int:
     return int(c.attention_pairs.count(cu_seqlens.diff().long()).sum())
 
 
-def training_flops(c: DecoderConfig, tokens: int, attention_pairs: float) -> float:
-    """FLOPs of forward and backward over `tokens` tokens with so many pairs by `count_attention_pairs`."""
-    return 6.0 * matmul_parameters(c) * tokens + 6.0 * c.num_layers * c.query_width * attention_pairs
+def training_flops(c: DecoderConfig, tokens: int, attention_pairs: float, frozen: int = 0, added: int = 0) -> float:
+    """FLOPs of forward and backward over `tokens` tokens with so many pairs by `count_attention_pairs`.
+
+    Args:
+        frozen: matmul parameters that are not trained.
+        added: those of an adapter.
+    """
+    weights = 6.0 * (matmul_parameters(c) + added) - 2.0 * frozen
+    return weights * tokens + 6.0 * c.num_layers * c.query_width * attention_pairs
 
 
 def whole_pack_flops(c: DecoderConfig, tokens: int, pack: int) -> float:

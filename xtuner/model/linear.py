@@ -5,6 +5,7 @@ take effect wherever the network is used.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -12,7 +13,9 @@ from torch import nn
 from xtuner.model.loss import linear_cross_entropy
 from xtuner.model.ops import autograd_functions
 from xtuner.model.ops.gradient_sums import GradientSum
+from xtuner.model.ops.low_rank import Dropout, LowRankTerm, Projection, Rows
 from xtuner.model.ops.matmul import PLAIN, Matmul
+from xtuner.model.ops.quantized import Dequantizer
 
 
 class GradientSumModule(nn.Module):
@@ -27,6 +30,50 @@ class GradientSumModule(nn.Module):
         return bool(hooks)
 
 
+class LowRank(GradientSumModule):
+    """The factors of a low-rank term on some rows of a weight: A [r, K], B [n, r], and the rows' magnitudes [n] (DoRA).
+
+    Args:
+        rows: which rows of the weight.
+    """
+
+    def __init__(self, in_size: int, rank: int, rows: Rows, num_rows: int, magnitudes: bool) -> None:
+        super().__init__()
+        self.rows = rows
+        self.A = nn.Parameter(torch.empty(rank, in_size))
+        self.B = nn.Parameter(torch.zeros(num_rows, rank))
+        self.magnitude = nn.Parameter(torch.ones(num_rows)) if magnitudes else None
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+
+class LowRankAdapter(nn.Module):
+    """The low-rank terms of a weight, by the name of the part; computed by the function of the `Linear` itself.
+
+    Args:
+        scale: what B A is multiplied by.
+        dropout: of the terms' input in training; None without.
+    """
+
+    def __init__(self, parts: Mapping[str, LowRank], scale: float, dropout: Dropout | None = None) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.scale, self.dropout = scale, dropout
+
+    def parts(self) -> dict[str, LowRank]:
+        return {name: part for name, part in self.named_children() if isinstance(part, LowRank)}
+
+    def term(self) -> tuple[LowRankTerm, list[torch.Tensor]]:
+        """The term as functions need it, and its tensors."""
+        parts = list(self.parts().values())
+        named = [(p, key, getattr(p, key)) for p in parts for key in ("A", "B")]
+        named += [(p, "magnitude", p.magnitude) for p in parts if p.magnitude is not None]
+        into = tuple(p.gradient_sums.get(key) for p, key, _ in named)
+        dropout = self.dropout if torch.is_grad_enabled() else None
+        rows, magnitudes = tuple(p.rows for p in parts), len(named) > 2 * len(parts)
+        return LowRankTerm(rows, self.scale, into, magnitudes, dropout), [tensor for *_, tensor in named]
+
+
 class Linear(GradientSumModule):
     """y = x W^T + bias + adapter(x).
 
@@ -35,7 +82,9 @@ class Linear(GradientSumModule):
 
     Attributes:
         matmul: how training multiplies with the weight (ops/matmul.py); evaluation uses the weight's dtype.
-        adapter: a module whose output is added: x [T, K] → [T, N], or None.
+        kept: reads the weight if it is quantized: then `weight` is uint8 [N, bytes]; None for one in the compute dtype.
+        adapter: low-rank terms, computed with the product; or any module whose output is added, x [T, K] → [T, N]; or
+            None.
     """
 
     def __init__(self, in_size: int, out_size: int, bias: bool = False) -> None:
@@ -44,6 +93,7 @@ class Linear(GradientSumModule):
         self.weight = nn.Parameter(torch.empty(out_size, in_size))
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
         self.matmul: Matmul = PLAIN
+        self.kept: Dequantizer | None = None
         self.adapter: nn.Module | None = None
         self.reset_parameters()
 
@@ -56,19 +106,39 @@ class Linear(GradientSumModule):
     def forward(self, x_TK: torch.Tensor, add_TN: torch.Tensor | None = None) -> torch.Tensor:
         """The product plus `add`, [T, N]."""
         recipe, matmul, sums = autograd_functions.get_recipe(x_TK), self.current_matmul(), self.gradient_sums
-        into = (sums.get("weight"), sums.get("bias"))
-        y_TN = autograd_functions.LinearFunction.apply(x_TK, self.weight, self.bias, add_TN, recipe, matmul, into)
-        if self.adapter is not None:
+        into, (term, tensors) = (sums.get("weight"), sums.get("bias")), self.low_rank_term()
+        given = (x_TK, self.weight, self.bias, add_TN, recipe, matmul, into, term, *tensors)
+        y_TN = autograd_functions.LinearFunction.apply(*given)
+        if self.adapter is not None and term is None:
             return y_TN + self.adapter(x_TK)
         if add_TN is None and torch.is_grad_enabled():
-            compute = recipe.compute
-            recompute = lambda w, bias, *inputs: matmul.forward(matmul.prepare(compute(*inputs)), w, bias)  # noqa: E731
-            autograd_functions.set_recipe(y_TN, (self.weight, self.bias, *recipe.tensors), recompute)
+            compute, count = recipe.compute, len(tensors)
+
+            def recompute(w: torch.Tensor, bias: torch.Tensor | None, *others: torch.Tensor) -> torch.Tensor:
+                x = compute(*others[count:])
+                return Projection(matmul, w, bias, term, others[:count]).forward(matmul.prepare(x), x)
+
+            autograd_functions.set_recipe(y_TN, (self.weight, self.bias, *tensors, *recipe.tensors), recompute)
         return y_TN
+
+    def low_rank_term(self) -> tuple[LowRankTerm | None, list[torch.Tensor]]:
+        """The low-rank terms of the adapter, and their tensors; None for no adapter, and for any other module."""
+        return self.adapter.term() if isinstance(self.adapter, LowRankAdapter) else (None, [])
+
+    def is_fusable(self) -> bool:
+        """Whether a function with its own backward may compute this product in place of `forward`."""
+        return self.is_plain() and (self.adapter is None or isinstance(self.adapter, LowRankAdapter))
 
     def current_matmul(self) -> Matmul:
         """The matrix product to use now: evaluation multiplies in the weight's dtype."""
-        return self.matmul if torch.is_grad_enabled() else PLAIN
+        matmul = self.matmul if torch.is_grad_enabled() else PLAIN
+        return self.kept.wrap(matmul) if self.kept else matmul
+
+    def quantize(self, kept: Dequantizer) -> None:
+        """Keep the weight in this format, uninitialized."""
+        self.kept, (columns, rows) = kept, self.sizes
+        packed = torch.empty(rows, kept.form.row_bytes(columns), dtype=torch.uint8, device=self.weight.device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
 
     def is_plain(self) -> bool:
         """Whether a call runs the `forward` above and nothing else."""
@@ -141,7 +211,7 @@ class TiedHead(Head):
     def __init__(self, embedding: Embedding) -> None:
         GradientSumModule.__init__(self)
         self.sizes = embedding.sizes[::-1]
-        self.bias, self.matmul, self.adapter = None, PLAIN, None
+        self.bias, self.matmul, self.kept, self.adapter = None, PLAIN, None, None
         self._embedding = (embedding,)  # in a tuple: not a submodule
         self.gradient_sums = embedding.gradient_sums
 

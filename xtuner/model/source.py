@@ -1,23 +1,31 @@
 """A model as a config describes it: nothing is in memory until a strategy builds the network on its device."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from xtuner.config.build import build, resolve_type
 from xtuner.core import hub, path_kinds
 from xtuner.core.errors import ConfigError
 from xtuner.families import FAMILIES, NATIVE, read_config, read_model
 from xtuner.families.base import ModelFamily
 from xtuner.model import attention
 from xtuner.model.activation_memory import ActivationPlan
+from xtuner.model.adapter import WHERE, LoRA, build_lora, lora
+from xtuner.model.adapter_folder import write_record
+from xtuner.model.base_identity import BaseModel, identify_base
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize_parameter
-from xtuner.model.ops import matmul
+from xtuner.model.flops import num_parameters, training_flops
+from xtuner.model.linear import Linear
+from xtuner.model.ops import matmul, quantized
 from xtuner.model.ops.matmul import MatmulKind
-from xtuner.model.weights import FlatRange, fill_weights, hf_shapes
+from xtuner.model.ops.quantized import FORMATS, Dequantizer, WeightKind, round_trip
+from xtuner.model.weights import FlatRange, Receiver, RowNorms, fill_weights, hf_shapes, make_range
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +50,21 @@ class TrainedCounts:
 
 
 @dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of weights as they are kept for computing: without masters.
+
+    Args:
+        ends: of the embedding and the output layer; block: of a block.
+        read_back: of quantized weights, in the compute dtype, that exist at the same time.
+    """
+
+    total: float
+    ends: float
+    block: float
+    read_back: int = 0
+
+
+@dataclass(frozen=True)
 class ModelSource:
     """A model that is not in memory yet.
 
@@ -58,11 +81,45 @@ class ModelSource:
     products: str = "own"  # or "fp8", see ops/matmul.py
     adapter: "Adapter | None" = None
     frozen: frozenset[str] = frozenset()  # names of parameters that are not trained, whatever the adapter freezes
+    frozen_weights: str = "own"  # or "nf4", "int8": how matrices of blocks that are not trained are kept
+    name: str = ""  # of the weights, as the user gave it; of a folder, its absolute path
     added_rows: int = 0  # of the vocabulary, which the folder's weights lack: they begin as the mean of the others
 
     def __post_init__(self) -> None:
         if self.attention is not None:
             attention.find_backend(self.attention)
+
+    @cached_property
+    def base(self) -> BaseModel | None:
+        """The model under an adapter, whose weights checkpoints do not contain; None if they contain all weights."""
+        if not isinstance(self.adapter, LoRA) or self.folder is None:
+            return None
+        return BaseModel(self.name, identify_base(self.folder, self.layout, self.config))
+
+    def adapter_record(self) -> dict[str, Any] | None:
+        """What checkpoints record of an adapter and its base; None if they contain all weights."""
+        if self.base is None or not isinstance(self.adapter, LoRA):
+            return None
+        return write_record(self.adapter, self.base, self.frozen_weights)
+
+    def with_seed(self, seed: int) -> "ModelSource":
+        """The same with the run's seed, unless it has one of its own."""
+        adapter = replace(self.adapter, seed=seed) if isinstance(self.adapter, LoRA) else self.adapter
+        return replace(self, seed=seed if self.seed is None else self.seed, adapter=adapter)
+
+    def training_flops(self, tokens: int, attention_pairs: float) -> float:
+        """`flops.training_flops` of this model as it is trained."""
+        added = self.adapter.added_weights if isinstance(self.adapter, LoRA) else 0
+        return training_flops(self.config, tokens, attention_pairs, self.frozen_products, added)
+
+    @cached_property
+    def frozen_products(self) -> int:
+        """Weights that tokens are multiplied by and that are not trained."""
+        if self.adapter is None and not self.frozen:
+            return 0
+        model = self.build_empty(torch.device("meta"), torch.float32)
+        matrices = [m for m in model.modules() if isinstance(m, Linear)]
+        return sum(math.prod(m.sizes) for m in matrices if not m.weight.requires_grad)
 
     def build_network(self) -> CausalLM:
         """The network as a strategy trains it."""
@@ -79,6 +136,8 @@ class ModelSource:
         configured."""
         with torch.device("meta"):
             model = self.build_network().to(dtype)
+            if self.frozen_weights != "own":
+                model.quantize_frozen(Dequantizer(self.frozen_weights, dtype))
         if device.type != "meta":
             model = model.to_empty(device=device)
             self.configure(model, device, dtype)
@@ -101,6 +160,19 @@ class ModelSource:
         total = sum(counts.values())
         return TrainedCounts(total, (total - sum(ends.values())) / max(len(blocks), 1), head)
 
+    def count_weight_bytes(self, dtype: torch.dtype) -> WeightBytes:
+        """Bytes of all weights in the compute dtype, or as they are kept."""
+        c = self.config
+        ends = dtype.itemsize * c.vocabulary_parameters
+        if not isinstance(self.adapter, LoRA):
+            total = dtype.itemsize * num_parameters(c)
+            return WeightBytes(total, ends, (total - ends) / c.num_layers)
+        model = self.build_empty(torch.device("meta"), dtype)
+        total = sum(p.nbytes for p in model.parameters())
+        sides = max(c.qkv_width, c.intermediate_size) * c.hidden_size
+        read_back = 2 * dtype.itemsize * sides if self.frozen_weights != "own" else 0
+        return WeightBytes(total, ends, (total - ends) / c.num_layers, read_back)
+
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention backend, the matrix product, and which activations are kept for the backward."""
         self.require_supported(device, dtype)
@@ -118,6 +190,14 @@ class ModelSource:
                 f"products = {self.products!r} cannot be used: {why}",
                 where="model.products",
                 do="leave it out: products are then computed in the dtype of everything else",
+            )
+        columns = sorted({c.hidden_size, c.query_width, c.intermediate_size})
+        if why := quantized.why_unsupported(self.frozen_weights, columns, device):
+            raise ConfigError(
+                f"frozen_weights = {self.frozen_weights!r} cannot be used: {why}",
+                where="model.frozen_weights",
+                do="leave it out: frozen weights are then kept in the dtype of everything else; or try another one of "
+                f"{', '.join(FORMATS)}",
             )
 
     def attention_backend(self, device: torch.device, dtype: torch.dtype) -> str:
@@ -138,10 +218,13 @@ class ModelSource:
                 of device has its own random numbers.
         """
         own = hf_shapes(self.config)
+        magnitudes = (
+            {m for n in own for m in self.adapter.magnitudes_of(n)} if isinstance(self.adapter, LoRA) else set()
+        )
         if self.folder is not None:
-            fill_weights(parts, self.folder, self.layout, self.config, self.added_rows)
+            fill_weights(self._with_magnitudes(parts), self.folder, self.layout, self.config, self.added_rows)
         for name, part in parts.items():
-            if name in own and self.folder is not None:
+            if self.folder is not None and (name in own or name in magnitudes):
                 continue
             held, numel = part.values, shapes[name].numel()
             full = torch.empty(shapes[name], device=device)
@@ -155,12 +238,23 @@ class ModelSource:
             if full.data_ptr() != held.data_ptr():
                 part.copy_from(full)
 
+    def _with_magnitudes(self, parts: Mapping[str, FlatRange]) -> Mapping[str, Receiver]:
+        """`parts`, and the weights whose row norms are the first values of magnitudes in `parts`."""
+        if not isinstance(self.adapter, LoRA) or not self.adapter.dora:
+            return parts
+        found: dict[str, Receiver] = dict(parts)
+        for name in hf_shapes(self.config):
+            held = {rows: parts[n] for n, rows in self.adapter.magnitudes_of(name).items() if n in parts}
+            if held:
+                found[name] = RowNorms(parts.get(name), held, lambda full: round_trip(full, self.frozen_weights))
+        return found
+
     def build(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CausalLM:
         """The network with its weights."""
         device = torch.device(device)
         model = self.build_empty(device, dtype)
         parameters = dict(model.named_parameters())
-        parts = {n: FlatRange.from_parameter(p) for n, p in parameters.items()}
+        parts = {n: make_range(p.data.view(-1), 0, self.frozen_weights) for n, p in parameters.items()}
         self.fill_weights(parts, {n: p.shape for n, p in parameters.items()}, parts["model.norm.weight"].values.device)
         return model
 
@@ -171,6 +265,8 @@ def from_pretrained(
     activation_checkpointing: bool = False,
     attention: str | None = None,
     products: MatmulKind = "own",
+    adapter: Mapping[str, Any] | None = None,
+    frozen_weights: WeightKind = "own",
 ) -> ModelSource:
     """Start from weights in a folder, in the Hugging Face cache, or on a hub.
 
@@ -184,6 +280,9 @@ def from_pretrained(
             for the fastest that runs.
         products: in what training multiplies with the weights of blocks: "own", the dtype of everything else, or "fp8"
             (Hopper and later GPUs; see ops/matmul.py).
+        adapter: None to train all weights; `dict(type=lora, …)` to train low-rank terms alone (model/adapter.py).
+        frozen_weights: with an adapter, how the matrices of blocks are kept: "own", in the dtype of everything else;
+            "nf4" in 4 bits (QLoRA), or "int8" (ops/quantized.py).
     """
     _require_varlen(use_varlen_attn)
     folder = hub.resolve(str(pretrained_model_name_or_path))
@@ -191,7 +290,30 @@ def from_pretrained(
         folder, (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN), "pretrained_model_name_or_path", "give {} there"
     )
     layout, config = read_model(folder)
-    return ModelSource(config, folder, layout, None, activation_checkpointing, attention, products)
+    given = str(pretrained_model_name_or_path)
+    name = str(folder.resolve()) if Path(given).expanduser().exists() else given
+    terms = None if adapter is None else build_lora(_read_adapter(adapter), config)
+    if frozen_weights != "own" and terms is None:
+        raise ConfigError(
+            f'frozen_weights = "{frozen_weights}" without an adapter',
+            where="model.frozen_weights",
+            why="all weights would be trained, and weights of so few bits cannot take small updates",
+            do="add adapter=dict(type=lora, …), or leave frozen_weights out",
+        )
+    how = (activation_checkpointing, attention, products)
+    return ModelSource(config, folder, layout, None, *how, terms, frozen_weights=frozen_weights, name=name)
+
+
+def _read_adapter(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of an adapter. Raises: ConfigError."""
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if kind is None or resolve_type(kind, f"{WHERE}.type") is not lora:
+        what = f"adapter = {given!r} is not one that xtuner knows"
+        raise ConfigError(
+            what, where=WHERE, do="write dict(type=lora, rank=…, …), with `from xtuner.model import lora`"
+        )
+    settings: Mapping[str, Any] = build(given, WHERE)
+    return settings
 
 
 def from_scratch(
@@ -214,6 +336,13 @@ def from_scratch(
     """
     _require_varlen(use_varlen_attn)
     found = FAMILIES.find(family, "model.family")
+    if "adapter" in shape or "frozen_weights" in shape:
+        raise ConfigError(
+            "an adapter needs a pretrained model",
+            where="model.adapter",
+            why="low-rank terms on random weights learn nothing of use, and checkpoints do not contain the base",
+            do="use from_pretrained, or leave adapter out",
+        )
     unknown = sorted(set(shape) - found.fields)
     if unknown:
         raise ConfigError(

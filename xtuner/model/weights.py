@@ -6,11 +6,11 @@ All readers of weights are `WeightSource`s, including those of other tools' chec
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,8 @@ from xtuner.core.log import progress
 from xtuner.families import NATIVE
 from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import CausalLM, DecoderConfig
+from xtuner.model.ops.low_rank import Rows
+from xtuner.model.ops.quantized import FORMATS, QuantizedFormat
 
 Shape = tuple[int, ...]
 _COMPUTED = "rotary_emb.inv_freq"  # tensors of older files that follow from config.json
@@ -98,6 +100,13 @@ class WeightFolder(WeightSource):
         tensor: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         return tensor
 
+    def read_row(self, name: str, row: int) -> torch.Tensor:
+        """One row of a tensor; nothing else is read from safetensors."""
+        handle = self._handle(self.file_of[name])
+        source = handle[name] if isinstance(handle, dict) else handle.get_slice(name)
+        found: torch.Tensor = source[row : row + 1]
+        return found
+
     def _handle(self, file: str) -> Any:
         if file not in self._open:
             path = self.path / file
@@ -134,6 +143,12 @@ def require_tensors(value: Any, path: Path) -> dict[str, torch.Tensor]:
 
 def find_base_weights(checkpoint: Path) -> Path:
     """The weights folder of a checkpoint. Raises: CheckpointError if it has an adapter, which would be lost."""
+    if not (checkpoint / "weights").is_dir() and (checkpoint / "adapter").is_dir():
+        raise CheckpointError(
+            "the checkpoint has an adapter (LoRA), not all weights of a model",
+            where=str(checkpoint / "adapter"),
+            do=f"merge it: xtuner convert pth_to_hf CONFIG {checkpoint} HF_DIR --merge --fp32; and give HF_DIR",
+        )
     if (checkpoint / "adapter").is_dir():
         raise CheckpointError(
             "the checkpoint has an adapter, which cannot be merged into its weights yet",
@@ -163,6 +178,53 @@ class FlatRange:
     def copy_from(self, full: torch.Tensor) -> None:
         """Copy this range from the full parameter, casting to the range's dtype."""
         self.values.copy_(full.reshape(-1)[self.begin : self.begin + len(self.values)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedRange(FlatRange):
+    """Elements of a flattened weight [N, bytes] of ops/quantized.py."""
+
+    form: QuantizedFormat
+
+    @torch.no_grad()
+    def copy_from(self, full: torch.Tensor) -> None:
+        super().copy_from(self.form.quantize(full.to(self.values.device)))
+
+
+def make_range(values: torch.Tensor, begin: int, frozen_weights: str) -> FlatRange:
+    """The range of a parameter's elements, or of the bytes of one that is quantized in this format."""
+    if values.dtype == torch.uint8:
+        return QuantizedRange(values, begin, form=FORMATS[frozen_weights])
+    return FlatRange(values, begin)
+
+
+class Receiver(Protocol):
+    """What a full parameter is copied to."""
+
+    def copy_from(self, full: torch.Tensor) -> None: ...
+
+
+class RowNorms:
+    """Copies a weight, and its row norms to other ranges.
+
+    Args:
+        weight: the weight's own range, if this process has any of it.
+        norms: ranges of the norms, by the rows of the weight.
+        keep: returns the weight's values as they are kept.
+    """
+
+    def __init__(
+        self, weight: Receiver | None, norms: Mapping[Rows, Receiver], keep: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        self._weight, self._norms, self._keep = weight, norms, keep
+
+    @torch.no_grad()
+    def copy_from(self, full: torch.Tensor) -> None:
+        if self._weight is not None:
+            self._weight.copy_from(full)
+        found = torch.linalg.vector_norm(self._keep(full).float(), dim=1)
+        for rows, into in self._norms.items():
+            into.copy_from(rows.of(found).flatten())
 
 
 def split_for_family(name: str, tensor: torch.Tensor, family: ModelFamily, c: DecoderConfig) -> dict[str, torch.Tensor]:
@@ -289,7 +351,7 @@ def stream_weights(
 
 
 def fill_weights(
-    parts: Mapping[str, FlatRange], folder: str | Path, family: ModelFamily, c: DecoderConfig, added_rows: int = 0
+    parts: Mapping[str, Receiver], folder: str | Path, family: ModelFamily, c: DecoderConfig, added_rows: int = 0
 ) -> None:
     """Copy weights into this process's `parts`, by our names.
 

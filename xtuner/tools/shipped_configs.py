@@ -12,6 +12,7 @@ from xtuner.tools.job_scripts import fill_template
 
 _PRETRAINED = {
     "model": "from_pretrained",
+    "model_imports": "from_pretrained",
     "model_arguments": "    pretrained_model_name_or_path=pretrained_model_name_or_path,\n"
     "    use_varlen_attn=use_varlen_attn,\n"
     "    activation_checkpointing=True,\n",
@@ -33,6 +34,7 @@ _ZERO_HINT = '        learn_zero=False,  # True: also learn id 0, which is "!" i
 _TINY = _PRETRAINED | {
     "title": "A tiny InternLM2 from random weights: learns on a laptop in minutes, with every step of a large one.",
     "model": "from_scratch",
+    "model_imports": "from_scratch",
     "model_settings": "# Model: random weights of this shape\n"
     "hidden_size = 256\n"
     "num_layers = 4\n"
@@ -68,9 +70,31 @@ def _pretrained(model: str, model_hint: str = "", hub_id: str = "", **changes: o
     return values | {"title": title, "model_settings": settings}
 
 
+def _qlora(model: str) -> dict[str, object]:
+    """QLoRA: low-rank terms on weights in 4 bits."""
+    values = _pretrained(model, max_length=8192, lr="2e-4", states_hint="small: factors alone are trained")
+    settings = (
+        "# Adapter: low-rank terms on frozen matrices (docs/en/lora.md)\n"
+        'frozen_weights = "nf4"  # 4 bits; "int8", or "own" for bf16\n'
+        "rank = 16\n"
+        "alpha = 32  # terms are multiplied by alpha / rank\n"
+        'targets = "all"  # or names, such as ["wqkv", "wo"]'
+    )
+    arguments = (
+        "    frozen_weights=frozen_weights,\n    adapter=dict(type=lora, rank=rank, alpha=alpha, targets=targets),\n"
+    )
+    return values | {
+        "title": f"QLoRA of {values['title']}",
+        "model_imports": "from_pretrained, lora",
+        "model_settings": f"{values['model_settings']}\n{settings}",
+        "model_arguments": f"{values['model_arguments']}{arguments}",
+    }
+
+
 CONFIGS: dict[str, dict[str, object]] = {
     "internlm2_1_8b": _pretrained("InternLM2-1.8B"),
     "internlm2_7b": _pretrained("InternLM2-7B", states_hint='"8bit" lets one 80 GB GPU train all of it'),
+    "internlm2_7b_qlora": _qlora("InternLM2-7B"),
     "internlm2_20b": _pretrained("InternLM2-20B"),
     "internlm2_5_7b_1m": _pretrained(
         "InternLM2.5-7B-Chat-1M",

@@ -30,7 +30,10 @@ from xtuner.data.format.bin_file import data_type
 from xtuner.data.packing.document_source import Documents, SourceFile
 from xtuner.data.packing.pack import IGNORE
 from xtuner.dist.collectives import ALL, Ranks
+from xtuner.export.sources.peft import open_peft
 from xtuner.model import load_pretrained
+from xtuner.model.adapted import load_adapted
+from xtuner.model.adapter_folder import AdapterFolder, has_adapter, open_adapter
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import find_base_weights
@@ -174,28 +177,66 @@ def check_record_path(path: Path) -> None:
             pass
 
 
-def open_model(name: str, options: list[str], device: torch.device) -> tuple[CausalLM, str]:
+def open_model(name: str, options: list[str], device: torch.device, adapter: str | None = None) -> tuple[CausalLM, str]:
     """A model in evaluation mode, and the identity of its weights.
 
     Args:
         name: a Hugging Face folder, a checkpoint, or a config (the model that it starts from).
         options: overrides of a config.
+        adapter: a checkpoint of a run with LoRA, or a folder of PEFT; `name` is then its base model. A checkpoint
+            with an adapter as `name` is opened with the base model that it records.
 
     Raises: ConfigError, CheckpointError. A checkpoint is verified first.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     path = Path(name).expanduser()
+    if adapter is not None:
+        kind = path_kinds.require_kind(path, (path_kinds.HF,), "MODEL", "give {} as the base model, with --adapter")
+        return _open_adapted(_find_adapter(adapter, kind.path), kind.path, device, dtype)
     if name.endswith(".py"):
         config = load(name, options)
         source: ModelSource = build(config.values["model"], "model")
         return source.build(device, dtype).eval(), f"{config.resolved()['model']}"
+    if path_kinds.recognise(path).what == path_kinds.ADAPTER:
+        do = f"give its base model as MODEL, and --adapter {name}"
+        raise ConfigError(f"{name} is {path_kinds.ADAPTER}", where="MODEL", do=do)
     kind = path_kinds.require_kind(path, (path_kinds.CHECKPOINT, path_kinds.HF), "MODEL", "give {} as the model")
     if kind.what == path_kinds.CHECKPOINT:
         verify(path)
+        if has_adapter(path):
+            return _open_adapted(open_adapter(path), None, device, dtype)
         path = find_base_weights(path)
-    files = [path / "config.json", *(p for pattern in WEIGHTS for p in sorted(path.glob(pattern)))]
+    return load_pretrained(path, dtype, device), _identify(path)
+
+
+def _find_adapter(name: str, base: Path) -> AdapterFolder:
+    kind = path_kinds.recognise(name)
+    if kind.what == path_kinds.ADAPTER:
+        return open_peft(kind.path, base)
+    if kind.what != path_kinds.CHECKPOINT:
+        raise ConfigError(
+            f"{name} is {kind.what}",
+            where="--adapter",
+            do="give an iter_N.pth of a run with LoRA, or a folder with PEFT's adapter_config.json",
+        )
+    verify(kind.path)
+    if not has_adapter(kind.path):
+        raise ConfigError(f"{name} has no adapter", where="--adapter", do=f"it is a model itself: give {name} as MODEL")
+    return open_adapter(kind.path)
+
+
+def _open_adapted(
+    adapter: AdapterFolder, base: Path | None, device: torch.device, dtype: torch.dtype
+) -> tuple[CausalLM, str]:
+    base = adapter.find_base(base)
+    return load_adapted(adapter, base, dtype, device), _identify(base, adapter.path)
+
+
+def _identify(*folders: Path) -> str:
+    """The identity of weights on disk."""
+    files = [p for folder in folders for pattern in ("*config.json", *WEIGHTS) for p in sorted(folder.glob(pattern))]
     stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return load_pretrained(path, dtype, device), hashlib.sha256(repr(stats).encode()).hexdigest()
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 @torch.no_grad()

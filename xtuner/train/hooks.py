@@ -19,7 +19,7 @@ from xtuner.data.tokenizer_template import resolve_template
 from xtuner.dist import collectives
 from xtuner.families import FAMILIES
 from xtuner.families.chat import ChatFormat
-from xtuner.model.flops import peak_flops, training_flops
+from xtuner.model.flops import peak_flops
 from xtuner.model.generate import generate
 from xtuner.train.evaluate import evaluate
 from xtuner.train.reporting.averages import Averages
@@ -61,7 +61,7 @@ class ThroughputHook(Hook):
         if run.mesh.size > 1:
             it.record["tokens_per_s_a_rank"] = each / run.mesh.cp
         if self._peak:
-            flops = training_flops(run.source.config, it.num_tokens, it.attention_pairs)
+            flops = run.source.training_flops(it.num_tokens, it.attention_pairs)
             it.record["mfu"] = flops / run.mesh.cp / elapsed / self._peak
 
 

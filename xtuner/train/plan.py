@@ -66,6 +66,7 @@ def make_plan(
         "balance": balance,
         "windows_from": origin,
         "config": config.resolved(),
+        **({"base": settings.source.base.to_json()} if settings.source.base else {}),
     }
     if found:
         require_same_run(found, facts, allow_change)

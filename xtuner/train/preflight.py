@@ -39,8 +39,11 @@ from xtuner.data.packing.document_source import as_documents
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.mesh import Mesh
 from xtuner.families import read_model
+from xtuner.model.adapter import LoRA
+from xtuner.model.adapter_folder import has_adapter, open_adapter
+from xtuner.model.base_identity import require_same_base
 from xtuner.model.source import ModelSource, from_scratch, require_special_tokens
-from xtuner.model.weights import WeightFolder, check_network, find_base_weights
+from xtuner.model.weights import WeightFolder, check_network, check_shapes, find_base_weights
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train.checkpoints import work_dir_lock
 from xtuner.train.checkpoints.checkpoint import TRAINER
@@ -146,11 +149,29 @@ def _build_model_source(config: Config) -> ModelSource:
 
 
 def _check_initial_weights(folder: Path, source: ModelSource | None) -> None:
+    if source and source.base:
+        _check_initial_adapter(folder, source)
+        return
     weights = find_base_weights(folder) if (folder / TRAINER).is_file() else folder
     layout, _ = read_model(weights)
     tensors = WeightFolder(weights)
     if source:
         check_network(tensors, layout, source.config, "the config's model")
+
+
+def _check_initial_adapter(folder: Path, source: ModelSource) -> None:
+    assert source.base
+    assert isinstance(source.adapter, LoRA)
+    if not has_adapter(folder):
+        raise ConfigError(
+            "this is not a checkpoint of a run with an adapter",
+            why="with model.adapter the weights of the base model come from model.pretrained_model_name_or_path alone",
+            do="give the model there, or an iter_N.pth of a run with the same adapter",
+        )
+    found = open_adapter(folder)
+    require_same_base(found.base, source.base, "the adapter", str(folder))
+    shapes = {n: tuple(shape) for n, shape in source.trained_shapes.items()}
+    check_shapes(found.tensors, shapes, "model.adapter")
 
 
 def _check_tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
@@ -211,8 +232,7 @@ def assemble_settings(
                               num_attention_heads=1)  # fmt: skip
     elif isinstance(dataset, PackedDataset):  # a user's own dataset checks its ids itself
         dataset = dataset.with_vocab_size(source.config.vocab_size)
-    if source.seed is None:
-        source = replace(source, seed=seed)
+    source = source.with_seed(seed)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
     if known:
         with locate_errors(config, "optim_wrapper.parameter_groups"):

@@ -12,6 +12,8 @@ from xtuner.core.log import logger
 from xtuner.core.secrets import mask
 from xtuner.dist.collectives import Ranks
 from xtuner.engine.base import Strategy
+from xtuner.model.adapter_folder import ADAPTER
+from xtuner.model.base_identity import read_base, require_same_base
 from xtuner.model.weights import find_base_weights
 from xtuner.train.checkpoints import checkpoint, history
 from xtuner.train.checkpoints.history import ResumeChoice
@@ -67,12 +69,18 @@ def _too_deep(where: Path) -> CheckpointError:
     return CheckpointError(f"{where.name} is nested too deeply", where=str(where))
 
 
-def load_run_state(strategy: Strategy, config: Config, found: ResumePoint | None, ranks: Ranks) -> Progress:
-    """Load the weights and optimizer state that the run starts from. Returns its progress so far."""
+def load_run_state(
+    strategy: Strategy, config: Config, found: ResumePoint | None, ranks: Ranks, has_adapter: bool = False
+) -> Progress:
+    """Load the weights and optimizer state that the run starts from. Returns its progress so far.
+
+    Args:
+        has_adapter: whether the run trains an adapter.
+    """
     begin = time.perf_counter()
     if found is None:
         if config.setting("load_from"):
-            _load_initial_weights(strategy, Path(config.setting("load_from")).expanduser(), ranks)
+            _load_initial_weights(strategy, Path(config.setting("load_from")).expanduser(), ranks, has_adapter)
         return Progress()
     strategy.load(found.folder)
     took = time.perf_counter() - begin
@@ -81,11 +89,11 @@ def load_run_state(strategy: Strategy, config: Config, found: ResumePoint | None
     return Progress(found.state, (found.state.iteration, True))
 
 
-def _load_initial_weights(strategy: Strategy, folder: Path, ranks: Ranks) -> None:
+def _load_initial_weights(strategy: Strategy, folder: Path, ranks: Ranks, has_adapter: bool) -> None:
     weights = folder
     if (folder / checkpoint.TRAINER).is_file():
         checkpoint.verify(folder, ranks)
-        weights = find_base_weights(folder)
+        weights = folder / ADAPTER if has_adapter else find_base_weights(folder)
     strategy.load_weights(weights)
     logger.info(f"weights loaded from {weights} (load_from); optimizer and data position start anew")
 
@@ -166,6 +174,9 @@ def _require_same_run(facts: dict[str, Any], now: dict[str, Any], where: str, al
     before = mask(facts["config"])  # older checkpoints contain an unmasked config
     if "version" not in facts:
         apply_hook_settings(before, absent=True)
+    if facts.get("base") and now.get("base"):
+        trained_on, here = (read_base(f["base"], where) for f in (facts, now))
+        require_same_base(trained_on, here, "the checkpoint's adapter", where)
     changed = compare_configs(before, now["config"])
     if facts["data"] == now["data"]:  # the same documents, whatever their source's settings
         changed = [replace(c, kind="harmless") if c.key.startswith(SOURCE) else c for c in changed]

@@ -200,7 +200,7 @@ def _build_run(
         longest = find_longest_document(settings.dataset) if collectives.is_main() else None
         longest = longest and -(-longest // settings.mesh.cp)
         strategy_.memory.log_plan(plan.choice.pack, settings.mesh, longest)
-    progress = load_run_state(strategy_, settings.config, found, ranks)
+    progress = load_run_state(strategy_, settings.config, found, ranks, settings.source.base is not None)
     ranks.run_on_main(lambda: history.set_aside_others(settings.work_dir, found.chosen if found else None))
     ranks.run_on_main(lambda: record_start(settings, progress, found, file.parent))
     return Run(**vars(settings), plan=plan, loader=plan.loader(settings), strategy=strategy_, metrics=metrics,

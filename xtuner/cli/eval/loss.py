@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="save results per data file, to continue after an interruption (default: not saved)",
     )
+    parser.add_argument(
+        "--adapter", metavar="FOLDER", help="an adapter on MODEL: a checkpoint of a run with LoRA, or a folder of PEFT"
+    )
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
 
 
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if save:
         check_record_path(save)
     documents = load_intern_repo_tokenized_dataset(args.data_folder)
-    model, identity = open_model(args.model, args.cfg_options, select_device())
+    model, identity = open_model(args.model, args.cfg_options, select_device(), args.adapter)
     record = Record(save, identity, args.max_length)
     results = evaluate(model, documents, args.max_length, record)
     width = max(len(r.name) for r in results)

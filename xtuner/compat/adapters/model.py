@@ -14,7 +14,8 @@ from xtuner.config.schema import Allowed
 from xtuner.model import source
 from xtuner.model.source import ModelSource
 
-_FULL = Allowed((None,), "all weights are trained; LoRA adapters are not supported", "leave it out")
+_LORA = "write model = dict(type=from_pretrained, …, adapter=dict(type=lora, rank=…, alpha=…))"
+_FULL = Allowed((None,), "LoRA has settings of its own here (docs/en/lora.md)", f"{_LORA}; or leave it out")
 _MULTIPLE = 64  # of rows, where the old tool adds some
 _DTYPE = "weights are kept in fp32; the compute dtype is bf16 on GPUs and fp32 on CPUs"
 
@@ -34,7 +35,9 @@ class AutoModelForCausalLM:
             "use_safetensors": ("safetensors are used if there are any", bool | None),
         },
         allowed={
-            "quantization_config": Allowed((None,), "quantized weights are not trained", "leave it out"),
+            "quantization_config": Allowed(
+                (None,), "quantized weights are for adapters", f'{_LORA} with frozen_weights="nf4"; or leave it out'
+            ),
             "device_map": Allowed((None,), "every process has the model on its own device", "leave it out"),
             **HUB,
         },

@@ -7,7 +7,7 @@ of one resumes under any other, on any mesh.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from xtuner.engine.state.slices import SavedStates, cut_into_slices
 from xtuner.engine.state.snapshot import Snapshot, group_into_files
 from xtuner.engine.step_time import context_costs
 from xtuner.families import checkpoint_config, find_family
+from xtuner.model.adapter_folder import ADAPTER, RECORD
 from xtuner.model.context_parallel.exchange import ContextGroup
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.weights import (
@@ -59,6 +60,9 @@ class StatefulStrategy(ABC):
         shapes: of all parameters, by name, the same on every rank.
         device: where ranks exchange tensors.
         saves: False on ranks whose shards are saved by others (replicas under hybrid sharding).
+        adapter: what a checkpoint records of an adapter and its base model. It then contains trained parameters alone;
+            None: all weights.
+        trained: names of the trained parameters.
     """
 
     memory: MemoryPlan
@@ -72,11 +76,16 @@ class StatefulStrategy(ABC):
         device: torch.device,
         mesh: Mesh,
         saves: bool = True,
+        adapter: Mapping[str, Any] | None = None,
+        trained: Collection[str] = (),
     ) -> None:
         self.device = device
         self._config, self._shapes, self._saves, self.mesh = config, shapes, saves, mesh
         known = hf_shapes(config)
-        self._added = [n for n in shapes if n not in known]  # parameters of adapters
+        self._adapter = adapter
+        weights = [] if adapter else list(known)
+        # parameters of adapters; without the base, all that is trained
+        self._added = [n for n in shapes if n in trained] if adapter else [n for n in shapes if n not in known]
         if missing := sorted(known.keys() - shapes.keys()):
             raise ConfigError(
                 f"the model has no parameter {missing[0]}",
@@ -84,7 +93,7 @@ class StatefulStrategy(ABC):
                 why="added modules must not rename the model's own parameters: checkpoints refer to them by name",
             )
         self._files: dict[str, list[str]] = {}
-        for prefix, names in (("weights/model", list(known)), ("adapter/model", self._added)):
+        for prefix, names in (("weights/model", weights), ("adapter/model", self._added)):
             groups = group_into_files({n: 4 * shapes[n].numel() for n in names})
             if names:
                 self._files |= zip(shard_file_names(prefix, len(groups)), groups, strict=True)
@@ -167,7 +176,8 @@ class StatefulStrategy(ABC):
     def _copy_weights(self, shards: Mapping[str, Shard]) -> dict[str, torch.Tensor]:
         """The full parameters that this rank writes. Bits are summed as integers: exact, and zeros keep their sign."""
         if self.mesh.size == 1:
-            return {n: self._host.copy({n: shards[n].master.read().view(s)})[n] for n, s in self._shapes.items()}
+            own = [n for names in self._files.values() for n in names]
+            return {n: self._host.copy({n: shards[n].master.read().view(self._shapes[n])})[n] for n in own}
         copies: dict[str, torch.Tensor] = {}
         for i, names in enumerate(self._files.values()):
             writer = i % self.mesh.size
@@ -182,7 +192,10 @@ class StatefulStrategy(ABC):
         return copies
 
     def _json_files(self) -> dict[str, Any]:
-        files_json: dict[str, Any] = {"weights/config.json": checkpoint_config(self._config)}
+        config = checkpoint_config(self._config)
+        if self._adapter:
+            return {f"{ADAPTER}/config.json": config, f"{ADAPTER}/{RECORD}": dict(self._adapter)}
+        files_json: dict[str, Any] = {"weights/config.json": config}
         files = {Path(f).name: names for f, names in self._files.items() if f.startswith("weights/")}
         if len(files) > 1:
             total = 4 * sum(self._shapes[n].numel() for names in files.values() for n in names)
@@ -190,6 +203,10 @@ class StatefulStrategy(ABC):
         return files_json
 
     def load_weights(self, folder: Path) -> None:
+        if self._adapter:
+            self._load_adapter(folder)
+            self._sync_weights()
+            return
         family = find_family(read_json(folder / "config.json"))
         fill_weights({n: s.master for n, s in self._shards().items()}, folder, family, self._config)
         self._sync_weights()
@@ -211,7 +228,10 @@ class StatefulStrategy(ABC):
             for key in saved.keys.get(name, ()):
                 span = self._span(key, name, shard.master)
                 self._restore_state(name, key, saved.read_range(f"{key}/{name}", *span, self.device))
-        self._load_adapter(folder / "adapter")
+        if self._adapter:
+            self.load_weights(folder / ADAPTER)
+            return
+        self._load_adapter(folder / ADAPTER)
         self.load_weights(folder / "weights")
 
 

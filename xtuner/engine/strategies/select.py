@@ -15,6 +15,7 @@ from xtuner.engine.base import Strategy
 from xtuner.engine.memory import USUAL_PACK, MemoryPlan
 from xtuner.engine.strategies.sharded_strategy import ShardedStrategy
 from xtuner.engine.zero import deepspeed_config, zero_memory
+from xtuner.model.adapter import LoRA
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.optimizer_traits import ADVICE
@@ -117,11 +118,9 @@ def _choose_deepspeed(
             why="DeepSpeed divides parameters into ranges, and Muon needs full matrices",
             do="leave --deepspeed out: xtuner's own sharding (--fsdp) supports Muon; or use torch.optim.AdamW",
         )
-    if source.adapter:
-        raise ConfigError(
-            "adapters are not supported with DeepSpeed", where="model.adapter", do="leave --deepspeed out"
-        )
     settings = deepspeed_config.prepare_settings(name, source, optim, device, mesh.size)
+    if source.adapter:
+        _require_zero_adapter(source, name, settings)
     if (ignored := deepspeed_config.list_ignored(deepspeed_config.read_settings(name))) and mesh.is_main:
         logger.info(f"--deepspeed {name}: no effect here: {', '.join(ignored)}")
     if settings["zero_optimization"].get("stage", 0):
@@ -129,6 +128,26 @@ def _choose_deepspeed(
     found = zero_memory.plan_zero_memory(source, optim, device, mesh, settings, pack, free)
     remark = zero_memory.suggest_own_sharding(found, source, optim, device, mesh, name, pack, free)
     return Choice(found, mesh, pack, name, settings=settings, remark=remark)
+
+
+def _require_zero_adapter(source: ModelSource, name: str, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an adapter that DeepSpeed cannot train."""
+    zero, adapter = settings["zero_optimization"], source.adapter
+    unsupported = {
+        "model.frozen_weights": ("weights in 4 or 8 bits", source.frozen_weights != "own"),
+        "model.adapter.dropout": ("dropout of adapters", isinstance(adapter, LoRA) and bool(adapter.dropout)),
+        "model.adapter": (
+            "adapters of your own" if not isinstance(adapter, LoRA) else "adapters with other stages than 1 and 2",
+            not isinstance(adapter, LoRA) or zero.get("stage") not in (1, 2) or "offload_optimizer" in zero,
+        ),
+    }
+    for where, (what, is_there) in unsupported.items():
+        if is_there:
+            raise ConfigError(
+                f"--deepspeed {name} does not support {what}",
+                where=where,
+                do="leave --deepspeed out: xtuner's own sharding supports all of them",
+            )
 
 
 def _require_shardable(optim: OptimWrapper, device: torch.device, engine: str, zero: bool) -> None:

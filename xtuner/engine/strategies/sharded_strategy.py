@@ -22,7 +22,7 @@ from xtuner.engine.strategies.out_of_memory import Failure, agree_on_smaller, dr
 from xtuner.engine.strategies.sharded_parameters import DividedModel
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
-from xtuner.model.weights import FlatRange
+from xtuner.model.weights import make_range
 from xtuner.optim.optim_wrapper import OptimWrapper
 
 
@@ -46,9 +46,11 @@ class ShardedStrategy(StatefulStrategy):
         self.compute_dtype = optim.compute_dtype(device)
         self.memory = memory or plan_memory(source, optim, device, mesh, free=min_free_bytes(device, mesh))
         build_on = device if mesh.shard_size == 1 else torch.device("meta")
+        self._frozen_weights = source.frozen_weights
         self._model = source.build_empty(build_on, self.compute_dtype).train()
         shapes = {n: p.shape for n, p in self._model.named_parameters()}
-        super().__init__(source.config, shapes, device, mesh, saves=mesh.replica == 0)
+        record, trained = source.adapter_record(), source.trained_names()
+        super().__init__(source.config, shapes, device, mesh, mesh.replica == 0, record, trained)
         self._divided = DividedModel(self._model, mesh, device, self.memory.division, optim.gradient_dtype(device))
         if build_on.type == "meta":
             source.configure(self._model, device, self.compute_dtype)
@@ -88,7 +90,7 @@ class ShardedStrategy(StatefulStrategy):
             return 0.0
         counts = parts or self.count_micro_batches(batch)
         while True:
-            total, failure = self._attempt(self._cut_packs(batch, counts), num_targets)
+            total, failure = self._attempt(self._cut_packs(batch, counts), num_targets, iteration)
             mean, failures = self._sum_over_ranks(total)
             if not failures:
                 break
@@ -96,7 +98,9 @@ class ShardedStrategy(StatefulStrategy):
             _, counts = self.mesh.ranks.sums_and_maxima([], self.count_micro_batches(batch))
         return mean
 
-    def _attempt(self, pieces: Sequence[Batch], num_targets: int) -> tuple[torch.Tensor, Failure | None]:
+    def _attempt(
+        self, pieces: Sequence[Batch], num_targets: int, iteration: int
+    ) -> tuple[torch.Tensor, Failure | None]:
         """Forward and backward of micro-batches. Returns [this rank's part of the loss, 1 if its memory ran out], on
         the device. If memory ran out on any rank, the gradients are invalid on all ranks."""
         divided, failure = self._divided, None
@@ -106,10 +110,14 @@ class ShardedStrategy(StatefulStrategy):
             loss.backward()
             divided.after_backward()
 
+        def before(last: bool) -> None:
+            self._model.dropout_seed.value = hash((iteration, divided.remaining, self.mesh.rank))
+            divided.before_micro_batch(last)
+
         divided.begin_iteration(len(pieces))
         try:
             total[0] = run_micro_batches(
-                pieces, self._model, self.device, num_targets, backward, divided.before_micro_batch,
+                pieces, self._model, self.device, num_targets, backward, before,
                 skip=self.mesh.size == 1, context=self._context,
             )  # fmt: skip
         except Exception as e:
@@ -160,7 +168,8 @@ class ShardedStrategy(StatefulStrategy):
         return self._norm, self._finite
 
     def _shards(self) -> dict[str, Shard]:
-        frozen = {n: Shard(FlatRange(p.rows.weight.data.view(-1), p.begin), {}) for n, p in self._frozen.items()}
+        kept = self._frozen_weights
+        frozen = {n: Shard(make_range(p.rows.weight.data.view(-1), p.begin, kept), {}) for n, p in self._frozen.items()}
         found = self._optimizer.shards() | frozen
         return {n: found[n] for n in self._shapes if n in found}
 

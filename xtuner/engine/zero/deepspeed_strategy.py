@@ -67,7 +67,8 @@ class DeepSpeedStrategy(StatefulStrategy):
             if self.compute_dtype == torch.bfloat16:
                 config["data_types"] = {"grad_accum_dtype": "fp32"}
         shapes = {n: p.shape for n, p in source.build_empty(torch.device("meta"), torch.float32).named_parameters()}
-        super().__init__(source.config, shapes, device, mesh, saves=bool(self.stage) or mesh.is_main)
+        saves, record = bool(self.stage) or mesh.is_main, source.adapter_record()
+        super().__init__(source.config, shapes, device, mesh, saves, record, source.trained_names())
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=config):
                 model = source.build_network()  # each module is sharded as soon as it is built

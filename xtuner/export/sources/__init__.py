@@ -21,6 +21,7 @@ from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
 from xtuner.families import NATIVE, find_family_by_names, read_model
 from xtuner.families.base import ModelFamily
+from xtuner.model.adapter_folder import MergedWeights, has_adapter, open_adapter
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import Shape, WeightFolder, WeightSource, find_base_weights, join_from_family
 
@@ -44,9 +45,15 @@ class RecognisedCheckpoint:
     path: Path
     opener: Callable[[Path], OpenedCheckpoint]
 
-    def open(self) -> OpenedCheckpoint:
-        """Open the files. Raises: CheckpointError if the checkpoint is incomplete or damaged."""
-        return self.opener(self.path)
+    def open(self, base: Path | None = None) -> OpenedCheckpoint:
+        """Open the files.
+
+        Args:
+            base: the base model of a checkpoint with an adapter; None for the one that it records.
+
+        Raises: CheckpointError if the checkpoint is incomplete or damaged.
+        """
+        return _open_checkpoint(self.path, base) if self.opener is _open_checkpoint else self.opener(self.path)
 
 
 class RenamedSource(WeightSource):
@@ -98,11 +105,16 @@ def read_tensor(opened: OpenedCheckpoint, name: str) -> torch.Tensor:
     return tensor.detach()
 
 
-def _open_checkpoint(path: Path) -> OpenedCheckpoint:
+def _open_checkpoint(path: Path, base: Path | None = None) -> OpenedCheckpoint:
     verify(path)
+    trainer = read_json(path / "trainer.json")
+    if has_adapter(path):
+        folder = open_adapter(path)
+        base = folder.find_base(base)
+        what = f"a checkpoint of xtuner, merged into {base}" + folder.describe_frozen()
+        return OpenedCheckpoint(MergedWeights(folder, base), what, NATIVE, folder.config, trainer=trainer)
     weights = find_base_weights(path)
     layout, config = read_model(weights)
-    trainer = read_json(path / "trainer.json")
     return OpenedCheckpoint(WeightFolder(weights), "a checkpoint of xtuner", layout, config, trainer=trainer)
 
 

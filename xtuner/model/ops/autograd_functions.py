@@ -23,6 +23,7 @@ import torch
 
 from xtuner.model.ops import elementwise as e
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient, add_gradient_product
+from xtuner.model.ops.low_rank import LowRankTerm, Projection
 from xtuner.model.ops.matmul import Matmul
 
 Tensors = tuple[torch.Tensor, ...]
@@ -174,7 +175,7 @@ def add_norm(
 
 
 class LinearFunction(torch.autograd.Function):
-    """x w^T + bias + add."""
+    """x w^T + bias + add, and a low-rank term, if any, whose tensors are `tensors`."""
 
     @staticmethod
     def forward(
@@ -186,20 +187,27 @@ class LinearFunction(torch.autograd.Function):
         recipe: Recipe,
         matmul: Matmul,
         into: tuple[GradientSum | None, GradientSum | None],
+        term: LowRankTerm | None = None,
+        *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(w_NK, bias_N, *recipe.tensors)
-        ctx.compute, ctx.matmul, ctx.into = recipe.compute, matmul, into
-        return matmul.forward(matmul.prepare(x_TK), w_NK, bias_N, add_TN)
+        ctx.save_for_backward(w_NK, bias_N, *tensors, *recipe.tensors)
+        ctx.compute, ctx.matmul, ctx.into, ctx.term, ctx.count = recipe.compute, matmul, into, term, len(tensors)
+        return Projection(matmul, w_NK, bias_N, term, tensors).forward(matmul.prepare(x_TK), x_TK, add_TN)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Optionals:
-        (d_TN,), matmul, (to_w, to_bias) = grads, ctx.matmul, ctx.into
-        w_NK, bias_N, *inputs = ctx.saved_tensors
+        (d_TN,), (to_w, to_bias) = grads, ctx.into
+        w_NK, bias_N, *others = ctx.saved_tensors
+        tensors, inputs = others[: ctx.count], others[ctx.count :]
         need_x, need_w, need_bias, need_add, *_ = ctx.needs_input_grad
-        dw = add_gradient_product(to_w, d_TN, ctx.compute(*inputs)) if need_w else None
+        projection = Projection(ctx.matmul, w_NK, bias_N, ctx.term, tensors)
+        x_TK: Any = ctx.compute(*inputs) if need_w or ctx.term else None
+        dw = add_gradient_product(to_w, d_TN, x_TK) if need_w else None
         d_bias = add_gradient(to_bias, d_TN.sum(0, dtype=torch.float32), bias_N.dtype) if need_bias else None
-        dx = matmul.backward(matmul.prepare(d_TN), w_NK) if need_x else None
-        return dx, dw, d_bias, d_TN if need_add else None, None, None, None
+        projection.add_gradients(d_TN, x_TK)
+        del x_TK
+        dx = projection.backward(d_TN) if need_x else None
+        return dx, dw, d_bias, d_TN if need_add else None, None, None, None, None, *projection.gradients()
 
 
 class SplitRotate(torch.autograd.Function):

@@ -38,6 +38,9 @@ class Matmul(Protocol):
     def backward(self, d: "PreparedRows", w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
         """d w + add."""
 
+    def read(self, w_NK: torch.Tensor) -> torch.Tensor:
+        """The weight in the compute dtype."""
+
 
 @dataclass(frozen=True)
 class PreparedRows:
@@ -63,6 +66,9 @@ class PlainMatmul:
     def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
         return d.values @ w_NK if add_TK is None else torch.addmm(add_TK, d.values, w_NK)
 
+    def read(self, w_NK: torch.Tensor) -> torch.Tensor:
+        return w_NK
+
 
 class Fp8Matmul:
     """Multiplies in fp8. Weights are quantized at each use: copies of all would take half the weights' memory."""
@@ -77,6 +83,9 @@ class Fp8Matmul:
 
     def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
         return _add(_multiply(d, quantize_columns(w_NK), w_NK.dtype), None, add_TK)
+
+    def read(self, w_NK: torch.Tensor) -> torch.Tensor:
+        return w_NK
 
 
 PLAIN = PlainMatmul()

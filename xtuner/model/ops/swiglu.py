@@ -5,6 +5,7 @@ time, and weight gradients are added up tile by tile. Each row of an fp8 product
 scale. With at most TILE tokens there is one tile, and nothing is copied.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ import torch
 from xtuner.model.ops import elementwise as e
 from xtuner.model.ops.autograd_functions import Optionals, Recipe
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient, add_gradient_product
+from xtuner.model.ops.low_rank import LowRankTerm, Projection
 from xtuner.model.ops.matmul import Matmul
 
+Terms = tuple[LowRankTerm | None, ...]
 TILE = 32768  # tokens: products gain nothing from more, and reading weights and gradient sums costs little for each
 
 
@@ -71,6 +74,17 @@ class BiasGradient:
         return add_gradient(self.into, self.total, self.bias.dtype)
 
 
+def _projections(
+    matmul: Matmul, weights: Sequence[torch.Tensor], biases: Optionals, terms: Terms, tensors: Sequence[torch.Tensor]
+) -> list[Projection]:
+    found, at = [], 0
+    for weight, bias, term in zip(weights, biases, terms, strict=True):
+        count = term.num_tensors if term else 0
+        found.append(Projection(matmul, weight, bias, term, tensors[at : at + count]))
+        at += count
+    return found
+
+
 class SwiGLUFunction(torch.autograd.Function):
     """w2(silu(w1 x + b1) · (w3 x + b3)) + b2 + add; the product of the two factors is not kept.
 
@@ -79,6 +93,7 @@ class SwiGLUFunction(torch.autograd.Function):
         into: gradient sums of w1, w3, w2 and of their biases.
         keep: whether the two factors are kept, else they are recomputed.
         output: False if nothing reads the output, which is not computed then.
+        terms: low-rank terms of w1, w3, w2, or None; `tensors` are those of all.
     """
 
     @staticmethod
@@ -97,20 +112,26 @@ class SwiGLUFunction(torch.autograd.Function):
         into: tuple[GradientSum | None, ...],
         keep: bool,
         output: bool,
+        terms: Terms = (None, None, None),
+        *tensors: torch.Tensor,
     ) -> torch.Tensor:
         kept: list[torch.Tensor] = []
         out: Any = None if output else add_TH.view_as(add_TH)
-        for tile in split_tokens(len(x_TH)) if keep or output else ():
-            rows = matmul.prepare(x_TH[tile])
-            gate, up = matmul.forward(rows, w1, b1), matmul.forward(rows, w3, b3)
+        p1, p3, p2 = _projections(matmul, (w1, w3, w2), (b1, b3, b2), terms, tensors)
+        for i, tile in enumerate(split_tokens(len(x_TH)) if keep or output else ()):
+            x = x_TH[tile]
+            rows = matmul.prepare(x)
+            gate, up = p1.forward(rows, x, None, i), p3.forward(rows, x, None, i)
             if output:
-                part = matmul.forward(matmul.prepare(e.swiglu(gate, up)), w2, b2, add_TH[tile])
+                product = e.swiglu(gate, up)
+                part = p2.forward(matmul.prepare(product), product, add_TH[tile], i)
                 out = put_rows(out, tile, part, add_TH)
-                del part
+                del part, product
             kept += [gate, up] if keep else []
             del rows, gate, up
-        ctx.save_for_backward(w1, w3, w2, b1, b3, b2, *kept, *recipe.tensors)
+        ctx.save_for_backward(w1, w3, w2, b1, b3, b2, *tensors, *kept, *recipe.tensors)
         ctx.compute, ctx.matmul, ctx.into, ctx.kept = recipe.compute, matmul, into, len(kept)
+        ctx.terms, ctx.count = terms, len(tensors)
         return out
 
     @staticmethod
@@ -118,8 +139,11 @@ class SwiGLUFunction(torch.autograd.Function):
         (d_TH,), matmul = grads, ctx.matmul
         w1, w3, w2, b1, b3, b2, *others = ctx.saved_tensors
         _, _, need_w1, need_w3, need_w2, *need_biases = ctx.needs_input_grad[:8]
+        tensors, others = others[: ctx.count], others[ctx.count :]
         kept, inputs = others[: ctx.kept], others[ctx.kept :]
-        x_TH: Any = ctx.compute(*inputs) if not kept or need_w1 or need_w3 else None
+        p1, p3, p2 = projections = _projections(matmul, (w1, w3, w2), (b1, b3, b2), ctx.terms, tensors)
+        need_x = not kept or need_w1 or need_w3 or p1.term or p3.term
+        x_TH: Any = ctx.compute(*inputs) if need_x else None
         tiles, dx_TH = split_tokens(len(d_TH)), None
         needs = zip(ctx.into[:3], (w1, w3, w2), (need_w1, need_w3, need_w2), strict=True)
         dw1, dw3, dw2 = (TiledGradient(into, w, need, len(tiles)) for into, w, need in needs)
@@ -131,19 +155,23 @@ class SwiGLUFunction(torch.autograd.Function):
                 gate, up = kept[2 * i : 2 * i + 2]
             else:
                 rows = matmul.prepare(x)
-                gate, up = matmul.forward(rows, w1, b1), matmul.forward(rows, w3, b3)
+                gate, up = p1.forward(rows, x, None, i), p3.forward(rows, x, None, i)
                 del rows
-            d_gate, d_up, product = e.swiglu_backward(gate, up, matmul.backward(matmul.prepare(d), w2))
+            d_gate, d_up, product = e.swiglu_backward(gate, up, p2.backward(d, None, i))
             dw2.add_product(d, product)
+            p2.add_gradients(d, product, i)
             dw1.add_product(d_gate, x)
+            p1.add_gradients(d_gate, x, i)
             dw3.add_product(d_up, x)
+            p3.add_gradients(d_up, x, i)
             for gradient, rows in zip(d_biases, (d_gate, d_up, d), strict=True):
                 gradient.add_rows(rows)
             del gate, up, product, x
             if i + 1 == len(tiles):
                 del x_TH
-            part = matmul.backward(matmul.prepare(d_up), w3, matmul.backward(matmul.prepare(d_gate), w1))
+            part = p3.backward(d_up, p1.backward(d_gate, None, i), i)
             del d_gate, d_up
             dx_TH = put_rows(dx_TH, tile, part, d_TH)
         taken = (dw1.take(), dw3.take(), dw2.take(), *(d.take() for d in d_biases))
-        return dx_TH, d_TH, *taken, None, None, None, None, None
+        of_terms = [gradient for p in projections for gradient in p.gradients()]
+        return dx_TH, d_TH, *taken, None, None, None, None, None, None, *of_terms

@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--with-code", action="store_true", help="add .py files, for transformers with trust_remote_code=True"
     )
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="of a run with LoRA: merge the adapter into its base model (default: write the adapter in PEFT's format)",
+    )
     parser.add_argument("--safe-serialization", action="store_true", help="has no effect: always safetensors")
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
 
@@ -36,13 +41,39 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.core import log
     from xtuner.export.hf import parse_size, summarize_export
+    from xtuner.export.peft import export_peft
+    from xtuner.model.adapter_folder import has_adapter
 
     dtype = torch.float32 if args.fp32 else torch.bfloat16
     size = parse_size(args.max_shard_size)
     how = {"layout": args.layout, "dtype": dtype, "max_shard_bytes": size, "with_code": args.with_code}
-    target = from_config(args.config, args.cfg_options, args.pth_model, args.save_dir, **how)
+    if has_adapter(Path(args.pth_model).expanduser()) and not args.merge:
+        _reject_for_adapter(args)
+        target = export_peft(args.pth_model, args.save_dir, args.layout, dtype)
+    else:
+        if args.merge:
+            _require_adapter(args.pth_model)
+        target = from_config(args.config, args.cfg_options, args.pth_model, args.save_dir, **how)
     log.logger.info(f"written {summarize_export(target)}")
     return 0
+
+
+def _require_adapter(checkpoint: str) -> None:
+    from xtuner.core.errors import ConfigError
+    from xtuner.core.path_kinds import CHECKPOINT, recognise
+    from xtuner.model.adapter_folder import has_adapter
+
+    kind = recognise(checkpoint)
+    if kind.exists and not has_adapter(kind.path):
+        what = f"{checkpoint} has no adapter"
+        raise ConfigError(what, where="--merge", do="leave --merge out" if kind.what == CHECKPOINT else "")
+
+
+def _reject_for_adapter(args: argparse.Namespace) -> None:
+    from xtuner.core.errors import ConfigError
+
+    if args.with_code:
+        raise ConfigError("--with-code needs a complete model", where="--with-code", do="add --merge, or leave it out")
 
 
 def from_config(
@@ -55,6 +86,7 @@ def from_config(
     from xtuner.compat.translate import load
     from xtuner.config.build import build
     from xtuner.export.hf import export_hf
+    from xtuner.model.adapter_folder import has_adapter
     from xtuner.model.decoder import DecoderConfig
     from xtuner.model.source import ModelSource
 
@@ -66,6 +98,8 @@ def from_config(
         model: ModelSource = build(config.get("model") or {}, "model")
         return model.config
 
+    if has_adapter(Path(checkpoint).expanduser()):
+        how["base"] = build(config.get("model") or {}, "model").folder
     return export_hf(checkpoint, target, folder, network=network, **how)
 
 

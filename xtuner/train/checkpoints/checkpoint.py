@@ -1,6 +1,7 @@
 """`work_dir/iter_N.pth/`: a directory that is either complete or absent.
 
     weights/          config.json, model.safetensors: the fp32 masters, as a Hugging Face folder (internlm2 layout)
+    adapter/          in place of weights/ under LoRA: what is trained, and which model it belongs to
     optimizer/        rank_00000.safetensors (absent with save_optimizer=False)
     trainer.json      position in the data, counters, the facts that a resume compares
     manifest.json     size and sha256 of every file; written last

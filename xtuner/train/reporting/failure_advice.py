@@ -11,7 +11,7 @@ from xtuner.core.files import MANIFEST
 from xtuner.core.log import human_bytes
 from xtuner.dist import collectives
 from xtuner.dist.mesh import Mesh
-from xtuner.engine.memory import MIN_MICRO_BATCH, MemoryPlan
+from xtuner.engine.memory import MIN_MICRO_BATCH, MemoryPlan, smaller_frozen_weights
 from xtuner.engine.strategies.out_of_memory import OutOfMemory
 from xtuner.engine.zero import deepspeed_config, zero_memory
 from xtuner.model.flops import num_parameters
@@ -88,7 +88,13 @@ def _advice(settings: Settings, plan: Plan, words: list[str], now: MemoryPlan | 
             _command_line(words, ["--deepspeed", name, *lean, *resume], mesh),
             f"{human_bytes(state)} of state per GPU{slower}",
         )
-    if not (choice.deepspeed or choice.fsdp) and optim.state_form(device) in (FORMS["fp32"], FORMS["split"]):
+    if lighter := smaller_frozen_weights(settings.source):
+        smaller_weights = ["--cfg-options", "model.frozen_weights=nf4"]
+        yield _command_line(words, smaller_weights, mesh), f"{lighter}; a new run: its results are slightly different"
+    elif not (choice.deepspeed or choice.fsdp or settings.source.adapter) and optim.state_form(device) in (
+        FORMS["fp32"],
+        FORMS["split"],
+    ):
         size = human_bytes(num_parameters(settings.source.config) * FORMS["8bit"].bytes)
         leaner = ["--cfg-options", "optim_wrapper.states=8bit"]
         yield _command_line(words, leaner, mesh), f"{size} of state; a new run: the optimizer's state is different"

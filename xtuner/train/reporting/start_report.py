@@ -9,9 +9,10 @@ import torch
 
 from xtuner.core.log import human, human_bytes
 from xtuner.core.system import sysinfo
+from xtuner.model.adapter import LoRA
 from xtuner.model.attention import BACKENDS
 from xtuner.model.context_parallel.division import divide_heads
-from xtuner.model.flops import num_parameters, training_flops
+from xtuner.model.flops import num_parameters
 from xtuner.optim.muon import is_matrix, parameter_flops
 from xtuner.optim.parameter_groups import find_group
 from xtuner.train.run import Plan, Settings
@@ -40,7 +41,7 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
     tokens = plan.packs_per_iteration * data.packed_length
     device, dtype = settings.device, settings.optim.compute_dtype(settings.device)
     compute = str(dtype).removeprefix("torch.")
-    flops = training_flops(config, tokens, 0)
+    flops = settings.source.training_flops(tokens, 0)
     each = f"on each of {settings.mesh.size} ranks " if settings.mesh.size > 1 else ""
     trained = settings.source.count_trained().total
     partly = f", {trained:,} of them trained" if settings.source.frozen else ""
@@ -49,6 +50,7 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
             "model",
             f"{parameters:,} parameters{partly}, {config.num_layers} layers of {config.hidden_size}, from {where}",
         ),
+        *_adapter_rows(settings),
         ("optimizer", settings.optim.describe()),
         *_muon_rows(settings, flops),
         *_parameter_group_rows(settings),
@@ -76,6 +78,17 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
         ("work dir", str(settings.work_dir)),
     ]
     return "plan of the run\n" + "\n".join(f"  {name:<10} {text}" for name, text in rows)
+
+
+def _adapter_rows(settings: Settings) -> list[tuple[str, str]]:
+    """The adapter, how much is trained, and how the rest is kept."""
+    source = settings.source
+    if not isinstance(source.adapter, LoRA):
+        return []
+    trained = source.count_trained().total
+    kept = "" if source.frozen_weights == "own" else f"; frozen matrices in {source.frozen_weights}"
+    share = trained / (num_parameters(source.config) + source.adapter.added_weights)
+    return [("adapter", f"{source.adapter.describe()}: {trained:,} trained parameters ({share:.2%}){kept}")]
 
 
 def _muon_rows(settings: Settings, iteration: float) -> list[tuple[str, str]]:
@@ -132,7 +145,7 @@ def _balance_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
         what = "packs are not balanced" + (f", because {loader.balance_obstacle}" if loader.balance_obstacle else "")
 
     def flops(squares: Any) -> Any:
-        return training_flops(settings.source.config, loader.dataset.packed_length, squares)
+        return settings.source.training_flops(loader.dataset.packed_length, squares)
 
     most = max(PACKS_EXAMINED // plan.packs_per_iteration, min(window, MAX_WINDOW), SUGGESTED_WINDOW)
     now, undealt, better = (loader.waiting_share(flops, balance, most) for balance in (window, 0, SUGGESTED_WINDOW))

@@ -1,0 +1,116 @@
+"""LoRA, rsLoRA and DoRA equal PEFT's own: logits, gradients and steps from what we export."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.lora import trained_checkpoint, with_lora, write_base
+from helpers.paths import CACHE, EXTERNAL
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from xtuner.export.hf import export_hf
+from xtuner.export.peft import export_peft
+from xtuner.export.sources.peft import PREFIX
+from xtuner.families import FAMILIES
+from xtuner.model.adapter import stored_rows
+from xtuner.model.decoder import CausalLM
+
+PEFT = CACHE / "peft-0.21.2"
+IDS = (torch.arange(40) * 37 % 397 + 3).tolist()
+LR, STEPS = 1e-2, 4
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", dict(targets="all")),
+    "dora": ("qwen2", dict(targets=["q_proj", "v", "o", "gate_proj", "down"], dora=True)),
+    "rslora": ("qwen3", dict(targets=["k", "v_proj", "w2"], scaling="alpha/sqrt(rank)",
+                             train=["norms", "embedding", "output"])),
+    "fused": ("internlm2", dict(targets=["wqkv", "wo", "w1"])),
+    "apart": ("internlm2", dict(targets=["q", "v", "w3"])),
+}  # fmt: skip
+
+
+def names_in_peft(model: CausalLM, family: str) -> dict[str, str]:
+    """Our trained parameters by PEFT's names, where one is one."""
+    form, found = FAMILIES[family], {}
+    for name, p in model.named_parameters():
+        matrix, adapter, rest = name.partition(".adapter.")
+        if not p.requires_grad:
+            continue
+        if not adapter:
+            found[f"{PREFIX}{form.stored(name, model.config)[0].name}"] = name
+            continue
+        part, _, key = rest.partition(".")
+        rows = getattr(model.get_submodule(f"{matrix}.adapter"), part).rows
+        for stored in form.stored(f"{matrix}.weight", model.config):
+            if stored_rows(stored) == rows:
+                module = stored.name.removesuffix(".weight")
+                last = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}[key]
+                found[f"{PREFIX}{module}.{last}"] = name
+    return found
+
+
+def require_whole_matrices(folder: Path) -> None:
+    """For files with one matrix of q, k and v: their factors side by side; others have zeros, for the same rank."""
+    saved = next(folder.glob("iter_*.pth"))
+    export_peft(saved, folder / "own", "internlm2", torch.float32)
+    tensors = load_file(folder / "own" / "adapter_model.safetensors")
+    config = json.loads((folder / "own" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (8, 16.0, ["wqkv", "w3"])
+    base = load_file(folder / "base" / "model.safetensors")
+    merged = load_file(export_hf(saved, folder / "merged", None, None, torch.float32) / "model.safetensors")
+    for module in ("attention.wqkv", "feed_forward.w3"):
+        name = f"model.layers.1.{module}"
+        a, b = (tensors[f"{PREFIX}{name}.lora_{kind}.weight"] for kind in "AB")
+        assert len(a) == b.shape[1] == 8
+        torch.testing.assert_close(base[f"{name}.weight"] + 2 * b @ a, merged[f"{name}.weight"])
+
+
+@pytest.mark.processes
+def test_equal_to_peft(tmp_path: Path) -> None:
+    if not (PEFT / "installed").is_file():
+        pytest.skip("`make peft` downloads PEFT")
+    jobs, models = [], {}
+    for case, (family, settings) in CASES.items():
+        folder = tmp_path / case
+        base = write_base(folder / "base", family)
+        saved, models[case] = trained_checkpoint(with_lora(base, **settings), folder)
+        layout = "llama" if family == "internlm2" else None
+        export_peft(saved, folder / "peft", layout, torch.float32)
+        if layout:  # transformers has no InternLM2
+            base = export_hf(base, folder / "llama", None, layout, torch.float32)
+        jobs.append(dict(base=str(base), adapter=str(folder / "peft"), ids=IDS, lr=LR, steps=STEPS,
+                         out=str(folder / "theirs.safetensors")))  # fmt: skip
+    require_whole_matrices(tmp_path / "apart")
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    env = {**os.environ, "PYTHONPATH": str(PEFT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, EXTERNAL / "peft_lora.py", tmp_path / "jobs.json"], env=env, text=True,
+                          capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for case, model in models.items():
+        theirs = load_file(tmp_path / case / "theirs.safetensors")
+        ids = torch.tensor(IDS)
+        with torch.no_grad():
+            assert (model(ids) - theirs["logits"]).abs().max() < 1e-5, case
+        for module in model.modules():
+            if hasattr(module, "gradient_sums"):
+                module.gradient_sums.clear()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+        targets, parameters = F.pad(ids[1:], (0, 1), value=-100), dict(model.named_parameters())
+        # as one pair of factors, q, k and v share A; PEFT's copies of it part in the first step
+        for step in range(STEPS + 1 if case != "fused" else 1):
+            optimizer.zero_grad()
+            loss = model(ids, targets=targets) / (len(ids) - 1)
+            assert abs(loss.item() - theirs[f"loss {step}"].item()) < 2e-5, (case, step)
+            loss.backward()
+            named = names_in_peft(model, CASES[case][0].replace("internlm2", "llama"))
+            assert len(named) == sum(n.startswith("gradient") for n in theirs) or case == "fused"
+            for name, ours in named.items() if not step else ():
+                expected, found = theirs[f"gradient {name}"], parameters[ours].grad
+                assert found is not None
+                assert (found - expected).abs().max() < 1e-5 * max(float(expected.abs().max()), 1.0), (case, name)
+            optimizer.step()

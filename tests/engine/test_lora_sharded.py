@@ -8,7 +8,7 @@ from typing import Any
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
-from helpers.lora import with_lora, write_base
+from helpers.lora import trained_checkpoint, with_lora, write_base
 from helpers.models import CPU, LR, MAX_NORM, PACKS, read_masters, save_snapshot, uneven_packs
 from helpers.ranks import on_ranks
 from helpers.runs import assert_same_state
@@ -21,6 +21,8 @@ from xtuner.engine.memory import DIVISIONS
 from xtuner.engine.strategies import select
 from xtuner.engine.strategies.sharded_strategy import ShardedStrategy
 from xtuner.model.activation_memory import ActivationPlan
+from xtuner.model.adapted import load_adapted
+from xtuner.model.adapter_folder import open_adapter
 from xtuner.optim.optim_wrapper import OptimWrapper
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -89,6 +91,19 @@ def test_on_several_ranks_as_on_one(kind: str, tmp_path: Path) -> None:
     assert on_ranks(2, on_two, tmp_path / "two") == [0, 0]
     alone.load(next((tmp_path / "two").glob("[a-z]*-2")))
     assert close(list(train(alone, range(2, 4))), expected[2:])
+
+
+def test_a_part_of_an_adapter_that_is_frozen_is_saved(tmp_path: Path) -> None:
+    """By a parameter group: it stays as it begins, and what reads the checkpoint finds it."""
+    source = with_lora(write_base(tmp_path / "base"), train=["norms"])
+    still = frozenset(n for n in source.trained_names() if ".layers.0." in n)
+    saved, model = trained_checkpoint(replace(source, frozen=still), tmp_path)
+    opened = open_adapter(saved)
+    assert set(opened.tensors) == {n for n in source.trained_names() if n not in still or ".adapter." in n}
+    assert not any(opened.tensors[n].any() for n in still if n.endswith(".B"))
+    with torch.no_grad():
+        ids = torch.arange(3, 40)
+        assert torch.equal(load_adapted(opened, tmp_path / "base")(ids), model(ids))
 
 
 @pytest.mark.processes

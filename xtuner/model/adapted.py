@@ -19,7 +19,7 @@ def load_adapted(
     Raises: ConfigError, CheckpointError.
     """
     source = replace(from_pretrained(str(base)), adapter=adapter.adapter, frozen_weights=adapter.frozen_weights)
-    shapes = {name: tuple(shape) for name, shape in source.trained_shapes.items()}
+    shapes = {n: tuple(s) for n, s in source.trained_shapes.items() if ".adapter." in n or n in adapter.tensors}
     check_shapes(adapter.tensors, shapes, "the base model")
     model = source.build(device, dtype)
     parameters = dict(model.named_parameters())

@@ -84,8 +84,8 @@ class StatefulStrategy(ABC):
         known = hf_shapes(config)
         self._adapter = adapter
         weights = [] if adapter else list(known)
-        # parameters of adapters; without the base, all that is trained
-        self._added = [n for n in shapes if n in trained] if adapter else [n for n in shapes if n not in known]
+        # parameters of adapters; without the base, also what is trained of it
+        self._added = [n for n in shapes if n not in known or (adapter and n in trained)]
         if missing := sorted(known.keys() - shapes.keys()):
             raise ConfigError(
                 f"the model has no parameter {missing[0]}",

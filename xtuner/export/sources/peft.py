@@ -38,7 +38,7 @@ def open_peft(folder: Path, base: Path) -> AdapterFolder:
             do="give the model that it was trained on as MODEL; or merge it with PEFT, and give the result",
         )
     rank = given.get("r")
-    others = [n for n in tensors if ".lora_A." in n and tensors.shapes[n][0] != rank]
+    others = [n for n in tensors if ".lora_A." in n and tensors.shapes[n][:1] != (rank,)]
     if given.get("peft_type") != "LORA" or given.get("bias", "none") != "none" or others:
         raise ConfigError(
             "this adapter is not LoRA with one rank for all modules and without biases",
@@ -61,8 +61,10 @@ def open_peft(folder: Path, base: Path) -> AdapterFolder:
         adapter = build_lora(settings, c)
     except ConfigError as e:
         raise ConfigError(f"the adapter does not fit the model: {e.what}", where=where) from None
-    with safe_open(folder / tensors.file_of[next(iter(names))], framework="pt") as file:
-        identity = (file.metadata() or {}).get(IDENTITY)
+    identity, file = None, tensors.file_of[next(iter(names))]
+    if file.endswith(".safetensors"):
+        with safe_open(folder / file, framework="pt") as opened:
+            identity = (opened.metadata() or {}).get(IDENTITY)
     known = BaseModel(str(given.get("base_model_name_or_path")), identity or "")
     renamed = RenamedWeights(tensors, {own: name for name, own in names.items() if own})
     return AdapterFolder(folder, c, adapter, known, "own", renamed)

@@ -35,7 +35,7 @@ demo: .venv/installed
 	$(BIN)/python demo/run.py
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not processes and not slow and not interop'

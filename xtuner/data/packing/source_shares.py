@@ -76,7 +76,7 @@ def arrange(slots: Sequence[int]) -> SourceSequence:
 
     Pack j of a source with a of D slots may come from position floor(j D / a) on and must come before
     ceil((j + 1) D / a): within these windows its count stays within one of its share. Of the packs that may come, that
-    which must come first is taken; for unit jobs whose shares add up to 1 this meets every window (Baruah et al., 1996).
+    which must come first is taken: with shares that add up to 1, this meets every window (Baruah et al., 1996).
     """
     period = sum(slots)
     sources, turns = np.zeros(period, np.uint16), np.zeros(period, np.uint32)

@@ -8,6 +8,7 @@ end. The source whose end is the end of the epoch begins a pass with each epoch;
 before has stopped, so that no pack is left out. With a single source this is the stream of its packs without a mixture.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -17,7 +18,8 @@ from xtuner.data.format.bin_file import Int64s
 from xtuner.data.packing.mixture import MixturePlan
 
 Permutation = Callable[[int, int], npt.NDArray[np.integer]]  # (source, pass) → the order of its packs
-KEPT = 2  # permutations of each source that are kept: those around the end of a pass
+KEPT = 2  # permutations of each source that are kept: those around the end of a pass,
+SMALL = 2**16  # and of small sources, which have many passes, those of this many packs: 256 kB
 
 
 class MixtureOrder:
@@ -36,10 +38,16 @@ class MixtureOrder:
         """(source, pass over it, offset in that pass) of packs at these offsets of an epoch of `per_epoch` packs."""
         plan = self.plan
         sources, turns = plan.sequence.locate(offsets)
-        before = plan.sequence.counts(per_epoch) * epoch  # packs of each source in the epochs before
-        before[plan.last] = epoch * plan.passes * self._sizes[plan.last]
+        before = self._each_epoch(per_epoch) * epoch  # packs of each source in the epochs before
         passes, inside = np.divmod(before[sources] + turns, self._sizes[sources])
         return sources, passes, inside
+
+    @functools.lru_cache(2)  # noqa: B019
+    def _each_epoch(self, per_epoch: int) -> Int64s:
+        """By how many packs of its stream each source is further when an epoch has ended."""
+        found = self.plan.sequence.counts(per_epoch)
+        found[self.plan.last] = self.plan.passes * self._sizes[self.plan.last]
+        return found
 
     def visits(self, epoch: int, offset: int, per_epoch: int) -> list[float]:
         """How often each source has been visited by all packs before a position."""
@@ -59,7 +67,7 @@ class MixtureOrder:
     def _order(self, source: int, one_pass: int) -> npt.NDArray[np.integer]:
         kept = self._kept[source]
         if one_pass not in kept:
-            if len(kept) == KEPT:
+            if len(kept) >= max(KEPT, SMALL // int(self._sizes[source])):
                 del kept[next(iter(kept))]
             kept[one_pass] = self._permutation(source, one_pass)
         return kept[one_pass]

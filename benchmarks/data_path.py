@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from xtuner.core.system.malloc import keep_freed
-from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
+from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset, mixture
 from xtuner.data.format.file_order import CACHE_FOLDER
 from xtuner.data.format.text_reader import SpanReader
 from xtuner.data.inspect.build_caches import build_caches
@@ -302,6 +302,54 @@ def index(folder: Path, files: int, documents: int) -> None:
     print(f"  {size / documents:.2f} bytes a document on the disk")
 
 
+SOURCES = 8
+
+
+def mixtures(folder: Path) -> None:
+    """The same files as one source and as a mixture of 8: packs a second, the time to find a position, a warm start."""
+    make_text(folder / "text")
+    files = sorted((folder / "text").glob("*.bin"))[: 2 * SOURCES]
+    for i, path in enumerate(files):
+        for part in ("all", f"source{i % SOURCES}"):
+            to = folder / "mixed" / part
+            to.mkdir(parents=True, exist_ok=True)
+            for name in (path.name, f"{path.name}.meta"):
+                if not (to / name).exists():
+                    os.link(path.with_name(name), to / name)
+
+    def source(name: str) -> dict[str, Any]:
+        return dict(type=load_intern_repo_tokenized_dataset, folder=folder / "mixed" / name)
+
+    weights = [0.3, 0.2, 0.15, 0.1, 0.1, 0.08, 0.05, 0.02]
+    for name in ("all", *(f"source{i}" for i in range(SOURCES))):
+        build_caches(load_intern_repo_tokenized_dataset(folder / "mixed" / name), 1024)
+    found = {}
+    print(f"\n{'mixtures: the order and packs of one process':<58} {'M tok/CPU s':>8} {'CPU s':>5} {'wall s':>8}")
+    for what, sources in (
+        ("one source", [source("all")]),
+        (
+            f"{SOURCES} sources",
+            [source(f"source{i}") | {"weight": w, "max_repeats": 50} for i, w in enumerate(weights)],
+        ),
+    ):
+        begin = time.perf_counter()
+        data = PackedDataset(mixture(sources), LENGTH)
+        data.fingerprint()
+        start = time.perf_counter() - begin
+        loader = PackLoader(data, InternRepoSampler(data, rank=0, world_size=1), reshuffle=True)
+        numbers = list(islice(loader.numbers_from(Position()), 50 + ROUNDS * PACKS))
+        found[what] = best(what, numbers, lambda i, data=data: Batch.from_raw(data.raw(i), "internevo", i))
+        order = loader.sampler.mixture
+        assert order
+        epoch = loader.packs_per_epoch
+        places = np.random.RandomState(0).randint(epoch, size=(3000, 1))
+        order.numbers(0, np.arange(epoch), epoch)  # the permutations are drawn
+        cpu, _ = timed(lambda args=(order, epoch, places): [args[0].numbers(0, n, args[1]) for n in args[2]] and None)
+        print(f"  warm start {start:.2f} s; a position {cpu / len(places) * 1e6:.0f} us")
+    one, many = found.values()
+    print(f"  {SOURCES} sources: {many / one:.2f} of one source's packs a second")
+
+
 @contextlib.contextmanager
 def work_folder(given: Path | None) -> Iterator[Path]:
     folder = given or Path(os.environ.get("TMPDIR", "/tmp")) / "xtuner-bench-data"
@@ -314,7 +362,7 @@ def work_folder(given: Path | None) -> Iterator[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="keep the data there (default: a temporary folder)")
-    parser.add_argument("--only", choices=("packs", "index"), help="only this part")
+    parser.add_argument("--only", choices=("packs", "mixtures", "index"), help="only this part")
     parser.add_argument("--billion", action="store_true", help="also a billion documents (12 GB of disk, 2 minutes)")
     parser.add_argument("--cold", choices=("text", "caches"), help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -329,9 +377,11 @@ def main() -> None:
         print("no GPU: copies from pinned memory are not measured")
     print("other work runs on this machine: all speeds are lower bounds" * (os.getloadavg()[0] > 1))
     with work_folder(a.folder) as folder:
-        if a.only != "index":
+        if a.only in (None, "packs"):
             packs(folder)
-        if a.only != "packs":
+        if a.only in (None, "mixtures"):
+            mixtures(folder)
+        if a.only in (None, "index"):
             index(folder / "large", 1000, 100_000_000)
             index(folder / "deep", 4, 20_000_000)
             if a.billion:

@@ -13,6 +13,7 @@ from xtuner.config.build import build, check_arguments, resolve_type, type_name
 from xtuner.config.config import Config
 from xtuner.config.findings import combine_errors
 from xtuner.config.schema import REQUIRED
+from xtuner.config.settings import MIXTURE_KEYS
 from xtuner.config.specs import ROOTS, Spec, find_specs, walk_values
 from xtuner.core.errors import ConfigError, did_you_mean, from_system_exit
 from xtuner.core.log import logger
@@ -24,6 +25,7 @@ PASSED_BY_TRAINER: dict[str, dict[str, Any]] = {
     "optim_wrapper.optimizer": {"params": None},
     "train_cfg": {"max_epochs": 1},  # if it is missing, `_check_train_cfg` reports it
 }
+MIXED = re.compile(r"(train_dataloader\.dataset\.dataset_cfg|val_dataset)\.sources\.\d+")  # sources of a mixture
 # Dicts whose "type" is a plain value, not a class to build
 NOT_BUILT = ("clip_grad", "rope_parameters", "rope_scaling")
 
@@ -195,8 +197,10 @@ def _check_spec(config: Config, spec: Spec) -> Iterator[ConfigError]:
     kind = _resolve(config, spec.kind, spec.key)
     if isinstance(kind, ConfigError):
         return  # reported by `_check_types`
+    mixed = MIXTURE_KEYS if MIXED.fullmatch(spec.key) else ()
+    own = {k: v for k, v in spec.arguments.items() if k not in mixed}
     try:
-        check_arguments(kind, spec.arguments | PASSED_BY_TRAINER.get(spec.key, {}), spec.key)
+        check_arguments(kind, own | PASSED_BY_TRAINER.get(spec.key, {}), spec.key)
     except ConfigError as e:
         yield e
     if spec.key == "train_cfg":
@@ -204,11 +208,13 @@ def _check_spec(config: Config, spec: Spec) -> Iterator[ConfigError]:
     hints, facts = types.parameter_types(kind), find_adapter(kind)
     for name, value in spec.arguments.items():
         key, problem = f"{spec.key}.{name}", None
-        if name in hints and not types.fits(value, hints[name]):
+        if name in own and name in hints and not types.fits(value, hints[name]):
             yield ConfigError(f"{name} = {value!r} is not {types.describe(hints[name])}", where=key)
-        elif setting := config.schema.find(key, type_name(kind)):
+        elif setting := config.schema.find(key, None if name in mixed else type_name(kind)):
             problem = setting.find_problem(
-                key if setting.allowed else name, value, typed=bool(setting.owner) and name not in hints
+                key if setting.allowed else name,
+                value,
+                typed=bool(setting.owner) and (name not in hints or name in mixed),
             )
         if problem:
             yield ConfigError(problem.what, where=key, why=problem.why, do=problem.do)

@@ -42,6 +42,7 @@ LEVEL = (Rule(lambda v: v.upper() in LEVELS, f"is not one of {', '.join(LEVELS)}
 SHARERS = (
     Rule(lambda v: v == "auto" or (isinstance(v, int) and v >= 1), 'is not 1 or more, or "auto"', '≥ 1, "auto"'),
 )
+NAME = (Rule(lambda v: bool(v.strip()) and "/" not in v, "is not a name: text without a slash"),)
 PATH = (Rule(lambda v: v != "", "is not a folder or None"),)
 RESUME = (Rule(lambda v: v != "", "is not True, False or a checkpoint"),)
 
@@ -49,6 +50,8 @@ _DATA, _FILES = "train_dataloader.dataset", "train_dataloader.dataset.dataset_cf
 _ONE_PACK = Allowed(
     (1,), "a batch is one pack; a longer max_length or accumulative_counts does the same", "set it to 1"
 )
+
+MIXTURE_KEYS = ("weight", "name", "max_repeats")  # of a source in a mixture, not of what is built
 
 OWN_SETTINGS = (
     # The model
@@ -149,6 +152,27 @@ OWN_SETTINGS = (
             "`.bin` 中 id 0 没有符号：True 时与相邻 token 一致，False 时从不学习"),
     Setting(f"{_FILES}.cache_dir", str | None, None, "where indexes are kept; None: next to the data",
             "索引存放处；None：数据旁", HARMLESS),
+    Setting(f"{_FILES}.sources", list, REQUIRED, "sources of a mixture: `dict(type=…, …, weight=…)` each",
+            "混合的各数据源，每个写作 `dict(type=…, …, weight=…)`", RESULT, owner="mixture"),
+    Setting(f"{_FILES}.sources.*.weight", float, 1.0, "share of this source, relative to the other weights",
+            "该数据源的份额，相对于其他权重", rules=ABOVE_0, owner="mixture source"),
+    Setting(f"{_FILES}.sources.*.name", str | None, None, "for logs and metrics; None: the last part of its folder",
+            "用于日志与指标；None：目录的最后一段", HARMLESS, NAME, owner="mixture source"),
+    Setting(f"{_FILES}.sources.*.max_repeats", int | None, None,
+            "how often an epoch may visit its documents; None: once, or any number of times with epoch=\"all\"",
+            "一轮中其文档最多被访问的次数；None：一次，epoch=\"all\" 时不限",
+            rules=at_least(1), owner="mixture source"),
+    Setting(f"{_FILES}.sources.*.folder", str, None, "contents are compared, not the path", "比较的是内容，不是路径",
+            HARMLESS, owner="mixture source"),
+    Setting(f"{_FILES}.sources.*.data_order_path", str | None, None, "contents are compared, not the path",
+            "比较的是内容，不是路径", HARMLESS, owner="mixture source"),
+    Setting(f"{_FILES}.sources.*.cache_dir", str | None, None, "where indexes are kept", "索引存放处", HARMLESS,
+            owner="mixture source"),
+    Setting(f"{_FILES}.by", Literal["tokens", "documents", "packs"], "tokens", "what the weights of a mixture count",
+            "混合的权重按什么计", owner="mixture"),
+    Setting(f"{_FILES}.epoch", Literal["first", "all"], "first",
+            "an epoch ends when the \"first\" source is exhausted, or when \"all\" have been visited",
+            "一轮在首个数据源用尽时（first）或全部访问过时（all）结束", owner="mixture"),
     Setting(f"{_DATA}.packed_length", int, REQUIRED, "tokens of a pack", "一个 pack 的 token 数", rules=PACK),
     Setting(f"{_DATA}.seed", int, 1024, "seed of the order of documents in a file", "文件内文档顺序的种子",
             rules=SEED),

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xtuner.data.format.folder import load_intern_repo_tokenized_dataset
     from xtuner.data.loading.sampler import InternRepoSampler
+    from xtuner.data.packing.mixture import mixture
     from xtuner.data.packing.pack import build_packed_dataset
 
-__all__ = ["InternRepoSampler", "build_packed_dataset", "load_intern_repo_tokenized_dataset"]
+__all__ = ["InternRepoSampler", "build_packed_dataset", "load_intern_repo_tokenized_dataset", "mixture"]
 
 _HOME = {
     "InternRepoSampler": "loading.sampler",
     "build_packed_dataset": "packing.pack",
     "load_intern_repo_tokenized_dataset": "format.folder",
+    "mixture": "packing.mixture",
 }
 
 

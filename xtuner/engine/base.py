@@ -24,6 +24,7 @@ class Strategy(Protocol):
     device: torch.device
     compute_dtype: torch.dtype
     memory: MemoryPlan
+    source_losses: list[float]  # of the last iteration: each source's part of the loss; their sum is the loss
 
     @property
     def model(self) -> CausalLM:
@@ -33,8 +34,9 @@ class Strategy(Protocol):
         """For each pack, the number of micro-batches that fit into this rank's memory."""
 
     def forward_backward(
-        self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None, iteration: int = 0
-    ) -> float:
+        self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None, iteration: int = 0,
+        sources: int = 1,
+    ) -> float:  # fmt: skip
         """Forward and backward of this rank's packs of one iteration. When memory runs out, our own strategy repeats
         the iteration with smaller micro-batches, as long as that is possible.
 
@@ -43,6 +45,7 @@ class Strategy(Protocol):
             parts: number of micro-batches of each pack, the same on all ranks: the maximum that any of them needs.
                 None: what this rank needs.
             iteration: its number, for messages.
+            sources: of the mixture, if there is one.
 
         Returns the mean loss over all targets of all ranks, in nats, the same on every rank; 0 without targets.
         """

@@ -102,12 +102,30 @@ class LoggerHook(Hook):
             record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
             record["memory"] = peak_memory(run.strategy.device)
             record["tokens"] = it.state.packs * run.dataset.packed_length
+            record |= {f"epoch/{name}": visits for name, visits in _visits(run).items()}
             run.metrics.log(record)  # before the log line: when the line is visible, the record exists
             logger.info(format_log_line(record, last))
+            if it.sources:
+                logger.info("  by source: " + ", ".join(_describe_source(part.name, record) for part in it.sources))
             self._averages.restart()
 
     def after_run(self, run: Run) -> None:
         show_progress()
+
+
+def _visits(run: Run) -> dict[str, float]:
+    """How often each source of a mixture has been visited since the beginning of the run."""
+    order = getattr(run.sampler, "mixture", None)
+    position = run.state.position
+    if order is None:
+        return {}
+    visits = order.visits(position.epoch, position.offset, run.plan.packs_per_epoch)
+    return dict(zip(order.plan.names, visits, strict=True))
+
+
+def _describe_source(name: str, record: dict[str, Any]) -> str:
+    loss = f"{record[key]:.4f}" if (key := f"loss/{name}") in record else "no targets"
+    return f"{name} {loss} ({record[f'targets/{name}']:,} targets, epoch {record[f'epoch/{name}']:.2f})"
 
 
 def format_log_line(record: dict[str, Any], last: int) -> str:

@@ -7,6 +7,7 @@ from xtuner.config.config import Config
 from xtuner.config.paths import data_keys
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data.loading.loader import find_balance_obstacle, identity, list_files
+from xtuner.data.loading.sampler import count_epoch_packs
 from xtuner.engine.memory import USUAL_PACK
 from xtuner.engine.strategies.select import choose_strategy
 from xtuner.optim.schedule import Schedule
@@ -44,7 +45,7 @@ def make_plan(
         dp_size=dp_size,
         begun_on=found.facts["begun_on"] if found else dp_size,
         accumulative_counts=counts,
-        num_packs=len(settings.dataset),
+        num_packs=count_epoch_packs(settings.dataset),
         max_epochs=config.get("train_cfg.max_epochs"),
     )
     _require_an_iteration(settings, lengths)

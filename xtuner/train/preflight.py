@@ -195,6 +195,8 @@ def open_dataset(config: Config, opening: Opening) -> PackedDataset:
 
 def _insert_opening(opening: Opening, spec: Any, key: str) -> Any:
     """The spec with the argument `opening` inserted wherever a constructor accepts it, at any depth."""
+    if isinstance(spec, list | tuple):
+        return [_insert_opening(opening, value, f"{key}.{i}") for i, value in enumerate(spec)]
     if not isinstance(spec, Mapping):
         return spec
     inside = {name: _insert_opening(opening, value, f"{key}.{name}") for name, value in spec.items()}
@@ -254,8 +256,11 @@ def assemble_settings(
 
 
 def _check_first_pack(config: Config, dataset: PackedDataset) -> None:
-    """Read the first pack as training does, to detect ids beyond the vocabulary. Raises: DataError."""
+    """Read the first pack, of each source, as training does, to detect ids beyond the vocabulary. Raises: DataError."""
+    plan = getattr(dataset, "mixture", None)
     with locate_errors(config, DATASET, *data_keys(config, DATASET)):
+        for pack in plan.first_pack[1:-1] if plan else ():
+            dataset[pack]
         first = dataset[0]
     if not (first["targets"] >= 0).any():
         counts = f": `xtuner data stats {folder}` counts" if (folder := dataset.documents.folder) else ""

@@ -160,6 +160,15 @@ class Run(Settings):
             self.saver.finish(last=True)
 
 
+@dataclass(frozen=True)
+class SourceLoss:
+    """The targets of one source of a mixture in an iteration, of all ranks, and the sum of their losses in nats."""
+
+    name: str
+    loss: float
+    targets: int
+
+
 @dataclass
 class Iteration:
     """The result of one iteration. Hooks add to `record`, which becomes the log line."""
@@ -173,6 +182,7 @@ class Iteration:
     num_tokens: int  # of this rank
     attention_pairs: float  # of a rank's packs (model/flops.py), mean over ranks
     data_time: float  # s that this rank waited for packs
+    sources: tuple[SourceLoss, ...] = ()  # of a mixture
     record: dict[str, Any] = field(default_factory=dict)
 
 

@@ -29,7 +29,7 @@ from xtuner.train.plan import DATASET, find_longest_document, longest_document, 
 from xtuner.train.reporting.failure_advice import interrupted_error, out_of_memory_error
 from xtuner.train.reporting.start_report import format_start_report
 from xtuner.train.resume import ResumePoint, find_resume_point, load_run_state
-from xtuner.train.run import Iteration, Plan, Progress, Run, Settings, run_hooks
+from xtuner.train.run import Iteration, Plan, Progress, Run, Settings, SourceLoss, run_hooks
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 from xtuner.train.trackers import Tracker
@@ -210,6 +210,7 @@ def _build_run(
 def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
     """Train until the end or a request to stop."""
     packs = run.loader.iterate_from(run.state.position)
+    names = mixed.names if (mixed := getattr(run.dataset, "mixture", None)) else ()
     begun_at = run.state.iteration
     while run.state.iteration < run.max_iterations:
         begin = time.perf_counter()
@@ -220,13 +221,16 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
         # at least one iteration per start; everything that ranks must agree on is sent in one message
         stops = run.state.iteration > begun_at and stop.requested(run.saver.save_time)
         pairs = sum(count_attention_pairs(run.source.config, b.cu_seqlens) for b in batch)
-        counted = [stops, sum(b.num_targets for b in batch), pairs]
+        by_source = [sum(b.num_targets for b in batch if b.source == s) for s in range(len(names))]
+        counted = [stops, sum(b.num_targets for b in batch), pairs, *by_source]
         counts, parts = run.mesh.ranks.sums_and_maxima(counted, run.strategy.count_micro_batches(batch))
         if counts[0]:
             return _save_and_stop(run, stop)
         num_targets = int(counts[1]) // run.mesh.cp  # ranks that share a pack have counted the same
         lr = run.plan.schedule(run.state.iteration)
-        loss = run.strategy.forward_backward(batch, num_targets, parts, run.state.iteration + 1)
+        loss = run.strategy.forward_backward(batch, num_targets, parts, run.state.iteration + 1, len(names) or 1)
+        targets = [int(n) // run.mesh.cp for n in counts[3:]]
+        parts_of_loss = run.strategy.source_losses if names else []
         grad_norm, applied = run.strategy.step(lr, run.optim.max_norm)
         run.progress.state = _advance(run, num_targets)
         it = Iteration(
@@ -239,6 +243,7 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
             num_tokens=sum(b.num_tokens for b in batch),
             attention_pairs=counts[2] / run.mesh.size,
             data_time=data_time,
+            sources=tuple(map(SourceLoss, names, (part * num_targets for part in parts_of_loss), targets)),
         )
         if not applied:
             _report_unapplied_step(run, it, [b.pack for b in batch])

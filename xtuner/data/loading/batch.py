@@ -33,7 +33,8 @@ class SharedTokens:
 class Batch:
     """T tokens of n concatenated document fragments.
 
-    `num_targets` is the number of positions with a target; `pack` is the pack's number, for messages and replays.
+    `num_targets` is the number of positions with a target; `pack` is the pack's number, for messages and replays;
+    `source` is the number of its source in a mixture.
     With `shared`, the first tokens are this rank's piece of shared documents, and `cu_seqlens` has the others.
     """
 
@@ -45,6 +46,7 @@ class Batch:
     num_targets: int
     pack: int = -1
     shared: SharedTokens | None = None
+    source: int = 0
 
     @classmethod
     def from_item(cls, pack: dict[str, torch.Tensor], number: int = -1) -> "Batch":
@@ -61,7 +63,7 @@ class Batch:
         )
 
     @classmethod
-    def from_raw(cls, raw: RawPack, rule: LabelRule, number: int = -1, pin: bool = False) -> "Batch":
+    def from_raw(cls, raw: RawPack, rule: LabelRule, number: int = -1, pin: bool = False, source: int = 0) -> "Batch":
         """From the result of `PackedDataset.raw`. `pin`: in pinned memory, for asynchronous copies to a GPU."""
         block = torch.empty((3, len(raw.signed)), dtype=torch.int64, pin_memory=pin)
         input_ids, targets, position_ids = block.numpy()
@@ -77,6 +79,7 @@ class Batch:
             max_seqlen=int(np.diff(raw.borders).max()),
             num_targets=num_targets,
             pack=number,
+            source=source,
         )
 
     @property

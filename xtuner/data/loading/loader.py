@@ -20,7 +20,13 @@ from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.system.malloc import keep_freed
 from xtuner.data.loading.balance import Costs, Ints, assign_to_iterations, assign_to_ranks, waiting_share, windows
 from xtuner.data.loading.batch import Batch
-from xtuner.data.loading.sampler import InternRepoSampler, Position, iterate_numbers, packs_per_epoch
+from xtuner.data.loading.sampler import (
+    InternRepoSampler,
+    Position,
+    count_epoch_packs,
+    iterate_numbers,
+    packs_per_epoch,
+)
 from xtuner.data.packing.pack import PackedDataset, RawPack
 from xtuner.data.process_pool import end_with_parent
 from xtuner.families.network import ALL_PAIRS, AttentionPairs
@@ -73,7 +79,7 @@ class PackLoader:
 
     @property
     def num_packs(self) -> int:
-        return len(self.dataset)
+        return count_epoch_packs(self.dataset)
 
     @property
     def dp_size(self) -> int:
@@ -139,7 +145,7 @@ class PackLoader:
                 torch.cuda.set_device(gpu)
 
         def read(number: int) -> Batch:
-            return Batch.from_raw(self.dataset.raw(number), self.dataset.label_rule, number, gpu is not None)
+            return self._batch(self.dataset.raw(number), number, gpu is not None)
 
         waiting: deque[Future[Batch]] = deque()
         with ThreadPoolExecutor(READERS, "xtuner-reader", begin) as pool:
@@ -147,6 +153,11 @@ class PackLoader:
                 waiting.append(pool.submit(read, number))
                 if len(waiting) > READERS:
                     yield waiting.popleft().result()
+
+    def _batch(self, raw: RawPack, number: int, pin: bool) -> Batch:
+        plan = getattr(self.dataset, "mixture", None)
+        source = plan.source_of(number) if plan else 0
+        return Batch.from_raw(raw, self.dataset.label_rule, number, pin, source)
 
     def _from_processes(self, position: Position, gpu: int | None) -> Iterator[Batch]:
         loader: DataLoader[Any] = DataLoader(
@@ -169,8 +180,7 @@ class PackLoader:
                 if isinstance(item, XTunerError):
                     raise item
                 number, buffer = item
-                raw = RawPack.from_buffer(buffer.numpy())
-                yield Batch.from_raw(raw, self.dataset.label_rule, number, gpu is not None)
+                yield self._batch(RawPack.from_buffer(buffer.numpy()), number, gpu is not None)
         finally:
             atexit.unregister(items._shutdown_workers)
             items._shutdown_workers()
@@ -201,7 +211,7 @@ def identity(dataset: PackedDataset, sampler: InternRepoSampler, reshuffle: bool
         "data": dataset.fingerprint(),
         "packed_length": dataset.packed_length,
         "label_rule": dataset.label_rule,
-        "num_packs": len(dataset),
+        "num_packs": count_epoch_packs(dataset),
         "reshuffle": reshuffle,
         **sampler.describe(),
     }

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from xtuner.core.errors import ConfigError
 from xtuner.data.format.cache_dirs import CacheDirs, log_once
 from xtuner.data.format.cache_file import HEADER_BYTES, CacheFormat
+from xtuner.data.loading.mixture_order import MixtureOrder
 from xtuner.dist.mesh import make_mesh
 
 PackNumbers = npt.NDArray[np.integer[Any]]
@@ -39,6 +40,12 @@ def packs_per_epoch(num_packs: int, begun_on: int) -> int:
     """E: packs that an epoch of the stream visits. Fewer than `begun_on` packs at the end of its permutation are not
     visited."""
     return num_packs // begun_on * begun_on
+
+
+def count_epoch_packs(dataset: Any) -> int:
+    """Packs of an epoch before they are divided over ranks: of a mixture by its shares, else all."""
+    plan = getattr(dataset, "mixture", None)
+    return plan.packs if plan else len(dataset)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class InternRepoSampler:
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        self.num_packs = len(dataset)
+        self.num_packs = count_epoch_packs(dataset)
         self.shuffle = shuffle
         self.seed = seed
         mesh = make_mesh()
@@ -94,12 +101,27 @@ class InternRepoSampler:
         self.epoch = 0
         self._cache_dirs = getattr(getattr(dataset, "documents", None), "cache_dirs", None)
         self._drawn: tuple[int, PackNumbers] | None = None
+        self.mixture = self._order_of_mixture(dataset)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def _order_of_mixture(self, dataset: Any) -> MixtureOrder | None:
+        plan = getattr(dataset, "mixture", None)
+        if plan is None:
+            return None
+        caches = [part.cache_dirs for part in dataset.documents.parts]
+
+        def permutation(source: int, one_pass: int) -> PackNumbers:
+            packs = plan.packs_of(source)
+            return load_permutation(self.seed + one_pass, packs, caches[source]) if self.shuffle else np.arange(packs)
+
+        return MixtureOrder(plan, permutation)
+
     def permutation(self) -> PackNumbers:
         """All packs in this epoch's order, [num_packs]. For many packs a mapped file that all ranks of a node share."""
+        if self.mixture:
+            return self.mixture.numbers(self.epoch, np.arange(self.num_packs), self.num_packs)
         if not self.shuffle:
             return np.arange(self.num_packs)
         if self._drawn is None or self._drawn[0] != self.epoch:
@@ -109,10 +131,12 @@ class InternRepoSampler:
     def share(self, offset: int = 0) -> PackNumbers:
         """This rank's packs from `offset` to the end of the epoch, cut so that all ranks get the same number."""
         stop = offset + (self.num_packs - offset) // self.world_size * self.world_size
+        if self.mixture:
+            return self.mixture.numbers(self.epoch, np.arange(offset + self.rank, stop, self.world_size), stop)
         return self._slice(offset + self.rank, stop, self.world_size)
 
     def stream(self, position: Position, per_epoch: int, reshuffle: bool = True) -> Iterator[PackNumbers]:
-        """This rank's packs from `position` on, one array per epoch, endlessly: `stream[position:][r::n]`.
+        """This rank's packs from `position` on, in arrays, endlessly: `stream[position:][r::n]`.
 
         Args:
             per_epoch: E, see `packs_per_epoch`.
@@ -121,18 +145,27 @@ class InternRepoSampler:
         position = position.advance(0, per_epoch)
         offset, skip = position.offset, self.rank  # packs of the epoch before this rank's next one
         for epoch in count(position.epoch):
-            self.set_epoch(epoch if reshuffle else 0)
-            yield self._slice(offset + skip, per_epoch, self.world_size)
+            if self.mixture:
+                for begin in range(offset + skip, per_epoch, CHUNK * self.world_size):
+                    stop = min(begin + CHUNK * self.world_size, per_epoch)
+                    yield self.mixture.numbers(epoch, np.arange(begin, stop, self.world_size), per_epoch, reshuffle)
+            else:
+                self.set_epoch(epoch if reshuffle else 0)
+                yield self._slice(offset + skip, per_epoch, self.world_size)
             skip = (skip - (per_epoch - offset)) % self.world_size
             offset = 0
 
     def packs(self, begin: int, stop: int, per_epoch: int, reshuffle: bool = True) -> PackNumbers:
         """`stream[begin:stop]`: packs of all ranks."""
-        parts = []
+        parts: list[PackNumbers] = []
         for epoch in range(begin // per_epoch, (stop - 1) // per_epoch + 1):
-            self.set_epoch(epoch if reshuffle else 0)
             before = epoch * per_epoch
-            parts.append(self._slice(max(begin - before, 0), min(stop - before, per_epoch), 1))
+            first, end = max(begin - before, 0), min(stop - before, per_epoch)
+            if self.mixture:
+                parts.append(self.mixture.numbers(epoch, np.arange(first, end), per_epoch, reshuffle))
+                continue
+            self.set_epoch(epoch if reshuffle else 0)
+            parts.append(self._slice(first, end, 1))
         return np.concatenate(parts)
 
     def _slice(self, begin: int, stop: int, step: int) -> PackNumbers:

@@ -28,6 +28,7 @@ from xtuner.data.loading.balance import attention_costs
 from xtuner.data.packing import document_order
 from xtuner.data.packing.document_source import Documents, DocumentSource, Reader, SourceFile, as_documents
 from xtuner.data.packing.dropped_tokens import DroppedTokens
+from xtuner.data.packing.mixture import Mixture
 from xtuner.families.network import ALL_PAIRS, AttentionPairs
 
 LabelRule = Literal["internevo", "xtuner"]
@@ -161,6 +162,7 @@ class PackedDataset:
         self._files: dict[int, FilePacks] = {}
         self._long = LongLines()
         self._orders = documents.load_orders(seed)
+        self.mixture = documents.plan(self._packs) if isinstance(documents, Mixture) else None
 
     def with_vocab_size(self, size: int) -> "PackedDataset":
         """The same packs; reading rejects ids from `size` on."""
@@ -201,7 +203,8 @@ class PackedDataset:
     @property
     def indexed(self) -> bool:
         """Whether document lengths are available without reading metas: they are mapped, or few."""
-        return self._orders is not None or self.documents.num_documents < document_order.SMALL
+        parts = self.documents.parts if isinstance(self.documents, Mixture) else [self.documents]
+        return all(part.orders is not None or part.num_documents < document_order.SMALL for part in parts)
 
     def costs(self, packs: npt.NDArray[np.integer[Any]], pairs: AttentionPairs = ALL_PAIRS) -> Int64s:
         """Σ len² over the fragments of each of these packs, or what sliding windows leave of it: proportional to their
@@ -243,9 +246,13 @@ class PackedDataset:
 
     def show_command(self, pack: int, more: str = "") -> str:
         """The command that shows a pack; for a source without a folder, the documents in it. Reads no tokens."""
-        if folder := self.documents.folder:
-            options = f"--pack {pack} --max-length {self.packed_length} --seed {self.seed}"
-            options += " --learn-zero" if getattr(self.documents, "learn_zero", False) else ""
+        documents, number = self.documents, pack
+        if isinstance(documents, Mixture) and self.mixture:
+            source = self.mixture.source_of(pack)
+            documents, number = documents.parts[source], pack - self.mixture.first_pack[source]
+        if folder := documents.folder:
+            options = f"--pack {number} --max-length {self.packed_length} --seed {self.seed}"
+            options += " --learn-zero" if getattr(documents, "learn_zero", False) else ""
             return f"xtuner data show {folder} {options} {more}".rstrip()
         file_number, start = self.locate(pack)
         file = self.file_packs(file_number)

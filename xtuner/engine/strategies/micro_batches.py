@@ -20,8 +20,10 @@ def run_micro_batches(
     before: Callable[[bool], object],
     skip: bool,
     context: ContextGroup | None = None,
+    sources: int = 1,
 ) -> torch.Tensor:
-    """Forward and backward of each micro-batch. Returns this rank's sum of losses ÷ `num_targets`, on the device.
+    """Forward and backward of each micro-batch. Returns this rank's sum of losses ÷ `num_targets`, on the device, of
+    each source: [sources].
 
     Args:
         pieces: the micro-batches.
@@ -30,7 +32,7 @@ def run_micro_batches(
         context: the ranks that share the micro-batches, if any.
         skip: whether to skip micro-batches without targets; False if other ranks wait for collectives in them.
     """
-    total = torch.zeros((), device=device)
+    total = torch.zeros(sources, device=device)
     for i, piece in enumerate(pieces):
         record_progress(f"forward and backward of micro-batch {i + 1} of {len(pieces)}")
         before(i == len(pieces) - 1)
@@ -42,5 +44,5 @@ def run_micro_batches(
             b.input_ids, b.cu_seqlens, b.targets, b.position_ids, b.max_seqlen, scale=1 / num_targets, shared=shared
         )
         backward(loss)
-        total += loss.detach()
+        total[piece.source] += loss.detach()
     return total

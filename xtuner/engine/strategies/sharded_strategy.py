@@ -68,6 +68,7 @@ class ShardedStrategy(StatefulStrategy):
         self._sync_weights()
         self._has_targets = self._finite = False
         self._norm = 0.0  # of the last iteration's gradients
+        self.source_losses = [0.0]
         self._total = torch.zeros(2, device=device)  # result of `_attempt`, allocated before memory can run out
 
     @property
@@ -83,26 +84,30 @@ class ShardedStrategy(StatefulStrategy):
         return {n: p.gradient for n, p in parameters.items() if p.gradient is not None and p.count}
 
     def forward_backward(
-        self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None, iteration: int = 0
-    ) -> float:
+        self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None, iteration: int = 0,
+        sources: int = 1,
+    ) -> float:  # fmt: skip
         self._has_targets = bool(num_targets)
+        self.source_losses = [0.0] * sources
         if not num_targets:
             return 0.0
+        if len(self._total) != sources + 1:
+            self._total = torch.zeros(sources + 1, device=self.device)
         counts = parts or self.count_micro_batches(batch)
         while True:
             total, failure = self._attempt(self._cut_packs(batch, counts), num_targets, iteration)
-            mean, failures = self._sum_over_ranks(total)
+            self.source_losses, failures = self._sum_over_ranks(total)
             if not failures:
                 break
             self._shrink_memory(failure, max(b.num_tokens for b in batch), iteration)
             _, counts = self.mesh.ranks.sums_and_maxima([], self.count_micro_batches(batch))
-        return mean
+        return sum(self.source_losses)
 
     def _attempt(
         self, pieces: Sequence[Batch], num_targets: int, iteration: int
     ) -> tuple[torch.Tensor, Failure | None]:
-        """Forward and backward of micro-batches. Returns [this rank's part of the loss, 1 if its memory ran out], on
-        the device. If memory ran out on any rank, the gradients are invalid on all ranks."""
+        """Forward and backward of micro-batches. Returns [this rank's part of each source's loss …, 1 if its memory ran
+        out], on the device. If memory ran out on any rank, the gradients are invalid on all ranks."""
         divided, failure = self._divided, None
         total = self._total.zero_()
 
@@ -116,9 +121,9 @@ class ShardedStrategy(StatefulStrategy):
 
         divided.begin_iteration(len(pieces))
         try:
-            total[0] = run_micro_batches(
+            total[:-1] = run_micro_batches(
                 pieces, self._model, self.device, num_targets, backward, before,
-                skip=self.mesh.size == 1, context=self._context,
+                skip=self.mesh.size == 1, context=self._context, sources=len(total) - 1,
             )  # fmt: skip
         except Exception as e:
             if not is_out_of_memory(e) or isinstance(e, torch.distributed.DistError) or self._context:
@@ -128,7 +133,7 @@ class ShardedStrategy(StatefulStrategy):
         if failure:
             drop_graph()
             divided.abandon_iteration()
-            total[0], total[1] = 0.0, 1.0
+            total[:-1], total[-1] = 0.0, 1.0
         divided.end_iteration()
         return total, failure
 
@@ -141,7 +146,7 @@ class ShardedStrategy(StatefulStrategy):
             torch.cuda.empty_cache()
             self.memory.log_plan(pack, self.mesh)
 
-    def _sum_over_ranks(self, total: torch.Tensor) -> tuple[float, float]:
+    def _sum_over_ranks(self, total: torch.Tensor) -> tuple[list[float], float]:
         """Sum `_attempt`'s total over ranks, together with the norm of gradients.
 
         This is the only wait for the device in an iteration: the host's work until the next backward overlaps the step.
@@ -150,13 +155,13 @@ class ShardedStrategy(StatefulStrategy):
         norm = self._optimizer.norm(gradients).float() if gradients else torch.zeros((), device=self.device)
         self._optimizer.prepare(gradients)
         if self.mesh.size == 1:
-            mean, failures, self._norm = torch.stack([*total, norm]).tolist()
+            *losses, failures, self._norm = torch.stack([*total, norm]).tolist()
         else:
             square = norm.double().square() / self.mesh.dp_replicate  # all replicas have the same
-            mean, failures, square = self.mesh.ranks.sum_on_device(torch.stack([*total.double(), square]))
+            *losses, failures, square = self.mesh.ranks.sum_on_device(torch.stack([*total.double(), square]))
             self._norm = math.sqrt(square)
-        self._finite = math.isfinite(mean) and math.isfinite(self._norm)
-        return mean, failures
+        self._finite = math.isfinite(sum(losses)) and math.isfinite(self._norm)
+        return losses, failures
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._has_targets:

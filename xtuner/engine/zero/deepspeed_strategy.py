@@ -105,21 +105,25 @@ class DeepSpeedStrategy(StatefulStrategy):
         source.fill_weights({n: s.master for n, s in self._shards().items()}, shapes, device)
         self._sync_weights()
         self._to_step = False
+        self.source_losses = [0.0]
 
     @property
     def model(self) -> CausalLM:
         return self._model
 
     def forward_backward(
-        self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None, iteration: int = 0
-    ) -> float:
+        self, batch: Sequence[Batch], num_targets: int, parts: Sequence[int] | None = None, iteration: int = 0,
+        sources: int = 1,
+    ) -> float:  # fmt: skip
         self._to_step = bool(num_targets)
+        self.source_losses = [0.0] * sources
         if not num_targets:
             return 0.0
         counts = parts or self.count_micro_batches(batch)
         pieces = self._cut_packs(batch, counts)
         run = self._run_with_sums if self._sums else self._run
-        return self.mesh.ranks.sum_on_device(run(pieces, counts, num_targets))
+        self.source_losses = self.mesh.ranks.sum_on_device(run(pieces, counts, num_targets))
+        return sum(self.source_losses)
 
     def _run(self, pieces: list[Batch], counts: Sequence[int], num_targets: int) -> torch.Tensor:
         """DeepSpeed sends gradients: after each micro-batch, or under stage 0 and 1 after the last."""
@@ -129,7 +133,10 @@ class DeepSpeedStrategy(StatefulStrategy):
             self._engine.backward(_spread_nan(loss) * self.mesh.size, scale_wrt_gas=False)
 
         before = self._engine.set_gradient_accumulation_boundary
-        return run_micro_batches(pieces, self._engine, self.device, num_targets, backward, before, False, self._context)
+        return run_micro_batches(
+            pieces, self._engine, self.device, num_targets, backward, before, False, self._context,
+            len(self.source_losses),
+        )  # fmt: skip
 
     def _run_with_sums(self, pieces: list[Batch], counts: Sequence[int], num_targets: int) -> torch.Tensor:
         """Gradients are summed by `FullGradientSums`; DeepSpeed's engine only takes the step."""
@@ -146,7 +153,10 @@ class DeepSpeedStrategy(StatefulStrategy):
                 sums.send()
 
         before = self._engine.set_gradient_accumulation_boundary
-        return run_micro_batches(pieces, self._model, self.device, num_targets, backward, before, False, self._context)
+        return run_micro_batches(
+            pieces, self._model, self.device, num_targets, backward, before, False, self._context,
+            len(self.source_losses),
+        )  # fmt: skip
 
     def step(self, lr: float, max_norm: float | None) -> tuple[float, bool]:
         if not self._to_step:

@@ -16,6 +16,7 @@ class Averages:
     - `loss`: mean over the targets of all iterations; for a single iteration exactly its own loss. Values that are not
       finite are skipped, unless all are non-finite: they were reported, and their steps not applied.
     - `loss_smoothed`: the same mean over all iterations since the start, with exponential decay (SMOOTHING).
+    - `loss/NAME`, `targets/NAME`: the same of each source of a mixture; no loss if it had no target.
     - seconds: means. Rates: means weighted by seconds, so that tokens per second is tokens over seconds.
     - `targets`: their sum. `applied`: whether every step that had targets was applied.
     - Everything else that hooks have recorded: the value of the last iteration.
@@ -44,11 +45,21 @@ class Averages:
             "applied": bool(learned) and all(i.applied for i in learned),
             **last.record,
         }
+        record |= self._by_source()
         if len(self._iterations) > 1:
             for key in (*_SECONDS, *_RATES):
                 if key in record:
                     record[key] = self._mean(key, by_seconds=key in _RATES)
         return record
+
+    def _by_source(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for parts in zip(*(i.sources for i in self._iterations), strict=True):
+            finite = [part for part in parts if part.targets and math.isfinite(part.loss)]
+            if finite:
+                found[f"loss/{parts[0].name}"] = sum(p.loss for p in finite) / sum(p.targets for p in finite)
+            found[f"targets/{parts[0].name}"] = sum(part.targets for part in parts)
+        return found
 
     def _loss(self) -> float:
         finite = [i for i in self._iterations if i.num_targets and math.isfinite(i.loss)]

@@ -64,6 +64,7 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
         ),
         ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {lost} at the ends of files are dropped"),
     ]
+    rows += _mixture_rows(settings, plan)
     shown = (documents.file(i) for i in range(min(len(documents), SHOWN_FILES)))
     for file, packs, tail in zip(shown, data.packs_per_file, tails, strict=False):
         rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
@@ -102,6 +103,20 @@ def _muon_rows(settings: Settings, iteration: float) -> list[tuple[str, str]]:
     flops = settings.mesh.dp_replicate * sum(costs)
     text = f"Muon updates {len(shapes):,} matrices of blocks, AdamW the other {others:,} parameters; it adds "
     return [("", text + f"{human(flops)}FLOPs to an iteration, {flops / iteration:.1%}")]
+
+
+def _mixture_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
+    """What an epoch of a mixture takes of each source."""
+    mixed = getattr(settings.dataset, "mixture", None)
+    if mixed is None:
+        return []
+    length, period = settings.dataset.packed_length, mixed.sequence.period
+    rows = [("mixture", f"{plan.packs_per_epoch:,} packs an epoch, which ends with source {mixed.names[mixed.last]!r}")]
+    for s, count in enumerate(mixed.sequence.counts(plan.packs_per_epoch).tolist()):
+        share, packs = mixed.sequence.slots[s] / period, mixed.packs_of(s)
+        rows.append(("", f"{mixed.names[s]}: {share:.2%} of packs, {count:,} of an epoch ({count * length:,} tokens), "
+                         f"{count / packs:.2f} times its {packs:,}"))  # fmt: skip
+    return rows
 
 
 def _parameter_group_rows(settings: Settings) -> list[tuple[str, str]]:

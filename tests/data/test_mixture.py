@@ -1,0 +1,238 @@
+"""Mixtures: shares at every prefix, each source's own order, resume on any number of ranks, figures by source."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.runs import contents, records
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xtuner.core.errors import ConfigError, DataError
+from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset, mixture
+from xtuner.data.loading.loader import PackLoader
+from xtuner.data.loading.sampler import Position
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.packing.source_shares import MOST, arrange, divide_period
+
+
+class Counted:
+    """`documents` of 8 tokens: the packs of a source, if packs have 8 tokens."""
+
+    def __init__(self, documents: int, name: str, tokens: int = 8) -> None:
+        self.lengths, self.name, self.tokens = np.full(documents, tokens), name, tokens
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, i: int) -> tuple[Any, Any]:
+        return np.full(self.tokens, i % 50), np.ones(self.tokens, bool)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.name} {len(self)}".encode()).hexdigest()
+
+
+def counted(sizes: list[int], weights: list[float], **more: Any) -> PackedDataset:
+    repeats = more.pop("max_repeats", [None] * len(sizes))
+    sources = [
+        dict(type=Counted, documents=n, weight=w, max_repeats=r) | dict(name=f"s{i}")
+        for i, (n, w, r) in enumerate(zip(sizes, weights, repeats, strict=True))
+    ]
+    for i, source in enumerate(sources):
+        source["type"] = lambda documents, i=i: Counted(documents, f"c{i}")
+    return PackedDataset(mixture(sources, **more), 8)
+
+
+WEIGHT = st.one_of(
+    st.integers(1, 50).map(float), st.floats(0.01, 100, allow_nan=False), st.sampled_from([0.1, 0.3, 0.6, 1 / 3])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WEIGHT, min_size=1, max_size=9))
+def test_shares_are_within_one_pack_at_every_prefix(weights: list[float]) -> None:
+    slots = divide_period([Fraction(str(w)) for w in weights])
+    exact = [Fraction(str(w)) / sum(Fraction(str(v)) for v in weights) for w in weights]
+    assert sum(slots) <= MOST
+    assert all(abs(Fraction(n, sum(slots)) - e) < Fraction(1, MOST) for n, e in zip(slots, exact, strict=True))
+    if 0 in slots:
+        return
+    sequence = arrange(slots)
+    n = np.arange(min(2 * sequence.period + 3, 100_000))
+    sources, turns = sequence.locate(n)
+    for s, slot in enumerate(slots):
+        taken = sources == s
+        ahead = np.cumsum(taken) * sequence.period - (n + 1) * slot
+        assert np.abs(ahead).max() < sequence.period
+        assert (turns[taken] == np.arange(taken.sum())).all()
+        for at in (0, 1, len(n) // 2, len(n)):
+            assert sequence.counts(at)[s] == taken[:at].sum()
+        for number in range(min(3, int(taken.sum()))):
+            assert sequence.position(s, number) == np.flatnonzero(taken)[number]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_no_pack_is_lost_or_doubled(data: Any) -> None:
+    """Any number of ranks sees the stream of one; each source its own permutations, pass after pass."""
+    sizes = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+    weights = data.draw(st.lists(st.sampled_from([1.0, 2.0, 0.5, 7.0]), min_size=len(sizes), max_size=len(sizes)))
+    repeats = data.draw(st.lists(st.sampled_from([None, 1, 3]), min_size=len(sizes), max_size=len(sizes)))
+    begun_on, seed = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 9))
+    packed = counted(sizes, weights, max_repeats=repeats)
+    plan = packed.mixture
+    assert plan
+    loader = PackLoader(
+        packed, InternRepoSampler(packed, seed=seed, rank=0, world_size=1), reshuffle=True, begun_on=begun_on
+    )
+    epoch = loader.packs_per_epoch
+    if not epoch:
+        return
+    stream = list(islice(loader.numbers_from(Position()), 3 * epoch + 5))
+    for s, size in enumerate(sizes):
+        own = [p - plan.first_pack[s] for p in stream if plan.source_of(p) == s]
+        most = repeats[s] or 1
+        for epochs in (1, 2, 3):  # no pack more often than it may be
+            assert max(Counter(p for p in stream[: epochs * epoch] if plan.source_of(p) == s).values(), default=0) <= (
+                epochs * most
+            )
+        if s != plan.last:  # continues over the ends of epochs
+            passes = [np.random.RandomState(seed + n).permutation(size) for n in range(len(own) // size + 1)]
+            assert own == np.concatenate(passes)[: len(own)].tolist()
+    done, ranks = data.draw(st.integers(0, 2 * epoch)), data.draw(st.integers(1, 4))
+    position = Position().advance(done, epoch)
+    for rank in range(ranks):
+        sampler = InternRepoSampler(packed, seed=seed, rank=rank, world_size=ranks)
+        resumed = PackLoader(packed, sampler, reshuffle=True, begun_on=begun_on).numbers_from(position)
+        expected = stream[done:][rank::ranks]
+        assert list(islice(resumed, len(expected))) == expected
+    assert sampler.packs(done, len(stream), epoch).tolist() == stream[done:]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("reshuffle", [True, False])
+def test_one_source_is_the_stream_without_a_mixture(ranks: int, reshuffle: bool, corpus: Path) -> None:
+    plain = PackedDataset(load_intern_repo_tokenized_dataset(corpus), 32)
+    source = dict(type=load_intern_repo_tokenized_dataset, folder=corpus, weight=1)
+    mixed = PackedDataset(mixture([source]), 32)
+    for rank in range(ranks):
+        found = []
+        for data in (plain, mixed):
+            sampler = InternRepoSampler(data, rank=rank, world_size=ranks)
+            loader = PackLoader(data, sampler, balance=2, accumulative_counts=2, reshuffle=reshuffle)
+            balanced = list(islice(loader.numbers_from(Position(0, 5)), 60))
+            loader.balance = 0
+            straight = list(islice(loader.numbers_from(Position(1, 3)), 60))
+            sampler.set_epoch(2)
+            found.append((balanced, straight, list(sampler)))
+        assert found[0] == found[1]
+    for number in range(len(plain)):
+        assert {k: v.tolist() for k, v in plain[number].items()} == {k: v.tolist() for k, v in mixed[number].items()}
+
+
+def test_ends_of_epochs_and_units() -> None:
+    plan = counted([30, 20], [0.5, 0.5]).mixture
+    assert plan
+    assert (plan.packs, plan.names[plan.last]) == (41, "s1")  # s0 20 or 21, s1 20
+    more = counted([30, 20], [0.5, 0.5], max_repeats=[None, 4]).mixture
+    assert more
+    assert (more.packs, more.names[more.last]) == (60, "s0")
+    both = counted([30, 20], [0.5, 0.5], epoch="all").mixture
+    assert both
+    assert both.sequence.counts(both.packs).tolist() in ([30, 29], [30, 30])
+    with pytest.raises(ConfigError, match=r"repeats 's1' 1.[45].* times, and its max_repeats is 1"):
+        counted([30, 20], [0.5, 0.5], epoch="all", max_repeats=[None, 1])
+    short = [dict(type=lambda: Counted(80, "x", 2), name="short"), dict(type=lambda: Counted(20, "y", 8), name="long")]
+    documents = PackedDataset(mixture(short, by="documents"), 8).mixture
+    assert documents
+    assert documents.sequence.slots.tolist() == [1, 4]  # four short documents fill a pack
+
+
+def source(folder: Path, **more: Any) -> dict[str, Any]:
+    return dict(type=load_intern_repo_tokenized_dataset, folder=folder, **more)
+
+
+def test_bad_mixtures(corpus: Path, tmp_path: Path) -> None:
+    types = [corpus / name for name in ("code", "en")]
+    for sources, error, message in (
+        ([], ConfigError, "needs a list of sources"),
+        (dict(a=1), ConfigError, "needs a list of sources"),
+        *(([source(corpus, weight=w)], ConfigError, "weight = .* is not a number above 0")
+          for w in (0, -1, math.nan, math.inf, "1", True)),
+        ([source(corpus, wieght=1)], ConfigError, "no setting 'wieght'"),
+        ([source(corpus, max_repeats=0)], ConfigError, "max_repeats = 0 is not at least 1"),
+        ([source(corpus, name="a/b")], ConfigError, "is not a name"),
+        ([source(types[0], name="a"), source(types[1], name="a")], ConfigError, "0 and 1 .* have one name, 'a'"),
+        ([source(corpus), source(types[0])], DataError, "share a file"),
+        ([source(types[0], weight=1e9), source(types[1], weight=1)], ConfigError, "is less than 1 of 65,536 packs"),
+        ([dict(type=mixture, sources=[source(corpus)])], ConfigError, "not a source of another"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            PackedDataset(mixture(sources), 32)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="the source 'en' of the mixture has no pack"):
+        PackedDataset(mixture([source(types[0]), source(types[1], min_length=100_000)]), 32)
+    with pytest.raises(ConfigError, match="by = 'bytes'"):
+        mixture([source(corpus)], by="bytes")  # type: ignore[arg-type]
+
+
+@pytest.mark.processes
+def test_a_mixture_of_a_config_trains_resumes_and_is_reported(
+    tiny: Path, corpus: Path, tmp_path: Path, xtuner: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bit for bit after a resume, with figures of each source whose sum is the run's; a changed weight is rejected."""
+    text, end = tiny.read_text(), "    packed_length=max_length"
+    begin = text.index("    dataset_cfg=dict(")
+    one, other = ({"type": "load", "folder": str(corpus / name)} for name in ("en", "code"))
+    sources = [one | {"weight": 0.7}, other | {"weight": 0.3, "name": "py"}]
+    cfg = f"    dataset_cfg=dict(type=mixture, sources={sources}),\n"
+    text = text[:begin] + cfg.replace("'load'", "load_intern_repo_tokenized_dataset") + text[text.index(end) :]
+    config = tmp_path / "mixed.py"
+    config.write_text(f"from xtuner.data import mixture\n{text}val_dataset = train_dataset['dataset_cfg']\n")
+    options = ["--cfg-options", "max_epochs=2", "save_steps=4", "save_total_limit=-1", "evaluation_inputs=[]"]
+    straight = tmp_path / "straight"
+    assert xtuner("check-cfg", config) == 0
+    assert xtuner("train", config, "--work-dir", straight, *options) == 0
+    lines = [json.loads(line) for line in next(straight.glob("*/vis_data/scalars.json")).read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    for line in lines:
+        targets = [line["targets/en"], line["targets/py"]]
+        losses = [line.get("loss/en", 0.0), line.get("loss/py", 0.0)]
+        assert sum(targets) == line["targets"]
+        mean = sum(a * b for a, b in zip(losses, targets, strict=True)) / sum(targets)
+        assert mean == pytest.approx(line["loss"], rel=1e-6)
+    assert {0} < {line["targets/py"] for line in lines}
+    (log,) = straight.glob("*/2*.log")
+    report = log.read_text()
+    assert "en: 70.00% of packs" in report
+    assert "by source: en " in report
+    assert "validation at iteration" in report
+    assert ": en " in report.partition("validation at iteration")[2]
+    last = max(records(straight))
+    resumed = tmp_path / "resumed"
+    again = ["train", config, "--work-dir", resumed, "--resume", straight / "iter_4.pth", *options]
+    assert xtuner(*again, "train_dataloader.num_workers=1") == 0
+    assert records(resumed) == {n: line for n, line in records(straight).items() if n > 4}
+    assert contents(resumed / f"iter_{last}.pth") == contents(straight / f"iter_{last}.pth")
+    config.write_text(config.read_text().replace("'weight': 0.7", "'weight': 0.8"))
+    with pytest.raises(DataError, match=r"sources.0.weight: 0.7 → 0.8"):
+        xtuner(*again)
+    capsys.readouterr()
+    assert xtuner("log-dataset", config, "--show", "input_ids", "--num-packs", 3) == 0
+    assert capsys.readouterr().out.count("pack ") == 3
+    for before, after, message in (
+        ("'weight': 0.8", "'weight': -0.8", r"weight = -0.8 is not above 0(.|\n)*mixed.py:"),
+        ("'weight': 0.8", "'wieght': 0.8", "has no setting 'wieght'"),
+        ("'name': 'py'", "'name': 3", "name = 3 is not"),
+    ):
+        bad = tmp_path / "bad.py"
+        bad.write_text(config.read_text().replace(before, after).replace("mixed.py", "bad.py"))
+        with pytest.raises(ConfigError, match=message.replace("mixed", "bad")):
+            xtuner("check-cfg", bad)

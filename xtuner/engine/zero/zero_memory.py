@@ -162,7 +162,7 @@ def zero_state_parts(
     # of each trained parameter, sharded
     own = {"optimizer": (4 + moments) * (not zero.get("offload_optimizer")), "gradients": 0.0}
     if stage == 3:
-        weights = copy.itemsize * min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))
+        weights = float(copy.itemsize * min(parameters, int(zero.get("stage3_max_live_parameters", 1e9))))
         own["optimizer"] += 2  # copies in the step
         weights += copy.itemsize * (not zero.get("offload_param")) * parameters / ranks
     else:

@@ -39,9 +39,8 @@ def run(args: argparse.Namespace) -> int:
     counts, kind = _read_counts(args.gpus), find_kind(args.gpu)
     tokens = parse_tokens(args.tokens) if args.tokens is not None else None
     if args.host_memory < 0 or (args.max_length is not None and args.max_length < 1):
-        option, value = (
-            ("--host-memory", args.host_memory) if args.host_memory < 0 else ("--max-length", args.max_length)
-        )
+        options = {"--host-memory": args.host_memory, "--max-length": args.max_length}
+        option, value = next((name, n) for name, n in options.items() if n is not None and n < (name == "--max-length"))
         raise ConfigError(f"{option} {value} is not a number above 0", where=option)
     cluster = Cluster(kind, _read_network(args.network), args.host_memory * 2**30)
     overrides = list(args.cfg_options)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from xtuner.engine.gpu_kinds import MEASURED, GpuKind
-from xtuner.engine.step_time import FLOPS
+from xtuner.engine.step_time import OVERHEAD_TOKENS
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import matmul_parameters, num_parameters
 
+PRODUCT_FLOPS = 722e12  # per second, without what step_time.py counts for each micro-batch
 ATTENTION_TOKEN = 1.75e-11  # seconds for each token, layer and query channel; in addition
 ATTENTION_PAIR = 1.2e-14  # for each of the Σ len² of documents, layer and query channel
 ELEMENTWISE = 5.7e-12  # seconds for each token and each of L·(4H + F) + V numbers, with copies
@@ -61,7 +62,7 @@ class EstimatedTimes:
     """By arithmetic.
 
     Args:
-        tokens: of a rank in an iteration.
+        tokens, parts: of a rank in an iteration: tokens, micro-batches.
         squares: Σ len² of the documents of these tokens; of shared packs, a rank's part.
         state_bytes: of AdamW's state, a parameter.
         products_in_fp8: of blocks.
@@ -70,6 +71,7 @@ class EstimatedTimes:
     config: DecoderConfig
     kind: GpuKind
     tokens: int
+    parts: int
     squares: float
     state_bytes: int
     products_in_fp8: bool = False
@@ -94,7 +96,8 @@ class EstimatedTimes:
     @property
     def products(self) -> float:
         share = FP8_SHARE if self.products_in_fp8 else 1.0
-        return 1000 * 6 * matmul_parameters(self.config) * self.tokens / FLOPS * share * self.slower
+        tokens = self.tokens + OVERHEAD_TOKENS * self.parts
+        return 1000 * 6 * matmul_parameters(self.config) * tokens / PRODUCT_FLOPS * share * self.slower
 
     @property
     def attention(self) -> float:

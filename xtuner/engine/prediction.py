@@ -57,7 +57,8 @@ class Interconnect:
 
     Args:
         measured: what benchmarks/multi_gpu.py has written.
-        within, between: bytes per second and GPU, if all ranks are on one node, and if not.
+        within: bytes per second and GPU over the links of a node.
+        between: bytes per second of each GPU's card; collectives over all ranks of several nodes use all cards.
         node: ranks on a node.
     """
 
@@ -80,7 +81,8 @@ class Interconnect:
             return 0.0
         sent, nodes = bus_bytes(name, int(size), ranks), ranks if apart else -(-ranks // self.node)
         if nodes > 1:
-            return LATENCY + LATENCY_EACH * nodes + sent / self.between * 1000
+            speed = self.between if apart else min(self.within, self.between * self.node)
+            return LATENCY + LATENCY_EACH * nodes + sent / speed * 1000
         if not self.measured:
             return LATENCY + sent / self.within * 1000
         points = sorted((int(s), reached) for s, reached in self.measured["bytes_per_s"][name].items())

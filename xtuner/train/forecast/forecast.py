@@ -60,9 +60,8 @@ class Way:
     @property
     def name(self) -> str:
         shared = f", packs shared by {self.sharers}" if self.sharers > 1 else ""
-        return {"full": "sharded", "hybrid": "hybrid"}.get(
-            self.fsdp or "", self.engine.replace("zero", "ZeRO-")
-        ) + shared
+        alone = "one process" if self.engine == "fsdp" else self.engine.replace("zero", "ZeRO-")
+        return {"full": "sharded", "hybrid": "hybrid"}.get(self.fsdp or "", alone) + shared
 
     def options(self) -> list[str]:
         """Words of the command line: sharding over all ranks is the default of several processes."""
@@ -106,7 +105,7 @@ class Forecast:
 
 
 def list_ways(work: Workload, gpus: int) -> Iterator[Way]:
-    """The ways to train with that number of GPUs. Raises: ConfigError if the ranks that share a pack do not divide it."""
+    """The ways to train with that number of GPUs. Raises: ConfigError if it is not a multiple of the sharing ranks."""
     if gpus == 1:
         if work.sharers and work.sharers > 1:
             make_mesh(None, gpus, work.sharers)
@@ -130,29 +129,29 @@ def forecast(work: Workload, way: Way, cluster: Cluster, gpus: int) -> Forecast:
     mesh = make_mesh(way.fsdp, gpus, way.sharers)
     pack, packs, free = -(-work.pack // mesh.cp), optim.accumulative_counts, int(kind.free)
     plan, state = plan_memory(work, way, mesh, free, cluster.host)
-    row = plan.longest_row
-    most = plan.micro_batch_tokens(pack)
-    squares = float(work.costs.mean()) / mesh.cp * packs
-    # documents that are as long as a pack cannot be cut
-    is_one = row > most and work.costs.mean() > 0.5 * work.pack**2
-    each = row if is_one else most
+    most, squares = plan.micro_batch_tokens(pack), float(work.costs.mean()) / mesh.cp * packs
+    is_one = work.costs.mean() > 0.5 * work.pack**2  # a pack is a document, which cannot be cut
+    row = plan.longest_row or pack * is_one
+    each = max(row, most) if is_one else most
+    parts = packs * -(-pack // each)
     there = PlannedIteration(
-        plan, packs * -(-pack // each), pack * packs, packs, mesh, optim.gradient_dtype(_device(work)).itemsize,
+        plan, parts, pack * packs, packs, mesh, optim.gradient_dtype(_device(work)).itemsize,
         work.document if mesh.cp > 1 else 0,
     )  # fmt: skip
     form = optim.state_form(_device(work))
-    times = EstimatedTimes(c, kind, pack * packs, squares, form.bytes if form else 16, work.source.products == "fp8")
+    in_fp8 = work.source.products == "fp8"
+    times = EstimatedTimes(c, kind, pack * packs, parts, squares, form.bytes if form else 16, in_fp8)
     slowest = squares + extra_squares(work, mesh, times)
     terms, _ = predict_iteration(
         times, there, way.engine, cluster.links, squares, slowest, MEASURED.bandwidth / kind.bandwidth
     )
     peak = plan.peak_bytes(pack, longest=row)
-    parts = state | {"activations": peak - plan.state - plan.library_bytes, "libraries": plan.library_bytes}
+    used = state | {"activations": peak - plan.state - plan.library_bytes, "libraries": plan.library_bytes}
     room = plan.state + memory.RESERVE_BYTES + memory.COLLECTIVE_BYTES * (gpus > 1) <= free
     fits = room and plan.fits(most) and plan.fits(row) and peak <= free
     flops = training_flops(c, pack * packs, squares)
     mfu = flops / (sum(terms.values()) / 1000 * kind.flops)
-    return Forecast(way, gpus, parts, free, fits, plan, each, terms, pack * packs * gpus, mfu)
+    return Forecast(way, gpus, used, free, fits, plan, each, terms, pack * packs * gpus, mfu)
 
 
 def plan_memory(

@@ -39,11 +39,11 @@ def describe(work: Workload, cluster: Cluster) -> str:
     kind, count = cluster.kind, num_parameters(work.source.config)
     mark = "" if kind.measured else "; estimated: not measured on this kind of GPU"
     lines = [
-        f"model     {count / 1e9:.2f} B parameters; {work.optim.describe().split('(')[0]}, states {work.optim.states.name}; "
-        f"packs of {work.pack:,} tokens, {work.optim.accumulative_counts} a rank and iteration",
+        f"model     {count / 1e9:.2f} B parameters; {work.optim.describe().split('(')[0]}, states "
+        f"{work.optim.states.name}; packs of {work.pack:,} tokens, {work.optim.accumulative_counts} an iteration",
         f"data      {work.data}" + (f"; {work.tokens / 1e9:,.3g} B tokens to train on" if work.tokens else ""),
-        f"GPU       {kind.title}, {kind.free / GIB:.1f} GiB free, {NODE} a node, {cluster.network * 8 / 1e9:g} Gbit/s a GPU "
-        f"between nodes{mark}",
+        f"GPU       {kind.title}, {kind.free / GIB:.1f} GiB free, {NODE} a node, {cluster.network * 8 / 1e9:g} Gbit/s "
+        f"a GPU between nodes{mark}",
     ]
     return "\n".join(lines)
 
@@ -52,18 +52,7 @@ def format_ways(rows: Sequence[Forecast]) -> str:
     """Memory a GPU by part, and speed, of each way on the same number of GPUs."""
     width = max(len(row.way.name) for row in rows)
     width = max(width, len(_title(rows[0].gpus)))
-    heads = (
-        "weights",
-        "gradients",
-        "optimizer",
-        "buffers",
-        "activ.",
-        "libr.",
-        "GiB",
-        "micro-batch",
-        "tok/s/GPU",
-        "MFU",
-    )
+    heads = (*PARTS[:4], "activ.", "libr.", "GiB", "micro-batch", "tok/s/GPU", "MFU")
     lines = [f"{_title(rows[0].gpus):<{width}}  " + "  ".join(f"{h:>{max(len(h), 6)}}" for h in heads)]
     for row in rows:
         cells = [f"{row.parts.get(part, 0) / GIB:.1f}" for part in PARTS]

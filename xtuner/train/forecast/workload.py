@@ -41,7 +41,6 @@ class Workload:
         data: a description of the data, or of what is assumed.
     """
 
-    config: Config
     source: ModelSource
     optim: OptimWrapper
     pack: int
@@ -85,7 +84,7 @@ def read_workload(config: Config, tokens: float | None = None) -> Workload:
         data = f"{len(dataset):,} packs, Σ len² of {costs.mean() / 1e6:,.0f}·10⁶ on average"
     sharers = None if config.with_sharers else int(config.setting("sequence_parallel_size"))
     balance = config.setting("train_dataloader.balance")
-    return Workload(config, source, optim, pack, document, costs, tokens, balance, sharers, data)
+    return Workload(source, optim, pack, document, costs, tokens, balance, sharers, data)
 
 
 def assume_packs(pack: int) -> tuple[Costs, int]:

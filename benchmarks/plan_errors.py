@@ -5,6 +5,7 @@ software: the plan is for ours on the same shapes, tokens and network, so that m
 """
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,6 +109,7 @@ PUBLISHED = (
 )  # fmt: skip
 
 
+@functools.cache
 def predict_measured(row: Measured) -> Forecast:
     source = from_scratch(**SHAPES[row.shape].fields(), activation_checkpointing=True, products=row.products)  # type: ignore[arg-type]
     c, peak = source.config, KINDS[row.gpu].flops

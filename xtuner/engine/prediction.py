@@ -58,7 +58,7 @@ class Interconnect:
     Args:
         measured: what benchmarks/multi_gpu.py has written.
         within: bytes per second and GPU over the links of a node.
-        between: bytes per second of each GPU's card; collectives over all ranks of several nodes use all cards.
+        between: bytes per second of each GPU's card; rings through several nodes use all cards.
         node: ranks on a node.
     """
 

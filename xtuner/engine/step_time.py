@@ -18,7 +18,7 @@ from xtuner.model.ops.autograd_functions import KeepPolicy
 FLOPS = 700e12  # per second, in large bf16 products
 OVERHEAD_TOKENS = 300  # a micro-batch of m tokens takes as long as m + 300: gradient additions, short kernels
 WITHIN_NODE = 300e9  # bytes per second and GPU, in collectives of 1 GiB over NVLink
-BETWEEN_NODES = 45e9  # bytes per second of the card of each GPU, 400 Gbit/s
+BETWEEN_NODES = 45e9  # bytes per second and GPU, with one 400 Gbit/s card per GPU
 EXCHANGE = 250e9  # bytes per second and GPU, in all-to-all exchanges over NVLink
 ATTENTION_FLOPS = 550e12  # per second, forward and backward
 OVERLAP_LOSS = 0.3  # concurrent products take longer by this share of a collective's time
@@ -112,6 +112,5 @@ def context_costs(c: DecoderConfig, mesh: Mesh, itemsize: int) -> ContextCosts:
 
 
 def link_speed(mesh: Mesh) -> float:
-    """Bytes per second that each rank sends in a collective over the shard ranks. Over several nodes, rings go through
-    all ranks of a node before they leave it, each ring by another card."""
-    return WITHIN_NODE if mesh.shard_size <= mesh.local_size else min(WITHIN_NODE, BETWEEN_NODES * mesh.local_size)
+    """Bytes per second that each rank sends in a collective over the shard ranks."""
+    return WITHIN_NODE if mesh.shard_size <= mesh.local_size else BETWEEN_NODES

@@ -130,7 +130,7 @@ def forecast(work: Workload, way: Way, cluster: Cluster, gpus: int) -> Forecast:
     pack, packs, free = -(-work.pack // mesh.cp), optim.accumulative_counts, int(kind.free)
     plan, state = plan_memory(work, way, mesh, free, cluster.host)
     most, squares = plan.micro_batch_tokens(pack), float(work.costs.mean()) / mesh.cp * packs
-    is_one = work.costs.mean() > 0.5 * work.pack**2  # a pack is a document, which cannot be cut
+    is_one = bool(work.costs.mean() > 0.5 * work.pack**2)  # a pack is a document, which cannot be cut
     row = plan.longest_row or pack * is_one
     each = max(row, most) if is_one else most
     parts = packs * -(-pack // each)
@@ -206,6 +206,12 @@ def forecast_all(work: Workload, cluster: Cluster, gpus: int) -> list[Forecast]:
     return sorted(found, key=lambda f: (not f.fits, -f.tokens_per_s))
 
 
+def fewest_gpus(work: Workload, cluster: Cluster, more_than: int) -> int | None:
+    """The first of twice, four times, … as many GPUs on which a way fits."""
+    counts = (more_than * 2**i for i in range(1, MAX_GPUS.bit_length()) if more_than * 2**i <= MAX_GPUS)
+    return next((n for n in counts if any(f.fits for f in forecast_all(work, cluster, n))), None)
+
+
 def what_would_fit(work: Workload, cluster: Cluster, gpus: int) -> list[str]:
     """Changes with which the workload fits, each alone."""
     advice = []
@@ -213,12 +219,8 @@ def what_would_fit(work: Workload, cluster: Cluster, gpus: int) -> list[str]:
         leaner = replace(work, optim=work.optim.with_states("8bit"))
         if any(f.fits for f in forecast_all(leaner, cluster, gpus)):
             advice.append('optim_wrapper.states = "8bit"')
-    more = gpus * 2
-    while more <= MAX_GPUS:
-        if any(f.fits for f in forecast_all(work, cluster, more)):
-            advice.append(f"{more} GPUs")
-            break
-        more *= 2
+    if more := fewest_gpus(work, cluster, gpus):
+        advice.append(f"{more} GPUs")
     if work.is_long or work.pack > memory.MIN_MICRO_BATCH:
         length = work.pack // 2
         while length >= memory.MIN_MICRO_BATCH:

@@ -84,8 +84,8 @@ def test_the_command(
     assert "max_length=262144 sequence_parallel_size=4" in found["commands"]["4"]
     # data that is here: its tokens and documents
     found = planned(tiny, "--gpus", "1,2")
-    assert found["data"].startswith("25 packs, ")
-    assert found["tokens"] % (25 * 32) == 0
+    assert found["data"].startswith("30 packs, ")
+    assert found["tokens"] % (30 * 32) == 0
     assert xtuner("plan", SEVEN, "--gpus", "1,8", "--gpu", "4090") == 2
     text = capsys.readouterr().out
     assert "estimated" in text

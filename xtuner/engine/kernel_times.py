@@ -64,8 +64,9 @@ class EstimatedTimes:
     Args:
         tokens, parts: of a rank in an iteration: tokens, micro-batches.
         squares: Σ len² of the documents of these tokens; of shared packs, a rank's part.
-        state_bytes: of AdamW's state, a parameter.
+        state_bytes: of AdamW's state, a parameter on average.
         products_in_fp8: of blocks.
+        needed: share of the products of a model whose weights are all trained.
     """
 
     config: DecoderConfig
@@ -73,8 +74,9 @@ class EstimatedTimes:
     tokens: int
     parts: int
     squares: float
-    state_bytes: int
+    state_bytes: float
     products_in_fp8: bool = False
+    needed: float = 1.0
 
     @property
     def parameters(self) -> int:
@@ -97,7 +99,7 @@ class EstimatedTimes:
     def products(self) -> float:
         share = FP8_SHARE if self.products_in_fp8 else 1.0
         tokens = self.tokens + OVERHEAD_TOKENS * self.parts
-        return 1000 * 6 * matmul_parameters(self.config) * tokens / PRODUCT_FLOPS * share * self.slower
+        return 1000 * 6 * matmul_parameters(self.config) * tokens / PRODUCT_FLOPS * share * self.needed * self.slower
 
     @property
     def attention(self) -> float:

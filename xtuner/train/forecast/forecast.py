@@ -15,7 +15,7 @@ from xtuner.engine.gpu_kinds import CARD_SHARE, LINK_SHARE, MEASURED, GpuKind
 from xtuner.engine.kernel_times import EstimatedTimes
 from xtuner.engine.prediction import Interconnect, PlannedIteration, predict_iteration
 from xtuner.engine.zero import deepspeed_config, zero_memory
-from xtuner.model.flops import training_flops
+from xtuner.model.flops import matmul_parameters, num_parameters
 from xtuner.optim.adamw import FORMS
 from xtuner.train.forecast.workload import Workload
 
@@ -139,8 +139,10 @@ def forecast(work: Workload, way: Way, cluster: Cluster, gpus: int) -> Forecast:
         work.document if mesh.cp > 1 else 0,
     )  # fmt: skip
     form = optim.state_form(_device(work))
-    in_fp8 = work.source.products == "fp8"
-    times = EstimatedTimes(c, kind, pack * packs, parts, squares, form.bytes if form else 16, in_fp8)
+    in_fp8, trained = work.source.products == "fp8", work.source.count_trained().total / num_parameters(c)
+    needed = work.source.training_flops(1, 0) / (6 * matmul_parameters(c))  # less if weights are frozen
+    stored = (form.bytes if form else 16) * trained
+    times = EstimatedTimes(c, kind, pack * packs, parts, squares, stored, in_fp8, needed)
     slowest = squares + extra_squares(work, mesh, times)
     terms, _ = predict_iteration(
         times, there, way.engine, cluster.links, squares, slowest, MEASURED.bandwidth / kind.bandwidth
@@ -149,7 +151,7 @@ def forecast(work: Workload, way: Way, cluster: Cluster, gpus: int) -> Forecast:
     used = state | {"activations": peak - plan.state - plan.library_bytes, "libraries": plan.library_bytes}
     room = plan.state + memory.RESERVE_BYTES + memory.COLLECTIVE_BYTES * (gpus > 1) <= free
     fits = room and plan.fits(most) and plan.fits(row) and peak <= free
-    flops = training_flops(c, pack * packs, squares)
+    flops = work.source.training_flops(pack * packs, squares)
     mfu = flops / (sum(terms.values()) / 1000 * kind.flops)
     return Forecast(way, gpus, used, free, fits, plan, each, terms, pack * packs * gpus, mfu)
 

@@ -69,8 +69,6 @@ def read_workload(config: Config, tokens: float | None = None) -> Workload:
         raise combine_errors(wrong)
     source = _read_source(config)
     optim: OptimWrapper = build(config.values["optim_wrapper"], "optim_wrapper")
-    optim = copy.copy(optim)
-    optim.dtype = "bf16" if optim.dtype == "auto" else optim.dtype
     pack = int(config.get(f"{DATASET}.packed_length") or USUAL_PACK)
     absent = find_missing(config)
     if any(e.where and "model" not in e.where and "pretrained" not in e.where for e in absent):
@@ -81,10 +79,17 @@ def read_workload(config: Config, tokens: float | None = None) -> Workload:
         dataset = preflight.open_dataset(config, Opening(read_only=True))
         costs, document, pack = _read_costs(dataset), longest_document(dataset), dataset.packed_length
         tokens = tokens or float(len(dataset)) * pack * config.get("train_cfg.max_epochs", 1)
-        data = f"{len(dataset):,} packs, Σ len² of {costs.mean() / 1e6:,.0f}·10⁶ on average"
+        data = f"{len(dataset):,} packs, Σ len² of {costs.mean():.3g} on average"
     sharers = None if config.with_sharers else int(config.setting("sequence_parallel_size"))
     balance = config.setting("train_dataloader.balance")
-    return Workload(source, optim, pack, document, costs, tokens, balance, sharers, data)
+    return Workload(source, for_gpus(optim), pack, document, costs, tokens, balance, sharers, data)
+
+
+def for_gpus(optim: OptimWrapper) -> OptimWrapper:
+    """A copy that computes in the dtype of GPUs wherever it is asked."""
+    other = copy.copy(optim)
+    other.dtype = "bf16" if optim.dtype == "auto" else optim.dtype
+    return other
 
 
 def assume_packs(pack: int) -> tuple[Costs, int]:
@@ -125,7 +130,9 @@ def _read_source(config: Config) -> ModelSource:
     family, found = released[name]
     network = read_config({"model_type": family.name, **family.defaults, **found.network}, f"{name}: ")
     source = ModelSource(network, None, recompute=bool(model.get("activation_checkpointing")))
-    return replace(source, products=model.get("products", "own"), adapter=model.get("adapter"))
+    adapter = build(model["adapter"], "model.adapter") if isinstance(model.get("adapter"), dict) else None
+    kept = {name: model[name] for name in ("products", "frozen_weights") if name in model}
+    return replace(source, adapter=adapter, **kept)
 
 
 def parse_tokens(text: str) -> float:

@@ -14,19 +14,20 @@ from xtuner.core.log import human_bytes
 from xtuner.dist import collectives
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.gpu_kinds import MEASURED
-from xtuner.engine.memory import MIN_MICRO_BATCH, RESERVE_BYTES, MemoryPlan, smaller_frozen_weights
+from xtuner.engine.memory import MIN_MICRO_BATCH, MemoryPlan, smaller_frozen_weights
 from xtuner.engine.strategies.out_of_memory import OutOfMemory
 from xtuner.engine.zero import deepspeed_config, zero_memory
 from xtuner.model.flops import num_parameters
 from xtuner.optim.adamw import FORMS
 from xtuner.train.forecast.forecast import Cluster, fewest_gpus
-from xtuner.train.forecast.workload import Workload
+from xtuner.train.forecast.workload import Workload, for_gpus
 from xtuner.train.run import Plan, Settings
 
 ENGINES = deepspeed_config.list_shipped()  # sorted by name, and by memory: each needs less than those before it
 # The value of `optim_wrapper.full` for each; None would let stage 2 keep full gradients if memory allows at the start
 FULL = dict.fromkeys(ENGINES) | {"deepspeed_zero2": "weights"}
 OPTIONS = ("--deepspeed", "--fsdp", "--resume")  # replaced, not repeated
+DRIVER_BYTES = 2**30  # of a GPU that processes cannot allocate
 MIN_PACK_TOKENS = 2048  # shorter packs are not suggested
 
 
@@ -59,15 +60,16 @@ def _more_gpus(settings: Settings, plan: Plan) -> Iterator[str]:
     yield "or more GPUs: each then holds a smaller part of the state"
     if settings.device.type != "cuda":
         return
-    optim, free = (
-        settings.optim.with_accumulation(plan.accumulative_counts),
-        torch.cuda.mem_get_info(settings.device)[1],
-    )
+    optim = for_gpus(settings.optim.with_accumulation(plan.accumulative_counts))
+    free = torch.cuda.mem_get_info(settings.device)[1] - DRIVER_BYTES
     length, sharers = settings.dataset.packed_length, settings.mesh.cp
     document, costs = plan.choice.memory.document, np.full(1, float(length))
     work = Workload(settings.source, optim, length, document, costs, None, plan.balance, sharers, "")
-    here = Cluster(replace(MEASURED, free=free - RESERVE_BYTES))
-    if count := fewest_gpus(work, here, settings.mesh.size):
+    try:
+        count = fewest_gpus(work, Cluster(replace(MEASURED, free=free)), settings.mesh.size)
+    except ConfigError:  # no way to shard this: the error that the run ends with matters more
+        return
+    if count:
         name = shlex.quote(str(settings.config.path))
         yield f"    {count} such GPUs fit by arithmetic; `xtuner plan {name} --gpus {count}` predicts memory and speed"
 

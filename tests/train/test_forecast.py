@@ -82,6 +82,9 @@ def test_the_command(
     assert [row["sharers"] for row in found["ways"]] == [4, 2, 1]
     assert not found["ways"][-1]["fits"]
     assert "max_length=262144 sequence_parallel_size=4" in found["commands"]["4"]
+    again = planned(SEVEN, "--gpus", "4", "--max-length", "262144", "--cfg-options", "states=8bit",
+                    "sequence_parallel_size=auto")  # fmt: skip
+    assert again["commands"] == found["commands"]
     # data that is here: its tokens and documents
     found = planned(tiny, "--gpus", "1,2")
     assert found["data"].startswith("30 packs, ")

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         rows += found
         if found[0].fits:
             best.append(found[0])
-            commands[gpus] = report.command(found[0], [args.config], overrides)
+            commands[gpus] = report.command(found[0], [args.config], overrides, work.sharers)
         else:
             least = min(found, key=lambda f: f.peak)
             lacking.append(report.format_fit(gpus, cluster, least, what_would_fit(work, cluster, gpus)))

@@ -13,15 +13,17 @@ GIB = 2**30
 PARTS = ("weights", "gradients", "optimizer", "buffers", "activations", "libraries")
 
 
-def command(found: Forecast, words: Sequence[str], overrides: Sequence[str]) -> str:
+def command(found: Forecast, words: Sequence[str], overrides: Sequence[str], sharers: int | None) -> str:
     """The command line that trains this way.
 
     Args:
         words: the config.
         overrides: KEY=VALUE of the config.
+        sharers: ranks that share a pack by the config; None for "auto".
     """
     options = [*overrides]
-    if found.way.sharers > 1 and not any(o.startswith("sequence_parallel_size=") for o in options):
+    if found.way.sharers != sharers:
+        options = [option for option in options if not option.startswith("sequence_parallel_size=")]
         options.append(f"sequence_parallel_size={found.way.sharers}")
     more = [*found.way.options(), *(["--cfg-options", *options] if options else [])]
     train = ["xtuner", "train", *words]

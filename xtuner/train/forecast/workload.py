@@ -18,6 +18,7 @@ from xtuner.data.inspect.statistics import pack_costs
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.memory import USUAL_PACK
 from xtuner.families import FAMILIES, read_config
+from xtuner.model.adapter import build_lora
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import preflight
@@ -130,7 +131,7 @@ def _read_source(config: Config) -> ModelSource:
     family, found = released[name]
     network = read_config({"model_type": family.name, **family.defaults, **found.network}, f"{name}: ")
     source = ModelSource(network, None, recompute=bool(model.get("activation_checkpointing")))
-    adapter = build(model["adapter"], "model.adapter") if isinstance(model.get("adapter"), dict) else None
+    adapter = build_lora(build(model["adapter"], "model.adapter"), network) if model.get("adapter") else None
     kept = {name: model[name] for name in ("products", "frozen_weights") if name in model}
     return replace(source, adapter=adapter, **kept)
 

@@ -28,6 +28,7 @@ VERBS = {  # words → (module, what it does)
     "log-dataset": ("xtuner.cli.log_dataset", "show the first packs that a config trains on"),
     "doctor": ("xtuner.cli.doctor", "check whether training will work on this machine"),
     "train": ("xtuner.cli.train", "train a model by a config"),
+    "plan": ("xtuner.cli.plan", "predict what fits, how fast it trains and what it costs on other GPUs"),
     "launch": ("xtuner.cli.launch", "write a job script for Slurm, Kubernetes or Aliyun DLC"),
     "plot-loss": ("xtuner.cli.plot_loss", "plot the loss of a run"),
     "eval loss": ("xtuner.cli.eval.loss", "compute the mean loss of a model on tokenized data"),

@@ -140,6 +140,13 @@ M = TypeVar("M", bound=MemoryPlan)
 
 def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, division: Division) -> int:
     """Bytes of weights, gradients and optimizer state on a rank, including the blocks gathered at the same time."""
+    return int(sum(state_parts(source, optim, device, mesh, division).values()))
+
+
+def state_parts(
+    source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, division: Division
+) -> dict[str, float]:
+    """Bytes of `state_bytes` by part."""
     form, copy = optim.state_form(device), optim.compute_dtype(device)
     trained, ranks, gradient = source.count_trained(), mesh.shard_size, optim.gradient_dtype(device).itemsize
     # sharded in any case: moments, and masters where these are not the compute weights
@@ -147,14 +154,16 @@ def state_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, 
         form.bytes - 2 - form.gradient.itemsize if form else optim.traits(device).moments + 4 * (copy != torch.float32)
     )
     moment = form.moment.itemsize if form else 0  # Muon has one for each element, AdamW two
-    state = (own * trained.total - moment * optim.count_matrices(source)) / ranks
-    # a block's weights, those of the next, and those that are being freed
     held = source.count_weight_bytes(copy)
-    state += held.total if division.weights else held.ends + 3 * held.block + held.total / ranks
-    state += held.read_back
     # at the end of the last block's backward: its gradients, the output layer's, and the reduced parts of both
     block_gradients = (trained.head + trained.block) * (1 + 1 / ranks) + trained.total / ranks
-    return int(state + gradient * (trained.total if division.gradients else block_gradients))
+    return {
+        "optimizer": (own * trained.total - moment * optim.count_matrices(source)) / ranks,
+        # a block's weights, those of the next, and those that are being freed
+        "weights": (held.total if division.weights else held.ends + 3 * held.block + held.total / ranks)
+        + held.read_back,
+        "gradients": gradient * (trained.total if division.gradients else block_gradients),
+    }
 
 
 def plan_memory(

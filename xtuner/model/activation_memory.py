@@ -6,6 +6,7 @@ Where some layers would have to recompute attention, their inputs and attention'
 instead, as many layers' as necessary: copying takes less time than recomputing, at any length.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -106,8 +107,9 @@ class ActivationPlan:
     def bytes_with(self, policies: Sequence[KeepPolicy], tokens: int) -> int:
         """Bytes on the GPU if layers keep this."""
         size = kept_bytes_per_token(self.config, self.itemsize)
-        kept = sum(size[name] for policy in policies for name in _kept_on_gpu(policy))
-        return tokens * kept + max(self.transient_bytes(policy, tokens) for policy in set(policies))
+        counts, distinct = Counter(map(id, policies)), {id(policy): policy for policy in policies}
+        kept = sum(n * sum(size[name] for name in _kept_on_gpu(distinct[i])) for i, n in counts.items())
+        return tokens * kept + max(self.transient_bytes(policy, tokens) for policy in distinct.values())
 
     def transient_bytes(self, keep: KeepPolicy, tokens: int) -> int:
         return transient_bytes(self.config, self.itemsize, tokens, keep, self.sharers) + self.extra * tokens
@@ -157,7 +159,9 @@ def _keep_on_gpu(plan: ActivationPlan, tokens: int, room: int) -> tuple[KeepPoli
     chosen = [KEEP_NONE] * layers
     size = kept_bytes_per_token(plan.config, plan.itemsize)
     for name in KEEP_ORDER:
-        everywhere = [replace(policy, **{name: True}) for policy in chosen]  # type: ignore[arg-type]
+        distinct = {id(policy): policy for policy in chosen}
+        keeping = {i: replace(policy, **{name: True}) for i, policy in distinct.items()}  # type: ignore[arg-type]
+        everywhere = [keeping[id(policy)] for policy in chosen]
         if most == layers and plan.bytes_with(everywhere, tokens) <= room:
             chosen = everywhere
             continue

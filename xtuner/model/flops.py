@@ -12,7 +12,8 @@ import torch
 from xtuner.model.decoder import DecoderConfig
 
 # Dense bf16 peak in FLOP/s, by a substring of the device's name.
-PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12}
+PEAK = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+        "4090": 165.2e12}  # fmt: skip
 
 
 def num_parameters(c: DecoderConfig) -> int:

@@ -211,6 +211,13 @@ class OptimWrapper:
         other.accumulative_counts = packs
         return other
 
+    def with_states(self, states: str) -> "OptimWrapper":
+        """A copy with another form of AdamW's state."""
+        self._require_states(states)
+        other = copy.copy(self)
+        other.states = FORMS[states]
+        return other
+
     @property
     def lr(self) -> float:
         return float(self.arguments["lr"])

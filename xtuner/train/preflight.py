@@ -119,7 +119,7 @@ def check_models_and_tokenizers(config: Config, read_only: bool = False) -> Mode
     models = [(key, name) for _, key, name, is_tok in named if not is_tok]
     if not any(name in absent for _, name in models):
         with found.collect(next((key for key, _ in models if key.startswith("model")), "model")):
-            source = _build_model_source(config)
+            source = build_model_source(config)
             if source.folder:
                 stored = replace(source.config, vocab_size=source.config.vocab_size - source.added_rows)
                 check_network(WeightFolder(source.folder), source.layout, stored)
@@ -140,7 +140,7 @@ def _is_used_in_training(config: Config, key: str) -> bool:
     return key != "tokenizer" or any(value is config.values["tokenizer"] for inside in used for _, value in inside)
 
 
-def _build_model_source(config: Config) -> ModelSource:
+def build_model_source(config: Config) -> ModelSource:
     source = build(config.values["model"], "model")
     if not isinstance(source, ModelSource):
         raise ConfigError(f"{type_name(config.values['model']['type'])} makes no ModelSource", where="model")

@@ -18,18 +18,12 @@ import torch
 import torch.distributed as dist
 from benchlib.workloads import add_to_python_path
 
+from xtuner.engine.prediction import bus_bytes
+
 MIB = 2**20
 SIZES = [MIB << i for i in range(0, 11, 2)]  # 1 MiB … 1 GiB
 TINY = [MIB >> 4, MIB]
 OFF = {"NCCL_NVLS_ENABLE": "0"}
-
-
-def bus_bytes(name: str, size: int, ranks: int) -> float:
-    """Bytes that each rank must send, and receive, for a collective on a full tensor of `size` bytes.
-
-    An all-reduce is a reduce-scatter and an all-gather. "Bus bandwidth", as in nccl-tests, is this over time.
-    """
-    return (2 if name == "all_reduce" else 1) * size * (ranks - 1) / ranks
 
 
 def measure(gpus: int, tiny: bool = False) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Times of one H100 for one pack of 32,768 tokens, by part: the input of prediction.py.
+"""Times of one H100 for one pack of 32,768 tokens, by part: a `KernelTimes` (xtuner/engine/kernel_times.py) and the
+input of prediction.py.
 
 Attention takes  a + b · Σ len²  over a pack's documents, fitted to packs of many documents and of one.
 """
@@ -9,6 +10,7 @@ from typing import Any
 from benchlib.workloads import PACK, SHAPES
 
 from xtuner.model import from_scratch
+from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import num_parameters
 
 GIB = 2**30
@@ -34,6 +36,10 @@ class Measured:
     @property
     def source(self) -> Any:
         return from_scratch(**SHAPES[self.shape].fields(), activation_checkpointing=True)
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.source.config
 
     @property
     def parameters(self) -> int:
@@ -64,6 +70,14 @@ class Measured:
     @property
     def idle(self) -> float:
         return self.fixed - self.products - self.elementwise - self.optimizer_there - self.copies
+
+    def attention_ms(self, squares: float) -> float:
+        """Of a pack with so large a Σ len²."""
+        return self.a + self.b * squares
+
+    def launch_ms(self, parts: int) -> float:
+        """Without kernels, in that number of micro-batches."""
+        return self.idle * parts / self.parts
 
     @property
     def optimizer_there(self) -> float:

@@ -140,30 +140,48 @@ def zero_state_bytes(
     Args:
         summing: None for the one that needs the least memory.
     """
+    return int(sum(zero_state_parts(source, optim, device, ranks, settings, summing).values()))
+
+
+def zero_state_parts(
+    source: ModelSource,
+    optim: OptimWrapper,
+    device: torch.device,
+    ranks: int,
+    settings: Settings,
+    summing: str | None = None,
+) -> dict[str, float]:
+    """Bytes of `zero_state_bytes` by part."""
     zero, moments, copy = settings["zero_optimization"], optim.traits(device).moments, optim.compute_dtype(device)
     parameters, several = num_parameters(source.config), optim.accumulative_counts > 1
     trained = source.count_trained().total
     summing = summing or summing_modes(optim, device, settings)[-1]
     stage = effective_stage(settings, summing)
     if not stage:
-        return int(4 * parameters + (4 + moments) * trained)
-    # bytes of state that is sharded: of a trained parameter, and of any
-    own, weights = (4 + moments) * (not zero.get("offload_optimizer")), 0
+        return {"weights": 4 * parameters, "optimizer": moments * trained, "gradients": 4 * trained}
+    # of each trained parameter, sharded
+    own = {"optimizer": (4 + moments) * (not zero.get("offload_optimizer")), "gradients": 0.0}
     if stage == 3:
-        full = copy.itemsize * min(parameters, int(zero.get("stage3_max_live_parameters", 1e9)))
-        own += 2  # copies in the step
-        weights = copy.itemsize * (not zero.get("offload_param"))
+        weights = float(copy.itemsize * min(parameters, int(zero.get("stage3_max_live_parameters", 1e9))))
+        own["optimizer"] += 2  # copies in the step
+        weights += copy.itemsize * (not zero.get("offload_param")) * parameters / ranks
     else:
-        full = copy.itemsize * parameters
+        weights = copy.itemsize * parameters
+    gradients = buffers = 0
     if summing == "deepspeed":
         sums = (settings.get("data_types") or {}).get("grad_accum_dtype")
-        own += 2 if sums == "bf16" else 4
-        full += copy.itemsize * trained * (stage == 1 and several)
-        full += _deepspeed_buffers(source, copy.itemsize, settings, stage)
+        own["gradients"] += 2 if sums == "bf16" else 4
+        gradients = copy.itemsize * trained * (stage == 1 and several)
+        buffers = _deepspeed_buffers(source, copy.itemsize, settings, stage)
     else:
-        full += (4 if summing == "fp32" else copy.itemsize) * trained
-        own += 4 * (summing == "bf16" and several)  # sums over packs
-    return int(full + (own * trained + weights * parameters) / ranks)
+        gradients = (4 if summing == "fp32" else copy.itemsize) * trained
+        own["gradients"] += 4 * (summing == "bf16" and several)  # sums over packs
+    return {
+        "weights": weights,
+        "optimizer": own["optimizer"] * trained / ranks,
+        "gradients": gradients + own["gradients"] * trained / ranks,
+        "buffers": buffers,
+    }
 
 
 def _deepspeed_buffers(source: ModelSource, itemsize: int, settings: Settings, stage: int) -> int:

@@ -2,8 +2,10 @@
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from xtuner.core.errors import ConfigError, InterruptedRunError
@@ -11,17 +13,21 @@ from xtuner.core.files import MANIFEST
 from xtuner.core.log import human_bytes
 from xtuner.dist import collectives
 from xtuner.dist.mesh import Mesh
+from xtuner.engine.gpu_kinds import MEASURED
 from xtuner.engine.memory import MIN_MICRO_BATCH, MemoryPlan, smaller_frozen_weights
 from xtuner.engine.strategies.out_of_memory import OutOfMemory
 from xtuner.engine.zero import deepspeed_config, zero_memory
 from xtuner.model.flops import num_parameters
 from xtuner.optim.adamw import FORMS
+from xtuner.train.forecast.forecast import Cluster, fewest_gpus
+from xtuner.train.forecast.workload import Workload, for_gpus
 from xtuner.train.run import Plan, Settings
 
 ENGINES = deepspeed_config.list_shipped()  # sorted by name, and by memory: each needs less than those before it
 # The value of `optim_wrapper.full` for each; None would let stage 2 keep full gradients if memory allows at the start
 FULL = dict.fromkeys(ENGINES) | {"deepspeed_zero2": "weights"}
 OPTIONS = ("--deepspeed", "--fsdp", "--resume")  # replaced, not repeated
+DRIVER_BYTES = 2**30  # of a GPU that processes cannot allocate
 MIN_PACK_TOKENS = 2048  # shorter packs are not suggested
 
 
@@ -43,11 +49,29 @@ def out_of_memory_error(
         where=f"{choice.name}, ranks: {ranks}, packs of {tokens:,} tokens, on {settings.device}",
         why=f"weights, gradients and optimizer take {human_bytes(choice.state)} by arithmetic; "
         "activations come on top, more for longer documents",
-        do="one of these, the cheapest first:\n        "
-        + "\n        ".join([*advice, "or more GPUs: each then holds a smaller part of the state"]),
+        do="one of these, the cheapest first:\n        " + "\n        ".join([*advice, *_more_gpus(settings, plan)]),
     )
     found.reported_elsewhere = isinstance(error, OutOfMemory) and error.rank != settings.mesh.rank
     return found
+
+
+def _more_gpus(settings: Settings, plan: Plan) -> Iterator[str]:
+    """More GPUs, and how many fit by arithmetic."""
+    yield "or more GPUs: each then holds a smaller part of the state"
+    if settings.device.type != "cuda":
+        return
+    optim = for_gpus(settings.optim.with_accumulation(plan.accumulative_counts))
+    free = torch.cuda.mem_get_info(settings.device)[1] - DRIVER_BYTES
+    length, sharers = settings.dataset.packed_length, settings.mesh.cp
+    document, costs = plan.choice.memory.document, np.full(1, float(length))
+    work = Workload(settings.source, optim, length, document, costs, None, plan.balance, sharers, "")
+    try:
+        count = fewest_gpus(work, Cluster(replace(MEASURED, free=free)), settings.mesh.size)
+    except ConfigError:  # no way to shard this: the error that the run ends with matters more
+        return
+    if count:
+        name = shlex.quote(str(settings.config.path))
+        yield f"    {count} such GPUs fit by arithmetic; `xtuner plan {name} --gpus {count}` predicts memory and speed"
 
 
 def interrupted_error(work_dir: Path, done: int, words: Sequence[str], mesh: Mesh) -> InterruptedRunError:

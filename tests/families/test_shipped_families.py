@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.neighbours import CASES, SHAPE, make_theirs
+from helpers.neighbours import CASES, LLAMA3, SHAPE, make_theirs
 from safetensors.torch import load_file, save_file
 
 from xtuner.core.errors import CheckpointError, ConfigError
@@ -92,6 +92,8 @@ def test_the_text_part_of_interns1(tmp_path: Path) -> None:
     assert json.loads((exported / "config.json").read_text())["model_type"] == "qwen3"
     with pytest.raises(ConfigError, match="no vision tower, which the interns1 layout cannot express"):
         export_hf(tmp_path / "s1", tmp_path / "other", None, layout="interns1")
+    bare = {key: value for key, value in text.items() if key != "tie_word_embeddings"}
+    assert read_config(config | {"text_config": bare, "tie_word_embeddings": True}).tie_word_embeddings
     config["text_config"] = text | {"model_type": "qwen3_moe", "num_experts": 128}
     with pytest.raises(
         ConfigError, match=r"'qwen3_moe' is a Mixture-of-Experts model \(text_config.num_experts = 128\)"
@@ -114,6 +116,21 @@ def written(family: str, **changes: Any) -> dict[str, Any]:
         (written("llama", rope_scaling={"type": "linear", "factor": 2.0},
                  rope_parameters={"rope_type": "linear", "factor": 4.0}),
          r"rope_scaling.factor = 2\.0 contradicts rope_parameters.factor = 4\.0"),
+        (written("llama", rope_scaling={"type": "linear", "factor": 2.0, "rope_theta": 7.0}),
+         r"rope_theta = 10000\.0 contradicts rope_scaling.rope_theta = 7\.0"),
+        (written("llama", rope_scaling=LLAMA3, rope_theta=5e5, rope_parameters=LLAMA3 | {"low_freq_factor": 2.0}),
+         r"rope_scaling.low_freq_factor = 1\.0 contradicts rope_parameters.low_freq_factor = 2\.0"),
+        (written("llama", rope_scaling=LLAMA3, rope_theta=5e5, original_max_position_embeddings=32),
+         "rope_scaling.original_max_position_embeddings = 16 contradicts original_max_position_embeddings = 32"),
+        (written("llama", rope_theta=0), "rope_theta = 0 is not a number above 0"),
+        (written("llama", rope_theta=None, rope_parameters={"rope_type": "yarn"}), r"where: .*rope_parameters\.factor"),
+        (written("llama", quantization_config={"quant_method": "fp8"}),
+         r"weights are quantized \('fp8'\)[\s\S]*remove quantization_config"),
+        (written("llama", architectures=["MistralForCausalLM"]),
+         r"model_type = 'llama' contradicts architectures = \['MistralForCausalLM'\]"),
+        (written("mistral", sliding_window=9, layer_types=["sliding_attention", "full_attention"]),
+         r"layer_types = \[.*\] contradicts sliding_window = 9"),
+        (written("llama", model_type=None), "the model's type is not given"),
         (written("internlm3", attention_bias=True), "qkv_bias = False contradicts attention_bias = True"),
         (written("qwen2", layer_types=["full_attention"]),
          "num_hidden_layers = 2 contradicts the number of layer_types"),
@@ -139,6 +156,49 @@ def written(family: str, **changes: Any) -> dict[str, Any]:
 def test_configs_that_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_config(config)
+
+
+def test_the_same_network_in_other_words() -> None:
+    """Where a value stands does not change the network, nor does a window that is not used."""
+    inner = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    wanted = read_config(written("llama", rope_theta=5e5, rope_scaling=LLAMA3))
+    assert wanted.rope_scaling
+    assert (wanted.rope_theta, wanted.rope_scaling.original_max_position_embeddings) == (5e5, 16)
+    for fields in (
+        dict(rope_theta=None, rope_scaling=LLAMA3),
+        dict(rope_theta=None, rope_scaling=None, rope_parameters=LLAMA3),
+        dict(rope_theta=5e5, rope_scaling=LLAMA3, rope_parameters=LLAMA3),
+        dict(rope_theta=None, rope_scaling=inner, original_max_position_embeddings=16),
+    ):
+        assert read_config(written("llama", **fields)) == wanted
+    unused = dict(use_sliding_window=False, layer_types=None, max_window_layers=0)
+    assert read_config(written("qwen2", sliding_window=0, **unused)) == read_config(written("qwen2"))
+
+
+def test_files_with_other_weights(tmp_path: Path) -> None:
+    """Numbers that are not weights, a tied model that is not said to be one, Mistral's second copy, a file cut off."""
+    llama = from_scratch(family="llama", seed=0, **SHAPE)
+    weights, config = split_model(llama.build(), "llama"), FAMILIES["llama"].write_config(llama.config, "float32")
+    write_json(tmp_path / "config.json", config)
+    file = tmp_path / "model.safetensors"
+    (name, *_) = weights
+    for kind, written_as in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
+        save_file(weights | {name: weights[name].to(kind)}, file)
+        with pytest.raises(CheckpointError, match=rf"{name} contains {written_as} numbers"):
+            load_pretrained(tmp_path)
+    file.rename(tmp_path / "pytorch_model.bin")
+    torch.save(weights | {name: weights[name].to(torch.int8)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=rf"{name} contains int8 numbers"):
+        load_pretrained(tmp_path)
+    save_file({key: tensor for key, tensor in weights.items() if key != "lm_head.weight"}, file)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing[\s\S]*set tie_word_embeddings to true"):
+        load_pretrained(tmp_path)
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / "consolidated.safetensors")
+    save_file(weights, file)
+    load_pretrained(tmp_path)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"cannot be read as safetensors[\s\S]*complete its copy or download"):
+        load_pretrained(tmp_path)
 
 
 def test_networks_that_a_family_cannot_express() -> None:

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5 1M": ("Qwen2", dict(rope_parameters=YARN, max_window_layers=2)),
     "qwen2.5 7B": ("Qwen2", dict(use_sliding_window=False, sliding_window=9, max_window_layers=2)),
     "qwen2 with windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=9, max_window_layers=1)),
+    "qwen2 with wide heads": ("Qwen2", dict(head_dim=16, max_window_layers=2)),
     "qwen3": ("Qwen3", dict(head_dim=16, max_window_layers=2, tie_word_embeddings=True)),
     "qwen3 8B": ("Qwen3", dict(head_dim=16, max_window_layers=2)),
     "qwen3 with biases": ("Qwen3", dict(head_dim=16, max_window_layers=2, attention_bias=True, rope_parameters=YARN)),

@@ -212,6 +212,8 @@ CONFIGS: dict[str, Row] = {
     "vocabulary": Row(2, ["ids, the model's vocabulary 300", "tokenizer_path", "set vocab_size"], ["vocab_size=300"]),
     "bos": Row(2, ["bos_token_id = 400 is not an id", "model"], ["model.bos_token_id=400"]),
     "tokenizer": Row(2, ["'/nowhere'", "tokenizer_path"], ["tokenizer_path=/nowhere"]),
+    "template": Row(2, ["the chat template cannot be read", "tokenizer_config.json: chat_template", "tokenizer_path"],
+                    ["tokenizer_path={w}/template"]),
     "tokenizer_torn": Row(2, ["tokenizer.model cannot be read", "tokenizer_path"], ["tokenizer_path={w}/half"]),
     "model_nowhere": Row(2, ["'/nowhere/model'"], edit=pretrained("/nowhere/model")),
     **{f"model_{name}": Row(code, [*says, "tiny.py:"], edit=pretrained(f"{{w}}/{name}"))
@@ -283,6 +285,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny: Path, tokenizer_folder
     (w / "file").write_text("")
     for name in ("empty", "half", "busy", "here"):
         (w / name).mkdir()
+    shutil.copytree(tokenizer_folder, w / "template")
+    (w / "template" / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages"}))
     (w / "half" / "tokenizer.model").write_bytes((tokenizer_folder / "tokenizer.model").read_bytes()[:1000])
     write_bin(w / "short" / "a.bin", [[5] * 40])
     write_bin(w / "masked" / "a.bin", [[-5] * 70] * 12)

@@ -106,7 +106,8 @@ def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
             missing = [] if any((path / n).is_file() for n in _TOKENIZERS) else [" and no ".join(_TOKENIZERS)]
         else:
             missing = hub.missing_files(path)
-        return ConfigError(f"the {what} folder {name!r} has no {missing[0]}") if missing else None
+        do = "complete the copy or download of the folder"
+        return ConfigError(f"the {what} folder {name!r} has no {missing[0]}", do=do) if missing else None
     if kind:
         return ConfigError(f"the {what} {name!r} is a file", do="give its folder")
     return None if hub.is_hub_id(name) else hub.not_found(name, what)  # the hub itself is asked when the model is built

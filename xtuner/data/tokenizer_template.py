@@ -106,7 +106,11 @@ class TokenizerTemplate(ChatFormat):
             )
         except Exception as e:  # from any expression of the template
             why = short(str(e) or type(e).__name__)
-            raise DataError(f"the chat template rejects this conversation: {why}", where=self.where) from None
+            raise DataError(
+                f"the chat template rejects this conversation: {why}",
+                where=self.where,
+                do="choose another template, or a conversation that this one accepts",
+            ) from None
 
 
 FROM_TOKENIZER = TokenizerTemplate("", "")  # in a config, before the tokenizer is known
@@ -124,7 +128,7 @@ def read_template(tokenizer: Tokenizer) -> TokenizerTemplate | None:
         raise ConfigError(
             f"the chat template cannot be read: {short(str(e))}",
             where=where,
-            do="copy the model's file there again, or choose another template with --template",
+            do="copy the model's file there again, or remove the template there and choose another one",
         ) from None
     template = TokenizerTemplate(text, where, _names(tokenizer), tuple(tokenizer.special))
     return replace(template, stop_words=_stop_words(template))
@@ -183,10 +187,12 @@ def _find_text(folder: Path) -> tuple[str, str] | None:
         named = {t.get("name"): t.get("template") for t in text if isinstance(t, dict)}
         if "default" not in named:
             names = ", ".join(map(short_repr, named)) or "none"
-            raise ConfigError(f"there are several chat templates and none is named 'default': {names}", where=where)
+            what = f"there are several chat templates and none is named 'default': {names}"
+            raise ConfigError(what, where=where, do="name the one for ordinary conversations 'default'")
         text = named["default"]
     if text is not None and not isinstance(text, str):
-        raise ConfigError(f"chat_template = {short_repr(text)} is not a text", where=where)
+        what = f"chat_template = {short_repr(text)} is not a text"
+        raise ConfigError(what, where=where, do="copy the model's file there again")
     return (text, where) if text else None
 
 

@@ -19,6 +19,7 @@ from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import atomic_file, remove_leftovers
 from xtuner.core.foreign_inputs import open_regular, short
 from xtuner.core.log import human_bytes, logger, progress
+from xtuner.export.destination import require_parent
 from xtuner.export.sources import OpenedCheckpoint, read_tensor, recognise
 from xtuner.families import NATIVE
 from xtuner.families.network import DecoderConfig
@@ -39,6 +40,7 @@ def consolidate(checkpoint: str | Path, target: str | Path) -> Path:
     Raises: CheckpointError, ConfigError.
     """
     kind, target = recognise(checkpoint), Path(target).expanduser().resolve()
+    require_parent(target)
     _refuse_to_replace(target, kind.path.resolve())
     opened = kind.open()
     logger.info(f"{kind.path}: {opened.description}")

@@ -32,7 +32,20 @@ def export_folder(target: Path, source: Path, kind: str) -> Iterator[Path]:
         ) from None
 
 
+def require_parent(target: Path) -> None:
+    """Raises: ConfigError if a file has the name of a folder above `target`."""
+    above = next(path for path in target.parents if path.exists())
+    if not above.is_dir():
+        raise ConfigError(
+            "nothing can be written there",
+            where=str(target),
+            why=f"{above} is a file, not a folder",
+            do="give another path",
+        )
+
+
 def _refuse_to_replace(target: Path, source: Path, kind: str) -> None:
+    require_parent(target)
     if target == source or target in source.parents or source in target.parents:
         raise ConfigError(
             "the target is the source itself, inside it, or around it",

@@ -24,7 +24,7 @@ from xtuner.families.mistral import MISTRAL
 from xtuner.families.network import DecoderConfig
 from xtuner.families.qwen2 import QWEN2
 from xtuner.families.qwen3 import QWEN3
-from xtuner.families.unknown import explain_unknown, reject_experts
+from xtuner.families.unknown import explain_unknown, reject_experts, reject_quantized, require_same_class
 
 _SHIPPED = (INTERNLM2, LLAMA, INTERNLM3, MISTRAL, QWEN2, QWEN3, INTERNS1)
 FAMILIES: Registry[ModelFamily] = Registry("model family", {family.name: family for family in _SHIPPED})
@@ -50,8 +50,8 @@ def chat_templates() -> dict[str, ChatTemplate]:
 def find_family(hf: Any, where: str = "config.json: ") -> ModelFamily:
     """The family that a `config.json` names.
 
-    Raises: ConfigError for unknown families and for Mixture-of-Experts models; CheckpointError for contents that are
-    not an object.
+    Raises: ConfigError for unknown families, for Mixture-of-Experts models and for quantized ones; CheckpointError for
+    contents that are not an object.
     """
     if not isinstance(hf, dict):
         what = f"config.json contains {short_repr(hf)}, not an object"
@@ -59,6 +59,8 @@ def find_family(hf: Any, where: str = "config.json: ") -> ModelFamily:
     kind = hf.get("model_type", "")
     reject_experts(hf, where)
     if isinstance(kind, str) and kind in FAMILIES:
+        reject_quantized(hf, where)
+        require_same_class(hf, FAMILIES[kind], FAMILIES.values(), where)
         return FAMILIES[kind]
     raise explain_unknown(hf, FAMILIES, where)
 

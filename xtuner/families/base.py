@@ -72,6 +72,7 @@ class ModelFamily(ABC):
 
     name: str  # `model_type` of its config.json; `--layout`; `family` of a config
     architecture: str  # its class in transformers and servers
+    other_architectures: tuple[str, ...] = ()  # other classes that its config.json may name
     loads_as: str = ""  # family whose form transformers can load for these networks; "": its own
     tags: tuple[str, ...] = ()  # of the model card
     chat: ChatTemplate | None = None  # of its chat models

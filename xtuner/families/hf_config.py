@@ -245,12 +245,13 @@ def write_network(c: DecoderConfig, dtype: str, expresses: Collection[str] = ())
 def _read_rope(read: Reader, kinds: Collection[str]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_theta`, `rope_parameters` (transformers 5) or `rotary` (early InternLM2)."""
     new, old, own = (read.inner(key) for key in ("rope_parameters", "rotary", "rope_scaling"))
-    bases = {"rope_theta": read.hf.get("rope_theta"), "rope_parameters.rope_theta": new.get("rope_theta")}
-    if None not in bases.values():
-        (key, base), (other, found) = bases.items()
-        read.require_equal(key, base, other, found)
+    bases = {f"{prefix}rope_theta": values.get("rope_theta")
+             for prefix, values in (("", read.hf), ("rope_parameters.", new), ("rope_scaling.", own))}  # fmt: skip
+    found = [(key, base) for key, base in bases.items() if base is not None]
+    for key, base in found[1:]:
+        read.require_equal(*found[0], key, base)
     if own and new:
-        for name in ("rope_type", "factor"):
+        for name in dict.fromkeys(("rope_type", "factor", *sorted((own.keys() & new.keys()) - {"type"}))):
             read.require_equal(
                 f"rope_scaling.{name}", _rope_value(own, name), f"rope_parameters.{name}", _rope_value(new, name)
             )
@@ -261,20 +262,24 @@ def _read_rope(read: Reader, kinds: Collection[str]) -> tuple[float, RopeScaling
         if (part := values.get("partial_rotary_factor")) not in (None, 1):
             what = f"{key} = {short_repr(part)} is not supported"
             raise ConfigError(what, where=f"{read.where}{key}", why="complete heads are rotated here")
-    theta = read.above_0("rope_theta", new.get("rope_theta") or read.hf.get("rope_theta") or old.get("base") or 10000)
-    return theta, read_scaling(read, own or new or old, kinds)
+    theta = read.above_0(*found[0]) if found else read.above_0("rotary.base", old.get("base") or 10000)
+    at, values = next(((k, v) for k, v in (("rope_scaling", own), ("rope_parameters", new)) if v), ("rotary", old))
+    return theta, read_scaling(read, values, kinds, at)
 
 
-def read_scaling(read: Reader, values: dict[str, Any], kinds: Collection[str]) -> RopeScaling | None:
+def read_scaling(
+    read: Reader, values: dict[str, Any], kinds: Collection[str], at: str = "rope_scaling"
+) -> RopeScaling | None:
     """The contents of `rope_scaling`.
 
     Args:
         kinds: those that are supported.
+        at: the key of `values`, for messages.
 
     Raises: ConfigError.
     """
     if values.get("type") and values.get("rope_type"):
-        read.require_equal("rope_scaling.type", values["type"], "rope_scaling.rope_type", values["rope_type"])
+        read.require_equal(f"{at}.type", values["type"], f"{at}.rope_type", values["rope_type"])
     kind: Any = _rope_value(values, "rope_type")
     factor = values.get("factor")
     if (kind in ("default", "origin") and not factor) or (kind == "linear" and factor is None):
@@ -282,28 +287,31 @@ def read_scaling(read: Reader, values: dict[str, Any], kinds: Collection[str]) -
     if kind not in kinds:
         raise ConfigError(
             f"rope scaling {short_repr(kind)} is not supported",
-            where=f"{read.where}rope_scaling",
+            where=f"{read.where}{at}",
             why=_LONGROPE if kind in ("longrope", "su") else "",
             do=f"supported are: {', '.join(kinds)}",
         )
     found: dict[str, Any] = {}
     if kind in SCALING_FIELDS:
-        context = values.get("original_max_position_embeddings") or read.size("max_position_embeddings", 2048)
         key, limit = "original_max_position_embeddings", _LIMITS["max_position_embeddings"]
-        found[key] = read.whole(f"rope_scaling.{key}", context, limit)
+        inner, outer = values.get(key), read.hf.get(key)
+        if inner is not None and outer is not None:
+            read.require_equal(f"{at}.{key}", inner, key, outer)
+        context = inner or outer or read.size("max_position_embeddings", 2048)
+        found[key] = read.whole(f"{at}.{key}" if inner else key, context, limit)
         for name in SCALING_FIELDS[kind]:
             if values.get(name) is not None:
-                found[name] = read.above_0(f"rope_scaling.{name}", values[name])
+                found[name] = read.above_0(f"{at}.{name}", values[name])
     if kind == "yarn" and (truncate := values.get("truncate")) is not None:
         if type(truncate) is not bool:
-            raise read.wrong("rope_scaling.truncate", f"rope_scaling.truncate = {short_repr(truncate)} is not a bool")
+            raise read.wrong(f"{at}.truncate", f"{at}.truncate = {short_repr(truncate)} is not a bool")
         found["truncate"] = truncate
     if kind == "dynamic" and factor is None:
         factor = 1.0
-    scaling = RopeScaling(kind, read.above_0("rope_scaling.factor", factor), **found)
+    scaling = RopeScaling(kind, read.above_0(f"{at}.factor", factor), **found)
     if kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
-        what = f"rope_scaling.high_freq_factor = {scaling.high_freq_factor} is not above low_freq_factor"
-        raise read.wrong("rope_scaling.high_freq_factor", what)
+        what = f"{at}.high_freq_factor = {scaling.high_freq_factor} is not above low_freq_factor"
+        raise read.wrong(f"{at}.high_freq_factor", what)
     return scaling
 
 

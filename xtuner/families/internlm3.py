@@ -12,6 +12,7 @@ from xtuner.families.network import DecoderConfig
 class InternLM3(Llama):
     name = "internlm3"
     architecture = "InternLM3ForCausalLM"
+    other_architectures = ("LlamaForCausalLM",)  # transformers writes the class that computes it there
     tags = ("internlm3",)
     other_chats: tuple[ChatTemplate, ...] = ()  # InternLM2's marks
     tiktoken = None

@@ -22,11 +22,11 @@ class InternS1(Qwen3):
         if kind != Qwen3.name:
             what = f"text_config.model_type = {short_repr(kind)} is not {Qwen3.name}"
             raise text.wrong("model_type", what)
-        outer = read.hf.get("tie_word_embeddings")
-        if outer is not None and "tie_word_embeddings" in text.hf:
-            text.require_equal("tie_word_embeddings of the complete model", outer, "tie_word_embeddings",
-                               text.hf["tie_word_embeddings"])  # fmt: skip
-        return super().read_config(text)
+        outer, inner = (hf.get("tie_word_embeddings") for hf in (read.hf, text.hf))
+        if None not in (outer, inner):
+            text.require_equal("tie_word_embeddings of the complete model", outer, "tie_word_embeddings", inner)
+        tied = outer if inner is None else inner
+        return super().read_config(Reader({**text.hf, "tie_word_embeddings": tied}, text.where))
 
     def write_config(self, c: DecoderConfig, dtype: str) -> dict[str, Any]:
         self.require_expressible({"no vision tower": True})

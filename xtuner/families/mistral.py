@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
+from xtuner.core.errors import ConfigError
+from xtuner.core.foreign_inputs import short_repr
 from xtuner.families.base import Released
 from xtuner.families.chat import ChatTemplate, Message, Piece
 from xtuner.families.hf_config import FIELDS, Reader, read_network, read_tied, write_network
 from xtuner.families.llama import ROPES, Llama
 from xtuner.families.network import DecoderConfig
+from xtuner.families.qwen2 import KINDS
 
 
 class MistralChat(ChatTemplate):
@@ -72,7 +75,15 @@ class Mistral(Llama):
 
     def read_config(self, read: Reader) -> DecoderConfig:
         read = read.with_defaults(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
-        return read_network(read, ropes=ROPES, sliding_window=read.window("sliding_window"), **read_tied(read))
+        window, kinds = read.window("sliding_window"), read.hf.get("layer_types")
+        if kinds is not None and kinds != [KINDS[window is not None]] * read.size("num_hidden_layers"):
+            raise ConfigError(
+                f"layer_types = {short_repr(kinds)} contradicts sliding_window = {window}",
+                where=f"{read.where}layer_types",
+                why="all layers of this family have the same window, or none",
+                do="copy the model's own config.json there again; windows in some layers are another model_type",
+            )
+        return read_network(read, ropes=ROPES, sliding_window=window, **read_tied(read))
 
     def write_config(self, c: DecoderConfig, dtype: str) -> dict[str, Any]:
         own = {

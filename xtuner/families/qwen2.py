@@ -81,21 +81,26 @@ class Qwen2(Llama):
         self.require_expressible({
             "no biases of q, k and v": not c.qkv_bias,
             "a bias of attention's output": c.output_bias,
-            "heads of another width than hidden_size / num_attention_heads": c.query_width != c.hidden_size,
         })  # fmt: skip
         return {
             "architectures": [self.architecture],
             "model_type": self.name,
             "attention_dropout": 0.0,
+            **({"head_dim": c.head_dim} if c.query_width != c.hidden_size else {}),  # read by newer code alone
             **write_windows(c),
             **write_network(c, dtype, expresses=("rope_scaling", "tie_word_embeddings", "qkv_bias", "sliding_window")),
         }
+
+    def not_served(self, c: DecoderConfig) -> list[str]:
+        wide = c.query_width != c.hidden_size
+        return [f"heads of {c.head_dim}, which is not hidden_size / num_attention_heads"] if wide else []
 
 
 def read_windows(read: Reader) -> dict[str, Any]:
     """The fields of `DecoderConfig` for sliding windows. Raises: ConfigError for fields that contradict each other."""
     layers, kinds = read.size("num_hidden_layers"), read.hf.get("layer_types")
-    slides, window = read.flag("use_sliding_window"), read.window("sliding_window")
+    slides = read.flag("use_sliding_window")
+    window = read.window("sliding_window") if slides else None  # the value of an unused one is anything, such as 0
     if kinds is None:
         first = read.hf.get("max_window_layers", 28)
         if type(first) is not int:

@@ -1,6 +1,6 @@
 """Messages for a `config.json` of a model that no family can read: what it is, and how it differs from the closest."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from xtuner.core.errors import ConfigError
@@ -27,7 +27,7 @@ def reject_experts(hf: Mapping[str, Any], where: str) -> None:
         key = next((key for key in _EXPERTS if inner.get(key)), None)
         if key is None:
             continue
-        kind = short_repr(inner.get("model_type", ""))
+        kind = short_repr(inner.get("model_type") or hf.get("model_type", ""))
         raise ConfigError(
             f"{kind} is a Mixture-of-Experts model ({prefix}{key} = {short_repr(inner[key])}), which is not supported",
             where=f"{where}{prefix}{key}",
@@ -37,13 +37,38 @@ def reject_experts(hf: Mapping[str, Any], where: str) -> None:
         )
 
 
+def reject_quantized(hf: Mapping[str, Any], where: str) -> None:
+    """Raises: ConfigError for a model whose `config.json` says that its weights are quantized."""
+    key = next((key for key in ("quantization_config", "compression_config") if hf.get(key)), None)
+    if key is None:
+        return
+    method = hf[key].get("quant_method") if isinstance(hf[key], dict) else None
+    raise ConfigError(
+        "the model's weights are quantized" + (f" ({short_repr(method)})" if method else ""),
+        where=f"{where}{key}",
+        why="weights are read as they are in their files: quantized ones are other numbers, or have other shapes",
+        do=f"give the model from which it was quantized; if the files contain ordinary weights, remove {key}",
+    )
+
+
+def require_same_class(hf: Mapping[str, Any], family: ModelFamily, known: Iterable[ModelFamily], where: str) -> None:
+    """Raises: ConfigError if `architectures` names the class of another of the `known` families."""
+    named = hf.get("architectures")
+    names = named if isinstance(named, list) else [named]
+    own = (family.architecture, *family.other_architectures)
+    other = next((f.architecture for f in known if f.architecture in names and f.architecture not in own), None)
+    if other is not None and not any(name in names for name in own):
+        Reader(dict(hf), where).require_equal("model_type", family.name, "architectures", [other])
+
+
 def explain_unknown(hf: dict[str, Any], families: Mapping[str, ModelFamily], where: str) -> ConfigError:
     """The error for a `model_type` that is not in `families`."""
     kind = hf.get("model_type", "")
     closest = find_closest(hf, families)
     code = "; its own code, which its config.json names in auto_map, is never executed" if hf.get("auto_map") else ""
+    what = f"models of type {short_repr(kind)} are not supported" if kind else "the model's type is not given"
     return ConfigError(
-        f"models of type {short_repr(kind)} are not supported{code}",
+        what + code,
         where=f"{where}model_type",
         why=f"the closest known family is {closest.name}; it has {'; '.join(list_differences(hf, closest, where))}",
         do=f"supported are: {', '.join(families)}. A model that differs only in names and fields is one file: "

@@ -378,7 +378,12 @@ def require_special_tokens(config: DecoderConfig, where: str) -> None:
             continue  # texts begin without a token
         if number is None or not 0 <= number < config.vocab_size:
             what = f"{name} = {number} is not an id of the vocabulary, 0 … {config.vocab_size - 1}"
-            raise ConfigError(what, where=f"{where}{name}")
+            raise ConfigError(
+                what,
+                where=f"{where}{name}",
+                why="generated texts begin or end with it",
+                do="set it to the id of the tokenizer's token, as the model's own config.json does",
+            )
 
 
 def load_pretrained(

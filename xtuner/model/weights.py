@@ -26,6 +26,8 @@ from xtuner.model.ops.low_rank import Rows
 from xtuner.model.ops.quantized import FORMATS, QuantizedFormat
 
 Shape = tuple[int, ...]
+_PLAIN = {"F16", "BF16", "F32", "F64", *map(str, (torch.float16, torch.bfloat16, torch.float32, torch.float64))}
+_COPIES = "consolidated"  # beginning of the names of files with the same weights in another form, if there are others
 _COMPUTED = "rotary_emb.inv_freq"  # tensors of older files that follow from config.json
 
 
@@ -61,6 +63,7 @@ class WeightFolder(WeightSource):
         self.path = Path(folder)
         self._open: dict[str, Any] = {}
         names = self._indexed() or sorted(p.name for p in self.path.glob("*.safetensors"))
+        names = [n for n in names if not n.startswith(_COPIES)] or names
         self._files = names or sorted(p.name for p in self.path.glob("pytorch_model*.bin"))
         if not self._files:
             raise CheckpointError(
@@ -79,7 +82,11 @@ class WeightFolder(WeightSource):
             if name != Path(name).name:
                 raise CheckpointError(f"the index names a file outside its folder: {shown!r}", where=str(index))
             if not os.path.isfile(self.path / name):
-                raise CheckpointError(f"the index names {shown}, which is missing", where=str(index))
+                raise CheckpointError(
+                    f"the index names {shown}, which is missing",
+                    where=str(index),
+                    do="complete the copy or download of the folder",
+                )
         return names
 
     @cached_property
@@ -94,6 +101,19 @@ class WeightFolder(WeightSource):
     @staticmethod
     def _shape(handle: Any, name: str) -> Shape:
         return tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
+
+    def require_plain(self, names: Collection[str]) -> None:
+        """Raises: CheckpointError if one of these tensors does not contain ordinary floating-point numbers."""
+        for name in names:
+            handle = self._handle(self.file_of[name])
+            kind = str(handle[name].dtype) if isinstance(handle, dict) else handle.get_slice(name).get_dtype()
+            if kind not in _PLAIN:
+                raise CheckpointError(
+                    f"{name} contains {kind.removeprefix('torch.')} numbers, which are not ordinary weights",
+                    where=str(self.path / self.file_of[name]),
+                    why="quantized weights mean other values than their numbers",
+                    do="give the model from which it was quantized",
+                )
 
     def __getitem__(self, name: str) -> torch.Tensor:
         handle = self._handle(self.file_of[name])
@@ -120,7 +140,8 @@ class WeightFolder(WeightSource):
                     self._open[file] = require_tensors(load_tensors(path), path)
             except (SafetensorError, OSError) as e:
                 what = f"{file} cannot be read as safetensors: {getattr(e, 'strerror', None) or e}"
-                raise CheckpointError(what, where=str(path)) from None
+                do = "complete its copy or download: a file that is cut off, or a Git LFS pointer, has no weights"
+                raise CheckpointError(what, where=str(path), do=do) from None
         return self._open[file]
 
 
@@ -287,6 +308,7 @@ def check_shapes(
             f"{len(unknown)} tensors are not in the model; the first is {short(unknown[0])}",
             where=str(source.path),
             why=f"the weights do not match {by}",
+            do=f"check that {by} belongs to these files: the model's family, its flags of biases and norms",
         )
     for name, shape in wanted.items():
         if name not in source:
@@ -306,7 +328,21 @@ def check_shapes(
 
 def check_network(source: WeightSource, family: ModelFamily, c: DecoderConfig, by: str = "config.json") -> None:
     """Compare the tensors of a family's files with those of network `c`; see `check_shapes`."""
-    check_shapes(source, hf_shapes(c, family), by, _unread_names(source, family, c))
+    wanted, unread = hf_shapes(c, family), _unread_names(source, family, c)
+    (head,) = family.stored("output.weight", c)
+    if head.name in wanted and head.name not in source and "tie_word_embeddings" in family.fields:
+        others = {name: shape for name, shape in wanted.items() if name != head.name}
+        check_shapes(source, others, by, unread)
+        raise CheckpointError(
+            f"tensor {head.name} is missing",
+            where=str(source.path),
+            why=f"by {by} the output layer has its own weight (tie_word_embeddings is false)",
+            do=f"check that all files are there; if the embedding is also the output layer's weight, set "
+            f"tie_word_embeddings to true in {by}",
+        )
+    check_shapes(source, wanted, by, unread)
+    if isinstance(source, WeightFolder):
+        source.require_plain(wanted)
 
 
 def _unread_names(source: WeightSource, family: ModelFamily, c: DecoderConfig) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ from xtuner.data.loading.open_on_ranks import open_on_ranks
 from xtuner.data.loading.sampler import InternRepoSampler
 from xtuner.data.packing.document_source import as_documents
 from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.tokenizer_template import read_template
 from xtuner.dist.mesh import Mesh
 from xtuner.families import read_model
 from xtuner.model.adapter import LoRA
@@ -175,6 +176,8 @@ def _check_initial_adapter(folder: Path, source: ModelSource) -> None:
 
 
 def _check_tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
+    if hasattr(tokenizer, "folder"):
+        read_template(tokenizer)  # samples and the export need it
     ids = getattr(tokenizer, "vocab_size", 0)
     if source and ids > source.config.vocab_size:
         pretrained = source.folder is not None

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from xtuner.core.errors import CheckpointError, ConfigError
-from xtuner.tools.loss_plot import curve, draw, read_runs, smooth
+from xtuner.tools.loss_plot import curve, draw, smooth
+from xtuner.tools.run_metrics import read_runs
 
 
 def write_start(work_dir: Path, name: str, iterations: range, facts: Any = None, **values: float) -> None:

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from xtuner.core.errors import ConfigError
-    from xtuner.tools.loss_plot import draw, read_runs
+    from xtuner.tools.loss_plot import draw
+    from xtuner.tools.run_metrics import read_runs
 
     work_dir = Path(args.work_dir)
     if args.smoothing is not None and not args.smoothing >= 0:

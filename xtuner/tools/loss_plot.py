@@ -1,29 +1,14 @@
-"""Plots a run: loss with its smoothed value and validation loss, learning rate, gradient norm.
+"""Plots a run: loss with its smoothed value and validation loss, learning rate, gradient norm."""
 
-A run that was stopped and resumed has several `scalars.json`, one per start. They are joined into one curve: a resume
-replaces what earlier starts recorded after its checkpoint, since those iterations were repeated. `start.json` records
-the checkpoint that a start resumed; for older versions, a start whose first iteration is later than that of the run
-before it is treated as a resume.
-"""
-
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from xtuner.core.errors import CheckpointError
-from xtuner.core.files import atomic_file, read_json
-from xtuner.core.foreign_inputs import read_regular
-from xtuner.core.log import human, logger
+from xtuner.core.files import atomic_file
+from xtuner.core.log import human
 from xtuner.core.system.stdio import as_text
-
-Record = dict[str, Any]
-
-START = "start.json"
-SCALARS = "vis_data/scalars.json"
-CURVES = ("loss", "val_loss", "lr", "grad_norm", "tokens")
-LARGEST = 2**53  # iterations: integers below are exact in a float
+from xtuner.tools.run_metrics import Record
 
 TRAINING, VALIDATION = "#0969da", "#bf5700"
 EARLIER = "#8c959f"  # runs that a fresh start in the same work dir has replaced
@@ -36,86 +21,6 @@ FONTS = (  # for the title, which is a folder's name: matplotlib's default, then
     "Microsoft YaHei", "SimHei", "SimSun", "Arial Unicode MS", "Noto Serif CJK SC", "Noto Serif CJK JP",
     "Droid Sans Fallback",
 )  # fmt: skip
-
-
-def read_runs(work_dir: Path) -> list[list[Record]]:
-    """All runs of a work dir, oldest first, each as a list of records; starts without records are skipped.
-
-    Raises: CheckpointError if there are metrics and none of them can be read.
-    """
-    starts = {p.parent for p in work_dir.glob(f"*/{START}")} | {p.parents[1] for p in work_dir.glob(f"*/{SCALARS}")}
-    runs: list[list[Record]] = []
-    damaged: list[str] = []
-    for start in sorted(starts):
-        records, damage = read_records(start / SCALARS)
-        if damage:
-            damaged.append(damage)
-            logger.warning(damage)
-        kept = _resumed_at(start)
-        if kept is None:
-            if not records:
-                continue
-            first = min(r["iter"] for r in records)
-            kept = first - 1 if runs and runs[-1] and first > runs[-1][0]["iter"] else 0  # later: probably a resume
-        if kept:
-            before = runs.pop() if runs else []
-            records = [r for r in before if r["iter"] <= kept] + records
-        runs.append(records)
-    found = [run for run in runs if run]
-    if damaged and not found:
-        raise CheckpointError(
-            "none of the metrics can be read",
-            where=str(work_dir),
-            why="; ".join(damaged[:3]),
-            do="restore the files, or plot another work dir",
-        )
-    return found
-
-
-def read_records(file: Path) -> tuple[list[Record], str]:
-    """The records of one start, and a warning about damaged lines, or "".
-
-    An incomplete last line (still being written, or cut off by a kill) is ignored.
-    """
-    try:
-        lines = read_regular(file).split(b"\n")[:-1]
-    except FileNotFoundError:
-        return [], ""
-    except OSError as e:
-        return [], f"{file} cannot be read: {e.strerror}"
-    found = [_record(line) for line in lines if line.strip()]
-    records = [r for r in found if r is not None]
-    damaged = len(found) - len(records)
-    return records, f"{file}: {damaged} of {len(found)} lines are damaged and were skipped" if damaged else ""
-
-
-def _record(line: bytes) -> Record | None:
-    """The plotted values of a record; None for a damaged one."""
-    try:
-        record = json.loads(line.decode())
-        values = {key: record[key] for key in CURVES if record.get(key) is not None}
-        if type(record["iter"]) is not int or not 0 <= record["iter"] < LARGEST:
-            return None
-        if any(type(value) not in (int, float) for value in values.values()):
-            return None
-        return {"iter": record["iter"]} | {key: float(value) for key, value in values.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        return None
-
-
-def _resumed_at(start: Path) -> int | None:
-    """The iteration of the checkpoint that a start resumed, 0 for a new run; None if that is not recorded.
-
-    A resume from another folder's checkpoint counts as a new run of this work dir.
-    """
-    try:
-        facts = read_json(start / START)
-        iteration, source = facts["iteration"], facts["resumed_from"]
-    except (CheckpointError, KeyError, TypeError):
-        return None  # written by an older version, or damaged
-    if type(iteration) is not int or iteration < 0:
-        return None
-    return iteration if isinstance(source, str) and "/" not in source else 0
 
 
 def curve(records: Sequence[Record], key: str) -> tuple[list[int], list[float]]:

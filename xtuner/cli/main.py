@@ -30,6 +30,8 @@ VERBS = {  # words → (module, what it does)
     "train": ("xtuner.cli.train", "train a model by a config"),
     "plan": ("xtuner.cli.plan", "predict what fits, how fast it trains and what it costs on other GPUs"),
     "launch": ("xtuner.cli.launch", "write a job script for Slurm, Kubernetes or Aliyun DLC"),
+    "board": ("xtuner.cli.board", "follow and compare runs in a browser; export them as one HTML file"),
+    "status": ("xtuner.cli.status", "show what a run is doing now"),
     "plot-loss": ("xtuner.cli.plot_loss", "plot the loss of a run"),
     "eval loss": ("xtuner.cli.eval.loss", "compute the mean loss of a model on tokenized data"),
     "eval opencompass": ("xtuner.cli.eval.opencompass", "evaluate with OpenCompass, on its datasets or your own file"),

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,20 @@ def require_dead(lock: Path, now: float) -> tuple[str, dict[str, Any], float] | 
             do=f"stop it, or give another --work-dir; the lock of a dead job expires after {DEAD_AFTER:.0f} s",
         )
     return text, owner, age
+
+
+def find_live_owner(work_dir: Path) -> tuple[str, int | None, float] | None:
+    """(host, process, seconds since its last touch) of the job that uses a work dir; None if there is none."""
+    lock = work_dir / NAME
+    try:
+        owner = json.loads(_read(lock))
+        age = max(time.time() - lock.stat().st_mtime, 0.0)
+    except (OSError, ValueError, RecursionError):
+        return None
+    alive = _alive(owner) if isinstance(owner, dict) else False
+    if alive is False or (alive is None and age >= DEAD_AFTER):
+        return None
+    return str(owner.get("host", "")), owner.get("pid"), age
 
 
 def _read(lock: Path) -> str:

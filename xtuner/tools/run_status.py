@@ -43,7 +43,8 @@ def read_status(work_dir: Path, owner: Owner | None) -> dict[str, Any] | None:
         return None
     events = [e for line in tail(starts[-1] / EVENTS) if (e := parse_event(line))]
     record = _last_record(starts)
-    state = "running" if owner else next((ENDS[e["event"]] for e in reversed(events) if e["event"] in ENDS), "ended")
+    ends = (e["event"] for e in reversed(events) if e["event"] in ("start", *ENDS))
+    state = "running" if owner else ENDS.get(next(ends, "start"), "ended")
     plan: dict[str, Any] = next((e for e in reversed(events) if e["event"] == "start"), {})
     found: dict[str, Any] = {"work_dir": str(work_dir), "state": state, "start": starts[-1].name}
     found["iteration"] = max([int(record.get("iter", 0)), *(e["iter"] for e in events)])

@@ -26,6 +26,7 @@ from xtuner.train import preflight
 from xtuner.train.checkpoints import history
 from xtuner.train.checkpoints.async_saver import AsyncSaver
 from xtuner.train.plan import DATASET, find_longest_document, longest_document, make_plan
+from xtuner.train.reporting.events import record_events
 from xtuner.train.reporting.failure_advice import interrupted_error, out_of_memory_error
 from xtuner.train.reporting.start_report import format_start_report
 from xtuner.train.resume import ResumePoint, find_resume_point, load_run_state
@@ -105,7 +106,7 @@ def train(
         try:
             run = _build_run(settings, plan, found, extensions.trackers, file, cleanup)
             progress = run.progress
-            with run_hooks(run):
+            with record_events(run), run_hooks(run):
                 return loop(run, stop, heartbeat)
         except Exception as e:
             if is_out_of_memory(e):
@@ -253,6 +254,7 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
     for hook in run.hooks:
         hook.after_run(run)
     _report_checkpoints(run)
+    run.metrics.event("end", run.state.iteration)
     empty = run.progress.without_targets
     left = max(run.plan.total_packs - run.state.packs, 0)
     logger.info(
@@ -267,6 +269,7 @@ def _report_checkpoints(run: Run) -> None:
     """Pass checkpoints that have been written since the last call to the hooks."""
     while run.saver.written:
         folder = run.saver.written.popleft()
+        run.metrics.event("save", int(folder.stem.removeprefix("iter_")), folder=folder.name)
         for hook in run.hooks:
             hook.after_checkpoint(run, folder)
 
@@ -276,6 +279,7 @@ def _save_and_stop(run: Run, stop: Stop) -> int:
     stop.agree()
     run.save(last=True)
     _report_checkpoints(run)
+    run.metrics.event("stop", run.state.iteration, reason=stop.reason)
     logger.warning(f"stopped at iteration {run.state.iteration} on {stop.reason}; run again with --resume to continue")
     return EXIT_STOPPED
 

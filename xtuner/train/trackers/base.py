@@ -25,6 +25,9 @@ class Tracker:
     def text(self, tag: str, value: str, iteration: int) -> None:
         """A text, such as a sample of the model."""
 
+    def event(self, name: str, iteration: int, facts: Mapping[str, Any]) -> None:
+        """Something that happened: start, save, stop, end, failure."""
+
     def close(self) -> None:
         """Called after the last record, also if the run ends with an error."""
 
@@ -45,6 +48,10 @@ class Trackers:
     def text(self, tag: str, value: str, iteration: int) -> None:
         masked = mask_text(value)
         self._each(lambda t: t.text(tag, masked, iteration))
+
+    def event(self, name: str, iteration: int, **facts: Any) -> None:
+        masked = mask(facts)
+        self._each(lambda t: t.event(name, iteration, masked))
 
     def close(self) -> None:
         self._each(lambda t: t.close())

@@ -6,12 +6,12 @@ const COLOURS = {
   dark: ["#58a6ff", "#f0883e", "#3fb98a", "#bc8cff", "#e3b341", "#39c5cf", "#f778ba", "#a3adb8"],
 };
 const SPECS = [
-  { id: "loss", title: "loss", unit: "nats", format: v => v.toFixed(3), large: true, marks: true,
+  { id: "loss", title: "loss", unit: "nats", format: v => v.toFixed(4), tick: small, large: true, marks: true,
     lines: [{ key: "loss", style: "raw" }, { key: "loss_smoothed", style: "smooth" }, { key: "val_loss", style: "points" }] },
   { id: "lr", title: "lr", format: small, zero: true, lines: [{ key: "lr" }] },
   { id: "grad_norm", title: "grad_norm", format: small, zero: true, lines: [{ key: "grad_norm" }] },
   { id: "tokens_per_s", title: "tokens_per_s", format: count, zero: true, lines: [{ key: "tokens_per_s" }] },
-  { id: "mfu", title: "mfu", format: v => (100 * v).toFixed(1) + "%", zero: true, lines: [{ key: "mfu" }] },
+  { id: "mfu", title: "mfu", format: v => (100 * v).toFixed(1) + "%", tick: v => small(100 * v) + "%", zero: true, lines: [{ key: "mfu" }] },
   { id: "memory", title: "memory", format: bytes, zero: true, lines: [{ key: "memory" }] },
   { id: "time", title: "time", unit: "seconds", format: small, zero: true, lines: [{ key: "time" }] },
   { id: "data_time", title: "data_time", unit: "seconds", format: small, zero: true, lines: [{ key: "data_time" }] },
@@ -85,7 +85,7 @@ function listRuns(listed) {
 function drawCharts() {
   const keys = new Set(board.shown().flatMap(r => Object.keys(r.data?.curves || {})));
   const specs = [...SPECS], sources = [...keys].filter(k => /^(val_)?loss[/.:]/.test(k)).sort();
-  if (sources.length) specs.splice(1, 0, { id: "sources", title: "sources", unit: "nats", format: v => v.toFixed(3), large: true,
+  if (sources.length) specs.splice(1, 0, { id: "sources", title: "sources", unit: "nats", format: v => v.toFixed(4), tick: small, large: true,
     sources: true, lines: sources.map(key => ({ key, name: key })) });
   for (const key of [...keys].filter(k => !KNOWN.has(k) && !sources.includes(k)).sort())
     specs.push({ id: "other-" + key, title: key, format: small, lines: [{ key }] });

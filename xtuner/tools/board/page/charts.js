@@ -45,7 +45,7 @@ class Chart {
       const thin = line.style === "raw", points = line.style === "points", several = found[0].length > 1;
       series.push({
         stroke: run.colour + (thin ? "55" : ""), width: thin ? 1 : 1.8, dash: points ? [6, 4] : undefined,
-        points: { show: points || !several, size: points ? 6 : 5, fill: run.colour, stroke: run.colour },
+        points: { show: !several || (points && found[0].length < 80), size: points ? 6 : 5, fill: run.colour, stroke: run.colour },
       });
       names.push({ run, line });
     }
@@ -85,13 +85,13 @@ class Chart {
     const write = board.axis === "hours" ? v => v < 1 / 6 ? small(+(v * 60).toPrecision(3)) + "m" : small(v) + "h" : count;
     const start = this.limits(data);
     return {
-      legend: { show: false }, padding: [12, 12, 0, 0],
+      legend: { show: false }, padding: [12, 20, 0, 0],
       cursor: { sync: { key: "board", setSeries: false }, drag: { x: true, y: false, setScale: false }, focus: { prox: -1 },
         points: { size: 6 }, bind: { dblclick: () => () => { board.zoom(null); } } },
       scales: { x: { time: false, min: start.min, max: start.max, range: (u, min, max) => [min, max > min ? max : min + 1] },
         y: { range: (u, min, max) => this.height(u, min, max) } },
       axes: [{ ...axis, values: (u, v) => v.map(write), space: 64, size: 30 },
-        { ...axis, values: (u, v) => v.map(spec.format), size: 62, space: 34 }],
+        { ...axis, values: (u, v) => v.map(spec.tick || spec.format), size: 62, space: 34 }],
       hooks: {
         draw: [u => this.drawMarks(u)], setCursor: [u => this.showTip(u)],
         setSelect: [u => {
@@ -103,14 +103,17 @@ class Chart {
   }
 
   height(u, min, max) { // of visible values; a single spike of the loss must not flatten the curve
-    const values = [], { min: left, max: right } = u.scales.x, xs = u.data[0];
-    for (let s = 1; s < u.data.length; s++) for (let i = 0; i < xs.length; i++)
-      if (xs[i] >= left && xs[i] <= right && u.data[s][i] != null) values.push(u.data[s][i]);
-    if (!values.length) return [min ?? 0, max ?? 1];
-    values.sort((a, b) => a - b);
-    const bottom = this.spec.zero ? Math.min(0, values[0]) : values[0], most = values[Math.floor((values.length - 1) * 0.985)];
-    let top = values[values.length - 1];
-    if (top - bottom > 2 * (most - bottom) && most > bottom) top = most;
+    const { min: left, max: right } = this.limits(u.data), xs = u.data[0];
+    let top = -Infinity, bottom = this.spec.zero ? 0 : Infinity, raw = -Infinity;
+    for (let s = 1; s < u.data.length; s++) for (let i = 0; i < xs.length; i++) {
+      const value = u.data[s][i];
+      if (value == null || xs[i] < left || xs[i] > right) continue;
+      bottom = Math.min(bottom, value);
+      if (this.names[s - 1]?.line.style === "raw") raw = Math.max(raw, value);
+      else top = Math.max(top, value);
+    }
+    if (top === -Infinity) top = raw;
+    if (top === -Infinity) return [min ?? 0, max ?? 1];
     const room = 0.06 * (top - bottom) || Math.abs(top) * 0.1 || 1;
     return [this.spec.zero ? bottom : bottom - room, top + room];
   }
@@ -146,7 +149,7 @@ class Chart {
   describe() { // what lines and marks mean; runs have their colour in the list
     const ink = css("--dim"), parts = [], seen = new Set(this.names.map(n => n.line.style));
     const names = new Set(this.names.map(n => n.run));
-    if (names.size > 1) for (const run of names)
+    if (names.size > 1 && this.spec.large) for (const run of names)
       parts.push(element("span", {}, element("i", { "--mark": run.colour }), run.name));
     if (this.spec.lines.length > 1 && !this.spec.sources) {
       for (const style of ["raw", "smooth"]) if (seen.has(style))

@@ -191,8 +191,10 @@ def test_the_page(server: Server, snapshots: Snapshots, tmp_path: Path) -> None:
 
         write_start(tmp_path / "long", "20260101_000000", range(1, 100_001))
         browser.wait_for("board.runs.length == 3 && board.runs[2].data")
-        took = browser.ask("(async () => { const t = performance.now(); await refresh(true); "
-                           "return performance.now() - t; })()")  # fmt: skip
+        browser.wait_for("!busy")
+        took = browser.ask(
+            "(async () => { const t = performance.now(); await refresh(true); return performance.now() - t; })()"
+        )
         print(f"100,000 iterations in {took:.0f} ms")
         points = browser.ask("board.runs[2].data.curves.loss[0].length")
         assert 500 < points < 6000, "reduced to what the screen shows"

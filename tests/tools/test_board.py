@@ -51,12 +51,12 @@ def write_start(
 @pytest.fixture
 def snapshots(tmp_path: Path) -> Snapshots:
     """Two work dirs of one name, one of them with a resume; and folders without runs."""
-    first = write_start(tmp_path / "a" / "same", "20260101_000000", range(1, 61), lr=1)
+    first = write_start(tmp_path / "a" / "same", "20260101_000000", range(1, 61), lr=math.inf)
     add_lines(first / "events.json", *(
         {"event": "sample", "iter": i, "time": 0, "text": EVIL} for i in (0, 55)
     ), {"event": "stop", "iter": 60, "time": 0, "reason": EVIL})  # fmt: skip
     write_start(tmp_path / "a" / "same", "20260102_000000", range(51, 101), resumed=50, loss=2.0, lr=2)
-    write_start(tmp_path / "b" / "same", "20260101_000000", range(1, 101), lr=3)
+    write_start(tmp_path / "b" / "same", "20260101_000000", range(1, 101), lr=3, clip=math.inf)
     (tmp_path / "c" / "iter_3.pth").mkdir(parents=True)
     return Snapshots(Board([tmp_path], describe_work_dir))
 
@@ -87,7 +87,7 @@ def test_what_is_read(snapshots: Snapshots, tmp_path: Path) -> None:
     assert details["config"] == {"model.bias": False, "lr": 2}
     file = tmp_path / "b" / "same" / "20260101_000000" / "vis_data" / "scalars.json"
     with file.open("ab") as f:
-        f.write(b'{"iter": 101, "loss": NaN}\nrubbish\n{"iter": 102, "lo')
+        f.write(b'{"iter": 101, "loss": NaN, "tokens": Infinity}\nrubbish\n{"iter": 102, "lo')
     (_, run) = snapshots.list_runs()["runs"]
     assert (run["iteration"], run["damaged"], run["loss"]) == (101, 1, None)
     with file.open("ab") as f:
@@ -155,7 +155,11 @@ def test_the_page(server: Server, snapshots: Snapshots, tmp_path: Path) -> None:
         browser.wait_for("document.querySelectorAll('canvas').length >= 3")
         assert browser.ask("document.documentElement.dataset.theme") == "dark"
         table = browser.ask("document.querySelector('#differences table').innerText")
-        assert [row.split("\t") for row in table.splitlines()] == [["setting", "a/same", "b/same"], ["lr", "2", "3"]]
+        assert [row.split("\t") for row in table.splitlines()] == [
+            ["setting", "a/same", "b/same"],
+            ["clip", "–", "inf"],
+            ["lr", "2", "3"],
+        ]
         left, top, width, height = browser.ask(
             "(r => [r.left, r.top, r.width, r.height])(document.querySelector('#chart-loss .u-over')"
             ".getBoundingClientRect())"
@@ -239,4 +243,5 @@ def test_status_of_a_run(tmp_path: Path, tiny: Path, xtuner: Any, capsys: Any) -
     assert xtuner("board", work_dir, "--export", tmp_path / "r.html") == 0
     assert "1 run" in capsys.readouterr().out
     add_lines(files[-1], {"event": "start", "iter": last, "time": 0})
+    add_lines(files[-1].parent / "vis_data" / "scalars.json", {"iter": last, "loss": math.inf, "eta": math.inf})
     assert xtuner("status", work_dir) == 1, "without an end it is taken for killed"

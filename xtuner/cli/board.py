@@ -11,7 +11,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "work_dirs", nargs="*", metavar="WORK_DIR", help=f"work dirs, or folders of them (default: {DEFAULT})"
     )
     parser.add_argument("--port", type=int, help="port to listen on (default: 6060)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
     parser.add_argument("--export", metavar="FILE", help="write one HTML file that needs no server, and end")
 
 

@@ -1,6 +1,7 @@
 """What a run is doing now, from the files of its work dir: for `xtuner status` and the board."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -93,7 +94,8 @@ def format_status(found: dict[str, Any]) -> str:
         "error": found["error"] or "",
     }
     rows = [f"  {label:<10} {text}" for label, text in lines.items() if text]
-    return "\n".join([found["work_dir"], *rows])
+    printed = "\n".join([found["work_dir"], *rows])  # a warning may contain what a terminal would execute
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in printed)
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
@@ -135,7 +137,7 @@ def _last_record(starts: list[Path]) -> Record:
         for line in reversed(tail(start / SCALARS)):
             record = parse_record(line)
             if record and "loss" in record:
-                return record
+                return {key: value for key, value in record.items() if math.isfinite(value)}
     return {}
 
 

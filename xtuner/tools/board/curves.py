@@ -113,6 +113,7 @@ def smooth(values: Numbers, window: int) -> Numbers:
 
 
 def _at(places: Numbers, known: Numbers, values: Numbers) -> list[float]:
+    known, values = known[np.isfinite(values)], values[np.isfinite(values)]
     if not len(known):
         return []
     begun = known[0] > 0  # nothing at iteration 0

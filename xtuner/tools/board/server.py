@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -57,6 +58,11 @@ class Server(ThreadingHTTPServer):
                 where=f"--port {port}" if free else f"--host {host}",
                 do=f"use a free port: --port {free}" if free else f"omit --host for {LOCAL}, or give 0.0.0.0",
             ) from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves closes its connections; anything else is a bug and is logged."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            logger.exception("the board could not answer a request")
 
     @property
     def url(self) -> str:
@@ -134,7 +140,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # a setting or a fact of an event may be inf
+        return json.dumps(_with_finite_numbers(value), ensure_ascii=False, separators=(",", ":"))
+
+
+def _with_finite_numbers(value: Any) -> Any:
+    """The value with other numbers as text."""
+    if isinstance(value, dict):
+        return {key: _with_finite_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_finite_numbers(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_report(snapshots: Snapshots, target: Path) -> int:

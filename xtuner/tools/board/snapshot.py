@@ -6,7 +6,6 @@ from xtuner.tools.board.curves import MARKS, Curves
 from xtuner.tools.board.work_dirs import Board, RunFiles
 
 SAMPLES = 200  # of a run, the newest ones
-SHOWN_EVENTS = ("save", "spike", "plateau")
 
 
 class Snapshots:
@@ -55,7 +54,7 @@ class Snapshots:
         curves = self._join(run)
         state = self.board.describe(run.work_dir) if run.current else {"state": "replaced"}
         found = {"id": run.id, "name": run.name, "folder": str(run.work_dir), "current": run.current}
-        found |= {"state": state.get("state"), "eta": state.get("eta_s"), "host": state.get("host")}
+        found |= {"state": state.get("state", "ended"), "eta": state.get("eta_s"), "host": state.get("host")}
         found |= {"warning": state.get("last_warning"), "max_iterations": state.get("max_iterations")}
         found |= {key: curves.last(key) for key in ("loss", "val_loss", "tokens_per_s", "tokens", "mfu", "memory")}
         found |= {"iteration": curves.last_iteration, "starts": len(run.parts)}
@@ -69,16 +68,16 @@ def counted_events(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def find_marks(run: RunFiles) -> dict[str, list[dict[str, Any]]]:
-    """Marks by kind: resumes and ends of starts, saves, spikes, plateaus."""
+    """Marks by kind: resumes, stops and failures, saves."""
     events = counted_events(run)
-    marks = {kind: [_mark(e) for e in events if e["event"] == kind][-MARKS:] for kind in SHOWN_EVENTS}
+    marks = {"save": [_mark(e) for e in events if e["event"] == "save"][-MARKS:]}
     marks["stop"] = [_mark(e) for start, _ in run.parts for e in start.events if e["event"] in ("stop", "failure")]
     marks["resume"] = [{"iter": start.resumed_at} for start, _ in run.parts[1:] if start.resumed_at is not None]
     return marks
 
 
 def _mark(event: dict[str, Any]) -> dict[str, Any]:
-    text = next((str(event[key]) for key in ("text", "reason", "error", "folder") if event.get(key)), "")
+    text = next((str(event[key]) for key in ("reason", "error", "folder") if event.get(key)), "")
     return {"iter": event["iter"], "text": text[:300], "kind": event["event"]}
 
 

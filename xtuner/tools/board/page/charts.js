@@ -1,6 +1,6 @@
 "use strict";
 // One chart: the same curves of several runs, their marks, a tip at the cursor, zoom by mouse, keys and touch.
-const MARK_COLOURS = { save: "--dim", stop: "--bad", resume: "--accent", skipped: "--bad", spike: "--warn", plateau: "--warn" };
+const MARK_COLOURS = { save: "--dim", stop: "--bad", resume: "--accent", skipped: "--bad" };
 const LINES = ["stop", "resume"]; // drawn from top to bottom; the others are points at an edge
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -163,7 +163,8 @@ class Chart {
 
   showTip(u) {
     const { left, top } = u.cursor, tip = this.tip;
-    if (left == null || left < 0) { tip.hidden = true; return; }
+    const reading = this.touched || this.plotted.matches(":hover, :focus-within"); // others follow without a tip
+    if (!reading || left == null || left < 0) { tip.hidden = true; return; }
     const x = u.posToVal(left, "x"), { board } = this, rows = [];
     const reach = Math.abs(u.posToVal(14, "x") - u.posToVal(0, "x"));
     for (const [place, { run, line }] of this.names.entries()) {
@@ -176,7 +177,7 @@ class Chart {
     }
     const close = Math.abs(u.posToVal(6, "x") - u.posToVal(0, "x"));
     const marks = this.marks().filter(m => Math.abs(m.x - x) < close).slice(0, 4)
-      .map(m => element("p", {}, `${word(m.named)} · ${m.iter}${m.text ? " · " + m.text : ""}`));
+      .map(m => element("p", {}, `${board.shown().length > 1 ? m.run.name + " · " : ""}${word(m.named)} · ${m.iter}${m.text ? " · " + m.text : ""}`));
     const unit = word(board.axis === "iter" ? "iteration" : board.axis);
     const shown = board.axis === "iter" ? Math.round(x).toLocaleString("en") : board.axis === "hours" ? duration(x * 3600) : count(x);
     tip.replaceChildren(element("b", {}, board.axis === "hours" ? shown : `${unit} ${shown}`), ...rows, ...marks);
@@ -204,6 +205,7 @@ class Chart {
     const positions = event => [...event.touches].map(t => t.clientX - this.plot.over.getBoundingClientRect().left);
     this.plotted.addEventListener("touchmove", event => {
       if (!this.plot) return;
+      for (const chart of this.board.charts.values()) { chart.touched = chart === this; chart.tip.hidden = true; }
       const [a, b] = positions(event), u = this.plot;
       if (b === undefined) { u.setCursor({ left: Math.min(Math.max(a, 0), u.over.clientWidth - 1), top: 10 }); return; }
       event.preventDefault();

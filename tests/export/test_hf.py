@@ -162,11 +162,11 @@ def test_wrong_sources_and_targets(trained: Path, tiny: Path, tmp_path: Path, xt
         (ConfigError, tmp_path / "nowhere.pth", tmp_path / "a", "there is no checkpoint"),
         (ConfigError, tmp_path, tmp_path / "a", "not a checkpoint that can be recognised"),
         (ConfigError, trained, tmp_path / "mine", "not an earlier export"),
-        (ConfigError, trained, tmp_path / "mine/thesis.txt/a/b", r"thesis\.txt is a file, not a folder"),
+        (CheckpointError, trained, tmp_path / "mine/thesis.txt/a/b", r"thesis\.txt is a file, not a folder"),
     ):
         with pytest.raises(error, match=message):
             xtuner("convert", "pth_to_hf", tiny, source, target)
-    with pytest.raises(ConfigError, match="is a file, not a folder"):
+    with pytest.raises(CheckpointError, match="is a file, not a folder"):
         xtuner("convert", "weights", trained, tmp_path / "mine/thesis.txt/a.safetensors")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
     assert {p.name for p in tmp_path.iterdir()} == {"mine"}

@@ -130,7 +130,6 @@ def written(family: str, **changes: Any) -> dict[str, Any]:
          r"model_type = 'llama' contradicts architectures = \['MistralForCausalLM'\]"),
         (written("mistral", sliding_window=9, layer_types=["sliding_attention", "full_attention"]),
          r"layer_types = \[.*\] contradicts sliding_window = 9"),
-        (written("llama", model_type=None), "the model's type is not given"),
         (written("internlm3", attention_bias=True), "qkv_bias = False contradicts attention_bias = True"),
         (written("qwen2", layer_types=["full_attention"]),
          "num_hidden_layers = 2 contradicts the number of layer_types"),

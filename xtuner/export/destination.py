@@ -33,15 +33,11 @@ def export_folder(target: Path, source: Path, kind: str) -> Iterator[Path]:
 
 
 def require_parent(target: Path) -> None:
-    """Raises: ConfigError if a file has the name of a folder above `target`."""
+    """Raises: CheckpointError if a file has the name of a folder above `target`."""
     above = next(path for path in target.parents if path.exists())
     if not above.is_dir():
-        raise ConfigError(
-            "nothing can be written there",
-            where=str(target),
-            why=f"{above} is a file, not a folder",
-            do="give another path",
-        )
+        what = f"the export cannot be written: {above} is a file, not a folder"
+        raise CheckpointError(what, where=str(target), do="give another path")
 
 
 def _refuse_to_replace(target: Path, source: Path, kind: str) -> None:

@@ -66,9 +66,8 @@ def explain_unknown(hf: dict[str, Any], families: Mapping[str, ModelFamily], whe
     kind = hf.get("model_type", "")
     closest = find_closest(hf, families)
     code = "; its own code, which its config.json names in auto_map, is never executed" if hf.get("auto_map") else ""
-    what = f"models of type {short_repr(kind)} are not supported" if kind else "the model's type is not given"
     return ConfigError(
-        what + code,
+        f"models of type {short_repr(kind)} are not supported{code}",
         where=f"{where}model_type",
         why=f"the closest known family is {closest.name}; it has {'; '.join(list_differences(hf, closest, where))}",
         do=f"supported are: {', '.join(families)}. A model that differs only in names and fields is one file: "

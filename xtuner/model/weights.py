@@ -140,8 +140,7 @@ class WeightFolder(WeightSource):
                     self._open[file] = require_tensors(load_tensors(path), path)
             except (SafetensorError, OSError) as e:
                 what = f"{file} cannot be read as safetensors: {getattr(e, 'strerror', None) or e}"
-                do = "complete its copy or download: a file that is cut off, or a Git LFS pointer, has no weights"
-                raise CheckpointError(what, where=str(path), do=do) from None
+                raise CheckpointError(what, where=str(path), do="complete its copy or download") from None
         return self._open[file]
 
 
@@ -337,8 +336,7 @@ def check_network(source: WeightSource, family: ModelFamily, c: DecoderConfig, b
             f"tensor {head.name} is missing",
             where=str(source.path),
             why=f"by {by} the output layer has its own weight (tie_word_embeddings is false)",
-            do=f"check that all files are there; if the embedding is also the output layer's weight, set "
-            f"tie_word_embeddings to true in {by}",
+            do="check that all files are there; set tie_word_embeddings to true if the model has one weight for both",
         )
     check_shapes(source, wanted, by, unread)
     if isinstance(source, WeightFolder):

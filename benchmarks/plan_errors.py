@@ -4,6 +4,7 @@ Our own figures are those of docs/performance.md, with the Σ len² that their M
 software: the plan is for ours on the same shapes, tokens and network, so that mainly the scaling compares.
 """
 
+import argparse
 import copy
 import functools
 from dataclasses import dataclass, replace
@@ -161,5 +162,11 @@ def published_table() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     print(f"{measured_table()}\n\n{published_table()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -182,8 +182,8 @@ class Iteration:
     num_tokens: int  # of this rank
     attention_pairs: float  # of a rank's packs (model/flops.py), mean over ranks
     data_time: float  # s that this rank waited for packs
-    sources: tuple[SourceLoss, ...] = ()  # of a mixture
     record: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[SourceLoss, ...] = ()  # of a mixture
 
 
 class Hook:

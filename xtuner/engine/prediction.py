@@ -236,15 +236,6 @@ def idle_ms(m: KernelTimes, engine: str, there: PlannedIteration) -> float:
     return launches + 1000 * zero_time.host_seconds(c, forward / 1000, there.parts)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    terms: dict[str, float]  # ms per iteration
-    bytes: float  # sent by each rank
-    tokens_per_s: float  # per GPU
-    mfu: float
-    peak: float  # bytes of memory
-
-
 def exchange_ms(m: KernelTimes, links: Interconnect, there: PlannedIteration) -> float:
     """ms of sending heads of shared documents, of which half is hidden under attention of other heads."""
     if there.mesh.cp == 1 or not there.document:

@@ -351,10 +351,12 @@ def test_the_host_runs_ahead_of_the_gpu(scaling: dict[str, Any] | None) -> None:
     assert s.step(1e-3, 1.0)[1]
     try:
         torch.cuda.set_sync_debug_mode("error")
-        total, failure = s._attempt(pack.split(2), 1024)
+        total, failure = s._attempt(pack.split(2), 1024, 2)
         torch.cuda.set_sync_debug_mode("default")
         assert failure is None
-        assert s._sum_over_ranks(total)[0] > 0
+        losses, failures = s._sum_over_ranks(total)
+        assert losses[0] > 0
+        assert failures == 0
         torch.cuda.set_sync_debug_mode("error")
         assert s.step(1e-3, 1.0)[1]
     finally:

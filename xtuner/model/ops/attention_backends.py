@@ -27,7 +27,8 @@ BLOCK = 128  # tokens; FlexAttention skips blocks that are masked in full
 DOCUMENTS = 64  # the number of documents is rounded up to a multiple of this; the added ones are empty
 SHORTEST = 1024  # longest lengths are rounded up to powers of two, at least this
 SUMS = 2**30  # bytes of cuDNN's log-sums, padded to the longest document; above this varlen_attn is used instead
-# Elements of q from which varlen_attn's gradients are wrong (torch 2.11); its buffers add a block for each document
+# Elements of q from which varlen_attn's gradients are wrong and FlexAttention's results differ (torch 2.11); varlen_attn's
+# buffers add a block for each document
 TOO_MANY = 2**31
 
 
@@ -123,7 +124,7 @@ def varlen() -> AttendPrefixes | None:
 def divide_heads(
     q_TND: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, documents: int
 ) -> list[tuple[torch.Tensor, ...]]:
-    """q, k and v as views of as many heads as keep `varlen_attn`'s buffers below `TOO_MANY` elements."""
+    """q, k and v as views of as many heads as keep a backend's buffers below `TOO_MANY` elements."""
     kv_heads = k_TKD.shape[1]
     groups, dim = q_TND.shape[1] // kv_heads, q_TND.shape[2]
     each = (TOO_MANY - 1) // ((len(q_TND) + BLOCK * documents) * groups * dim)  # kv heads
@@ -152,8 +153,12 @@ def flex() -> Attend | None:
         known = masks.setdefault(cu_seqlens, {})
         if window not in known:
             known[window] = document_mask(cu_seqlens, len(q_TND), window)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_TND, k_TKD, v_TKD))
-        return compiled(q, k, v, block_mask=known[window], enable_gqa=True)[0].transpose(0, 1)
+        parts = [
+            compiled(*(x.transpose(0, 1)[None] for x in heads), block_mask=known[window], enable_gqa=True)
+            for heads in divide_heads(q_TND, k_TKD, v_TKD, 0)
+        ]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return out[0].transpose(0, 1)
 
     return attend
 

@@ -27,8 +27,8 @@ BLOCK = 128  # tokens; FlexAttention skips blocks that are masked in full
 DOCUMENTS = 64  # the number of documents is rounded up to a multiple of this; the added ones are empty
 SHORTEST = 1024  # longest lengths are rounded up to powers of two, at least this
 SUMS = 2**30  # bytes of cuDNN's log-sums, padded to the longest document; above this varlen_attn is used instead
-# Elements of q from which varlen_attn's gradients are wrong and FlexAttention's results differ (torch 2.11); varlen_attn's
-# buffers add a block for each document
+# Elements of q from which varlen_attn's gradients are wrong and FlexAttention's results differ (torch 2.11); the
+# buffers of varlen_attn add a block for each document
 TOO_MANY = 2**31
 
 
@@ -143,7 +143,7 @@ def flex() -> Attend | None:
         return None
     from torch.utils.weak import WeakIdKeyDictionary
 
-    compiled = torch.compile(flex_attention, dynamic=True)
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=True)
     masks = WeakIdKeyDictionary()  # by `cu_seqlens`, which all layers of a micro-batch share: by window, the mask
 
     def attend(

@@ -45,7 +45,7 @@ def main() -> None:
         "--attention", help="instead of the fastest: ours flash4, cudnn, varlen, flex; peers flex, varlen, sdpa"
     )
     own = parser.add_argument_group("ours only")
-    own.add_argument("--products", choices=["own", "fp8"], help="precision of the blocks' matrix products")
+    own.add_argument("--products", choices=["own", "fp8", "fp8_full"], help="precision of the blocks' matrix products")
     own.add_argument("--tokenizer", help="a folder with tokenizer.model; without it there are no sampling hooks")
     own.add_argument("--folder", help="for data, config and log")
     peers = parser.add_argument_group("peers only")

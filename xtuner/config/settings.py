@@ -67,7 +67,7 @@ OWN_SETTINGS = (
     Setting("model.attention", str | None, None,
             "a backend by name (flash4, varlen, cudnn, flex, loop); None: the fastest that runs",
             "指定注意力后端（flash4、varlen、cudnn、flex、loop）；None：可用的最快者", HARMLESS),
-    Setting("model.products", Literal["own", "fp8"], "own",
+    Setting("model.products", Literal["own", "fp8", "fp8_full"], "own",
             "format of the blocks' matrix products in training; own: as `optim_wrapper.dtype`",
             "训练时各层矩阵乘法的数值格式；own：同 `optim_wrapper.dtype`"),
     Setting("model.adapter", dict, None, "None: all weights are trained; `lora`: low-rank terms on frozen matrices",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from xtuner.model.ops import elementwise as e
-from xtuner.model.ops.gradient_sums import GradientSum, add_gradient, add_gradient_product
+from xtuner.model.ops.gradient_sums import GradientSum, add_gradient
 from xtuner.model.ops.low_rank import LowRankTerm, Projection
 from xtuner.model.ops.matmul import Matmul
 
@@ -202,7 +202,11 @@ class LinearFunction(torch.autograd.Function):
         need_x, need_w, need_bias, need_add, *_ = ctx.needs_input_grad
         projection = Projection(ctx.matmul, w_NK, bias_N, ctx.term, tensors)
         x_TK: Any = ctx.compute(*inputs) if need_w or ctx.term else None
-        dw = add_gradient_product(to_w, d_TN, x_TK) if need_w else None
+        dw = None
+        if need_w:
+            columns = [ctx.matmul.prepare_columns(tensor) for tensor in (d_TN, x_TK)]
+            dw = ctx.matmul.add_gradient(to_w, *columns, w_NK.dtype)
+            del columns
         d_bias = add_gradient(to_bias, d_TN.sum(0, dtype=torch.float32), bias_N.dtype) if need_bias else None
         projection.add_gradients(d_TN, x_TK)
         del x_TK

@@ -51,11 +51,16 @@ class GradientSum:
             self.add(parameter.grad)
             parameter.grad = None
 
-    def add_product(self, d_TN: torch.Tensor, x_TM: torch.Tensor) -> None:
-        """Add d^T x, [N, M]."""
+    def begin(self) -> bool:
+        """The buffer is about to be written. Returns whether its contents are part of the sum."""
         if self.fresh:
             self._allocate()
-        beta, self.fresh = 0.0 if self.fresh else 1.0, False
+        added, self.fresh = not self.fresh, False
+        return added
+
+    def add_product(self, d_TN: torch.Tensor, x_TM: torch.Tensor) -> None:
+        """Add d^T x, [N, M]."""
+        beta = 1.0 if self.begin() else 0.0
         if self.buffer.dtype == d_TN.dtype:
             torch.addmm(self.buffer, d_TN.T, x_TM, beta=beta, out=self.buffer)
         elif d_TN.is_cuda:  # bf16 factors; the product accumulates in fp32

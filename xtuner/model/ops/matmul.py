@@ -2,10 +2,11 @@
 
     forward    x w^T   [T, K] · [N, K] → [T, N]
     backward   d w     [T, N] · [N, K] → [T, K]
+    gradient   d^T x   [N, T] · [T, K] → [N, K]
 
-fp8 is e4m3 with a scale for each row of x and d and for each output of w, so that all terms of a sum share their
-scales. Weight gradients, d^T x, are sums over tokens with different scales: they stay in bf16, as do attention, the
-output layer, sampling and evaluation.
+fp8 is e4m3 with scales that all terms of a sum share: one for each row of x and d, and for each output of w; in a
+gradient, a sum over tokens, one for each column of d and x. "fp8" leaves gradients in bf16, "fp8_full" does not.
+Attention, the output layer, sampling and evaluation stay in bf16.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ from typing import Literal, Protocol
 import torch
 from torch.nn import functional as F
 
-MatmulKind = Literal["own", "fp8"]  # values of `model.products`
+from xtuner.model.ops.gradient_sums import GradientSum, add_gradient_product
+
+MatmulKind = Literal["own", "fp8", "fp8_full"]  # values of `model.products`
 E4M3_MAX = 448.0
 ZERO_BELOW = 1e-30  # rows whose largest magnitude is below it get scale 1: 448 / largest would near fp32's maximum
 SIDE_MULTIPLE = 16  # both dimensions of a weight must be multiples of this
@@ -38,6 +41,14 @@ class Matmul(Protocol):
     def backward(self, d: "PreparedRows", w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
         """d w + add."""
 
+    def prepare_columns(self, x_TK: torch.Tensor) -> "PreparedColumns":
+        """Convert x or d once for all gradients that use it."""
+
+    def add_gradient(
+        self, into: GradientSum | None, d: "PreparedColumns", x: "PreparedColumns", dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Add d^T x to a weight's sum; without a sum, return it to autograd in the weight's dtype."""
+
     def read(self, w_NK: torch.Tensor) -> torch.Tensor:
         """The weight in the compute dtype."""
 
@@ -45,6 +56,14 @@ class Matmul(Protocol):
 @dataclass(frozen=True)
 class PreparedRows:
     """x [T, K], unchanged, or in fp8 with a scale for each row, [T, 1]."""
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PreparedColumns:
+    """x [T, K], unchanged; or x^T in fp8, [K, T], with a scale for each column of x, [K, 1]."""
 
     values: torch.Tensor
     scale: torch.Tensor | None = None
@@ -66,6 +85,14 @@ class PlainMatmul:
     def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
         return d.values @ w_NK if add_TK is None else torch.addmm(add_TK, d.values, w_NK)
 
+    def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
+        return PreparedColumns(x_TK)
+
+    def add_gradient(
+        self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        return add_gradient_product(into, d.values, x.values)
+
     def read(self, w_NK: torch.Tensor) -> torch.Tensor:
         return w_NK
 
@@ -84,19 +111,45 @@ class Fp8Matmul:
     def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
         return _add(_multiply(d, quantize_columns(w_NK), w_NK.dtype), None, add_TK)
 
+    def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
+        return PreparedColumns(x_TK)
+
+    def add_gradient(
+        self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        return add_gradient_product(into, d.values, x.values)
+
     def read(self, w_NK: torch.Tensor) -> torch.Tensor:
         return w_NK
 
 
+class Fp8FullMatmul(Fp8Matmul):
+    """Multiplies in fp8, gradients of weights too."""
+
+    def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
+        prepared = quantize_columns(x_TK)
+        return PreparedColumns(prepared.values, prepared.scale)
+
+    def add_gradient(
+        self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        if into is None:
+            gradient = torch.empty(len(d.values), len(x.values), dtype=dtype, device=d.values.device)
+            _add_product(gradient, d, x, False)
+            return gradient
+        _add_product(into.buffer, d, x, into.begin())
+        return None
+
+
 PLAIN = PlainMatmul()
-MATMULS: dict[str, Matmul] = {"own": PLAIN, "fp8": Fp8Matmul()}
+MATMULS: dict[str, Matmul] = {"own": PLAIN, "fp8": Fp8Matmul(), "fp8_full": Fp8FullMatmul()}
 
 
 def why_unsupported(name: str, sides: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:
     """Why weights with these dimensions cannot be multiplied this way, or None; `dtype`: the compute dtype."""
     if name not in MATMULS:
         return f"it is not one of {', '.join(MATMULS)}"
-    if name != "fp8":
+    if name == "own":
         return None
     if device.type not in ("cpu", "cuda"):
         return f"fp8 is not supported on {device.type}"
@@ -138,6 +191,19 @@ def _multiply(a: PreparedRows, b: PreparedRows, dtype: torch.dtype) -> torch.Ten
         scales = dict(scale_a=a.scale, scale_b=b.scale.T)
         return torch._scaled_mm(a.values, b.values.T, **scales, out_dtype=dtype, use_fast_accum=True)
     return ((a.values.float() * a.scale) @ (b.values.float() * b.scale).T).to(dtype)
+
+
+def _add_product(total: torch.Tensor, a: PreparedColumns, b: PreparedColumns, add: bool) -> None:
+    """total = a b^T, plus its contents with `add`."""
+    assert a.scale is not None
+    assert b.scale is not None
+    if a.values.is_cuda:
+        from xtuner.model.ops import fp8_kernels
+
+        fp8_kernels.add_product(total, a.values, b.values, a.scale, b.scale, add)
+        return
+    product = (a.values.float() * a.scale) @ (b.values.float() * b.scale).T
+    total.copy_(total + product if add else product)
 
 
 def _add(product: torch.Tensor, bias: torch.Tensor | None, add: torch.Tensor | None) -> torch.Tensor:

@@ -19,7 +19,8 @@ from typing import Literal, Protocol
 
 import torch
 
-from xtuner.model.ops.matmul import Matmul, PreparedRows
+from xtuner.model.ops.gradient_sums import GradientSum
+from xtuner.model.ops.matmul import Matmul, PreparedColumns, PreparedRows
 
 WeightKind = Literal["own", "int8", "nf4"]  # values of `model.frozen_weights`
 BLOCK = 64  # numbers that share a maximum
@@ -156,6 +157,14 @@ class DequantizingMatmul:
 
     def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
         return self._inner.backward(d, self.read(w_NK), add_TK)
+
+    def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
+        return self._inner.prepare_columns(x_TK)
+
+    def add_gradient(
+        self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        return self._inner.add_gradient(into, d, x, dtype)
 
     def read(self, w_NK: torch.Tensor) -> torch.Tensor:
         return self._form.dequantize(w_NK, self._dtype)

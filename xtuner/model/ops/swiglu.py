@@ -12,9 +12,9 @@ import torch
 
 from xtuner.model.ops import elementwise as e
 from xtuner.model.ops.autograd_functions import Optionals, Recipe
-from xtuner.model.ops.gradient_sums import GradientSum, add_gradient, add_gradient_product
+from xtuner.model.ops.gradient_sums import GradientSum, add_gradient
 from xtuner.model.ops.low_rank import LowRankTerm, Projection
-from xtuner.model.ops.matmul import Matmul
+from xtuner.model.ops.matmul import Matmul, PreparedColumns
 
 Terms = tuple[LowRankTerm | None, ...]
 TILE = 32768  # tokens: products gain nothing from more, and reading weights and gradient sums costs little for each
@@ -39,16 +39,21 @@ def put_rows(out: torch.Tensor | None, tile: slice, part: torch.Tensor, like: to
 class TiledGradient:
     """The gradient d^T x of a weight, added up over tiles of tokens: in its gradient sum, else for autograd."""
 
-    def __init__(self, into: GradientSum | None, weight: torch.Tensor, needed: bool, tiles: int) -> None:
-        self.into, self.needed, self.dtype, self.own = into, needed, weight.dtype, None
+    def __init__(
+        self, matmul: Matmul, into: GradientSum | None, weight: torch.Tensor, needed: bool, tiles: int
+    ) -> None:
+        self.matmul, self.into, self.needed, self.dtype, self.own = matmul, into, needed, weight.dtype, None
         self.gradient: torch.Tensor | None = None
         if needed and into is None and tiles > 1:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             self.own = GradientSum(torch.empty_like(weight, dtype=dtype))
 
-    def add_product(self, d_TN: torch.Tensor, x_TM: torch.Tensor) -> None:
-        if self.needed:
-            self.gradient = add_gradient_product(self.own or self.into, d_TN, x_TM)
+    def add_product(self, d_TN: torch.Tensor, x: PreparedColumns | None) -> None:
+        """Args: x: prepared once for all gradients that use it."""
+        if self.needed and x is not None:
+            self.gradient = self.matmul.add_gradient(
+                self.own or self.into, self.matmul.prepare_columns(d_TN), x, self.dtype
+            )
 
     def take(self) -> torch.Tensor | None:
         """The gradient for autograd."""
@@ -146,7 +151,7 @@ class SwiGLUFunction(torch.autograd.Function):
         x_TH: Any = ctx.compute(*inputs) if need_x else None
         tiles, dx_TH = split_tokens(len(d_TH)), None
         needs = zip(ctx.into[:3], (w1, w3, w2), (need_w1, need_w3, need_w2), strict=True)
-        dw1, dw3, dw2 = (TiledGradient(into, w, need, len(tiles)) for into, w, need in needs)
+        dw1, dw3, dw2 = (TiledGradient(matmul, into, w, need, len(tiles)) for into, w, need in needs)
         d_biases = [BiasGradient(*of) for of in zip(ctx.into[3:], (b1, b3, b2), need_biases, strict=True)]
         for i, tile in enumerate(tiles):
             d = d_TH[tile]
@@ -158,15 +163,16 @@ class SwiGLUFunction(torch.autograd.Function):
                 gate, up = p1.forward(rows, x, None, i), p3.forward(rows, x, None, i)
                 del rows
             d_gate, d_up, product = e.swiglu_backward(gate, up, p2.backward(d, None, i))
-            dw2.add_product(d, product)
+            dw2.add_product(d, matmul.prepare_columns(product) if need_w2 else None)
             p2.add_gradients(d, product, i)
-            dw1.add_product(d_gate, x)
+            columns = matmul.prepare_columns(x) if need_w1 or need_w3 else None
+            dw1.add_product(d_gate, columns)
             p1.add_gradients(d_gate, x, i)
-            dw3.add_product(d_up, x)
+            dw3.add_product(d_up, columns)
             p3.add_gradients(d_up, x, i)
             for gradient, rows in zip(d_biases, (d_gate, d_up, d), strict=True):
                 gradient.add_rows(rows)
-            del gate, up, product, x
+            del gate, up, product, x, columns
             if i + 1 == len(tiles):
                 del x_TH
             part = p3.backward(d_up, p1.backward(d_gate, None, i), i)

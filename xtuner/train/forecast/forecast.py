@@ -139,7 +139,7 @@ def forecast(work: Workload, way: Way, cluster: Cluster, gpus: int) -> Forecast:
         work.document if mesh.cp > 1 else 0,
     )  # fmt: skip
     form = optim.state_form(_device(work))
-    in_fp8, trained = work.source.products == "fp8", work.source.count_trained().total / num_parameters(c)
+    in_fp8, trained = work.source.products != "own", work.source.count_trained().total / num_parameters(c)
     needed = work.source.training_flops(1, 0) / (6 * matmul_parameters(c))  # less if weights are frozen
     stored = (form.bytes if form else 16) * trained
     times = EstimatedTimes(c, kind, pack * packs, parts, squares, stored, in_fp8, needed)
@@ -198,7 +198,7 @@ def _waiting(costs: bytes, ranks: int, packs: int, window: int, fixed: float) ->
 
 def forecast_all(work: Workload, cluster: Cluster, gpus: int) -> list[Forecast]:
     """All ways on that number of GPUs, the fastest that fits first, those that do not fit last."""
-    if work.source.products == "fp8" and not cluster.kind.fp8:
+    if work.source.products != "own" and not cluster.kind.fp8:
         raise ConfigError(
             f"{cluster.kind.title} does not have the products in fp8 that training needs",
             where="model.products; --gpu",

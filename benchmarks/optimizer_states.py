@@ -27,7 +27,9 @@ from xtuner.data.format.writer import write_bin
 from xtuner.data.tokenizer import load_tokenizer
 from xtuner.optim.adamw import FORMS
 
-WAYS = {form: [f"states={form}"] for form in FORMS} | {"fp8": ["states=fp32", "model.products=fp8"]}
+WAYS = {form: [f"states={form}"] for form in FORMS} | {
+    kind: ["states=fp32", f"model.products={kind}"] for kind in ("fp8", "fp8_full")
+}
 DEMO = "internlm2_tiny_w_tokenized_dataset_copy.py"
 UNSEEN = r"validation at iteration .*\ball ([\d.]+)"
 WINDOW = 20  # iterations

@@ -204,13 +204,15 @@ class LinearFunction(torch.autograd.Function):
         x_TK: Any = ctx.compute(*inputs) if need_w or ctx.term else None
         dw = None
         if need_w:
-            columns = [ctx.matmul.prepare_columns(tensor) for tensor in (d_TN, x_TK)]
-            dw = ctx.matmul.add_gradient(to_w, *columns, w_NK.dtype)
+            rows, columns = ctx.matmul.prepare_both(d_TN)
+            dw = ctx.matmul.add_gradient(to_w, columns, ctx.matmul.prepare_columns(x_TK), w_NK.dtype)
             del columns
+        else:
+            rows = ctx.matmul.prepare(d_TN)
         d_bias = add_gradient(to_bias, d_TN.sum(0, dtype=torch.float32), bias_N.dtype) if need_bias else None
         projection.add_gradients(d_TN, x_TK)
         del x_TK
-        dx = projection.backward(d_TN) if need_x else None
+        dx = projection.backward(rows, d_TN) if need_x else None
         return dx, dw, d_bias, d_TN if need_add else None, None, None, None, None, *projection.gradients()
 
 

@@ -15,13 +15,19 @@ ALIGNMENT = 16  # bytes: rows that the device copies by itself begin at multiple
 
 
 @triton.jit
+def _factor(largest):
+    """What numbers are multiplied by, so that the largest becomes the largest of e4m3."""
+    return tl.where(largest > ZERO_BELOW, E4M3_MAX / largest, 1.0)
+
+
+@triton.jit
 def _rows(X, OUT, SCALE, C, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < C
     x = tl.load(X + row * C + at, mask, 0.0).to(tl.float32)
     largest = tl.max(tl.abs(x))
-    factor = tl.where(largest > ZERO_BELOW, E4M3_MAX / largest, 1.0)
+    factor = _factor(largest)
     tl.store(OUT + row * C + at, (x * factor).to(tl.float8e4nv), mask)
     tl.store(SCALE + row, 1 / factor)
 
@@ -39,8 +45,7 @@ def quantize_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _columns(W, LARGE, OUT, SCALE, N, K, ALIGNED, TILE: tl.constexpr):
     n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    largest = tl.load(LARGE + k, k < K, 0.0).to(tl.float32)
-    factor = tl.where(largest > ZERO_BELOW, E4M3_MAX / largest, 1.0)
+    factor = _factor(tl.load(LARGE + k, k < K, 0.0).to(tl.float32))
     inside = (n[:, None] < N) & (k[None, :] < K)
     w = tl.load(W + n[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32)
     transposed = tl.trans((w * factor[None, :]).to(tl.float8e4nv))
@@ -53,21 +58,62 @@ def quantize_columns(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     w_NK = w_NK.contiguous()
     N, K = w_NK.shape
     largest = torch.linalg.vector_norm(w_NK, float("inf"), dim=0)
-    aligned = triton.cdiv(N, ALIGNMENT) * ALIGNMENT
-    out = w_NK.new_empty(K, aligned, dtype=torch.float8_e4m3fn)[:, :N]
+    out = _empty_columns(w_NK)
     scale = w_NK.new_empty(K, 1, dtype=torch.float32)
-    _columns[(triton.cdiv(N, TILE), triton.cdiv(K, TILE))](w_NK, largest, out, scale, N, K, aligned, TILE=TILE, num_warps=4)
+    _columns[(triton.cdiv(N, TILE), triton.cdiv(K, TILE))](
+        w_NK, largest, out, scale, N, K, out.stride(0), TILE=TILE, num_warps=4
+    )
     return out, scale
+
+
+@triton.jit
+def _maxima(X, ROWS, COLUMNS, T, K, BT: tl.constexpr, BK: tl.constexpr):
+    t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BK + tl.arange(0, BK)
+    inside = (t[:, None] < T) & (k[None, :] < K)
+    x = tl.abs(tl.load(X + t[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32))
+    tl.atomic_max(ROWS + t, tl.max(x, 1), t < T)
+    tl.atomic_max(COLUMNS + k, tl.max(x, 0), k < K)
+
+
+@triton.jit
+def _both(X, LARGE_T, LARGE_K, ROWS, SCALE_T, COLUMNS, SCALE_K, T, K, ALIGNED, TILE: tl.constexpr):
+    t, k = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.program_id(0) * TILE + tl.arange(0, TILE)
+    inside = (t[:, None] < T) & (k[None, :] < K)
+    at = t[:, None].to(tl.int64) * K + k[None, :]
+    x = tl.load(X + at, inside, 0.0).to(tl.float32)
+    factor_t, factor_k = _factor(tl.load(LARGE_T + t, t < T, 0.0)), _factor(tl.load(LARGE_K + k, k < K, 0.0))
+    tl.store(ROWS + at, (x * factor_t[:, None]).to(tl.float8e4nv), inside)
+    transposed = tl.trans((x * factor_k[None, :]).to(tl.float8e4nv))
+    tl.store(COLUMNS + k[:, None].to(tl.int64) * ALIGNED + t[None, :], transposed, (k[:, None] < K) & (t[None, :] < T))
+    if tl.program_id(0) == 0:
+        tl.store(SCALE_T + t, 1 / factor_t, t < T)
+    if tl.program_id(1) == 0:
+        tl.store(SCALE_K + k, 1 / factor_k, k < K)
+
+
+def quantize_both(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The results of `quantize_rows` and `quantize_columns`; x is read twice instead of three times."""
+    x_TK = x_TK.contiguous()
+    T, K = x_TK.shape
+    largest = torch.zeros(T + K, dtype=torch.float32, device=x_TK.device)
+    large_T, large_K = largest[:T], largest[T:]
+    _maxima[(triton.cdiv(T, 64), triton.cdiv(K, 256))](x_TK, large_T, large_K, T, K, BT=64, BK=256, num_warps=8)
+    rows, columns = torch.empty_like(x_TK, dtype=torch.float8_e4m3fn), _empty_columns(x_TK)
+    scale_T, scale_K = (x_TK.new_empty(n, 1, dtype=torch.float32) for n in (T, K))
+    args = (x_TK, large_T, large_K, rows, scale_T, columns, scale_K, T, K, columns.stride(0))
+    _both[(triton.cdiv(K, TILE), triton.cdiv(T, TILE))](*args, TILE=TILE, num_warps=4)
+    return rows, scale_T, columns, scale_K
 
 
 @triton.jit
 def _add_product(
     A, B, C, SCALE_A, SCALE_B, M, N, K, programs,
-    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of C in groups of rows, so that what is read again is still in the cache."""
+    """Tiles of C in groups of rows, so that what is read again is still in the cache. HALVES: a tile's columns are
+    written in two parts, which leaves more of a multiprocessor's memory to the factors."""
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), rows * columns, programs, flatten=True):
+    for tile in tl.range(tl.program_id(0), rows * columns, programs):
         first = tile // (GROUP * columns) * GROUP
         size = min(rows - first, GROUP)
         m = (first + tile % (GROUP * columns) % size) * BM
@@ -78,24 +124,43 @@ def _add_product(
         at_m, at_n = m + tl.arange(0, BM), n + tl.arange(0, BN)
         scale_m, scale_n = tl.load(SCALE_A + at_m, at_m < M, 0.0), tl.load(SCALE_B + at_n, at_n < N, 0.0)
         total = total * scale_m[:, None] * scale_n[None, :]
-        at = C + at_m[:, None].to(tl.int64) * N + at_n[None, :]
-        inside = (at_m[:, None] < M) & (at_n[None, :] < N)
-        if ADD:
-            total += tl.load(at, inside, 0.0).to(tl.float32)
-        tl.store(at, total.to(C.dtype.element_ty), inside)
+        if HALVES:
+            left, right = tl.split(tl.permute(tl.reshape(total, (BM, 2, BN // 2)), (0, 2, 1)))
+            if ADD:
+                left += C.load([m, n]).to(tl.float32)
+            C.store([m, n], left.to(C.dtype))
+            if ADD:
+                right += C.load([m, n + BN // 2]).to(tl.float32)
+            C.store([m, n + BN // 2], right.to(C.dtype))
+        else:
+            if ADD:
+                total += C.load([m, n]).to(tl.float32)
+            C.store([m, n], total.to(C.dtype))
 
 
 def add_product(
     c_MN: torch.Tensor, a_MK: torch.Tensor, b_NK: torch.Tensor, scale_M: torch.Tensor, scale_N: torch.Tensor, add: bool
 ) -> None:
     """c = a b^T, each row of a and b times its scale; with `add`, added to what c contains, in fp32."""
+    if c_MN.data_ptr() % ALIGNMENT:  # a part of a larger buffer
+        aligned = c_MN.clone()
+        add_product(aligned, a_MK, b_NK, scale_M, scale_N, add)
+        c_MN.copy_(aligned)
+        return
     (M, K), N = a_MK.shape, len(b_NK)
-    a, b = (TensorDescriptor(x, [len(x), K], [x.stride(0), 1], [rows, 128]) for x, rows in ((a_MK, 128), (b_NK, 256)))
+    halves = c_MN.dtype == torch.bfloat16  # a tile of 128 x 256 in fp32 has no room beside the factors
+    rows, columns, depth = 128, 256 if halves else 128, 128
+    a, b = (TensorDescriptor(x, [len(x), K], [x.stride(0), 1], [n, depth]) for x, n in ((a_MK, rows), (b_NK, columns)))
+    c = TensorDescriptor.from_tensor(c_MN, [rows, columns // (1 + halves)])
     programs = _multiprocessors(c_MN.device)
-    tiles = dict(BM=128, BN=256, BK=128, GROUP=8)
-    _add_product[(programs,)](
-        a, b, c_MN, scale_M, scale_N, M, N, K, programs, ADD=add, **tiles, num_warps=8, num_stages=3
-    )
+    tiles = dict(BM=rows, BN=columns, BK=depth, GROUP=16, HALVES=halves, num_warps=8, num_stages=3 if halves else 4)
+    _add_product[(programs,)](a, b, c, scale_M, scale_N, M, N, K, programs, ADD=add, **tiles)
+
+
+def _empty_columns(x_TK: torch.Tensor) -> torch.Tensor:
+    """For x^T in fp8, with rows that begin at multiples of ALIGNMENT."""
+    T, K = x_TK.shape
+    return x_TK.new_empty(K, triton.cdiv(T, ALIGNMENT) * ALIGNMENT, dtype=torch.float8_e4m3fn)[:, :T]
 
 
 @cache

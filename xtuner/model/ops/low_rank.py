@@ -117,10 +117,12 @@ class Projection:
                 y += other
         return y
 
-    def backward(self, d_TN: torch.Tensor, add_TK: torch.Tensor | None = None, tile: int = 0) -> torch.Tensor:
-        """The gradient of x, plus `add`."""
+    def backward(
+        self, rows: PreparedRows, d_TN: torch.Tensor, add_TK: torch.Tensor | None = None, tile: int = 0
+    ) -> torch.Tensor:
+        """The gradient of x, plus `add`. Args: rows: d as the product needs it."""
         dz = self._scaled(d_TN)
-        dx = self.matmul.backward(self.matmul.prepare(dz), self.weight, add_TK)
+        dx = self.matmul.backward(rows if dz is d_TN else self.matmul.prepare(dz), self.weight, add_TK)
         if self.term is None:
             return dx
         du, dropout = self._up.setdefault(tile, dz @ self.b), self.term.dropout

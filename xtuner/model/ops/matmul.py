@@ -42,7 +42,10 @@ class Matmul(Protocol):
         """d w + add."""
 
     def prepare_columns(self, x_TK: torch.Tensor) -> "PreparedColumns":
-        """Convert x or d once for all gradients that use it."""
+        """Convert x once for all gradients that use it."""
+
+    def prepare_both(self, d_TN: torch.Tensor) -> "tuple[PreparedRows, PreparedColumns]":
+        """Convert d for `backward` and for `add_gradient`."""
 
     def add_gradient(
         self, into: GradientSum | None, d: "PreparedColumns", x: "PreparedColumns", dtype: torch.dtype
@@ -88,6 +91,9 @@ class PlainMatmul:
     def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
         return PreparedColumns(x_TK)
 
+    def prepare_both(self, d_TN: torch.Tensor) -> tuple[PreparedRows, PreparedColumns]:
+        return self.prepare(d_TN), PreparedColumns(d_TN)
+
     def add_gradient(
         self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
     ) -> torch.Tensor | None:
@@ -114,6 +120,9 @@ class Fp8Matmul:
     def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
         return PreparedColumns(x_TK)
 
+    def prepare_both(self, d_TN: torch.Tensor) -> tuple[PreparedRows, PreparedColumns]:
+        return self.prepare(d_TN), PreparedColumns(d_TN)
+
     def add_gradient(
         self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
     ) -> torch.Tensor | None:
@@ -129,6 +138,14 @@ class Fp8FullMatmul(Fp8Matmul):
     def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
         prepared = quantize_columns(x_TK)
         return PreparedColumns(prepared.values, prepared.scale)
+
+    def prepare_both(self, d_TN: torch.Tensor) -> tuple[PreparedRows, PreparedColumns]:
+        if not d_TN.is_cuda:
+            return quantize_rows(d_TN), self.prepare_columns(d_TN)
+        from xtuner.model.ops import fp8_kernels
+
+        rows, scale_T, columns, scale_N = fp8_kernels.quantize_both(d_TN)
+        return PreparedRows(rows, scale_T), PreparedColumns(columns, scale_N)
 
     def add_gradient(
         self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype

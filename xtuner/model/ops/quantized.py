@@ -161,6 +161,9 @@ class DequantizingMatmul:
     def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
         return self._inner.prepare_columns(x_TK)
 
+    def prepare_both(self, d_TN: torch.Tensor) -> tuple[PreparedRows, PreparedColumns]:
+        return self._inner.prepare_both(d_TN)
+
     def add_gradient(
         self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
     ) -> torch.Tensor | None:

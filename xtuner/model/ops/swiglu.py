@@ -14,7 +14,7 @@ from xtuner.model.ops import elementwise as e
 from xtuner.model.ops.autograd_functions import Optionals, Recipe
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient
 from xtuner.model.ops.low_rank import LowRankTerm, Projection
-from xtuner.model.ops.matmul import Matmul, PreparedColumns
+from xtuner.model.ops.matmul import Matmul, PreparedColumns, PreparedRows
 
 Terms = tuple[LowRankTerm | None, ...]
 TILE = 32768  # tokens: products gain nothing from more, and reading weights and gradient sums costs little for each
@@ -48,12 +48,13 @@ class TiledGradient:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             self.own = GradientSum(torch.empty_like(weight, dtype=dtype))
 
-    def add_product(self, d_TN: torch.Tensor, x: PreparedColumns | None) -> None:
-        """Args: x: prepared once for all gradients that use it."""
-        if self.needed and x is not None:
-            self.gradient = self.matmul.add_gradient(
-                self.own or self.into, self.matmul.prepare_columns(d_TN), x, self.dtype
-            )
+    def prepare(self, d_TN: torch.Tensor) -> tuple[PreparedRows, PreparedColumns | None]:
+        """d as the product for x's gradient needs it, and, if it is needed, as this gradient does."""
+        return self.matmul.prepare_both(d_TN) if self.needed else (self.matmul.prepare(d_TN), None)
+
+    def add_product(self, d: PreparedColumns | None, x: PreparedColumns | None) -> None:
+        if d is not None and x is not None:
+            self.gradient = self.matmul.add_gradient(self.own or self.into, d, x, self.dtype)
 
     def take(self) -> torch.Tensor | None:
         """The gradient for autograd."""
@@ -162,21 +163,25 @@ class SwiGLUFunction(torch.autograd.Function):
                 rows = matmul.prepare(x)
                 gate, up = p1.forward(rows, x, None, i), p3.forward(rows, x, None, i)
                 del rows
-            d_gate, d_up, product = e.swiglu_backward(gate, up, p2.backward(d, None, i))
-            dw2.add_product(d, matmul.prepare_columns(product) if need_w2 else None)
+            rows, columns = dw2.prepare(d)
+            d_gate, d_up, product = e.swiglu_backward(gate, up, p2.backward(rows, d, None, i))
+            dw2.add_product(columns, matmul.prepare_columns(product) if need_w2 else None)
             p2.add_gradients(d, product, i)
-            columns = matmul.prepare_columns(x) if need_w1 or need_w3 else None
-            dw1.add_product(d_gate, columns)
+            del rows, columns, product
+            x_columns = matmul.prepare_columns(x) if need_w1 or need_w3 else None
+            rows_gate, columns = dw1.prepare(d_gate)
+            dw1.add_product(columns, x_columns)
             p1.add_gradients(d_gate, x, i)
-            dw3.add_product(d_up, columns)
+            rows_up, columns = dw3.prepare(d_up)
+            dw3.add_product(columns, x_columns)
             p3.add_gradients(d_up, x, i)
-            for gradient, rows in zip(d_biases, (d_gate, d_up, d), strict=True):
-                gradient.add_rows(rows)
-            del gate, up, product, x, columns
+            for gradient, part in zip(d_biases, (d_gate, d_up, d), strict=True):
+                gradient.add_rows(part)
+            del gate, up, x, columns, x_columns
             if i + 1 == len(tiles):
                 del x_TH
-            part = p3.backward(d_up, p1.backward(d_gate, None, i), i)
-            del d_gate, d_up
+            part = p3.backward(rows_up, d_up, p1.backward(rows_gate, d_gate, None, i), i)
+            del d_gate, d_up, rows_gate, rows_up
             dx_TH = put_rows(dx_TH, tile, part, d_TH)
         taken = (dw1.take(), dw3.take(), dw2.take(), *(d.take() for d in d_biases))
         of_terms = [gradient for p in projections for gradient in p.gradients()]

@@ -11,13 +11,21 @@ if TYPE_CHECKING:
     from xtuner.data.loading.sampler import InternRepoSampler
     from xtuner.data.packing.mixture import mixture
     from xtuner.data.packing.pack import build_packed_dataset
+    from xtuner.data.sources.load import load_token_files
 
-__all__ = ["InternRepoSampler", "build_packed_dataset", "load_intern_repo_tokenized_dataset", "mixture"]
+__all__ = [
+    "InternRepoSampler",
+    "build_packed_dataset",
+    "load_intern_repo_tokenized_dataset",
+    "load_token_files",
+    "mixture",
+]
 
 _HOME = {
     "InternRepoSampler": "loading.sampler",
     "build_packed_dataset": "packing.pack",
     "load_intern_repo_tokenized_dataset": "format.folder",
+    "load_token_files": "sources.load",
     "mixture": "packing.mixture",
 }
 

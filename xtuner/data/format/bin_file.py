@@ -12,13 +12,14 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
-from xtuner.core.foreign_inputs import open_regular, read_regular
+from xtuner.core.foreign_inputs import read_regular
+from xtuner.data.format.document_file import DocumentFile
 from xtuner.data.format.meta import meta_path, read_meta
 from xtuner.data.format.parse_tokens import Int64s, parse_line
 from xtuner.data.format.zeros import find_learned
@@ -26,60 +27,20 @@ from xtuner.data.format.zeros import find_learned
 _CHUNK = 2**20  # bytes per read where the length to read is unknown
 
 
-class Signature(NamedTuple):
-    """Sizes and modification times (ns) of a pair. The same signature means that the pair is unchanged."""
-
-    size: int
-    time: int
-    meta_size: int
-    meta_time: int
-
-    @classmethod
-    def read(cls, path: Path) -> "Signature":
-        """Raises: OSError."""
-        text, meta = os.stat(path), os.stat(meta_path(path))
-        return cls(text.st_size, text.st_mtime_ns, meta.st_size, meta.st_mtime_ns)
-
-
 def data_type(name: str) -> str:
     """The data type of a file: its first folder below the data folder; "." for files directly in the data folder."""
     return name.split("/")[0] if "/" in name else "."
 
 
-class Facts(NamedTuple):
-    """Result of examining a pair. `documents` and `tokens` count only the documents that are used."""
-
-    signature: Signature
-    documents: int
-    tokens: int
-    identity: bytes
-
-
 @dataclass(frozen=True)
-class BinFile:
-    """A `.bin` file and its documents of at least `min_length` tokens, the ones that are used.
+class BinFile(DocumentFile):
+    """A `.bin` file with its meta."""
 
-    With `facts` the pair has been examined; if its signature differs from theirs, it has changed since.
-    """
-
-    path: Path
-    name: str  # relative to the data folder, POSIX style; shown in logs and data orders
-    min_length: int = 0
-    facts: Facts | None = None
     learn_zero: bool = False  # see zeros.py
 
-    def examine(self) -> "BinFile":
-        """This file with its facts, without cached arrays. Raises: DataError for a faulty pair."""
-        try:
-            signature = Signature.read(self.path)
-        except OSError:
-            signature = None  # `check` raises the appropriate error
-        fresh = BinFile(self.path, self.name, self.min_length)
-        fresh.check()
-        if signature is None:
-            raise DataError(f"{self.name} appeared while it was examined", where=str(self.path), do="start again")
-        facts = Facts(signature, fresh.num_documents, fresh.num_tokens, fresh.identity())
-        return BinFile(self.path, self.name, self.min_length, facts)
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        return self.path, meta_path(self.path)
 
     @cached_property
     def full_table(self) -> tuple[Int64s, Int64s]:
@@ -90,34 +51,13 @@ class BinFile:
             self.check_unchanged()  # if the file changed during the run, report that instead
             raise
 
-    @cached_property
-    def kept(self) -> npt.NDArray[np.int64] | None:
-        """Rows of the meta that are used; None for all."""
-        lengths = self.full_table[1]
-        keep = lengths >= self.min_length
-        return None if keep.all() else np.flatnonzero(keep)
-
-    @cached_property
-    def table(self) -> tuple[Int64s, Int64s]:
-        """(byte offsets, token counts), int64 [n] each, of the documents that are used."""
-        offsets, lengths = self.full_table
-        return (offsets, lengths) if self.kept is None else (offsets[self.kept], lengths[self.kept])
-
     @property
+    def all_lengths(self) -> Int64s:
+        return self.full_table[1]
+
+    @cached_property
     def offsets(self) -> Int64s:
-        return self.table[0]
-
-    @property
-    def lengths(self) -> Int64s:
-        return self.table[1]
-
-    @property
-    def num_documents(self) -> int:
-        return self.facts.documents if self.facts else len(self.lengths)
-
-    @cached_property
-    def num_tokens(self) -> int:
-        return self.facts.tokens if self.facts else int(self.lengths.sum())
+        return self.full_table[0] if self.kept is None else self.full_table[0][self.kept]
 
     def identity(self) -> bytes:
         """sha256 over size, first and last 4 KiB of the text, the complete meta, and min_length.
@@ -135,46 +75,9 @@ class BinFile:
             raise DataError(f"{self.name} or its meta cannot be read: {e.strerror}", where=str(self.path)) from None
         return hashlib.sha256(f"{size} {self.min_length}\0".encode() + ends + meta).digest()
 
-    def open(self) -> BinaryIO:
-        """The text, unbuffered. Opened for each use, as a folder may have more files than a process may open.
-
-        Raises: DataError for a dangling link, missing permission, or a file that changed since it was examined.
-        """
-        return self._open(self.path, self.facts and self.facts.signature[:2])
-
     def open_meta(self) -> BinaryIO:
         """The meta, as `open` opens the text."""
-        return self._open(meta_path(self.path), self.facts and self.facts.signature[2:])
-
-    def _open(self, path: Path, known: tuple[int, ...] | None) -> BinaryIO:
-        try:
-            f = open_regular(path, buffering=0)
-        except OSError as e:
-            raise DataError(f"{path.name} cannot be opened: {e.strerror}", where=str(path)) from None
-        if known:
-            stat = os.fstat(f.fileno())
-            if (stat.st_size, stat.st_mtime_ns) != known:
-                f.close()
-                raise self.changed_error(path, f"it had {known[0]:,} bytes and now has {stat.st_size:,}")
-        return f
-
-    def check_unchanged(self) -> None:
-        """Raises: DataError if the text changed since it was examined."""
-        try:
-            stat = os.stat(self.path)
-        except OSError as e:
-            raise DataError(f"{self.name} cannot be read: {e.strerror}", where=str(self.path)) from None
-        known = self.facts and self.facts.signature[:2]
-        if known and (stat.st_size, stat.st_mtime_ns) != known:
-            raise self.changed_error(self.path, f"it had {known[0]:,} bytes and now has {stat.st_size:,}")
-
-    def changed_error(self, path: Path, how: str) -> DataError:
-        return DataError(
-            f"{path.name} has changed since it was indexed: {how}",
-            where=str(path),
-            why="documents would be read from wrong offsets, or would differ from those that the run has counted",
-            do="restore the file, or start the command again to use the data as they are now",
-        )
+        return self.open_part(meta_path(self.path), self.facts and self.facts.signature[2:])
 
     def check(self) -> None:
         """Check that the text can be opened and ends where the last document of the meta ends. Raises: DataError."""
@@ -212,17 +115,11 @@ class BinFile:
         self.check_document(tokens, document, offset, length, vocab_size)
         return tokens
 
-    def __len__(self) -> int:
-        return self.num_documents
-
     def read(self, i: int, vocab_size: int | None = None) -> tuple[Int64s, npt.NDArray[np.bool_]]:
         """(ids, learned) of one document, both [length]. Raises: DataError."""
         signed = self.read_document(i, vocab_size)
         borders = np.array([0, len(signed)])
         return np.abs(signed), find_learned(signed, borders) if self.learn_zero else signed > 0
-
-    def fingerprint(self) -> str:
-        return self.identity().hex()
 
     def check_document(
         self, tokens: Int64s, document: int, offset: int, length: int, vocab_size: int | None = None
@@ -232,16 +129,6 @@ class BinFile:
         if len(tokens) != length:
             raise self.count_error(len(tokens), length, where)
         self.check_ids(tokens, where, vocab_size)
-
-    def check_ids(self, tokens: Int64s, where: str, vocab_size: int | None) -> None:
-        """Raises: DataError if an id is not below `vocab_size`."""
-        if vocab_size is not None and len(tokens) and (largest := int(np.abs(tokens).max())) >= vocab_size:
-            raise DataError(
-                f"token id {largest} is outside the vocabulary of {vocab_size}",
-                where=where,
-                why="the data were tokenized with a tokenizer other than the model's",
-                do="tokenize the text again with the model's tokenizer, or use the model that belongs to the data",
-            )
 
     def count_error(self, found: int, length: int, where: str) -> DataError:
         return DataError(

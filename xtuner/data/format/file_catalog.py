@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xtuner.data.format.bin_file import BinFile, Facts, Signature
 from xtuner.data.format.cache_file import DAMAGED, HEADER_BYTES, CacheFormat
+from xtuner.data.format.document_file import DocumentFile, Facts, FileKind, Signature
 
 FORMAT = CacheFormat("version", 1, magic=b"xtuner data index\n")
 SIGNATURE = np.dtype([(name, "<i8") for name in Signature._fields])
@@ -50,10 +50,10 @@ class Catalog:
     def tokens(self) -> npt.NDArray[np.int64]:
         return self.records["tokens"]
 
-    def file(self, i: int, folder: Path, min_length: int) -> BinFile:
+    def file(self, i: int, folder: Path, min_length: int, kind: FileKind) -> DocumentFile:
         signature, documents, tokens, _, _ = self.records[i].item()
         facts = Facts(Signature(*signature), documents, tokens, self.identities[i].tobytes())
-        return BinFile(folder / self.names[i], self.names[i], min_length, facts)
+        return kind.file(folder / self.names[i], self.names[i], min_length, facts)
 
     def set_facts(self, i: int, facts: Facts) -> None:
         self.records[i] = (tuple(facts.signature), facts.documents, facts.tokens, 0, 0)

@@ -35,7 +35,7 @@ def no_files_error(folder: Path, file_type: str) -> DataError:
     )
 
 
-def walk_files(folder: Path, file_type: str = ".bin") -> Iterator[str]:
+def walk_files(folder: Path, file_type: str | tuple[str, ...] = ".bin") -> Iterator[str]:
     """Relative POSIX paths of all token files below `folder`: a folder's files by code point, then its sub-folders.
 
     The order does not depend on the file system. Links are followed, except a link to one of its own parent folders.

@@ -1,14 +1,13 @@
-"""A folder of `.bin` files as one sequence, in the order of the sorted walk or of a data-order file.
+"""A folder of token files as one sequence, in the order of the sorted walk or of a data-order file.
 
 Files that are unchanged since they were last examined are recognised by their sizes and times (file_catalog.py); all
-others are examined: the complete meta, and the beginning and end of the text.
+others are examined: of a `.bin`, the complete meta, and the beginning and end of the text.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,12 +17,12 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.core.log import logger, progress
 from xtuner.data.format import file_catalog
-from xtuner.data.format.bin_file import BinFile, Signature
+from xtuner.data.format.bin_kind import BinKind
 from xtuner.data.format.cache_dirs import CacheDirs, Opening, log_once
+from xtuner.data.format.document_file import DocumentFile, FileKind, Signature
 from xtuner.data.format.file_catalog import SIGNATURE, Catalog, Records
 from xtuner.data.format.file_order import no_files_error, read_order, require_folder, walk_files
-from xtuner.data.format.text_reader import LongLines, SpanReader, ZeroReader
-from xtuner.data.format.token_cache import TokenCache, find_token_cache
+from xtuner.data.format.text_reader import LongLines
 from xtuner.data.packing import document_order
 from xtuner.data.packing.document_order import MAX_WORKERS, PARALLEL_FROM, DocumentOrders
 from xtuner.data.process_pool import map_ordered, usable_workers
@@ -34,7 +33,7 @@ THREADS = 16
 
 
 class TokenizedFolder:
-    """The documents of a folder of tokenized files, as a sequence of `BinFile`s; files without documents are left out.
+    """The documents of a folder of token files, as a sequence of `DocumentFile`s; files without documents are left out.
 
     A file that a data order names several times is contained as often.
     """
@@ -46,39 +45,45 @@ class TokenizedFolder:
         min_length: int,
         cache_dirs: CacheDirs,
         request: list[str],
-        learn_zero: bool = False,
+        kind: FileKind,
+        location: str | None = None,
     ) -> None:
         self.folder = folder
+        self.location = location or str(folder)
         self.catalog = catalog
         self.min_length = min_length
         self.cache_dirs = cache_dirs
         self.request = request  # the arguments, for comparison with those of another rank
-        self.learn_zero = learn_zero
+        self.kind = kind
         self.orders: DocumentOrders | None = None
 
     def __len__(self) -> int:
         return len(self.catalog)
 
     @overload
-    def __getitem__(self, i: int) -> BinFile: ...
+    def __getitem__(self, i: int) -> DocumentFile: ...
     @overload
-    def __getitem__(self, i: slice) -> list[BinFile]: ...
-    def __getitem__(self, i: int | slice) -> BinFile | list[BinFile]:
+    def __getitem__(self, i: slice) -> list[DocumentFile]: ...
+    def __getitem__(self, i: int | slice) -> DocumentFile | list[DocumentFile]:
         numbers = range(len(self))[i]
         if isinstance(numbers, range):
             return [self[n] for n in numbers]
-        file = self.catalog.file(numbers, self.folder, self.min_length)
-        return replace(file, learn_zero=True) if self.learn_zero else file
+        return self.catalog.file(numbers, self.folder, self.min_length, self.kind)
 
-    def __iter__(self) -> Iterator[BinFile]:
+    def __iter__(self) -> Iterator[DocumentFile]:
         return (self[i] for i in range(len(self)))
 
-    def file(self, i: int) -> BinFile:
+    def file(self, i: int) -> DocumentFile:
         return self[i]
 
     @property
-    def location(self) -> str:
-        return str(self.folder)
+    def learn_zero(self) -> bool:
+        return getattr(self.kind, "learn_zero", False)
+
+    @property
+    def kind_options(self) -> str:
+        """For `xtuner data` commands that are suggested to the user."""
+        return self.kind.options
 
     @property
     def names(self) -> list[str]:
@@ -116,20 +121,16 @@ class TokenizedFolder:
         """The orders of this seed; see `document_order.find_or_build_orders`."""
         if self.orders is None or self.orders.seed != seed:
             self.orders = document_order.find_or_build_orders(
-                self.catalog, self.folder, self.min_length, seed, self.cache_dirs, small
+                self.catalog, self.folder, self.min_length, seed, self.cache_dirs, self.kind, small
             )
         return self.orders
 
     def order(self, i: int, seed: int) -> tuple[document_order.RowNumbers, npt.NDArray[np.int64]]:
         return document_order.shuffle_file(self[i], seed)
 
-    def reader(self, i: int, long: LongLines) -> TokenCache | SpanReader | ZeroReader:
-        file = self[i]
-        reader = self.find_token_cache(file) or SpanReader(file, long)
-        return ZeroReader(reader) if self.learn_zero else reader
-
-    def find_token_cache(self, file: BinFile) -> TokenCache | None:
-        return find_token_cache(file, self.cache_dirs)
+    def reader(self, i: int, long: LongLines) -> Any:
+        """A `Reader`; see packing/document_source.py."""
+        return self.kind.reader(self[i], long)
 
 
 def load_intern_repo_tokenized_dataset(
@@ -161,16 +162,40 @@ def load_intern_repo_tokenized_dataset(
     root = require_folder(folder)
     cache_dirs = CacheDirs(root, opening.cache_dir or cache_dir, opening.read_only)
     request = [str(root), str(min_length), str(data_order_path), file_type, str(learn_zero)]
+
+    def find_names() -> list[str]:
+        if data_order_path is not None:
+            return read_order(data_order_path, root, file_type)
+        if not (names := list(walk_files(root, file_type))):
+            raise no_files_error(root, file_type)
+        return names
+
+    return open_files(root, find_names, min_length, cache_dirs, request, BinKind(cache_dirs, learn_zero), opening)
+
+
+def open_files(
+    root: Path,
+    find_names: Callable[[], list[str]],
+    min_length: int,
+    cache_dirs: CacheDirs,
+    request: list[str],
+    kind: FileKind,
+    opening: Opening,
+    location: str | None = None,
+) -> TokenizedFolder:
+    """The documents of files of any kind.
+
+    Args:
+        find_names: the files, in order; not called where another rank has found them.
+        request: identifies the arguments, for comparison with those of another rank.
+        location: what the user has given, for messages and hints; None: the folder.
+    """
     if (known := opening.known) and known["request"] == request and (found := _open_shared(known)):
-        whole = TokenizedFolder(root, found.catalog, min_length, cache_dirs, request, learn_zero)
+        whole = TokenizedFolder(root, found.catalog, min_length, cache_dirs, request, kind, location)
         whole.orders = found
         return whole
-    names = (
-        list(walk_files(root, file_type)) if data_order_path is None else read_order(data_order_path, root, file_type)
-    )
-    if not names:
-        raise no_files_error(root, file_type)
-    catalog = build_catalog(root, list(dict.fromkeys(names)), min_length, cache_dirs)
+    names = find_names()
+    catalog = build_catalog(root, list(dict.fromkeys(names)), min_length, cache_dirs, kind)
     if len(names) > len(catalog):  # the data order names files more than once
         row = {name: i for i, name in enumerate(catalog.names)}
         catalog = catalog.select([row[name] for name in names])
@@ -178,7 +203,7 @@ def load_intern_repo_tokenized_dataset(
     if len(kept) < len(names):
         logger.info(f"{len(names) - len(kept)} files have no document of at least {min_length} tokens: left out")
         catalog = catalog.select(kept)
-    return TokenizedFolder(root, catalog, min_length, cache_dirs, request, learn_zero)
+    return TokenizedFolder(root, catalog, min_length, cache_dirs, request, kind, location)
 
 
 def _open_shared(known: Mapping[str, Any]) -> DocumentOrders | None:
@@ -188,23 +213,27 @@ def _open_shared(known: Mapping[str, Any]) -> DocumentOrders | None:
         return None  # not visible on this node: the folder is walked here
 
 
-def build_catalog(folder: Path, names: list[str], min_length: int, cache_dirs: CacheDirs) -> Catalog:
+def build_catalog(folder: Path, names: list[str], min_length: int, cache_dirs: CacheDirs, kind: FileKind) -> Catalog:
     """The catalog of these files; those without a valid cached entry are examined. Raises: DataError that lists all
     faulty files."""
-    signatures = read_signatures(folder, names)
-    catalog, fresh = _find_unchanged(names, signatures, cache_dirs, f"files-{min_length}.cat")
+    signatures = read_signatures(folder, names, kind)
+    catalog, fresh = _find_unchanged(names, signatures, cache_dirs, _catalog_name(kind, min_length))
     unknown = np.flatnonzero(~fresh).tolist()
     if unknown:
-        meta_bytes = int(signatures["meta_size"][unknown].clip(min=0).sum())
-        _examine(catalog, unknown, folder, min_length, meta_bytes)
+        examined_bytes = int(signatures[kind.examined][unknown].clip(min=0).sum())
+        _examine(catalog, unknown, folder, min_length, examined_bytes, kind)
         if int(catalog.documents.sum()) >= document_order.SMALL and not cache_dirs.read_only:
-            save_catalog(catalog, cache_dirs, min_length)
+            save_catalog(catalog, cache_dirs, min_length, kind)
     return catalog
 
 
-def save_catalog(catalog: Catalog, cache_dirs: CacheDirs, min_length: int) -> None:
+def _catalog_name(kind: FileKind, min_length: int) -> str:
+    return f"files-{kind.tag}{min_length}.cat"
+
+
+def save_catalog(catalog: Catalog, cache_dirs: CacheDirs, min_length: int, kind: FileKind) -> None:
     """Write a catalog for the next start, merged with the entries of older ones for other files of the folder."""
-    name = f"files-{min_length}.cat"
+    name = _catalog_name(kind, min_length)
     with cache_dirs.locked():
         for path in cache_dirs.candidates(name):
             try:
@@ -221,11 +250,11 @@ def save_catalog(catalog: Catalog, cache_dirs: CacheDirs, min_length: int) -> No
         cache_dirs.write(name, lambda f: f.write(file_catalog.to_bytes(catalog)), f"the index of {cache_dirs.folder}")
 
 
-def read_signatures(folder: Path, names: list[str]) -> Records:
+def read_signatures(folder: Path, names: list[str], kind: FileKind) -> Records:
     """Sizes and times, SIGNATURE [files]; all -1 for a file that cannot be accessed, or whose meta cannot."""
 
     def read(part: list[str]) -> list[Signature]:
-        return [_signature(folder / name) for name in part]
+        return [_signature(kind.file(folder / name, name, 0)) for name in part]
 
     parts = [names[i : i + STATS] for i in range(0, len(names), STATS)]
     with ThreadPoolExecutor(THREADS) as pool:  # a network file system serves many requests at once
@@ -233,9 +262,9 @@ def read_signatures(folder: Path, names: list[str]) -> Records:
     return np.array(found, SIGNATURE)
 
 
-def _signature(path: Path) -> Signature:
+def _signature(file: DocumentFile) -> Signature:
     try:
-        return Signature.read(path)
+        return Signature.read(file.parts)
     except OSError:
         return Signature(-1, -1, -1, -1)
 
@@ -265,17 +294,19 @@ def _find_unchanged(
     return catalog, fresh
 
 
-def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int, meta_bytes: int) -> None:
-    """Examine the `unknown` files, whose metas have `meta_bytes` in total, and add them to the catalog.
+def _examine(
+    catalog: Catalog, unknown: list[int], folder: Path, min_length: int, examined_bytes: int, kind: FileKind
+) -> None:
+    """Examine the `unknown` files, of which `examined_bytes` are read, and add them to the catalog.
 
     Raises: DataError that lists all faulty files.
     """
-    files = [BinFile(folder / catalog.names[i], catalog.names[i], min_length) for i in unknown]
-    large = len(files) > 1 and meta_bytes >= 16 * PARALLEL_FROM
+    files = [kind.file(folder / catalog.names[i], catalog.names[i], min_length) for i in unknown]
+    large = len(files) > 1 and examined_bytes >= 16 * PARALLEL_FROM
     workers = min(usable_workers(None), MAX_WORKERS) if large else 1
     problems = []
     results = map_ordered(_examine_file, files, workers)
-    for i, found in zip(unknown, progress(results, "reading metas", total=len(files)), strict=True):
+    for i, found in zip(unknown, progress(results, "examining files", total=len(files)), strict=True):
         if isinstance(found, DataError):
             problems.append(found)
             continue
@@ -289,7 +320,7 @@ def _examine(catalog: Catalog, unknown: list[int], folder: Path, min_length: int
         raise DataError(f"{len(problems)} of {len(catalog)} data files are faulty\n{shown}{more}")
 
 
-def _examine_file(file: BinFile) -> BinFile | DataError:
+def _examine_file(file: DocumentFile) -> DocumentFile | DataError:
     """For `map_ordered`: the file with its facts, or the error."""
     try:
         return file.examine()

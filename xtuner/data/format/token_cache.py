@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
-from xtuner.data.format.bin_file import BinFile, Int64s, Signature
 from xtuner.data.format.cache_dirs import CacheDirs, log_once
 from xtuner.data.format.cache_file import HEADER_BYTES, CacheFormat
+from xtuner.data.format.document_file import DocumentFile, Signature
+from xtuner.data.format.parse_tokens import Int64s
 from xtuner.data.format.text_reader import SpanArrays
 
 FORMAT = CacheFormat("xtuner tokens", 1)
@@ -40,15 +41,23 @@ def _facts(signature: Signature, documents: int, tokens: int) -> dict[str, Any]:
 class TokenCache:
     """Reads spans of one file's documents from its cache, as `SpanReader` reads them from the text."""
 
-    id_offset = 0
+    id_offset = 0  # the text cannot mark id 0 as learned
 
-    def __init__(self, file: BinFile, path: Path, documents: int, tokens: int) -> None:
+    def __init__(self, file: DocumentFile, path: Path, documents: int, tokens: int) -> None:
         self.file, self.path = file, path
         self.documents, self.tokens = documents, tokens
 
     @property
     def tokens_begin(self) -> int:
         return HEADER_BYTES + 8 * (self.documents + 1)
+
+    @property
+    def starts_begin(self) -> int:
+        return HEADER_BYTES
+
+    @staticmethod
+    def read_header(path: Path) -> dict[str, Any] | None:
+        return read_header(path)
 
     def read(self, span_arrays: SpanArrays, vocab_size: int | None = None) -> tuple[Int32s, int | None]:
         """See `SpanReader.read`."""
@@ -63,9 +72,10 @@ class TokenCache:
         if len(found) != int((stop - first).sum()):
             raise self._wrong("documents extend beyond its end")
         following = int(tokens[spans[-1][1]]) if stop[-1] < lengths[-1] else None
-        if vocab_size is not None and max(int(found.max()), -int(found.min()), abs(following or 0)) >= vocab_size:
+        largest = max(int(found.max()), -int(found.min()), abs(following or 0)) - self.id_offset
+        if vocab_size is not None and largest >= vocab_size:
             for span, (i, j) in zip(span_arrays.as_list(), spans, strict=True):
-                document = tokens[i : j + (span.stop < span.length)].astype(np.int64)
+                document = np.abs(tokens[i : j + (span.stop < span.length)].astype(np.int64)) - self.id_offset
                 self.file.check_ids(document, f"{self.file.path} (document {span.row})", vocab_size)
         return found, following
 
@@ -76,11 +86,12 @@ class TokenCache:
             known = _MAPS.get(self.path)
             identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
             if known is None or known[0] != identity:
-                if read_header(self.path) != self.facts():
+                header = self.read_header(self.path)
+                if header is None or any(header.get(k) != v for k, v in self.facts().items()):
                     raise self._wrong("it has changed")
                 with open(self.path, "rb") as f:
                     mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-                starts = np.frombuffer(mapped, np.int64, self.documents + 1, HEADER_BYTES)
+                starts = np.frombuffer(mapped, np.int64, self.documents + 1, self.starts_begin)
                 known = identity, starts, np.frombuffer(mapped, np.int32, self.tokens, self.tokens_begin)
                 while len(_MAPS) >= MAX_MAPS:
                     _MAPS.pop(next(iter(_MAPS)), None)
@@ -102,7 +113,7 @@ class TokenCache:
         )
 
 
-def find_token_cache(file: BinFile, cache_dirs: CacheDirs) -> TokenCache | None:
+def find_token_cache(file: DocumentFile, cache_dirs: CacheDirs) -> TokenCache | None:
     """The valid token cache of an examined file; one that is damaged, outdated or of another version is logged."""
     assert file.facts is not None
     for path in cache_dirs.candidates(cache_name(file.name)):

@@ -11,12 +11,14 @@ from xtuner.core.errors import DataError
 from xtuner.core.log import progress
 from xtuner.data import process_pool
 from xtuner.data.format import token_cache
-from xtuner.data.format.bin_file import BinFile, Int64s
+from xtuner.data.format.bin_file import BinFile
 from xtuner.data.format.cache_dirs import CacheDirs
 from xtuner.data.format.folder import TokenizedFolder, save_catalog
 from xtuner.data.format.meta import MetaView
+from xtuner.data.format.parse_tokens import Int64s
 from xtuner.data.inspect.check_files import compare_with_meta
 from xtuner.data.inspect.scan import Scanner, split_file
+from xtuner.data.sources.decoded import DecodedFile
 
 
 @dataclass
@@ -49,12 +51,19 @@ def build_caches(data: TokenizedFolder, seed: int, with_tokens: bool = True, wor
     """
     workers = process_pool.usable_workers(workers)
     rows = {name: i for i, name in enumerate(data.catalog.names)}
-    save_catalog(data.catalog.select(list(rows.values())), data.cache_dirs, data.min_length)
+    save_catalog(data.catalog.select(list(rows.values())), data.cache_dirs, data.min_length, data.kind)
     orders = data.load_orders(seed, small=0)
     made = CacheResult(orders.path if orders else None)
     jobs = []
     for file in {file.name: file for file in data}.values():
-        cache = data.find_token_cache(file)
+        if isinstance(file, DecodedFile) and not file.is_mapped:  # decoded when it was examined, unless removed since
+            if found := file.find_cache() or file.build_cache():
+                made.tokens, made.bytes = made.tokens + 1, made.bytes + found[0].path.stat().st_size
+            else:
+                made.failed.append((file.name, "; ".join(data.cache_dirs.failures)))
+        if not isinstance(file, BinFile):
+            continue
+        cache = token_cache.find_token_cache(file, data.cache_dirs)
         if cache is not None:
             made.tokens += 1
             made.bytes += cache.path.stat().st_size

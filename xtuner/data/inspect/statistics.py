@@ -15,9 +15,11 @@ from xtuner.core.errors import DataError
 from xtuner.core.log import human, progress
 from xtuner.data import process_pool
 from xtuner.data.format import token_cache
-from xtuner.data.format.bin_file import BinFile, Int64s, data_type
+from xtuner.data.format.bin_file import BinFile, data_type
+from xtuner.data.format.document_file import DocumentFile
 from xtuner.data.format.folder import TokenizedFolder
 from xtuner.data.format.meta import MetaView
+from xtuner.data.format.parse_tokens import Int64s
 from xtuner.data.format.zeros import count_unlearned
 from xtuner.data.inspect.check_files import describe_zeros
 from xtuner.data.inspect.scan import ByteRange, Scanner, split_file
@@ -25,6 +27,7 @@ from xtuner.data.loading.balance import attention_costs
 from xtuner.data.loading.sampler import load_permutation
 from xtuner.data.packing.document_order import DocumentOrders, shuffle_file
 from xtuner.data.packing.dropped_tokens import DroppedTokens
+from xtuner.data.sources.document_blocks import DocumentRange, read_documents, split_documents
 
 BUCKETS = 33  # of lengths: 0, 1, 2–3, 4–7, …
 BLOCK = 2**20  # rows or tokens per block
@@ -92,7 +95,7 @@ class Stats:
 
 class _Job(NamedTuple):
     number: int
-    file: BinFile
+    file: DocumentFile
     seed: int
     packed_length: int
     orders: DocumentOrders | None
@@ -109,7 +112,7 @@ class _Counted(NamedTuple):
 
 class _Learn(NamedTuple):
     number: int
-    part: ByteRange
+    part: ByteRange | DocumentRange  # the latter for files of other kinds
     cache: token_cache.TokenCache | None  # instead of the text
 
 
@@ -129,7 +132,7 @@ def compute_statistics(
     Raises: DataError for a text that contradicts the format.
     """
     workers = process_pool.usable_workers(workers)
-    found = Stats(str(data.folder), packed_length, seed, data.min_length, data.num_documents, data.num_tokens)
+    found = Stats(data.location, packed_length, seed, data.min_length, data.num_documents, data.num_tokens)
     c = data.catalog
     for name, documents, count in zip(c.names, c.documents.tolist(), c.tokens.tolist(), strict=True):
         found.files.append(FileStats(name, documents, count, count // packed_length, count % packed_length))
@@ -162,12 +165,12 @@ def _workers(workers: int, work: int, jobs: int) -> int:
 
 def _count(job: _Job) -> _Counted:
     """For a worker process: document lengths and pack costs of one file."""
-    meta = MetaView(job.file.path)
+    known = MetaView(job.file.path).lengths if isinstance(job.file, BinFile) else job.file.all_lengths
     documents, counts = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
     steps = 2 ** np.arange(BUCKETS - 1, dtype=np.int64)
     longest = longer = longer_tokens = 0
-    for i in range(0, len(meta), BLOCK):
-        lengths = meta.lengths[i : i + BLOCK].astype(np.int64)
+    for i in range(0, len(known), BLOCK):
+        lengths = known[i : i + BLOCK].astype(np.int64)
         lengths = lengths[lengths >= job.file.min_length]
         bucket = np.searchsorted(steps, lengths, side="right")
         documents += np.bincount(bucket, minlength=BUCKETS)
@@ -217,14 +220,17 @@ def _balance(found: Stats, costs: npt.NDArray[np.float32], ranks: Sequence[int])
 def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
     jobs = []
     for i, file in enumerate(data):
-        cache = data.find_token_cache(file)
+        if not isinstance(file, BinFile):
+            jobs += [_Learn(i, documents, None) for documents in split_documents(file, data.kind)]
+            continue
+        cache = token_cache.find_token_cache(file, data.cache_dirs)
         assert file.facts is not None
         if cache:
             jobs.append(_Learn(i, ByteRange(cache.path, 0, cache.tokens), cache))
         else:
             jobs += [_Learn(i, part, None) for part in split_file(file.path, file.facts.signature.size)]
     sums, zeros = [0] * len(data), [0] * len(data)
-    size = sum(job.part.end - job.part.begin for job in jobs)
+    size = sum(job.part.end - job.part.begin if isinstance(job.part, ByteRange) else job.part.size for job in jobs)
     results = process_pool.map_ordered(_learned_part, jobs, _workers(workers, size // 2**25, len(jobs)))
     for i, learned, unlearned in progress(results, "reading tokens", total=len(jobs)):
         sums[i] += learned
@@ -237,6 +243,8 @@ def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
 def _learned_part(job: _Learn) -> tuple[int, int, int]:
     """For a worker process: (file number, learned tokens, zeros that only `learn_zero` learns) of one byte range or
     cache."""
+    if isinstance(job.part, DocumentRange):
+        return job.number, int(np.count_nonzero(read_documents(job.part).learned)), 0
     if job.cache:
         begins, cached = job.cache.mapped()
         learned = zeros = 0

@@ -60,7 +60,7 @@ def _open_on_first_rank(build: Build, known: Known) -> PackedDataset:
     documents = getattr(data, "documents", None)
     if documents is None or documents.orders is None or documents.orders.key != known["key"]:
         return data  # it has walked the folder itself
-    seen = read_signatures(documents.folder, documents.catalog.names)
+    seen = read_signatures(documents.folder, documents.catalog.names, documents.kind)
     unseen = np.flatnonzero(seen["size"] < 0)
     if len(unseen):
         raise _access_error([documents.catalog.names[i] for i in unseen], str(documents.folder))

@@ -23,10 +23,11 @@ import numpy.typing as npt
 
 from xtuner.core.foreign_inputs import open_regular
 from xtuner.core.log import logger, progress
-from xtuner.data.format.bin_file import BinFile, Int64s
 from xtuner.data.format.cache_dirs import CacheDirs, log_once
 from xtuner.data.format.cache_file import DAMAGED, HEADER_BYTES
+from xtuner.data.format.document_file import DocumentFile, FileKind
 from xtuner.data.format.file_catalog import Catalog, from_bytes, to_bytes
+from xtuner.data.format.parse_tokens import Int64s
 from xtuner.data.process_pool import map_ordered, usable_workers
 
 SMALL = 100_000  # documents; fewer are ordered in milliseconds, so that nothing is cached for them
@@ -42,13 +43,11 @@ def shuffle_documents(lengths: Int64s, seed: int) -> tuple[RowNumbers, Int64s]:
     return order, np.cumsum(lengths[order])
 
 
-def shuffle_file(file: BinFile, seed: int) -> tuple[RowNumbers, Int64s]:
+def shuffle_file(file: DocumentFile, seed: int) -> tuple[RowNumbers, Int64s]:
     """(rows of the meta in packing order, tokens up to and including each document), [n] each, of used documents."""
     lengths = file.lengths
     if len(lengths) != file.num_documents:
-        raise file.changed_error(
-            file.path, f"its meta has {len(lengths):,} documents instead of {file.num_documents:,}"
-        )
+        raise file.changed_error(file.parts[-1], f"it has {len(lengths):,} documents instead of {file.num_documents:,}")
     order, ends = shuffle_documents(lengths, seed)
     return (order if file.kept is None else file.kept[order].astype(np.uint32)), ends
 
@@ -110,7 +109,13 @@ def find_orders(catalog: Catalog, min_length: int, seed: int, cache_dirs: CacheD
 
 
 def find_or_build_orders(
-    catalog: Catalog, folder: Path, min_length: int, seed: int, cache_dirs: CacheDirs, small: int | None = None
+    catalog: Catalog,
+    folder: Path,
+    min_length: int,
+    seed: int,
+    cache_dirs: CacheDirs,
+    kind: FileKind,
+    small: int | None = None,
 ) -> DocumentOrders | None:
     """Orders of all files, built and cached if absent. None for little data, or where nothing can be cached.
 
@@ -124,7 +129,7 @@ def find_or_build_orders(
         if found := find_orders(catalog, min_length, seed, cache_dirs):  # another process was faster
             return found
         key = catalog.key(min_length=min_length, seed=seed)
-        build = _Builder(catalog, folder, min_length, seed, cache_dirs, key)
+        build = _Builder(catalog, folder, min_length, seed, cache_dirs, kind, key)
         path = cache_dirs.write(_name(key), build.fill, f"the index of {folder}")
     return DocumentOrders(path, key) if path else None
 
@@ -136,7 +141,7 @@ def _name(key: str) -> str:
 class _Job(NamedTuple):
     """The order of one file, to be written at offset `begin` of the index file `target`."""
 
-    file: BinFile
+    file: DocumentFile
     seed: int
     target: str
     begin: int
@@ -171,6 +176,7 @@ class _Builder:
     min_length: int
     seed: int
     cache_dirs: CacheDirs
+    kind: FileKind
     key: str
 
     def fill(self, f: IO[bytes]) -> None:
@@ -188,7 +194,7 @@ class _Builder:
             if not self._copy(f, i, old.get(catalog.identities[i].tobytes())):
                 jobs.append(i)
         target = os.path.realpath(f"/proc/self/fd/{f.fileno()}")
-        files = [catalog.file(i, self.folder, self.min_length) for i in jobs]
+        files = [catalog.file(i, self.folder, self.min_length, self.kind) for i in jobs]
         begins = catalog.records["order_begin"][jobs].tolist()
         work = [_Job(file, self.seed, target, begin) for file, begin in zip(files, begins, strict=True)]
         count = int(documents[jobs].sum())

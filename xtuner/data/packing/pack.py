@@ -250,10 +250,10 @@ class PackedDataset:
         if isinstance(documents, Mixture) and self.mixture:
             source = self.mixture.source_of(pack)
             documents, number = documents.parts[source], pack - self.mixture.first_pack[source]
-        if folder := documents.folder:
+        if documents.folder:
             options = f"--pack {number} --max-length {self.packed_length} --seed {self.seed}"
-            options += " --learn-zero" if getattr(documents, "learn_zero", False) else ""
-            return f"xtuner data show {folder} {options} {more}".rstrip()
+            options += f" {chosen}" if (chosen := getattr(documents, "kind_options", "")) else ""
+            return f"xtuner data show {documents.location} {options} {more}".rstrip()
         file_number, start = self.locate(pack)
         file = self.file_packs(file_number)
         rows = list(map(str, file.span_arrays(start, start + self.packed_length).rows.tolist()))

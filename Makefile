@@ -10,8 +10,9 @@ LMDEPLOY := $(CACHE)/lmdeploy-0.9.2.post1
 LLAMACPP := $(CACHE)/llama-cpp-python-0.3.36
 MMENGINE := $(CACHE)/mmengine-0.10.7
 PEFT := $(CACHE)/peft-0.21.2
+DATA_LIBRARIES := $(CACHE)/data-libraries-1
 
-.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine peft bench-table bench-several bench-data settings configs clean help
+.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine peft data-libraries bench-table bench-several bench-data settings configs clean help
 
 help:
 	@echo "make demo   install into .venv and run every step from text to a trained, exported tiny model (minutes, no GPU)"
@@ -84,6 +85,13 @@ peft: $(PEFT)/installed
 $(PEFT)/installed: tests/external/peft.txt | .venv/installed
 	rm -rf "$(PEFT)"
 	$(BIN)/python -m pip install -q --no-deps --target "$(PEFT)" -r tests/external/peft.txt
+	touch "$@"
+
+data-libraries: $(DATA_LIBRARIES)/installed
+
+$(DATA_LIBRARIES)/installed: tests/external/data_libraries.txt | .venv/installed
+	rm -rf "$(DATA_LIBRARIES)"
+	$(BIN)/python -m pip install -q --no-deps --target "$(DATA_LIBRARIES)/site-packages" -r tests/external/data_libraries.txt
 	touch "$@"
 
 .venv/installed: pyproject.toml constraints.txt

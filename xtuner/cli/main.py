@@ -20,6 +20,7 @@ VERBS = {  # words → (module, what it does)
     "check-cfg": ("xtuner.cli.check_cfg", "report all mistakes in a config"),
     "data order": ("xtuner.tools.get_data_order", "write the order of files for training"),
     "data tokenize": ("xtuner.cli.data.tokenize", "convert text to .bin and .bin.meta files for training"),
+    "data convert": ("xtuner.cli.data.convert", "convert token files: .bin, Megatron, Parquet, Arrow, JSON lines"),
     "data check": ("xtuner.cli.data.check", "check files against their metas and the format; repair metas"),
     "data stats": ("xtuner.cli.data.stats", "statistics of documents, tokens, packs and balance: text, JSON or HTML"),
     "list-models": ("xtuner.cli.list_models", "list the known models, their features, exports and the GPUs they need"),

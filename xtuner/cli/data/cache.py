@@ -2,11 +2,11 @@
 
 import argparse
 
-from xtuner.cli.data.common import add_shared, open_folder
+from xtuner.cli.data.common import FOLDER, add_shared, open_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="folder of .bin and .bin.meta files")
+    parser.add_argument("folder", help=FOLDER)
     parser.add_argument(
         "--index-only", action="store_true", help="only the index (12 bytes per document), no tokens (4 bytes each)"
     )

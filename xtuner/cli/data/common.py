@@ -1,10 +1,15 @@
-"""Shared by the verbs that open a data folder by its index."""
+"""Shared by the verbs that open data folders."""
 
 import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from xtuner.data.format.folder import TokenizedFolder
+    from xtuner.data.sources.columns import Columns
+    from xtuner.data.sources.kinds import Kind
+
+FOLDER = "folder of token files: .bin and .bin.meta, or those of another kind"
+KINDS = ("auto", "internevo", "megatron", "parquet", "arrow", "jsonl")
 
 
 def add_shared(parser: argparse.ArgumentParser, cache: str) -> None:
@@ -15,15 +20,65 @@ def add_shared(parser: argparse.ArgumentParser, cache: str) -> None:
     parser.add_argument("--file-type", default=".bin", help="suffix of the token files (default: .bin)")
     parser.add_argument("--cache-dir", metavar="DIR", help=f"{cache} (default: next to the data)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    add_kind(parser)
+
+
+def add_kind(parser: argparse.ArgumentParser, name: str = "--kind") -> None:
+    """Options that say which documents a folder of any kind has, as in `load_token_files`."""
+    parser.add_argument(
+        name,
+        dest="kind",
+        default="auto",
+        choices=KINDS,
+        help="kind of the files (default: by the files; internevo where there are several)",
+    )
+    parser.add_argument("--ids", default="auto", metavar="COLUMN", help="column of token ids (default: input_ids, …)")
+    parser.add_argument(
+        "--labels", default="auto", metavar="COLUMN", help="column of labels; none: learn all (default: labels)"
+    )
+    parser.add_argument(
+        "--mask",
+        default="auto",
+        metavar="COLUMN",
+        help="column of a mask of 0 and 1; none: no mask (default: loss_mask)",
+    )
+
+
+def read_columns(args: argparse.Namespace) -> "Columns":
+    """Raises: ConfigError."""
+    from xtuner.data.sources.columns import Columns
+    from xtuner.data.sources.kinds import NONE
+
+    return Columns(args.ids, *(None if column == NONE else column for column in (args.labels, args.mask)))
+
+
+def find_kind(args: argparse.Namespace) -> "Kind":
+    """The kind of the files in the folder of `args`. Raises: ConfigError, DataError."""
+    from xtuner.data.sources.files import split_location
+    from xtuner.data.sources.kinds import INTERNEVO, detect_kind
+
+    found: Kind = args.kind
+    if found == "auto" and getattr(args, "file_type", ".bin") != ".bin":
+        found = "internevo"
+    return detect_kind(*split_location(args.folder), prefer=INTERNEVO) if found == "auto" else found
 
 
 def open_folder(args: argparse.Namespace) -> "TokenizedFolder":
     """Open the data folder of `args`. Raises: ConfigError, DataError."""
     from xtuner.core.errors import ConfigError
     from xtuner.data.format.folder import load_intern_repo_tokenized_dataset
+    from xtuner.data.sources.kinds import INTERNEVO
+    from xtuner.data.sources.load import load_token_files
 
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"seed is {args.seed}, not in 0 … 2^32 - 1", where="--seed")
-    return load_intern_repo_tokenized_dataset(
-        args.folder, args.min_length, args.data_order, args.file_type, args.cache_dir
+    kind = find_kind(args)
+    if kind == INTERNEVO:
+        return load_intern_repo_tokenized_dataset(
+            args.folder, args.min_length, args.data_order, args.file_type, args.cache_dir,
+            getattr(args, "learn_zero", False),
+        )  # fmt: skip
+    columns = read_columns(args)
+    return load_token_files(
+        args.folder, kind, columns.ids, columns.labels, columns.mask, args.min_length, args.data_order, args.cache_dir
     )

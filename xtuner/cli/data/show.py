@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from xtuner.cli.data.common import FOLDER, add_kind, open_folder
 from xtuner.core import log
 from xtuner.core.errors import ConfigError, DataError, did_you_mean
 from xtuner.core.log import use_colour
@@ -14,13 +15,15 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="folder of .bin and .bin.meta files")
+    parser.add_argument("folder", help=FOLDER)
     parser.add_argument("--pack", type=int, default=0, help="number of the pack (default: 0)")
     parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer (default: show token ids)")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens per pack (default: 2048)")
     parser.add_argument("--seed", type=int, default=1024, help="seed of the document order (default: 1024)")
     parser.add_argument("--learn-zero", action="store_true", help="learn_zero, as in the config")
     parser.add_argument("--data-order", help="data_order.txt (default: folders in sorted order)")
+    add_kind(parser)
+    parser.set_defaults(min_length=0, file_type=".bin", cache_dir=None)
     parser.add_argument(
         "--show",
         default=None,
@@ -29,14 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from xtuner.data import load_intern_repo_tokenized_dataset
     from xtuner.data.packing.pack import PackedDataset
 
     log.setup("WARNING")
-    documents = load_intern_repo_tokenized_dataset(
-        args.folder, data_order_path=args.data_order, learn_zero=args.learn_zero
-    )
-    data = PackedDataset(documents, args.max_length, args.seed)
+    data = PackedDataset(open_folder(args), args.max_length, args.seed)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     return print_packs(data, [args.pack], args.show or ("text" if tokenizer else "input_ids"), tokenizer)
 
@@ -56,7 +55,7 @@ def print_packs(data: "PackedDataset", packs: list[int], way: str, tokenizer: To
     if not len(data):
         raise DataError(
             "there are no packs",
-            where=f"{data.documents.folder}: {data.documents.num_tokens:,} tokens",
+            where=f"{data.documents.location}: {data.documents.num_tokens:,} tokens",
             why=f"no file has {data.packed_length:,} tokens",
             do="give a smaller --max-length",
         )

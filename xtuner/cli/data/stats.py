@@ -2,11 +2,11 @@
 
 import argparse
 
-from xtuner.cli.data.common import add_shared, open_folder
+from xtuner.cli.data.common import FOLDER, add_shared, open_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="folder of .bin and .bin.meta files")
+    parser.add_argument("folder", help=FOLDER)
     parser.add_argument("--max-length", type=int, default=32768, metavar="N", help="tokens per pack (default: 32768)")
     parser.add_argument(
         "--ranks", default="8,64,512", help="numbers of ranks to compute the imbalance for (default: 8,64,512)"

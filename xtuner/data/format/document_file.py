@@ -168,6 +168,8 @@ class FileKind(Protocol):
     """How files of one kind are found and read: what a `TokenizedFolder` needs to know."""
 
     @property
+    def name(self) -> str: ...
+    @property
     def tag(self) -> str:
         """Distinguishes caches of other kinds, and of other options that change what is read."""
 

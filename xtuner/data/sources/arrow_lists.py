@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data.format.parse_tokens import Int64s
-from xtuner.data.sources.columns import Chosen, Columns, to_signed
+from xtuner.data.sources.columns import PADDING, Chosen, Columns, to_signed
 from xtuner.data.sources.decoded import Decoded
 
 
@@ -96,10 +96,9 @@ def require_unpadded(batch: Any, columns: Columns, chosen: Chosen, where: str) -
 
     Raises: DataError if `attention_mask` has zeros, and neither labels nor a mask say what is learned.
     """
-    name = "attention_mask"
-    if chosen.role or name not in batch.schema.names or (columns.labels is None and columns.mask is None):
+    if chosen.role or PADDING not in batch.schema.names or (columns.labels is None and columns.mask is None):
         return
-    flat = batch.column(name).flatten().to_numpy(zero_copy_only=False)
+    flat = batch.column(PADDING).flatten().to_numpy(zero_copy_only=False)
     if len(flat) and not flat.all():
         raise DataError(
             "the documents are padded: attention_mask has zeros, and there are no labels",

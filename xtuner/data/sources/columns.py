@@ -20,6 +20,7 @@ from xtuner.core.foreign_inputs import short
 
 AUTO = "auto"
 IDS, LABELS, MASK = ("input_ids", "tokens", "ids"), ("labels",), ("loss_mask", "mask")  # names that "auto" finds
+PADDING = "attention_mask"  # 0 for padding
 MAX_ID = 2**31 - 2  # id + 1 has a sign in 32 bits
 ID_OFFSET = 1  # of signed tokens, see `Reader`
 Role = Literal["labels", "mask", ""]
@@ -57,12 +58,13 @@ class Columns:
         """Among the columns of a file. `lists`: those of them that can be ids. Raises: DataError."""
         names = list(names)
         found = self._find(names, self.ids, IDS)
-        if self.ids == AUTO and found is None and len(only := list(lists or ())) == 1:
+        others = {*LABELS, *MASK, PADDING}
+        if self.ids == AUTO and found is None and len(only := [n for n in lists or () if n not in others]) == 1:
             found = only[0]
         if found is None:
-            usual = f" (none of {', '.join(IDS)})" if self.ids == AUTO else ""
+            wanted_ids = f"of ids ({', '.join(IDS)})" if self.ids == AUTO else repr(self.ids)
             raise DataError(
-                f"there is no column {self.ids!r}{usual}: the columns are {short(', '.join(names)) or 'none'}",
+                f"there is no column {wanted_ids}: the columns are {short(', '.join(names)) or 'none'}",
                 where=where,
                 do='name the column of token ids: ids="…"',
             )

@@ -83,6 +83,7 @@ class _Scan(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodedFile(DocumentFile):
+    id_offset = ID_OFFSET
     cache_dirs: CacheDirs | None = None
     columns: Columns = field(default_factory=Columns)
 
@@ -97,6 +98,14 @@ class DecodedFile(DocumentFile):
 
     def decode(self, block: Any) -> Iterator[Decoded]:
         """Yield the documents of a block, in parts of bounded size. Raises: DataError with the position."""
+        raise NotImplementedError
+
+    def block_bytes(self, block: Any) -> int:
+        """Memory that the decoded block needs, roughly."""
+        raise NotImplementedError
+
+    def describe(self, block: Any, i: int) -> str:
+        """Where document `i` of a block is, for messages."""
         raise NotImplementedError
 
     @property

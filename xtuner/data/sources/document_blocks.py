@@ -9,8 +9,10 @@ import numpy.typing as npt
 from xtuner.data.format.document_file import DocumentFile, FileKind
 from xtuner.data.format.parse_tokens import Int64s
 from xtuner.data.format.text_reader import LongLines, SpanArrays
+from xtuner.data.sources.decoded import DecodedFile
 
 TOKENS = 2**20  # of a range; a longer document is one
+LARGE = 2**28  # bytes of a block that is not sent between processes
 
 
 class DocumentRange(NamedTuple):
@@ -27,10 +29,58 @@ class DocumentRange(NamedTuple):
         return 4 * int(self.lengths.sum())
 
 
+class DecodedBlock(NamedTuple):
+    """A block of a file that is decoded block by block, for a worker process."""
+
+    file: DecodedFile
+    block: Any
+
+
 class Documents(NamedTuple):
     lengths: Int64s  # of n documents
     ids: Int64s  # of all, end to end
     learned: npt.NDArray[np.bool_]
+
+
+Part = DocumentRange | DecodedBlock
+
+
+def split_file(file: DocumentFile, kind: FileKind) -> Iterator[Part]:
+    """All documents of a file, in order, without writing caches. Raises: DataError."""
+    if isinstance(file, DecodedFile) and not file.is_mapped:
+        yield from (DecodedBlock(file, block) for block in file.blocks())
+    else:
+        yield from split_documents(file.examine(), kind)
+
+
+def count_parts(file: DocumentFile) -> int:
+    """How many parts `split_file` yields, roughly. Raises: DataError."""
+    if isinstance(file, DecodedFile) and not file.is_mapped:
+        return len(file.blocks())
+    return file.examine().num_tokens // TOKENS + 1
+
+
+def is_large(file: DocumentFile) -> bool:
+    """Whether a part of a file needs too much memory to be sent between processes. Raises: DataError."""
+    if not isinstance(file, DecodedFile) or file.is_mapped:
+        return False
+    return max(map(file.block_bytes, file.blocks()), default=0) > LARGE
+
+
+def read_part(part: Part, vocab_size: int | None = None) -> Iterator[Documents]:
+    """Raises: DataError for documents that contradict their format or index, or an id not below `vocab_size`."""
+    if isinstance(part, DocumentRange):
+        yield read_documents(part, vocab_size)
+        return
+    count = 0
+    for lengths, signed in part.file.decode(part.block):
+        ids = np.abs(signed).astype(np.int64) - part.file.id_offset
+        if vocab_size is not None and len(ids) and int(ids.max()) >= vocab_size:
+            i = int(np.flatnonzero(ids >= vocab_size)[0])
+            row = count + int(np.searchsorted(np.cumsum(lengths), i, side="right"))
+            part.file.check_ids(ids[i : i + 1], part.file.describe(part.block, row), vocab_size)
+        count += len(lengths)
+        yield Documents(lengths, ids, signed > 0)
 
 
 def split_documents(file: DocumentFile, kind: FileKind) -> Iterator[DocumentRange]:

@@ -49,6 +49,12 @@ class JsonlFile(DecodedFile):
             raise DataError(f"{self.name} cannot be read: {e.strerror or e}", where=str(self.path)) from None
         yield Decoded(np.array(lengths, np.int64), np.concatenate(parts))
 
+    def block_bytes(self, block: int) -> int:
+        return BLOCK
+
+    def describe(self, block: int, i: int) -> str:
+        return f"{self.path}:{block}, document {i} from there on"
+
     def _parse(self, line: bytes, at: int) -> npt.NDArray[np.int32]:
         """Signed tokens of a line. Raises: DataError."""
         where = f"{self.path}:{at}"

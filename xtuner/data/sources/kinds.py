@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.core.foreign_inputs import read_regular
@@ -19,8 +19,9 @@ from xtuner.data.sources.megatron import ENDINGS, MegatronFile, idx_path
 from xtuner.data.sources.parquet import ParquetFile
 from xtuner.data.sources.raw_reader import RawReader
 
-INTERNEVO = "internevo"
-SUFFIXES = {  # of the files of each kind
+Kind = Literal["auto", "internevo", "megatron", "parquet", "arrow", "jsonl"]
+INTERNEVO: Literal["internevo"] = "internevo"
+SUFFIXES: dict[Kind, tuple[str, ...]] = {  # of the files of each kind
     INTERNEVO: (".bin",),
     "megatron": (".bin",),
     "parquet": (".parquet",),
@@ -95,20 +96,29 @@ def make_kind(name: str, columns: Columns, cache_dirs: CacheDirs) -> MegatronKin
     return MegatronKind(columns, cache_dirs) if name == "megatron" else ColumnKind(columns, cache_dirs, name)
 
 
-def detect_kind(root: Path, only: str | None = None) -> str:
+def detect_kind(root: Path, only: str | None = None, prefer: Kind | None = None) -> Kind:
     """The kind of the files in a folder, or of one file of it.
+
+    Args:
+        prefer: the kind to choose where there are several, or none.
 
     Raises: ConfigError for files of several kinds; DataError for none.
     """
-    found: dict[str, str] = {}  # kind → the first file
-    names = [only] if only else walk_files(root, tuple({s for suffixes in SUFFIXES.values() for s in suffixes}))
+    found: dict[Kind, str] = {}  # kind → the first file
+    names = [only] if only else walk_files(root, (".idx", *{s for suffixes in SUFFIXES.values() for s in suffixes}))
     for name in names:
         if name.endswith(".bin"):
-            kind = "megatron" if os.path.exists(idx_path(root / name)) else INTERNEVO
+            kind: Kind | None = "megatron" if os.path.exists(idx_path(root / name)) else INTERNEVO
+        elif name.endswith(".idx"):
+            kind = "megatron"
         else:
-            kind = next((k for k, suffixes in SUFFIXES.items() if name.endswith(suffixes)), "")
+            kind = next((k for k, suffixes in SUFFIXES.items() if name.endswith(suffixes)), None)
         if kind:
             found.setdefault(kind, name)
+        if kind == prefer:
+            break
+    if prefer and not only and (prefer in found or not found):
+        return prefer
     if not found:
         raise DataError(
             f"{only} is not a token file" if only else "no token file in the data folder",
@@ -126,11 +136,12 @@ def detect_kind(root: Path, only: str | None = None) -> str:
     return next(iter(found))
 
 
-def list_files(kind: str, root: Path, columns: Columns) -> list[str]:
+def list_files(kind: Kind, root: Path, columns: Columns) -> list[str]:
     """The files of a folder in the loader's order. Raises: ConfigError, DataError."""
     names = list(walk_files(root, SUFFIXES[kind]))
-    if kind == "megatron":
-        names = _without_companions(names, root, columns)
+    if kind == "megatron":  # an .idx without its .bin is one that lacks it, not nothing
+        found = (name.removesuffix(".idx") + ".bin" for name in walk_files(root, ".idx"))
+        names = _without_companions(list(dict.fromkeys([*names, *found])), columns)
     if kind == "arrow":
         _require_one_split(root)
         names = [name for name in names if _is_of_dataset(root / name)]
@@ -141,7 +152,7 @@ def list_files(kind: str, root: Path, columns: Columns) -> list[str]:
     return names
 
 
-def _without_companions(names: list[str], root: Path, columns: Columns) -> list[str]:
+def _without_companions(names: list[str], columns: Columns) -> list[str]:
     """Without the pairs that contain labels or masks of others."""
     endings = [ending for role in ENDINGS.values() for ending in role]
     endings += [e for e in (columns.labels, columns.mask) if e not in (None, AUTO)]

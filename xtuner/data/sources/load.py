@@ -8,19 +8,16 @@ train_dataset = dict(
 )
 """
 
-import os
 from pathlib import Path
-from typing import Literal
 
 from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError
 from xtuner.data.format.cache_dirs import CacheDirs, Opening
-from xtuner.data.format.file_order import read_order, require_folder
+from xtuner.data.format.file_order import read_order
 from xtuner.data.format.folder import TokenizedFolder, load_intern_repo_tokenized_dataset, open_files
 from xtuner.data.sources.columns import AUTO, Columns
-from xtuner.data.sources.kinds import INTERNEVO, SUFFIXES, detect_kind, list_files, make_kind
-
-Kind = Literal["auto", "internevo", "megatron", "parquet", "arrow", "jsonl"]
+from xtuner.data.sources.files import split_location
+from xtuner.data.sources.kinds import INTERNEVO, SUFFIXES, Kind, detect_kind, list_files, make_kind
 
 
 def load_token_files(
@@ -50,9 +47,7 @@ def load_token_files(
     """
     SCHEMA.require("train_dataloader.dataset.dataset_cfg", kind=kind)
     columns = Columns(ids, labels, mask)
-    path = Path(os.path.expanduser(folder))
-    only = path.name if os.path.isfile(path) else None
-    root = path.parent if only else require_folder(folder)
+    root, only = split_location(folder)
     name = detect_kind(root, only) if kind == "auto" else kind
     if name == INTERNEVO:
         if only or columns != Columns():
@@ -65,7 +60,7 @@ def load_token_files(
             root, min_length, data_order_path, cache_dir=cache_dir, opening=opening
         )
     cache_dirs = CacheDirs(root, opening.cache_dir or cache_dir, opening.read_only)
-    request = [str(path), name, ids, str(labels), str(mask), str(min_length), str(data_order_path)]
+    request = [str(folder), name, ids, str(labels), str(mask), str(min_length), str(data_order_path)]
 
     def find_names() -> list[str]:
         if only:
@@ -75,4 +70,4 @@ def load_token_files(
         return list_files(name, root, columns)
 
     made = make_kind(name, columns, cache_dirs)
-    return open_files(root, find_names, min_length, cache_dirs, request, made, opening, str(path))
+    return open_files(root, find_names, min_length, cache_dirs, request, made, opening, str(folder))

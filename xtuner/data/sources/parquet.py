@@ -7,6 +7,7 @@ from typing import Any
 from xtuner.core.errors import DataError, XTunerError
 from xtuner.core.foreign_inputs import check_regular
 from xtuner.data.sources.arrow_lists import choose_columns, decode_batch, import_pyarrow, require_unpadded
+from xtuner.data.sources.columns import PADDING
 from xtuner.data.sources.decoded import Decoded, DecodedFile, damaged
 
 TOKENS = 2**22  # about so many are decoded at once
@@ -31,8 +32,8 @@ class ParquetFile(DecodedFile):
             where = str(self.path)
             chosen = choose_columns(pa, file.schema_arrow, self.columns, where)
             names = [n for n in (chosen.ids, chosen.learned) if n]
-            if not group and "attention_mask" in file.schema_arrow.names:
-                names.append("attention_mask")
+            if not group and PADDING in file.schema_arrow.names:
+                names.append(PADDING)
             meta = file.metadata.row_group(group)
             values = max((meta.column(i).num_values for i in range(meta.num_columns)), default=1)
             rows = min(max(TOKENS * meta.num_rows // max(values, 1), 1), MAX_ROWS)
@@ -46,6 +47,13 @@ class ParquetFile(DecodedFile):
                 raise
             except Exception as e:  # pyarrow raises many kinds of errors for damaged data
                 raise damaged(self.path, f"{position}, row {row}", e) from None
+
+    def block_bytes(self, block: tuple[int, int]) -> int:
+        with self._open() as file:
+            return int(file.metadata.row_group(block[0]).total_byte_size)
+
+    def describe(self, block: tuple[int, int], i: int) -> str:
+        return f"{self.path}, row {block[1] + i}"
 
     def _open(self) -> Any:
         pa = import_pyarrow()

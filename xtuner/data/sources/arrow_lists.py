@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data.format.parse_tokens import Int64s
-from xtuner.data.sources.columns import PADDING, Chosen, Columns, to_signed
+from xtuner.data.sources.columns import PADDING, Chosen, Columns, padding_error, to_signed
 from xtuner.data.sources.decoded import Decoded
 
 
@@ -96,13 +96,8 @@ def require_unpadded(batch: Any, columns: Columns, chosen: Chosen, where: str) -
 
     Raises: DataError if `attention_mask` has zeros, and neither labels nor a mask say what is learned.
     """
-    if chosen.role or PADDING not in batch.schema.names or (columns.labels is None and columns.mask is None):
+    if chosen.role or PADDING not in batch.schema.names or columns.learns_all:
         return
     flat = batch.column(PADDING).flatten().to_numpy(zero_copy_only=False)
     if len(flat) and not flat.all():
-        raise DataError(
-            "the documents are padded: attention_mask has zeros, and there are no labels",
-            where=where,
-            why="the padding would be trained on",
-            do='tokenize without padding; mask="attention_mask" keeps the padding, but does not learn it',
-        )
+        raise padding_error(where)

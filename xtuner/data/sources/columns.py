@@ -54,6 +54,11 @@ class Columns:
     def tag(self) -> str:
         return f"{self.ids},{self.labels},{self.mask}"
 
+    @property
+    def learns_all(self) -> bool:
+        """Whether the config says so, and not only the columns that there are."""
+        return self.labels is None and self.mask is None
+
     def choose(self, names: Iterable[str], where: str, lists: Iterable[str] | None = None) -> Chosen:
         """Among the columns of a file. `lists`: those of them that can be ids. Raises: DataError."""
         names = list(names)
@@ -106,6 +111,15 @@ def to_signed(ids: Values, learned: Values | None, role: Role, where: Where) -> 
     if learned is None:
         return value
     return np.where(_find_learned(ids, learned, role, where), value, -value)
+
+
+def padding_error(where: str) -> DataError:
+    return DataError(
+        f"the documents are padded: {PADDING} has zeros, and there are no labels",
+        where=where,
+        why="the padding would be trained on",
+        do=f'tokenize without padding; mask="{PADDING}" keeps the padding, but does not learn it',
+    )
 
 
 def _find_learned(ids: Values, values: Values, role: Role, where: Where) -> npt.NDArray[np.bool_]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from xtuner.core.errors import DataError
 from xtuner.core.foreign_inputs import open_regular, short_repr
 from xtuner.data.format.parse_tokens import LARGEST_ID, parse_list
-from xtuner.data.sources.columns import Role, to_signed
+from xtuner.data.sources.columns import PADDING, Role, padding_error, to_signed
 from xtuner.data.sources.decoded import Decoded, DecodedFile
 
 BLOCK = 2**24  # bytes
@@ -68,6 +68,8 @@ class JsonlFile(DecodedFile):
         if (found := _USUAL.fullmatch(line)) is None:
             return None
         names = [name.decode() for name in (found[1], found[3]) if name is not None]
+        if PADDING in names:
+            return None
         chosen = self.columns.choose(names, where)
         values: list[npt.NDArray[Any]] = []
         for name in (chosen.ids, chosen.learned):
@@ -92,6 +94,8 @@ class JsonlFile(DecodedFile):
         chosen = self.columns.choose(record, where)
         learned = None if chosen.learned is None else _numbers(record[chosen.learned], chosen.learned, where)
         ids = _numbers(record[chosen.ids], chosen.ids, where)
+        if not (chosen.role or self.columns.learns_all) and 0 in _numbers(record.get(PADDING, []), PADDING, where):
+            raise padding_error(where)
         return ids, learned, chosen.role
 
 

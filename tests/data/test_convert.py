@@ -55,7 +55,9 @@ def test_from_any_kind_to_any(tmp_path: Path, xtuner: Run, monkeypatch: pytest.M
     for number, folder in enumerate(folders):
         target = tmp_path / "bin" / folder.name
         with monkeypatch.context() as patch:
-            patch.setattr(document_blocks, "LARGE", 0 if folder.name == "feather" else 2**28)  # without processes
+            patch.setattr(
+                "xtuner.data.sources.decoded.MAX_SENT", 0 if folder.name == "feather" else 2**28
+            )  # without processes
             assert xtuner("data", "convert", folder, target, "--workers", 1 + number % 2) == 0
         assert sorted(p.name for p in (target / "en").iterdir()) == ["a.bin", "a.bin.meta"]
         assert documents_of(load_intern_repo_tokenized_dataset(target)) == NO_ZEROS
@@ -66,6 +68,9 @@ def test_from_any_kind_to_any(tmp_path: Path, xtuner: Run, monkeypatch: pytest.M
         options = ("--to", kind, "--vocab-size", vocab, "--from", "internevo", "--workers", 1)
         assert xtuner("data", "convert", source, target, *options) == 0
         assert documents_of(load_token_files(target)) == NO_ZEROS
+    with monkeypatch.context() as patch:
+        patch.setattr("xtuner.data.sources.decoded.LARGE", 1)  # its row groups are decoded by several processes
+        assert documents_of(load_token_files(tmp_path / "from" / "parquet", cache_dir=tmp_path / "cache")) == NO_ZEROS
     indexed = load_library("megatron.core.datasets.indexed_dataset")
     theirs = indexed.IndexedDataset(str(tmp_path / "to" / "megatron" / "en" / "a"))
     assert theirs.index.dtype == np.uint16

@@ -11,6 +11,7 @@ Where no cache can be written, documents are decoded with the block that they ar
 """
 
 import hashlib
+import multiprocessing
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.core.log import logger, progress
+from xtuner.data import process_pool
 from xtuner.data.format.cache_dirs import CacheDirs, log_once
 from xtuner.data.format.cache_file import HEADER_BYTES, CacheFormat
 from xtuner.data.format.document_file import DocumentFile, Facts, Signature
@@ -34,7 +36,9 @@ from xtuner.data.sources.columns import ID_OFFSET, Columns
 from xtuner.data.sources.megatron import read_document
 
 FORMAT = CacheFormat("xtuner decoded tokens", 1)
-LARGE = 2**26  # bytes of a file; from this size on, its decoding is reported
+LARGE = 2**26  # bytes of a file; from this size on, its decoding is reported, and done by several processes
+MAX_SENT = 2**28  # bytes of a block that processes send to each other
+MAX_WORKERS = 16
 KEPT = 2  # decoded blocks, where there is no cache
 
 
@@ -135,7 +139,7 @@ class DecodedFile(DocumentFile):
     def _fill(self, f: IO[bytes]) -> None:
         signature = Signature.read(self.parts)
         if signature.size >= LARGE:
-            logger.info(f"decoding {self.name} once, into {Path(f.name).parent}")
+            logger.info(f"{self.name} is decoded once, into a cache of 4 bytes a token")
         f.write(bytes(HEADER_BYTES))
         scan = self._pass(lambda signed: f.write(signed.data))
         tokens = int(scan.lengths.sum())
@@ -152,9 +156,9 @@ class DecodedFile(DocumentFile):
         """Decode all blocks. Raises: DataError."""
         counts, lengths, sizes, contents = [], [np.zeros(0, np.int64)], hashlib.sha256(), hashlib.sha256()
         blocks = self.blocks()
-        for block in progress(blocks, f"decoding {self.name}", total=len(blocks)) if len(blocks) > 1 else blocks:
+        for parts in progress(self._decode_all(blocks), f"decoding {self.name}", total=len(blocks)):
             count = 0
-            for part in self.decode(block):
+            for part in parts:
                 lengths.append(part.lengths)
                 sizes.update(np.ascontiguousarray(part.lengths).data)
                 contents.update(np.ascontiguousarray(part.signed).data)
@@ -162,6 +166,16 @@ class DecodedFile(DocumentFile):
                 count += len(part.lengths)
             counts.append(count)
         return _Scan(counts, np.concatenate(lengths), hashlib.sha256(sizes.digest() + contents.digest()).hexdigest())
+
+    def _decode_all(self, blocks: list[Any]) -> Iterator[Iterable[Decoded]]:
+        """The documents of each block; those of a large file by several processes, unless this is one of several."""
+        alone = multiprocessing.parent_process() is None
+        size = os.path.getsize(self.path)
+        if alone and size >= LARGE and max(map(self.block_bytes, blocks), default=0) <= MAX_SENT:
+            workers = min(process_pool.usable_workers(None), len(blocks), MAX_WORKERS)
+            yield from process_pool.map_ordered(decode_block, [(self, block) for block in blocks], max(workers, 1))
+        else:
+            yield from map(self.decode, blocks)
 
     @cached_property
     def scan(self) -> _Scan:
@@ -201,6 +215,12 @@ class DecodedFile(DocumentFile):
 
     def read(self, i: int, vocab_size: int | None = None) -> tuple[Int64s, npt.NDArray[np.bool_]]:
         return read_document(self, self.make_reader(), i, vocab_size)
+
+
+def decode_block(job: tuple[DecodedFile, Any]) -> list[Decoded]:
+    """For a worker process."""
+    file, block = job
+    return list(file.decode(block))
 
 
 class BlockReader:

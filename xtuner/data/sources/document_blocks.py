@@ -9,10 +9,10 @@ import numpy.typing as npt
 from xtuner.data.format.document_file import DocumentFile, FileKind
 from xtuner.data.format.parse_tokens import Int64s
 from xtuner.data.format.text_reader import LongLines, SpanArrays
+from xtuner.data.sources import decoded
 from xtuner.data.sources.decoded import DecodedFile
 
 TOKENS = 2**20  # of a range; a longer document is one
-LARGE = 2**28  # bytes of a block that is not sent between processes
 
 
 class DocumentRange(NamedTuple):
@@ -64,7 +64,7 @@ def is_large(file: DocumentFile) -> bool:
     """Whether a part of a file needs too much memory to be sent between processes. Raises: DataError."""
     if not isinstance(file, DecodedFile) or file.is_mapped:
         return False
-    return max(map(file.block_bytes, file.blocks()), default=0) > LARGE
+    return max(map(file.block_bytes, file.blocks()), default=0) > decoded.MAX_SENT
 
 
 def read_part(part: Part, vocab_size: int | None = None) -> Iterator[Documents]:

@@ -103,40 +103,41 @@ def read_values(fd: int, path: Any, column: RawColumn, begins: Int64s, counts: I
     dtype = np.dtype(column.dtype)
     out = np.empty(int(counts.sum()), dtype)
     left = memoryview(out.view(np.uint8).data)
-    used = np.flatnonzero(counts)
-    first, size = begins[used] // 8, counts[used] * dtype.itemsize
-    apart = np.flatnonzero(first[1:] != first[:-1] + size[:-1]) + 1  # documents that follow each other are read at once
-    for group in np.split(np.arange(len(used)), apart):
-        if len(group):
-            total = int(size[group].sum())
-            _fill(fd, path, left[:total], int(first[group[0]]))
-            left = left[total:]
+    begin = end = 0  # bytes that follow each other in the file are read at once
+    for first, count in zip((begins // 8).tolist(), counts.tolist(), strict=True):
+        if first != end and count:
+            left = _fill(fd, path, left, begin, end)
+            begin = end = first
+        end += count * dtype.itemsize
+    _fill(fd, path, left, begin, end)
     return out
 
 
-def _fill(fd: int, path: Any, target: memoryview, at: int) -> None:
-    while len(target):
+def _fill(fd: int, path: Any, target: memoryview, begin: int, end: int) -> memoryview:
+    """Read bytes `begin` to `end` of a file into a buffer. Returns the rest of it. Raises: DataError."""
+    while begin < end:
         try:
-            found = os.preadv(fd, [target[:LARGEST]], at)
+            found = os.preadv(fd, [target[: min(end - begin, LARGEST)]], begin)
         except OSError as e:
-            raise DataError(f"the file cannot be read: {e.strerror or e}", where=f"{path}:{at}") from None
+            raise DataError(f"the file cannot be read: {e.strerror or e}", where=f"{path}:{begin}") from None
         if not found:
             raise DataError(
                 "the file ends before its last document",
-                where=f"{path}:{at}",
+                where=f"{path}:{begin}",
                 why="it is cut short, or its index belongs to another file",
                 do="copy or write the file again",
             )
-        target, at = target[found:], at + found
+        target, begin = target[found:], begin + found
+    return target
 
 
 def _read_bits(fd: int, path: Any, begins: Int64s, counts: Int64s) -> npt.NDArray[np.bool_]:
     parts = [np.zeros(0, np.uint8)]
     for begin, count in zip(begins.tolist(), counts.tolist(), strict=True):
         if count:
-            size = (begin + count + 7) // 8 - begin // 8
-            data = bytearray(size)
-            _fill(fd, path, memoryview(data), begin // 8)
+            first, last = begin // 8, (begin + count + 7) // 8
+            data = bytearray(last - first)
+            _fill(fd, path, memoryview(data), first, last)
             bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
             parts.append(bits[begin % 8 : begin % 8 + count])
     return np.concatenate(parts).view(np.bool_)

@@ -69,7 +69,7 @@ def test_from_any_kind_to_any(tmp_path: Path, xtuner: Run, monkeypatch: pytest.M
         assert xtuner("data", "convert", source, target, *options) == 0
         assert documents_of(load_token_files(target)) == NO_ZEROS
     with monkeypatch.context() as patch:
-        patch.setattr("xtuner.data.sources.decoded.LARGE", 1)  # its row groups are decoded by several processes
+        patch.setattr("xtuner.data.sources.decoded.PARALLEL", 1)  # its row groups are decoded by several processes
         assert documents_of(load_token_files(tmp_path / "from" / "parquet", cache_dir=tmp_path / "cache")) == NO_ZEROS
     indexed = load_library("megatron.core.datasets.indexed_dataset")
     theirs = indexed.IndexedDataset(str(tmp_path / "to" / "megatron" / "en" / "a"))

@@ -56,11 +56,14 @@ def plain_body(line: bytes) -> bytes | None:
 
 def parse_lines(lines: Sequence[bytes]) -> tuple[Int64s, list[int]] | None:
     """(signed tokens of several lines end to end, number of tokens per line); None unless all are in the usual form."""
+    bodies = [plain_body(line) for line in lines]
+    return None if None in bodies else parse_bodies(bodies)  # type: ignore[arg-type]
+
+
+def parse_bodies(texts: Sequence[bytes]) -> tuple[Int64s, list[int]] | None:
+    """As `parse_lines`, of the text between the brackets of each list."""
     bodies, borders, used, at = [], [], [], 0
-    for line in lines:
-        body = plain_body(line)
-        if body is None:
-            return None
+    for body in texts:
         used.append(body != b"")
         if body:
             bodies.append(body)
@@ -68,7 +71,7 @@ def parse_lines(lines: Sequence[bytes]) -> tuple[Int64s, list[int]] | None:
             borders.append(at)
             at += 2
     if not bodies:
-        return np.zeros(0, np.int64), [0] * len(lines)
+        return np.zeros(0, np.int64), [0] * len(texts)
     found = _parse(b", ".join(bodies))
     if found is None:
         return None

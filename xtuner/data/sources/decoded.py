@@ -36,7 +36,8 @@ from xtuner.data.sources.columns import ID_OFFSET, Columns
 from xtuner.data.sources.megatron import read_document
 
 FORMAT = CacheFormat("xtuner decoded tokens", 1)
-LARGE = 2**26  # bytes of a file; from this size on, its decoding is reported, and done by several processes
+LARGE = 2**26  # bytes of a file; from this size on, its decoding is reported
+PARALLEL = 2**30  # from this size on, it is decoded by several processes, which take a second to start
 MAX_SENT = 2**28  # bytes of a block that processes send to each other
 MAX_WORKERS = 16
 KEPT = 2  # decoded blocks, where there is no cache
@@ -171,7 +172,7 @@ class DecodedFile(DocumentFile):
         """The documents of each block; those of a large file by several processes, unless this is one of several."""
         alone = multiprocessing.parent_process() is None
         size = os.path.getsize(self.path)
-        if alone and size >= LARGE and max(map(self.block_bytes, blocks), default=0) <= MAX_SENT:
+        if alone and size >= PARALLEL and max(map(self.block_bytes, blocks), default=0) <= MAX_SENT:
             workers = min(process_pool.usable_workers(None), len(blocks), MAX_WORKERS)
             yield from process_pool.map_ordered(decode_block, [(self, block) for block in blocks], max(workers, 1))
         else:

@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from xtuner.core.errors import DataError
 from xtuner.core.foreign_inputs import open_regular, short_repr
-from xtuner.data.format.parse_tokens import LARGEST_ID, parse_list
+from xtuner.data.format.parse_tokens import LARGEST_ID, parse_bodies
 from xtuner.data.sources.columns import PADDING, Role, padding_error, to_signed
 from xtuner.data.sources.decoded import Decoded, DecodedFile
 
 BLOCK = 2**24  # bytes
+TOGETHER = 2**20  # bytes of lines that are parsed at once
 _USUAL = re.compile(rb'\{"(\w+)": ?\[([-\d, ]*)\](?:, ?"(\w+)": ?\[([-\d, ]*)\])?\}\s*')
 _REMEDY = "write the line again"
 Document = tuple[npt.NDArray[Any], npt.NDArray[Any] | None, Role]  # ids; labels or mask; which of these
@@ -33,21 +34,52 @@ class JsonlFile(DecodedFile):
             return list(range(0, os.fstat(f.fileno()).st_size, BLOCK))
 
     def decode(self, block: int) -> Iterator[Decoded]:
-        lengths, parts = [], [np.zeros(0, np.int32)]
         try:
             with open_regular(self.path) as f:
                 at = block
                 if block:
                     f.seek(block - 1)
                     at = block - 1 + len(f.readline())  # the end of a line that begins before
+                lines: list[tuple[int, bytes]] = []
+                size = 0
                 while at < block + BLOCK and (line := f.readline()):
                     if line.strip():
-                        parts.append(self._parse(line, at))
-                        lengths.append(len(parts[-1]))
-                    at += len(line)
+                        lines.append((at, line))
+                    at, size = at + len(line), size + len(line)
+                    if size >= TOGETHER:
+                        yield self._parse_lines(lines)
+                        lines, size = [], 0
         except OSError as e:
             raise DataError(f"{self.name} cannot be read: {e.strerror or e}", where=str(self.path)) from None
-        yield Decoded(np.array(lengths, np.int64), np.concatenate(parts))
+        yield self._parse_lines(lines)
+
+    def _parse_lines(self, lines: list[tuple[int, bytes]]) -> Decoded:
+        """The documents of (byte, line)s. Raises: DataError."""
+        if (found := self._parse_together(lines)) is not None:
+            return found
+        parts = [self._parse(line, at) for at, line in lines]
+        return Decoded(np.array(list(map(len, parts)), np.int64), np.concatenate([np.zeros(0, np.int32), *parts]))
+
+    def _parse_together(self, lines: list[tuple[int, bytes]]) -> Decoded | None:
+        """Lines that have nothing but the same one or two lists; None for any others, and for wrong ones."""
+        found = [_USUAL.fullmatch(line) for _, line in lines]
+        if not found or not all(found):
+            return None
+        texts = [m.groups() for m in found if m]
+        first, _, second, _ = texts[0]
+        if first == second or PADDING.encode() in (first, second) or any((t[0], t[2]) != (first, second) for t in texts):
+            return None
+        names = [name.decode() for name in (first, second) if name is not None]
+        chosen = self.columns.choose(names, f"{self.path}:{lines[0][0]}")
+        ids = parse_bodies([t[1 if chosen.ids == names[0] else 3] for t in texts])
+        learned = chosen.learned and parse_bodies([t[1 if chosen.learned == names[0] else 3] for t in texts])
+        if ids is None or (chosen.learned and (not learned or learned[1] != ids[1])):
+            return None
+        try:
+            signed = to_signed(ids[0], learned[0] if learned else None, chosen.role, str)
+        except DataError:
+            return None  # the position is found line by line
+        return Decoded(np.array(ids[1], np.int64), signed)
 
     def block_bytes(self, block: int) -> int:
         return BLOCK
@@ -58,28 +90,10 @@ class JsonlFile(DecodedFile):
     def _parse(self, line: bytes, at: int) -> npt.NDArray[np.int32]:
         """Signed tokens of a line. Raises: DataError."""
         where = f"{self.path}:{at}"
-        ids, learned, role = self._usual(line, where) or self._json(line, where)
+        ids, learned, role = self._json(line, where)
         if learned is not None and len(learned) != len(ids):
             raise DataError(f"a line has {len(ids)} ids and {len(learned)} {role}", where=where, do=_REMEDY)
         return to_signed(ids, learned, role, lambda i: f"{where}, token {i}")
-
-    def _usual(self, line: bytes, where: str) -> Document | None:
-        """A line with nothing but lists of short integers; None for any other."""
-        if (found := _USUAL.fullmatch(line)) is None:
-            return None
-        names = [name.decode() for name in (found[1], found[3]) if name is not None]
-        if PADDING in names:
-            return None
-        chosen = self.columns.choose(names, where)
-        values: list[npt.NDArray[Any]] = []
-        for name in (chosen.ids, chosen.learned):
-            if name is not None:
-                text = found[2] if name == names[0] else found[4]
-                part = parse_list(text) if text.strip() else np.zeros(0, np.int64)
-                if part is None:
-                    return None
-                values.append(part)
-        return values[0], values[1] if chosen.learned else None, chosen.role
 
     def _json(self, line: bytes, where: str) -> Document:
         try:

@@ -21,9 +21,8 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
 NAMES = (
-    "data", "caches", "order", "options", "config", "checkpoint", "network", "weights", "pickle", "zip", "zero2",
-    "zero3",
-    "internevo", "tokenizer.model", "tokenizer.json", "texts", "records",
+    "data", "sources", "caches", "order", "options", "config", "checkpoint", "network", "weights", "pickle", "zip",
+    "zero2", "zero3", "internevo", "tokenizer.model", "tokenizer.json", "texts", "records",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from helpers.checkpoints import internlm2_weights, write_internevo, write_zero
 from helpers.corpus import train_tokenizer
+from helpers.token_files import draw_documents, write_jsonl
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from safetensors.torch import save
@@ -27,15 +28,20 @@ from xtuner.core import hub
 from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.files import file_entry, verify, write_manifest
 from xtuner.core.pickles import load_tensors
-from xtuner.data import load_intern_repo_tokenized_dataset
+from xtuner.data import load_intern_repo_tokenized_dataset, load_token_files
 from xtuner.data.chat_template import INTERNLM2_MARKS
 from xtuner.data.format.file_order import read_order
 from xtuner.data.format.writer import write_bin
 from xtuner.data.inspect.build_caches import build_caches
 from xtuner.data.inspect.check_files import check_folder
+from xtuner.data.inspect.check_sources import check_sources
 from xtuner.data.inspect.statistics import compute_statistics
 from xtuner.data.packing import document_order
 from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.sources.columns import Columns
+from xtuner.data.sources.convert import convert
+from xtuner.data.sources.files import find_files
+from xtuner.data.sources.megatron_writer import MegatronWriter
 from xtuner.data.tokenize.tokenize_files import tokenize
 from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
 from xtuner.data.tokenizer import load_tokenizer
@@ -65,7 +71,16 @@ def targets(sandbox: Path) -> dict[str, Target]:
     shared = sandbox / "shared"
     shared.mkdir(exist_ok=True)
     document_order.SMALL = 0
-    made = [_data(), _caches(shared), _order(), _options(shared), _config(shared), _checkpoint(shared), _network()]
+    made = [
+        _data(),
+        _sources(shared),
+        _caches(shared),
+        _order(),
+        _options(shared),
+        _config(shared),
+        _checkpoint(shared),
+        _network(),
+    ]
     made += [_weights(), _pickle(), _zip(), *_foreign(shared), *_tokenizers(shared), *_inputs(shared)]
     return {target.name: target for target in made}
 
@@ -137,6 +152,35 @@ def _data() -> Target:
     metas |= rows.map(lambda rows: header(rows, "<i8", f"({len(rows)}, 2)"))
     files = {"data/a.bin": texts, "data/a.bin.meta": metas, "data/b/c.bin.meta": mutated(other[1])}
     return Target("data", one_changed(files, right), right, _read_data, few=60)
+
+
+def _sources(shared: Path) -> Target:
+    """Token files of other tools, as far as no library of theirs reads them."""
+    made = shared / "sources"
+    write_jsonl(made / "jsonl" / "a.jsonl", documents := draw_documents(30))
+    with MegatronWriter(made / "megatron" / "a.bin", "<u2") as writer:
+        ids, learned = (np.array([v for d in documents for v in d[part]]) for part in (0, 1))
+        writer.write(np.array([len(i) for i, _ in documents]), ids, learned.astype(bool))
+        writer.commit()
+    right = {p.relative_to(made).as_posix(): p.read_bytes() for p in made.rglob("*") if p.is_file()}
+    files = {name: mutated(data) for name, data in right.items()}
+    odd = [f'{{"input_ids": {value}}}\n'.encode() for value in (*map(json.dumps, ABSURD), *DEEP)]
+    files["jsonl/a.jsonl"] = st.one_of(files["jsonl/a.jsonl"], st.sampled_from(odd))
+
+    def read(folder: Path, case: Any) -> None:
+        def packs(kind: str) -> None:
+            dataset = PackedDataset(load_token_files(folder / kind), 8)
+            for i in range(len(dataset)):
+                dataset[i]
+
+        def rest(kind: str) -> None:
+            found = find_files(folder / kind, "auto", Columns())
+            check_sources(found, 92544, workers=1)
+            convert(found, folder / f"{kind} converted", "internevo", lossy=True, overwrite=True, workers=1)
+
+        every(*(lambda k=k, step=step: step(k) for k in ("jsonl", "megatron") for step in (packs, rest, packs)))
+
+    return Target("sources", one_changed(files, right), right, read, few=60)
 
 
 def _caches(shared: Path) -> Target:

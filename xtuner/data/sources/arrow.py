@@ -59,6 +59,9 @@ class ArrowFile(DecodedFile):
             for i, batch in enumerate(batches):
                 if i == 0:
                     require_unpadded(batch, self.columns, chosen, where)
+                if not self.facts:
+                    for name in names:
+                        batch.column(name).validate(full=True)  # offsets that lead elsewhere would be followed
                 found = [_locate(pa, batch.column(name), base, size) for name in names]
                 if None in found:
                     return None

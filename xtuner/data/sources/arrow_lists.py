@@ -55,6 +55,7 @@ def take_list(pa: Any, array: Any, name: str, first: int, where: str) -> tuple[I
 
     Raises: DataError for a null.
     """
+    array.validate(full=True)  # offsets that lead elsewhere would be followed
     if array.null_count:
         row = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
         raise DataError(f"{name!r} is null", where=f"{where}, row {first + row}", do="leave such rows out")

@@ -67,7 +67,9 @@ class JsonlFile(DecodedFile):
             return None
         texts = [m.groups() for m in found if m]
         first, _, second, _ = texts[0]
-        if first == second or PADDING.encode() in (first, second) or any((t[0], t[2]) != (first, second) for t in texts):
+        if first == second or PADDING.encode() in (first, second):
+            return None
+        if any((text[0], text[2]) != (first, second) for text in texts):
             return None
         names = [name.decode() for name in (first, second) if name is not None]
         chosen = self.columns.choose(names, f"{self.path}:{lines[0][0]}")

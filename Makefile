@@ -23,6 +23,7 @@ help:
 	@echo "make llamacpp  download llama.cpp's GGUF converter and build its tokenizer (77 MB, a minute), for a test that is skipped without them"
 	@echo "make mmengine  download mmengine 0.10.7 (15 MB), the reference of a test of learning rates that is skipped without it"
 	@echo "make peft  download PEFT 0.21.2 (15 MB), the reference of tests of LoRA that are skipped without it"
+	@echo "make data-libraries  download megatron-core, pyarrow and datasets (100 MB), which tests of token files are skipped without"
 	@echo "make bench-table  print the results of benchmarks/single_gpu.py"
 	@echo "make bench-several  on a host with several GPUs: collectives, predicted and measured speed, peers, fault recovery (results are kept)"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare their results with ours (minutes)"

@@ -30,17 +30,17 @@ def add_kind(parser: argparse.ArgumentParser, name: str = "--kind") -> None:
         dest="kind",
         default="auto",
         choices=KINDS,
-        help="kind of the files (default: by the files; internevo where there are several)",
+        help="kind of the files; auto (default): by the files, .bin where there are several",
     )
-    parser.add_argument("--ids", default="auto", metavar="COLUMN", help="column of token ids (default: input_ids, …)")
+    parser.add_argument("--ids", default="auto", metavar="COLUMN", help="column of token ids; auto (default): input_ids, tokens or ids")
     parser.add_argument(
-        "--labels", default="auto", metavar="COLUMN", help="column of labels; none: learn all (default: labels)"
+        "--labels", default="auto", metavar="COLUMN", help="column of labels, or none; auto (default): labels"
     )
     parser.add_argument(
         "--mask",
         default="auto",
         metavar="COLUMN",
-        help="column of a mask of 0 and 1; none: no mask (default: loss_mask)",
+        help="column of a mask of 0 and 1, or none; auto (default): loss_mask or mask",
     )
 
 

@@ -32,7 +32,9 @@ def add_kind(parser: argparse.ArgumentParser, name: str = "--kind") -> None:
         choices=KINDS,
         help="kind of the files; auto (default): by the files, .bin where there are several",
     )
-    parser.add_argument("--ids", default="auto", metavar="COLUMN", help="column of token ids; auto (default): input_ids, tokens or ids")
+    parser.add_argument(
+        "--ids", default="auto", metavar="COLUMN", help="column of token ids; auto (default): input_ids, tokens or ids"
+    )
     parser.add_argument(
         "--labels", default="auto", metavar="COLUMN", help="column of labels, or none; auto (default): labels"
     )

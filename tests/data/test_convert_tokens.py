@@ -124,6 +124,7 @@ def test_what_is_not_converted(tmp_path: Path, xtuner: Run) -> None:
         ((target,), "the target folder is not empty"),
         ((source,), "would replace the data that are converted"),
         ((tmp_path,), "would replace the data that are converted"),
+        ((source / "y",), "the target lies in the folder that is converted"),
         ((target, "--to", "jsonl"), "the data are jsonl already"),
         ((target / "mine",), "the target is a file"),
         ((target, "--from", "parquet"), "no .parquet file in the data folder"),

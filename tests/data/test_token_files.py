@@ -31,10 +31,12 @@ from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import load_token_files, mixture
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.data.format.folder import TokenizedFolder
+from xtuner.data.format.writer import write_bin
 from xtuner.data.loading.open_on_ranks import open_on_ranks
 from xtuner.data.packing import document_order
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.data.sources.decoded import BlockReader, DecodedFile, DecodedTokens
+from xtuner.data.sources.kinds import detect_kind
 from xtuner.data.sources.megatron_writer import MegatronWriter
 from xtuner.data.sources.raw_reader import RawReader
 from xtuner.dist.collectives import Ranks
@@ -365,8 +367,12 @@ def test_which_files(tmp_path: Path) -> None:
         load_token_files(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", SHORT)
     write_own_megatron(tmp_path / "en" / "a.bin", SHORT)
-    with pytest.raises(ConfigError, match=r"several kinds: jsonl \(a.jsonl\), megatron \(en/a.bin\)(.|\n)*kind="):
+    with pytest.raises(ConfigError, match=r"several kinds: jsonl \(a.jsonl\), megatron \(en/a.idx\)(.|\n)*kind="):
         load_token_files(tmp_path)
+    write_bin(tmp_path / "fr" / "a.bin", [[1, 2]])
+    with pytest.raises(ConfigError, match=r"several kinds: jsonl .*, megatron \(en/a.idx\), internevo \(fr/a.bin\)"):
+        detect_kind(tmp_path, prefer_bin=True)
+    shutil.rmtree(tmp_path / "fr")
     assert load_token_files(tmp_path, kind="jsonl").names == ["a.jsonl"]
     assert load_token_files(tmp_path, kind="megatron").names == ["en/a.bin"]
     with pytest.raises(ConfigError, match="labels and mask are both given"):

@@ -57,12 +57,12 @@ def read_columns(args: argparse.Namespace) -> "Columns":
 def find_kind(args: argparse.Namespace) -> "Kind":
     """The kind of the files in the folder of `args`. Raises: ConfigError, DataError."""
     from xtuner.data.sources.files import split_location
-    from xtuner.data.sources.kinds import INTERNEVO, detect_kind
+    from xtuner.data.sources.kinds import detect_kind
 
     found: Kind = args.kind
     if found == "auto" and getattr(args, "file_type", ".bin") != ".bin":
         found = "internevo"
-    return detect_kind(*split_location(args.folder), prefer=INTERNEVO) if found == "auto" else found
+    return detect_kind(*split_location(args.folder), prefer_bin=True) if found == "auto" else found
 
 
 def open_folder(args: argparse.Namespace) -> "TokenizedFolder":

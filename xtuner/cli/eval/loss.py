@@ -2,10 +2,12 @@
 
 import argparse
 
+from xtuner.cli.data.common import FOLDER, add_kind, open_folder
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face folder, checkpoint, or config (its initial weights)")
-    parser.add_argument("data_folder", help="folder of .bin and .bin.meta files")
+    parser.add_argument("folder", metavar="data_folder", help=FOLDER)
     parser.add_argument(
         "--max-length", type=int, default=32768, help="longer documents are split into parts of this length"
     )
@@ -17,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", metavar="FOLDER", help="an adapter on MODEL: a checkpoint of a run with LoRA, or a folder of PEFT"
     )
+    add_kind(parser)
+    parser.set_defaults(seed=1024, min_length=0, data_order=None, file_type=".bin", cache_dir=None)
     parser.add_argument("--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides")
 
 
@@ -24,7 +28,6 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from xtuner.core.errors import ConfigError
-    from xtuner.data import load_intern_repo_tokenized_dataset
     from xtuner.dist.process_group import select_device
     from xtuner.train.evaluate import Record, check_record_path, evaluate, open_model
 
@@ -33,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     save = Path(args.save).expanduser() if args.save else None
     if save:
         check_record_path(save)
-    documents = load_intern_repo_tokenized_dataset(args.data_folder)
+    documents = open_folder(args)
     model, identity = open_model(args.model, args.cfg_options, select_device(), args.adapter)
     record = Record(save, identity, args.max_length)
     results = evaluate(model, documents, args.max_length, record)

@@ -129,6 +129,13 @@ def _check_target(source: SourceFiles, target: Path, to: str, overwrite: bool) -
         raise ConfigError(
             "the results would replace the data that are converted", where=str(target), do="give another folder"
         )
+    if here in there.parents and Path(source.location).is_dir():
+        raise ConfigError(
+            "the target lies in the folder that is converted",
+            where=str(target),
+            why="it would have files of two kinds",
+            do="give another folder",
+        )
     if target.exists() and not target.is_dir():
         raise ConfigError("the target is a file", where=str(target), do="give a folder")
     if target.is_dir() and any(target.iterdir()) and not overwrite:

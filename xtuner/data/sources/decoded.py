@@ -215,7 +215,11 @@ class DecodedFile(DocumentFile):
         return BlockReader(self)
 
     def read(self, i: int, vocab_size: int | None = None) -> tuple[Int64s, npt.NDArray[np.bool_]]:
-        return read_document(self, self.make_reader(), i, vocab_size)
+        return read_document(self, self.own_reader, i, vocab_size)
+
+    @cached_property
+    def own_reader(self) -> Any:
+        return self.make_reader()
 
 
 def decode_block(job: tuple[DecodedFile, Any]) -> list[Decoded]:

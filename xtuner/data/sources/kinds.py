@@ -96,29 +96,30 @@ def make_kind(name: str, columns: Columns, cache_dirs: CacheDirs) -> MegatronKin
     return MegatronKind(columns, cache_dirs) if name == "megatron" else ColumnKind(columns, cache_dirs, name)
 
 
-def detect_kind(root: Path, only: str | None = None, prefer: Kind | None = None) -> Kind:
+def detect_kind(root: Path, only: str | None = None, prefer_bin: bool = False) -> Kind:
     """The kind of the files in a folder, or of one file of it.
 
     Args:
-        prefer: the kind to choose where there are several, or none.
+        prefer_bin: InternEvo's `.bin` where there are also tables or JSON lines, or nothing at all.
 
     Raises: ConfigError for files of several kinds; DataError for none.
     """
+    endings = (".idx", *{s for suffixes in SUFFIXES.values() for s in suffixes})
     found: dict[Kind, str] = {}  # kind → the first file
-    names = [only] if only else walk_files(root, (".idx", *{s for suffixes in SUFFIXES.values() for s in suffixes}))
-    for name in names:
-        if name.endswith(".bin"):
-            kind: Kind | None = "megatron" if os.path.exists(idx_path(root / name)) else INTERNEVO
-        elif name.endswith(".idx"):
-            kind = "megatron"
-        else:
-            kind = next((k for k, suffixes in SUFFIXES.items() if name.endswith(suffixes)), None)
-        if kind:
+    pairs: dict[str, set[str]] = {".bin": set(), ".idx": set()}
+    for name in [only] if only else walk_files(root, endings):
+        if name.endswith((".bin", ".idx")):
+            pairs[name[-4:]].add(name[:-4])
+        elif kind := next((k for k, suffixes in SUFFIXES.items() if name.endswith(suffixes)), None):
             found.setdefault(kind, name)
-        if kind == prefer:
-            break
-    if prefer and not only and (prefer in found or not found):
-        return prefer
+    if only and pairs[".bin"] and os.path.exists(idx_path(root / only)):
+        pairs[".idx"] = pairs[".bin"]
+    if pairs[".idx"]:
+        found["megatron"] = f"{min(pairs['.idx'])}.idx"
+    if others := pairs[".bin"] - pairs[".idx"]:
+        found[INTERNEVO] = f"{min(others)}.bin"
+    if prefer_bin and "megatron" not in found and (INTERNEVO in found or not (found or only)):
+        return INTERNEVO
     if not found:
         raise DataError(
             f"{only} is not a token file" if only else "no token file in the data folder",

@@ -375,6 +375,8 @@ def test_which_files(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "fr")
     assert load_token_files(tmp_path, kind="jsonl").names == ["a.jsonl"]
     assert load_token_files(tmp_path, kind="megatron").names == ["en/a.bin"]
+    with pytest.raises(ConfigError, match="from a disk only\n  where: s3://bucket/data"):
+        load_token_files("s3://bucket/data")
     with pytest.raises(ConfigError, match="labels and mask are both given"):
         load_token_files(tmp_path, kind="jsonl", labels="a", mask="b")
     with pytest.raises(ConfigError, match="Megatron's files have no columns"):

@@ -60,7 +60,7 @@ def find_kind(args: argparse.Namespace) -> "Kind":
     from xtuner.data.sources.kinds import detect_kind
 
     found: Kind = args.kind
-    if found == "auto" and getattr(args, "file_type", ".bin") != ".bin":
+    if found == "auto" and (getattr(args, "file_type", ".bin") != ".bin" or "://" in args.folder):
         found = "internevo"
     return detect_kind(*split_location(args.folder), prefer_bin=True) if found == "auto" else found
 

@@ -27,6 +27,12 @@ class SourceFiles:
 
 def split_location(folder: str | Path) -> tuple[Path, str | None]:
     """(folder, name of the only file of it that is meant, or None). Raises: ConfigError if there is none."""
+    if "://" in str(folder):
+        raise ConfigError(
+            "token files of other tools are read from a disk only",
+            where=str(folder),
+            do="copy them to a disk, or convert them to .bin (xtuner data convert)",
+        )
     path = Path(os.path.expanduser(folder))
     return (path.parent, path.name) if os.path.isfile(path) else (require_folder(folder), None)
 

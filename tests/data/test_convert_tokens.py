@@ -80,7 +80,7 @@ def test_from_any_kind_to_any(tmp_path: Path, xtuner: Run, monkeypatch: pytest.M
 
 
 def test_labels_of_id_0(tmp_path: Path, xtuner: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """A `.bin` that would lose one is not written, unless `learn_zero` restores them all, or it is asked for."""
+    """A `.bin` that would lose one is not written, unless `learn_zero` restores them all, or it is requested."""
     write_jsonl(tmp_path / "mixed" / "a.jsonl", DOCUMENTS)
     run = ("data", "convert", tmp_path / "mixed", tmp_path / "bin", "--workers", 1)
     with pytest.raises(DataError, match=r"a token of id 0 is learned.*\n  where: .*a.jsonl, token \d+ of the document"):
@@ -105,7 +105,7 @@ def test_labels_of_id_0(tmp_path: Path, xtuner: Run, capsys: pytest.CaptureFixtu
 
 
 def test_what_is_not_converted(tmp_path: Path, xtuner: Run) -> None:
-    """Nothing remains of a conversion that fails, and nothing of the user's is replaced unasked."""
+    """Nothing remains of a conversion that fails, and nothing of the user's is replaced without a request."""
     source, target = tmp_path / "a", tmp_path / "b"
     write_jsonl(source / "x" / "a.jsonl", NO_ZEROS)
     (source / "x" / "b.jsonl").write_text('{"input_ids": [1, 2]}\n{"input_ids": [3, "x"]}\n')

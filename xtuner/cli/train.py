@@ -54,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("full", "hybrid"),
         help="full (default): shard the training state over all GPUs; hybrid: over the GPUs of each machine",
     )
+    parser.add_argument(
+        "--tracker",
+        action="append",
+        default=[],
+        choices=("swanlab", "wandb"),
+        help="also send curves and samples to SwanLab or Weights & Biases; may be given several times",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
 
@@ -97,9 +104,11 @@ def _train(args: argparse.Namespace) -> int:
     info = launchers.read_rank(args.launcher, os.environ)
 
     from xtuner.dist.process_group import join_run
+    from xtuner.train.extensions import add_trackers
     from xtuner.train.preflight import resolve_work_dir
     from xtuner.train.trainer import Options, train
 
+    add_trackers(config, args.tracker)
     options = Options(
         resume=args.resume,
         strict_resume=args.strict_resume,

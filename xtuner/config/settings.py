@@ -316,6 +316,18 @@ OWN_SETTINGS = (
             rules=at_least(1), owner="EvaluateChatHook"),
     Setting("trackers", list | None, None, "list of trackers that receive the metrics", "额外接收指标的 tracker 列表",
             NOT_COMPARED, expected="a list"),
+    *(Setting(f"trackers.*.{name}", kind, default, text, zh, rules=rules, owner=owner)
+      for owner, place, modes in (
+          ("SwanLab", "workspace", ("cloud", "local", "offline")), ("Wandb", "entity", ("online", "offline")))
+      for name, kind, default, text, zh, rules in (
+          ("project", str, "xtuner", "project that lists the run", "训练所属的项目", ()),
+          ("name", str | None, None, "of the run; None: that of the work dir", "训练的名称；None：工作目录名", ()),
+          (place, str | None, None, "user or team; None: the default one", "用户或团队；None：默认", ()),
+          ("group", str | None, None, "group of runs", "训练的分组", ()),
+          ("tags", list[str], (), "for searching", "标签", ()),
+          ("mode", str | None, None, "None: online if an API key is found, else offline",
+           "None：找到 API key 则联网，否则离线", one_of(*modes)),
+          ("init", dict, {}, "other arguments of the library's `init`", "该库 `init` 的其他参数", ()))),
     Setting("log_level", str, "INFO", "level of the log file and the terminal",
             "日志文件与终端的级别", NOT_COMPARED, LEVEL),
     Setting("resume", bool | str | None, None, "True: from the newest checkpoint of the work dir; or a checkpoint",

@@ -1,7 +1,7 @@
 """The hooks and trackers of a config: built before everything else, since they need nothing of the run."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from xtuner.compat.translate import PRIORITIES
@@ -10,14 +10,27 @@ from xtuner.config.config import Config
 from xtuner.config.findings import Findings
 from xtuner.core.errors import ConfigError
 from xtuner.train.run import Hook
-from xtuner.train.trackers import Tracker
+from xtuner.train.trackers import SwanLab, Tracker, Wandb
 
 T = TypeVar("T")
+SERVICES = {"swanlab": SwanLab, "wandb": Wandb}
 
 
 class Extensions(NamedTuple):
     hooks: list[Hook]
     trackers: list[Tracker]
+
+
+def add_trackers(config: Config, names: Sequence[str]) -> None:
+    """Add the trackers of the command line to those of the config, unless it has them."""
+    listed = config.values.get("trackers") or []
+    if not names or not isinstance(listed, list):  # a check rejects it
+        return
+    present = [spec.get("type") for spec in listed if isinstance(spec, Mapping)]
+    known = {kind if isinstance(kind, str) else getattr(kind, "__qualname__", "") for kind in present}
+    added = [SERVICES[name] for name in dict.fromkeys(names)]
+    new = [{"type": kind} for kind in added if not any(name.endswith(kind.__qualname__) for name in known)]
+    config.values["trackers"] = [*listed, *new]
 
 
 def build_extensions(config: Config, found: Findings) -> Extensions:

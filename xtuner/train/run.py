@@ -29,7 +29,7 @@ from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.schedule import Schedule
 from xtuner.train.checkpoints.async_saver import AsyncSaver
 from xtuner.train.state import TrainState
-from xtuner.train.trackers import Trackers
+from xtuner.train.trackers.group import Trackers
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,7 @@ def _build_run(
 ) -> Run:  # fmt: skip
     """Build the run, load its initial state, and move aside checkpoints that it does not continue."""
     ranks = settings.mesh.ranks
-    metrics = open_trackers(settings, trackers, file.parent)
+    metrics = open_trackers(settings, trackers, file.parent, found)
     cleanup.callback(metrics.close)
     saver = AsyncSaver(settings.work_dir, ranks)
     cleanup.callback(saver.close)
@@ -203,7 +203,7 @@ def _build_run(
         strategy_.memory.log_plan(plan.choice.pack, settings.mesh, longest)
     progress = load_run_state(strategy_, settings.config, found, ranks, settings.source.base is not None)
     ranks.run_on_main(lambda: history.set_aside_others(settings.work_dir, found.chosen if found else None))
-    ranks.run_on_main(lambda: record_start(settings, progress, found, file.parent))
+    ranks.run_on_main(lambda: record_start(settings, progress, found, file.parent, metrics.run_id))
     return Run(**vars(settings), plan=plan, loader=plan.loader(settings), strategy=strategy_, metrics=metrics,
                saver=saver, log=file, progress=progress)  # fmt: skip
 

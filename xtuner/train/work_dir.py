@@ -4,24 +4,31 @@ import contextlib
 import logging
 import os
 import platform
+import re
+import secrets
 import shutil
+import string
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from xtuner.config.redact import without_secrets
 from xtuner.core import log
-from xtuner.core.errors import ConfigError, XTunerError
-from xtuner.core.files import recover, write_failure, write_json
+from xtuner.core.errors import CheckpointError, ConfigError, XTunerError
+from xtuner.core.files import read_json, recover, write_failure, write_json
 from xtuner.core.log import logger
 from xtuner.dist import collectives
 from xtuner.train.checkpoints.work_dir_lock import WorkDirLock
 from xtuner.train.reporting.start_report import describe_environment
 from xtuner.train.resume import ResumePoint
 from xtuner.train.run import Progress, Settings
-from xtuner.train.trackers import Tracker, Trackers
+from xtuner.train.trackers import Tracker
+from xtuner.train.trackers.group import Trackers
 from xtuner.train.trackers.json_lines import JsonLines
 from xtuner.train.trackers.tensorboard import TensorBoard
+
+START = "start.json"
+RUN_ID = re.compile("[a-z0-9]{21}")  # what all services accept
 
 
 class EarlyLog(logging.Handler):
@@ -68,20 +75,44 @@ def open_log(settings: Settings) -> Path:
     return file
 
 
-def open_trackers(settings: Settings, trackers: list[Tracker], folder: Path) -> Trackers:
+def open_trackers(settings: Settings, trackers: list[Tracker], folder: Path, found: ResumePoint | None) -> Trackers:
     """The built-in trackers and those of the config, on rank 0."""
-    found = Trackers([JsonLines(), TensorBoard(), *trackers] if settings.mesh.is_main else [])
-    found.begin(folder, settings.config.resolved())
-    return found
+    if not settings.mesh.is_main:
+        return Trackers([])
+    run_id = _last_run_id(settings.work_dir) if _is_own(settings, found) else None
+    opened = Trackers([JsonLines(), TensorBoard()], trackers, run_id or _make_run_id())
+    opened.begin(folder, settings.config.resolved())
+    return opened
 
 
-def record_start(settings: Settings, progress: Progress, found: ResumePoint | None, folder: Path) -> None:
-    """Write start.json: the resumed checkpoint, by name if it is in this work dir, else by path."""
+def record_start(
+    settings: Settings, progress: Progress, found: ResumePoint | None, folder: Path, run_id: str
+) -> None:
+    """Write start.json: the resumed checkpoint, by name if it is in this work dir, else by path; the run's identity."""
     source = None if found is None else str(found.folder.resolve())
-    if found and found.folder.resolve().parent == settings.work_dir.resolve():
+    if found and _is_own(settings, found):
         source = found.folder.name
+    facts = {"iteration": progress.state.iteration, "resumed_from": source, "run_id": run_id}
     with _writing(folder):
-        write_json(folder / "start.json", {"iteration": progress.state.iteration, "resumed_from": source})
+        write_json(folder / START, facts)
+
+
+def _is_own(settings: Settings, found: ResumePoint | None) -> bool:
+    """Whether a start continues a run of this work dir."""
+    return found is not None and found.folder.resolve().parent == settings.work_dir.resolve()
+
+
+def _last_run_id(work_dir: Path) -> str | None:
+    """The identity that the newest start has recorded. A new run moves the checkpoints of older ones aside."""
+    for file in sorted(work_dir.glob(f"*/{START}"), reverse=True):
+        with contextlib.suppress(CheckpointError, TypeError, KeyError):  # of an older version, or damaged
+            if RUN_ID.fullmatch(run_id := read_json(file)["run_id"]):
+                return str(run_id)
+    return None
+
+
+def _make_run_id() -> str:
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(21))
 
 
 def _make_folder(settings: Settings) -> Path:

@@ -11,8 +11,9 @@ LLAMACPP := $(CACHE)/llama-cpp-python-0.3.36
 MMENGINE := $(CACHE)/mmengine-0.10.7
 PEFT := $(CACHE)/peft-0.21.2
 DATA_LIBRARIES := $(CACHE)/data-libraries-1
+TRACKERS := $(CACHE)/trackers-2
 
-.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine peft data-libraries bench-table bench-several bench-data settings configs clean help
+.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine peft data-libraries trackers bench-table bench-several bench-data settings configs clean help
 
 help:
 	@echo "make demo   install into .venv and run every step from text to a trained, exported tiny model (minutes, no GPU)"
@@ -24,6 +25,7 @@ help:
 	@echo "make mmengine  download mmengine 0.10.7 (15 MB), the reference of a test of learning rates that is skipped without it"
 	@echo "make peft  download PEFT 0.21.2 (15 MB), the reference of tests of LoRA that are skipped without it"
 	@echo "make data-libraries  download megatron-core, pyarrow and datasets (100 MB), which tests of token files are skipped without"
+	@echo "make trackers  download SwanLab and W&B (160 MB), for tests that are skipped without them"
 	@echo "make bench-table  print the results of benchmarks/single_gpu.py"
 	@echo "make bench-several  on a host with several GPUs: collectives, predicted and measured speed, peers, fault recovery (results are kept)"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare their results with ours (minutes)"
@@ -93,6 +95,13 @@ data-libraries: $(DATA_LIBRARIES)/installed
 $(DATA_LIBRARIES)/installed: tests/external/data_libraries.txt | .venv/installed
 	rm -rf "$(DATA_LIBRARIES)"
 	$(BIN)/python -m pip install -q --no-deps --target "$(DATA_LIBRARIES)/site-packages" -r tests/external/data_libraries.txt
+	touch "$@"
+
+trackers: $(TRACKERS)/installed
+
+$(TRACKERS)/installed: tests/external/trackers.txt | .venv/installed
+	rm -rf "$(TRACKERS)"
+	$(BIN)/python -m pip install -q --target "$(TRACKERS)" -r tests/external/trackers.txt
 	touch "$@"
 
 .venv/installed: pyproject.toml constraints.txt

@@ -564,6 +564,7 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "mmengine.visualization.WandbVisBackend": dict(
         save_dir="x", init_kwargs=None, define_metric_cfg=None, commit=True, log_code_name=None, watch_kwargs=None
     ),
+    "swanlab.integration.mmengine.SwanlabVisBackend": dict(save_dir="x", init_kwargs=None),
     "mmengine.visualization.MLflowVisBackend": dict(save_dir="x", exp_name=None, tracking_uri=None),
     **{f"mmengine.visualization.{n}VisBackend": _SERVICE for n in ("ClearML", "Neptune", "DVCLive", "Aim")},
     "xtuner.engine.DatasetInfoHook": dict(tokenizer={}, is_intern_repo_dataset=False),

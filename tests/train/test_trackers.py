@@ -1,4 +1,5 @@
-"""A place for figures that the package does not know: one class in a user's file, named in a config."""
+"""A place for figures that the package does not know: one class in a user's file, named in a config. Whatever it does,
+the run neither waits nor ends."""
 
 import json
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from xtuner.core.errors import ConfigError
+from xtuner.train.trackers import group
 
 OWN = '''
 import json
@@ -70,3 +72,77 @@ def test_trackers_of_a_config(tiny: Path, tmp_path: Path, xtuner: Callable[..., 
             with pytest.raises(ConfigError, match=message):
                 xtuner(command, config, *(["--work-dir", tmp_path / "none"] if command == "train" else []))
     assert not (tmp_path / "none").exists()
+
+
+APART = """
+import os, sys
+from dataclasses import dataclass
+from xtuner.train.trackers import Tracker
+@dataclass
+class Apart(Tracker):
+    path: str
+    crashes_at: int = 0
+    own_process = True
+    def begin(self, folder, config):
+        print("printed by the library")
+        sys.exit = None
+        return f"at {os.getpid()} of {os.getppid()}"
+    def log(self, record):
+        if record["iter"] == self.crashes_at:
+            os._exit(3)
+        with open(self.path, "a") as f:
+            print(record["iter"], self.run_id, file=f)
+    def close(self):
+        with open(self.path, "a") as f:
+            print("closed", file=f)
+"""
+STUCK = """
+import threading
+from xtuner.train.trackers import Tracker
+class Stuck(Tracker):
+    def log(self, record):
+        threading.Event().wait()
+"""
+
+
+@pytest.mark.processes
+def test_a_run_does_not_wait_for_a_tracker(
+    tiny: Path, tmp_path: Path, xtuner: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is stuck, one in a process of its own, and one whose process ends."""
+    first = "from torch.optim import AdamW\n"
+    (tmp_path / "apart_tracker.py").write_text(APART)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(group, "MOST_WAITING", 3)
+    monkeypatch.setattr(group, "CLOSING", 2.0)
+    good, bad, config = tmp_path / "good", tmp_path / "bad", tmp_path / "own.py"
+    listed = f"[dict(type=Stuck), dict(type=Apart, path={str(good)!r}), dict(type=Apart, path={str(bad)!r}, "
+    text = tiny.read_text().replace(first, f"{first}from apart_tracker import Apart\n{STUCK}")
+    config.write_text(f"{text}\ntrackers = {listed}crashes_at=2)]\n")
+    small = ["--cfg-options", "default_hooks.logger.interval=1", "accumulative_counts=8", "evaluation_inputs=[]"]
+    monkeypatch.setattr(group.Background, "_add", wait_for_others(group.Background._add))
+    assert xtuner("train", config, "--work-dir", tmp_path / "w", *small) == 0
+    (log,) = (tmp_path / "w").glob("*/2*.log")
+    text = log.read_text()
+    assert text.count("Stuck is slow: 3 records wait for it") == 1
+    assert text.count("Stuck did not finish within 2 s; the run ends without it") == 1
+    crash = "Apart failed and is no longer used; the run continues: RuntimeError: its process ended with code 3; see"
+    assert text.count(crash) == 1
+    assert text.count("Apart: at ") == 2
+    *lines, last = good.read_text().splitlines()
+    (start,) = (tmp_path / "w").glob("*/start.json")
+    assert lines == [f"{number} {json.loads(start.read_text())['run_id']}" for number in (1, 2, 3)]
+    assert last == "closed"
+    assert [line.split()[0] for line in bad.read_text().splitlines()] == ["1"]
+    assert "printed by the library" in (log.parent / "apart.log").read_text()
+
+
+def wait_for_others(add: Callable[..., None]) -> Callable[..., None]:
+    """Give a call, unless to the tracker that is stuck, and wait until it was received: the queue is short here."""
+
+    def call(self: group.Background, *words: object) -> None:
+        add(self, *words)
+        while self._name != "Stuck" and self._thread.is_alive() and not self._calls.empty():
+            pass
+
+    return call

@@ -47,6 +47,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("visualizer", ("mmengine.visualization",), "Visualizer", "xtuner.compat.adapters.train"),
     ("visualizer's backend", ("mmengine.visualization",),
      " ".join(f"{name}VisBackend" for name in _BACKENDS.split()), "xtuner.compat.adapters.train"),
+    ("visualizer's backend", ("swanlab.integration.mmengine",), "SwanlabVisBackend", "xtuner.compat.adapters.train"),
 )  # fmt: skip
 
 # (module, name) → our dotted name

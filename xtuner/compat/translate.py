@@ -10,6 +10,7 @@ from typing import Any
 from xtuner.compat import names as old_names
 from xtuner.compat.moved import find_current
 from xtuner.compat.settings import SCHEMA
+from xtuner.compat.trackers import move_trackers
 from xtuner.config import load as load_ours
 from xtuner.config import specs
 from xtuner.config.config import Config, Replacement
@@ -110,6 +111,7 @@ def _values(config: Config) -> None:
 def _overridden(config: Config) -> None:
     _translate(config)
     apply_hook_settings(config.values)
+    move_trackers(config)
     config.unknown = find_unknown(config.values)
 
 

@@ -1,5 +1,6 @@
 """The hooks and trackers of a config: built before everything else, since they need nothing of the run."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -43,7 +44,10 @@ def build_extensions(config: Config, found: Findings) -> Extensions:
         with found.collect(key):
             part = build(spec, key)
             if key.startswith("trackers."):
-                trackers.append(_require(part, Tracker, "a tracker", "xtuner.train.trackers", key, spec))
+                tracker = _require(part, Tracker, "a tracker", "xtuner.train.trackers", key, spec)
+                if tracker.own_process and not dataclasses.is_dataclass(tracker):
+                    raise ConfigError(f"{type_name(spec['type'])} has own_process = True, and is not a dataclass")
+                trackers.append(tracker)
             else:
                 hook = _require(part, Hook, "a hook", "xtuner.train.hooks", key, spec)
                 read_priority(hook)

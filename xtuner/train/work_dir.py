@@ -85,9 +85,7 @@ def open_trackers(settings: Settings, trackers: list[Tracker], folder: Path, fou
     return opened
 
 
-def record_start(
-    settings: Settings, progress: Progress, found: ResumePoint | None, folder: Path, run_id: str
-) -> None:
+def record_start(settings: Settings, progress: Progress, found: ResumePoint | None, folder: Path, run_id: str) -> None:
     """Write start.json: the resumed checkpoint, by name if it is in this work dir, else by path; the run's identity."""
     source = None if found is None else str(found.folder.resolve())
     if found and _is_own(settings, found):

@@ -145,15 +145,19 @@ def LocalVisBackend() -> None: ...
 def TensorboardVisBackend() -> None: ...
 
 
-def _remote(name: str, service: str) -> Any:
-    @adapter(f"nothing is sent to {service}; metrics are in scalars.json and TensorBoard files")
+def _remote(name: str, service: str, package: str = "") -> Any:
+    """`package`: with it installed, compat/trackers.py makes a tracker of the backend."""
+    unless = f": install {package}" if package else ""
+
+    @adapter(f"nothing is sent to {service}{unless}; metrics are in scalars.json and TensorBoard files")
     def backend(save_dir: str | None = None, **settings: Any) -> None: ...
 
     backend.__name__ = backend.__qualname__ = name
     return backend
 
 
-WandbVisBackend = _remote("WandbVisBackend", "Weights & Biases")
+WandbVisBackend = _remote("WandbVisBackend", "Weights & Biases", "wandb")
+SwanlabVisBackend = _remote("SwanlabVisBackend", "SwanLab", "swanlab")
 MLflowVisBackend = _remote("MLflowVisBackend", "MLflow")
 ClearMLVisBackend = _remote("ClearMLVisBackend", "ClearML")
 NeptuneVisBackend = _remote("NeptuneVisBackend", "Neptune")

@@ -27,9 +27,12 @@ class InOwnProcess(Tracker):
 
     def __init__(self, tracker: Tracker) -> None:
         kind = type(tracker)
-        assert dataclasses.is_dataclass(tracker) and not isinstance(tracker, type)
         self._kind = f"{kind.__module__}.{kind.__qualname__}"
-        self._made = {"kind": self._kind, "fields": dataclasses.asdict(tracker), "run_id": tracker.run_id}
+        self._made = {
+            "kind": self._kind,
+            "fields": dataclasses.asdict(tracker),  # type: ignore[call-overload]
+            "run_id": tracker.run_id,
+        }
         self._name = kind.__name__
         self._process: subprocess.Popen[bytes] | None = None
         self._abandoned = False
@@ -61,7 +64,7 @@ class InOwnProcess(Tracker):
     def close(self) -> None:
         self._send(["close"])
         assert self._process
-        self._process.wait()
+        self._process.wait()  # the library may have more to do at its exit
 
     def abandon(self) -> None:
         self._abandoned = True
@@ -72,7 +75,9 @@ class InOwnProcess(Tracker):
     def _send(self, message: Any) -> str | None:
         """Send one line, and return the reply to it. Raises: RuntimeError with the error of the tracker."""
         process = self._process
-        assert process and process.stdin and process.stdout
+        assert process
+        assert process.stdin
+        assert process.stdout
         with contextlib.suppress(OSError):  # the process has ended: no reply
             process.stdin.write(json.dumps(message).encode() + b"\n")
             process.stdin.flush()
@@ -111,6 +116,8 @@ def serve() -> None:
                 if method == "begin":
                     arguments[0] = Path(arguments[0])
                 reply(result=getattr(tracker, method)(*arguments))
+                if method == "close":
+                    break
             if method != "close":
                 tracker.event("failure", 0, {"error": "the training process was killed"})
                 tracker.close()

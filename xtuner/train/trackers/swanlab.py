@@ -19,8 +19,8 @@ class SwanLab(Service):
     Args:
         project, workspace, group, tags: where the run is listed.
         name: of the run; None for that of the work dir.
-        mode: "cloud"; "local" for files that `swanlab watch` shows in a browser; "offline" for files that `swanlab sync`
-            uploads; None for SWANLAB_MODE, else cloud if an API key is found, else offline.
+        mode: "cloud"; "local" for files that `swanlab watch` shows; "offline" for files that `swanlab sync` uploads;
+            None for SWANLAB_MODE, else cloud if an API key is found, else offline.
         init: other arguments of `swanlab.init`.
     """
 

@@ -4,8 +4,10 @@ the run neither waits nor ends."""
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers.configs import with_hook
 
 from xtuner.core.errors import ConfigError
 from xtuner.train.trackers import group
@@ -146,3 +148,35 @@ def wait_for_others(add: Callable[..., None]) -> Callable[..., None]:
             pass
 
     return call
+
+
+@pytest.mark.processes
+def test_a_command_at_the_end(tiny: Path, tmp_path: Path, xtuner: Callable[..., int], capsys: Any) -> None:
+    """`on_event`: once for each way to end, with whatever the error says as one argument; its failure is reported."""
+    got, hostile = tmp_path / "got", '\'; touch "$(pwd)/x" `id` ${HOME} \\n {json}'
+    command = f"sh -c 'printf %s \"$1\" >> {got}; cat >> {got}' sh {{json}}"
+    small = ["--cfg-options", "default_hooks.logger.interval=1", "accumulative_counts=5", "evaluation_inputs=[]"]
+    config = with_hook(tiny, tmp_path / "fails.py", 2, f"raise ValueError({hostile!r})")
+    for path in (tiny, config):
+        text = path.read_text()
+        path = tmp_path / f"{path.stem}_event.py"
+        path.write_text(f"{text}\non_event = {command!r}\n")
+    assert xtuner("train", tmp_path / "tiny_event.py", "--work-dir", tmp_path / "w", *small, "--max-minutes", "0") == 75
+    assert xtuner("train", tmp_path / "tiny_event.py", "--work-dir", tmp_path / "w", *small, "--resume") == 0
+    with pytest.raises(ValueError, match="touch"):
+        xtuner("train", tmp_path / "fails_event.py", "--work-dir", tmp_path / "f", *small)
+    pairs = got.read_text().replace("}{", "}\n{").splitlines()
+    events = [json.loads(line) for line in pairs]
+    assert [e["event"] for e in events] == ["stop", "stop", "end", "end", "failure", "failure"]
+    assert [e["iter"] for e in events[::2]] == [1, 6, 2]
+    assert (events[0]["reason"], events[4]["error"]) == ("--max-minutes", f"ValueError: {hostile}")
+    assert events[4]["work_dir"] == str(tmp_path / "f")
+    capsys.readouterr()
+    failing = "on_event=sh -c 'echo it said >&2; exit 9'"
+    assert xtuner("train", tiny, "--work-dir", tmp_path / "e", *small, failing) == 0
+    why = "on_event failed and is no longer used; the run continues: RuntimeError: sh ended with code 9 at the event"
+    assert f"{why} 'end': it said" in capsys.readouterr().err
+    for wrong, message in (("no-such-program {json}", "does not name a program"), ("sh 'x", "split"), (" ", "empty")):
+        with pytest.raises(ConfigError, match=message) as error:
+            xtuner("check-cfg", tiny, "--cfg-options", f"on_event={wrong}")
+        assert "on_event" in str(error.value)

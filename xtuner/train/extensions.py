@@ -12,6 +12,7 @@ from xtuner.config.findings import Findings
 from xtuner.core.errors import ConfigError
 from xtuner.train.run import Hook
 from xtuner.train.trackers import SwanLab, Tracker, Wandb
+from xtuner.train.trackers.on_event import OnEvent
 
 T = TypeVar("T")
 SERVICES = {"swanlab": SwanLab, "wandb": Wandb}
@@ -52,6 +53,9 @@ def build_extensions(config: Config, found: Findings) -> Extensions:
                 hook = _require(part, Hook, "a hook", "xtuner.train.hooks", key, spec)
                 read_priority(hook)
                 hooks.append(hook)
+    with found.collect("on_event"):
+        if command := config.setting("on_event"):
+            trackers.append(OnEvent(command))
     return Extensions(hooks, trackers)
 
 

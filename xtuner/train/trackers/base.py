@@ -14,6 +14,7 @@ class Tracker:
     Secrets (tokens, passwords) are masked in everything that it receives.
     """
 
+    label = ""  # in messages; "" for the name of the class
     own_process = False  # True: its methods run in another process; it must be a dataclass of JSON values
     run_id = ""  # 21 characters, equal in all starts of a run; set before `begin`
 

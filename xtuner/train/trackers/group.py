@@ -73,7 +73,7 @@ class Background(Tracker):
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = InOwnProcess(tracker) if tracker.own_process else tracker
-        self._name = type(tracker).__name__
+        self._name = tracker.label or type(tracker).__name__
         self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]]] = queue.SimpleQueue()
         self._lost = 0
         self._begun = time.monotonic()

@@ -4,8 +4,10 @@ They are called in the order of `priority`: measuring hooks fill `it.record`, Lo
 last.
 """
 
+import platform
 import resource
 import time
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,11 +25,13 @@ from xtuner.model.flops import peak_flops
 from xtuner.model.generate import generate
 from xtuner.train.evaluate import evaluate
 from xtuner.train.reporting.averages import Averages
+from xtuner.train.reporting.loss_watch import LossWatch
+from xtuner.train.reporting.rank_times import SlowRanks
 from xtuner.train.run import Hook, Iteration, Run
 
 
 class IterTimerHook(Hook):
-    """Seconds per iteration, seconds spent waiting for data, remaining time."""
+    """Seconds per iteration, seconds spent waiting for data, remaining time; with several ranks, their times."""
 
     priority = 10
 
@@ -42,6 +46,11 @@ class IterTimerHook(Hook):
         typical = sorted(self._times)[len(self._times) // 2]  # median: the first iterations compile, some save
         left = run.max_iterations - it.state.iteration
         it.record |= {"time": self._times[-1], "data_time": it.data_time, "eta": round(left * typical)}
+        if it.ranks:
+            works, products = [t.work for t in it.ranks], [t.product for t in it.ranks]
+            it.record |= {"rank_median": median(works), "rank_slowest": max(works)}
+            if all(products):
+                it.record["rank_product"] = max(products) / median(products)
 
 
 class ThroughputHook(Hook):
@@ -86,6 +95,11 @@ class LoggerHook(Hook):
         self.interval = interval
         self._averages = Averages()
 
+    def before_run(self, run: Run) -> None:
+        self._watch = LossWatch.start(run)
+        self._slow = SlowRanks(run.mesh.ranks.gather(platform.node()))
+        self._saver = next((hook for hook in run.hooks if isinstance(hook, CheckpointHook)), None)
+
     def after_iteration(self, run: Run, it: Iteration) -> None:
         if not collectives.is_main():
             return
@@ -97,6 +111,9 @@ class LoggerHook(Hook):
             parts.append(f"ETA {human_time(averages['eta'])}")
         if "tokens_per_s" in averages:
             parts.append(f"{averages['tokens_per_s']:,.0f} tok/s")
+        save = self._saver.next_save(run) if self._saver else None
+        if save and "time" in averages:
+            parts.append(f"save in {human_time((save - number) * averages['time'])}")
         show_progress(*parts)
         if number % self.interval == 0 or number == last:
             record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}
@@ -108,6 +125,11 @@ class LoggerHook(Hook):
             if it.sources:
                 logger.info("  by source: " + ", ".join(_describe_source(part.name, record) for part in it.sources))
             self._averages.restart()
+        self._watch.add(run, it)
+        if found := self._slow.add(it.ranks):
+            text, facts = found
+            logger.warning(f"iteration {number}: {text}")
+            run.metrics.event("slow rank", number, **facts)
 
     def after_run(self, run: Run) -> None:
         show_progress()
@@ -187,6 +209,19 @@ class CheckpointHook(Hook):
             due = it.state.iteration % self.interval == 0
         if due:
             run.save(self.save_optimizer, self.max_keep_ckpts)
+
+    def next_save(self, run: Run) -> int | None:
+        """The iteration after which the next checkpoint is due; None if only the end is saved."""
+        done = run.state.iteration
+        if self.interval == -1:
+            return None
+        due = (done // self.interval + 1) * self.interval
+        if self.by_epoch:
+            packs = (run.state.position.epoch // self.interval + 1) * self.interval * run.plan.packs_per_epoch
+            due = done + -(
+                -(packs - run.state.position.packs_before(run.plan.packs_per_epoch)) // run.plan.packs_per_iteration
+            )
+        return min(due, run.max_iterations)
 
     def after_run(self, run: Run) -> None:
         run.save(self.save_optimizer, self.max_keep_ckpts, last=True)

@@ -28,6 +28,7 @@ from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.schedule import Schedule
 from xtuner.train.checkpoints.async_saver import AsyncSaver
+from xtuner.train.reporting.rank_times import RankTimes
 from xtuner.train.state import TrainState
 from xtuner.train.trackers.group import Trackers
 
@@ -184,6 +185,7 @@ class Iteration:
     data_time: float  # s that this rank waited for packs
     record: dict[str, Any] = field(default_factory=dict)
     sources: tuple[SourceLoss, ...] = ()  # of a mixture
+    ranks: tuple[RankTimes, ...] = ()  # the newest times of all ranks, if there are several
 
 
 class Hook:

@@ -28,6 +28,7 @@ from xtuner.train.checkpoints.async_saver import AsyncSaver
 from xtuner.train.plan import DATASET, find_longest_document, longest_document, make_plan
 from xtuner.train.reporting.events import record_events
 from xtuner.train.reporting.failure_advice import interrupted_error, out_of_memory_error
+from xtuner.train.reporting.rank_times import RankClock
 from xtuner.train.reporting.start_report import format_start_report
 from xtuner.train.resume import ResumePoint, find_resume_point, load_run_state
 from xtuner.train.run import Iteration, Plan, Progress, Run, Settings, SourceLoss, run_hooks
@@ -213,6 +214,7 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
     packs = run.loader.iterate_from(run.state.position)
     names = mixed.names if (mixed := getattr(run.dataset, "mixture", None)) else ()
     begun_at = run.state.iteration
+    clock = RankClock(run.mesh.ranks, run.strategy.device)
     while run.state.iteration < run.max_iterations:
         begin = time.perf_counter()
         if heartbeat:
@@ -224,13 +226,15 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
         pairs = sum(count_attention_pairs(run.source.config, b.cu_seqlens) for b in batch)
         by_source = [sum(b.num_targets for b in batch if b.source == s) for s in range(len(names))]
         counted = [stops, sum(b.num_targets for b in batch), pairs, *by_source]
-        counts, parts = run.mesh.ranks.sums_and_maxima(counted, run.strategy.count_micro_batches(batch))
+        needed = run.strategy.count_micro_batches(batch)
+        counts, parts = run.mesh.ranks.sums_and_maxima([*counted, *clock.arrive(data_time)], needed)
+        clock.leave(counts[len(counted) :])
         if counts[0]:
             return _save_and_stop(run, stop)
         num_targets = int(counts[1]) // run.mesh.cp  # ranks that share a pack have counted the same
         lr = run.plan.schedule(run.state.iteration)
         loss = run.strategy.forward_backward(batch, num_targets, parts, run.state.iteration + 1, len(names) or 1)
-        targets = [int(n) // run.mesh.cp for n in counts[3:]]
+        targets = [int(n) // run.mesh.cp for n in counts[3 : len(counted)]]
         parts_of_loss = run.strategy.source_losses if names else []
         grad_norm, applied = run.strategy.step(lr, run.optim.max_norm)
         run.progress.state = _advance(run, num_targets)
@@ -244,6 +248,7 @@ def loop(run: Run, stop: Stop, heartbeat: Heartbeat | None = None) -> int:
             num_tokens=sum(b.num_tokens for b in batch),
             attention_pairs=counts[2] / run.mesh.size,
             data_time=data_time,
+            ranks=clock.all,
             sources=tuple(map(SourceLoss, names, (part * num_targets for part in parts_of_loss), targets)),
         )
         if not applied:

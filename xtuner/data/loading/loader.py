@@ -120,6 +120,18 @@ class PackLoader:
                 mine = assign_to_ranks(costs[taken], self.dp_size)[self.sampler.rank]
                 yield from window[taken[mine]].tolist()
 
+    def packs_of_iteration(self, position: Position) -> list[int]:
+        """Numbers of all ranks' packs in the iteration that begins at `position`; empty if the sampler does not say."""
+        per_epoch, packs = self.packs_per_epoch, self.dp_size * self.accumulative_counts
+        begin = position.packs_before(per_epoch)
+        if not hasattr(self.sampler, "packs"):  # a user's own
+            return []
+        if self.balance < 2:
+            return list(map(int, self.sampler.packs(begin, begin + packs, per_epoch, self.reshuffle)))
+        first, iterations, done = next(windows(begin, self.windows_from, packs, per_epoch, self.balance))
+        window = self.sampler.packs(first, first + iterations * packs, per_epoch, self.reshuffle)
+        return list(map(int, window[assign_to_iterations(self._costs(window), packs)[done]]))
+
     def _costs(self, packs: Ints) -> Costs:
         """Attention costs. A user's own dataset counts Σ len² itself."""
         knows_windows = self.pairs.window is not None and isinstance(self.dataset, PackedDataset)

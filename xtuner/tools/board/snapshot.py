@@ -68,10 +68,13 @@ def counted_events(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def find_marks(run: RunFiles) -> dict[str, list[dict[str, Any]]]:
-    """Marks by kind: resumes, stops and failures, saves."""
+    """Marks by kind: resumes, stops and failures, saves, and what the run has warned of."""
     events = counted_events(run)
     marks = {"save": [_mark(e) for e in events if e["event"] == "save"][-MARKS:]}
     marks["stop"] = [_mark(e) for start, _ in run.parts for e in start.events if e["event"] in ("stop", "failure")]
+    marks |= {
+        kind: [_mark(e) for e in events if e["event"] == kind][-MARKS:] for kind in ("spike", "plateau", "slow rank")
+    }
     marks["resume"] = [{"iter": start.resumed_at} for start, _ in run.parts[1:] if start.resumed_at is not None]
     return marks
 

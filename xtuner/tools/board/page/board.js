@@ -15,6 +15,8 @@ const SPECS = [
   { id: "memory", title: "memory", format: bytes, zero: true, lines: [{ key: "memory" }] },
   { id: "time", title: "time", unit: "seconds", format: small, zero: true, lines: [{ key: "time" }] },
   { id: "data_time", title: "data_time", unit: "seconds", format: small, zero: true, lines: [{ key: "data_time" }] },
+  { id: "rank_times", title: "rank_times", unit: "seconds", format: small, zero: true,
+    lines: [{ key: "rank_slowest", name: "rank_slowest" }, { key: "rank_median", name: "rank_median", style: "thin" }] },
 ];
 const KNOWN = new Set(SPECS.flatMap(s => s.lines.map(l => l.key)).concat("tokens_per_s_a_rank"));
 const find = id => document.getElementById(id);

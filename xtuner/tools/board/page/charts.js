@@ -1,6 +1,6 @@
 "use strict";
 // One chart: the same curves of several runs, their marks, a tip at the cursor, zoom by mouse, keys and touch.
-const MARK_COLOURS = { save: "--dim", stop: "--bad", resume: "--accent", skipped: "--bad" };
+const MARK_COLOURS = { save: "--dim", stop: "--bad", resume: "--accent", skipped: "--bad", spike: "--bad", plateau: "--accent", "slow rank": "--accent" };
 const LINES = ["stop", "resume"]; // drawn from top to bottom; the others are points at an edge
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -42,7 +42,7 @@ class Chart {
       const found = run.data && run.data.curves[line.key];
       if (!found || !found[0].length) continue;
       tables.push([found[0].map(i => board.place(run, i)), found[1]]);
-      const thin = line.style === "raw", points = line.style === "points", several = found[0].length > 1;
+      const thin = line.style === "raw" || line.style === "thin", points = line.style === "points", several = found[0].length > 1;
       series.push({
         stroke: run.colour + (thin ? "55" : ""), width: thin ? 1 : 1.8, dash: points ? [6, 4] : undefined,
         points: { show: !several || (points && found[0].length < 80), size: points ? 6 : 5, fill: run.colour, stroke: run.colour },
@@ -171,7 +171,7 @@ class Chart {
       const value = nearest(u.data[0], u.data[place + 1], x, reach);
       if (value === null) continue;
       const several = this.spec.lines.length > 1;
-      const kind = line.name || word({ raw: "raw", smooth: "smoothed", points: "val_loss" }[line.style] || "");
+      const kind = line.name ? word(line.name) : word({ raw: "raw", smooth: "smoothed", points: "val_loss" }[line.style] || "");
       const name = several ? (board.shown().length > 1 ? `${run.name} · ${kind}` : kind) : run.name;
       rows.push(element("div", { "--run": run.colour }, element("span", {}, name), element("em", {}, this.spec.format(value))));
     }

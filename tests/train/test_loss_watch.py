@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from xtuner.cli.status import describe_work_dir
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
 from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
@@ -118,7 +119,7 @@ def test_a_spike_of_a_run(
         assert pack["file"] in told
     assert "look at a pack: xtuner data show" in told
     assert [e["iter"] for e in found if e["event"] == "plateau"] == [20]
-    board = Snapshots(Board([tmp_path / "w"]))
+    board = Snapshots(Board([tmp_path / "w"], describe_work_dir))
     (run,) = board.list_runs()["runs"]
     shown = board.show_run(run["id"])
     assert shown

@@ -87,12 +87,8 @@ class _Product:
         if now - self._last < PROBE_EVERY:
             return
         self._last = now
-        if self._matrix is None:
-            size = SIZE[self._device.type]
-            dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-            self._matrix = torch.ones(size, size, device=self._device, dtype=dtype)
-            self._result = torch.empty_like(self._matrix)
-            self._multiply()  # loads the kernel
+        if self._matrix is None and not self._allocate():
+            return
         if self._device.type == "cuda":
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
@@ -106,6 +102,18 @@ class _Product:
             self._multiply()
             times.append(time.perf_counter() - begin)
         self._seconds = min(times)
+
+    def _allocate(self) -> bool:
+        size = SIZE[self._device.type]
+        dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
+        try:
+            self._matrix = torch.ones(size, size, device=self._device, dtype=dtype)
+            self._result = torch.empty_like(self._matrix)
+        except torch.OutOfMemoryError:  # 16 MiB; a run that is so full continues without
+            self._matrix = None
+            return False
+        self._multiply()  # loads the kernel
+        return True
 
     @torch.no_grad()
     def _multiply(self) -> None:

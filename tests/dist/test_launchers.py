@@ -24,25 +24,6 @@ from xtuner.core import files
 pytestmark = pytest.mark.processes
 
 
-
-
-
-
-
-
-
-@pytest.fixture(scope="module")
-def path_with_xtuner(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment in which `xtuner` and `torchrun` are these."""
-    folder = tmp_path_factory.mktemp("bin")
-    for name, module in (("xtuner", "xtuner"), ("torchrun", "torch.distributed.run")):
-        program = folder / name
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
-        program.chmod(0o755)
-    source = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-
-
 def run(words: list[Any], env: dict[str, str]) -> None:
     done = subprocess.run(list(map(str, words)), env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from xtuner.engine.base import Strategy
 from xtuner.engine.strategies import select
 from xtuner.engine.zero import deepspeed_config
 from xtuner.optim.optim_wrapper import OptimWrapper
+from xtuner.optim.optimizer_traits import known_traits, try_optimizer
 
 PACKS, LR = 2, 1e-2
 ENGINES = {  # as columns of the docs: --deepspeed, --fsdp
@@ -249,6 +251,31 @@ def test_a_checkpoint_without_state_is_not_one_without_optimizer(tmp_path: Path)
         assert len(list(go(strategy, range(2, 4)))) == 2
 
     assert on_ranks(2, on_two, tmp_path / "two") == [0, 0]
+
+
+def test_what_is_known_of_adamw_is_what_a_trial_finds() -> None:
+    """It saves the import of PyTorch's compiler. Whatever its constructor rejects is tried, for the message."""
+    usual = dict(lr=1e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    for arguments in ({"lr": 1e-3}, usual):
+        build = partial(torch.optim.AdamW, fused=True, **arguments)
+        tried, known = try_optimizer(build, "AdamW", CPU), known_traits(torch.optim.AdamW, arguments, CPU)
+        assert known
+        assert (known.moments, known.shardable, known.built_with_state) == (8, True, False)
+        assert (tried.moments, tried.shardable, tried.built_with_state) == (8, True, False)
+        (key,) = tried.scalars
+        assert (key, tried.scalars[key].dtype, tried.scalars[key].device) == ("step", torch.float32, CPU)
+        assert (known.scalars[key].dtype, known.scalars[key].device) == (torch.float32, CPU)
+    for wrong in (
+        dict(lr=-1.0), dict(eps=-1.0), dict(weight_decay=-0.1), dict(betas=(0.9, 1.0)), dict(betas=(0.9, 1)),
+        dict(betas=(0.9,)), dict(betas=3), dict(lr="1"), dict(eps=None), dict(lr=float("nan")),
+    ):  # fmt: skip
+        assert known_traits(torch.optim.AdamW, usual | wrong, CPU) is None, wrong
+        with pytest.raises(ConfigError):
+            OptimWrapper(optimizer=dict(type=torch.optim.AdamW, **usual | wrong))
+    for other in (dict(amsgrad=True), dict(maximize=True), dict(fused=False)):
+        assert known_traits(torch.optim.AdamW, usual | other, CPU) is None
+    assert known_traits(torch.optim.Adam, usual, CPU) is None
+    assert known_traits(torch.optim.AdamW, usual, torch.device("meta")) is None
 
 
 def test_memory_counts_what_an_optimizer_keeps() -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from xtuner.core.errors import ConfigError
 from xtuner.dist.mesh import Mesh
 from xtuner.engine.gpu_kinds import KINDS
 from xtuner.engine.memory import plan_memory
+from xtuner.engine.prediction import Interconnect, bus_bytes
+from xtuner.engine.step_time import link_speed
 from xtuner.train.forecast.forecast import Cluster, Way, forecast
 from xtuner.train.forecast.workload import read_workload
 
@@ -106,3 +110,22 @@ def test_the_command(
     ):
         with pytest.raises(ConfigError, match=message):
             xtuner("plan", SEVEN, *words)
+
+
+@pytest.mark.processes
+def test_it_imports_little() -> None:
+    """What takes seconds to import is not: PyTorch's compiler, DeepSpeed."""
+    words = ["plan", SEVEN, "--gpus", "1,16", "--json"]
+    code = f"import sys\nfrom xtuner.cli.main import main\nassert main({words}) == 0\n"
+    code += "slow = {'torch._dynamo', 'deepspeed', 'sympy', 'transformers'} & set(sys.modules)\nassert not slow, slow"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {row["way"] for row in json.loads(done.stdout)["ways"]} >= {"sharded", "hybrid", "ZeRO-1", "ZeRO-3"}
+
+
+@pytest.mark.parametrize(("shard", "node"), [(8, 8), (16, 8), (16, 2), (4, 1)])
+def test_the_trainer_and_the_plan_assume_the_same_network(shard: int, node: int) -> None:
+    mesh = Mesh(dp_shard=shard, local_size=node)
+    links, size = Interconnect(node=node), 2**40  # so large that the latency does not count
+    ms = links.ms("all_gather", size, shard)
+    assert bus_bytes("all_gather", size, shard) / ms * 1000 == pytest.approx(link_speed(mesh), rel=1e-4)

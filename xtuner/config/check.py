@@ -15,6 +15,7 @@ from xtuner.config.findings import combine_errors
 from xtuner.config.schema import REQUIRED
 from xtuner.config.settings import MIXTURE_KEYS
 from xtuner.config.specs import ROOTS, Spec, find_specs, walk_values
+from xtuner.config.usual_adamw import is_usual_adamw
 from xtuner.core.errors import ConfigError, did_you_mean, from_system_exit
 from xtuner.core.log import logger
 
@@ -237,6 +238,8 @@ def _try_constructor(spec: Spec) -> Iterator[ConfigError]:
     scheduler = root == "param_scheduler" and "." not in rest
     try:
         if spec.key == "optim_wrapper.optimizer":  # OptimWrapper checks more, if it has no other mistakes
+            if is_usual_adamw(kind, spec.arguments):
+                return
             import torch
 
             kind([torch.nn.Parameter(torch.zeros(2, 2))], **spec.arguments)

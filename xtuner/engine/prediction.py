@@ -25,7 +25,7 @@ import numpy as np
 from xtuner.dist.mesh import Mesh
 from xtuner.engine import memory
 from xtuner.engine.kernel_times import KernelTimes
-from xtuner.engine.step_time import BETWEEN_NODES, OVERLAP_LOSS, WITHIN_NODE, context_costs
+from xtuner.engine.step_time import BETWEEN_NODES, OVERLAP_LOSS, WITHIN_NODE, context_costs, speed_over_nodes
 from xtuner.engine.zero import zero_memory, zero_time
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.flops import matmul_parameters
@@ -81,7 +81,7 @@ class Interconnect:
             return 0.0
         sent, nodes = bus_bytes(name, int(size), ranks), ranks if apart else -(-ranks // self.node)
         if nodes > 1:
-            speed = self.between if apart else min(self.within, self.between * self.node)
+            speed = self.between if apart else speed_over_nodes(self.within, self.between, self.node)
             return LATENCY + LATENCY_EACH * nodes + sent / speed * 1000
         if not self.measured:
             return LATENCY + sent / self.within * 1000

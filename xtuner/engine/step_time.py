@@ -113,4 +113,12 @@ def context_costs(c: DecoderConfig, mesh: Mesh, itemsize: int) -> ContextCosts:
 
 def link_speed(mesh: Mesh) -> float:
     """Bytes per second that each rank sends in a collective over the shard ranks."""
-    return WITHIN_NODE if mesh.shard_size <= mesh.local_size else BETWEEN_NODES
+    if mesh.shard_size <= mesh.local_size:
+        return WITHIN_NODE
+    return speed_over_nodes(WITHIN_NODE, BETWEEN_NODES, mesh.local_size)
+
+
+def speed_over_nodes(within: float, between: float, node: int) -> float:
+    """Bytes per second that each rank sends in a collective over all `node` ranks of several nodes: its rings go
+    through the links of all ranks of a node, and the cards of all of them."""
+    return min(within, between * node)

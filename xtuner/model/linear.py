@@ -188,7 +188,8 @@ class Embedding(GradientSumModule):
         self.sizes = vocabulary, size  # valid also where a strategy has sharded the weight
         self.weight = nn.Parameter(torch.empty(vocabulary, size))
         self.padding = padding
-        nn.init.normal_(self.weight)
+        if not self.weight.is_meta:  # there a random draw would import PyTorch's compiler: a second
+            nn.init.normal_(self.weight)
 
     def forward(self, ids_T: torch.Tensor) -> torch.Tensor:
         padding = -1 if self.padding is None else self.padding

@@ -102,12 +102,14 @@ class OptimWrapper:
         """Raise ConfigError for an optimizer that no device and no strategy can use."""
         if self.muon:
             return
+        cpu = torch.device("cpu")
         # GPUs support more of these two
         arguments = {k: v for k, v in self.arguments.items() if k not in ("capturable", "fused")}
         try:
-            optimizer_traits.try_optimizer(
-                partial(self.optimizer_class, **arguments), type_name(self.optimizer_class), torch.device("cpu")
-            )
+            if optimizer_traits.known_traits(self.optimizer_class, self.arguments, cpu) is None:
+                optimizer_traits.try_optimizer(
+                    partial(self.optimizer_class, **arguments), type_name(self.optimizer_class), cpu
+                )
             self._check_groups(arguments, [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)])
         except ConfigError as e:
             known = getattr(self.optimizer_class, "__module__", "").startswith("torch.optim")
@@ -143,6 +145,8 @@ class OptimWrapper:
         """The optimizer's traits on a device. Raises: ConfigError if it cannot be used there."""
         if self.muon:
             return Traits(FORMS["fp32"].moment.itemsize, {}, shardable=True, built_with_state=True)
+        if known := optimizer_traits.known_traits(self.optimizer_class, self.arguments, device):
+            self._traits[device.type], self._flags[device.type] = known, {"fused": True}
         if device.type not in self._traits:
             name, choices = (
                 type_name(self.optimizer_class),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xtuner.config.usual_adamw import is_usual_adamw
 from xtuner.core.errors import ConfigError
 
 Build = Callable[[Sequence[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -67,6 +68,13 @@ def require_valid_arguments(build: Build, name: str, device: torch.device) -> No
         raise ConfigError(f"{name} does not take these values: {e}", where="optim_wrapper.optimizer") from None
     except Exception:
         return  # it needs a GPU, say
+
+
+def known_traits(kind: Callable[..., Any], arguments: Mapping[str, Any], device: torch.device) -> Traits | None:
+    """Traits of PyTorch's AdamW with its usual arguments on a CPU, as `try_optimizer` finds them; None for others."""
+    if device.type != "cpu" or not is_usual_adamw(kind, arguments):
+        return None
+    return Traits(8.0, {"step": torch.tensor(0.0)}, shardable=True, built_with_state=False)
 
 
 def try_optimizer(build: Build, name: str, device: torch.device) -> Traits:

@@ -166,7 +166,9 @@ def plan_memory(
         plan = memory.plan_memory(source, optim, device, mesh, pack, free, document=work.document, host=host)
         return plan, memory.state_parts(source, optim, device, mesh, plan.division)
     cpu = torch.device("cpu")  # the same states, without asking a GPU
-    settings = deepspeed_config.prepare_settings(f"deepspeed_{way.engine}", source, optim, cpu, mesh.size)
+    settings = deepspeed_config.prepare_settings(
+        f"deepspeed_{way.engine}", source, optim, cpu, mesh.size, validate=False
+    )
     found = zero_memory.plan_zero_memory(source, optim, cpu, mesh, settings, pack, free)
     return found, zero_memory.zero_state_parts(source, optim, cpu, mesh.size, settings, found.summing)
 

@@ -118,9 +118,9 @@ def _read_source(config: Config) -> ModelSource:
     """The model of the config; of one that is not on this machine, the network that its family lists."""
     model = dict(config.values["model"])
     name = str(model.get("pretrained_model_name_or_path", ""))
-    if not name or hub.is_local(name):
-        return preflight.build_model_source(config)
     released = {m.hub_id: (family, m) for family in FAMILIES.values() for m in family.released}
+    if not name or ((name not in released or hub.may_be_local(name)) and hub.is_local(name)):
+        return preflight.build_model_source(config)
     if name not in released:
         raise ConfigError(
             f"{name} is not on this machine, and its shapes are not known.{did_you_mean(name, list(released))}",

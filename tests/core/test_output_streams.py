@@ -191,6 +191,35 @@ def test_a_person_at_a_terminal(tiny: Path, tmp_path: Path) -> None:
     assert "\r" not in log.read_text()
 
 
+LOST = """
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError("release unlocked lock")
+"""
+
+
+@pytest.mark.processes
+def test_an_interrupt_that_a_lock_has_replaced(tiny: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    """Python's `Condition.wait` raises this instead if a Ctrl-C comes between two of its instructions."""
+    config = with_hook(tiny, tmp_path / "lost.py", 2, LOST.strip())
+    for run in (lambda: xtuner("train", config, "--work-dir", tmp_path / "w", *PLAIN), _lose_interrupt):
+        with pytest.raises(SystemExit) as ended:
+            exit_with(run)
+        assert ended.value.code == 130
+    shown = capsys.readouterr().err
+    assert "xtuner: stopped without saving, after iteration 2" in shown
+    assert shown.endswith("xtuner: interrupted\n")
+    assert "Traceback" not in shown
+
+
+def _lose_interrupt() -> int:
+    try:
+        raise KeyboardInterrupt
+    finally:
+        raise RuntimeError("release unlocked lock")
+
+
 @pytest.mark.processes
 def test_a_terminal_that_closes(tiny: Path, tmp_path: Path) -> None:
     """It requests a stop: 75 and a checkpoint. Without colours if so wished."""

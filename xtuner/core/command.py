@@ -79,6 +79,9 @@ def _exit_code(command: Callable[[], int]) -> int | str | None:
     except BrokenPipeError:
         raise
     except Exception as e:
+        if errors.is_interrupt(e):
+            print_error("interrupted")
+            return errors.EXIT_INTERRUPTED
         if isinstance(e, OSError) and (error := errors.from_os_error(e)):
             print_error(str(error))
             return error.exit_code

@@ -85,6 +85,18 @@ class InterruptedRunError(XTunerError):
     exit_code = EXIT_INTERRUPTED
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an error is a KeyboardInterrupt, or was raised while one was being handled.
+
+    Python's locks are not safe against it: a Ctrl-C between two instructions of `Condition.wait` leaves the lock
+    released, and the `with` statement around it then raises "release unlocked lock" in place of the KeyboardInterrupt.
+    """
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, KeyboardInterrupt):
+        seen = seen.__context__
+    return seen is not None
+
+
 def from_os_error(error: OSError) -> CheckpointError | None:
     """The error for users if the operating system failed to read or write a file; None for any other OSError.
 

@@ -11,7 +11,15 @@ import torch
 from xtuner.compat.report import log_report
 from xtuner.config.config import Config
 from xtuner.core import log
-from xtuner.core.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, DataError, DivergedError, from_system_exit
+from xtuner.core.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    CheckpointError,
+    DataError,
+    DivergedError,
+    from_system_exit,
+    is_interrupt,
+)
 from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.dist import collectives
@@ -109,16 +117,16 @@ def train(
             progress = run.progress
             with record_events(run), run_hooks(run):
                 return loop(run, stop, heartbeat)
-        except Exception as e:
+        except BaseException as e:
+            if is_interrupt(e):
+                cleanup.close()  # waits for a save in progress
+                raise interrupted_error(work_dir, progress.state.iteration, options.arguments, mesh) from None
+            if isinstance(e, SystemExit):  # raised by a hook or dataset
+                raise from_system_exit(e) from None
             if is_out_of_memory(e):
                 now = run.strategy.memory if run else None
                 raise out_of_memory_error(settings, plan, progress.state.iteration, options.arguments, e, now) from None
             raise
-        except SystemExit as e:  # raised by a hook or dataset
-            raise from_system_exit(e) from None
-        except KeyboardInterrupt:
-            cleanup.close()  # waits for a save in progress
-            raise interrupted_error(work_dir, progress.state.iteration, options.arguments, mesh) from None
         finally:
             log.show_progress()
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -111,8 +110,6 @@ def test_a_shell_inside_a_step_is_one_process() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- meeting
-
-
 
 
 @pytest.mark.parametrize("how", ["nobody", "no such host", "somebody else"])

@@ -6,20 +6,15 @@
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.paths import ROOT
-from safetensors.torch import load_file
+from helpers.configs import FOUR, TWO, full_config, with_hook
+from helpers.runs import assert_equals_one_process, contents, records
 from helpers.slurm import Slurm
-from helpers.configs import FOUR, ONE, TWO, full_config, with_hook
-from helpers.runs import contents, export, records, assert_equals_one_process
 
 from xtuner.cli.main import main
-from xtuner.core import files
 
 pytestmark = pytest.mark.processes
 

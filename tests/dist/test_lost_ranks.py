@@ -3,25 +3,20 @@
 Two real processes that train; faults come from outside, by signals, or from a hook of rank 1's.
 """
 
-import contextlib
-import multiprocessing
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 from helpers.configs import TWO, full_config, with_hook
-from helpers.processes import listening_socket
 from helpers.ranks import exit_codes, start_ranks, stderr_of
 from helpers.runs import assert_equals_one_process
 
 from xtuner.cli.main import main
 from xtuner.core import files
-from xtuner.core.command import exit_with
 from xtuner.dist import heartbeat
 from xtuner.dist.shipped_launchers import RankInfo
 
@@ -42,14 +37,6 @@ def impatient(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds instead of minutes until a rank counts as lost."""
     for name, seconds in (("SILENT", 3.0), ("STUCK", 4.0)):
         monkeypatch.setattr(heartbeat, name, seconds)
-
-
-
-
-
-
-
-
 
 
 def train(tiny: Path, folder: Path, action: str, *options: str) -> list[Any]:
@@ -198,7 +185,9 @@ def test_other_numbers_of_ranks(tiny: Path, tmp_path: Path, alone: Path) -> None
         return tuple(facts[key] for key in ("strategy", "ranks", "begun_on", "packs_per_iteration"))
 
     together = [*words, "--launcher", "pytorch"]
-    assert exit_codes(start_ranks([*together, "--deepspeed", "deepspeed_zero2"], tmp_path)) == [75, 75], stderr_of(tmp_path, 0)
+    assert exit_codes(start_ranks([*together, "--deepspeed", "deepspeed_zero2"], tmp_path)) == [75, 75], stderr_of(
+        tmp_path, 0
+    )
     assert by("iter_3.pth") == ("zero2", 2, 2, 4)
     assert exit_codes(start_ranks([*together, "--fsdp"], tmp_path, ranks=3)) == [2, 2, 2]
     assert "4 packs an iteration cannot be divided over 3 ranks" in stderr_of(tmp_path, 0)

@@ -1,13 +1,10 @@
 """The protocol between ranks, with real processes over gloo: what happens to one is known to all."""
 
-import gc
 import json
-import multiprocessing
 import os
 import resource
 import signal
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,10 +25,6 @@ from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
 
 pytestmark = pytest.mark.processes
-
-
-
-
 
 
 def part(rank: int, value: float = 1.0) -> Snapshot:

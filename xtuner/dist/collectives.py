@@ -19,8 +19,8 @@ T = TypeVar("T")
 class Ranks:
     """A group of all processes of the run.
 
-    All ranks must call the collectives of one group in the same order. A background thread therefore needs its own group
-    (`new_group`).
+    All ranks must call the collectives of one group in the same order. A background thread therefore needs its own
+    group (`new_group`).
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -97,7 +97,7 @@ class Ranks:
         return float(total)
 
     def sum_on_device(self, value: Any) -> Any:
-        """Sum of a small tensor over all ranks, as a list; reduced on its own device, without a copy to the host first."""
+        """Sum of a small tensor over all ranks, as a list; reduced on its own device, with no copy to the host first."""
         total = value.double().clone()
         if self.size > 1:
             record_progress("all_reduce of a sum")

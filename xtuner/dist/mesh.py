@@ -5,16 +5,16 @@
     cp             ranks that share the tokens of one pack
     tp             ranks that share each matrix product; 1, as it is not implemented
 
-Each data-parallel rank (dp_replicate × dp_shard) trains on its own packs. Sums over targets and gradients are taken over
-dp and cp. A single process is a mesh of ones, without process groups.
+Each data-parallel rank (dp_replicate × dp_shard) trains on its own packs. Sums over targets and gradients are taken
+over dp and cp. A single process is a mesh of ones, without process groups.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from xtuner.dist.collectives import ALL, Ranks, local_world_size
 from xtuner.core.errors import ConfigError
+from xtuner.dist.collectives import ALL, Ranks, local_world_size
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as torch_dist
 
-from xtuner.dist.collectives import ALL
 from xtuner.core.errors import ConfigError, InterruptedRunError, XTunerError
-from xtuner.dist.launchers import RankInfo
+from xtuner.dist.collectives import ALL
 from xtuner.dist.heartbeat import Heartbeat, connect_store
+from xtuner.dist.launchers import RankInfo
 
 # Collectives may wait for a rank that prepares data or a checkpoint; the heartbeat detects ranks that hang.
 COLLECTIVE_TIMEOUT = timedelta(days=2)
@@ -31,7 +31,9 @@ def select_device(local_rank: int = 0) -> torch.device:
             why="two processes would share a GPU, and its memory",
             do="start as many processes on a node as it has GPUs",
         )
-    return torch.device("cuda", local_rank if local_rank < count else 0)  # one visible GPU: the launcher has assigned it
+    return torch.device(
+        "cuda", local_rank if local_rank < count else 0
+    )  # one visible GPU: the launcher has assigned it
 
 
 # set in the environment while the run lasts, for engines that read them
@@ -42,7 +44,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 def join_run(info: RankInfo, group: bool) -> Iterator[tuple[torch.device, Heartbeat | None]]:
     """Yield this process's device and its heartbeat (None for a single process).
 
-    Errors are propagated to the other ranks. An error that is caused by another rank's failure is raised as that failure.
+    Errors are propagated to the other ranks. An error that another rank's failure causes is raised as that failure.
 
     Args:
         group: create a process group for a single process also, as DeepSpeed needs it.

@@ -38,8 +38,8 @@ def report_interrupt_once(launcher: str) -> Iterator[None]:
 def read_nodes(environ: Mapping[str, str], gpus: int) -> NodeLayout | None:
     """The workers that this process has to start; None if it is itself a process of the run.
 
-    `NPROC_PER_NODE`, `NNODES`, `NODE_RANK`, `ADDR` and `PORT` have precedence, then torchrun's `PET_…`, which Kubernetes'
-    PyTorchJob sets. Without LOCAL_RANK, `RANK` and `WORLD_SIZE` count nodes (Aliyun DLC, PyTorchJob).
+    `NPROC_PER_NODE`, `NNODES`, `NODE_RANK`, `ADDR` and `PORT` have precedence, then torchrun's `PET_…`, which
+    Kubernetes' PyTorchJob sets. Without LOCAL_RANK, `RANK` and `WORLD_SIZE` count nodes (Aliyun DLC, PyTorchJob).
     """
     if "LOCAL_RANK" in environ:
         return None
@@ -203,7 +203,9 @@ def _shown(environ: Mapping[str, str], names: Mapping[str, tuple[str, ...]]) -> 
     return " ".join(f"{n}={environ[n]}" for tries in names.values() for n in tries if n in environ)
 
 
-def environment_of_workers(environ: Mapping[str, str], layout: NodeLayout, local_rank: int, port: int) -> dict[str, str]:
+def environment_of_workers(
+    environ: Mapping[str, str], layout: NodeLayout, local_rank: int, port: int
+) -> dict[str, str]:
     """The variables of torchrun for one worker, without those that would make it start workers itself."""
     kept = {k: v for k, v in environ.items() if k not in _NODES and not k.startswith("PET_")}
     return kept | {

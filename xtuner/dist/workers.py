@@ -26,8 +26,8 @@ def stop_signals() -> list[signal.Signals]:
 
 
 def run_workers(layout: NodeLayout, command: list[str]) -> int:
-    """Run `command` as all workers of this node. Returns the exit code of the first that failed, else 75 if they stopped
-    on request, else 0. A worker killed by signal n counts as 128 + n, as in a shell."""
+    """Run `command` as all workers of this node. Returns the exit code of the first that failed, else 75 if they
+    stopped on request, else 0. A worker killed by signal n counts as 128 + n, as in a shell."""
     port = layout.port or _free_port()
     environ = {**os.environ, _PARENT: str(os.getpid())}
     workers = [
@@ -62,7 +62,10 @@ def _wait(workers: list["subprocess.Popen[bytes]"], first_rank: int) -> int:
             ended.add(i)
             if code not in (EXIT_DONE, EXIT_STOPPED) and failed is None:
                 failed, deadline = code, time.monotonic() + GRACE
-                if code not in (EXIT_INTERRUPTED, -signal.SIGINT):  # a second Ctrl-C ends all workers: rank 0 reports it
+                if code not in (
+                    EXIT_INTERRUPTED,
+                    -signal.SIGINT,
+                ):  # a second Ctrl-C ends all workers: rank 0 reports it
                     logger.error(
                         f"rank {first_rank + i} (process {worker.pid}) {_describe(code)}; the other workers are stopped"
                     )

@@ -97,7 +97,7 @@ class Ranks:
         return float(total)
 
     def sum_on_device(self, value: Any) -> Any:
-        """Sum of a small tensor over all ranks, as a list; reduced on its own device, with no copy to the host first."""
+        """Sum of a small tensor over all ranks, as a list; reduced on its own device, not on the host."""
         total = value.double().clone()
         if self.size > 1:
             record_progress("all_reduce of a sum")

@@ -162,7 +162,8 @@ class Heartbeat:
         self._store.set(f"heartbeat/{self.info.rank}", json.dumps(facts | {"log": str(self.log or "")}))
 
     def _find_trouble(self) -> str | None:
-        """What is wrong with the run, if anything. Rank 0 checks all ranks; the others read its verdict and check it."""
+        """What is wrong with the run, if anything. Rank 0 checks all ranks; the others read what it found, and
+        check that it lives."""
         if self._store.check(["failed"]):
             self._failed_since = self._failed_since or time.monotonic()
             if time.monotonic() - self._failed_since > GRACE:

@@ -2,7 +2,8 @@
 
 A launcher reads environment variables that the cluster has set. It is selected on the command line, not in a config, so
 that one config runs on any cluster. Every process of a run, and every process that starts others, is `xtuner train`
-with the same arguments. To add a launcher, write a class in an importable file (and a line in `LAUNCHERS` for a short name):
+with the same arguments. To add a launcher, write a class in an importable file (and a line in `LAUNCHERS` for a short
+name):
 
     class Cluster(Launcher):
         def read_rank(self, environ):                  # which rank this process is

@@ -12,8 +12,10 @@ MMENGINE := $(CACHE)/mmengine-0.10.7
 PEFT := $(CACHE)/peft-0.21.2
 DATA_LIBRARIES := $(CACHE)/data-libraries-1
 TRACKERS := $(CACHE)/trackers-2
+S3CLIENT := $(CACHE)/s3-client-0.12.1
+S3SERVER := $(CACHE)/s3-server-5.2.5
 
-.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine peft data-libraries trackers bench-table bench-several bench-data settings configs clean help
+.PHONY: demo test test-fast check test-interop fuzz lmdeploy llamacpp mmengine peft data-libraries trackers s3 bench-table bench-several bench-data settings configs clean help
 
 help:
 	@echo "make demo   install into .venv and run every step from text to a trained, exported tiny model (minutes, no GPU)"
@@ -26,6 +28,7 @@ help:
 	@echo "make peft  download PEFT 0.21.2 (15 MB), the reference of tests of LoRA that are skipped without it"
 	@echo "make data-libraries  download megatron-core, pyarrow and datasets (100 MB), which tests of token files are skipped without"
 	@echo "make trackers  download SwanLab and W&B (160 MB), for tests that are skipped without them"
+	@echo "make s3  download a client (15 MB) and a server (115 MB) of object storage, for tests that are skipped without them"
 	@echo "make bench-table  print the results of benchmarks/single_gpu.py"
 	@echo "make bench-several  on a host with several GPUs: collectives, predicted and measured speed, peers, fault recovery (results are kept)"
 	@echo "make test-interop  install OpenCompass and lm-eval (2.3 GB, once), and compare their results with ours (minutes)"
@@ -102,6 +105,18 @@ trackers: $(TRACKERS)/installed
 $(TRACKERS)/installed: tests/external/trackers.txt | .venv/installed
 	rm -rf "$(TRACKERS)"
 	$(BIN)/python -m pip install -q --target "$(TRACKERS)" -r tests/external/trackers.txt
+	touch "$@"
+
+s3: $(S3CLIENT)/installed $(S3SERVER)/installed
+
+$(S3CLIENT)/installed: tests/external/s3_client.txt | .venv/installed
+	rm -rf "$(S3CLIENT)"
+	$(BIN)/python -m pip install -q --no-deps --target "$(S3CLIENT)" -r tests/external/s3_client.txt
+	touch "$@"
+
+$(S3SERVER)/installed: tests/external/s3_server.txt | .venv/installed
+	rm -rf "$(S3SERVER)"
+	$(BIN)/python -m pip install -q --target "$(S3SERVER)" -r tests/external/s3_server.txt
 	touch "$@"
 
 .venv/installed: pyproject.toml constraints.txt

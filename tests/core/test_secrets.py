@@ -31,6 +31,8 @@ FORMS = {
     'hub_token=\'a b\' password=c "secret": "d\\"e" n=3': 'hub_token=\'***\' password=*** "secret": "***" n=3',
     '{"inner": "{\\"password\\": \\"x\\"}"}': '{"inner": "{\\"password\\": \\"***\\"}"}',
     "a=password=zz ?token=abc&page=2": "a=password=*** ?token=***&page=2",
+    "s3://AK:wJal/K7+x@bucket/a b@c s3://bucket/a:b/c": "s3://AK:***@bucket/a b@c s3://bucket/a:b/c",
+    "https://b/x?X-Amz-Signature=0123456789abcdef0123&n=1": "https://b/x?X-Amz-Signature=***&n=1",
     "token: str, token = 5, pad_token='<pad>', token='<s>', password == x, use_auth_token=True": None,
 }
 
@@ -49,7 +51,7 @@ def test_texts(text: str) -> None:
 
 def test_texts_of_any_length() -> None:
     """Each of these once took a time that grew with the square of the length: minutes."""
-    for part in ("sk-a-", "eyJ-", "http://a:", "a=", "password=", "a:'", 'x=\\"'):
+    for part in ("sk-a-", "eyJ-", "http://a:", "s3://a:", "a=", "password=", "a:'", 'x=\\"'):
         mask_text(part * 100_000)
 
 

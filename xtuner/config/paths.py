@@ -8,6 +8,7 @@ from xtuner.config.config import Config
 from xtuner.config.specs import Spec, find_specs
 from xtuner.core import hub, path_kinds
 from xtuner.core.errors import ConfigError
+from xtuner.core.remote.url import is_remote, parse_url
 
 _MODEL = ("name_or_path", "pretrained_model_name_or_path")
 ORDER_FILE = "data_order.txt"  # the file that `xtuner data order` writes in a folder
@@ -56,7 +57,18 @@ def _kind(name: str | Path) -> str:
         return ""
 
 
+def _address(name: str | Path) -> ConfigError | None:
+    """The error of an invalid address in object storage. Whether something is there is seen when it is opened."""
+    try:
+        parse_url(str(name))
+    except ConfigError as e:
+        return e
+    return None
+
+
 def _folder(name: str | Path, setting: str) -> ConfigError | None:
+    if is_remote(str(name)):
+        return _address(name)
     kind = _kind(name)
     if kind == "folder":
         return None
@@ -67,6 +79,8 @@ def _folder(name: str | Path, setting: str) -> ConfigError | None:
 
 
 def _order(name: str | Path) -> ConfigError | None:
+    if is_remote(str(name)):
+        return _address(name)
     kind, path = _kind(name), Path(name)
     if kind:
         path = path.expanduser()
@@ -94,6 +108,8 @@ def _models(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
 
 
 def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
+    if is_remote(name):
+        return _address(name)
     what = "tokenizer" if is_tokenizer else "model"
     kind = _kind(name)
     usual = (path_kinds.HF, path_kinds.BARE, path_kinds.UNKNOWN, path_kinds.NOTHING)  # reported by the code below
@@ -114,12 +130,19 @@ def _model(name: str, is_tokenizer: bool) -> ConfigError | None:
 
 
 def _weights(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
+    if upload_dir := config.get("upload_dir"):
+        yield "upload_dir", upload_dir, _address(upload_dir)
     resume = config.get("resume")
-    if isinstance(resume, str) and resume not in ("", "auto") and not _kind(resume):
+    if is_remote(resume):
+        yield "resume", resume, _address(resume)
+    elif isinstance(resume, str) and resume not in ("", "auto") and not _kind(resume):
         what = f"there is no checkpoint {resume!r} to resume from"
         yield "resume", resume, ConfigError(what, do="give an iter_N.pth folder, or True for the work dir's newest")
     name = config.get("load_from")
     if not isinstance(name, str) or not name:
+        return
+    if is_remote(name):
+        yield "load_from", name, _address(name)
         return
     if not _kind(name):
         missing: ConfigError | None = ConfigError(f"there is no folder {name!r} to take weights from")

@@ -7,6 +7,7 @@ compares them).
 from typing import Any, Literal
 
 from xtuner.config.schema import HARMLESS, IMPOSSIBLE, NOT_COMPARED, REQUIRED, RESULT, Allowed, Rule, Schema, Setting
+from xtuner.core.remote.url import is_remote
 
 INT32 = 2**31  # ids and borders of documents have 32 bits
 LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
@@ -44,6 +45,7 @@ SHARERS = (
 )
 NAME = (Rule(lambda v: bool(v.strip()) and "/" not in v, "is not a name: text without a slash"),)
 PATH = (Rule(lambda v: v != "", "is not a folder or None"),)
+REMOTE = (Rule(is_remote, "is not an address in object storage", "s3://… or oss://…"),)
 RESUME = (Rule(lambda v: v != "", "is not True, False or a checkpoint"),)
 
 _DATA, _FILES = "train_dataloader.dataset", "train_dataloader.dataset.dataset_cfg"
@@ -339,6 +341,10 @@ OWN_SETTINGS = (
             expected="True, False or a checkpoint"),
     Setting("work_dir", str | None, None, "where checkpoints and logs go (`--work-dir` has precedence)",
             "检查点与日志的目录（`--work-dir` 优先）", NOT_COMPARED, PATH, expected="a folder or None"),
+    Setting("upload_dir", str | None, None,
+            "where saved checkpoints are uploaded: s3://… or oss://…; a resume also looks there",
+            "检查点保存后上传的位置：s3://… 或 oss://…；恢复训练时也从中查找", NOT_COMPARED, REMOTE,
+            expected="an address in object storage or None"),
     Setting("sequence_parallel_size", int | str, 1,
             'ranks that share a pack (context parallelism); "auto": as many as its longest document needs',
             '共享一个 pack 的 rank 数（上下文并行）；"auto"：由最长文档所需的显存决定', NOT_COMPARED, SHARERS,

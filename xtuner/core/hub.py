@@ -1,4 +1,5 @@
-"""Find the folder of a model: a local folder, or a snapshot in the Hugging Face cache, downloaded once per node.
+"""Find the folder of a model: a local folder, or a snapshot in the Hugging Face cache or of a folder in object storage,
+downloaded once per node.
 
 huggingface_hub reads HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME and HF_TOKEN. Only weights, configs and tokenizers are
 downloaded, never code; pickles (`.bin`) only from repositories without safetensors.
@@ -6,6 +7,8 @@ downloaded, never code; pickles (`.bin`) only from repositories without safetens
 
 import os
 import re
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,6 +16,8 @@ from xtuner.core import path_kinds
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.log import logger
+from xtuner.core.remote.transfer import cache_folder
+from xtuner.core.remote.url import Url, is_remote, parse_url
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"]
 TOKENIZER_FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "qwen.tiktoken"]
@@ -43,12 +48,15 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
     """The folder of a model.
 
     Args:
-        name_or_path: a folder (`~` is expanded), or a hub id such as `internlm/internlm2-7b`. A folder has precedence.
-            A model that is complete in the cache is used without a network request.
+        name_or_path: a folder (`~` is expanded), an address in object storage, or a hub id such as
+            `internlm/internlm2-7b`. A folder has precedence. A model that is complete in the cache
+            is used without a network request.
         revision: branch, tag or commit of a hub id; the main branch by default.
         tokenizer_only: the weights are not needed.
     Raises: ConfigError if there is no such folder or model, or the hub cannot be reached or read.
     """
+    if is_remote(name_or_path):
+        return _from_object_storage(parse_url(name_or_path), tokenizer_only)
     path = Path(os.path.expanduser(name_or_path))
     if name_or_path and os.path.isdir(path):
         return path
@@ -61,6 +69,8 @@ def resolve(name_or_path: str, *, revision: str | None = None, tokenizer_only: b
 
 def is_local(name_or_path: str, tokenizer_only: bool = False) -> bool:
     """Whether `resolve` returns or fails without a network request."""
+    if is_remote(name_or_path):
+        return False
     path = Path(os.path.expanduser(name_or_path))
     if os.path.exists(path) or not is_hub_id(name_or_path):
         return True
@@ -83,6 +93,37 @@ def may_be_local(name: str) -> bool:
     return (
         os.path.exists(name)
         or (Path(constants.HF_HUB_CACHE).expanduser() / f"models--{name.replace('/', '--')}").exists()
+    )
+
+
+def resolve_folder(name: str) -> Path:
+    """A folder (`~` is expanded), or all files of one in object storage. Raises: ConfigError; CheckpointError."""
+    if not is_remote(name):
+        return Path(name).expanduser()
+    return _require_objects(parse_url(name), lambda name: True)
+
+
+def _from_object_storage(url: Url, tokenizer_only: bool) -> Path:
+    patterns = [] if tokenizer_only else [*_SAFETENSORS, *_PICKLES]
+
+    def is_wanted(name: str) -> bool:
+        inside = "/" not in name and not fnmatch(name, _EXCLUDED[1])
+        return inside and (name in _SMALL or any(fnmatch(name, pattern) for pattern in patterns))
+
+    folder = _require_objects(url, is_wanted)
+    if missing := missing_files(folder, tokenizer_only):
+        raise ConfigError(f"the model {url} has no {missing[0]}", where=str(url), do="complete the copy of the folder")
+    return folder
+
+
+def _require_objects(url: Url, wanted: Callable[[str], bool]) -> Path:
+    if found := cache_folder(url, wanted):
+        return found
+    raise ConfigError(
+        f"there is no model at {url}",
+        where=str(url),
+        why="training starts from its weights and tokenizer",
+        do="give the folder that contains its config.json",
     )
 
 

@@ -37,6 +37,8 @@ _FORMS_TEXT = (
     r"(?<=[Bb]earer )[\w.~+/=-]{8,}|(?<=Basic )[A-Za-z0-9+/=]{12,}",
     r"(?<=PRIVATE KEY-----)[^-]+",
     r"(?<=://)[^\s/@:'\"]*:[^\s/@'\"]+(?=@)",  # user:password of a URL
+    r"(?:(?<=\bs3://)|(?<=\boss://))[^\s/@:'\"]{0,200}:[^\s@'\"]{1,200}(?=@)",  # secret keys have slashes
+    r"(?<=[?&]X-Amz-Signature=)\w{16,}|(?<=[?&]Signature=)[\w%+/=-]{16,}",  # of a signed URL
 )
 _FORMS = tuple(map(re.compile, _FORMS_TEXT))
 # `name = value`, `"name": "value"`; the value is quoted, quoted with \", or ends at a delimiter

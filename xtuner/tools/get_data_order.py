@@ -17,8 +17,7 @@ def run(args: argparse.Namespace) -> int:
 
     from xtuner.data.format.file_order import write_order
 
-    folder, save = (Path(p).expanduser() for p in (args.data_folder, args.save_folder))
-    target, count = write_order(folder, save, args.file_type)
+    target, count = write_order(args.data_folder, Path(args.save_folder).expanduser(), args.file_type)
     print(f"{target}: {count} files in order")
     return 0
 

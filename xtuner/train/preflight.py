@@ -126,7 +126,7 @@ def check_models_and_tokenizers(config: Config, read_only: bool = False) -> Mode
                 check_network(WeightFolder(source.folder), source.layout, stored)
     if name := config.setting("load_from"):
         with found.collect("load_from"):
-            _check_initial_weights(Path(name).expanduser(), source)
+            _check_initial_weights(hub.resolve_folder(name), source)
     for spec, key, name, is_tok in named:
         if is_tok and name not in absent:
             with found.collect(key):

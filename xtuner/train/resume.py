@@ -8,6 +8,7 @@ from typing import Any
 from xtuner.compat.translate import apply_hook_settings
 from xtuner.config.config import Config
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
+from xtuner.core.hub import resolve_folder
 from xtuner.core.log import logger
 from xtuner.core.secrets import mask
 from xtuner.dist.collectives import Ranks
@@ -80,7 +81,7 @@ def load_run_state(
     begin = time.perf_counter()
     if found is None:
         if config.setting("load_from"):
-            _load_initial_weights(strategy, Path(config.setting("load_from")).expanduser(), ranks, has_adapter)
+            _load_initial_weights(strategy, resolve_folder(config.setting("load_from")), ranks, has_adapter)
         return Progress()
     strategy.load(found.folder)
     took = time.perf_counter() - begin

@@ -21,6 +21,7 @@ from xtuner.core.errors import (
     is_interrupt,
 )
 from xtuner.core.log import logger
+from xtuner.core.remote.url import parse_url
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.dist import collectives
 from xtuner.dist.heartbeat import Heartbeat
@@ -31,7 +32,7 @@ from xtuner.engine.strategies.out_of_memory import is_out_of_memory
 from xtuner.engine.strategies.select import build_strategy, choose_strategy
 from xtuner.model.flops import count_attention_pairs
 from xtuner.train import preflight
-from xtuner.train.checkpoints import history
+from xtuner.train.checkpoints import history, remote
 from xtuner.train.checkpoints.async_saver import AsyncSaver
 from xtuner.train.plan import DATASET, find_longest_document, longest_document, make_plan
 from xtuner.train.reporting.events import record_events
@@ -105,6 +106,7 @@ def train(
         found = _find_resume_point(settings, options)
         plan = _make_plan(settings, options, found)
         _require_memory(settings, plan)
+        _require_upload_dir(settings, found)
         file = open_log(settings)
         early.write_to_file()
         stop = Stop(work_dir, ranks, options.max_minutes)
@@ -156,7 +158,17 @@ def choose_context_size(settings: Settings, options: Options) -> Settings:
 
 def _find_resume_point(settings: Settings, options: Options, contents: bool = True) -> ResumePoint | None:
     resume = options.resume if options.resume is not None else settings.config.setting("resume")
-    return find_resume_point(settings.work_dir, resume, settings.mesh.ranks, options.strict_resume, contents)
+    ranks, upload_dir = settings.mesh.ranks, settings.config.setting("upload_dir")
+    resume = remote.bring_checkpoint(settings.work_dir, resume, upload_dir, ranks, options.dry_run)
+    return find_resume_point(settings.work_dir, resume, ranks, options.strict_resume, contents)
+
+
+def _require_upload_dir(settings: Settings, found: ResumePoint | None) -> None:
+    if upload_dir := settings.config.setting("upload_dir"):
+        ours = found and found.folder.resolve().parent == settings.work_dir.resolve()
+        iteration = found.state.iteration if found and ours else None
+        url = parse_url(upload_dir, "upload_dir")
+        settings.mesh.ranks.run_on_main(lambda: remote.require_upload_dir(url, iteration))
 
 
 def _make_plan(settings: Settings, options: Options, found: ResumePoint | None) -> Plan:
@@ -200,7 +212,7 @@ def _build_run(
     ranks = settings.mesh.ranks
     metrics = open_trackers(settings, trackers, file.parent, found)
     cleanup.callback(metrics.close)
-    saver = AsyncSaver(settings.work_dir, ranks)
+    saver = AsyncSaver(settings.work_dir, ranks, settings.config.setting("upload_dir"))
     cleanup.callback(saver.close)
     _print_report(settings, plan)
     if plan.choice.remark and collectives.is_main():
@@ -285,6 +297,10 @@ def _report_checkpoints(run: Run) -> None:
         run.metrics.event("save", int(folder.stem.removeprefix("iter_")), folder=folder.name)
         for hook in run.hooks:
             hook.after_checkpoint(run, folder)
+    while run.saver.uploaded:
+        folder = run.saver.uploaded.popleft()
+        iteration = int(folder.stem.removeprefix("iter_"))
+        run.metrics.event("upload", iteration, folder=folder.name, to=run.config.setting("upload_dir"))
 
 
 def _save_and_stop(run: Run, stop: Stop) -> int:

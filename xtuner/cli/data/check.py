@@ -28,7 +28,6 @@ def run(args: argparse.Namespace) -> int:
     import json
     import sys
     from dataclasses import asdict
-    from pathlib import Path
 
     from xtuner.core.errors import EXIT_DATA, EXIT_DONE, ConfigError
     from xtuner.core.log import use_colour
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"a vocabulary of {args.vocab_size} has no ids", where="--vocab-size")
     kind = find_kind(args)
     if kind == INTERNEVO:
-        report = check_folder(Path(args.folder), args.vocab_size, args.fix_meta, args.workers, args.file_type)
+        report = check_folder(args.folder, args.vocab_size, args.fix_meta, args.workers, args.file_type)
     else:
         if args.fix_meta:
             raise ConfigError(f"{kind} files have no meta that could be rebuilt", where="--fix-meta")

@@ -11,14 +11,13 @@ import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
-from xtuner.core.foreign_inputs import read_regular
+from xtuner.core.remote.path import RemotePath, open_any
 from xtuner.data.format.document_file import DocumentFile
 from xtuner.data.format.meta import meta_path, read_meta
 from xtuner.data.format.parse_tokens import Int64s, parse_line
@@ -37,9 +36,10 @@ class BinFile(DocumentFile):
     """A `.bin` file with its meta."""
 
     learn_zero: bool = False  # see zeros.py
+    by_ranges: bool = False  # of an object: read parts of the text from the server, not all of it to the cache
 
     @property
-    def parts(self) -> tuple[Path, ...]:
+    def parts(self) -> tuple[Any, ...]:
         return self.path, meta_path(self.path)
 
     @cached_property
@@ -67,13 +67,30 @@ class BinFile(DocumentFile):
         if self.facts:
             return self.facts.identity
         try:
-            with self.open() as f:
+            with self._open_ranges() as f:
                 size = f.seek(0, os.SEEK_END)
-                ends = os.pread(f.fileno(), 4096, 0) + os.pread(f.fileno(), 4096, max(size - 4096, 0))
-            meta = read_regular(meta_path(self.path))
+                ends = b""
+                for begin in (0, max(size - 4096, 0)):
+                    f.seek(begin)
+                    ends += f.read(4096)
+            with open_any(meta_path(self.path)) as f:
+                meta = f.read()
         except OSError as e:
             raise DataError(f"{self.name} or its meta cannot be read: {e.strerror}", where=str(self.path)) from None
         return hashlib.sha256(f"{size} {self.min_length}\0".encode() + ends + meta).digest()
+
+    def open(self) -> BinaryIO:
+        return self._open_ranges() if self.by_ranges else super().open()
+
+    def _open_ranges(self) -> BinaryIO:
+        """The text, to read a little of it."""
+        if not isinstance(self.path, RemotePath):
+            return self.open()
+        try:
+            found: BinaryIO = self.path.open_part(self.facts and self.facts.signature[:2])
+        except OSError as e:
+            raise DataError(f"{self.path.name} cannot be opened: {e.strerror}", where=str(self.path)) from None
+        return found
 
     def open_meta(self) -> BinaryIO:
         """The meta, as `open` opens the text."""
@@ -81,7 +98,7 @@ class BinFile(DocumentFile):
 
     def check(self) -> None:
         """Check that the text can be opened and ends where the last document of the meta ends. Raises: DataError."""
-        with self.open() as f:
+        with self._open_ranges() as f:
             offsets = self.full_table[0]
             last, end, closed = 0, 0, True
             if len(offsets):

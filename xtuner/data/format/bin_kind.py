@@ -1,7 +1,7 @@
 """`.bin` files as one kind of files; see `FileKind`."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from xtuner.data.format.bin_file import BinFile
 from xtuner.data.format.cache_dirs import CacheDirs
@@ -22,7 +22,7 @@ class BinKind:
     def options(self) -> str:
         return "--learn-zero" if self.learn_zero else ""
 
-    def file(self, path: Path, name: str, min_length: int, facts: Facts | None = None) -> BinFile:
+    def file(self, path: Any, name: str, min_length: int, facts: Facts | None = None) -> BinFile:
         return BinFile(path, name, min_length, facts, self.learn_zero)
 
     def reader(self, file: BinFile, long: LongLines) -> TokenCache | SpanReader | ZeroReader:

@@ -17,6 +17,7 @@ from typing import IO, Any
 from xtuner.core.files import atomic_file, user_cache_dir
 from xtuner.core.foreign_inputs import check_regular
 from xtuner.core.log import logger
+from xtuner.core.remote.path import AnyPath, RemotePath
 from xtuner.data.format.file_order import CACHE_FOLDER
 
 VARIABLE = "XTUNER_DATA_CACHE"
@@ -57,17 +58,19 @@ class CacheDirs:
         read_only: use existing caches, write none.
     """
 
-    def __init__(self, folder: Path, cache_dir: str | Path | None = None, read_only: bool = False) -> None:
+    def __init__(self, folder: AnyPath, cache_dir: str | Path | None = None, read_only: bool = False) -> None:
         self.folder = folder
         self.failures: list[str] = []
         self.read_only = read_only
-        root = Path(os.path.abspath(folder))
-        own = f"{root.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
+        root = str(folder) if isinstance(folder, RemotePath) else os.path.abspath(folder)
+        own = f"{os.path.basename(root)}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:12]}"
         given = cache_dir or os.environ.get(VARIABLE)
         if given:
             self.dirs = [Path(os.path.expanduser(given)) / own]
         else:
-            self.dirs = [folder / CACHE_FOLDER, user_cache_dir() / "data" / own]
+            self.dirs = [user_cache_dir() / "data" / own]
+            if not isinstance(folder, RemotePath):
+                self.dirs.insert(0, folder / CACHE_FOLDER)
 
     def candidates(self, name: str) -> Iterator[Path]:
         """Existing cache files of this name."""
@@ -111,7 +114,7 @@ class CacheDirs:
             except OSError as e:
                 self.failures.append(f"{folder}: {e.strerror or e}")
                 continue
-            if folder != self.folder / CACHE_FOLDER:
+            if folder.name != CACHE_FOLDER:
                 log_once(f"caches of {self.folder} are kept in {folder}", logger.info)
             return folder / name
         if not quiet:

@@ -4,19 +4,20 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
-from xtuner.core.foreign_inputs import open_regular
+from xtuner.core.remote.path import AnyPath, RemotePath, open_any, stat_any
+from xtuner.core.remote.store import ChangedObjectError
 from xtuner.data.format.parse_tokens import Int64s
 
 
 class Signature(NamedTuple):
-    """Sizes and modification times (ns) of a file and its companions. Equal ones mean that nothing has changed."""
+    """Sizes and modification times (ns; of objects, versions) of a file and its companions. Equal ones mean that
+    nothing has changed."""
 
     size: int
     time: int
@@ -24,15 +25,18 @@ class Signature(NamedTuple):
     meta_time: int  # of several companions, the latest
 
     @classmethod
-    def read(cls, parts: Sequence[Path]) -> "Signature":
+    def read(cls, parts: Sequence[AnyPath]) -> "Signature":
         """Of a file and its companions. Raises: OSError."""
-        return cls.of([os.stat(part) for part in parts])
+        return cls._join([stat_any(part) for part in parts])
 
     @classmethod
     def of(cls, stats: Sequence[os.stat_result]) -> "Signature":
+        return cls._join([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+
+    @classmethod
+    def _join(cls, stats: Sequence[tuple[int, int]]) -> "Signature":
         first, *others = stats
-        sizes, times = [o.st_size for o in others], [o.st_mtime_ns for o in others]
-        return cls(first.st_size, first.st_mtime_ns, sum(sizes), max(times, default=0))
+        return cls(*first, sum(size for size, _ in others), max((time for _, time in others), default=0))
 
 
 class Facts(NamedTuple):
@@ -51,13 +55,13 @@ class DocumentFile:
     With `facts` it has been examined; if its signature differs from theirs, it has changed since.
     """
 
-    path: Path
+    path: Any  # Path; for a BinFile, also RemotePath
     name: str  # relative to the data folder, POSIX style; shown in logs and data orders
     min_length: int = 0
     facts: Facts | None = None
 
     @property
-    def parts(self) -> tuple[Path, ...]:
+    def parts(self) -> tuple[Any, ...]:
         """The file and its companions."""
         return (self.path,)
 
@@ -122,13 +126,15 @@ class DocumentFile:
         """
         return self.open_part(self.path, self.facts and self.facts.signature[:2])
 
-    def open_part(self, path: Path, known: tuple[int, ...] | None) -> BinaryIO:
+    def open_part(self, path: AnyPath, known: tuple[int, ...] | None) -> BinaryIO:
         """As `open`, for a companion. `known`: its size and time, if it has been examined."""
         try:
-            f = open_regular(path, buffering=0)
+            f = open_any(path, known, buffering=0)
+        except ChangedObjectError:
+            raise self.changed_error(path, "the object is not the one that was listed") from None
         except OSError as e:
             raise DataError(f"{path.name} cannot be opened: {e.strerror}", where=str(path)) from None
-        if known:
+        if known and not isinstance(path, RemotePath):
             stat = os.fstat(f.fileno())
             if (stat.st_size, stat.st_mtime_ns) != known:
                 f.close()
@@ -138,14 +144,14 @@ class DocumentFile:
     def check_unchanged(self) -> None:
         """Raises: DataError if the file changed since it was examined."""
         try:
-            stat = os.stat(self.path)
+            found = stat_any(self.path)
         except OSError as e:
             raise DataError(f"{self.name} cannot be read: {e.strerror}", where=str(self.path)) from None
         known = self.facts and self.facts.signature[:2]
-        if known and (stat.st_size, stat.st_mtime_ns) != known:
-            raise self.changed_error(self.path, f"it had {known[0]:,} bytes and now has {stat.st_size:,}")
+        if known and found != known:
+            raise self.changed_error(self.path, f"it had {known[0]:,} bytes and now has {found[0]:,}")
 
-    def changed_error(self, path: Path, how: str) -> DataError:
+    def changed_error(self, path: AnyPath, how: str) -> DataError:
         return DataError(
             f"{path.name} has changed since it was indexed: {how}",
             where=str(path),
@@ -181,7 +187,7 @@ class FileKind(Protocol):
     def examined(self) -> str:
         """The size in a signature that the time of an examination depends on: "size" or "meta_size"."""
 
-    def file(self, path: Path, name: str, min_length: int, facts: Facts | None = None) -> DocumentFile: ...
+    def file(self, path: Any, name: str, min_length: int, facts: Facts | None = None) -> DocumentFile: ...
 
     def reader(self, file: Any, long: Any) -> Any:
         """The `Reader` of a file; see packing/document_source.py. `long`: see `LongLines`."""

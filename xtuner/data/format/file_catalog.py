@@ -7,12 +7,12 @@ examination. It is kept as arrays, because folders of a hundred thousand files a
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from xtuner.core.remote.path import AnyPath
 from xtuner.data.format.cache_file import DAMAGED, HEADER_BYTES, CacheFormat
 from xtuner.data.format.document_file import DocumentFile, Facts, FileKind, Signature
 
@@ -50,7 +50,7 @@ class Catalog:
     def tokens(self) -> npt.NDArray[np.int64]:
         return self.records["tokens"]
 
-    def file(self, i: int, folder: Path, min_length: int, kind: FileKind) -> DocumentFile:
+    def file(self, i: int, folder: AnyPath, min_length: int, kind: FileKind) -> DocumentFile:
         signature, documents, tokens, _, _ = self.records[i].item()
         facts = Facts(Signature(*signature), documents, tokens, self.identities[i].tobytes())
         return kind.file(folder / self.names[i], self.names[i], min_length, facts)

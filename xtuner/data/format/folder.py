@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,8 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
-from xtuner.core.log import logger, progress
+from xtuner.core.log import human_bytes, logger, progress
+from xtuner.core.remote.cache import SIZE, open_cache
+from xtuner.core.remote.path import AnyPath, RemotePath, list_folder
+from xtuner.core.remote.store import ChangedObjectError
 from xtuner.data.format import file_catalog
+from xtuner.data.format.bin_file import BinFile
 from xtuner.data.format.bin_kind import BinKind
 from xtuner.data.format.cache_dirs import CacheDirs, Opening, log_once
 from xtuner.data.format.document_file import DocumentFile, FileKind, Signature
@@ -40,7 +45,7 @@ class TokenizedFolder:
 
     def __init__(
         self,
-        folder: Path,
+        folder: AnyPath,
         catalog: Catalog,
         min_length: int,
         cache_dirs: CacheDirs,
@@ -56,6 +61,14 @@ class TokenizedFolder:
         self.request = request  # the arguments, for comparison with those of another rank
         self.kind = kind
         self.orders: DocumentOrders | None = None
+        size = int(catalog.records["signature"]["size"].sum())
+        self.by_ranges = isinstance(folder, RemotePath) and size > (most := open_cache().size)
+        if self.by_ranges:
+            log_once(
+                f"{folder} has {human_bytes(size)}, more than the cache of object storage ({human_bytes(most)}, "
+                f"{SIZE}): documents are read from the server",
+                logger.info,
+            )
 
     def __len__(self) -> int:
         return len(self.catalog)
@@ -68,7 +81,8 @@ class TokenizedFolder:
         numbers = range(len(self))[i]
         if isinstance(numbers, range):
             return [self[n] for n in numbers]
-        return self.catalog.file(numbers, self.folder, self.min_length, self.kind)
+        file = self.catalog.file(numbers, self.folder, self.min_length, self.kind)
+        return replace(file, by_ranges=True) if self.by_ranges and isinstance(file, BinFile) else file
 
     def __iter__(self) -> Iterator[DocumentFile]:
         return (self[i] for i in range(len(self)))
@@ -146,7 +160,7 @@ def load_intern_repo_tokenized_dataset(
     read.
 
     Args:
-        folder: contains `*.bin` and `*.bin.meta` files, at any depth.
+        folder: contains `*.bin` and `*.bin.meta` files, at any depth; also s3:// and oss://.
         min_length: documents with fewer tokens are left out, and so are files without any other document.
         data_order_path: a file with one relative path per line; a file named several times is used as often. None for
             the sorted walk.
@@ -164,9 +178,10 @@ def load_intern_repo_tokenized_dataset(
     request = [str(root), str(min_length), str(data_order_path), file_type, str(learn_zero)]
 
     def find_names() -> list[str]:
+        listed = list_folder(root) if isinstance(root, RemotePath) else root
         if data_order_path is not None:
-            return read_order(data_order_path, root, file_type)
-        if not (names := list(walk_files(root, file_type))):
+            return read_order(data_order_path, listed, file_type)
+        if not (names := list(walk_files(listed, file_type))):
             raise no_files_error(root, file_type)
         return names
 
@@ -174,7 +189,7 @@ def load_intern_repo_tokenized_dataset(
 
 
 def open_files(
-    root: Path,
+    root: AnyPath,
     find_names: Callable[[], list[str]],
     min_length: int,
     cache_dirs: CacheDirs,
@@ -213,9 +228,11 @@ def _open_shared(known: Mapping[str, Any]) -> DocumentOrders | None:
         return None  # not visible on this node: the folder is walked here
 
 
-def build_catalog(folder: Path, names: list[str], min_length: int, cache_dirs: CacheDirs, kind: FileKind) -> Catalog:
+def build_catalog(folder: AnyPath, names: list[str], min_length: int, cache_dirs: CacheDirs, kind: FileKind) -> Catalog:
     """The catalog of these files; those without a valid cached entry are examined. Raises: DataError that lists all
     faulty files."""
+    if isinstance(folder, RemotePath) and not folder.listed:
+        folder = list_folder(folder)
     signatures = read_signatures(folder, names, kind)
     catalog, fresh = _find_unchanged(names, signatures, cache_dirs, _catalog_name(kind, min_length))
     unknown = np.flatnonzero(~fresh).tolist()
@@ -250,8 +267,11 @@ def save_catalog(catalog: Catalog, cache_dirs: CacheDirs, min_length: int, kind:
         cache_dirs.write(name, lambda f: f.write(file_catalog.to_bytes(catalog)), f"the index of {cache_dirs.folder}")
 
 
-def read_signatures(folder: Path, names: list[str], kind: FileKind) -> Records:
+def read_signatures(folder: AnyPath, names: list[str], kind: FileKind) -> Records:
     """Sizes and times, SIGNATURE [files]; all -1 for a file that cannot be accessed, or whose meta cannot."""
+
+    if isinstance(folder, RemotePath) and not folder.listed:
+        folder = list_folder(folder)
 
     def read(part: list[str]) -> list[Signature]:
         return [_signature(kind.file(folder / name, name, 0)) for name in part]
@@ -295,7 +315,7 @@ def _find_unchanged(
 
 
 def _examine(
-    catalog: Catalog, unknown: list[int], folder: Path, min_length: int, examined_bytes: int, kind: FileKind
+    catalog: Catalog, unknown: list[int], folder: AnyPath, min_length: int, examined_bytes: int, kind: FileKind
 ) -> None:
     """Examine the `unknown` files, of which `examined_bytes` are read, and add them to the catalog.
 
@@ -326,5 +346,7 @@ def _examine_file(file: DocumentFile) -> DocumentFile | DataError:
         return file.examine()
     except DataError as e:
         return e
+    except ChangedObjectError:
+        return DataError(f"{file.name} has changed while it was examined", where=str(file.path), do="start again")
     except OSError as e:  # the file was removed meanwhile
         return DataError(f"{file.name} cannot be read: {e.strerror}", where=str(file.path))

@@ -4,24 +4,24 @@ import bisect
 import math
 import os
 import re
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
-from xtuner.core.foreign_inputs import open_regular, short_repr
+from xtuner.core.foreign_inputs import short_repr
+from xtuner.core.remote.path import AnyPath, exists_any, open_any, stat_any
 from xtuner.data.format.parse_tokens import Int64s
 
 MIN_TOKEN_BYTES = 2  # of a token in the text: a digit, and a comma or bracket
 
 
-def meta_path(path: Path) -> Path:
+def meta_path(path: AnyPath) -> Any:
     return path.with_name(path.name + ".meta")
 
 
-def read_meta(path: Path) -> tuple[Int64s, Int64s]:
+def read_meta(path: AnyPath) -> tuple[Int64s, Int64s]:
     """(byte offsets, token counts) of all documents of `path`, read from `path`.meta, int64 [n] each.
 
     The array has at least two columns; the first is the offset, the last the count. Raises: DataError if the meta is
@@ -31,13 +31,13 @@ def read_meta(path: Path) -> tuple[Int64s, Int64s]:
     if array.size == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     offsets, lengths = array[:, 0].astype(np.int64), array[:, -1].astype(np.int64)
-    size = path.stat().st_size
+    size = stat_any(path)[0]
     _check_meta(meta_path(path), size, offsets, lengths, array.dtype, _remedy(path))
     _check_total(path, int(lengths.sum()), size)
     return offsets, lengths
 
 
-def _remedy(path: Path) -> str:
+def _remedy(path: AnyPath) -> str:
     return f"write {path.name} again, or rebuild the meta from its text: xtuner data check FOLDER --fix-meta"
 
 
@@ -74,10 +74,10 @@ class NpyHeader(NamedTuple):
         return cls(sizes, dtype, order[1] == "True", begin + length)
 
 
-def _load(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
+def _load(path: AnyPath, mapped: bool = False) -> npt.NDArray[Any]:
     """The array of a meta. Raises: DataError if it is missing or not a valid meta."""
     meta = meta_path(path)
-    if not os.path.exists(meta):  # Path.exists raises for a name that is too long
+    if not exists_any(meta):  # Path.exists raises for a name that is too long
         raise DataError(
             f"{path.name} has no meta",
             where=str(meta),
@@ -85,7 +85,7 @@ def _load(path: Path, mapped: bool = False) -> npt.NDArray[Any]:
             do=_remedy(path),
         )
     try:
-        with open_regular(meta) as f:
+        with open_any(meta) as f:
             shape, dtype, by_column, begin = NpyHeader.read(f)
             count = math.prod(shape)
             size = os.fstat(f.fileno()).st_size
@@ -116,7 +116,7 @@ class MetaView:
 
     ROWS = 2**20
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = path
         array = _load(path, mapped=True)
         array = array if array.size else np.zeros((0, 2), np.int64)
@@ -129,7 +129,7 @@ class MetaView:
 
     def check(self) -> None:
         """Raises: DataError for rows that cannot belong to this text. Sets `in_order`."""
-        size = self.path.stat().st_size
+        size = stat_any(self.path)[0]
         self.in_order = True
         before = -1
         tokens = 0
@@ -148,7 +148,7 @@ class MetaView:
 
 
 def _check_meta(
-    meta: Path, size: int, offsets: Int64s, lengths: Int64s, dtype: np.dtype, remedy: str, first: int = 0
+    meta: AnyPath, size: int, offsets: Int64s, lengths: Int64s, dtype: np.dtype, remedy: str, first: int = 0
 ) -> None:
     if dtype.itemsize == 4 and (offsets.min() < 0 or (np.diff(offsets) < 0).any()):
         raise DataError(
@@ -178,7 +178,7 @@ def _check_meta(
         )
 
 
-def _check_total(path: Path, tokens: int, size: int) -> None:
+def _check_total(path: AnyPath, tokens: int, size: int) -> None:
     """Reject a meta whose token counts together cannot fit into the text, such as one with repeated rows."""
     if tokens > size // MIN_TOKEN_BYTES:
         raise DataError(

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import DataError
+from xtuner.core.remote.path import RangeFile, pread_any
+from xtuner.core.remote.store import ChangedObjectError
 from xtuner.data.format.bin_file import BinFile, read_line
 from xtuner.data.format.meta import NpyHeader
 from xtuner.data.format.parse_tokens import HEADS, Int64s, parse_line, parse_lines, parse_list
@@ -138,6 +140,10 @@ class SpanReader:
         spans = [span for span in span_arrays.as_list() if span.start < span.stop]
         try:
             parts = self._parts(spans, vocab_size)
+        except ChangedObjectError:
+            raise self.file.changed_error(self.file.path, "the object is not the one that was listed") from None
+        except FileNotFoundError:
+            raise DataError(f"{self.file.name} has been removed", where=str(self.file.path)) from None
         except DataError:
             self.file.check_unchanged()  # if the file changed during the run, report that instead
             raise
@@ -150,6 +156,9 @@ class SpanReader:
             if self._rows is None:
                 self._rows = MetaRows(meta, self.file)
             rows = [self._row(meta, span) for span in spans]
+            if isinstance(text, RangeFile):
+                short = zip(rows, spans, strict=True)
+                text.load(sorted((at, at + size) for (at, size), span in short if size and span.length <= LONG))
             parts = []
             ends = (0, len(spans) - 1)  # spans between are complete documents, read together with their neighbours
             for is_long, group in groupby(range(len(spans)), lambda i: i in ends and spans[i].length > LONG):
@@ -176,10 +185,9 @@ class SpanReader:
         self, text: BinaryIO, rows: list[tuple[int, int]], spans: Sequence[Span], vocab_size: int | None
     ) -> Int64s:
         """The documents parsed together, cut to the spans plus the token after the last."""
-        fd = text.fileno()
         lines = []
         for (offset, size), span in zip(rows, spans, strict=True):
-            line = os.pread(fd, size, offset) if size else b""
+            line = pread_any(text, size, offset) if size else b""
             if not size or line.find(b"\n") != size - 1:
                 line = read_line(text, offset, span.length)
             lines.append(line)
@@ -221,11 +229,10 @@ class SpanReader:
 
     def _index_line(self, text: BinaryIO, offset: int, span: Span) -> LongLine:
         """Read a long line once to count its commas. Raises: DataError if it does not have `span.length` tokens."""
-        fd = text.fileno()
-        head = next((h for h in HEADS if os.pread(fd, len(h), offset) == h), None)
+        head = next((h for h in HEADS if pread_any(text, len(h), offset) == h), None)
         where = f"{self.file.path}:{offset}"
         line, at, commas = LongLine(), offset + len(head or b""), 0
-        while head and (block := os.pread(fd, BLOCK, at)):
+        while head and (block := pread_any(text, BLOCK, at)):
             line.commas.append(commas)
             line.bytes.append(at)
             end = block.find(b"]")
@@ -235,7 +242,7 @@ class SpanReader:
                 break
             if end >= 0:
                 line.end = at + end
-                rest = os.pread(fd, 3, line.end + 1)
+                rest = pread_any(text, 3, line.end + 1)
                 if rest in _TAIL or rest.startswith(b"}\n"):
                     if commas + 1 != span.length:
                         raise self.file.count_error(commas + 1, span.length, f"{where} (document {span.row})")
@@ -259,7 +266,7 @@ class SpanReader:
         first = max(bisect.bisect_left(line.commas, start) - 1, 0)
         last = bisect.bisect_left(line.commas, stop)  # the first block that begins after the comma before token `stop`
         end = line.bytes[last] if last < len(line.bytes) else line.end
-        raw = os.pread(text.fileno(), end - line.bytes[first], line.bytes[first])
+        raw = pread_any(text, end - line.bytes[first], line.bytes[first])
         commas = np.flatnonzero(np.frombuffer(raw, np.uint8) == ord(","))
         before, behind = start - line.commas[first] - 1, stop - line.commas[first] - 1
         if before >= len(commas):

@@ -13,6 +13,7 @@ from xtuner.data import process_pool
 from xtuner.data.format import token_cache
 from xtuner.data.format.bin_file import BinFile
 from xtuner.data.format.cache_dirs import CacheDirs
+from xtuner.data.format.file_order import require_local
 from xtuner.data.format.folder import TokenizedFolder, save_catalog
 from xtuner.data.format.meta import MetaView
 from xtuner.data.format.parse_tokens import Int64s
@@ -49,6 +50,7 @@ def build_caches(data: TokenizedFolder, seed: int, with_tokens: bool = True, wor
 
     Raises: DataError for a text that contradicts its meta, after the caches of all other files are built.
     """
+    require_local(data.folder, "xtuner data cache")
     workers = process_pool.usable_workers(workers)
     rows = {name: i for i, name in enumerate(data.catalog.names)}
     save_catalog(data.catalog.select(list(rows.values())), data.cache_dirs, data.min_length, data.kind)
@@ -122,7 +124,8 @@ def _fill(f: IO[bytes], file: BinFile) -> int:
         f.write(part.astype(np.int32).data)
 
     token_cache.write_head(f, meta.lengths, file.facts.signature)
-    for part in split_file(file.path, os.stat(file.path).st_size):
+    path = require_local(file.path, "a token cache")
+    for part in split_file(path, os.stat(path).st_size):
         found = Scanner(part, take=take).run()
         wrong = f"byte {found.problems[0][0]}: {found.problems[0][1]}" if found.problems else ""
         wrong = wrong or compare_with_meta(meta, part, found.table())

@@ -22,7 +22,7 @@ from xtuner.core.files import PendingFile
 from xtuner.core.foreign_inputs import open_regular
 from xtuner.core.log import progress
 from xtuner.data import process_pool
-from xtuner.data.format.file_order import no_files_error, require_folder, walk_files
+from xtuner.data.format.file_order import no_files_error, require_folder, require_local, walk_files
 from xtuner.data.format.meta import MetaView, meta_path
 from xtuner.data.inspect.scan import MAX_PROBLEMS, ByteRange, Scanner, ScanResult, split_file
 
@@ -72,7 +72,7 @@ class _Result(NamedTuple):
 
 
 def check_folder(
-    folder: Path,
+    folder: str | Path,
     vocab_size: int | None = None,
     fix_meta: bool = False,
     workers: int | None = None,
@@ -86,7 +86,7 @@ def check_folder(
         workers: processes; None for one per usable CPU.
     Raises: ConfigError, DataError for a folder without files to check.
     """
-    folder = require_folder(folder)
+    folder = require_local(require_folder(folder), "xtuner data check")
     workers = process_pool.usable_workers(workers)
     everything = list(walk_files(folder, ""))
     names = [name for name in everything if name.endswith(ending)]

@@ -17,6 +17,7 @@ from xtuner.data import process_pool
 from xtuner.data.format import token_cache
 from xtuner.data.format.bin_file import BinFile, data_type
 from xtuner.data.format.document_file import DocumentFile
+from xtuner.data.format.file_order import require_local
 from xtuner.data.format.folder import TokenizedFolder
 from xtuner.data.format.meta import MetaView
 from xtuner.data.format.parse_tokens import Int64s
@@ -218,6 +219,7 @@ def _balance(found: Stats, costs: npt.NDArray[np.float32], ranks: Sequence[int])
 
 
 def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
+    require_local(data.folder, "counting learned tokens", "give --no-text, or copy the folder to a disk first")
     jobs = []
     for i, file in enumerate(data):
         if not isinstance(file, BinFile):

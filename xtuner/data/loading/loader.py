@@ -20,6 +20,7 @@ from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.system.malloc import keep_freed
 from xtuner.data.loading.balance import Costs, Ints, assign_to_iterations, assign_to_ranks, waiting_share, windows
 from xtuner.data.loading.batch import Batch
+from xtuner.data.loading.prefetch_files import is_remote, prefetch_files
 from xtuner.data.loading.sampler import (
     InternRepoSampler,
     Position,
@@ -109,6 +110,10 @@ class PackLoader:
         shares = self.sampler.stream(position, self.packs_per_epoch, self.reshuffle)
         return chain.from_iterable(map(iterate_numbers, shares))
 
+    def _numbers_to_read(self, position: Position) -> Iterator[int]:
+        numbers = self.numbers_from(position)
+        return prefetch_files(self.dataset, numbers) if is_remote(self.dataset) else numbers
+
     def _balanced_numbers(self, position: Position) -> Iterator[int]:
         """`numbers_from` with packs assigned by cost. The costs of a window are computed when it begins."""
         per_epoch, packs = self.packs_per_epoch, self.dp_size * self.accumulative_counts
@@ -161,7 +166,7 @@ class PackLoader:
 
         waiting: deque[Future[Batch]] = deque()
         with ThreadPoolExecutor(READERS, "xtuner-reader", begin) as pool:
-            for number in self.numbers_from(position):
+            for number in self._numbers_to_read(position):
                 waiting.append(pool.submit(read, number))
                 if len(waiting) > READERS:
                     yield waiting.popleft().result()
@@ -175,10 +180,12 @@ class PackLoader:
         loader: DataLoader[Any] = DataLoader(
             _PackBuffers(self.dataset),  # type: ignore[arg-type]
             batch_size=None,
-            sampler=self.numbers_from(position),
+            sampler=self._numbers_to_read(position),
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH,
             worker_init_fn=_init_worker,
+            # a fork has none of the threads by which the client of object storage works
+            multiprocessing_context="forkserver" if is_remote(self.dataset) else None,
         )
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # inherited by workers until they ignore it
         try:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from xtuner.core.foreign_inputs import open_regular
 from xtuner.core.log import logger, progress
+from xtuner.core.remote.path import AnyPath
 from xtuner.data.format.cache_dirs import CacheDirs, log_once
 from xtuner.data.format.cache_file import DAMAGED, HEADER_BYTES
 from xtuner.data.format.document_file import DocumentFile, FileKind
@@ -110,7 +111,7 @@ def find_orders(catalog: Catalog, min_length: int, seed: int, cache_dirs: CacheD
 
 def find_or_build_orders(
     catalog: Catalog,
-    folder: Path,
+    folder: AnyPath,
     min_length: int,
     seed: int,
     cache_dirs: CacheDirs,
@@ -172,7 +173,7 @@ class _Builder:
     """Writes the index file of one seed."""
 
     catalog: Catalog
-    folder: Path
+    folder: AnyPath
     min_length: int
     seed: int
     cache_dirs: CacheDirs

@@ -17,13 +17,13 @@ of many documents at once.
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from xtuner.core.errors import ConfigError, DataError
+from xtuner.core.remote.path import AnyPath
 from xtuner.data.format.cache_dirs import CacheDirs
 from xtuner.data.format.parse_tokens import Int64s
 from xtuner.data.format.text_reader import LongLines, SpanArrays
@@ -89,7 +89,7 @@ class Documents(Protocol):
     """The input of a `PackedDataset`, packed file by file: a `TokenizedFolder` or a `SourceList`."""
 
     @property
-    def folder(self) -> Path | None:
+    def folder(self) -> AnyPath | None:
         """The folder of `.bin` files, for hints to the tools of `xtuner data`; None for other sources."""
 
     @property

@@ -9,7 +9,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.data.format.bin_kind import BinKind
 from xtuner.data.format.cache_dirs import CacheDirs
 from xtuner.data.format.document_file import DocumentFile, FileKind
-from xtuner.data.format.file_order import require_folder
+from xtuner.data.format.file_order import require_folder, require_local
 from xtuner.data.sources.columns import Columns
 from xtuner.data.sources.kinds import INTERNEVO, Kind, detect_kind, list_files, make_kind
 
@@ -34,7 +34,11 @@ def split_location(folder: str | Path) -> tuple[Path, str | None]:
             do="copy them to a disk, or convert them to .bin (xtuner data convert)",
         )
     path = Path(os.path.expanduser(folder))
-    return (path.parent, path.name) if os.path.isfile(path) else (require_folder(folder), None)
+    return (
+        (path.parent, path.name)
+        if os.path.isfile(path)
+        else (require_local(require_folder(folder), "this kind of files"), None)
+    )
 
 
 def find_files(folder: str | Path, kind: Kind, columns: Columns, learn_zero: bool = False) -> SourceFiles:

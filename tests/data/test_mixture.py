@@ -156,6 +156,84 @@ def test_ends_of_epochs_and_units() -> None:
     assert documents.sequence.slots.tolist() == [1, 4]  # four short documents fill a pack
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_schedule_is_exact_and_found_at_once(data: Any) -> None:
+    """From each change on shares are within one pack of the new weights; each source continues its own permutations,
+    on any number of ranks and from any position."""
+    count = data.draw(st.integers(1, 4))
+    sizes = data.draw(st.lists(st.integers(1, 60), min_size=count, max_size=count))
+    weight = st.sampled_from([0.0, 1.0, 2.0, 0.3, 5.0])
+    weights = data.draw(st.lists(weight.filter(bool), min_size=count, max_size=count))
+    at = sorted(data.draw(st.sets(st.integers(0, 12), max_size=3)))
+    changes = [data.draw(st.dictionaries(st.integers(0, count - 1), weight, min_size=1)) for _ in at]
+    now, phases = dict(enumerate(weights)), [(0, weights)]
+    for iteration, change in zip(at, changes, strict=True):
+        now = now | change
+        phases = [p for p in phases if p[0] < iteration] + [(iteration, [now[s] for s in range(count)])]
+    if not all(any(w) for _, w in phases):
+        return
+    schedule = [dict(iteration=i, weights={f"s{s}": w for s, w in c.items()}) for i, c in zip(at, changes, strict=True)]
+    each, seed = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 9))
+    packed = counted(sizes, weights, schedule=schedule, max_repeats=[3] * count).with_packs_per_iteration(each)
+    try:
+        plan = packed.mixture
+    except ConfigError as e:
+        assert "is never reached" in str(e)  # noqa: PT017
+        return
+    assert plan
+    assert plan.packs >= 1
+    loader = PackLoader(packed, InternRepoSampler(packed, seed=seed, rank=0, world_size=1), reshuffle=True)
+    stream = list(islice(loader.numbers_from(Position()), plan.packs))
+    of = np.array([plan.source_of(p) for p in stream])
+    for (begin, shares), end in zip(phases, [p[0] * each for p in phases[1:]] + [plan.packs], strict=True):
+        taken = of[begin * each : end]
+        for s, share in enumerate(shares):
+            ahead = np.cumsum(taken == s) - np.arange(1, len(taken) + 1) * (share / sum(shares))
+            assert np.abs(ahead).max(initial=0) < 1 + 1e-9
+            assert share or not (taken == s).any()
+    for s, size in enumerate(sizes):
+        own = [p - plan.first_pack[s] for p in stream if plan.source_of(p) == s]
+        passes = [np.random.RandomState(seed + n).permutation(size) for n in range(3)]
+        assert own == np.concatenate(passes)[: len(own)].tolist(), "also: no pack more than 3 times"
+    assert (of == plan.last).sum() == 3 * sizes[plan.last]
+    done, ranks = data.draw(st.integers(0, plan.packs)), data.draw(st.integers(1, 4))
+    for rank in range(ranks):
+        sampler = InternRepoSampler(packed, seed=seed, rank=rank, world_size=ranks)
+        resumed = PackLoader(packed, sampler, reshuffle=True, begun_on=1).numbers_from(Position(0, done))
+        expected = stream[done:][rank::ranks]
+        assert list(islice(resumed, len(expected))) == expected
+    shares = plan.epoch_shares(plan.packs)
+    assert sum(part.packs for part in shares) == plan.packs
+    assert sum(part.requested for part in shares) == pytest.approx(1)
+    assert all(abs(part.requested - part.obtained) * plan.packs <= len(phases) for part in shares)
+
+
+def test_bad_schedules() -> None:
+    for schedule, message in (
+        (3, "is not a list of changes"),
+        ([3], "is not a list of changes"),
+        ([dict(iteration=1)], r"weights = None is not dict"),
+        ([dict(iteration=1, weights={})], "is not dict"),
+        ([dict(iteration=-1, weights=dict(s0=1))], "iteration = -1 is not a whole number"),
+        ([dict(iteration=True, weights=dict(s0=1))], "iteration = True is not"),
+        ([dict(iteration=1.5, weights=dict(s0=1))], "iteration = 1.5 is not"),
+        ([dict(iterations=1, weights=dict(s0=1))], "no setting 'iterations'. Did you mean 'iteration'"),
+        ([dict(iteration=2, weights=dict(s0=1)), dict(iteration=2, weights=dict(s0=2))], "2 follows iteration 2"),
+        ([dict(iteration=2, weights=dict(s7=1))], "no source 's7'"),
+        *(([dict(iteration=2, weights=dict(s0=w))], "is not a number from 0") for w in (-1, math.nan, "1", None, True)),
+        ([dict(iteration=2, weights=dict(s0=0, s1=0))], "from iteration 2 on, all weights are 0"),
+        ([dict(iteration=2, weights=dict(s0=1e-9))], "'s0' from iteration 2 on is less than 1 of 65,536"),
+        ([dict(iteration=60, weights=dict(s0=1))], "iteration 60 .* is never reached: an epoch has 41 iterations"),
+        ([dict(iteration=n, weights=dict(s0=1)) for n in range(101)], "101 changes"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message) as error:
+            _ = counted([30, 20], [0.5, 0.5], schedule=schedule).mixture
+        assert error.value.where.startswith("train_dataloader.dataset.dataset_cfg.schedule")
+    with pytest.raises(ConfigError, match="never ends: the schedule sets the weight of 's0' to 0"):
+        _ = counted([30, 20], [1, 1], epoch="all", schedule=[dict(iteration=9, weights=dict(s0=0))]).mixture
+
+
 def source(folder: Path, **more: Any) -> dict[str, Any]:
     return dict(type=load_intern_repo_tokenized_dataset, folder=folder, **more)
 

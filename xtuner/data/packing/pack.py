@@ -29,6 +29,7 @@ from xtuner.data.packing import document_order
 from xtuner.data.packing.document_source import Documents, DocumentSource, Reader, SourceFile, as_documents
 from xtuner.data.packing.dropped_tokens import DroppedTokens
 from xtuner.data.packing.mixture import Mixture
+from xtuner.data.packing.mixture_plan import MixturePlan
 from xtuner.families.network import ALL_PAIRS, AttentionPairs
 
 LabelRule = Literal["internevo", "xtuner"]
@@ -162,7 +163,29 @@ class PackedDataset:
         self._files: dict[int, FilePacks] = {}
         self._long = LongLines()
         self._orders = documents.load_orders(seed)
-        self.mixture = documents.plan(self._packs) if isinstance(documents, Mixture) else None
+        self.packs_per_iteration = 1
+        if not self.is_scheduled:
+            _ = self.mixture  # raises if it is impossible
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether shares of a mixture change at given iterations, so that packs depend on `packs_per_iteration`."""
+        return isinstance(self.documents, Mixture) and bool(self.documents.schedule)
+
+    @functools.cached_property
+    def mixture(self) -> MixturePlan | None:
+        """The epoch of a mixture. Raises: ConfigError, DataError if it is impossible."""
+        mixed = self.documents
+        return mixed.plan(self._packs, self.packs_per_iteration) if isinstance(mixed, Mixture) else None
+
+    def with_packs_per_iteration(self, packs: int) -> "PackedDataset":
+        """The same packs for a run whose iterations take `packs`: a schedule of shares counts iterations."""
+        if not self.is_scheduled:
+            return self
+        other = copy.copy(self)
+        other.__dict__.pop("mixture", None)
+        other.packs_per_iteration = packs
+        return other
 
     def with_vocab_size(self, size: int) -> "PackedDataset":
         """The same packs; reading rejects ids from `size` on."""

@@ -15,6 +15,7 @@ from xtuner.core import hub
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.data.inspect.statistics import pack_costs
+from xtuner.data.loading.sampler import count_epoch_packs
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.memory import USUAL_PACK
 from xtuner.families import FAMILIES, read_config
@@ -79,7 +80,9 @@ def read_workload(config: Config, tokens: float | None = None) -> Workload:
     else:
         dataset = preflight.open_dataset(config, Opening(read_only=True))
         costs, document, pack = _read_costs(dataset), longest_document(dataset), dataset.packed_length
-        tokens = tokens or float(len(dataset)) * pack * config.get("train_cfg.max_epochs", 1)
+        if isinstance(dataset, PackedDataset):
+            dataset = dataset.with_packs_per_iteration(optim.accumulative_counts)
+        tokens = tokens or float(count_epoch_packs(dataset)) * pack * config.get("train_cfg.max_epochs", 1)
         data = f"{len(dataset):,} packs, Σ len² of {costs.mean():.3g} on average"
     sharers = None if config.with_sharers else int(config.setting("sequence_parallel_size"))
     balance = config.setting("train_dataloader.balance")

@@ -168,6 +168,11 @@ class Mixture:
         return tuple(share / sum(shares) for share in shares)
 
 
+def list_parts(documents: Any) -> list[Any]:
+    """The sources of a mixture; other documents as they are."""
+    return list(documents.parts) if isinstance(documents, Mixture) else [documents]
+
+
 def mixture(
     sources: list[dict[str, Any]],
     by: Unit = "tokens",

@@ -28,7 +28,7 @@ from xtuner.data.loading.balance import attention_costs
 from xtuner.data.packing import document_order
 from xtuner.data.packing.document_source import Documents, DocumentSource, Reader, SourceFile, as_documents
 from xtuner.data.packing.dropped_tokens import DroppedTokens
-from xtuner.data.packing.mixture import Mixture
+from xtuner.data.packing.mixture import Mixture, list_parts
 from xtuner.data.packing.mixture_plan import MixturePlan
 from xtuner.families.network import ALL_PAIRS, AttentionPairs
 
@@ -226,7 +226,7 @@ class PackedDataset:
     @property
     def indexed(self) -> bool:
         """Whether document lengths are available without reading metas: they are mapped, or few."""
-        parts = self.documents.parts if isinstance(self.documents, Mixture) else [self.documents]
+        parts = list_parts(self.documents)
         return all(part.orders is not None or part.num_documents < document_order.SMALL for part in parts)
 
     def costs(self, packs: npt.NDArray[np.integer[Any]], pairs: AttentionPairs = ALL_PAIRS) -> Int64s:

@@ -34,7 +34,8 @@ from xtuner.data.inspect.build_caches import build_caches
 from xtuner.data.loading.batch import Batch
 from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
-from xtuner.data.packing.pack import FilePacks, PackedDataset, RawPack
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.packing.raw_pack import FilePacks, RawPack
 
 FILES, DOCUMENTS, TOKENS = 20, 200_000, 200_000_000
 LENGTH = 32768  # tokens of a pack

@@ -107,14 +107,9 @@ def assume_packs(pack: int) -> tuple[Costs, int]:
 
 def _read_costs(dataset: PackedDataset) -> Costs:
     """Of at most EXAMINED packs, from the first files on."""
-    found: list[Costs] = []
-    if isinstance(dataset, PackedDataset):
-        for number in range(len(dataset.documents)):
-            found.append(pack_costs(dataset.file_packs(number).ends, dataset.packed_length)[:EXAMINED].astype(float))
-            if sum(map(len, found)) >= EXAMINED:
-                break
-    costs = np.concatenate(found) if found else np.zeros(0)
-    return costs if len(costs) else assume_packs(dataset.packed_length)[0]
+    if not isinstance(dataset, PackedDataset) or not len(dataset):
+        return assume_packs(dataset.packed_length)[0]
+    return dataset.costs(np.arange(min(len(dataset), EXAMINED))).astype(float)
 
 
 def _read_source(config: Config) -> ModelSource:

@@ -33,7 +33,7 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
     """The numbers derived from config and data, for standard output."""
     data, config = settings.dataset, settings.source.config
     documents, tails, dropped = data.documents, data.tail_tokens_per_file, data.dropped()
-    files, lost = f"{len(documents):,} files", f"{dropped.dropped:,} tokens ({dropped.share})"
+    files = f"{len(documents):,} files"
     if documents.num_repeated:
         files += f" ({documents.num_repeated:,} listed more than once)"
     parameters = num_parameters(config)
@@ -62,12 +62,13 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
             "data",
             f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {files}, {documents.location}",
         ),
-        ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {lost} at the ends of files are dropped"),
+        ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {dropped.describe()}"),
     ]
     rows += _mixture_rows(settings, plan)
+    tail_name = "dropped:" if dropped.whole else "tail of"
     shown = (documents.file(i) for i in range(min(len(documents), SHOWN_FILES)))
     for file, packs, tail in zip(shown, data.packs_per_file, tails, strict=False):
-        rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
+        rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, {tail_name} {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))
     rows += _context_rows(settings)

@@ -314,3 +314,59 @@ def test_a_mixture_of_a_config_trains_resumes_and_is_reported(
         bad.write_text(config.read_text().replace(before, after).replace("mixed.py", "bad.py"))
         with pytest.raises(ConfigError, match=message.replace("mixed", "bad")):
             xtuner("check-cfg", bad)
+
+
+@pytest.mark.processes
+def test_a_schedule_of_a_config_and_a_mixture_of_one_source(
+    tiny: Path, corpus: Path, tmp_path: Path, xtuner: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bit for bit after a resume. A run of a plain folder continues with a mixture of it, and the other way round."""
+    text, end = tiny.read_text(), "    packed_length=max_length"
+    begin = text.index("    dataset_cfg=dict(")
+    load = "type=load_intern_repo_tokenized_dataset"
+
+    def write(name: str, sources: str, more: str = "") -> Path:
+        path = tmp_path / name
+        cfg = f"    dataset_cfg=dict(type=mixture, sources=[{sources}]{more}),\n"
+        path.write_text(f"from xtuner.data import mixture\n{text[:begin]}{cfg}{text[text.index(end) :]}")
+        return path
+
+    options = ["--cfg-options", "max_epochs=1", "save_steps=3", "save_total_limit=-1", "evaluation_inputs=[]"]
+    two = ", ".join(f"dict({load}, folder={str(corpus / name)!r}, max_repeats=2)" for name in ("code", "en"))
+    schedule = ", schedule=[dict(iteration=4, weights=dict(en=0)), dict(iteration=6, weights=dict(en=3))]"
+    changing = write("changing.py", two, schedule)
+    assert xtuner("check-cfg", changing) == 0
+    one = write("one.py", f"dict({load}, folder={str(corpus)!r}, weight=0.3)")
+    for first, then in ((changing, changing), (tiny, one), (one, tiny)):
+        straight, resumed = tmp_path / f"{first.stem}_straight", tmp_path / f"{first.stem}_resumed"
+        assert xtuner("train", first, "--work-dir", straight, *options) == 0
+        again = ["train", then, "--work-dir", resumed, "--resume", straight / "iter_3.pth", *options]
+        assert xtuner(*again) == 0
+        last = max(records(straight))
+        losses = [{n: line["loss"] for n, line in records(folder).items()} for folder in (straight, resumed)]
+        assert losses[1] == {n: loss for n, loss in losses[0].items() if n > 3}
+        files = ("weights", "optimizer")
+        found = [
+            {n: c for n, c in contents(folder / f"iter_{last}.pth").items() if n.startswith(files)}
+            for folder in (straight, resumed)
+        ]
+        assert found[0] == found[1]
+        assert found[0]
+    scalars = next((tmp_path / "changing_straight").glob("*/vis_data/scalars.json")).read_text()
+    lines = {line["iter"]: line for line in map(json.loads, scalars.splitlines()) if "loss" in line}
+    assert [lines[n]["targets/en"] for n in (5, 6)] == [0, 0]
+    assert lines[7]["targets/en"] or lines[8]["targets/en"]
+    (log,) = (tmp_path / "changing_straight").glob("*/2*.log")
+    assert "from iteration 4" in log.read_text()
+    resumed = tmp_path / "again"
+    again = ["train", changing, "--work-dir", resumed, "--resume", tmp_path / "changing_straight/iter_3.pth", *options]
+    with pytest.raises(DataError, match=r"schedule.0.iteration: 4 → 5"):
+        xtuner(*again, "train_dataset.dataset_cfg.schedule.0.iteration=5")
+    with pytest.raises(ConfigError, match=r"max_epochs = 2 with a schedule(.|\n)*give max_repeats"):
+        xtuner("check-cfg", changing, "--cfg-options", "max_epochs=2")
+    bad = write("bad.py", two, schedule.replace("iteration=6", "iteration=6000"))
+    with pytest.raises(ConfigError, match=r"iteration 6,000 of the schedule is never reached(.|\n)*bad.py:"):
+        xtuner("check-cfg", bad)
+    capsys.readouterr()
+    assert xtuner("log-dataset", changing, "--show", "input_ids", "--num-packs", 30) == 0
+    assert capsys.readouterr().out.count("pack ") == 30

@@ -88,6 +88,19 @@ class MixturePlan:
             found.append(EpochShare(self.names[s], float(due / packs), count / packs, count, self.packs_of(s)))
         return found
 
+    def describe(self, packs: int, packed_length: int) -> list[str]:
+        """The first `packs` packs of an epoch, its end, each source and each change of the shares, a line each."""
+        lines = [f"{packs:,} packs an epoch, which ends with source {self.names[self.last]!r}"]
+        for part in self.epoch_shares(packs):
+            lines.append(
+                f"{part.name}: {part.requested:.2%} of packs, {part.packs:,} of an epoch, {part.obtained:.2%} "
+                f"({part.packs * packed_length:,} tokens), {part.visits:.2f} times its {part.available:,}"
+            )
+        for phase in self.phases if len(self.phases) > 1 else ():
+            shares = ", ".join(f"{n} {float(share):.2%}" for n, share in zip(self.names, phase.shares, strict=True))
+            lines.append(f"from iteration {phase.iteration:,} on: {shares}")
+        return lines
+
 
 @dataclass(frozen=True)
 class SourcePacks:

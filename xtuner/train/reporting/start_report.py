@@ -111,13 +111,8 @@ def _mixture_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
     mixed = getattr(settings.dataset, "mixture", None)
     if mixed is None:
         return []
-    length, period = settings.dataset.packed_length, mixed.sequence.period
-    rows = [("mixture", f"{plan.packs_per_epoch:,} packs an epoch, which ends with source {mixed.names[mixed.last]!r}")]
-    for s, count in enumerate(mixed.sequence.counts(plan.packs_per_epoch).tolist()):
-        share, packs = mixed.sequence.slots[s] / period, mixed.packs_of(s)
-        rows.append(("", f"{mixed.names[s]}: {share:.2%} of packs, {count:,} of an epoch ({count * length:,} tokens), "
-                         f"{count / packs:.2f} times its {packs:,}"))  # fmt: skip
-    return rows
+    lines = mixed.describe(plan.packs_per_epoch, settings.dataset.packed_length)
+    return [("" if i else "mixture", line) for i, line in enumerate(lines)]
 
 
 def _parameter_group_rows(settings: Settings) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset, mixture
+from xtuner.data.inspect.statistics import compute_statistics
 from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
 from xtuner.data.packing.pack import PackedDataset
@@ -370,3 +372,73 @@ def test_a_schedule_of_a_config_and_a_mixture_of_one_source(
     capsys.readouterr()
     assert xtuner("log-dataset", changing, "--show", "input_ids", "--num-packs", 30) == 0
     assert capsys.readouterr().out.count("pack ") == 30
+
+
+@pytest.mark.processes
+def test_statistics_of_a_mixture_before_a_run(
+    tiny: Path, corpus: Path, tmp_path: Path, xtuner: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As text, JSON and a page; the same numbers as those of the folders, the packs and the run's own report."""
+    text = tiny.read_text()
+    cfg = text[text.index("    dataset_cfg=dict(") : text.index("    packed_length=max_length")]
+    load = "type=load_intern_repo_tokenized_dataset"
+    two = ", ".join(f"dict({load}, folder={str(corpus / n)!r}, weight={w})" for n, w in (("code", 0.7), ("en", 0.3)))
+    schedule = "schedule=[dict(iteration=4, weights=dict(en=1))]"
+    config = tmp_path / "<b>.py"
+    new = f"    dataset_cfg=dict(type=mixture, sources=[{two}], {schedule}),\n"
+    config.write_text("from xtuner.data import mixture\n" + text.replace(cfg, new))
+    page, options = tmp_path / "page.html", ["--cfg-options", "max_epochs=1", "accumulative_counts=2"]
+    assert xtuner("data", "stats", config, "--json", "--html", page, "--workers", 1, *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["schedule"][1]["shares"] == {"code": pytest.approx(7 / 17), "en": pytest.approx(10 / 17)}
+    assert (report["packs_per_iteration"], report["by"], report["ends_with"]) == (2, "tokens", "en")
+    packs, sources = report["packs"], report["sources"]
+    assert packs == sum(source["packs"] for source in sources)
+    assert report["tokens"] == packs * report["packed_length"]
+    en = sources[1]
+    assert en["requested"] == pytest.approx((8 * 0.3 + (packs - 8) * 10 / 17) / packs)
+    assert en["obtained"] == en["packs"] / packs
+    assert (en["epochs"], en["packs"]) == (1, en["available"])
+    assert xtuner("data", "stats", corpus / "en", "--max-length", report["packed_length"], "--json") == 0
+    assert en["statistics"] == json.loads(capsys.readouterr().out)
+    assert xtuner("data", "stats", config, "--no-text", *options) == 0
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if line.startswith("en "))
+    assert row.split()[3:7] == [f"{en['packs']:,}", f"{en['tokens']:,}", f"{en['available']:,}", "1.00"]
+    assert "schedule, with 2 packs an iteration:\n  from iteration 0 on: code 70.00%, en 30.00%\n  from" in shown
+    assert xtuner("train", config, "--dry-run", "--work-dir", tmp_path / "w", *options) == 0
+    assert f"{packs:,} packs an epoch, which ends with source 'en'" in capsys.readouterr().out
+    html = page.read_text()
+    assert not re.findall(r"https?:|src=|<script|url\(", html)
+    assert "&lt;b&gt;.py" in html
+    assert html.count("<svg") == 7
+    assert xtuner("data", "stats", config, "--json", "--processes", 2, *options, "train_dataset.packing=whole") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["packs_per_iteration"] == 4
+    found = report["sources"][0]["statistics"]
+    assert found["padding"] == found["packs"] * found["packed_length"] - found["tokens"]
+    assert sum(bar[2] for bar in found["cost_bars"]) == found["packs"]
+    assert xtuner("data", "stats", tiny, "--no-text") == 0
+    assert "dropped tails" in capsys.readouterr().out
+    for words, message in (
+        ((config, "--max-length", 8), "--max-length is for folders"),
+        ((config, "--processes", 0), "--processes 0"),
+        ((corpus, "--cfg-options", "a=1"), "is not a config"),
+        ((config, "--processes", 1000), "is never reached"),
+        ((tmp_path / "none.py",), "no config file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            xtuner("data", "stats", *words, *([] if "--cfg-options" in words else options))
+
+
+def test_statistics_of_other_sources() -> None:
+    packed = counted([30, 20], [0.5, 0.5])
+    for part in packed.documents.parts:  # type: ignore[union-attr]
+        for packing in ("cut", "whole"):
+            found = compute_statistics(part, 16, packing=packing)  # type: ignore[arg-type]
+            assert (found.tokens, found.learned, found.packs) == (
+                part.num_tokens,
+                part.num_tokens,
+                part.num_documents // 2,
+            )
+            assert found.cost["mean"] == 128

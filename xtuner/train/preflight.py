@@ -106,13 +106,13 @@ def arrange_ranks(settings: Settings, config: Config, mesh: Mesh) -> Settings:
 def with_accumulation(settings: Settings, counts: int) -> Settings:
     """The same settings with this number of packs per rank and iteration."""
     config, mesh = settings.config, settings.mesh
-    dataset = _count_iterations(config, settings.dataset, counts * mesh.dp_size)
+    dataset = count_iterations(config, settings.dataset, counts * mesh.dp_size)
     sampler = _build_sampler(config.get(SAMPLER), dataset, mesh)
     optim = settings.optim.with_accumulation(counts)
     return replace(settings, optim=optim, dataset=dataset, sampler=sampler)
 
 
-def _count_iterations(config: Config, dataset: PackedDataset, packs: int) -> PackedDataset:
+def count_iterations(config: Config, dataset: PackedDataset, packs: int) -> PackedDataset:
     """The same dataset for iterations of `packs` packs. Raises: ConfigError for a schedule that is impossible."""
     if not isinstance(dataset, PackedDataset) or not dataset.is_scheduled:
         return dataset
@@ -269,7 +269,7 @@ def assemble_settings(
         with locate_errors(config, "optim_wrapper.parameter_groups"):
             source, optim = optim.fit_to(source)
     if not (config.with_sharers and mesh.size > 1):  # else `arrange_ranks` does
-        dataset = _count_iterations(config, dataset, optim.accumulative_counts * mesh.dp_size)
+        dataset = count_iterations(config, dataset, optim.accumulative_counts * mesh.dp_size)
     with locate_errors(config, SAMPLER):
         sampler = _require_attributes(config, SAMPLER, _build_sampler(config.get(SAMPLER), dataset, mesh))
     held_out: list[Hook] = []

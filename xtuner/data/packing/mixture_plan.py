@@ -96,10 +96,14 @@ class MixturePlan:
                 f"{part.name}: {part.requested:.2%} of packs, {part.packs:,} of an epoch, {part.obtained:.2%} "
                 f"({part.packs * packed_length:,} tokens), {part.visits:.2f} times its {part.available:,}"
             )
-        for phase in self.phases if len(self.phases) > 1 else ():
+        return lines + (self.describe_phases() if len(self.phases) > 1 else [])
+
+    def describe_phases(self) -> list[str]:
+        found = []
+        for phase in self.phases:
             shares = ", ".join(f"{n} {float(share):.2%}" for n, share in zip(self.names, phase.shares, strict=True))
-            lines.append(f"from iteration {phase.iteration:,} on: {shares}")
-        return lines
+            found.append(f"from iteration {phase.iteration:,} on: {shares}")
+        return found
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset, mixture
+from xtuner.data.format import cache_dirs
 from xtuner.data.inspect.statistics import compute_statistics
 from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
@@ -261,6 +263,50 @@ def test_bad_mixtures(corpus: Path, tmp_path: Path) -> None:
         PackedDataset(mixture([source(types[0]), source(types[1], min_length=100_000)]), 32)
     with pytest.raises(ConfigError, match="by = 'bytes'"):
         mixture([source(corpus)], by="bytes")  # type: ignore[arg-type]
+
+
+def test_sources_of_different_tokenizers(
+    tmp_path: Path, tokenizer_folder: Path, xtuner: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What `data tokenize` records of each file is compared; where it says nothing, nothing is claimed."""
+    other = shutil.copytree(tokenizer_folder, tmp_path / "other")
+    with open(other / "tokenizer.model", "ab") as f:
+        f.write(b"\xc2\x3e\x01x")  # a field that the library does not know
+    for number, (name, tokenizer) in enumerate((("a", tokenizer_folder), ("b", tokenizer_folder), ("c", other))):
+        text = tmp_path / f"{name}.txt"
+        text.write_text("some text " * (20 + number))
+        out = tmp_path / name
+        assert xtuner("data", "tokenize", text, "--tokenizer", tokenizer, "--output", out, "--workers", 1) == 0
+    folders = {name: source(tmp_path / name / "train", name=name) for name in "abc"}
+    for names, warned in (("ab", False), ("ac", True), ("ca", True), ("c", False)):
+        cache_dirs._logged.clear()
+        caplog.clear()
+        mixture([folders[name] for name in names])
+        assert ("was written with another tokenizer" in caplog.text) == warned
+    for harm in ("{", '{"settings": 3}', "[]"):
+        (tmp_path / "c/made_from/en/c.json").write_text(harm)
+        cache_dirs._logged.clear()
+        caplog.clear()
+        mixture([folders["a"], folders["c"]])
+        assert "tokenizer" not in caplog.text
+
+
+def test_a_source_that_changes_under_the_run(corpus: Path, tmp_path: Path) -> None:
+    """Its file is named; packs of the other source are still read."""
+    names = ("code", "en")
+    for name in names:
+        shutil.copytree(corpus / name, tmp_path / name)
+    packed = PackedDataset(mixture([source(tmp_path / name) for name in names]), 32)
+    plan = packed.mixture
+    assert plan
+    packed[plan.first_pack[1]]
+    with open(tmp_path / "en/a.bin", "a") as f:
+        f.write('{"tokens": [1]}\n')
+    fresh = PackedDataset(packed.documents, 32)
+    with pytest.raises(DataError, match=r"has changed|changed since") as error:
+        fresh[plan.first_pack[1]]
+    assert "en/a.bin" in str(error.value)
+    assert len(fresh[0]["input_ids"]) == 32
 
 
 @pytest.mark.processes

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,9 @@ import numpy as np
 from xtuner.config.build import build
 from xtuner.config.settings import MIXTURE_KEYS, SCHEMA
 from xtuner.core.errors import ConfigError, DataError
+from xtuner.data.format.bin_file import BinFile
+from xtuner.data.format.cache_dirs import log_once
+from xtuner.data.format.made_from import find_record, read_tokenizer
 from xtuner.data.format.parse_tokens import Int64s
 from xtuner.data.format.text_reader import LongLines
 from xtuner.data.packing.document_order import RowNumbers
@@ -34,6 +38,7 @@ from xtuner.data.packing.document_source import Documents, Reader, SourceFile, a
 from xtuner.data.packing.mixture_plan import KEY, EpochEnd, MixturePlan, Phase, SourcePacks, plan_epoch
 from xtuner.data.packing.mixture_schedule import Change, read_schedule
 
+RECORDS_READ = 16  # of each source, to compare tokenizers
 Unit = Literal["tokens", "documents", "packs"]
 
 
@@ -206,6 +211,7 @@ def mixture(
         name = spec.get("name") or (built.folder.name if built.folder else built.location)
         found.append(MixedSource(name, built, float(spec.get("weight", 1.0)), spec.get("max_repeats")))
     _require_distinct(found)
+    _compare_tokenizers(found)
     return Mixture(found, by, epoch, read_schedule(schedule or (), [(s.name, s.weight) for s in found]))
 
 
@@ -257,3 +263,26 @@ def _require_distinct(sources: list[MixedSource]) -> None:
             if path:
                 files[path] = source.name
         contents |= own
+
+
+def _compare_tokenizers(sources: Sequence[MixedSource]) -> None:
+    """Log a warning if files were written with different tokenizers, as far as their records say. The same tokenizer
+    in another form (tokenizer.model, tokenizer.json) has another identity: it is not an error."""
+    first: tuple[str, str, Path] | None = None
+    for source in sources:
+        documents = source.documents
+        step = -(-len(documents) // RECORDS_READ)
+        files = [documents.file(i) for i in range(0, len(documents), step)] if step else []
+        for file in files:
+            record = find_record(file.path) if isinstance(file, BinFile) else None
+            identity = read_tokenizer(record) if record else None
+            if record is None or identity is None:
+                continue
+            first = first or (identity, source.name, record)
+            if identity != first[0]:
+                log_once(
+                    f"{file.name} of source {source.name!r} was written with another tokenizer than the data of source "
+                    f"{first[1]!r} ({record} and {first[2]}): unless both give the same ids to the same text, the "
+                    "model would learn from wrong texts. Tokenize one of them again with the model's tokenizer"
+                )
+                return

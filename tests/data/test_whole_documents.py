@@ -213,6 +213,9 @@ def test_a_run_trains_and_resumes(
     assert contents(resumed / f"iter_{last}.pth") == contents(straight / f"iter_{last}.pth")
     with pytest.raises(Exception, match="long: 'own' → 'cut'"):
         xtuner(*again, "train_dataset.long=cut")
+    plain = ["train", tiny, "--work-dir", tmp_path / "plain", "--cfg-options", "max_epochs=1", "evaluation_inputs=[]"]
+    assert xtuner(*plain) == 0
+    assert xtuner(*plain, "train_dataset.packing=cut", "train_dataset.long=cut", "resume=True") == 0, "the defaults"
     capsys.readouterr()
     assert xtuner("log-dataset", tiny, "--show", "input_ids", *options[:3]) == 0
     assert "── document " in capsys.readouterr().out

@@ -88,7 +88,7 @@ train_dataset = dict(
     ),
     packed_length=max_length,
     seed=1024,
-    packing="cut",  # "whole": documents are not cut at the ends of packs, which have padding instead
+    # packing="whole",  # documents are not cut at the ends of packs, which have padding instead
 )
 
 train_dataloader = dict(

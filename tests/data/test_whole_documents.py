@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -121,6 +122,7 @@ def test_the_index_holds_what_is_packed_in_memory(
         assert isinstance(data._whole._parts[0], whole_index._Mapped)  # type: ignore[union-attr]
     assert len(fingerprints | {PackedDataset(data.documents, 64).fingerprint()}) == 4
     assert all_packs(opened(corpus, cache_dir=tmp_path)) == expected
+    assert all_packs(pickle.loads(pickle.dumps(opened(corpus, cache_dir=tmp_path)))) == expected, "for spawned workers"
     fill = whole_index.FileTable.fill
     monkeypatch.setattr(whole_index.FileTable, "fill", None)  # a warm start packs nothing
     assert all_packs(opened(corpus, cache_dir=tmp_path)) == expected

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class _Mapped:
 
     def __init__(self, path: Path, key: str, packer: "_Packer") -> None:
         """Raises: OSError; ValueError for a file that is not complete, or has another key."""
-        self._path, self._packer = path, packer
+        self._path, self._key, self._packer = path, key, packer
         with open_regular(path) as f:
             size = os.fstat(f.fileno()).st_size
             if size < HEADER_BYTES:
@@ -94,6 +94,9 @@ class _Mapped:
             raise ValueError(DAMAGED)
         self._begins, self._documents, self.packs, self.tokens, self._checksums = table.T
         self._verified: dict[int, FileTable] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return _Mapped, (self._path, self._key, self._packer)
 
     def table(self, file: int) -> FileTable:
         if file not in self._verified:

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.runs import contents, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xtuner.config.load import load
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset, mixture
 from xtuner.data.format import cache_dirs
@@ -26,6 +28,9 @@ from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.data.packing.source_shares import MOST, arrange, divide_period
+from xtuner.dist.mesh import Mesh
+from xtuner.train import preflight
+from xtuner.train.plan import make_plan
 
 
 class Counted:
@@ -180,12 +185,13 @@ def test_a_schedule_is_exact_and_found_at_once(data: Any) -> None:
     schedule = [dict(iteration=i, weights={f"s{s}": w for s, w in c.items()}) for i, c in zip(at, changes, strict=True)]
     each, seed = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 9))
     packed = counted(sizes, weights, schedule=schedule, max_repeats=[3] * count).with_packs_per_iteration(each)
+    plan = packed.mixture
+    assert plan
     try:
-        plan = packed.mixture
+        plan.require_possible()
     except ConfigError as e:
         assert "is never reached" in str(e)  # noqa: PT017
         return
-    assert plan
     assert plan.packs >= 1
     loader = PackLoader(packed, InternRepoSampler(packed, seed=seed, rank=0, world_size=1), reshuffle=True)
     stream = list(islice(loader.numbers_from(Position()), plan.packs))
@@ -232,10 +238,12 @@ def test_bad_schedules() -> None:
         ([dict(iteration=n, weights=dict(s0=1)) for n in range(101)], "101 changes"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message) as error:
-            _ = counted([30, 20], [0.5, 0.5], schedule=schedule).mixture
+            counted([30, 20], [0.5, 0.5], schedule=schedule).mixture.require_possible()  # type: ignore[union-attr]
         assert error.value.where.startswith("train_dataloader.dataset.dataset_cfg.schedule")
+    endless = counted([30, 20], [1, 1], epoch="all", schedule=[dict(iteration=9, weights=dict(s0=0))]).mixture
+    assert endless
     with pytest.raises(ConfigError, match="never ends: the schedule sets the weight of 's0' to 0"):
-        _ = counted([30, 20], [1, 1], epoch="all", schedule=[dict(iteration=9, weights=dict(s0=0))]).mixture
+        endless.require_possible()
 
 
 def source(folder: Path, **more: Any) -> dict[str, Any]:
@@ -371,7 +379,7 @@ def test_a_schedule_of_a_config_and_a_mixture_of_one_source(
     """Bit for bit after a resume. A run of a plain folder continues with a mixture of it, and the other way round."""
     text, end = tiny.read_text(), "    packed_length=max_length"
     begin = text.index("    dataset_cfg=dict(")
-    load = "type=load_intern_repo_tokenized_dataset"
+    kind = "type=load_intern_repo_tokenized_dataset"
 
     def write(name: str, sources: str, more: str = "") -> Path:
         path = tmp_path / name
@@ -380,11 +388,11 @@ def test_a_schedule_of_a_config_and_a_mixture_of_one_source(
         return path
 
     options = ["--cfg-options", "max_epochs=1", "save_steps=3", "save_total_limit=-1", "evaluation_inputs=[]"]
-    two = ", ".join(f"dict({load}, folder={str(corpus / name)!r}, max_repeats=2)" for name in ("code", "en"))
+    two = ", ".join(f"dict({kind}, folder={str(corpus / name)!r}, max_repeats=2)" for name in ("code", "en"))
     schedule = ", schedule=[dict(iteration=4, weights=dict(en=0)), dict(iteration=6, weights=dict(en=3))]"
     changing = write("changing.py", two, schedule)
     assert xtuner("check-cfg", changing) == 0
-    one = write("one.py", f"dict({load}, folder={str(corpus)!r}, weight=0.3)")
+    one = write("one.py", f"dict({kind}, folder={str(corpus)!r}, weight=0.3)")
     for first, then in ((changing, changing), (tiny, one), (one, tiny)):
         straight, resumed = tmp_path / f"{first.stem}_straight", tmp_path / f"{first.stem}_resumed"
         assert xtuner("train", first, "--work-dir", straight, *options) == 0
@@ -415,6 +423,13 @@ def test_a_schedule_of_a_config_and_a_mixture_of_one_source(
     bad = write("bad.py", two, schedule.replace("iteration=6", "iteration=6000"))
     with pytest.raises(ConfigError, match=r"iteration 6,000 of the schedule is never reached(.|\n)*bad.py:"):
         xtuner("check-cfg", bad)
+    found = load(str(changing), ["max_epochs=1", "train_dataset.dataset_cfg.schedule.1.iteration=16"])
+    prepared = preflight.prepare_settings(found, [], tmp_path / "w", torch.device("cpu"), None, Mesh(dp_shard=2))
+    with pytest.raises(ConfigError, match="iteration 16 of the schedule is never reached"):
+        make_plan(prepared)
+    resumed_on_two = preflight.with_accumulation(prepared, 1)  # as many packs per iteration as on one rank
+    assert make_plan(resumed_on_two).facts["packs_per_iteration"] == 2
+    assert resumed_on_two.dataset.mixture.phases[-1].iteration == 16  # type: ignore[union-attr]
     capsys.readouterr()
     assert xtuner("log-dataset", changing, "--show", "input_ids", "--num-packs", 30) == 0
     assert capsys.readouterr().out.count("pack ") == 30
@@ -427,8 +442,8 @@ def test_statistics_of_a_mixture_before_a_run(
     """As text, JSON and a page; the same numbers as those of the folders, the packs and the run's own report."""
     text = tiny.read_text()
     cfg = text[text.index("    dataset_cfg=dict(") : text.index("    packed_length=max_length")]
-    load = "type=load_intern_repo_tokenized_dataset"
-    two = ", ".join(f"dict({load}, folder={str(corpus / n)!r}, weight={w})" for n, w in (("code", 0.7), ("en", 0.3)))
+    kind = "type=load_intern_repo_tokenized_dataset"
+    two = ", ".join(f"dict({kind}, folder={str(corpus / n)!r}, weight={w})" for n, w in (("code", 0.7), ("en", 0.3)))
     schedule = "schedule=[dict(iteration=4, weights=dict(en=1))]"
     config = tmp_path / "<b>.py"
     new = f"    dataset_cfg=dict(type=mixture, sources=[{two}], {schedule}),\n"

@@ -4,6 +4,7 @@ from fractions import Fraction
 from typing import Any
 
 from xtuner.config.config import Config
+from xtuner.config.findings import locate_errors
 from xtuner.config.paths import data_keys
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data.loading.loader import find_balance_obstacle, identity, list_files
@@ -45,6 +46,7 @@ def make_plan(
         num_packs=count_epoch_packs(settings.dataset),
         max_epochs=config.get("train_cfg.max_epochs"),
     )
+    require_possible_mixture(config, settings.dataset)
     _require_an_iteration(settings, lengths)
     reshuffle = config.setting("train_dataloader.reshuffle")
     balance = config.setting("train_dataloader.balance")
@@ -76,6 +78,13 @@ def make_plan(
     )  # fmt: skip
     return Plan(**vars(lengths), reshuffle=reshuffle, balance=balance, windows_from=origin, schedule=schedule,
                 choice=choice, facts=facts)  # fmt: skip
+
+
+def require_possible_mixture(config: Config, dataset: Any) -> None:
+    """Raises: ConfigError for a schedule of shares that these iterations cannot follow."""
+    with locate_errors(config, DATASET):
+        if mixed := getattr(dataset, "mixture", None):
+            mixed.require_possible()
 
 
 def longest_document(dataset: Any) -> int:

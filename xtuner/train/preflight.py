@@ -113,7 +113,7 @@ def with_accumulation(settings: Settings, counts: int) -> Settings:
 
 
 def count_iterations(config: Config, dataset: PackedDataset, packs: int) -> PackedDataset:
-    """The same dataset for iterations of `packs` packs. Raises: ConfigError for a schedule that is impossible."""
+    """The same dataset for iterations of `packs` packs. Raises: ConfigError for a schedule of several epochs."""
     if not isinstance(dataset, PackedDataset) or not dataset.is_scheduled:
         return dataset
     if (epochs := config.get("train_cfg.max_epochs")) != 1:
@@ -123,10 +123,7 @@ def count_iterations(config: Config, dataset: PackedDataset, packs: int) -> Pack
             why="a schedule counts the iterations of one epoch",
             do="set it to 1, and give max_repeats to the sources that the run should visit more than once",
         )
-    with locate_errors(config, DATASET):
-        found = dataset.with_packs_per_iteration(packs)
-        _ = found.mixture
-    return found
+    return dataset.with_packs_per_iteration(packs)
 
 
 def check_models_and_tokenizers(config: Config, read_only: bool = False) -> ModelSource | None:

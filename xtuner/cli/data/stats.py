@@ -100,6 +100,7 @@ def _of_config(args: argparse.Namespace, ranks: list[int]) -> "Stats | MixtureSt
     from xtuner.data.inspect.mixture_statistics import compute_mixture_statistics
     from xtuner.data.inspect.statistics import compute_statistics
     from xtuner.data.packing.pack import PackedDataset
+    from xtuner.train.plan import require_possible_mixture
     from xtuner.train.preflight import DATASET, count_iterations, open_dataset
 
     for name in OF_FOLDERS:
@@ -114,6 +115,7 @@ def _of_config(args: argparse.Namespace, ranks: list[int]) -> "Stats | MixtureSt
     if not isinstance(data, PackedDataset):
         raise ConfigError(f"{type(data).__name__} is not a PackedDataset", where=config.where(DATASET))
     data = count_iterations(config, data, config.setting("optim_wrapper.accumulative_counts") * args.processes)
+    require_possible_mixture(config, data)
     if data.mixture:
         return compute_mixture_statistics(str(config.path), data, ranks, not args.no_text, args.workers)
     return compute_statistics(data.documents, data.packed_length, data.seed, ranks, not args.no_text, args.workers,

@@ -143,8 +143,7 @@ class Mixture:
         Args:
             packs_per_iteration: converts the iterations of the schedule.
 
-        Raises: DataError for a source without packs; ConfigError for weights, repeats or a schedule that are
-        impossible.
+        Raises: DataError for a source without packs; ConfigError for weights that are too small.
         """
         packs = [int(packs_per_file[a:b].sum()) for a, b in pairwise(self._first)]
         if not any(packs):

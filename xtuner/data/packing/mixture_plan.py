@@ -61,6 +61,8 @@ class MixturePlan:
         phases: the shares, from iteration 0 on, and packs_per_iteration, which converts their iterations into packs.
         last: the source whose end is the end of the epoch; passes: how often the epoch visits it.
         packs: of an epoch, before they are divided over ranks.
+        problem: why there can be no such epoch. With a schedule it may depend on packs_per_iteration, which only a
+            checkpoint to resume decides.
     """
 
     names: tuple[str, ...]
@@ -71,6 +73,12 @@ class MixturePlan:
     last: int
     passes: int
     packs: int
+    problem: ConfigError | None
+
+    def require_possible(self) -> None:
+        """Raises: ConfigError for repeats or a schedule that are impossible."""
+        if self.problem:
+            raise self.problem
 
     def packs_of(self, source: int) -> int:
         return self.first_pack[source + 1] - self.first_pack[source]
@@ -121,9 +129,10 @@ class SourcePacks:
 def plan_epoch(
     sources: Sequence[SourcePacks], phases: Sequence[Phase], packs_per_iteration: int, epoch: EpochEnd
 ) -> MixturePlan:
-    """Raises: ConfigError for shares, repeats or a schedule that are impossible."""
+    """Raises: ConfigError for shares that are too small. Others: `MixturePlan.require_possible`."""
     begins = [phase.iteration * packs_per_iteration for phase in phases]
     sequence = follow(begins, [_arrange(sources, phase) for phase in phases])
+    problem: ConfigError | None = None
     if epoch == "first":
         limits = [s.max_repeats or 1 for s in sources]
         ends = [sequence.position(i, s.packs * limits[i]) for i, s in enumerate(sources)]
@@ -133,27 +142,33 @@ def plan_epoch(
         ends = [sequence.position(i, s.packs - 1) for i, s in enumerate(sources)]
         last = ends.index(max(ends))
         passes, length = 1, ends[last] + 1
-        _require_visits(sources, sequence, last, ends[last])
-    iterations = length // packs_per_iteration
-    for phase in phases:
-        if phase.iteration and phase.iteration >= iterations:
-            raise ConfigError(
-                f"iteration {phase.iteration:,} of the schedule is never reached: an epoch has {iterations:,} "
-                f"iterations, {packs_per_iteration:,} packs each",
-                where=f"{phase.key}.iteration",
-                do=f"lower it, leave the entry out, or raise max_repeats of {sources[last].name!r}, whose end is the "
-                "end of the epoch",
-            )
+        problem = _find_wrong_visits(sources, sequence, last, ends[last])
+    problem = problem or _find_unreached(phases, length // packs_per_iteration, packs_per_iteration, sources[last].name)
     names = tuple(s.name for s in sources)
     first_pack = (0, *accumulate(s.packs for s in sources))
-    return MixturePlan(names, first_pack, tuple(phases), packs_per_iteration, sequence, last, passes, length)
+    return MixturePlan(names, first_pack, tuple(phases), packs_per_iteration, sequence, last, passes, length, problem)
 
 
-def _require_visits(sources: Sequence[SourcePacks], sequence: SourceSequence, last: int, end: int) -> None:
-    """Raises: ConfigError if the epoch that visits all of source `last` is endless, or repeats another too often."""
+def _find_unreached(phases: Sequence[Phase], iterations: int, each: int, last: str) -> ConfigError | None:
+    """A change of the schedule that an epoch of so many iterations does not reach."""
+    phase = next((phase for phase in phases if phase.iteration and phase.iteration >= iterations), None)
+    if phase is None:
+        return None
+    return ConfigError(
+        f"iteration {phase.iteration:,} of the schedule is never reached: an epoch has {iterations:,} iterations, "
+        f"{each:,} packs each",
+        where=f"{phase.key}.iteration",
+        do=f"lower it, leave the entry out, or raise max_repeats of {last!r}, whose end is the end of the epoch",
+    )
+
+
+def _find_wrong_visits(
+    sources: Sequence[SourcePacks], sequence: SourceSequence, last: int, end: int
+) -> ConfigError | None:
+    """Why an epoch cannot visit all of source `last`, at `end`: it is endless, or repeats another source too often."""
     name = sources[last].name
     if end == NEVER:
-        raise ConfigError(
+        return ConfigError(
             f"an epoch that visits all sources never ends: the schedule sets the weight of {name!r} to 0 before all of "
             f"its {sources[last].packs:,} packs have been visited",
             where=f"{KEY}.schedule",
@@ -162,12 +177,13 @@ def _require_visits(sources: Sequence[SourcePacks], sequence: SourceSequence, la
     for i, count in enumerate(sequence.counts(end + 1).tolist()):
         most = sources[i].max_repeats
         if most is not None and count > most * sources[i].packs:
-            raise ConfigError(
+            return ConfigError(
                 f"an epoch that visits all of {name!r} repeats {sources[i].name!r} "
                 f"{count / sources[i].packs:.2f} times, and its max_repeats is {most}",
                 where=f"{KEY}.sources.{i}.max_repeats",
                 do='raise it, lower the weight of this source, or set epoch = "first"',
             )
+    return None
 
 
 def _arrange(sources: Sequence[SourcePacks], phase: Phase) -> PeriodicSequence:

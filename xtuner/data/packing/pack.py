@@ -74,8 +74,8 @@ class PackedDataset:
         self._long = LongLines()
         self._orders = documents.load_orders(seed)
         self.packs_per_iteration = 1
-        if not self.is_scheduled:
-            _ = self.mixture  # raises if it is impossible
+        if not self.is_scheduled and self.mixture:
+            self.mixture.require_possible()
 
     @property
     def is_scheduled(self) -> bool:
@@ -84,7 +84,7 @@ class PackedDataset:
 
     @functools.cached_property
     def mixture(self) -> MixturePlan | None:
-        """The epoch of a mixture. Raises: ConfigError, DataError if it is impossible."""
+        """The epoch of a mixture; see `MixturePlan.require_possible`. Raises: ConfigError, DataError."""
         mixed = self.documents
         return mixed.plan(self._packs, self.packs_per_iteration) if isinstance(mixed, Mixture) else None
 

@@ -23,7 +23,7 @@ from xtuner.model.adapter import build_lora
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import preflight
-from xtuner.train.plan import DATASET, longest_document
+from xtuner.train.plan import DATASET, longest_document, require_possible_mixture
 
 MEDIAN = 700  # tokens of a document, if the data is not here
 DRAWN = 2048  # packs whose costs are drawn then
@@ -82,6 +82,7 @@ def read_workload(config: Config, tokens: float | None = None) -> Workload:
         costs, document, pack = _read_costs(dataset), longest_document(dataset), dataset.packed_length
         if isinstance(dataset, PackedDataset):
             dataset = dataset.with_packs_per_iteration(optim.accumulative_counts)
+            require_possible_mixture(config, dataset)
         tokens = tokens or float(count_epoch_packs(dataset)) * pack * config.get("train_cfg.max_epochs", 1)
         data = f"{len(dataset):,} packs, Σ len² of {costs.mean():.3g} on average"
     sharers = None if config.with_sharers else int(config.setting("sequence_parallel_size"))

@@ -11,16 +11,6 @@ if TYPE_CHECKING:
 
 # options that a config sets itself
 OF_FOLDERS = ("max_length", "seed", "min_length", "data_order", "file_type", "kind", "ids", "labels", "mask")
-    "max_length",
-    "seed",
-    "min_length",
-    "data_order",
-    "file_type",
-    "kind",
-    "ids",
-    "labels",
-    "mask",
-)  # options that a config sets itself
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

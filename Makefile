@@ -130,9 +130,11 @@ bench-several: .venv/installed
 bench-table: .venv/installed
 	$(BIN)/python benchmarks/single_gpu.py --table
 
-# megatron-core is measured if it can be imported: PEER is the Python of an environment with megatron-core, rich, torch
+# megatron-core, grain and OLMo-core are measured if they can be imported: PEER is the Python of an environment with them,
+# rich and torch
 bench-data: .venv/installed
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(or $(PEER),$(BIN)/python) benchmarks/data_path.py $(if $(FOLDER),--folder $(FOLDER))
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(or $(PEER),$(BIN)/python) benchmarks/mixture_peers.py
 
 clean:
 	rm -rf .venv build dist *.egg-info demo/out .mypy_cache .ruff_cache .pytest_cache

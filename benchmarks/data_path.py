@@ -34,7 +34,8 @@ from xtuner.data.inspect.build_caches import build_caches
 from xtuner.data.loading.batch import Batch
 from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
-from xtuner.data.packing.pack import FilePacks, PackedDataset, RawPack
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.packing.raw_pack import FilePacks, RawPack
 
 FILES, DOCUMENTS, TOKENS = 20, 200_000, 200_000_000
 LENGTH = 32768  # tokens of a pack
@@ -68,13 +69,13 @@ def make_text(folder: Path) -> None:
     os.rename(unfinished, folder)
 
 
-def make_large(folder: Path, files: int, documents: int) -> None:
+def make_large(folder: Path, files: int, documents: int, seed: int = 0) -> None:
     """`files` links to one sparse text of `documents` lines, of which only the last is written."""
     if folder.is_dir():
         return
     folder.mkdir(parents=True)
     line = b'{"tokens": [1, 2, 3]}\n'
-    lengths = np.random.RandomState(0).randint(3, 2000, documents)
+    lengths = np.random.RandomState(seed).randint(3, 2000, documents)
     lengths[-1] = 3
     offsets = np.concatenate(([0], np.cumsum(lengths * 7 + 14)))[:-1]
     with open(folder / "00000.bin", "wb") as f:
@@ -350,6 +351,52 @@ def mixtures(folder: Path) -> None:
     print(f"  {SOURCES} sources: {many / one:.2f} of one source's packs a second")
 
 
+MIXED_PROBE = """
+import sys, time
+import numpy as np
+import torch
+from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset as load, mixture
+from xtuner.data.loading.loader import PackLoader
+from xtuner.data.packing.pack import PackedDataset
+def private():
+    lines = open('/proc/self/smaps_rollup').read().splitlines()[1:]
+    return sum(int(v.split()[0]) for k, v in (x.split(':') for x in lines) if k == 'Private_Dirty') / 1024
+load, count = load, int(sys.argv[2])
+weights = [0.3, 0.2, 0.15, 0.1, 0.1, 0.08, 0.05, 0.02]
+before, wall, cpu = private(), time.perf_counter(), time.process_time()
+sources = [dict(type=load, folder=f'{sys.argv[1]}/{s}', weight=w) for s, w in enumerate(weights)]
+data = PackedDataset(mixture(sources), 32768, packing=sys.argv[3])
+data.fingerprint()
+loader = PackLoader(data, InternRepoSampler(data, rank=0, world_size=1), reshuffle=True)
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+order, epoch = loader.sampler.mixture, loader.packs_per_epoch
+places = np.random.RandomState(0).randint(epoch, size=(count, 1))
+def seek():
+    begin = time.process_time()
+    for place in places:
+        pack = int(order.numbers(0, place, epoch)[0])
+        file, start, stop = data.find_tokens(pack)
+        data.file_packs(file).span_arrays(start, stop)
+    return (time.process_time() - begin) / count * 1e6
+seek()
+print(f'{len(data):,} packs; {wall:.2f} s wall, {cpu:.2f} s CPU; a position anywhere, with the documents of its pack: '
+      f'{seek():.1f} us; {private() - before:.1f} MiB private')
+"""
+
+
+def mixture_index(folder: Path, files: int, documents: int, packing: str = "cut") -> None:
+    """`index` of a mixture: each source has links to a pair of its own."""
+    for s in range(SOURCES):
+        make_large(folder / str(s), files // SOURCES, documents // files, s)
+        shutil.rmtree(folder / str(s) / CACHE_FOLDER, ignore_errors=True)
+    print(f"\n{documents:,} documents in {files:,} files and {SOURCES} sources, packing = {packing}", flush=True)
+    core = min(os.sched_getaffinity(0))
+    for what in ("cold", "warm", "warm"):
+        words = ["taskset", "-c", str(core), sys.executable, "-c", MIXED_PROBE, str(folder), "3000", packing]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        print(f"  {what}: {done.stdout.strip() or done.stderr.strip()}", flush=True)
+
+
 @contextlib.contextmanager
 def work_folder(given: Path | None) -> Iterator[Path]:
     folder = given or Path(os.environ.get("TMPDIR", "/tmp")) / "xtuner-bench-data"
@@ -381,6 +428,10 @@ def main() -> None:
             packs(folder)
         if a.only in (None, "mixtures"):
             mixtures(folder)
+            mixture_index(folder / "large_mixture", 1000, 10_000_000)
+            mixture_index(folder / "large_mixture", 1000, 10_000_000, "whole")
+            if a.billion:
+                mixture_index(folder / "billion_mixture", 10_000, 1_000_000_000)
         if a.only in (None, "index"):
             index(folder / "large", 1000, 100_000_000)
             index(folder / "deep", 4, 20_000_000)

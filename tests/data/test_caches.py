@@ -16,7 +16,7 @@ from helpers.corpus import write_corpus
 from helpers.ranks import on_ranks
 
 from xtuner.core.errors import DataError
-from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset
+from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset, mixture
 from xtuner.data.format import cache_dirs
 from xtuner.data.format import folder as index
 from xtuner.data.format.bin_file import BinFile
@@ -26,6 +26,7 @@ from xtuner.data.format.writer import write_bin
 from xtuner.data.loading import sampler as order
 from xtuner.data.loading.open_on_ranks import open_on_ranks
 from xtuner.data.packing import document_order
+from xtuner.data.packing.mixture import list_parts
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.dist.collectives import Ranks
 
@@ -258,6 +259,11 @@ def test_the_order_of_packs_is_shared(data: Path, monkeypatch: pytest.MonkeyPatc
     assert (walked.share().tolist(), walked.share(4).tolist()) == ([1, 4, 7], [5, 8])
 
 
+def mixed_folders(opening: cache_dirs.Opening) -> PackedDataset:
+    load = load_intern_repo_tokenized_dataset
+    return PackedDataset(mixture([dict(type=load, folder=f, opening=opening) for f in ("shared/en", "copied/code")]), 8)
+
+
 def ranks_open(ranks: Ranks, folder: Path) -> None:
     """Three ranks on two nodes: one index, walked by rank 0 alone; a copy of the data on the other node; other data."""
     os.chdir(folder / ("here" if ranks.rank < 2 else "there"))
@@ -275,7 +281,18 @@ def ranks_open(ranks: Ranks, folder: Path) -> None:
     assert len(set(fingerprints)) == 1
     data = open_on_ranks(build("copied"), ranks)
     assert len(walks) == {0: 2, 1: 0, 2: 1}[ranks.rank]
-    assert len(set(map(str, ranks.gather(contents(data)[1])))) == 1
+    small = document_order.SMALL
+    for document_order.SMALL in (small, 10**6):  # each source with an index of its own, and without
+        walks.clear()
+        mixed = open_on_ranks(lambda known: mixed_folders(cache_dirs.Opening(known=known)), ranks)
+        assert len(walks) == {0: 2, 1: 0, 2: 2}[ranks.rank], "the copy has other times on the other node"
+        assert len(set(ranks.gather(mixed.fingerprint()))) == 1
+        assert [part.orders is None for part in list_parts(mixed.documents)] == [small < document_order.SMALL] * 2
+        ranks.gather(None)
+        for part in list_parts(mixed.documents):
+            shutil.rmtree(part.folder / CACHE_FOLDER, ignore_errors=True)
+        ranks.gather(None)
+    document_order.SMALL = small
     for name, words in (
         ("lost", "en/b.bin can be accessed by rank 0, but not on there"),
         ("other", "differ from those of rank 0"),

@@ -16,7 +16,8 @@ from xtuner.data import build_packed_dataset, load_intern_repo_tokenized_dataset
 from xtuner.data.loading.batch import Batch
 from xtuner.data.loading.open_on_ranks import open_on_ranks
 from xtuner.data.packing.document_source import DocumentSource, SourceList
-from xtuner.data.packing.pack import PackedDataset, RawPack
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.packing.raw_pack import RawPack
 from xtuner.dist.collectives import Ranks
 from xtuner.model.source import from_scratch
 from xtuner.train.evaluate import evaluate

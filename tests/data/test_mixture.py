@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,16 +14,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.runs import contents, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xtuner.config.load import load
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data import InternRepoSampler, load_intern_repo_tokenized_dataset, mixture
+from xtuner.data.format import cache_dirs
+from xtuner.data.inspect.statistics import compute_statistics
 from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.data.packing.source_shares import MOST, arrange, divide_period
+from xtuner.dist.mesh import Mesh
+from xtuner.train import preflight
+from xtuner.train.plan import make_plan
 
 
 class Counted:
@@ -156,6 +165,87 @@ def test_ends_of_epochs_and_units() -> None:
     assert documents.sequence.slots.tolist() == [1, 4]  # four short documents fill a pack
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_schedule_is_exact_and_found_at_once(data: Any) -> None:
+    """From each change on shares are within one pack of the new weights; each source continues its own permutations,
+    on any number of ranks and from any position."""
+    count = data.draw(st.integers(1, 4))
+    sizes = data.draw(st.lists(st.integers(1, 60), min_size=count, max_size=count))
+    weight = st.sampled_from([0.0, 1.0, 2.0, 0.3, 5.0])
+    weights = data.draw(st.lists(weight.filter(bool), min_size=count, max_size=count))
+    at = sorted(data.draw(st.sets(st.integers(0, 12), max_size=3)))
+    changes = [data.draw(st.dictionaries(st.integers(0, count - 1), weight, min_size=1)) for _ in at]
+    now, phases = dict(enumerate(weights)), [(0, weights)]
+    for iteration, change in zip(at, changes, strict=True):
+        now = now | change
+        phases = [p for p in phases if p[0] < iteration] + [(iteration, [now[s] for s in range(count)])]
+    if not all(any(w) for _, w in phases):
+        return
+    schedule = [dict(iteration=i, weights={f"s{s}": w for s, w in c.items()}) for i, c in zip(at, changes, strict=True)]
+    each, seed = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 9))
+    packed = counted(sizes, weights, schedule=schedule, max_repeats=[3] * count).with_packs_per_iteration(each)
+    plan = packed.mixture
+    assert plan
+    try:
+        plan.require_possible()
+    except ConfigError as e:
+        assert "is never reached" in str(e)  # noqa: PT017
+        return
+    assert plan.packs >= 1
+    loader = PackLoader(packed, InternRepoSampler(packed, seed=seed, rank=0, world_size=1), reshuffle=True)
+    stream = list(islice(loader.numbers_from(Position()), plan.packs))
+    of = np.array([plan.source_of(p) for p in stream])
+    for (begin, shares), end in zip(phases, [p[0] * each for p in phases[1:]] + [plan.packs], strict=True):
+        taken = of[begin * each : end]
+        for s, share in enumerate(shares):
+            ahead = np.cumsum(taken == s) - np.arange(1, len(taken) + 1) * (share / sum(shares))
+            assert np.abs(ahead).max(initial=0) < 1 + 1e-9
+            assert share or not (taken == s).any()
+    for s, size in enumerate(sizes):
+        own = [p - plan.first_pack[s] for p in stream if plan.source_of(p) == s]
+        passes = [np.random.RandomState(seed + n).permutation(size) for n in range(3)]
+        assert own == np.concatenate(passes)[: len(own)].tolist(), "also: no pack more than 3 times"
+    assert (of == plan.last).sum() == 3 * sizes[plan.last]
+    done, ranks = data.draw(st.integers(0, plan.packs)), data.draw(st.integers(1, 4))
+    for rank in range(ranks):
+        sampler = InternRepoSampler(packed, seed=seed, rank=rank, world_size=ranks)
+        resumed = PackLoader(packed, sampler, reshuffle=True, begun_on=1).numbers_from(Position(0, done))
+        expected = stream[done:][rank::ranks]
+        assert list(islice(resumed, len(expected))) == expected
+    shares = plan.epoch_shares(plan.packs)
+    assert sum(part.packs for part in shares) == plan.packs
+    assert sum(part.requested for part in shares) == pytest.approx(1)
+    assert all(abs(part.requested - part.obtained) * plan.packs <= len(phases) for part in shares)
+
+
+def test_bad_schedules() -> None:
+    for schedule, message in (
+        (3, "is not a list of changes"),
+        ([3], "is not a list of changes"),
+        ([dict(iteration=1)], r"weights = None is not dict"),
+        ([dict(iteration=1, weights={})], "is not dict"),
+        ([dict(iteration=-1, weights=dict(s0=1))], "iteration = -1 is not a whole number"),
+        ([dict(iteration=True, weights=dict(s0=1))], "iteration = True is not"),
+        ([dict(iteration=1.5, weights=dict(s0=1))], "iteration = 1.5 is not"),
+        ([dict(iterations=1, weights=dict(s0=1))], "no setting 'iterations'. Did you mean 'iteration'"),
+        ([dict(iteration=2, weights=dict(s0=1)), dict(iteration=2, weights=dict(s0=2))], "2 follows iteration 2"),
+        ([dict(iteration=2, weights=dict(s7=1))], "no source 's7'"),
+        *(([dict(iteration=2, weights=dict(s0=w))], "is not a number from 0") for w in (-1, math.nan, "1", None, True)),
+        ([dict(iteration=2, weights=dict(s0=0, s1=0))], "from iteration 2 on, all weights are 0"),
+        ([dict(iteration=2, weights=dict(s0=1e-9))], "'s0' from iteration 2 on is less than 1 of 65,536"),
+        ([dict(iteration=60, weights=dict(s0=1))], "iteration 60 .* is never reached: an epoch has 41 iterations"),
+        ([dict(iteration=n, weights=dict(s0=1)) for n in range(101)], "101 changes"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message) as error:
+            counted([30, 20], [0.5, 0.5], schedule=schedule).mixture.require_possible()  # type: ignore[union-attr]
+        assert error.value.where.startswith("train_dataloader.dataset.dataset_cfg.schedule")
+    endless = counted([30, 20], [1, 1], epoch="all", schedule=[dict(iteration=9, weights=dict(s0=0))]).mixture
+    assert endless
+    with pytest.raises(ConfigError, match="never ends: the schedule sets the weight of 's0' to 0"):
+        endless.require_possible()
+
+
 def source(folder: Path, **more: Any) -> dict[str, Any]:
     return dict(type=load_intern_repo_tokenized_dataset, folder=folder, **more)
 
@@ -181,6 +271,50 @@ def test_bad_mixtures(corpus: Path, tmp_path: Path) -> None:
         PackedDataset(mixture([source(types[0]), source(types[1], min_length=100_000)]), 32)
     with pytest.raises(ConfigError, match="by = 'bytes'"):
         mixture([source(corpus)], by="bytes")  # type: ignore[arg-type]
+
+
+def test_sources_of_different_tokenizers(
+    tmp_path: Path, tokenizer_folder: Path, xtuner: Callable[..., int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What `data tokenize` records of each file is compared; where it says nothing, nothing is claimed."""
+    other = shutil.copytree(tokenizer_folder, tmp_path / "other")
+    with open(other / "tokenizer.model", "ab") as f:
+        f.write(b"\xc2\x3e\x01x")  # a field that the library does not know
+    for number, (name, tokenizer) in enumerate((("a", tokenizer_folder), ("b", tokenizer_folder), ("c", other))):
+        text = tmp_path / f"{name}.txt"
+        text.write_text("some text " * (20 + number))
+        out = tmp_path / name
+        assert xtuner("data", "tokenize", text, "--tokenizer", tokenizer, "--output", out, "--workers", 1) == 0
+    folders = {name: source(tmp_path / name / "train", name=name) for name in "abc"}
+    for names, warned in (("ab", False), ("ac", True), ("ca", True), ("c", False)):
+        cache_dirs._logged.clear()
+        caplog.clear()
+        mixture([folders[name] for name in names])
+        assert ("was written with another tokenizer" in caplog.text) == warned
+    for harm in ("{", '{"settings": 3}', "[]"):
+        (tmp_path / "c/made_from/en/c.json").write_text(harm)
+        cache_dirs._logged.clear()
+        caplog.clear()
+        mixture([folders["a"], folders["c"]])
+        assert "tokenizer" not in caplog.text
+
+
+def test_a_source_that_changes_under_the_run(corpus: Path, tmp_path: Path) -> None:
+    """Its file is named; packs of the other source are still read."""
+    names = ("code", "en")
+    for name in names:
+        shutil.copytree(corpus / name, tmp_path / name)
+    packed = PackedDataset(mixture([source(tmp_path / name) for name in names]), 32)
+    plan = packed.mixture
+    assert plan
+    packed[plan.first_pack[1]]
+    with open(tmp_path / "en/a.bin", "a") as f:
+        f.write('{"tokens": [1]}\n')
+    fresh = PackedDataset(packed.documents, 32)
+    with pytest.raises(DataError, match=r"has changed|changed since") as error:
+        fresh[plan.first_pack[1]]
+    assert "en/a.bin" in str(error.value)
+    assert len(fresh[0]["input_ids"]) == 32
 
 
 @pytest.mark.processes
@@ -236,3 +370,136 @@ def test_a_mixture_of_a_config_trains_resumes_and_is_reported(
         bad.write_text(config.read_text().replace(before, after).replace("mixed.py", "bad.py"))
         with pytest.raises(ConfigError, match=message.replace("mixed", "bad")):
             xtuner("check-cfg", bad)
+
+
+@pytest.mark.processes
+def test_a_schedule_of_a_config_and_a_mixture_of_one_source(
+    tiny: Path, corpus: Path, tmp_path: Path, xtuner: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bit for bit after a resume. A run of a plain folder continues with a mixture of it, and the other way round."""
+    text, end = tiny.read_text(), "    packed_length=max_length"
+    begin = text.index("    dataset_cfg=dict(")
+    kind = "type=load_intern_repo_tokenized_dataset"
+
+    def write(name: str, sources: str, more: str = "") -> Path:
+        path = tmp_path / name
+        cfg = f"    dataset_cfg=dict(type=mixture, sources=[{sources}]{more}),\n"
+        path.write_text(f"from xtuner.data import mixture\n{text[:begin]}{cfg}{text[text.index(end) :]}")
+        return path
+
+    options = ["--cfg-options", "max_epochs=1", "save_steps=3", "save_total_limit=-1", "evaluation_inputs=[]"]
+    two = ", ".join(f"dict({kind}, folder={str(corpus / name)!r}, max_repeats=2)" for name in ("code", "en"))
+    schedule = ", schedule=[dict(iteration=4, weights=dict(en=0)), dict(iteration=6, weights=dict(en=3))]"
+    changing = write("changing.py", two, schedule)
+    assert xtuner("check-cfg", changing) == 0
+    one = write("one.py", f"dict({kind}, folder={str(corpus)!r}, weight=0.3)")
+    for first, then in ((changing, changing), (tiny, one), (one, tiny)):
+        straight, resumed = tmp_path / f"{first.stem}_straight", tmp_path / f"{first.stem}_resumed"
+        assert xtuner("train", first, "--work-dir", straight, *options) == 0
+        again = ["train", then, "--work-dir", resumed, "--resume", straight / "iter_3.pth", *options]
+        assert xtuner(*again) == 0
+        last = max(records(straight))
+        losses = [{n: line["loss"] for n, line in records(folder).items()} for folder in (straight, resumed)]
+        assert losses[1] == {n: loss for n, loss in losses[0].items() if n > 3}
+        files = ("weights", "optimizer")
+        found = [
+            {n: c for n, c in contents(folder / f"iter_{last}.pth").items() if n.startswith(files)}
+            for folder in (straight, resumed)
+        ]
+        assert found[0] == found[1]
+        assert found[0]
+    scalars = next((tmp_path / "changing_straight").glob("*/vis_data/scalars.json")).read_text()
+    lines = {line["iter"]: line for line in map(json.loads, scalars.splitlines()) if "loss" in line}
+    assert [lines[n]["targets/en"] for n in (5, 6)] == [0, 0]
+    assert lines[7]["targets/en"] or lines[8]["targets/en"]
+    (log,) = (tmp_path / "changing_straight").glob("*/2*.log")
+    assert "from iteration 4" in log.read_text()
+    resumed = tmp_path / "again"
+    again = ["train", changing, "--work-dir", resumed, "--resume", tmp_path / "changing_straight/iter_3.pth", *options]
+    with pytest.raises(DataError, match=r"schedule.0.iteration: 4 → 5"):
+        xtuner(*again, "train_dataset.dataset_cfg.schedule.0.iteration=5")
+    with pytest.raises(ConfigError, match=r"max_epochs = 2 with a schedule(.|\n)*give max_repeats"):
+        xtuner("check-cfg", changing, "--cfg-options", "max_epochs=2")
+    bad = write("bad.py", two, schedule.replace("iteration=6", "iteration=6000"))
+    with pytest.raises(ConfigError, match=r"iteration 6,000 of the schedule is never reached(.|\n)*bad.py:"):
+        xtuner("check-cfg", bad)
+    found = load(str(changing), ["max_epochs=1", "train_dataset.dataset_cfg.schedule.1.iteration=16"])
+    prepared = preflight.prepare_settings(found, [], tmp_path / "w", torch.device("cpu"), None, Mesh(dp_shard=2))
+    with pytest.raises(ConfigError, match="iteration 16 of the schedule is never reached"):
+        make_plan(prepared)
+    resumed_on_two = preflight.with_accumulation(prepared, 1)  # as many packs per iteration as on one rank
+    assert make_plan(resumed_on_two).facts["packs_per_iteration"] == 2
+    assert resumed_on_two.dataset.mixture.phases[-1].iteration == 16  # type: ignore[union-attr]
+    capsys.readouterr()
+    assert xtuner("log-dataset", changing, "--show", "input_ids", "--num-packs", 30) == 0
+    assert capsys.readouterr().out.count("pack ") == 30
+
+
+@pytest.mark.processes
+def test_statistics_of_a_mixture_before_a_run(
+    tiny: Path, corpus: Path, tmp_path: Path, xtuner: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As text, JSON and a page; the same numbers as those of the folders, the packs and the run's own report."""
+    text = tiny.read_text()
+    cfg = text[text.index("    dataset_cfg=dict(") : text.index("    packed_length=max_length")]
+    kind = "type=load_intern_repo_tokenized_dataset"
+    two = ", ".join(f"dict({kind}, folder={str(corpus / n)!r}, weight={w})" for n, w in (("code", 0.7), ("en", 0.3)))
+    schedule = "schedule=[dict(iteration=4, weights=dict(en=1))]"
+    config = tmp_path / "<b>.py"
+    new = f"    dataset_cfg=dict(type=mixture, sources=[{two}], {schedule}),\n"
+    config.write_text("from xtuner.data import mixture\n" + text.replace(cfg, new))
+    page, options = tmp_path / "page.html", ["--cfg-options", "max_epochs=1", "accumulative_counts=2"]
+    assert xtuner("data", "stats", config, "--json", "--html", page, "--workers", 1, *options) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["schedule"][1]["shares"] == {"code": pytest.approx(7 / 17), "en": pytest.approx(10 / 17)}
+    assert (report["packs_per_iteration"], report["by"], report["ends_with"]) == (2, "tokens", "en")
+    packs, sources = report["packs"], report["sources"]
+    assert packs == sum(source["packs"] for source in sources)
+    assert report["tokens"] == packs * report["packed_length"]
+    en = sources[1]
+    assert en["requested"] == pytest.approx((8 * 0.3 + (packs - 8) * 10 / 17) / packs)
+    assert en["obtained"] == en["packs"] / packs
+    assert (en["epochs"], en["packs"]) == (1, en["available"])
+    assert xtuner("data", "stats", corpus / "en", "--max-length", report["packed_length"], "--json") == 0
+    assert en["statistics"] == json.loads(capsys.readouterr().out)
+    assert xtuner("data", "stats", config, "--no-text", *options) == 0
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if line.startswith("en "))
+    assert row.split()[3:7] == [f"{en['packs']:,}", f"{en['tokens']:,}", f"{en['available']:,}", "1.00"]
+    assert "schedule, with 2 packs an iteration:\n  from iteration 0 on: code 70.00%, en 30.00%\n  from" in shown
+    assert xtuner("train", config, "--dry-run", "--work-dir", tmp_path / "w", *options) == 0
+    assert f"{packs:,} packs an epoch, which ends with source 'en'" in capsys.readouterr().out
+    html = page.read_text()
+    assert not re.findall(r"https?:|src=|<script|url\(", html)
+    assert "&lt;b&gt;.py" in html
+    assert html.count("<svg") == 7
+    assert xtuner("data", "stats", config, "--json", "--processes", 2, *options, "train_dataset.packing=whole") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["packs_per_iteration"] == 4
+    found = report["sources"][0]["statistics"]
+    assert found["padding"] == found["packs"] * found["packed_length"] - found["tokens"]
+    assert sum(bar[2] for bar in found["cost_bars"]) == found["packs"]
+    assert xtuner("data", "stats", tiny, "--no-text") == 0
+    assert "dropped tails" in capsys.readouterr().out
+    for words, message in (
+        ((config, "--max-length", 8), "--max-length is for folders"),
+        ((config, "--processes", 0), "--processes 0"),
+        ((corpus, "--cfg-options", "a=1"), "is not a config"),
+        ((config, "--processes", 1000), "is never reached"),
+        ((tmp_path / "none.py",), "no config file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            xtuner("data", "stats", *words, *([] if "--cfg-options" in words else options))
+
+
+def test_statistics_of_other_sources() -> None:
+    packed = counted([30, 20], [0.5, 0.5])
+    for part in packed.documents.parts:  # type: ignore[union-attr]
+        for packing in ("cut", "whole"):
+            found = compute_statistics(part, 16, packing=packing)  # type: ignore[arg-type]
+            assert (found.tokens, found.learned, found.packs) == (
+                part.num_tokens,
+                part.num_tokens,
+                part.num_documents // 2,
+            )
+            assert found.cost["mean"] == 128

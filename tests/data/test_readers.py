@@ -28,7 +28,8 @@ from xtuner.data.inspect.build_caches import build_caches
 from xtuner.data.loading.loader import PackLoader
 from xtuner.data.loading.sampler import Position
 from xtuner.data.packing import document_order
-from xtuner.data.packing.pack import PackedDataset, RawPack
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.packing.raw_pack import RawPack
 
 MANY = settings(max_examples=120, deadline=None, derandomize=True, database=None)
 DOCUMENT = st.lists(

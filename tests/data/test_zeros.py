@@ -13,7 +13,8 @@ from xtuner.data import build_packed_dataset, load_intern_repo_tokenized_dataset
 from xtuner.data.format.bin_file import read_meta
 from xtuner.data.format.writer import write_bin
 from xtuner.data.loading.batch import Batch
-from xtuner.data.packing.pack import IGNORE, PackedDataset, RawPack
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.packing.raw_pack import IGNORE, RawPack
 
 PACK = 16
 

@@ -20,11 +20,16 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core import log
     from xtuner.data.loading.loader import PackLoader
     from xtuner.data.loading.sampler import Position
+    from xtuner.data.packing.pack import PackedDataset
+    from xtuner.train.plan import require_possible_mixture
 
     log.setup("WARNING")
     config = load(args.config, args.cfg_options)
     check(config)
     data = build(config.values["train_dataloader"]["dataset"], "train_dataloader.dataset")
+    if isinstance(data, PackedDataset):
+        data = data.with_packs_per_iteration(config.setting("optim_wrapper.accumulative_counts"))
+        require_possible_mixture(config, data)
     sampler = build(config.values["train_dataloader"]["sampler"], "train_dataloader.sampler", dataset=data)
     tokenizer = build(config.values["tokenizer"], "tokenizer") if config.get("tokenizer") else None
     loader = PackLoader(

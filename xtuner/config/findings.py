@@ -51,10 +51,10 @@ def locate_errors(config: Config, key: str, *causes: str) -> Iterator[None]:
     try:
         yield
     except XTunerError as e:
-        where = here if not e.where or causes[0].startswith(e.where) else f"{e.where}, by {here}"
-        root = key.partition(".")[0]
-        if e.where.startswith(f"{root}.") and not f"{e.where}.".startswith(f"{key}."):  # a setting next to `key`
-            where = config.where(e.where)
+        where = here
+        if e.where and not causes[0].startswith(e.where):
+            is_setting = e.where.startswith(f"{key.partition('.')[0]}.")
+            where = config.where(e.where) if is_setting else f"{e.where}, by {here}"
         raise type(e)(e.what, where=where, why=e.why, do=e.do) from None
     except SystemExit as e:
         raise from_system_exit(e, config.where(key), key) from None

@@ -82,6 +82,8 @@ model = dict(
 #######################################################################
 #                      PART 3  Dataset & Dataloader                   #
 #######################################################################
+# Several sources: from xtuner.data import mixture; dataset_cfg=dict(type=mixture, sources=[
+#     dict(type=load_intern_repo_tokenized_dataset, folder="…", weight=0.7), dict(…, weight=0.3, max_repeats=4)])
 train_dataset = dict(
     type=build_packed_dataset,
     dataset_cfg=dict(
@@ -93,6 +95,7 @@ train_dataset = dict(
     ),
     packed_length=max_length,
     seed=1024,
+    # packing="whole",  # documents are not cut at the ends of packs, which have padding instead
 )
 
 train_dataloader = dict(

@@ -28,7 +28,7 @@ from xtuner.core.files import verify
 from xtuner.core.log import logger, progress
 from xtuner.data.format.bin_file import data_type
 from xtuner.data.packing.document_source import Documents, SourceFile
-from xtuner.data.packing.pack import IGNORE
+from xtuner.data.packing.raw_pack import IGNORE
 from xtuner.dist.collectives import ALL, Ranks
 from xtuner.export.sources.peft import open_peft
 from xtuner.model import load_pretrained

@@ -4,6 +4,7 @@ from fractions import Fraction
 from typing import Any
 
 from xtuner.config.config import Config
+from xtuner.config.findings import locate_errors
 from xtuner.config.paths import data_keys
 from xtuner.core.errors import ConfigError, DataError
 from xtuner.data.loading.loader import find_balance_obstacle, identity, list_files
@@ -11,7 +12,7 @@ from xtuner.data.loading.sampler import count_epoch_packs
 from xtuner.engine.memory import USUAL_PACK
 from xtuner.engine.strategies.select import choose_strategy
 from xtuner.optim.schedule import Schedule
-from xtuner.train.resume import ResumePoint, find_window_start, fit_accumulative_counts, require_same_run
+from xtuner.train.resume import ResumePoint, find_window_start, require_same_run
 from xtuner.train.run import Lengths, Plan, Settings
 
 DATASET = "train_dataloader.dataset"
@@ -29,7 +30,7 @@ def make_plan(
     """The plan of a run. Pure arithmetic: no messages to other ranks, no weights.
 
     Args:
-        found: the checkpoint to resume.
+        found: the checkpoint to resume; `settings` fit it (`preflight.with_accumulation`).
         allow_change: accept changes of settings or data that change the result.
         deepspeed, fsdp: as on the command line.
         free: bytes of GPU memory that every rank can still allocate (`memory.min_free_bytes`).
@@ -38,16 +39,14 @@ def make_plan(
     Raises: ConfigError or DataError if no plan is possible, or the checkpoint is another run's.
     """
     config, optim, dp_size = settings.config, settings.optim, settings.sampler.world_size
-    counts, sharers = optim.accumulative_counts, settings.mesh.cp
-    if found:
-        counts = fit_accumulative_counts(found, counts, dp_size, sharers)
     lengths = Lengths(
         dp_size=dp_size,
         begun_on=found.facts["begun_on"] if found else dp_size,
-        accumulative_counts=counts,
+        accumulative_counts=optim.accumulative_counts,
         num_packs=count_epoch_packs(settings.dataset),
         max_epochs=config.get("train_cfg.max_epochs"),
     )
+    require_possible_mixture(config, settings.dataset)
     _require_an_iteration(settings, lengths)
     reshuffle = config.setting("train_dataloader.reshuffle")
     balance = config.setting("train_dataloader.balance")
@@ -62,7 +61,7 @@ def make_plan(
         "packs_per_iteration": lengths.packs_per_iteration,
         "max_iterations": lengths.max_iterations,
         "ranks": dp_size,
-        "sharers": sharers,
+        "sharers": settings.mesh.cp,
         "begun_on": lengths.begun_on,
         "balance": balance,
         "windows_from": origin,
@@ -74,11 +73,18 @@ def make_plan(
     pack = settings.dataset.packed_length
     schedule = _schedule(config, optim.lr, lengths, pack)
     choice = choose_strategy(
-        settings.source, optim.with_accumulation(counts), settings.device, deepspeed, fsdp, settings.mesh, pack, free,
+        settings.source, optim, settings.device, deepspeed, fsdp, settings.mesh, pack, free,
         longest_document(settings.dataset), host,
     )  # fmt: skip
     return Plan(**vars(lengths), reshuffle=reshuffle, balance=balance, windows_from=origin, schedule=schedule,
                 choice=choice, facts=facts)  # fmt: skip
+
+
+def require_possible_mixture(config: Config, dataset: Any) -> None:
+    """Raises: ConfigError for a schedule of shares that these iterations cannot follow."""
+    with locate_errors(config, DATASET):
+        if mixed := getattr(dataset, "mixture", None):
+            mixed.require_possible()
 
 
 def longest_document(dataset: Any) -> int:

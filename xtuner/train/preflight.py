@@ -99,8 +99,31 @@ def arrange_ranks(settings: Settings, config: Config, mesh: Mesh) -> Settings:
         config: the same with the number of ranks that share a pack.
     """
     _, optim = build(config.values["optim_wrapper"], "optim_wrapper").fit_to(settings.source)
-    sampler = _build_sampler(config.get(SAMPLER), settings.dataset, mesh)
-    return replace(settings, config=config, mesh=mesh, optim=optim, sampler=sampler)
+    changed = replace(settings, config=config, mesh=mesh, optim=optim)
+    return with_accumulation(changed, optim.accumulative_counts)
+
+
+def with_accumulation(settings: Settings, counts: int) -> Settings:
+    """The same settings with this number of packs per rank and iteration."""
+    config, mesh = settings.config, settings.mesh
+    dataset = count_iterations(config, settings.dataset, counts * mesh.dp_size)
+    sampler = _build_sampler(config.get(SAMPLER), dataset, mesh)
+    optim = settings.optim.with_accumulation(counts)
+    return replace(settings, optim=optim, dataset=dataset, sampler=sampler)
+
+
+def count_iterations(config: Config, dataset: PackedDataset, packs: int) -> PackedDataset:
+    """The same dataset for iterations of `packs` packs. Raises: ConfigError for a schedule of several epochs."""
+    if not isinstance(dataset, PackedDataset) or not dataset.is_scheduled:
+        return dataset
+    if (epochs := config.get("train_cfg.max_epochs")) != 1:
+        raise ConfigError(
+            f"max_epochs = {epochs} with a schedule of the mixture",
+            where=config.where("train_cfg.max_epochs"),
+            why="a schedule counts the iterations of one epoch",
+            do="set it to 1, and give max_repeats to the sources that the run should visit more than once",
+        )
+    return dataset.with_packs_per_iteration(packs)
 
 
 def check_models_and_tokenizers(config: Config, read_only: bool = False) -> ModelSource | None:
@@ -242,6 +265,8 @@ def assemble_settings(
     if known:
         with locate_errors(config, "optim_wrapper.parameter_groups"):
             source, optim = optim.fit_to(source)
+    if not (config.with_sharers and mesh.size > 1):  # else `arrange_ranks` does
+        dataset = count_iterations(config, dataset, optim.accumulative_counts * mesh.dp_size)
     with locate_errors(config, SAMPLER):
         sampler = _require_attributes(config, SAMPLER, _build_sampler(config.get(SAMPLER), dataset, mesh))
     held_out: list[Hook] = []

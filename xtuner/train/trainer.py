@@ -39,7 +39,7 @@ from xtuner.train.reporting.events import record_events
 from xtuner.train.reporting.failure_advice import interrupted_error, out_of_memory_error
 from xtuner.train.reporting.rank_times import RankClock
 from xtuner.train.reporting.start_report import format_start_report
-from xtuner.train.resume import ResumePoint, find_resume_point, load_run_state
+from xtuner.train.resume import ResumePoint, find_resume_point, fit_accumulative_counts, load_run_state
 from xtuner.train.run import Iteration, Plan, Progress, Run, Settings, SourceLoss, run_hooks
 from xtuner.train.state import TrainState
 from xtuner.train.stop import Stop
@@ -93,7 +93,7 @@ def train(
         settings = choose_context_size(settings, options)
         config = settings.config
     if options.dry_run:
-        found = _find_resume_point(settings, options, contents=False)
+        found, settings = _find_resume_point(settings, options, contents=False)
         plan = _make_plan(settings, options, found)
         _print_report(settings, plan)
         if options.ranks is None:  # else the plan is for other machines
@@ -103,7 +103,7 @@ def train(
     with contextlib.ExitStack() as cleanup:
         early = EarlyLog()
         ranks.run_on_main(lambda: acquire_work_dir(work_dir, cleanup))
-        found = _find_resume_point(settings, options)
+        found, settings = _find_resume_point(settings, options)
         plan = _make_plan(settings, options, found)
         _require_memory(settings, plan)
         _require_upload_dir(settings, found)
@@ -156,11 +156,22 @@ def choose_context_size(settings: Settings, options: Options) -> Settings:
     return found
 
 
-def _find_resume_point(settings: Settings, options: Options, contents: bool = True) -> ResumePoint | None:
+def _find_resume_point(
+    settings: Settings, options: Options, contents: bool = True
+) -> tuple[ResumePoint | None, Settings]:
+    """The checkpoint to resume, and the settings with as many packs per iteration as its run had."""
     resume = options.resume if options.resume is not None else settings.config.setting("resume")
-    ranks, upload_dir = settings.mesh.ranks, settings.config.setting("upload_dir")
+    ranks, sharers, dp_size = settings.mesh.ranks, settings.mesh.cp, settings.sampler.world_size
+    upload_dir = settings.config.setting("upload_dir")
     resume = remote.bring_checkpoint(settings.work_dir, resume, upload_dir, ranks, options.dry_run)
-    return find_resume_point(settings.work_dir, resume, ranks, options.strict_resume, contents)
+    found = find_resume_point(settings.work_dir, resume, ranks, options.strict_resume, contents)
+    counts = settings.optim.accumulative_counts
+    if found is None:
+        return None, settings
+    fitting = ranks.run_on_all(lambda: fit_accumulative_counts(found, counts, dp_size, sharers))
+    if fitting == counts:
+        return found, settings
+    return found, ranks.run_on_all(lambda: preflight.with_accumulation(settings, fitting))
 
 
 def _require_upload_dir(settings: Settings, found: ResumePoint | None) -> None:

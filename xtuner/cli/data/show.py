@@ -20,6 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer (default: show token ids)")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens per pack (default: 2048)")
     parser.add_argument("--seed", type=int, default=1024, help="seed of the document order (default: 1024)")
+    parser.add_argument("--packing", default="cut", help="packing, as in the config: cut (default) or whole")
+    parser.add_argument("--long", default="cut", help="long, as in the config: cut (default), drop or own")
     parser.add_argument("--learn-zero", action="store_true", help="learn_zero, as in the config")
     parser.add_argument("--data-order", help="data_order.txt (default: folders in sorted order)")
     add_kind(parser)
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.data.packing.pack import PackedDataset
 
     log.setup("WARNING")
-    data = PackedDataset(open_folder(args), args.max_length, args.seed)
+    data = PackedDataset(open_folder(args), args.max_length, args.seed, packing=args.packing, long=args.long)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     return print_packs(data, [args.pack], args.show or ("text" if tokenizer else "input_ids"), tokenizer)
 

@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -41,12 +41,16 @@ class Opening:
     Args:
         cache_dir: value of `--cache-dir`, which overrides the config's.
         read_only: use existing caches, write none.
-        known: what another rank has found (open_on_ranks.py).
+        known: what another rank has found, of each folder (open_on_ranks.py).
     """
 
     cache_dir: str | None = None
     read_only: bool = False
-    known: Mapping[str, Any] | None = None
+    known: Sequence[Mapping[str, Any]] = ()
+
+    def find_known(self, request: list[str]) -> Mapping[str, Any] | None:
+        """What another rank has found for a folder opened with these arguments."""
+        return next((known for known in self.known if known["request"] == request), None)
 
 
 class CacheDirs:

@@ -5,6 +5,7 @@ others are examined: of a `.bin`, the complete meta, and the beginning and end o
 """
 
 import hashlib
+from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -205,9 +206,9 @@ def open_files(
         request: identifies the arguments, for comparison with those of another rank.
         location: what the user has given, for messages and hints; None: the folder.
     """
-    if (known := opening.known) and known["request"] == request and (found := _open_shared(known)):
-        whole = TokenizedFolder(root, found.catalog, min_length, cache_dirs, request, kind, location)
-        whole.orders = found
+    if (known := opening.find_known(request)) and (found := _open_known(known)):
+        whole = TokenizedFolder(root, found[0], min_length, cache_dirs, request, kind, location)
+        whole.orders = found[1]
         return whole
     names = find_names()
     catalog = build_catalog(root, list(dict.fromkeys(names)), min_length, cache_dirs, kind)
@@ -221,11 +222,15 @@ def open_files(
     return TokenizedFolder(root, catalog, min_length, cache_dirs, request, kind, location)
 
 
-def _open_shared(known: Mapping[str, Any]) -> DocumentOrders | None:
+def _open_known(known: Mapping[str, Any]) -> tuple[Catalog, DocumentOrders | None] | None:
+    """Catalog and index that another rank has found; None if its index is not visible on this node."""
+    if known["path"] is None:
+        return file_catalog.from_bytes(b64decode(known["catalog"]))[0], None
     try:
-        return DocumentOrders(Path(known["path"]), known["key"])
+        orders = DocumentOrders(Path(known["path"]), known["key"])
     except (OSError, ValueError):
-        return None  # not visible on this node: the folder is walked here
+        return None
+    return orders.catalog, orders
 
 
 def build_catalog(folder: AnyPath, names: list[str], min_length: int, cache_dirs: CacheDirs, kind: FileKind) -> Catalog:

@@ -24,7 +24,7 @@ def show_pack(data: PackedDataset, pack: int, way: str, tokenizer: Tokenizer | N
     """
     if not 0 <= pack < len(data):
         raise ConfigError(f"there is no pack {pack}: they are numbered 0 to {len(data) - 1}", where="--pack")
-    file_number, start = data.locate(pack)
+    file_number, start, stop = data.find_tokens(pack)
     packs = data.file_packs(file_number)
     item = data[pack]
     ids, labels, borders = (item[k].tolist() for k in ("input_ids", "labels", "cumulative_len"))
@@ -34,7 +34,7 @@ def show_pack(data: PackedDataset, pack: int, way: str, tokenizer: Tokenizer | N
         f"pack {pack} of {len(data)}: {len(ids)} tokens, {sum(learned)} marked as learned, {targets} targets of the "
         f"loss, {packs.file.name} from token {start}"
     )
-    for span, begin, end in zip(packs.spans(start, start + len(ids)), borders, borders[1:], strict=False):
+    for span, begin, end in zip(packs.spans(start, stop), borders, borders[1:], strict=False):
         length = span.length
         part = "" if span.stop - span.start == length else f", its tokens {span.start} to {span.stop - 1} of {length}"
         yield _rule(f"document {span.row}{part}; positions 0 to {end - begin - 1}", colour)
@@ -45,6 +45,8 @@ def show_pack(data: PackedDataset, pack: int, way: str, tokenizer: Tokenizer | N
             yield f"input_ids {ids[begin:end]}"
         if way in ("labels", "all"):
             yield f"labels    {labels[begin:end]}"
+    if padding := len(ids) - (stop - start):
+        yield _rule(f"{padding} tokens of padding", colour)
 
 
 def _rule(text: str, colour: bool) -> str:

@@ -1,10 +1,10 @@
-"""Statistics of a folder of tokenized data: documents, lengths, packs, and the imbalance of the packs' attention cost.
+"""Statistics of tokenized data: documents, lengths, packs, and the imbalance of the packs' attention cost.
 
 Lengths and packs follow from the metas; the learned share needs the tokens, from caches or from the text. Files are
 processed in blocks; memory grows only with the number of packs (4 bytes each).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -27,7 +27,10 @@ from xtuner.data.inspect.scan import ByteRange, Scanner, split_file
 from xtuner.data.loading.balance import attention_costs
 from xtuner.data.loading.sampler import load_permutation
 from xtuner.data.packing.document_order import DocumentOrders, shuffle_file
+from xtuner.data.packing.document_source import Documents
 from xtuner.data.packing.dropped_tokens import DroppedTokens
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.packing.whole_documents import LongDocuments, Packing
 from xtuner.data.sources.document_blocks import DocumentRange, read_documents, split_documents
 
 BUCKETS = 33  # of lengths: 0, 1, 2–3, 4–7, …
@@ -42,7 +45,7 @@ class FileStats:
     documents: int
     tokens: int
     packs: int
-    tail: int  # tokens that do not fill a pack
+    tail: int  # tokens that are dropped: they do not fill a pack
     learned: int | None = None
     zeros: int | None = None  # tokens of id 0 that only `learn_zero` learns
 
@@ -73,6 +76,9 @@ class Stats:
     tokens: int = 0
     packs: int = 0
     tail: int = 0
+    packing: Packing = "cut"
+    long: LongDocuments = "cut"
+    padding: int = 0  # tokens in packs of whole documents that are none of the data's
     learned: int | None = None
     zeros: int | None = None  # tokens of id 0 that only `learn_zero` learns
     longest: int = 0  # tokens of the longest document
@@ -88,7 +94,10 @@ class Stats:
 
     def dropped(self) -> DroppedTokens:
         without_pack = sum(not file.packs for file in self.files)
-        return DroppedTokens(self.packed_length, self.tokens, self.tail, len(self.files), without_pack)
+        whole = self.packing == "whole"
+        return DroppedTokens(
+            self.packed_length, self.tokens, self.tail, len(self.files), without_pack, self.padding, whole
+        )
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -100,6 +109,7 @@ class _Job(NamedTuple):
     seed: int
     packed_length: int
     orders: DocumentOrders | None
+    with_costs: bool
 
 
 class _Counted(NamedTuple):
@@ -118,33 +128,35 @@ class _Learn(NamedTuple):
 
 
 def compute_statistics(
-    data: TokenizedFolder,
+    data: Documents,
     packed_length: int,
     seed: int = 1024,
     ranks: Sequence[int] = (8, 64, 512),
     with_text: bool = True,
     workers: int | None = None,
+    packing: Packing = "cut",
+    long: LongDocuments = "cut",
 ) -> Stats:
     """Compute all statistics.
 
     Args:
+        data: of a folder; other sources are read by this process alone.
         ranks: numbers of ranks for which to report the imbalance, one pack per rank and step in the order of epoch 0.
         with_text: count learned tokens, which reads all tokens.
     Raises: DataError for a text that contradicts the format.
     """
     workers = process_pool.usable_workers(workers)
     found = Stats(data.location, packed_length, seed, data.min_length, data.num_documents, data.num_tokens)
-    c = data.catalog
-    for name, documents, count in zip(c.names, c.documents.tolist(), c.tokens.tolist(), strict=True):
-        found.files.append(FileStats(name, documents, count, count // packed_length, count % packed_length))
+    packed = PackedDataset(data, packed_length, seed, packing=packing, long=long)
+    for i, (packs, tail) in enumerate(zip(packed.packs_per_file, packed.tail_tokens_per_file, strict=True)):
+        file = data.file(i)
+        found.files.append(FileStats(file.name, file.num_documents, file.num_tokens, packs, tail))
     found.repeated = data.num_repeated
     found.packs, found.tail = sum(f.packs for f in found.files), sum(f.tail for f in found.files)
-    orders = data.load_orders(seed)
-    jobs = [_Job(i, file, seed, packed_length, orders) for i, file in enumerate(data)]
+    found.packing, found.long, found.padding = packing, long, packed.dropped().padding
     documents, counts = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
     costs = []
-    done = process_pool.map_ordered(_count, jobs, _workers(workers, found.documents // BLOCK, len(jobs)))
-    for result in progress(done, "reading metas", total=len(jobs)):
+    for result in progress(_count_files(packed, workers), "reading metas", total=len(found.files)):
         documents += result.documents
         counts += result.tokens
         costs.append(result.costs)
@@ -152,9 +164,13 @@ def compute_statistics(
         found.longer += result.longer
         found.longer_tokens += result.longer_tokens
     found.lengths = _lengths(documents, counts)
+    if packing == "whole":
+        costs = [packed.costs(np.arange(len(packed))).astype(np.float32)]
     _balance(found, np.concatenate(costs) if costs else np.zeros(0, np.float32), ranks)
-    if with_text:
+    if with_text and isinstance(data, TokenizedFolder):
         _learned(found, data, workers)
+    elif with_text:
+        _learned_of_sources(found, data)
     found.types = _types(found.files)
     return found
 
@@ -164,24 +180,50 @@ def _workers(workers: int, work: int, jobs: int) -> int:
     return max(1, min(workers, work + 1, jobs))
 
 
+def _count_files(packed: PackedDataset, workers: int) -> Iterator[_Counted]:
+    """Document lengths and pack costs of each file; without costs for packs of whole documents."""
+    data, with_costs = packed.documents, packed.packing == "cut"
+    if isinstance(data, TokenizedFolder):
+        orders = data.load_orders(packed.seed)
+        jobs = [
+            _Job(i, file, packed.seed, packed.packed_length, orders, with_costs)
+            for i, file in enumerate(data)
+        ]  # fmt: skip
+        yield from process_pool.map_ordered(_count, jobs, _workers(workers, data.num_documents // BLOCK, len(jobs)))
+        return
+    for i in range(len(data)):
+        ends = data.order(i, packed.seed)[1] if with_costs else None
+        yield _count_lengths(data.file(i).lengths, 0, packed.packed_length, ends)
+
+
 def _count(job: _Job) -> _Counted:
     """For a worker process: document lengths and pack costs of one file."""
-    known = MetaView(job.file.path).lengths if isinstance(job.file, BinFile) else job.file.all_lengths
+    lengths = MetaView(job.file.path).lengths if isinstance(job.file, BinFile) else job.file.all_lengths
+    ends = None
+    if job.with_costs:
+        table = job.orders.order(job.number) if job.orders else None
+        ends = (table or shuffle_file(job.file, job.seed))[1]
+    return _count_lengths(lengths, job.file.min_length, job.packed_length, ends)
+
+
+def _count_lengths(
+    all_lengths: npt.NDArray[np.integer[Any]], min_length: int, packed_length: int, ends: Int64s | None
+) -> _Counted:
+    """`ends`: of the documents in packing order."""
     documents, counts = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.int64)
     steps = 2 ** np.arange(BUCKETS - 1, dtype=np.int64)
     longest = longer = longer_tokens = 0
-    for i in range(0, len(known), BLOCK):
-        lengths = known[i : i + BLOCK].astype(np.int64)
-        lengths = lengths[lengths >= job.file.min_length]
+    for i in range(0, len(all_lengths), BLOCK):
+        lengths = all_lengths[i : i + BLOCK].astype(np.int64)
+        lengths = lengths[lengths >= min_length]
         bucket = np.searchsorted(steps, lengths, side="right")
         documents += np.bincount(bucket, minlength=BUCKETS)
         counts += np.bincount(bucket, lengths, minlength=BUCKETS).astype(np.int64)
-        long = lengths[lengths > job.packed_length]
+        long = lengths[lengths > packed_length]
         longest = max(longest, int(lengths.max(initial=0)))
         longer, longer_tokens = longer + len(long), longer_tokens + int(long.sum())
-    table = job.orders.order(job.number) if job.orders else None
-    ends = (table or shuffle_file(job.file, job.seed))[1]
-    return _Counted(documents, counts, pack_costs(ends, job.packed_length), longest, longer, longer_tokens)
+    costs = np.zeros(0, np.float32) if ends is None else pack_costs(ends, packed_length)
+    return _Counted(documents, counts, costs, longest, longer, longer_tokens)
 
 
 def pack_costs(ends: Int64s, packed_length: int) -> npt.NDArray[np.float32]:
@@ -238,8 +280,17 @@ def _learned(found: Stats, data: TokenizedFolder, workers: int) -> None:
         sums[i] += learned
         zeros[i] += unlearned
     for file_stats, learned, unlearned in zip(found.files, sums, zeros, strict=True):
-        file_stats.learned, file_stats.zeros = learned, unlearned
-    found.learned, found.zeros = sum(sums), sum(zeros)
+        with_zeros = learned + unlearned * data.learn_zero
+        file_stats.learned, file_stats.zeros = with_zeros, 0 if data.learn_zero else unlearned
+    found.learned = sum(f.learned or 0 for f in found.files)
+    found.zeros = sum(f.zeros or 0 for f in found.files)
+
+
+def _learned_of_sources(found: Stats, data: Documents) -> None:
+    for i, file_stats in enumerate(progress(found.files, "reading tokens")):
+        file = data.file(i)
+        file_stats.learned = sum(int(np.count_nonzero(file.read(n)[1])) for n in range(file.num_documents))
+    found.learned = sum(f.learned or 0 for f in found.files)
 
 
 def _learned_part(job: _Learn) -> tuple[int, int, int]:
@@ -276,6 +327,7 @@ def _types(files: list[FileStats]) -> list[FileStats]:
     return list(types.values())
 
 
+LONG = {"cut": "cut at the ends of packs", "drop": "dropped", "own": "cut, and alone in their last packs"}
 SHOWN = 40  # files in the text; JSON contains all
 
 
@@ -286,14 +338,15 @@ def format_statistics(found: Stats) -> str:
     lines = [
         f"{found.folder}: {len(found.files):,} files{repeated}, {found.documents:,} documents, {found.tokens:,} tokens"
         + _share(found.learned, found.tokens),
-        f"packs of {found.packed_length:,}: {found.packs:,}; dropped tails: {found.tail:,} tokens ({dropped.share})",
+        f"packs of {found.packed_length:,}: {found.packs:,}; "
+        + (dropped.describe() if dropped.whole else f"dropped tails: {found.tail:,} tokens ({dropped.share})"),
     ]
     if warning := dropped.warning():
         lines.append(warning)
     if found.longer:
         lines.append(
             f"documents longer than a pack: {found.longer:,} with {found.longer_tokens:,} tokens, the longest with "
-            f"{found.longest:,}; they are cut at the ends of packs"
+            f"{found.longest:,}; they are {LONG[found.long]}"
         )
     if found.learned == 0 and found.tokens:
         lines.append(

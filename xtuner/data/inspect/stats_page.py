@@ -38,6 +38,25 @@ th { color: var(--dim); font-weight: 600; }
 
 def html_page(found: Stats) -> str:
     """The complete page."""
+    return complete_page(found.folder, sections(found))
+
+
+def complete_page(title: str, parts: Sequence[str]) -> str:
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+    head += f"<title>{escape(title)}</title>"
+    body = "\n".join(parts)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def fact_boxes(facts: Iterable[tuple[str, str]]) -> str:
+    """Numbers, each with what it counts."""
+    boxes = "".join(f"<div><b>{escape(n)}</b><span>{escape(t)}</span></div>" for n, t in facts)
+    return f'<div class="facts">{boxes}</div>'
+
+
+def sections(found: Stats, title: str = "") -> list[str]:
+    """The statistics of one source."""
+    lost = found.padding / (found.packs * found.packed_length) if found.packing == "whole" and found.packs else None
     learned = f"{found.learned / found.tokens:.1%}" if found.learned is not None and found.tokens else None
     facts = [
         (human(found.tokens), "tokens"),
@@ -45,17 +64,18 @@ def html_page(found: Stats) -> str:
         (f"{len(found.files):,}", "files"),
         *([(learned, "of tokens learned")] if learned else []),
         (f"{found.packs:,}", f"packs of {found.packed_length:,}"),
-        (f"{found.tail / found.tokens:.2%}" if found.tokens else "–", "of tokens in dropped tails"),
+        (f"{found.tail / found.tokens:.2%}" if found.tokens else "–", "of tokens in dropped tails")
+        if lost is None
+        else (f"{lost:.2%}", "of packs is padding"),
     ]
     parts = [
-        f"<h1>{escape(found.folder)}</h1>",
+        f"<h1>{escape(title or found.folder)}</h1>",
         f"<p>seed {found.seed}, documents of at least {found.min_length} tokens</p>",
-        '<div class="facts">' + "".join(f"<div><b>{escape(n)}</b><span>{escape(t)}</span></div>" for n, t in facts),
-        "</div>",
+        fact_boxes(facts),
         "<h2>Lengths of documents</h2>",
         '<p>Length of the document, lower bound of each bin in tokens:<i class="key" style="background:var(--bar)"></i>'
         'share of all documents,<i class="key" style="background:var(--two)"></i>share of all tokens.</p>',
-        _bars(
+        bars(
             [f"{x.least:,}–{x.most:,}" for x in found.lengths],
             [x.documents / max(found.documents, 1) for x in found.lengths],
             [x.tokens / max(found.tokens, 1) for x in found.lengths],
@@ -63,7 +83,7 @@ def html_page(found: Stats) -> str:
             percent=True,
         ),
         "<h2>Packs by data type</h2>",
-        _bars([t.name for t in found.types], [t.packs for t in found.types]),
+        bars([t.name for t in found.types], [t.packs for t in found.types]),
         _table(found.types),
     ]
     if found.cost:
@@ -72,7 +92,7 @@ def html_page(found: Stats) -> str:
         parts += [
             "<h2>Attention of a pack</h2>",
             f"<p>Number of packs by Σ len² over their fragments, proportional to the cost of attention: {costs}.</p>",
-            _bars(
+            bars(
                 [f"{human(a)}–{human(b)}" for a, b, _ in found.cost_bars],
                 [n for _, _, n in found.cost_bars],
                 ticks=[_short(a) for a, _, _ in found.cost_bars],
@@ -90,10 +110,7 @@ def html_page(found: Stats) -> str:
         ]
     more = f" (the first {FILES})" if len(found.files) > FILES else ""
     parts += [f"<h2>Files{more}</h2>", _table(found.files[:FILES])]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
-    head += f"<title>{escape(found.folder)}</title>"
-    body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+    return parts
 
 
 def _table(rows: Iterable[FileStats]) -> str:
@@ -106,7 +123,7 @@ def _table(rows: Iterable[FileStats]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
 
 
-def _bars(
+def bars(
     names: Sequence[str], *series: Sequence[float], ticks: Sequence[str] | None = None, percent: bool = False
 ) -> str:
     """A bar chart; bars of several series are side by side. `ticks`: labels of the axis, if different from `names`."""

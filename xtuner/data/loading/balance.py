@@ -27,23 +27,30 @@ Costs = npt.NDArray[Any]
 BLOCK = 2**20  # tokens of packs whose documents are processed together; bounds the memory
 
 
-def attention_costs(ends: Int64s, starts: Ints, packed_length: int, pairs: AttentionPairs = ALL_PAIRS) -> Int64s:
+def attention_costs(
+    ends: Int64s, starts: Ints, packed_length: int, pairs: AttentionPairs = ALL_PAIRS, stops: Ints | None = None
+) -> Int64s:
     """Σ len² over the fragments of packs that begin at tokens `starts` of a file whose documents end at `ends`; with
-    sliding windows, the pairs that they leave."""
+    sliding windows, the pairs that they leave.
+
+    Args:
+        stops: where the packs end, if not all are full; padding is a fragment of its own.
+    """
+    if stops is None:
+        stops = starts + packed_length
     found = np.empty(len(starts), np.int64)
     step = max(BLOCK // packed_length, 1)
     for i in range(0, len(starts), step):
-        begins = starts[i : i + step]
-        stops = begins + packed_length
-        first, last = np.searchsorted(ends, begins, "right"), np.searchsorted(ends, stops, "left")
+        begins, limits = starts[i : i + step], stops[i : i + step]
+        first, last = np.searchsorted(ends, begins, "right"), np.searchsorted(ends, limits, "left")
         counts = last - first + 1  # fragments of each pack
         heads = np.cumsum(counts) - counts  # index of each pack's first fragment among all fragments
         inside = np.arange(int(counts.sum())) + np.repeat(first - heads, counts)
-        cuts = np.minimum(ends[inside], np.repeat(stops, counts))
+        cuts = np.minimum(ends[inside], np.repeat(limits, counts))
         lengths = np.diff(cuts, prepend=0)
         lengths[heads] = cuts[heads] - begins
         found[i : i + step] = np.add.reduceat(pairs.count(lengths), heads)
-    return found
+    return found + pairs.count(packed_length - (stops - starts))
 
 
 def windows(begin: int, origin: int, packs: int, per_epoch: int, size: int) -> Iterator[tuple[int, int, int]]:

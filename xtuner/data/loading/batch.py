@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from xtuner.data.loading.document_groups import ContextCosts, DocumentDivision, distribute, divide_documents
-from xtuner.data.packing.pack import IGNORE, LabelRule, RawPack
+from xtuner.data.packing.raw_pack import IGNORE, LabelRule, RawPack
 
 
 @dataclass(frozen=True)

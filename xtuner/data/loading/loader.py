@@ -28,7 +28,8 @@ from xtuner.data.loading.sampler import (
     iterate_numbers,
     packs_per_epoch,
 )
-from xtuner.data.packing.pack import PackedDataset, RawPack
+from xtuner.data.packing.pack import PackedDataset
+from xtuner.data.packing.raw_pack import RawPack
 from xtuner.data.process_pool import end_with_parent
 from xtuner.families.network import ALL_PAIRS, AttentionPairs
 

@@ -19,7 +19,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,14 +28,18 @@ import numpy as np
 from xtuner.config.build import build
 from xtuner.config.settings import MIXTURE_KEYS, SCHEMA
 from xtuner.core.errors import ConfigError, DataError
+from xtuner.data.format.bin_file import BinFile
+from xtuner.data.format.cache_dirs import log_once
+from xtuner.data.format.made_from import find_record, read_tokenizer
 from xtuner.data.format.parse_tokens import Int64s
 from xtuner.data.format.text_reader import LongLines
 from xtuner.data.packing.document_order import RowNumbers
 from xtuner.data.packing.document_source import Documents, Reader, SourceFile, as_documents
-from xtuner.data.packing.source_shares import MOST, SourceSequence, arrange, divide_period
+from xtuner.data.packing.mixture_plan import KEY, EpochEnd, MixturePlan, Phase, SourcePacks, plan_epoch
+from xtuner.data.packing.mixture_schedule import Change, read_schedule
 
+RECORDS_READ = 16  # of each source, to compare tokenizers
 Unit = Literal["tokens", "documents", "packs"]
-KEY = "train_dataloader.dataset.dataset_cfg"
 
 
 @dataclass(frozen=True)
@@ -51,38 +56,15 @@ class MixedSource:
     max_repeats: int | None = None
 
 
-@dataclass(frozen=True)
-class MixturePlan:
-    """The packs of a mixture's epoch.
-
-    Args:
-        names: of the sources.
-        first_pack: number of each source's first pack, and the number of all packs, [sources + 1].
-        last: the source whose end is the end of the epoch; passes: how often the epoch visits it.
-        packs: of an epoch, before they are divided over ranks.
-    """
-
-    names: tuple[str, ...]
-    first_pack: tuple[int, ...]
-    sequence: SourceSequence
-    last: int
-    passes: int
-    packs: int
-
-    def packs_of(self, source: int) -> int:
-        return self.first_pack[source + 1] - self.first_pack[source]
-
-    def source_of(self, pack: int) -> int:
-        return bisect_right(self.first_pack, pack) - 1
-
-
 class Mixture:
     """The files of all sources as one list; see `Documents`."""
 
     folder = cache_dirs = request = orders = None
 
-    def __init__(self, sources: Sequence[MixedSource], by: Unit, epoch: Literal["first", "all"]) -> None:
-        self.sources, self.by, self.epoch = tuple(sources), by, epoch
+    def __init__(
+        self, sources: Sequence[MixedSource], by: Unit, epoch: EpochEnd, schedule: Sequence[Change] = ()
+    ) -> None:
+        self.sources, self.by, self.epoch, self.schedule = tuple(sources), by, epoch, tuple(schedule)
         self._first = [0, *accumulate(len(s.documents) for s in self.sources)]
 
     @property
@@ -130,8 +112,13 @@ class Mixture:
         return self.parts[source].file(file)
 
     def fingerprint(self) -> str:
+        """Of a single source that an epoch visits once, its own: the run is the same."""
+        if len(self.sources) == 1 and (self.epoch == "all" or self.sources[0].max_repeats in (None, 1)):
+            return self.parts[0].fingerprint()
         facts = [(s.documents.fingerprint(), s.weight, s.max_repeats) for s in self.sources]
-        return hashlib.sha256(f"{facts} {self.by} {self.epoch}".encode()).hexdigest()
+        changes = [(change.iteration, change.weights) for change in self.schedule]
+        more = f" {changes}" if changes else ""
+        return hashlib.sha256(f"{facts} {self.by} {self.epoch}{more}".encode()).hexdigest()
 
     def identities(self) -> Iterator[str]:
         return (identity for part in self.parts for identity in part.identities())
@@ -150,12 +137,15 @@ class Mixture:
         source, file = self.locate_file(i)
         return self.parts[source].reader(file, long)
 
-    def plan(self, packs_per_file: Int64s) -> MixturePlan | None:
+    def plan(self, packs_per_file: Int64s, packs_per_iteration: int) -> MixturePlan | None:
         """The epoch, from the packs of all files; None if there are no packs at all.
 
-        Raises: DataError for a source without packs; ConfigError for shares or repeats that are impossible.
+        Args:
+            packs_per_iteration: converts the iterations of the schedule.
+
+        Raises: DataError for a source without packs; ConfigError for weights that are too small.
         """
-        packs = [int(packs_per_file[a:b].sum()) for a, b in zip(self._first, self._first[1:], strict=False)]
+        packs = [int(packs_per_file[a:b].sum()) for a, b in pairwise(self._first)]
         if not any(packs):
             return None
         for source, count in zip(self.sources, packs, strict=True):
@@ -166,49 +156,33 @@ class Mixture:
                     where=source.documents.location,
                     do="lower max_length, join its files, or leave it out",
                 )
-        sequence = arrange(self._slots(packs))
-        limits = [s.max_repeats or 1 for s in self.sources]
-        if self.epoch == "first":
-            ends = [sequence.position(s, n * limits[s]) for s, n in enumerate(packs)]
-            last = ends.index(min(ends))
-            passes, length = limits[last], ends[last]
-        else:
-            ends = [sequence.position(s, n - 1) + 1 for s, n in enumerate(packs)]
-            last = ends.index(max(ends))
-            passes, length = 1, ends[last]
-            for s, count in enumerate(sequence.counts(length).tolist()):
-                most = self.sources[s].max_repeats
-                if most is not None and count > most * packs[s]:
-                    raise ConfigError(
-                        f"an epoch that visits all of {self.sources[last].name!r} repeats {self.sources[s].name!r} "
-                        f"{count / packs[s]:.2f} times, and its max_repeats is {most}",
-                        where=f"{KEY}.sources.{s}.max_repeats",
-                        do='raise it, lower the weight of this source, or set epoch = "first"',
-                    )
-        names = tuple(s.name for s in self.sources)
-        return MixturePlan(names, (0, *accumulate(packs)), sequence, last, passes, length)
+        changes = [Change(0, tuple(s.weight for s in self.sources), f"{KEY}.sources"), *self.schedule]
+        if len(changes) > 1 and changes[1].iteration == 0:
+            del changes[0]
+        phases = [Phase(c.iteration, self._shares(c.weights, packs), c.key) for c in changes]
+        parts = [SourcePacks(s.name, n, s.max_repeats) for s, n in zip(self.sources, packs, strict=True)]
+        return plan_epoch(parts, phases, packs_per_iteration, self.epoch)
 
-    def _slots(self, packs: list[int]) -> list[int]:
-        """Packs of each source in a period."""
-        shares = [Fraction(str(s.weight)) for s in self.sources]
-        if self.by == "documents":  # packs for one document
-            shares = [
-                w * Fraction(n, s.documents.num_documents) for w, n, s in zip(shares, packs, self.sources, strict=True)
-            ]
-        slots = divide_period(shares)
-        if 0 in slots:
-            i = slots.index(0)
-            raise ConfigError(
-                f"the weight of {self.sources[i].name!r}, {self.sources[i].weight!r}, is less than 1 of {MOST:,} packs",
-                where=f"{KEY}.sources.{i}.weight",
-                do="raise it, or leave the source out",
-            )
-        return slots
+    def _shares(self, weights: Sequence[float], packs: Sequence[int]) -> tuple[Fraction, ...]:
+        """Of the packs."""
+        shares = [Fraction(str(w)) for w in weights]
+        if self.by == "documents":
+            each = (Fraction(n, s.documents.num_documents) for n, s in zip(packs, self.sources, strict=True))
+            shares = [share * of_one for share, of_one in zip(shares, each, strict=True)]
+        return tuple(share / sum(shares) for share in shares)
+
+
+def list_parts(documents: Any) -> list[Any]:
+    """The sources of a mixture; other documents as they are."""
+    return list(documents.parts) if isinstance(documents, Mixture) else [documents]
 
 
 def mixture(
-    sources: list[dict[str, Any]], by: Unit = "tokens", epoch: Literal["first", "all"] = "first"
-) -> Mixture:  # fmt: skip
+    sources: list[dict[str, Any]],
+    by: Unit = "tokens",
+    epoch: EpochEnd = "first",
+    schedule: list[dict[str, Any]] | None = None,
+) -> Mixture:
     """Mix sources of documents.
 
     Args:
@@ -219,6 +193,8 @@ def mixture(
         by: what weights count. Packs are full, so that shares of tokens are shares of packs; "documents": of the
             documents in these packs.
         epoch: it ends when the "first" source has been visited as often as it may be, or when "all" have been visited.
+        schedule: `dict(iteration=N, weights=dict(NAME=WEIGHT, …))` each: the weights after the first N iterations of an
+            epoch. A source that is not named keeps its weight; 0 leaves it out from there on.
 
     Raises: ConfigError; what the sources raise.
     """
@@ -234,7 +210,8 @@ def mixture(
         name = spec.get("name") or (built.folder.name if built.folder else built.location)
         found.append(MixedSource(name, built, float(spec.get("weight", 1.0)), spec.get("max_repeats")))
     _require_distinct(found)
-    return Mixture(found, by, epoch)
+    _compare_tokenizers(found)
+    return Mixture(found, by, epoch, read_schedule(schedule or (), [(s.name, s.weight) for s in found]))
 
 
 def _check(sources: Any, by: Any, epoch: Any) -> None:
@@ -285,3 +262,26 @@ def _require_distinct(sources: list[MixedSource]) -> None:
             if path:
                 files[path] = source.name
         contents |= own
+
+
+def _compare_tokenizers(sources: Sequence[MixedSource]) -> None:
+    """Log a warning if files were written with different tokenizers, as far as their records say. The same tokenizer
+    in another form (tokenizer.model, tokenizer.json) has another identity: it is not an error."""
+    first: tuple[str, str, Path] | None = None
+    for source in sources:
+        documents = source.documents
+        step = -(-len(documents) // RECORDS_READ)
+        files = [documents.file(i) for i in range(0, len(documents), step)] if step else []
+        for file in files:
+            record = find_record(file.path) if isinstance(file, BinFile) else None
+            identity = read_tokenizer(record) if record else None
+            if record is None or identity is None:
+                continue
+            first = first or (identity, source.name, record)
+            if identity != first[0]:
+                log_once(
+                    f"{file.name} of source {source.name!r} was written with another tokenizer than the data of source "
+                    f"{first[1]!r} ({record} and {first[2]}): unless both give the same ids to the same text, the "
+                    "model would learn from wrong texts. Tokenize one of them again with the model's tokenizer"
+                )
+                return

@@ -6,15 +6,14 @@
 
 A document that is cut by a border continues in the next pack as a separate fragment: positions start again at 0, and
 attention does not reach back. Every file is shuffled with the same seed and drops its own tail. All values equal those
-of the reference loader (InternLM's XTuner 0.2).
+of the reference loader (InternLM's XTuner 0.2). How documents are packed that are not cut: whole_documents.py.
 """
 
 import copy
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,122 +21,22 @@ import torch
 
 from xtuner.config.build import build
 from xtuner.config.settings import SCHEMA
+from xtuner.core.errors import ConfigError
 from xtuner.data.format.bin_file import Int64s
-from xtuner.data.format.text_reader import LongLines, Span, SpanArrays
+from xtuner.data.format.text_reader import LongLines
 from xtuner.data.loading.balance import attention_costs
 from xtuner.data.packing import document_order
-from xtuner.data.packing.document_source import Documents, DocumentSource, Reader, SourceFile, as_documents
+from xtuner.data.packing.document_source import Documents, DocumentSource, as_documents
 from xtuner.data.packing.dropped_tokens import DroppedTokens
-from xtuner.data.packing.mixture import Mixture
+from xtuner.data.packing.mixture import Mixture, list_parts
+from xtuner.data.packing.mixture_plan import MixturePlan
+from xtuner.data.packing.raw_pack import FilePacks, LabelRule, RawPack
+from xtuner.data.packing.whole_documents import LongDocuments, Packing
+from xtuner.data.packing.whole_index import WholePacks
 from xtuner.families.network import ALL_PAIRS, AttentionPairs
 
-LabelRule = Literal["internevo", "xtuner"]
-IGNORE = -100  # no loss at this position
 SHOWN = 10  # documents in a message
 MAX_EXAMINED = 10_000_000  # documents whose lengths are examined at a start; 0.2 s
-Int32s = npt.NDArray[np.int32]
-
-
-class RawPack(NamedTuple):
-    """A pack of T tokens with n fragments in compact form; its methods compute the tensors that the model needs."""
-
-    signed: Int32s  # [T]
-    borders: Int32s  # [n + 1] from 0 to T
-    following: int  # the next signed token of the last fragment's document; 0 if the document ends here
-    id_offset: int = 0  # id n is stored as ±(n + id_offset), see `Reader`
-
-    def buffer(self) -> Int32s:
-        """The pack as one array, for transfer from worker processes."""
-        head = np.array([len(self.borders), self.following, self.id_offset], np.int32)
-        return np.concatenate((head, self.borders, self.signed))
-
-    @classmethod
-    def from_buffer(cls, buffer: Int32s) -> "RawPack":
-        borders, following, id_offset = buffer[:3].tolist()
-        return cls(buffer[3 + borders :], buffer[3 : 3 + borders], following, id_offset)
-
-    def input_ids(self, out: Int64s) -> None:
-        np.abs(self.signed, out=out)
-        if self.id_offset:
-            out -= self.id_offset
-
-    def labels(self, out: Int64s) -> None:
-        """Not shifted."""
-        np.subtract(self.signed, self.id_offset, out=out)
-        out[self.signed <= 0] = IGNORE
-
-    def targets(self, rule: LabelRule, out: Int64s) -> int:
-        """Next-token targets. Returns the number of positions that have one.
-
-        "internevo": targets never cross documents. The last token of a document has no target; the last position of a
-        pack has the true next token as its target if the document continues.
-        "xtuner": shifted over the complete pack, so that the target of a document's last token is the first token of
-        the next document.
-        """
-        following = np.empty_like(self.signed)
-        following[:-1] = self.signed[1:]
-        following[-1] = 0
-        if rule == "internevo":
-            ends = self.borders[1:]
-            following[ends[ends > 0] - 1] = 0
-            following[-1] = self.following
-        learned = following > 0
-        following -= IGNORE + self.id_offset
-        following *= learned  # masked targets become 0 here and IGNORE after the add; faster than np.where
-        np.add(following, IGNORE, out=out)
-        return int(np.count_nonzero(learned))
-
-    def position_ids(self, out: Int64s) -> None:
-        """Positions from 0 in each fragment."""
-        np.subtract(_counting(len(out)), np.repeat(self.borders[:-1], np.diff(self.borders)), out=out)
-
-
-@functools.lru_cache(2)
-def _counting(n: int) -> Int32s:
-    return np.arange(n, dtype=np.int32)
-
-
-@dataclass(frozen=True)
-class FilePacks:
-    """The packs of one file: its documents in packing order, and where each ends in the file's token stream."""
-
-    file: SourceFile
-    rows: npt.NDArray[np.uint32]  # document numbers that the reader uses: rows of the meta
-    ends: Int64s  # [documents] tokens up to and including each document
-    reader: Reader
-
-    @property
-    def order(self) -> npt.NDArray[np.integer[Any]]:
-        """Numbers of the documents among the used ones, in packing order."""
-        return self.rows if self.file.kept is None else np.searchsorted(self.file.kept, self.rows)
-
-    def read(self, start: int, stop: int, vocab_size: int | None = None) -> RawPack:
-        """Tokens `start` to `stop` of the file's token stream."""
-        spans = self.span_arrays(start, stop)
-        borders = np.zeros(len(spans.rows) + 1, np.int32)
-        np.cumsum(spans.stops - spans.starts, out=borders[1:])
-        signed, following = self.reader.read(spans, vocab_size)
-        return RawPack(signed.astype(np.int32, copy=False), borders, following or 0, self.reader.id_offset)
-
-    def spans(self, start: int, stop: int) -> list[Span]:
-        return self.span_arrays(start, stop).as_list()
-
-    def span_arrays(self, start: int, stop: int) -> SpanArrays:
-        """The parts of documents between tokens `start` and `stop` of the file's token stream.
-
-        An empty document belongs to the pack that contains its position; at a border, to the next pack.
-        """
-        first, last = np.searchsorted(self.ends, (start, stop)).tolist()
-        if self.ends[first] == start and self._begin(first) < start:
-            first += 1  # it ends at `start`
-        ends = self.ends[first : last + 1]
-        begins = np.empty_like(ends)
-        begins[0], begins[1:] = self._begin(first), ends[:-1]
-        starts, stops = np.maximum(start - begins, 0), np.minimum(stop, ends) - begins
-        return SpanArrays(self.rows[first : last + 1], starts, stops, ends - begins)
-
-    def _begin(self, i: int) -> int:
-        return int(self.ends[i - 1]) if i else 0
 
 
 class PackedDataset:
@@ -149,20 +48,54 @@ class PackedDataset:
         packed_length: int,
         seed: int = 1024,
         label_rule: LabelRule = "internevo",
+        packing: Packing = "cut",
+        long: LongDocuments = "cut",
     ) -> None:
-        SCHEMA.require("train_dataloader.dataset", packed_length=packed_length, seed=seed, label_rule=label_rule)
+        SCHEMA.require("train_dataloader.dataset", packed_length=packed_length, seed=seed, label_rule=label_rule,
+                       packing=packing, long=long)  # fmt: skip
+        if packing == "cut" and long != "cut":
+            raise ConfigError(
+                f'long = "{long}" has no effect with packing = "cut"',
+                where="train_dataloader.dataset.long",
+                why="all documents are cut at the ends of packs",
+                do='set packing = "whole", or leave `long` out',
+            )
         self.documents = documents = as_documents(documents)
         self.packed_length = packed_length
         self.seed = seed
         self.label_rule = label_rule
         self.vocab_size: int | None = None
         self._tokens = documents.tokens_per_file
-        self._packs = self._tokens // packed_length
+        self.packing, self.long = packing, long
+        self._whole = WholePacks(list_parts(documents), packed_length, seed, long) if packing == "whole" else None
+        self._packs = self._whole.packs if self._whole else self._tokens // packed_length
         self._first_pack = np.concatenate(([0], np.cumsum(self._packs)))
         self._files: dict[int, FilePacks] = {}
         self._long = LongLines()
         self._orders = documents.load_orders(seed)
-        self.mixture = documents.plan(self._packs) if isinstance(documents, Mixture) else None
+        self.packs_per_iteration = 1
+        if not self.is_scheduled and self.mixture:
+            self.mixture.require_possible()
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether shares of a mixture change at given iterations, so that packs depend on `packs_per_iteration`."""
+        return isinstance(self.documents, Mixture) and bool(self.documents.schedule)
+
+    @functools.cached_property
+    def mixture(self) -> MixturePlan | None:
+        """The epoch of a mixture; see `MixturePlan.require_possible`. Raises: ConfigError, DataError."""
+        mixed = self.documents
+        return mixed.plan(self._packs, self.packs_per_iteration) if isinstance(mixed, Mixture) else None
+
+    def with_packs_per_iteration(self, packs: int) -> "PackedDataset":
+        """The same packs for a run whose iterations take `packs`: a schedule of shares counts iterations."""
+        if not self.is_scheduled:
+            return self
+        other = copy.copy(self)
+        other.__dict__.pop("mixture", None)
+        other.packs_per_iteration = packs
+        return other
 
     def with_vocab_size(self, size: int) -> "PackedDataset":
         """The same packs; reading rejects ids from `size` on."""
@@ -179,23 +112,36 @@ class PackedDataset:
 
     @property
     def tail_tokens_per_file(self) -> list[int]:
-        """Tokens dropped at the end of each file because they do not fill a pack."""
-        return (self._tokens % self.packed_length).tolist()
+        """Tokens of each file that are dropped: those at its end that do not fill a pack. Of packs of whole documents,
+        those of documents that are longer than a pack."""
+        return (self._tokens - self._used).tolist()
+
+    @property
+    def _used(self) -> Int64s:
+        """Tokens of each file that are in packs."""
+        return self._whole.tokens if self._whole else self._packs * self.packed_length
 
     def dropped(self) -> DroppedTokens:
-        used, total = int(self._packs.sum()) * self.packed_length, int(self._tokens.sum())
-        return DroppedTokens(self.packed_length, total, total - used, len(self._tokens), int((self._packs == 0).sum()))
+        used, total, packs = int(self._used.sum()), int(self._tokens.sum()), int(self._packs.sum())
+        without = int((self._packs == 0).sum())
+        padding = packs * self.packed_length - used
+        return DroppedTokens(self.packed_length, total, total - used, len(self._tokens), without, padding,
+                             self.packing == "whole")  # fmt: skip
 
     def fingerprint(self) -> str:
-        """Identity of the contents of all packs: contents and order of files, packed_length, seed."""
+        """Identity of the contents of all packs: contents and order of files, packed_length, seed, how it is packed."""
         facts = f"{self.documents.fingerprint()} {self.packed_length} {self.seed}"
+        facts += f" whole {self.long}" if self.packing == "whole" else ""
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def file_packs(self, file_number: int) -> FilePacks:
         """The packs of one file, with its order from the index or computed now."""
         if file_number not in self._files:
-            table = self._orders.order(file_number) if self._orders else None
-            rows, ends = table or self.documents.order(file_number, self.seed)
+            if self._whole:
+                rows, ends, _ = self._whole.table(file_number)
+            else:
+                table = self._orders.order(file_number) if self._orders else None
+                rows, ends = table or self.documents.order(file_number, self.seed)
             reader = self.documents.reader(file_number, self._long)
             self._files[file_number] = FilePacks(self.documents.file(file_number), rows, ends, reader)
         return self._files[file_number]
@@ -203,25 +149,36 @@ class PackedDataset:
     @property
     def indexed(self) -> bool:
         """Whether document lengths are available without reading metas: they are mapped, or few."""
-        parts = self.documents.parts if isinstance(self.documents, Mixture) else [self.documents]
+        if self._whole:
+            return True
+        parts = list_parts(self.documents)
         return all(part.orders is not None or part.num_documents < document_order.SMALL for part in parts)
 
     def costs(self, packs: npt.NDArray[np.integer[Any]], pairs: AttentionPairs = ALL_PAIRS) -> Int64s:
         """Σ len² over the fragments of each of these packs, or what sliding windows leave of it: proportional to their
         attention cost. Reads no tokens."""
         file_numbers = np.searchsorted(self._first_pack, packs, side="right") - 1
-        starts = (packs - self._first_pack[file_numbers]) * self.packed_length
+        inside = packs - self._first_pack[file_numbers]
         found = np.empty(len(packs), np.int64)
         by_file = np.argsort(file_numbers, kind="stable")
         for part in np.split(by_file, np.flatnonzero(np.diff(file_numbers[by_file])) + 1):
-            ends = self._ends(int(file_numbers[part[0]]))
-            found[part] = attention_costs(ends, starts[part], self.packed_length, pairs)
+            file_number = int(file_numbers[part[0]])
+            starts, stops = self._bounds(file_number, inside[part])
+            found[part] = attention_costs(self._ends(file_number), starts, self.packed_length, pairs, stops)
         return found
+
+    def _bounds(self, file_number: int, packs: npt.NDArray[np.integer[Any]]) -> tuple[Int64s, Int64s]:
+        """(first tokens, tokens after the last) of these packs of a file, in its token stream."""
+        if self._whole:
+            borders = self._whole.table(file_number).borders
+            return borders[packs], borders[packs + 1]
+        starts = packs.astype(np.int64) * self.packed_length
+        return starts, starts + self.packed_length
 
     def longest_fragment(self, pack: int) -> int:
         """Tokens of the longest document fragment of a pack. Reads no tokens."""
-        file_number, start = self.locate(pack)
-        ends, stop = self._ends(file_number), start + self.packed_length
+        file_number, start, stop = self.find_tokens(pack)
+        ends = self._ends(file_number)
         inside = ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop, "left")]
         return int(np.diff(inside, prepend=start, append=stop).max())
 
@@ -234,6 +191,8 @@ class PackedDataset:
 
     def _ends(self, file_number: int) -> Int64s:
         """Mapped where there is an index, so that files that only other ranks read are not opened."""
+        if self._whole:
+            return self._whole.table(file_number).ends
         table = self._orders.order(file_number) if self._orders and file_number not in self._files else None
         return table[1] if table else self.file_packs(file_number).ends
 
@@ -241,8 +200,13 @@ class PackedDataset:
         """(file number, token of that file's token stream at which the pack begins)."""
         if not 0 <= pack < len(self):
             raise IndexError(f"pack {pack} of {len(self)}")
+        return self.find_tokens(pack)[:2]
+
+    def find_tokens(self, pack: int) -> tuple[int, int, int]:
+        """(file number, first token of a pack in that file's token stream, token after its last one)."""
         file_number = int(np.searchsorted(self._first_pack, pack, side="right")) - 1
-        return file_number, (pack - int(self._first_pack[file_number])) * self.packed_length
+        starts, stops = self._bounds(file_number, np.array([pack - int(self._first_pack[file_number])]))
+        return file_number, int(starts[0]), int(stops[0])
 
     def show_command(self, pack: int, more: str = "") -> str:
         """The command that shows a pack; for a source without a folder, the documents in it. Reads no tokens."""
@@ -253,17 +217,20 @@ class PackedDataset:
         if documents.folder:
             options = f"--pack {number} --max-length {self.packed_length} --seed {self.seed}"
             options += f" {chosen}" if (chosen := getattr(documents, "kind_options", "")) else ""
+            options += f" --packing whole --long {self.long}" if self.packing == "whole" else ""
             return f"xtuner data show {documents.location} {options} {more}".rstrip()
-        file_number, start = self.locate(pack)
+        file_number, start, stop = self.find_tokens(pack)
         file = self.file_packs(file_number)
-        rows = list(map(str, file.span_arrays(start, start + self.packed_length).rows.tolist()))
+        rows = list(map(str, file.span_arrays(start, stop).rows.tolist()))
         others = f", … and {len(rows) - SHOWN} more" if len(rows) > SHOWN else ""
         return f"documents {', '.join(rows[:SHOWN])}{others} of {file.file.name}"
 
     def raw(self, pack: int) -> RawPack:
         """One pack in compact form. Raises: DataError for data that contradict the format or the index."""
-        file_number, start = self.locate(pack)
-        return self.file_packs(file_number).read(start, start + self.packed_length, self.vocab_size)
+        if not 0 <= pack < len(self):
+            raise IndexError(f"pack {pack} of {len(self)}")
+        file_number, start, stop = self.find_tokens(pack)
+        return self.file_packs(file_number).read(start, stop, self.vocab_size).padded(self.packed_length)
 
     def __getitem__(self, pack: int) -> dict[str, torch.Tensor]:
         """One pack of T = packed_length tokens with n document fragments.
@@ -283,7 +250,12 @@ class PackedDataset:
 
 
 def build_packed_dataset(
-    dataset_cfg: Mapping[str, Any], packed_length: int, seed: int = 1024, label_rule: LabelRule = "internevo"
+    dataset_cfg: Mapping[str, Any],
+    packed_length: int,
+    seed: int = 1024,
+    label_rule: LabelRule = "internevo",
+    packing: Packing = "cut",
+    long: LongDocuments = "cut",
 ) -> PackedDataset:
     """Pack the documents that `dataset_cfg` (`dict(type=load_intern_repo_tokenized_dataset, …)`) describes.
 
@@ -293,5 +265,9 @@ def build_packed_dataset(
         packed_length: tokens per pack.
         seed: of the shuffle of documents inside each file, 0 … 2^32 - 1.
         label_rule: "internevo" (targets never cross documents) or "xtuner" (plain shift, to reproduce old runs).
+        packing: "cut": documents are cut at the ends of packs, which are full; "whole": they are not, and packs may end
+            with padding.
+        long: what packing="whole" does about documents that are longer than a pack: "cut", "drop", or "own", which cuts
+            them and adds no others to their last pack.
     """
-    return PackedDataset(build(dataset_cfg), packed_length, seed, label_rule)
+    return PackedDataset(build(dataset_cfg), packed_length, seed, label_rule, packing, long)

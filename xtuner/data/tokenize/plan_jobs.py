@@ -17,6 +17,7 @@ from xtuner.core.files import file_entry, read_json, sha256, write_json
 from xtuner.core.foreign_inputs import check_regular
 from xtuner.core.log import logger
 from xtuner.data.format.file_order import walk_files
+from xtuner.data.format.made_from import RECORDS, SPLITS
 from xtuner.data.format.meta import meta_path
 from xtuner.data.tokenize.read_chunks import first_record, is_json_list
 from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
@@ -30,7 +31,6 @@ SUFFIXES = {
     "chat": (".json", ".jsonl"),
     "ftdp": (".jsonl",),
 }
-SPLITS = ("train", "valid")
 FTDP_FOLDER = "chatml_llamav13_32k"
 SHOWN = 10
 _SUFFIX_HINT = "--suffix .ENDING selects files with another ending, with --format FORMAT"
@@ -51,7 +51,7 @@ class Job:
 
     @property
     def record(self) -> Path:
-        return self.folder / "made_from" / f"{self.name}.json"
+        return self.folder / RECORDS / f"{self.name}.json"
 
     def existing(self) -> list[Path]:
         files = [p for split in SPLITS for p in (self.output(split), meta_path(self.output(split)))]

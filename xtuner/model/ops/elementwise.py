@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from xtuner.data.packing.pack import IGNORE
+from xtuner.data.packing.raw_pack import IGNORE
 from xtuner.model.rope import rotate
 
 

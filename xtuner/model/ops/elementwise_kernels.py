@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xtuner.data.packing.pack import IGNORE
+from xtuner.data.packing.raw_pack import IGNORE
 
 
 def choose_warps(block: int) -> int:

@@ -15,6 +15,7 @@ from xtuner.core import hub
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.data.inspect.statistics import pack_costs
+from xtuner.data.loading.sampler import count_epoch_packs
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.memory import USUAL_PACK
 from xtuner.families import FAMILIES, read_config
@@ -22,7 +23,7 @@ from xtuner.model.adapter import build_lora
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import preflight
-from xtuner.train.plan import DATASET, longest_document
+from xtuner.train.plan import DATASET, longest_document, require_possible_mixture
 
 MEDIAN = 700  # tokens of a document, if the data is not here
 DRAWN = 2048  # packs whose costs are drawn then
@@ -79,7 +80,10 @@ def read_workload(config: Config, tokens: float | None = None) -> Workload:
     else:
         dataset = preflight.open_dataset(config, Opening(read_only=True))
         costs, document, pack = _read_costs(dataset), longest_document(dataset), dataset.packed_length
-        tokens = tokens or float(len(dataset)) * pack * config.get("train_cfg.max_epochs", 1)
+        if isinstance(dataset, PackedDataset):
+            dataset = dataset.with_packs_per_iteration(optim.accumulative_counts)
+            require_possible_mixture(config, dataset)
+        tokens = tokens or float(count_epoch_packs(dataset)) * pack * config.get("train_cfg.max_epochs", 1)
         data = f"{len(dataset):,} packs, Σ len² of {costs.mean():.3g} on average"
     sharers = None if config.with_sharers else int(config.setting("sequence_parallel_size"))
     balance = config.setting("train_dataloader.balance")
@@ -104,14 +108,9 @@ def assume_packs(pack: int) -> tuple[Costs, int]:
 
 def _read_costs(dataset: PackedDataset) -> Costs:
     """Of at most EXAMINED packs, from the first files on."""
-    found: list[Costs] = []
-    if isinstance(dataset, PackedDataset):
-        for number in range(len(dataset.documents)):
-            found.append(pack_costs(dataset.file_packs(number).ends, dataset.packed_length)[:EXAMINED].astype(float))
-            if sum(map(len, found)) >= EXAMINED:
-                break
-    costs = np.concatenate(found) if found else np.zeros(0)
-    return costs if len(costs) else assume_packs(dataset.packed_length)[0]
+    if not isinstance(dataset, PackedDataset) or not len(dataset):
+        return assume_packs(dataset.packed_length)[0]
+    return dataset.costs(np.arange(min(len(dataset), EXAMINED))).astype(float)
 
 
 def _read_source(config: Config) -> ModelSource:

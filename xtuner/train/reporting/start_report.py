@@ -33,7 +33,7 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
     """The numbers derived from config and data, for standard output."""
     data, config = settings.dataset, settings.source.config
     documents, tails, dropped = data.documents, data.tail_tokens_per_file, data.dropped()
-    files, lost = f"{len(documents):,} files", f"{dropped.dropped:,} tokens ({dropped.share})"
+    files = f"{len(documents):,} files"
     if documents.num_repeated:
         files += f" ({documents.num_repeated:,} listed more than once)"
     parameters = num_parameters(config)
@@ -62,12 +62,13 @@ def format_start_report(settings: Settings, plan: Plan) -> str:
             "data",
             f"{documents.num_tokens:,} tokens in {documents.num_documents:,} documents, {files}, {documents.location}",
         ),
-        ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {lost} at the ends of files are dropped"),
+        ("packs", f"{len(data):,} of {data.packed_length:,} tokens; {dropped.describe()}"),
     ]
     rows += _mixture_rows(settings, plan)
+    tail_name = "dropped:" if dropped.whole else "tail of"
     shown = (documents.file(i) for i in range(min(len(documents), SHOWN_FILES)))
     for file, packs, tail in zip(shown, data.packs_per_file, tails, strict=False):
-        rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, tail of {tail:,}"))
+        rows.append(("", f"{file.name}: {file.num_tokens:,} tokens, {packs:,} packs, {tail_name} {tail:,}"))
     if len(documents) > SHOWN_FILES:
         rows.append(("", f"… and {len(documents) - SHOWN_FILES} more files"))
     rows += _context_rows(settings)
@@ -110,13 +111,8 @@ def _mixture_rows(settings: Settings, plan: Plan) -> list[tuple[str, str]]:
     mixed = getattr(settings.dataset, "mixture", None)
     if mixed is None:
         return []
-    length, period = settings.dataset.packed_length, mixed.sequence.period
-    rows = [("mixture", f"{plan.packs_per_epoch:,} packs an epoch, which ends with source {mixed.names[mixed.last]!r}")]
-    for s, count in enumerate(mixed.sequence.counts(plan.packs_per_epoch).tolist()):
-        share, packs = mixed.sequence.slots[s] / period, mixed.packs_of(s)
-        rows.append(("", f"{mixed.names[s]}: {share:.2%} of packs, {count:,} of an epoch ({count * length:,} tokens), "
-                         f"{count / packs:.2f} times its {packs:,}"))  # fmt: skip
-    return rows
+    lines = mixed.describe(plan.packs_per_epoch, settings.dataset.packed_length)
+    return [("" if i else "mixture", line) for i, line in enumerate(lines)]
 
 
 def _parameter_group_rows(settings: Settings) -> list[tuple[str, str]]:

@@ -145,7 +145,9 @@ def test_the_table_shows_old_and_new_rows(tmp_path: Path) -> None:
 
     path = tmp_path / "results.jsonl"
     assert "nothing" in table(path)
-    path.write_text("".join(json.dumps(row) + "\n" for row in (old, new, peer)))
+    adapted = {**old, "date": "2026-11-28", "case": "7b", "engine": "hf-liger flash4 full", "states": "fp32"}
+    adapted |= {"terms": "qlora", "pack": 8192, "limited": "12G", "in_use": 11 * 2**30}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (old, new, peer, adapted)))
     text = table(path)
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     # (6 · 1,699,479,552 + 12 · 24 · 2048 · 32768) · 40,000 / 989.4e12 = 1.194
@@ -154,6 +156,7 @@ def test_the_table_shows_old_and_new_rows(tmp_path: Path) -> None:
     assert ["1.8b", "single", "fp32", *figures, "64.0 (72.2)", "17", "0.000"] in cells
     assert ["1.8b", "torchtitan flex selective", "fp32", figures[0], "–", "–", "64.0", "17", "–"] in cells
     assert ["1.8b", "single", "66", "10", "0"] in cells
+    assert ["7b qlora 8k 12G", "hf-liger flash4 full", *figures[:2], "64.0", "11.0", "25", "–"] in cells
     assert "torchtitan flex selective: torchtitan 0.2.2" in text
     assert text.index("2026-11-23") < text.index("2026-11-24")
     assert max(map(len, text.splitlines())) <= 120

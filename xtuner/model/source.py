@@ -226,10 +226,10 @@ class ModelSource:
         for name, part in parts.items():
             if self.folder is not None and (name in own or name in magnitudes):
                 continue
-            held, numel = part.values, shapes[name].numel()
-            full = torch.empty(shapes[name], device=device)
-            if type(part) is FlatRange and (len(held), held.device, held.dtype) == (numel, device, torch.float32):
-                full = held.view(shapes[name])
+            held, shape = part.values, own.get(name, shapes[name])  # not that of quantized rows
+            full = torch.empty(shape, device=device)
+            if type(part) is FlatRange and (len(held), held.device, held.dtype) == (full.numel(), device, full.dtype):
+                full = held.view(shape)
             if name in own:
                 initialize_parameter(name, full, self.config, self.seed or 0)
             else:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from xtuner.model import from_scratch, lora
-from xtuner.model.adapter import build_lora
+from xtuner.model.adapters.lora import build_lora
 from xtuner.model.source import ModelSource
 
 

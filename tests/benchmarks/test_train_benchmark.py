@@ -16,7 +16,7 @@ from helpers.paths import CACHE
 from xtuner.data.loading.batch import Batch
 from xtuner.families import LLAMA
 from xtuner.model import lora
-from xtuner.model.adapter import build_lora
+from xtuner.model.adapters.lora import build_lora
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.flops import count_attention_pairs, training_flops, whole_pack_flops
 from xtuner.model.weights import split_for_family

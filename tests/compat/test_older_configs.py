@@ -766,6 +766,7 @@ def test_registry_names_stand_for_the_same_as_dotted_ones() -> None:
             assert resolve_name(f"mmengine.{name}") == resolve_name(f"{module}.some_module.{name}") == new
     for name in ("AdamW", "SGD", "Adam", "RMSprop", "LBFGS"):
         assert resolve_name(name, "optim_wrapper.optimizer") == f"torch.optim.{name}"
+    assert resolve_name("xtuner.model.adapter.lora") == "xtuner.model.adapters.lora.lora"  # moved
     assert resolve_name("TorchAdafactor", "optim_wrapper.optimizer") == "torch.optim.Adafactor"
     unknown = find_unknown({"optim_wrapper": {"optimizer": {"type": "Adafactor"}}})  # there it is transformers'
     assert "no optimizer 'Adafactor'" in str(unknown["optim_wrapper.optimizer"])

@@ -11,7 +11,7 @@ from xtuner.config.adapter import adapter
 from xtuner.config.schema import Allowed
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.families.network import DecoderConfig
-from xtuner.model.adapter import LoRA, build_lora, lora
+from xtuner.model.adapters.lora import LoRA, build_lora, lora
 from xtuner.model.ops.quantized import WeightKind
 
 WHERE = "model.lora"

@@ -18,7 +18,7 @@ from xtuner.data.inspect.statistics import pack_costs
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.memory import USUAL_PACK
 from xtuner.families import FAMILIES, read_config
-from xtuner.model.adapter import build_lora
+from xtuner.model.adapters.lora import build_lora
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import preflight

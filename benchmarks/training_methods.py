@@ -1,6 +1,6 @@
 """Do full training, LoRA and QLoRA, AdamW and Muon learn? Compared on real text.
 
-    python benchmarks/training_methods.py --picture learning.png      # 4 M parameters, 2 CPU cores, about 10 minutes
+    python benchmarks/training_methods.py --picture learning.png      # 4 M parameters, a CPU, about 10 minutes
     python benchmarks/training_methods.py --shape 1.8b --text DIR     # one GPU; DIR with more Python files
 
 From random weights, AdamW and Muon train on functions of the standard library, without docstrings. Then AdamW's model
@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import sentencepiece
 from benchlib import learning_curves
 from benchlib.learning_curves import Curve, smooth
 from benchlib.workloads import SHAPES, Shape
@@ -75,6 +74,8 @@ def read_source(source: str) -> tuple[list[str], list[str]]:
 
 def write_data(text: Path, folder: Path, most: int) -> None:
     """Write FOLDER/tokenizer, and data of both kinds of text, each with a held-out part and `most` tokens at most."""
+    import sentencepiece
+
     files = [p for p in sorted(text.rglob("*.py")) if not SKIPPED_FOLDERS & set(p.relative_to(text).parts)]
     kinds: dict[str, list[list[str]]] = {"functions": [], "docstrings": []}
     for file in progress(files, "reading"):
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--text", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="a folder of .py files"
     )
-    parser.add_argument("--iterations", type=int, default=400, help="at most, of each run; fewer with less text")
+    parser.add_argument("--iterations", type=int, default=300, help="of each run at most; fewer with less text")
     parser.add_argument("--folder", type=Path, help="for data and runs; a new one")
     parser.add_argument("--picture", type=Path, help="plot the losses: .png or .svg")
     a = parser.parse_args()

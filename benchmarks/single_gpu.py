@@ -62,6 +62,8 @@ def main() -> None:
     a = parser.parse_args()
     if a.iterations <= a.warm + (3 if a.profile and a.engine in xtuner_training.ENGINES else 0):
         parser.error("--iterations leaves none to measure")
+    if a.tiny and a.memory:
+        parser.error("--memory is of a GPU")
     if a.iterations > PACKS - 2:
         parser.error(f"--iterations: there are {PACKS} packs")
     if a.case:

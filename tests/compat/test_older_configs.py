@@ -396,6 +396,8 @@ def test_adapters_of_other_settings(
         ("    lora=dict(", "    peft_model='x.pth', lora=dict(", ["peft_model = 'x.pth'", "load_from"]),
         ("    lora=dict(", "    peft_config=dict(", ["peft_config"]),
         (QLORA[QLORA.index("    lora=dict(") :], ")\n", ["quantization_config without lora", "for adapters"]),
+        ("type=LoraConfig,", "type=dict,", ["dict is not LoraConfig", "model.lora.type"]),
+        ("type=BitsAndBytesConfig,", "type=dict,", ["dict is not BitsAndBytesConfig", "quantization_config.type"]),
         ("type=LoraConfig,", "", ["expected dict(type=…, …), found {'r': 16"]),
     ],
 )

@@ -92,9 +92,7 @@ def SupervisedFinetune(
                 why="the added rows of the embedding would not be trained, and are not in the base model",
                 do="leave tokenizer out of model, or lora",
             )
-        terms = peft.build_adapter(build(lora, peft.WHERE), model.config)
-        quantized = llm.get("quantization_config")
-        kind = build(quantized, peft.QUANTIZATION) if quantized else "own"
+        terms, kind = peft.build_adapter(lora, model.config), peft.read_quantization(llm.get("quantization_config"))
         return dataclasses.replace(model, adapter=terms, frozen_weights=kind)
     if ids <= rows:
         return model

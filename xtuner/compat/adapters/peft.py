@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xtuner.config.adapter import adapter
+from xtuner.config.build import build, resolve_type, type_name
 from xtuner.config.schema import Allowed
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.families.network import DecoderConfig
@@ -103,12 +104,29 @@ def _find_part(name: str, number: int) -> str:
     return _PARTS[name]
 
 
-def build_adapter(given: Mapping[str, Any], config: DecoderConfig) -> LoRA:
-    """The adapter of a network, from the result of `LoraConfig`. Raises: ConfigError with the names that PEFT has."""
+def build_adapter(spec: Mapping[str, Any], config: DecoderConfig) -> LoRA:
+    """The adapter of a network, from `dict(type=LoraConfig, …)`. Raises: ConfigError with the names that PEFT has."""
+    given = _build_only(LoraConfig, spec, WHERE)
     try:
         return build_lora(given, config)
     except ConfigError as e:
         raise _as_written(e) from None
+
+
+def read_quantization(spec: Mapping[str, Any] | None) -> WeightKind:
+    """The value of `frozen_weights`, from `dict(type=BitsAndBytesConfig, …)` or None. Raises: ConfigError."""
+    kind: WeightKind = _build_only(BitsAndBytesConfig, spec, QUANTIZATION) if spec else "own"
+    return kind
+
+
+def _build_only(kind: Any, spec: Mapping[str, Any], where: str) -> Any:
+    """Build `spec`, whose type must be `kind`."""
+    if isinstance(spec, Mapping) and "type" in spec and resolve_type(spec["type"], where) is not kind:
+        name = kind.__name__
+        raise ConfigError(
+            f"{type_name(spec['type'])} is not {name}", where=f"{where}.type", do=f"write dict(type={name}, …)"
+        )
+    return build(spec, where)
 
 
 def _as_written(e: ConfigError) -> ConfigError:

@@ -9,18 +9,14 @@ documents.
 """
 
 import argparse
-import json
 import os
-import re
-import statistics
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from benchlib import learning_curves
+from benchlib.learning_curves import WINDOW, smooth
 from benchlib.workloads import CASES
-from benchlib.xtuner_training import render_config, stream_lines
+from benchlib.xtuner_training import render_config
 
 from xtuner.core.log import progress
 from xtuner.data.format.writer import write_bin
@@ -31,8 +27,6 @@ WAYS = {form: [f"states={form}"] for form in FORMS} | {
     kind: ["states=fp32", f"model.products={kind}"] for kind in ("fp8", "fp8_full")
 }
 DEMO = "internlm2_tiny_w_tokenized_dataset_copy.py"
-UNSEEN = r"validation at iteration .*\ball ([\d.]+)"
-WINDOW = 20  # iterations
 PACK, LR, WARM_UP = 8192, 3e-4, 0.1
 
 
@@ -51,49 +45,6 @@ def write_text(text: Path, tokenizer: str, folder: Path, packs: int) -> None:
     for part, documents in parts.items():
         count, tokens_written = write_bin(folder / part / "text.bin", documents)
         print(f"{part}: {count:,} documents, {tokens_written:,} tokens", flush=True)
-
-
-def measure(name: str, config: Path, options: list[str], work: Path) -> dict[str, Any]:
-    """Train one variant until its loss on unseen documents is logged."""
-    words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(work), "--cfg-options"]
-    words += [*options, *WAYS[name], "evaluation_inputs=[]", "save_optimizer=False", "default_hooks.logger.interval=1"]
-    lines = [line for _, line in stream_lines(words, UNSEEN)]
-    if not (unseen := re.search(UNSEEN, lines[-1])):
-        raise SystemExit(f"{name} did not finish:\n{''.join(lines[-30:])}")
-    (scalars,) = work.glob("*/vis_data/scalars.json")
-    losses = [r["loss"] for r in map(json.loads, scalars.read_text().splitlines()) if "loss" in r]
-    quarter = len(losses) // 4
-    return {
-        "losses": losses,
-        "quarters": [statistics.mean(losses[i : i + quarter]) for i in range(0, 4 * quarter, quarter)],
-        "last": statistics.mean(losses[-WINDOW:]),
-        "unseen": float(unseen[1]),
-    }
-
-
-def draw(curves: dict[str, list[float]], picture: Path) -> None:
-    """Training losses, and their differences from the first variant's; means over WINDOW iterations."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    means = {way: np.convolve(losses, np.ones(WINDOW) / WINDOW, "valid") for way, losses in curves.items()}
-    first, *others = means
-    iterations = WINDOW + np.arange(len(means[first]))
-    for i, (way, mean) in enumerate(means.items()):
-        left.plot(iterations, mean, color=f"C{i}", label=way, linewidth=1)
-    for i, way in enumerate(others, 1):
-        right.plot(iterations, means[way] - means[first], color=f"C{i}", label=way, linewidth=1)
-    right.axhline(0, color="C0", linewidth=1)
-    left.set(title="Training loss", xlabel="iteration", ylabel="nats per token")
-    right.set(title=f"Difference from {first}", xlabel="iteration")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
-    figure.savefig(picture, dpi=100)
 
 
 def main() -> None:
@@ -122,12 +73,13 @@ def main() -> None:
     print(f"| variant | training loss by quarter | last {WINDOW} | unseen |\n" + "|---" * 4 + "|", flush=True)
     curves = {}
     for name in a.ways:
-        r = measure(name, config, options, folder / f"work-{name}")
-        curves[name] = r["losses"]
-        quarters = " ".join(f"{q:.4f}" for q in r["quarters"])
-        print(f"| {name} | {quarters} | {r['last']:.4f} | {r['unseen']:.4f} |", flush=True)
+        r = learning_curves.train(name, config, [*options, *WAYS[name]], folder / f"work-{name}")
+        curves[name] = smooth(r.losses)
+        print(f"| {name} | {r.quarters} | {r.last(WINDOW):.4f} | {r.unseen:.4f} |", flush=True)
     if picture:
-        draw(curves, picture)
+        first, *others = curves
+        differences = {name: curves[name] - curves[first] for name in others}
+        learning_curves.draw({"Training loss": curves, f"Difference from {first}": differences}, picture)
 
 
 if __name__ == "__main__":

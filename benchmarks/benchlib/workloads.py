@@ -17,6 +17,7 @@ from xtuner.model.decoder import DecoderConfig
 BENCHMARKS = Path(__file__).resolve().parents[1]
 PACK = 32768
 PACKS = 64  # written for every case, so that all measurements use the same ones
+TINY_PACK = 512  # for CPUs
 MEDIAN = 700  # tokens of a document
 
 
@@ -57,13 +58,44 @@ VOCABULARY = SHAPES["7b"].vocabulary
 
 
 @dataclass(frozen=True)
+class Terms:
+    """LoRA on all seven matrices of every block; the matrices themselves are frozen, as embedding and output layer are.
+
+    Args:
+        weights: how frozen matrices of blocks are kept: "own" (bf16) or "nf4" (QLoRA, with double quantization).
+    """
+
+    weights: str
+    rank: int = 16
+
+    TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+    @property
+    def alpha(self) -> int:
+        return 2 * self.rank
+
+    @property
+    def name(self) -> str:
+        return ADAPTERS[self.weights] + (f" r{self.rank}" if self.rank != Terms.rank else "")
+
+
+ADAPTERS = {"own": "lora", "nf4": "qlora"}  # Terms.weights → the name of the method
+
+
+@dataclass(frozen=True)
 class Case:
-    """`long`: every pack is one document; else document lengths are lognormal."""
+    """`long`: every pack is one document; else document lengths are lognormal. `pack`: tokens of one."""
 
     name: str
     shape: str
     states: str  # bytes of AdamW's state a parameter: fp32 16 (gradients in fp32) or 18, bf16 8, 8bit 6
     long: bool = False
+    pack: int = PACK
+    terms: Terms | None = None
+
+    def write_data(self, folder: Path, packs: int = PACKS, vocabulary: int = 0) -> None:
+        """Its documents: the same for all sizes of packs, unless a pack is one document."""
+        write_data(folder, packs, self.pack if self.long else 0, vocabulary=vocabulary or VOCABULARY)
 
 
 CASES = {
@@ -71,6 +103,7 @@ CASES = {
     for case in (
         Case("7b", "7b", "8bit"),
         Case("7b-long", "7b", "8bit", long=True),
+        Case("20b", "20b", "8bit"),
         Case("1.8b", "1.8b", "fp32"),
         Case("1.8b-long", "1.8b", "fp32", long=True),
         Case("llama3.1-8b", "llama3.1-8b", "8bit"),

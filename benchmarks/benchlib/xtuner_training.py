@@ -11,12 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchlib.workloads import PACK, PACKS, SHAPES, Case, write_data
+from benchlib.gpu_memory import read_most_in_use
+from benchlib.workloads import PACKS, SHAPES, TINY_PACK, Case, add_to_python_path
 
 from xtuner.config.load import SHIPPED
 
@@ -28,13 +30,20 @@ def render_config(case: Case, data: Path, tokenizer: str | None, profile: int, c
 
     Args:
         profile: the iteration that is timed by part; 0 for none.
-        counted: where ranks write their use of GPU memory (gpu_memory.py); needs `add_to_python_path`.
+        counted: where ranks write their use of GPU memory (gpu_memory.py); needs `add_to_python_path`, as a case with
+            `terms` does.
     """
     text = (SHIPPED / f"internlm2_{SHAPES[case.shape].template}_w_tokenized_dataset.py").read_text()
-    shape = ", ".join(f"{key}={value!r}" for key, value in SHAPES[case.shape].fields().items())
-    text = re.sub(r"(?s)\nmodel = dict\(.*?\n\)\n", f"\nmodel = dict(type=from_scratch, {shape}, seed=0,\n"
+    source, fields = "from_scratch", SHAPES[case.shape].fields()
+    if case.terms:
+        source, terms = "from_scratch_with_adapter", case.terms
+        fields |= dict(frozen_weights=terms.weights, rank=terms.rank, alpha=terms.alpha, targets=terms.TARGETS)
+    shape = ", ".join(f"{key}={value!r}" for key, value in fields.items())
+    text = re.sub(r"(?s)\nmodel = dict\(.*?\n\)\n", f"\nmodel = dict(type={source}, {shape}, seed=0,\n"
                   "    activation_checkpointing=True)\n", text)  # fmt: skip
-    text = text.replace("import from_pretrained", "import from_scratch")
+    module = "benchlib.random_base" if case.terms else "xtuner.model"
+    text = text.replace("from xtuner.model import from_pretrained", f"from {module} import {source}")
+    text = re.sub(r"\nmax_length = \d+", f"\nmax_length = {case.pack}", text)
     text = text.replace("/path/to/your/dataset", str(data))
     text = text.replace('\nstates = "fp32"', f'\nstates = "{case.states}"')
     if tokenizer:
@@ -130,28 +139,47 @@ def read_metrics(work: Path, warm: int, last: int) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def hold_memory(left: float | None) -> Iterator[int]:
+    """Allocate all of a GPU but `left` GiB, as if it were a smaller one; yields the bytes in use. None: nothing."""
+    if left is None:
+        yield 0
+        return
+    free, total = torch.cuda.mem_get_info()
+    held = torch.empty(max(free - int(left * 2**30), 0), dtype=torch.uint8, device="cuda")
+    free, total = torch.cuda.mem_get_info()
+    print(f"{free / 2**30:.2f} GiB of the GPU are left", flush=True)
+    yield total - free
+    del held
+
+
 def measure(case: Case, a: argparse.Namespace) -> dict[str, Any]:
     """Run `xtuner train` on a case for the requested iterations. Returns a row of the table."""
-    if not torch.cuda.is_available():
-        raise SystemExit("these models need a GPU")
+    if a.tiny:
+        case = replace(case, shape="tiny", pack=TINY_PACK)
+    elif not torch.cuda.is_available():
+        raise SystemExit("these models need a GPU; --tiny tries a small one on a CPU")
     chosen = {"attention": a.attention, "products": a.products}
     chosen = {name: value for name, value in chosen.items() if value}
     engine = " ".join([a.engine, *chosen.values()])
     folder = Path(a.folder or tempfile.mkdtemp(prefix="xtuner-bench-")) / f"{case.name}-{engine.replace(' ', '-')}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_data(folder / "data", PACKS, PACK if case.long else 0)
+    case.write_data(folder / "data", PACKS, SHAPES[case.shape].vocabulary if a.tiny else 0)
     last = a.iterations - (3 if a.profile else 0)
     config = folder / "config.py"
-    config.write_text(render_config(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0))
+    config.write_text(render_config(case, folder / "data", a.tokenizer, last + 1 if a.profile else 0, folder))
     words = train_command(config, folder / "work", a.engine)
     words += ["--cfg-options", *(f"model.{name}={value}" for name, value in chosen.items())] if chosen else []
-    ended = run_until(words, a.iterations, folder / "log", echo=True)
+    with hold_memory(a.memory) as held:
+        ended = run_until(words, a.iterations, folder / "log", add_to_python_path(os.environ), echo=True)
+    used = read_most_in_use(folder)
     if ended.first is None:
         raise SystemExit(f"{case.name} did not reach its first iteration; see {folder / 'log'}")
     profiles = list((folder / "work").glob("*/profile.json"))
     return {
         "engine": engine,
         **read_metrics(folder / "work", a.warm, last),
+        "in_use": None if a.tiny or used is None else used - held,
         "first": ended.first,
         "expected": ended.expected,
         "profile": json.loads(profiles[0].read_text())["parts"] if profiles else None,

@@ -247,7 +247,8 @@ def test_a_peer_that_fails_ends_whole(bench: Any, tmp_path: Path, capsys: pytest
     refused, fine = peers.PeerJob("hf", "tiny", "selective", 2), peers.PeerJob("hf", "tiny", "full", 2)
     assert peers.run([refused], tmp_path / "r", tmp_path / "work", True, time.monotonic() + 60) == 1
     (found,) = runs.read(tmp_path / "r")
-    assert found["failed"].startswith("transformers: --attention is flex or sdpa, --recompute none or full")
+    options = "--attention is flash4, varlen, flex, sdpa or loop, --recompute none or full"
+    assert found["failed"].startswith(f"transformers: {options}")
     assert not found["out_of_memory"]
     slow = peers.measure(fine, tmp_path / "work", True, 0.2)
     assert slow["failed"] == "not done in 0 s"

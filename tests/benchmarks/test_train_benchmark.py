@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, and that peers do the same work as ours: equal losses from equal weights and packs."""
 
+import copy
 import importlib
 import json
 import subprocess
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.paths import CACHE
 
 from xtuner.data.loading.batch import Batch
 from xtuner.families import LLAMA
+from xtuner.model import lora
+from xtuner.model.adapters.lora import build_lora
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.flops import count_attention_pairs, training_flops, whole_pack_flops
 from xtuner.model.weights import split_for_family
@@ -76,6 +80,52 @@ def test_peers_do_the_same_work(package: str, engine: str, attention: str, ours:
     print(f"{engine} {attention}: ours {wanted:.6f}, peer {found:.6f}; were documents one: {mixed:.6f}")
     assert abs(mixed - wanted) > 1e-3
     assert found == pytest.approx(wanted, abs=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+def test_a_peer_with_an_adapter_does_the_same_work(ours: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    if not (CACHE / "peft-0.21.2" / "installed").exists():
+        pytest.skip("`make peft` downloads PEFT")
+    monkeypatch.syspath_prepend(CACHE / "peft-0.21.2")
+    from benchlib.peers.peft_terms import MODULES
+    from benchlib.peers.training_loop import Settings, build
+    from benchlib.workloads import Terms
+
+    terms = Terms("own", rank=4)
+    more = dict(attention="loop", compute=torch.float32, terms=terms)
+    peer = build(Settings("hf", SHAPE, torch.device("cpu"), "fp32", **more))
+    theirs = dict(peer.model.named_parameters())
+    for name, p in ours.named_parameters():
+        for key, weight in split_for_family(name, p.data, LLAMA, SHAPE).items():
+            theirs[key].data.copy_(weight)
+    assert peer.adapt
+    peer.adapt()
+    theirs = {name: p for name, p in peer.model.named_parameters() if p.requires_grad}
+    mine = copy.deepcopy(ours)
+    build_lora(lora(rank=terms.rank, alpha=terms.alpha, targets=terms.TARGETS), SHAPE).apply(mine)
+    pairs = {}
+    for name, p in mine.named_parameters():
+        if p.requires_grad:
+            _, _, layer, kind, _, _, part, factor = name.split(".")
+            module = MODULES[{"wo": "o", "w1": "gate", "w3": "up", "w2": "down"}.get(part, part)]
+            place = {"attention": "self_attn", "feed_forward": "mlp"}[kind]
+            pairs[name] = theirs.pop(f"model.layers.{layer}.{place}.{module}.lora_{factor}.default.weight")
+            torch.nn.init.normal_(p, std=0.1)
+            pairs[name].data.copy_(p.data)
+    assert not theirs
+    batch = pack(BORDERS)
+    with torch.no_grad():
+        without = ours(batch.input_ids, batch.cu_seqlens, batch.targets, batch.position_ids).item() / batch.num_targets
+    wanted = mine(batch.input_ids, batch.cu_seqlens, batch.targets, batch.position_ids) / batch.num_targets
+    wanted.backward()
+    found = peer.loss(batch)
+    found.backward()
+    assert abs(without - wanted.item()) > 1e-3
+    assert found.item() == pytest.approx(wanted.item(), abs=2e-6)
+    gradients = {name: p.grad for name, p in mine.named_parameters() if p.requires_grad}
+    for name, theirs_p in pairs.items():
+        torch.testing.assert_close(theirs_p.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.processes
@@ -145,7 +195,9 @@ def test_the_table_shows_old_and_new_rows(tmp_path: Path) -> None:
 
     path = tmp_path / "results.jsonl"
     assert "nothing" in table(path)
-    path.write_text("".join(json.dumps(row) + "\n" for row in (old, new, peer)))
+    adapted = {**old, "date": "2026-11-28", "case": "7b", "engine": "hf-liger flash4 full", "states": "fp32"}
+    adapted |= {"terms": "qlora", "pack": 8192, "limited": "12G", "in_use": 11 * 2**30}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (old, new, peer, adapted)))
     text = table(path)
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     # (6 · 1,699,479,552 + 12 · 24 · 2048 · 32768) · 40,000 / 989.4e12 = 1.194
@@ -154,6 +206,7 @@ def test_the_table_shows_old_and_new_rows(tmp_path: Path) -> None:
     assert ["1.8b", "single", "fp32", *figures, "64.0 (72.2)", "17", "0.000"] in cells
     assert ["1.8b", "torchtitan flex selective", "fp32", figures[0], "–", "–", "64.0", "17", "–"] in cells
     assert ["1.8b", "single", "66", "10", "0"] in cells
+    assert ["7b qlora 8k 12G", "hf-liger flash4 full", *figures[:2], "64.0", "11.0", "25", "–"] in cells
     assert "torchtitan flex selective: torchtitan 0.2.2" in text
     assert text.index("2026-11-23") < text.index("2026-11-24")
     assert max(map(len, text.splitlines())) <= 120

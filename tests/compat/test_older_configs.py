@@ -23,7 +23,7 @@ from xtuner.compat.settings import SCHEMA
 from xtuner.compat.translate import find_unknown, load, replace_names
 from xtuner.config import types
 from xtuner.config.adapter import find_adapter
-from xtuner.config.build import check_arguments, resolve_type
+from xtuner.config.build import build, check_arguments, resolve_type
 from xtuner.config.check import check, find_mistakes
 from xtuner.core.errors import ConfigError
 
@@ -237,7 +237,6 @@ def test_mistral_with_added_tokens(legacy_text: str, tmp_path: Path, xtuner: Com
     """The old mistral_7b_w_tokenized_dataset: `tokenizer=` in the model, whose new ids get rows in the embedding."""
     from helpers.neighbours import write_model
 
-    from xtuner.config.build import build
     from xtuner.model import from_pretrained, from_scratch
 
     sizes = dict(vocab_size=VOCABULARY - 30, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
@@ -269,6 +268,152 @@ def test_mistral_with_added_tokens(legacy_text: str, tmp_path: Path, xtuner: Com
         rows, old = weights[f"{ours}.weight"], random[f"{theirs}.weight"]
         assert rows[: len(old)].equal(old)
         torch.testing.assert_close(rows[len(old) :], old.mean(0).expand(448 - len(old), -1))
+
+
+# The model of the old tool's QLoRA configs
+QLORA = """
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+model = dict(
+    type=SupervisedFinetune,
+    use_varlen_attn=use_varlen_attn,
+    llm=dict(
+        type=AutoModelForCausalLM.from_pretrained,
+        pretrained_model_name_or_path=pretrained_model_name_or_path,
+        trust_remote_code=True,
+        torch_dtype=torch.float16,
+        quantization_config=dict(
+            type=BitsAndBytesConfig,
+            load_in_4bit=True,
+            load_in_8bit=False,
+            llm_int8_threshold=6.0,
+            llm_int8_has_fp16_weight=False,
+            bnb_4bit_compute_dtype=torch.float16,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_quant_type='nf4')),
+    lora=dict(
+        type=LoraConfig,
+        r=16,
+        lora_alpha=16,
+        lora_dropout=0.1,
+        bias='none',
+        task_type='CAUSAL_LM'))
+"""
+
+
+@pytest.mark.processes
+def test_qlora(legacy_text: str, weights: Path, tmp_path: Path, xtuner: Command, capsys: Any) -> None:
+    """A QLoRA config of the old tool trains what our own config with the same adapter trains."""
+    from helpers.lora import write_base
+
+    base = write_base(tmp_path / "base", "internlm2", vocab_size=VOCABULARY)
+    legacy_text = legacy_text.replace(repr(str(weights)), repr(str(base)))
+    old, new = tmp_path / "old.py", tmp_path / "new.py"
+    old.write_text(legacy_text + QLORA)
+    new.write_text(
+        f"{legacy_text}\nfrom xtuner.model import from_pretrained, lora\n"
+        "model = dict(type=from_pretrained, pretrained_model_name_or_path=pretrained_model_name_or_path,\n"
+        "    activation_checkpointing=True, frozen_weights='nf4',\n"
+        "    adapter=dict(type=lora, rank=16, alpha=16, dropout=0.1))\n"
+    )
+    assert xtuner("check-cfg", old) == 0
+    told = capsys.readouterr().out
+    for line in (
+        "peft.LoraConfig → xtuner.compat.adapters.peft.LoraConfig",
+        "model.llm.quantization_config.bnb_4bit_compute_dtype: because",
+        "in XTuner also the output layer of InternLM2",
+    ):
+        assert told.count(line) == 1, line
+    assert "in 8 bits" not in told
+    for config in (old, new):
+        assert xtuner("train", config, "--work-dir", tmp_path / config.stem) == 0
+    assert rows(tmp_path / "old") == rows(tmp_path / "new")
+    trained, wanted = checkpoints(tmp_path / "old"), checkpoints(tmp_path / "new")
+    assert trained.keys() == wanted.keys()
+    for file, tensors in wanted.items():
+        assert all(torch.equal(tensor, trained[file][name]) for name, tensor in tensors.items()), file
+    assert xtuner("convert", "pth_to_hf", old, tmp_path / "old" / "iter_30.pth", tmp_path / "exported") == 0
+    assert json.loads((tmp_path / "exported" / "adapter_config.json").read_text())["r"] == 16
+    old.write_text(legacy_text + QLORA.replace("r=16", "r=8"))
+    with pytest.raises(ConfigError, match=r"another model's or optimizer's: model\.lora\.r: 16 → 8"):
+        xtuner("train", old, "--work-dir", tmp_path / "old", "--resume")
+    small = write_base(tmp_path / "small", "internlm2", vocab_size=VOCABULARY - 30)
+    grown = QLORA.replace("    lora=", "    tokenizer=tokenizer,\n    lora=")
+    old.write_text(legacy_text.replace(str(base), str(small)) + grown)
+    with pytest.raises(ConfigError, match=r"more ids \(400\) than the model \(370\)"):
+        build(load(str(old)).values["model"], "model")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "adapter"),
+    [
+        ("", "", dict(targets="all")),
+        ("task_type=", "target_modules=['wqkv', 'w2'], task_type=", dict(targets=["w2", "wqkv"])),
+        ("task_type=", "target_modules='all-linear', use_rslora=True, task_type=", dict(scaling="alpha/sqrt(rank)")),
+        ("task_type=", "use_dora=True, modules_to_save=['output', 'tok_embeddings'], task_type=",
+         dict(dora=True, train=["output", "embedding"])),
+        ("load_in_4bit=True,\n            load_in_8bit=False", "load_in_8bit=True", dict(frozen_weights="int8")),
+        ("r=16,\n        lora_alpha=16,\n        lora_dropout=0.1,", "", dict(rank=8, alpha=8, dropout=0.0)),
+        ("LoraConfig,", "'peft.LoraConfig',", {}),
+        ("LoraConfig,", "'LoraConfig',", {}),
+    ],
+)  # fmt: skip
+def test_adapters_of_other_settings(
+    legacy_text: str, weights: Path, tmp_path: Path, old: str, new: str, adapter: dict[str, Any]
+) -> None:
+    from xtuner.model import from_pretrained, lora
+
+    assert old in QLORA
+    path = tmp_path / "legacy.py"
+    path.write_text(legacy_text + QLORA.replace(old, new))
+    config = load(str(path))
+    check(config)
+    kind = adapter.pop("frozen_weights", "nf4")
+    settings = dict(type=lora, rank=16, alpha=16, dropout=0.1) | adapter
+    own = from_pretrained(str(weights), activation_checkpointing=True, adapter=settings, frozen_weights=kind)
+    assert build(config.values["model"], "model") == own
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("bias='none'", "bias='all'", ["bias = 'all' is not supported", "set bias = 'none'"]),
+        ("r=16", "r=640", ["r = 640 is above the smaller side", "model.lora.r", "set r to"]),
+        ("r=16", "r=0", ["r = 0", "model.lora.r"]),
+        ("lora_dropout=0.1", "lora_dropout=1.5", ["lora_dropout = 1.5", "model.lora.lora_dropout"]),
+        ("r=16", "target_modules=['output']", ["no matrix 'output'", "model.lora.target_modules.0"]),
+        ("r=16", "target_modules=[]", ["target_modules names no matrix", "'all-linear'"]),
+        ("r=16", "target_modules=r'.*w[123]'", ["is a pattern", "list of names"]),
+        ("r=16", "modules_to_save=['norm']", ["'norm' cannot be trained in full", "model.lora.modules_to_save.0"]),
+        ("r=16", "init_lora_weights='pissa'", ["init_lora_weights = 'pissa'"]),
+        ("r=16", "rank_pattern={'wqkv': 4}", ["rank_pattern = {'wqkv': 4}", "same rank"]),
+        ("r=16", "rank=16", ["rank"]),
+        ("type='nf4'", "type='fp4'", ["bnb_4bit_quant_type = 'fp4'", "set bnb_4bit_quant_type = 'nf4'"]),
+        ("bnb_4bit_use_double_quant=True,", "", ["bnb_4bit_use_double_quant = False", "double quantization"]),
+        ("load_in_8bit=False", "load_in_8bit=True", ["both True"]),
+        ("bnb_4bit_quant_type='nf4'", "llm_int8_skip_modules=['wo']", ["llm_int8_skip_modules = ['wo']"]),
+        ("    lora=dict(", "    peft_model='x.pth', lora=dict(", ["peft_model = 'x.pth'", "load_from"]),
+        ("    lora=dict(", "    peft_config=dict(", ["peft_config"]),
+        (QLORA[QLORA.index("    lora=dict(") :], ")\n", ["quantization_config without lora", "for adapters"]),
+        ("type=LoraConfig,", "type=dict,", ["dict is not LoraConfig", "model.lora.type"]),
+        ("type=BitsAndBytesConfig,", "type=dict,", ["dict is not BitsAndBytesConfig", "quantization_config.type"]),
+        ("type=LoraConfig,", "", ["expected dict(type=…, …), found {'r': 16"]),
+    ],
+)
+def test_adapters_that_would_mean_something_else_are_refused(
+    legacy_text: str, tmp_path: Path, old: str, new: str, words: list[str]
+) -> None:
+    assert old in QLORA
+    path = tmp_path / "legacy.py"
+    path.write_text(legacy_text + QLORA.replace(old, new, 1))
+    config = load(str(path))
+    with pytest.raises(ConfigError) as error:  # noqa: PT012
+        check(config)
+        build(config.values["model"], "model")
+    assert "model.adapter" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
 
 
 def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -395,8 +540,7 @@ def test_what_stands_in_the_table_exists() -> None:
         ("from mmengine.config import read_base", ["a single file"]),
         ("import mmengine.hooks", ["`import mmengine.hooks`", "from mmengine.hooks import NAME"]),
         ("import transformers as t", ["from transformers import NAME"]),
-        ("from transformers import BitsAndBytesConfig", ["adapter=dict(type=lora"]),
-        ("from peft import LoraConfig", ["adapter=dict(type=lora"]),
+        ("from peft import PeftModel", ["peft.PeftModel", "LoraConfig"]),
         ("from xtuner.dataset import process_hf_dataset", ["load_intern_repo_tokenized_dataset"]),
         ("from xtuner.engine import HFCheckpointHook", ["pth_to_hf"]),
         ("from xtuner.engine._strategy import DeepSpeedStrategy", ["leave strategy out"]),
@@ -416,7 +560,7 @@ def test_what_there_is_nothing_for(legacy_text: str, tmp_path: Path, line: str, 
 
 def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
     path = tmp_path / "bad.py"
-    path.write_text("from mmengine.hooks import LoggerHook, NoHook\nfrom peft import LoraConfig\n")
+    path.write_text("from mmengine.hooks import LoggerHook, NoHook\nfrom peft import PeftModel\n")
     with pytest.raises(ConfigError, match="2 imports of the config") as error:
         load(str(path))
     assert "bad.py:1" in str(error.value)
@@ -426,13 +570,7 @@ def test_all_imports_are_judged_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        (
-            "    llm=dict(",
-            "    lora=dict(type='LoraConfig', r=64),\n    llm=dict(",
-            ["lora = ", "adapter=dict(type=lora"],
-        ),
         ("    llm=dict(", "    max_position_embeddings=64,\n    llm=dict(", ["rotary frequencies"]),
-        ("trust_remote_code=True))", "quantization_config=dict(load_in_4bit=True)))", ["quantized weights"]),
         (
             "use_varlen_attn = True",
             "use_varlen_attn = False",
@@ -588,6 +726,16 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         max_position_embeddings=None,
     ),
     "transformers.AutoModelForCausalLM.from_pretrained": _LOADED,
+    "transformers.BitsAndBytesConfig": dict(
+        load_in_8bit=False, load_in_4bit=False, llm_int8_threshold=6.0, llm_int8_skip_modules=None,
+        llm_int8_enable_fp32_cpu_offload=False, llm_int8_has_fp16_weight=False, bnb_4bit_compute_dtype=None,
+        bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False, bnb_4bit_quant_storage=None,
+    ),
+    "peft.LoraConfig": dict(
+        r=8, lora_alpha=8, lora_dropout=0.0, target_modules=None, modules_to_save=None, bias="none", use_rslora=False,
+        use_dora=False, fan_in_fan_out=False, init_lora_weights=True, rank_pattern={}, alpha_pattern={},
+        loftq_config={}, inference_mode=False, lora_bias=False, task_type=None, peft_type=None,
+    ),
     "transformers.AutoTokenizer.from_pretrained": dict(encode_special_tokens=True, **_LOADED),
     "torch.utils.data.BatchSampler": dict(sampler=[], batch_size=1, drop_last=False),
 }  # fmt: skip
@@ -620,16 +768,15 @@ def test_registry_names_stand_for_the_same_as_dotted_ones() -> None:
             assert resolve_name(f"mmengine.{name}") == resolve_name(f"{module}.some_module.{name}") == new
     for name in ("AdamW", "SGD", "Adam", "RMSprop", "LBFGS"):
         assert resolve_name(name, "optim_wrapper.optimizer") == f"torch.optim.{name}"
+    assert resolve_name("xtuner.model.adapter.lora") == "xtuner.model.adapters.lora.lora"  # moved
     assert resolve_name("TorchAdafactor", "optim_wrapper.optimizer") == "torch.optim.Adafactor"
     unknown = find_unknown({"optim_wrapper": {"optimizer": {"type": "Adafactor"}}})  # there it is transformers'
     assert "no optimizer 'Adafactor'" in str(unknown["optim_wrapper.optimizer"])
 
 
 def test_adapters_refuse_where_nothing_was_checked(legacy: Path) -> None:
-    from xtuner.config.build import build
-
-    spec = load(str(legacy), ["model.lora=1"]).values["model"]
-    with pytest.raises(ConfigError, match="lora = 1 is not supported"):
+    spec = load(str(legacy), ["model.peft_model=1"]).values["model"]
+    with pytest.raises(ConfigError, match="peft_model = 1 is not supported"):
         build(spec)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 
 from xtuner.compat.translate import load
 from xtuner.config import types
-from xtuner.config.check import check
+from xtuner.config.build import build
+from xtuner.config.check import check, find_mistakes
 from xtuner.config.load import SHIPPED
 from xtuner.config.schema import REQUIRED, Rule, Setting
 from xtuner.config.settings import SCHEMA
@@ -84,6 +86,20 @@ def test_shipped_configs_are_up_to_date() -> None:
     """They are what `make configs` writes, and no other file is there."""
     shipped = {file.name: file.read_text(encoding="utf-8") for file in SHIPPED.glob("*.py") if file.stem != "__init__"}
     assert shipped == dict(render_configs())
+
+
+def test_what_shipped_configs_suggest_in_comments_is_accepted(tmp_path: Path) -> None:
+    text = (SHIPPED / "internlm2_7b_w_tokenized_dataset.py").read_text()
+    suggested = r"adapter=|frozen_weights=|optimizer=|param_scheduler = |    type=|\)$"
+    text, lines = re.subn(rf"(?m)^( *)# (?={suggested})", r"\1", text)
+    assert lines == 6
+    text = text.replace("    optimizer=dict(type=optim_type, lr=lr, betas=betas, weight_decay=weight_decay),\n", "")
+    (tmp_path / "config.py").write_text(text)
+    config = load(str(tmp_path / "config.py"))
+    assert find_mistakes(config) == []
+    values = config.values
+    assert (values["model"]["adapter"]["rank"], values["param_scheduler"]["decay"]) == (16, 0.1)
+    assert build(values["optim_wrapper"]).muon.adamw["lr"] == 4e-5
 
 
 @pytest.mark.parametrize(

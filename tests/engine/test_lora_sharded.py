@@ -21,8 +21,8 @@ from xtuner.engine.memory import DIVISIONS
 from xtuner.engine.strategies import select
 from xtuner.engine.strategies.sharded_strategy import ShardedStrategy
 from xtuner.model.activation_memory import ActivationPlan
-from xtuner.model.adapted import load_adapted
-from xtuner.model.adapter_folder import open_adapter
+from xtuner.model.adapters.folder import open_adapter
+from xtuner.model.adapters.loading import load_adapted
 from xtuner.optim.optim_wrapper import OptimWrapper
 
 SETTINGS: dict[str, dict[str, Any]] = {

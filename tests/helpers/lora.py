@@ -10,7 +10,7 @@ from xtuner.core import log
 from xtuner.dist import collectives
 from xtuner.families import FAMILIES
 from xtuner.model import from_pretrained, from_scratch
-from xtuner.model.adapter import lora
+from xtuner.model.adapters.lora import lora
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import split_for_family

@@ -18,7 +18,7 @@ from xtuner.export.hf import export_hf
 from xtuner.export.peft import export_peft
 from xtuner.export.sources.peft import PREFIX
 from xtuner.families import FAMILIES
-from xtuner.model.adapter import stored_rows
+from xtuner.model.adapters.lora import stored_rows
 from xtuner.model.decoder import CausalLM
 
 PEFT = CACHE / "peft-0.21.2"

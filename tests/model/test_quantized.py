@@ -15,7 +15,7 @@ from xtuner.engine import memory
 from xtuner.engine.memory import DIVISIONS
 from xtuner.export.hf import export_hf
 from xtuner.model import from_pretrained, from_scratch, load_pretrained
-from xtuner.model.adapter import build_lora, lora
+from xtuner.model.adapters.lora import build_lora, lora
 from xtuner.model.ops.quantized import FORMATS, Nf4, round_trip
 from xtuner.optim.optim_wrapper import OptimWrapper
 

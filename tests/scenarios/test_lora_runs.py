@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.model import load_pretrained
-from xtuner.model.adapted import load_adapted
-from xtuner.model.adapter_folder import open_adapter
+from xtuner.model.adapters.folder import open_adapter
+from xtuner.model.adapters.loading import load_adapted
 
 Command = Callable[..., int]
 IDS = torch.arange(3, 60)

@@ -8,6 +8,7 @@ MOVED = {
     "xtuner.engine.legacy": "xtuner.compat.adapters.engine",
     "xtuner.engine.optim": "xtuner.optim.optim_wrapper",
     "xtuner.engine.schedule": "xtuner.optim.schedule",
+    "xtuner.model.adapter": "xtuner.model.adapters.lora",
     "xtuner.model.legacy": "xtuner.compat.adapters.model",
     "xtuner.train.legacy": "xtuner.compat.adapters.train",
     "xtuner.train.profile": "xtuner.train.reporting.profile",

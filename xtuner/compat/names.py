@@ -42,6 +42,8 @@ _TABLE: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("dataset", ("xtuner.dataset.intern_repo", "xtuner.dataset"), _DATASETS, "xtuner.data"),
     ("model", ("xtuner.model", "xtuner.model.sft"), "SupervisedFinetune", "xtuner.compat.adapters.model"),
     ("model", ("transformers",), "AutoModelForCausalLM", "xtuner.compat.adapters.model"),
+    ("adapter", ("peft",), "LoraConfig", "xtuner.compat.adapters.peft"),
+    ("quantization", ("transformers",), "BitsAndBytesConfig", "xtuner.compat.adapters.peft"),
     ("tokenizer", ("transformers",), "AutoTokenizer", "xtuner.compat.adapters.data"),
     ("template", ("xtuner.utils",), "PROMPT_TEMPLATE", "xtuner.compat.adapters.data"),
     ("visualizer", ("mmengine.visualization",), "Visualizer", "xtuner.compat.adapters.train"),
@@ -78,6 +80,8 @@ _KIND_BY_PATH = {
     r"train_dataloader\.collate_fn": "collate function",
     r"train_dataloader\.dataset(\.dataset_cfg)?|val_dataset": "dataset",
     r"model(\.llm)?": "model",
+    r"model\.lora": "adapter",
+    r"model\.llm\.quantization_config": "quantization",
     r"(model\.)?tokenizer|custom_hooks\.[^.]+\.tokenizer": "tokenizer",
     r"visualizer": "visualizer",
     r"visualizer\.vis_backends(\.\d+)?": "visualizer's backend",
@@ -86,11 +90,9 @@ _KIND_BY_PATH = {
 # Optimizers of PyTorch that cannot train a model here
 _UNSUPPORTED = ("LBFGS", "SparseAdam")
 _TOKENIZED = "load_intern_repo_tokenized_dataset, on .bin and .bin.meta files (`xtuner data tokenize` writes them)"
-_FULL = "xtuner.model.lora, in model = dict(type=from_pretrained, …, adapter=dict(type=lora, …)): docs/en/lora.md"
 _DEEPSPEED = "--deepspeed on the command line"
 # name → the nearest thing that exists
 _NEAREST = {
-    "BitsAndBytesConfig": _FULL,
     "ConcatDataset": _TOKENIZED,
     "DefaultOptimWrapperConstructor": "none; leave constructor out",
     "DeepSpeedOptimWrapper": f"mmengine.optim.AmpOptimWrapper, and {_DEEPSPEED}",
@@ -103,7 +105,6 @@ _NEAREST = {
     "IterBasedTrainLoop": "xtuner.engine.runner.TrainLoop with max_epochs",
     "LLaVAModel": "SupervisedFinetune: models read text only",
     "LocalAttnArgsToMessageHubHook": "none; each batch contains the document borders",
-    "LoraConfig": _FULL,
     "OptimWrapper": "mmengine.optim.AmpOptimWrapper",
     "ProfilerHook": "xtuner.train.reporting.profile.ProfileHook",
     "SYSTEM_TEMPLATE": "the system prompt itself, as a string",
@@ -172,7 +173,7 @@ def unknown_name(written: str, where: str, key: str = "") -> ConfigError:
     """The error for a name without a replacement."""
     module, name, _ = _split(written)
     if module and not (module == "mmengine" and find_kind(key)):
-        why = "only configs of XTuner 0.1 and 0.2 that train all weights on tokenized data are supported"
+        why = "only configs of XTuner 0.1 and 0.2 for tokenized data are supported"
         return ConfigError(f"{written} has no replacement in xtuner", where=where, why=why, do=_nearest(module, name))
     kind = find_kind(key)
     known = _registered(kind)

@@ -112,8 +112,19 @@ DIFFERENCES = (
         _builds("adapters.model.SupervisedFinetune", "use_varlen_attn"),
     ),
     Difference(
-        "Matrix products are in bf16 on GPUs and in fp32 on CPUs, never in fp16; weights are kept in fp32.",
+        "Matrix products are in bf16 on GPUs and in fp32 on CPUs, never in fp16; weights that are trained are kept in "
+        "fp32.",
         _builds("adapters.engine.AmpOptimWrapper"),
+    ),
+    Difference(
+        "Without `target_modules`, `lora` adapts all matrices of the blocks; in XTuner also the output layer of "
+        "InternLM2.",
+        _builds("adapters.peft.LoraConfig", "target_modules", None),
+    ),
+    Difference(
+        "With `load_in_8bit=True`, weights of 8 bits are read back before each product; in XTuner products were in 8 "
+        "bits.",
+        _builds("adapters.peft.BitsAndBytesConfig", "load_in_8bit", True),
     ),
     Difference(
         "Checkpoints are directories named `iter_N.pth`, N in iterations, also with `by_epoch=True` (the default of "

@@ -42,6 +42,9 @@ _NO_EFFECT = {
 
 _DECLARED = (
     *(Setting(key, resume="harmless") for key in ("model.llm", "model.path")),  # the source of the weights
+    Setting("model.llm.quantization_config", resume="changes the result"),
+    Setting("model.lora", resume="impossible"),
+    *(Setting(f"model.lora.{name}", resume="changes the result") for name in ("lora_alpha", "lora_dropout")),
     *(Setting(key, allowed=allowed) for key, allowed in _ALLOWED.items()),
     *(Setting(key, no_effect=why) for key, why in _NO_EFFECT.items()),
 )

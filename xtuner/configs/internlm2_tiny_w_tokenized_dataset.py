@@ -117,6 +117,7 @@ val_dataset = dict(type=load_intern_repo_tokenized_dataset, folder=val_folder) i
 optim_wrapper = dict(
     type=OptimWrapper,
     optimizer=dict(type=optim_type, lr=lr, betas=betas, weight_decay=weight_decay),
+    # optimizer=dict(type="Muon", lr=0.02, adamw=dict(lr=lr, betas=betas)),  # instead; AdamW for all but matrices
     clip_grad=dict(max_norm=max_norm),
     accumulative_counts=accumulative_counts,
     states=states,
@@ -142,6 +143,10 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
+# instead: a warm-up, the full rate, and a decay over the last tenth
+# param_scheduler = dict(
+#     type="xtuner.engine.WarmupStableDecayLR", unit="epochs", warmup=warm_up_ratio * max_epochs, decay=0.1 * max_epochs
+# )
 
 train_cfg = dict(max_epochs=max_epochs)
 

@@ -70,6 +70,8 @@ model = dict(
     pretrained_model_name_or_path=pretrained_model_name_or_path,
     use_varlen_attn=use_varlen_attn,
     activation_checkpointing=True,
+    # adapter=dict(type="xtuner.model.lora", rank=16, alpha=32),  # LoRA: low-rank terms alone are trained
+    # frozen_weights="nf4",  # with an adapter: the matrices under it in 4 bits (QLoRA, docs/en/lora.md)
 )
 
 #######################################################################
@@ -107,6 +109,7 @@ val_dataset = dict(type=load_intern_repo_tokenized_dataset, folder=val_folder) i
 optim_wrapper = dict(
     type=OptimWrapper,
     optimizer=dict(type=optim_type, lr=lr, betas=betas, weight_decay=weight_decay),
+    # optimizer=dict(type="Muon", lr=0.02, adamw=dict(lr=lr, betas=betas)),  # instead; AdamW for all but matrices
     clip_grad=dict(max_norm=max_norm),
     accumulative_counts=accumulative_counts,
     states=states,
@@ -132,6 +135,10 @@ param_scheduler = [
         convert_to_iter_based=True,
     ),
 ]
+# instead: a warm-up, the full rate, and a decay over the last tenth
+# param_scheduler = dict(
+#     type="xtuner.engine.WarmupStableDecayLR", unit="epochs", warmup=warm_up_ratio * max_epochs, decay=0.1 * max_epochs
+# )
 
 train_cfg = dict(max_epochs=max_epochs)
 

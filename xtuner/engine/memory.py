@@ -20,7 +20,7 @@ from xtuner.dist.mesh import Mesh
 from xtuner.engine.long_documents import plan_activations
 from xtuner.engine.step_time import StepCost
 from xtuner.model.activation_memory import KEEP_ORDER, ActivationPlan
-from xtuner.model.adapter import LoRA
+from xtuner.model.adapters.lora import LoRA
 from xtuner.model.flops import num_parameters
 from xtuner.model.source import ModelSource
 from xtuner.optim.adamw import FORMS

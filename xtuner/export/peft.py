@@ -23,8 +23,8 @@ from xtuner.export.hf import LOADABLE
 from xtuner.export.sources.peft import IDENTITY, PREFIX
 from xtuner.families import FAMILIES, NATIVE
 from xtuner.families.base import ModelFamily
-from xtuner.model.adapter import MATRICES, stored_rows
-from xtuner.model.adapter_folder import AdapterFolder, FullTerm, open_adapter
+from xtuner.model.adapters.folder import AdapterFolder, FullTerm, open_adapter
+from xtuner.model.adapters.lora import MATRICES, stored_rows
 from xtuner.model.weights import split_for_family
 
 KIND = "adapter"  # in the manifest of folders that the next export may replace

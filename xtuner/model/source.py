@@ -16,9 +16,9 @@ from xtuner.families import FAMILIES, NATIVE, read_config, read_model
 from xtuner.families.base import ModelFamily
 from xtuner.model import attention
 from xtuner.model.activation_memory import ActivationPlan
-from xtuner.model.adapter import WHERE, LoRA, build_lora, lora
-from xtuner.model.adapter_folder import write_record
-from xtuner.model.base_identity import BaseModel, identify_base
+from xtuner.model.adapters.base_identity import BaseModel, identify_base
+from xtuner.model.adapters.folder import write_record
+from xtuner.model.adapters.lora import WHERE, LoRA, build_lora, lora
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize_parameter
 from xtuner.model.flops import num_parameters, training_flops
 from xtuner.model.linear import Linear
@@ -226,10 +226,10 @@ class ModelSource:
         for name, part in parts.items():
             if self.folder is not None and (name in own or name in magnitudes):
                 continue
-            held, numel = part.values, shapes[name].numel()
-            full = torch.empty(shapes[name], device=device)
-            if type(part) is FlatRange and (len(held), held.device, held.dtype) == (numel, device, torch.float32):
-                full = held.view(shapes[name])
+            held, shape = part.values, own.get(name, shapes[name])  # not that of quantized rows
+            full = torch.empty(shape, device=device)
+            if type(part) is FlatRange and (len(held), held.device, held.dtype) == (full.numel(), device, full.dtype):
+                full = held.view(shape)
             if name in own:
                 initialize_parameter(name, full, self.config, self.seed or 0)
             else:
@@ -280,7 +280,7 @@ def from_pretrained(
             for the fastest that runs.
         products: in what training multiplies with the weights of blocks: "own", the dtype of everything else, or "fp8"
             (Hopper and later GPUs; see ops/matmul.py).
-        adapter: None to train all weights; `dict(type=lora, …)` to train low-rank terms alone (model/adapter.py).
+        adapter: None to train all weights; `dict(type=lora, …)` to train low-rank terms alone (model/adapters/lora.py).
         frozen_weights: with an adapter, how the matrices of blocks are kept: "own", in the dtype of everything else;
             "nf4" in 4 bits (QLoRA), or "int8" (ops/quantized.py).
     """

@@ -10,12 +10,17 @@ from pathlib import Path
 from xtuner.core.files import atomic_file
 from xtuner.tools.job_scripts import fill_template
 
+_ARGUMENTS = (
+    "    pretrained_model_name_or_path=pretrained_model_name_or_path,\n"
+    "    use_varlen_attn=use_varlen_attn,\n"
+    "    activation_checkpointing=True,\n"
+)
 _PRETRAINED = {
     "model": "from_pretrained",
     "model_imports": "from_pretrained",
-    "model_arguments": "    pretrained_model_name_or_path=pretrained_model_name_or_path,\n"
-    "    use_varlen_attn=use_varlen_attn,\n"
-    "    activation_checkpointing=True,\n",
+    "model_arguments": _ARGUMENTS
+    + '    # adapter=dict(type="xtuner.model.lora", rank=16, alpha=32),  # LoRA: low-rank terms alone are trained\n'
+    '    # frozen_weights="nf4",  # with an adapter: the matrices under it in 4 bits (QLoRA, docs/en/lora.md)\n',
     "tokenizer_path": "pretrained_model_name_or_path",
     "prompt_template": "internlm2_chat",
     "max_length": 32768,
@@ -87,7 +92,7 @@ def _qlora(model: str) -> dict[str, object]:
         "title": f"QLoRA of {values['title']}",
         "model_imports": "from_pretrained, lora",
         "model_settings": f"{values['model_settings']}\n{settings}",
-        "model_arguments": f"{values['model_arguments']}{arguments}",
+        "model_arguments": f"{_ARGUMENTS}{arguments}",
     }
 
 

@@ -32,8 +32,8 @@ from xtuner.data.packing.raw_pack import IGNORE
 from xtuner.dist.collectives import ALL, Ranks
 from xtuner.export.sources.peft import open_peft
 from xtuner.model import load_pretrained
-from xtuner.model.adapted import load_adapted
-from xtuner.model.adapter_folder import AdapterFolder, has_adapter, open_adapter
+from xtuner.model.adapters.folder import AdapterFolder, has_adapter, open_adapter
+from xtuner.model.adapters.loading import load_adapted
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import ModelSource
 from xtuner.model.weights import find_base_weights

@@ -40,9 +40,9 @@ from xtuner.data.packing.pack import PackedDataset
 from xtuner.data.tokenizer_template import read_template
 from xtuner.dist.mesh import Mesh
 from xtuner.families import read_model
-from xtuner.model.adapter import LoRA
-from xtuner.model.adapter_folder import has_adapter, open_adapter
-from xtuner.model.base_identity import require_same_base
+from xtuner.model.adapters.base_identity import require_same_base
+from xtuner.model.adapters.folder import has_adapter, open_adapter
+from xtuner.model.adapters.lora import LoRA
 from xtuner.model.source import ModelSource, from_scratch, require_special_tokens
 from xtuner.model.weights import WeightFolder, check_network, check_shapes, find_base_weights
 from xtuner.optim.optim_wrapper import OptimWrapper

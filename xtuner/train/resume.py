@@ -13,8 +13,8 @@ from xtuner.core.log import logger
 from xtuner.core.secrets import mask
 from xtuner.dist.collectives import Ranks
 from xtuner.engine.base import Strategy
-from xtuner.model.adapter_folder import ADAPTER
-from xtuner.model.base_identity import read_base, require_same_base
+from xtuner.model.adapters.base_identity import read_base, require_same_base
+from xtuner.model.adapters.folder import ADAPTER
 from xtuner.model.weights import find_base_weights
 from xtuner.train.checkpoints import checkpoint, history
 from xtuner.train.checkpoints.history import ResumeChoice

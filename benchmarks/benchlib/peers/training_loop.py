@@ -8,6 +8,8 @@ State of AdamW, as close to ours as the peers' options allow:
     bf16    everything in bf16 (8 bytes); fused AdamW
     8bit    bf16 weights with stochastic rounding, 8-bit moments (6 bytes): torchao's AdamW8bit   # pip install torchao
 
+With LoRA or QLoRA: frozen weights in bf16 or nf4, the factors and their state as fp32 (peft_terms.py).
+
 On several GPUs (multi_gpu/peer_runs.py) FSDP2 shards the fp32 state, and gradients are summed in fp32.
 """
 
@@ -23,8 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from benchlib.gpu_memory import in_use
 from benchlib.results_table import shape_of
-from benchlib.workloads import PACK, PACKS, VOCABULARY, Case, packs_in_training_order, write_data
+from benchlib.workloads import TINY_PACK, VOCABULARY, Case, Terms, packs_in_training_order
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -32,13 +35,13 @@ from torch.distributed.tensor import DTensor
 from xtuner.data.loading.batch import Batch
 from xtuner.families import LLAMA, QWEN3, ModelFamily
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize_parameter
-from xtuner.model.flops import peak_flops, training_flops
+from xtuner.model.flops import matmul_parameters, peak_flops, training_flops
 from xtuner.model.weights import split_for_family
 from xtuner.train.reporting.profile import KernelTimer, sum_by_part
 
 Weights = dict[str, torch.Tensor]
 LR = 4e-5
-TINY, TINY_PACK = DecoderConfig(VOCABULARY, 128, 512, 2, 1, 1, 128), 512
+TINY = DecoderConfig(VOCABULARY, 128, 512, 2, 1, 1, 128)
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,13 @@ class Settings:
     compute: torch.dtype = torch.bfloat16
     mesh: DeviceMesh | None = None  # of several ranks: the state is sharded over them
     shared: bool = False  # all ranks share each pack (shared_packs.py)
+    terms: Terms | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights."""
+        if self.terms:
+            return self.compute
         return torch.float32 if self.states == "fp32" else torch.bfloat16
 
 
@@ -73,9 +79,10 @@ class Peer:
     loss: Callable[[Batch], torch.Tensor]
     rename: Callable[[Weights], Weights] = lambda weights: weights  # llama layout → the model's own names
     adds_up: bool = False  # sums gradients over ranks; FSDP averages by default
+    adapt: Callable[[], None] | None = None  # freezes the model and adds what is trained instead
 
     def start(self, shape: DecoderConfig) -> None:
-        """Load the random weights that ours starts from, one tensor at a time."""
+        """Load the random weights that ours starts from, one tensor at a time, and add the adapter."""
         with torch.device("meta"):
             ours = dict(CausalLM(shape).named_parameters())
         theirs = dict(self.model.named_parameters())
@@ -87,6 +94,8 @@ class Peer:
                 copy_shard(theirs.pop(key), weight)
         if theirs:
             raise RuntimeError(f"{self.name} has weights that ours does not have: {', '.join(theirs)}")
+        if self.adapt:
+            self.adapt()
 
 
 def layout(shape: DecoderConfig) -> ModelFamily:
@@ -109,6 +118,8 @@ def copy_shard(parameter: torch.Tensor, full: torch.Tensor) -> None:
 def build(s: Settings) -> Peer:
     if s.states == "split":
         raise SystemExit("peers do not support --states split: use fp32")
+    if s.terms and s.engine == "torchtitan":
+        raise SystemExit("torchtitan trains no adapters: use --engine hf-liger or hf")
     if s.mesh and s.states != "fp32":
         raise SystemExit("peers on several GPUs are measured with fp32 state")
     module = "torchtitan_model" if s.engine == "torchtitan" else "transformers_model"
@@ -118,7 +129,7 @@ def build(s: Settings) -> Peer:
         raise SystemExit(f"{e}; benchmarks/benchlib/peers/{module}.py says what to install") from e
 
 
-def optimizer_of(states: str, model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(states: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     chosen: dict[str, Any] = dict(lr=LR, betas=(0.9, 0.95), weight_decay=0.01)
     if states == "8bit":
         try:
@@ -126,8 +137,8 @@ def optimizer_of(states: str, model: nn.Module) -> torch.optim.Optimizer:
         except ModuleNotFoundError as e:
             raise SystemExit(f"{e}; AdamW with 8-bit moments is torchao's: pip install torchao") from e
 
-        return AdamW8bit(model.parameters(), bf16_stochastic_round=True, **chosen)
-    return torch.optim.AdamW(model.parameters(), fused=True, **chosen)
+        return AdamW8bit(parameters, bf16_stochastic_round=True, **chosen)
+    return torch.optim.AdamW(parameters, fused=True, **chosen)
 
 
 class Loop:
@@ -140,8 +151,8 @@ class Loop:
         if s.device.type == "cuda":
             torch.cuda.empty_cache()  # full tensors of the initial weights
         peer.model.train()
-        self.parameters = list(peer.model.parameters())
-        self.optimizer = optimizer_of(s.states, peer.model)
+        self.parameters = [p for p in peer.model.parameters() if p.requires_grad]
+        self.optimizer = optimizer_of(s.states, self.parameters)
 
     def backward(self, packs: Sequence[Batch]) -> torch.Tensor:
         """Mean loss over the targets of all ranks; its gradient is on all ranks.
@@ -199,14 +210,14 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
     if not a.tiny and not torch.cuda.is_available():
         raise SystemExit("peers need a GPU; --tiny tries one on a CPU")
     device = torch.device("cpu" if a.tiny else "cuda")
-    shape, length = (TINY, TINY_PACK) if a.tiny else (shape_of(case.name), PACK)
-    settings = Settings(a.engine, shape, device, case.states, case.long, a.attention, a.recompute)
+    shape, length = (TINY, TINY_PACK) if a.tiny else (shape_of(case.name), case.pack)
+    settings = Settings(a.engine, shape, device, case.states, case.long, a.attention, a.recompute, terms=case.terms)
     peer = build(settings)
-    if a.tiny and peer.attention != "sdpa":
-        raise SystemExit("on a CPU only sdpa has a backward: --attention sdpa, for torchtitan a -long case")
+    if a.tiny and peer.attention not in ("sdpa", "loop"):
+        raise SystemExit("on a CPU only sdpa and loop have a backward: --attention sdpa, for torchtitan a -long case")
     loop = Loop(peer, settings)
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder), 6 if a.tiny else PACKS, PACK if case.long else 0)
+        case.write_data(Path(folder), *([6] if a.tiny else []))
         data, order = packs_in_training_order(Path(folder), length)
         packs = [[Batch.from_item(data[i])] for i in order[: a.iterations + 2]]
     found, first = [], 0.0
@@ -216,8 +227,9 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
         if i + 1 == a.warm and not a.tiny:
             torch.cuda.reset_peak_memory_stats()  # forget the autotuning of compilers
     counted = found[a.warm :]
+    frozen, added = (matmul_parameters(shape), sum(p.numel() for p in loop.parameters)) if case.terms else (0, 0)
     speeds = [
-        training_flops(shape, length, pack.attention_pairs) / it.seconds
+        training_flops(shape, length, pack.attention_pairs, frozen, added) / it.seconds
         for (pack,), it in zip(packs[a.warm : a.iterations], counted, strict=True)
     ]
     times = [it.seconds for it in counted]
@@ -229,6 +241,7 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
         "spread": [length / max(times), length / min(times)],
         "mfu": peak and statistics.median(speeds) / peak,
         "memory": 0 if a.tiny else torch.cuda.max_memory_allocated(),
+        "in_use": None if a.tiny else in_use(device),
         "data_time": None,
         "first": first,
         "losses": [it.loss for it in counted],

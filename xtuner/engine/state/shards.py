@@ -27,7 +27,7 @@ from xtuner.engine.state.slices import SavedStates, cut_into_slices
 from xtuner.engine.state.snapshot import Snapshot, group_into_files
 from xtuner.engine.step_time import context_costs
 from xtuner.families import checkpoint_config, find_family
-from xtuner.model.adapter_folder import ADAPTER, RECORD
+from xtuner.model.adapters.folder import ADAPTER, RECORD
 from xtuner.model.context_parallel.exchange import ContextGroup
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.weights import (

@@ -15,7 +15,7 @@ from xtuner.engine.base import Strategy
 from xtuner.engine.memory import USUAL_PACK, MemoryPlan
 from xtuner.engine.strategies.sharded_strategy import ShardedStrategy
 from xtuner.engine.zero import deepspeed_config, zero_memory
-from xtuner.model.adapter import LoRA
+from xtuner.model.adapters.lora import LoRA
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.optimizer_traits import ADVICE

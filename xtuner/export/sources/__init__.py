@@ -21,7 +21,7 @@ from xtuner.export.sources.single_file import SingleFile
 from xtuner.export.sources.zero import ZeroFolder
 from xtuner.families import NATIVE, find_family_by_names, read_model
 from xtuner.families.base import ModelFamily
-from xtuner.model.adapter_folder import MergedWeights, has_adapter, open_adapter
+from xtuner.model.adapters.folder import MergedWeights, has_adapter, open_adapter
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import Shape, WeightFolder, WeightSource, find_base_weights, join_from_family
 

@@ -13,9 +13,9 @@ from xtuner.core.foreign_inputs import short
 from xtuner.families import read_model
 from xtuner.families.base import ModelFamily
 from xtuner.families.network import DecoderConfig
-from xtuner.model.adapter import TRAINABLE, build_lora, lora, name_targets, stored_rows
-from xtuner.model.adapter_folder import AdapterFolder
-from xtuner.model.base_identity import BaseModel
+from xtuner.model.adapters.base_identity import BaseModel
+from xtuner.model.adapters.folder import AdapterFolder
+from xtuner.model.adapters.lora import TRAINABLE, build_lora, lora, name_targets, stored_rows
 from xtuner.model.weights import Shape, WeightFolder, WeightSource, hf_shapes
 
 PREFIX = "base_model.model."

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.core import log
     from xtuner.export.hf import parse_size, summarize_export
     from xtuner.export.peft import export_peft
-    from xtuner.model.adapter_folder import has_adapter
+    from xtuner.model.adapters.folder import has_adapter
 
     dtype = torch.float32 if args.fp32 else torch.bfloat16
     size = parse_size(args.max_shard_size)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 def _require_adapter(checkpoint: str) -> None:
     from xtuner.core.errors import ConfigError
     from xtuner.core.path_kinds import CHECKPOINT, recognise
-    from xtuner.model.adapter_folder import has_adapter
+    from xtuner.model.adapters.folder import has_adapter
 
     kind = recognise(checkpoint)
     if kind.exists and not has_adapter(kind.path):
@@ -86,7 +86,7 @@ def from_config(
     from xtuner.compat.translate import load
     from xtuner.config.build import build
     from xtuner.export.hf import export_hf
-    from xtuner.model.adapter_folder import has_adapter
+    from xtuner.model.adapters.folder import has_adapter
     from xtuner.model.decoder import DecoderConfig
     from xtuner.model.source import ModelSource
 

@@ -19,7 +19,7 @@ from xtuner.data.loading.sampler import count_epoch_packs
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.memory import USUAL_PACK
 from xtuner.families import FAMILIES, read_config
-from xtuner.model.adapter import build_lora
+from xtuner.model.adapters.lora import build_lora
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import preflight

@@ -9,7 +9,7 @@ import torch
 
 from xtuner.core.log import human, human_bytes
 from xtuner.core.system import sysinfo
-from xtuner.model.adapter import LoRA
+from xtuner.model.adapters.lora import LoRA
 from xtuner.model.attention import BACKENDS
 from xtuner.model.context_parallel.division import divide_heads
 from xtuner.model.flops import num_parameters

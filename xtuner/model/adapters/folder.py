@@ -18,8 +18,8 @@ from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import read_json
 from xtuner.families import read_config, read_model
 from xtuner.families.network import DecoderConfig
-from xtuner.model.adapter import MATRICES, LoRA, Target, build_lora, lora
-from xtuner.model.base_identity import BaseModel, identify_base, read_base, require_same_base
+from xtuner.model.adapters.base_identity import BaseModel, identify_base, read_base, require_same_base
+from xtuner.model.adapters.lora import MATRICES, LoRA, Target, build_lora, lora
 from xtuner.model.ops.low_rank import Rows, join_columns, row_norms
 from xtuner.model.ops.quantized import FORMATS, round_trip
 from xtuner.model.weights import Shape, WeightFolder, WeightSource, hf_shapes, join_from_family

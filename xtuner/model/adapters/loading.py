@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from xtuner.model.adapter_folder import AdapterFolder
+from xtuner.model.adapters.folder import AdapterFolder
 from xtuner.model.decoder import CausalLM
 from xtuner.model.source import from_pretrained
 from xtuner.model.weights import FlatRange, check_shapes

@@ -37,7 +37,7 @@ class Shape:
         return dict(
             vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.ffn,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-            max_position_embeddings=PACK, family=self.family,
+            max_position_embeddings=PACK, family=self.family, eos_token_id=2,
         )  # fmt: skip
 
     @property

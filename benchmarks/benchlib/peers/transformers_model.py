@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from xtuner.data.loading.batch import Batch
 from xtuner.model.attention import choose_backend, load_backend
 
+REGISTERED = "by_borders"  # transformers looks for a package of its own if a name contains "flash"
+
 
 def build(s: Settings) -> Peer:
     liger = s.engine == "hf-liger"
@@ -37,7 +39,8 @@ def build(s: Settings) -> Peer:
         getattr(liger_kernel.transformers, f"apply_liger_kernel_to_{layout(s.shape).name}")()
     written = layout(s.shape).write_config(s.shape, str(s.dtype)[6:])
     config = AutoConfig.for_model(written.pop("model_type"), **written)
-    config._attn_implementation = {"flex": "flex_attention"}.get(attention, attention)
+    named = REGISTERED if by_borders else attention
+    config._attn_implementation = {"flex": "flex_attention"}.get(named, named)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(s.dtype)
     if recompute == "full":
@@ -87,7 +90,7 @@ def register_attention(name: str) -> None:
         q, k, v = (x[0].transpose(0, 1) for x in (q_1NTD, k_1KTD, v_1KTD))
         return function(q, k, v, more["cu_seq_lens_q"], more["max_length_q"])[None], None
 
-    AttentionInterface.register(name, attend)
+    AttentionInterface.register(REGISTERED, attend)
 
 
 def shard(model: PreTrainedModel, s: Settings) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,10 @@ pytest.register_assert_rewrite("helpers")
 
 from helpers import slurm as own_slurm  # noqa: E402
 from helpers.corpus import VOCABULARY, train_tokenizer, write_corpus  # noqa: E402
+
+# a busy machine is no fault of the code
+hypothesis.settings.register_profile("any-machine", suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("any-machine")
 
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"}
 started: list[str] = []  # processes that the test has started

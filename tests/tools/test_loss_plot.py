@@ -52,6 +52,7 @@ def test_starts_that_record_what_they_continue(tmp_path: Path, tiny: Path, xtune
             "iteration": len(words[:1]),
             "resumed_from": str(words[-1]) if words[1:] else "iter_1.pth" if words else None,
         }
+        assert facts.pop("run_id")
         assert facts == at
     fresh, elsewhere = {"iteration": 0, "resumed_from": None}, {"iteration": 30, "resumed_from": "/other/iter_30.pth"}
     write_start(tmp_path, "20260101_000000", range(1, 10), fresh)

@@ -248,22 +248,17 @@ def suggest_mesh(
     chosen: MemoryPlan, source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh, pack: int,
     free: int | None,
 ) -> str:  # fmt: skip
-    """A remark if sharding over each node's ranks, or over all ranks, is estimated to be faster; else ""."""
-    if mesh.size == mesh.local_size or mesh.size % mesh.local_size or not chosen.seconds:
+    """A remark if sharding over all ranks instead of each node's is estimated to be faster; else "". The opposite never
+    is: all cards of a node take part in sharding over all ranks, and replicas send more."""
+    if mesh.dp_replicate == 1 or not chosen.seconds:
         return ""
-    full = mesh.dp_replicate == 1
-    shards = mesh.local_size if full else mesh.size
-    if shards % mesh.cp:
-        return ""
-    other = Mesh(mesh.size // shards, shards // mesh.cp, mesh.cp, local_size=mesh.local_size)
+    other = Mesh(1, mesh.size // mesh.cp, mesh.cp, local_size=mesh.local_size)
     document, host = chosen.document, chosen.activations.host
     found = plan_memory(source, optim, device, other, pack, free, document=document, host=host)
     if not found.fits(found.micro_batch_tokens(pack)) or chosen.seconds < MIN_SPEEDUP * found.seconds:
         return ""
-    return (
-        f"--fsdp {'hybrid' if full else 'full'} is estimated to be {100 * (chosen.seconds / found.seconds - 1):.0f} % "
-        "faster here; a checkpoint of either resumes under the other"
-    )
+    faster = f"{100 * (chosen.seconds / found.seconds - 1):.0f} % faster"
+    return f"--fsdp full is estimated to be {faster} here; a checkpoint of either resumes under the other"
 
 
 def candidate_sizes(plan: ActivationPlan, pack: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import os
 import queue
 import signal
 import threading
@@ -9,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -184,7 +186,7 @@ class PackLoader:
             sampler=self._numbers_to_read(position),
             num_workers=self.num_workers,
             prefetch_factor=PREFETCH,
-            worker_init_fn=_init_worker,
+            worker_init_fn=partial(_init_worker, dict(os.environ)),
             # a fork has none of the threads by which the client of object storage works
             multiprocessing_context="forkserver" if is_remote(self.dataset) else None,
         )
@@ -247,10 +249,17 @@ def list_files(dataset: PackedDataset) -> list[str] | int:
     return [f"{identity} {name}" for identity, name in zip(documents.identities(), names, strict=True)]
 
 
-def _init_worker(worker: int) -> None:
-    """Initialise a worker process. It ignores stop signals: Slurm, Kubernetes and Ctrl-C signal all processes of a job,
-    and the iteration in progress still needs its packs. It ends when the loader stops it or when its parent dies;
-    torch's own check misses a parent that died before the worker had started."""
+def _init_worker(environ: dict[str, str], worker: int) -> None:
+    """Initialise a worker process.
+
+    It ignores stop signals: Slurm, Kubernetes and Ctrl-C signal all processes of a job, and the iteration in progress
+    still needs its packs. It ends when the loader stops it or when its parent dies; torch's own check misses a parent
+    that died before the worker had started.
+
+    Args:
+        environ: the variables of the parent: a forkserver has those of its own start.
+    """
+    os.environ.update(environ)
     keep_freed()
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -39,7 +39,9 @@ def write_start(
     folder = work_dir / name
     add_lines(
         folder / "vis_data" / "scalars.json",
-        *({"iter": i, "loss": loss + math.sin(i), "loss_smoothed": loss, "lr": 1e-4, "time": 0.5, "tokens": 64 * i}
+        *({"iter": i, "loss": loss + math.sin(i), "loss_smoothed": loss, "lr": 1e-4, "time": 0.5, "tokens": 64 * i,
+           "loss/web": loss, "loss/code": loss - 1, "epoch/web": i / 50, "epoch/code": i / 99,
+           "rank_slowest": 0.5, "rank_median": 0.4}
           for i in iterations),
     )  # fmt: skip
     source = f"iter_{resumed}.pth" if resumed else None
@@ -173,6 +175,9 @@ def test_the_page(server: Server, snapshots: Snapshots, tmp_path: Path) -> None:
         limits = "(s => [s.min, s.max])(board.charts.get('loss').plot.scales.x)"
         browser.drag(left + width * 0.2, middle, left + width * 0.4)
         browser.wait_for(f"{limits}[1] < 50")
+        assert browser.ask("board.charts.get('sources').names.map(n => [n.run.id, n.line.name, !!n.dash])") == [
+            ["0.0", "code", False], ["0.0", "web", True], ["1.0", "code", False], ["1.0", "web", True],
+        ], "of several runs, colours are the runs' and dashes the sources'"  # fmt: skip
         assert browser.ask("(s => [s.min, s.max])(board.charts.get('lr').plot.scales.x)") == pytest.approx(
             [20, 40], abs=1
         )
@@ -188,6 +193,12 @@ def test_the_page(server: Server, snapshots: Snapshots, tmp_path: Path) -> None:
         browser.wait_for(f"{limits}[1] == 140")
         browser.ask("document.querySelector('#runs input').click()")
         browser.wait_for("document.querySelector('#differences').hidden")
+        browser.wait_for("!busy && board.shown().length == 1")
+        for chart, lines in ("sources", "code web"), ("group-epoch/…", "code web"), ("rank_times", "slowest median"):
+            legend = f"document.getElementById('chart-{chart}').querySelectorAll('.legend span')"
+            assert browser.ask(f"[...{legend}].map(s => s.textContent).join(' ')") == lines
+            colours = browser.ask(f"board.charts.get('{chart}').names.map(n => n.colour)")
+            assert len(set(colours)) == 2, "of one run each line has its own colour"
         browser.ask("document.querySelector('#axis button:nth-child(2)').click()")
         browser.wait_for(f"{limits}[1] == {64 * 140}")
         browser.ask("find('language').click()")

@@ -124,7 +124,7 @@ def test_a_spike_of_a_run(
     shown = board.show_run(run["id"])
     assert shown
     assert [m["iter"] for m in shown["marks"]["spike"]] == [58]
-    assert "usually" in shown["marks"]["spike"][0]["text"]
+    assert "usual deviations above the usual 6.0" in shown["marks"]["spike"][0]["text"]
 
 
 @pytest.mark.parametrize(

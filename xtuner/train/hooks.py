@@ -112,8 +112,8 @@ class LoggerHook(Hook):
         if "tokens_per_s" in averages:
             parts.append(f"{averages['tokens_per_s']:,.0f} tok/s")
         save = self._saver.next_save(run) if self._saver else None
-        if save and "time" in averages:
-            parts.append(f"save in {human_time((save - number) * averages['time'])}")
+        if save and "eta" in averages and number < last:
+            parts.append(f"save in {human_time(averages['eta'] * (save - number) / (last - number))}")
         show_progress(*parts)
         if number % self.interval == 0 or number == last:
             record = {"iter": number, "lr": it.lr, "grad_norm": it.grad_norm, **averages}

@@ -105,7 +105,7 @@ class LossWatch:
     def _report_spike(self, run: Run, it: Iteration, begun: Position, usual: float, deviations: float) -> None:
         number, data = it.state.iteration, run.loader.dataset
         packs = run.loader.packs_of_iteration(begun)
-        text = f"loss {it.loss:.4f}, usually {usual:.4f} ({deviations:.1f} usual deviations below)"
+        text = f"loss {it.loss:.4f}, {deviations:.1f} usual deviations above the usual {usual:.4f}"
         found = [describe_pack(data, pack) for pack in packs[:STORED]]
         run.metrics.event(
             "spike", number, reason=text, loss=it.loss, usual=usual, grad_norm=it.grad_norm, packs=found,

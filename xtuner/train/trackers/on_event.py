@@ -54,5 +54,5 @@ class OnEvent(Tracker):
             start_new_session=True,  # it may last longer than the run
         )
         if done.returncode:
-            said = done.stdout[-SHOWN:].decode(errors="replace").strip()
+            said = done.stdout[-SHOWN:].decode(errors="replace").strip() or "it printed nothing"
             raise RuntimeError(f"{self._words[0]} ended with code {done.returncode} at the event {name!r}: {said}")

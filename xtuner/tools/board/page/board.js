@@ -12,11 +12,11 @@ const SPECS = [
   { id: "grad_norm", title: "grad_norm", format: small, zero: true, lines: [{ key: "grad_norm" }] },
   { id: "tokens_per_s", title: "tokens_per_s", format: count, zero: true, lines: [{ key: "tokens_per_s" }] },
   { id: "mfu", title: "mfu", format: v => (100 * v).toFixed(1) + "%", tick: v => small(100 * v) + "%", zero: true, lines: [{ key: "mfu" }] },
-  { id: "memory", title: "memory", format: bytes, zero: true, lines: [{ key: "memory" }] },
+  { id: "memory", title: "memory", format: bytes, steps: [...Array(50).keys()].map(n => 2 ** n), zero: true, lines: [{ key: "memory" }] },
   { id: "time", title: "time", unit: "seconds", format: small, zero: true, lines: [{ key: "time" }] },
   { id: "data_time", title: "data_time", unit: "seconds", format: small, zero: true, lines: [{ key: "data_time" }] },
   { id: "rank_times", title: "rank_times", unit: "seconds", format: small, zero: true,
-    lines: [{ key: "rank_slowest", name: "rank_slowest" }, { key: "rank_median", name: "rank_median", style: "thin" }] },
+    group: true, lines: ["rank_slowest", "rank_median"].map((key, place) => ({ key, name: key, place })) },
 ];
 const KNOWN = new Set(SPECS.flatMap(s => s.lines.map(l => l.key)).concat("tokens_per_s_a_rank"));
 const find = id => document.getElementById(id);
@@ -36,6 +36,7 @@ const board = {
   runs: [], charts: new Map(), axis: stored("axis", "iter"), smoothing: stored("smoothing", ""), range: null, version: null,
   theme: "light",
   shown() { return this.runs.filter(r => r.on); },
+  palette() { return COLOURS[this.theme]; },
   place(run, iteration) { // on the x axis
     if (this.axis === "iter") return iteration;
     const axes = run.data.axes, known = axes[this.axis];
@@ -51,8 +52,12 @@ const board = {
   async zoom(range) { this.range = range; await refresh(true); },
 };
 
+function joinFacts(...facts) { // lines break between facts only
+  return element("div", { className: "facts" }, ...facts.flatMap((fact, i) => [i ? " · " : "", element("span", {}, fact)]));
+}
+
 function listRuns(listed) {
-  const before = new Map(board.runs.map(r => [r.id, r])), palette = COLOURS[board.theme];
+  const before = new Map(board.runs.map(r => [r.id, r])), palette = board.palette();
   board.runs = listed.map((run, i) => {
     const old = before.get(run.id);
     return { ...old, ...run, on: old ? old.on : run.current && i < palette.length, colour: palette[i % palette.length] };
@@ -64,15 +69,14 @@ function listRuns(listed) {
     if (run.loss !== null) facts.push(`${word("loss")} ${run.loss.toFixed(4)}`);
     if (run.val_loss !== null) facts.push(`${word("val_loss")} ${run.val_loss.toFixed(4)}`);
     const second = [run.tokens_per_s && run.state === "running" ? count(Math.round(run.tokens_per_s)) + " tok/s" : "",
-      run.eta ? `${word("eta")} ${duration(run.eta)}` : "", run.starts > 1 ? word("starts")(run.starts) : "",
+      run.eta ? word("eta")(duration(run.eta)) : "", run.starts > 1 ? word("starts")(run.starts) : "",
       run.state === "running" ? run.host : ""].filter(Boolean);
     const box = element("input", { type: "checkbox", checked: run.on, "data-run": run.id,
       onchange: event => { run.on = event.target.checked; board.range = null; refresh(true); } });
     box.dataset.run = run.id;
     const label = element("label", { "--run": run.colour, className: run.on ? "" : "off", title: run.folder }, box,
-      element("b", {}, run.name), element("div", { className: "facts" },
-        element("span", { className: "state " + run.state }, word(run.state)), " · " + facts.join(" · ")));
-    if (second.length) label.append(element("div", { className: "facts" }, second.join(" · ")));
+      element("b", {}, run.name), joinFacts(element("span", { className: "state " + run.state }, word(run.state)), ...facts));
+    if (second.length) label.append(joinFacts(...second));
     if (run.max_iterations && run.current) {
       const done = element("i"); done.style.width = Math.min(100 * run.iteration / run.max_iterations, 100) + "%";
       label.append(element("div", { className: "bar" }, done));
@@ -86,14 +90,24 @@ function listRuns(listed) {
 
 function drawCharts() {
   const keys = new Set(board.shown().flatMap(r => Object.keys(r.data?.curves || {})));
-  const specs = [...SPECS], sources = [...keys].filter(k => /^(val_)?loss[/.:]/.test(k)).sort();
-  if (sources.length) specs.splice(1, 0, { id: "sources", title: "sources", unit: "nats", format: v => v.toFixed(4), tick: small, large: true,
-    sources: true, lines: sources.map(key => ({ key, name: key })) });
-  for (const key of [...keys].filter(k => !KNOWN.has(k) && !sources.includes(k)).sort())
-    specs.push({ id: "other-" + key, title: key, format: small, lines: [{ key }] });
-  for (const spec of specs) {
+  const specs = [...SPECS], losses = [...keys].filter(k => /^(val_)?loss[/.:]/.test(k)).sort();
+  const others = [...keys].filter(k => !KNOWN.has(k) && !losses.includes(k)).sort();
+  const after = key => key.replace(/^.*?[/.:]/, ""), sources = [...new Set(losses.map(after))].sort();
+  if (losses.length) specs.splice(1, 0, { id: "sources", title: "sources", unit: "nats", format: v => v.toFixed(4), tick: small, large: true,
+    group: true, lines: losses.map(key => ({ key, place: sources.indexOf(after(key)),
+      ...(key.startsWith("val_") ? { style: "points", name: `${after(key)} · ${word("val_loss")}` } : { name: after(key) }) })) });
+  for (const group of new Set(others.filter(k => k.includes("/")).map(k => k.split("/")[0] + "/…"))) {
+    const lines = others.filter(k => k.startsWith(group.slice(0, -1))).map((key, place) => ({ key, name: after(key), place }));
+    specs.push({ id: "group-" + group, title: group, format: small, group: true, lines });
+  }
+  for (const key of others.filter(k => !k.includes("/"))) specs.push({ id: "other-" + key, title: key, format: small, lines: [{ key }] });
+  for (const [place, spec] of specs.entries()) {
     let chart = board.charts.get(spec.id);
-    if (!chart) { chart = new Chart(spec, board); board.charts.set(spec.id, chart); find("charts").append(chart.node); }
+    if (!chart) {
+      chart = new Chart(spec, board);
+      const next = specs.slice(place + 1).map(s => board.charts.get(s.id)).find(Boolean);
+      board.charts.set(spec.id, chart); find("charts").insertBefore(chart.node, next?.node ?? null);
+    }
     chart.spec = spec;
   }
   for (const chart of board.charts.values()) chart.draw();

@@ -1,7 +1,9 @@
 "use strict";
 // One chart: the same curves of several runs, their marks, a tip at the cursor, zoom by mouse, keys and touch.
-const MARK_COLOURS = { save: "--dim", stop: "--bad", resume: "--accent", skipped: "--bad", spike: "--bad", plateau: "--accent", "slow rank": "--accent" };
-const LINES = ["stop", "resume"]; // drawn from top to bottom; the others are points at an edge
+const MARK_COLOURS = { save: "--dim", stop: "--bad", resume: "--accent", skipped: "--bad", spike: "--bad", plateau: "--warn", "slow rank": "--warn",
+  failure: "--bad" };
+const DASHES = [undefined, [8, 4], [3, 3], [12, 3, 3, 3], [1, 4]]; // of lines of one chart, where colours mean runs
+const LINES = ["stop", "resume", "failure"]; // drawn from top to bottom; the others are points at an edge
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function element(name, properties = {}, ...children) {
@@ -9,6 +11,15 @@ function element(name, properties = {}, ...children) {
   for (const [key, value] of Object.entries(properties))
     key.startsWith("--") ? node.style.setProperty(key, value) : key in node ? node[key] = value : node.setAttribute(key, value);
   node.append(...children);
+  return node;
+}
+
+function swatch(colour, dash) { // a piece of a line
+  const node = element("i", { "--mark": colour });
+  if (!dash) return node;
+  let at = 0;
+  const stops = dash.map((length, i) => `${i % 2 ? "transparent" : colour} ${at}px ${at += length}px`);
+  Object.assign(node.style, { border: 0, height: "2px", width: "24px", background: `repeating-linear-gradient(90deg, ${stops})` });
   return node;
 }
 
@@ -22,7 +33,8 @@ function interpolate(from, to, value) {
 }
 
 class Chart {
-  // spec: title, unit, format, lines: [{key, style}], large; board: see board.js
+  // spec: title, unit, format, lines: [{key, style}], large, steps of the axis; group: several quantities of one kind, each
+  // line with a name and a place among colours or dashes; board: see board.js
   constructor(spec, board) {
     Object.assign(this, { spec, board });
     this.reset = element("button", { hidden: true, onclick: () => board.zoom(null) });
@@ -38,16 +50,19 @@ class Chart {
 
   draw() {
     const { board, spec } = this, tables = [], series = [{}], names = [];
+    const single = board.shown().length === 1; // then the lines of a group can have colours of their own
     for (const run of board.shown()) for (const line of spec.lines) {
       const found = run.data && run.data.curves[line.key];
       if (!found || !found[0].length) continue;
       tables.push([found[0].map(i => board.place(run, i)), found[1]]);
-      const thin = line.style === "raw" || line.style === "thin", points = line.style === "points", several = found[0].length > 1;
+      const raw = line.style === "raw", points = line.style === "points", several = found[0].length > 1;
+      const colour = spec.group && single ? board.palette()[line.place % board.palette().length] : run.colour;
+      const dash = points ? [6, 4] : spec.group && !single ? DASHES[line.place % DASHES.length] : undefined;
       series.push({
-        stroke: run.colour + (thin ? "55" : ""), width: thin ? 1 : 1.8, dash: points ? [6, 4] : undefined,
-        points: { show: !several || (points && found[0].length < 80), size: points ? 6 : 5, fill: run.colour, stroke: run.colour },
+        stroke: colour + (raw ? "55" : ""), width: raw ? 1 : spec.group ? 1.2 : 1.8, dash,
+        points: { show: !several || (points && found[0].length < 80), size: points ? 6 : 5, fill: colour, stroke: colour },
       });
-      names.push({ run, line });
+      names.push({ run, line, colour, dash });
     }
     this.node.hidden = !tables.length;
     this.title.textContent = word(spec.title); this.unit.textContent = word(spec.unit || "");
@@ -56,7 +71,7 @@ class Chart {
     if (!tables.length) return this.clear();
     const data = joinTables(tables);
     this.names = names;
-    const kind = [board.axis, board.theme, language, names.map(n => n.run.id + n.line.key), series.length].join();
+    const kind = [board.axis, board.theme, language, names.map(n => n.run.id + n.line.key + n.colour)].join();
     const size = { width: Math.max(this.plotted.clientWidth, 200), height: spec.large ? (innerWidth < 860 ? 260 : 340) : 190 };
     if (this.plot && this.kind === kind) {
       this.plot.setSize(size);
@@ -91,7 +106,8 @@ class Chart {
       scales: { x: { time: false, min: start.min, max: start.max, range: (u, min, max) => [min, max > min ? max : min + 1] },
         y: { range: (u, min, max) => this.height(u, min, max) } },
       axes: [{ ...axis, values: (u, v) => v.map(write), space: 64, size: 30 },
-        { ...axis, values: (u, v) => v.map(spec.tick || spec.format), size: 62, space: 34 }],
+        { ...axis, values: (u, v) => v.map(spec.tick || spec.format), size: 62, space: 34,
+          ...(spec.steps && { incrs: spec.steps }) }],
       hooks: {
         draw: [u => this.drawMarks(u)], setCursor: [u => this.showTip(u)],
         setSelect: [u => {
@@ -151,7 +167,11 @@ class Chart {
     const names = new Set(this.names.map(n => n.run));
     if (names.size > 1 && this.spec.large) for (const run of names)
       parts.push(element("span", {}, element("i", { "--mark": run.colour }), run.name));
-    if (this.spec.lines.length > 1 && !this.spec.sources) {
+    if (this.spec.group) {
+      const lines = new Map(this.names.map(n => [n.line.key, n]));
+      for (const { line, colour, dash } of lines.values())
+        parts.push(element("span", {}, swatch(names.size > 1 ? ink : colour, dash), word(line.name)));
+    } else if (this.spec.lines.length > 1) {
       for (const style of ["raw", "smooth"]) if (seen.has(style))
         parts.push(element("span", {}, element("i", { "--mark": ink + (style === "raw" ? "66" : "") }), word(style === "raw" ? "raw" : "smoothed")));
       if (seen.has("points")) parts.push(element("span", {}, element("i", { className: "dashed", "--mark": ink }), word("val_loss")));
@@ -167,13 +187,13 @@ class Chart {
     if (!reading || left == null || left < 0) { tip.hidden = true; return; }
     const x = u.posToVal(left, "x"), { board } = this, rows = [];
     const reach = Math.abs(u.posToVal(14, "x") - u.posToVal(0, "x"));
-    for (const [place, { run, line }] of this.names.entries()) {
+    for (const [place, { run, line, colour }] of this.names.entries()) {
       const value = nearest(u.data[0], u.data[place + 1], x, reach);
       if (value === null) continue;
       const several = this.spec.lines.length > 1;
       const kind = line.name ? word(line.name) : word({ raw: "raw", smooth: "smoothed", points: "val_loss" }[line.style] || "");
       const name = several ? (board.shown().length > 1 ? `${run.name} · ${kind}` : kind) : run.name;
-      rows.push(element("div", { "--run": run.colour }, element("span", {}, name), element("em", {}, this.spec.format(value))));
+      rows.push(element("div", { "--run": colour }, element("span", {}, name), element("em", {}, this.spec.format(value))));
     }
     const close = Math.abs(u.posToVal(6, "x") - u.posToVal(0, "x"));
     const marks = this.marks().filter(m => Math.abs(m.x - x) < close).slice(0, 4)

@@ -96,6 +96,11 @@ def test_memory_and_flops_of_seven_billion() -> None:
     own = memory.plan_memory(replace(source, frozen_weights="own"), optim, gpu, mesh, 8192, 16 * 2**30)
     assert not own.fits(own.micro_batch_tokens(8192))
     # MFU: 4 for each frozen weight, 6 for each factor; the output layer is frozen, too
+    drawn = torch.get_rng_state()
     assert source.training_flops(10, 0) == 10 * (4 * (matrices + 92544 * 4096) + 6 * factors)
+    assert torch.get_rng_state().equal(drawn), "factors were allocated to be counted"
+    wider = source.count_weight_bytes(torch.float32).total
+    assert wider == rows + 4 * (2 * 92544 * 4096 + norms + factors)
+    assert source.count_weight_bytes(torch.bfloat16) == held
     trained = replace(source, adapter=build_lora(lora(train=["output"]), c))
     assert trained.training_flops(10, 0) == 10 * (4 * matrices + 6 * (92544 * 4096 + factors))

@@ -167,11 +167,18 @@ class ModelSource:
         if not isinstance(self.adapter, LoRA):
             total = dtype.itemsize * num_parameters(c)
             return WeightBytes(total, ends, (total - ends) / c.num_layers)
-        model = self.build_empty(torch.device("meta"), dtype)
-        total = sum(p.nbytes for p in model.parameters())
+        if dtype not in self._bytes_with_adapter:
+            model = self.build_empty(torch.device("meta"), dtype)
+            self._bytes_with_adapter[dtype] = sum(p.nbytes for p in model.parameters())
+        total = self._bytes_with_adapter[dtype]
         sides = max(c.qkv_width, c.intermediate_size) * c.hidden_size
         read_back = 2 * dtype.itemsize * sides if self.frozen_weights != "own" else 0
         return WeightBytes(total, ends, (total - ends) / c.num_layers, read_back)
+
+    @cached_property
+    def _bytes_with_adapter(self) -> dict[torch.dtype, int]:
+        """By compute dtype; counted once: building the network takes 0.1 s, and a plan needs it for every strategy."""
+        return {}
 
     def configure(self, model: CausalLM, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the attention backend, the matrix product, and which activations are kept for the backward."""

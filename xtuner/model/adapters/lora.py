@@ -113,7 +113,7 @@ class LoRA:
         """Numbers in all A and B: weights that every token is multiplied by."""
         with torch.device("meta"):
             model = CausalLM(self.config)
-        self.apply(model)
+            self.apply(model)
         return sum(p.numel() for n, p in model.named_parameters() if ".adapter." in n and p.dim() == 2)
 
     def activation_bytes(self, itemsize: int) -> int:

@@ -22,7 +22,7 @@ from xtuner.core.remote import store
 from xtuner.core.remote.cache import Cache, open_cache
 from xtuner.core.remote.transfer import download_files, list_names, upload_files
 from xtuner.core.remote.url import parse_url
-from xtuner.data import build_packed_dataset, load_intern_repo_tokenized_dataset
+from xtuner.data import build_packed_dataset, load_intern_repo_tokenized_dataset, mixture
 from xtuner.data.format.file_order import walk_files
 
 pytestmark = pytest.mark.processes
@@ -66,6 +66,23 @@ def test_data_are_those_of_the_disk(
     assert records(work_dir) == records(straight)
     last = (straight / "last_checkpoint").read_text().strip()
     assert contents(work_dir / last) == contents(straight / last)
+
+
+def test_a_mixture_of_the_server_and_the_disk(storage: Proxy, corpus: Path) -> None:
+    """The packs are those of the disk, of cut and of whole documents."""
+    storage.put_folder(corpus, "data")
+
+    def build(first: str, packing: Any) -> Any:
+        own = dict(type=load_intern_repo_tokenized_dataset, folder=f"{first}/en", name="a")
+        other = dict(type=load_intern_repo_tokenized_dataset, folder=f"{corpus}/code", name="b", weight=2)
+        return build_packed_dataset(dict(type=mixture, sources=[own, other]), 64, packing=packing)
+
+    for packing in ("cut", "whole"):
+        there, here = (build(first, packing) for first in (f"s3://{BUCKET}/data", str(corpus)))
+        assert there.fingerprint() == here.fingerprint()
+        assert len(there) == len(here) > 10
+        for i in range(len(here)):
+            assert {k: v.tolist() for k, v in there[i].items()} == {k: v.tolist() for k, v in here[i].items()}
 
 
 def test_checkpoints_survive_the_loss_of_the_disk(

@@ -127,6 +127,7 @@ def test_what_is_not_converted(tmp_path: Path, xtuner: Run) -> None:
         ((source / "y",), "the target lies in the folder that is converted"),
         ((target, "--to", "jsonl"), "the data are jsonl already"),
         ((target / "mine",), "the target is a file"),
+        (("s3://bucket/x",), "written to a disk only"),
         ((target, "--from", "parquet"), "no .parquet file in the data folder"),
         ((target, "--vocab-size", 0), "a vocabulary of 0 has no ids"),
     ):

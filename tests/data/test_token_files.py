@@ -421,7 +421,25 @@ def test_a_mixture_of_all_trains_and_resumes(
     val = f"val_dataset = dict(type=load_token_files, folder={folders[1]!r})\n"
     config.write_text(head + text[:begin] + cfg + text[end:] + val)
     assert xtuner("check-cfg", config) == 0
+    one = f"train_dataset.dataset_cfg.sources.0.folder={tmp_path}/jsonl/a.jsonl"
+    assert xtuner("check-cfg", config, "--cfg-options", one) == 0  # one file is a source, too
+    bins_file = one.replace("sources.0", "sources.3")
+    with pytest.raises(ConfigError, match=r"data folder is a file(.|\n)*sources.3.folder"):
+        xtuner("check-cfg", config, "--cfg-options", bins_file)
     assert not list(tmp_path.rglob(".xtuner-cache"))  # it writes nothing
+    for wrong in (
+        ["train_dataset.dataset_cfg.sources.1.folder=s3://bucket/x"],
+        ["train_dataset.dataset_cfg.sources.1.ids=no"],
+    ):
+        with pytest.raises(ConfigError) as failed:  # names the source at fault, and no other
+            xtuner("train", config, "--dry-run", "--work-dir", tmp_path / "dry", "--cfg-options", *wrong)
+        assert "sources.1" in failed.value.where, failed.value
+        assert not any(f"sources.{other}" in failed.value.where for other in (0, 2, 3)), failed.value
+    held_out = "val_dataset={'type': 'xtuner.data.mixture', 'sources': []}"
+    with pytest.raises(ConfigError, match=r"needs a list of sources: .*\n  where: \S+ val_dataset.sources"):
+        xtuner("check-cfg", config, "--cfg-options", held_out)
+    with pytest.raises(ConfigError, match=r"'wieght'\. Did you mean 'weight'"):
+        xtuner("check-cfg", config, "--cfg-options", "train_dataset.dataset_cfg.sources.1.wieght=2")
     options = ["--cfg-options", "max_epochs=2", "save_steps=4", "save_total_limit=-1", "evaluation_inputs=[]"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert xtuner("train", config, "--work-dir", straight, *options) == 0

@@ -15,6 +15,7 @@ import pytest
 from helpers.object_storage import BUCKET, CLIENT, KEYS, SECRET, Proxy, start_server
 from helpers.processes import shell
 from helpers.runs import contents, records
+from helpers.token_files import draw_documents, write_jsonl
 
 from xtuner.core import files
 from xtuner.core.errors import CheckpointError, ConfigError, DataError, XTunerError
@@ -22,8 +23,9 @@ from xtuner.core.remote import store
 from xtuner.core.remote.cache import Cache, open_cache
 from xtuner.core.remote.transfer import download_files, list_names, upload_files
 from xtuner.core.remote.url import parse_url
-from xtuner.data import build_packed_dataset, load_intern_repo_tokenized_dataset
+from xtuner.data import build_packed_dataset, load_intern_repo_tokenized_dataset, load_token_files, mixture
 from xtuner.data.format.file_order import walk_files
+from xtuner.data.loading.prefetch_files import prefetch_files
 
 pytestmark = pytest.mark.processes
 SHORT = ["custom_hooks=[]", "max_length=128", "save_steps=1", "save_total_limit=2"]  # 3 iterations
@@ -66,6 +68,28 @@ def test_data_are_those_of_the_disk(
     assert records(work_dir) == records(straight)
     last = (straight / "last_checkpoint").read_text().strip()
     assert contents(work_dir / last) == contents(straight / last)
+
+
+def test_a_mixture_of_the_server_and_the_disk(storage: Proxy, corpus: Path, tmp_path: Path) -> None:
+    """The packs are those of the disk, of cut and of whole documents, and of several kinds of files."""
+    write_jsonl(tmp_path / "b.jsonl", draw_documents(80))
+    storage.put_folder(corpus, "data")
+
+    def build(first: str, packing: Any) -> Any:
+        own = dict(type=load_intern_repo_tokenized_dataset, folder=f"{first}/en", name="a")
+        other = dict(type=load_token_files, folder=str(tmp_path / "b.jsonl"), name="b", weight=2)
+        return build_packed_dataset(dict(type=mixture, sources=[own, other]), 64, packing=packing)
+
+    for packing in ("cut", "whole"):
+        there, here = (build(first, packing) for first in (f"s3://{BUCKET}/data", str(corpus)))
+        assert there.fingerprint() == here.fingerprint()
+        assert len(there) == len(here) > 10
+        numbers = list(range(len(here)))
+        ahead = prefetch_files(there, itertools.cycle(numbers))
+        assert list(itertools.islice(ahead, len(numbers))) == numbers
+        ahead.close()  # type: ignore[attr-defined]
+        for i in numbers:
+            assert {k: v.tolist() for k, v in there[i].items()} == {k: v.tolist() for k, v in here[i].items()}
 
 
 def test_checkpoints_survive_the_loss_of_the_disk(

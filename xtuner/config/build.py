@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xtuner.core.errors import ConfigError, did_you_mean
@@ -50,8 +50,14 @@ def build(spec: Mapping[str, Any], where: str = "", **more: Any) -> Any:
     return kind(**arguments)
 
 
-def check_arguments(kind: Callable[..., Any], arguments: Mapping[str, Any], where: str = "") -> None:
-    """Raise ConfigError for unknown and missing arguments of `kind`."""
+def check_arguments(
+    kind: Callable[..., Any], arguments: Mapping[str, Any], where: str = "", also: Sequence[str] = ()
+) -> None:
+    """Raise ConfigError for unknown and missing arguments of `kind`.
+
+    Args:
+        also: settings that may stand here but are not arguments of `kind`, for hints.
+    """
     try:
         signature = inspect.signature(kind)
     except ValueError:  # some builtins have none
@@ -61,9 +67,9 @@ def check_arguments(kind: Callable[..., Any], arguments: Mapping[str, Any], wher
     for name in arguments:
         if name not in known and not takes_any:
             raise ConfigError(
-                f"{type_name(kind)} has no setting {name!r}.{did_you_mean(name, known)}",
+                f"{type_name(kind)} has no setting {name!r}.{did_you_mean(name, [*known, *also])}",
                 where=f"{where}.{name}" if where else name,
-                do=f"it takes: {', '.join(known)}",
+                do=f"it takes: {', '.join([*known, *also])}",
             )
     missing = [
         p.name

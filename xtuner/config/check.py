@@ -201,7 +201,7 @@ def _check_spec(config: Config, spec: Spec) -> Iterator[ConfigError]:
     mixed = MIXTURE_KEYS if MIXED.fullmatch(spec.key) else ()
     own = {k: v for k, v in spec.arguments.items() if k not in mixed}
     try:
-        check_arguments(kind, own | PASSED_BY_TRAINER.get(spec.key, {}), spec.key)
+        check_arguments(kind, own | PASSED_BY_TRAINER.get(spec.key, {}), spec.key, mixed)
     except ConfigError as e:
         yield e
     if spec.key == "train_cfg":

@@ -81,9 +81,11 @@ class Config:
 
 
 def value_at(values: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    """The value at a dotted path, or `default`."""
+    """The value at a dotted path, or `default`. Items of lists are numbered: `sources.0.folder`."""
     value: Any = values
     for part in key.split("."):
+        if isinstance(value, list | tuple):
+            value = {str(i): item for i, item in enumerate(value)}
         if not isinstance(value, Mapping) or part not in value:
             return default
         value = value[part]

@@ -1,6 +1,7 @@
 """Report many mistakes as one error, so that a user can fix them all at once. Each names its setting."""
 
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,8 @@ def locate_errors(config: Config, key: str, *causes: str) -> Iterator[None]:
         where = here
         if e.where and not causes[0].startswith(e.where):
             is_setting = e.where.startswith(f"{key.partition('.')[0]}.")
-            where = config.where(e.where) if is_setting else f"{e.where}, by {here}"
+            by = " and ".join(config.where(k) for k in _find_named(config, causes, e.where))
+            where = config.where(e.where) if is_setting else f"{e.where}, by {by}"
         raise type(e)(e.what, where=where, why=e.why, do=e.do) from None
     except SystemExit as e:
         raise from_system_exit(e, config.where(key), key) from None
@@ -70,6 +72,19 @@ def locate_errors(config: Config, key: str, *causes: str) -> Iterator[None]:
             where=config.where(key),
             why=f"raised at {frames[-1].filename}:{frames[-1].lineno}",
         ) from None
+
+
+def _find_named(config: Config, causes: Sequence[str], where: str) -> Sequence[str]:
+    """The settings among `causes` whose path is the place of an error, or contains it; all of them if there is none."""
+    found = []
+    for key in causes:
+        path = str(config.get(key) or "")
+        for root in {path, os.path.expanduser(path)}:
+            rest = where.removeprefix(root.rstrip("/"))
+            if root.strip("/") and rest != where and rest[:1] in ("", "/", ":", ",", " "):
+                found.append((len(root), key))
+    longest = max((size for size, _ in found), default=0)  # of folders inside each other the inner one
+    return [key for size, key in found if size == longest] or causes
 
 
 def _is_users(frames: Sequence[traceback.FrameSummary]) -> bool:

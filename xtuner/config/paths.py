@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from xtuner.config.build import type_name
 from xtuner.config.config import Config
 from xtuner.config.specs import Spec, find_specs
 from xtuner.core import hub, path_kinds
@@ -11,6 +12,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.remote.url import is_remote, parse_url
 
 _MODEL = ("name_or_path", "pretrained_model_name_or_path")
+BIN_LOADER = "load_intern_repo_tokenized_dataset"
 ORDER_FILE = "data_order.txt"  # the file that `xtuner data order` writes in a folder
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
@@ -34,7 +36,8 @@ def _data(config: Config) -> Iterator[tuple[str, Any, ConfigError | None]]:
             continue
         folder, order = spec.arguments.get("folder"), spec.arguments.get("data_order_path")
         if isinstance(folder, str | Path):
-            yield f"{spec.key}.folder", folder, _folder(folder, config.name_in_file(f"{spec.key}.folder"))
+            setting = config.name_in_file(f"{spec.key}.folder")
+            yield f"{spec.key}.folder", folder, _folder(folder, setting, type_name(spec.kind))
         if isinstance(order, str | Path):
             yield f"{spec.key}.data_order_path", order, _order(order)
 
@@ -66,11 +69,11 @@ def _address(name: str | Path) -> ConfigError | None:
     return None
 
 
-def _folder(name: str | Path, setting: str) -> ConfigError | None:
+def _folder(name: str | Path, setting: str, loader: str) -> ConfigError | None:
     if is_remote(str(name)):
         return _address(name)
     kind = _kind(name)
-    if kind == "folder":
+    if kind == "folder" or (kind == "file" and loader.rpartition(".")[2] != BIN_LOADER):  # others may take a file
         return None
     return ConfigError(
         f"the data folder is a file: {name}" if kind else f"the data folder does not exist: {str(name)!r}",

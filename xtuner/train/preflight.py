@@ -29,7 +29,7 @@ from xtuner.config.findings import Findings, combine_errors, locate_errors
 from xtuner.config.paths import data_keys, named_models
 from xtuner.config.specs import walk_values
 from xtuner.core import hub
-from xtuner.core.errors import ConfigError
+from xtuner.core.errors import ConfigError, XTunerError
 from xtuner.core.files import require_utf8, write_failure
 from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
@@ -273,7 +273,11 @@ def assemble_settings(
     if config.get("val_dataset"):
         with locate_errors(config, "val_dataset", *data_keys(config, "val_dataset")):
             spec = _insert_opening(opening, config.get("val_dataset"), "val_dataset")
-            documents = as_documents(build(spec, "val_dataset"))
+            try:
+                documents = as_documents(build(spec, "val_dataset"))
+            except XTunerError as e:  # a mixture locates its errors as if it were the training data
+                where = e.where.replace(f"{DATASET}.dataset_cfg", "val_dataset", 1)
+                raise type(e)(e.what, where=where, why=e.why, do=e.do) from None
         held_out.append(ValidationHook(documents, config.setting("val_interval"), dataset.packed_length))
     ordered = tuple(sorted([*hooks, *held_out], key=read_priority))
     if len(dataset):

@@ -30,12 +30,19 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from xtuner.core.errors import ConfigError
+    from xtuner.core.remote.url import is_remote
     from xtuner.data.sources.convert import convert
     from xtuner.data.sources.files import find_files
     from xtuner.data.sources.kinds import INTERNEVO
 
     if args.vocab_size is not None and args.vocab_size < 1:
         raise ConfigError(f"a vocabulary of {args.vocab_size} has no ids", where="--vocab-size")
+    if is_remote(args.target):
+        raise ConfigError(
+            "the results are written to a disk only",
+            where=args.target,
+            do="give a folder on a disk, and copy it with the storage's own tool",
+        )
     source = find_files(args.source, args.kind, read_columns(args), args.learn_zero)
     if args.to is None and source.kind.name == INTERNEVO:
         raise ConfigError("these are .bin files", where=args.source, do="say what to convert them to: --to megatron")

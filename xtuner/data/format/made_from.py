@@ -7,12 +7,15 @@ from pathlib import Path
 
 from xtuner.core.errors import XTunerError
 from xtuner.core.files import read_json
+from xtuner.core.remote.path import AnyPath, RemotePath
 
 RECORDS, SPLITS = "made_from", ("train", "valid")
 
 
-def find_record(path: Path) -> Path | None:
-    """Where the record of a `.bin` is, if there is one."""
+def find_record(path: AnyPath) -> Path | None:
+    """Where the record of a `.bin` is, if there is one on a disk: it lies outside the folder that is listed."""
+    if isinstance(path, RemotePath):
+        return None
     for split in path.absolute().parents:
         if split.name in SPLITS:
             record = split.parent / RECORDS / path.absolute().relative_to(split).with_suffix(".json")

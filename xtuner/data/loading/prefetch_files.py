@@ -52,10 +52,11 @@ def prefetch_files(dataset: Any, numbers: Iterator[int]) -> Iterator[int]:
 
 
 def _size(file: Any) -> int:
-    facts = getattr(file, "facts", None)
-    if not facts:
+    """Bytes that it has in the cache: 0 for files on a disk, of whatever kind."""
+    if not isinstance(getattr(file, "path", None), RemotePath):
         return 0
-    size: int = facts.signature.meta_size + (0 if file.by_ranges else facts.signature.size)
+    signature = file.facts.signature
+    size: int = signature.meta_size + (0 if file.by_ranges else signature.size)
     return size
 
 

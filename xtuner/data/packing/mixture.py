@@ -27,7 +27,7 @@ import numpy as np
 
 from xtuner.config.build import build
 from xtuner.config.settings import MIXTURE_KEYS, SCHEMA
-from xtuner.core.errors import ConfigError, DataError
+from xtuner.core.errors import ConfigError, DataError, XTunerError
 from xtuner.data.format.bin_file import BinFile
 from xtuner.data.format.cache_dirs import log_once
 from xtuner.data.format.made_from import find_record, read_tokenizer
@@ -202,7 +202,7 @@ def mixture(
     found = []
     for i, spec in enumerate(sources):
         own = {k: v for k, v in spec.items() if k not in MIXTURE_KEYS}
-        built = as_documents(build(own, f"{KEY}.sources.{i}"))
+        built = _open_source(own, f"{KEY}.sources.{i}")
         if isinstance(built, Mixture):
             raise ConfigError(
                 "a mixture is not a source of another one", where=f"{KEY}.sources.{i}", do="list its sources"
@@ -212,6 +212,15 @@ def mixture(
     _require_distinct(found)
     _compare_tokenizers(found)
     return Mixture(found, by, epoch, read_schedule(schedule or (), [(s.name, s.weight) for s in found]))
+
+
+def _open_source(spec: Mapping[str, Any], key: str) -> Documents:
+    """Raises: what the source raises; an error that names an argument, or nothing, is located by the source's key."""
+    try:
+        return as_documents(build(spec, key))
+    except XTunerError as e:
+        where = f"{key}.{e.where}" if e.where in spec else e.where or key
+        raise type(e)(e.what, where=where, why=e.why, do=e.do) from None
 
 
 def _check(sources: Any, by: Any, epoch: Any) -> None:

@@ -132,7 +132,7 @@ def detect_kind(root: Path, only: str | None = None, prefer_bin: bool = False) -
         raise ConfigError(
             f"the data folder has files of several kinds: {shown}",
             where=str(root),
-            do='say which to read: kind="…" in a config, --kind on the command line; or mix two sources',
+            do='say which to read: kind="…" in a config, --kind on the command line (--from of convert); or mix them',
         )
     return next(iter(found))
 

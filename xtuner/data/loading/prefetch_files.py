@@ -46,6 +46,7 @@ def prefetch_files(dataset: Any, numbers: Iterator[int]) -> Iterator[int]:
                 used[i] -= 1
                 total -= 0 if used[i] else _size(dataset.documents.file(i))
                 yield number
+        yield from (number for number, _ in waiting)
     finally:
         stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)

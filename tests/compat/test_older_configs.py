@@ -1,4 +1,4 @@
-"""Configs of XTuner 0.1 and 0.2: run as they are, to the weights of their equals of ours; told; refused in words."""
+"""Configs of XTuner 0.1 and 0.2: run as they are, to the weights of their equals of ours; logged; refused in words."""
 
 import json
 import logging
@@ -318,14 +318,14 @@ def test_qlora(legacy_text: str, weights: Path, tmp_path: Path, xtuner: Command,
         "    adapter=dict(type=lora, rank=16, alpha=16, dropout=0.1))\n"
     )
     assert xtuner("check-cfg", old) == 0
-    told = capsys.readouterr().out
+    logged = capsys.readouterr().out
     for line in (
         "peft.LoraConfig → xtuner.compat.adapters.peft.LoraConfig",
         "model.llm.quantization_config.bnb_4bit_compute_dtype: because",
         "in XTuner also the output layer of InternLM2",
     ):
-        assert told.count(line) == 1, line
-    assert "in 8 bits" not in told
+        assert logged.count(line) == 1, line
+    assert "in 8 bits" not in logged
     for config in (old, new):
         assert xtuner("train", config, "--work-dir", tmp_path / config.stem) == 0
     assert rows(tmp_path / "old") == rows(tmp_path / "new")
@@ -421,7 +421,7 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
         config = load(str(legacy))
         check(config)
         log_report(config)
-    told = "\n".join(r.getMessage() for r in caplog.records)
+    logged = "\n".join(r.getMessage() for r in caplog.records)
     for line in (
         "mmengine.hooks.IterTimerHook → xtuner.train.hooks.IterTimerHook",
         "mmengine.hooks.CheckpointHook → xtuner.compat.adapters.train.CheckpointHook",
@@ -448,8 +448,8 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
         "label_rule='xtuner'",
         "never in fp16",
     ):
-        assert told.count(line) == 1, line
-    assert "nothing reads" not in told
+        assert logged.count(line) == 1, line
+    assert "nothing reads" not in logged
     assert list(report_paragraphs(load("internlm2_7b_w_tokenized_dataset"))) == []
 
 
@@ -480,7 +480,7 @@ def test_the_documentation_has_the_same_lists() -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "line", "told"),
+    ("form", "line", "logged"),
     [
         ("xtuner_0_1_15", "", "visualizer.vis_backends.1 (WandbVisBackend): because nothing is sent to Weights"),
         ("xtuner_0_1_15", "", "randomness.diff_rank_seed: because"),
@@ -496,14 +496,14 @@ def test_the_documentation_has_the_same_lists() -> None:
         ("xtuner_0_1_14", "optim_wrapper['accumulative_counts'] = 4", "used the rate of its last one"),
     ],
 )  # fmt: skip
-def test_what_is_dropped_or_differs_is_reported(form: str, line: str, told: str, tmp_path: Path) -> None:
+def test_what_is_dropped_or_differs_is_reported(form: str, line: str, logged: str, tmp_path: Path) -> None:
     text = (REFERENCE / "legacy_configs" / f"{form}.py").read_text()
     (tmp_path / "other.py").write_text(f"{text}\n{line}\n")
     config = load(str(tmp_path / "other.py"))
     assert find_mistakes(config) == []
-    assert told in "\n".join(report_paragraphs(config))
+    assert logged in "\n".join(report_paragraphs(config))
     plain = load(str(REFERENCE / "legacy_configs" / "xtuner_0_1_14.py"))
-    assert told not in "\n".join(report_paragraphs(plain)), "reported of a config that it does not concern"
+    assert logged not in "\n".join(report_paragraphs(plain)), "reported of a config that it does not concern"
 
 
 @pytest.mark.processes
@@ -802,12 +802,12 @@ def test_other_ways_of_writing_the_same(legacy_text: str, tmp_path: Path) -> Non
     check(c)
     assert list(c.values["default_hooks"]) == ["timer", "sampler_seed", "param_scheduler", "checkpoint"]
     assert c.get("tokenizer.type") == "xtuner.compat.adapters.data.AutoTokenizer.from_pretrained"
-    told = "\n".join(report_paragraphs(c))
-    assert "optim_wrapper.dtype: because bf16 on GPUs and fp32 on CPUs" in told
+    logged = "\n".join(report_paragraphs(c))
+    assert "optim_wrapper.dtype: because bf16 on GPUs and fp32 on CPUs" in logged
     for setting in ("train_cfg.val_interval", "train_dataloader.drop_last", "train_dataloader.prefetch_factor"):
-        assert f"{setting}: because" in told
-    assert "tokenizer.encode_special_tokens: because" in told
-    assert "default_hooks.checkpoint" not in told
+        assert f"{setting}: because" in logged
+    assert "tokenizer.encode_special_tokens: because" in logged
+    assert "default_hooks.checkpoint" not in logged
 
 
 def test_names_on_the_command_line_and_classes_of_the_real_packages(legacy: Path) -> None:

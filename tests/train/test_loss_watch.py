@@ -112,12 +112,12 @@ def test_a_spike_of_a_run(
     assert spike["loss"] == pytest.approx(3 * spike["usual"], rel=0.05)
     (log,) = (tmp_path / "w").glob("*/2*.log")
     assert log.read_text().count("loss spike at iteration 58: loss ") == 1
-    told = log.read_text().partition("loss spike at ")[2].partition("iter 59/")[0]
+    logged = log.read_text().partition("loss spike at ")[2].partition("iter 59/")[0]
     for pack in spike["packs"]:
-        assert f"pack {pack['pack']}: documents " in told
+        assert f"pack {pack['pack']}: documents " in logged
         assert pack["documents"]
-        assert pack["file"] in told
-    assert "look at a pack: xtuner data show" in told
+        assert pack["file"] in logged
+    assert "look at a pack: xtuner data show" in logged
     assert [e["iter"] for e in found if e["event"] == "plateau"] == [20]
     board = Snapshots(Board([tmp_path / "w"], describe_work_dir))
     (run,) = board.list_runs()["runs"]

@@ -55,9 +55,9 @@ def test_only_what_lasts_is_reported_and_once(monkeypatch: pytest.MonkeyPatch) -
     late = others(5, USUAL._replace(work=2.0, wait=0.0))
     assert [add(late) for _ in range(4)] == [""] * 4
     assert add([USUAL] * 8) == "", "begins anew"
-    told = [add(late) for _ in range(9)]
-    assert told[:4] + told[5:] == [""] * 8
-    assert told[4].startswith("rank 5 on node1 is slow, probably its host: the others wait 0.500 s of 2.000 s for it")
+    logged = [add(late) for _ in range(9)]
+    assert logged[:4] + logged[5:] == [""] * 8
+    assert logged[4].startswith("rank 5 on node1 is slow, probably its host: the others wait 0.500 s of 2.000 s for it")
     read = others(5, USUAL._replace(data=0.6, work=2.0, wait=0.0))
     assert [bool(add(read)) for _ in range(6)] == [False] * 4 + [True, False], "another part of the same rank"
     all_slow = [USUAL._replace(work=2.9)] * 8
@@ -106,9 +106,9 @@ def test_a_rank_with_slow_data(tiny: Path, tmp_path: Path) -> None:
     words = ["train", config, "--work-dir", tmp_path / "w", "--launcher", "pytorch"]
     options = ["--cfg-options", "evaluation_inputs=[]", "save_steps=-1", "default_hooks.logger.interval=1"]
     assert exit_codes(start_ranks([*words, *options], tmp_path)) == [0, 0], stderr_of(tmp_path, 0)
-    told = [line for line in stderr_of(tmp_path, 0).splitlines() if "is slow, probably its" in line]
-    assert len(told) == 1, told
-    assert f"rank 1 on {platform.node()} is slow, probably its data: the others wait " in told[0]
+    logged = [line for line in stderr_of(tmp_path, 0).splitlines() if "is slow, probably its" in line]
+    assert len(logged) == 1, logged
+    assert f"rank 1 on {platform.node()} is slow, probably its data: the others wait " in logged[0]
     (events,) = (tmp_path / "w").glob("*/events.json")
     (event,) = [e for line in events.read_text().splitlines() if (e := json.loads(line))["event"] == "slow rank"]
     assert (event["rank"], event["part"], event["host"]) == (1, "data", platform.node())

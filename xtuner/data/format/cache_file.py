@@ -5,7 +5,9 @@
 """
 
 import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from xtuner.core.foreign_inputs import short_repr
@@ -42,3 +44,11 @@ class CacheFormat:
         if version != self.version:
             raise ValueError(f"of version {short_repr(version)}, not {self.version}")
         return facts
+
+    def read_facts(self, path: Path) -> tuple[dict[str, Any], int]:
+        """(the facts of a file's header, its bytes); ({}, 0) if it cannot be read or is of another kind or version."""
+        try:
+            with open(path, "rb") as f:
+                return self.read_header(f.read(HEADER_BYTES)), os.fstat(f.fileno()).st_size
+        except (OSError, ValueError):
+            return {}, 0

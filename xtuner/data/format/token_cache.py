@@ -129,12 +129,7 @@ def find_token_cache(file: DocumentFile, cache_dirs: CacheDirs) -> TokenCache | 
 
 def read_header(path: Path) -> dict[str, Any] | None:
     """The facts of the header; None unless the file is a complete token cache of this version."""
-    try:
-        with open(path, "rb") as f:
-            facts = FORMAT.read_header(f.read(HEADER_BYTES))
-            size = os.fstat(f.fileno()).st_size
-    except (OSError, ValueError):
-        return None
+    facts, size = FORMAT.read_facts(path)
     documents, tokens = facts.get("documents"), facts.get("tokens")
     if not (type(documents) is int and type(tokens) is int and isinstance(facts.get("of"), list)):
         return None

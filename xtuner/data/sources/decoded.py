@@ -65,12 +65,7 @@ class DecodedTokens(TokenCache):
 
     @staticmethod
     def read_header(path: Path) -> dict[str, Any] | None:
-        try:
-            with open(path, "rb") as f:
-                facts = FORMAT.read_header(f.read(HEADER_BYTES))
-                size = os.fstat(f.fileno()).st_size
-        except (OSError, ValueError):
-            return None
+        facts, size = FORMAT.read_facts(path)
         documents, tokens = facts.get("documents"), facts.get("tokens")
         if not (type(documents) is int and type(tokens) is int and min(documents, tokens) >= 0):
             return None

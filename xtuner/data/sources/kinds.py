@@ -32,8 +32,23 @@ NONE = "none"  # on the command line: no labels, or no mask
 HF_STATE, HF_SPLITS = "state.json", "dataset_dict.json"  # in folders of Hugging Face's save_to_disk
 
 
+class _Named:
+    """What kinds are called, in caches and in commands."""
+
+    name: str
+    columns: Columns
+
+    @property
+    def tag(self) -> str:
+        return _tag(self.name, self.columns)
+
+    @property
+    def options(self) -> str:
+        return _options(self.name, self.columns)
+
+
 @dataclass(frozen=True)
-class MegatronKind:
+class MegatronKind(_Named):
     columns: Columns
     cache_dirs: CacheDirs
     name = "megatron"
@@ -43,14 +58,6 @@ class MegatronKind:
         if self.columns.ids != AUTO:
             raise ConfigError("Megatron's files have no columns", where="ids", do="leave ids out")
 
-    @property
-    def tag(self) -> str:
-        return _tag(self.name, self.columns)
-
-    @property
-    def options(self) -> str:
-        return _options(self.name, self.columns)
-
     def file(self, path: Path, name: str, min_length: int, facts: Facts | None = None) -> DocumentFile:
         return MegatronFile(path, name, min_length, facts, self.columns)
 
@@ -59,21 +66,13 @@ class MegatronKind:
 
 
 @dataclass(frozen=True)
-class ColumnKind:
+class ColumnKind(_Named):
     """Files of which columns are read."""
 
     columns: Columns
     cache_dirs: CacheDirs
     name: str  # parquet, arrow or jsonl
     examined = "size"
-
-    @property
-    def tag(self) -> str:
-        return _tag(self.name, self.columns)
-
-    @property
-    def options(self) -> str:
-        return _options(self.name, self.columns)
 
     def file(self, path: Path, name: str, min_length: int, facts: Facts | None = None) -> DocumentFile:
         make = {"parquet": ParquetFile, "arrow": ArrowFile, "jsonl": JsonlFile}[self.name]

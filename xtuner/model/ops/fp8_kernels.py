@@ -11,7 +11,7 @@ from xtuner.model.ops.elementwise_kernels import choose_warps
 
 E4M3_MAX, ZERO_BELOW = tl.constexpr(448.0), tl.constexpr(1e-30)
 TILE = 64
-ALIGNMENT = 16  # bytes: rows that the device copies by itself begin at multiples of it
+ALIGNMENT = 16  # bytes: rows that the device's copy engine reads begin at multiples of it
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def add_product(
         c_MN.copy_(aligned)
         return
     (M, K), N = a_MK.shape, len(b_NK)
-    halves = c_MN.dtype == torch.bfloat16  # a tile of 128 x 256 in fp32 has no room beside the factors
+    halves = c_MN.dtype == torch.bfloat16  # a tile of 128 x 256 in fp32 leaves no room for the factors
     rows, columns, depth = 128, 256 if halves else 128, 128
     a, b = (TensorDescriptor(x, [len(x), K], [x.stride(0), 1], [n, depth]) for x, n in ((a_MK, rows), (b_NK, columns)))
     c = TensorDescriptor.from_tensor(c_MN, [rows, columns // (1 + halves)])

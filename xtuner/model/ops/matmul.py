@@ -103,7 +103,7 @@ class PlainMatmul:
         return w_NK
 
 
-class Fp8Matmul:
+class Fp8Matmul(PlainMatmul):
     """Multiplies in fp8. Weights are quantized at each use: copies of all would take half the weights' memory."""
 
     def prepare(self, x_TK: torch.Tensor) -> PreparedRows:
@@ -116,20 +116,6 @@ class Fp8Matmul:
 
     def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
         return _add(_multiply(d, quantize_columns(w_NK), w_NK.dtype), None, add_TK)
-
-    def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
-        return PreparedColumns(x_TK)
-
-    def prepare_both(self, d_TN: torch.Tensor) -> tuple[PreparedRows, PreparedColumns]:
-        return self.prepare(d_TN), PreparedColumns(d_TN)
-
-    def add_gradient(
-        self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
-    ) -> torch.Tensor | None:
-        return add_gradient_product(into, d.values, x.values)
-
-    def read(self, w_NK: torch.Tensor) -> torch.Tensor:
-        return w_NK
 
 
 class Fp8FullMatmul(Fp8Matmul):

@@ -106,6 +106,124 @@ def quantize_both(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 @triton.jit
+def _swiglu_rows(GATE, UP, OUT, SCALE, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < F
+    gate = tl.load(GATE + row * F + at, mask, 0.0)
+    g, u = gate.to(tl.float32), tl.load(UP + row * F + at, mask, 0.0).to(tl.float32)
+    silu = (g * tl.sigmoid(g)).to(gate.dtype).to(tl.float32)
+    product = (silu * u).to(gate.dtype).to(tl.float32)
+    factor = _factor(tl.max(tl.abs(product)))
+    tl.store(OUT + row * F + at, (product * factor).to(tl.float8e4nv), mask)
+    tl.store(SCALE + row, 1 / factor)
+
+
+def quantize_swiglu_rows(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rows` of silu(gate) · up, which is not written."""
+    T, F = gate_TF.shape
+    out, scale = torch.empty_like(gate_TF, dtype=torch.float8_e4m3fn), gate_TF.new_empty(T, 1, dtype=torch.float32)
+    block = triton.next_power_of_2(F)
+    _swiglu_rows[(T,)](gate_TF, up_TF, out, scale, F, BLOCK=block, num_warps=choose_warps(block))
+    return out, scale
+
+
+@triton.jit
+def _swiglu_gradients(GATE, UP, D, at, inside):
+    """The gradients of gate and up, and silu(gate) · up, rounded as where each is written (elementwise_kernels.py)."""
+    gate = tl.load(GATE + at, inside, 0.0)
+    dtype = gate.dtype
+    g, u = gate.to(tl.float32), tl.load(UP + at, inside, 0.0).to(tl.float32)
+    d = tl.load(D + at, inside, 0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    silu = (g * sigmoid).to(dtype).to(tl.float32)
+    d_gate = (d * u * (sigmoid * (1 + g * (1 - sigmoid)))).to(dtype).to(tl.float32)
+    return d_gate, (d * silu).to(dtype).to(tl.float32), (silu * u).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _swiglu_maxima(GATE, UP, D, ROWS_GATE, ROWS_UP, GATES, UPS, PRODUCTS, T, F, BT: tl.constexpr, BF: tl.constexpr):
+    """The largest magnitudes of rows and columns of both gradients, and of columns of the product."""
+    t, f = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BF + tl.arange(0, BF)
+    inside = (t[:, None] < T) & (f[None, :] < F)
+    d_gate, d_up, product = _swiglu_gradients(GATE, UP, D, t[:, None].to(tl.int64) * F + f[None, :], inside)
+    d_gate, d_up = tl.abs(d_gate), tl.abs(d_up)
+    tl.atomic_max(ROWS_GATE + t, tl.max(d_gate, 1), t < T)
+    tl.atomic_max(ROWS_UP + t, tl.max(d_up, 1), t < T)
+    tl.atomic_max(GATES + f, tl.max(d_gate, 0), f < F)
+    tl.atomic_max(UPS + f, tl.max(d_up, 0), f < F)
+    tl.atomic_max(PRODUCTS + f, tl.max(tl.abs(product), 0), f < F)
+
+
+@triton.jit
+def _store_rows(x, largest, OUT, SCALE, at, inside, t, T, first):
+    """x in fp8 with a scale for each row; the scales by the program that is the first of its rows."""
+    factor = _factor(largest)
+    tl.store(OUT + at, (x * factor[:, None]).to(tl.float8e4nv), inside)
+    if first:
+        tl.store(SCALE + t, 1 / factor, t < T)
+
+
+@triton.jit
+def _store_columns(x, largest, OUT, SCALE, at, inside, f, F, first):
+    """x in fp8, transposed, with a scale for each column."""
+    factor = _factor(largest)
+    tl.store(OUT + at, tl.trans((x * factor[None, :]).to(tl.float8e4nv)), inside)
+    if first:
+        tl.store(SCALE + f, 1 / factor, f < F)
+
+
+@triton.jit
+def _swiglu_both(
+    GATE, UP, D, LARGE, SCALES, GATE_ROWS, UP_ROWS, GATE_COLUMNS, UP_COLUMNS, PRODUCT_COLUMNS, T, F, ALIGNED,
+    ROOM, BT: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """LARGE and SCALES: of rows of both gradients, each in ROOM numbers, then of columns of both and of the product."""
+    t, f = tl.program_id(1) * BT + tl.arange(0, BT), tl.program_id(0) * BF + tl.arange(0, BF)
+    inside = (t[:, None] < T) & (f[None, :] < F)
+    at = t[:, None].to(tl.int64) * F + f[None, :]
+    d_gate, d_up, product = _swiglu_gradients(GATE, UP, D, at, inside)
+    first = tl.program_id(0) == 0
+    _store_rows(d_gate, tl.load(LARGE + t, t < T, 0.0), GATE_ROWS, SCALES, at, inside, t, T, first)
+    _store_rows(d_up, tl.load(LARGE + ROOM + t, t < T, 0.0), UP_ROWS, SCALES + ROOM, at, inside, t, T, first)
+    at = f[:, None].to(tl.int64) * ALIGNED + t[None, :]
+    inside, first = (f[:, None] < F) & (t[None, :] < T), tl.program_id(1) == 0
+    LARGE += 2 * ROOM
+    SCALES += 2 * ROOM
+    _store_columns(d_gate, tl.load(LARGE + f, f < F, 0.0), GATE_COLUMNS, SCALES, at, inside, f, F, first)
+    _store_columns(d_up, tl.load(LARGE + F + f, f < F, 0.0), UP_COLUMNS, SCALES + F, at, inside, f, F, first)
+    LARGE += 2 * F
+    SCALES += 2 * F
+    _store_columns(product, tl.load(LARGE + f, f < F, 0.0), PRODUCT_COLUMNS, SCALES, at, inside, f, F, first)
+
+
+def quantize_swiglu_backward(
+    gate_TF: torch.Tensor, up_TF: torch.Tensor, d_TF: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]:
+    """`quantize_both` of the gradients of gate and up, and `quantize_columns` of silu(gate) · up.
+
+    None of the three is written: they are computed twice, once for their maxima.
+    """
+    T, F = gate_TF.shape
+    room = triton.cdiv(T, ALIGNMENT) * ALIGNMENT  # products may read several scales at once
+    parts = room, room, F, F, F
+    largest = torch.zeros(sum(parts), dtype=torch.float32, device=gate_TF.device)
+    scales = torch.empty_like(largest)
+    given = gate_TF, up_TF, d_TF.contiguous()
+    _swiglu_maxima[(triton.cdiv(T, 32), triton.cdiv(F, 256))](
+        *given, *largest.split(parts), T, F, BT=32, BF=256, num_warps=8
+    )
+    rows = [torch.empty_like(gate_TF, dtype=torch.float8_e4m3fn) for _ in range(2)]
+    columns = [_empty_columns(gate_TF) for _ in range(3)]
+    _swiglu_both[(triton.cdiv(F, TILE), triton.cdiv(T, TILE))](
+        *given, largest, scales, *rows, *columns, T, F, columns[0].stride(0), room, BT=TILE, BF=TILE, num_warps=4
+    )
+    gate_T, up_T, gate_F, up_F, product_F = (scale[:, None] for scale in scales.split(parts))
+    gate, up = (rows[0], gate_T[:T], columns[0], gate_F), (rows[1], up_T[:T], columns[1], up_F)
+    return gate, up, (columns[2], product_F)
+
+
+@triton.jit
 def _add_product(
     A, B, C, SCALE_A, SCALE_B, M, N, K, programs,
     ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,

@@ -16,6 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch.nn import functional as F
 
+from xtuner.model.ops import elementwise
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient_product
 
 MatmulKind = Literal["own", "fp8", "fp8_full"]  # values of `model.products`
@@ -52,6 +53,14 @@ class Matmul(Protocol):
     ) -> torch.Tensor | None:
         """Add d^T x to a weight's sum; without a sum, return it to autograd in the weight's dtype."""
 
+    def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> "PreparedRows":
+        """Convert silu(gate) · up for `forward`."""
+
+    def prepare_swiglu_gradients(
+        self, gate_TF: torch.Tensor, up_TF: torch.Tensor, d_TF: torch.Tensor
+    ) -> "SwiGLUGradients | None":
+        """From d, that of silu(gate) · up; None where nothing is gained over converting one tensor after another."""
+
     def read(self, w_NK: torch.Tensor) -> torch.Tensor:
         """The weight in the compute dtype."""
 
@@ -70,6 +79,15 @@ class PreparedColumns:
 
     values: torch.Tensor
     scale: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SwiGLUGradients:
+    """The gradients of gate and up, each for both products that need it, and silu(gate) · up for w2's gradient."""
+
+    gate: tuple[PreparedRows, PreparedColumns]
+    up: tuple[PreparedRows, PreparedColumns]
+    product: PreparedColumns
 
 
 class PlainMatmul:
@@ -99,6 +117,14 @@ class PlainMatmul:
     ) -> torch.Tensor | None:
         return add_gradient_product(into, d.values, x.values)
 
+    def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
+        return self.prepare(elementwise.swiglu(gate_TF, up_TF))
+
+    def prepare_swiglu_gradients(
+        self, gate_TF: torch.Tensor, up_TF: torch.Tensor, d_TF: torch.Tensor
+    ) -> SwiGLUGradients | None:
+        return None
+
     def read(self, w_NK: torch.Tensor) -> torch.Tensor:
         return w_NK
 
@@ -117,6 +143,13 @@ class Fp8Matmul(PlainMatmul):
     def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
         return _add(_multiply(d, quantize_columns(w_NK), w_NK.dtype), None, add_TK)
 
+    def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
+        if not gate_TF.is_cuda:
+            return super().prepare_swiglu(gate_TF, up_TF)
+        from xtuner.model.ops import fp8_kernels
+
+        return PreparedRows(*fp8_kernels.quantize_swiglu_rows(gate_TF, up_TF))
+
 
 class Fp8FullMatmul(Fp8Matmul):
     """Multiplies in fp8, gradients of weights too."""
@@ -132,6 +165,18 @@ class Fp8FullMatmul(Fp8Matmul):
 
         rows, scale_T, columns, scale_N = fp8_kernels.quantize_both(d_TN)
         return PreparedRows(rows, scale_T), PreparedColumns(columns, scale_N)
+
+    def prepare_swiglu_gradients(
+        self, gate_TF: torch.Tensor, up_TF: torch.Tensor, d_TF: torch.Tensor
+    ) -> SwiGLUGradients | None:
+        if not gate_TF.is_cuda:
+            d_gate, d_up, product = elementwise.swiglu_backward(gate_TF, up_TF, d_TF)
+            return SwiGLUGradients(self.prepare_both(d_gate), self.prepare_both(d_up), self.prepare_columns(product))
+        from xtuner.model.ops import fp8_kernels
+
+        of_gate, of_up, of_product = fp8_kernels.quantize_swiglu_backward(gate_TF, up_TF, d_TF)
+        gate, up = ((PreparedRows(*of[:2]), PreparedColumns(*of[2:])) for of in (of_gate, of_up))
+        return SwiGLUGradients(gate, up, PreparedColumns(*of_product))
 
     def add_gradient(
         self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype

@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 import torch
 
 from xtuner.model.ops.gradient_sums import GradientSum
-from xtuner.model.ops.matmul import Matmul, PreparedColumns, PreparedRows
+from xtuner.model.ops.matmul import Matmul, PreparedColumns, PreparedRows, SwiGLUGradients
 
 WeightKind = Literal["own", "int8", "nf4"]  # values of `model.frozen_weights`
 BLOCK = 64  # numbers that share a maximum
@@ -168,6 +168,14 @@ class DequantizingMatmul:
         self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
     ) -> torch.Tensor | None:
         return self._inner.add_gradient(into, d, x, dtype)
+
+    def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
+        return self._inner.prepare_swiglu(gate_TF, up_TF)
+
+    def prepare_swiglu_gradients(
+        self, gate_TF: torch.Tensor, up_TF: torch.Tensor, d_TF: torch.Tensor
+    ) -> SwiGLUGradients | None:
+        return self._inner.prepare_swiglu_gradients(gate_TF, up_TF, d_TF)
 
     def read(self, w_NK: torch.Tensor) -> torch.Tensor:
         return self._form.dequantize(w_NK, self._dtype)

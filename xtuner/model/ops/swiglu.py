@@ -129,8 +129,9 @@ class SwiGLUFunction(torch.autograd.Function):
             rows = matmul.prepare(x)
             gate, up = p1.forward(rows, x, None, i), p3.forward(rows, x, None, i)
             if output:
-                product = e.swiglu(gate, up)
-                part = p2.forward(matmul.prepare(product), product, add_TH[tile], i)
+                product: Any = e.swiglu(gate, up) if p2.term else None
+                rows = matmul.prepare(product) if p2.term else matmul.prepare_swiglu(gate, up)
+                part = p2.forward(rows, product, add_TH[tile], i)
                 out = put_rows(out, tile, part, add_TH)
                 del part, product
             kept += [gate, up] if keep else []
@@ -150,6 +151,7 @@ class SwiGLUFunction(torch.autograd.Function):
         p1, p3, p2 = projections = _projections(matmul, (w1, w3, w2), (b1, b3, b2), ctx.terms, tensors)
         need_x = not kept or need_w1 or need_w3 or p1.term or p3.term
         x_TH: Any = ctx.compute(*inputs) if need_x else None
+        only_products = need_w1 and need_w3 and need_w2 and not any(need_biases) and not any(ctx.terms)
         tiles, dx_TH = split_tokens(len(d_TH)), None
         needs = zip(ctx.into[:3], (w1, w3, w2), (need_w1, need_w3, need_w2), strict=True)
         dw1, dw3, dw2 = (TiledGradient(matmul, into, w, need, len(tiles)) for into, w, need in needs)
@@ -164,15 +166,24 @@ class SwiGLUFunction(torch.autograd.Function):
                 gate, up = p1.forward(rows, x, None, i), p3.forward(rows, x, None, i)
                 del rows
             rows, columns = dw2.prepare(d)
-            d_gate, d_up, product = e.swiglu_backward(gate, up, p2.backward(rows, d, None, i))
-            dw2.add_product(columns, matmul.prepare_columns(product) if need_w2 else None)
-            p2.add_gradients(d, product, i)
-            del rows, columns, product
+            d_product = p2.backward(rows, d, None, i)
+            del rows
+            prepared = matmul.prepare_swiglu_gradients(gate, up, d_product) if only_products else None
+            if prepared:
+                d_gate: Any = None  # exist in fp8 only
+                d_up: Any = None
+                dw2.add_product(columns, prepared.product)
+            else:
+                d_gate, d_up, product = e.swiglu_backward(gate, up, d_product)
+                dw2.add_product(columns, matmul.prepare_columns(product) if need_w2 else None)
+                p2.add_gradients(d, product, i)
+                del product
+            del columns, d_product
             x_columns = matmul.prepare_columns(x) if need_w1 or need_w3 else None
-            rows_gate, columns = dw1.prepare(d_gate)
+            rows_gate, columns = prepared.gate if prepared else dw1.prepare(d_gate)
             dw1.add_product(columns, x_columns)
             p1.add_gradients(d_gate, x, i)
-            rows_up, columns = dw3.prepare(d_up)
+            rows_up, columns = prepared.up if prepared else dw3.prepare(d_up)
             dw3.add_product(columns, x_columns)
             p3.add_gradients(d_up, x, i)
             for gradient, part in zip(d_biases, (d_gate, d_up, d), strict=True):
@@ -181,7 +192,7 @@ class SwiGLUFunction(torch.autograd.Function):
             if i + 1 == len(tiles):
                 del x_TH
             part = p3.backward(rows_up, d_up, p1.backward(rows_gate, d_gate, None, i), i)
-            del d_gate, d_up, rows_gate, rows_up
+            del d_gate, d_up, rows_gate, rows_up, prepared
             dx_TH = put_rows(dx_TH, tile, part, d_TH)
         taken = (dw1.take(), dw3.take(), dw2.take(), *(d.take() for d in d_biases))
         of_terms = [gradient for p in projections for gradient in p.gradients()]

@@ -9,6 +9,7 @@ import torch
 from xtuner.core.errors import ConfigError
 from xtuner.model import from_scratch
 from xtuner.model.linear import Linear
+from xtuner.model.ops.elementwise import swiglu, swiglu_backward
 from xtuner.model.ops.gradient_sums import GradientSum
 from xtuner.model.ops.matmul import MATMULS, PLAIN, MatmulKind, quantize_columns, quantize_rows
 
@@ -82,6 +83,27 @@ def test_gradients_in_fp8(device: str, sums: torch.dtype | None) -> None:
             assert torch.equal(buffer, (buffer.float() * 0 + expected.to(sums).float() + expected).to(sums))
     d[0, 0] = torch.nan
     assert fp8.add_gradient(None, fp8.prepare_both(d)[1], prepared[1], torch.bfloat16).isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_swiglu_in_fp8(device: str) -> None:
+    """As its parts in bf16, converted one after another, also at numbers of tokens that fill no tile."""
+    torch.manual_seed(0)
+    fp8 = MATMULS["fp8_full"]
+    for T, F in ((1, 16), (37, 528), (300, 144)):
+        gate, up, d = (torch.randn(T, F, device=device).bfloat16() for _ in range(3))
+        d[0] = 0
+        found = [fp8.prepare_swiglu(gate, up)]
+        gradients = fp8.prepare_swiglu_gradients(gate, up, d)
+        assert gradients
+        found += [*gradients.gate, *gradients.up, gradients.product]
+        expected = [fp8.prepare(swiglu(gate, up))]
+        d_gate, d_up, product = swiglu_backward(gate, up, d)
+        expected += [*fp8.prepare_both(d_gate), *fp8.prepare_both(d_up), fp8.prepare_columns(product)]
+        for ours, apart in zip(found, expected, strict=True):
+            assert torch.equal(ours.values.float(), apart.values.float())
+            assert torch.equal(ours.scale, apart.scale)
+            assert ours.values.stride() == apart.values.stride()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -33,17 +33,17 @@ def min_host_bytes(source: ModelSource, optim: OptimWrapper, device: torch.devic
 
 
 def plan_activations(
-    c: DecoderConfig, itemsize: int, room: int, host: int, document: int, sharers: int, extra: int = 0
+    c: DecoderConfig, itemsize: int, room: int, host: int, document: int, sharers: int, **needs: int
 ) -> ActivationPlan:
     """The faster plan for the longest document, with host memory or without, of those that fit.
 
     Args:
         document: its tokens.
         sharers: ranks that share it.
-        extra: see `ActivationPlan`.
+        needs: `extra` and `converted` of `ActivationPlan`.
     """
     tokens = -(-document // sharers)
-    plans = [ActivationPlan(c, itemsize, room, bytes_, sharers, extra) for bytes_ in dict.fromkeys((0, host))]
+    plans = [ActivationPlan(c, itemsize, room, bytes_, sharers, **needs) for bytes_ in dict.fromkeys((0, host))]
     fitting = [plan for plan in plans if plan.peak_bytes(tokens) <= room] or plans[-1:]
 
     def seconds(plan: ActivationPlan) -> float:

@@ -22,6 +22,7 @@ from xtuner.engine.step_time import StepCost
 from xtuner.model.activation_memory import KEEP_ORDER, ActivationPlan
 from xtuner.model.adapters.lora import LoRA
 from xtuner.model.flops import num_parameters
+from xtuner.model.ops.matmul import MATMULS
 from xtuner.model.source import ModelSource
 from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -197,7 +198,9 @@ def plan_memory(
         activations = ActivationPlan(c, itemsize, 0 if source.recompute else None)
         return MemoryPlan(state, activations, optim.micro_batch, divisions[0], document=document, sharers=mesh.cp)
     collectives = COLLECTIVE_BYTES * (mesh.size > 1)
-    extra = source.adapter.activation_bytes(itemsize) if isinstance(source.adapter, LoRA) else 0
+    needs = dict(converted=MATMULS[source.products].swiglu_bytes)
+    if isinstance(source.adapter, LoRA):
+        needs["extra"] = source.adapter.activation_bytes(itemsize)
     candidates: list[MemoryPlan] = []
     held = source.count_weight_bytes(optim.compute_dtype(device))
     share = source.count_trained().total / num_parameters(c)
@@ -205,7 +208,7 @@ def plan_memory(
     for d in divisions:
         state = state_bytes(source, optim, device, mesh, d)
         room = max(free - state - RESERVE_BYTES - collectives, 0)
-        activations = plan_activations(c, itemsize, room, host, longest, mesh.cp, extra)
+        activations = plan_activations(c, itemsize, room, host, longest, mesh.cp, **needs)
         for max_tokens in [optim.micro_batch] if optim.micro_batch else candidate_sizes(activations, pack):
             parts = optim.accumulative_counts * -(-pack // max_tokens)
             cost = StepCost(

@@ -33,34 +33,39 @@ def kept_bytes_per_token(c: DecoderConfig, itemsize: int) -> dict[str, int]:
     }
 
 
-def transient_bytes(c: DecoderConfig, itemsize: int, tokens: int, keep: KeepPolicy = KEEP_ALL, sharers: int = 1) -> int:
+def transient_bytes(
+    c: DecoderConfig, itemsize: int, tokens: int, keep: KeepPolicy = KEEP_ALL, sharers: int = 1, converted: int = 0
+) -> int:
     """Peak of all buffers in addition to what blocks keep on the GPU, as planned: `exact_bytes`, and a margin for what
     the allocator cannot reuse. The margin does not grow beyond a tile of tokens."""
     tile = min(tokens, TILE)
     h, f, queries, keys = c.hidden_size, c.intermediate_size, c.query_width, c.num_kv_heads * c.head_dim
-    mlp = itemsize * tile * (4 * h + f)
+    mlp = tile * (itemsize * (4 * h + f) + converted * f)
     attention = tile * (itemsize * (3 * h + 3 * queries + 4 * keys) + 4 * (queries + 2 * keys))
     loss = itemsize * (min(tile, chunk_tokens(c.vocab_size)) * c.vocab_size + 4 * tile * h)
     summed = max(loss, mlp, attention) + 4 * tile * c.head_dim
     size = {name: n * tile for name, n in kept_bytes_per_token(c, itemsize).items()}
     summed += sum(size[name] for name in KEEP_ORDER if not getattr(keep, name)) + sum(size[n] for n in keep.on_host)
-    margin = max(summed - exact_bytes(c, itemsize, tile, keep, sharers), 0)
-    return exact_bytes(c, itemsize, tokens, keep, sharers) + margin
+    margin = max(summed - exact_bytes(c, itemsize, tile, keep, sharers, converted), 0)
+    return exact_bytes(c, itemsize, tokens, keep, sharers, converted) + margin
 
 
-def exact_bytes(c: DecoderConfig, itemsize: int, tokens: int, keep: KeepPolicy, sharers: int = 1) -> int:
+def exact_bytes(
+    c: DecoderConfig, itemsize: int, tokens: int, keep: KeepPolicy, sharers: int = 1, converted: int = 0
+) -> int:
     """Peak of the buffers that exist at the same time: at the loss, or in a block, including what it recomputes or has
     fetched from the host.
 
     Args:
         sharers: ranks that share these documents.
+        converted: bytes for each of a token's F that products need in SwiGLU's backward (matmul.py).
     """
     size = {name: n * tokens for name, n in kept_bytes_per_token(c, itemsize).items()}
     h, f, queries, keys = c.hidden_size, c.intermediate_size, c.query_width, c.num_kv_heads * c.head_dim
     tile = split_tokens(tokens)[0].stop
     fetched = sum(size[name] for name in keep.on_host) + size["input"] * (keep.on_host == INPUT_ON_HOST.on_host)
     # of tokens: gradients of the output and the normed input, and this input; of a tile: the product, its part
-    mlp = 3 * itemsize * h * tokens + itemsize * tile * (f + h * (tile < tokens))
+    mlp = 3 * itemsize * h * tokens + itemsize * tile * (f + h * (tile < tokens)) + converted * tile * f
     mlp += size["residual"] * (not keep.residual) + 2 * itemsize * f * tile * (not keep.gate_up)
     # gradients of the block's output, of o, and of q, k, v; FlashAttention sums dq (and dk, dv of shared heads) in fp32
     attention = tokens * (itemsize * (h + 2 * queries + 2 * keys) + 4 * (queries + 2 * keys))
@@ -87,6 +92,7 @@ class ActivationPlan:
         host: bytes of host memory that activations may use.
         sharers: ranks that share each document (context parallelism).
         extra: bytes of a token that an adapter needs while it computes.
+        converted: see `exact_bytes`.
     """
 
     config: DecoderConfig
@@ -95,6 +101,7 @@ class ActivationPlan:
     host: int = 0
     sharers: int = 1
     extra: int = 0
+    converted: int = 0
 
     def choose_kept(self, tokens: int) -> list[KeepPolicy]:
         """What each layer keeps, for a micro-batch of so many tokens."""
@@ -112,7 +119,8 @@ class ActivationPlan:
         return tokens * kept + max(self.transient_bytes(policy, tokens) for policy in distinct.values())
 
     def transient_bytes(self, keep: KeepPolicy, tokens: int) -> int:
-        return transient_bytes(self.config, self.itemsize, tokens, keep, self.sharers) + self.extra * tokens
+        needed = transient_bytes(self.config, self.itemsize, tokens, keep, self.sharers, self.converted)
+        return needed + self.extra * tokens
 
     def host_bytes(self, tokens: int) -> int:
         """Bytes of host memory that a micro-batch needs."""

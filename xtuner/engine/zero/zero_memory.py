@@ -36,6 +36,7 @@ from xtuner.engine.zero.deepspeed_config import BUCKET
 from xtuner.engine.zero.zero_time import COPY_SHARE, COPYING
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.flops import block_parameters, num_parameters
+from xtuner.model.ops.matmul import MATMULS
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 
@@ -79,7 +80,10 @@ def plan_zero_memory(
         optim.compute_dtype(device).itemsize,
         (source, optim, device, mesh.size, settings),
     )
-    least = ActivationPlan(c, itemsize).peak_bytes(min(MIN_MICRO_BATCH, pack))  # without recomputation
+    converted = MATMULS[source.products].swiglu_bytes
+    least = ActivationPlan(c, itemsize, converted=converted).peak_bytes(
+        min(MIN_MICRO_BATCH, pack)
+    )  # without recomputation
     for summing in summing_modes(optim, device, settings):
         state, room = zero_state_bytes(*case, summing), None
         collectives = COLLECTIVE_BYTES * (mesh.size > 1) + _exchange_bytes(summing, mesh, settings)
@@ -91,7 +95,7 @@ def plan_zero_memory(
     if room is None or not source.recompute:
         plan = ActivationPlan(c, itemsize, 0 if source.recompute else None)
         return ZeroMemoryPlan(state, plan, optim.micro_batch, division, summing=summing)
-    plan, found = ActivationPlan(c, itemsize, room), []
+    plan, found = ActivationPlan(c, itemsize, room, converted=converted), []
     for most in [optim.micro_batch] if optim.micro_batch else memory.candidate_sizes(plan, pack):
         seconds = _predict_seconds(source, optim, device, mesh, settings, summing, plan, pack, most)
         found.append(ZeroMemoryPlan(state, plan, most, division, LIBRARY_BYTES + collectives, seconds, summing=summing))

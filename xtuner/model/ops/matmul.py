@@ -26,7 +26,13 @@ SIDE_MULTIPLE = 16  # both dimensions of a weight must be multiples of this
 
 
 class Matmul(Protocol):
-    """A kind of matrix product. `prepare` converts x or d once for all products that use it."""
+    """A kind of matrix product. `prepare` converts x or d once for all products that use it.
+
+    Attributes:
+        swiglu_bytes: what `prepare_swiglu_gradients` allocates, for each number of gate.
+    """
+
+    swiglu_bytes: int
 
     def prepare(self, x_TK: torch.Tensor) -> "PreparedRows": ...
 
@@ -93,6 +99,8 @@ class SwiGLUGradients:
 class PlainMatmul:
     """Multiplies in the weights' dtype."""
 
+    swiglu_bytes = 0
+
     def prepare(self, x_TK: torch.Tensor) -> PreparedRows:
         return PreparedRows(x_TK)
 
@@ -153,6 +161,8 @@ class Fp8Matmul(PlainMatmul):
 
 class Fp8FullMatmul(Fp8Matmul):
     """Multiplies in fp8, gradients of weights too."""
+
+    swiglu_bytes = 5  # two gradients for two products, and the product
 
     def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
         prepared = quantize_columns(x_TK)

@@ -146,6 +146,7 @@ class DequantizingMatmul:
 
     def __init__(self, inner: Matmul, form: QuantizedFormat, dtype: torch.dtype) -> None:
         self._inner, self._form, self._dtype = inner, form, dtype
+        self.swiglu_bytes = inner.swiglu_bytes
 
     def prepare(self, x_TK: torch.Tensor) -> PreparedRows:
         return self._inner.prepare(x_TK)

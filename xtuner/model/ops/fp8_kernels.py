@@ -42,22 +42,73 @@ def quantize_rows(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
+def _store_rows(x, factor, OUT, SCALE, at, inside, t, T, first):
+    """x in fp8, times a factor for each row; the scales by the program that is the first of its rows."""
+    tl.store(OUT + at, (x * factor[:, None]).to(tl.float8e4nv), inside)
+    if first:
+        tl.store(SCALE + t, 1 / factor, t < T)
+
+
+@triton.jit
+def _store_columns(x, factor, OUT, SCALE, at, inside, f, F, first):
+    """x in fp8, transposed, times a factor for each column."""
+    tl.store(OUT + at, tl.trans((x * factor[None, :]).to(tl.float8e4nv)), inside)
+    if first:
+        tl.store(SCALE + f, 1 / factor, f < F)
+
+
+@triton.jit
+def _raise_to(LARGE, x, mask):
+    """LARGE = max(LARGE, x), x ≥ 0: as the bits of such numbers are ordered like integers, one operation of memory."""
+    tl.atomic_max(LARGE, x.to(tl.int32, bitcast=True), mask, sem="relaxed")
+
+
+@triton.jit
+def _maxima(
+    X, ROWS, COLUMNS, T, K, OF_ROWS: tl.constexpr, STRIP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """The largest magnitudes of rows and columns. A program reads STRIP rows; those of columns stay in registers."""
+    k = tl.program_id(1) * BK + tl.arange(0, BK)
+    largest = tl.zeros([BT, BK], tl.float32)
+    for i in range(0, STRIP, BT):
+        t = tl.program_id(0) * STRIP + i + tl.arange(0, BT)
+        inside = (t[:, None] < T) & (k[None, :] < K)
+        x = tl.abs(tl.load(X + t[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32))
+        if OF_ROWS:
+            _raise_to(ROWS + t, tl.max(x, 1), t < T)
+        largest = tl.maximum(largest, x)
+    _raise_to(COLUMNS + k, tl.max(largest, 0), k < K)
+
+
+STRIPS = dict(STRIP=64, BT=8)  # rows of a program, and of one of its steps
+WIDTH = 256  # columns of a program
+
+
+def _find_maxima(x_TK: torch.Tensor, of_rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest magnitudes of rows, [T], zeros if they are not requested, and of columns, [K]."""
+    T, K = x_TK.shape
+    largest = torch.zeros(T * of_rows + K, dtype=torch.int32, device=x_TK.device)
+    rows, columns = largest.split([T * of_rows, K])
+    grid = triton.cdiv(T, STRIPS["STRIP"]), triton.cdiv(K, WIDTH)
+    _maxima[grid](x_TK, rows, columns, T, K, OF_ROWS=of_rows, **STRIPS, BK=WIDTH, num_warps=4)
+    return rows.view(torch.float32), columns.view(torch.float32)
+
+
+@triton.jit
 def _columns(W, LARGE, OUT, SCALE, N, K, ALIGNED, TILE: tl.constexpr):
     n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    factor = _factor(tl.load(LARGE + k, k < K, 0.0).to(tl.float32))
+    factor = _factor(tl.load(LARGE + k, k < K, 0.0))
     inside = (n[:, None] < N) & (k[None, :] < K)
     w = tl.load(W + n[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32)
-    transposed = tl.trans((w * factor[None, :]).to(tl.float8e4nv))
-    tl.store(OUT + k[:, None].to(tl.int64) * ALIGNED + n[None, :], transposed, (k[:, None] < K) & (n[None, :] < N))
-    if tl.program_id(0) == 0:
-        tl.store(SCALE + k, 1 / factor, k < K)
+    at, inside = k[:, None].to(tl.int64) * ALIGNED + n[None, :], (k[:, None] < K) & (n[None, :] < ALIGNED)
+    _store_columns(w, factor, OUT, SCALE, at, inside, k, K, tl.program_id(0) == 0)
 
 
 def quantize_columns(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     w_NK = w_NK.contiguous()
     N, K = w_NK.shape
-    largest = torch.linalg.vector_norm(w_NK, float("inf"), dim=0)
+    _, largest = _find_maxima(w_NK, False)
     out = _empty_columns(w_NK)
     scale = w_NK.new_empty(K, 1, dtype=torch.float32)
     _columns[(triton.cdiv(N, TILE), triton.cdiv(K, TILE))](
@@ -67,37 +118,22 @@ def quantize_columns(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
-def _maxima(X, ROWS, COLUMNS, T, K, BT: tl.constexpr, BK: tl.constexpr):
-    t, k = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BK + tl.arange(0, BK)
-    inside = (t[:, None] < T) & (k[None, :] < K)
-    x = tl.abs(tl.load(X + t[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32))
-    tl.atomic_max(ROWS + t, tl.max(x, 1), t < T)
-    tl.atomic_max(COLUMNS + k, tl.max(x, 0), k < K)
-
-
-@triton.jit
 def _both(X, LARGE_T, LARGE_K, ROWS, SCALE_T, COLUMNS, SCALE_K, T, K, ALIGNED, TILE: tl.constexpr):
     t, k = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = (t[:, None] < T) & (k[None, :] < K)
     at = t[:, None].to(tl.int64) * K + k[None, :]
     x = tl.load(X + at, inside, 0.0).to(tl.float32)
     factor_t, factor_k = _factor(tl.load(LARGE_T + t, t < T, 0.0)), _factor(tl.load(LARGE_K + k, k < K, 0.0))
-    tl.store(ROWS + at, (x * factor_t[:, None]).to(tl.float8e4nv), inside)
-    transposed = tl.trans((x * factor_k[None, :]).to(tl.float8e4nv))
-    tl.store(COLUMNS + k[:, None].to(tl.int64) * ALIGNED + t[None, :], transposed, (k[:, None] < K) & (t[None, :] < T))
-    if tl.program_id(0) == 0:
-        tl.store(SCALE_T + t, 1 / factor_t, t < T)
-    if tl.program_id(1) == 0:
-        tl.store(SCALE_K + k, 1 / factor_k, k < K)
+    _store_rows(x, factor_t, ROWS, SCALE_T, at, inside, t, T, tl.program_id(0) == 0)
+    at, inside = k[:, None].to(tl.int64) * ALIGNED + t[None, :], (k[:, None] < K) & (t[None, :] < ALIGNED)
+    _store_columns(x, factor_k, COLUMNS, SCALE_K, at, inside, k, K, tl.program_id(1) == 0)
 
 
 def quantize_both(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The results of `quantize_rows` and `quantize_columns`; x is read twice instead of three times."""
     x_TK = x_TK.contiguous()
     T, K = x_TK.shape
-    largest = torch.zeros(T + K, dtype=torch.float32, device=x_TK.device)
-    large_T, large_K = largest[:T], largest[T:]
-    _maxima[(triton.cdiv(T, 64), triton.cdiv(K, 256))](x_TK, large_T, large_K, T, K, BT=64, BK=256, num_warps=8)
+    large_T, large_K = _find_maxima(x_TK, True)
     rows, columns = torch.empty_like(x_TK, dtype=torch.float8_e4m3fn), _empty_columns(x_TK)
     scale_T, scale_K = (x_TK.new_empty(n, 1, dtype=torch.float32) for n in (T, K))
     args = (x_TK, large_T, large_K, rows, scale_T, columns, scale_K, T, K, columns.stride(0))
@@ -142,35 +178,29 @@ def _swiglu_gradients(GATE, UP, D, at, inside):
 
 
 @triton.jit
-def _swiglu_maxima(GATE, UP, D, ROWS_GATE, ROWS_UP, GATES, UPS, PRODUCTS, T, F, BT: tl.constexpr, BF: tl.constexpr):
-    """The largest magnitudes of rows and columns of both gradients, and of columns of the product."""
-    t, f = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BF + tl.arange(0, BF)
-    inside = (t[:, None] < T) & (f[None, :] < F)
-    d_gate, d_up, product = _swiglu_gradients(GATE, UP, D, t[:, None].to(tl.int64) * F + f[None, :], inside)
-    d_gate, d_up = tl.abs(d_gate), tl.abs(d_up)
-    tl.atomic_max(ROWS_GATE + t, tl.max(d_gate, 1), t < T)
-    tl.atomic_max(ROWS_UP + t, tl.max(d_up, 1), t < T)
-    tl.atomic_max(GATES + f, tl.max(d_gate, 0), f < F)
-    tl.atomic_max(UPS + f, tl.max(d_up, 0), f < F)
-    tl.atomic_max(PRODUCTS + f, tl.max(tl.abs(product), 0), f < F)
-
-
-@triton.jit
-def _store_rows(x, largest, OUT, SCALE, at, inside, t, T, first):
-    """x in fp8 with a scale for each row; the scales by the program that is the first of its rows."""
-    factor = _factor(largest)
-    tl.store(OUT + at, (x * factor[:, None]).to(tl.float8e4nv), inside)
-    if first:
-        tl.store(SCALE + t, 1 / factor, t < T)
-
-
-@triton.jit
-def _store_columns(x, largest, OUT, SCALE, at, inside, f, F, first):
-    """x in fp8, transposed, with a scale for each column."""
-    factor = _factor(largest)
-    tl.store(OUT + at, tl.trans((x * factor[None, :]).to(tl.float8e4nv)), inside)
-    if first:
-        tl.store(SCALE + f, 1 / factor, f < F)
+def _swiglu_maxima(
+    GATE, UP, D, ROWS_GATE, ROWS_UP, GATES, UPS, PRODUCTS, T, F,
+    STRIP: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """`_maxima` of rows and columns of both gradients, and of columns of the product."""
+    f = tl.program_id(1) * BF + tl.arange(0, BF)
+    gates, ups, products = (
+        tl.zeros([BT, BF], tl.float32),
+        tl.zeros([BT, BF], tl.float32),
+        tl.zeros([BT, BF], tl.float32),
+    )
+    for i in range(0, STRIP, BT):
+        t = tl.program_id(0) * STRIP + i + tl.arange(0, BT)
+        inside = (t[:, None] < T) & (f[None, :] < F)
+        d_gate, d_up, product = _swiglu_gradients(GATE, UP, D, t[:, None].to(tl.int64) * F + f[None, :], inside)
+        d_gate, d_up = tl.abs(d_gate), tl.abs(d_up)
+        _raise_to(ROWS_GATE + t, tl.max(d_gate, 1), t < T)
+        _raise_to(ROWS_UP + t, tl.max(d_up, 1), t < T)
+        gates, ups = tl.maximum(gates, d_gate), tl.maximum(ups, d_up)
+        products = tl.maximum(products, tl.abs(product))
+    _raise_to(GATES + f, tl.max(gates, 0), f < F)
+    _raise_to(UPS + f, tl.max(ups, 0), f < F)
+    _raise_to(PRODUCTS + f, tl.max(products, 0), f < F)
 
 
 @triton.jit
@@ -184,17 +214,17 @@ def _swiglu_both(
     at = t[:, None].to(tl.int64) * F + f[None, :]
     d_gate, d_up, product = _swiglu_gradients(GATE, UP, D, at, inside)
     first = tl.program_id(0) == 0
-    _store_rows(d_gate, tl.load(LARGE + t, t < T, 0.0), GATE_ROWS, SCALES, at, inside, t, T, first)
-    _store_rows(d_up, tl.load(LARGE + ROOM + t, t < T, 0.0), UP_ROWS, SCALES + ROOM, at, inside, t, T, first)
+    _store_rows(d_gate, _factor(tl.load(LARGE + t, t < T, 0.0)), GATE_ROWS, SCALES, at, inside, t, T, first)
+    _store_rows(d_up, _factor(tl.load(LARGE + ROOM + t, t < T, 0.0)), UP_ROWS, SCALES + ROOM, at, inside, t, T, first)
     at = f[:, None].to(tl.int64) * ALIGNED + t[None, :]
-    inside, first = (f[:, None] < F) & (t[None, :] < T), tl.program_id(1) == 0
+    inside, first = (f[:, None] < F) & (t[None, :] < ALIGNED), tl.program_id(1) == 0
     LARGE += 2 * ROOM
     SCALES += 2 * ROOM
-    _store_columns(d_gate, tl.load(LARGE + f, f < F, 0.0), GATE_COLUMNS, SCALES, at, inside, f, F, first)
-    _store_columns(d_up, tl.load(LARGE + F + f, f < F, 0.0), UP_COLUMNS, SCALES + F, at, inside, f, F, first)
+    _store_columns(d_gate, _factor(tl.load(LARGE + f, f < F, 0.0)), GATE_COLUMNS, SCALES, at, inside, f, F, first)
+    _store_columns(d_up, _factor(tl.load(LARGE + F + f, f < F, 0.0)), UP_COLUMNS, SCALES + F, at, inside, f, F, first)
     LARGE += 2 * F
     SCALES += 2 * F
-    _store_columns(product, tl.load(LARGE + f, f < F, 0.0), PRODUCT_COLUMNS, SCALES, at, inside, f, F, first)
+    _store_columns(product, _factor(tl.load(LARGE + f, f < F, 0.0)), PRODUCT_COLUMNS, SCALES, at, inside, f, F, first)
 
 
 def quantize_swiglu_backward(
@@ -207,23 +237,33 @@ def quantize_swiglu_backward(
     T, F = gate_TF.shape
     room = triton.cdiv(T, ALIGNMENT) * ALIGNMENT  # products may read several scales at once
     parts = room, room, F, F, F
-    largest = torch.zeros(sum(parts), dtype=torch.float32, device=gate_TF.device)
-    scales = torch.empty_like(largest)
+    largest = torch.zeros(sum(parts), dtype=torch.int32, device=gate_TF.device)
+    scales = torch.empty_like(largest, dtype=torch.float32)
     given = gate_TF, up_TF, d_TF.contiguous()
-    _swiglu_maxima[(triton.cdiv(T, 32), triton.cdiv(F, 256))](
-        *given, *largest.split(parts), T, F, BT=32, BF=256, num_warps=8
-    )
+    grid = triton.cdiv(T, STRIPS["STRIP"]), triton.cdiv(F, WIDTH)
+    _swiglu_maxima[grid](*given, *largest.split(parts), T, F, **STRIPS, BF=WIDTH, num_warps=4)
     rows = [torch.empty_like(gate_TF, dtype=torch.float8_e4m3fn) for _ in range(2)]
     columns = [_empty_columns(gate_TF) for _ in range(3)]
-    _swiglu_both[(triton.cdiv(F, TILE), triton.cdiv(T, TILE))](
-        *given, largest, scales, *rows, *columns, T, F, columns[0].stride(0), room, BT=TILE, BF=TILE, num_warps=4
+    _swiglu_both[(triton.cdiv(F, 64), triton.cdiv(T, 32))](
+        *given,
+        largest.view(torch.float32),
+        scales,
+        *rows,
+        *columns,
+        T,
+        F,
+        columns[0].stride(0),
+        room,
+        BT=32,
+        BF=64,
+        num_warps=4,
     )
     gate_T, up_T, gate_F, up_F, product_F = (scale[:, None] for scale in scales.split(parts))
     gate, up = (rows[0], gate_T[:T], columns[0], gate_F), (rows[1], up_T[:T], columns[1], up_F)
     return gate, up, (columns[2], product_F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "K", "programs"])
 def _add_product(
     A, B, C, SCALE_A, SCALE_B, M, N, K, programs,
     ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
@@ -260,11 +300,6 @@ def add_product(
     c_MN: torch.Tensor, a_MK: torch.Tensor, b_NK: torch.Tensor, scale_M: torch.Tensor, scale_N: torch.Tensor, add: bool
 ) -> None:
     """c = a b^T, each row of a and b times its scale; with `add`, added to what c contains, in fp32."""
-    if c_MN.data_ptr() % ALIGNMENT:  # a part of a larger buffer
-        aligned = c_MN.clone()
-        add_product(aligned, a_MK, b_NK, scale_M, scale_N, add)
-        c_MN.copy_(aligned)
-        return
     (M, K), N = a_MK.shape, len(b_NK)
     halves = c_MN.dtype == torch.bfloat16  # a tile of 128 x 256 in fp32 leaves no room for the factors
     rows, columns, depth = 128, 256 if halves else 128, 128
@@ -276,9 +311,14 @@ def add_product(
 
 
 def _empty_columns(x_TK: torch.Tensor) -> torch.Tensor:
-    """For x^T in fp8, with rows that begin at multiples of ALIGNMENT."""
+    """For x^T in fp8, with rows that begin at multiples of ALIGNMENT. What is between them must be zeros."""
     T, K = x_TK.shape
     return x_TK.new_empty(K, triton.cdiv(T, ALIGNMENT) * ALIGNMENT, dtype=torch.float8_e4m3fn)[:, :T]
+
+
+def widen_columns(x_KT: torch.Tensor) -> torch.Tensor:
+    """x^T with the zeros between its rows: sums over tokens have the length that libraries require."""
+    return x_KT.as_strided((len(x_KT), x_KT.stride(0)), x_KT.stride())
 
 
 @cache

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch.nn import functional as F
 
-from xtuner.model.ops import elementwise
+from xtuner.model.ops import cublaslt, elementwise
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient_product
 
 MatmulKind = Literal["own", "fp8", "fp8_full"]  # values of `model.products`
@@ -146,10 +146,10 @@ class Fp8Matmul(PlainMatmul):
     def forward(
         self, x: PreparedRows, w_NK: torch.Tensor, bias: torch.Tensor | None = None, add_TN: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return _add(_multiply(x, quantize_rows(w_NK), w_NK.dtype), bias, add_TN)
+        return _multiply(x, quantize_rows(w_NK), w_NK.dtype, bias, add_TN)
 
     def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
-        return _add(_multiply(d, quantize_columns(w_NK), w_NK.dtype), None, add_TK)
+        return _multiply(d, quantize_columns(w_NK), w_NK.dtype, None, add_TK)
 
     def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
         if not gate_TF.is_cuda:
@@ -241,31 +241,51 @@ def quantize_columns(w_NK: torch.Tensor) -> PreparedRows:
     return quantize_rows(w_NK.T)
 
 
-def _multiply(a: PreparedRows, b: PreparedRows, dtype: torch.dtype) -> torch.Tensor:
-    """a b^T."""
+def _multiply(
+    a: PreparedRows,
+    b: PreparedRows,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None,
+    add: torch.Tensor | None,
+) -> torch.Tensor:
+    """a b^T + bias + add."""
     assert a.scale is not None
     assert b.scale is not None
+    if add is not None and bias is None and _uses_cublaslt(a.values, add):
+        out = torch.empty_like(add)
+        cublaslt.multiply(a.values, b.values, a.scale, b.scale, add, out)
+        return out
     if a.values.is_cuda:
         scales = dict(scale_a=a.scale, scale_b=b.scale.T)
-        return torch._scaled_mm(a.values, b.values.T, **scales, out_dtype=dtype, use_fast_accum=True)
-    return ((a.values.float() * a.scale) @ (b.values.float() * b.scale).T).to(dtype)
+        product = torch._scaled_mm(a.values, b.values.T, **scales, out_dtype=dtype, use_fast_accum=True)
+    else:
+        product = ((a.values.float() * a.scale) @ (b.values.float() * b.scale).T).to(dtype)
+    for other in (bias, add):
+        if other is not None:
+            product += other
+    return product
 
 
 def _add_product(total: torch.Tensor, a: PreparedColumns, b: PreparedColumns, add: bool) -> None:
     """total = a b^T, plus its contents with `add`."""
     assert a.scale is not None
     assert b.scale is not None
-    if a.values.is_cuda:
-        from xtuner.model.ops import fp8_kernels
-
-        fp8_kernels.add_product(total, a.values, b.values, a.scale, b.scale, add)
+    if not a.values.is_cuda:
+        product = (a.values.float() * a.scale) @ (b.values.float() * b.scale).T
+        total.copy_(total + product if add else product)
         return
-    product = (a.values.float() * a.scale) @ (b.values.float() * b.scale).T
-    total.copy_(total + product if add else product)
+    from xtuner.model.ops import fp8_kernels
+
+    if total.data_ptr() % fp8_kernels.ALIGNMENT:  # a part of a larger buffer
+        aligned = total.clone()
+        _add_product(aligned, a, b, add)
+        total.copy_(aligned)
+    elif _uses_cublaslt(a.values, total):
+        left, right = (fp8_kernels.widen_columns(x.values) for x in (a, b))
+        cublaslt.multiply(left, right, a.scale, b.scale, total if add else None, total)
+    else:
+        fp8_kernels.add_product(total, a.values, b.values, a.scale, b.scale, add)
 
 
-def _add(product: torch.Tensor, bias: torch.Tensor | None, add: torch.Tensor | None) -> torch.Tensor:
-    for other in (bias, add):
-        if other is not None:
-            product += other
-    return product
+def _uses_cublaslt(a: torch.Tensor, added: torch.Tensor) -> bool:
+    return a.is_cuda and a.numel() > 0 and added.is_contiguous() and cublaslt.can_multiply(a.device)

@@ -74,31 +74,30 @@ def _layout(dtype: torch.dtype, rows: int, columns: int, stride: int) -> Abstrac
     return _created("MatrixLayout", TYPES[dtype], *sizes)
 
 
-def multiply(
+def add_product(
+    total_MN: torch.Tensor,
     a_MK: torch.Tensor,
     b_NK: torch.Tensor,
     scale_M: torch.Tensor,
     scale_N: torch.Tensor,
-    add_MN: torch.Tensor | None,
-    out_MN: torch.Tensor,
+    add: bool,
 ) -> None:
-    """out = a b^T + add, each row of a and b times its scale, summed in fp32.
+    """total = a b^T, each row of a and b times its scale; with `add`, plus what it contains. Summed in fp32.
 
     Args:
+        total_MN: bf16 or fp32.
         a_MK, b_NK: e4m3, rows a multiple of 16 bytes apart; K a multiple of 16.
-        add_MN, out_MN: bf16 or fp32; may be the same tensor.
 
     Errors: RuntimeError if the library refuses.
     """
-    (M, K), N, c_MN = a_MK.shape, len(b_NK), out_MN if add_MN is None else add_MN
-    alpha, beta, void = ctypes.c_float(1.0), ctypes.c_float(0.0 if add_MN is None else 1.0), ctypes.c_void_p
-    b, a, c, out = pointers = [void(x.data_ptr()) for x in (b_NK, a_MK, c_MN, out_MN)]
+    (M, K), N, void = a_MK.shape, len(b_NK), ctypes.c_void_p
+    alpha, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if add else 0.0)
+    b, a, total = pointers = [void(x.data_ptr()) for x in (b_NK, a_MK, total_MN)]
     with (
-        torch.cuda.device(out_MN.device),
+        torch.cuda.device(total_MN.device),
         _layout(b_NK.dtype, K, N, b_NK.stride(0)) as lay_b,
         _layout(a_MK.dtype, K, M, a_MK.stride(0)) as lay_a,
-        _layout(c_MN.dtype, N, M, c_MN.stride(0)) as lay_c,
-        _layout(out_MN.dtype, N, M, out_MN.stride(0)) as lay_out,
+        _layout(total_MN.dtype, N, M, total_MN.stride(0)) as lay_total,
         _created("MatmulDesc", COMPUTE_FP32, TYPES[torch.float32]) as product,
         _created("MatmulPreference") as limits,
     ):
@@ -109,33 +108,33 @@ def multiply(
         ):  # fmt: skip
             _set("MatmulDesc", product, attribute, value)
         _set("MatmulPreference", limits, MAX_WORKSPACE, ctypes.c_size_t(WORKSPACE))
-        for attribute, pointer in zip(ALIGNMENTS, pointers, strict=True):
+        for attribute, pointer in zip(ALIGNMENTS, (*pointers, total), strict=True):
             _set("MatmulPreference", limits, attribute, ctypes.c_uint32(math.gcd(pointer.value or 0, 256)))
         found, count, handle = _Algorithm(), ctypes.c_int(), _handle(torch.cuda.current_device())
-        layouts = lay_b, lay_a, lay_c, lay_out
+        layouts = lay_b, lay_a, lay_total, lay_total
         _call("MatmulAlgoGetHeuristic", handle, product, *layouts, limits, 1, ctypes.byref(found), ctypes.byref(count))
         if not count.value:
             raise RuntimeError("cuBLASLt has no product for these sizes")
-        space = torch.empty(max(found.workspace, 1), dtype=torch.uint8, device=out_MN.device)
+        space = torch.empty(max(found.workspace, 1), dtype=torch.uint8, device=total_MN.device)
         _call(
-            "Matmul", handle, product, ctypes.byref(alpha), b, lay_b, a, lay_a, ctypes.byref(beta), c, lay_c, out,
-            lay_out, ctypes.byref(found.algorithm), void(space.data_ptr()), ctypes.c_size_t(found.workspace),
+            "Matmul", handle, product, ctypes.byref(alpha), b, lay_b, a, lay_a, ctypes.byref(beta), total, lay_total,
+            total, lay_total, ctypes.byref(found.algorithm), void(space.data_ptr()), ctypes.c_size_t(found.workspace),
             void(torch.cuda.current_stream().cuda_stream),
         )  # fmt: skip
 
 
 @cache
-def can_multiply(device: torch.device) -> bool:
-    """Whether the library is there and can do all of this on the device: tried once, on small whole numbers."""
+def can_add_product(device: torch.device) -> bool:
+    """Whether the library is there and can do this on the device: tried once, on small whole numbers."""
     a, b = (torch.randint(-3, 4, (32, 32), device=device).float() for _ in range(2))
     scale_a, scale_b = (torch.full((32,), scale, device=device) for scale in (2.0, 0.5))
     expected = a @ b.T + 1
     a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
     try:
         for dtype in (torch.bfloat16, torch.float32):
-            out, add = (torch.full((32, 32), value, dtype=dtype, device=device) for value in (torch.nan, 1.0))
-            multiply(a, b, scale_a, scale_b, add, out)
-            if not torch.equal(out.float(), expected):
+            total = torch.ones(32, 32, dtype=dtype, device=device)
+            add_product(total, a, b, scale_a, scale_b, True)
+            if not torch.equal(total.float(), expected):
                 return False
     except (OSError, AttributeError, RuntimeError):
         return False

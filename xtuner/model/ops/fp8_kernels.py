@@ -1,11 +1,8 @@
 """Scaling and rounding to fp8 as GPU kernels (Triton). Defined in `matmul.py`."""
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xtuner.model.ops.elementwise_kernels import choose_warps
 
@@ -65,40 +62,29 @@ def _raise_to(LARGE, x, mask):
 
 @triton.jit
 def _maxima(
-    X, ROWS, COLUMNS, T, K, OF_ROWS: tl.constexpr, STRIP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr
+    X, ROWS, COLUMNS, T, K, STRIP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
     """The largest magnitudes of rows and columns. A program reads STRIP rows; those of columns stay in registers."""
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     largest = tl.zeros([BT, BK], tl.float32)
-    for i in range(0, STRIP, BT):
+    for i in tl.range(0, STRIP, BT, num_stages=STAGES):
         t = tl.program_id(0) * STRIP + i + tl.arange(0, BT)
         inside = (t[:, None] < T) & (k[None, :] < K)
         x = tl.abs(tl.load(X + t[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32))
-        if OF_ROWS:
-            _raise_to(ROWS + t, tl.max(x, 1), t < T)
+        _raise_to(ROWS + t, tl.max(x, 1), t < T)
         largest = tl.maximum(largest, x)
     _raise_to(COLUMNS + k, tl.max(largest, 0), k < K)
 
 
-STRIPS = dict(STRIP=64, BT=8)  # rows of a program, and of one of its steps
+STRIPS = dict(STRIP=128, BT=4, STAGES=2)  # rows of a program, and of one of its steps
 WIDTH = 256  # columns of a program
-
-
-def _find_maxima(x_TK: torch.Tensor, of_rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest magnitudes of rows, [T], zeros if they are not requested, and of columns, [K]."""
-    T, K = x_TK.shape
-    largest = torch.zeros(T * of_rows + K, dtype=torch.int32, device=x_TK.device)
-    rows, columns = largest.split([T * of_rows, K])
-    grid = triton.cdiv(T, STRIPS["STRIP"]), triton.cdiv(K, WIDTH)
-    _maxima[grid](x_TK, rows, columns, T, K, OF_ROWS=of_rows, **STRIPS, BK=WIDTH, num_warps=4)
-    return rows.view(torch.float32), columns.view(torch.float32)
 
 
 @triton.jit
 def _columns(W, LARGE, OUT, SCALE, N, K, ALIGNED, TILE: tl.constexpr):
     n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    factor = _factor(tl.load(LARGE + k, k < K, 0.0))
+    factor = _factor(tl.load(LARGE + k, k < K, 0.0).to(tl.float32))
     inside = (n[:, None] < N) & (k[None, :] < K)
     w = tl.load(W + n[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32)
     at, inside = k[:, None].to(tl.int64) * ALIGNED + n[None, :], (k[:, None] < K) & (n[None, :] < ALIGNED)
@@ -108,7 +94,7 @@ def _columns(W, LARGE, OUT, SCALE, N, K, ALIGNED, TILE: tl.constexpr):
 def quantize_columns(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     w_NK = w_NK.contiguous()
     N, K = w_NK.shape
-    _, largest = _find_maxima(w_NK, False)
+    largest = torch.linalg.vector_norm(w_NK, float("inf"), dim=0)
     out = _empty_columns(w_NK)
     scale = w_NK.new_empty(K, 1, dtype=torch.float32)
     _columns[(triton.cdiv(N, TILE), triton.cdiv(K, TILE))](
@@ -133,7 +119,10 @@ def quantize_both(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     """The results of `quantize_rows` and `quantize_columns`; x is read twice instead of three times."""
     x_TK = x_TK.contiguous()
     T, K = x_TK.shape
-    large_T, large_K = _find_maxima(x_TK, True)
+    largest = torch.zeros(T + K, dtype=torch.int32, device=x_TK.device)
+    large_T, large_K = largest.view(torch.float32).split([T, K])
+    grid = triton.cdiv(T, STRIPS["STRIP"]), triton.cdiv(K, WIDTH)
+    _maxima[grid](x_TK, *largest.split([T, K]), T, K, **STRIPS, BK=WIDTH, num_warps=4)
     rows, columns = torch.empty_like(x_TK, dtype=torch.float8_e4m3fn), _empty_columns(x_TK)
     scale_T, scale_K = (x_TK.new_empty(n, 1, dtype=torch.float32) for n in (T, K))
     args = (x_TK, large_T, large_K, rows, scale_T, columns, scale_K, T, K, columns.stride(0))
@@ -180,7 +169,7 @@ def _swiglu_gradients(GATE, UP, D, at, inside):
 @triton.jit
 def _swiglu_maxima(
     GATE, UP, D, ROWS_GATE, ROWS_UP, GATES, UPS, PRODUCTS, T, F,
-    STRIP: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+    STRIP: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`_maxima` of rows and columns of both gradients, and of columns of the product."""
     f = tl.program_id(1) * BF + tl.arange(0, BF)
@@ -189,7 +178,7 @@ def _swiglu_maxima(
         tl.zeros([BT, BF], tl.float32),
         tl.zeros([BT, BF], tl.float32),
     )
-    for i in range(0, STRIP, BT):
+    for i in tl.range(0, STRIP, BT, num_stages=STAGES):
         t = tl.program_id(0) * STRIP + i + tl.arange(0, BT)
         inside = (t[:, None] < T) & (f[None, :] < F)
         d_gate, d_up, product = _swiglu_gradients(GATE, UP, D, t[:, None].to(tl.int64) * F + f[None, :], inside)
@@ -263,53 +252,6 @@ def quantize_swiglu_backward(
     return gate, up, (columns[2], product_F)
 
 
-@triton.jit(do_not_specialize=["M", "N", "K", "programs"])
-def _add_product(
-    A, B, C, SCALE_A, SCALE_B, M, N, K, programs,
-    ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
-):  # fmt: skip
-    """Tiles of C in groups of rows, so that what is read again is still in the cache. HALVES: a tile's columns are
-    written in two parts, which leaves more of a multiprocessor's memory to the factors."""
-    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), rows * columns, programs):
-        first = tile // (GROUP * columns) * GROUP
-        size = min(rows - first, GROUP)
-        m = (first + tile % (GROUP * columns) % size) * BM
-        n = tile % (GROUP * columns) // size * BN
-        total = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, tl.cdiv(K, BK)):
-            total = tl.dot(A.load([m, k * BK]), B.load([n, k * BK]).T, total)
-        at_m, at_n = m + tl.arange(0, BM), n + tl.arange(0, BN)
-        scale_m, scale_n = tl.load(SCALE_A + at_m, at_m < M, 0.0), tl.load(SCALE_B + at_n, at_n < N, 0.0)
-        total = total * scale_m[:, None] * scale_n[None, :]
-        if HALVES:
-            left, right = tl.split(tl.permute(tl.reshape(total, (BM, 2, BN // 2)), (0, 2, 1)))
-            if ADD:
-                left += C.load([m, n]).to(tl.float32)
-            C.store([m, n], left.to(C.dtype))
-            if ADD:
-                right += C.load([m, n + BN // 2]).to(tl.float32)
-            C.store([m, n + BN // 2], right.to(C.dtype))
-        else:
-            if ADD:
-                total += C.load([m, n]).to(tl.float32)
-            C.store([m, n], total.to(C.dtype))
-
-
-def add_product(
-    c_MN: torch.Tensor, a_MK: torch.Tensor, b_NK: torch.Tensor, scale_M: torch.Tensor, scale_N: torch.Tensor, add: bool
-) -> None:
-    """c = a b^T, each row of a and b times its scale; with `add`, added to what c contains, in fp32."""
-    (M, K), N = a_MK.shape, len(b_NK)
-    halves = c_MN.dtype == torch.bfloat16  # a tile of 128 x 256 in fp32 leaves no room for the factors
-    rows, columns, depth = 128, 256 if halves else 128, 128
-    a, b = (TensorDescriptor(x, [len(x), K], [x.stride(0), 1], [n, depth]) for x, n in ((a_MK, rows), (b_NK, columns)))
-    c = TensorDescriptor.from_tensor(c_MN, [rows, columns // (1 + halves)])
-    programs = _multiprocessors(c_MN.device)
-    tiles = dict(BM=rows, BN=columns, BK=depth, GROUP=16, HALVES=halves, num_warps=8, num_stages=3 if halves else 4)
-    _add_product[(programs,)](a, b, c, scale_M, scale_N, M, N, K, programs, ADD=add, **tiles)
-
-
 def _empty_columns(x_TK: torch.Tensor) -> torch.Tensor:
     """For x^T in fp8, with rows that begin at multiples of ALIGNMENT. What is between them must be zeros."""
     T, K = x_TK.shape
@@ -319,8 +261,3 @@ def _empty_columns(x_TK: torch.Tensor) -> torch.Tensor:
 def widen_columns(x_KT: torch.Tensor) -> torch.Tensor:
     """x^T with the zeros between its rows: sums over tokens have the length that libraries require."""
     return x_KT.as_strided((len(x_KT), x_KT.stride(0)), x_KT.stride())
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

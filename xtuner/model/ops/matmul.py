@@ -242,28 +242,25 @@ def quantize_columns(w_NK: torch.Tensor) -> PreparedRows:
 
 
 def _multiply(
-    a: PreparedRows,
-    b: PreparedRows,
-    dtype: torch.dtype,
-    bias: torch.Tensor | None,
-    add: torch.Tensor | None,
+    a: PreparedRows, b: PreparedRows, dtype: torch.dtype, bias: torch.Tensor | None, add: torch.Tensor | None
 ) -> torch.Tensor:
     """a b^T + bias + add."""
     assert a.scale is not None
     assert b.scale is not None
-    if add is not None and bias is None and _uses_cublaslt(a.values, add):
-        out = torch.empty_like(add)
-        cublaslt.multiply(a.values, b.values, a.scale, b.scale, add, out)
-        return out
     if a.values.is_cuda:
-        scales = dict(scale_a=a.scale, scale_b=b.scale.T)
-        product = torch._scaled_mm(a.values, b.values.T, **scales, out_dtype=dtype, use_fast_accum=True)
+        product = _multiply_on_gpu(a.values, b.values, a.scale, b.scale, dtype)
     else:
         product = ((a.values.float() * a.scale) @ (b.values.float() * b.scale).T).to(dtype)
     for other in (bias, add):
         if other is not None:
             product += other
     return product
+
+
+def _multiply_on_gpu(
+    a_MK: torch.Tensor, b_NK: torch.Tensor, scale_M: torch.Tensor, scale_N: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return torch._scaled_mm(a_MK, b_NK.T, scale_M, scale_N.T, out_dtype=dtype, use_fast_accum=True)
 
 
 def _add_product(total: torch.Tensor, a: PreparedColumns, b: PreparedColumns, add: bool) -> None:
@@ -276,16 +273,9 @@ def _add_product(total: torch.Tensor, a: PreparedColumns, b: PreparedColumns, ad
         return
     from xtuner.model.ops import fp8_kernels
 
-    if total.data_ptr() % fp8_kernels.ALIGNMENT:  # a part of a larger buffer
-        aligned = total.clone()
-        _add_product(aligned, a, b, add)
-        total.copy_(aligned)
-    elif _uses_cublaslt(a.values, total):
-        left, right = (fp8_kernels.widen_columns(x.values) for x in (a, b))
-        cublaslt.multiply(left, right, a.scale, b.scale, total if add else None, total)
-    else:
-        fp8_kernels.add_product(total, a.values, b.values, a.scale, b.scale, add)
-
-
-def _uses_cublaslt(a: torch.Tensor, added: torch.Tensor) -> bool:
-    return a.is_cuda and a.numel() > 0 and added.is_contiguous() and cublaslt.can_multiply(a.device)
+    left, right = fp8_kernels.widen_columns(a.values), fp8_kernels.widen_columns(b.values)
+    if total.data_ptr() % fp8_kernels.ALIGNMENT == 0 and cublaslt.can_add_product(total.device):
+        cublaslt.add_product(total, left, right, a.scale, b.scale, add)
+    else:  # a part of a larger buffer, or an old library
+        product = _multiply_on_gpu(left, right, a.scale, b.scale, torch.bfloat16)
+        total.copy_(total + product if add else product)

@@ -18,7 +18,7 @@ ATTENTION_TOKEN = 1.75e-11  # seconds for each token, layer and query channel; i
 ATTENTION_PAIR = 1.2e-14  # for each of the Σ len² of documents, layer and query channel
 ELEMENTWISE = 5.7e-12  # seconds for each token and each of L·(4H + F) + V numbers, with copies
 OPTIMIZER = 0.73e-12  # seconds for each parameter and byte of its state
-FP8_SHARE = 0.786  # of the time of products in bf16, with the rounding
+PRODUCT_SHARES = {"own": 1.0, "fp8": 0.786, "fp8_full": 0.68}  # of the time of products in bf16, with the rounding
 LAUNCHES = 10e-3  # seconds without kernels in an iteration
 LAUNCHES_EACH = 4e-3  # and for each micro-batch
 
@@ -65,7 +65,7 @@ class EstimatedTimes:
         tokens, parts: of a rank in an iteration: tokens, micro-batches.
         squares: Σ len² of the documents of these tokens; of shared packs, a rank's part.
         state_bytes: of AdamW's state, a parameter on average.
-        products_in_fp8: of blocks.
+        kind_of_products: of blocks, `model.products`.
         needed: share of the products of a model whose weights are all trained.
     """
 
@@ -75,7 +75,7 @@ class EstimatedTimes:
     parts: int
     squares: float
     state_bytes: float
-    products_in_fp8: bool = False
+    kind_of_products: str = "own"
     needed: float = 1.0
 
     @property
@@ -97,7 +97,7 @@ class EstimatedTimes:
 
     @property
     def products(self) -> float:
-        share = FP8_SHARE if self.products_in_fp8 else 1.0
+        share = PRODUCT_SHARES[self.kind_of_products]
         tokens = self.tokens + OVERHEAD_TOKENS * self.parts
         return 1000 * 6 * matmul_parameters(self.config) * tokens / PRODUCT_FLOPS * share * self.needed * self.slower
 

@@ -139,10 +139,10 @@ def forecast(work: Workload, way: Way, cluster: Cluster, gpus: int) -> Forecast:
         work.document if mesh.cp > 1 else 0,
     )  # fmt: skip
     form = optim.state_form(_device(work))
-    in_fp8, trained = work.source.products != "own", work.source.count_trained().total / num_parameters(c)
+    trained = work.source.count_trained().total / num_parameters(c)
     needed = work.source.training_flops(1, 0) / (6 * matmul_parameters(c))  # less if weights are frozen
     stored = (form.bytes if form else 16) * trained
-    times = EstimatedTimes(c, kind, pack * packs, parts, squares, stored, in_fp8, needed)
+    times = EstimatedTimes(c, kind, pack * packs, parts, squares, stored, work.source.products, needed)
     slowest = squares + extra_squares(work, mesh, times)
     terms, _ = predict_iteration(
         times, there, way.engine, cluster.links, squares, slowest, MEASURED.bandwidth / kind.bandwidth

@@ -176,4 +176,10 @@ def _describe_masters(settings: Settings) -> str:
 
 
 def _describe_products(settings: Settings) -> str:
-    return "" if settings.source.products == "own" else f", products of blocks in {settings.source.products}"
+    kind, dtype = settings.source.products, settings.optim.compute_dtype(settings.device)
+    if kind == "own":
+        return ""
+    other = f"attention and output layer in {str(dtype).removeprefix('torch.')}"
+    if kind == "fp8":
+        return f"; products of blocks in fp8; gradients of weights, {other}"
+    return f"; products of blocks and gradients of their weights in fp8; {other}"

@@ -2,7 +2,6 @@
 
 import multiprocessing.process
 import os
-import platform
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -37,7 +36,6 @@ def noted_start(process: Any) -> None:
     original_start(process)
 
 
-platform.processor()  # starts a process at its first call, which is in a library and in any test
 sys.addaudithook(note_start)
 multiprocessing.process.BaseProcess.start = noted_start
 

@@ -7,9 +7,9 @@
     python benchmarks/learning.py forms … --folder /scratch/learning --resume     # continue where that stopped
     python benchmarks/learning.py forms … --folder /scratch/learning --table      # what there is
 
-Without --shape: 4 M parameters, on a CPU; `tiny` tries all of it, but learns little. Every file is a document,
-cut at the length of a pack; none occurs twice. They are shuffled, and some are held out ("unseen"). An iteration is one
-pack (8,192 tokens; 1,024 of the small model); each is seen once, if there is enough text. Rates rise over the first tenth
+Without --shape: 4 M parameters, on a CPU; `tiny` tries all of it, but learns little. Every file is a document, cut at
+the length of a pack; none occurs twice. They are shuffled, and some are held out ("unseen"). An iteration is one pack
+(8,192 tokens; 1,024 of the small model); each is seen once, if there is enough text. Rates rise over the first tenth
 and fall along a cosine; gradients are clipped to norm 1. All variants have the same rates, which are not the best of
 several, and see the same tokens in the same order.
 
@@ -54,7 +54,7 @@ class Experiment:
 
     def write_data(self, roots: Sequence[Path], tokenizer: Path | None) -> None:
         files = [] if tokenizer else real_text.find_files("python", roots)
-        if not (self.root / "tokenizer").exists():
+        if not (self.root / "tokenizer" / "tokenizer.model").exists():
             real_text.prepare_tokenizer(self.root / "tokenizer", tokenizer, files, VOCABULARY.get(self.shape, 0))
         for kind in dict.fromkeys(v.text for v in self.variants):
             arguments = self.pack, self.facts["iterations"], UNSEEN_PACKS * self.pack
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--shape", default="demo", choices=list(PACKS))
     parser.add_argument("--tokenizer", type=Path, help="InternLM2's tokenizer.model; small models get their own")
     parser.add_argument("--iterations", type=int, default=300, help="of each variant")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all; names are those of the table")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="in this order; default: all of the table")
     parser.add_argument("--text", type=Path, nargs="+", help="folders with sources, instead of the installed packages")
     parser.add_argument("--folder", type=Path, help="for data and runs")
     parser.add_argument("--results", type=Path, help="folder for results (default: FOLDER)")
@@ -163,9 +163,9 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="only write the data")
     parser.add_argument("--table", action="store_true", help="only write results and print the table")
     a = parser.parse_args()
-    names = [v.name for v in EXPERIMENTS[a.experiment]]
-    if unknown := set(a.variants or ()) - set(names):
-        parser.error(f"--variants: {', '.join(unknown)}; there are {', '.join(map(repr, names))}")
+    variants = {v.name: v for v in EXPERIMENTS[a.experiment]}
+    if unknown := set(a.variants or ()) - set(variants):
+        parser.error(f"--variants: there are {', '.join(map(repr, variants))}, not {', '.join(map(repr, unknown))}")
     if a.shape not in VOCABULARY and not a.tokenizer and not (a.resume or a.table):
         parser.error(f"--shape {a.shape} needs --tokenizer")
     if (a.resume or a.table) and not a.folder:
@@ -180,16 +180,12 @@ def main() -> None:
         parser.error(f"{experiment.folder} exists; add --resume to continue it, or choose another --folder")
     else:
         experiment.write_data(a.text or real_text.installed_text(), a.tokenizer)
-    if a.prepare:
-        return
-    for variant in experiment.variants:
-        if a.table or (a.variants and variant.name not in a.variants):
-            continue
+    for name in () if a.prepare or a.table else a.variants or variants:
         left = a.limit - (time.monotonic() - begin)
         if left < LEAST:
-            print(f"{variant.name}: left out, {left:.0f} s are left", flush=True)
+            print(f"{name}: left out, {left:.0f} s are left", flush=True)
             continue
-        print(experiment.train(variant, min(a.seconds, left), not a.weights_only, a.save_steps), flush=True)
+        print(experiment.train(variants[name], min(a.seconds, left), not a.weights_only, a.save_steps), flush=True)
         experiment.write_results()
     experiment.write_results()
     print(f"\n{experiment.table()}\n\nresults: {results}", flush=True)

@@ -98,9 +98,9 @@ class Verdict:
     """A curve next to the reference's, over the iterations that both have; `unseen` at the last one where both were
     evaluated. Shares are of the reference's loss, above 0 where it is lower.
 
-    A spike is a rise of (own loss - reference's loss, which is of the same tokens) above its median over the 20
-    iterations before, after the first tenth of the run. The reference's own spikes are those of the difference's
-    opposite: what chance does in the other direction.
+    A spike is by how much (own loss - reference's loss, which is of the same tokens) rises above its median over the 20
+    iterations before, or above 0 where that is more: the end of a spike of the other is none. After the first tenth of
+    the run. The reference's spikes are those of the opposite difference.
     """
 
     iterations: int
@@ -122,16 +122,19 @@ def judge(curve: Curve, reference: Curve) -> Verdict | None:
     if n <= 2 * WINDOW or not evaluated:
         return None
     difference = np.array(curve.losses[:n]) - np.array(reference.losses[:n])
-    begin = max(WINDOW, n // 10)
-    before = np.array([np.median(difference[i - WINDOW : i]) for i in range(begin, n)])
-    rises = difference[begin:] - before
     return Verdict(
         n,
         curve.last_tenth(n) / reference.last_tenth(n) - 1,
         curve.unseen[max(evaluated)] / reference.unseen[max(evaluated)] - 1,
-        float(rises.max()),
-        float(-rises.min()),
+        _largest_spike(difference),
+        _largest_spike(-difference),
     )
+
+
+def _largest_spike(difference: np.ndarray) -> float:
+    begin = max(WINDOW, len(difference) // 10)
+    before = [np.median(difference[i - WINDOW : i]) for i in range(begin, len(difference))]
+    return float((difference[begin:] - np.maximum(before, 0)).max())
 
 
 def smooth(losses: Sequence[float]) -> np.ndarray:

@@ -80,7 +80,7 @@ def train_tokenizer(folder: Path, files: Sequence[Path], vocabulary: int) -> Non
     import sentencepiece
 
     texts = [text for path in files[:1000] if (text := read_text(path))]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line + "\n" for text in texts for line in text.split("\n") if line),
         model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=vocabulary, byte_fallback=True,
@@ -95,7 +95,7 @@ def prepare_tokenizer(folder: Path, given: Path | None, files: Sequence[Path], v
     if given is None:
         train_tokenizer(folder, files, vocabulary)
     else:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(given / "tokenizer.model" if given.is_dir() else given, folder / "tokenizer.model")
 
 

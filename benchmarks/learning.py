@@ -40,7 +40,8 @@ RATES = {"tiny": 2e-3, "demo": 2e-3, "1.8b": 3e-4}  # of AdamW
 VOCABULARY = {"tiny": 512, "demo": 2048}  # of a tokenizer that is trained here
 UNSEEN_PACKS = 24
 EVALUATIONS = 5  # of the loss on unseen documents
-LEAST = 20  # seconds in which a variant can start
+LEAST_ITERATIONS = 10  # of which the first warms up
+LEAST_SECONDS = 20  # in which a variant can start
 
 
 class Experiment:
@@ -166,8 +167,12 @@ def main() -> None:
     variants = {v.name: v for v in EXPERIMENTS[a.experiment]}
     if unknown := set(a.variants or ()) - set(variants):
         parser.error(f"--variants: there are {', '.join(map(repr, variants))}, not {', '.join(map(repr, unknown))}")
+    if a.iterations < LEAST_ITERATIONS:
+        parser.error(f"--iterations: {LEAST_ITERATIONS} at least")
     if a.shape not in VOCABULARY and not a.tokenizer and not (a.resume or a.table):
         parser.error(f"--shape {a.shape} needs --tokenizer")
+    if a.tokenizer and not (a.tokenizer / "tokenizer.model" if a.tokenizer.is_dir() else a.tokenizer).is_file():
+        parser.error(f"--tokenizer: {a.tokenizer} is neither a tokenizer.model nor a folder with one")
     if (a.resume or a.table) and not a.folder:
         parser.error("--resume and --table need --folder")
     folder = (a.folder or Path(tempfile.mkdtemp(prefix="xtuner-learning-"))).resolve()
@@ -182,7 +187,7 @@ def main() -> None:
         experiment.write_data(a.text or real_text.installed_text(), a.tokenizer)
     for name in () if a.prepare or a.table else a.variants or variants:
         left = a.limit - (time.monotonic() - begin)
-        if left < LEAST:
+        if left < LEAST_SECONDS:
             print(f"{name}: left out, {left:.0f} s are left", flush=True)
             continue
         print(experiment.train(variants[name], min(a.seconds, left), not a.weights_only, a.save_steps), flush=True)

@@ -80,6 +80,8 @@ def train_tokenizer(folder: Path, files: Sequence[Path], vocabulary: int) -> Non
     import sentencepiece
 
     texts = [text for path in files[:1000] if (text := read_text(path))]
+    if sum(map(len, texts)) < 100 * vocabulary:
+        raise SystemExit(f"too little text for a tokenizer of {vocabulary:,} tokens; name more folders by --text")
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line + "\n" for text in texts for line in text.split("\n") if line),

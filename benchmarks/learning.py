@@ -124,18 +124,27 @@ class Experiment:
 
     def table(self) -> str:
         curves = self.curves()
-        return "\n".join(TABLES[self.name](curves, self.pack)) if curves else "nothing has been trained yet"
+        if not curves:
+            return "nothing has been trained yet"
+        data = (
+            "{kind}: {tokens:,} tokens in {documents:,} documents, epochs: {epochs}; {unseen_tokens:,} tokens held out"
+        )
+        lines = [data.format(**d) for d in self.kinds().values()]
+        return "\n".join([*lines, "", *TABLES[self.name](curves, self.pack)])
+
+    def kinds(self) -> dict[str, dict]:
+        """Kind of text → what was written of it."""
+        return {v.text: self.data(v) for v in self.variants}
 
     def write_results(self) -> None:
         """NAME.json, NAME.md and NAME.png in the folder of results."""
         curves = self.curves()
         if not curves:
             return
-        kinds = {v.text: self.data(v) for v in self.variants}
         found = {
             v.name: {"settings": v.settings, "begin": v.begin, "text": v.text, **asdict(c)} for v, c in curves.items()
         }
-        write_json(self.results / f"{self.name}.json", {**self.facts, "data": kinds, "variants": found})
+        write_json(self.results / f"{self.name}.json", {**self.facts, "data": self.kinds(), "variants": found})
         (self.results / f"{self.name}.md").write_text(self.table() + "\n")
         if importlib.util.find_spec("matplotlib"):
             learning_curves.draw(panels(self.name, curves), self.results / f"{self.name}.png")

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchlib.xtuner_training import stream_lines
+from benchlib.command_output import stream_lines
 
 SAVE_AT = 8
 SIZE = 4 * 2**30  # bytes of the file that measures the disk

@@ -52,6 +52,7 @@ SHAPES = {
     "llama3.1-8b": Shape("7b", 4096, 32, 32, 14336, 8, 128256, "llama"),
     "qwen3-8b": Shape("7b", 4096, 36, 32, 12288, 8, 151936, "qwen3"),
     "short": Shape("1_8b", 2048, 4, 16, 8192),  # 1.8B's width, 4 of its layers: for faults, not for speed
+    "demo": Shape("tiny", 256, 4, 4, 768, 2, 2048),  # learns on a CPU in minutes
     "tiny": Shape("1_8b", 64, 2, 4, 128, 2, 512),  # for CPUs
 }
 VOCABULARY = SHAPES["7b"].vocabulary

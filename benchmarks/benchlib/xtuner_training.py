@@ -6,10 +6,8 @@ import math
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchlib.command_output import stream_lines
 from benchlib.gpu_memory import read_most_in_use
 from benchlib.workloads import PACKS, SHAPES, TINY_PACK, Case, add_to_python_path
 
@@ -64,21 +63,6 @@ def train_command(config: Path, work: Path, engine: str) -> list[str]:
     """The command line of `xtuner train`. Engines: single, zero1, zero2, zero3, fsdp."""
     words = [sys.executable, "-m", "xtuner.cli.main", "train", str(config), "--work-dir", str(work)]
     return words + {"single": [], "fsdp": ["--fsdp", "full"]}.get(engine, ["--deepspeed", f"deepspeed_{engine}"])
-
-
-def stream_lines(
-    words: list[str], until: str, environ: Mapping[str, str] = os.environ, deadline: float = math.inf
-) -> Iterator[tuple[float, str]]:
-    """(seconds since the start, line) of a command's output. The command is killed after the first line that matches
-    `until` or comes after `deadline` (of time.monotonic). Ends when all processes that write to the output have."""
-    begin, environ = time.perf_counter(), {**environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ)
-    assert process.stdout is not None
-    for line in process.stdout:
-        yield time.perf_counter() - begin, line
-        if re.search(until, line) or time.monotonic() > deadline:
-            process.kill()
-    process.wait()
 
 
 @dataclass

@@ -76,7 +76,7 @@ def _maxima(
     _raise_to(COLUMNS + k, tl.max(largest, 0), k < K)
 
 
-STRIPS = dict(STRIP=128, BT=4, STAGES=2)  # rows of a program, and of one of its steps
+STRIPS = dict(STRIP=128, BT=4, STAGES=1)  # rows of a program, and of one of its steps
 WIDTH = 256  # columns of a program
 
 

@@ -8,6 +8,8 @@ from xtuner.model.ops.elementwise_kernels import choose_warps
 
 E4M3_MAX, ZERO_BELOW = tl.constexpr(448.0), tl.constexpr(1e-30)
 TILE = 64
+STRIP = dict(STRIP=128, BT=4, num_warps=2)  # rows of a program that looks for maxima, and of one of its steps
+WIDTH, SWIGLU_WIDTH = 256, 128  # its columns
 ALIGNMENT = 16  # bytes: rows that the device's copy engine reads begin at multiples of it
 
 
@@ -76,10 +78,6 @@ def _maxima(
     _raise_to(COLUMNS + k, tl.max(largest, 0), k < K)
 
 
-STRIPS = dict(STRIP=128, BT=4, STAGES=1)  # rows of a program, and of one of its steps
-WIDTH = 256  # columns of a program
-
-
 @triton.jit
 def _columns(W, LARGE, OUT, SCALE, N, K, ALIGNED, TILE: tl.constexpr):
     n = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -121,8 +119,8 @@ def quantize_both(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     T, K = x_TK.shape
     largest = torch.zeros(T + K, dtype=torch.int32, device=x_TK.device)
     large_T, large_K = largest.view(torch.float32).split([T, K])
-    grid = triton.cdiv(T, STRIPS["STRIP"]), triton.cdiv(K, WIDTH)
-    _maxima[grid](x_TK, *largest.split([T, K]), T, K, **STRIPS, BK=WIDTH, num_warps=4)
+    grid = triton.cdiv(T, STRIP["STRIP"]), triton.cdiv(K, WIDTH)
+    _maxima[grid](x_TK, *largest.split([T, K]), T, K, **STRIP, BK=WIDTH, STAGES=4)
     rows, columns = torch.empty_like(x_TK, dtype=torch.float8_e4m3fn), _empty_columns(x_TK)
     scale_T, scale_K = (x_TK.new_empty(n, 1, dtype=torch.float32) for n in (T, K))
     args = (x_TK, large_T, large_K, rows, scale_T, columns, scale_K, T, K, columns.stride(0))
@@ -229,8 +227,8 @@ def quantize_swiglu_backward(
     largest = torch.zeros(sum(parts), dtype=torch.int32, device=gate_TF.device)
     scales = torch.empty_like(largest, dtype=torch.float32)
     given = gate_TF, up_TF, d_TF.contiguous()
-    grid = triton.cdiv(T, STRIPS["STRIP"]), triton.cdiv(F, WIDTH)
-    _swiglu_maxima[grid](*given, *largest.split(parts), T, F, **STRIPS, BF=WIDTH, num_warps=4)
+    grid = triton.cdiv(T, STRIP["STRIP"]), triton.cdiv(F, SWIGLU_WIDTH)
+    _swiglu_maxima[grid](*given, *largest.split(parts), T, F, **STRIP, BF=SWIGLU_WIDTH, STAGES=3)
     rows = [torch.empty_like(gate_TF, dtype=torch.float8_e4m3fn) for _ in range(2)]
     columns = [_empty_columns(gate_TF) for _ in range(3)]
     _swiglu_both[(triton.cdiv(F, 64), triton.cdiv(T, 32))](

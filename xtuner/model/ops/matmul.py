@@ -273,9 +273,14 @@ def _add_product(total: torch.Tensor, a: PreparedColumns, b: PreparedColumns, ad
         return
     from xtuner.model.ops import fp8_kernels
 
+    if total.data_ptr() % fp8_kernels.ALIGNMENT:  # a part of a larger buffer
+        aligned = total.clone()
+        _add_product(aligned, a, b, add)
+        total.copy_(aligned)
+        return
     left, right = fp8_kernels.widen_columns(a.values), fp8_kernels.widen_columns(b.values)
-    if total.data_ptr() % fp8_kernels.ALIGNMENT == 0 and cublaslt.can_add_product(total.device):
+    if cublaslt.can_add_product(total.device):
         cublaslt.add_product(total, left, right, a.scale, b.scale, add)
-    else:  # a part of a larger buffer, or an old library
+    else:  # before CUDA 12.9
         product = _multiply_on_gpu(left, right, a.scale, b.scale, torch.bfloat16)
         total.copy_(total + product if add else product)

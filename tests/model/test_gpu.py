@@ -25,6 +25,7 @@ from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.ops import elementwise
 from xtuner.model.ops.attention_backends import Attend
 from xtuner.model.ops.gradient_sums import GradientSum
+from xtuner.model.ops.matmul import MatmulKind
 from xtuner.optim import adamw
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.parameter_groups import ParameterGroup
@@ -68,11 +69,11 @@ def test_attention_against_fp64(
 
 def compiled() -> int:
     """Kernels and graphs that this process has made so far."""
-    from xtuner.model.ops import elementwise_kernels
+    from xtuner.model.ops import elementwise_kernels, fp8_kernels
     from xtuner.optim import adamw_kernels
 
     count = sum(torch._dynamo.utils.counters["stats"].values())
-    for module in (elementwise_kernels, adamw_kernels):
+    for module in (elementwise_kernels, fp8_kernels, adamw_kernels):
         for function in vars(module).values():
             count += sum(len(caches[0]) for caches in getattr(function, "device_caches", {}).values())
     if flash := sys.modules.get("flash_attn.cute.interface"):
@@ -83,12 +84,14 @@ def compiled() -> int:
     return count
 
 
-@pytest.mark.parametrize("name", [n for n in attention.BACKENDS if n != "loop"])
-def test_nothing_is_compiled_again_when_borders_change(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "products"), [*((n, "own") for n in attention.BACKENDS if n != "loop"), ("varlen", "fp8_full")]
+)
+def test_nothing_is_compiled_again_when_borders_change(name: str, products: MatmulKind) -> None:
     """200 packs, or parts of some (cuDNN: packs of one length; it builds a graph for each length of 64 tokens)."""
     attend_by(name)
     source = from_scratch(
-        activation_checkpointing=True, attention=name, seed=0, vocab_size=503, hidden_size=256,
+        activation_checkpointing=True, attention=name, products=products, seed=0, vocab_size=503, hidden_size=256,
         intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     strategy = ShardedStrategy(source, OptimWrapper(dict(type=torch.optim.AdamW, lr=1e-3)), torch.device("cuda"))

@@ -62,7 +62,7 @@ def _raise_to(LARGE, x, mask):
     tl.atomic_max(LARGE, x.to(tl.int32, bitcast=True), mask, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _maxima(
     X, ROWS, COLUMNS, T, K, STRIP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def _maxima(
     _raise_to(COLUMNS + k, tl.max(largest, 0), k < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _columns(W, LARGE, OUT, SCALE, N, K, ALIGNED, TILE: tl.constexpr):
     n = tl.program_id(0) * TILE + tl.arange(0, TILE)
     k = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -101,7 +101,7 @@ def quantize_columns(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return out, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _both(X, LARGE_T, LARGE_K, ROWS, SCALE_T, COLUMNS, SCALE_K, T, K, ALIGNED, TILE: tl.constexpr):
     t, k = tl.program_id(1) * TILE + tl.arange(0, TILE), tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = (t[:, None] < T) & (k[None, :] < K)
@@ -117,10 +117,11 @@ def quantize_both(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     """The results of `quantize_rows` and `quantize_columns`; x is read twice instead of three times."""
     x_TK = x_TK.contiguous()
     T, K = x_TK.shape
-    largest = torch.zeros(T + K, dtype=torch.int32, device=x_TK.device)
-    large_T, large_K = largest.view(torch.float32).split([T, K])
+    parts = _align(T), K
+    largest = torch.zeros(sum(parts), dtype=torch.int32, device=x_TK.device)
+    large_T, large_K = largest.view(torch.float32).split(parts)
     grid = triton.cdiv(T, STRIP["STRIP"]), triton.cdiv(K, WIDTH)
-    _maxima[grid](x_TK, *largest.split([T, K]), T, K, **STRIP, BK=WIDTH, STAGES=4)
+    _maxima[grid](x_TK, *largest.split(parts), T, K, **STRIP, BK=WIDTH, STAGES=4)
     rows, columns = torch.empty_like(x_TK, dtype=torch.float8_e4m3fn), _empty_columns(x_TK)
     scale_T, scale_K = (x_TK.new_empty(n, 1, dtype=torch.float32) for n in (T, K))
     args = (x_TK, large_T, large_K, rows, scale_T, columns, scale_K, T, K, columns.stride(0))
@@ -164,7 +165,7 @@ def _swiglu_gradients(GATE, UP, D, at, inside):
     return d_gate, (d * silu).to(dtype).to(tl.float32), (silu * u).to(dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _swiglu_maxima(
     GATE, UP, D, ROWS_GATE, ROWS_UP, GATES, UPS, PRODUCTS, T, F,
     STRIP: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
@@ -190,7 +191,7 @@ def _swiglu_maxima(
     _raise_to(PRODUCTS + f, tl.max(products, 0), f < F)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _swiglu_both(
     GATE, UP, D, LARGE, SCALES, GATE_ROWS, UP_ROWS, GATE_COLUMNS, UP_COLUMNS, PRODUCT_COLUMNS, T, F, ALIGNED,
     ROOM, BT: tl.constexpr, BF: tl.constexpr,
@@ -222,7 +223,7 @@ def quantize_swiglu_backward(
     None of the three is written: they are computed twice, once for their maxima.
     """
     T, F = gate_TF.shape
-    room = triton.cdiv(T, ALIGNMENT) * ALIGNMENT  # products may read several scales at once
+    room = _align(T)
     parts = room, room, F, F, F
     largest = torch.zeros(sum(parts), dtype=torch.int32, device=gate_TF.device)
     scales = torch.empty_like(largest, dtype=torch.float32)
@@ -250,10 +251,16 @@ def quantize_swiglu_backward(
     return gate, up, (columns[2], product_F)
 
 
+def _align(n: int) -> int:
+    """Whatever follows begins at a multiple of ALIGNMENT: several numbers are read at once, and there is one kernel for
+    all numbers of tokens."""
+    return triton.cdiv(n, ALIGNMENT) * ALIGNMENT
+
+
 def _empty_columns(x_TK: torch.Tensor) -> torch.Tensor:
     """For x^T in fp8, with rows that begin at multiples of ALIGNMENT. What is between them must be zeros."""
     T, K = x_TK.shape
-    return x_TK.new_empty(K, triton.cdiv(T, ALIGNMENT) * ALIGNMENT, dtype=torch.float8_e4m3fn)[:, :T]
+    return x_TK.new_empty(K, _align(T), dtype=torch.float8_e4m3fn)[:, :T]
 
 
 def widen_columns(x_KT: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@
     python benchmarks/single_gpu.py 7b --adapter qlora          # or lora; --pack 8192; --memory 16: as on a smaller GPU
     python benchmarks/single_gpu.py 7b --adapter qlora --engine hf-liger
     python benchmarks/single_gpu.py 1.8b --engine hf-liger      # a peer; benchlib/peers/ says what to install
-    python benchmarks/single_gpu.py 7b --engine torchtitan --profile
+    python benchmarks/single_gpu.py 7b --engine torchtitan --products fp8 --profile
     python benchmarks/single_gpu.py 1.8b --engine hf --tiny     # tries it on a CPU; measures nothing
     python benchmarks/single_gpu.py --table                     # all results, as Markdown
 
@@ -28,6 +28,8 @@ from benchlib.results_table import table
 from benchlib.workloads import ADAPTERS, CASES, PACK, PACKS, Terms, describe_machine
 
 PEERS = ("hf", "hf-liger", "torchtitan")
+OWN_PRODUCTS = ("own", "fp8", "fp8_full")
+PEER_PRODUCTS = ("fp8", "fp8_rowwise", "fp8_rowwise_forward")
 
 
 def main() -> None:
@@ -49,9 +51,14 @@ def main() -> None:
     parser.add_argument(
         "--attention", help="instead of the fastest: ours flash4, cudnn, varlen, flex; peers flex, varlen, sdpa, flash4"
     )
+    products = [*OWN_PRODUCTS, *(name for name in PEER_PRODUCTS if name not in OWN_PRODUCTS)]
+    parser.add_argument(
+        "--products",
+        choices=products,
+        help=f"of blocks: ours {', '.join(OWN_PRODUCTS)}; peers {', '.join(PEER_PRODUCTS)} (by torchao)",
+    )
     parser.add_argument("--tiny", action="store_true", help="a small model and short packs, on a CPU; not recorded")
     own = parser.add_argument_group("ours only")
-    own.add_argument("--products", choices=["own", "fp8", "fp8_full"], help="precision of the blocks' matrix products")
     own.add_argument("--tokenizer", help="a folder with tokenizer.model; without it there are no sampling hooks")
     own.add_argument("--memory", type=float, metavar="GIB", help="occupy the rest of the GPU, as if it were smaller")
     own.add_argument("--folder", help="for data, config and log")
@@ -71,9 +78,11 @@ def main() -> None:
         terms = Terms(weights, a.rank) if weights else None
         states = a.states or ("fp32" if terms else CASES[a.case].states)
         case = replace(CASES[a.case], states=states, pack=a.pack, terms=terms)
+        if a.products and a.products not in (PEER_PRODUCTS if a.engine in PEERS else OWN_PRODUCTS):
+            parser.error(f"--products {a.products} is not of {a.engine}")
         if a.engine in PEERS:
-            if a.products or a.tokenizer or a.folder or a.memory:
-                parser.error("--products, --tokenizer, --memory and --folder are for ours")
+            if a.tokenizer or a.folder or a.memory:
+                parser.error("--tokenizer, --memory and --folder are for ours")
             from benchlib.peers import training_loop
 
             found = training_loop.measure(case, a, begin)

@@ -50,12 +50,12 @@ def _setup(r: Row) -> tuple[str, str, str, bool]:
 def _setup_table(setup: tuple[str, str, str, bool], rows: list[Row]) -> str:
     gpu, torch, date, adapters = setup
     figures = [_adapter_figures(r) if adapters else _figures(r) for r in rows]
-    text = f"{gpu}, torch {torch}, {date}\n\n{_aligned(ADAPTERS_HEAD if adapters else HEAD, figures)}"
+    text = f"{gpu}, torch {torch}, {date}\n\n{align(ADAPTERS_HEAD if adapters else HEAD, figures)}"
     profiled = [r for r in rows if r.get("profile")]
     if profiled:
         shown = [p for p in (*PARTS, "idle") if any(r["profile"].get(p) for r in profiled)]
         parts = ([_case(r), r["engine"], *(f"{r['profile'].get(p, 0):.0f}" for p in shown), _data(r)] for r in profiled)
-        text += f"\n\nms per iteration by part\n\n{_aligned(['case', 'engine', *shown, 'data'], parts)}"
+        text += f"\n\nms per iteration by part\n\n{align(['case', 'engine', *shown, 'data'], parts)}"
     versions = {r["engine"]: r["versions"] for r in rows if r.get("versions")}
     return "\n\n".join([text, *(f"{engine}: {shown}" for engine, shown in versions.items())])
 
@@ -101,7 +101,7 @@ def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None or value != value else format(value, form)
 
 
-def _aligned(head: list[str], rows: Iterable[list[str]]) -> str:
+def align(head: list[str], rows: Iterable[list[str]]) -> str:
     cells = [head, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     cells.insert(1, ["-" * width for width in widths])

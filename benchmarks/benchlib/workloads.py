@@ -32,6 +32,10 @@ class Shape:
     vocabulary: int = 92544
     family: str = "internlm2"
 
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
     def fields(self) -> dict[str, Any]:
         """Arguments of `from_scratch`."""
         return dict(

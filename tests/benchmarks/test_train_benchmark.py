@@ -1,7 +1,7 @@
 """The benchmarks' arithmetic, and that peers do the same work as ours: equal losses from equal weights and packs."""
 
 import copy
-import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -17,6 +17,7 @@ from xtuner.data.loading.batch import Batch
 from xtuner.families import LLAMA
 from xtuner.model import lora
 from xtuner.model.adapters.lora import build_lora
+from xtuner.model.attention import Backend
 from xtuner.model.decoder import CausalLM, DecoderConfig
 from xtuner.model.flops import count_attention_pairs, training_flops, whole_pack_flops
 from xtuner.model.weights import split_for_family
@@ -128,6 +129,32 @@ def test_a_peer_with_an_adapter_does_the_same_work(ours: CausalLM, monkeypatch: 
         torch.testing.assert_close(theirs_p.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+@pytest.mark.parametrize("products", ["fp8", "fp8_rowwise", "fp8_rowwise_forward"])
+@pytest.mark.parametrize(("package", "engine"), [("transformers", "hf"), ("torchtitan", "torchtitan")])
+def test_fp8_products_of_peers(package: str, engine: str, products: str) -> None:
+    """Every linear layer of blocks is converted, the output layer is not; rounding changes the loss a little."""
+    for needed in (package, "torchao"):
+        if not importlib.util.find_spec(needed):
+            pytest.skip(f"needs {needed}")
+    from benchlib.peers.training_loop import Loop, Settings, build
+    from torchao.float8.float8_linear import Float8Linear
+
+    losses = {}
+    for name in (None, products):
+        options = dict(long=True, attention="sdpa", compute=torch.float32, recompute="none", products=name)
+        settings = Settings(engine, replace(SHAPE, vocab_size=320), torch.device("cpu"), "fp32", **options)
+        with torch.compiler.set_stance("force_eager"):
+            peer = build(settings)
+            losses[name] = [found.loss for found in Loop(peer, settings).iterate([[pack([0, 128])]] * 2)]
+    converted = [name for name, module in peer.model.named_modules() if isinstance(module, Float8Linear)]
+    assert len(converted) == 7 * SHAPE.num_layers
+    assert not any("head" in name or "output" in name.split(".") for name in converted)
+    assert peer.name.endswith(products)
+    assert losses[products] != losses[None]
+    assert losses[products] == pytest.approx(losses[None], rel=1e-3)
+
+
 @pytest.mark.processes
 def test_a_peer_runs_as_a_case(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
@@ -142,6 +169,34 @@ def test_a_peer_runs_as_a_case(tmp_path: Path) -> None:
     run = subprocess.run([*words, "--warm", "2"], capture_output=True, text=True)
     assert run.returncode == 2
     assert "leaves none" in run.stderr
+
+
+def test_attention_by_document_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import attention as script
+
+    def fail(*inputs: object) -> torch.Tensor:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setitem(script.BACKENDS, "broken", Backend("fails", lambda: fail, devices=(), dtypes=()))
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--tiny", "--documents", "512", "mix", "65536", "--repeats", "1"])
+    script.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "tiny without flash4: it does not run on cpu" in lines
+    assert "tiny 512 broken failed: RuntimeError: no kernel" in lines
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [(r["backend"], r["documents"], r["tokens"]) for r in rows] == [
+        ("loop", "512", 512), ("loop", "mix", 512), ("loop", "65536", 1024),
+    ]  # fmt: skip
+    assert rows[0]["count"] == 64
+    seconds, flops = rows[0]["backward_ms"] / 1e3, 4 * 4 * 16 * 64 * 8**2  # 4 heads of 16; 64 documents of 8 tokens
+    assert rows[0]["backward_tflops"] == pytest.approx(flops / seconds / 1e12)
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {**rows[0], "backend": "flash4 4.0"}]))
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in script.table(results).splitlines()]
+    assert ["shape", "documents", "loop", "flash4 4.0"] in cells
+    assert next(row for row in cells if "mix" in row)[3] == "–"
 
 
 def test_every_script_explains_itself(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

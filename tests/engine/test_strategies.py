@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed  # noqa: F401  once, before processes are forked
+import deepspeed  # once, before processes are forked
 import pytest
 import torch
 from helpers.corpus import write_corpus
@@ -326,6 +326,15 @@ def test_settings_that_contradict_the_config(change: dict[str, object], message:
         deepspeed_config.resolve_auto(deepspeed_config.read_settings(str(path)), optim, CPU, 2, str(path))
     with pytest.raises(ConfigError, match="Did you mean 'deepspeed_zero1'"):
         deepspeed_config.read_settings("deepspeed_zero_1")
+
+
+def test_an_older_deepspeed_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"deepspeed>={deepspeed_config.OLDEST},<' in project
+    assert deepspeed_config.import_deepspeed() is deepspeed
+    monkeypatch.setattr(deepspeed, "__version__", "0.19.7")
+    with pytest.raises(ConfigError, match=r"DeepSpeed 0\.19\.7 is older than"):
+        deepspeed_config.import_deepspeed()
 
 
 def test_every_setting_of_deepspeed_has_its_place() -> None:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from helpers.models import sharded_strategy, train_iterations
-from xtuner.core import log
 from xtuner.dist import collectives
 from xtuner.families import FAMILIES
 from xtuner.model import from_pretrained, from_scratch
@@ -49,7 +48,6 @@ def with_lora(base: Path, seed: int = 0, **settings: Any) -> ModelSource:
 
 def trained_checkpoint(source: ModelSource, folder: Path, iterations: int = 3) -> tuple[Path, CausalLM]:
     """A checkpoint after a few iterations, and the network at that point."""
-    log.setup("ERROR")
     strategy = sharded_strategy(model=source)
     list(train_iterations(strategy, range(iterations)))
     facts = {"max_iterations": 3, "data": dict(packed_length=64, label_rule="xtuner", data="x"), "config": {}}

@@ -165,3 +165,26 @@ def test_attention(name: str) -> None:
         assert a.grad is not None
         assert b.grad is not None
         assert (a.grad[-length:] - b.grad).norm() < 1e-2 * b.grad.norm()  # sums in random order
+
+
+@pytest.mark.parametrize("name", [n for n in attention.BACKENDS if n != "loop"])
+def test_attention_of_a_document_of_128k(name: str) -> None:
+    """Its last tokens and what they contribute to the gradients of all keys, against fp32."""
+    need(30)
+    if why := attention.BACKENDS[name].why_unavailable(DEVICE, torch.bfloat16, 128, 4):
+        pytest.skip(why)
+    length, last = 2**17, 128
+    inputs = [block(length, heads, 128).requires_grad_() for heads in (32, 8, 8)]
+    weight = block(length, 32, 128)
+    weight[:-last] = 0
+    out = attention.load_backend(name)(*inputs, torch.tensor([0, length], dtype=torch.int32, device=DEVICE), length)
+    out.backward(weight)
+    q, k, v = (x.detach().float().requires_grad_() for x in (inputs[0][-last:], *inputs[1:]))
+    expected = attention.attend_cached(q, k, v)
+    expected.backward(weight[-last:].float())
+    assert (out[-last:] - expected).norm() < 1e-2 * expected.norm()
+    for x, e in zip(inputs, (q, k, v), strict=True):
+        assert x.grad is not None
+        assert e.grad is not None
+        assert (x.grad[-len(e) :] - e.grad).norm() < 1e-2 * e.grad.norm()
+        assert not x.grad[: -len(e)].any()

@@ -1,6 +1,6 @@
 """torchtitan: its Llama 3 with its own activation checkpointing, blocks and loss compiled.
 
-    pip install --no-deps torchtitan==0.2.2    # for torch 2.11; 0.3.0 needs a newer one
+    pip install --no-deps torchtitan==0.2.2    # for torch 2.11; 0.3.0 needs a newer one; fp8 also needs torchao
 
 Packages that its model imports but this does not use may be missing (`Absent`).
 
@@ -9,7 +9,8 @@ block-causal mask, its variable-length attention, or SDPA if a pack is one docum
 no positions: rotary positions are relative. On one GPU its FSDP on a mesh of one rank computes fp32 weights in bf16.
 0.2.2 has only a loss on full logits: bf16 [T, V], and their gradient. By arithmetic, packs of 32,768 tokens fit into
 80 GB with 'selective' at 1.8B (60 GiB) and with 'full' at 7B (50 GiB). 'budget-0.3' lets the compiler choose what to
-keep, up to 0.3 of all activations.
+keep, up to 0.3 of all activations. fp8 is its converter of all linear layers but the output layer, as its own Llama 3
+configs have it (the recipes of fp8_products.py).
 """
 
 import importlib.abc
@@ -112,6 +113,8 @@ def build(s: Settings) -> Peer:
     ranks = s.mesh.size() if s.mesh else 1
     split = (1, ranks) if s.shared else (ranks, 1)  # of packs, of each pack's tokens
     dims = ParallelDims(1, *split, 1, 1, 1, 1, world_size=ranks)
+    if s.products:
+        convert_layers(model, s, dims, job)
     parallelize_llama(model, dims, job)
     if ranks == 1 and s.dtype != s.compute:
         backend = "nccl" if s.device.type == "cuda" else "gloo"
@@ -139,13 +142,25 @@ def build(s: Settings) -> Peer:
         logits = model(ids, attention_masks=masks, positions=positions)
         return cross_entropy(logits, targets) / pack.num_targets
 
-    versions = f"torchtitan {version('torchtitan')}"
+    packages = ["torchtitan", *(["torchao"] if s.products else [])]
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     names = own_names(model)
 
     def rename(weights: Weights) -> Weights:
         return {names[name]: weight for name, weight in from_hf(model, weights).items()}
 
-    return Peer(f"torchtitan {attention} {recompute}", attention, versions, model, loss, rename, adds_up=True)
+    return Peer(s.label(attention, recompute), attention, versions, model, loss, rename, adds_up=True)
+
+
+def convert_layers(model: Transformer, s: Settings, dims: ParallelDims, job: JobConfig) -> None:
+    from benchlib.peers.fp8_products import RECIPES
+    from torchtitan.components.quantization.float8 import Float8LinearConverter
+
+    chosen = job.quantize.linear.float8
+    chosen.recipe_name, chosen.filter_fqns = RECIPES[s.products or "fp8"].value, ["output"]
+    if s.device.type == "cpu":
+        chosen.recipe_name, chosen.emulate, job.compile.enable = None, True, False
+    Float8LinearConverter(job, dims).convert(model)
 
 
 def own_names(model: Transformer) -> dict[str, str]:

@@ -59,6 +59,11 @@ class Settings:
     mesh: DeviceMesh | None = None  # of several ranks: the state is sharded over them
     shared: bool = False  # all ranks share each pack (shared_packs.py)
     terms: Terms | None = None
+    products: str | None = None  # of blocks: a recipe of fp8_products.py
+
+    def label(self, attention: str, recompute: str) -> str:
+        """The engine and its options, as the table shows them."""
+        return " ".join([self.engine, attention, recompute, *([self.products] if self.products else [])])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,6 +125,8 @@ def build(s: Settings) -> Peer:
         raise SystemExit("peers do not support --states split: use fp32")
     if s.terms and s.engine == "torchtitan":
         raise SystemExit("torchtitan trains no adapters: use --engine hf-liger or hf")
+    if s.terms and s.products:
+        raise SystemExit("peers train adapters without --products")
     if s.mesh and s.states != "fp32":
         raise SystemExit("peers on several GPUs are measured with fp32 state")
     module = "torchtitan_model" if s.engine == "torchtitan" else "transformers_model"
@@ -211,7 +218,10 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
         raise SystemExit("peers need a GPU; --tiny tries one on a CPU")
     device = torch.device("cpu" if a.tiny else "cuda")
     shape, length = (TINY, TINY_PACK) if a.tiny else (shape_of(case.name), case.pack)
-    settings = Settings(a.engine, shape, device, case.states, case.long, a.attention, a.recompute, terms=case.terms)
+    options = (a.attention, a.recompute)
+    settings = Settings(
+        a.engine, shape, device, case.states, case.long, *options, terms=case.terms, products=a.products
+    )
     peer = build(settings)
     if a.tiny and peer.attention not in ("sdpa", "loop"):
         raise SystemExit("on a CPU only sdpa and loop have a backward: --attention sdpa, for torchtitan a -long case")

@@ -1,5 +1,5 @@
 """Hugging Face transformers: its Llama or Qwen3 with FlexAttention; with Liger's kernels.   # pip install liger-kernel
-Adapters: peft_terms.py.
+Adapters: peft_terms.py; fp8: fp8_products.py.
 
 On one GPU as its Trainer runs it: fp32 weights under autocast (`bf16=True`), or a model loaded in bf16. On several as
 accelerate's FSDP2 does: each layer sharded separately, embedding and head with the root. Full recomputation. Positions
@@ -43,6 +43,10 @@ def build(s: Settings) -> Peer:
     config._attn_implementation = {"flex": "flex_attention"}.get(named, named)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config).to(s.dtype)
+    if s.products:
+        from benchlib.peers import fp8_products
+
+        fp8_products.convert_layers(model.model.layers, s.products, s.device)
     if recompute == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if s.mesh:
@@ -62,14 +66,14 @@ def build(s: Settings) -> Peer:
             return model(**row, **borders, shift_labels=row["labels"], use_cache=False).loss
 
     adapt = None
-    packages = ["transformers", *(["liger-kernel"] if liger else [])]
+    packages = ["transformers", *(["liger-kernel"] if liger else []), *(["torchao"] if s.products else [])]
     if s.terms:
         from benchlib.peers import peft_terms
 
         adapt = partial(peft_terms.add_terms, model, s.terms, s.compute)
         packages += peft_terms.packages(s.terms)
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return Peer(f"{s.engine} {attention} {recompute}", attention, versions, model, loss, adapt=adapt)
+    return Peer(s.label(attention, recompute), attention, versions, model, loss, adapt=adapt)
 
 
 def choose_attention(s: Settings) -> str:

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from xtuner.core.errors import ConfigError, did_you_mean
+from xtuner.core.system import sysinfo
 from xtuner.engine.zero import supported_settings
 from xtuner.engine.zero.supported_settings import AUTO
 from xtuner.model.flops import block_parameters
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 
+OLDEST = "0.19.8"  # of DeepSpeed
 BUCKET = 200_000_000  # elements that are sent at once: 0.8 GB in fp32, enough for the full speed of links
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
 GRADIENTS = "data_types.grad_accum_dtype"
@@ -54,7 +56,7 @@ def read_settings(name: str) -> dict[str, Any]:
 
 
 def import_deepspeed() -> Any:
-    """The package. Raises: ConfigError if it is not installed."""
+    """The package. Raises: ConfigError if it is not installed, or too old."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it searches for others and warns
     try:
@@ -65,6 +67,13 @@ def import_deepspeed() -> Any:
             where="--deepspeed",
             do="pip install 'xtuner[deepspeed]', or train without it: --fsdp needs no other package",
         ) from None
+    if sysinfo.release(deepspeed.__version__) < sysinfo.release(OLDEST):
+        raise ConfigError(
+            f"DeepSpeed {deepspeed.__version__} is older than {OLDEST}",
+            where="--deepspeed",
+            why="its gradient partitions are other ones than those that are filled here",
+            do=f"pip install 'deepspeed>={OLDEST}'",
+        )
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")

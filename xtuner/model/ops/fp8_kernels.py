@@ -92,7 +92,7 @@ def _columns(W, LARGE, OUT, SCALE, N, K, ALIGNED, TILE: tl.constexpr):
 def quantize_columns(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     w_NK = w_NK.contiguous()
     N, K = w_NK.shape
-    largest = torch.linalg.vector_norm(w_NK, float("inf"), dim=0)
+    largest = torch.linalg.vector_norm(w_NK, float("inf"), dim=0) if N else w_NK.new_zeros(K)
     out = _empty_columns(w_NK)
     scale = w_NK.new_empty(K, 1, dtype=torch.float32)
     _columns[(triton.cdiv(N, TILE), triton.cdiv(K, TILE))](
@@ -261,8 +261,3 @@ def _empty_columns(x_TK: torch.Tensor) -> torch.Tensor:
     """For x^T in fp8, with rows that begin at multiples of ALIGNMENT. What is between them must be zeros."""
     T, K = x_TK.shape
     return x_TK.new_empty(K, _align(T), dtype=torch.float8_e4m3fn)[:, :T]
-
-
-def widen_columns(x_KT: torch.Tensor) -> torch.Tensor:
-    """x^T with the zeros between its rows: sums over tokens have the length that libraries require."""
-    return x_KT.as_strided((len(x_KT), x_KT.stride(0)), x_KT.stride())

@@ -23,6 +23,7 @@ MatmulKind = Literal["own", "fp8", "fp8_full"]  # values of `model.products`
 E4M3_MAX = 448.0
 ZERO_BELOW = 1e-30  # rows whose largest magnitude is below it get scale 1: 448 / largest would near fp32's maximum
 SIDE_MULTIPLE = 16  # both dimensions of a weight must be multiples of this
+ALIGNMENT = 16  # bytes, of sums and of rows in fp8
 
 
 class Matmul(Protocol):
@@ -46,7 +47,7 @@ class Matmul(Protocol):
         """x w^T + bias + add."""
 
     def backward(self, d: "PreparedRows", w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
-        """d w + add."""
+        """d w + add, whose memory the result may take."""
 
     def prepare_columns(self, x_TK: torch.Tensor) -> "PreparedColumns":
         """Convert x once for all gradients that use it."""
@@ -146,10 +147,18 @@ class Fp8Matmul(PlainMatmul):
     def forward(
         self, x: PreparedRows, w_NK: torch.Tensor, bias: torch.Tensor | None = None, add_TN: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return _multiply(x, quantize_rows(w_NK), w_NK.dtype, bias, add_TN)
+        product = _multiply(x, quantize_rows(w_NK), w_NK.dtype)
+        for other in (bias, add_TN):
+            if other is not None:
+                product += other
+        return product
 
     def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
-        return _multiply(d, quantize_columns(w_NK), w_NK.dtype, None, add_TK)
+        w_KN = quantize_columns(w_NK)
+        if add_TK is None:
+            return _multiply(d, w_KN, w_NK.dtype)
+        _add_product(add_TK, d, w_KN, True)
+        return add_TK
 
     def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
         if not gate_TF.is_cuda:
@@ -227,7 +236,7 @@ def quantize_rows(x_TK: torch.Tensor) -> PreparedRows:
 
         return PreparedRows(*fp8_kernels.quantize_rows(x_TK))
     x32 = x_TK.float()
-    largest = x32.abs().amax(1, keepdim=True)
+    largest = x32.abs().amax(1, keepdim=True) if x32.numel() else x32.new_zeros(len(x32), 1)
     factor = torch.where(largest > ZERO_BELOW, E4M3_MAX / largest, 1.0)
     return PreparedRows((x32 * factor).to(torch.float8_e4m3fn), 1 / factor)
 
@@ -241,20 +250,13 @@ def quantize_columns(w_NK: torch.Tensor) -> PreparedRows:
     return quantize_rows(w_NK.T)
 
 
-def _multiply(
-    a: PreparedRows, b: PreparedRows, dtype: torch.dtype, bias: torch.Tensor | None, add: torch.Tensor | None
-) -> torch.Tensor:
-    """a b^T + bias + add."""
+def _multiply(a: PreparedRows, b: PreparedRows, dtype: torch.dtype) -> torch.Tensor:
+    """a b^T."""
     assert a.scale is not None
     assert b.scale is not None
     if a.values.is_cuda:
-        product = _multiply_on_gpu(a.values, b.values, a.scale, b.scale, dtype)
-    else:
-        product = ((a.values.float() * a.scale) @ (b.values.float() * b.scale).T).to(dtype)
-    for other in (bias, add):
-        if other is not None:
-            product += other
-    return product
+        return _multiply_on_gpu(a.values, b.values, a.scale, b.scale, dtype)
+    return ((a.values.float() * a.scale) @ (b.values.float() * b.scale).T).to(dtype)
 
 
 def _multiply_on_gpu(
@@ -263,7 +265,9 @@ def _multiply_on_gpu(
     return torch._scaled_mm(a_MK, b_NK.T, scale_M, scale_N.T, out_dtype=dtype, use_fast_accum=True)
 
 
-def _add_product(total: torch.Tensor, a: PreparedColumns, b: PreparedColumns, add: bool) -> None:
+def _add_product(
+    total: torch.Tensor, a: PreparedRows | PreparedColumns, b: PreparedRows | PreparedColumns, add: bool
+) -> None:
     """total = a b^T, plus its contents with `add`."""
     assert a.scale is not None
     assert b.scale is not None
@@ -271,14 +275,16 @@ def _add_product(total: torch.Tensor, a: PreparedColumns, b: PreparedColumns, ad
         product = (a.values.float() * a.scale) @ (b.values.float() * b.scale).T
         total.copy_(total + product if add else product)
         return
-    from xtuner.model.ops import fp8_kernels
-
-    if total.data_ptr() % fp8_kernels.ALIGNMENT:  # a part of a larger buffer
+    if not a.values.numel():  # no tokens
+        if not add:
+            total.zero_()
+        return
+    if total.data_ptr() % ALIGNMENT:  # a part of a larger buffer
         aligned = total.clone()
         _add_product(aligned, a, b, add)
         total.copy_(aligned)
         return
-    left, right = fp8_kernels.widen_columns(a.values), fp8_kernels.widen_columns(b.values)
+    left, right = (x.values.as_strided((len(x.values), x.values.stride(0)), x.values.stride()) for x in (a, b))
     if cublaslt.can_add_product(total.device):
         cublaslt.add_product(total, left, right, a.scale, b.scale, add)
     else:  # before CUDA 12.9

@@ -27,7 +27,7 @@ def whole_numbers(rows: int, columns: int, device: str) -> torch.Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 def test_products_in_fp8(device: str) -> None:
     torch.manual_seed(0)
-    fp8, T, K, N = MATMULS["fp8"], 130, 96, 208
+    fp8, T, K, N = MATMULS["fp8"], 130, 96, 80  # sums of 13 bits, which are exact on Hopper too
     x, w, d = (whole_numbers(*shape, device) for shape in ((T, K), (N, K), (T, N)))
     add, bias = whole_numbers(T, N, device), whole_numbers(1, N, device)[0]
     expected = (x.float() @ w.float().T).bfloat16()

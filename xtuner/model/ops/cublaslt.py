@@ -6,9 +6,9 @@ c = a b^T is its c^T = b a^T.
 
 import ctypes
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+import weakref
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -54,24 +54,78 @@ def _handle(device: int) -> ctypes.c_void_p:
     return handle
 
 
-@contextmanager
-def _created(kind: str, *args: object) -> Iterator[ctypes.c_void_p]:
-    """A descriptor, for the time of a call."""
-    found = ctypes.c_void_p()
-    _call(f"{kind}Create", ctypes.byref(found), *args)
-    try:
-        yield found
-    finally:
-        _call(f"{kind}Destroy", found)
+def _destroy(created: Sequence[tuple[str, ctypes.c_void_p]]) -> None:
+    for kind, descriptor in created:
+        _call(f"{kind}Destroy", descriptor)
 
 
-def _set(kind: str, descriptor: ctypes.c_void_p, attribute: int, value: "ctypes._SimpleCData[Any]") -> None:
-    _call(f"{kind}SetAttribute", descriptor, attribute, ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value)))
+class _Product:
+    """A product of matrices of these sizes and strides: what the library needs to know, and the kernel that it chose.
+
+    Args:
+        strides: between rows, of a, b and the total.
+        alignments: of their addresses, in bytes.
+    """
+
+    def __init__(
+        self,
+        device: int,
+        sizes: tuple[int, int, int],
+        strides: tuple[int, int, int],
+        dtype: torch.dtype,
+        alignments: tuple[int, int, int],
+    ) -> None:
+        self._created: list[tuple[str, ctypes.c_void_p]] = []
+        weakref.finalize(self, _destroy, self._created)
+        (M, N, K), (of_a, of_b, of_total) = sizes, strides
+        e4m3 = TYPES[torch.float8_e4m3fn]
+        self._product = self._create("MatmulDesc", COMPUTE_FP32, TYPES[torch.float32])
+        for attribute, value in ((TRANSPOSE_A, ctypes.c_int32(1)), (FAST_SUM, ctypes.c_int8(1))):
+            self._set("MatmulDesc", self._product, attribute, value)
+        for attribute in (SCALE_MODE_A, SCALE_MODE_B):
+            self._set("MatmulDesc", self._product, attribute, ctypes.c_int32(SCALE_BY_ROW))
+        self._a, self._b, self._total = (
+            self._create("MatrixLayout", kind, *map(ctypes.c_uint64, shape), ctypes.c_int64(stride))
+            for kind, shape, stride in ((e4m3, (K, M), of_a), (e4m3, (K, N), of_b), (TYPES[dtype], (N, M), of_total))
+        )
+        limits = self._create("MatmulPreference")
+        self._set("MatmulPreference", limits, MAX_WORKSPACE, ctypes.c_size_t(WORKSPACE))
+        a, b, total = alignments
+        for attribute, alignment in zip(ALIGNMENTS, (b, a, total, total), strict=True):
+            self._set("MatmulPreference", limits, attribute, ctypes.c_uint32(alignment))
+        self._found, count, self._handle = _Algorithm(), ctypes.c_int(), _handle(device)
+        layouts = self._b, self._a, self._total, self._total
+        results = ctypes.byref(self._found), ctypes.byref(count)
+        _call("MatmulAlgoGetHeuristic", self._handle, self._product, *layouts, limits, 1, *results)
+        if not count.value:
+            raise RuntimeError("cuBLASLt has no product for these sizes")
+
+    def _create(self, kind: str, *args: object) -> ctypes.c_void_p:
+        found = ctypes.c_void_p()
+        _call(f"{kind}Create", ctypes.byref(found), *args)
+        self._created.append((kind, found))
+        return found
+
+    def _set(self, kind: str, descriptor: ctypes.c_void_p, attribute: int, value: "ctypes._SimpleCData[Any]") -> None:
+        _call(f"{kind}SetAttribute", descriptor, attribute, ctypes.byref(value), ctypes.c_size_t(ctypes.sizeof(value)))
+
+    def add(
+        self, total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scales: Sequence[torch.Tensor], add: bool
+    ) -> None:
+        pointer = ctypes.c_void_p
+        for attribute, scale in zip((SCALE_B, SCALE_A), scales, strict=True):
+            self._set("MatmulDesc", self._product, attribute, pointer(scale.data_ptr()))
+        space = torch.empty(self._found.workspace, dtype=torch.uint8, device=total.device)
+        into = pointer(total.data_ptr()), self._total
+        _call(
+            "Matmul", self._handle, self._product, ctypes.byref(ctypes.c_float(1.0)), pointer(b.data_ptr()), self._b,
+            pointer(a.data_ptr()), self._a, ctypes.byref(ctypes.c_float(add)), *into, *into,
+            ctypes.byref(self._found.algorithm), pointer(space.data_ptr()), ctypes.c_size_t(self._found.workspace),
+            pointer(torch.cuda.current_stream(total.device).cuda_stream),
+        )  # fmt: skip
 
 
-def _layout(dtype: torch.dtype, rows: int, columns: int, stride: int) -> AbstractContextManager[ctypes.c_void_p]:
-    sizes = ctypes.c_uint64(rows), ctypes.c_uint64(columns), ctypes.c_int64(stride)
-    return _created("MatrixLayout", TYPES[dtype], *sizes)
+_product = lru_cache(256)(_Product)  # a micro-batch has the same few in every layer
 
 
 def add_product(
@@ -90,37 +144,12 @@ def add_product(
 
     Errors: RuntimeError if the library refuses.
     """
-    (M, K), N, void = a_MK.shape, len(b_NK), ctypes.c_void_p
-    alpha, beta = ctypes.c_float(1.0), ctypes.c_float(1.0 if add else 0.0)
-    b, a, total = pointers = [void(x.data_ptr()) for x in (b_NK, a_MK, total_MN)]
-    with (
-        torch.cuda.device(total_MN.device),
-        _layout(b_NK.dtype, K, N, b_NK.stride(0)) as lay_b,
-        _layout(a_MK.dtype, K, M, a_MK.stride(0)) as lay_a,
-        _layout(total_MN.dtype, N, M, total_MN.stride(0)) as lay_total,
-        _created("MatmulDesc", COMPUTE_FP32, TYPES[torch.float32]) as product,
-        _created("MatmulPreference") as limits,
-    ):
-        for attribute, value in (
-            (TRANSPOSE_A, ctypes.c_int32(1)), (FAST_SUM, ctypes.c_int8(1)),
-            (SCALE_MODE_A, ctypes.c_int32(SCALE_BY_ROW)), (SCALE_MODE_B, ctypes.c_int32(SCALE_BY_ROW)),
-            (SCALE_A, void(scale_N.data_ptr())), (SCALE_B, void(scale_M.data_ptr())),
-        ):  # fmt: skip
-            _set("MatmulDesc", product, attribute, value)
-        _set("MatmulPreference", limits, MAX_WORKSPACE, ctypes.c_size_t(WORKSPACE))
-        for attribute, pointer in zip(ALIGNMENTS, (*pointers, total), strict=True):
-            _set("MatmulPreference", limits, attribute, ctypes.c_uint32(math.gcd(pointer.value or 0, 256)))
-        found, count, handle = _Algorithm(), ctypes.c_int(), _handle(torch.cuda.current_device())
-        layouts = lay_b, lay_a, lay_total, lay_total
-        _call("MatmulAlgoGetHeuristic", handle, product, *layouts, limits, 1, ctypes.byref(found), ctypes.byref(count))
-        if not count.value:
-            raise RuntimeError("cuBLASLt has no product for these sizes")
-        space = torch.empty(max(found.workspace, 1), dtype=torch.uint8, device=total_MN.device)
-        _call(
-            "Matmul", handle, product, ctypes.byref(alpha), b, lay_b, a, lay_a, ctypes.byref(beta), total, lay_total,
-            total, lay_total, ctypes.byref(found.algorithm), void(space.data_ptr()), ctypes.c_size_t(found.workspace),
-            void(torch.cuda.current_stream().cuda_stream),
-        )  # fmt: skip
+    tensors = a_MK, b_NK, total_MN
+    sizes, strides = (len(a_MK), len(b_NK), a_MK.shape[1]), tuple(x.stride(0) for x in tensors)
+    alignments = tuple(math.gcd(x.data_ptr(), 256) for x in tensors)
+    with torch.cuda.device(total_MN.device):
+        product = _product(torch.cuda.current_device(), sizes, strides, total_MN.dtype, alignments)
+        product.add(total_MN, a_MK, b_NK, (scale_M, scale_N), add)
 
 
 @cache

@@ -75,11 +75,12 @@ def _check_names(config: Config) -> list[ConfigError]:
         if s.default is REQUIRED and s.name not in config.values
     ]
     unknown = []
-    for name in config.unassigned:
+    overridden = {key: key.partition(".")[0] for key in config.unread}
+    used = [n for n in config.values if n not in config.unused and n not in overridden.values()]
+    for key, name in overridden.items():
         if name not in accepted:
-            hint = did_you_mean(name, [*known, *(n for n in config.values if n != name)])
-            unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=f"--cfg-options {name}"))
-    used = [n for n in config.values if n not in config.unused]
+            hint = did_you_mean(name, [*known, *used])
+            unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=f"--cfg-options {key}"))
     for name in config.unused:
         if name in accepted:
             continue

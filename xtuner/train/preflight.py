@@ -43,7 +43,8 @@ from xtuner.families import read_model
 from xtuner.model.adapters.base_identity import require_same_base
 from xtuner.model.adapters.folder import has_adapter, open_adapter
 from xtuner.model.adapters.lora import LoRA
-from xtuner.model.source import ModelSource, from_scratch, require_special_tokens
+from xtuner.model.generate import require_special_tokens
+from xtuner.model.source import ModelSource, from_scratch
 from xtuner.model.weights import WeightFolder, check_network, check_shapes, find_base_weights
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train.checkpoints import work_dir_lock

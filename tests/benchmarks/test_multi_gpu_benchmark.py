@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -263,26 +262,32 @@ def test_a_peer_that_fails_ends_whole(bench: Any, tmp_path: Path, capsys: pytest
     assert len(runs.read(tmp_path / "r")) == 1
 
 
-def several(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "multi_gpu.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 CHOSEN = "speed-2,even-2,reference-2,speed-2-split,save-2,full-2"  # ends of names
 
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_all_of_it_on_two_cpu_processes(bench: Any, tmp_path: Path) -> None:
+def test_all_of_it_on_two_cpu_processes(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Measured, run, compared with one process and a peer, killed and resumed; what is done is not done again."""
-    words = ["--tiny", "--gpus", 2, "--results", tmp_path, "--engines", "fsdp"]
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")  # so that what the command sets does not remain
+
+    def several(*words: object) -> str:
+        tiny = ["--tiny", "--gpus", "2", "--results", str(tmp_path), "--engines", "fsdp"]
+        monkeypatch.setattr(sys, "argv", ["multi_gpu.py", *map(str, words), *tiny])
+        with pytest.raises(SystemExit) as ended:
+            bench("multi_gpu").main()
+        printed = capfd.readouterr()
+        assert ended.value.code == 0, printed.out + printed.err
+        return printed.out
+
     only = ["--only", ",".join(f"tiny-*-{end}" for end in CHOSEN.split(","))]
-    done = several("all", *words, *only, "--drills", "killed")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "NCCL_NVLS_ENABLE=0" in done.stdout
-    assert "| tiny, fsdp, 2 |" in done.stdout
-    assert "| one GPU | " in done.stdout
-    assert "NO" not in done.stdout.replace("NCCL", "")
+    out = several("all", *only, "--drills", "killed")
+    assert "NCCL_NVLS_ENABLE=0" in out
+    assert "| tiny, fsdp, 2 |" in out
+    assert "| one GPU | " in out
+    assert "NO" not in out.replace("NCCL", "")
     collectives = json.loads((tmp_path / "bandwidth-2.json").read_text())
     assert collectives["backend"] == "gloo"
     assert all(min(sizes.values()) > 0 for sizes in collectives["bytes_per_s"].values())
@@ -306,14 +311,13 @@ def test_all_of_it_on_two_cpu_processes(bench: Any, tmp_path: Path) -> None:
     assert peer["engine"] == "hf sdpa full"
     assert peer["losses"] == pytest.approx(speed["losses"], abs=1e-5)
     assert peer["norms"] == pytest.approx(speed["norms"], rel=1e-4)
-    assert "tiny, 2 GPUs: ours is" in done.stdout
+    assert "tiny, 2 GPUs: ours is" in out
     (killed,) = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
     assert (killed["code"], killed["resumed_at"], killed["as_promised"]) == (137, 7, True)
-    again = several("peers", *words, "--only", "tiny-hf-full-2")
-    assert again.returncode == 0
-    assert "tok/s/GPU, loss" not in again.stdout  # nothing ran, of ours neither
-    assert "| tiny, 2 | ours |" in again.stdout
-    assert "| hf sdpa full |" in again.stdout
+    again = several("peers", "--only", "tiny-hf-full-2")
+    assert "tok/s/GPU, loss" not in again  # nothing ran, of ours neither
+    assert "| tiny, 2 | ours |" in again
+    assert "| hf sdpa full |" in again
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(records)
     assert len((tmp_path / "peers.jsonl").read_text().splitlines()) == 1
 

@@ -46,6 +46,57 @@ def test_overrides_reach_what_is_derived(tiny: Path) -> None:
     assert c.resolved()["model"]["type"] == "xtuner.model.source.from_scratch"
 
 
+def test_overrides_inside_of_values_reach_every_line_that_uses_them(tmp_path: Path) -> None:
+    """An override has its effect everywhere, or is rejected."""
+    (tmp_path / "c.py").write_text(
+        "import os\n"
+        'folders = ["/a", "/b"]\nfirst = folders[0]\n'
+        "if first:\n    sizes: list = [dict(n=1)]\n    double = sizes[0]['n'] * 2\n"
+        "betas = (0.9, (0.1, 0.2))\nbeta = betas[1][0]\n"
+        "sources = []\nfor f in folders:\n    sources.append(dict(folder=f))\nsecond = sources[1]['folder']\n"
+        "wrapper = {}\nwrapper['optimizer'] = dict(lr=1)\nlr = wrapper['optimizer']['lr']\n"
+        "table = {0: 5}\ntotal = table[0] * 2\ntable[0] += 1\n"
+        "_hidden = dict(x=1)\nx = _hidden['x']\n"
+        "one = other = 3\n"
+        "if os.sep == 'no':\n    load_from = '/never'\n"
+        "def local(folders=folders):\n    folders = 3\n    return folders\n"
+    )
+
+    def values(*options: str) -> dict[str, Any]:
+        found = load(str(tmp_path / "c.py"), [*options]).values
+        return {name: found[name] for name in found if found[name] != plain.get(name)}
+
+    plain: dict[str, Any] = {}
+    plain = values()
+    assert values("folders.0=/x") == {
+        "folders": ["/x", "/b"],
+        "first": "/x",
+        "sources": [{"folder": "/x"}, {"folder": "/b"}],
+    }
+    assert values("sizes.0.n=5") == {"sizes": [{"n": 5}], "double": 10}
+    assert values("betas.1.0=0.5", "betas.0=7") == {"betas": (7, (0.5, 0.2)), "beta": 0.5}
+    assert values("sources.1.folder=/y") == {"sources": [{"folder": "/a"}, {"folder": "/y"}], "second": "/y"}
+    assert values("wrapper.optimizer.lr=3", "wrapper.optimizer={'b': 1}") == {
+        "wrapper": {"optimizer": {"b": 1, "lr": 3}},
+        "lr": 3,
+    }
+    assert values("table.0=9") == {"table": {0: 9}, "total": 18}
+    assert values("_hidden.x=2") == {"x": 2}
+    assert values("one=9") == {"one": 9}
+    assert values("load_from=/w") == {"load_from": "/w"}
+    for option, words in (
+        ("folders.2=/x", "no entry '2' in a list of 2"),
+        ("betas.1.2=1", "no entry '2' in a list of 2"),
+        ("folders.0.n=1", "'0' is '/a', which has no parts"),
+        ("os.sep=1", "no 'os' in the config"),
+        ("load_from.x=1", "no 'load_from' in the config"),
+        ("wrapper.optimiser.lr=1", "Did you mean 'optimizer'"),
+        ("sizes.0.n={}", r"c.py:6\n.*\n.*check the values of --cfg-options: sizes.0.n"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            values(option)
+
+
 @pytest.mark.parametrize("name", shipped_names())
 def test_shipped_configs_are_right(name: str) -> None:
     c = load(name)
@@ -255,6 +306,9 @@ def test_a_config_that_cannot_run_names_the_line(tmp_path: Path) -> None:
         check(load(str(tmp_path / "bad.py")))
     begin = text.index("custom_hooks = [")
     (tmp_path / "good.py").write_text(text[:begin] + "custom_hooks = []\n" + text[text.index("log_level") :])
-    check(load(str(tmp_path / "good.py")))  # settings left over when hooks are removed are told, not refused
+    check(load(str(tmp_path / "good.py")))  # settings left over when hooks are removed are reported, not rejected
+    for option in ("evaluation_freq=5", "evaluation_inputs.0=a"):  # unless they are overridden
+        with pytest.raises(ConfigError, match=r"nothing reads the setting 'evaluation_.*\n.*--cfg-options evaluation_"):
+            check(load(str(tmp_path / "good.py"), [option]))
     with pytest.raises(ConfigError, match="Did you mean 'internlm2_7b_w_tokenized_dataset'"):
         load("internlm2_7b_w_tokenised_dataset")

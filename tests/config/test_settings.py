@@ -131,6 +131,29 @@ def test_what_is_built_takes_what_is_declared(parent: str, built: Any) -> None:
             assert plain == set(get_args(setting.kind) or [setting.kind]), name
 
 
+def test_arguments_that_a_run_passes_are_no_settings(tiny: Path) -> None:
+    """Neither accepted nor suggested; `rank` in a config would give every rank the same packs."""
+    data, optimizer = "train_dataloader.dataset", "optim_wrapper.optimizer"
+    for key, names, takes in (
+        (f"{data}.dataset_cfg", ("opening",), "folder, min_length, data_order_path, file_type, cache_dir, learn_zero"),
+        ("train_dataloader.sampler", ("dataset", "rank", "world_size"), "shuffle, seed"),
+        (
+            optimizer,
+            ("params",),
+            "lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable",
+        ),
+    ):
+        for name in (*names, "shufle"):
+            (error,) = find_mistakes(load(str(tiny), [f"{key}.{name}=0"]))
+            assert f" has no setting {name!r}" in error.what
+            assert error.do.startswith(f"it takes: {takes}")
+            assert not set(names) & set(error.do.replace(",", "").split())
+    words = tiny.read_text().replace("dataset_cfg=dict(", "dataset_cfg=dict(opening=None, ")
+    (tiny.parent / "c.py").write_text(words)
+    with pytest.raises(ConfigError, match="no setting 'opening'"):
+        check(load(str(tiny.parent / "c.py")))
+
+
 def test_every_field_of_a_family_is_declared() -> None:
     fields = {field for family in FAMILIES.values() for field in family.fields}
     assert [field for field in sorted(fields) if SCHEMA.find(f"model.{field}", "from_scratch") is None] == []

@@ -130,6 +130,7 @@ def test_what_is_not_converted(tmp_path: Path, xtuner: Run) -> None:
         (("s3://bucket/x",), "written to a disk only"),
         ((target, "--from", "parquet"), "no .parquet file in the data folder"),
         ((target, "--vocab-size", 0), "a vocabulary of 0 has no ids"),
+        ((target, "--learn-zero"), "--learn-zero has no meaning for jsonl files, only for internevo"),
     ):
         with pytest.raises((ConfigError, DataError), match=message):
             xtuner(*run, *options, "--overwrite" if options[0] in (source, tmp_path) else "--lossy")
@@ -138,6 +139,8 @@ def test_what_is_not_converted(tmp_path: Path, xtuner: Run) -> None:
     write_bin(tmp_path / "c" / "a.bin", [[1, 2]])
     with pytest.raises(ConfigError, match=r"these are .bin files(.|\n)*--to megatron"):
         xtuner("data", "convert", tmp_path / "c", tmp_path / "d")
+    with pytest.raises(ConfigError, match="--mask has no meaning for internevo files, only for megatron, parquet"):
+        xtuner("data", "convert", tmp_path / "c", tmp_path / "d", "--to", "megatron", "--mask", "none")
     for name in ("a.arrow", "b.arrow"):
         write_arrow(tmp_path / "e" / name, make_table(NO_ZEROS))
     write_arrow(tmp_path / "e" / "a.feather", make_table(NO_ZEROS))
@@ -175,8 +178,19 @@ def test_the_tools_accept_every_kind(tmp_path: Path, xtuner: Run, capsys: pytest
     assert "c.jsonl  a line is not JSON" in out
     assert "c.jsonl:19)" in out
     assert "problems: 2" in out
-    with pytest.raises(ConfigError, match="jsonl files have no meta"):
-        xtuner("data", "check", tmp_path / "jsonl", "--fix-meta")
+    write_bin(tmp_path / "internevo" / "a.bin", [[1, 2]])
+    for verb, kind, options, message in (
+        ("check", "jsonl", ["--fix-meta"], "jsonl files have no meta"),
+        ("check", "internevo", ["--ids", "x"], "--ids has no meaning for internevo files, only for parquet"),
+        ("stats", "internevo", ["--labels", "none"], "--labels has no meaning for internevo files"),
+        ("cache", "megatron", ["--ids", "x"], "--ids has no meaning for megatron files"),
+        ("cache", "arrow", ["--kind", "arrow", "--file-type", ".x"], "--file-type has no meaning for arrow files"),
+        ("show", "parquet", ["--learn-zero"], "--learn-zero has no meaning for parquet files, only for internevo"),
+        ("show", "parquet", ["--long", "drop"], "packing that cuts documents also cuts long ones"),
+        ("stats", "parquet", ["--processes", 8], "only the schedule of one depends on the number of processes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            xtuner("data", verb, tmp_path / kind, *options)
     plain = ("--labels", "none", "--json", "--workers", 1)
     assert xtuner("data", "stats", tmp_path / "parquet", *plain) == 0
     assert json.loads(capsys.readouterr().out)["learned"] == tokens

@@ -381,6 +381,18 @@ def test_options_that_cannot_be(tmp_path: Path, small: Path, tokenizer_folder: P
         ([tmp_path / "nothing"], ConfigError, "the input does not exist"),
         ([write(tmp_path, "a.csv", "x")], ConfigError, "implies no format"),
         ([path, path], ConfigError, "two inputs would be written"),
+        # options that would do nothing
+        ([path, "--seed", 3], ConfigError, "(?s)seed of the split into train and valid.*where: --seed 3"),
+        ([path, "--text-key", "body"], ConfigError, "the input is txt, not json or jsonl"),
+        ([chat, path, "--whole-record", "--format", "chat"], ConfigError, "the input is chat, not json or jsonl"),
+        ([chat, "--whole-record", "--text-key", "body"], ConfigError, "(?s)with all keys.*where: --text-key body"),
+        (
+            [path, "--template", "llama3_chat"],
+            ConfigError,
+            "(?s)the input is txt, not alpaca or chat or ftdp.*llama3_chat",
+        ),
+        ([chat, "--template", "internevo"], ConfigError, "the input is chat, not alpaca"),
+        ([path, "--suffix", ".md"], ConfigError, r"(?s)no input is a folder.*where: --suffix \.md"),
         ([path, "--format", "ftdp"], ConfigError, "is not in a folder `processed`"),
         ([empty], DataError, r"no \.txt or \.json or \.jsonl in the input folder"),
         ([empty, "--format", "ftdp"], DataError, r"no DATASET/processed/FILE\.jsonl in the input folder"),

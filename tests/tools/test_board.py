@@ -162,6 +162,16 @@ def test_the_page(server: Server, snapshots: Snapshots, tmp_path: Path) -> None:
             ["clip", "–", "inf"],
             ["lr", "2", "3"],
         ]
+        parts = [{"tail": n, "seed": 1, "dataset_cfg.folder": f"/{n}"} for n in (8, 9)]
+        found = browser.ask(
+            f"findDifferences({json.dumps(parts)}.map(d => Object.fromEntries(['loader.dataset', 'dataset', 'hooks.0']"
+            ".flatMap(name => Object.entries({...d, ...(name == 'hooks.0' && {seed: d.tail})})"
+            ".map(([k, v]) => [`${name}.${k}`, v])))))"
+        )
+        assert found == [
+            ["dataset.dataset_cfg.folder", ["/8", "/9"]], ["dataset.tail", ["8", "9"]],
+            ["hooks.0.seed", ["8", "9"]], ["hooks.0.tail", ["8", "9"]],
+        ], "what is written once and used twice differs once"  # fmt: skip
         left, top, width, height = browser.ask(
             "(r => [r.left, r.top, r.width, r.height])(document.querySelector('#chart-loss .u-over')"
             ".getBoundingClientRect())"
@@ -204,7 +214,9 @@ def test_the_page(server: Server, snapshots: Snapshots, tmp_path: Path) -> None:
         browser.ask("find('language').click()")
         assert browser.wait_for("document.querySelector('#chart-loss h2').innerText") in ("损失", "Loss")
 
-        write_start(tmp_path / "long", "20260101_000000", range(1, 100_001))
+        long = write_start(tmp_path / ("long" * 20), "20260101_000000", range(1, 100_001))
+        add_lines(long / "events.json", {"event": "sample", "iter": 9, "time": 0, "text": "x" * 200})
+        (long / f"{long.name}.log").write_text(f"2026-01-01 00:00:00,000 WARNING {'w' * 200}\n")
         browser.wait_for("board.runs.length == 3 && board.runs[2].data")
         browser.wait_for("!busy")
         took = browser.ask(
@@ -213,6 +225,8 @@ def test_the_page(server: Server, snapshots: Snapshots, tmp_path: Path) -> None:
         print(f"100,000 iterations in {took:.0f} ms")
         points = browser.ask("board.runs[2].data.curves.loss[0].length")
         assert 500 < points < 6000, "reduced to what the screen shows"
+        warning = browser.ask("document.querySelector('#runs .warning').textContent")
+        assert warning == browser.ask("WORDS[language].warned") + "w" * 160 + "…"
 
         browser.open(server.url, 390, 844)
         browser.wait_for("document.querySelectorAll('canvas').length >= 3")

@@ -47,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from xtuner.dist.process_group import select_device
-    from xtuner.model.generate import Session, sample
-    from xtuner.model.source import require_special_tokens
+    from xtuner.model.generate import Session, require_special_tokens, sample
     from xtuner.train.evaluate import open_model
 
     log.setup("WARNING")

@@ -2,10 +2,12 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from xtuner.core.errors import ConfigError, did_you_mean
+
+OPENING = "opening"  # argument of what opens data, added by the run wherever it is accepted
 
 
 def resolve_type(kind: Any, where: str = "") -> Callable[..., Any]:
@@ -45,36 +47,39 @@ def build(spec: Mapping[str, Any], where: str = "", **more: Any) -> Any:
     if not isinstance(spec, Mapping) or "type" not in spec:
         raise ConfigError(f"expected dict(type=…, …), found {spec!r}", where=where)
     kind = resolve_type(spec["type"], where)
-    arguments = {**{k: v for k, v in spec.items() if k != "type"}, **more}
-    check_arguments(kind, arguments, where)
-    return kind(**arguments)
+    arguments = {k: v for k, v in spec.items() if k != "type"}
+    check_arguments(kind, [k for k in arguments if k != OPENING], where, passed=[*more, OPENING])
+    return kind(**arguments, **more)
 
 
 def check_arguments(
-    kind: Callable[..., Any], arguments: Mapping[str, Any], where: str = "", also: Sequence[str] = ()
+    kind: Callable[..., Any],
+    names: Collection[str],
+    where: str = "",
+    also: Sequence[str] = (),
+    passed: Collection[str] = (),
 ) -> None:
     """Raise ConfigError for unknown and missing arguments of `kind`.
 
     Args:
+        names: the arguments in the config.
         also: settings that may stand here but are not arguments of `kind`, for hints.
+        passed: arguments that the caller adds: not settings.
     """
     try:
         signature = inspect.signature(kind)
     except ValueError:  # some builtins have none
         return
-    known = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = {p.name: p for p in named if p.name not in passed}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    for name in arguments:
-        if name not in known and not takes_any:
+    for name in names:
+        if name not in known and (not takes_any or name in signature.parameters):
             raise ConfigError(
                 f"{type_name(kind)} has no setting {name!r}.{did_you_mean(name, [*known, *also])}",
                 where=f"{where}.{name}" if where else name,
-                do=f"it takes: {', '.join([*known, *also])}",
+                do=f"it takes: {', '.join([*known, *also])}" if known or also else "it takes none",
             )
-    missing = [
-        p.name
-        for p in signature.parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in arguments
-    ]
+    missing = [name for name, p in known.items() if p.default is p.empty and name not in names]
     if missing:
         raise ConfigError(f"{type_name(kind)} needs {', '.join(missing)}", where=where)

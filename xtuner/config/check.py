@@ -9,7 +9,7 @@ from typing import Any
 from xtuner.config import paths as path_checks
 from xtuner.config import rules, types
 from xtuner.config.adapter import find_adapter
-from xtuner.config.build import build, check_arguments, resolve_type, type_name
+from xtuner.config.build import OPENING, build, check_arguments, resolve_type, type_name
 from xtuner.config.config import Config
 from xtuner.config.findings import combine_errors
 from xtuner.config.schema import REQUIRED
@@ -19,13 +19,13 @@ from xtuner.config.usual_adamw import is_usual_adamw
 from xtuner.core.errors import ConfigError, did_you_mean, from_system_exit
 from xtuner.core.log import logger
 
-# Arguments that the trainer adds
-PASSED_BY_TRAINER: dict[str, dict[str, Any]] = {
-    "train_dataloader.sampler": {"dataset": None},
-    "train_dataloader.batch_sampler": {"sampler": None},
-    "optim_wrapper.optimizer": {"params": None},
-    "train_cfg": {"max_epochs": 1},  # if it is missing, `_check_train_cfg` reports it
+# Arguments that the trainer adds; to whatever opens data also `opening`
+PASSED_BY_TRAINER = {
+    "train_dataloader.sampler": ("dataset", "rank", "world_size"),
+    "train_dataloader.batch_sampler": ("sampler",),
+    "optim_wrapper.optimizer": ("params",),
 }
+DATA = ("train_dataloader.dataset", "val_dataset")
 MIXED = re.compile(r"(train_dataloader\.dataset\.dataset_cfg|val_dataset)\.sources\.\d+")  # sources of a mixture
 # Dicts whose "type" is a plain value, not a class to build
 NOT_BUILT = ("clip_grad", "rope_parameters", "rope_scaling")
@@ -75,11 +75,12 @@ def _check_names(config: Config) -> list[ConfigError]:
         if s.default is REQUIRED and s.name not in config.values
     ]
     unknown = []
-    for name in config.unassigned:
+    overridden = {key: key.partition(".")[0] for key in config.unread}
+    used = [n for n in config.values if n not in config.unused and n not in overridden.values()]
+    for key, name in overridden.items():
         if name not in accepted:
-            hint = did_you_mean(name, [*known, *(n for n in config.values if n != name)])
-            unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=f"--cfg-options {name}"))
-    used = [n for n in config.values if n not in config.unused]
+            hint = did_you_mean(name, [*known, *used])
+            unknown.append(ConfigError(f"nothing reads the setting {name!r}.{hint}", where=f"--cfg-options {key}"))
     for name in config.unused:
         if name in accepted:
             continue
@@ -199,15 +200,19 @@ def _check_spec(config: Config, spec: Spec) -> Iterator[ConfigError]:
     if isinstance(kind, ConfigError):
         return  # reported by `_check_types`
     mixed = MIXTURE_KEYS if MIXED.fullmatch(spec.key) else ()
-    own = {k: v for k, v in spec.arguments.items() if k not in mixed}
+    own = [name for name in spec.arguments if name not in mixed]
+    stated = [*own, "max_epochs"] if spec.key == "train_cfg" else own  # if it is missing, `_check_train_cfg` reports it
+    passed = PASSED_BY_TRAINER.get(spec.key, (OPENING,) if spec.key.startswith(DATA) else ())
     try:
-        check_arguments(kind, own | PASSED_BY_TRAINER.get(spec.key, {}), spec.key, mixed)
+        check_arguments(kind, stated, spec.key, mixed, passed)
     except ConfigError as e:
         yield e
     if spec.key == "train_cfg":
         return  # `_check_train_cfg` reports it
     hints, facts = types.parameter_types(kind), find_adapter(kind)
     for name, value in spec.arguments.items():
+        if name in passed:
+            continue  # reported as unknown
         key, problem = f"{spec.key}.{name}", None
         if name in own and name in hints and not types.fits(value, hints[name]):
             yield ConfigError(f"{name} = {value!r} is not {types.describe(hints[name])}", where=key)

@@ -32,7 +32,7 @@ class Config:
     values: dict[str, Any]
     lines: dict[str, int] = field(default_factory=dict)  # "train_dataloader.sampler.seed" → line
     unused: list[str] = field(default_factory=list)  # names that the file assigns, but does not use
-    unassigned: list[str] = field(default_factory=list)  # overrides of names that the file does not assign
+    unread: list[str] = field(default_factory=list)  # overrides of names that the file does not assign or does not use
     names: dict[str, str] = field(default_factory=dict)  # "train_dataloader.dataset" → "train_dataset"
     replaced: list[Replacement] = field(default_factory=list)  # names of older tools
     dropped: dict[str, str] = field(default_factory=dict)  # removed settings → why they have no effect

@@ -1,11 +1,12 @@
-"""Load a config: a Python file that is run. An override of a top-level name replaces its assignment before the run, so
-that derived values follow; an override with dots changes the resulting values.
+"""Load a config: a Python file that is run. An override of a top-level name replaces its assignment before the run; one
+with dots is applied when the file has assigned the value that it changes. Derived values follow both.
 
     --cfg-options max_length=4096 train_dataloader.num_workers=2 betas="[0.9, 0.95]"
 """
 
 import ast
 import contextlib
+import copy
 import io
 import math
 import re
@@ -140,25 +141,24 @@ def _load(path: Path, source: str, options: list[str], dialect: Dialect) -> Conf
     secrets.learn(overrides)
     for node, name in secret_literals(tree):
         secrets.learn(getattr(node, "value", None), name)
-    replacer = statements.Override({k: v for k, v in overrides.items() if "." not in k})
-    tree = ast.fix_missing_locations(replacer.visit(tree))
-    assigned = _run(tree, path, overrides)
+    inner = sorted((key for key in overrides if "." in key), key=lambda key: key.count("."))  # outer values first
+    tree = statements.Override({k: v for k, v in overrides.items() if k not in inner}).visit(tree)
+    assigned = _run(ast.fix_missing_locations(tree), path, overrides, inner)
     if AUTO in (assigned.get(SHARERS), overrides.get(SHARERS)):  # other settings may be multiplied by it
         config = _load(path, source, [*options, f"{SHARERS}=1"], dialect)
         config.with_sharers = lambda number: _load(path, source, [*options, f"{SHARERS}={number}"], dialect)
         return config
-    config = Config(path, source, assigned, lines, names=names, replaced=imported, schema=dialect.schema)
+    public = {name: value for name, value in assigned.items() if not name.startswith("_")}
+    config = Config(path, source, public, lines, names=names, replaced=imported, schema=dialect.schema)
     values = config.values
     dialect.values(config)
-    for key, value in overrides.items():
-        if "." in key:
-            _set(values, key, value)
-        elif key not in replacer.replaced:
-            values[key] = value  # `check` reports unknown keys
+    values.update((key, value) for key, value in overrides.items() if key not in inner and key not in assigned)
+    for key in inner:
+        _set(assigned if key.startswith("_") else values, key, overrides[key])
     dialect.overridden(config)
     secrets.learn(values)  # including computed ones
-    config.unassigned = [key for key in overrides if "." not in key and key not in replacer.replaced]
-    config.unused = [name for name in values if name not in read and name not in config.unassigned]
+    config.unread = [key for key in overrides if (name := key.partition(".")[0]) not in read or name not in assigned]
+    config.unused = [n for n in values if n not in read and n not in (key.partition(".")[0] for key in config.unread)]
     return config
 
 
@@ -219,8 +219,23 @@ def _split(text: str) -> list[str]:
     return [p.strip() for p in parts if p.strip()]
 
 
-def _run(tree: ast.Module, path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    namespace: dict[str, Any] = {"__name__": "xtuner_config", "__file__": str(path)}
+def _run(tree: ast.Module, path: Path, overrides: dict[str, Any], inner: list[str]) -> dict[str, Any]:
+    """The values of all top-level names that the file assigns.
+
+    Args:
+        inner: the keys of `overrides` that have dots. They are applied after each statement that may have created or
+            copied the value, so that no later line sees another one.
+    """
+    assigned = {name.id for node in ast.walk(tree) for name in statements.assigned(node)}
+    present = [key for key in inner if key.partition(".")[0] in assigned]
+
+    def apply() -> None:
+        for key in present:
+            with contextlib.suppress(ConfigError):  # not created yet
+                _set(namespace, key, overrides[key])
+
+    namespace: dict[str, Any] = {"__name__": "xtuner_config", "__file__": str(path), "_apply_overrides": apply}
+    statements.insert_calls(tree.body, {key.partition(".")[0] for key in present}, apply="_apply_overrides")
     try:
         exec(compile(tree, str(path), "exec"), namespace)
     except (ConfigError, KeyboardInterrupt):
@@ -233,10 +248,9 @@ def _run(tree: ast.Module, path: Path, overrides: dict[str, Any]) -> dict[str, A
             f"the config cannot be run: {type(e).__name__}: {_words(e)}",
             where=f"{path}:{line}",
             why=_values_at(tree, line, namespace),
-            do=_remedy(e, [n for n in _names_at(tree, line) if n in overrides]),
+            do=_remedy(e, [key for n in _names_at(tree, line) for key in overrides if n == key.partition(".")[0]]),
         ) from None
-    assigned = {name.id for node in ast.walk(tree) for name in statements.assigned(node)}
-    return {name: namespace[name] for name in namespace if name in assigned and not name.startswith("_")}
+    return {name: namespace[name] for name in namespace if name in assigned}
 
 
 def _line(error: BaseException, path: Path) -> int:
@@ -278,18 +292,23 @@ def _values_at(tree: ast.Module, line: int, namespace: dict[str, Any]) -> str:
 
 def _set(values: dict[str, Any], key: str, new: Any) -> None:
     """Set the value at a dotted path, of which all but the last part must exist."""
-    *parts, last = key.split(".")
-    at: Any = values
-    for part in parts:
-        known = [str(k) for k in at] if isinstance(at, dict) else [str(i) for i in range(len(at))]
-        if part not in known:
-            raise ConfigError(f"no {part!r} in the config.{did_you_mean(part, known)}", where=f"--cfg-options {key}")
-        at = at[part] if isinstance(at, dict) else at[int(part)]
-        if not isinstance(at, dict | list):
-            raise ConfigError(f"{part!r} is {short_repr(at)}, which has no parts", where=f"--cfg-options {key}")
-    if isinstance(at, list):
-        if last not in map(str, range(len(at))):
-            raise ConfigError(f"no entry {last!r} in a list of {len(at)}", where=f"--cfg-options {key}")
-        at[int(last)] = new
-    else:
-        at[last] = new
+
+    def changed(at: Any, owner: str, parts: list[str]) -> Any:
+        """`at` with the new value; a tuple is built anew."""
+        part, *rest = parts
+        if not isinstance(at, dict | list) and type(at) is not tuple:
+            raise ConfigError(f"{owner!r} is {short_repr(at)}, which has no parts", where=f"--cfg-options {key}")
+        names: dict[str, Any] = {str(k): k for k in (at if isinstance(at, dict) else range(len(at)))}
+        if part not in names and rest:
+            hint = did_you_mean(part, [*names])
+            raise ConfigError(f"no {part!r} in the config.{hint}", where=f"--cfg-options {key}")
+        if part not in names and not isinstance(at, dict):
+            raise ConfigError(f"no entry {part!r} in a list of {len(at)}", where=f"--cfg-options {key}")
+        name = names.get(part, part)
+        value = changed(at[name], part, rest) if rest else copy.deepcopy(new)
+        if isinstance(at, tuple):
+            return (*at[:name], value, *at[name + 1 :])
+        at[name] = value
+        return at
+
+    changed(values, "", key.split("."))

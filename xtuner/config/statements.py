@@ -11,16 +11,14 @@ class Override(ast.NodeTransformer):
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
-        self.replaced: set[str] = set()
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST | list[ast.AST]:
         more: list[ast.AST] = []
         for name in [n for n in assigned(node) if n.id in self.values]:
-            self.replaced.add(name.id)
             value = ast.copy_location(_literal(self.values[name.id]), node.value)
-            if name in node.targets:
+            if node.targets == [name]:
                 node.value = value
-            else:  # a, b = …
+            else:  # a, b = … or a = b = …
                 more.append(ast.copy_location(ast.Assign([name], value), node))
         return [node, *more]
 
@@ -33,6 +31,19 @@ class Override(ast.NodeTransformer):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         return node
+
+
+def insert_calls(body: list[ast.stmt], names: set[str], apply: str) -> None:
+    """Call the function `apply` after every statement that contains one of `names`, also inside of `if`, `for`, …"""
+    for i, node in reversed([*enumerate(body)]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue  # names inside are local
+        parts = [node, *getattr(node, "handlers", ()), *getattr(node, "cases", ())]
+        for block in (getattr(part, field, []) for part in parts for field in ("body", "orelse", "finalbody")):
+            insert_calls(block, names, apply)
+        if any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node)):
+            call = ast.Expr(ast.Call(ast.Name(apply, ast.Load()), [], []))
+            body.insert(i + 1, ast.fix_missing_locations(ast.copy_location(call, node)))
 
 
 def assigned(node: ast.AST) -> list[ast.Name]:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from xtuner.model.decoder import CausalLM, LayerCache
+from xtuner.core.errors import ConfigError
+from xtuner.model.decoder import CausalLM, DecoderConfig, LayerCache
 
 
 class Session:
@@ -75,3 +76,25 @@ def pick_token(logits_V: torch.Tensor, temperature: float, top_p: float, generat
     probability, ids = (logits_V / temperature).softmax(-1).cpu().sort(descending=True)
     keep = probability.cumsum(-1) - probability < top_p
     return int(ids[torch.multinomial(probability * keep, 1, generator=generator)])
+
+
+def require_special_tokens(config: DecoderConfig, where: str) -> None:
+    """Raise ConfigError unless the ids that begin and end a text are in the vocabulary: generation needs them.
+
+    A model may have no begin token.
+
+    Args:
+        where: prefix of the key in the message.
+    """
+    for name in ("bos_token_id", "eos_token_id"):
+        number = getattr(config, name)
+        if number is None and name == "bos_token_id":
+            continue  # texts begin without a token
+        if number is None or not 0 <= number < config.vocab_size:
+            what = f"{name} = {number} is not an id of the vocabulary, 0 … {config.vocab_size - 1}"
+            raise ConfigError(
+                what,
+                where=f"{where}{name}",
+                why="generated texts begin or end with it",
+                do="set it to the id of the tokenizer's token, as the model's own config.json does",
+            )

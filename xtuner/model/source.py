@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 
-from xtuner.config.build import build, resolve_type
 from xtuner.core import hub, path_kinds
 from xtuner.core.errors import ConfigError
 from xtuner.families import FAMILIES, NATIVE, read_config, read_model
@@ -18,14 +17,15 @@ from xtuner.model import attention
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.adapters.base_identity import BaseModel, identify_base
 from xtuner.model.adapters.folder import write_record
-from xtuner.model.adapters.lora import WHERE, LoRA, build_lora, lora
+from xtuner.model.adapters.lora import LoRA, read_lora
 from xtuner.model.decoder import CausalLM, DecoderConfig, initialize_parameter
 from xtuner.model.flops import num_parameters, training_flops
 from xtuner.model.linear import Linear
 from xtuner.model.ops import matmul, quantized
 from xtuner.model.ops.matmul import MatmulKind
 from xtuner.model.ops.quantized import FORMATS, Dequantizer, WeightKind, round_trip
-from xtuner.model.weights import FlatRange, Receiver, RowNorms, fill_weights, hf_shapes, make_range
+from xtuner.model.parameter_ranges import FlatRange, Receiver, RowNorms, make_range
+from xtuner.model.weights import fill_weights, hf_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -299,7 +299,7 @@ def from_pretrained(
     layout, config = read_model(folder)
     given = str(pretrained_model_name_or_path)
     name = str(folder.resolve()) if Path(given).expanduser().exists() else given
-    terms = None if adapter is None else build_lora(_read_adapter(adapter), config)
+    terms = None if adapter is None else read_lora(adapter, config)
     if frozen_weights != "own" and terms is None:
         raise ConfigError(
             f'frozen_weights = "{frozen_weights}" without an adapter',
@@ -309,18 +309,6 @@ def from_pretrained(
         )
     how = (activation_checkpointing, attention, products)
     return ModelSource(config, folder, layout, None, *how, terms, frozen_weights=frozen_weights, name=name)
-
-
-def _read_adapter(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of an adapter. Raises: ConfigError."""
-    kind = given.get("type") if isinstance(given, Mapping) else None
-    if kind is None or resolve_type(kind, f"{WHERE}.type") is not lora:
-        what = f"adapter = {given!r} is not one that xtuner knows"
-        raise ConfigError(
-            what, where=WHERE, do="write dict(type=lora, rank=…, …), with `from xtuner.model import lora`"
-        )
-    settings: Mapping[str, Any] = build(given, WHERE)
-    return settings
 
 
 def from_scratch(
@@ -369,28 +357,6 @@ def _require_varlen(use_varlen_attn: bool) -> None:
             why="documents of a pack would attend to each other: the model would learn from unrelated context",
             do="set use_varlen_attn = True",
         )
-
-
-def require_special_tokens(config: DecoderConfig, where: str) -> None:
-    """Raise ConfigError unless the ids that begin and end a text are in the vocabulary: generation needs them.
-
-    A model may have no begin token.
-
-    Args:
-        where: prefix of the key in the message.
-    """
-    for name in ("bos_token_id", "eos_token_id"):
-        number = getattr(config, name)
-        if number is None and name == "bos_token_id":
-            continue  # texts begin without a token
-        if number is None or not 0 <= number < config.vocab_size:
-            what = f"{name} = {number} is not an id of the vocabulary, 0 … {config.vocab_size - 1}"
-            raise ConfigError(
-                what,
-                where=f"{where}{name}",
-                why="generated texts begin or end with it",
-                do="set it to the id of the tokenizer's token, as the model's own config.json does",
-            )
 
 
 def load_pretrained(

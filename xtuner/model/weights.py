@@ -6,11 +6,11 @@ All readers of weights are `WeightSource`s, including those of other tools' chec
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +22,7 @@ from xtuner.core.log import progress
 from xtuner.families import NATIVE
 from xtuner.families.base import ModelFamily
 from xtuner.model.decoder import CausalLM, DecoderConfig
-from xtuner.model.ops.low_rank import Rows
-from xtuner.model.ops.quantized import FORMATS, QuantizedFormat
+from xtuner.model.parameter_ranges import Receiver
 
 Shape = tuple[int, ...]
 _PLAIN = {"F16", "BF16", "F32", "F64", *map(str, (torch.float16, torch.bfloat16, torch.float32, torch.float64))}
@@ -177,74 +176,6 @@ def find_base_weights(checkpoint: Path) -> Path:
             do=f"give {checkpoint / 'weights'} if that is what you want",
         )
     return checkpoint / "weights"
-
-
-@dataclass(frozen=True)
-class FlatRange:
-    """Elements [begin, begin + len(values)) of a flattened parameter: one process's part of it."""
-
-    values: torch.Tensor  # [n], a view: writing to it changes the parameter
-    begin: int = 0
-
-    @classmethod
-    def from_parameter(cls, parameter: torch.Tensor) -> "FlatRange":
-        return cls(parameter.data.view(-1))
-
-    def read(self) -> torch.Tensor:
-        """The fp32 values [n]."""
-        return self.values.float()
-
-    @torch.no_grad()
-    def copy_from(self, full: torch.Tensor) -> None:
-        """Copy this range from the full parameter, casting to the range's dtype."""
-        self.values.copy_(full.reshape(-1)[self.begin : self.begin + len(self.values)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizedRange(FlatRange):
-    """Elements of a flattened weight [N, bytes] of ops/quantized.py."""
-
-    form: QuantizedFormat
-
-    @torch.no_grad()
-    def copy_from(self, full: torch.Tensor) -> None:
-        super().copy_from(self.form.quantize(full.to(self.values.device)))
-
-
-def make_range(values: torch.Tensor, begin: int, frozen_weights: str) -> FlatRange:
-    """The range of a parameter's elements, or of the bytes of one that is quantized in this format."""
-    if values.dtype == torch.uint8:
-        return QuantizedRange(values, begin, form=FORMATS[frozen_weights])
-    return FlatRange(values, begin)
-
-
-class Receiver(Protocol):
-    """What a full parameter is copied to."""
-
-    def copy_from(self, full: torch.Tensor) -> None: ...
-
-
-class RowNorms:
-    """Copies a weight, and its row norms to other ranges.
-
-    Args:
-        weight: the weight's own range, if this process has any of it.
-        norms: ranges of the norms, by the rows of the weight.
-        keep: returns the weight's values as they are kept.
-    """
-
-    def __init__(
-        self, weight: Receiver | None, norms: Mapping[Rows, Receiver], keep: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        self._weight, self._norms, self._keep = weight, norms, keep
-
-    @torch.no_grad()
-    def copy_from(self, full: torch.Tensor) -> None:
-        if self._weight is not None:
-            self._weight.copy_from(full)
-        found = torch.linalg.vector_norm(self._keep(full).float(), dim=1)
-        for rows, into in self._norms.items():
-            into.copy_from(rows.of(found).flatten())
 
 
 def split_for_family(name: str, tensor: torch.Tensor, family: ModelFamily, c: DecoderConfig) -> dict[str, torch.Tensor]:

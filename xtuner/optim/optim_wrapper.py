@@ -54,7 +54,7 @@ class OptimWrapper:
         self.optimizer_class = resolve_type(optimizer.get("type"), "optim_wrapper.optimizer")
         self.arguments = {k: v for k, v in optimizer.items() if k != "type"}
         _reject_torch_muon(self.optimizer_class)
-        check_arguments(self.optimizer_class, {"params": None, **self.arguments}, "optim_wrapper.optimizer")
+        check_arguments(self.optimizer_class, self.arguments, "optim_wrapper.optimizer", passed=["params"])
         step = getattr(self.optimizer_class, "step", lambda: None)  # `type` may be a function that builds it
         closure = inspect.signature(step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:

@@ -27,11 +27,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from xtuner.data.tokenize.tokenize_files import tokenize
-    from xtuner.data.tokenize.tokenize_settings import TokenizeSettings
+    from xtuner.data.tokenize.tokenize_settings import OWN_TEMPLATE, TokenizeSettings
 
     settings = TokenizeSettings(
         tokenizer=args.tokenizer_path,
         format="ftdp",
+        template=OWN_TEMPLATE,
         max_length=args.max_length,
         valid_fraction=args.valid_fraction,
         seed=args.seed,

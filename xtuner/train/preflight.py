@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from xtuner.config.build import build, resolve_type, type_name
+from xtuner.config.build import OPENING, build, resolve_type, type_name
 from xtuner.config.check import find_mistakes
 from xtuner.config.config import Config
 from xtuner.config.findings import Findings, combine_errors, locate_errors
@@ -43,7 +43,8 @@ from xtuner.families import read_model
 from xtuner.model.adapters.base_identity import require_same_base
 from xtuner.model.adapters.folder import has_adapter, open_adapter
 from xtuner.model.adapters.lora import LoRA
-from xtuner.model.source import ModelSource, from_scratch, require_special_tokens
+from xtuner.model.generate import require_special_tokens
+from xtuner.model.source import ModelSource, from_scratch
 from xtuner.model.weights import WeightFolder, check_network, check_shapes, find_base_weights
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train.checkpoints import work_dir_lock
@@ -220,14 +221,14 @@ def open_dataset(config: Config, opening: Opening) -> PackedDataset:
 
 
 def _insert_opening(opening: Opening, spec: Any, key: str) -> Any:
-    """The spec with the argument `opening` inserted wherever a constructor accepts it, at any depth."""
+    """The spec with this argument inserted wherever a constructor accepts it, at any depth."""
     if isinstance(spec, list | tuple):
         return [_insert_opening(opening, value, f"{key}.{i}") for i, value in enumerate(spec)]
     if not isinstance(spec, Mapping):
         return spec
     inside = {name: _insert_opening(opening, value, f"{key}.{name}") for name, value in spec.items()}
-    if "type" in spec and "opening" in inspect.signature(resolve_type(spec["type"], key)).parameters:
-        inside["opening"] = opening
+    if "type" in spec and OPENING in inspect.signature(resolve_type(spec["type"], key)).parameters:
+        inside[OPENING] = opening
     return inside
 
 
@@ -328,10 +329,10 @@ def _report_unseen_positions(source: ModelSource, dataset: PackedDataset) -> Non
 
 
 def _build_sampler(spec: Mapping[str, Any], dataset: PackedDataset, mesh: Mesh) -> Any:
-    """The sampler of this data-parallel rank, unless the config names another."""
+    """The sampler of this data-parallel rank."""
     own = {"rank": mesh.dp_rank, "world_size": mesh.dp_size}
     takes = inspect.signature(resolve_type(spec.get("type"), SAMPLER)).parameters
-    return build(spec, SAMPLER, dataset=dataset, **{k: v for k, v in own.items() if k in takes and k not in spec})
+    return build(spec, SAMPLER, dataset=dataset, **{k: v for k, v in own.items() if k in takes})
 
 
 def check_command_line(work_dir: Path, seed: int | None = None, max_minutes: float | None = None) -> None:

@@ -81,7 +81,9 @@ def train(
     log_report(config)
     if config.setting("randomness.deterministic"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.setting("randomness.deterministic"))  # affects the choice of attention
+    deterministic = config.setting("randomness.deterministic")  # affects the choice of attention
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports PyTorch's compiler: 2 s
+        torch.use_deterministic_algorithms(deterministic)
     log.setup(config.setting("log_level"), rank=ranks.rank)
     ranks.run_on_main(lambda: preflight.check_command_line(work_dir, options.seed, options.max_minutes))
     sharers = config.setting("sequence_parallel_size")

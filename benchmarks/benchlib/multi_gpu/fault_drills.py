@@ -20,7 +20,7 @@ from benchlib.multi_gpu.bandwidth import OFF
 from benchlib.workloads import SHAPES, Case, write_data
 from benchlib.xtuner_training import render_config, train_command
 
-ITERATIONS = 24
+ITERATIONS, TINY_ITERATIONS = 24, 12
 SAVE_EVERY = 6  # iterations
 SAVED = r"saved \S*iter_(\d+)\.pth"
 Act = Callable[[int], None]  # acts on a launcher's process
@@ -45,8 +45,8 @@ class Drill:
         self.folder, self.gpus = folder, gpus
         self.pack, shape = (512, "tiny") if tiny else (8192, "short")
         self.tolerance = 1e-5 if tiny else 1e-3
-        data = folder / "data"
-        write_data(data, ITERATIONS * gpus + gpus, pack=self.pack, vocabulary=SHAPES[shape].vocabulary)
+        self.iterations, data = TINY_ITERATIONS if tiny else ITERATIONS, folder / "data"
+        write_data(data, self.iterations * gpus + gpus, pack=self.pack, vocabulary=SHAPES[shape].vocabulary)
         self.config = folder / "config.py"
         self.config.write_text(render_config(Case(shape, shape, "fp32"), data, None, 0))
         self.environ = {**os.environ, **OFF, "PYTHONUNBUFFERED": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if tiny else {})
@@ -132,7 +132,7 @@ def drills(folder: Path, gpus: int, tiny: bool, names: Sequence[str] = NAMES) ->
         found.append(record)
 
     print(HEAD, flush=True)
-    first = d.go("undisturbed", gpus, save_steps=ITERATIONS)
+    first = d.go("undisturbed", gpus, save_steps=d.iterations)
     if first.code:
         raise SystemExit(f"the undisturbed run ended with {first.code}:\n{first.text[-3000:]}")
     last, terminate = gpus - 1, lambda pid: os.kill(pid, signal.SIGTERM)

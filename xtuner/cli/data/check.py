@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.vocab_size is not None and args.vocab_size < 1:
         raise ConfigError(f"a vocabulary of {args.vocab_size} has no ids", where="--vocab-size")
-    kind = find_kind(args)
+    kind = find_kind(args, args.folder)
     if kind == INTERNEVO:
         report = check_folder(args.folder, args.vocab_size, args.fix_meta, args.workers, args.file_type)
     else:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 FOLDER = "folder of token files: .bin and .bin.meta, or those of another kind"
 KINDS = ("auto", "internevo", "megatron", "parquet", "arrow", "jsonl")
+_COLUMNS = ("ids", "labels", "mask")
+_USED = {"internevo": ("file_type", "learn_zero"), "megatron": ("labels", "mask")}  # options; others have columns
+_ABSENT = {**dict.fromkeys(_COLUMNS, "auto"), "file_type": ".bin", "learn_zero": False}
 
 
 def add_shared(parser: argparse.ArgumentParser, cache: str) -> None:
@@ -54,15 +57,35 @@ def read_columns(args: argparse.Namespace) -> "Columns":
     return Columns(args.ids, *(None if column == NONE else column for column in (args.labels, args.mask)))
 
 
-def find_kind(args: argparse.Namespace) -> "Kind":
-    """The kind of the files in the folder of `args`. Raises: ConfigError, DataError."""
+def find_kind(args: argparse.Namespace, folder: str, prefer_bin: bool = True) -> "Kind":
+    """The kind of the files in a folder, or of one file, which must have a use for all options of `args`.
+
+    Args:
+        prefer_bin: see `detect_kind`.
+
+    Raises: ConfigError, DataError.
+    """
     from xtuner.data.sources.files import split_location
     from xtuner.data.sources.kinds import detect_kind
 
     found: Kind = args.kind
-    if found == "auto" and (getattr(args, "file_type", ".bin") != ".bin" or "://" in args.folder):
+    if found == "auto" and (getattr(args, "file_type", ".bin") != ".bin" or "://" in folder):
         found = "internevo"
-    return detect_kind(*split_location(args.folder), prefer_bin=True) if found == "auto" else found
+    if found == "auto":
+        found = detect_kind(*split_location(folder), prefer_bin=prefer_bin)
+    _require_use(args, found)
+    return found
+
+
+def _require_use(args: argparse.Namespace, kind: "Kind") -> None:
+    """Raise ConfigError for an option that has no meaning for files of this kind."""
+    from xtuner.core.errors import ConfigError
+
+    for name, absent in _ABSENT.items():
+        if getattr(args, name, absent) != absent and name not in _USED.get(kind, _COLUMNS):
+            option = f"--{name.replace('_', '-')}"
+            kinds = ", ".join(k for k in KINDS[1:] if name in _USED.get(k, _COLUMNS))
+            raise ConfigError(f"{option} has no meaning for {kind} files, only for {kinds}", where=option, do="omit it")
 
 
 def open_folder(args: argparse.Namespace) -> "TokenizedFolder":
@@ -74,7 +97,7 @@ def open_folder(args: argparse.Namespace) -> "TokenizedFolder":
 
     if not 0 <= args.seed < 2**32:
         raise ConfigError(f"seed is {args.seed}, not in 0 … 2^32 - 1", where="--seed")
-    kind = find_kind(args)
+    kind = find_kind(args, args.folder)
     if kind == INTERNEVO:
         return load_intern_repo_tokenized_dataset(
             args.folder, args.min_length, args.data_order, args.file_type, args.cache_dir,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from xtuner.cli.data.common import add_kind, read_columns
+from xtuner.cli.data.common import add_kind, find_kind, read_columns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
             where=args.target,
             do="give a folder on a disk, and copy it with the storage's own tool",
         )
-    source = find_files(args.source, args.kind, read_columns(args), args.learn_zero)
+    kind = find_kind(args, args.source, prefer_bin=False)
+    source = find_files(args.source, kind, read_columns(args), args.learn_zero)
     if args.to is None and source.kind.name == INTERNEVO:
         raise ConfigError("these are .bin files", where=args.source, do="say what to convert them to: --to megatron")
     target, to = Path(args.target).expanduser(), args.to or INTERNEVO

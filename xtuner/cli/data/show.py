@@ -20,8 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer (default: show token ids)")
     parser.add_argument("--max-length", type=int, default=2048, help="tokens per pack (default: 2048)")
     parser.add_argument("--seed", type=int, default=1024, help="seed of the document order (default: 1024)")
-    parser.add_argument("--packing", default="cut", help="packing, as in the config: cut (default) or whole")
-    parser.add_argument("--long", default="cut", help="long, as in the config: cut (default), drop or own")
+    parser.add_argument(
+        "--packing", default="cut", choices=("cut", "whole"), help="packing, as in the config (default: cut)"
+    )
+    parser.add_argument(
+        "--long", default="cut", choices=("cut", "drop", "own"), help="long, as in the config (default: cut)"
+    )
     parser.add_argument("--learn-zero", action="store_true", help="learn_zero, as in the config")
     parser.add_argument("--data-order", help="data_order.txt (default: folders in sorted order)")
     add_kind(parser)
@@ -36,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from xtuner.data.packing.pack import PackedDataset
 
+    if args.packing == "cut" and args.long != "cut":
+        raise ConfigError(
+            "packing that cuts documents also cuts long ones", where=f"--long {args.long}", do="give --packing whole"
+        )
     log.setup("WARNING")
     data = PackedDataset(open_folder(args), args.max_length, args.seed, packing=args.packing, long=args.long)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None

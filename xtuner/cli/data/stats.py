@@ -57,6 +57,12 @@ def run(args: argparse.Namespace) -> int:
         found = _of_config(args, ranks)
     elif args.cfg_options:
         raise ConfigError(f"{args.folder} is not a config", where="--cfg-options", do="give a config, or leave it out")
+    elif args.processes != 1:
+        raise ConfigError(
+            f"{args.folder} is not a config: only the schedule of one depends on the number of processes",
+            where="--processes",
+            do="leave it out; --ranks gives the numbers of ranks to compute the imbalance for",
+        )
     else:
         data = open_folder(args)
         found = compute_statistics(data, args.max_length, args.seed, ranks, not args.no_text, args.workers)

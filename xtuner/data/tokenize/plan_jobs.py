@@ -83,6 +83,9 @@ def plan_jobs(
         ]
     except OSError as e:
         raise DataError(f"the input cannot be read: {e.strerror}", where=str(e.filename)) from None
+    if suffixes and not any(os.path.isdir(os.path.expanduser(name)) for name in inputs):
+        what = "it selects files of a folder, and no input is a folder"
+        raise ConfigError(what, where=f"--suffix {suffixes[0]}", do="omit it; --format says how files are read")
     by_name: dict[str, Job] = {}
     for job in found:
         other = by_name.setdefault(job.name, job)

@@ -51,10 +51,12 @@ def tokenize(
     workers = usable_workers(workers)
     clear_caches()
     tokenizer = load_tokenizer(settings.tokenizer)
-    identity, settings = tokenizer.identity(), settings.for_tokenizer(tokenizer)
+    identity = tokenizer.identity()
     todo, report = [], TokenizeReport()
     refused: list[DataError] = []
-    for job in plan_jobs(inputs, output, settings, kind, suffixes):
+    jobs = plan_jobs(inputs, output, settings.for_tokenizer(tokenizer), kind, suffixes)
+    settings.require_effect([job.settings for job in jobs])
+    for job in jobs:
         get_encoder(job.settings)  # a tokenizer that lacks something is found before anything is written
         try:
             if not overwrite and is_done(job, job.settings.recipe(identity)):

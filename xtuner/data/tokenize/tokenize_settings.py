@@ -1,5 +1,6 @@
 """Settings of the tokenizer command: everything that determines the contents of an output."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from xtuner.families.internlm2 import InternLM2
 TEXTS = ("txt", "json", "jsonl")
 CHATS = ("alpaca", "chat", "ftdp")
 FORMATS = TEXTS + CHATS
+_KEYED = ("json", "jsonl")  # of which one key is the text
 OWN_TEMPLATE = InternLM2.chat.name
 # the one in the tokenizer's folder, unless a known one, whose marks the tokenizer has, writes the same
 AUTO = "auto"
@@ -30,7 +32,7 @@ class TokenizeSettings:
     format: str = "auto"
     text_key: str = "text"
     whole_record: bool = False  # tokenize a record's JSON, as InternEvo's tool does, instead of its text
-    template: str = OWN_TEMPLATE
+    template: str = AUTO
     add_bos: bool | None = None
     add_eos: bool | None = None
     max_length: int | None = None
@@ -57,6 +59,39 @@ class TokenizeSettings:
                 where="--template internevo",
                 do=f"--format alpaca, or --template {OWN_TEMPLATE}",
             )
+        if self.whole_record and self.text_key != TokenizeSettings.text_key:
+            raise ConfigError(
+                "it would have no effect: the JSON of a record is tokenized, with all keys",
+                where=f"--text-key {self.text_key}",
+                do="omit it, or omit --whole-record",
+            )
+        if self.seed and not self.valid_fraction:
+            raise ConfigError(
+                "it is the seed of the split into train and valid",
+                where=f"--seed {self.seed}",
+                do="give --valid-fraction, or omit it",
+            )
+
+    def require_effect(self, used: Sequence["TokenizeSettings"]) -> None:
+        """Raise ConfigError for a setting that has no effect on any input.
+
+        Args:
+            used: these settings as `resolved` for each input.
+        """
+        found = ", ".join(sorted({one.format for one in used}))
+        for option, given, has_effect, formats in (
+            ("--whole-record", self.whole_record, any(one.whole_record for one in used), _KEYED),
+            ("--text-key", self.text_key != TokenizeSettings.text_key, any(one.text_key for one in used), _KEYED),
+            (
+                f"--template {self.template}",
+                self.template != AUTO,
+                any(one.template == self.template for one in used),
+                ("alpaca",) if self.template == INTERNEVO else CHATS,
+            ),
+        ):
+            if given and not has_effect:
+                what = f"it would have no effect: the input is {found}, not {' or '.join(formats)}"
+                raise ConfigError(what, where=option, do="omit it, or give the --format of the input")
 
     def for_tokenizer(self, tokenizer: Tokenizer) -> "TokenizeSettings":
         """With the defaults that depend on the tokenizer: the chat template, and whether texts have a begin token."""
@@ -84,7 +119,7 @@ class TokenizeSettings:
             )
         internevo = kind == "alpaca" and self.template == INTERNEVO
         default_length = INTERNEVO_LENGTH if internevo else FTDP_LENGTH if kind == "ftdp" else None
-        keyed = kind in ("json", "jsonl")
+        keyed = kind in _KEYED
         return replace(
             self,
             format=kind,

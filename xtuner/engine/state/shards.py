@@ -30,8 +30,8 @@ from xtuner.families import checkpoint_config, find_family
 from xtuner.model.adapters.folder import ADAPTER, RECORD
 from xtuner.model.context_parallel.exchange import ContextGroup
 from xtuner.model.decoder import CausalLM, DecoderConfig
+from xtuner.model.parameter_ranges import FlatRange
 from xtuner.model.weights import (
-    FlatRange,
     WeightFolder,
     check_shapes,
     fill_weights,

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from xtuner.engine.state.shards import Shard
-from xtuner.model.weights import FlatRange
+from xtuner.model.parameter_ranges import FlatRange
 from xtuner.optim.adamw import AdamW, Form, Moments, read_master, write_master
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.optimizer_traits import pack

@@ -21,8 +21,8 @@ from xtuner.engine.strategies.muon_optimizer import MuonOptimizer
 from xtuner.engine.strategies.out_of_memory import Failure, agree_on_smaller, drop_graph, is_out_of_memory
 from xtuner.engine.strategies.sharded_parameters import DividedModel
 from xtuner.model.decoder import CausalLM
+from xtuner.model.parameter_ranges import make_range
 from xtuner.model.source import ModelSource
-from xtuner.model.weights import make_range
 from xtuner.optim.optim_wrapper import OptimWrapper
 
 

@@ -24,8 +24,8 @@ from xtuner.engine.zero.gradient_norm import replace_norm
 from xtuner.engine.zero.stage3_host import shorten_host_work
 from xtuner.engine.zero.zero_memory import ZeroMemoryPlan, effective_stage, sends_unreduced
 from xtuner.model.decoder import Block, CausalLM
+from xtuner.model.parameter_ranges import FlatRange
 from xtuner.model.source import ModelSource
-from xtuner.model.weights import FlatRange
 from xtuner.optim import optimizer_traits
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.optim.parameter_groups import set_lr

@@ -7,8 +7,9 @@ import torch
 
 from xtuner.model.adapters.folder import AdapterFolder
 from xtuner.model.decoder import CausalLM
+from xtuner.model.parameter_ranges import FlatRange
 from xtuner.model.source import from_pretrained
-from xtuner.model.weights import FlatRange, check_shapes
+from xtuner.model.weights import check_shapes
 
 
 def load_adapted(

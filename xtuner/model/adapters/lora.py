@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from xtuner.config.build import build, resolve_type
 from xtuner.config.settings import SCHEMA
 from xtuner.core.errors import ConfigError, did_you_mean
 from xtuner.families import FAMILIES, NATIVE
@@ -150,6 +151,16 @@ def lora(
     given = dict(rank=rank, alpha=alpha, targets=targets, dropout=dropout, scaling=scaling, dora=dora, train=train)
     SCHEMA.require(WHERE, **given)
     return given
+
+
+def read_lora(given: Any, c: DecoderConfig) -> LoRA:
+    """The adapter of a config, `dict(type=lora, …)`. Raises: ConfigError."""
+    kind = given.get("type") if isinstance(given, Mapping) else None
+    if kind is None or resolve_type(kind, f"{WHERE}.type") is not lora:
+        what = f"adapter = {given!r} is not one that xtuner knows"
+        do = "write dict(type=lora, rank=…, …), with `from xtuner.model import lora`"
+        raise ConfigError(what, where=WHERE, do=do)
+    return build_lora(build(given, WHERE), c)
 
 
 def build_lora(given: Mapping[str, Any], c: DecoderConfig) -> LoRA:

@@ -19,7 +19,7 @@ from xtuner.data.loading.sampler import count_epoch_packs
 from xtuner.data.packing.pack import PackedDataset
 from xtuner.engine.memory import USUAL_PACK
 from xtuner.families import FAMILIES, read_config
-from xtuner.model.adapters.lora import build_lora
+from xtuner.model.adapters.lora import read_lora
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import preflight
@@ -130,7 +130,7 @@ def _read_source(config: Config) -> ModelSource:
     family, found = released[name]
     network = read_config({"model_type": family.name, **family.defaults, **found.network}, f"{name}: ")
     source = ModelSource(network, None, recompute=bool(model.get("activation_checkpointing")))
-    adapter = build_lora(build(model["adapter"], "model.adapter"), network) if model.get("adapter") else None
+    adapter = read_lora(model["adapter"], network) if model.get("adapter") else None
     kept = {name: model[name] for name in ("products", "frozen_weights") if name in model}
     return replace(source, adapter=adapter, **kept)
 

@@ -53,7 +53,8 @@ const board = {
 };
 
 function joinFacts(...facts) { // lines break between facts only
-  return element("div", { className: "facts" }, ...facts.flatMap((fact, i) => [i ? " · " : "", element("span", {}, fact)]));
+  const parts = facts.map((fact, i) => element("span", {}, fact, i < facts.length - 1 ? " ·" : ""));
+  return element("div", { className: "facts" }, ...parts.flatMap(part => [part, " "]));
 }
 
 function listRuns(listed) {
@@ -82,7 +83,10 @@ function listRuns(listed) {
       label.append(element("div", { className: "bar" }, done));
     }
     if (run.damaged) label.append(element("div", { className: "warning" }, word("damaged")(run.damaged)));
-    if (run.warning && run.current) label.append(element("div", { className: "warning" }, run.warning.slice(0, 160)));
+    if (run.warning && run.current) { // in the language of the log
+      const text = run.warning.length > 160 ? run.warning.slice(0, 160) + "…" : run.warning;
+      label.append(element("div", { className: "warning", title: run.warning }, word("warned"), element("span", { lang: "en" }, text)));
+    }
     return element("li", {}, label);
   }));
   if (focused) [...document.querySelectorAll("#runs input")].find(i => i.dataset.run === focused)?.focus();
@@ -116,16 +120,26 @@ function drawCharts() {
   empty.textContent = word(board.runs.length ? "unselected" : "nothing");
 }
 
-function showDifferences() {
-  const shown = board.shown().filter(r => r.details), keys = new Set(shown.flatMap(r => Object.keys(r.details.config)));
+function findDifferences(configs) { // rows of [setting, its value in each]; what has several names has one, the shortest
+  const keys = [...new Set(configs.flatMap(Object.keys))], parts = new Map(), first = new Map();
+  const outer = key => key.split(".").slice(0, -1).map((_, i, all) => all.slice(0, i + 1).join("."));
   const write = value => value === undefined ? "–" : typeof value === "string" ? value : JSON.stringify(value);
-  const rows = [...keys].sort().map(key => [key, shown.map(r => write(r.details.config[key]))])
-    .filter(([, values]) => new Set(values).size > 1);
+  for (const key of keys) for (const name of outer(key)) // contents of each dict and list
+    parts.set(name, (parts.get(name) || "") + JSON.stringify([key.slice(name.length), configs.map(c => write(c[key]))]));
+  const depth = name => name.split(".").length;
+  for (const [name, contents] of [...parts].sort((a, b) => depth(a[0]) - depth(b[0]))) if (!first.has(contents)) first.set(contents, name);
+  return keys.filter(key => outer(key).every(name => first.get(parts.get(name)) === name)).sort()
+    .map(key => [key, configs.map(c => write(c[key]))]).filter(([, values]) => new Set(values).size > 1);
+}
+
+function showDifferences() {
+  const shown = board.shown().filter(r => r.details), rows = findDifferences(shown.map(r => r.details.config));
   find("differences").hidden = shown.length < 2 || !rows.length;
   find("differences").querySelector(".wide").replaceChildren(element("table", {},
     element("tr", {}, element("th", {}, word("setting")), ...shown.map(r => {
       const head = element("th", {}, r.name); head.style.color = r.colour; return head; })),
-    ...rows.map(([key, values]) => element("tr", {}, element("td", {}, key), ...values.map(v => element("td", {}, v))))));
+    ...rows.map(([key, values]) => element("tr", {},
+      element("td", {}, ...key.split(/(?<=\.)/).flatMap(part => [part, element("wbr")])), ...values.map(v => element("td", {}, v))))));
 }
 
 function showSamples() {
@@ -141,7 +155,7 @@ function showSamples() {
   find("sample-texts").replaceChildren(...shown.map(run => {
     const last = Math.max(...run.details.samples.map(s => s.iter).filter(i => i <= at), -1);
     const texts = run.details.samples.filter(s => s.iter === last);
-    return element("div", { "--run": run.colour }, element("h3", {}, `${run.name} · ${last < 0 ? "–" : last}`),
+    return element("div", { "--run": run.colour }, element("h3", {}, element("span", {}, `${run.name} · ${last < 0 ? "–" : last}`)),
       ...texts.map(s => element("pre", {}, s.text)));
   }));
 }

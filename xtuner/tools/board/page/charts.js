@@ -23,6 +23,10 @@ function swatch(colour, dash) { // a piece of a line
   return node;
 }
 
+function shorten(name) { // so that what follows it is visible
+  return name.length > 25 ? `${name.slice(0, 12)}…${name.slice(-12)}` : name;
+}
+
 function interpolate(from, to, value) {
   if (!from.length) return NaN;
   let low = 0, high = from.length - 1;
@@ -166,7 +170,7 @@ class Chart {
     const ink = css("--dim"), parts = [], seen = new Set(this.names.map(n => n.line.style));
     const names = new Set(this.names.map(n => n.run));
     if (names.size > 1 && this.spec.large) for (const run of names)
-      parts.push(element("span", {}, element("i", { "--mark": run.colour }), run.name));
+      parts.push(element("span", {}, element("i", { "--mark": run.colour }), element("span", {}, run.name)));
     if (this.spec.group) {
       const lines = new Map(this.names.map(n => [n.line.key, n]));
       for (const { line, colour, dash } of lines.values())
@@ -192,7 +196,7 @@ class Chart {
       if (value === null) continue;
       const several = this.spec.lines.length > 1;
       const kind = line.name ? word(line.name) : word({ raw: "raw", smooth: "smoothed", points: "val_loss" }[line.style] || "");
-      const name = several ? (board.shown().length > 1 ? `${run.name} · ${kind}` : kind) : run.name;
+      const name = several ? (board.shown().length > 1 ? `${shorten(run.name)} · ${kind}` : kind) : run.name;
       rows.push(element("div", { "--run": colour }, element("span", {}, name), element("em", {}, this.spec.format(value))));
     }
     const close = Math.abs(u.posToVal(6, "x") - u.posToVal(0, "x"));

@@ -13,7 +13,7 @@ const WORDS = {
     "slow rank": "slow rank", rank_slowest: "slowest", rank_median: "median", rank_times: "Work of ranks between two messages", rank_product: "Fixed product, slowest GPU ÷ median",
     "epoch/…": "Epochs of each source", "targets/…": "Targets of each source",
     failure: "failed", setting: "setting", eta: time => `${time} left`, sources: "Loss by source", nats: "nats per token", seconds: "s",
-    damaged: n => `${n} damaged lines were skipped`, starts: n => `${n} starts`,
+    damaged: n => `${n} damaged lines were skipped`, starts: n => `${n} starts`, warned: "Last warning: ",
     nothing: "No run has written metrics here yet. This page follows the folder: runs appear with their first log line.",
     unselected: "Select a run.",
     keys: "Drag over a chart to zoom, double-click to zoom out. Keys in a chart: ← → move, + − zoom, 0 zooms out. " +
@@ -31,7 +31,7 @@ const WORDS = {
     "slow rank": "慢 rank", rank_slowest: "最慢", rank_median: "中位", rank_times: "两次消息之间 rank 的工作时间", rank_product: "固定矩阵乘法，最慢 GPU ÷ 中位",
     "epoch/…": "各来源的轮数", "targets/…": "各来源的目标数",
     failure: "失败", setting: "设置", eta: time => `剩余 ${time}`, sources: "各来源的损失", nats: "nats / token", seconds: "秒",
-    damaged: n => `跳过了 ${n} 行损坏的记录`, starts: n => `启动 ${n} 次`,
+    damaged: n => `跳过了 ${n} 行损坏的记录`, starts: n => `启动 ${n} 次`, warned: "最近的警告（日志原文）：",
     nothing: "这里还没有训练写出指标。本页持续关注该目录：训练写出第一行日志后就会出现。",
     unselected: "请选择一个训练。",
     keys: "在图上拖动以放大，双击还原。图内按键：← → 移动，+ − 缩放，0 还原。手机上：滑动读数，双指缩放。",
@@ -54,6 +54,7 @@ function bytes(value) {
   return value + " B";
 }
 function small(value) {
+  if (Math.abs(value) >= 1e4) return count(value);
   return value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(2).replace(/\.?0+e/, "e") : String(+value.toPrecision(4));
 }
 function duration(seconds) {

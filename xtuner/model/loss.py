@@ -37,8 +37,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = (into or GradientSum(torch.empty_like(w_VH, dtype=torch.float32))) if need_w else None
         dx_TH = torch.empty_like(x_TH) if need_x else None
         total = torch.zeros((), dtype=torch.float32, device=x_TH.device)
-        step = chunk_tokens(len(w_VH))
-        for begin in range(0, len(x_TH), step):
+        chunks = -(-len(x_TH) // chunk_tokens(len(w_VH)))
+        step = -(-len(x_TH) // max(chunks, 1))  # equal: each adds to all of dW, however few its tokens
+        for begin in range(0, len(x_TH), max(step, 1)):
             x, targets = x_TH[begin : begin + step], targets_T[begin : begin + step]
             d = x @ w_VH.T  # logits, then their gradient
             total += cross_entropy_(d, targets, scale if need_x or need_w else None).sum()

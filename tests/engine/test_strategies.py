@@ -170,13 +170,16 @@ def test_a_strategy_equals_one_process(kind: str, alone: Path, tmp_path: Path, m
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp"])
-def test_engines_multiply_in_fp8_as_one_process_does(kind: str, tmp_path: Path) -> None:
-    """One iteration; after it, weights that differ in their last bits are rounded to other numbers of 8 bits."""
-    ((expected, norm, _),) = train_iterations(make("single", tmp_path, 1, "fp8"), range(1))
+@pytest.mark.parametrize(
+    ("kind", "products"), [("zero2", "fp8"), ("zero3", "fp8"), ("fsdp", "fp8"), ("fsdp", "fp8_full")]
+)
+def test_engines_multiply_in_fp8_as_one_process_does(kind: str, products: str, tmp_path: Path) -> None:
+    """One iteration; after it, weights that differ in their last bits are rounded to other numbers of 8 bits. fp8_full
+    has scales of micro-batches, which must be those of one process."""
+    ((expected, norm, _),) = train_iterations(make("single", tmp_path, 1, products), range(1))
 
     def trained(_: Ranks, folder: Path) -> None:
-        ((loss, their_norm, applied),) = train_iterations(make(kind, folder, 2, "fp8"), range(1))
+        ((loss, their_norm, applied),) = train_iterations(make(kind, folder, 2, products), range(1))
         assert applied
         assert abs(loss - expected) < 1e-5
         assert abs(their_norm - norm) < 1e-5 * norm

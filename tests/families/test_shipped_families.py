@@ -145,6 +145,10 @@ def written(family: str, **changes: Any) -> dict[str, Any]:
         (written("llama", attention_bias="no"), "attention_bias = 'no' is not true or false"),
         (written("qwen3", model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8),
          r"'qwen3_moe' is a Mixture-of-Experts model \(num_experts = 128\)[\s\S]*a router with its balance loss"),
+        (dict(model_type="dbrx", ffn_config={"moe_num_experts": 16}),
+         r"'dbrx' is a Mixture-of-Experts model \(ffn_config.moe_num_experts = 16\)"),
+        (dict(model_type="omni", talker={"text_config": {"model_type": "t", "num_experts_per_tok": 8, "n_experts": 4}}),
+         r"'t' is a Mixture-of-Experts model \(talker.text_config.n_experts = 4\)"),
         (written("llama", model_type="phi3", partial_rotary_factor=0.5, resid_pdrop=0.0, embd_pdrop=0.1),
          r"'phi3' are not supported[\s\S]*closest known family is llama; it has no field partial_rotary_factor "
          r"\(here 0\.5\); no field resid_pdrop \(here 0\.0\); no field embd_pdrop[\s\S]*another condition: partial"),

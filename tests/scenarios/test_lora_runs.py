@@ -65,6 +65,13 @@ def test_from_config_to_serving(
     found = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert found["target_modules"] == ["wqkv", "wo", "w1", "w3", "w2"]
     assert found["base_model_name_or_path"] == str(base)
+    for words, what in (
+        ((saved, tmp_path / "x", "--layout", "qwen2"), "no biases of q, k and v, which the qwen2 layout cannot"),
+        ((tmp_path / "peft", tmp_path / "x", "--merge"), r"this is an adapter \(LoRA\)"),
+        ((base, tmp_path / "x", "--merge"), "has no adapter"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            xtuner("convert", "pth_to_hf", config, *words)
     # evaluation: of the checkpoint, of the base with it, with PEFT's folder, and of the merged model
     losses = []
     capsys.readouterr()

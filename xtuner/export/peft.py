@@ -50,6 +50,7 @@ def export_peft(
         opened = open_adapter(source)
         own = FAMILIES.get(opened.config.family, NATIVE)
         form = FAMILIES[(own.loads_as or own.name) if layout == LOADABLE else layout or own.name]
+        form.write_config(opened.config, "float32")  # a layout without the network has no base model for the adapter
         config, tensors = describe_adapter(opened, form)
         _report_readers(opened, form, own)
         saved = {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors.items()}

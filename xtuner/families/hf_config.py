@@ -216,9 +216,9 @@ def write_network(c: DecoderConfig, dtype: str, expresses: Collection[str] = ())
     if found := [what for field, what in c.special_features().items() if field not in expresses]:
         raise ConfigError(
             f"the network has {', '.join(found)}, which this form of config.json cannot express",
-            where="model",
+            where="--layout",
             why="what loads the folder would compute something else",
-            do="export it in the form of the model's own family",
+            do="leave out --layout: the model's own family can (a family of yours says so with `expresses`)",
         )
     return {
         "vocab_size": c.vocab_size,

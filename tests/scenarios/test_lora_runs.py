@@ -90,6 +90,9 @@ def test_from_config_to_serving(
     # start from the adapter
     assert xtuner("train", config, "--work-dir", tmp_path / "more", *options, f"load_from={saved}") == 0
     assert records(tmp_path / "more")[1]["loss"] < records(run)[1]["loss"] - 0.05
+    capsys.readouterr()
+    assert xtuner("check-cfg", config, "--cfg-options", f"load_from={saved}", "model.adapter.alpha=16") == 0
+    assert "not the model that this adapter was trained in: scale 2.0 → 4.0" in "".join(capsys.readouterr())
 
 
 @pytest.mark.processes

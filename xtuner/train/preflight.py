@@ -197,6 +197,8 @@ def _check_initial_adapter(folder: Path, source: ModelSource) -> None:
     require_same_base(found.base, source.base, "the adapter", str(folder))
     shapes = {n: tuple(shape) for n, shape in source.trained_shapes.items()}
     check_shapes(found.tensors, shapes, "model.adapter")
+    if changed := found.list_differences(source.adapter, source.frozen_weights):
+        logger.warning(f"load_from: not the model that this adapter was trained in: {', '.join(changed)}")
 
 
 def _check_tokenizer(tokenizer: Any, source: ModelSource | None) -> None:

@@ -65,6 +65,11 @@ class AdapterFolder:
             return ""
         return f", whose matrices are those read back from {self.frozen_weights}, as the adapter was trained with"
 
+    def list_differences(self, adapter: LoRA, frozen_weights: str) -> list[str]:
+        """How the model of a run that starts from these terms differs from the one that they were trained in."""
+        pairs = {"scale": (self.adapter.scale, adapter.scale), "frozen_weights": (self.frozen_weights, frozen_weights)}
+        return [f"{what} {old} → {new}" for what, (old, new) in pairs.items() if old != new]
+
     def find_base(self, given: Path | None = None) -> Path:
         """The folder of the base model: `given`, or else the recorded one.
 

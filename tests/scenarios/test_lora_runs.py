@@ -72,6 +72,8 @@ def test_from_config_to_serving(
     ):
         with pytest.raises(ConfigError, match=what):
             xtuner("convert", "pth_to_hf", config, *words)
+    with pytest.raises(ConfigError, match="HF_DIR --fp32 --merge"):
+        xtuner("convert", "turbomind", saved)
     # evaluation: of the checkpoint, of the base with it, with PEFT's folder, and of the merged model
     losses = []
     capsys.readouterr()

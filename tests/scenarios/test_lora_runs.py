@@ -130,6 +130,16 @@ def test_another_base_is_refused(config: Path, base: Path, corpus: Path, tmp_pat
         xtuner("convert", "pth_to_hf", config, tmp_path / "copy", tmp_path / "hf", "--merge")
 
 
+def test_a_format_that_does_not_fit(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    """check-cfg reports it, with the one that fits."""
+    base = write_base(tmp_path / "base", "internlm2", vocab_size=VOCABULARY, intermediate_size=80)
+    config = lora_config(tiny, tmp_path / "lora.py", base)
+    with pytest.raises(
+        ConfigError, match=r"model has rows of 80\n.*frozen_weights\n.*give \"own\", the default, or \"int8\""
+    ):
+        xtuner("check-cfg", config, "--cfg-options", "model.frozen_weights=nf4")
+
+
 @pytest.mark.parametrize(
     ("settings", "what"),
     [

@@ -145,6 +145,7 @@ def check_models_and_tokenizers(config: Config, read_only: bool = False) -> Mode
     if not any(name in absent for _, name in models):
         with found.collect(next((key for key, _ in models if key.startswith("model")), "model")):
             source = build_model_source(config)
+            source.require_weight_format(torch.device("meta"))  # as far as it does not depend on the machine
             if source.folder:
                 stored = replace(source.config, vocab_size=source.config.vocab_size - source.added_rows)
                 check_network(WeightFolder(source.folder), source.layout, stored)

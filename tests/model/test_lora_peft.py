@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch.nn import functional as F
 
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import write_json
+from xtuner.core.log import logger
 from xtuner.export.hf import export_hf
 from xtuner.export.peft import export_peft
 from xtuner.export.sources.peft import PREFIX, open_peft
 from xtuner.families import FAMILIES
+from xtuner.model.adapters.base_identity import BaseModel
 from xtuner.model.adapters.loading import load_adapted
 from xtuner.model.adapters.lora import stored_rows
 from xtuner.model.decoder import CausalLM
@@ -120,7 +123,7 @@ def test_equal_to_peft(tmp_path: Path) -> None:
             optimizer.step()
 
 
-def test_adapters_with_which_peft_computes_something_else(tmp_path: Path) -> None:
+def test_adapters_with_which_peft_computes_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are refused by the name of the setting; what does not matter for a trained adapter is not."""
     base = write_base(tmp_path / "base", "qwen2", tie_word_embeddings=True)
     saved, model = trained_checkpoint(with_lora(base, targets=["q"], train=["embedding"]), tmp_path)
@@ -149,3 +152,9 @@ def test_adapters_with_which_peft_computes_something_else(tmp_path: Path) -> Non
         read()
     save_file({n: t for n, t in tensors.items() if n != f"{PREFIX}lm_head.weight"}, file)
     read()
+    adapter, warnings = open_peft(folder, base), []
+    monkeypatch.setattr(logger, "warning", warnings.append)
+    for name in (str(base), "another/model"):  # without an identity
+        replace(adapter, base=BaseModel(name, "")).find_base(base)
+    (warning,) = warnings
+    assert "names another/model as the model that it was trained on" in warning

@@ -16,6 +16,7 @@ import torch
 from xtuner.core import hub
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import read_json
+from xtuner.core.log import logger
 from xtuner.families import read_config, read_model
 from xtuner.families.network import DecoderConfig
 from xtuner.model.adapters.base_identity import BaseModel, identify_base, read_base, require_same_base
@@ -90,6 +91,11 @@ class AdapterFolder:
         if self.base.identity:
             here = BaseModel(str(given), identify_base(given, layout, config))
             require_same_base(self.base, here, "the adapter", str(self.path))
+        elif Path(self.base.name).name != given.resolve().name:
+            logger.warning(
+                f"{self.path} names {self.base.name} as the model that it was trained on, not {given}; nothing in it "
+                "shows whether both have the same weights"
+            )
         return given
 
 

@@ -158,3 +158,17 @@ def test_adapters_with_which_peft_computes_something_else(tmp_path: Path, monkey
         replace(adapter, base=BaseModel(name, "")).find_base(base)
     (warning,) = warnings
     assert "names another/model as the model that it was trained on" in warning
+
+
+def test_an_adapter_on_a_text_part(tmp_path: Path) -> None:
+    """It is exported as the family that the text part is trained as, and read again on the complete model."""
+    base = write_base(tmp_path / "base", "qwen3", head_dim=16)
+    tensors, config = load_file(base / "model.safetensors"), json.loads((base / "config.json").read_text())
+    inner = {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()}
+    save_file(inner | {"model.vision_tower.x": torch.ones(2)}, base / "model.safetensors")
+    write_json(base / "config.json", {"model_type": "interns1", "text_config": config, "vision_config": {}})
+    saved, model = trained_checkpoint(with_lora(base), tmp_path)
+    exported = export_peft(saved, tmp_path / "peft", None, torch.float32)
+    assert f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight" in load_file(exported / "adapter_model.safetensors")
+    with torch.no_grad():
+        assert load_adapted(open_peft(exported, base), base)(torch.tensor(IDS)).equal(model(torch.tensor(IDS)))

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from xtuner.core.errors import ConfigError
 from xtuner.core.files import read_json
 from xtuner.core.foreign_inputs import short, short_repr
-from xtuner.families import read_model
+from xtuner.families import FAMILIES, read_model
 from xtuner.families.base import ModelFamily
 from xtuner.families.network import DecoderConfig
 from xtuner.model.adapters.base_identity import BaseModel
@@ -36,6 +36,7 @@ def open_peft(folder: Path, base: Path) -> AdapterFolder:
     """An adapter in PEFT's format for the model in the folder `base`. Raises: ConfigError, CheckpointError."""
     where = str(folder / "adapter_config.json")
     layout, c = read_model(base)
+    layout = FAMILIES[layout.trains_as or layout.name]  # whose names exports have
     given = read_json(folder / "adapter_config.json")
     given = given if isinstance(given, dict) else {}
     tensors = WeightFolder(folder)

@@ -156,6 +156,8 @@ def written(family: str, **changes: Any) -> dict[str, Any]:
         (written("llama", model_type="phi3", partial_rotary_factor=0.5, resid_pdrop=0.0, embd_pdrop=0.1),
          r"'phi3' are not supported[\s\S]*closest known family is llama; it has no field partial_rotary_factor "
          r"\(here 0\.5\); no field resid_pdrop \(here 0\.0\); no field embd_pdrop[\s\S]*another condition: partial"),
+        (written("internlm3", model_type="internlm4", new_gate=True),
+         r"'internlm4' are not supported[\s\S]*closest known family is internlm3; it has no field new_gate"),
         (written("qwen2", model_type="qwen2_vl", vision_config={}, auto_map={"AutoModel": "x.Y"}),
          r"auto_map, is never executed[\s\S]*closest known family is qwen2; it has no field vision_config"),
     ],

@@ -84,13 +84,18 @@ def explain_unknown(hf: dict[str, Any], families: Mapping[str, ModelFamily], whe
 
 
 def find_closest(hf: Mapping[str, Any], families: Mapping[str, ModelFamily]) -> ModelFamily:
-    """The family whose name begins the model's type, else the one that knows most of the fields (of
-    several, Llama, whose names most models have)."""
+    """The family whose name begins the model's type, else one whose name has the same letters before its number, else
+    any: of several the one that knows most of the fields (of equals, Llama, whose names most models have)."""
     kind = str(hf.get("model_type", ""))
     if named := [name for name in families if kind.startswith(name)]:
         return families[max(named, key=len)]
     readable = [family for family in families.values() if not family.trains_as]
-    return min(readable, key=lambda family: (len(_unknown_keys(hf, family)), family.name != "llama"))
+    series = [family for family in readable if _letters(family.name) == _letters(kind)]
+    return min(series or readable, key=lambda family: (len(_unknown_keys(hf, family)), family.name != "llama"))
+
+
+def _letters(name: str) -> str:
+    return re.split(r"[^a-z]", name.lower())[0]
 
 
 def list_differences(hf: dict[str, Any], family: ModelFamily, where: str) -> list[str]:

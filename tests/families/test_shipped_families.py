@@ -69,6 +69,10 @@ def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
     save_file(weights | {"lm_head.weight": head + 1}, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ"):
         load_pretrained(tmp_path / "hf")
+    more = {"lm_head.weight": head + 1, "model.layers.0.self_attn.q_norm.weight": torch.ones(12)}
+    save_file(weights | more, tmp_path / "hf" / "model.safetensors")  # of another family: that is reported first
+    with pytest.raises(CheckpointError, match=r"not in the model; the first is .*q_norm"):
+        load_pretrained(tmp_path / "hf")
 
 
 def test_the_text_part_of_interns1(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_adapters_with_which_peft_computes_something_else(tmp_path: Path, monkey
     read()
     adapter, warnings = open_peft(folder, base), []
     monkeypatch.setattr(logger, "warning", warnings.append)
-    for name in (str(base), "another/model"):  # without an identity
+    for name in (str(base), "", "another/model"):  # without an identity
         replace(adapter, base=BaseModel(name, "")).find_base(base)
     (warning,) = warnings
     assert "names another/model as the model that it was trained on" in warning

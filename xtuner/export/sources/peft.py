@@ -78,7 +78,7 @@ def open_peft(folder: Path, base: Path) -> AdapterFolder:
     if file.endswith(".safetensors"):
         with safe_open(folder / file, framework="pt") as opened:
             identity = (opened.metadata() or {}).get(IDENTITY)
-    known = BaseModel(str(given.get("base_model_name_or_path")), identity or "")
+    known = BaseModel(str(given.get("base_model_name_or_path") or ""), identity or "")
     renamed = RenamedWeights(tensors, {own: name for name, own in names.items() if own})
     return AdapterFolder(folder, c, adapter, known, "own", renamed)
 

@@ -91,7 +91,7 @@ class AdapterFolder:
         if self.base.identity:
             here = BaseModel(str(given), identify_base(given, layout, config))
             require_same_base(self.base, here, "the adapter", str(self.path))
-        elif Path(self.base.name).name != given.resolve().name:
+        elif self.base.name and Path(self.base.name).name != given.resolve().name:
             logger.warning(
                 f"{self.path} names {self.base.name} as the model that it was trained on, not {given}; nothing in it "
                 "shows whether both have the same weights"

@@ -101,6 +101,12 @@ def test_the_verbs_of_the_documentation_exist() -> None:
             assert verb in VERBS or verb.split()[0] in VERBS, f"{page}: xtuner {verb}"
 
 
+def test_copies_of_configs_have_the_name_that_copy_cfg_gives_them() -> None:
+    for page in (*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")):
+        trained = re.findall(r"xtuner [a-z-]+ (\w+_w_tokenized_dataset)\.py", page.read_text())
+        assert not trained, f"{page}: copy-cfg writes {trained[0]}_copy.py"
+
+
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="sed -i as on Linux")

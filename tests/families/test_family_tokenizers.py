@@ -35,7 +35,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_data_and_chat_follow_the_tokenizer(name: str, tmp_path: Path, xtuner: Callable[..., int]) -> None:
+def test_data_and_chat_follow_the_tokenizer(
+    name: str, tmp_path: Path, xtuner: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Ids are those of transformers; the family's chat template is found; text cannot spell its marks; id 0 is "!"."""
     from transformers import AutoTokenizer
 
@@ -53,6 +55,10 @@ def test_data_and_chat_follow_the_tokenizer(name: str, tmp_path: Path, xtuner: C
     (tmp_path / "talk.jsonl").write_text(json.dumps([{"role": r, "content": c} for r, c in TALK]) + "\n")
     words = ("--tokenizer", folder, "--output", tmp_path / "data", "--format", "chat", "--workers", 1)
     assert xtuner("data", "tokenize", tmp_path / "talk.jsonl", *words) == 0
+    zeros = sum(c.count("!") for role, c in TALK if role == "assistant")
+    assert f"{zeros} tokens of id 0, which has no sign, are only learned with learn_zero" in "".join(
+        capsys.readouterr()
+    )
     (file,) = (tmp_path / "data").rglob("*.bin")
     (line,) = file.read_text().splitlines()
     tokens = json.loads(line)["tokens"]

@@ -69,6 +69,10 @@ def test_a_tied_weight_that_is_stored_twice(tmp_path: Path) -> None:
     save_file(weights | {"lm_head.weight": head + 1}, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"lm_head\.weight and model\.embed_tokens\.weight differ"):
         load_pretrained(tmp_path / "hf")
+    more = {"lm_head.weight": head + 1, "model.layers.0.self_attn.q_norm.weight": torch.ones(12)}
+    save_file(weights | more, tmp_path / "hf" / "model.safetensors")  # of another family: that is reported first
+    with pytest.raises(CheckpointError, match=r"not in the model; the first is .*q_norm"):
+        load_pretrained(tmp_path / "hf")
 
 
 def test_the_text_part_of_interns1(tmp_path: Path) -> None:
@@ -122,6 +126,10 @@ def written(family: str, **changes: Any) -> dict[str, Any]:
          r"rope_scaling.low_freq_factor = 1\.0 contradicts rope_parameters.low_freq_factor = 2\.0"),
         (written("llama", rope_scaling=LLAMA3, rope_theta=5e5, original_max_position_embeddings=32),
          "rope_scaling.original_max_position_embeddings = 16 contradicts original_max_position_embeddings = 32"),
+        (written("llama", rope_scaling={"rope_type": "dynamic"}), r"where: .*rope_scaling\.factor"),
+        (written("llama", rope_scaling={"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}),
+         "rope_scaling of type llama3 has no low_freq_factor"),
+        (written("llama", rope_scaling={"factor": 8.0}), r"rope_scaling has factor = 8\.0 and no rope_type"),
         (written("llama", rope_theta=0), "rope_theta = 0 is not a number above 0"),
         (written("llama", rope_theta=None, rope_parameters={"rope_type": "yarn"}), r"where: .*rope_parameters\.factor"),
         (written("llama", quantization_config={"quant_method": "fp8"}),
@@ -145,9 +153,15 @@ def written(family: str, **changes: Any) -> dict[str, Any]:
         (written("llama", attention_bias="no"), "attention_bias = 'no' is not true or false"),
         (written("qwen3", model_type="qwen3_moe", num_experts=128, num_experts_per_tok=8),
          r"'qwen3_moe' is a Mixture-of-Experts model \(num_experts = 128\)[\s\S]*a router with its balance loss"),
+        (dict(model_type="dbrx", ffn_config={"moe_num_experts": 16}),
+         r"'dbrx' is a Mixture-of-Experts model \(ffn_config.moe_num_experts = 16\)"),
+        (dict(model_type="omni", talker={"text_config": {"model_type": "t", "num_experts_per_tok": 8, "n_experts": 4}}),
+         r"'t' is a Mixture-of-Experts model \(talker.text_config.n_experts = 4\)"),
         (written("llama", model_type="phi3", partial_rotary_factor=0.5, resid_pdrop=0.0, embd_pdrop=0.1),
          r"'phi3' are not supported[\s\S]*closest known family is llama; it has no field partial_rotary_factor "
          r"\(here 0\.5\); no field resid_pdrop \(here 0\.0\); no field embd_pdrop[\s\S]*another condition: partial"),
+        (written("internlm3", model_type="internlm4", new_gate=True),
+         r"'internlm4' are not supported[\s\S]*closest known family is internlm3; it has no field new_gate"),
         (written("qwen2", model_type="qwen2_vl", vision_config={}, auto_map={"AutoModel": "x.Y"}),
          r"auto_map, is never executed[\s\S]*closest known family is qwen2; it has no field vision_config"),
     ],

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ import pytest
 import torch
 from helpers.lora import trained_checkpoint, with_lora, write_base
 from helpers.paths import CACHE, EXTERNAL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from xtuner.core.errors import ConfigError
+from xtuner.core.files import write_json
+from xtuner.core.log import logger
 from xtuner.export.hf import export_hf
 from xtuner.export.peft import export_peft
-from xtuner.export.sources.peft import PREFIX
+from xtuner.export.sources.peft import PREFIX, open_peft
 from xtuner.families import FAMILIES
+from xtuner.model.adapters.base_identity import BaseModel
+from xtuner.model.adapters.loading import load_adapted
 from xtuner.model.adapters.lora import stored_rows
 from xtuner.model.decoder import CausalLM
 
@@ -29,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("qwen2", dict(targets=["q_proj", "v", "o", "gate_proj", "down"], dora=True)),
     "rslora": ("qwen3", dict(targets=["k", "v_proj", "w2"], scaling="alpha/sqrt(rank)",
                              train=["norms", "embedding", "output"])),
+    "tied": ("qwen2", dict(targets=["q", "down"], train=["embedding"])),
     "fused": ("internlm2", dict(targets=["wqkv", "wo", "w1"])),
     "apart": ("internlm2", dict(targets=["q", "v", "w3"])),
 }  # fmt: skip
@@ -77,7 +84,7 @@ def test_equal_to_peft(tmp_path: Path) -> None:
     jobs, models = [], {}
     for case, (family, settings) in CASES.items():
         folder = tmp_path / case
-        base = write_base(folder / "base", family)
+        base = write_base(folder / "base", family, **({"tie_word_embeddings": True} if case == "tied" else {}))
         saved, models[case] = trained_checkpoint(with_lora(base, **settings), folder)
         layout = "llama" if family == "internlm2" else None
         export_peft(saved, folder / "peft", layout, torch.float32)
@@ -114,3 +121,54 @@ def test_equal_to_peft(tmp_path: Path) -> None:
                 assert found is not None
                 assert (found - expected).abs().max() < 1e-5 * max(float(expected.abs().max()), 1.0), (case, name)
             optimizer.step()
+
+
+def test_adapters_with_which_peft_computes_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused by the name of the setting; what does not matter for a trained adapter is not."""
+    base = write_base(tmp_path / "base", "qwen2", tie_word_embeddings=True)
+    saved, model = trained_checkpoint(with_lora(base, targets=["q"], train=["embedding"]), tmp_path)
+    folder = export_peft(saved, tmp_path / "peft", None, torch.float32)
+    file, settings = folder / "adapter_model.safetensors", json.loads((folder / "adapter_config.json").read_text())
+
+    def read(**changes: Any) -> CausalLM:
+        write_json(folder / "adapter_config.json", settings | changes)
+        return load_adapted(open_peft(folder, base), base)
+
+    unused = dict(init_lora_weights="gaussian", rank_pattern={}, loftq_config={}, revision="x")
+    with torch.no_grad():
+        assert read(**unused)(torch.tensor(IDS)).equal(model(torch.tensor(IDS)))
+    for changes, key in (
+        (dict(alpha_pattern={"q_proj": 32}), "alpha_pattern"),
+        (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights"),
+        (dict(layers_to_transform=[1]), "layers_to_transform"),
+        (dict(a_newer_variant=True), "a_newer_variant"),
+        (dict(ensure_weight_tying=False), "embedding and the output layer apart"),
+    ):
+        with pytest.raises(ConfigError, match=key):
+            read(**changes)
+    tensors = load_file(file)
+    save_file(tensors | {f"{PREFIX}lm_head.weight": tensors[f"{PREFIX}lm_head.weight"] + 1}, file)
+    with pytest.raises(ConfigError, match="embedding and the output layer apart"):
+        read()
+    save_file({n: t for n, t in tensors.items() if n != f"{PREFIX}lm_head.weight"}, file)
+    read()
+    adapter, warnings = open_peft(folder, base), []
+    monkeypatch.setattr(logger, "warning", warnings.append)
+    for name in (str(base), "", "another/model"):  # without an identity
+        replace(adapter, base=BaseModel(name, "")).find_base(base)
+    (warning,) = warnings
+    assert "names another/model as the model that it was trained on" in warning
+
+
+def test_an_adapter_on_a_text_part(tmp_path: Path) -> None:
+    """It is exported as the family that the text part is trained as, and read again on the complete model."""
+    base = write_base(tmp_path / "base", "qwen3", head_dim=16)
+    tensors, config = load_file(base / "model.safetensors"), json.loads((base / "config.json").read_text())
+    inner = {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()}
+    save_file(inner | {"model.vision_tower.x": torch.ones(2)}, base / "model.safetensors")
+    write_json(base / "config.json", {"model_type": "interns1", "text_config": config, "vision_config": {}})
+    saved, model = trained_checkpoint(with_lora(base), tmp_path)
+    exported = export_peft(saved, tmp_path / "peft", None, torch.float32)
+    assert f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight" in load_file(exported / "adapter_model.safetensors")
+    with torch.no_grad():
+        assert load_adapted(open_peft(exported, base), base)(torch.tensor(IDS)).equal(model(torch.tensor(IDS)))

@@ -65,6 +65,15 @@ def test_from_config_to_serving(
     found = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert found["target_modules"] == ["wqkv", "wo", "w1", "w3", "w2"]
     assert found["base_model_name_or_path"] == str(base)
+    for words, what in (
+        ((saved, tmp_path / "x", "--layout", "qwen2"), "no biases of q, k and v, which the qwen2 layout cannot"),
+        ((tmp_path / "peft", tmp_path / "x", "--merge"), r"this is an adapter \(LoRA\)"),
+        ((base, tmp_path / "x", "--merge"), "has no adapter"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            xtuner("convert", "pth_to_hf", config, *words)
+    with pytest.raises(ConfigError, match="HF_DIR --fp32 --merge"):
+        xtuner("convert", "turbomind", saved)
     # evaluation: of the checkpoint, of the base with it, with PEFT's folder, and of the merged model
     losses = []
     capsys.readouterr()
@@ -83,6 +92,9 @@ def test_from_config_to_serving(
     # start from the adapter
     assert xtuner("train", config, "--work-dir", tmp_path / "more", *options, f"load_from={saved}") == 0
     assert records(tmp_path / "more")[1]["loss"] < records(run)[1]["loss"] - 0.05
+    capsys.readouterr()
+    assert xtuner("check-cfg", config, "--cfg-options", f"load_from={saved}", "model.adapter.alpha=16") == 0
+    assert "not the model that this adapter was trained in: scale 2.0 → 4.0" in "".join(capsys.readouterr())
 
 
 @pytest.mark.processes
@@ -116,6 +128,16 @@ def test_another_base_is_refused(config: Path, base: Path, corpus: Path, tmp_pat
     record.write_text(record.read_text().replace(str(base), str(tmp_path / "gone")))
     with pytest.raises(CheckpointError):  # the manifest knows
         xtuner("convert", "pth_to_hf", config, tmp_path / "copy", tmp_path / "hf", "--merge")
+
+
+def test_a_format_that_does_not_fit(tiny: Path, tmp_path: Path, xtuner: Command) -> None:
+    """check-cfg reports it, with the one that fits."""
+    base = write_base(tmp_path / "base", "internlm2", vocab_size=VOCABULARY, intermediate_size=80)
+    config = lora_config(tiny, tmp_path / "lora.py", base)
+    with pytest.raises(
+        ConfigError, match=r"model has rows of 80\n.*frozen_weights\n.*give \"own\", the default, or \"int8\""
+    ):
+        xtuner("check-cfg", config, "--cfg-options", "model.frozen_weights=nf4")
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ val_dataset = dict(type=load_intern_repo_tokenized_dataset, folder=val_folder) i
 optim_wrapper = dict(
     type=OptimWrapper,
     optimizer=dict(type=optim_type, lr=lr, betas=betas, weight_decay=weight_decay),
-    # optimizer=dict(type="Muon", lr=0.02, adamw=dict(lr=lr, betas=betas)),  # instead; AdamW for all but matrices
+    # optimizer=dict(type="xtuner.engine.Muon", lr=0.02, adamw=dict(lr=lr, betas=betas)),  # or Muon for matrices
     clip_grad=dict(max_norm=max_norm),
     accumulative_counts=accumulative_counts,
     states=states,

@@ -56,7 +56,8 @@ class Kind:
         if self.what == HF:
             return use.format(self.path)
         if self.what in CONVERTIBLE:
-            command = f"xtuner convert pth_to_hf CONFIG {shlex.quote(str(self.path))} HF_DIR --fp32"
+            merge = " --merge" if self.what == CHECKPOINT and (self.path / "adapter").is_dir() else ""
+            command = f"xtuner convert pth_to_hf CONFIG {shlex.quote(str(self.path))} HF_DIR --fp32{merge}"
             return f"{command}   (CONFIG gives its model and tokenizer), then {use.format('HF_DIR')}"
         if self.what == SAFETENSORS:
             folder = f"a folder that holds it as model.safetensors, with the config.json of its model: {use}"
@@ -64,7 +65,8 @@ class Kind:
         others = {
             BARE: "copy the config.json of its model into it",
             PARTIAL: "give another one: this was being removed, or was copied incompletely",
-            ADAPTER: f"merge it into its model with the tool that trained it, then {use.format('the merged model')}",
+            ADAPTER: "merge it into its model with the tool that trained it (xtuner: convert pth_to_hf --merge), then "
+            + use.format("the merged model"),
             TURBOMIND: f"give the Hugging Face folder that it was converted from: {use.format('HF_DIR')}",
         }
         return others.get(self.what, "give a Hugging Face folder, or an iter_N.pth checkpoint of xtuner")

@@ -128,7 +128,7 @@ def _write(file: IO[bytes], shapes: Mapping[str, Shape], opened: OpenedCheckpoin
     narrow -= {torch.float32}
     if narrow:
         names = ", ".join(sorted(str(dtype)[6:] for dtype in narrow))
-        logger.info(f"the checkpoint has {names} weights and no fp32 masters: their values are written as fp32")
+        logger.info(f"weights stored in {names} have no fp32 masters: their values are written as fp32")
 
 
 def _write_numbers(file: IO[bytes], parts: Iterable[torch.Tensor]) -> None:

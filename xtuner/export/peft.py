@@ -50,6 +50,7 @@ def export_peft(
         opened = open_adapter(source)
         own = FAMILIES.get(opened.config.family, NATIVE)
         form = FAMILIES[(own.loads_as or own.name) if layout == LOADABLE else layout or own.name]
+        form.write_config(opened.config, "float32")  # a layout without the network has no base model for the adapter
         config, tensors = describe_adapter(opened, form)
         _report_readers(opened, form, own)
         saved = {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors.items()}
@@ -81,6 +82,10 @@ def describe_adapter(opened: AdapterFolder, form: ModelFamily) -> tuple[dict[str
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = term.magnitudes
     saved = list(_saved_modules(opened, form))
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in saved}
+    is_tied = "embedding" in adapter.train and opened.config.tie_word_embeddings
+    if is_tied:  # with ensure_weight_tying PEFT requires the copy
+        (head,) = form.stored("output.weight", opened.config)
+        tensors[f"{PREFIX}{head.name}"] = opened.tensors["model.tok_embeddings.weight"]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -96,7 +101,7 @@ def describe_adapter(opened: AdapterFolder, form: ModelFamily) -> tuple[dict[str
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    if "embedding" in adapter.train and opened.config.tie_word_embeddings:
+    if is_tied:
         config["ensure_weight_tying"] = True
     return config, tensors
 
@@ -129,6 +134,11 @@ def _report_readers(opened: AdapterFolder, form: ModelFamily, own: ModelFamily) 
         )
     if opened.adapter.dora:
         logger.warning("vLLM and LMDeploy do not read DoRA's magnitudes: give --merge for them")
+    if opened.frozen_weights != "own":
+        logger.warning(
+            f"the adapter was trained on weights in {opened.frozen_weights}: on the same model without quantization it "
+            "computes something slightly different. Load the model in that form as well, or give --merge"
+        )
     if form.name != own.name:
         logger.info(
             f"names are those of the {form.name} layout: the adapter belongs to the base model converted to that layout"

@@ -18,6 +18,7 @@ SCALING_FIELDS = {
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
 }
+ROTARY = "rotary"  # its name in early InternLM2, whose scalings need no factor
 # Limits beyond all existing networks. They bound the work for wrong values: each layer takes a millisecond to build.
 _LIMITS = {
     "vocab_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 1000,
@@ -216,9 +217,9 @@ def write_network(c: DecoderConfig, dtype: str, expresses: Collection[str] = ())
     if found := [what for field, what in c.special_features().items() if field not in expresses]:
         raise ConfigError(
             f"the network has {', '.join(found)}, which this form of config.json cannot express",
-            where="model",
+            where="--layout",
             why="what loads the folder would compute something else",
-            do="export it in the form of the model's own family",
+            do="leave out --layout: the model's own family can (a family of yours says so with `expresses`)",
         )
     return {
         "vocab_size": c.vocab_size,
@@ -263,7 +264,7 @@ def _read_rope(read: Reader, kinds: Collection[str]) -> tuple[float, RopeScaling
             what = f"{key} = {short_repr(part)} is not supported"
             raise ConfigError(what, where=f"{read.where}{key}", why="complete heads are rotated here")
     theta = read.above_0(*found[0]) if found else read.above_0("rotary.base", old.get("base") or 10000)
-    at, values = next(((k, v) for k, v in (("rope_scaling", own), ("rope_parameters", new)) if v), ("rotary", old))
+    at, values = next(((k, v) for k, v in (("rope_scaling", own), ("rope_parameters", new)) if v), (ROTARY, old))
     return theta, read_scaling(read, values, kinds, at)
 
 
@@ -282,8 +283,10 @@ def read_scaling(
         read.require_equal(f"{at}.type", values["type"], f"{at}.rope_type", values["rope_type"])
     kind: Any = _rope_value(values, "rope_type")
     factor = values.get("factor")
-    if (kind in ("default", "origin") and not factor) or (kind == "linear" and factor is None):
+    if (kind in ("default", "origin") and not factor) or (at == ROTARY and kind == "linear" and factor is None):
         return None
+    if not (values.get("type") or values.get("rope_type")):
+        raise read.wrong(f"{at}.rope_type", f"{at} has factor = {short_repr(factor)} and no rope_type")
     if kind not in kinds:
         raise ConfigError(
             f"rope scaling {short_repr(kind)} is not supported",
@@ -306,7 +309,10 @@ def read_scaling(
         if type(truncate) is not bool:
             raise read.wrong(f"{at}.truncate", f"{at}.truncate = {short_repr(truncate)} is not a bool")
         found["truncate"] = truncate
-    if kind == "dynamic" and factor is None:
+    needed = ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()
+    if absent := next((name for name in needed if values.get(name) is None), None):
+        raise read.wrong(f"{at}.{absent}", f"{at} of type llama3 has no {absent}")
+    if at == ROTARY and kind == "dynamic" and factor is None:
         factor = 1.0
     scaling = RopeScaling(kind, read.above_0(f"{at}.factor", factor), **found)
     if kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:

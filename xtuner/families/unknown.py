@@ -1,5 +1,6 @@
 """Messages for a `config.json` of a model that no family can read: what it is, and how it differs from the closest."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,24 +18,31 @@ _SHARED = frozenset({
     "attn_implementation", "_attn_implementation", "sliding_window", "use_sliding_window", "max_window_layers",
     "layer_types",
 })  # fmt: skip
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS = re.compile(r"(?:^|_)(?:num|n)_(?:\w+_)?experts$")
+_DEPTH = 3  # of objects in config.json that describe parts of a model
 
 
-def reject_experts(hf: Mapping[str, Any], where: str) -> None:
-    """Raises: ConfigError for a Mixture-of-Experts model, by whatever name its number of experts has."""
-    text = hf.get("text_config")
-    for inner, prefix in ((hf, ""), (text if isinstance(text, dict) else {}, "text_config.")):
-        key = next((key for key in _EXPERTS if inner.get(key)), None)
-        if key is None:
-            continue
-        kind = short_repr(inner.get("model_type") or hf.get("model_type", ""))
+def reject_experts(hf: Mapping[str, Any], where: str, inner: str = "", outer_kind: Any = "") -> None:
+    """Raises: ConfigError for a Mixture-of-Experts model, by whatever name its number of experts has.
+
+    Args:
+        inner: keys that lead to `hf` in the file, such as "text_config."; "" for all of it.
+        outer_kind: type of the model that `hf` is a part of, if it does not say its own.
+    """
+    kind = hf.get("model_type") or outer_kind
+    key = next((key for key, value in hf.items() if value and _EXPERTS.search(key)), None)
+    if key is not None:
         raise ConfigError(
-            f"{kind} is a Mixture-of-Experts model ({prefix}{key} = {short_repr(inner[key])}), which is not supported",
-            where=f"{where}{prefix}{key}",
+            f"{short_repr(kind)} is a Mixture-of-Experts model ({inner}{short(key)} = {short_repr(hf[key])}), which is "
+            "not supported",
+            where=f"{where}{inner}{short(key)}",
             why="the decoder has one MLP in each layer; experts need a router with its balance loss, grouped matrix "
             "products, and experts divided over ranks",
             do="train a dense model of the same series",
         )
+    for key, value in hf.items():
+        if isinstance(value, dict) and inner.count(".") < _DEPTH:
+            reject_experts(value, where, f"{inner}{short(key)}.", kind)
 
 
 def reject_quantized(hf: Mapping[str, Any], where: str) -> None:
@@ -76,13 +84,18 @@ def explain_unknown(hf: dict[str, Any], families: Mapping[str, ModelFamily], whe
 
 
 def find_closest(hf: Mapping[str, Any], families: Mapping[str, ModelFamily]) -> ModelFamily:
-    """The family whose name begins the model's type, else the one that knows most of the fields (of
-    several, Llama, whose names most models have)."""
+    """The family whose name begins the model's type, else one whose name has the same letters before its number, else
+    any: of several the one that knows most of the fields (of equals, Llama, whose names most models have)."""
     kind = str(hf.get("model_type", ""))
     if named := [name for name in families if kind.startswith(name)]:
         return families[max(named, key=len)]
     readable = [family for family in families.values() if not family.trains_as]
-    return min(readable, key=lambda family: (len(_unknown_keys(hf, family)), family.name != "llama"))
+    series = [family for family in readable if _letters(family.name) == _letters(kind)]
+    return min(series or readable, key=lambda family: (len(_unknown_keys(hf, family)), family.name != "llama"))
+
+
+def _letters(name: str) -> str:
+    return re.split(r"[^a-z]", name.lower())[0]
 
 
 def list_differences(hf: dict[str, Any], family: ModelFamily, where: str) -> list[str]:

@@ -198,14 +198,15 @@ class ModelSource:
                 where="model.products",
                 do="leave it out: products are then computed in the dtype of everything else",
             )
-        columns = sorted({c.hidden_size, c.query_width, c.intermediate_size})
+        self.require_weight_format(device)
+
+    def require_weight_format(self, device: torch.device) -> None:
+        """Raise ConfigError if frozen matrices cannot be kept on this device as `frozen_weights` says."""
+        columns = sorted({self.config.hidden_size, self.config.query_width, self.config.intermediate_size})
         if why := quantized.why_unsupported(self.frozen_weights, columns, device):
-            raise ConfigError(
-                f"frozen_weights = {self.frozen_weights!r} cannot be used: {why}",
-                where="model.frozen_weights",
-                do="leave it out: frozen weights are then kept in the dtype of everything else; or try another one of "
-                f"{', '.join(FORMATS)}",
-            )
+            fitting = [f', or "{kind}"' for kind in FORMATS if not quantized.why_unsupported(kind, columns, device)]
+            what = f"frozen_weights = {self.frozen_weights!r} cannot be used: {why}"
+            raise ConfigError(what, where="model.frozen_weights", do=f'give "own", the default{"".join(fitting)}')
 
     def attention_backend(self, device: torch.device, dtype: torch.dtype) -> str:
         """Name of the attention backend that training uses on this device."""
@@ -225,9 +226,8 @@ class ModelSource:
                 of device has its own random numbers.
         """
         own = hf_shapes(self.config)
-        magnitudes = (
-            {m for n in own for m in self.adapter.magnitudes_of(n)} if isinstance(self.adapter, LoRA) else set()
-        )
+        terms = self.adapter if isinstance(self.adapter, LoRA) else None
+        magnitudes = {m for n in own for m in terms.magnitudes_of(n)} if terms else set()
         if self.folder is not None:
             fill_weights(self._with_magnitudes(parts), self.folder, self.layout, self.config, self.added_rows)
         for name, part in parts.items():

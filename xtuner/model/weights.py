@@ -257,9 +257,13 @@ def check_shapes(
 
 
 def check_network(source: WeightSource, family: ModelFamily, c: DecoderConfig, by: str = "config.json") -> None:
-    """Compare the tensors of a family's files with those of network `c`; see `check_shapes`."""
-    wanted, unread = hf_shapes(c, family), _unread_names(source, family, c)
-    (head,) = family.stored("output.weight", c)
+    """Compare the tensors of a family's files with those of network `c`; see `check_shapes`.
+
+    A tied output layer may be stored in addition to the embedding, if both are equal.
+    """
+    wanted = hf_shapes(c, family)
+    (head,), (embedding,) = (family.stored(f"{name}.weight", c) for name in ("output", "model.tok_embeddings"))
+    unread = (*family.unread, head.name) if c.tie_word_embeddings else family.unread
     if head.name in wanted and head.name not in source and "tie_word_embeddings" in family.fields:
         others = {name: shape for name, shape in wanted.items() if name != head.name}
         check_shapes(source, others, by, unread)
@@ -272,24 +276,13 @@ def check_network(source: WeightSource, family: ModelFamily, c: DecoderConfig, b
     check_shapes(source, wanted, by, unread)
     if isinstance(source, WeightFolder):
         source.require_plain(wanted)
-
-
-def _unread_names(source: WeightSource, family: ModelFamily, c: DecoderConfig) -> tuple[str, ...]:
-    """Beginnings of the names of tensors in `source` that network `c` does not need.
-
-    A tied output layer may be stored in addition to the embedding. Raises: CheckpointError if the two differ.
-    """
-    if not c.tie_word_embeddings:
-        return family.unread
-    (head,), (embedding,) = (family.stored(f"{name}.weight", c) for name in ("output", "model.tok_embeddings"))
-    if head.name in source and embedding.name in source and not source[head.name].equal(source[embedding.name]):
+    if c.tie_word_embeddings and head.name in source and not source[head.name].equal(source[embedding.name]):
         raise CheckpointError(
             f"{head.name} and {embedding.name} differ, but tie_word_embeddings says that they are one weight",
             where=str(source.path),
             why="one of the two would be ignored",
             do="set tie_word_embeddings to false in config.json if the model was trained with two weights",
         )
-    return (*family.unread, head.name)
 
 
 def stream_weights(

@@ -145,6 +145,7 @@ def check_models_and_tokenizers(config: Config, read_only: bool = False) -> Mode
     if not any(name in absent for _, name in models):
         with found.collect(next((key for key, _ in models if key.startswith("model")), "model")):
             source = build_model_source(config)
+            source.require_weight_format(torch.device("meta"))  # as far as it does not depend on the machine
             if source.folder:
                 stored = replace(source.config, vocab_size=source.config.vocab_size - source.added_rows)
                 check_network(WeightFolder(source.folder), source.layout, stored)
@@ -197,6 +198,8 @@ def _check_initial_adapter(folder: Path, source: ModelSource) -> None:
     require_same_base(found.base, source.base, "the adapter", str(folder))
     shapes = {n: tuple(shape) for n, shape in source.trained_shapes.items()}
     check_shapes(found.tensors, shapes, "model.adapter")
+    if changed := found.list_differences(source.adapter, source.frozen_weights):
+        logger.warning(f"load_from: not the model that this adapter was trained in: {', '.join(changed)}")
 
 
 def _check_tokenizer(tokenizer: Any, source: ModelSource | None) -> None:

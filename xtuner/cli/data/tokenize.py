@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or package.module.NAME of your own; internevo writes alpaca records bit for bit as that tool does",
     )
     parser.add_argument(
-        "--add-bos", action=both, help="start each document with the BOS token (default: if the tokenizer has one)"
+        "--add-bos",
+        action=both,
+        help="start each document with the BOS token (default: yes, unless tokenizer_config.json says there is none)",
     )
     parser.add_argument(
         "--add-eos", action=both, help="end each document with the EOS token (default: text yes, chat no)"

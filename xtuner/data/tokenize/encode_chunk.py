@@ -4,7 +4,10 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from xtuner.data.format.writer import Block, format_line
+from xtuner.data.format.zeros import count_unlearned
 from xtuner.data.tokenize.encode_record import Document, get_encoder
 from xtuner.data.tokenize.read_chunks import Chunk, Mistake
 from xtuner.data.tokenize.tokenize_settings import CHATS, TokenizeSettings
@@ -60,6 +63,7 @@ def is_valid(line: bytes, settings: TokenizeSettings) -> bool:
 
 def _count(document: Document, settings: TokenizeSettings, stats: Counter[str]) -> None:
     stats["cut"] += document.cut
-    stats["zeros"] += document.tokens.count(0)
+    if 0 in document.tokens:
+        stats["zeros"] += count_unlearned(np.array(document.tokens), np.array([0, len(document.tokens)]))
     if settings.format in CHATS and max(document.tokens[1:], default=0) <= 0:
         stats["unlearned"] += 1

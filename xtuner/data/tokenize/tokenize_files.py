@@ -171,7 +171,7 @@ def _log_result(job: Job, stats: Counter[str], train: PairWriter, valid: PairWri
         ("empty", "records have no text: skipped"),
         ("cut", f"documents were longer than {job.settings.max_length} tokens: cut there"),
         ("unlearned", "documents have no learned token"),
-        ("zeros", "tokens have id 0, which this format cannot mark as learned"),
+        ("zeros", "tokens of id 0, which has no sign, are only learned with learn_zero=True in dataset_cfg"),
     ):
         if stats[key]:
             logger.warning(f"{job.name}.bin: {stats[key]:,} {text}")

@@ -16,6 +16,7 @@ import torch
 from xtuner.core import hub
 from xtuner.core.errors import CheckpointError, ConfigError
 from xtuner.core.files import read_json
+from xtuner.core.log import logger
 from xtuner.families import read_config, read_model
 from xtuner.families.network import DecoderConfig
 from xtuner.model.adapters.base_identity import BaseModel, identify_base, read_base, require_same_base
@@ -65,6 +66,11 @@ class AdapterFolder:
             return ""
         return f", whose matrices are those read back from {self.frozen_weights}, as the adapter was trained with"
 
+    def list_differences(self, adapter: LoRA, frozen_weights: str) -> list[str]:
+        """How the model of a run that starts from these terms differs from the one that they were trained in."""
+        pairs = {"scale": (self.adapter.scale, adapter.scale), "frozen_weights": (self.frozen_weights, frozen_weights)}
+        return [f"{what} {old} → {new}" for what, (old, new) in pairs.items() if old != new]
+
     def find_base(self, given: Path | None = None) -> Path:
         """The folder of the base model: `given`, or else the recorded one.
 
@@ -85,6 +91,11 @@ class AdapterFolder:
         if self.base.identity:
             here = BaseModel(str(given), identify_base(given, layout, config))
             require_same_base(self.base, here, "the adapter", str(self.path))
+        elif self.base.name and Path(self.base.name).name != given.resolve().name:
+            logger.warning(
+                f"{self.path} names {self.base.name} as the model that it was trained on, not {given}; nothing in it "
+                "shows whether both have the same weights"
+            )
         return given
 
 

@@ -60,13 +60,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _require_adapter(checkpoint: str) -> None:
     from xtuner.core.errors import ConfigError
-    from xtuner.core.path_kinds import CHECKPOINT, recognise
+    from xtuner.core.path_kinds import CONVERTIBLE, HF, recognise
     from xtuner.model.adapters.folder import has_adapter
 
     kind = recognise(checkpoint)
-    if kind.exists and not has_adapter(kind.path):
-        what = f"{checkpoint} has no adapter"
-        raise ConfigError(what, where="--merge", do="leave --merge out" if kind.what == CHECKPOINT else "")
+    if kind.what in (*CONVERTIBLE, HF) and not has_adapter(kind.path):  # of others, what they are is reported
+        raise ConfigError(f"{checkpoint} has no adapter", where="--merge", do="leave --merge out")
 
 
 def _reject_for_adapter(args: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ use_varlen_attn = True  # attention stays within documents
 dataset_folder = "/path/to/your/dataset"
 val_folder = None  # held-out data in the same format; None: no validation
 data_order_path = None  # written by get_data_order.py; None: files sorted by path
+learn_zero = False  # True: also learn id 0, which is "!" in this vocabulary
 prompt_template = PROMPT_TEMPLATE.tokenizer  # for the samples below; tokenizer: the one in its folder
 max_length = 32768  # tokens per pack
 pack_to_max_length = True
@@ -87,7 +88,7 @@ train_dataset = dict(
         folder=dataset_folder,
         min_length=0,
         file_type=".bin",
-        learn_zero=False,  # True: also learn id 0, which is "!" in this vocabulary
+        learn_zero=learn_zero,
     ),
     packed_length=max_length,
     seed=1024,
@@ -102,7 +103,9 @@ train_dataloader = dict(
     sampler=dict(type=InternRepoSampler, shuffle=True, seed=1024),
 )
 
-val_dataset = dict(type=load_intern_repo_tokenized_dataset, folder=val_folder) if val_folder else None
+val_dataset = (
+    dict(type=load_intern_repo_tokenized_dataset, folder=val_folder, learn_zero=learn_zero) if val_folder else None
+)
 
 #######################################################################
 #                    PART 4  Scheduler & Optimizer                    #

@@ -33,9 +33,16 @@ _PRETRAINED = {
     "evaluation_freq": 500,
     "evaluation_inputs": '["请介绍一下上海的历史。", "What makes a good scientific question?"]',
     "more_chat_arguments": "",
-    "more_dataset_arguments": "",
+    "zero_setting": "",
+    "zero_in_training": "",
+    "val_dataset": "dict(type=load_intern_repo_tokenized_dataset, folder=val_folder) if val_folder else None",
 }
-_ZERO_HINT = '        learn_zero=False,  # True: also learn id 0, which is "!" in this vocabulary\n'
+_ZERO = {
+    "zero_setting": 'learn_zero = False  # True: also learn id 0, which is "!" in this vocabulary\n',
+    "zero_in_training": "        learn_zero=learn_zero,\n",
+    "val_dataset": "(\n    dict(type=load_intern_repo_tokenized_dataset, folder=val_folder, learn_zero=learn_zero) "
+    "if val_folder else None\n)",
+}
 _TINY = _PRETRAINED | {
     "title": "A tiny InternLM2 from random weights: learns on a laptop in minutes, with every step of a large one.",
     "model": "from_scratch",
@@ -116,15 +123,11 @@ CONFIGS: dict[str, dict[str, object]] = {
         "Llama-3.1-8B",
         hub_id="meta-llama/Llama-3.1-8B",
         prompt_template="tokenizer",
-        more_dataset_arguments=_ZERO_HINT,
+        **_ZERO,
     ),
     "mistral_7b": _pretrained("Mistral-7B", hub_id="mistralai/Mistral-7B-v0.3", prompt_template="tokenizer"),
-    "qwen2_5_7b": _pretrained(
-        "Qwen2.5-7B", hub_id="Qwen/Qwen2.5-7B", prompt_template="tokenizer", more_dataset_arguments=_ZERO_HINT
-    ),
-    "qwen3_8b": _pretrained(
-        "Qwen3-8B", hub_id="Qwen/Qwen3-8B-Base", prompt_template="tokenizer", more_dataset_arguments=_ZERO_HINT
-    ),
+    "qwen2_5_7b": _pretrained("Qwen2.5-7B", hub_id="Qwen/Qwen2.5-7B", prompt_template="tokenizer", **_ZERO),
+    "qwen3_8b": _pretrained("Qwen3-8B", hub_id="Qwen/Qwen3-8B-Base", prompt_template="tokenizer", **_ZERO),
 }
 
 

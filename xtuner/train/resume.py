@@ -220,7 +220,7 @@ def _require_same_data(facts: dict[str, Any], now: dict[str, Any], found: list[C
     raise DataError(
         "the data is not what the checkpoint was trained on: " + "; ".join(details),
         where=where,
-        why="the run would see some documents twice and others never",
+        why="the run would see some documents twice and others never, or learn other labels",
         do="restore the data and its settings, give --allow-change, or start a new run with load_from",
     )
 

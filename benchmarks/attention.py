@@ -50,6 +50,8 @@ def main() -> None:
     for words in a.documents:
         if words != MIX and not (words.isdigit() and int(words)):
             parser.error(f"--documents: {words} is neither a length nor {MIX}")
+    if a.repeats < 1:
+        parser.error("--repeats: at least one call is measured")
     if a.table:
         print(table(a.results))
         return

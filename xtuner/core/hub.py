@@ -169,7 +169,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str], local: bool)
 
 
 def _from_hub(name: str, revision: str | None, tokenizer_only: bool) -> Path:
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils import WeakFileLock
 
@@ -196,12 +196,15 @@ def _from_hub(name: str, revision: str | None, tokenizer_only: bool) -> Path:
             folder = _snapshot(name, revision, patterns, local=False)
             if not tokenizer_only and not any(folder.glob("*.safetensors*")):
                 _snapshot(name, revision, _SMALL + _PICKLES, local=False)
+        if missing := missing_files(folder, tokenizer_only):
+            # older versions of huggingface_hub return what the cache has if they do not reach the hub
+            HfApi().model_info(name, revision=revision or "main")
     except Exception as e:  # of huggingface_hub, its HTTP library, or the disk
         if partial is None or missing_files(partial, tokenizer_only):
             raise _explain(e, name, revision) from None
         logger.warning(f"{name}: the hub cannot be read; using the cached files in {partial}")
         return partial
-    if missing := missing_files(folder, tokenizer_only):
+    if missing:
         what = f"the model {name} has no {missing[0]}" + (f" ({len(missing)} missing)" if missing[1:] else "")
         raise ConfigError(what, where=str(folder), do="choose a model with safetensors weights, or convert this one")
     return folder

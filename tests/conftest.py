@@ -26,7 +26,7 @@ original_start = multiprocessing.process.BaseProcess.start
 
 
 def note_start(event: str, arguments: tuple[Any, ...]) -> None:
-    if event in STARTS and arguments[0] != "/sbin/ldconfig":  # Triton looks for libcuda when it is imported
+    if event in STARTS and arguments[:1] != ("/sbin/ldconfig",):  # Triton looks for libcuda when it is imported
         started.append(f"{event}{arguments[:2]}")
 
 

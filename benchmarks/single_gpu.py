@@ -4,7 +4,7 @@
     python benchmarks/single_gpu.py 1.8b --engine zero2
     python benchmarks/single_gpu.py 7b --products fp8
     python benchmarks/single_gpu.py 7b --adapter qlora          # or lora; --pack 8192; --memory 16: as on a smaller GPU
-    python benchmarks/single_gpu.py 7b --adapter qlora --engine hf-liger
+    python benchmarks/single_gpu.py 7b --adapter qlora --engine hf-liger                # or unsloth
     python benchmarks/single_gpu.py 1.8b --engine hf-liger      # a peer; benchlib/peers/ says what to install
     python benchmarks/single_gpu.py 7b --engine torchtitan --products fp8 --profile
     python benchmarks/single_gpu.py 1.8b --engine hf --tiny     # tries it on a CPU; measures nothing
@@ -27,7 +27,7 @@ from benchlib import xtuner_training
 from benchlib.results_table import table
 from benchlib.workloads import ADAPTERS, CASES, PACK, PACKS, Terms, describe_machine
 
-PEERS = ("hf", "hf-liger", "torchtitan")
+PEERS = ("hf", "hf-liger", "torchtitan", "unsloth")
 OWN_PRODUCTS = ("own", "fp8", "fp8_full")
 PEER_PRODUCTS = ("fp8", "fp8_rowwise", "fp8_rowwise_forward")
 

@@ -18,7 +18,7 @@ from xtuner.families import LLAMA
 from xtuner.model import lora
 from xtuner.model.adapters.lora import build_lora
 from xtuner.model.attention import Backend
-from xtuner.model.decoder import CausalLM, DecoderConfig
+from xtuner.model.decoder import CausalLM, DecoderConfig, initialize_parameter
 from xtuner.model.flops import count_attention_pairs, training_flops, whole_pack_flops
 from xtuner.model.weights import split_for_family
 from xtuner.train.reporting.profile import sum_by_part
@@ -127,6 +127,53 @@ def test_a_peer_with_an_adapter_does_the_same_work(ours: CausalLM, monkeypatch: 
     gradients = {name: p.grad for name, p in mine.named_parameters() if p.requires_grad}
     for name, theirs_p in pairs.items():
         torch.testing.assert_close(theirs_p.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_unsloth_loads_the_weights_that_ours_starts_from(tmp_path: Path) -> None:
+    """Its engine needs a GPU; the folder that it loads is one for transformers."""
+    transformers = pytest.importorskip("transformers")
+    from benchlib.peers.unsloth_model import write_folder
+
+    shape = replace(SHAPE, initializer_range=0.2)  # large enough that attention matters
+    write_folder(tmp_path, shape, torch.float32, torch.device("cpu"))
+    mine = CausalLM(shape)
+    with torch.no_grad():
+        for name, parameter in mine.named_parameters():
+            initialize_parameter(name, parameter, shape, 0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    batch = pack([0, 128])
+    row = {"input_ids": batch.input_ids[None], "labels": batch.targets[None], "shift_labels": batch.targets[None]}
+    with torch.no_grad():
+        wanted = mine(batch.input_ids, batch.cu_seqlens, batch.targets, batch.position_ids).item() / batch.num_targets
+        assert theirs(**row).loss.item() == pytest.approx(wanted, abs=1e-5)
+        next(iter(theirs.model.layers)).self_attn.o_proj.weight.zero_()
+        assert abs(theirs(**row).loss.item() - wanted) > 1e-3
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token) == (2, "<pad>")
+
+
+def test_unsloth_refuses_what_it_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchlib.peers.training_loop import Settings, build
+    from benchlib.peers.unsloth_model import OFFLINE
+    from benchlib.workloads import Terms
+
+    def refusal(device: str, **chosen: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            build(Settings("unsloth", SHAPE, torch.device(device), "fp32", **chosen))
+        return str(ended.value)
+
+    for variable in (*OFFLINE, "UNSLOTH_COMPILE_LOCATION"):
+        monkeypatch.setenv(variable, "")
+    terms = Terms("nf4")
+    assert "--adapter lora or qlora" in refusal("cuda")
+    assert "--attention" in refusal("cuda", terms=terms, attention="varlen")
+    assert "--recompute" in refusal("cuda", terms=terms, recompute="selective")
+    assert "without --products" in refusal("cuda", terms=terms, products="fp8")
+    assert "needs a GPU" in refusal("cpu", terms=terms)
+    if not importlib.util.find_spec("unsloth"):
+        assert refusal("cuda", terms=terms) == (
+            "No module named 'unsloth'; benchmarks/benchlib/peers/unsloth_model.py says what to install"
+        )
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")

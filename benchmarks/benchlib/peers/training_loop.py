@@ -85,22 +85,30 @@ class Peer:
     rename: Callable[[Weights], Weights] = lambda weights: weights  # llama layout → the model's own names
     adds_up: bool = False  # sums gradients over ranks; FSDP averages by default
     adapt: Callable[[], None] | None = None  # freezes the model and adds what is trained instead
+    has_weights: bool = False  # the random ones that ours starts from, and the adapter
 
     def start(self, shape: DecoderConfig) -> None:
         """Load the random weights that ours starts from, one tensor at a time, and add the adapter."""
-        with torch.device("meta"):
-            ours = dict(CausalLM(shape).named_parameters())
+        if self.has_weights:
+            return
         theirs = dict(self.model.named_parameters())
-        device = next(iter(theirs.values())).device
-        for name, parameter in ours.items():
-            full = torch.empty(parameter.shape, device=device)
-            initialize_parameter(name, full, shape, 0)
-            for key, weight in self.rename(split_for_family(name, full, layout(shape), shape)).items():
+        for weights in initial_weights(shape, next(iter(theirs.values())).device):
+            for key, weight in self.rename(weights).items():
                 copy_shard(theirs.pop(key), weight)
         if theirs:
             raise RuntimeError(f"{self.name} has weights that ours does not have: {', '.join(theirs)}")
         if self.adapt:
             self.adapt()
+
+
+def initial_weights(shape: DecoderConfig, device: torch.device) -> Iterator[Weights]:
+    """The random weights that ours starts from, one of our parameters at a time, in llama layout."""
+    with torch.device("meta"):
+        ours = dict(CausalLM(shape).named_parameters())
+    for name, parameter in ours.items():
+        full = torch.empty(parameter.shape, device=device)
+        initialize_parameter(name, full, shape, 0)
+        yield split_for_family(name, full, layout(shape), shape)
 
 
 def layout(shape: DecoderConfig) -> ModelFamily:
@@ -129,7 +137,7 @@ def build(s: Settings) -> Peer:
         raise SystemExit("peers train adapters without --products")
     if s.mesh and s.states != "fp32":
         raise SystemExit("peers on several GPUs are measured with fp32 state")
-    module = "torchtitan_model" if s.engine == "torchtitan" else "transformers_model"
+    module = {"torchtitan": "torchtitan_model", "unsloth": "unsloth_model"}.get(s.engine, "transformers_model")
     try:
         return importlib.import_module(f"benchlib.peers.{module}").build(s)
     except ModuleNotFoundError as e:

@@ -23,6 +23,7 @@ from torch import nn
 from xtuner.core.files import write_json
 from xtuner.core.hub import INDEX
 from xtuner.data.loading.batch import Batch
+from xtuner.data.packing.raw_pack import IGNORE
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import weight_index
 
@@ -63,12 +64,17 @@ def build(s: Settings) -> Peer:
     unsloth.FastLanguageModel.for_training(model)
 
     def loss(pack: Batch) -> torch.Tensor:
+        """The inputs are as from its trainer, also where they are: lengths on the CPU, the number of targets not."""
         row = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "shift_labels": pack.targets}
         row = {name: value[None] for name, value in row.items()}
-        lengths = pack.cu_seqlens.diff().cpu()  # its collator leaves them there
-        with torch.autocast(s.device.type, s.compute):  # as its trainer does
+        lengths, targets = pack.cu_seqlens.diff().cpu(), (pack.targets != IGNORE).sum()
+        with torch.autocast(s.device.type, s.compute):
             found = model(
-                **row, labels=row["shift_labels"], packed_seq_lengths=lengths, num_items_in_batch=pack.num_targets
+                **row,
+                labels=row["shift_labels"],
+                packed_seq_lengths=lengths,
+                num_items_in_batch=targets,
+                use_cache=False,
             )
         return found.loss
 

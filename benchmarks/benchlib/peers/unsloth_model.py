@@ -80,7 +80,7 @@ def build(s: Settings) -> Peer:
 
     backend, replaced = choose_attention(model)
     attention = f"{backend}+{replaced}" if replaced else backend
-    packages = ["unsloth", "unsloth_zoo", "transformers", *peft_terms.packages(s.terms)]
+    packages = ["unsloth", "transformers", *peft_terms.packages(s.terms)]
     versions = ", ".join(f"{name} {version(name)}" for name in [*packages, *filter(None, [KERNELS.get(backend)])])
     return Peer(s.label(attention, recompute), attention, versions, model, loss, has_weights=True)
 

@@ -97,7 +97,7 @@ def choose_attention(model: nn.Module) -> tuple[str, str | None]:
 
 def check_quantized(model: nn.Module, wanted: int) -> None:
     """It loads bf16 weights if bitsandbytes does not run, with no more than a message."""
-    found = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
+    found = sum(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
     if found != wanted:
         raise SystemExit(f"unsloth quantized {found} matrices instead of {wanted}: its messages above say why")
 

@@ -84,6 +84,8 @@ class _Product:
             self._set("MatmulDesc", self._product, attribute, value)
         for attribute in (SCALE_MODE_A, SCALE_MODE_B):
             self._set("MatmulDesc", self._product, attribute, ctypes.c_int32(SCALE_BY_ROW))
+        for attribute in (SCALE_A, SCALE_B):  # the choice of a kernel may depend on there being scales, but reads none
+            self._set("MatmulDesc", self._product, attribute, ctypes.c_void_p(256))
         self._a, self._b, self._total = (
             self._create("MatrixLayout", kind, *map(ctypes.c_uint64, shape), ctypes.c_int64(stride))
             for kind, shape, stride in ((e4m3, (K, M), of_a), (e4m3, (K, N), of_b), (TYPES[dtype], (N, M), of_total))
@@ -112,6 +114,7 @@ class _Product:
     def add(
         self, total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scales: Sequence[torch.Tensor], add: bool
     ) -> None:
+        """total = a b^T, plus its contents with `add`. Args: scales: of rows of a and of b."""
         pointer = ctypes.c_void_p
         for attribute, scale in zip((SCALE_B, SCALE_A), scales, strict=True):
             self._set("MatmulDesc", self._product, attribute, pointer(scale.data_ptr()))

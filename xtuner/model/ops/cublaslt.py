@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from xtuner.core.log import logger
+
 WORKSPACE = 32 * 2**20  # bytes; NVIDIA's advice for Hopper
 COMPUTE_FP32 = 68
 TYPES = {torch.float32: 0, torch.bfloat16: 14, torch.float8_e4m3fn: 28}
@@ -157,7 +159,8 @@ def add_product(
 
 @cache
 def can_add_product(device: torch.device) -> bool:
-    """Whether the library is there and can do this on the device: tried once, on small whole numbers."""
+    """Whether the library is there and can do this on the device: tried once, on small whole numbers. If not, it is
+    logged why."""
     a, b = (torch.randint(-3, 4, (32, 32), device=device).float() for _ in range(2))
     scale_a, scale_b = (torch.full((32,), scale, device=device) for scale in (2.0, 0.5))
     expected = a @ b.T + 1
@@ -167,7 +170,8 @@ def can_add_product(device: torch.device) -> bool:
             total = torch.ones(32, 32, dtype=dtype, device=device)
             add_product(total, a, b, scale_a, scale_b, True)
             if not torch.equal(total.float(), expected):
-                return False
-    except (OSError, AttributeError, RuntimeError):
+                raise RuntimeError("cuBLASLt computed something else")
+    except (OSError, AttributeError, RuntimeError) as e:
+        logger.warning("products in fp8 are added to their sums in a second pass, which is slower: %s", e)
         return False
     return True

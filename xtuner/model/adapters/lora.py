@@ -34,6 +34,10 @@ MATRICES = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w
 SHORT = {"attention.wo": "o", "feed_forward.w1": "gate", "feed_forward.w3": "up", "feed_forward.w2": "down"}
 SCALINGS = {"alpha/rank": lambda alpha, rank: alpha / rank, "alpha/sqrt(rank)": lambda alpha, rank: alpha / rank**0.5}
 TRAINABLE = ("norms", "embedding", "output")
+OUTSIDE = {  # names of what no adapter is on → the part of TRAINABLE
+    "lm_head": "output", "output": "output",
+    "embed_tokens": "embedding", "tok_embeddings": "embedding", "embedding": "embedding",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,13 @@ def find_targets(given: str | Sequence[str], c: DecoderConfig) -> tuple[Target, 
     if not names:
         raise ConfigError("targets names no matrix", where=where, do='give "all", or a list of names')
     for i, name in enumerate(names):
+        if name in OUTSIDE:
+            raise ConfigError(
+                f"{name} is not a matrix of a block",
+                where=f"{where}.{i}" if not isinstance(given, str) else where,
+                why="adapters are on those; what is outside of blocks is trained in full, or not at all",
+                do=f'leave it out of targets, and give train=["{OUTSIDE[name]}"] to train it',
+            )
         if name not in named:
             raise ConfigError(
                 f"there is no matrix {name!r}.{did_you_mean(str(name), [*named, 'all'])}",

@@ -143,7 +143,7 @@ def test_a_format_that_does_not_fit(tiny: Path, tmp_path: Path, xtuner: Command)
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ("targets=['lm_head']", r"(?s)lm_head is not a matrix of a block.*give train=\[.output.\] to train it"),
+        ("targets=['lm_head']", r"(?s)there is no matrix 'lm_head' in a block.*give train=\[.output.\] to train it"),
         ("targets=['q_porj']", r"there is no matrix 'q_porj'. Did you mean 'q_proj'"),
         ("targets=[]", "targets names no matrix"),
         ("targets=['wqkv','q']", "wqkv contains q"),

@@ -224,7 +224,7 @@ def find_targets(given: str | Sequence[str], c: DecoderConfig) -> tuple[Target, 
     for i, name in enumerate(names):
         if name in OUTSIDE:
             raise ConfigError(
-                f"{name} is not a matrix of a block",
+                f"there is no matrix {name!r} in a block",
                 where=f"{where}.{i}" if not isinstance(given, str) else where,
                 why="adapters are on those; what is outside of blocks is trained in full, or not at all",
                 do=f'leave it out of targets, and give train=["{OUTSIDE[name]}"] to train it',

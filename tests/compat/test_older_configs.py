@@ -382,7 +382,11 @@ def test_adapters_of_other_settings(
         ("r=16", "r=640", ["r = 640 is above the smaller side", "model.lora.r", "set r to"]),
         ("r=16", "r=0", ["r = 0", "model.lora.r"]),
         ("lora_dropout=0.1", "lora_dropout=1.5", ["lora_dropout = 1.5", "model.lora.lora_dropout"]),
-        ("r=16", "target_modules=['output']", ["no matrix 'output'", "model.lora.target_modules.0"]),
+        (
+            "r=16",
+            "target_modules=['output']",
+            ["no matrix 'output'", 'give modules_to_save=["output"] to train it', "model.lora.target_modules.0"],
+        ),
         ("r=16", "target_modules=[]", ["target_modules names no matrix", "'all-linear'"]),
         ("r=16", "target_modules=r'.*w[123]'", ["is a pattern", "list of names"]),
         ("r=16", "modules_to_save=['norm']", ["'norm' cannot be trained in full", "model.lora.modules_to_save.0"]),

@@ -134,7 +134,7 @@ def _as_written(e: ConfigError) -> ConfigError:
     text = {
         "what": e.what,
         "where": e.where.replace("model.adapter", WHERE),
-        "do": e.do.replace('"all"', "'all-linear'"),
+        "do": e.do.replace('"all"', "'all-linear'").replace("train=", "modules_to_save="),
     }
     for ours, theirs in _WRITTEN.items():
         text = {part: re.sub(rf"\b{ours}\b", theirs, value) for part, value in text.items()}

@@ -5,7 +5,7 @@
     fp8_rowwise_forward  the same, but gradients of weights in bf16; torchao calls it the most accurate
 
 torchao leaves rounding to torch.compile. torchtitan compiles whole blocks; for transformers, whose Trainer compiles
-nothing by itself, the MLPs and the projections of attention are compiled here. On CPUs products are emulated.
+nothing automatically, the MLPs and the projections of attention are compiled here. On CPUs products are emulated.
 """
 
 import torch

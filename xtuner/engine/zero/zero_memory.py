@@ -81,9 +81,8 @@ def plan_zero_memory(
         (source, optim, device, mesh.size, settings),
     )
     converted = MATMULS[source.products].swiglu_bytes
-    least = ActivationPlan(c, itemsize, converted=converted).peak_bytes(
-        min(MIN_MICRO_BATCH, pack)
-    )  # without recomputation
+    everything = ActivationPlan(c, itemsize, converted=converted)  # nothing is recomputed
+    least = everything.peak_bytes(min(MIN_MICRO_BATCH, pack))
     for summing in summing_modes(optim, device, settings):
         state, room = zero_state_bytes(*case, summing), None
         collectives = COLLECTIVE_BYTES * (mesh.size > 1) + _exchange_bytes(summing, mesh, settings)

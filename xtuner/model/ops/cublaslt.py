@@ -15,6 +15,7 @@ import torch
 
 from xtuner.core.log import logger
 
+ALIGNMENT = 16  # bytes: sums, and rows in fp8, begin at multiples of it
 WORKSPACE = 32 * 2**20  # bytes; NVIDIA's advice for Hopper
 COMPUTE_FP32 = 68
 TYPES = {torch.float32: 0, torch.bfloat16: 14, torch.float8_e4m3fn: 28}

@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
+from xtuner.model.ops.cublaslt import ALIGNMENT
 from xtuner.model.ops.elementwise_kernels import choose_warps
 
 E4M3_MAX, ZERO_BELOW = tl.constexpr(448.0), tl.constexpr(1e-30)
 TILE = 64
 STRIP = dict(STRIP=128, BT=4, num_warps=2)  # rows of a program that looks for maxima, and of one of its steps
 WIDTH, SWIGLU_WIDTH = 256, 128  # its columns
-ALIGNMENT = 16  # bytes: rows that the device's copy engine reads begin at multiples of it
 
 
 @triton.jit
@@ -232,20 +232,8 @@ def quantize_swiglu_backward(
     _swiglu_maxima[grid](*given, *largest.split(parts), T, F, **STRIP, BF=SWIGLU_WIDTH, STAGES=3)
     rows = [torch.empty_like(gate_TF, dtype=torch.float8_e4m3fn) for _ in range(2)]
     columns = [_empty_columns(gate_TF) for _ in range(3)]
-    _swiglu_both[(triton.cdiv(F, 64), triton.cdiv(T, 32))](
-        *given,
-        largest.view(torch.float32),
-        scales,
-        *rows,
-        *columns,
-        T,
-        F,
-        columns[0].stride(0),
-        room,
-        BT=32,
-        BF=64,
-        num_warps=4,
-    )
+    args = (*given, largest.view(torch.float32), scales, *rows, *columns, T, F, columns[0].stride(0), room)
+    _swiglu_both[(triton.cdiv(F, 64), triton.cdiv(T, 32))](*args, BT=32, BF=64, num_warps=4)
     gate_T, up_T, gate_F, up_F, product_F = (scale[:, None] for scale in scales.split(parts))
     gate, up = (rows[0], gate_T[:T], columns[0], gate_F), (rows[1], up_T[:T], columns[1], up_F)
     return gate, up, (columns[2], product_F)

@@ -23,7 +23,6 @@ MatmulKind = Literal["own", "fp8", "fp8_full"]  # values of `model.products`
 E4M3_MAX = 448.0
 ZERO_BELOW = 1e-30  # rows whose largest magnitude is below it get scale 1: 448 / largest would near fp32's maximum
 SIDE_MULTIPLE = 16  # both dimensions of a weight must be multiples of this
-ALIGNMENT = 16  # bytes, of sums and of rows in fp8
 
 
 class Matmul(Protocol):
@@ -279,7 +278,7 @@ def _add_product(
         if not add:
             total.zero_()
         return
-    if total.data_ptr() % ALIGNMENT:  # a part of a larger buffer
+    if total.data_ptr() % cublaslt.ALIGNMENT:  # a part of a larger buffer
         aligned = total.clone()
         _add_product(aligned, a, b, add)
         total.copy_(aligned)

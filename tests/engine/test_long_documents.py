@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -78,6 +79,46 @@ def test_more_memory_never_recomputes_more() -> None:
     for tokens in (8 * K, 32 * K):  # nothing changes where attention is kept anyway
         with_host = ActivationPlan(SEVEN.config, 2, 32 * GIB, 100 * GIB).choose_kept(tokens)
         assert with_host == ActivationPlan(SEVEN.config, 2, 32 * GIB).choose_kept(tokens)
+
+
+@pytest.mark.parametrize(
+    ("document", "ranks", "products", "host", "layers", "gain"),
+    [
+        (32, 1, "own", 60, (24, 28), 0.11),
+        (32, 1, "fp8_full", 60, (18, 23), 0.03),  # blocks take less time, in which less can be copied
+        (32, 1, "own", 20, (8, 11), 0.03),  # as much host memory as there is
+        (128, 4, "own", 60, (32, 32), 0.15),  # attention takes longer
+        (64, 1, "own", 100, (0, 0), 0.0),  # attention would have to be recomputed
+    ],
+)
+def test_factors_in_host_memory(
+    document: int, ranks: int, products: Any, host: int, layers: tuple[int, int], gain: float
+) -> None:
+    """So many layers' factors of SwiGLU that copying them takes no time of its own; estimated without attention that
+    every plan computes. Not of micro-batches that can be cut."""
+    source, tokens, optim = replace(SEVEN, products=products), document * K // ranks, wrapper("8bit")
+    free, mesh = FREE - 14 * GIB * (ranks == 4), Mesh(cp=ranks, local_size=ranks)
+
+    def plan_with(host: int) -> tuple[MemoryPlan, float]:
+        arguments: Any = dict(document=document * K, division=memory.ALL_FULL)
+        found = memory.plan_memory(source, optim, GPU, mesh, tokens, free, host=host * GIB, **arguments)
+        policies = found.activations.choose_kept(tokens)
+        cost = StepCost(source.config, tokens, 1, policies, 0, 0, 0, length=document * K, products=products)
+        return found, cost.seconds(Mesh())
+
+    (without, slower), (found, faster) = plan_with(0), plan_with(host)
+    hosted = [i for i, p in enumerate(found.activations.choose_kept(tokens)) if "gate_up" in p.on_host]
+    assert layers[0] <= len(hosted) <= layers[1]
+    assert found.activations.host_bytes(tokens) <= host * GIB
+    assert found.peak_bytes(tokens) <= free
+    assert slower / faster - 1 >= gain
+    assert found.max_tokens == without.max_tokens
+    assert not found.activations.hosts_factors(found.max_tokens or 0)
+    gaps = {b - a for a, b in pairwise(hosted)}
+    assert not gaps or max(gaps) - min(gaps) <= 1  # at equal distances
+    longer = [replace(found.activations, hosted_factors=n).choose_kept(tokens) for n in (0, 8, 16, 24, 32)]
+    recomputed = [sum(not policy.gate_up for policy in policies) for policies in longer]
+    assert recomputed == sorted(recomputed, reverse=True)
 
 
 def test_time_decides_between_host_and_recomputation() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from xtuner.model import attention, from_scratch
-from xtuner.model.activation_memory import ATTENTION_ONLY, INPUT_ON_HOST, ON_HOST
-from xtuner.model.ops.autograd_functions import KEEP_NONE, KeepPolicy
+from xtuner.model.activation_memory import ATTENTION_ONLY, FACTORS_ON_HOST, INPUT_ON_HOST, ON_HOST
+from xtuner.model.ops.autograd_functions import KEEP_ALL, KEEP_NONE, KeepPolicy
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first use; for deterministic runs
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -24,7 +24,12 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("on_gpu", "on_host", "tensors"), [(ATTENTION_ONLY, ON_HOST, 2), (KEEP_NONE, INPUT_ON_HOST, 1)]
+    ("on_gpu", "on_host", "tensors"),  # of HIDDEN
+    [
+        (ATTENTION_ONLY, ON_HOST, 2),
+        (KEEP_NONE, INPUT_ON_HOST, 1),
+        (KEEP_ALL, KeepPolicy(on_host=FACTORS_ON_HOST.on_host), 8),
+    ],
 )
 def test_copies_change_no_bit_and_wait_for_nothing(
     on_gpu: KeepPolicy, on_host: KeepPolicy, tensors: int, deterministic: None

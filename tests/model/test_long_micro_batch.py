@@ -1,6 +1,7 @@
 """One long micro-batch: tiles of tokens, activations in host memory, and the bytes that all of it takes."""
 
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from xtuner.model.ops.gradient_sums import GradientSum
 from xtuner.model.source import from_scratch
 
 TOKENS = 520
-HOST = frozenset(("input", "attention"))
+HOST, FACTORS = frozenset(("input", "attention")), frozenset(("gate_up",))
 POLICIES = [
     KEEP_ALL,
     KEEP_NONE,
@@ -33,6 +34,8 @@ POLICIES = [
     KeepPolicy(qkv=False, on_host=frozenset(("attention",))),
     KeepPolicy(qkv=False, on_host=HOST),
     KeepPolicy(qkv=False, residual=False, gate_up=False, on_host=HOST),
+    KeepPolicy(on_host=FACTORS),
+    KeepPolicy(qkv=False, residual=False, on_host=FACTORS),
 ]
 
 
@@ -58,9 +61,13 @@ def flash_like(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> to
     return FlashLike.apply(q, k, v)
 
 
-def gradients(model: CausalLM, keep: KeepPolicy, tokens: int) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(
+    model: CausalLM, keep: KeepPolicy | list[KeepPolicy], tokens: int
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients; `keep` of both layers, or of each."""
     ids = torch.randint(3, 401, (tokens,), generator=torch.Generator().manual_seed(tokens))
-    model.keep_activations(SimpleNamespace(choose_kept=lambda _: [keep] * 2))  # type: ignore[arg-type]
+    policies = keep if isinstance(keep, list) else [keep] * 2
+    model.keep_activations(SimpleNamespace(choose_kept=lambda _: policies))  # type: ignore[arg-type]
     loss = model(ids, targets=ids.roll(-1), scale=1 / tokens)
     model.zero_grad()
     loss.backward()
@@ -121,6 +128,14 @@ def test_copies_return_before_they_are_needed_and_survive_errors(monkeypatch: py
     assert gradients(model, keep, 100)[1]["output.weight"].equal(expected[1]["output.weight"])
     fetched = ["fetch"] * 3  # input, attention's output and log-sums
     assert events == ["norm", "norm", *fetched, "attention", *fetched, "norm", "norm", "attention", "norm"]
+    for policies, expected_events in (
+        ([KeepPolicy(on_host=FACTORS)] * 2, "norm fetch fetch fetch fetch norm attention norm norm attention norm"),
+        ([KeepPolicy(on_host=FACTORS), KEEP_ALL], "norm fetch fetch norm attention norm norm attention norm"),
+    ):  # both factors; of a block behind one that has them on the GPU, as soon as its backward begins
+        events.clear()
+        found = gradients(model, policies, 100)
+        assert all(g.equal(expected[1][n]) for n, g in found[1].items())
+        assert " ".join(events) == expected_events
 
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -220,6 +235,8 @@ def allocate_like_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(elementwise, name, function)
     monkeypatch.setattr(loss, "cross_entropy_", lambda logits, targets, scale: logits[:, 0].float())
     monkeypatch.setattr(saved_tensors, "address", lambda t: 2**20 * t.untyped_storage()._cdata + t.storage_offset())
+    event = SimpleNamespace(wait=lambda: None)  # as on GPUs: what is sent exists until a copy's end is waited for
+    monkeypatch.setattr(saved_tensors.HostMemory, "on_stream", lambda self, device: nullcontext(event))
     chunks = torch.empty(2**34, dtype=torch.uint8, device="meta").split(saved_tensors.CHUNK)
     monkeypatch.setattr(saved_tensors.HostMemory, "_take_chunks", lambda self, count, pinned: list(chunks[:count]))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from xtuner.engine.gpu_kinds import MEASURED, GpuKind
-from xtuner.engine.step_time import OVERHEAD_TOKENS
+from xtuner.engine.step_time import OVERHEAD_TOKENS, PRODUCT_SHARES
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import matmul_parameters, num_parameters
 
@@ -18,7 +18,6 @@ ATTENTION_TOKEN = 1.75e-11  # seconds for each token, layer and query channel; i
 ATTENTION_PAIR = 1.2e-14  # for each of the Σ len² of documents, layer and query channel
 ELEMENTWISE = 5.7e-12  # seconds for each token and each of L·(4H + F) + V numbers, with copies
 OPTIMIZER = 0.73e-12  # seconds for each parameter and byte of its state
-PRODUCT_SHARES = {"own": 1.0, "fp8": 0.786, "fp8_full": 0.68}  # of the time of products in bf16, with the rounding
 LAUNCHES = 10e-3  # seconds without kernels in an iteration
 LAUNCHES_EACH = 4e-3  # and for each micro-batch
 

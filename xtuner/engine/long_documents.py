@@ -17,6 +17,7 @@ from xtuner.optim.optim_wrapper import OptimWrapper
 
 HOST_RESERVE = 4 * 2**30  # bytes of host memory for each rank's process and loader, and as much for the rest
 STEP = 1024  # tokens, of limits in messages
+COUNTS = 16  # of layers with factors in host memory, that are considered
 
 
 def min_host_bytes(source: ModelSource, optim: OptimWrapper, device: torch.device, mesh: Mesh) -> int:
@@ -33,21 +34,26 @@ def min_host_bytes(source: ModelSource, optim: OptimWrapper, device: torch.devic
 
 
 def plan_activations(
-    c: DecoderConfig, itemsize: int, room: int, host: int, document: int, sharers: int, **needs: int
+    c: DecoderConfig, itemsize: int, room: int, host: int, document: int, sharers: int, products: str, **needs: int
 ) -> ActivationPlan:
-    """The faster plan for the longest document, with host memory or without, of those that fit.
+    """The fastest plan for the longest document, without host memory or with some, of those that fit.
 
     Args:
         document: its tokens.
         sharers: ranks that share it.
+        products: kind of products of blocks.
         needs: `extra` and `converted` of `ActivationPlan`.
     """
-    tokens = -(-document // sharers)
-    plans = [ActivationPlan(c, itemsize, room, bytes_, sharers, **needs) for bytes_ in dict.fromkeys((0, host))]
-    fitting = [plan for plan in plans if plan.peak_bytes(tokens) <= room] or plans[-1:]
+    tokens, layers = -(-document // sharers), c.num_layers
+    plans = [ActivationPlan(c, itemsize, room, 0, sharers, **needs)]
+    if host:
+        counts = range(0, layers + 1, max(layers // COUNTS, 1))
+        plans += [ActivationPlan(c, itemsize, room, host, sharers, hosted_factors=n, **needs) for n in counts]
+    fitting = [plan for plan in plans if plan.peak_bytes(tokens) <= room] or plans[:2][-1:]
 
     def seconds(plan: ActivationPlan) -> float:
-        return StepCost(c, tokens, 1, plan.choose_kept(tokens), 0, 0, 0, itemsize, document).seconds(Mesh())
+        kept = plan.choose_kept(tokens)
+        return StepCost(c, tokens, 1, kept, 0, 0, 0, itemsize, document, products=products).seconds(Mesh())
 
     return min(fitting, key=seconds)
 

@@ -23,6 +23,7 @@ from xtuner.model.activation_memory import KEEP_ORDER, ActivationPlan
 from xtuner.model.adapters.lora import LoRA
 from xtuner.model.flops import num_parameters
 from xtuner.model.ops.matmul import MATMULS
+from xtuner.model.ops.saved_tensors import FACTORS
 from xtuner.model.source import ModelSource
 from xtuner.optim.adamw import FORMS
 from xtuner.optim.optim_wrapper import OptimWrapper
@@ -130,8 +131,8 @@ class MemoryPlan:
         details = f"activations kept (of {len(policies)} layers): "
         details += ", ".join(f"{name} {count}" for name, count in kept.items())
         if hosted := self.activations.host_bytes(tokens):
-            kinds = {name: sum(name in p.on_host for p in policies) for name in ("input", "attention")}
-            counts = ", ".join(f"{name} {count}" for name, count in kinds.items())
+            kinds = {name: sum(name in p.on_host for p in policies) for name in ("input", "attention", FACTORS)}
+            counts = ", ".join(f"{name} {count}" for name, count in kinds.items() if count)
             details += f"; of these in host memory: {counts}, {human_bytes(hosted)} for each rank"
         return details
 
@@ -208,7 +209,7 @@ def plan_memory(
     for d in divisions:
         state = state_bytes(source, optim, device, mesh, d)
         room = max(free - state - RESERVE_BYTES - collectives, 0)
-        activations = plan_activations(c, itemsize, room, host, longest, mesh.cp, **needs)
+        activations = plan_activations(c, itemsize, room, host, longest, mesh.cp, source.products, **needs)
         for max_tokens in [optim.micro_batch] if optim.micro_batch else candidate_sizes(activations, pack):
             parts = optim.accumulative_counts * -(-pack // max_tokens)
             cost = StepCost(
@@ -222,6 +223,7 @@ def plan_memory(
                 weight_bytes=itemsize,
                 sent_weights=held.total,
                 frozen=source.frozen_products,
+                products=source.products,
             )
             libraries = LIBRARY_BYTES + collectives
             seconds = cost.seconds(mesh)
@@ -235,7 +237,10 @@ def plan_memory(
     efficient = [
         plan
         for plan, size in zip(candidates, sizes, strict=True)
-        if size >= min(MIN_MICRO_BATCH, pack) and plan.fits(size) and plan.fits(row)
+        if size >= min(MIN_MICRO_BATCH, pack)
+        and plan.fits(size)
+        and plan.fits(row)
+        and not plan.activations.hosts_factors(size)  # only of documents that cannot be cut
     ]
     return pick_fastest(efficient or candidates, pack)
 

@@ -14,8 +14,10 @@ from xtuner.model.activation_memory import kept_bytes_per_token
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.flops import matmul_parameters, num_parameters
 from xtuner.model.ops.autograd_functions import KeepPolicy
+from xtuner.model.ops.saved_tensors import FACTORS
 
 FLOPS = 700e12  # per second, in large bf16 products
+PRODUCT_SHARES = {"own": 1.0, "fp8": 0.786, "fp8_full": 0.68}  # of the time of products in bf16, with the rounding
 OVERHEAD_TOKENS = 300  # a micro-batch of m tokens takes as long as m + 300: gradient additions, short kernels
 WITHIN_NODE = 300e9  # bytes per second and GPU, in collectives of 1 GiB over NVLink
 BETWEEN_NODES = 45e9  # bytes per second and GPU, with one 400 Gbit/s card per GPU
@@ -26,6 +28,7 @@ WAIT_SHARE = 0.02  # of compute time: waits between ranks, if they synchronize i
 ATTENTION_SHARE = 0.3  # time of attention's forward relative to a block's products, at least, for long documents
 ATTENTION_FORWARD = 600e12  # FLOPs per second of attention's forward alone
 HOST_LINK = 50e9  # bytes per second and GPU, to or from pinned host memory
+HIDDEN_SHARE = 0.9  # of what is computed meanwhile, so that estimated copies are not the last to end
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class StepCost:
         gradient_bytes, weight_bytes: of one element; of gradients on average, where not all weights have one.
         sent_weights: bytes of all weights, if that is not `weight_bytes` of each.
         frozen: weights that tokens are multiplied by and that have no gradient.
-        length: tokens of a document, for attention that is recomputed.
+        length: tokens of a document, for attention that is recomputed, or computed while copies run.
+        products: kind of products of blocks.
     """
 
     config: DecoderConfig
@@ -55,9 +59,10 @@ class StepCost:
     length: int = 0
     sent_weights: float | None = None
     frozen: int = 0
+    products: str = "own"
 
     def seconds(self, mesh: Mesh) -> float:
-        compute = self._matmul_seconds() + self._recompute_seconds() + self._fetch_seconds()
+        compute = self._matmul_seconds() + self._recompute_seconds() + self._fetch_seconds() + self._factor_seconds()
         communication = self._sent_bytes() * (1 - 1 / mesh.shard_size) / link_speed(mesh)
         overlapped = min(communication, compute)
         if mesh.dp_replicate > 1:  # after the last backward: all-reduce of each rank's rows over the replicas
@@ -76,21 +81,35 @@ class StepCost:
         qkv, output = c.hidden_size * c.qkv_width, c.hidden_size * c.query_width
         gate_up = 2 * c.hidden_size * c.intermediate_size
         attention = 2 * c.query_width * self.length / ATTENTION_FORWARD * FLOPS / 2  # as weights
-        weights = 0.0
+        share, weights = PRODUCT_SHARES[self.products], 0.0
         for kept in self.policies:
             if kept.attention:
-                weights += qkv * (not kept.qkv) + output * (not kept.residual) + gate_up * (not kept.gate_up)
+                weights += share * (qkv * (not kept.qkv) + output * (not kept.residual) + gate_up * (not kept.gate_up))
             else:
                 projections = qkv + output + gate_up
-                weights += projections + max(ATTENTION_SHARE * projections, attention)
+                weights += share * projections + max(ATTENTION_SHARE * projections, attention)
         return 2 * weights * self.tokens / FLOPS
 
     def _fetch_seconds(self) -> float:
-        """What a block has on the host arrives while the block behind it multiplies with `wqkv`."""
+        """Input and attention's output arrive while the block behind multiplies with `wqkv`."""
         c, size = self.config, kept_bytes_per_token(self.config, self.weight_bytes)
         hidden = 4 * c.hidden_size * c.qkv_width / FLOPS
-        fetched = (sum(size[name] for name in kept.on_host) / HOST_LINK for kept in self.policies)
+        fetched = (sum(size[name] for name in kept.on_host - {FACTORS}) / HOST_LINK for kept in self.policies)
         return self.tokens * sum(max(seconds - hidden, 0.0) for seconds in fetched)
+
+    def _factor_seconds(self) -> float:
+        """Factors of SwiGLU are sent while all blocks compute forward; they arrive during the backward of attention of
+        the block behind, or of blocks that have theirs on the GPU."""
+        c, layers = self.config, len(self.policies)
+        hosted = sum(FACTORS in kept.on_host for kept in self.policies)
+        copied = hosted * kept_bytes_per_token(c, self.weight_bytes)[FACTORS] / HOST_LINK
+        speed = FLOPS / PRODUCT_SHARES[self.products]
+        attention = 2 * c.query_width * self.length / ATTENTION_FORWARD
+        projections, mlp = c.hidden_size * (c.qkv_width + c.query_width), 3 * c.hidden_size * c.intermediate_size
+        forward = 2 * (projections + mlp) / speed + attention
+        around_mlp = 4 * projections / speed + 2.5 * attention
+        backward = layers * around_mlp + (layers - hosted) * 4 * mlp / speed
+        return self.tokens * sum(max(copied - HIDDEN_SHARE * time, 0.0) for time in (layers * forward, backward))
 
     def _sent_bytes(self) -> float:
         """Bytes of full weights and gradients."""

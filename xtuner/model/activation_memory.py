@@ -3,7 +3,8 @@
 Recomputing costs time in proportion to what was not kept. For projections every kept byte saves the same time (H/2
 multiplications); for attention it saves more, the longer the documents. So attention is kept first, then the others.
 Where some layers would have to recompute attention, their inputs and attention's outputs are kept in host memory
-instead, as many layers' as necessary: copying takes less time than recomputing, at any length.
+instead, as many layers' as necessary: copying takes less time than recomputing, at any length. Where attention is kept,
+some layers' factors of SwiGLU may be in host memory, as many as can be copied while blocks compute.
 """
 
 from collections import Counter
@@ -14,12 +15,14 @@ from functools import lru_cache
 from xtuner.families.network import DecoderConfig
 from xtuner.model.loss import chunk_tokens
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KEEP_NONE, KeepPolicy
+from xtuner.model.ops.saved_tensors import FACTORS
 from xtuner.model.ops.swiglu import TILE, split_tokens
 
 KEEP_ORDER = ("attention", "qkv", "residual", "gate_up")  # fields of KeepPolicy, the most worthwhile first
 ATTENTION_ONLY = replace(KEEP_NONE, attention=True)
 ON_HOST = replace(ATTENTION_ONLY, on_host=frozenset(("input", "attention")))
 INPUT_ON_HOST = replace(KEEP_NONE, on_host=frozenset(("input",)))
+FACTORS_ON_HOST = replace(KEEP_NONE, gate_up=True, on_host=frozenset((FACTORS,)))  # where attention is kept as well
 
 
 def kept_bytes_per_token(c: DecoderConfig, itemsize: int) -> dict[str, int]:
@@ -64,13 +67,15 @@ def exact_bytes(
     h, f, queries, keys = c.hidden_size, c.intermediate_size, c.query_width, c.num_kv_heads * c.head_dim
     tile = split_tokens(tokens)[0].stop
     fetched = sum(size[name] for name in keep.on_host) + size["input"] * (keep.on_host == INPUT_ON_HOST.on_host)
+    sent = size[FACTORS] if FACTORS in keep.on_host else 0  # while the next block, or the loss, is computed
     # of tokens: gradients of the output and the normed input, and this input; of a tile: the product, its part
     mlp = 3 * itemsize * h * tokens + itemsize * tile * (f + h * (tile < tokens)) + converted * tile * f
     mlp += size["residual"] * (not keep.residual) + 2 * itemsize * f * tile * (not keep.gate_up)
     # gradients of the block's output, of o, and of q, k, v; FlashAttention sums dq (and dk, dv of shared heads) in fp32
     attention = tokens * (itemsize * (h + 2 * queries + 2 * keys) + 4 * (queries + 2 * keys))
     attention += size["qkv"] * (not keep.qkv)
-    attention -= sum(size[name] for name in ("residual", "gate_up") if getattr(keep, name))  # are no longer needed
+    no_longer_needed = [name for name in ("residual", "gate_up") if getattr(keep, name) and name not in keep.on_host]
+    attention -= sum(size[name] for name in no_longer_needed)
     if sharers > 1 and c.num_kv_heads <= sharers:  # heads are exchanged in one turn, those of keys with copies
         copies = max(sharers - c.num_kv_heads, 0) * c.head_dim * tokens
         attention += size["qkv"] + 2 * copies * (3 * itemsize + 4)
@@ -79,7 +84,7 @@ def exact_bytes(
         attention += size["attention"]
     # the last block's output, its norm, and the gradient of that; then a chunk of logits, or another gradient
     loss = itemsize * (3 * tokens * h + max(min(tokens, chunk_tokens(c.vocab_size)) * c.vocab_size, tokens * h))
-    return max(loss, max(mlp, attention) + fetched) + 4 * tokens * c.head_dim
+    return max(loss + sent, max(mlp, attention) + fetched) + 4 * tokens * c.head_dim
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class ActivationPlan:
         itemsize: bytes of a number in the compute dtype.
         room: bytes; None keeps everything, 0 only each block's input.
         host: bytes of host memory that activations may use.
+        hosted_factors: in how many layers at most both factors of SwiGLU may be kept there.
         sharers: ranks that share each document (context parallelism).
         extra: bytes of a token that an adapter needs while it computes.
         converted: see `exact_bytes`.
@@ -102,6 +108,7 @@ class ActivationPlan:
     sharers: int = 1
     extra: int = 0
     converted: int = 0
+    hosted_factors: int = 0
 
     def choose_kept(self, tokens: int) -> list[KeepPolicy]:
         """What each layer keeps, for a micro-batch of so many tokens."""
@@ -126,6 +133,10 @@ class ActivationPlan:
         """Bytes of host memory that a micro-batch needs."""
         size = kept_bytes_per_token(self.config, self.itemsize)
         return tokens * sum(size[name] for policy in self.choose_kept(tokens) for name in policy.on_host)
+
+    def hosts_factors(self, tokens: int) -> bool:
+        """Whether layers keep factors of SwiGLU in host memory."""
+        return any(FACTORS in policy.on_host for policy in self.choose_kept(tokens))
 
     def largest_peak(self, longest: int) -> int:
         """Most bytes that a micro-batch of up to `longest` tokens needs: a larger one may need less than a smaller one,
@@ -156,15 +167,50 @@ def _choose_kept(plan: ActivationPlan, tokens: int) -> tuple[KeepPolicy, ...]:
     if plan.room is None:
         return (KEEP_ALL,) * plan.config.num_layers
     on_gpu = _keep_on_gpu(plan, tokens, plan.room)
-    if on_gpu[-1].attention or not plan.host:
+    if not plan.host:
         return on_gpu
-    return _keep_on_host(plan, tokens, plan.room)
+    if not on_gpu[-1].attention:
+        return _keep_on_host(plan, tokens, plan.room)
+    return _keep_factors_on_host(plan, tokens, plan.room, on_gpu)
 
 
-def _keep_on_gpu(plan: ActivationPlan, tokens: int, room: int) -> tuple[KeepPolicy, ...]:
-    """Each kind in as many layers as fit, the first ones; no more than keep the kind before it."""
+def _keep_factors_on_host(
+    plan: ActivationPlan, tokens: int, room: int, on_gpu: tuple[KeepPolicy, ...]
+) -> tuple[KeepPolicy, ...]:
+    """In as few layers as it takes to recompute nothing, or in as many as are allowed; `on_gpu` without host memory."""
+
+    def keep_with(count: int) -> tuple[KeepPolicy, ...]:
+        return _keep_on_gpu(plan, tokens, room, spread_layers(count, plan.config.num_layers))
+
+    each = tokens * kept_bytes_per_token(plan.config, plan.itemsize)[FACTORS]
+    fewest, count = 0, min(plan.hosted_factors, plan.host // each)
+    if not count or all(policy.gate_up for policy in on_gpu):
+        return on_gpu
+    found = keep_with(count)
+    if not found[-1].attention or plan.bytes_with(found, tokens) > room:  # what is being copied takes memory as well
+        return on_gpu
+    while all(policy.gate_up for policy in found) and count - fewest > 1:
+        middle = (fewest + count) // 2
+        fewer = keep_with(middle)
+        if all(policy.gate_up for policy in fewer):
+            count, found = middle, fewer
+        else:
+            fewest = middle
+    return found
+
+
+def spread_layers(count: int, layers: int) -> frozenset[int]:
+    """So many layers at equal distances, without the last if there is a choice: its backward begins at once."""
+    return frozenset(i * layers // count for i in range(count))
+
+
+def _keep_on_gpu(
+    plan: ActivationPlan, tokens: int, room: int, hosted: frozenset[int] = frozenset()
+) -> tuple[KeepPolicy, ...]:
+    """Each kind in as many layers as fit, the first ones; no more than keep the kind before it. Factors of SwiGLU of
+    the layers `hosted` are in host memory."""
     layers = most = plan.config.num_layers
-    chosen = [KEEP_NONE] * layers
+    chosen = [FACTORS_ON_HOST if i in hosted else KEEP_NONE for i in range(layers)]
     size = kept_bytes_per_token(plan.config, plan.itemsize)
     for name in KEEP_ORDER:
         distinct = {id(policy): policy for policy in chosen}
@@ -175,7 +221,8 @@ def _keep_on_gpu(plan: ActivationPlan, tokens: int, room: int) -> tuple[KeepPoli
             continue
         left = max(room - plan.bytes_with(chosen, tokens), 0)
         most = min(most, left // (size[name] * tokens))
-        chosen[:most] = everywhere[:most]
+        added = set([i for i in range(layers) if not getattr(chosen[i], name)][:most])
+        chosen = [everywhere[i] if i in added else policy for i, policy in enumerate(chosen)]
     return tuple(chosen)
 
 

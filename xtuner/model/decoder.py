@@ -166,7 +166,8 @@ class FeedForward(nn.Module):
         into = tuple(w.gradient_sums.get(key) for key in ("weight", "bias") for w in parts)
         recipe, matmul = autograd_functions.get_recipe(x_TH), parts[0].current_matmul()
         terms, of_terms = zip(*(w.low_rank_term() for w in parts), strict=True)
-        kept, tensors = (keep.gate_up, keep.output), [tensor for held in of_terms for tensor in held]
+        kept = keep.gate_up, keep.output, keep.saver
+        tensors = [tensor for held in of_terms for tensor in held]
         return SwiGLUFunction.apply(x_TH, add_TH, *weights, *biases, recipe, matmul, into, *kept, terms, *tensors)
 
 

@@ -36,8 +36,8 @@ class KeepPolicy:
 
     Args:
         attention: without it nothing else is kept: the whole block is recomputed.
-        on_host: which of "input" and "attention" are kept in host memory. With "attention", `qkv` is False: a GPU with
-            room for q, k and v would have room for attention's output.
+        on_host: which of "input", "attention" and "gate_up" are kept in host memory. With "attention", `qkv` is False:
+            a GPU with room for q, k and v would have room for attention's output.
         output: False while a block is recomputed: then nothing reads its output, which is not computed.
         saver: while the block computes, the hooks that keep them there (saved_tensors.py).
     """

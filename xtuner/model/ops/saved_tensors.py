@@ -1,11 +1,13 @@
 """What autograd saves of a block, elsewhere than in GPU memory: recomputed, or kept in pinned host memory.
 
     forward    block i            │ copied to the host meanwhile: its input, then its attention's output
-    backward   block i, attention │
-               block i, the rest  │ copied back meanwhile: what block i − 1 has on the host
+               block i + 1        │ both factors of block i's SwiGLU
+    backward   block i, MLP       │
+               block i, attention │ copied back meanwhile: both factors of block i − 1
+               block i, the rest  │ input and attention's output of block i − 1
 
-A copy back waits for attention's backward, which needs the most memory. What is computed is bit for bit the same.
-Copies run on a stream of their own; on CPUs they are plain copies.
+The latter wait for attention's backward, which needs the most memory; both factors take longer than the rest of a
+block. What is computed is bit for bit the same. Copies run on a stream of their own; on CPUs they are plain copies.
 """
 
 import weakref
@@ -19,6 +21,7 @@ import torch
 from xtuner.core.log import human_bytes, logger
 from xtuner.model.ops.autograd_functions import KeepPolicy, Tensors
 
+FACTORS = "gate_up"
 CHUNK = 2**24  # bytes; host memory is handed out in chunks, so that tensors of any size reuse it
 ARENA = 2**28  # bytes allocated at once: pinning takes milliseconds for each call
 
@@ -32,17 +35,18 @@ class HostMemory:
         self._is_exhausted = False
         self._free: list[torch.Tensor] = []
         self._stream: Any = None
-        self._sending: list[tuple[torch.Tensor, Any]] = []  # tensors that are being copied, and the ends of the copies
+        self._sending: list[tuple[str, torch.Tensor, Any]] = []  # kind, tensor, end of the copy
         self._last: Callable[[], BlockTensors | None] = lambda: None  # of the block that computed last
 
     @contextmanager
     def save(self, x_TH: torch.Tensor, keep: KeepPolicy) -> Iterator[KeepPolicy]:
         """Inside, a block with this input saves tensors as `keep` says, if it passes on what this yields."""
-        self.finish_sending()
-        if not keep.on_host or not torch.is_grad_enabled():
+        self.finish_sending(factors=False)
+        before = self._last()
+        if not (keep.on_host or before) or not torch.is_grad_enabled():
             yield keep
             return
-        block = BlockTensors(self, keep.on_host, self._last())
+        block = BlockTensors(self, keep.on_host, before)
         self._last = weakref.ref(block)
         try:
             if "input" in keep.on_host:
@@ -52,7 +56,7 @@ class HostMemory:
         finally:
             block.forget_addresses()
 
-    def put(self, tensor: torch.Tensor) -> "HostTensor | None":
+    def put(self, tensor: torch.Tensor, kind: str) -> "HostTensor | None":
         """Start to copy a contiguous tensor; None if there is no memory for it."""
         chunks = self._take_chunks(-(-tensor.nbytes // CHUNK), pinned=tensor.is_cuda)
         if chunks is None:
@@ -62,7 +66,7 @@ class HostMemory:
             for piece, chunk in zip(_bytes(tensor).split(CHUNK), chunks, strict=True):
                 chunk[: len(piece)].copy_(piece, non_blocking=True)
         if done:
-            self._sending.append((tensor.detach(), done))
+            self._sending.append((kind, tensor.detach(), done))
         return found
 
     @contextmanager
@@ -79,11 +83,15 @@ class HostMemory:
             yield done
             done.record()
 
-    def finish_sending(self) -> None:
-        """Release the tensors that have been sent. Their memory is reused on this stream: it waits for the copies."""
+    def finish_sending(self, factors: bool = True) -> None:
+        """Release the tensors that have been sent, with or without factors of SwiGLU. Their memory is reused on this
+        stream: it waits for the copies."""
         sending, self._sending = self._sending, []
-        for tensor, done in sending:
-            torch.cuda.current_stream(tensor.device).wait_event(done)
+        for kind, tensor, done in sending:
+            if kind == FACTORS and not factors:
+                self._sending.append((kind, tensor, done))
+            else:
+                done.wait()
 
     def give_back(self, chunks: list[torch.Tensor]) -> None:
         self._free += chunks
@@ -135,8 +143,8 @@ class HostTensor:
         return self._copy
 
     def _wait(self) -> None:
-        if self._arrived is not None and self._copy is not None:
-            torch.cuda.current_stream(self._copy.device).wait_event(self._arrived)
+        if self._arrived is not None:
+            self._arrived.wait()
             self._arrived = None
 
     def __del__(self) -> None:
@@ -148,6 +156,7 @@ class BlockTensors:
     """Hooks of autograd for one forward of a block and its backward.
 
     Args:
+        on_host: kinds of tensors, as in `KeepPolicy`; none for a block whose backward only starts copies for the next.
         before: those of the block before, whose backward is next.
     """
 
@@ -160,9 +169,17 @@ class BlockTensors:
 
     def put_on_host(self, tensor: torch.Tensor, kind: str) -> None:
         """Keep this tensor, and views of all of it, on the host instead of its device."""
-        if tensor.numel() and tensor.is_contiguous() and (found := self._memory.put(tensor)):
+        if tensor.numel() and tensor.is_contiguous() and (found := self._memory.put(tensor, kind)):
             self._known[address(tensor)] = tensor, found
             self._tensors.setdefault(kind, []).append(weakref.ref(found))
+
+    @property
+    def sends_factors(self) -> bool:
+        return FACTORS in self._on_host
+
+    def make_room_for_factors(self) -> None:
+        """Wait for copies of the block before's, so that this block's take their memory."""
+        self._memory.finish_sending()
 
     def forget_addresses(self) -> None:
         self._known.clear()
@@ -176,24 +193,31 @@ class BlockTensors:
     def pack_of_attention(self, tensor: torch.Tensor) -> Any:
         """`pack` for what attention saves in addition to q, k and v."""
         if "attention" in self._on_host and tensor.is_floating_point() and address(tensor) not in self._known:
-            self._memory.finish_sending()  # of the block's input
+            self._memory.finish_sending(factors=False)  # of the block's input
             self.put_on_host(tensor, "attention")
         return self.pack(tensor)
 
     def unpack(self, packed: Any) -> torch.Tensor:
+        before = self._before()
+        if before and not self._has(FACTORS):
+            before.start_fetch(factors=True)
         if isinstance(packed, torch.Tensor):
             return packed
         found, shape, stride = packed
         tensor: torch.Tensor = found.fetch().as_strided(shape, stride)
-        if not any(ref() for ref in self._tensors.get("attention", [])) and (before := self._before()):
-            before.start_fetch()
+        if before and not self._has("attention"):
+            before.start_fetch(factors=False)
         return tensor
 
-    def start_fetch(self) -> None:
-        for refs in self._tensors.values():
-            for ref in refs:
+    def start_fetch(self, factors: bool) -> None:
+        for kind, refs in self._tensors.items():
+            for ref in refs if (kind == FACTORS) == factors else ():
                 if tensor := ref():
                     tensor.start_fetch()
+
+    def _has(self, kind: str) -> bool:
+        """Whether the backward still needs a tensor of this kind."""
+        return any(ref() for ref in self._tensors.get(kind, []))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from xtuner.model.ops.autograd_functions import Optionals, Recipe
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient
 from xtuner.model.ops.low_rank import LowRankTerm, Projection
 from xtuner.model.ops.matmul import Matmul, PreparedColumns, PreparedRows
+from xtuner.model.ops.saved_tensors import FACTORS, BlockTensors
 
 Terms = tuple[LowRankTerm | None, ...]
 TILE = 32768  # tokens: products gain nothing from more, and reading weights and gradient sums costs little for each
@@ -99,6 +100,7 @@ class SwiGLUFunction(torch.autograd.Function):
         into: gradient sums of w1, w3, w2 and of their biases.
         keep: whether the two factors are kept, else they are recomputed.
         output: False if nothing reads the output, which is not computed then.
+        saver: keeps the two factors in host memory.
         terms: low-rank terms of w1, w3, w2, or None; `tensors` are those of all.
     """
 
@@ -118,16 +120,21 @@ class SwiGLUFunction(torch.autograd.Function):
         into: tuple[GradientSum | None, ...],
         keep: bool,
         output: bool,
+        saver: BlockTensors | None = None,
         terms: Terms = (None, None, None),
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
         kept: list[torch.Tensor] = []
         out: Any = None if output else add_TH.view_as(add_TH)
         p1, p3, p2 = _projections(matmul, (w1, w3, w2), (b1, b3, b2), terms, tensors)
+        if saver := saver if keep and saver and saver.sends_factors else None:
+            saver.make_room_for_factors()
         for i, tile in enumerate(split_tokens(len(x_TH)) if keep or output else ()):
             x = x_TH[tile]
             rows = matmul.prepare(x)
             gate, up = p1.forward(rows, x, None, i), p3.forward(rows, x, None, i)
+            for factor in (gate, up) if saver else ():
+                saver.put_on_host(factor, FACTORS)
             if output:
                 product: Any = e.swiglu(gate, up) if p2.term else None
                 rows = matmul.prepare(product) if p2.term else matmul.prepare_swiglu(gate, up)
@@ -196,4 +203,4 @@ class SwiGLUFunction(torch.autograd.Function):
             dx_TH = put_rows(dx_TH, tile, part, d_TH)
         taken = (dw1.take(), dw3.take(), dw2.take(), *(d.take() for d in d_biases))
         of_terms = [gradient for p in projections for gradient in p.gradients()]
-        return dx_TH, d_TH, *taken, None, None, None, None, None, None, *of_terms
+        return dx_TH, d_TH, *taken, *[None] * 7, *of_terms

@@ -133,8 +133,9 @@ class SwiGLUFunction(torch.autograd.Function):
             x = x_TH[tile]
             rows = matmul.prepare(x)
             gate, up = p1.forward(rows, x, None, i), p3.forward(rows, x, None, i)
-            for factor in (gate, up) if saver else ():
-                saver.put_on_host(factor, FACTORS)
+            if saver:
+                saver.put_on_host(gate, FACTORS)
+                saver.put_on_host(up, FACTORS)
             if output:
                 product: Any = e.swiglu(gate, up) if p2.term else None
                 rows = matmul.prepare(product) if p2.term else matmul.prepare_swiglu(gate, up)

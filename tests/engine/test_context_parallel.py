@@ -50,6 +50,7 @@ CASES = [  # ranks, cp, --deepspeed, --fsdp, heads, bytes for activations
     (4, 4, None, "full", "one kv head", 0),
     (4, 2, None, "full", "uneven", 30_000),
     (4, 4, None, "full", "uneven", 60_000),
+    (4, 4, None, "full", "uneven", 80_000),
     (4, 2, "deepspeed_zero3", None, "grouped", None),
     (4, 4, "deepspeed_zero2", None, "grouped", 30_000),
     (4, 4, None, "full", "fewer than ranks", 0),
@@ -105,8 +106,9 @@ def make(heads: str, room: int | None, cp: int = 1, zero: str | None = None, fsd
     choice = select.choose_strategy(source, optim, CPU, zero, fsdp, mesh, PACK)
     strategy: Any = select.build_strategy(choice, source, optim, CPU)
     strategy.memory = replace(strategy.memory, max_tokens=40 // cp)  # several micro-batches a pack
-    host = 2**20 * (room == 30_000)  # then attention's outputs are in host memory instead of recomputed
-    strategy.model.keep_activations(ActivationPlan(source.config, 4, room, host, cp))
+    # then attention's outputs are in host memory instead of recomputed, and factors of SwiGLU
+    host = 2**20 * (room in (30_000, 80_000))
+    strategy.model.keep_activations(ActivationPlan(source.config, 4, room, host, cp, hosted_factors=2))
     return strategy
 
 

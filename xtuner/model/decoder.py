@@ -20,12 +20,12 @@ from xtuner.families.network import DecoderConfig
 from xtuner.model import attention
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.context_parallel.shared_documents import SharedDocuments
-from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, TiedHead, apply_linear
+from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, TiedHead, apply_linear, common_matmul, has_hooks
 from xtuner.model.ops import autograd_functions
 from xtuner.model.ops.attention_backends import Attend, AttendPrefixes
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy, Recomputed
 from xtuner.model.ops.low_rank import DropoutSeed
-from xtuner.model.ops.matmul import MATMULS
+from xtuner.model.ops.matmul import MATMULS, PLAIN, Matmul
 from xtuner.model.ops.quantized import Dequantizer
 from xtuner.model.ops.saved_tensors import HostMemory, recompute_saved
 from xtuner.model.ops.swiglu import TILE, SwiGLUFunction
@@ -112,6 +112,10 @@ class Attention(nn.Module):
                 o_TND = self.attend(q_TND, k_TKD, v_TKD, layout.cu_seqlens, layout.max_seqlen)
         return self.wo(o_TND.reshape(len(x_TH), -1))
 
+    def input_matmul(self) -> Matmul:
+        """How products read the input, if nothing else does."""
+        return common_matmul((self.wqkv,))
+
     def split_heads(
         self, qkv: torch.Tensor, layout: DocumentLayout, keep: bool, recomputed: Recomputed
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -170,6 +174,10 @@ class FeedForward(nn.Module):
         tensors = [tensor for held in of_terms for tensor in held]
         return SwiGLUFunction.apply(x_TH, add_TH, *weights, *biases, recipe, matmul, into, *kept, terms, *tensors)
 
+    def input_matmul(self) -> Matmul:
+        """How products read the input, if nothing else does."""
+        return common_matmul((self.w1, self.w3))
+
 
 class Block(nn.Module):
     """Attention and MLP, each applied to the norm of the residual stream and added to it.
@@ -206,10 +214,20 @@ class Block(nn.Module):
     def compute(
         self, x_TH: torch.Tensor, layout: DocumentLayout, cache: LayerCache | None, keep: KeepPolicy
     ) -> torch.Tensor:
-        x_TH, normed_TH = self.attention_norm(x_TH)
+        x_TH, normed_TH = _apply_norm(self.attention_norm, self.attention, x_TH)
         attended_TH = self.attention(normed_TH, layout, cache, keep)
-        x_TH, normed_TH = self.ffn_norm(x_TH, attended_TH, keep.residual)
+        x_TH, normed_TH = _apply_norm(self.ffn_norm, self.feed_forward, x_TH, attended_TH, keep.residual)
         return self.feed_forward(normed_TH, x_TH, keep)
+
+
+def _apply_norm(
+    norm: nn.Module, reader: nn.Module, x_TH: torch.Tensor, *args: torch.Tensor | bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm(x, …), in the form that its only reader needs: its products if both are as defined here."""
+    if isinstance(norm, RMSNorm) and norm.is_plain() and isinstance(reader, Attention | FeedForward):
+        unchanged = type(reader).forward in (Attention.forward, FeedForward.forward) and not has_hooks(reader)
+        return norm(x_TH, *args, matmul=reader.input_matmul() if unchanged else PLAIN)
+    return norm(x_TH, *args)
 
 
 class Decoder(nn.Module):

@@ -5,7 +5,7 @@ take effect wherever the network is used.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -18,16 +18,17 @@ from xtuner.model.ops.matmul import PLAIN, Matmul
 from xtuner.model.ops.quantized import Dequantizer
 
 
+def has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks)
+
+
 class GradientSumModule(nn.Module):
     """A module that adds the gradients of its parameters to its own sums (ops/gradient_sums.py)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gradient_sums: dict[str, GradientSum] = {}  # by parameter of this module; one without a sum uses autograd
-
-    def has_hooks(self) -> bool:
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return bool(hooks)
 
 
 class LowRank(GradientSumModule):
@@ -142,10 +143,17 @@ class Linear(GradientSumModule):
 
     def is_plain(self) -> bool:
         """Whether a call runs the `forward` above and nothing else."""
-        return type(self).forward is Linear.forward and not self.has_hooks()
+        return type(self).forward is Linear.forward and not has_hooks(self)
 
     def extra_repr(self) -> str:
         return f"{self.sizes[0]}, {self.sizes[1]}, bias={self.bias is not None}"
+
+
+def common_matmul(readers: Sequence[nn.Module]) -> Matmul:
+    """The product by which all of these modules read their input; `PLAIN` if one of them reads it in another way, as a
+    hook, an adapter or another class may do."""
+    found = [m.current_matmul() if isinstance(m, Linear) and m.is_plain() and not m.adapter else PLAIN for m in readers]
+    return found[0] if all(matmul is found[0] for matmul in found) else PLAIN
 
 
 def apply_linear(module: nn.Module, x_TK: torch.Tensor, add_TN: torch.Tensor) -> torch.Tensor:
@@ -164,20 +172,24 @@ class RMSNorm(GradientSumModule):
         self.eps = eps
 
     def forward(
-        self, x_TH: torch.Tensor, add_TH: torch.Tensor | None = None, keep_sum: bool = True
+        self,
+        x_TH: torch.Tensor,
+        add_TH: torch.Tensor | None = None,
+        keep_sum: bool = True,
+        matmul: Matmul = PLAIN,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + add, its norm).
 
         Args:
             keep_sum: whether x + add is kept for the backward; else it is recomputed if possible.
+            matmul: of the products that alone read the norm, which may be a stand-in then (ops/prepared.py).
         """
-        return autograd_functions.add_norm(
-            x_TH, add_TH, self.weight, self.eps, self.gradient_sums.get("weight"), keep_sum
-        )
+        into = self.gradient_sums.get("weight")
+        return autograd_functions.add_norm(x_TH, add_TH, self.weight, self.eps, into, keep_sum, matmul)
 
     def is_plain(self) -> bool:
         """Whether a call runs the `forward` above and nothing else."""
-        return type(self).forward is RMSNorm.forward and not self.has_hooks()
+        return type(self).forward is RMSNorm.forward and not has_hooks(self)
 
 
 class Embedding(GradientSumModule):

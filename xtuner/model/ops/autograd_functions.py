@@ -24,7 +24,8 @@ import torch
 from xtuner.model.ops import elementwise as e
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient
 from xtuner.model.ops.low_rank import LowRankTerm, Projection
-from xtuner.model.ops.matmul import Matmul
+from xtuner.model.ops.matmul import PLAIN, Matmul
+from xtuner.model.ops.prepared import Normed, get_normed, stand_in
 
 Tensors = tuple[torch.Tensor, ...]
 Optionals = tuple[torch.Tensor | None, ...]
@@ -109,6 +110,7 @@ class AddNorm(torch.autograd.Function):
     """(x + add, its RMS norm times w); the backward adds the gradients of both.
 
     Args:
+        matmul: of the products that alone read the norm; `PLAIN` if anything else does.
         recomputed: None to keep the sum; else stores the sum once it has been recomputed from x and `recipe`.
     """
 
@@ -120,15 +122,17 @@ class AddNorm(torch.autograd.Function):
         w_H: torch.Tensor,
         eps: float,
         into: GradientSum | None,
+        matmul: Matmul,
         recipe: Recipe | None,
         recomputed: Recomputed | None,
     ) -> Tensors:
-        total, normed = e.rms_norm(x_TH, w_H, eps, add_TH)
+        total, normed = matmul.add_norm(x_TH, w_H, eps, add_TH)
         if add_TH is None:
             total = x_TH.view_as(x_TH)
         kept = (total,) if recipe is None else (x_TH, *recipe.tensors)
         ctx.save_for_backward(w_H, *kept)
-        ctx.eps, ctx.into, ctx.recomputed, ctx.compute = eps, into, recomputed, recipe and recipe.compute
+        ctx.eps, ctx.into, ctx.matmul = eps, into, matmul
+        ctx.recomputed, ctx.compute = recomputed, recipe and recipe.compute
         return total, normed
 
     @staticmethod
@@ -138,9 +142,9 @@ class AddNorm(torch.autograd.Function):
         if ctx.compute is not None:
             found = ctx.recomputed.take()
             total = total + ctx.compute(*inputs) if found is None else found
-        dx, dw = e.rms_norm_backward(d_normed, total, w_H, ctx.eps, d_total)
+        dx, dw = ctx.matmul.norm_backward(d_normed, total, w_H, ctx.eps, d_total)
         dw_H = add_gradient(ctx.into, dw, w_H.dtype) if ctx.needs_input_grad[2] else None
-        return dx, dx if ctx.needs_input_grad[1] else None, dw_H, None, None, None, None
+        return dx, dx if ctx.needs_input_grad[1] else None, dw_H, None, None, None, None, None
 
 
 def add_norm(
@@ -150,24 +154,31 @@ def add_norm(
     eps: float,
     into: GradientSum | None = None,
     keep_sum: bool = True,
+    matmul: Matmul = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + add, its RMS norm times w); the norm carries a recipe.
 
     Args:
         keep_sum: False to recompute x + add in the backward, if `add` carries a recipe.
+        matmul: of the products that alone read the norm, which may be a stand-in then (prepared.py).
     """
     add_recipe: Recipe | None = None if keep_sum or add_TH is None else getattr(add_TH, "recipe", None)
     recomputed = Recomputed() if add_recipe else None
-    total, normed = AddNorm.apply(x_TH, add_TH, w_H, eps, into, add_recipe, recomputed)
+    total, normed = AddNorm.apply(x_TH, add_TH, w_H, eps, into, matmul, add_recipe, recomputed)
     if not torch.is_grad_enabled():
         return total, normed
     if add_recipe is None or recomputed is None:
-        set_recipe(normed, (total, w_H), lambda total, w: e.rms_norm(total, w, eps)[1])
+        unwritten = get_normed(normed)
+        if unwritten is None:
+            set_recipe(normed, (total, w_H), lambda total, w: e.rms_norm(total, w, eps)[1])
+        else:
+            found = total, w_H, *unwritten.columns
+            set_recipe(normed, found, lambda total, w, *columns: stand_in(Normed(total, w, eps, columns=columns)))
         return total, normed
     compute_add = add_recipe.compute
 
     def compute(x: torch.Tensor, w: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-        recomputed.value, computed = e.rms_norm(x, w, eps, compute_add(*inputs))
+        recomputed.value, computed = matmul.add_norm(x, w, eps, compute_add(*inputs))
         return computed
 
     set_recipe(normed, (x_TH, w_H, *add_recipe.tensors), compute)
@@ -200,7 +211,7 @@ class LinearFunction(torch.autograd.Function):
         w_NK, bias_N, *others = ctx.saved_tensors
         tensors, inputs = others[: ctx.count], others[ctx.count :]
         need_x, need_w, need_bias, need_add, *_ = ctx.needs_input_grad
-        projection = Projection(ctx.matmul, w_NK, bias_N, ctx.term, tensors)
+        projection = Projection(ctx.matmul, w_NK, bias_N, ctx.term, tensors, to_w)
         x_TK: Any = ctx.compute(*inputs) if need_w or ctx.term else None
         dw = None
         if need_w:

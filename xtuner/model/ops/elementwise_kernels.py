@@ -19,6 +19,12 @@ def choose_warps(block: int) -> int:
 
 
 @triton.jit
+def raise_to(LARGE, x, mask):
+    """LARGE = max(LARGE, x), x ≥ 0: as the bits of such numbers are ordered like integers, one operation of memory."""
+    tl.atomic_max(LARGE, x.to(tl.int32, bitcast=True), mask, sem="relaxed")
+
+
+@triton.jit
 def _rms_norm(X, ADD, W, SUM, OUT, H, eps, HAS_ADD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * H
     at = tl.arange(0, BLOCK)
@@ -47,14 +53,19 @@ def rms_norm(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _rms_norm_backward(D, X, W, RES, DX, DW, T, H, eps, HAS_RES: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_backward(
+    D, X, W, RES, DX, DW, ROWS, COLUMNS, T, H, eps,
+    HAS_RES: tl.constexpr, MAXIMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """MAXIMA: ROWS and COLUMNS are raised to the largest magnitudes in x's gradient."""
     at = tl.arange(0, BLOCK)
     mask = at < H
     w = tl.load(W + at, mask, 0.0).to(tl.float32)
-    dw = tl.zeros([BLOCK], tl.float32)
+    dw, largest = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     first, programs = tl.program_id(0), tl.num_programs(0)
     for i in range(0, (T - first + programs - 1) // programs):
-        row = (first.to(tl.int64) + i * programs) * H
+        t = first.to(tl.int64) + i * programs
+        row = t * H
         x = tl.load(X + row + at, mask, 0.0)
         dtype = x.dtype
         x = x.to(tl.float32)
@@ -66,19 +77,34 @@ def _rms_norm_backward(D, X, W, RES, DX, DW, T, H, eps, HAS_RES: tl.constexpr, B
         dx = scale * (d - normed * (tl.sum(d * normed) / H))
         if HAS_RES:
             dx += tl.load(RES + row + at, mask, 0.0).to(tl.float32)
-        tl.store(DX + row + at, dx.to(dtype), mask)
+        dx = dx.to(dtype)
+        tl.store(DX + row + at, dx, mask)
+        if MAXIMA:
+            size = tl.where(mask, tl.abs(dx.to(tl.float32)), 0.0)
+            tl.store(ROWS + t, tl.max(size).to(tl.int32, bitcast=True))
+            largest = tl.maximum(largest, size)
+    if MAXIMA:
+        raise_to(COLUMNS + at, largest, mask)
     tl.store(DW + first.to(tl.int64) * H + at, dw, mask)
 
 
 def rms_norm_backward(
-    d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None
+    d_TH: torch.Tensor,
+    x_TH: torch.Tensor,
+    w_H: torch.Tensor,
+    eps: float,
+    residual_TH: torch.Tensor | None,
+    maxima: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Args: maxima: of rows and columns of x's gradient, zeros, to be raised (fp8_kernels.py)."""
     T, H = x_TH.shape
     programs = min(T, 264)  # two per multiprocessor of an H100
     dx, dw = torch.empty_like(x_TH), torch.empty(programs, H, dtype=torch.float32, device=x_TH.device)
     block = triton.next_power_of_2(H)
-    args = (d_TH.contiguous(), x_TH, w_H, x_TH if residual_TH is None else residual_TH.contiguous(), dx, dw, T, H, eps)
-    _rms_norm_backward[(programs,)](*args, HAS_RES=residual_TH is not None, BLOCK=block, num_warps=choose_warps(block))
+    residual = x_TH if residual_TH is None else residual_TH.contiguous()
+    args = (d_TH.contiguous(), x_TH, w_H, residual, dx, dw, *(maxima or (dw, dw)), T, H, eps)
+    shape: dict[str, Any] = dict(HAS_RES=residual_TH is not None, MAXIMA=maxima is not None, BLOCK=block)
+    _rms_norm_backward[(programs,)](*args, **shape, num_warps=choose_warps(block))
     return dx, dw.sum(0)
 
 

@@ -5,12 +5,14 @@ import triton
 import triton.language as tl
 
 from xtuner.model.ops.cublaslt import ALIGNMENT
-from xtuner.model.ops.elementwise_kernels import choose_warps
+from xtuner.model.ops.elementwise_kernels import choose_warps, raise_to
+from xtuner.model.ops.prepared import Maxima
 
 E4M3_MAX, ZERO_BELOW = tl.constexpr(448.0), tl.constexpr(1e-30)
 TILE = 64
 STRIP = dict(STRIP=128, BT=4, num_warps=2)  # rows of a program that looks for maxima, and of one of its steps
 WIDTH, SWIGLU_WIDTH = 256, 128  # its columns
+NORM_STRIP, NORM_STAGES = 16, 2  # rows of a program that norms and keeps maxima of columns
 
 
 @triton.jit
@@ -56,49 +58,125 @@ def _store_columns(x, factor, OUT, SCALE, at, inside, f, F, first):
         tl.store(SCALE + f, 1 / factor, f < F)
 
 
-@triton.jit
-def _raise_to(LARGE, x, mask):
-    """LARGE = max(LARGE, x), x ≥ 0: as the bits of such numbers are ordered like integers, one operation of memory."""
-    tl.atomic_max(LARGE, x.to(tl.int32, bitcast=True), mask, sem="relaxed")
-
-
 @triton.jit(do_not_specialize=["T"])
 def _maxima(
-    X, ROWS, COLUMNS, T, K, STRIP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr
+    X, ROWS, COLUMNS, T, K,
+    OF_ROWS: tl.constexpr, STRIP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The largest magnitudes of rows and columns. A program reads STRIP rows; those of columns stay in registers."""
+    """The largest magnitudes of columns, and OF_ROWS. A program reads STRIP rows; columns' maxima stay in registers."""
     k = tl.program_id(1) * BK + tl.arange(0, BK)
     largest = tl.zeros([BT, BK], tl.float32)
     for i in tl.range(0, STRIP, BT, num_stages=STAGES):
         t = tl.program_id(0) * STRIP + i + tl.arange(0, BT)
         inside = (t[:, None] < T) & (k[None, :] < K)
         x = tl.abs(tl.load(X + t[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32))
-        _raise_to(ROWS + t, tl.max(x, 1), t < T)
+        if OF_ROWS:
+            raise_to(ROWS + t, tl.max(x, 1), t < T)
         largest = tl.maximum(largest, x)
-    _raise_to(COLUMNS + k, tl.max(largest, 0), k < K)
+    raise_to(COLUMNS + k, tl.max(largest, 0), k < K)
 
 
-@triton.jit(do_not_specialize=["N"])
-def _columns(W, LARGE, OUT, SCALE, N, K, ALIGNED, TILE: tl.constexpr):
-    n = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    factor = _factor(tl.load(LARGE + k, k < K, 0.0).to(tl.float32))
-    inside = (n[:, None] < N) & (k[None, :] < K)
-    w = tl.load(W + n[:, None].to(tl.int64) * K + k[None, :], inside, 0.0).to(tl.float32)
-    at, inside = k[:, None].to(tl.int64) * ALIGNED + n[None, :], (k[:, None] < K) & (n[None, :] < ALIGNED)
-    _store_columns(w, factor, OUT, SCALE, at, inside, k, K, tl.program_id(0) == 0)
-
-
-def quantize_columns(w_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    w_NK = w_NK.contiguous()
+def find_column_maxima(w_NK: torch.Tensor) -> torch.Tensor:
+    """The largest magnitudes of columns, [K], as bits of fp32 numbers in int32."""
     N, K = w_NK.shape
-    largest = torch.linalg.vector_norm(w_NK, float("inf"), dim=0) if N else w_NK.new_zeros(K)
-    out = _empty_columns(w_NK)
-    scale = w_NK.new_empty(K, 1, dtype=torch.float32)
-    _columns[(triton.cdiv(N, TILE), triton.cdiv(K, TILE))](
-        w_NK, largest, out, scale, N, K, out.stride(0), TILE=TILE, num_warps=4
-    )
+    largest = torch.zeros(K, dtype=torch.int32, device=w_NK.device)
+    grid = triton.cdiv(N, STRIP["STRIP"]), triton.cdiv(K, WIDTH)
+    _maxima[grid](w_NK.contiguous(), largest, largest, N, K, OF_ROWS=False, **STRIP, BK=WIDTH, STAGES=4)
+    return largest
+
+
+@triton.jit(do_not_specialize=["T"])
+def _columns(X, FACTORS, W, LARGE, OUT, SCALE, T, K, ALIGNED, NORM: tl.constexpr, TILE: tl.constexpr):
+    """NORM: of x times a factor for each row times W, rounded as `_rms_norm` rounds (elementwise_kernels.py)."""
+    t = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    k = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = (t[:, None] < T) & (k[None, :] < K)
+    x = tl.load(X + t[:, None].to(tl.int64) * K + k[None, :], inside, 0.0)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    if NORM:
+        x = (x * tl.load(FACTORS + t, t < T, 0.0)[:, None]).to(dtype).to(tl.float32)
+        x = (x * tl.load(W + k, k < K, 0.0).to(tl.float32)[None, :]).to(dtype).to(tl.float32)
+    at, inside = k[:, None].to(tl.int64) * ALIGNED + t[None, :], (k[:, None] < K) & (t[None, :] < ALIGNED)
+    factor = _factor(tl.load(LARGE + k, k < K, 0.0))
+    _store_columns(x, factor, OUT, SCALE, at, inside, k, K, tl.program_id(0) == 0)
+
+
+def _quantize_columns(
+    x_TK: torch.Tensor, maxima_K: torch.Tensor, factors_T: torch.Tensor, w_K: torch.Tensor, norm: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    T, K = x_TK.shape
+    out, scale = _empty_columns(x_TK), x_TK.new_empty(K, 1, dtype=torch.float32)
+    args = (x_TK, factors_T, w_K, maxima_K.view(torch.float32), out, scale, T, K, out.stride(0))
+    _columns[(triton.cdiv(T, TILE), triton.cdiv(K, TILE))](*args, NORM=norm, TILE=TILE, num_warps=4)
     return out, scale
+
+
+def quantize_columns(x_TK: torch.Tensor, maxima_K: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Args: maxima_K: as `find_column_maxima` finds them, if they are known."""
+    x_TK = x_TK.contiguous()
+    return _quantize_columns(x_TK, find_column_maxima(x_TK) if maxima_K is None else maxima_K, x_TK, x_TK, False)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _norm_rows(
+    X, ADD, W, SUM, OUT, SCALE, FACTORS, LARGE, T, H, eps,
+    HAS_ADD: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`_rms_norm` of STRIP rows in fp8, rounded as there before; COLUMNS: keeps FACTORS and raises LARGE too."""
+    at = tl.arange(0, BLOCK)
+    w = tl.load(W + at, at < H, 0.0).to(tl.float32)
+    largest = tl.zeros([BLOCK], tl.float32)
+    for i in tl.range(0, STRIP, num_stages=STAGES):
+        t = tl.program_id(0).to(tl.int64) * STRIP + i
+        row, mask = t * H, at < tl.where(t < T, H, 0)
+        x = tl.load(X + row + at, mask, 0.0)
+        dtype = x.dtype
+        x = x.to(tl.float32)
+        if HAS_ADD:
+            x = (x + tl.load(ADD + row + at, mask, 0.0).to(tl.float32)).to(dtype)
+            tl.store(SUM + row + at, x, mask)
+            x = x.to(tl.float32)
+        norm = tl.rsqrt(tl.sum(x * x) / H + eps)
+        x = ((x * norm).to(dtype).to(tl.float32) * w).to(dtype).to(tl.float32)
+        size = tl.abs(x)
+        factor = _factor(tl.max(size))
+        tl.store(OUT + row + at, (x * factor).to(tl.float8e4nv), mask)
+        tl.store(SCALE + t, 1 / factor, t < T)
+        if COLUMNS:
+            tl.store(FACTORS + t, norm, t < T)
+            largest = tl.maximum(largest, size)
+    if COLUMNS:
+        raise_to(LARGE + at, largest, at < H)
+
+
+def quantize_norm_rows(
+    x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, add_TH: torch.Tensor | None, columns: bool
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]:
+    """(x + add, `quantize_rows` of its RMS norm times w, which is not written, what `quantize_norm_columns` needs).
+
+    Args:
+        columns: whether that is needed: 1 / rms [T], and the largest magnitudes of columns [H].
+    """
+    x_TH, (T, H) = x_TH.contiguous(), x_TH.shape
+    total = x_TH if add_TH is None else torch.empty_like(x_TH)
+    out, scale = torch.empty_like(x_TH, dtype=torch.float8_e4m3fn), x_TH.new_empty(T, 1, dtype=torch.float32)
+    kept: tuple[torch.Tensor, ...] = ()
+    if columns:
+        kept = x_TH.new_empty(T, dtype=torch.float32), torch.zeros(H, dtype=torch.int32, device=x_TH.device)
+    strip, block = NORM_STRIP if columns else 1, triton.next_power_of_2(H)
+    added = x_TH if add_TH is None else add_TH.contiguous()
+    shape = dict(HAS_ADD=add_TH is not None, COLUMNS=columns, STRIP=strip, BLOCK=block, STAGES=NORM_STAGES)
+    args = (x_TH, added, w_H, total, out, scale, *(kept or (scale, scale)), T, H, eps)
+    _norm_rows[(triton.cdiv(T, strip),)](*args, **shape, num_warps=choose_warps(block))
+    return total, (out, scale), kept
+
+
+def quantize_norm_columns(
+    x_TH: torch.Tensor, w_H: torch.Tensor, factors_T: torch.Tensor, maxima_H: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_columns` of the norm that `quantize_norm_rows` converted by rows."""
+    return _quantize_columns(x_TH.contiguous(), maxima_H, factors_T, w_H, True)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -113,17 +191,28 @@ def _both(X, LARGE_T, LARGE_K, ROWS, SCALE_T, COLUMNS, SCALE_K, T, K, ALIGNED, T
     _store_columns(x, factor_k, COLUMNS, SCALE_K, at, inside, k, K, tl.program_id(1) == 0)
 
 
-def quantize_both(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The results of `quantize_rows` and `quantize_columns`; x is read twice instead of three times."""
-    x_TK = x_TK.contiguous()
+def empty_maxima(x_TK: torch.Tensor) -> Maxima:
+    """Zeros, to be raised to the largest magnitudes of rows and of columns."""
     T, K = x_TK.shape
     parts = _align(T), K
-    largest = torch.zeros(sum(parts), dtype=torch.int32, device=x_TK.device)
-    large_T, large_K = largest.view(torch.float32).split(parts)
-    grid = triton.cdiv(T, STRIP["STRIP"]), triton.cdiv(K, WIDTH)
-    _maxima[grid](x_TK, *largest.split(parts), T, K, **STRIP, BK=WIDTH, STAGES=4)
+    of_rows, of_columns = torch.zeros(sum(parts), dtype=torch.int32, device=x_TK.device).split(parts)
+    return of_rows, of_columns
+
+
+def quantize_both(
+    x_TK: torch.Tensor, maxima: Maxima | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The results of `quantize_rows` and `quantize_columns`; x is read twice instead of three times, and once if its
+    `maxima` are known."""
+    x_TK = x_TK.contiguous()
+    T, K = x_TK.shape
+    if maxima is None:
+        maxima = empty_maxima(x_TK)
+        grid = triton.cdiv(T, STRIP["STRIP"]), triton.cdiv(K, WIDTH)
+        _maxima[grid](x_TK, *maxima, T, K, OF_ROWS=True, **STRIP, BK=WIDTH, STAGES=4)
     rows, columns = torch.empty_like(x_TK, dtype=torch.float8_e4m3fn), _empty_columns(x_TK)
     scale_T, scale_K = (x_TK.new_empty(n, 1, dtype=torch.float32) for n in (T, K))
+    large_T, large_K = (large.view(torch.float32) for large in maxima)
     args = (x_TK, large_T, large_K, rows, scale_T, columns, scale_K, T, K, columns.stride(0))
     _both[(triton.cdiv(K, TILE), triton.cdiv(T, TILE))](*args, TILE=TILE, num_warps=4)
     return rows, scale_T, columns, scale_K
@@ -182,13 +271,13 @@ def _swiglu_maxima(
         inside = (t[:, None] < T) & (f[None, :] < F)
         d_gate, d_up, product = _swiglu_gradients(GATE, UP, D, t[:, None].to(tl.int64) * F + f[None, :], inside)
         d_gate, d_up = tl.abs(d_gate), tl.abs(d_up)
-        _raise_to(ROWS_GATE + t, tl.max(d_gate, 1), t < T)
-        _raise_to(ROWS_UP + t, tl.max(d_up, 1), t < T)
+        raise_to(ROWS_GATE + t, tl.max(d_gate, 1), t < T)
+        raise_to(ROWS_UP + t, tl.max(d_up, 1), t < T)
         gates, ups = tl.maximum(gates, d_gate), tl.maximum(ups, d_up)
         products = tl.maximum(products, tl.abs(product))
-    _raise_to(GATES + f, tl.max(gates, 0), f < F)
-    _raise_to(UPS + f, tl.max(ups, 0), f < F)
-    _raise_to(PRODUCTS + f, tl.max(products, 0), f < F)
+    raise_to(GATES + f, tl.max(gates, 0), f < F)
+    raise_to(UPS + f, tl.max(ups, 0), f < F)
+    raise_to(PRODUCTS + f, tl.max(products, 0), f < F)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -14,15 +14,20 @@ class GradientSum:
     Args:
         buffer: of the weight's shape, fp32 or the weight's dtype; its initial contents do not matter. Its memory may be
             freed (`storage.resize_(0)`) between iterations: the first addition allocates it again.
+
+    Attributes:
+        weight_maxima: largest magnitudes of the weight's columns, if a product has searched them since the last reset:
+            the weight changes between iterations only.
     """
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self.buffer = buffer
         self.size = buffer.untyped_storage().nbytes()
-        self.fresh = True  # nothing has been added yet: the next gradient overwrites the buffer
+        self.reset()
 
     def reset(self) -> None:
-        self.fresh = True
+        self.fresh = True  # nothing has been added yet: the next gradient overwrites the buffer
+        self.weight_maxima: torch.Tensor | None = None
 
     def _allocate(self) -> None:
         storage = self.buffer.untyped_storage()

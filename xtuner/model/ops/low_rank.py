@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient
-from xtuner.model.ops.matmul import Matmul, PreparedRows
+from xtuner.model.ops.matmul import Matmul
+from xtuner.model.ops.prepared import PreparedRows
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Projection:
     Args:
         term: None for a plain product.
         tensors: those of the term.
+        into: the weight's gradient sum, for `backward`.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class Projection:
         bias: torch.Tensor | None,
         term: LowRankTerm | None,
         tensors: Sequence[torch.Tensor],
+        into: GradientSum | None = None,
     ) -> None:
         self.matmul, self.weight, self.bias, self.term, self.tensors = matmul, weight, bias, term, tensors
+        self.into = into
         self._sums: dict[str, torch.Tensor] = {}
         self._up: dict[int, torch.Tensor] = {}  # d B by tile: small, and both halves of a backward need it
         if term is None:
@@ -122,7 +126,7 @@ class Projection:
     ) -> torch.Tensor:
         """The gradient of x, plus `add`. Args: rows: d as the product needs it."""
         dz = self._scaled(d_TN)
-        dx = self.matmul.backward(rows if dz is d_TN else self.matmul.prepare(dz), self.weight, add_TK)
+        dx = self.matmul.backward(rows if dz is d_TN else self.matmul.prepare(dz), self.weight, add_TK, self.into)
         if self.term is None:
             return dx
         du, dropout = self._up.setdefault(tile, dz @ self.b), self.term.dropout

@@ -10,7 +10,6 @@ Attention, the output layer, sampling and evaluation stay in bf16.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -18,6 +17,17 @@ from torch.nn import functional as F
 
 from xtuner.model.ops import cublaslt, elementwise
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient_product
+from xtuner.model.ops.prepared import (
+    Normed,
+    PreparedColumns,
+    PreparedRows,
+    SwiGLUGradients,
+    get_maxima,
+    get_normed,
+    get_values,
+    set_maxima,
+    stand_in,
+)
 
 MatmulKind = Literal["own", "fp8", "fp8_full"]  # values of `model.products`
 E4M3_MAX = 448.0
@@ -34,66 +44,57 @@ class Matmul(Protocol):
 
     swiglu_bytes: int
 
-    def prepare(self, x_TK: torch.Tensor) -> "PreparedRows": ...
+    def prepare(self, x_TK: torch.Tensor) -> PreparedRows: ...
 
     def forward(
         self,
-        x: "PreparedRows",
+        x: PreparedRows,
         w_NK: torch.Tensor,
         bias: torch.Tensor | None = None,
         add_TN: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x w^T + bias + add."""
 
-    def backward(self, d: "PreparedRows", w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
-        """d w + add, whose memory the result may take."""
+    def backward(
+        self,
+        d: PreparedRows,
+        w_NK: torch.Tensor,
+        add_TK: torch.Tensor | None = None,
+        into: GradientSum | None = None,
+    ) -> torch.Tensor:
+        """d w + add, whose memory the result may take. Args: into: the weight's sum, which remembers its maxima."""
 
-    def prepare_columns(self, x_TK: torch.Tensor) -> "PreparedColumns":
+    def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
         """Convert x once for all gradients that use it."""
 
-    def prepare_both(self, d_TN: torch.Tensor) -> "tuple[PreparedRows, PreparedColumns]":
+    def prepare_both(self, d_TN: torch.Tensor) -> tuple[PreparedRows, PreparedColumns]:
         """Convert d for `backward` and for `add_gradient`."""
 
     def add_gradient(
-        self, into: GradientSum | None, d: "PreparedColumns", x: "PreparedColumns", dtype: torch.dtype
+        self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
     ) -> torch.Tensor | None:
         """Add d^T x to a weight's sum; without a sum, return it to autograd in the weight's dtype."""
 
-    def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> "PreparedRows":
+    def add_norm(
+        self, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, add_TH: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + add, its RMS norm times w, which nothing but these products reads: it may be a stand-in)."""
+
+    def norm_backward(
+        self, d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`elementwise.rms_norm_backward`; x's gradient may carry what `prepare_both` would search in it."""
+
+    def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
         """Convert silu(gate) · up for `forward`."""
 
     def prepare_swiglu_gradients(
         self, gate_TF: torch.Tensor, up_TF: torch.Tensor, d_TF: torch.Tensor
-    ) -> "SwiGLUGradients | None":
+    ) -> SwiGLUGradients | None:
         """From d, that of silu(gate) · up; None where nothing is gained over converting one tensor after another."""
 
     def read(self, w_NK: torch.Tensor) -> torch.Tensor:
         """The weight in the compute dtype."""
-
-
-@dataclass(frozen=True)
-class PreparedRows:
-    """x [T, K], unchanged, or in fp8 with a scale for each row, [T, 1]."""
-
-    values: torch.Tensor
-    scale: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class PreparedColumns:
-    """x [T, K], unchanged; or x^T in fp8, [K, T], with a scale for each column of x, [K, 1]."""
-
-    values: torch.Tensor
-    scale: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class SwiGLUGradients:
-    """The gradients of gate and up, each for both products that need it, and silu(gate) · up for w2's gradient."""
-
-    gate: tuple[PreparedRows, PreparedColumns]
-    up: tuple[PreparedRows, PreparedColumns]
-    product: PreparedColumns
 
 
 class PlainMatmul:
@@ -111,11 +112,17 @@ class PlainMatmul:
             return F.linear(x.values, w_NK, bias)
         return torch.addmm(add_TN if bias is None else add_TN + bias, x.values, w_NK.T)
 
-    def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
+    def backward(
+        self,
+        d: PreparedRows,
+        w_NK: torch.Tensor,
+        add_TK: torch.Tensor | None = None,
+        into: GradientSum | None = None,
+    ) -> torch.Tensor:
         return d.values @ w_NK if add_TK is None else torch.addmm(add_TK, d.values, w_NK)
 
     def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
-        return PreparedColumns(x_TK)
+        return PreparedColumns(get_values(x_TK))
 
     def prepare_both(self, d_TN: torch.Tensor) -> tuple[PreparedRows, PreparedColumns]:
         return self.prepare(d_TN), PreparedColumns(d_TN)
@@ -124,6 +131,16 @@ class PlainMatmul:
         self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
     ) -> torch.Tensor | None:
         return add_gradient_product(into, d.values, x.values)
+
+    def add_norm(
+        self, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, add_TH: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return elementwise.rms_norm(x_TH, w_H, eps, add_TH)
+
+    def norm_backward(
+        self, d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return elementwise.rms_norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
 
     def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
         return self.prepare(elementwise.swiglu(gate_TF, up_TF))
@@ -138,10 +155,19 @@ class PlainMatmul:
 
 
 class Fp8Matmul(PlainMatmul):
-    """Multiplies in fp8. Weights are quantized at each use: copies of all would take half the weights' memory."""
+    """Multiplies in fp8. Weights are quantized at each use: copies of all would take half the weights' memory.
+
+    Attributes:
+        norm_columns: whether norms are converted by columns too.
+    """
+
+    norm_columns = False
 
     def prepare(self, x_TK: torch.Tensor) -> PreparedRows:
-        return quantize_rows(x_TK)
+        normed = get_normed(x_TK)
+        if normed is None:
+            return quantize_rows(x_TK)
+        return normed.rows or self._quantize_norm(normed.x_TH, normed.w_H, normed.eps, None)[1]
 
     def forward(
         self, x: PreparedRows, w_NK: torch.Tensor, bias: torch.Tensor | None = None, add_TN: torch.Tensor | None = None
@@ -152,12 +178,36 @@ class Fp8Matmul(PlainMatmul):
                 product += other
         return product
 
-    def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
-        w_KN = quantize_columns(w_NK)
+    def backward(
+        self,
+        d: PreparedRows,
+        w_NK: torch.Tensor,
+        add_TK: torch.Tensor | None = None,
+        into: GradientSum | None = None,
+    ) -> torch.Tensor:
+        w_KN = _quantize_weight_columns(w_NK, into)
         if add_TK is None:
             return _multiply(d, w_KN, w_NK.dtype)
         _add_product(add_TK, d, w_KN, True)
         return add_TK
+
+    def add_norm(
+        self, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, add_TH: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, rows, columns = self._quantize_norm(x_TH, w_H, eps, add_TH)
+        return total, stand_in(Normed(total, w_H, eps, rows, columns))
+
+    def _quantize_norm(
+        self, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, add_TH: torch.Tensor | None
+    ) -> tuple[torch.Tensor, PreparedRows, tuple[torch.Tensor, ...]]:
+        """(x + add, its norm, what `Normed.columns` holds)."""
+        if not x_TH.is_cuda:
+            total, normed_TH = elementwise.rms_norm(x_TH, w_H, eps, add_TH)
+            return total, quantize_rows(normed_TH), ()
+        from xtuner.model.ops import fp8_kernels
+
+        total, rows, columns = fp8_kernels.quantize_norm_rows(x_TH, w_H, eps, add_TH, self.norm_columns)
+        return total, PreparedRows(*rows), columns
 
     def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
         if not gate_TF.is_cuda:
@@ -171,17 +221,35 @@ class Fp8FullMatmul(Fp8Matmul):
     """Multiplies in fp8, gradients of weights too."""
 
     swiglu_bytes = 5  # two gradients for two products, and the product
+    norm_columns = True
 
     def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
-        prepared = quantize_columns(x_TK)
-        return PreparedColumns(prepared.values, prepared.scale)
+        normed = get_normed(x_TK)
+        if normed is None or not normed.columns:
+            prepared = quantize_columns(get_values(x_TK))
+            return PreparedColumns(prepared.values, prepared.scale)
+        from xtuner.model.ops import fp8_kernels
+
+        return PreparedColumns(*fp8_kernels.quantize_norm_columns(normed.x_TH, normed.w_H, *normed.columns))
+
+    def norm_backward(
+        self, d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not x_TH.is_cuda:
+            return super().norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
+        from xtuner.model.ops import elementwise_kernels, fp8_kernels
+
+        maxima = fp8_kernels.empty_maxima(x_TH)
+        dx, dw = elementwise_kernels.rms_norm_backward(d_TH, x_TH, w_H, eps, residual_TH, maxima)
+        set_maxima(dx, maxima)
+        return dx, dw
 
     def prepare_both(self, d_TN: torch.Tensor) -> tuple[PreparedRows, PreparedColumns]:
         if not d_TN.is_cuda:
             return quantize_rows(d_TN), self.prepare_columns(d_TN)
         from xtuner.model.ops import fp8_kernels
 
-        rows, scale_T, columns, scale_N = fp8_kernels.quantize_both(d_TN)
+        rows, scale_T, columns, scale_N = fp8_kernels.quantize_both(d_TN, get_maxima(d_TN))
         return PreparedRows(rows, scale_T), PreparedColumns(columns, scale_N)
 
     def prepare_swiglu_gradients(
@@ -247,6 +315,17 @@ def quantize_columns(w_NK: torch.Tensor) -> PreparedRows:
 
         return PreparedRows(*fp8_kernels.quantize_columns(w_NK))
     return quantize_rows(w_NK.T)
+
+
+def _quantize_weight_columns(w_NK: torch.Tensor, into: GradientSum | None) -> PreparedRows:
+    """`quantize_columns`, which searches maxima once an iteration if the weight has a gradient sum."""
+    if into is None or not w_NK.is_cuda:
+        return quantize_columns(w_NK)
+    from xtuner.model.ops import fp8_kernels
+
+    if into.weight_maxima is None:
+        into.weight_maxima = fp8_kernels.find_column_maxima(w_NK)
+    return PreparedRows(*fp8_kernels.quantize_columns(w_NK, into.weight_maxima))
 
 
 def _multiply(a: PreparedRows, b: PreparedRows, dtype: torch.dtype) -> torch.Tensor:

@@ -20,7 +20,8 @@ from typing import Literal, Protocol
 import torch
 
 from xtuner.model.ops.gradient_sums import GradientSum
-from xtuner.model.ops.matmul import Matmul, PreparedColumns, PreparedRows, SwiGLUGradients
+from xtuner.model.ops.matmul import Matmul
+from xtuner.model.ops.prepared import PreparedColumns, PreparedRows, SwiGLUGradients
 
 WeightKind = Literal["own", "int8", "nf4"]  # values of `model.frozen_weights`
 BLOCK = 64  # numbers that share a maximum
@@ -156,8 +157,14 @@ class DequantizingMatmul:
     ) -> torch.Tensor:
         return self._inner.forward(x, self.read(w_NK), bias, add_TN)
 
-    def backward(self, d: PreparedRows, w_NK: torch.Tensor, add_TK: torch.Tensor | None = None) -> torch.Tensor:
-        return self._inner.backward(d, self.read(w_NK), add_TK)
+    def backward(
+        self,
+        d: PreparedRows,
+        w_NK: torch.Tensor,
+        add_TK: torch.Tensor | None = None,
+        into: GradientSum | None = None,
+    ) -> torch.Tensor:
+        return self._inner.backward(d, self.read(w_NK), add_TK, into)
 
     def prepare_columns(self, x_TK: torch.Tensor) -> PreparedColumns:
         return self._inner.prepare_columns(x_TK)
@@ -169,6 +176,16 @@ class DequantizingMatmul:
         self, into: GradientSum | None, d: PreparedColumns, x: PreparedColumns, dtype: torch.dtype
     ) -> torch.Tensor | None:
         return self._inner.add_gradient(into, d, x, dtype)
+
+    def add_norm(
+        self, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, add_TH: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._inner.add_norm(x_TH, w_H, eps, add_TH)
+
+    def norm_backward(
+        self, d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._inner.norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
 
     def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
         return self._inner.prepare_swiglu(gate_TF, up_TF)

@@ -14,7 +14,8 @@ from xtuner.model.ops import elementwise as e
 from xtuner.model.ops.autograd_functions import Optionals, Recipe
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient
 from xtuner.model.ops.low_rank import LowRankTerm, Projection
-from xtuner.model.ops.matmul import Matmul, PreparedColumns, PreparedRows
+from xtuner.model.ops.matmul import Matmul
+from xtuner.model.ops.prepared import PreparedColumns, PreparedRows, take_rows
 from xtuner.model.ops.saved_tensors import FACTORS, BlockTensors
 
 Terms = tuple[LowRankTerm | None, ...]
@@ -82,12 +83,17 @@ class BiasGradient:
 
 
 def _projections(
-    matmul: Matmul, weights: Sequence[torch.Tensor], biases: Optionals, terms: Terms, tensors: Sequence[torch.Tensor]
+    matmul: Matmul,
+    weights: Sequence[torch.Tensor],
+    biases: Optionals,
+    terms: Terms,
+    tensors: Sequence[torch.Tensor],
+    into: Sequence[GradientSum | None],
 ) -> list[Projection]:
     found, at = [], 0
-    for weight, bias, term in zip(weights, biases, terms, strict=True):
+    for weight, bias, term, of_weight in zip(weights, biases, terms, into[:3], strict=True):
         count = term.num_tensors if term else 0
-        found.append(Projection(matmul, weight, bias, term, tensors[at : at + count]))
+        found.append(Projection(matmul, weight, bias, term, tensors[at : at + count], of_weight))
         at += count
     return found
 
@@ -126,11 +132,11 @@ class SwiGLUFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         kept: list[torch.Tensor] = []
         out: Any = None if output else add_TH.view_as(add_TH)
-        p1, p3, p2 = _projections(matmul, (w1, w3, w2), (b1, b3, b2), terms, tensors)
+        p1, p3, p2 = _projections(matmul, (w1, w3, w2), (b1, b3, b2), terms, tensors, into)
         if saver := saver if keep and saver and saver.sends_factors else None:
             saver.make_room_for_factors()
         for i, tile in enumerate(split_tokens(len(x_TH)) if keep or output else ()):
-            x = x_TH[tile]
+            x = take_rows(x_TH, tile)
             rows = matmul.prepare(x)
             gate, up = p1.forward(rows, x, None, i), p3.forward(rows, x, None, i)
             if saver:
@@ -156,7 +162,7 @@ class SwiGLUFunction(torch.autograd.Function):
         _, _, need_w1, need_w3, need_w2, *need_biases = ctx.needs_input_grad[:8]
         tensors, others = others[: ctx.count], others[ctx.count :]
         kept, inputs = others[: ctx.kept], others[ctx.kept :]
-        p1, p3, p2 = projections = _projections(matmul, (w1, w3, w2), (b1, b3, b2), ctx.terms, tensors)
+        p1, p3, p2 = projections = _projections(matmul, (w1, w3, w2), (b1, b3, b2), ctx.terms, tensors, ctx.into)
         need_x = not kept or need_w1 or need_w3 or p1.term or p3.term
         x_TH: Any = ctx.compute(*inputs) if need_x else None
         only_products = need_w1 and need_w3 and need_w2 and not any(need_biases) and not any(ctx.terms)
@@ -165,8 +171,8 @@ class SwiGLUFunction(torch.autograd.Function):
         dw1, dw3, dw2 = (TiledGradient(matmul, into, w, need, len(tiles)) for into, w, need in needs)
         d_biases = [BiasGradient(*of) for of in zip(ctx.into[3:], (b1, b3, b2), need_biases, strict=True)]
         for i, tile in enumerate(tiles):
-            d = d_TH[tile]
-            x: Any = None if x_TH is None else x_TH[tile]
+            d = take_rows(d_TH, tile)
+            x: Any = None if x_TH is None else take_rows(x_TH, tile)
             if kept:
                 gate, up = kept[2 * i : 2 * i + 2]
             else:

@@ -1,6 +1,8 @@
 """Products in fp8: exact where fp8 can hold the numbers, near elsewhere, and a model that learns alike."""
 
+from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -8,10 +10,14 @@ import torch
 
 from xtuner.core.errors import ConfigError
 from xtuner.model import from_scratch
+from xtuner.model.adapters.lora import build_lora, lora
+from xtuner.model.decoder import apply_norm
 from xtuner.model.linear import Linear
-from xtuner.model.ops.elementwise import swiglu, swiglu_backward
+from xtuner.model.ops.autograd_functions import KEEP_ALL, KEEP_NONE
+from xtuner.model.ops.elementwise import rms_norm, rms_norm_backward, swiglu, swiglu_backward
 from xtuner.model.ops.gradient_sums import GradientSum
 from xtuner.model.ops.matmul import MATMULS, PLAIN, MatmulKind, quantize_columns, quantize_rows
+from xtuner.model.ops.prepared import PreparedColumns, PreparedRows, get_normed, stand_in, take_rows
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
@@ -22,6 +28,17 @@ def whole_numbers(rows: int, columns: int, device: str) -> torch.Tensor:
     x = torch.randint(-7, 8, (rows, columns)).to(device, torch.bfloat16)
     x[:1], x[:, 0] = 7, 7
     return x
+
+
+def same(ours: PreparedRows | PreparedColumns, theirs: PreparedRows | PreparedColumns) -> None:
+    """Bit for bit. Scales of no tokens do not matter."""
+    assert ours.values.dtype == theirs.values.dtype
+    assert ours.values.stride() == theirs.values.stride()
+    assert torch.equal(ours.values.float(), theirs.values.float())
+    if ours.scale is None or theirs.scale is None:
+        assert ours.scale is theirs.scale
+    elif ours.values.numel():
+        assert torch.equal(ours.scale, theirs.scale)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -50,9 +67,8 @@ def test_products_in_fp8(device: str) -> None:
         # half a step of three bits, or of the smallest numbers, 2^-9 of 448
         assert (error <= torch.maximum(exact.abs() / 16, largest / 448 / 1024) * 1.001).all()
     rows, columns = MATMULS["fp8_full"].prepare_both(x)
-    for both, alone in ((rows, quantize_rows(x)), (columns, quantize_columns(x))):
-        assert torch.equal(both.values.float(), alone.values.float())
-        assert torch.equal(both.scale, alone.scale)
+    same(rows, quantize_rows(x))
+    same(columns, quantize_columns(x))
     exact, ours = x.double() @ w.double().T, fp8.forward(fp8.prepare(x), w)
     assert (ours - exact).norm() < 0.04 * exact.norm()
     assert not ours[3].any()
@@ -106,9 +122,96 @@ def test_swiglu_in_fp8(device: str) -> None:
         d_gate, d_up, product = swiglu_backward(gate, up, d)
         expected += [*fp8.prepare_both(d_gate), *fp8.prepare_both(d_up), fp8.prepare_columns(product)]
         for ours, apart in zip(found, expected, strict=True):
-            assert torch.equal(ours.values.float(), apart.values.float())
-            assert torch.equal(ours.scale, apart.scale)
-            assert ours.values.stride() == apart.values.stride()
+            same(ours, apart)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["fp8", "fp8_full"])
+def test_norms_in_fp8(name: str, device: str) -> None:
+    """As a norm in bf16, converted afterwards; what stands for it has no memory, and tiles of it convert alike."""
+    torch.manual_seed(0)
+    fp8 = MATMULS[name]
+    for T, H in ((0, 32), (1, 16), (37, 528), (300, 144), (70, 4096)):
+        x, add, d, residual = (torch.randn(T, H, device=device).bfloat16() for _ in range(4))
+        w = torch.randn(H, device=device).bfloat16()
+        x[:1], x[-1:] = 0, 1e4
+        for other in (None, add):
+            expected, written = rms_norm(x, w, 1e-5, other)
+            total, normed = fp8.add_norm(x, w, 1e-5, other)
+            assert torch.equal(total, expected)
+            assert normed.untyped_storage().nbytes() == x.itemsize
+            kept = get_normed(normed)
+            assert kept
+            again = stand_in(replace(kept, rows=None))  # as in a backward
+            pairs = [(fp8.prepare(n), fp8.prepare(written)) for n in (normed, again)]
+            pairs += [(fp8.prepare_columns(again), fp8.prepare_columns(written))]
+            tile = slice(T // 3, T // 2)
+            ours, theirs = take_rows(normed, tile), written[tile]
+            pairs += [
+                (fp8.prepare(ours), fp8.prepare(theirs)),
+                (fp8.prepare_columns(ours), fp8.prepare_columns(theirs)),
+            ]
+            for found, apart in pairs:
+                same(found, apart)
+        found = fp8.norm_backward(d, x, w, 1e-5, residual)
+        for ours, theirs in zip(found, rms_norm_backward(d, x, w, 1e-5, residual), strict=True):
+            assert torch.equal(ours, theirs)
+        dx = found[0]
+        for both in range(2):
+            for ours, apart in zip(fp8.prepare_both(dx), fp8.prepare_both(dx.clone()), strict=True):
+                same(ours, apart)
+            if both == 0:
+                dx.mul_(-3)  # what is known of its maxima is no longer true
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["fp8", "fp8_full"])
+def test_maxima_of_weights_are_those_of_the_iteration(name: str, device: str) -> None:
+    torch.manual_seed(0)
+    fp8, w, d = (
+        MATMULS[name],
+        torch.randn(48, 80, device=device).bfloat16(),
+        torch.ones(3, 48, device=device).bfloat16(),
+    )
+    into = GradientSum(torch.empty(48, 80, device=device))
+    for _ in range(2):
+        for _ in range(2):
+            assert torch.equal(fp8.backward(fp8.prepare(d), w, None, into), fp8.backward(fp8.prepare(d), w))
+        w *= 1000
+        into.reset()
+
+
+@pytest.mark.parametrize("products", ["fp8", "fp8_full"])
+def test_norms_are_not_written_where_only_products_read_them(products: MatmulKind) -> None:
+    """Bit for bit what they are with norms that are written, whatever is kept; adapters and hooks read written ones."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=503, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    ids, plans = torch.randint(3, 503, (70,)), (KEEP_ALL, replace(KEEP_ALL, qkv=False, residual=False), KEEP_NONE)
+    for adapter in (None, lora(rank=4, targets=["wqkv"])):
+        source = from_scratch(products=products, num_key_value_heads=2, seed=0, **shape)
+        model = (replace(source, adapter=build_lora(adapter, source.config)) if adapter else source).build()
+        found: list[list[torch.Tensor]] = []
+        block = model.model.layers[0]
+        x = torch.randn(70, 64, requires_grad=True)
+        for written in (False, True):
+            if written:
+                for layer in model.model.layers:
+                    for reader in (layer.attention, layer.feed_forward):
+                        reader.register_forward_pre_hook(lambda *_: None)
+            for keep in plans:
+                model.keep_activations(SimpleNamespace(choose_kept=lambda _, keep=keep: [keep] * 2))
+                model.zero_grad()
+                loss = model(ids, targets=ids.roll(-1), scale=1 / 70)
+                loss.backward()
+                found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+            for norm, reader in ((block.attention_norm, block.attention), (block.ffn_norm, block.feed_forward)):
+                unwritten = get_normed(apply_norm(norm, reader, x)[1])
+                has_adapter = adapter is not None and reader is block.attention
+                assert bool(unwritten) is not (written or has_adapter)
+                with torch.no_grad():
+                    assert get_normed(apply_norm(norm, reader, x)[1]) is None
+        for others in found[1:]:
+            assert all(map(torch.equal, found[0], others))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -214,13 +214,13 @@ class Block(nn.Module):
     def compute(
         self, x_TH: torch.Tensor, layout: DocumentLayout, cache: LayerCache | None, keep: KeepPolicy
     ) -> torch.Tensor:
-        x_TH, normed_TH = _apply_norm(self.attention_norm, self.attention, x_TH)
+        x_TH, normed_TH = apply_norm(self.attention_norm, self.attention, x_TH)
         attended_TH = self.attention(normed_TH, layout, cache, keep)
-        x_TH, normed_TH = _apply_norm(self.ffn_norm, self.feed_forward, x_TH, attended_TH, keep.residual)
+        x_TH, normed_TH = apply_norm(self.ffn_norm, self.feed_forward, x_TH, attended_TH, keep.residual)
         return self.feed_forward(normed_TH, x_TH, keep)
 
 
-def _apply_norm(
+def apply_norm(
     norm: nn.Module, reader: nn.Module, x_TH: torch.Tensor, *args: torch.Tensor | bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """norm(x, …), in the form that its only reader needs: its products if both are as defined here."""

@@ -12,7 +12,7 @@ E4M3_MAX, ZERO_BELOW = tl.constexpr(448.0), tl.constexpr(1e-30)
 TILE = 64
 STRIP = dict(STRIP=128, BT=4, num_warps=2)  # rows of a program that looks for maxima, and of one of its steps
 WIDTH, SWIGLU_WIDTH = 256, 128  # its columns
-NORM_STRIP, NORM_STAGES = 16, 2  # rows of a program that norms and keeps maxima of columns
+NORM_PROGRAMS, NORM_STAGES = 528, 3  # that norm and keep maxima of columns: four per multiprocessor of an H100
 
 
 @triton.jit
@@ -121,15 +121,17 @@ def quantize_columns(x_TK: torch.Tensor, maxima_K: torch.Tensor | None = None) -
 @triton.jit(do_not_specialize=["T"])
 def _norm_rows(
     X, ADD, W, SUM, OUT, SCALE, FACTORS, LARGE, T, H, eps,
-    HAS_ADD: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    HAS_ADD: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`_rms_norm` of STRIP rows in fp8, rounded as there before; COLUMNS: keeps FACTORS and raises LARGE too."""
-    at = tl.arange(0, BLOCK)
-    w = tl.load(W + at, at < H, 0.0).to(tl.float32)
+    """`_rms_norm` in fp8, rounded as there before; COLUMNS: keeps FACTORS, and raises LARGE once for all its rows."""
+    at = tl.max_contiguous(tl.arange(0, BLOCK), 8)  # a thread has the numbers that it has there: sums in the same order
+    mask = at < H
+    w = tl.load(W + at, mask, 0.0).to(tl.float32)
     largest = tl.zeros([BLOCK], tl.float32)
-    for i in tl.range(0, STRIP, num_stages=STAGES):
-        t = tl.program_id(0).to(tl.int64) * STRIP + i
-        row, mask = t * H, at < tl.where(t < T, H, 0)
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    for i in tl.range(0, (T - first + programs - 1) // programs, num_stages=STAGES):
+        t = first.to(tl.int64) + i * programs
+        row = t * H
         x = tl.load(X + row + at, mask, 0.0)
         dtype = x.dtype
         x = x.to(tl.float32)
@@ -142,12 +144,12 @@ def _norm_rows(
         size = tl.abs(x)
         factor = _factor(tl.max(size))
         tl.store(OUT + row + at, (x * factor).to(tl.float8e4nv), mask)
-        tl.store(SCALE + t, 1 / factor, t < T)
+        tl.store(SCALE + t, 1 / factor)
         if COLUMNS:
-            tl.store(FACTORS + t, norm, t < T)
+            tl.store(FACTORS + t, norm)
             largest = tl.maximum(largest, size)
     if COLUMNS:
-        raise_to(LARGE + at, largest, at < H)
+        raise_to(LARGE + at, largest, mask)
 
 
 def quantize_norm_rows(
@@ -164,11 +166,12 @@ def quantize_norm_rows(
     kept: tuple[torch.Tensor, ...] = ()
     if columns:
         kept = x_TH.new_empty(T, dtype=torch.float32), torch.zeros(H, dtype=torch.int32, device=x_TH.device)
-    strip, block = NORM_STRIP if columns else 1, triton.next_power_of_2(H)
+    programs, stages = (min(T, NORM_PROGRAMS), NORM_STAGES) if columns else (T, 1)
+    block = triton.next_power_of_2(H)
     added = x_TH if add_TH is None else add_TH.contiguous()
-    shape = dict(HAS_ADD=add_TH is not None, COLUMNS=columns, STRIP=strip, BLOCK=block, STAGES=NORM_STAGES)
     args = (x_TH, added, w_H, total, out, scale, *(kept or (scale, scale)), T, H, eps)
-    _norm_rows[(triton.cdiv(T, strip),)](*args, **shape, num_warps=choose_warps(block))
+    shape = dict(HAS_ADD=add_TH is not None, COLUMNS=columns, BLOCK=block, STAGES=stages)
+    _norm_rows[(programs,)](*args, **shape, num_warps=choose_warps(block))
     return total, (out, scale), kept
 
 

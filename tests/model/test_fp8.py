@@ -14,9 +14,17 @@ from xtuner.model.adapters.lora import build_lora, lora
 from xtuner.model.decoder import apply_norm
 from xtuner.model.linear import Linear
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KEEP_NONE
-from xtuner.model.ops.elementwise import rms_norm, rms_norm_backward, swiglu, swiglu_backward
+from xtuner.model.ops.elementwise import (
+    rms_norm,
+    rms_norm_backward,
+    split_norm_rotate_backward,
+    split_rotate_backward,
+    swiglu,
+    swiglu_backward,
+)
 from xtuner.model.ops.gradient_sums import GradientSum
 from xtuner.model.ops.matmul import MATMULS, PLAIN, MatmulKind, quantize_columns, quantize_rows
+from xtuner.model.ops.maxima import get_maxima, set_maxima
 from xtuner.model.ops.prepared import PreparedColumns, PreparedRows, get_normed, stand_in, take_rows
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -132,7 +140,7 @@ def test_norms_in_fp8(name: str, device: str) -> None:
     torch.manual_seed(0)
     fp8 = MATMULS[name]
     for T, H in ((0, 32), (1, 16), (37, 528), (300, 144), (70, 4096)):
-        x, add, d, residual = (torch.randn(T, H, device=device).bfloat16() for _ in range(4))
+        x, add = (torch.randn(T, H, device=device).bfloat16() for _ in range(2))
         w = torch.randn(H, device=device).bfloat16()
         x[:1], x[-1:] = 0, 1e4
         for other in (None, add):
@@ -153,15 +161,39 @@ def test_norms_in_fp8(name: str, device: str) -> None:
             ]
             for found, apart in pairs:
                 same(found, apart)
-        found = fp8.norm_backward(d, x, w, 1e-5, residual)
-        for ours, theirs in zip(found, rms_norm_backward(d, x, w, 1e-5, residual), strict=True):
-            assert torch.equal(ours, theirs)
-        dx = found[0]
-        for both in range(2):
-            for ours, apart in zip(fp8.prepare_both(dx), fp8.prepare_both(dx.clone()), strict=True):
-                same(ours, apart)
-            if both == 0:
-                dx.mul_(-3)  # what is known of its maxima is no longer true
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_carry_their_maxima(device: str) -> None:
+    """As they are searched otherwise; and the gradients are the same. A change in place makes them invalid."""
+    torch.manual_seed(0)
+    fp8 = MATMULS["fp8_full"]
+    for T, kv_heads, groups, dim in ((1, 1, 6, 64), (37, 3, 1, 32), (1200, 2, 4, 128)):
+
+        def numbers(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device).bfloat16()
+
+        H = kv_heads * (groups + 2) * dim
+        d, x, residual, w, wq, wk = (numbers(*s) for s in ((T, H), (T, H), (T, H), (H,), (dim,), (dim,)))
+        heads = [numbers(T, n, dim) for n in (kv_heads * groups, kv_heads, kv_heads)]
+        angle = torch.randn(T, dim // 2, device=device)
+        rotation = angle.cos(), angle.sin()
+        for function, given in (
+            (rms_norm_backward, (d, x, w, 1e-5, residual)),
+            (lambda *a: (split_rotate_backward(*a),), (*heads, *rotation)),
+            (split_norm_rotate_backward, (*heads, x, wq, wk, 1e-5, *rotation)),
+        ):
+            maxima = fp8.new_maxima(T, H, torch.device(device))
+            assert (maxima is None) is (device == "cpu")
+            found, expected = function(*given, maxima), function(*given)
+            assert all(map(torch.equal, found, expected))
+            dx = found[0]
+            set_maxima(dx, maxima)
+            for factor in (1, -3):
+                dx.mul_(factor) if factor != 1 else None
+                assert (get_maxima(dx) is None) is (factor != 1 or device == "cpu")
+                for ours, apart in zip(fp8.prepare_both(dx), fp8.prepare_both(dx.clone()), strict=True):
+                    same(ours, apart)
 
 
 @pytest.mark.parametrize("device", DEVICES)

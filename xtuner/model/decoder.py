@@ -126,15 +126,16 @@ class Attention(nn.Module):
             recomputed: where a norm's backward finds these inputs if something else has recomputed them.
         """
         angles = layout.cos_TD, layout.sin_TD
+        matmul, shape = self.input_matmul(), (self.num_kv_heads, self.head_dim)
         if self.q_norm is None or self.k_norm is None:
-            return autograd_functions.SplitRotate.apply(qkv, *angles, self.num_kv_heads, self.head_dim)
+            return autograd_functions.SplitRotate.apply(qkv, *angles, *shape, matmul)
         norms = self.q_norm, self.k_norm
         if not all(isinstance(norm, RMSNorm) and norm.is_plain() for norm in norms) or norms[0].eps != norms[1].eps:
             return self._normalize_by_modules(qkv, angles)
         recipe = autograd_functions.keep_tensor(qkv) if keep else autograd_functions.get_recipe(qkv)
         weights, into = [n.weight for n in norms], tuple(n.gradient_sums.get("weight") for n in norms)
         return autograd_functions.SplitNormRotate.apply(
-            qkv, *weights, norms[0].eps, angles, self.num_kv_heads, recipe, recomputed, into
+            qkv, *weights, norms[0].eps, angles, self.num_kv_heads, recipe, recomputed, into, matmul
         )
 
     def _normalize_by_modules(

@@ -25,6 +25,7 @@ from xtuner.model.ops import elementwise as e
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient
 from xtuner.model.ops.low_rank import LowRankTerm, Projection
 from xtuner.model.ops.matmul import PLAIN, Matmul
+from xtuner.model.ops.maxima import set_maxima
 from xtuner.model.ops.prepared import Normed, get_normed, stand_in
 
 Tensors = tuple[torch.Tensor, ...]
@@ -142,7 +143,9 @@ class AddNorm(torch.autograd.Function):
         if ctx.compute is not None:
             found = ctx.recomputed.take()
             total = total + ctx.compute(*inputs) if found is None else found
-        dx, dw = ctx.matmul.norm_backward(d_normed, total, w_H, ctx.eps, d_total)
+        maxima = ctx.matmul.new_maxima(*total.shape, total.device)
+        dx, dw = e.rms_norm_backward(d_normed, total, w_H, ctx.eps, d_total, maxima)
+        set_maxima(dx, maxima)
         dw_H = add_gradient(ctx.into, dw, w_H.dtype) if ctx.needs_input_grad[2] else None
         return dx, dx if ctx.needs_input_grad[1] else None, dw_H, None, None, None, None, None
 
@@ -228,18 +231,33 @@ class LinearFunction(torch.autograd.Function):
 
 
 class SplitRotate(torch.autograd.Function):
-    """The joint projection [T, K·(G+2)·D] → q [T, N, D], k and v [T, K, D]; q and k rotated by each token's angles."""
+    """The joint projection [T, K·(G+2)·D] → q [T, N, D], k and v [T, K, D]; q and k rotated by each token's angles.
+
+    Args:
+        matmul: of the projection, which reads this gradient.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, kv_heads: int, head_dim: int
+        ctx: Any,
+        qkv: torch.Tensor,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
+        kv_heads: int,
+        head_dim: int,
+        matmul: Matmul,
     ) -> Tensors:
         ctx.save_for_backward(cos_TD, sin_TD)
+        ctx.matmul, ctx.width = matmul, qkv.shape[1]
         return e.split_rotate(qkv, cos_TD, sin_TD, kv_heads, head_dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Optionals:
-        return e.split_rotate_backward(*grads, *ctx.saved_tensors), None, None, None, None
+        (dq, dk, dv), (cos_TD, sin_TD) = grads, ctx.saved_tensors
+        maxima = ctx.matmul.new_maxima(len(dq), ctx.width, dq.device)
+        d = e.split_rotate_backward(dq, dk, dv, cos_TD, sin_TD, maxima)
+        set_maxima(d, maxima)
+        return d, None, None, None, None, None
 
 
 class SplitNormRotate(torch.autograd.Function):
@@ -249,6 +267,7 @@ class SplitNormRotate(torch.autograd.Function):
         recipe: how to recompute the joint projection; one that keeps it, or one of fewer bytes.
         recomputed: stores the joint projection if another function has recomputed it.
         into: gradient sums of wq and wk.
+        matmul: of the joint projection, which reads its gradient.
     """
 
     @staticmethod
@@ -263,8 +282,10 @@ class SplitNormRotate(torch.autograd.Function):
         recipe: Recipe,
         recomputed: Recomputed,
         into: tuple[GradientSum | None, GradientSum | None],
+        matmul: Matmul,
     ) -> Tensors:
         ctx.save_for_backward(wq_D, wk_D, *angles, *recipe.tensors)
+        ctx.matmul = matmul
         ctx.eps, ctx.compute, ctx.recomputed, ctx.into = eps, recipe.compute, recomputed, into
         return e.split_norm_rotate(qkv, wq_D, wk_D, eps, *angles, kv_heads)
 
@@ -274,12 +295,14 @@ class SplitNormRotate(torch.autograd.Function):
         qkv = ctx.recomputed.take()
         if qkv is None:
             qkv = ctx.compute(*inputs)
-        d, *d_weights = e.split_norm_rotate_backward(dq, dk, dv, qkv, wq_D, wk_D, ctx.eps, cos_TD, sin_TD)
+        maxima = ctx.matmul.new_maxima(*qkv.shape, qkv.device)
+        d, *d_weights = e.split_norm_rotate_backward(dq, dk, dv, qkv, wq_D, wk_D, ctx.eps, cos_TD, sin_TD, maxima)
+        set_maxima(d, maxima)
         dw = [
             add_gradient(into, d_w, w.dtype) if needed else None
             for into, d_w, w, needed in zip(ctx.into, d_weights, (wq_D, wk_D), ctx.needs_input_grad[1:3], strict=True)
         ]
-        return d, *dw, None, None, None, None, None, None
+        return d, *dw, None, None, None, None, None, None, None
 
 
 class Embed(torch.autograd.Function):

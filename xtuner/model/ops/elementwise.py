@@ -1,6 +1,7 @@
 """What a block computes apart from matrix products and attention, forward and backward, defined in PyTorch.
 
 On GPUs each function is one kernel that reads and writes memory once (elementwise_kernels.py); GPU tests compare both.
+There, `maxima` are raised to those of the gradient that is computed (maxima.py).
 
     T tokens   H hidden   N query heads   K kv heads   G = N/K   D head dim   F ffn   V vocabulary
 """
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from xtuner.data.packing.raw_pack import IGNORE
+from xtuner.model.ops.maxima import Maxima
 from xtuner.model.rope import rotate
 
 
@@ -43,13 +45,14 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None = None,
+    maxima: Maxima | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(gradient of x, of w in fp32) from that of the norm; `residual`, x's gradient from its other use, is added."""
     if _use_kernels(x_TH):
         from xtuner.model.ops import elementwise_kernels
 
-        return elementwise_kernels.rms_norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
+        return elementwise_kernels.rms_norm_backward(d_TH, x_TH, w_H, eps, residual_TH, maxima)
     x32, d32 = x_TH.float(), d_TH.float()
     scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     normed = x32 * scale
@@ -74,13 +77,14 @@ def split_rotate(
 
 
 def split_rotate_backward(
-    dq_TND: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
-) -> torch.Tensor:
+    dq_TND: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor,
+    maxima: Maxima | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Gradients of q, k and v → that of the joint projection [T, K·(G+2)·D]."""
     if _use_kernels(dq_TND):
         from xtuner.model.ops import elementwise_kernels
 
-        return elementwise_kernels.split_rotate_backward(dq_TND, dk_TKD, dv_TKD, cos_TD, sin_TD)
+        return elementwise_kernels.split_rotate_backward(dq_TND, dk_TKD, dv_TKD, cos_TD, sin_TD, maxima)
     T, kv_heads, head_dim = dk_TKD.shape
     dq = rotate(dq_TND, cos_TD, -sin_TD).view(T, kv_heads, -1, head_dim)
     dk = rotate(dk_TKD, cos_TD, -sin_TD).view(T, kv_heads, 1, head_dim)
@@ -103,13 +107,13 @@ def split_norm_rotate(
 
 def split_norm_rotate_backward(
     dq_TND: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, qkv: torch.Tensor, wq_D: torch.Tensor,
-    wk_D: torch.Tensor, eps: float, cos_TD: torch.Tensor, sin_TD: torch.Tensor,
+    wk_D: torch.Tensor, eps: float, cos_TD: torch.Tensor, sin_TD: torch.Tensor, maxima: Maxima | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(gradient of the joint projection, of wq and of wk in fp32)."""
     if _use_kernels(qkv):
         from xtuner.model.ops import elementwise_kernels
 
-        args = (dq_TND, dk_TKD, dv_TKD, qkv, wq_D, wk_D, eps, cos_TD, sin_TD)
+        args = (dq_TND, dk_TKD, dv_TKD, qkv, wq_D, wk_D, eps, cos_TD, sin_TD, maxima)
         return elementwise_kernels.split_norm_rotate_backward(*args)
     T, kv_heads, head_dim = dk_TKD.shape
     gradients, weights = [], []

@@ -2,6 +2,8 @@
 
 They round where the PyTorch definitions round, so that results differ by the order of sums alone. The number of tokens
 is an ordinary argument, so that a new number does not trigger a compilation.
+
+Those that compute the gradient of a product's result also find its largest magnitudes, if `maxima` are given, zeros.
 """
 
 from typing import Any
@@ -11,6 +13,9 @@ import triton
 import triton.language as tl
 
 from xtuner.data.packing.raw_pack import IGNORE
+from xtuner.model.ops.maxima import Maxima
+
+PROGRAMS = 264  # that keep sums or maxima of columns in registers: two per multiprocessor of an H100
 
 
 def choose_warps(block: int) -> int:
@@ -22,6 +27,20 @@ def choose_warps(block: int) -> int:
 def raise_to(LARGE, x, mask):
     """LARGE = max(LARGE, x), x ≥ 0: as the bits of such numbers are ordered like integers, one operation of memory."""
     tl.atomic_max(LARGE, x.to(tl.int32, bitcast=True), mask, sem="relaxed")
+
+
+@triton.jit
+def _store_maximum(ROW, x):
+    """The largest of a row's numbers, x ≥ 0, as its bits."""
+    tl.store(ROW, tl.max(x).to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _raise_heads(ROW, first, second, largest_first, largest_second):
+    """Both halves of the heads: the row's maximum is stored, those of columns are returned."""
+    first, second = tl.abs(first.to(tl.float32)), tl.abs(second.to(tl.float32))
+    _store_maximum(ROW, tl.maximum(first, second))
+    return tl.maximum(largest_first, first), tl.maximum(largest_second, second)
 
 
 @triton.jit
@@ -81,7 +100,7 @@ def _rms_norm_backward(
         tl.store(DX + row + at, dx, mask)
         if MAXIMA:
             size = tl.where(mask, tl.abs(dx.to(tl.float32)), 0.0)
-            tl.store(ROWS + t, tl.max(size).to(tl.int32, bitcast=True))
+            _store_maximum(ROWS + t, size)
             largest = tl.maximum(largest, size)
     if MAXIMA:
         raise_to(COLUMNS + at, largest, mask)
@@ -94,11 +113,10 @@ def rms_norm_backward(
     w_H: torch.Tensor,
     eps: float,
     residual_TH: torch.Tensor | None,
-    maxima: tuple[torch.Tensor, torch.Tensor] | None = None,
+    maxima: Maxima | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Args: maxima: of rows and columns of x's gradient, zeros, to be raised (fp8_kernels.py)."""
     T, H = x_TH.shape
-    programs = min(T, 264)  # two per multiprocessor of an H100
+    programs = min(T, PROGRAMS)
     dx, dw = torch.empty_like(x_TH), torch.empty(programs, H, dtype=torch.float32, device=x_TH.device)
     block = triton.next_power_of_2(H)
     residual = x_TH if residual_TH is None else residual_TH.contiguous()
@@ -108,53 +126,63 @@ def rms_norm_backward(
     return dx, dw.sum(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _split_rotate(
-    QKV, COS, SIN, Q, K, V, WQ, WK, eps,
+    QKV, COS, SIN, Q, K, V, WQ, WK, ROWS, COLUMNS, T, eps,
     KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-    BACKWARD: tl.constexpr, NORM: tl.constexpr,
+    BACKWARD: tl.constexpr, NORM: tl.constexpr, MAXIMA: tl.constexpr,
 ):  # fmt: skip
     """One token. QKV has the heads group by group: G queries, k, v. Q, K and V have one kind of heads each.
 
     NORM: q and k are normalized and multiplied by WQ and WK before the rotation (forward only).
+    MAXIMA: several tokens; ROWS and COLUMNS are raised to the largest magnitudes in QKV (backward only).
     """
-    token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, WIDTH)[None, :]
     inside = (head < KV * (G + 2)) & (pair < HALF)
     group, member = head // (G + 2), head % (G + 2)
     is_q, is_k, is_v = inside & (member < G), inside & (member == G), inside & (member == G + 1)
-    joint = QKV + (token * (KV * (G + 2)) + head) * (2 * HALF) + pair
-    q = Q + (token * (KV * G) + group * G + member) * (2 * HALF) + pair
-    k = K + (token * KV + group) * (2 * HALF) + pair
-    v = V + (token * KV + group) * (2 * HALF) + pair
-    cos = tl.load(COS + token * HALF + pair, pair < HALF, 0.0)
-    sin = tl.load(SIN + token * HALF + pair, pair < HALF, 0.0)
-    if BACKWARD:
-        a = tl.load(q, is_q, 0.0) + tl.load(k, is_k, 0.0) + tl.load(v, is_v, 0.0)  # one of the three
-        b = tl.load(q + HALF, is_q, 0.0) + tl.load(k + HALF, is_k, 0.0) + tl.load(v + HALF, is_v, 0.0)
-        sin = -sin
-    else:
-        a = tl.load(joint, inside, 0.0)
-        b = tl.load(joint + HALF, inside, 0.0)
-    a32, b32 = a.to(tl.float32), b.to(tl.float32)
-    if NORM:
-        scale = tl.rsqrt(tl.sum(a32 * a32 + b32 * b32, 1) / (2 * HALF) + eps)[:, None]
-        w_first, w_second = _load_head_weights(WQ, WK, member < G, pair, HALF)
-        a32 = ((a32 * scale).to(a.dtype).to(tl.float32) * w_first).to(a.dtype).to(tl.float32)
-        b32 = ((b32 * scale).to(a.dtype).to(tl.float32) * w_second).to(a.dtype).to(tl.float32)
-    first = tl.where(is_v, a, (a32 * cos - b32 * sin).to(a.dtype))
-    second = tl.where(is_v, b, (b32 * cos + a32 * sin).to(a.dtype))
-    if BACKWARD:
-        tl.store(joint, first, inside)
-        tl.store(joint + HALF, second, inside)
-    else:
-        tl.store(q, first, is_q)
-        tl.store(q + HALF, second, is_q)
-        tl.store(k, first, is_k)
-        tl.store(k + HALF, second, is_k)
-        tl.store(v, first, is_v)
-        tl.store(v + HALF, second, is_v)
+    largest_first, largest_second = tl.zeros([HEADS, WIDTH], tl.float32), tl.zeros([HEADS, WIDTH], tl.float32)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for i in range(0, (T - program + programs - 1) // programs if MAXIMA else 1):
+        token = program.to(tl.int64) + i * programs
+        joint = QKV + (token * (KV * (G + 2)) + head) * (2 * HALF) + pair
+        q = Q + (token * (KV * G) + group * G + member) * (2 * HALF) + pair
+        k = K + (token * KV + group) * (2 * HALF) + pair
+        v = V + (token * KV + group) * (2 * HALF) + pair
+        cos = tl.load(COS + token * HALF + pair, pair < HALF, 0.0)
+        sin = tl.load(SIN + token * HALF + pair, pair < HALF, 0.0)
+        if BACKWARD:
+            a = tl.load(q, is_q, 0.0) + tl.load(k, is_k, 0.0) + tl.load(v, is_v, 0.0)  # one of the three
+            b = tl.load(q + HALF, is_q, 0.0) + tl.load(k + HALF, is_k, 0.0) + tl.load(v + HALF, is_v, 0.0)
+            sin = -sin
+        else:
+            a = tl.load(joint, inside, 0.0)
+            b = tl.load(joint + HALF, inside, 0.0)
+        a32, b32 = a.to(tl.float32), b.to(tl.float32)
+        if NORM:
+            scale = tl.rsqrt(tl.sum(a32 * a32 + b32 * b32, 1) / (2 * HALF) + eps)[:, None]
+            w_first, w_second = _load_head_weights(WQ, WK, member < G, pair, HALF)
+            a32 = ((a32 * scale).to(a.dtype).to(tl.float32) * w_first).to(a.dtype).to(tl.float32)
+            b32 = ((b32 * scale).to(a.dtype).to(tl.float32) * w_second).to(a.dtype).to(tl.float32)
+        first = tl.where(is_v, a, (a32 * cos - b32 * sin).to(a.dtype))
+        second = tl.where(is_v, b, (b32 * cos + a32 * sin).to(a.dtype))
+        if BACKWARD:
+            tl.store(joint, first, inside)
+            tl.store(joint + HALF, second, inside)
+        else:
+            tl.store(q, first, is_q)
+            tl.store(q + HALF, second, is_q)
+            tl.store(k, first, is_k)
+            tl.store(k + HALF, second, is_k)
+            tl.store(v, first, is_v)
+            tl.store(v + HALF, second, is_v)
+        if MAXIMA:
+            largest_first, largest_second = _raise_heads(ROWS + token, first, second, largest_first, largest_second)
+    if MAXIMA:
+        column = COLUMNS + head * (2 * HALF) + pair
+        raise_to(column, largest_first, inside)
+        raise_to(column + HALF, largest_second, inside)
 
 
 @triton.jit
@@ -167,10 +195,14 @@ def _load_head_weights(WQ, WK, is_q, pair, HALF: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T"])
 def _split_norm_rotate_backward(
-    D, QKV, COS, SIN, Q, K, V, WQ, WK, DW, T, eps,
+    D, QKV, COS, SIN, Q, K, V, WQ, WK, DW, ROWS, COLUMNS, T, eps,
     KV: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    MAXIMA: tl.constexpr,
 ):  # fmt: skip
-    """Several tokens. Q, K and V are gradients, D that of QKV; DW has a program's sums of those of WQ and WK."""
+    """Several tokens. Q, K and V are gradients, D that of QKV; DW has a program's sums of those of WQ and WK.
+
+    MAXIMA: ROWS and COLUMNS are raised to the largest magnitudes in D.
+    """
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, WIDTH)[None, :]
     inside = (head < KV * (G + 2)) & (pair < HALF)
@@ -178,6 +210,7 @@ def _split_norm_rotate_backward(
     is_q, is_k, is_v = inside & (member < G), inside & (member == G), inside & (member == G + 1)
     w_first, w_second = _load_head_weights(WQ, WK, member < G, pair, HALF)
     dw_first, dw_second = tl.zeros([HEADS, WIDTH], tl.float32), tl.zeros([HEADS, WIDTH], tl.float32)
+    largest_first, largest_second = tl.zeros([HEADS, WIDTH], tl.float32), tl.zeros([HEADS, WIDTH], tl.float32)
     program, programs = tl.program_id(0), tl.num_programs(0)
     for i in range(0, (T - program + programs - 1) // programs):
         token = program.to(tl.int64) + i * programs
@@ -201,8 +234,16 @@ def _split_norm_rotate_backward(
         dw_second += second * x_second.to(dtype).to(tl.float32)
         first, second = first * w_first, second * w_second
         mean = (tl.sum(first * x_first + second * x_second, 1) / (2 * HALF))[:, None]
-        tl.store(D + joint, tl.where(is_v, a, (scale * (first - x_first * mean)).to(dtype)), inside)
-        tl.store(D + joint + HALF, tl.where(is_v, b, (scale * (second - x_second * mean)).to(dtype)), inside)
+        first = tl.where(is_v, a, (scale * (first - x_first * mean)).to(dtype))
+        second = tl.where(is_v, b, (scale * (second - x_second * mean)).to(dtype))
+        tl.store(D + joint, first, inside)
+        tl.store(D + joint + HALF, second, inside)
+        if MAXIMA:
+            largest_first, largest_second = _raise_heads(ROWS + token, first, second, largest_first, largest_second)
+    if MAXIMA:
+        column = COLUMNS + head * (2 * HALF) + pair
+        raise_to(column, largest_first, inside)
+        raise_to(column + HALF, largest_second, inside)
     out = DW + program.to(tl.int64) * (4 * HALF) + tl.arange(0, WIDTH)
     valid = tl.arange(0, WIDTH) < HALF
     tl.store(out, tl.sum(tl.where(is_q, dw_first, 0.0), 0), valid)
@@ -231,8 +272,8 @@ def split_rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     heads = q, _, _ = _split(qkv, kv_heads, head_dim)
     shape = _head_shape(q.shape[1], kv_heads, head_dim)
-    args = (qkv, cos_TD, sin_TD, *heads, qkv, qkv, 0.0)
-    _split_rotate[(len(qkv),)](*args, **shape, BACKWARD=False, NORM=False, num_warps=8)
+    args = (qkv, cos_TD, sin_TD, *heads, qkv, qkv, qkv, qkv, len(qkv), 0.0)
+    _split_rotate[(len(qkv),)](*args, **shape, BACKWARD=False, NORM=False, MAXIMA=False, num_warps=8)
     return heads
 
 
@@ -242,33 +283,36 @@ def split_norm_rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     heads = q, _, _ = _split(qkv, kv_heads, len(wq_D))
     shape = _head_shape(q.shape[1], kv_heads, len(wq_D))
-    args = (qkv, cos_TD, sin_TD, *heads, wq_D, wk_D, eps)
-    _split_rotate[(len(qkv),)](*args, **shape, BACKWARD=False, NORM=True, num_warps=8)
+    args = (qkv, cos_TD, sin_TD, *heads, wq_D, wk_D, qkv, qkv, len(qkv), eps)
+    _split_rotate[(len(qkv),)](*args, **shape, BACKWARD=False, NORM=True, MAXIMA=False, num_warps=8)
     return heads
 
 
 def split_rotate_backward(
-    dq_TND: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor
-) -> torch.Tensor:
+    dq_TND: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor,
+    maxima: Maxima | None = None,
+) -> torch.Tensor:  # fmt: skip
     T, kv_heads, head_dim = dk_TKD.shape
     d = dq_TND.new_empty(T, (dq_TND.shape[1] + 2 * kv_heads) * head_dim)
     heads = tuple(x.contiguous() for x in (dq_TND, dk_TKD, dv_TKD))
     shape = _head_shape(dq_TND.shape[1], kv_heads, head_dim)
-    _split_rotate[(T,)](d, cos_TD, sin_TD, *heads, d, d, 0.0, **shape, BACKWARD=True, NORM=False, num_warps=8)
+    args = (d, cos_TD, sin_TD, *heads, d, d, *(maxima or (d, d)), T, 0.0)
+    programs = min(T, PROGRAMS) if maxima else T
+    _split_rotate[(programs,)](*args, **shape, BACKWARD=True, NORM=False, MAXIMA=maxima is not None, num_warps=8)
     return d
 
 
 def split_norm_rotate_backward(
     dq_TND: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, qkv: torch.Tensor, wq_D: torch.Tensor,
-    wk_D: torch.Tensor, eps: float, cos_TD: torch.Tensor, sin_TD: torch.Tensor,
+    wk_D: torch.Tensor, eps: float, cos_TD: torch.Tensor, sin_TD: torch.Tensor, maxima: Maxima | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     T, kv_heads, head_dim = dk_TKD.shape
-    programs = min(T, 264)  # two per multiprocessor of an H100
+    programs = min(T, PROGRAMS)
     d, dw = torch.empty_like(qkv), torch.empty(programs, 2, head_dim, dtype=torch.float32, device=qkv.device)
     heads = tuple(x.contiguous() for x in (dq_TND, dk_TKD, dv_TKD))
-    args = (d, qkv, cos_TD, sin_TD, *heads, wq_D, wk_D, dw, T, eps)
+    args = (d, qkv, cos_TD, sin_TD, *heads, wq_D, wk_D, dw, *(maxima or (d, d)), T, eps)
     shape = _head_shape(dq_TND.shape[1], kv_heads, head_dim)
-    _split_norm_rotate_backward[(programs,)](*args, **shape, num_warps=16)
+    _split_norm_rotate_backward[(programs,)](*args, **shape, MAXIMA=maxima is not None, num_warps=16)
     dwq, dwk = dw.sum(0)
     return d, dwq, dwk
 

@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from xtuner.model.ops.cublaslt import ALIGNMENT
 from xtuner.model.ops.elementwise_kernels import choose_warps, raise_to
-from xtuner.model.ops.prepared import Maxima
+from xtuner.model.ops.maxima import Maxima, align, new_maxima
 
 E4M3_MAX, ZERO_BELOW = tl.constexpr(448.0), tl.constexpr(1e-30)
 TILE = 64
@@ -194,14 +193,6 @@ def _both(X, LARGE_T, LARGE_K, ROWS, SCALE_T, COLUMNS, SCALE_K, T, K, ALIGNED, T
     _store_columns(x, factor_k, COLUMNS, SCALE_K, at, inside, k, K, tl.program_id(1) == 0)
 
 
-def empty_maxima(x_TK: torch.Tensor) -> Maxima:
-    """Zeros, to be raised to the largest magnitudes of rows and of columns."""
-    T, K = x_TK.shape
-    parts = _align(T), K
-    of_rows, of_columns = torch.zeros(sum(parts), dtype=torch.int32, device=x_TK.device).split(parts)
-    return of_rows, of_columns
-
-
 def quantize_both(
     x_TK: torch.Tensor, maxima: Maxima | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -210,7 +201,7 @@ def quantize_both(
     x_TK = x_TK.contiguous()
     T, K = x_TK.shape
     if maxima is None:
-        maxima = empty_maxima(x_TK)
+        maxima = new_maxima(T, K, x_TK.device)
         grid = triton.cdiv(T, STRIP["STRIP"]), triton.cdiv(K, WIDTH)
         _maxima[grid](x_TK, *maxima, T, K, OF_ROWS=True, **STRIP, BK=WIDTH, STAGES=4)
     rows, columns = torch.empty_like(x_TK, dtype=torch.float8_e4m3fn), _empty_columns(x_TK)
@@ -315,7 +306,7 @@ def quantize_swiglu_backward(
     None of the three is written: they are computed twice, once for their maxima.
     """
     T, F = gate_TF.shape
-    room = _align(T)
+    room = align(T)
     parts = room, room, F, F, F
     largest = torch.zeros(sum(parts), dtype=torch.int32, device=gate_TF.device)
     scales = torch.empty_like(largest, dtype=torch.float32)
@@ -331,13 +322,7 @@ def quantize_swiglu_backward(
     return gate, up, (columns[2], product_F)
 
 
-def _align(n: int) -> int:
-    """Whatever follows begins at a multiple of ALIGNMENT: several numbers are read at once, and there is one kernel for
-    all numbers of tokens."""
-    return triton.cdiv(n, ALIGNMENT) * ALIGNMENT
-
-
 def _empty_columns(x_TK: torch.Tensor) -> torch.Tensor:
     """For x^T in fp8, with rows that begin at multiples of ALIGNMENT. What is between them must be zeros."""
     T, K = x_TK.shape
-    return x_TK.new_empty(K, _align(T), dtype=torch.float8_e4m3fn)[:, :T]
+    return x_TK.new_empty(K, align(T), dtype=torch.float8_e4m3fn)[:, :T]

@@ -17,15 +17,14 @@ from torch.nn import functional as F
 
 from xtuner.model.ops import cublaslt, elementwise
 from xtuner.model.ops.gradient_sums import GradientSum, add_gradient_product
+from xtuner.model.ops.maxima import Maxima, get_maxima, new_maxima
 from xtuner.model.ops.prepared import (
     Normed,
     PreparedColumns,
     PreparedRows,
     SwiGLUGradients,
-    get_maxima,
     get_normed,
     get_values,
-    set_maxima,
     stand_in,
 )
 
@@ -80,10 +79,8 @@ class Matmul(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + add, its RMS norm times w, which nothing but these products reads: it may be a stand-in)."""
 
-    def norm_backward(
-        self, d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`elementwise.rms_norm_backward`; x's gradient may carry what `prepare_both` would search in it."""
+    def new_maxima(self, rows: int, columns: int, device: torch.device) -> Maxima | None:
+        """Where to put the maxima of a gradient, so that `prepare_both` need not search them; None if it does not."""
 
     def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
         """Convert silu(gate) · up for `forward`."""
@@ -137,10 +134,8 @@ class PlainMatmul:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return elementwise.rms_norm(x_TH, w_H, eps, add_TH)
 
-    def norm_backward(
-        self, d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return elementwise.rms_norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
+    def new_maxima(self, rows: int, columns: int, device: torch.device) -> Maxima | None:
+        return None
 
     def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
         return self.prepare(elementwise.swiglu(gate_TF, up_TF))
@@ -232,17 +227,8 @@ class Fp8FullMatmul(Fp8Matmul):
 
         return PreparedColumns(*fp8_kernels.quantize_norm_columns(normed.x_TH, normed.w_H, *normed.columns))
 
-    def norm_backward(
-        self, d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not x_TH.is_cuda:
-            return super().norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
-        from xtuner.model.ops import elementwise_kernels, fp8_kernels
-
-        maxima = fp8_kernels.empty_maxima(x_TH)
-        dx, dw = elementwise_kernels.rms_norm_backward(d_TH, x_TH, w_H, eps, residual_TH, maxima)
-        set_maxima(dx, maxima)
-        return dx, dw
+    def new_maxima(self, rows: int, columns: int, device: torch.device) -> Maxima | None:
+        return new_maxima(rows, columns, device) if device.type == "cuda" else None
 
     def prepare_both(self, d_TN: torch.Tensor) -> tuple[PreparedRows, PreparedColumns]:
         if not d_TN.is_cuda:

@@ -12,8 +12,6 @@ import torch
 
 from xtuner.model.ops import elementwise
 
-Maxima = tuple[torch.Tensor, torch.Tensor]  # of rows and of columns, as bits of fp32 numbers in int32 (fp8_kernels.py)
-
 
 @dataclass(frozen=True)
 class PreparedRows:
@@ -51,7 +49,7 @@ class Normed:
     Args:
         rows: the norm in fp8; None in a backward.
         columns: what its conversion by columns needs in the backward, found in the forward: 1 / rms(x) [T], fp32, and
-            the norm's largest magnitudes by column [H], as in `Maxima`. Empty if there is no such conversion.
+            the norm's largest magnitudes by column [H], as in maxima.py. Empty if there is no such conversion.
     """
 
     x_TH: torch.Tensor
@@ -98,14 +96,3 @@ def take_rows(x_TK: torch.Tensor, tile: slice) -> torch.Tensor:
         return x_TK
     normed = get_normed(x_TK)
     return x_TK[tile] if normed is None else stand_in(normed.take(tile))
-
-
-def set_maxima(x_TK: torch.Tensor, maxima: Maxima) -> None:
-    """Attach the largest magnitudes of rows and columns, for a conversion of both."""
-    x_TK.maxima = maxima, x_TK._version  # type: ignore[attr-defined]
-
-
-def get_maxima(x_TK: torch.Tensor) -> Maxima | None:
-    """Those that have been attached, unless the tensor has changed since."""
-    maxima, version = getattr(x_TK, "maxima", (None, 0))
-    return maxima if version == x_TK._version else None

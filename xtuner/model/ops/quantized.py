@@ -21,6 +21,7 @@ import torch
 
 from xtuner.model.ops.gradient_sums import GradientSum
 from xtuner.model.ops.matmul import Matmul
+from xtuner.model.ops.maxima import Maxima
 from xtuner.model.ops.prepared import PreparedColumns, PreparedRows, SwiGLUGradients
 
 WeightKind = Literal["own", "int8", "nf4"]  # values of `model.frozen_weights`
@@ -182,10 +183,8 @@ class DequantizingMatmul:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._inner.add_norm(x_TH, w_H, eps, add_TH)
 
-    def norm_backward(
-        self, d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._inner.norm_backward(d_TH, x_TH, w_H, eps, residual_TH)
+    def new_maxima(self, rows: int, columns: int, device: torch.device) -> Maxima | None:
+        return self._inner.new_maxima(rows, columns, device)
 
     def prepare_swiglu(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> PreparedRows:
         return self._inner.prepare_swiglu(gate_TF, up_TF)

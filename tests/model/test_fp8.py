@@ -213,18 +213,24 @@ def test_maxima_of_weights_are_those_of_the_iteration(name: str, device: str) ->
         into.reset()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("products", ["fp8", "fp8_full"])
-def test_norms_are_not_written_where_only_products_read_them(products: MatmulKind) -> None:
-    """Bit for bit what they are with norms that are written, whatever is kept; adapters and hooks read written ones."""
+def test_norms_are_not_written_where_only_products_read_them(products: MatmulKind, device: str) -> None:
+    """Bit for bit what they are with norms that are written, whatever is kept; adapters and hooks read written ones.
+    On GPUs attention's backward adds in any order."""
     torch.manual_seed(0)
-    shape = dict(vocab_size=503, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
-    ids, plans = torch.randint(3, 503, (70,)), (KEEP_ALL, replace(KEEP_ALL, qkv=False, residual=False), KEEP_NONE)
+    shape = dict(vocab_size=503, hidden_size=256, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    ids = torch.randint(3, 503, (70,), device=device)
+    plans = KEEP_ALL, replace(KEEP_ALL, qkv=False, residual=False), KEEP_NONE
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for adapter in (None, lora(rank=4, targets=["wqkv"])):
         source = from_scratch(products=products, num_key_value_heads=2, seed=0, **shape)
-        model = (replace(source, adapter=build_lora(adapter, source.config)) if adapter else source).build()
+        model = (replace(source, adapter=build_lora(adapter, source.config)) if adapter else source).build(
+            device, dtype
+        )
         found: list[list[torch.Tensor]] = []
         block = model.model.layers[0]
-        x = torch.randn(70, 64, requires_grad=True)
+        x = torch.randn(70, 256, device=device, dtype=dtype, requires_grad=True)
         for written in (False, True):
             if written:
                 for layer in model.model.layers:
@@ -243,7 +249,9 @@ def test_norms_are_not_written_where_only_products_read_them(products: MatmulKin
                 with torch.no_grad():
                     assert get_normed(apply_norm(norm, reader, x)[1]) is None
         for others in found[1:]:
-            assert all(map(torch.equal, found[0], others))
+            assert torch.equal(found[0][0], others[0])
+            for ours, theirs in zip(found[0], others, strict=True):
+                assert (ours - theirs).norm() <= (1e-2 * ours.norm() if device == "cuda" else 0)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -57,6 +57,19 @@ def test_norm() -> None:
     torch.testing.assert_close(dw / n, dw_small, rtol=1e-3, atol=1e-3)
 
 
+def test_norm_in_fp8() -> None:
+    need(24)
+    kind = matmul.MATMULS["fp8_full"]
+    if why := matmul.why_unsupported("fp8_full", (4096,), DEVICE, torch.bfloat16):
+        pytest.skip(why)
+    x, add, w = block(1000, 4096), block(1000, 4096), block(4096)
+    n = repeats(4096, 1000)
+    (total, large), (total_small, small) = (kind.add_norm(enlarge(x, k), w, 1e-5, enlarge(add, k)) for k in (n, 1))
+    same_end([total, kind.prepare(large).values[-1000:].float()], [total_small, kind.prepare(small).values.float()])
+    columns, columns_small = (kind.prepare_columns(m) for m in (large, small))
+    assert torch.equal(columns.values[:, -1000:].float(), columns_small.values.float())
+
+
 def test_rotation() -> None:
     need(20)
     kv_heads, groups, dim = 8, 4, 128

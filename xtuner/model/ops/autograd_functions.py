@@ -11,6 +11,9 @@ The other activations, which a block may keep or recompute, in bytes per token w
     residual    the sum after attention           2·H
     gate_up     both factors of SwiGLU            4·F
 
+Where products read a norm in fp8 by columns too, its 1 / rms is kept: 4 bytes, and 4 bytes a channel, which the plan of
+memory leaves to its margin.
+
 activation_memory.py chooses among them. matmul.py has the products with weights, gradient_sums.py their gradients.
 swiglu.py has the MLP, in tiles of tokens; saved_tensors.py recomputes q, k and v, and keeps tensors in host memory.
 """

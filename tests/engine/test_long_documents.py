@@ -100,8 +100,10 @@ def test_factors_in_host_memory(
     free, mesh = FREE - 14 * GIB * (ranks == 4), Mesh(cp=ranks, local_size=ranks)
 
     def plan_with(host: int) -> tuple[MemoryPlan, float]:
-        arguments: Any = dict(document=document * K, division=memory.ALL_FULL)
-        found = memory.plan_memory(source, optim, GPU, mesh, tokens, free, host=host * GIB, **arguments)
+        arguments: Any = dict(division=memory.ALL_FULL, host=host * GIB)
+        found = memory.plan_memory(source, optim, GPU, mesh, tokens, free, document=document * K, **arguments)
+        unknown = memory.plan_memory(source, optim, GPU, mesh, tokens, free, **arguments)  # may be as long as a pack
+        assert unknown.activations == found.activations
         policies = found.activations.choose_kept(tokens)
         cost = StepCost(source.config, tokens, 1, policies, 0, 0, 0, length=document * K, products=products)
         return found, cost.seconds(Mesh())

@@ -182,9 +182,11 @@ def _keep_factors_on_host(
     def keep_with(count: int) -> tuple[KeepPolicy, ...]:
         return _keep_on_gpu(plan, tokens, room, spread_layers(count, plan.config.num_layers))
 
+    if all(policy.gate_up for policy in on_gpu):
+        return on_gpu
     each = tokens * kept_bytes_per_token(plan.config, plan.itemsize)[FACTORS]
     fewest, count = 0, min(plan.hosted_factors, plan.host // each)
-    if not count or all(policy.gate_up for policy in on_gpu):
+    if not count:
         return on_gpu
     found = keep_with(count)
     if not found[-1].attention or plan.bytes_with(found, tokens) > room:  # what is being copied takes memory as well

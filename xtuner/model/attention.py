@@ -42,7 +42,7 @@ class Backend:
         install: the command or package that provides it.
         majors: major CUDA compute capabilities.
         auto: whether it may be chosen without being named in a config.
-        deterministic_gqa: whether it can be deterministic where query heads share key-value heads.
+        deterministic_gqa: whether it can be deterministic on a device where query heads share key-value heads.
         windows: whether its functions have the argument `window`.
         load_prefixes: `load` of attention for queries that are the last tokens of documents. With it, more ranks than
             query heads can share documents.
@@ -56,7 +56,7 @@ class Backend:
     dtypes: Collection[torch.dtype] = HALF
     head_dims: Collection[int] = ()
     auto: bool = True
-    deterministic_gqa: bool = True
+    deterministic_gqa: Callable[[torch.device], bool] = lambda device: True
     windows: bool = False
     load_prefixes: Callable[[], AttendPrefixes | None] = lambda: None
 
@@ -85,7 +85,7 @@ class Backend:
             return f"it does not compute in {str(dtype).removeprefix('torch.')}"
         if self.head_dims and head_dim not in self.head_dims:
             return f"heads of {head_dim} are not among {', '.join(map(str, self.head_dims))}"
-        if groups > 1 and not self.deterministic_gqa and torch.are_deterministic_algorithms_enabled():
+        if groups > 1 and torch.are_deterministic_algorithms_enabled() and not self.deterministic_gqa(device):
             return "it sums gradients of shared key-value heads in random order, and randomness.deterministic is on"
         if self.majors and torch.cuda.get_device_capability(device)[0] not in self.majors:
             return f"it does not support a {torch.cuda.get_device_name(device)}"
@@ -128,7 +128,7 @@ _SHIPPED: dict[str, Backend] = {
         install="pip install 'xtuner[flash]'",
         majors=(9, 10),
         head_dims=(64, 96, 128),
-        deterministic_gqa=False,
+        deterministic_gqa=attention_backends.flash_4_orders_shared_heads,
         windows=True,
     ),
     "varlen": Backend(

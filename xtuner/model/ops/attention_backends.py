@@ -7,8 +7,11 @@ algorithms; FlashAttention-4 does not read it and gets it as an argument. The co
 
 import inspect
 import os
+import re
+import warnings
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -53,6 +56,8 @@ def flash_4() -> AttendPrefixes | None:
         from flash_attn.cute import flash_attn_varlen_func
     except ImportError:
         return None
+    # cutlass-dsl, at each compilation, about an argument that is always empty here
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted to a JitArgument")
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_borders: torch.Tensor, k_borders: torch.Tensor,
@@ -67,6 +72,16 @@ def flash_4() -> AttendPrefixes | None:
         return out[0] if isinstance(out, tuple) else out
 
     return attend
+
+
+def flash_4_orders_shared_heads(device: torch.device) -> bool:
+    """Whether the installed FlashAttention-4 can add the gradients of a shared key-value head in a fixed order: on
+    Hopper, from 4.0.0b36 on. As if that were installed, if none is."""
+    try:
+        beta = re.fullmatch(r"4\.0\.0b(\d+)", version("flash-attn-4"))
+    except PackageNotFoundError:
+        beta = None
+    return (beta is None or int(beta[1]) >= 36) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @cache

@@ -5,7 +5,8 @@
     fp8_rowwise_forward  the same, but gradients of weights in bf16; torchao calls it the most accurate
 
 torchao leaves rounding to torch.compile. torchtitan compiles whole blocks; for transformers, whose Trainer compiles
-nothing automatically, the MLPs and the projections of attention are compiled here. On CPUs products are emulated.
+nothing automatically, the projections of attention and the MLPs are compiled here (with Liger's kernels, which the
+compiler cannot trace, only their projections). On CPUs products are emulated.
 """
 
 import torch
@@ -20,13 +21,12 @@ RECIPES = {
 }
 
 
-def convert_layers(layers: nn.ModuleList, products: str, device: torch.device) -> None:
+def convert_layers(layers: nn.ModuleList, products: str, device: torch.device, liger: bool) -> None:
     """Replace the linear layers of transformers' blocks, in place. Parameters stay the same objects."""
     chosen = Float8LinearConfig.from_recipe_name(RECIPES[products])
     object.__setattr__(chosen, "emulate", device.type == "cpu")  # the recipes leave no choice
     convert_to_float8_training(layers, config=chosen)
     for layer in layers if device.type != "cpu" else ():
-        layer.mlp.compile()
-        for module in layer.self_attn.modules():
-            if isinstance(module, nn.Linear):
-                module.compile()
+        projections = [m for m in (layer if liger else layer.self_attn).modules() if isinstance(m, nn.Linear)]
+        for module in projections if liger else [layer.mlp, *projections]:
+            module.compile()

@@ -46,7 +46,7 @@ def build(s: Settings) -> Peer:
     if s.products:
         from benchlib.peers import fp8_products
 
-        fp8_products.convert_layers(model.model.layers, s.products, s.device)
+        fp8_products.convert_layers(model.model.layers, s.products, s.device, liger)
     if recompute == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if s.mesh:

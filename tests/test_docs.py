@@ -1,5 +1,7 @@
 """The commands of the documentation run as they stand, and both languages show the same ones."""
 
+import argparse
+import importlib
 import os
 import re
 import subprocess
@@ -93,12 +95,22 @@ def test_the_tests_that_are_named_exist() -> None:
                 assert name in defined, f"{page}: {name}"
 
 
-def test_the_verbs_of_the_documentation_exist() -> None:
+def test_the_verbs_and_options_of_the_documentation_exist() -> None:
     from xtuner.cli.main import VERBS
 
+    seen = set()
     for page in [*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")]:
-        for verb in re.findall(r"^(?:\$ )?xtuner ([a-z][a-z-]*(?: [a-z][a-z_-]*)?)", page.read_text(), re.MULTILINE):
-            assert verb in VERBS or verb.split()[0] in VERBS, f"{page}: xtuner {verb}"
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^(?:\$ )?xtuner ([a-z][^#|&>\n]*)", text, re.MULTILINE):
+            words = line.split()
+            verb = next((v for v in (" ".join(words[:2]), words[0]) if v in VERBS), "")
+            assert verb, f"{page}: xtuner {line}"
+            parser = argparse.ArgumentParser()
+            importlib.import_module(VERBS[verb][0]).add_arguments(parser)
+            options = set(re.findall(r"(?<= )--[a-z-]+", line))
+            assert options <= set(re.findall(r"--[a-z-]+", parser.format_help())), f"{page}: xtuner {line}"
+            seen |= {(verb, option) for option in options}
+    assert len(seen) > 40
 
 
 def test_copies_of_configs_have_the_name_that_copy_cfg_gives_them() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import forked_python
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -19,6 +21,13 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
+
+
+@pytest.fixture
+def forks(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are forks of this process, in which all is imported that several of them need."""
+    bench("benchlib.peers.transformers_model")
+    monkeypatch.setattr(subprocess, "Popen", forked_python.popen)
 
 
 def test_what_each_engine_sends(bench: Any) -> None:
@@ -239,6 +248,7 @@ def test_the_table_of_peers(bench: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("forks")
 def test_a_peer_that_fails_ends_whole(bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One by itself; one in time; and what is done, or runs out of memory, is not tried again."""
     peers, runs = bench("benchlib.multi_gpu.peer_runs"), bench("benchlib.multi_gpu.xtuner_runs")
@@ -267,6 +277,7 @@ CHOSEN = "speed-2,even-2,reference-2,speed-2-split,save-2,full-2"  # ends of nam
 
 @pytest.mark.slow
 @pytest.mark.processes
+@pytest.mark.usefixtures("forks")
 def test_all_of_it_on_two_cpu_processes(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Configs of XTuner 0.1 and 0.2: run as they are, to the weights of their equals of ours; logged; refused in words."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ from helpers.corpus import VOCABULARY
 from helpers.paths import REFERENCE, ROOT
 from safetensors.torch import load_file, save_file
 
+from xtuner.compat.moved import MOVED
 from xtuner.compat.names import REPLACED
 from xtuner.compat.names import find_ours as resolve_name
 from xtuner.compat.report import DIFFERENCES, log_report, report_paragraphs
@@ -320,7 +322,7 @@ def test_qlora(legacy_text: str, weights: Path, tmp_path: Path, xtuner: Command,
     assert xtuner("check-cfg", old) == 0
     logged = capsys.readouterr().out
     for line in (
-        "peft.LoraConfig → xtuner.compat.adapters.peft.LoraConfig",
+        "peft.LoraConfig → xtuner.legacy.peft.LoraConfig",
         "model.llm.quantization_config.bnb_4bit_compute_dtype: because",
         "in XTuner also the output layer of InternLM2",
     ):
@@ -428,9 +430,9 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
     logged = "\n".join(r.getMessage() for r in caplog.records)
     for line in (
         "mmengine.hooks.IterTimerHook → xtuner.train.hooks.IterTimerHook",
-        "mmengine.hooks.CheckpointHook → xtuner.compat.adapters.train.CheckpointHook",
-        "xtuner.model.SupervisedFinetune → xtuner.compat.adapters.model.SupervisedFinetune",
-        "xtuner.utils.PROMPT_TEMPLATE → xtuner.compat.adapters.data.PROMPT_TEMPLATE",
+        "mmengine.hooks.CheckpointHook → xtuner.legacy.train.CheckpointHook",
+        "xtuner.model.SupervisedFinetune → xtuner.legacy.model.SupervisedFinetune",
+        "xtuner.utils.PROMPT_TEMPLATE → xtuner.legacy.data.PROMPT_TEMPLATE",
         "train_dataloader.collate_fn (intern_repo_collate_fn): because",
         "train_dataloader.batch_sampler: because",
         "optim_wrapper.loss_scale: because bf16 on GPUs",
@@ -445,7 +447,7 @@ def test_what_is_told(legacy: Path, caplog: pytest.LogCaptureFixture) -> None:
         "tokenizer.trust_remote_code: because",
         "model.llm.trust_remote_code: because",
         "default_hooks.logger.log_metric_by_epoch: because",
-        "LinearLR → xtuner.compat.adapters.engine.LinearLR",
+        "LinearLR → xtuner.legacy.engine.LinearLR",
         "differences from XTuner 0.1 and 0.2:",
         "mean over the targets of all its packs",
         "count iterations (optimizer steps); in XTuner they counted packs",
@@ -805,7 +807,7 @@ def test_other_ways_of_writing_the_same(legacy_text: str, tmp_path: Path) -> Non
     c = load(str(path))
     check(c)
     assert list(c.values["default_hooks"]) == ["timer", "sampler_seed", "param_scheduler", "checkpoint"]
-    assert c.get("tokenizer.type") == "xtuner.compat.adapters.data.AutoTokenizer.from_pretrained"
+    assert c.get("tokenizer.type") == "xtuner.legacy.data.AutoTokenizer.from_pretrained"
     logged = "\n".join(report_paragraphs(c))
     assert "optim_wrapper.dtype: because bf16 on GPUs and fp32 on CPUs" in logged
     for setting in ("train_cfg.val_interval", "train_dataloader.drop_last", "train_dataloader.prefetch_factor"):
@@ -820,19 +822,26 @@ def test_names_on_the_command_line_and_classes_of_the_real_packages(legacy: Path
     assert config.get("optim_wrapper.optimizer.type") == "torch.optim.SGD"
     config.values["default_hooks"]["logger"]["type"] = of_mmengine
     replaced, _ = replace_names(config.values, config.where)
-    assert [str(r) for r in replaced] == [
-        "mmengine.hooks.logger_hook.LoggerHook → xtuner.compat.adapters.train.LoggerHook"
-    ]
-    assert resolve_type(config.get("default_hooks.logger.type")) is resolve_type(
-        "xtuner.compat.adapters.train.LoggerHook"
-    )
+    assert [str(r) for r in replaced] == ["mmengine.hooks.logger_hook.LoggerHook → xtuner.legacy.train.LoggerHook"]
+    assert resolve_type(config.get("default_hooks.logger.type")) is resolve_type("xtuner.legacy.train.LoggerHook")
+
+
+def test_modules_that_have_moved() -> None:
+    """The old ones are gone, the new ones are there, in one step; a name that a checkpoint recorded is found."""
+    for old, new in MOVED.items():
+        assert importlib.util.find_spec(new), new
+        assert new not in MOVED
+        with pytest.raises(ImportError):
+            importlib.import_module(old)
+    recorded = "xtuner.compat.adapters.train.LoggerHook"
+    assert resolve_type(resolve_name(recorded)) is resolve_type("xtuner.legacy.train.LoggerHook")
 
 
 def test_adapters_give_what_their_names_say() -> None:
-    from xtuner.compat.adapters.data import DefaultSampler, InternRepoSampler
-    from xtuner.compat.adapters.engine import AmpOptimWrapper, CosineAnnealingLR, LinearLR
-    from xtuner.compat.adapters.train import CheckpointHook, EvaluateChatHook
     from xtuner.data.chat_template import PROMPT_TEMPLATE
+    from xtuner.legacy.data import DefaultSampler, InternRepoSampler
+    from xtuner.legacy.engine import AmpOptimWrapper, CosineAnnealingLR, LinearLR
+    from xtuner.legacy.train import CheckpointHook, EvaluateChatHook
     from xtuner.optim.schedule import Schedule
 
     assert InternRepoSampler(range(9), seed=7).seed == 1024

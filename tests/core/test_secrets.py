@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from xtuner.compat.translate import load
 from xtuner.config.load import SHIPPED
 from xtuner.config.redact import without_secrets
 from xtuner.core import secrets
@@ -19,7 +20,7 @@ HIDDEN = """token hub_token HF_TOKEN hfToken access_token user_token auth_token 
 OPEN = """tokenizer tokens max_new_tokens num_tokens pad_token pad_token_id bos_token eos_token image_token per_token
     token_ids token_file password_file tokens_per_s secretary author key keys sort_key key_proj PWD OLDPWD forward_pass
     SSH_AUTH_SOCK GOOGLE_APPLICATION_CREDENTIALS hub_token.name targets monkey save_optimizer
-    special_tokens stop_token"""
+    special_tokens stop_token /data/secrets ~/secrets s3://bucket/password ../token"""
 FORMS = {
     "got hf_abcdefghijklmnopqrst here": "got *** here",
     "sk-proj-abc123def456ghi7": MASK,
@@ -33,6 +34,12 @@ FORMS = {
     "a=password=zz ?token=abc&page=2": "a=password=*** ?token=***&page=2",
     "s3://AK:wJal/K7+x@bucket/a b@c s3://bucket/a:b/c": "s3://AK:***@bucket/a b@c s3://bucket/a:b/c",
     "https://b/x?X-Amz-Signature=0123456789abcdef0123&n=1": "https://b/x?X-Amz-Signature=***&n=1",
+    "/data/secrets: No such file or directory, secrets: 3 files, 's3://b/token': is not a folder": None,
+    "cannot read /data/secrets:\n  where: /data/secrets/x.bin": None,
+    "secrets: a8Fk29d n /run/password: hunter2 password: no one": "secrets: *** n /run/password: *** password: *** one",
+    "secrets:\n  password: hunter2 secrets: 'no one' secrets=no one": (
+        "secrets:\n  password: *** secrets: '***' secrets=*** one"
+    ),
     "token: str, token = 5, pad_token='<pad>', token='<s>', password == x, use_auth_token=True": None,
 }
 
@@ -88,6 +95,24 @@ def test_values() -> None:
         "z",
     ]
     assert mask_command(words) == [*words[:3], "hub_token=***", "a.password=***", "lr=1", "--token", MASK, *words[8:]]
+
+
+def test_a_folder_of_that_name(monkeypatch: Any, tmp_path: Path) -> None:
+    """Neither the share of its data nor the names of its files are secret, in the kept config or in a later line."""
+    monkeypatch.setattr(secrets, "_learned", set())
+    source = """
+import os
+from pathlib import Path
+first = os.path.join("secrets", "train.bin"), Path("secrets", "second.bin")
+shares = {"/data/secrets": 0.3}
+password = os.environ.setdefault("HUB_SECRET", "a-real-one")
+"""
+    assert without_secrets(source.encode()).decode() == source.replace("a-real-one", MASK).replace('"***"', "'***'")
+    (tmp_path / "c.py").write_text(source)
+    monkeypatch.setenv("HUB_SECRET", "")
+    config = load(str(tmp_path / "c.py"), [])
+    assert config.resolved()["shares"] == {"/data/secrets": 0.3}
+    assert mask_text("train.bin second.bin a-real-one") == "train.bin second.bin ***"
 
 
 def test_known_values(monkeypatch: Any) -> None:

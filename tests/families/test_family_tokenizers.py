@@ -14,7 +14,7 @@ from xtuner.core.errors import ConfigError
 from xtuner.data.tiktoken_files import _byte_letters
 from xtuner.data.tokenizer import begin_tokens, load_tokenizer
 from xtuner.export.hf import export_hf
-from xtuner.families import FAMILIES
+from xtuner.families import FAMILIES, chat_templates
 from xtuner.families.chat import Message
 from xtuner.model import from_scratch
 
@@ -81,6 +81,63 @@ def test_data_and_chat_follow_the_tokenizer(
     stops = json.loads((exported / "generation_config.json").read_text())["eos_token_id"]
     assert set(stops) == {ours.eos_id, *(ours.special[w] for w in chat.stop_words if w in ours.special)}
     assert xtuner("chat", exported, "--prompt", "Hi", "--max-new-tokens", 2) == 0
+
+
+CONFIG = """
+from xtuner.data.chat_template import PROMPT_TEMPLATE
+from xtuner.data.tokenizer import load_tokenizer
+from xtuner.train.hooks import EvaluateChatHook
+
+tokenizer = dict(type=load_tokenizer, name_or_path="{}")
+custom_hooks = [
+    dict(type=EvaluateChatHook, tokenizer=tokenizer, evaluation_inputs="", prompt_template=PROMPT_TEMPLATE.{})
+]
+"""
+
+
+def test_a_base_tokenizer_gets_the_template_that_the_config_names(
+    tmp_path: Path, xtuner: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In transformers, with a begin token or without; a template of its own stays; without any name there is none."""
+    from transformers import AutoTokenizer
+
+    def export(tokenizer: Path, template: str) -> tuple[Path, str]:
+        (tmp_path / "config.py").write_text(CONFIG.format(tokenizer, template))
+        words = ("convert", "pth_to_hf", tmp_path / "config.py", tmp_path / "hf", tmp_path / "out")
+        assert xtuner(*words) == 0
+        return tmp_path / "out", "".join(capsys.readouterr())
+
+    network = from_scratch(vocab_size=500, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                           num_attention_heads=2, family="qwen2")  # fmt: skip
+    write_model(tmp_path / "hf", network.config, "qwen2")
+    talk = [Message("user", "Hi!"), Message("assistant", "Yes!")]
+    given = [{"role": m.role, "content": m.content} for m in talk]
+    for name in ("qwen2", "llama"):
+        _, marks, plain, config, template = CASES[name]
+        folder = write_tokenizer(tmp_path / name, marks, plain, **config)
+        chat = chat_templates()[template]
+        exported, said = export(folder, template)
+        assert f"chat template: {template}, as in the config" in said
+        theirs = AutoTokenizer.from_pretrained(exported)
+        begin = config["bos_token"] or ""
+        assert theirs.apply_chat_template(given, tokenize=False) == begin + "".join(p.text for p in chat.pieces(talk))
+        prompt = theirs.apply_chat_template(given[:1], tokenize=False, add_generation_prompt=True)
+        assert prompt == begin + chat.prompt("Hi!")
+        stops = json.loads((exported / "generation_config.json").read_text())["eos_token_id"]
+        assert theirs.convert_tokens_to_ids(chat.assistant_end.strip()) in stops
+
+    for named in ("plain", "tokenizer"):
+        exported, said = export(tmp_path / "qwen2", named)
+        assert "chat template: none, as in the tokenizer's folder" in said
+        assert "prompt_template of EvaluateChatHook, such as PROMPT_TEMPLATE.qwen_chat" in said
+        assert AutoTokenizer.from_pretrained(exported).chat_template is None
+    exported, said = export(tmp_path / "llama", "qwen_chat")
+    assert "not qwen_chat, as in the config: the tokenizer has no special token <|im_end|>, <|im_start|>" in said
+    assert AutoTokenizer.from_pretrained(exported).chat_template is None
+    (tmp_path / "qwen2" / "chat_template.jinja").write_text("mine")
+    exported, said = export(tmp_path / "qwen2", "qwen_chat")
+    assert "chat template: the one in the tokenizer's folder" in said
+    assert AutoTokenizer.from_pretrained(exported).chat_template == "mine"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

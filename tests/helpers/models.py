@@ -79,11 +79,11 @@ def large_model() -> ModelSource:
 
 
 def sharded_strategy(
-    form: str = "fp32", division: Division | None = None, model: ModelSource | None = None, fsdp: str | None = None
-) -> Any:
-    optim = OptimWrapper(
-        dict(type=torch.optim.AdamW, lr=LR), dict(max_norm=MAX_NORM), PACKS // collectives.ALL.size, "fp32", form
-    )
+    form: str = "fp32", division: Division | None = None, model: ModelSource | None = None, fsdp: str | None = None,
+    eps: float = 1e-8,
+) -> Any:  # fmt: skip
+    adamw = dict(type=torch.optim.AdamW, lr=LR, eps=eps)
+    optim = OptimWrapper(adamw, dict(max_norm=MAX_NORM), PACKS // collectives.ALL.size, "fp32", form)
     model, mesh = model or odd_model(), make_mesh(fsdp)
     free = memory.min_free_bytes(CPU, mesh)
     return ShardedStrategy(

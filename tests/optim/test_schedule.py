@@ -36,7 +36,7 @@ KINDS = [
 
 def ours(case: dict[str, Any]) -> Schedule:
     """As `param_scheduler` of an old config is built. Raises: ConfigError."""
-    specs = [{**s, "type": f"xtuner.compat.adapters.engine.{s['type']}"} for s in case["schedulers"]]
+    specs = [{**s, "type": f"xtuner.legacy.engine.{s['type']}"} for s in case["schedulers"]]
     return Schedule.from_config(case["lr"], specs, case["epoch_length"], case["epochs"] * case["epoch_length"])
 
 

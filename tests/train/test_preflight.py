@@ -410,6 +410,7 @@ def test_the_right_config_is_right(world: Path, xtuner: Any, capsys: pytest.Capt
     assert "there is nothing to learn: no token is above 0" in capsys.readouterr().out
 
 
+@pytest.mark.processes  # the fixture trains
 def test_documents_longer_than_the_context_are_reported(
     world: Path, xtuner: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,12 +16,13 @@ def run(args: argparse.Namespace) -> int:
     from xtuner.dist.process_group import select_device
     from xtuner.engine import capacity
     from xtuner.train import preflight
+    from xtuner.train.command_line import resolve_work_dir
     from xtuner.train.plan import make_plan
 
     config = load(args.config, args.cfg_options)
     extensions = preflight.check_settings(config)
     here = select_device()
-    work_dir = preflight.resolve_work_dir(None, config)
+    work_dir = resolve_work_dir(None, config)
     opening = Opening(read_only=True)
     settings = preflight.prepare_settings(config, extensions.hooks, work_dir, here, None, Mesh(), opening)
     plan = make_plan(settings)

@@ -106,7 +106,7 @@ def _checkpoint_size(args: argparse.Namespace) -> float:
     from xtuner.compat.translate import load
     from xtuner.config.build import build
     from xtuner.model.flops import num_parameters
-    from xtuner.train.preflight import build_model_source
+    from xtuner.train.model_checks import build_model_source
 
     config = load(args.config, args.cfg_options)
     source = build_model_source(config)

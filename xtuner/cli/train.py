@@ -104,8 +104,8 @@ def _train(args: argparse.Namespace) -> int:
     info = launchers.read_rank(args.launcher, os.environ)
 
     from xtuner.dist.process_group import join_run
+    from xtuner.train.command_line import resolve_work_dir
     from xtuner.train.extensions import add_trackers
-    from xtuner.train.preflight import resolve_work_dir
     from xtuner.train.trainer import Options, train
 
     add_trackers(config, args.tracker)

@@ -1,16 +1,20 @@
 """Modules of xtuner that have moved. Configs and checkpoints may contain the old dotted names."""
 
 MOVED = {
+    **{
+        f"xtuner.compat.adapters.{name}": f"xtuner.legacy.{name}"
+        for name in ("data", "engine", "model", "peft", "train")
+    },
     "xtuner.data.index": "xtuner.data.format.folder",
-    "xtuner.data.legacy": "xtuner.compat.adapters.data",
+    "xtuner.data.legacy": "xtuner.legacy.data",
     "xtuner.data.order": "xtuner.data.loading.sampler",
     "xtuner.data.pack": "xtuner.data.packing.pack",
-    "xtuner.engine.legacy": "xtuner.compat.adapters.engine",
+    "xtuner.engine.legacy": "xtuner.legacy.engine",
     "xtuner.engine.optim": "xtuner.optim.optim_wrapper",
     "xtuner.engine.schedule": "xtuner.optim.schedule",
     "xtuner.model.adapter": "xtuner.model.adapters.lora",
-    "xtuner.model.legacy": "xtuner.compat.adapters.model",
-    "xtuner.train.legacy": "xtuner.compat.adapters.train",
+    "xtuner.model.legacy": "xtuner.legacy.model",
+    "xtuner.train.legacy": "xtuner.legacy.train",
     "xtuner.train.profile": "xtuner.train.reporting.profile",
 }
 

@@ -109,27 +109,27 @@ DIFFERENCES = (
     Difference(
         "Documents of a pack do not attend to each other, and positions restart in each; in XTuner only with "
         "`use_varlen_attn=True`, which was off by default.",
-        _builds("adapters.model.SupervisedFinetune", "use_varlen_attn"),
+        _builds("legacy.model.SupervisedFinetune", "use_varlen_attn"),
     ),
     Difference(
         "Matrix products are in bf16 on GPUs and in fp32 on CPUs, never in fp16; weights that are trained are kept in "
         "fp32.",
-        _builds("adapters.engine.AmpOptimWrapper"),
+        _builds("legacy.engine.AmpOptimWrapper"),
     ),
     Difference(
         "Without `target_modules`, `lora` adapts all matrices of the blocks; in XTuner also the output layer of "
         "InternLM2.",
-        _builds("adapters.peft.LoraConfig", "target_modules", None),
+        _builds("legacy.peft.LoraConfig", "target_modules", None),
     ),
     Difference(
         "With `load_in_8bit=True`, weights of 8 bits are read back before each product; in XTuner products were in 8 "
         "bits.",
-        _builds("adapters.peft.BitsAndBytesConfig", "load_in_8bit", True),
+        _builds("legacy.peft.BitsAndBytesConfig", "load_in_8bit", True),
     ),
     Difference(
         "Checkpoints are directories named `iter_N.pth`, N in iterations, also with `by_epoch=True` (the default of "
         "`CheckpointHook`), which in XTuner named them `epoch_N.pth`.",
-        _builds("adapters.train.CheckpointHook", "by_epoch", True),
+        _builds("legacy.train.CheckpointHook", "by_epoch", True),
     ),
     Difference(
         "Without `data_order_path`, sub-folders are sorted; in XTuner they had the file system's order.",
@@ -137,15 +137,15 @@ DIFFERENCES = (
     ),
     Difference(
         "`DefaultSampler` has another permutation of packs than in XTuner; `InternRepoSampler` has the same.",
-        _builds("adapters.data.DefaultSampler"),
+        _builds("legacy.data.DefaultSampler"),
     ),
     Difference(
         "Samples are generated greedily; in XTuner tokens were drawn at random.",
-        _builds("adapters.train.EvaluateChatHook"),
+        _builds("legacy.train.EvaluateChatHook"),
     ),
     Difference(
         "Tokens per second count the tokens of packs, and FLOPs the arithmetic of the model; XTuner also counted "
         "padding and recomputation.",
-        _builds("adapters.train.ThroughputHook"),
+        _builds("legacy.train.ThroughputHook"),
     ),
 )

@@ -21,9 +21,9 @@ from xtuner.core.errors import ConfigError
 DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "timer": {"type": "xtuner.train.hooks.IterTimerHook"},
     "sampler_seed": {"type": "xtuner.train.hooks.DistSamplerSeedHook"},
-    "logger": {"type": "xtuner.compat.adapters.train.LoggerHook"},
+    "logger": {"type": "xtuner.legacy.train.LoggerHook"},
     "param_scheduler": {"type": "xtuner.train.hooks.ParamSchedulerHook"},
-    "checkpoint": {"type": "xtuner.compat.adapters.train.CheckpointHook", "interval": 1},
+    "checkpoint": {"type": "xtuner.legacy.train.CheckpointHook", "interval": 1},
 }
 # mmengine's names of hook priorities; hooks with lower numbers are called first
 PRIORITIES = {
@@ -148,7 +148,7 @@ def complete_hooks(values: dict[str, Any], replaced: list[Replacement]) -> None:
 
 
 def _is_our_hook(kind: Any) -> bool:
-    return old_names.written_name(kind).startswith(("xtuner.train.", "xtuner.compat.adapters.train."))
+    return old_names.written_name(kind).startswith(("xtuner.train.", "xtuner.legacy.train."))
 
 
 def _is_priority(value: Any) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from xtuner.core.secrets import MASK, is_secret_name, mask, mask_text
 
+_JOIN = ("join", "joinpath", "Path", "PurePath")  # of a folder's name, which may be "secrets", and a file's
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -78,7 +79,8 @@ def _given(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
         positional = [*node.posonlyargs, *node.args]
         defaults = zip(positional[len(positional) - len(node.defaults) :], node.defaults, strict=True)
         yield from ((a.arg, d) for a, d in [*defaults, *zip(node.kwonlyargs, node.kw_defaults, strict=True)] if d)
-    elif isinstance(node, ast.Call) and node.args[1:]:  # os.environ.setdefault("HF_TOKEN", "…")
+    elif isinstance(node, ast.Call) and node.args[1:] and _name(node.func) not in _JOIN:
+        # os.environ.setdefault("HF_TOKEN", "…")
         yield from ((_text(node.args[0]), value) for value in node.args[1:])
     elif isinstance(node, ast.Tuple | ast.List) and len(node.elts) == 2:
         yield _text(node.elts[0]), node.elts[1]

@@ -323,8 +323,10 @@ OWN_SETTINGS = (
             rules=at_least(1), owner="EvaluateChatHook"),
     Setting("custom_hooks.*.system", str, "", "system prompt", "系统提示", owner="EvaluateChatHook"),
     Setting("custom_hooks.*.prompt_template", Any, None,
-            "one of `PROMPT_TEMPLATE` (tokenizer: the one in its folder); None: the plain text",
-            "`PROMPT_TEMPLATE` 之一（tokenizer：分词器目录中的模板）；None：原文", owner="EvaluateChatHook"),
+            "one of `PROMPT_TEMPLATE` (tokenizer: the one in its folder), also for exports if that has none; "
+            "None: the plain text",
+            "`PROMPT_TEMPLATE` 之一（tokenizer：分词器目录中的模板），分词器没有模板时导出也用它；None：原文",
+            owner="EvaluateChatHook"),
     Setting("custom_hooks.*.max_new_tokens", int, 100, "maximum tokens of a reply", "回复的最大 token 数",
             rules=at_least(1), owner="EvaluateChatHook"),
     Setting("trackers", list | None, None, "list of trackers that receive the metrics", "额外接收指标的 tracker 列表",

@@ -3,6 +3,7 @@
 A text is secret if it has a secret name (`hub_token`, not `pad_token`), the form of a known kind (`hf_…`,
 `user:password@host`), or a known value: that of an environment variable with a secret name, or one passed to `learn`
 from a config. Names and forms are heuristics: other secrets, and what a hook prints itself, are not masked.
+A path is no name, and a sentence about one (`/data/secrets: no such file`) no value.
 """
 
 import os
@@ -30,6 +31,7 @@ _OF_TEXT = {
     "special", "start", "stop", "system", "target", "text", "think", "tool", "unk", "video", "vision", "word",
 }  # fmt: skip
 _NO_SECRETS = {"GOOGLE_APPLICATION_CREDENTIALS", "PWD", "OLDPWD"}  # paths
+_PATH = re.compile(r"\.{0,2}[/\\]|~|[A-Za-z]:[/\\]|\w+://")  # how one begins
 _FORMS_TEXT = (
     r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|gh[opsru]_[A-Za-z0-9]{16,}|github_pat_\w{20,}"
     r"|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|AKIA[0-9A-Z]{12,}|ASIA[0-9A-Z]{12,}|LTAI[0-9A-Za-z]{12,}|AIza[\w-]{30,})",
@@ -44,6 +46,11 @@ _FORMS = tuple(map(re.compile, _FORMS_TEXT))
 # `name = value`, `"name": "value"`; the value is quoted, quoted with \", or ends at a delimiter
 _NAME = re.compile(r"""(?<![\w.-])([A-Za-z_-][\w.-]*+)\\?["']?\s*((?<![=!<>])=(?!=)|:)\s*""")
 _QUOTES = ('\\"', '"', "'")
+# What follows the colon after a path, or after a name that folders have, and is no secret: a sentence, or another name
+# in the next line
+_FOLDERS = ("secrets", "credentials")
+_SENTENCE = re.compile(r"(?:[A-Z]?[a-z]+(?:['-][a-z]+)*|\d[\d,.]*)[ \t]+[\w(*]")
+_NEXT_NAME = re.compile(r"\w+:(?!\S)")
 _VALUE = re.compile(r"""\\"[^"\n]*?\\"|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|[^\s,;&"'()\[\]{}\\]+""")
 _learned: set[str] = set()
 _cached: tuple[dict[Any, Any], tuple[str, ...]] | None = None  # an environment, and what `_known` found in it
@@ -52,7 +59,7 @@ _cached: tuple[dict[Any, Any], tuple[str, ...]] | None = None  # an environment,
 @lru_cache(4096)
 def _kind(name: str) -> str:
     """ "secret", "token" (numbers and `<pad>` are not secret there), or "" if not secret. Decided by complete words."""
-    if name in _NO_SECRETS:
+    if name in _NO_SECRETS or _PATH.match(name):
         return ""
     words = [w.lower() for w in _WORD.findall(name.rpartition(".")[2])]
     while words and (words[-1].isdigit() or words[-1] in ("header", "headers", "value")):
@@ -122,7 +129,7 @@ def _mask_text(text: str, known: tuple[str, ...]) -> str:
     for name in _NAME.finditer(text):
         kind = _kind(name[1])
         value = _VALUE.match(text, name.end()) if kind and name.end() >= done else None
-        if value is None:
+        if value is None or _is_about_a_path(name):
             continue
         quote = next((q for q in _QUOTES if value[0].startswith(q)), "")
         annotation = kind == "token" and name[2] == ":" and not quote  # `token: str`
@@ -130,6 +137,14 @@ def _mask_text(text: str, known: tuple[str, ...]) -> str:
             parts += [text[done : name.end()], quote, MASK, quote]
             done = value.end()
     return "".join((*parts, text[done:]))
+
+
+def _is_about_a_path(name: re.Match[str]) -> bool:
+    """Whether the name is that of a file or folder, and what follows its colon says something of it."""
+    before = name.string[name.start() - 1 : name.start()]
+    is_path = name[1].lower().endswith(_FOLDERS) or before in ("/", "\\")
+    follows = _NEXT_NAME if "\n" in name[0] else _SENTENCE
+    return name[2] == ":" and is_path and bool(follows.match(name.string, name.end()))
 
 
 def _mask_forms(text: str, known: tuple[str, ...]) -> str:

@@ -18,15 +18,16 @@ from xtuner.core.errors import ConfigError
 from xtuner.core.files import require_utf8, write_json
 from xtuner.core.hub import INDEX, TOKENIZER_FILES
 from xtuner.core.log import human_bytes, logger, progress
-from xtuner.data.tokenizer import load_tokenizer
+from xtuner.data.tokenizer import Tokenizer, load_tokenizer
 from xtuner.data.tokenizer_template import read_template
 from xtuner.export.destination import export_folder
 from xtuner.export.model_card import render_card
 from xtuner.export.opencompass import write_configs
 from xtuner.export.sources import OpenedCheckpoint, read_tensor, recognise
-from xtuner.export.tokenizer_json import complete_tokenizer
+from xtuner.export.tokenizer_json import add_template, complete_tokenizer
 from xtuner.families import FAMILIES, NATIVE
 from xtuner.families.base import ModelFamily
+from xtuner.families.chat import ChatTemplate
 from xtuner.model.decoder import DecoderConfig
 from xtuner.model.weights import check_network, hf_shapes, shard_file_names, split_for_family, weight_index
 
@@ -44,6 +45,7 @@ def export_hf(
     with_code: bool = False,
     network: Callable[[], DecoderConfig] | None = None,
     base: Path | None = None,
+    template: ChatTemplate | None = None,
 ) -> Path:
     """Write `target` atomically. An earlier export there is replaced, anything else is not.
 
@@ -59,6 +61,7 @@ def export_hf(
             (`trust_remote_code=True`).
         network: returns the network of the config's model; called if the checkpoint does not describe its own.
         base: the model that a checkpoint's adapter is merged into; None for the one that it records.
+        template: the chat template of a tokenizer that has none of its own.
 
     Raises: CheckpointError, ConfigError.
     """
@@ -84,7 +87,7 @@ def export_hf(
         _write_shards(opened, folder, config, form, dtype, max_shard_bytes)
         code = _copy_code(folder, form) if with_code else {}
         write_json(folder / "config.json", {**code, **settings})
-        stops = _copy_tokenizer(tokenizer_folder, folder, config, own)
+        stops = _copy_tokenizer(tokenizer_folder, folder, config, own, template)
         write_json(folder / "generation_config.json", _generation(config, stops))
         (folder / "README.md").write_text(render_card(kind.path, opened, config, form, dtype), encoding="utf-8")
         write_configs(folder, target)
@@ -203,9 +206,13 @@ def _check_readers(c: DecoderConfig, layout: ModelFamily) -> None:
 
 
 def _copy_tokenizer(
-    source: Path | None, folder: Path, config: DecoderConfig, family: ModelFamily = NATIVE
+    source: Path | None,
+    folder: Path,
+    config: DecoderConfig,
+    family: ModelFamily = NATIVE,
+    template: ChatTemplate | None = None,
 ) -> list[int]:
-    """Copy tokenizer files, and add files that loading needs; return the ids at which a chat model stops."""
+    """Copy tokenizer files, and add what loading and chats need; return the ids at which a chat model stops."""
     if source is None:
         return [*config.stop_ids]
     for name in TOKENIZER_FILES:
@@ -213,11 +220,48 @@ def _copy_tokenizer(
             shutil.copyfile(source / name, folder / name)
     tokenizer = load_tokenizer(source)
     chat = family.chat_for(tokenizer.special)
-    complete_tokenizer(folder, chat)
-    special = load_tokenizer(folder).special
-    words = [word for template in (read_template(tokenizer), chat) if template for word in template.stop_words]
-    ends = [special[word] for word in words if word in special]
+    named = template if template and _has_marks(tokenizer, template) else None
+    complete_tokenizer(folder, named or chat)
+    exported = load_tokenizer(folder)
+    if named and read_template(exported) is None:
+        add_template(folder, named)
+    _report_template(tokenizer, exported, template, chat)
+    known = (read_template(tokenizer), named, chat)
+    words = [word for one in known if one for word in one.stop_words]
+    ends = [exported.special[word] for word in words if word in exported.special]
     return list(dict.fromkeys((*config.stop_ids, *ends)))
+
+
+def _has_marks(tokenizer: Tokenizer, template: ChatTemplate) -> bool:
+    return set(template.turn_marks) <= set(tokenizer.special)
+
+
+def _report_template(
+    source: Tokenizer, exported: Tokenizer, template: ChatTemplate | None, chat: ChatTemplate | None
+) -> None:
+    """Log which chat template the export has.
+
+    Args:
+        template: the one that the config names.
+        chat: the family's.
+    """
+    if read_template(source):
+        logger.info("chat template: the one in the tokenizer's folder")
+    elif template and not _has_marks(source, template):
+        lacks = ", ".join(sorted(set(template.turn_marks) - set(source.special)))
+        logger.warning(
+            f"chat template: not {template.name}, as in the config: the tokenizer has no special token {lacks}"
+        )
+    elif read_template(exported):
+        found = template or chat
+        assert found
+        logger.info(f"chat template: {found.name}, {'as in the config' if template else 'of the model family'}")
+    else:
+        fitting = f", such as PROMPT_TEMPLATE.{chat.name}" if chat and _has_marks(source, chat) else ""
+        logger.info(
+            "chat template: none, as in the tokenizer's folder. For a model trained on chats, name its template in the "
+            f"config: prompt_template of EvaluateChatHook{fitting}"
+        )
 
 
 def _generation(c: DecoderConfig, stops: list[int]) -> dict[str, Any]:

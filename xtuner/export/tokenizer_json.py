@@ -68,6 +68,13 @@ def complete_tokenizer(folder: Path, chat: ChatTemplate | None = NATIVE.chat) ->
         write_json(path, settings)
 
 
+def add_template(folder: Path, chat: ChatTemplate) -> None:
+    """Write a chat template into a folder's `tokenizer_config.json`."""
+    path = folder / "tokenizer_config.json"
+    found = read_json(path) if path.is_file() else {}
+    write_json(path, {**found, "chat_template": chat.jinja()})
+
+
 def _read_model(path: Path) -> Any:
     """A SentencePiece model's protobuf message, or None if the file does not exist."""
     if not path.is_file() or is_tiktoken(path):

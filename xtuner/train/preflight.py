@@ -1,20 +1,15 @@
 """Checks before a run writes anything: errors that would otherwise end it before its first iteration.
 
-    check_settings       names, values, types and paths of the config; hooks   check-cfg, launch, dry run, train
-    prepare_settings     weights, tokenizers and data that it names            check-cfg, dry run, train
-    check_command_line   options, the work dir and its lock                    dry run, train
+    check_settings      names, values, types and paths of the config; hooks   check-cfg, launch, dry run, train
+    prepare_settings    weights, tokenizers and data that it names            check-cfg, dry run, train
 
-Checks that depend on the machine are in engine/strategies/select.py, engine/capacity.py and the model's source; those
-that depend on a checkpoint in train/resume.py and train/plan.py. Only headers of weight files are read. Each function
-collects all its findings in one error, which names the setting or file that the user wrote.
+Those of weights and tokenizers are in `model_checks`, of options and the work dir in `command_line`. Checks that depend
+on the machine are in engine/strategies/select.py, engine/capacity.py and the model's source; those that depend on a
+checkpoint in train/resume.py and train/plan.py. Each function collects all its findings in one error, which names the
+setting or file that the user wrote.
 """
 
-import errno
 import inspect
-import math
-import os
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,35 +17,24 @@ from typing import Any
 
 import torch
 
-from xtuner.config.build import OPENING, build, resolve_type, type_name
+from xtuner.config.build import OPENING, build, resolve_type
 from xtuner.config.check import find_mistakes
 from xtuner.config.config import Config
 from xtuner.config.findings import Findings, combine_errors, locate_errors
-from xtuner.config.paths import data_keys, named_models
-from xtuner.config.specs import walk_values
-from xtuner.core import hub
+from xtuner.config.paths import data_keys
 from xtuner.core.errors import ConfigError, XTunerError
-from xtuner.core.files import require_utf8, write_failure
 from xtuner.core.log import logger
 from xtuner.data.format.cache_dirs import Opening
 from xtuner.data.loading.open_on_ranks import open_on_ranks
 from xtuner.data.loading.sampler import InternRepoSampler
 from xtuner.data.packing.document_source import as_documents
 from xtuner.data.packing.pack import PackedDataset
-from xtuner.data.tokenizer_template import read_template
 from xtuner.dist.mesh import Mesh
-from xtuner.families import read_model
-from xtuner.model.adapters.base_identity import require_same_base
-from xtuner.model.adapters.folder import has_adapter, open_adapter
-from xtuner.model.adapters.lora import LoRA
-from xtuner.model.generate import require_special_tokens
 from xtuner.model.source import ModelSource, from_scratch
-from xtuner.model.weights import WeightFolder, check_network, check_shapes, find_base_weights
 from xtuner.optim.optim_wrapper import OptimWrapper
-from xtuner.train.checkpoints import work_dir_lock
-from xtuner.train.checkpoints.checkpoint import TRAINER
 from xtuner.train.extensions import Extensions, build_extensions, read_priority
 from xtuner.train.hooks import ValidationHook
+from xtuner.train.model_checks import check_models_and_tokenizers
 from xtuner.train.run import Hook, Settings
 
 PACKS_EXAMINED = 64  # for long documents: evenly spaced packs
@@ -125,94 +109,6 @@ def count_iterations(config: Config, dataset: PackedDataset, packs: int) -> Pack
             do="set it to 1, and give max_repeats to the sources that the run should visit more than once",
         )
     return dataset.with_packs_per_iteration(packs)
-
-
-def check_models_and_tokenizers(config: Config, read_only: bool = False) -> ModelSource | None:
-    """Check that the weights, those of load_from and all tokenizers fit the model. Returns its source.
-
-    None for a hub model that is not on this machine.
-    """
-    found = Findings(config)
-    source: ModelSource | None = None
-    named = [(spec, f"{spec.key}.{n}", str(spec.arguments[n]), is_tok) for spec, n, is_tok in named_models(config)]
-    seen = [
-        (name, is_tok) for spec, _, name, is_tok in named if read_only or not _is_used_in_training(config, spec.key)
-    ]
-    absent = [name for name, is_tok in seen if not hub.is_local(name, is_tok)]
-    for name in dict.fromkeys(absent if read_only else ()):
-        logger.info(f"{name} is not on this machine yet: it will be checked after its download")
-    models = [(key, name) for _, key, name, is_tok in named if not is_tok]
-    if not any(name in absent for _, name in models):
-        with found.collect(next((key for key, _ in models if key.startswith("model")), "model")):
-            source = build_model_source(config)
-            source.require_weight_format(torch.device("meta"))  # as far as it does not depend on the machine
-            if source.folder:
-                stored = replace(source.config, vocab_size=source.config.vocab_size - source.added_rows)
-                check_network(WeightFolder(source.folder), source.layout, stored)
-    if name := config.setting("load_from"):
-        with found.collect("load_from"):
-            _check_initial_weights(hub.resolve_folder(name), source)
-    for spec, key, name, is_tok in named:
-        if is_tok and name not in absent:
-            with found.collect(key):
-                _check_tokenizer(build({"type": spec.kind, **spec.arguments}, spec.key), source)
-    found.check()
-    return source
-
-
-def _is_used_in_training(config: Config, key: str) -> bool:
-    """Whether a run builds the object at `key`; the top-level tokenizer is for hooks and the export."""
-    used = (walk_values(root, config.get(root)) for root in ("default_hooks", "custom_hooks"))
-    return key != "tokenizer" or any(value is config.values["tokenizer"] for inside in used for _, value in inside)
-
-
-def build_model_source(config: Config) -> ModelSource:
-    source = build(config.values["model"], "model")
-    if not isinstance(source, ModelSource):
-        raise ConfigError(f"{type_name(config.values['model']['type'])} makes no ModelSource", where="model")
-    require_special_tokens(source.config, f"{source.folder}/config.json: " if source.folder else "model.")
-    return source
-
-
-def _check_initial_weights(folder: Path, source: ModelSource | None) -> None:
-    if source and source.base:
-        _check_initial_adapter(folder, source)
-        return
-    weights = find_base_weights(folder) if (folder / TRAINER).is_file() else folder
-    layout, _ = read_model(weights)
-    tensors = WeightFolder(weights)
-    if source:
-        check_network(tensors, layout, source.config, "the config's model")
-
-
-def _check_initial_adapter(folder: Path, source: ModelSource) -> None:
-    assert source.base
-    assert isinstance(source.adapter, LoRA)
-    if not has_adapter(folder):
-        raise ConfigError(
-            "this is not a checkpoint of a run with an adapter",
-            why="with model.adapter the weights of the base model come from model.pretrained_model_name_or_path alone",
-            do="give the model there, or an iter_N.pth of a run with the same adapter",
-        )
-    found = open_adapter(folder)
-    require_same_base(found.base, source.base, "the adapter", str(folder))
-    shapes = {n: tuple(shape) for n, shape in source.trained_shapes.items()}
-    check_shapes(found.tensors, shapes, "model.adapter")
-    if changed := found.list_differences(source.adapter, source.frozen_weights):
-        logger.warning(f"load_from: not the model that this adapter was trained in: {', '.join(changed)}")
-
-
-def _check_tokenizer(tokenizer: Any, source: ModelSource | None) -> None:
-    if hasattr(tokenizer, "folder"):
-        read_template(tokenizer)  # samples and the export need it
-    ids = getattr(tokenizer, "vocab_size", 0)
-    if source and ids > source.config.vocab_size:
-        pretrained = source.folder is not None
-        raise ConfigError(
-            f"the tokenizer has {ids:,} ids, the model's vocabulary {source.config.vocab_size:,}",
-            why="some ids would have no row in the embedding, and the export would fail",
-            do="give the model's own tokenizer" if pretrained else f"set vocab_size to {ids} or more",
-        )
 
 
 def open_dataset(config: Config, opening: Opening) -> PackedDataset:
@@ -336,65 +232,3 @@ def _build_sampler(spec: Mapping[str, Any], dataset: PackedDataset, mesh: Mesh) 
     own = {"rank": mesh.dp_rank, "world_size": mesh.dp_size}
     takes = inspect.signature(resolve_type(spec.get("type"), SAMPLER)).parameters
     return build(spec, SAMPLER, dataset=dataset, **{k: v for k, v in own.items() if k in takes})
-
-
-def check_command_line(work_dir: Path, seed: int | None = None, max_minutes: float | None = None) -> None:
-    """Check the command line: numbers, and that the work dir is writable and not in use. Leaves no files.
-
-    Raises: ConfigError; BusyError for another run's work dir; CheckpointError for a disk that cannot be written.
-    """
-    require_utf8(work_dir, "work dir")
-    if seed is not None and not 0 <= seed < 2**32:
-        raise ConfigError(f"--seed {seed} is not in 0 … 2^32 - 1", where="--seed")
-    if max_minutes is not None and not (math.isfinite(max_minutes) and max_minutes >= 0):
-        raise ConfigError(
-            f"--max-minutes {max_minutes:g} is not a number of minutes from 0 on",
-            where="--max-minutes",
-            do="0 stops after one iteration; omit it to train to the end",
-        )
-    try:
-        there = work_dir.absolute()
-        while not _exists(there):
-            there = there.parent
-        if not there.is_dir():
-            raise NotADirectoryError(None, "it is a file" if there.is_file() else "it is not a folder", str(there))
-        _try_to_write(there)
-        if there == work_dir.absolute():
-            work_dir_lock.require_dead(there / work_dir_lock.NAME, time.time())
-    except ValueError as e:
-        raise ConfigError(f"the work dir cannot be made: {e}", where=repr(str(work_dir))) from None
-    except OSError as e:
-        e.filename = None  # the name of the temporary file
-        raise write_failure(e, "the work dir", work_dir, "give another one with --work-dir") from None
-
-
-def _try_to_write(folder: Path) -> None:
-    """Create an unnamed file, which vanishes even after a kill; a temporary folder on file systems without these.
-
-    Raises: OSError.
-    """
-    try:
-        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600))
-    except OSError as e:
-        if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise
-        tempfile.TemporaryDirectory(prefix=".xtuner-", dir=folder).cleanup()
-
-
-def _exists(path: Path) -> bool:
-    try:
-        os.lstat(path)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def resolve_work_dir(given: str | None, config: Config) -> Path:
-    """--work-dir, else the config's, else work_dirs/CONFIG. Raises: ConfigError for an unknown ~user."""
-    named = given or config.setting("work_dir")
-    default = Path("work_dirs") / config.name
-    try:
-        return Path(named).expanduser() if isinstance(named, str) else default  # `check_settings` rejects other types
-    except RuntimeError as e:
-        where = "--work-dir" if given else config.where("work_dir")
-        raise ConfigError(f"the work dir {named!r} cannot be found: {e}", where=where) from None

@@ -34,6 +34,7 @@ from xtuner.model.flops import count_attention_pairs
 from xtuner.train import preflight
 from xtuner.train.checkpoints import history, remote
 from xtuner.train.checkpoints.async_saver import AsyncSaver
+from xtuner.train.command_line import check_command_line
 from xtuner.train.plan import DATASET, find_longest_document, longest_document, make_plan
 from xtuner.train.reporting.events import record_events
 from xtuner.train.reporting.failure_advice import interrupted_error, out_of_memory_error
@@ -85,7 +86,7 @@ def train(
     if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports PyTorch's compiler: 2 s
         torch.use_deterministic_algorithms(deterministic)
     log.setup(config.setting("log_level"), rank=ranks.rank)
-    ranks.run_on_main(lambda: preflight.check_command_line(work_dir, options.seed, options.max_minutes))
+    ranks.run_on_main(lambda: check_command_line(work_dir, options.seed, options.max_minutes))
     sharers = config.setting("sequence_parallel_size")
     mesh = ranks.run_on_all(lambda: make_mesh(options.fsdp, options.ranks, sharers))
     settings = preflight.prepare_settings(

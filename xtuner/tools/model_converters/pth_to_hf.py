@@ -4,9 +4,13 @@ Equivalent to `xtuner convert pth_to_hf`.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xtuner.config.config import Config
+    from xtuner.families.chat import ChatTemplate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +82,8 @@ def _reject_for_adapter(args: argparse.Namespace) -> None:
 def from_config(
     config_path: str, options: Sequence[str], checkpoint: str | Path, target: str | Path, **how: Any
 ) -> Path:
-    """Export a checkpoint with the tokenizer and, if the checkpoint does not name it, the network of its config.
+    """Export a checkpoint with the tokenizer of its config, the chat template that this names, and, if the checkpoint
+    does not describe its own, the network.
 
     Args: how: more arguments of `export.hf.export`.
     """
@@ -99,7 +104,21 @@ def from_config(
 
     if has_adapter(Path(checkpoint).expanduser()):
         how["base"] = build(config.get("model") or {}, "model").folder
-    return export_hf(checkpoint, target, folder, network=network, **how)
+    return export_hf(checkpoint, target, folder, network=network, template=_named_template(config), **how)
+
+
+def _named_template(config: "Config") -> "ChatTemplate | None":
+    """The template of the config's samples. None for texts that are continued, and for the one in the tokenizer's
+    folder, which the export has anyway."""
+    from xtuner.config.build import build
+    from xtuner.families.chat import ChatTemplate
+
+    for i, spec in enumerate(config.get("custom_hooks") or ()):
+        if isinstance(spec, Mapping) and spec.get("prompt_template") is not None:
+            template = getattr(build(spec, f"custom_hooks.{i}"), "template", None)
+            if isinstance(template, ChatTemplate) and template.has_turns:
+                return template
+    return None
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from xtuner.model.adapters.lora import read_lora
 from xtuner.model.source import ModelSource
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import preflight
+from xtuner.train.model_checks import build_model_source
 from xtuner.train.plan import DATASET, longest_document, require_possible_mixture
 
 MEDIAN = 700  # tokens of a document, if the data is not here
@@ -119,7 +120,7 @@ def _read_source(config: Config) -> ModelSource:
     name = str(model.get("pretrained_model_name_or_path", ""))
     released = {m.hub_id: (family, m) for family in FAMILIES.values() for m in family.released}
     if not name or ((name not in released or hub.may_be_local(name)) and hub.is_local(name)):
-        return preflight.build_model_source(config)
+        return build_model_source(config)
     if name not in released:
         raise ConfigError(
             f"{name} is not on this machine, and its shapes are not known.{did_you_mean(name, list(released))}",

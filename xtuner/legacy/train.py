@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from xtuner.compat.adapters.data import template_named
 from xtuner.compat.settings import SCHEMA
 from xtuner.config.adapter import adapter
 from xtuner.config.schema import Allowed
 from xtuner.data.chat_template import ChatTemplate
 from xtuner.families.chat import ChatFormat
+from xtuner.legacy.data import template_named
 from xtuner.train import hooks
 
 _NO_BEST = Allowed((None,), "checkpoints are kept by age", "leave it out; compare them with `xtuner eval loss`")

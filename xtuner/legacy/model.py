@@ -7,12 +7,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from xtuner.compat.adapters import peft
 from xtuner.compat.settings import HUB
 from xtuner.config.adapter import adapter
 from xtuner.config.build import build
 from xtuner.config.schema import Allowed
 from xtuner.core.errors import ConfigError
+from xtuner.legacy import peft
 from xtuner.model import source
 from xtuner.model.source import ModelSource
 

@@ -135,7 +135,7 @@ def test_a_base_tokenizer_gets_the_template_that_the_config_names(
     assert "not qwen_chat, as in the config: the tokenizer has no special token <|im_end|>, <|im_start|>" in said
     assert AutoTokenizer.from_pretrained(exported).chat_template is None
     (tmp_path / "qwen2" / "chat_template.jinja").write_text("mine")
-    exported, said = export(tmp_path / "qwen2", "qwen_chat")
+    exported, said = export(tmp_path / "qwen2", "qwen_chat, every=1")  # a hook that training rejects
     assert "chat template: the one in the tokenizer's folder" in said
     assert AutoTokenizer.from_pretrained(exported).chat_template == "mine"
 

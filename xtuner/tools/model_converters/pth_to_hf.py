@@ -111,11 +111,15 @@ def _named_template(config: "Config") -> "ChatTemplate | None":
     """The template of the config's samples. None for texts that are continued, and for the one in the tokenizer's
     folder, which the export has anyway."""
     from xtuner.config.build import build
+    from xtuner.core.errors import ConfigError
     from xtuner.families.chat import ChatTemplate
 
     for i, spec in enumerate(config.get("custom_hooks") or ()):
         if isinstance(spec, Mapping) and spec.get("prompt_template") is not None:
-            template = getattr(build(spec, f"custom_hooks.{i}"), "template", None)
+            try:
+                template = getattr(build(spec, f"custom_hooks.{i}"), "template", None)
+            except ConfigError:  # a hook that an export does not need
+                continue
             if isinstance(template, ChatTemplate) and template.has_turns:
                 return template
     return None

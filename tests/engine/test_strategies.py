@@ -419,14 +419,15 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
             total += true.square().sum().item()
         return float((collectives.ALL.sum(square) / collectives.ALL.sum(total)) ** 0.5)
 
-    least = error(gradient("bf16", None, None)[1])
+    # by micro-batches a pack: products of other sizes round differently, on some processors by more than 0.1 %
+    least, divided = (error(gradient("bf16", None, None, parts)[1]) for parts in (1, 2))
     assert 5e-3 < least < 7e-3
 
     def on_two(_: Ranks, folder: Path) -> None:
         assert error(gradient("bf16", None, "full")[1]) < 1.001 * least
         for stage in ("1", "2", "3", "2_offload", "3_offload"):
             strategy, found = gradient("bf16", f"deepspeed_zero{stage}", None, parts=2)
-            assert error(found) < 1.001 * least, stage
+            assert error(found) < 1.001 * divided, stage
             block = strategy.model.model.layers[1]
             hook = block.register_forward_hook(lambda module, args, out: out * float("nan"))
             before = {n: s.master.read().clone() for n, s in strategy._shards().items()}
@@ -439,7 +440,7 @@ def test_packs_are_summed_in_fp32_and_a_nan_is_not_applied(tmp_path: Path) -> No
         assert error(gradient("bf16", "deepspeed_zero1", None, sums="bf16")[1]) < 1.001 * least
         for here in ("1", "2"):  # one rank a node; both on one
             os.environ["LOCAL_WORLD_SIZE"] = here
-            assert 1.001 * least < error(gradient("bf16", "deepspeed_zero1", None, 2, sums="bf16")[1]) < 7e-3
+            assert 1.001 * divided < error(gradient("bf16", "deepspeed_zero1", None, 2, sums="bf16")[1]) < 7e-3
         settings = deepspeed_config.read_settings("deepspeed_zero2")
         settings["data_types"]["grad_accum_dtype"] = "bf16"  # on request
         (folder / f"{collectives.rank()}.json").write_text(json.dumps(settings))

@@ -101,4 +101,4 @@ def exit_codes(children: list[Any]) -> list[int]:
 
 
 def stderr_of(folder: Path, rank: int) -> str:
-    return (folder / f"stderr.{rank}").read_text()
+    return (folder / f"stderr.{rank}").read_text(errors="replace")  # of a killed process: may end in a character

@@ -229,8 +229,8 @@ def test_maxima_of_weights_are_those_of_the_iteration(name: str, device: str) ->
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("products", ["fp8", "fp8_full"])
 def test_norms_are_not_written_where_only_products_read_them(products: MatmulKind, device: str) -> None:
-    """Bit for bit what they are with norms that are written, whatever is kept; adapters and hooks read written ones.
-    On GPUs attention's backward adds in any order."""
+    """Bit for bit what they are with norms that are written, whatever is kept; adapters, hooks and overrides read written
+    ones. On GPUs attention's backward adds in any order."""
     torch.manual_seed(0)
     shape = dict(vocab_size=503, hidden_size=256, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     ids = torch.randint(3, 503, (70,), device=device)
@@ -260,6 +260,12 @@ def test_norms_are_not_written_where_only_products_read_them(products: MatmulKin
                 has_adapter = adapter is not None and reader is block.attention
                 assert bool(unwritten) is not (written or has_adapter)
                 with torch.no_grad():
+                    assert get_normed(apply_norm(norm, reader, x)[1]) is None
+                everywhere = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+                assert get_normed(apply_norm(norm, reader, x)[1]) is None
+                everywhere.remove()
+                with pytest.MonkeyPatch.context() as patch:  # another function in the place of the reader's
+                    patch.setattr(reader, "forward", lambda *_: None)
                     assert get_normed(apply_norm(norm, reader, x)[1]) is None
         for others in found[1:]:
             assert torch.equal(found[0][0], others[0])

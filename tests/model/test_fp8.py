@@ -229,7 +229,7 @@ def test_maxima_of_weights_are_those_of_the_iteration(name: str, device: str) ->
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("products", ["fp8", "fp8_full"])
 def test_norms_are_not_written_where_only_products_read_them(products: MatmulKind, device: str) -> None:
-    """Bit for bit what they are with norms that are written, whatever is kept; adapters, hooks and overrides read written
+    """Bit for bit what they are with norms that are written, whatever is kept; adapters, hooks, overrides read written
     ones. On GPUs attention's backward adds in any order."""
     torch.manual_seed(0)
     shape = dict(vocab_size=503, hidden_size=256, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)

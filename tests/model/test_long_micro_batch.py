@@ -150,6 +150,16 @@ def test_copies_return_before_they_are_needed_and_survive_errors(monkeypatch: py
     hook.remove()
     found = gradients(model, keep, 100)
     assert all(g.equal(expected[1][n]) for n, g in found[1].items())
+    hook = model.model.norm.register_forward_pre_hook(fail)
+    with monkeypatch.context() as patch:  # as on GPUs: what is sent exists until a copy's end is waited for
+        patch.setattr(host, "on_stream", lambda device: nullcontext(SimpleNamespace(wait=lambda: None)))
+        with pytest.raises(torch.OutOfMemoryError):
+            gradients(model, KeepPolicy(on_host=FACTORS), 100)
+        drop_graph()
+    hook.remove()
+    assert host._sending
+    gradients(model, KEEP_ALL, 100)
+    assert not host._sending, "factors of a graph that does not exist stay on the GPU"
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA error: out of memory")

@@ -93,7 +93,7 @@ def _rms_norm_backward(
         normed = x * scale
         dw += d * normed.to(dtype).to(tl.float32)
         d = d * w
-        dx = scale * (d - normed * (tl.sum(d * normed) / H))
+        dx = scale * tl.fma(-normed, tl.sum(d * normed) / H, d)
         if HAS_RES:
             dx += tl.load(RES + row + at, mask, 0.0).to(tl.float32)
         dx = dx.to(dtype)
@@ -124,9 +124,9 @@ def rms_norm_backward(
 
 @triton.jit
 def _rotate(a, b, cos, sin):
-    """Both halves of heads, fp32. It is fixed here which product is rounded before the other is added to it: compilers
-    choose either, not the same in all variants of a kernel."""
-    return tl.fma(a, cos, -(b * sin)), tl.fma(b, cos, a * sin)
+    """Both halves of heads, fp32. As in all gradients that may come with maxima, it is fixed which product is rounded
+    before another is added: compilers choose either, not the same in all variants of a kernel."""
+    return tl.fma(a, cos, b * -sin), tl.fma(b, cos, a * sin)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -230,14 +230,14 @@ def _split_norm_rotate_backward(
         first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
         x_first = tl.load(QKV + joint, inside, 0.0).to(tl.float32)
         x_second = tl.load(QKV + joint + HALF, inside, 0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x_first * x_first + x_second * x_second, 1) / (2 * HALF) + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(tl.fma(x_second, x_second, x_first * x_first), 1) / (2 * HALF) + eps)[:, None]
         x_first, x_second = x_first * scale, x_second * scale
         dw_first += first * x_first.to(dtype).to(tl.float32)
         dw_second += second * x_second.to(dtype).to(tl.float32)
         first, second = first * w_first, second * w_second
-        mean = (tl.sum(first * x_first + second * x_second, 1) / (2 * HALF))[:, None]
-        first = tl.where(is_v, a, (scale * (first - x_first * mean)).to(dtype))
-        second = tl.where(is_v, b, (scale * (second - x_second * mean)).to(dtype))
+        mean = (tl.sum(tl.fma(second, x_second, first * x_first), 1) / (2 * HALF))[:, None]
+        first = tl.where(is_v, a, (scale * tl.fma(-x_first, mean, first)).to(dtype))
+        second = tl.where(is_v, b, (scale * tl.fma(-x_second, mean, second)).to(dtype))
         tl.store(D + joint, first, inside)
         tl.store(D + joint + HALF, second, inside)
         if MAXIMA:

@@ -150,6 +150,16 @@ def test_copies_return_before_they_are_needed_and_survive_errors(monkeypatch: py
     hook.remove()
     found = gradients(model, keep, 100)
     assert all(g.equal(expected[1][n]) for n, g in found[1].items())
+    hook = model.model.norm.register_forward_pre_hook(fail)
+    with monkeypatch.context() as patch:  # as on GPUs: what is sent exists until a copy's end is waited for
+        patch.setattr(host, "on_stream", lambda device: nullcontext(SimpleNamespace(wait=lambda: None)))
+        with pytest.raises(torch.OutOfMemoryError):
+            gradients(model, KeepPolicy(on_host=FACTORS), 100)
+        drop_graph()
+    hook.remove()
+    assert host._sending
+    gradients(model, KEEP_ALL, 100)
+    assert not host._sending, "factors of a graph that does not exist stay on the GPU"
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA error: out of memory")
@@ -269,3 +279,9 @@ def test_buffers_take_the_bytes_that_are_planned(monkeypatch: pytest.MonkeyPatch
             assert live.peak == pytest.approx(kept + exact_bytes(source.config, 2, tokens, keep), rel=0.03), keep
             assert live.peak <= plan.bytes_with(policies, tokens)
             assert live.now <= 2 * row.nbytes
+        # factors arrive for a layer while the one behind, which also recomputes q, k and v, recomputes its own
+        mixed = [KeepPolicy(qkv=False, on_host=FACTORS), *[KeepPolicy(qkv=False, gate_up=False)] * 2]
+        model.keep_activations(SimpleNamespace(choose_kept=lambda _, p=mixed: p))  # type: ignore[arg-type]
+        with LiveBytes([*known, row, borders]) as live:
+            model(row, borders, row, row, tokens).backward()
+        assert live.peak <= plan.bytes_with(mixed, tokens)

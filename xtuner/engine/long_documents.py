@@ -49,7 +49,8 @@ def plan_activations(
     if host:
         counts = range(0, layers + 1, max(layers // COUNTS, 1))
         plans += [ActivationPlan(c, itemsize, room, host, sharers, hosted_factors=n, **needs) for n in counts]
-    fitting = [plan for plan in plans if plan.peak_bytes(tokens) <= room] or plans[:2][-1:]
+    if not (fitting := [plan for plan in plans if plan.peak_bytes(tokens) <= room]):
+        return plans[min(1, len(plans) - 1)]  # needs the least: with host memory, if there is any
 
     def seconds(plan: ActivationPlan) -> float:
         kept = plan.choose_kept(tokens)

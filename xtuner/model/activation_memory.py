@@ -123,7 +123,10 @@ class ActivationPlan:
         size = kept_bytes_per_token(self.config, self.itemsize)
         counts, distinct = Counter(map(id, policies)), {id(policy): policy for policy in policies}
         kept = sum(n * sum(size[name] for name in _kept_on_gpu(distinct[i])) for i, n in counts.items())
-        return tokens * kept + max(self.transient_bytes(policy, tokens) for policy in distinct.values())
+        # while a layer's MLP runs backward, which may recompute its factors, those of the layer before may arrive
+        arriving = tokens * size[FACTORS] * any(FACTORS in policy.on_host for policy in distinct.values())
+        transient = (self.transient_bytes(p, tokens) + arriving * (not p.gate_up) for p in distinct.values())
+        return tokens * kept + max(transient)
 
     def transient_bytes(self, keep: KeepPolicy, tokens: int) -> int:
         needed = transient_bytes(self.config, self.itemsize, tokens, keep, self.sharers, self.converted)

@@ -14,18 +14,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from xtuner.families.network import DecoderConfig
 from xtuner.model import attention
 from xtuner.model.activation_memory import ActivationPlan
 from xtuner.model.context_parallel.shared_documents import SharedDocuments
-from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, TiedHead, apply_linear, common_matmul, has_hooks
+from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, TiedHead, apply_linear, common_matmul, runs_only
 from xtuner.model.ops import autograd_functions
 from xtuner.model.ops.attention_backends import Attend, AttendPrefixes
 from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy, Recomputed
 from xtuner.model.ops.low_rank import DropoutSeed
-from xtuner.model.ops.matmul import MATMULS, PLAIN, Matmul
+from xtuner.model.ops.matmul import MATMULS, Matmul
 from xtuner.model.ops.quantized import Dequantizer
 from xtuner.model.ops.saved_tensors import HostMemory, recompute_saved
 from xtuner.model.ops.swiglu import TILE, SwiGLUFunction
@@ -225,9 +226,13 @@ def apply_norm(
     norm: nn.Module, reader: nn.Module, x_TH: torch.Tensor, *args: torch.Tensor | bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """norm(x, …), in the form that its only reader needs: its products if both are as defined here."""
-    if isinstance(norm, RMSNorm) and norm.is_plain() and isinstance(reader, Attention | FeedForward):
-        unchanged = type(reader).forward in (Attention.forward, FeedForward.forward) and not has_hooks(reader)
-        return norm(x_TH, *args, matmul=reader.input_matmul() if unchanged else PLAIN)
+    plain = isinstance(norm, RMSNorm) and norm.is_plain() and not _has_any_global_hook()
+    if (
+        plain
+        and isinstance(reader, Attention | FeedForward)
+        and runs_only(reader, Attention.forward, FeedForward.forward)
+    ):
+        return norm(x_TH, *args, matmul=reader.input_matmul())
     return norm(x_TH, *args)
 
 

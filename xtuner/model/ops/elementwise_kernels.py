@@ -93,7 +93,7 @@ def _rms_norm_backward(
         normed = x * scale
         dw += d * normed.to(dtype).to(tl.float32)
         d = d * w
-        dx = scale * (d - normed * (tl.sum(d * normed) / H))
+        dx = scale * tl.fma(-normed, tl.sum(d * normed) / H, d)
         if HAS_RES:
             dx += tl.load(RES + row + at, mask, 0.0).to(tl.float32)
         dx = dx.to(dtype)
@@ -108,13 +108,9 @@ def _rms_norm_backward(
 
 
 def rms_norm_backward(
-    d_TH: torch.Tensor,
-    x_TH: torch.Tensor,
-    w_H: torch.Tensor,
-    eps: float,
-    residual_TH: torch.Tensor | None,
+    d_TH: torch.Tensor, x_TH: torch.Tensor, w_H: torch.Tensor, eps: float, residual_TH: torch.Tensor | None,
     maxima: Maxima | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     T, H = x_TH.shape
     programs = min(T, PROGRAMS)
     dx, dw = torch.empty_like(x_TH), torch.empty(programs, H, dtype=torch.float32, device=x_TH.device)
@@ -124,6 +120,13 @@ def rms_norm_backward(
     shape: dict[str, Any] = dict(HAS_RES=residual_TH is not None, MAXIMA=maxima is not None, BLOCK=block)
     _rms_norm_backward[(programs,)](*args, **shape, num_warps=choose_warps(block))
     return dx, dw.sum(0)
+
+
+@triton.jit
+def _rotate(a, b, cos, sin):
+    """Both halves of heads, fp32. As in all gradients that may come with maxima, it is fixed which product is rounded
+    before another is added: compilers choose either, not the same in all variants of a kernel."""
+    return tl.fma(a, cos, b * -sin), tl.fma(b, cos, a * sin)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -165,8 +168,8 @@ def _split_rotate(
             w_first, w_second = _load_head_weights(WQ, WK, member < G, pair, HALF)
             a32 = ((a32 * scale).to(a.dtype).to(tl.float32) * w_first).to(a.dtype).to(tl.float32)
             b32 = ((b32 * scale).to(a.dtype).to(tl.float32) * w_second).to(a.dtype).to(tl.float32)
-        first = tl.where(is_v, a, (a32 * cos - b32 * sin).to(a.dtype))
-        second = tl.where(is_v, b, (b32 * cos + a32 * sin).to(a.dtype))
+        a32, b32 = _rotate(a32, b32, cos, sin)
+        first, second = tl.where(is_v, a, a32.to(a.dtype)), tl.where(is_v, b, b32.to(a.dtype))
         if BACKWARD:
             tl.store(joint, first, inside)
             tl.store(joint + HALF, second, inside)
@@ -223,19 +226,18 @@ def _split_norm_rotate_backward(
         a = tl.load(q, is_q, 0.0) + tl.load(k, is_k, 0.0) + tl.load(v, is_v, 0.0)  # one of the three
         b = tl.load(q + HALF, is_q, 0.0) + tl.load(k + HALF, is_k, 0.0) + tl.load(v + HALF, is_v, 0.0)
         dtype = a.dtype
-        a32, b32 = a.to(tl.float32), b.to(tl.float32)
-        first = (a32 * cos + b32 * sin).to(dtype).to(tl.float32)
-        second = (b32 * cos - a32 * sin).to(dtype).to(tl.float32)
+        first, second = _rotate(a.to(tl.float32), b.to(tl.float32), cos, -sin)
+        first, second = first.to(dtype).to(tl.float32), second.to(dtype).to(tl.float32)
         x_first = tl.load(QKV + joint, inside, 0.0).to(tl.float32)
         x_second = tl.load(QKV + joint + HALF, inside, 0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(x_first * x_first + x_second * x_second, 1) / (2 * HALF) + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(tl.fma(x_second, x_second, x_first * x_first), 1) / (2 * HALF) + eps)[:, None]
         x_first, x_second = x_first * scale, x_second * scale
         dw_first += first * x_first.to(dtype).to(tl.float32)
         dw_second += second * x_second.to(dtype).to(tl.float32)
         first, second = first * w_first, second * w_second
-        mean = (tl.sum(first * x_first + second * x_second, 1) / (2 * HALF))[:, None]
-        first = tl.where(is_v, a, (scale * (first - x_first * mean)).to(dtype))
-        second = tl.where(is_v, b, (scale * (second - x_second * mean)).to(dtype))
+        mean = (tl.sum(tl.fma(second, x_second, first * x_first), 1) / (2 * HALF))[:, None]
+        first = tl.where(is_v, a, (scale * tl.fma(-x_first, mean, first)).to(dtype))
+        second = tl.where(is_v, b, (scale * tl.fma(-x_second, mean, second)).to(dtype))
         tl.store(D + joint, first, inside)
         tl.store(D + joint + HALF, second, inside)
         if MAXIMA:

@@ -41,8 +41,8 @@ class HostMemory:
     @contextmanager
     def save(self, x_TH: torch.Tensor, keep: KeepPolicy) -> Iterator[KeepPolicy]:
         """Inside, a block with this input saves tensors as `keep` says, if it passes on what this yields."""
-        self.finish_sending(factors=False)
         before = self._last()
+        self.finish_sending(factors=before is None)  # with none before, those are of a graph that an error has dropped
         if not (keep.on_host or before) or not torch.is_grad_enabled():
             yield keep
             return

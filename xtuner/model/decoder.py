@@ -223,15 +223,11 @@ class Block(nn.Module):
 
 
 def apply_norm(
-    norm: nn.Module, reader: nn.Module, x_TH: torch.Tensor, *args: torch.Tensor | bool
+    norm: RMSNorm, reader: Attention | FeedForward, x_TH: torch.Tensor, *args: torch.Tensor | bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """norm(x, …), in the form that its only reader needs: its products if both are as defined here."""
-    plain = isinstance(norm, RMSNorm) and norm.is_plain() and not _has_any_global_hook()
-    if (
-        plain
-        and isinstance(reader, Attention | FeedForward)
-        and runs_only(reader, Attention.forward, FeedForward.forward)
-    ):
+    ours = runs_only(norm, RMSNorm.forward) and runs_only(reader, Attention.forward, FeedForward.forward)
+    if ours and not _has_any_global_hook():
         return norm(x_TH, *args, matmul=reader.input_matmul())
     return norm(x_TH, *args)
 

@@ -75,12 +75,18 @@ def _maxima(
     raise_to(COLUMNS + k, tl.max(largest, 0), k < K)
 
 
+def _find_maxima(x_TK: torch.Tensor, of_rows: torch.Tensor | None, of_columns: torch.Tensor) -> None:
+    """Raise them, which are zeros; x is contiguous."""
+    T, K = x_TK.shape
+    grid = triton.cdiv(T, STRIP["STRIP"]), triton.cdiv(K, WIDTH)
+    args = (x_TK, of_columns if of_rows is None else of_rows, of_columns, T, K)
+    _maxima[grid](*args, OF_ROWS=of_rows is not None, **STRIP, BK=WIDTH, STAGES=4)
+
+
 def find_column_maxima(w_NK: torch.Tensor) -> torch.Tensor:
     """The largest magnitudes of columns, [K], as bits of fp32 numbers in int32."""
-    N, K = w_NK.shape
-    largest = torch.zeros(K, dtype=torch.int32, device=w_NK.device)
-    grid = triton.cdiv(N, STRIP["STRIP"]), triton.cdiv(K, WIDTH)
-    _maxima[grid](w_NK.contiguous(), largest, largest, N, K, OF_ROWS=False, **STRIP, BK=WIDTH, STAGES=4)
+    largest = torch.zeros(w_NK.shape[1], dtype=torch.int32, device=w_NK.device)
+    _find_maxima(w_NK.contiguous(), None, largest)
     return largest
 
 
@@ -202,8 +208,7 @@ def quantize_both(
     T, K = x_TK.shape
     if maxima is None:
         maxima = new_maxima(T, K, x_TK.device)
-        grid = triton.cdiv(T, STRIP["STRIP"]), triton.cdiv(K, WIDTH)
-        _maxima[grid](x_TK, *maxima, T, K, OF_ROWS=True, **STRIP, BK=WIDTH, STAGES=4)
+        _find_maxima(x_TK, *maxima)
     rows, columns = torch.empty_like(x_TK, dtype=torch.float8_e4m3fn), _empty_columns(x_TK)
     scale_T, scale_K = (x_TK.new_empty(n, 1, dtype=torch.float32) for n in (T, K))
     large_T, large_K = (large.view(torch.float32) for large in maxima)

@@ -147,11 +147,19 @@ def test_which_runs_there_are(bench: Any) -> None:
     )
     of_most = {job.variant for job in found if job.kind == "speed" and job.variant and job.shape == "7b"}
     assert of_most == set(runs.VARIANTS)
-    assert all(job.gpus == 4 for job in found if job.variant or job.kind in ("mixed", "save"))
+    alone = [job for job in found if job.engine == "single" and job.variant]  # fp8 on the packs of four
+    assert [(job.shape, job.variant) for job in alone] == [
+        (shape, kind) for shape in ("1.8b", "7b") for kind in ("fp8", "fp8_full")
+    ]
+    assert all(job.gpus == 4 for job in found if (job.variant or job.kind in ("mixed", "save")) and job not in alone)
+    assert all(job.packs == 4 for job in alone)
     dealt, mixed = Job("speed", "7b", "fsdp", 4, 4, "balance-16"), Job("mixed", "7b", "fsdp", 4, 4)
     # a whole window counts, and one epoch holds both; 200 iterations of 4 packs are 3.1 epochs of 256
     assert (dealt.iterations, dealt.warm, dealt.iterations * runs.MOST) == (32, 16, 256)
     assert (mixed.iterations, mixed.epochs, mixed._replace(gpus=8, packs=8).epochs) == (200, 4, 7)
+    mixed_dealt = mixed._replace(variant="balance-16")
+    assert {mixed, mixed_dealt, mixed._replace(variant="balance-0")} <= set(found)
+    assert (mixed_dealt.iterations, mixed_dealt.warm, mixed_dealt.epochs) == (64, 16, 1)
     assert not {job for job in runs.jobs([2], ["tiny"], ["zero1"]) if job.engine == "fsdp"}
     assert Job(*["speed", "7b", "fsdp", 4, 4]).variant == ""  # as records of before have it
     # chosen in the order of the patterns, each once

@@ -41,7 +41,7 @@ from xtuner.engine.memory import RESERVE_BYTES
 from xtuner.optim.adamw import FORMS
 
 ITERATIONS, WARM, COMPARED = 12, 4, 4  # of a speed run; of these not measured; of a reference run
-MANY = 200  # iterations of a mixed run
+MANY, MIXED_DEALT = 200, 64  # iterations of a mixed run, and of one to measure dealing
 WINDOW = 16  # largest window of iterations for balancing; the iterations before it are not measured
 MOST = 8  # packs per iteration
 EVEN = 2860  # tokens per document of "even" packs: Σ len² equals the mean of lognormal packs
@@ -49,6 +49,7 @@ TINY_PACK = 512
 PATIENCE = "120"  # s without progress before a run is ended
 VARIANTS = {
     "fp8": ["model.products=fp8"],
+    "fp8_full": ["model.products=fp8_full"],
     "8bit": ["states=8bit"],
     "split": ["states=split"],
     "sums-bf16": ["optim_wrapper.sums=bf16"],
@@ -68,7 +69,7 @@ class Job(NamedTuple):
     @property
     def iterations(self) -> int:
         if self.kind == "mixed":
-            return MANY
+            return MIXED_DEALT if self.variant else MANY
         if self.variant.startswith("balance"):
             return 2 * WINDOW
         if self.shape == "20b":
@@ -121,8 +122,10 @@ def jobs(counts: Sequence[int], shapes: Sequence[str], engines: Sequence[str]) -
     if most > 1 and "fsdp" in engines:
         found += [Job("speed", "20b", "fsdp", most, most, "8bit")] if "20b" in shapes else []
         for shape in usual:
-            named = [v for v in VARIANTS if (shape, v) != ("tiny", "fp8")]  # CPUs do not have fp8
+            named = [v for v in VARIANTS if shape != "tiny" or "fp8" not in v]  # CPUs do not have fp8
             found += [Job("speed", shape, "fsdp", most, most, variant) for variant in named]
+            found += [Job("speed", shape, "single", 1, most, variant) for variant in named if "fp8" in variant]
+            found += [Job("mixed", shape, "fsdp", most, most, f"balance-{k}") for k in (0, WINDOW)]
         found += [Job(kind, shape, "fsdp", most, most) for kind in ("mixed", "save") for shape in usual]
     fitting = [job for job in found if _fits(job)]
     if left_out := [job.name for job in found if job not in fitting]:
@@ -284,7 +287,7 @@ def table(results: Path, folder: Path, links: Callable[[int], prediction.Interco
             saves.append(f"{job.name}: {describe(r)}")
         if job.kind in ("reference", "save"):
             continue
-        speed, alone = r["mean"] / job.gpus, records.get(Job("speed", job.shape, "single", 1, 1), {}).get("mean")
+        speed, alone = r["mean"] / job.gpus, records.get(_alone(job), {}).get("mean")
         expected = _predicted(job, r, folder, links(job.gpus))
         cells = [f"{job.shape}, {job.engine}, {job.gpus}{_noted(job, r)}", f"{speed:,.0f}"]
         cells += [f"{expected:,.0f}", f"{speed / expected:.3f}"] if expected else ["", ""]
@@ -296,11 +299,18 @@ def table(results: Path, folder: Path, links: Callable[[int], prediction.Interco
             waits.append(f"{job.shape}, {job.gpus} GPUs: packs of unequal cost take {longer} longer")
             other = _predicted(job._replace(kind="speed"), r, folder, links(job.gpus))
             waits[-1] += f" ({expected / other - 1:.1%} predicted)" if expected and other else ""
-        if job.variant in DEALT and (undealt := records.get(job._replace(variant="balance-0"), {}).get("mean")):
-            gain = f"{job.name}: {r['mean'] / undealt - 1:+.1%} tok/s against balance-0"
+        undealt = records.get(job._replace(variant="balance-0"), {})
+        if job.variant in DEALT and "mean" in undealt and not any("cut" in of_both for of_both in (r, undealt)):
+            gain = f"{job.name}: {r['mean'] / undealt['mean'] - 1:+.1%} tok/s against balance-0"
             gains.append(gain + (f" ({promised:+.1%} predicted)" if (promised := _dealt(job, folder)) else ""))
     found = {"The wait for the slowest rank": waits, "Packs balanced by cost": gains, "Checkpoints": saves}
     return "\n".join([*lines, "", *(f"{what}: {'; '.join(said or ['not measured'])}" for what, said in found.items())])
+
+
+def _alone(job: Job) -> Job:
+    """The run of one GPU that a run is compared with."""
+    same_products = "fp8" in job.variant
+    return Job("speed", job.shape, "single", 1, job.packs if same_products else 1, job.variant * same_products)
 
 
 def _noted(job: Job, r: dict[str, Any]) -> str:
@@ -326,7 +336,7 @@ def _dealt(job: Job, folder: Path) -> float | None:
     if job.shape not in single_gpu_times.MODELS:
         return None
     model = single_gpu_times.MODELS[job.shape]
-    costs = squares(data(folder, False), False)[job.warm * job.packs : job.iterations * job.packs]
+    costs = squares(data(folder, False, kind_of_data(job)), False)[job.warm * job.packs : job.iterations * job.packs]
     undealt, dealt = (
         balance.waiting_share(
             costs, lambda c: model.fixed + model.a + model.b * c, job.gpus, job.packs // job.gpus, window

@@ -41,7 +41,7 @@ from benchlib.workloads import (
     draw_documents,
     draw_documents_of,
 )
-from benchlib.xtuner_training import read_metrics, render_config, run_until, train_command
+from benchlib.xtuner_training import hold_memory, read_metrics, render_config, run_until, train_command
 
 from xtuner.data.format.writer import write_bin
 
@@ -130,10 +130,11 @@ def measure(name: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     environ = add_to_python_path({**os.environ, **OFF, "NPROC_PER_NODE": str(gpus)})
     environ |= {"CUDA_VISIBLE_DEVICES": ""} if a.tiny else {}
     begin = time.monotonic()
-    ended = run_until(words, job.iterations, place / "log", environ, deadline=begin + a.limit)
+    with hold_memory(a.memory, gpus) as held:
+        ended = run_until(words, job.iterations, place / "log", environ, deadline=begin + a.limit)
     record = {"job": name, "shape": shape, "gpus": gpus, "states": a.states, "products": a.products or "own"}
     record |= {"date": time.strftime("%Y-%m-%d"), "expected": ended.expected, "first": ended.first}
-    record |= describe_machine()
+    record |= {"limited": f"{a.memory:g}G" if a.memory else None, **describe_machine()}
     if ended.iteration < job.iterations:
         said = re.findall(r"xtuner: (.*)", (place / "log").read_text())
         return {**record, "failed": (ended.short or said or [ended.last.strip()])[0]}
@@ -146,7 +147,7 @@ def measure(name: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seconds": sorted(times)[len(times) // 2],
         "times": times,
         "losses": found["losses"],
-        "in_use": read_most_in_use(place),
+        "in_use": (read_most_in_use(place) or held) - held,
     }
 
 
@@ -174,7 +175,7 @@ def measure_peer(name: str, job: Job, a: argparse.Namespace, place: Path) -> dic
 def table(records: list[dict[str, Any]]) -> str:
     lines = ["| run | GPUs | tok/s/GPU | MFU | s an iteration | GiB in use (expected) |", "|---|---|---|---|---|---|"]
     for r in records:
-        name = f"{r['job']}, {r['shape']}, {r['states']}, {r['products']}"
+        name = ", ".join(filter(None, (r["job"], r["shape"], r["states"], r["products"], r.get("limited"))))
         if "failed" in r:
             lines.append(f"| {name} | {r['gpus']} | failed: {r['failed'][:200]} | | | |")
             continue
@@ -204,6 +205,7 @@ def main() -> None:
     parser.add_argument("--products", choices=["own", "fp8"])
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the config; repeatable")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a run is stopped")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="occupy the rest of each GPU, as if smaller")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/long_context.jsonl"))
     parser.add_argument("--tiny", action="store_true", help="short documents on two CPU processes; not recorded")
     a = parser.parse_args()
@@ -212,7 +214,7 @@ def main() -> None:
     if a.tiny:
         if any(JOBS[name].peer for name in a.jobs):
             parser.error("torchtitan's shared attention does not run on CPUs")
-        a.states, a.gpus = "fp32", 2
+        a.states, a.gpus, a.memory = "fp32", 2, None
     records = []
     with tempfile.TemporaryDirectory(prefix="xtuner-bench-") as folder:
         for name in a.jobs or [name for name, job in JOBS.items() if not (a.tiny and job.peer)]:

@@ -124,16 +124,20 @@ def read_metrics(work: Path, warm: int, last: int) -> dict[str, Any]:
 
 
 @contextmanager
-def hold_memory(left: float | None) -> Iterator[int]:
-    """Allocate all of a GPU but `left` GiB, as if it were a smaller one; yields the bytes in use. None: nothing."""
+def hold_memory(left: float | None, gpus: int = 1) -> Iterator[int]:
+    """Allocate all of the first GPUs but `left` GiB each, as if they were smaller ones; yields the bytes in use on one.
+    None: nothing."""
     if left is None:
         yield 0
         return
-    free, total = torch.cuda.mem_get_info()
-    held = torch.empty(max(free - int(left * 2**30), 0), dtype=torch.uint8, device="cuda")
-    free, total = torch.cuda.mem_get_info()
-    print(f"{free / 2**30:.2f} GiB of the GPU are left", flush=True)
-    yield total - free
+    held, used = [], []
+    for device in range(gpus):
+        free, total = torch.cuda.mem_get_info(device)
+        held.append(torch.empty(max(free - int(left * 2**30), 0), dtype=torch.uint8, device=device))
+        free, total = torch.cuda.mem_get_info(device)
+        used.append(total - free)
+        print(f"{free / 2**30:.2f} GiB of GPU {device} are left", flush=True)
+    yield max(used)
     del held
 
 

@@ -191,6 +191,17 @@ def test_the_plan_is_reported(messages: Callable[[], str]) -> None:
     assert f"attention 32, qkv 0, residual 0, gate_up 0; of these in host memory: input {hosted}, " in messages()
 
 
+@pytest.mark.parametrize(("longest", "shown"), [(None, ""), (8 * K, ""), (20 * K, "20,480"), (100 * K, "32,768")])
+def test_longer_documents_of_usual_packs_are_reported(
+    longest: int | None, shown: str, messages: Callable[[], str]
+) -> None:
+    usual = replace(plan(32, 1, "fp32", 100), max_tokens=8192, document=0)
+    usual.log_plan(32 * K, Mesh(), longest)
+    lines = messages().splitlines()
+    assert len(lines) == 1 + bool(shown)
+    assert f"documents of up to {shown} tokens, which cannot be cut: " in lines[-1] or not shown
+
+
 def test_host_memory_is_divided_among_a_nodes_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What checkpoints copy, and a reserve, are left free."""
     monkeypatch.setattr(sysinfo, "memory", lambda: {"total": 2048 * GIB, "free": 1024 * GIB})

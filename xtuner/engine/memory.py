@@ -114,12 +114,13 @@ class MemoryPlan:
             f"memory: {human_bytes(self.state)} of state; micro-batches of at most {tokens:,} tokens, {details}; "
             f"peak {human_bytes(self.peak_bytes(pack, longest))} expected"
         )
-        if self.longest_row > tokens:
-            shared = f", {self.longest_row:,} on each of {self.sharers} ranks" if self.sharers > 1 else ""
-            peak = human_bytes(self._peak_bytes_of(self.longest_row))
+        row = self.longest_row or min(longest or 0, pack)
+        if row > tokens:
+            whole = self.document or row * self.sharers
+            shared = f", {row:,} on each of {self.sharers} ranks" if self.sharers > 1 else ""
             logger.info(
-                f"memory: documents of up to {self.document:,} tokens{shared}, which cannot be cut: "
-                f"{self._describe_kept(self.longest_row)}; peak {peak} expected"
+                f"memory: documents of up to {whole:,} tokens{shared}, which cannot be cut: "
+                f"{self._describe_kept(row)}; peak {human_bytes(self._peak_bytes_of(row))} expected"
             )
 
     def _describe_kept(self, tokens: int) -> str:

@@ -142,7 +142,8 @@ def add_product(
     scale_N: torch.Tensor,
     add: bool,
 ) -> None:
-    """total = a b^T, each row of a and b times its scale; with `add`, plus what it contains. Summed in fp32.
+    """total = a b^T, each row of a and b times its scale; with `add`, plus what it contains. Summed in fp32, but the
+    product is rounded to the total's dtype before it is added.
 
     Args:
         total_MN: bf16 or fp32.

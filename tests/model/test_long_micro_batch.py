@@ -1,7 +1,9 @@
 """One long micro-batch: tiles of tokens, activations in host memory, and the bytes that all of it takes."""
 
+import itertools
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +172,29 @@ def test_copies_return_before_they_are_needed_and_survive_errors(monkeypatch: py
         found = gradients(model, keep, 100)
     assert not model.model.host.allocated
     assert found[0] == expected[0]
+
+
+def test_each_factor_waits_for_the_copy_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose memory it takes: for both, the compute stream would wait most of a copy's time. Two tiles have four."""
+    model, events, sent = odd_model().build(), [], itertools.count()
+
+    @contextmanager
+    def on_stream(self: Any, device: torch.device) -> Iterator[Any]:
+        n = next(sent)
+        events.append(f"send {n}")
+        yield SimpleNamespace(wait=lambda: events.append(f"wait {n}"))
+
+    monkeypatch.setattr(saved_tensors.HostMemory, "on_stream", on_stream)
+    for tile, factors in ((TOKENS, 2), (300, 4)):
+        monkeypatch.setattr(swiglu, "TILE", tile)
+        events.clear()
+        sent = itertools.count()
+        gradients(model, KeepPolicy(on_host=FACTORS), TOKENS)
+        forward = events[: 3 * factors]
+        expected = [f"send {n}" for n in range(factors)]
+        for n in range(factors):
+            expected += [f"wait {n}", f"send {factors + n}"]
+        assert forward == expected
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,7 +1,7 @@
 """What autograd saves of a block, elsewhere than in GPU memory: recomputed, or kept in pinned host memory.
 
     forward    block i            │ copied to the host meanwhile: its input, then its attention's output
-               block i + 1        │ both factors of block i's SwiGLU
+               block i + 1        │ each factor of block i's SwiGLU, until this block computes its own
     backward   block i, MLP       │
                block i, attention │ copied back meanwhile: both factors of block i − 1
                block i, the rest  │ input and attention's output of block i − 1
@@ -93,6 +93,13 @@ class HostMemory:
             else:
                 done.wait()
 
+    def finish_oldest_factor(self, own: int) -> None:
+        """Release the factor of SwiGLU that was sent first, unless only the present block's `own` are left."""
+        factors = [i for i, (kind, *_) in enumerate(self._sending) if kind == FACTORS]
+        if len(factors) > own:
+            *_, done = self._sending.pop(factors[0])
+            done.wait()
+
     def give_back(self, chunks: list[torch.Tensor]) -> None:
         self._free += chunks
 
@@ -177,9 +184,10 @@ class BlockTensors:
     def sends_factors(self) -> bool:
         return FACTORS in self._on_host
 
-    def make_room_for_factors(self) -> None:
-        """Wait for copies of the block before's, so that this block's take their memory."""
-        self._memory.finish_sending()
+    def make_room_for_factor(self) -> None:
+        """Wait for the copy of one of the blocks before, so that this block's next factor takes its memory. Waiting for
+        both would leave the compute stream idle: copies take almost as long as a block."""
+        self._memory.finish_oldest_factor(len(self._tensors.get(FACTORS, ())))
 
     def forget_addresses(self) -> None:
         self._known.clear()

@@ -133,15 +133,20 @@ class SwiGLUFunction(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         out: Any = None if output else add_TH.view_as(add_TH)
         p1, p3, p2 = _projections(matmul, (w1, w3, w2), (b1, b3, b2), terms, tensors, into)
-        if saver := saver if keep and saver and saver.sends_factors else None:
-            saver.make_room_for_factors()
+        saver = saver if keep and saver and saver.sends_factors else None
+
+        def compute_factor(p: Projection, rows: PreparedRows, x: torch.Tensor, i: int) -> torch.Tensor:
+            if saver:
+                saver.make_room_for_factor()
+            factor = p.forward(rows, x, None, i)
+            if saver:
+                saver.put_on_host(factor, FACTORS)  # while the other one is computed
+            return factor
+
         for i, tile in enumerate(split_tokens(len(x_TH)) if keep or output else ()):
             x = take_rows(x_TH, tile)
             rows = matmul.prepare(x)
-            gate, up = p1.forward(rows, x, None, i), p3.forward(rows, x, None, i)
-            if saver:
-                saver.put_on_host(gate, FACTORS)
-                saver.put_on_host(up, FACTORS)
+            gate, up = (compute_factor(p, rows, x, i) for p in (p1, p3))
             if output:
                 product: Any = e.swiglu(gate, up) if p2.term else None
                 rows = matmul.prepare(product) if p2.term else matmul.prepare_swiglu(gate, up)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from xtuner.engine.strategies.out_of_memory import drop_graph
 from xtuner.model import loss
-from xtuner.model.activation_memory import ActivationPlan, exact_bytes, kept_bytes_per_token
+from xtuner.model.activation_memory import ActivationPlan, exact_bytes, kept_bytes_per_token, limit_factors
 from xtuner.model.attention import attend_dense
 from xtuner.model.decoder import CausalLM
 from xtuner.model.linear import GradientSumModule
@@ -174,9 +174,10 @@ def test_copies_return_before_they_are_needed_and_survive_errors(monkeypatch: py
     assert found[0] == expected[0]
 
 
-def test_each_factor_waits_for_the_copy_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose memory it takes: for both, the compute stream would wait most of a copy's time. Two tiles have four."""
-    model, events, sent = odd_model().build(), [], itertools.count()
+def test_factors_are_waited_for_where_memory_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor takes the memory of one whose copy it waits for; those of more blocks may be on their way while what later
+    blocks will keep is not there yet."""
+    events, sent = [], itertools.count()
 
     @contextmanager
     def on_stream(self: Any, device: torch.device) -> Iterator[Any]:
@@ -185,16 +186,30 @@ def test_each_factor_waits_for_the_copy_of_one(monkeypatch: pytest.MonkeyPatch) 
         yield SimpleNamespace(wait=lambda: events.append(f"wait {n}"))
 
     monkeypatch.setattr(saved_tensors.HostMemory, "on_stream", on_stream)
+    two = odd_model().build()
     for tile, factors in ((TOKENS, 2), (300, 4)):
         monkeypatch.setattr(swiglu, "TILE", tile)
         events.clear()
         sent = itertools.count()
-        gradients(model, KeepPolicy(on_host=FACTORS), TOKENS)
-        forward = events[: 3 * factors]
+        gradients(two, KeepPolicy(on_host=FACTORS), TOKENS)
         expected = [f"send {n}" for n in range(factors)]
         for n in range(factors):
             expected += [f"wait {n}", f"send {factors + n}"]
-        assert forward == expected
+        assert events[: len(expected)] == expected
+
+    source = from_scratch(
+        seed=0, vocab_size=401, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    # of a token: factors 2 · 384; in a block 256 each for input, attention (and 16), residual, 512 for q, k and v
+    limits = limit_factors(source.config, 4, 10, [KeepPolicy(on_host=FACTORS)] * 4)
+    assert limits == [10 * (768 + n * 1296) for n in (3, 2, 1, 0)]
+    monkeypatch.setattr(swiglu, "TILE", TOKENS)
+    events.clear()
+    sent = itertools.count()
+    gradients(source.build(), [KeepPolicy(on_host=FACTORS)] * 4, 100)
+    forward = "send 0 send 1 send 2 send 3 send 4 wait 0 send 5 wait 1 wait 2 wait 3 wait 4 send 6 wait 5 send 7"
+    assert " ".join(events).startswith(forward)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -160,6 +160,17 @@ class ActivationPlan:
         return min(low * 256, at_most)
 
 
+def limit_factors(c: DecoderConfig, itemsize: int, tokens: int, policies: Sequence[KeepPolicy]) -> list[int]:
+    """For each layer, bytes that factors of SwiGLU may take in its forward while they are sent to the host: the memory
+    of one layer's, and what later layers will keep on the GPU."""
+    size, limits = kept_bytes_per_token(c, itemsize), [0] * len(policies)
+    left = tokens * size[FACTORS]
+    for i in reversed(range(len(policies))):
+        limits[i] = left
+        left += tokens * sum(size[name] for name in _kept_on_gpu(policies[i]))
+    return limits
+
+
 def _kept_on_gpu(policy: KeepPolicy) -> list[str]:
     names = ["input", *(name for name in KEEP_ORDER if getattr(policy, name))]
     return [name for name in names if name not in policy.on_host]

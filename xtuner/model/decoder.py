@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xtuner.families.network import DecoderConfig
 from xtuner.model import attention
-from xtuner.model.activation_memory import ActivationPlan
+from xtuner.model.activation_memory import ActivationPlan, limit_factors
 from xtuner.model.context_parallel.shared_documents import SharedDocuments
 from xtuner.model.linear import Embedding, Head, Linear, RMSNorm, TiedHead, apply_linear, common_matmul, runs_only
 from xtuner.model.ops import autograd_functions
@@ -28,7 +28,7 @@ from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy, Recomputed
 from xtuner.model.ops.low_rank import DropoutSeed
 from xtuner.model.ops.matmul import MATMULS, Matmul
 from xtuner.model.ops.quantized import Dequantizer
-from xtuner.model.ops.saved_tensors import HostMemory, recompute_saved
+from xtuner.model.ops.saved_tensors import FACTORS, HostMemory, recompute_saved
 from xtuner.model.ops.swiglu import TILE, SwiGLUFunction
 from xtuner.model.rope import Rope, rotate
 
@@ -237,6 +237,7 @@ class Decoder(nn.Module):
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
+        self.config = c
         self.rope = Rope(c.head_dim, c.rope_theta, c.max_position_embeddings, c.rope_scaling)
         self.tok_embeddings = Embedding(c.vocab_size, c.hidden_size, c.pad_token_id)
         self.host = HostMemory()
@@ -262,7 +263,12 @@ class Decoder(nn.Module):
         x_TH = self.tok_embeddings(input_ids)
         trains, tokens = torch.is_grad_enabled(), shared.tokens.largest_row if shared else len(input_ids)
         policies = self.activation_plan.choose_kept(tokens) if trains else [KEEP_ALL] * len(self.layers)
+        if any(FACTORS in policy.on_host for policy in policies):
+            limits = limit_factors(self.config, x_TH.itemsize, tokens, policies)
+        else:
+            limits = [0] * len(policies)
         for i, block in enumerate(self.layers):
+            self.host.limit = limits[i]
             x_TH = block(x_TH, layout, caches[i] if caches else None, policies[i])
         return self.norm(x_TH)[1]
 

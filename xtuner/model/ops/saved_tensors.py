@@ -1,7 +1,7 @@
 """What autograd saves of a block, elsewhere than in GPU memory: recomputed, or kept in pinned host memory.
 
     forward    block i            │ copied to the host meanwhile: its input, then its attention's output
-               block i + 1        │ each factor of block i's SwiGLU, until this block computes its own
+               block i + 1, …     │ both factors of block i's SwiGLU, as long as the memory lasts
     backward   block i, MLP       │
                block i, attention │ copied back meanwhile: both factors of block i − 1
                block i, the rest  │ input and attention's output of block i − 1
@@ -28,10 +28,14 @@ ARENA = 2**28  # bytes allocated at once: pinning takes milliseconds for each ca
 
 class HostMemory:
     """Host memory for a model's activations, pinned if they are a GPU's. It grows to what is used at the same time,
-    which the plan of activations limits, and is reused from then on."""
+    which the plan of activations limits, and is reused from then on.
+
+    Attributes:
+        limit: bytes of GPU memory that factors of SwiGLU may take while they are sent, with those that come next.
+    """
 
     def __init__(self) -> None:
-        self.allocated = 0
+        self.allocated = self.limit = 0
         self._is_exhausted = False
         self._free: list[torch.Tensor] = []
         self._stream: Any = None
@@ -43,6 +47,7 @@ class HostMemory:
         """Inside, a block with this input saves tensors as `keep` says, if it passes on what this yields."""
         before = self._last()
         self.finish_sending(factors=before is None)  # with none before, those are of a graph that an error has dropped
+        self.finish_factors(self.limit)
         if not (keep.on_host or before) or not torch.is_grad_enabled():
             yield keep
             return
@@ -93,11 +98,17 @@ class HostMemory:
             else:
                 done.wait()
 
-    def finish_oldest_factor(self, own: int) -> None:
-        """Release the factor of SwiGLU that was sent first, unless only the present block's `own` are left."""
-        factors = [i for i, (kind, *_) in enumerate(self._sending) if kind == FACTORS]
-        if len(factors) > own:
-            *_, done = self._sending.pop(factors[0])
+    def finish_factors(self, limit: int, own: int = 0) -> None:
+        """Release the factors of SwiGLU that were sent first, until the others take at most `limit` bytes or are the
+        last `own`."""
+        factors = [sent for sent in self._sending if sent[0] == FACTORS]
+        size = sum(tensor.nbytes for _, tensor, _ in factors)
+        for sent in factors[: len(factors) - own]:
+            if size <= limit:
+                return
+            _, tensor, done = sent
+            size -= tensor.nbytes
+            self._sending = [other for other in self._sending if other is not sent]
             done.wait()
 
     def give_back(self, chunks: list[torch.Tensor]) -> None:
@@ -184,10 +195,9 @@ class BlockTensors:
     def sends_factors(self) -> bool:
         return FACTORS in self._on_host
 
-    def make_room_for_factor(self) -> None:
-        """Wait for the copy of one of the blocks before, so that this block's next factor takes its memory. Waiting for
-        both would leave the compute stream idle: copies take almost as long as a block."""
-        self._memory.finish_oldest_factor(len(self._tensors.get(FACTORS, ())))
+    def make_room_for_factor(self, size: int) -> None:
+        """Wait for copies of blocks before, as many as it takes so that a factor of so many bytes fits."""
+        self._memory.finish_factors(self._memory.limit - size, own=len(self._tensors.get(FACTORS, ())))
 
     def forget_addresses(self) -> None:
         self._known.clear()

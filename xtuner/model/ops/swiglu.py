@@ -137,7 +137,7 @@ class SwiGLUFunction(torch.autograd.Function):
 
         def compute_factor(p: Projection, rows: PreparedRows, x: torch.Tensor, i: int) -> torch.Tensor:
             if saver:
-                saver.make_room_for_factor()
+                saver.make_room_for_factor(x.itemsize * len(x) * len(p.weight))
             factor = p.forward(rows, x, None, i)
             if saver:
                 saver.put_on_host(factor, FACTORS)  # while the other one is computed

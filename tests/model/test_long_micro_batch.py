@@ -175,8 +175,8 @@ def test_copies_return_before_they_are_needed_and_survive_errors(monkeypatch: py
 
 
 def test_factors_are_waited_for_where_memory_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A factor takes the memory of one whose copy it waits for; those of more blocks may be on their way while what later
-    blocks will keep is not there yet."""
+    """A factor takes the memory of one whose copy it waits for; those of more blocks may be on their way while what
+    later blocks will keep is not there yet."""
     events, sent = [], itertools.count()
 
     @contextmanager

@@ -1,7 +1,9 @@
 """Processes: the command line in one of its own; a run that is killed at a chosen write."""
 
+import contextlib
 import multiprocessing
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -42,14 +44,14 @@ def assert_resume_is_exact(tiny: Path, work_dir: Path, straight: Path) -> None:
 
 
 def stand_still_at(point: int, pipe: int, go: int, words: list[str]) -> None:
-    """Run a command in this (forked) process; at the `point`-th write point tell the parent and wait for it."""
+    """Run a command in this (forked) process; at a write point, or at all (0), tell the parent and wait for it."""
     seen = 0
 
     def pausing(call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             nonlocal seen
             seen += 1
-            if seen == point:
+            if point in (seen, 0):
                 os.write(pipe, b"x")
                 os.read(go, 1)
             return call(*args, **kwargs)
@@ -71,12 +73,7 @@ def killed_at(
 ) -> int:
     """Kill a run at a write point; 0 if it ended before. With `signalled` signal it there, let it continue, and return
     its exit code. `meanwhile` is called while it waits."""
-    read, write = os.pipe()
-    wait, go = os.pipe()
-    child = multiprocessing.get_context("fork").Process(target=stand_still_at, args=(point, write, wait, words))
-    child.start()
-    os.close(write)
-    os.close(wait)
+    child, read, go = _start_pausing(point, words)
     reached = os.read(read, 1) == b"x"
     if reached:
         meanwhile()
@@ -89,3 +86,37 @@ def killed_at(
     os.close(read)
     os.close(go)
     return (child.exitcode or 0) if signalled else int(reached)
+
+
+def states_at_write_points(words: list[str], work_dir: Path, into: Path) -> tuple[int, list[Path]]:
+    """(number of write points of a run, copies of its work dir at these points, one of each state of its checkpoints):
+    what is there if the process is killed."""
+    child, read, go = _start_pausing(0, words)
+    count, found = 0, dict[tuple[Any, ...], Path]()
+    while os.read(read, 1) == b"x":
+        count += 1
+        copy = into / str(count)
+        while True:  # other threads go on
+            with contextlib.suppress(FileNotFoundError, shutil.Error):
+                if work_dir.exists():
+                    shutil.copytree(work_dir, copy, symlinks=True)
+                break
+            shutil.rmtree(copy)
+        logs = {file.parent.parent for file in copy.glob("*/vis_data/*")}
+        state = [p for p in sorted(copy.rglob("*")) if p.is_file() and not logs.intersection(p.parents)]
+        found.setdefault(tuple((p.relative_to(copy), p.read_bytes()) for p in state), copy)
+        os.write(go, b"x")
+    child.join()
+    assert child.exitcode == 0
+    return count, list(found.values())
+
+
+def _start_pausing(point: int, words: list[str]) -> tuple[Any, int, int]:
+    """(process, pipe that it writes to, pipe that lets it continue), see `stand_still_at`."""
+    read, write = os.pipe()
+    wait, go = os.pipe()
+    child = multiprocessing.get_context("fork").Process(target=stand_still_at, args=(point, write, wait, words))
+    child.start()
+    os.close(write)
+    os.close(wait)
+    return child, read, go

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from helpers.configs import with_hook
 from helpers.corpus import write_corpus
-from helpers.processes import SHORT, assert_resume_is_exact, killed_at
+from helpers.processes import SHORT, assert_resume_is_exact, killed_at, states_at_write_points
 from helpers.runs import contents, records
 
 from xtuner.cli.main import main
@@ -33,20 +33,28 @@ Command = Callable[..., int]
 
 @pytest.mark.slow
 def test_killed_at_every_write_point_of_every_save(tiny: Path, tmp_path: Path, straight: Path) -> None:
-    """Also between publishing and pruning: three saves, of which two are kept. After each kill, resume is exact."""
-    point, saved = 1, 0
-    while True:
-        work_dir = tmp_path / "w"
-        words = ["train", str(tiny), "--work-dir", str(work_dir), "--cfg-options", *SHORT]
-        if not killed_at(point, words):
-            break
-        saved += any(work_dir.glob("iter_*.pth"))
+    """Also between publishing and pruning: three saves, of which two are kept. Resume is exact from every state of the
+    checkpoints that there is at a write point, and after a real kill at every tenth."""
+    work_dir, saved = tmp_path / "w", 0
+    words = ["train", str(tiny), "--work-dir", str(work_dir), "--cfg-options", *SHORT]
+    points, states = states_at_write_points(words, work_dir, tmp_path / "states")
+
+    def check() -> None:
         assert all((p / files.MANIFEST).is_file() for p in work_dir.glob("iter_*.pth"))  # pruned ones included
         assert_resume_is_exact(tiny, work_dir, straight)
         shutil.rmtree(work_dir)
-        point += 1
-    assert point > 30
-    assert saved > 20
+
+    shutil.rmtree(work_dir)
+    for state in states:
+        shutil.copytree(state, work_dir, symlinks=True)
+        saved += any(work_dir.glob("iter_*.pth"))
+        check()
+    assert points > 30
+    assert len(states) > 15
+    assert saved > 10
+    for point in range(5, points, 10):
+        assert killed_at(point, words)
+        check()
 
 
 @pytest.mark.slow

@@ -226,10 +226,9 @@ def measure(case: Case, a: argparse.Namespace, begin: float) -> dict[str, Any]:
         raise SystemExit("peers need a GPU; --tiny tries one on a CPU")
     device = torch.device("cpu" if a.tiny else "cuda")
     shape, length = (TINY, TINY_PACK) if a.tiny else (shape_of(case.name), case.pack)
-    options = (a.attention, a.recompute)
-    settings = Settings(
-        a.engine, shape, device, case.states, case.long, *options, terms=case.terms, products=a.products
-    )
+    compute = torch.float32 if a.tiny else torch.bfloat16  # CPUs may multiply bf16 a hundred times slower
+    options: Any = dict(attention=a.attention, recompute=a.recompute, terms=case.terms, products=a.products)
+    settings = Settings(a.engine, shape, device, case.states, case.long, compute=compute, **options)
     peer = build(settings)
     if a.tiny and peer.attention not in ("sdpa", "loop"):
         raise SystemExit("on a CPU only sdpa and loop have a backward: --attention sdpa, for torchtitan a -long case")

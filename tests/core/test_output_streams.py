@@ -220,8 +220,16 @@ def _lose_interrupt() -> int:
         raise RuntimeError("release unlocked lock")
 
 
+@pytest.fixture
+def as_without_nohup() -> Iterator[None]:
+    """Also if `nohup` has started the tests: a hang-up has its usual effect."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.processes
-def test_a_terminal_that_closes(tiny: Path, tmp_path: Path) -> None:
+def test_a_terminal_that_closes(tiny: Path, tmp_path: Path, as_without_nohup: None) -> None:
     """It requests a stop: 75 and a checkpoint. Without colours if so wished."""
     config = with_hook(tiny, tmp_path / "wait.py", 3, "while os.isatty(2): pass")
     words = [*XTUNER, "train", config, "--work-dir", tmp_path / "w", *PLAIN]
@@ -318,7 +326,7 @@ def test_a_log_line_obeys_no_control_character(tmp_path: Path, monkeypatch: pyte
     setup()
 
 
-def test_signals_of_nohup(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signals_of_nohup(as_without_nohup: None) -> None:
     from xtuner.dist.workers import stop_signals
 
     assert signal.SIGHUP in stop_signals()

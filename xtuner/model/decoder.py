@@ -28,7 +28,7 @@ from xtuner.model.ops.autograd_functions import KEEP_ALL, KeepPolicy, Recomputed
 from xtuner.model.ops.low_rank import DropoutSeed
 from xtuner.model.ops.matmul import MATMULS, Matmul
 from xtuner.model.ops.quantized import Dequantizer
-from xtuner.model.ops.saved_tensors import FACTORS, HostMemory, recompute_saved
+from xtuner.model.ops.saved_tensors import HostMemory, recompute_saved
 from xtuner.model.ops.swiglu import TILE, SwiGLUFunction
 from xtuner.model.rope import Rope, rotate
 
@@ -262,11 +262,10 @@ class Decoder(nn.Module):
         layout = DocumentLayout(cu_seqlens, max_seqlen, cos_TD, sin_TD, shared)
         x_TH = self.tok_embeddings(input_ids)
         trains, tokens = torch.is_grad_enabled(), shared.tokens.largest_row if shared else len(input_ids)
-        policies = self.activation_plan.choose_kept(tokens) if trains else [KEEP_ALL] * len(self.layers)
-        if any(FACTORS in policy.on_host for policy in policies):
+        policies, limits = [KEEP_ALL] * len(self.layers), [0] * len(self.layers)
+        if trains:
+            policies = self.activation_plan.choose_kept(tokens)
             limits = limit_factors(self.config, x_TH.itemsize, tokens, policies)
-        else:
-            limits = [0] * len(policies)
         for i, block in enumerate(self.layers):
             self.host.limit = limits[i]
             x_TH = block(x_TH, layout, caches[i] if caches else None, policies[i])

@@ -1,17 +1,20 @@
 """Ranks that share packs train what one process does: real processes over gloo, fp32."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed  # noqa: F401  once, before processes are forked
 import pytest
 import torch
 from helpers.configs import with_hook
+from helpers.live_bytes import FlashBytes, LiveBytes
 from helpers.models import CPU, LR, MAX_NORM, save_snapshot
 from helpers.ranks import exit_codes, on_ranks, start_ranks, stderr_of
 from helpers.runs import records
@@ -28,9 +31,12 @@ from xtuner.dist.mesh import make_mesh
 from xtuner.engine import memory
 from xtuner.engine.base import Strategy
 from xtuner.engine.strategies import select
-from xtuner.model.activation_memory import ActivationPlan
+from xtuner.model.activation_memory import ActivationPlan, kept_bytes_per_token
 from xtuner.model.context_parallel.division import divide_heads, divide_queries, divide_turns
+from xtuner.model.context_parallel.exchange import ContextGroup
+from xtuner.model.context_parallel.shared_documents import SharedDocuments
 from xtuner.model.decoder import make_positions
+from xtuner.model.ops.autograd_functions import KEEP_ALL
 from xtuner.model.source import ModelSource, from_scratch
 from xtuner.optim.optim_wrapper import OptimWrapper
 from xtuner.train import trainer
@@ -149,6 +155,38 @@ def test_ranks_that_share_packs_equal_one_process(
                     assert (value - other[name]).abs().max() < 1e-5, (CASES[number], name)
 
     assert set(on_ranks(ranks, body, tmp_path / "ranks")) == {0}
+
+
+@pytest.mark.processes
+def test_what_sharers_keep_is_planned(tmp_path: Path) -> None:
+    """Four ranks share a document: with fewer heads of keys some keep copies of the same, with q, k and v only."""
+
+    def body(group: Ranks, folder: Path) -> None:
+        ids, borders = torch.randint(3, 400, (256,), generator=torch.Generator().manual_seed(0)), make_borders([256])
+        whole = Batch(ids, ids.roll(-1), make_positions(borders, 256), borders, 256, 256)
+        mine = whole.share(4, group.rank, ContextCosts(1.0, 1e-3, 0.1))
+        for kv_heads, keep in product((4, 2, 1), (KEEP_ALL, replace(KEEP_ALL, qkv=False))):
+            context = ContextGroup(torch.distributed.group.WORLD, group.rank, 4, 8, kv_heads, divide_queries=False)
+            kept = {}
+            for layers in (1, 3):
+                shape = dict(vocab_size=401, hidden_size=128, intermediate_size=64, num_hidden_layers=layers)
+                source = from_scratch(seed=0, **shape, num_attention_heads=8, num_key_value_heads=kv_heads)
+                model = source.build()
+                for block in model.model.layers:
+                    block.attention.attend = lambda q, k, v, *_: FlashBytes.apply(q, k, v)  # type: ignore[union-attr]
+                policies = [keep] * layers
+                model.keep_activations(SimpleNamespace(choose_kept=lambda _, p=policies: p))  # type: ignore[arg-type]
+                with LiveBytes(list(model.parameters())) as live:
+                    inputs = (mine.input_ids, mine.cu_seqlens, mine.targets, mine.position_ids, mine.max_seqlen)
+                    loss = model(*inputs, scale=1 / 256, shared=SharedDocuments(mine.shared, context))
+                    gc.collect()
+                    kept[layers] = live.now
+                    loss.backward()
+            size = kept_bytes_per_token(source.config, 4, 4)
+            planned = sum(size[name] for name in size if name == "input" or getattr(keep, name)) * 64
+            assert (kept[3] - kept[1]) / 2 == pytest.approx(planned, rel=0.001), (kv_heads, keep)
+
+    assert set(on_ranks(4, body, tmp_path / "ranks")) == {0}
 
 
 @pytest.mark.processes

@@ -202,6 +202,16 @@ def test_longer_documents_of_usual_packs_are_reported(
     assert f"documents of up to {shown} tokens, which cannot be cut: " in lines[-1] or not shown
 
 
+def test_a_size_by_name_does_not_hide_what_fits() -> None:
+    """Documents of 64k on four ranks, fp32 state: weights and gradients full leave too little for them."""
+    mesh = Mesh(dp_shard=4, local_size=4)
+    for tokens in (2048, 4096, None):
+        optim = OptimWrapper(dict(type=torch.optim.AdamW, lr=1), dtype="bf16", micro_batch=tokens)
+        found = memory.plan_memory(SEVEN, optim, GPU, mesh, 64 * K, FREE, document=64 * K)
+        assert found.fits(64 * K), tokens
+        assert found.division.name != "all"
+
+
 def test_host_memory_is_divided_among_a_nodes_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """What checkpoints copy, and a reserve, are left free."""
     monkeypatch.setattr(sysinfo, "memory", lambda: {"total": 2048 * GIB, "free": 1024 * GIB})

@@ -293,6 +293,22 @@ def test_after_a_long_document_what_did_not_fit_is_cut() -> None:
         agree_on_smaller(now, Failure(long, long, ""), Mesh())
 
 
+def test_host_memory_that_cannot_be_pinned_is_planned_without() -> None:
+    """What was to be there took GPU memory: with the host memory that there is, as much GPU memory suffices."""
+    config = from_scratch(vocab_size=92544, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                          num_attention_heads=32, num_key_value_heads=8).config  # fmt: skip
+    room, gib, document = 40 * 2**30, 2**30, pack(0, (131072,))
+    now = MemoryPlan(0, ActivationPlan(config, 2, room, 200 * gib), 8192)
+    assert now.activations.host_bytes(131072) > 20 * gib
+    after, text = agree_on_smaller(now, Failure(document, document, "", 20 * gib), Mesh())
+    assert (after.activations.room, after.max_tokens, after.activations.host) == (room, 8192, 20 * gib)
+    assert after.activations.host_bytes(131072) <= 20 * gib
+    assert after.activations.peak_bytes(131072) <= room
+    assert "repeated with 20.00 GiB of host memory for activations (before: 200.00 GiB), also for the rest" in text
+    again, _ = agree_on_smaller(after, Failure(document, document, "", 20 * gib), Mesh())
+    assert (again.activations.host, (again.activations.room or 0) < room) == (20 * gib, True)
+
+
 def fail(run: Any) -> None:
     """Memory runs out on rank 1: once in the next iteration, and whenever it computes in the one after."""
     memory.MIN_MICRO_BATCH = 8

@@ -243,7 +243,7 @@ def plan_memory(
         and plan.fits(row)
         and not plan.activations.hosts_factors(size)  # only of documents that cannot be cut
     ]
-    return pick_fastest(efficient or candidates, pack)
+    return pick_fastest(efficient or [plan for plan in candidates if plan.fits(row)], pack)
 
 
 def pick_fastest(plans: Sequence[M], pack: int) -> M:

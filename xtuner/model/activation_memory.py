@@ -25,12 +25,14 @@ INPUT_ON_HOST = replace(KEEP_NONE, on_host=frozenset(("input",)))
 FACTORS_ON_HOST = replace(KEEP_NONE, gate_up=True, on_host=frozenset((FACTORS,)))  # where attention is kept as well
 
 
-def kept_bytes_per_token(c: DecoderConfig, itemsize: int) -> dict[str, int]:
-    """Bytes per token that one block keeps for each field of `KeepPolicy`; "input" is always kept."""
+def kept_bytes_per_token(c: DecoderConfig, itemsize: int, sharers: int = 1) -> dict[str, int]:
+    """Bytes per token that one block keeps for each field of `KeepPolicy`; "input" is always kept. If more ranks share
+    a document than there are heads of keys, some keep copies of the same head."""
+    copies = 2 * max(sharers - c.num_kv_heads, 0) * c.head_dim
     return {
         "input": itemsize * c.hidden_size,
         "attention": itemsize * c.query_width + 4 * c.num_heads,
-        "qkv": itemsize * c.qkv_width * (1 + c.qk_norm),  # also before the norms
+        "qkv": itemsize * (c.qkv_width * (1 + c.qk_norm) + copies),  # also before the norms
         "residual": itemsize * c.hidden_size,
         "gate_up": 2 * itemsize * c.intermediate_size,
     }
@@ -47,7 +49,7 @@ def transient_bytes(
     attention = tile * (itemsize * (3 * h + 3 * queries + 4 * keys) + 4 * (queries + 2 * keys))
     loss = itemsize * (min(tile, chunk_tokens(c.vocab_size)) * c.vocab_size + 4 * tile * h)
     summed = max(loss, mlp, attention) + 4 * tile * c.head_dim
-    size = {name: n * tile for name, n in kept_bytes_per_token(c, itemsize).items()}
+    size = {name: n * tile for name, n in kept_bytes_per_token(c, itemsize, sharers).items()}
     summed += sum(size[name] for name in KEEP_ORDER if not getattr(keep, name)) + sum(size[n] for n in keep.on_host)
     margin = max(summed - exact_bytes(c, itemsize, tile, keep, sharers, converted), 0)
     return exact_bytes(c, itemsize, tokens, keep, sharers, converted) + margin
@@ -63,7 +65,7 @@ def exact_bytes(
         sharers: ranks that share these documents.
         converted: bytes for each of a token's F that products need in SwiGLU's backward (matmul.py).
     """
-    size = {name: n * tokens for name, n in kept_bytes_per_token(c, itemsize).items()}
+    size = {name: n * tokens for name, n in kept_bytes_per_token(c, itemsize, sharers).items()}
     h, f, queries, keys = c.hidden_size, c.intermediate_size, c.query_width, c.num_kv_heads * c.head_dim
     tile = split_tokens(tokens)[0].stop
     fetched = sum(size[name] for name in keep.on_host) + size["input"] * (keep.on_host == INPUT_ON_HOST.on_host)
@@ -78,7 +80,7 @@ def exact_bytes(
     attention -= sum(size[name] for name in no_longer_needed)
     if sharers > 1 and c.num_kv_heads <= sharers:  # heads are exchanged in one turn, those of keys with copies
         copies = max(sharers - c.num_kv_heads, 0) * c.head_dim * tokens
-        attention += size["qkv"] + 2 * copies * (3 * itemsize + 4)
+        attention += size["qkv"] + 2 * copies * (itemsize + 4)
     if not keep.attention:  # the block's forward is repeated; a single tile's input gradient comes after all else
         mlp += size["attention"] + size["qkv"] - itemsize * h * tokens * (tile == tokens)
         attention += size["attention"]
@@ -120,7 +122,7 @@ class ActivationPlan:
 
     def bytes_with(self, policies: Sequence[KeepPolicy], tokens: int) -> int:
         """Bytes on the GPU if layers keep this."""
-        size = kept_bytes_per_token(self.config, self.itemsize)
+        size = kept_bytes_per_token(self.config, self.itemsize, self.sharers)
         counts, distinct = Counter(map(id, policies)), {id(policy): policy for policy in policies}
         kept = sum(n * sum(size[name] for name in _kept_on_gpu(distinct[i])) for i, n in counts.items())
         # while a layer's MLP runs backward, which may recompute its factors, those of the layer before may arrive
@@ -134,7 +136,7 @@ class ActivationPlan:
 
     def host_bytes(self, tokens: int) -> int:
         """Bytes of host memory that a micro-batch needs."""
-        size = kept_bytes_per_token(self.config, self.itemsize)
+        size = kept_bytes_per_token(self.config, self.itemsize, self.sharers)
         return tokens * sum(size[name] for policy in self.choose_kept(tokens) for name in policy.on_host)
 
     def hosts_factors(self, tokens: int) -> bool:
@@ -198,7 +200,7 @@ def _keep_factors_on_host(
 
     if all(policy.gate_up for policy in on_gpu):
         return on_gpu
-    each = tokens * kept_bytes_per_token(plan.config, plan.itemsize)[FACTORS]
+    each = tokens * kept_bytes_per_token(plan.config, plan.itemsize, plan.sharers)[FACTORS]
     fewest, count = 0, min(plan.hosted_factors, plan.host // each)
     if not count:
         return on_gpu
@@ -227,7 +229,7 @@ def _keep_on_gpu(
     the layers `hosted` are in host memory."""
     layers = most = plan.config.num_layers
     chosen = [FACTORS_ON_HOST if i in hosted else KEEP_NONE for i in range(layers)]
-    size = kept_bytes_per_token(plan.config, plan.itemsize)
+    size = kept_bytes_per_token(plan.config, plan.itemsize, plan.sharers)
     for name in KEEP_ORDER:
         distinct = {id(policy): policy for policy in chosen}
         keeping = {i: replace(policy, **{name: True}) for i, policy in distinct.items()}  # type: ignore[arg-type]
@@ -244,7 +246,7 @@ def _keep_on_gpu(
 
 def _keep_on_host(plan: ActivationPlan, tokens: int, room: int) -> tuple[KeepPolicy, ...]:
     """The fewest layers recompute attention, then the least is on the host. If nothing fits, what needs the least."""
-    layers, size = plan.config.num_layers, kept_bytes_per_token(plan.config, plan.itemsize)
+    layers, size = plan.config.num_layers, kept_bytes_per_token(plan.config, plan.itemsize, plan.sharers)
     kinds = (INPUT_ON_HOST, KEEP_NONE, ON_HOST, ATTENTION_ONLY)  # the last layers, on the GPU, are needed first
     kept = [tokens * sum(size[name] for name in _kept_on_gpu(policy)) for policy in kinds]
     hosted = [tokens * sum(size[name] for name in policy.on_host) for policy in kinds]

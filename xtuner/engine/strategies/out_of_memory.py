@@ -30,11 +30,16 @@ class OutOfMemory(MemoryError):
 @dataclass(frozen=True)
 class Failure:
     """Which micro-batches had been started when this rank's memory ran out. It keeps the error's text instead of the
-    error, whose traceback refers to the graph."""
+    error, whose traceback refers to the graph.
+
+    Args:
+        host: bytes of host memory that could be pinned, if that is less than activations asked for.
+    """
 
     largest: Batch
     last: Batch
     text: str
+    host: int | None = None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -81,9 +86,11 @@ def agree_on_smaller(now: MemoryPlan, failure: Failure | None, mesh: Mesh) -> tu
     """
     own = None
     if failure:
+        found = _use_less_host_memory(now, failure.host)
         # a long document may have fitted, and a later micro-batch not
-        found = shrink_memory(now, failure.largest) or shrink_memory(now, failure.last)
-        own = [failure.text, failure.largest.num_tokens, found and [found.max_tokens, found.activations.room]]
+        found = found or shrink_memory(now, failure.largest) or shrink_memory(now, failure.last)
+        limits = found and [found.max_tokens, found.activations.room, found.activations.host]
+        own = [failure.text, failure.largest.num_tokens, limits]
     messages = mesh.ranks.gather(own) if mesh.size > 1 else [own]
     failures = {rank: message for rank, message in enumerate(messages) if message}
     after = now
@@ -91,12 +98,20 @@ def agree_on_smaller(now: MemoryPlan, failure: Failure | None, mesh: Mesh) -> tu
         if limits is None:
             raise OutOfMemory(text, rank)
         max_tokens, room = _smallest(limits[0], after.max_tokens), _smallest(limits[1], after.activations.room)
-        after = replace(after, activations=replace(after.activations, room=room), max_tokens=max_tokens)
+        host = min(limits[2], after.activations.host)
+        after = replace(after, activations=replace(after.activations, room=room, host=host), max_tokens=max_tokens)
     where = " and ".join(
         (f"on rank {rank} " if mesh.size > 1 else "") + f"with micro-batches of up to {tokens:,} tokens"
         for rank, (_, tokens, _) in failures.items()
     )
     return after, f"memory ran out {where}; repeated with {_describe_changes(now, after)}, also for the rest of the run"
+
+
+def _use_less_host_memory(now: MemoryPlan, host: int | None) -> MemoryPlan | None:
+    """The plan for the host memory that there is, if it had been made for more: what was not there took GPU memory."""
+    if host is None or host >= now.activations.host:
+        return None
+    return replace(now, activations=replace(now.activations, host=host))
 
 
 def _smallest(*values: int | None) -> int | None:
@@ -111,4 +126,7 @@ def _describe_changes(before: MemoryPlan, after: MemoryPlan) -> str:
     if after.activations.room != before.activations.room:
         now, then = (human_bytes(m.activations.room or 0) for m in (after, before))
         found.append(f"{now} of memory for each (before: {then})")
+    if after.activations.host != before.activations.host:
+        now, then = (human_bytes(m.activations.host) for m in (after, before))
+        found.append(f"{now} of host memory for activations (before: {then})")
     return " and ".join(found)

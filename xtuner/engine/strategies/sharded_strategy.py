@@ -129,9 +129,12 @@ class ShardedStrategy(StatefulStrategy):
             if not is_out_of_memory(e) or isinstance(e, torch.distributed.DistError) or self._context:
                 raise  # ranks that share documents wait for this one in the middle of the backward
             started = pieces[: len(pieces) - divided.remaining] or pieces[:1]
-            failure = Failure(max(started, key=lambda p: p.num_tokens), started[-1], str(e))
+            host = self._model.model.host
+            pinned = host.allocated if host.is_exhausted else None
+            failure = Failure(max(started, key=lambda p: p.num_tokens), started[-1], str(e), pinned)
         if failure:
             drop_graph()
+            self._model.model.host.finish_sending()
             divided.abandon_iteration()
             total[:-1], total[-1] = 0.0, 1.0
         divided.end_iteration()

@@ -32,11 +32,12 @@ class HostMemory:
 
     Attributes:
         limit: bytes of GPU memory that factors of SwiGLU may take while they are sent, with those that come next.
+        is_exhausted: whether no more could be pinned than is allocated.
     """
 
     def __init__(self) -> None:
         self.allocated = self.limit = 0
-        self._is_exhausted = False
+        self.is_exhausted = False
         self._free: list[torch.Tensor] = []
         self._stream: Any = None
         self._sending: list[tuple[str, torch.Tensor, Any]] = []  # kind, tensor, end of the copy
@@ -116,12 +117,12 @@ class HostMemory:
 
     def _take_chunks(self, count: int, pinned: bool) -> list[torch.Tensor] | None:
         while len(self._free) < count:
-            if self._is_exhausted:
+            if self.is_exhausted:
                 return None
             try:
                 arena = self._allocate_arena(pinned)
             except RuntimeError as e:
-                self._is_exhausted = True
+                self.is_exhausted = True
                 used = human_bytes(self.allocated)
                 logger.warning(f"no more host memory for activations than {used}: the others stay on the GPU ({e})")
                 return None

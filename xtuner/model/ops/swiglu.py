@@ -133,7 +133,7 @@ class SwiGLUFunction(torch.autograd.Function):
         kept: list[torch.Tensor] = []
         out: Any = None if output else add_TH.view_as(add_TH)
         p1, p3, p2 = _projections(matmul, (w1, w3, w2), (b1, b3, b2), terms, tensors, into)
-        saver = saver if keep and saver and saver.sends_factors else None
+        saver = saver if keep and saver and saver.sends_factors and any(ctx.needs_input_grad) else None
 
         def compute_factor(p: Projection, rows: PreparedRows, x: torch.Tensor, i: int) -> torch.Tensor:
             if saver:

@@ -90,6 +90,10 @@ def test_equal_to_peft(tmp_path: Path) -> None:
         export_peft(saved, folder / "peft", layout, torch.float32)
         if layout:  # transformers has no InternLM2
             base = export_hf(base, folder / "llama", None, layout, torch.float32)
+            adapter = open_peft(folder / "peft", base)
+            assert (load_adapted(adapter, adapter.find_base(base))(torch.tensor(IDS)) - models[case](torch.tensor(IDS))
+                    ).abs().max() < 1e-5  # fmt: skip
+            assert f"{folder / 'base'}, converted to the llama layout" in (folder / "peft" / "README.md").read_text()
         jobs.append(dict(base=str(base), adapter=str(folder / "peft"), ids=IDS, lr=LR, steps=STEPS,
                          out=str(folder / "theirs.safetensors")))  # fmt: skip
     require_whole_matrices(tmp_path / "apart")

@@ -93,6 +93,11 @@ def test_the_command(
     found = planned(tiny, "--gpus", "1,2")
     assert found["data"].startswith("30 packs, ")
     assert found["tokens"] % (30 * 32) == 0
+    assert planned(tiny, "--gpus", "1", "--max-length", "65536")["data"].startswith("not one pack of 65,536 tokens")
+    # smaller than DeepSpeed's buckets
+    found = planned(tiny, "--gpus", "2,8", "--gpu", "h100")
+    assert {"ZeRO-1", "ZeRO-3"} <= {row["way"] for row in found["ways"]}
+    assert all(row["tokens_per_s_per_gpu"] > 0 and min(row["ms"].values()) >= 0 for row in found["ways"])
     assert xtuner("plan", SEVEN, "--gpus", "1,8", "--gpu", "4090") == 2
     text = capsys.readouterr().out
     assert "estimated" in text

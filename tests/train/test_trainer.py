@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from xtuner.cli.main import main
 from xtuner.core.errors import CheckpointError, ConfigError, DataError
+from xtuner.train.resume import find_window_start, fit_accumulative_counts
 
 Command = Callable[..., int]
 PLAIN = ["custom_hooks=[]"]
@@ -416,3 +418,36 @@ def test_a_damaged_checkpoint_is_passed_over(tiny: Path, tmp_path: Path, xtuner:
     file.write_text(file.read_text().replace("{", "[", 1))
     with pytest.raises(CheckpointError, match="altered"):
         xtuner("train", tiny, "--work-dir", tmp_path / "w", "--resume", tmp_path / "w" / names[0], *options)
+
+
+def test_windows_of_packs_are_not_left_in_the_middle() -> None:
+    """Of 7 iterations with 2 packs each, begun at pack 4: another size begins at a border, or is refused."""
+
+    def start(iteration: int, balance: int, per_iteration: int = 2, packs: int = 50) -> int:
+        facts = dict(balance=7, packs_per_iteration=2, windows_from=4, data=dict(num_packs=50))
+        position = SimpleNamespace(packs_before=lambda _: 2 * iteration)
+        found: Any = SimpleNamespace(
+            facts=facts, where="iter", state=SimpleNamespace(position=position, iteration=iteration)
+        )
+        lengths: Any = SimpleNamespace(packs_per_epoch=50, packs_per_iteration=per_iteration, num_packs=packs)
+        return find_window_start(found, balance, lengths)
+
+    assert start(12, 7) == 4
+    assert start(16, 1) == 32
+    assert start(12, 1, packs=60) == 24  # other data: no pack is the same
+    for balance, per_iteration in ((1, 2), (16, 2), (7, 4)):
+        with pytest.raises(ConfigError, match="iteration 12 lies within 7 iterations") as raised:
+            start(12, balance, per_iteration)
+        assert raised.value.do.startswith("resume after iteration 9 or 16, or keep train_dataloader.balance = 7")
+
+
+def test_packs_that_do_not_divide_over_groups() -> None:
+    facts = dict(packs_per_iteration=1, begun_on=1, sharers=2, config={"accumulative_counts": 1})
+    found: Any = SimpleNamespace(facts=facts, where="iter")
+    with pytest.raises(ConfigError, match="1 packs an iteration cannot be divided over 2 ranks") as raised:
+        fit_accumulative_counts(found, 1, ranks=2, sharers=1)
+    assert "on 1 groups of 2 ranks that share packs" in raised.value.why
+    assert raised.value.do.endswith("on 2 ranks set that to one of: 2")
+    with pytest.raises(ConfigError, match="over 2 groups of 2 ranks that share packs") as raised:
+        fit_accumulative_counts(found, 1, ranks=2, sharers=2)
+    assert raised.value.do.endswith("on 4 ranks set that to one of: 4")

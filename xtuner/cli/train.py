@@ -93,9 +93,11 @@ def _train(args: argparse.Namespace) -> int:
     for option in ("--work-dir", "--cache-dir", "--deepspeed"):
         if getattr(args, option[2:].replace("-", "_")) == "":  # most likely an unset variable in a script
             raise ConfigError(f"{option} is empty", where=option, do="give a value, or leave the option out")
-    if args.ranks is not None and (not args.dry_run or args.ranks < 1):
-        do = "give --dry-run and a number of at least 1; a real run has the processes that the launcher starts"
+    if args.ranks is not None and not args.dry_run:
+        do = "add --dry-run; a real run has the processes that the launcher starts"
         raise ConfigError(f"--ranks {args.ranks} needs --dry-run", where="--ranks", do=do)
+    if args.ranks is not None and args.ranks < 1:
+        raise ConfigError(f"--ranks {args.ranks} is not 1 or more", where="--ranks", do="give the number of processes")
     config = load(args.config, args.cfg_options)
     layout = launchers.find_launcher(args.launcher).read_nodes(os.environ, device_count())
     if not args.ranks and layout and layout.workers * layout.num_nodes > 1:

@@ -120,18 +120,20 @@ def zero_traffic(m: KernelTimes, engine: str, ranks: int, links: Interconnect, t
         sums = there.packs if there.way == "bf16" else 1
         late = sums * scatter(m.parameters, itemsize) + gather(m.parameters)
         return Traffic((sums * itemsize + 2) * m.parameters * each, late, 0)
+    bucket = min(BUCKET, m.parameters - one)  # of small models all but the embedding
     if engine != "zero3":
         buckets = max((m.parameters - one) / BUCKET - 1, 0)
-        meanwhile = backward * BUCKET / m.block  # ms of compute until the next bucket
-        late = reduce(BUCKET) + reduce(one) + buckets * max(0, reduce(BUCKET) - meanwhile)
-        hidden = buckets * min(reduce(BUCKET), meanwhile)
+        meanwhile = backward * bucket / m.block  # ms of compute until the next bucket
+        late = reduce(bucket) + reduce(one) + buckets * max(0, reduce(bucket) - meanwhile)
+        hidden = buckets * min(reduce(bucket), meanwhile)
         return Traffic((8 * parts + 2) * m.parameters * each, parts * late + gather(m.parameters), parts * hidden)
     staying = int(max(REUSE - 2 * one, 0) / (2 * m.block)) + 1  # blocks, in addition to the head
+    staying = min(staying, layers)
     fetched, hides = layers + layers - staying, gather(m.block)
     more = layers * max(0, scatter(m.block) + hides - backward)
     bytes_sent = 2 * (2 * m.parameters - one - staying * m.block) + 4 * m.parameters
-    late = 2 * gather(one) + scatter(BUCKET) + scatter(one) + more  # the embedding is first and last
-    hidden = fetched * hides + gather(one) + scatter(m.parameters - one - BUCKET) - more
+    late = 2 * gather(one) + scatter(bucket) + scatter(one) + more  # the embedding is first and last
+    hidden = max(fetched * hides + gather(one) + scatter(m.parameters - one - bucket) - more, 0)
     return Traffic(parts * bytes_sent * each, parts * late, parts * hidden)
 
 

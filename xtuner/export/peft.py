@@ -54,10 +54,13 @@ def export_peft(
         config, tensors = describe_adapter(opened, form)
         _report_readers(opened, form, own)
         saved = {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors.items()}
-        metadata = {"format": "pt", IDENTITY: opened.base.identity}
+        metadata = {"format": "pt"}
+        if form.name == own.name:  # in another layout the base model has other tensors
+            metadata[IDENTITY] = opened.base.identity
         save_file(saved, folder / "adapter_model.safetensors", metadata=metadata)
         write_json(folder / "adapter_config.json", config)
-        (folder / "README.md").write_text(_card(source, opened, form), encoding="utf-8")
+        card = _card(source, opened, form, converted=form.name != own.name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return target
 
 
@@ -145,8 +148,9 @@ def _report_readers(opened: AdapterFolder, form: ModelFamily, own: ModelFamily) 
         )
 
 
-def _card(checkpoint: Path, opened: AdapterFolder, form: ModelFamily) -> str:
+def _card(checkpoint: Path, opened: AdapterFolder, form: ModelFamily, converted: bool) -> str:
     adapter = opened.adapter
+    base = f"{opened.base.name}, converted to the {form.name} layout" if converted else opened.base.name
     kind = "DoRA" if adapter.dora else "LoRA"
     return f"""---
 library_name: peft
@@ -162,7 +166,7 @@ tags: [xtuner, lora, {form.name}]
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained({opened.base.name!r})
+model = AutoModelForCausalLM.from_pretrained({base!r})
 model = PeftModel.from_pretrained(model, "this folder")
 ```
 """

@@ -134,13 +134,7 @@ def fit_accumulative_counts(found: ResumePoint, counts: int, ranks: int, sharers
     if counts * ranks == packs or not (counts == written or multiplied or counts * begun_on == packs):
         return counts
     if packs % ranks:
-        sizes = ", ".join(str(n) for n in range(1, packs + 1) if packs % n == 0)
-        raise ConfigError(
-            f"{packs} packs an iteration cannot be divided over {ranks} ranks",
-            where=found.where,
-            why=f"the run was started with {packs} (on {begun_on} ranks), and its schedule depends on it",
-            do=f"resume on one of these numbers of ranks: {sizes}",
-        )
+        raise _indivisible(found, packs, ranks, sharers)
     logger.info(
         f"each rank takes {packs // ranks} packs an iteration, {packs} in total as before (accumulative_counts = "
         f"{counts} was for {begun_on} ranks)"
@@ -148,15 +142,51 @@ def fit_accumulative_counts(found: ResumePoint, counts: int, ranks: int, sharers
     return int(packs // ranks)
 
 
+def _indivisible(found: ResumePoint, packs: int, ranks: int, sharers: int) -> ConfigError:
+    def groups(count: int, size: int) -> str:
+        return f"{count} groups of {size} ranks that share packs" if size > 1 else f"{count} ranks"
+
+    divisors, before = [n for n in range(1, packs + 1) if packs % n == 0], found.facts.get("sharers", 1)
+    do = f"resume on one of these numbers of ranks: {', '.join(map(str, divisors))}"
+    if sharers > 1 or before > 1:
+        fitting = ", ".join(str(ranks * sharers // n) for n in reversed(divisors) if ranks * sharers % n == 0)
+        do += f", each times sequence_parallel_size; on {ranks * sharers} ranks set that to one of: {fitting}"
+    return ConfigError(
+        f"{packs} packs an iteration cannot be divided over {groups(ranks, sharers)}",
+        where=found.where,
+        why=f"the run was started with {packs} (on {groups(found.facts['begun_on'], before)}), and its schedule "
+        "depends on it",
+        do=do,
+    )
+
+
 def find_window_start(found: ResumePoint, balance: int, lengths: Lengths) -> int:
-    """The pack at which windows of iterations, whose packs are assigned together, start: here if their size changed."""
+    """The pack at which windows of iterations, whose packs are assigned together, start: here if their size changed.
+
+    Raises: ConfigError if that is within such a window of the same data.
+    """
     facts = found.facts
     if not lengths.packs_per_epoch:  # changed data with fewer packs than ranks at the start of the run
         return 0
     here = found.state.position.packs_before(lengths.packs_per_epoch)
     before = max(facts.get("balance", 0), 1), facts["packs_per_iteration"], facts["data"].get("num_packs")
     same = before == (max(balance, 1), lengths.packs_per_iteration, lengths.num_packs)
-    return min(facts.get("windows_from", 0), here) if same else here
+    begun = min(facts.get("windows_from", 0), here)
+    if same:
+        return begun
+    window, per_iteration, packs = before
+    within = (here - begun) // per_iteration % window
+    if within and packs == lengths.num_packs:
+        iteration = found.state.iteration
+        raise ConfigError(
+            f"iteration {iteration} lies within {window} iterations whose packs were dealt together",
+            where=found.where,
+            why="with another train_dataloader.balance or number of packs an iteration, some of these packs would be "
+            "seen twice and others never",
+            do=f"resume after iteration {iteration - within} or {iteration - within + window}, or keep "
+            f"train_dataloader.balance = {window} and the packs of an iteration",
+        )
+    return here
 
 
 def require_same_run(found: ResumePoint, now: dict[str, Any], allow_change: bool) -> None:

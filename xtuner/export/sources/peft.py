@@ -46,7 +46,8 @@ def open_peft(folder: Path, base: Path) -> AdapterFolder:
             f"{len(wrong)} tensors do not belong to matrices of this model that can have an adapter; the first is "
             f"{short(wrong[0])}",
             where=str(folder),
-            do="give the model that it was trained on as MODEL; or merge it with PEFT, and give the result",
+            do="give the model that it was trained on as MODEL, in the layout of these names; or merge it with PEFT, "
+            "and give the result",
         )
     rank = given.get("r")
     others = [n for n in tensors if ".lora_A." in n and tensors.shapes[n][:1] != (rank,)]

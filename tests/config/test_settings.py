@@ -166,8 +166,8 @@ def test_the_plan_of_other_machines(tiny: Path, xtuner: Any, capsys: Any) -> Non
     report = capsys.readouterr().out
     for words in ("FSDP, hybrid", "on each of 16 ranks", "tokens in packs: 16;", "one pack per rank and iteration"):
         assert words in report
-    for words in (["--ranks", 16], ["--ranks", 0, "--dry-run"]):
-        with pytest.raises(ConfigError, match="needs --dry-run"):
+    for words, message in ((["--ranks", 16], "needs --dry-run"), (["--ranks", 0, "--dry-run"], "0 is not 1 or more")):
+        with pytest.raises(ConfigError, match=message):
             xtuner("train", tiny, *words)
 
 

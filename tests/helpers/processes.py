@@ -96,17 +96,19 @@ def states_at_write_points(words: list[str], work_dir: Path, into: Path) -> tupl
     while os.read(read, 1) == b"x":
         count += 1
         copy = into / str(count)
-        while True:  # other threads go on
+        while True:  # other threads continue
             with contextlib.suppress(FileNotFoundError, shutil.Error):
                 if work_dir.exists():
                     shutil.copytree(work_dir, copy, symlinks=True)
                 break
-            shutil.rmtree(copy)
+            shutil.rmtree(copy, ignore_errors=True)
         logs = {file.parent.parent for file in copy.glob("*/vis_data/*")}
         state = [p for p in sorted(copy.rglob("*")) if p.is_file() and not logs.intersection(p.parents)]
         found.setdefault(tuple((p.relative_to(copy), p.read_bytes()) for p in state), copy)
         os.write(go, b"x")
     child.join()
+    os.close(read)
+    os.close(go)
     assert child.exitcode == 0
     return count, list(found.values())
 

@@ -232,18 +232,18 @@ def plan_memory(
                 many = replace(cost, micro_batches=-(-cost.tokens // row), policies=activations.choose_kept(row))
                 seconds = (seconds + replace(many, length=longest).seconds(mesh)) / 2
             candidates.append(MemoryPlan(state, activations, max_tokens, d, libraries, seconds, document, mesh.cp))
-    if not any(plan.fits(row) for plan in candidates):
+    fitting = [plan for plan in candidates if plan.fits(row)]
+    if not fitting:
         return min(candidates, key=lambda plan: plan.state + plan.activations.peak_bytes(row))
-    sizes = [plan.micro_batch_tokens(pack) for plan in candidates]
+    sizes = [plan.micro_batch_tokens(pack) for plan in fitting]
     efficient = [
         plan
-        for plan, size in zip(candidates, sizes, strict=True)
+        for plan, size in zip(fitting, sizes, strict=True)
         if size >= min(MIN_MICRO_BATCH, pack)
         and plan.fits(size)
-        and plan.fits(row)
         and not plan.activations.hosts_factors(size)  # only of documents that cannot be cut
     ]
-    return pick_fastest(efficient or [plan for plan in candidates if plan.fits(row)], pack)
+    return pick_fastest(efficient or fitting, pack)
 
 
 def pick_fastest(plans: Sequence[M], pack: int) -> M:

@@ -127,8 +127,7 @@ def zero_traffic(m: KernelTimes, engine: str, ranks: int, links: Interconnect, t
         late = reduce(bucket) + reduce(one) + buckets * max(0, reduce(bucket) - meanwhile)
         hidden = buckets * min(reduce(bucket), meanwhile)
         return Traffic((8 * parts + 2) * m.parameters * each, parts * late + gather(m.parameters), parts * hidden)
-    staying = int(max(REUSE - 2 * one, 0) / (2 * m.block)) + 1  # blocks, in addition to the head
-    staying = min(staying, layers)
+    staying = min(int(max(REUSE - 2 * one, 0) / (2 * m.block)) + 1, layers)  # blocks, in addition to the head
     fetched, hides = layers + layers - staying, gather(m.block)
     more = layers * max(0, scatter(m.block) + hides - backward)
     bytes_sent = 2 * (2 * m.parameters - one - staying * m.block) + 4 * m.parameters

@@ -55,12 +55,11 @@ def export_peft(
         _report_readers(opened, form, own)
         saved = {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors.items()}
         metadata = {"format": "pt"}
-        if form.name == own.name:  # in another layout the base model has other tensors
+        if form is own:  # in another layout the base model has other tensors
             metadata[IDENTITY] = opened.base.identity
         save_file(saved, folder / "adapter_model.safetensors", metadata=metadata)
         write_json(folder / "adapter_config.json", config)
-        card = _card(source, opened, form, converted=form.name != own.name)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(_card(source, opened, form, own), encoding="utf-8")
     return target
 
 
@@ -142,15 +141,15 @@ def _report_readers(opened: AdapterFolder, form: ModelFamily, own: ModelFamily) 
             f"the adapter was trained on weights in {opened.frozen_weights}: on the same model without quantization it "
             "computes something slightly different. Load the model in that form as well, or give --merge"
         )
-    if form.name != own.name:
+    if form is not own:
         logger.info(
             f"names are those of the {form.name} layout: the adapter belongs to the base model converted to that layout"
         )
 
 
-def _card(checkpoint: Path, opened: AdapterFolder, form: ModelFamily, converted: bool) -> str:
+def _card(checkpoint: Path, opened: AdapterFolder, form: ModelFamily, own: ModelFamily) -> str:
     adapter = opened.adapter
-    base = f"{opened.base.name}, converted to the {form.name} layout" if converted else opened.base.name
+    base = opened.base.name if form is own else f"{opened.base.name}, converted to the {form.name} layout"
     kind = "DoRA" if adapter.dora else "LoRA"
     return f"""---
 library_name: peft

@@ -164,8 +164,11 @@ class ActivationPlan:
 
 def limit_factors(c: DecoderConfig, itemsize: int, tokens: int, policies: Sequence[KeepPolicy]) -> list[int]:
     """For each layer, bytes that factors of SwiGLU may take in its forward while they are sent to the host: the memory
-    of one layer's, and what later layers will keep on the GPU."""
-    size, limits = kept_bytes_per_token(c, itemsize), [0] * len(policies)
+    of one layer's, and what later layers will keep on the GPU. Zeros if none are sent."""
+    limits = [0] * len(policies)
+    if not any(FACTORS in policy.on_host for policy in policies):
+        return limits
+    size = kept_bytes_per_token(c, itemsize)
     left = tokens * size[FACTORS]
     for i in reversed(range(len(policies))):
         limits[i] = left

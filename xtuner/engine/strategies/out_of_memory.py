@@ -33,7 +33,7 @@ class Failure:
     error, whose traceback refers to the graph.
 
     Args:
-        host: bytes of host memory that could be pinned, if that is less than activations asked for.
+        host: bytes of host memory that could be pinned, if that is less than activations requested.
     """
 
     largest: Batch

@@ -108,7 +108,7 @@ class ShardedStrategy(StatefulStrategy):
     ) -> tuple[torch.Tensor, Failure | None]:
         """Forward and backward of micro-batches. Returns [this rank's part of each source's loss …, 1 if its memory ran
         out], on the device. If memory ran out on any rank, the gradients are invalid on all ranks."""
-        divided, failure = self._divided, None
+        divided, host, failure = self._divided, self._model.model.host, None
         total = self._total.zero_()
 
         def backward(loss: torch.Tensor) -> None:
@@ -129,12 +129,10 @@ class ShardedStrategy(StatefulStrategy):
             if not is_out_of_memory(e) or isinstance(e, torch.distributed.DistError) or self._context:
                 raise  # ranks that share documents wait for this one in the middle of the backward
             started = pieces[: len(pieces) - divided.remaining] or pieces[:1]
-            host = self._model.model.host
-            pinned = host.allocated if host.is_exhausted else None
-            failure = Failure(max(started, key=lambda p: p.num_tokens), started[-1], str(e), pinned)
+            failure = Failure(max(started, key=lambda p: p.num_tokens), started[-1], str(e), host.most_bytes)
         if failure:
             drop_graph()
-            self._model.model.host.finish_sending()
+            host.finish_sending()
             divided.abandon_iteration()
             total[:-1], total[-1] = 0.0, 1.0
         divided.end_iteration()

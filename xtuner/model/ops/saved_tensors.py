@@ -32,16 +32,20 @@ class HostMemory:
 
     Attributes:
         limit: bytes of GPU memory that factors of SwiGLU may take while they are sent, with those that come next.
-        is_exhausted: whether no more could be pinned than is allocated.
     """
 
     def __init__(self) -> None:
         self.allocated = self.limit = 0
-        self.is_exhausted = False
+        self._is_exhausted = False
         self._free: list[torch.Tensor] = []
         self._stream: Any = None
         self._sending: list[tuple[str, torch.Tensor, Any]] = []  # kind, tensor, end of the copy
         self._last: Callable[[], BlockTensors | None] = lambda: None  # of the block that computed last
+
+    @property
+    def most_bytes(self) -> int | None:
+        """How much there can be, if less than was requested."""
+        return self.allocated if self._is_exhausted else None
 
     @contextmanager
     def save(self, x_TH: torch.Tensor, keep: KeepPolicy) -> Iterator[KeepPolicy]:
@@ -117,12 +121,12 @@ class HostMemory:
 
     def _take_chunks(self, count: int, pinned: bool) -> list[torch.Tensor] | None:
         while len(self._free) < count:
-            if self.is_exhausted:
+            if self._is_exhausted:
                 return None
             try:
                 arena = self._allocate_arena(pinned)
             except RuntimeError as e:
-                self.is_exhausted = True
+                self._is_exhausted = True
                 used = human_bytes(self.allocated)
                 logger.warning(f"no more host memory for activations than {used}: the others stay on the GPU ({e})")
                 return None

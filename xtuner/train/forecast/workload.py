@@ -85,9 +85,10 @@ def read_workload(config: Config, tokens: float | None = None) -> Workload:
             dataset = dataset.with_packs_per_iteration(optim.accumulative_counts)
             require_possible_mixture(config, dataset)
         tokens = tokens or float(count_epoch_packs(dataset)) * pack * config.get("train_cfg.max_epochs", 1)
-        data = f"{len(dataset):,} packs, Σ len² of {costs.mean():.3g} on average"
+        squares = f"Σ len² of {costs.mean():.3g}"
+        data = f"{len(dataset):,} packs, {squares} on average"
         if not len(dataset):
-            data = f"not one pack of {pack:,} tokens: `train` rejects them; assumed: Σ len² of {costs.mean():.3g}"
+            data = f"not one pack of {pack:,} tokens: `train` rejects them; assumed: {squares}"
     sharers = None if config.with_sharers else int(config.setting("sequence_parallel_size"))
     balance = config.setting("train_dataloader.balance")
     return Workload(source, for_gpus(optim), pack, document, costs, tokens, balance, sharers, data)
